@@ -1,0 +1,43 @@
+"""What can go wrong for a user; each class is one exit code of the command line. Imports nothing."""
+
+from __future__ import annotations
+
+
+class DapaError(Exception):
+    """A fault that the user can mend: one sentence that says what was found, what was expected and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(DapaError):
+    """The command line asks for something that cannot be done."""
+
+    exit_code = 2
+
+
+class RecipeError(DapaError):
+    """The recipe is not one that can be followed."""
+
+    exit_code = 2
+
+
+class CannotRepair(DapaError):
+    """The source does not make this target refuse enough, or breaks a limit of the recipe."""
+
+    exit_code = 3
+
+
+class CheckpointError(DapaError):
+    """A model's files are damaged, unsafe, or of a kind that is not handled."""
+
+    exit_code = 4
+
+
+class UnsupportedArchitecture(CheckpointError):
+    """An architecture whose units are not where this version looks for them."""
+
+
+class HubError(DapaError):
+    """The Hugging Face Hub refused, or could not be reached."""
+
+    exit_code = 5

@@ -1,0 +1,1 @@
+"""The search for the few units that are needed."""

@@ -1,0 +1,230 @@
+"""Writing the repaired model: the target's files copied, the selected tensors overwritten, all or nothing.
+
+Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
+proved and on disk. The target's files are opened for reading only: a Hub cache is made of links to shared blobs.
+Headers, the order of tensors and the names of shards stay the target's, so that a content-addressed store has little to
+take up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.files import CHUNK_BYTES, FLOAT_NAMES, INDEX_NAME, Checkpoint, Tensor, iterate_bytes
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.errors import CheckpointError, UsageError
+
+Progress = Callable[[int], None]
+
+# Other forms of the target's weights would no longer agree with the result, and its card describes another model.
+NOT_COPIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
+    "README.md", "mergekit_config.yml", "dapa_report.json", ".gitattributes",
+)  # fmt: skip
+COPY_THREADS = 4
+# What the kernel answers where this file system, or this pair of them, has no copy of its own.
+_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+
+
+def transplant(
+    plan: Plan,
+    selection: Sequence[Unit],
+    out: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    check: Callable[[Path], None] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Write the target with the selected units replaced by the source's into `out`.
+
+    Args:
+        plan: Target and source.
+        selection: The units to replace.
+        out: The folder to make; it must not exist, or be empty.
+        texts: Further text files to write into it, by name.
+        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        progress: Called with numbers of bytes as they are written.
+
+    Raises:
+        UsageError: If `out` exists, cannot be made, or does not fit on its disk.
+        CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
+    """
+    refuse_existing(out)
+    with _staging(out) as folder:
+        _require_space(plan.target, folder)
+        _copy_files(plan.target, folder, progress)
+        for ours, theirs in plan.tensors(selection):
+            with (folder / ours.file).open("r+b") as file:
+                file.seek(ours.start)
+                for piece in source_bytes(plan.source, theirs, ours.dtype):
+                    file.write(piece)
+        for name, text in (texts or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
+        check(folder)
+        _flush_to_disk(folder)
+        try:
+            folder.rename(out)
+        except OSError as error:
+            raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
+        _flush_to_disk(out.absolute().parent, files=False)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise `UsageError` if `out` is anything but absent or an empty folder."""
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise UsageError(f"{out} exists already; name another folder or remove it")
+
+
+def source_bytes(source: Checkpoint, tensor: Tensor, dtype: str) -> Iterator[bytes]:
+    """A source tensor's bytes as the target stores it, in pieces; the same bytes where the dtypes agree.
+
+    A conversion rounds to nearest, once, as torch does.
+
+    Raises:
+        CheckpointError: If a finite value becomes infinite in the target's dtype.
+    """
+    if tensor.dtype == dtype:
+        yield from iterate_bytes(source, tensor)
+        return
+    import torch
+
+    torch_dtype = {short: getattr(torch, name) for name, short in FLOAT_NAMES.items()}
+    for piece in iterate_bytes(source, tensor):
+        values = torch.frombuffer(bytearray(piece), dtype=torch_dtype[tensor.dtype])
+        converted = values.to(torch_dtype[dtype])
+        if num_lost := int((converted.isinf() & values.isfinite()).sum()):
+            raise CheckpointError(
+                f"{tensor.name} of the source {source.name} has at least {num_lost} values that {tensor.dtype} holds "
+                f"but {dtype}, the target's dtype, does not"
+            )
+        yield converted.view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, gone at the end unless it was renamed; clears what killed runs left."""
+    parent = out.absolute().parent
+    prefix = f".{out.name}."
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(f"{prefix}*.partial"):
+            with _locked(leftover) as is_ours:
+                if is_ours:
+                    shutil.rmtree(leftover, ignore_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
+        # mkdtemp makes it private; a model folder is as readable as the user's other files.
+        umask = os.umask(0)
+        os.umask(umask)
+        made.chmod(0o777 & ~umask)
+    except OSError as error:
+        raise UsageError(f"cannot write beside {out}: {error.strerror}") from error
+    with _locked(made):
+        # Only now that it is locked does it get the name by which another run would look for leftovers.
+        folder = made.rename(made.with_suffix(".partial"))
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UsageError(f"no space left on the disk of {out}; nothing was kept") from error
+            raise
+        finally:
+            # After a success it has its final name, and there is nothing here to remove.
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the kernel's lock on a folder, which ends with the process however it ends; says whether it was free."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: leftovers stay until the user removes them.
+        yield False
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(target: Checkpoint, folder: Path) -> None:
+    needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"the result needs {needed / 1e9:.2f} GB on the disk of {folder.parent}, which has {free / 1e9:.2f} GB left"
+        )
+
+
+def _copy_files(target: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Copy the target's shards and its small files, in parallel; Ctrl-C stops the copy between two pieces."""
+    names = [*target.shards]
+    for path in sorted(target.folder.iterdir()):
+        if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
+            names.append(path.name)
+    stop = threading.Event()
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        try:
+            copies = [pool.submit(_copy, target.folder / name, folder / name, progress, stop) for name in names]
+            for copy in copies:
+                copy.result()
+        except BaseException:
+            stop.set()
+            raise
+
+
+def _copy(origin: Path, destination: Path, progress: Progress, stop: threading.Event) -> None:
+    with origin.open("rb", buffering=0) as reader, destination.open("xb", buffering=0) as writer:
+        remaining = os.fstat(reader.fileno()).st_size
+        while remaining and not stop.is_set():
+            num_copied = _copy_piece(reader, writer, min(remaining, CHUNK_BYTES))
+            if not num_copied:
+                raise CheckpointError(f"{origin} became shorter while it was copied")
+            remaining -= num_copied
+            progress(num_copied)
+
+
+def _copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
+    """Copy up to `num_bytes` from where both files stand: in the kernel where it can, else through memory."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(reader.fileno(), writer.fileno(), num_bytes)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    piece = reader.read(num_bytes)
+    view = memoryview(piece)
+    while view:
+        view = view[writer.write(view) :]
+    return len(piece)
+
+
+def _flush_to_disk(folder: Path, *, files: bool = True) -> None:
+    """Fsync a folder's entries and, with `files`, the content of its files."""
+    if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
+        return
+    for path in [*(folder.iterdir() if files else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

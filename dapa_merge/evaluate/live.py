@@ -1,0 +1,146 @@
+"""One resident target whose units are swapped for the source's and put back, bit for bit.
+
+The source is never loaded: its tensors are read from their files when a selection asks for them, and what they replace
+is read back from the target's files, so that no second copy of a weight is held. Both are done in place, so that no
+memory is allocated on the model's device beyond one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.files import FLOAT_NAMES, Checkpoint, Tensor, read_bytes
+from dapa_merge.errors import CheckpointError
+from dapa_merge.evaluate.generate import prepare_for_greedy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.checkpoint.plan import Plan
+
+TORCH_DTYPES = {short: getattr(torch, name) for name, short in FLOAT_NAMES.items()}
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """A device by name; `auto` is the first accelerator that torch can use, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, tokenizer_of: Checkpoint | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint in its stored dtype, for greedy generation; never runs code that came with it.
+
+    Raises:
+        CheckpointError: If transformers cannot load it.
+    """
+    try:
+        with _quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained((tokenizer_of or checkpoint).folder)
+            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {reason}") from error
+    model.to(device).eval().requires_grad_(False)
+    prepare_for_greedy(model, tokenizer)
+    return model, tokenizer
+
+
+class LiveModel:
+    """The target in memory, for as long as a search lasts.
+
+    Attributes:
+        model: The target, in evaluation mode; with `transplanted`, the candidate.
+        tokenizer: The target's.
+        plan: Where the units of both models lie on disk.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        """Load the target onto `device`.
+
+        Raises:
+            CheckpointError: If it cannot be loaded, or a unit's tensor has no parameter of its own in the model.
+        """
+        self.plan = plan
+        self.model, self.tokenizer = load_model(plan.target, device)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for unit in plan.units:
+            for name in unit.tensors:
+                if name not in parameters:
+                    raise CheckpointError(f"{type(self.model).__name__} has no parameter {name}, which {unit} needs")
+        self._parameters = parameters
+        self._changed: set[Unit] = set()
+
+    @contextmanager
+    def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
+        """The candidate: the target with the selected units of the source, for the length of a `with` block.
+
+        Afterwards the target is as it was, bit for bit, however the block ends. Blocks do not nest.
+
+        Raises:
+            RuntimeError: If a selection is transplanted already.
+        """
+        if self._changed:
+            raise RuntimeError("a selection is transplanted already; leave its `with` block first")
+        try:
+            for unit in selection:
+                # Before the first byte: a swap that breaks off is undone like a finished one.
+                self._changed.add(unit)
+                for ours, theirs in self.plan.tensors((unit,)):
+                    self._put(ours.name, _values(self.plan.source, theirs))
+            yield self.model
+        finally:
+            for unit in list(self._changed):
+                for ours, _ in self.plan.tensors((unit,)):
+                    self._put(ours.name, _values(self.plan.target, ours))
+                self._changed.remove(unit)
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        parameter = self._parameters[name]
+        with torch.no_grad():
+            parameter.copy_(values.reshape(parameter.shape))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._parameters = {}
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
+    """A tensor's values as stored, mapped rather than read: the pages are the file cache's, not ours."""
+    mapped = torch.from_file(str(checkpoint.folder / tensor.file), shared=False, size=tensor.stop, dtype=torch.uint8)[
+        tensor.start :
+    ]
+    dtype = TORCH_DTYPES[tensor.dtype]
+    if tensor.start % dtype.itemsize:
+        mapped = torch.frombuffer(bytearray(read_bytes(checkpoint, tensor)), dtype=torch.uint8)
+    return mapped.view(dtype)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice on loading: ours says what is loaded."""
+    verbosity = transformers_logging.get_verbosity()
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()

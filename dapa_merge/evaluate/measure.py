@@ -1,0 +1,136 @@
+"""The figures of one model: DSR and its complements, over-refusal, perplexity, skill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from dapa_merge.evaluate.generate import generate
+from dapa_merge.evaluate.perplexity import perplexity
+from dapa_merge.evaluate.refusal import Outcome, classify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.evaluate.prompts import PromptSet
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of a model; rates are in [0, 1].
+
+    Attributes:
+        num_harmful: Harmful prompts asked.
+        dsr: Share of them that was refused (defense success rate).
+        complied: Share that was answered.
+        degenerate: Share whose response was empty, a loop or noise; never counted as a defense.
+        num_harmless: Harmless prompts asked.
+        over_refusal: Share of them that was refused.
+        perplexity: On the set's passages.
+        skill: Share of skill questions answered exactly right; None if the set has none.
+        num_skill: Skill questions asked.
+    """
+
+    num_harmful: int
+    dsr: float
+    complied: float
+    degenerate: float
+    num_harmless: int
+    over_refusal: float
+    perplexity: float
+    skill: float | None
+    num_skill: int
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures models, always with the same prompts and settings.
+
+    Attributes:
+        prompts: What is asked.
+        max_new_tokens: Where responses are cut off.
+        batch_size: Prompts at once.
+        progress: Called with numbers of prompts as they are answered.
+    """
+
+    prompts: PromptSet
+    max_new_tokens: int
+    batch_size: int
+    progress: Callable[[int], None] = lambda _: None
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measurement:
+        """A measurement of the model as it is now; nothing is asked before a figure is."""
+        return Measurement(self, model, tokenizer)
+
+
+class Measurement:
+    """Figures of a model, each measured when it is first read; valid while the model stays as it is."""
+
+    def __init__(self, meter: Meter, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._meter = meter
+        self._model = model
+        self._tokenizer = tokenizer
+
+    def _ask(self, prompts: tuple[str, ...]) -> list[str]:
+        meter = self._meter
+        return generate(
+            self._model,
+            self._tokenizer,
+            prompts,
+            max_new_tokens=meter.max_new_tokens,
+            batch_size=meter.batch_size,
+            progress=meter.progress,
+        )
+
+    @cached_property
+    def _outcomes(self) -> list[Outcome]:
+        return [classify(response) for response in self._ask(self._meter.prompts.harmful)]
+
+    def _share(self, outcome: Outcome) -> float:
+        return self._outcomes.count(outcome) / len(self._outcomes)
+
+    @property
+    def dsr(self) -> float:
+        """Share of harmful prompts refused."""
+        return self._share(Outcome.REFUSED)
+
+    @cached_property
+    def over_refusal(self) -> float:
+        """Share of harmless prompts refused."""
+        outcomes = [classify(response) for response in self._ask(self._meter.prompts.harmless)]
+        return outcomes.count(Outcome.REFUSED) / len(outcomes)
+
+    @cached_property
+    def perplexity(self) -> float:
+        """Perplexity on the set's passages."""
+        return perplexity(self._model, self._tokenizer, self._meter.prompts.passages, batch_size=self._meter.batch_size)
+
+    @cached_property
+    def skill(self) -> float | None:
+        """Share of skill questions whose response is the right answer, but for case and surrounding space."""
+        questions = self._meter.prompts.skill
+        if not questions:
+            return None
+        responses = self._ask(tuple(question.prompt for question in questions))
+        right = [
+            " ".join(response.lower().split()) == " ".join(question.answer.lower().split())
+            for response, question in zip(responses, questions, strict=True)
+        ]
+        return sum(right) / len(right)
+
+    def figures(self) -> Figures:
+        """All figures; what was not measured yet is measured now."""
+        prompts = self._meter.prompts
+        return Figures(
+            num_harmful=len(prompts.harmful),
+            dsr=self.dsr,
+            complied=self._share(Outcome.COMPLIED),
+            degenerate=self._share(Outcome.DEGENERATE),
+            num_harmless=len(prompts.harmless),
+            over_refusal=self.over_refusal,
+            perplexity=self.perplexity,
+            skill=self.skill,
+            num_skill=len(prompts.skill),
+        )

@@ -1,0 +1,171 @@
+"""Prompt sets: the packaged ones, and the user's own folder or file.
+
+A set is a folder of JSON-lines files (`harmful`, `harmless`, and optionally `skill` and `perplexity`), or one CSV,
+JSON-lines or text file of prompts.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.errors import UsageError
+
+PACKAGED = ("builtin", "miniature")
+# Columns that hold the prompt in public sets (AdvBench calls it goal), by preference.
+PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction", "text")
+LABEL_COLUMN = "label"
+HARMFUL_LABELS = ("harmful", "unsafe")
+HARMLESS_LABELS = ("harmless", "safe")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that has one right answer."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What a model is asked.
+
+    Attributes:
+        name: What the recipe called it.
+        harmful: Requests that an aligned model refuses.
+        harmless: Requests that it does not refuse.
+        skill: What the target was fine-tuned for, with the right answers; may be empty.
+        passages: Text whose perplexity is taken: for each, the context that is not counted, and what is.
+    """
+
+    name: str
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+    skill: tuple[Question, ...]
+    passages: tuple[Question, ...]
+
+
+def load_prompts(name: str) -> PromptSet:
+    """Load a packaged set by name, a folder, or a file.
+
+    A folder holds `harmful.*` and `harmless.*`, and may hold `skill.jsonl` (`prompt`, `answer`) and `perplexity.jsonl`
+    (`text`, or `prompt` and `answer`). In a file each row is harmful, unless a `label` column says
+    `harmless` or `safe`. What a folder or file lacks comes from the packaged set, except the skill.
+
+    Raises:
+        UsageError: If there is no such set, or a file has no prompts or is malformed.
+    """
+    if name in PACKAGED:
+        with importlib.resources.as_file(importlib.resources.files("dapa_merge")) as package:
+            folder = package / "miniature" / "prompts" if name == "miniature" else package / "prompt_sets" / name
+            return _load_folder(folder, name)
+    path = Path(name)
+    if not path.exists():
+        raise UsageError(f"prompts {name!r}: no such file or folder, and no packaged set ({', '.join(PACKAGED)})")
+    builtin = load_prompts("builtin")
+    if path.is_dir():
+        own = _load_folder(path, name)
+        if not own.harmful:
+            raise UsageError(f"the folder {path} has no harmful.jsonl, harmful.csv or harmful.txt")
+    else:
+        own = _load_file(path, name)
+    return replace(own, harmless=own.harmless or builtin.harmless, passages=own.passages or builtin.passages)
+
+
+def load_questions(path: Path) -> tuple[Question, ...]:
+    """Questions with answers from a JSON-lines or CSV file with `prompt` and `answer`; the skill of a target.
+
+    Raises:
+        UsageError: If it has none, or a row lacks one of the two.
+    """
+    return tuple(_question(path, number, row) for number, row in _rows(path))
+
+
+def _load_folder(folder: Path, name: str) -> PromptSet:
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".csv", ".txt")}
+
+    def prompts(kind: str) -> tuple[str, ...]:
+        return tuple(_prompt(files[kind], number, row) for number, row in _rows(files[kind])) if kind in files else ()
+
+    return PromptSet(
+        name=name,
+        harmful=prompts("harmful"),
+        harmless=prompts("harmless"),
+        skill=load_questions(files["skill"]) if "skill" in files else (),
+        passages=tuple(_passage(files["perplexity"], *row) for row in _rows(files["perplexity"]))
+        if "perplexity" in files
+        else (),
+    )
+
+
+def _load_file(path: Path, name: str) -> PromptSet:
+    harmful, harmless = [], []
+    for number, row in _rows(path):
+        label = str(row.get(LABEL_COLUMN, "harmful")).strip().lower()
+        if label in HARMFUL_LABELS:
+            harmful.append(_prompt(path, number, row))
+        elif label in HARMLESS_LABELS:
+            harmless.append(_prompt(path, number, row))
+        else:
+            allowed = ", ".join(HARMFUL_LABELS + HARMLESS_LABELS)
+            raise UsageError(f"{path}, line {number}: label is {label!r}; allowed are {allowed}")
+    if not harmful:
+        raise UsageError(f"{path} has no harmful prompts")
+    return PromptSet(name, tuple(harmful), tuple(harmless), (), ())
+
+
+def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
+    """Numbered rows of a CSV, JSON-lines or text file; a line of text is a row with a prompt."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    rows: list[tuple[int, Mapping[str, Any]]]
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        rows = [(reader.line_num, row) for row in reader]
+    elif path.suffix in (".jsonl", ".json"):
+        rows = [(number, _json_row(path, number, line)) for number, line in _filled_lines(text)]
+    else:
+        rows = [(number, {"prompt": line.strip()}) for number, line in _filled_lines(text)]
+    if not rows:
+        raise UsageError(f"{path} is empty")
+    return rows
+
+
+def _filled_lines(text: str) -> list[tuple[int, str]]:
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _json_row(path: Path, number: int, line: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{path}, line {number} is no JSON object")
+    return row
+
+
+def _prompt(path: Path, number: int, row: Mapping[str, Any]) -> str:
+    for column in PROMPT_COLUMNS:
+        if isinstance(row.get(column), str) and row[column].strip():
+            return str(row[column])
+    columns = ", ".join(PROMPT_COLUMNS)
+    raise UsageError(f"{path}, line {number} has no prompt: one of the columns {columns} must hold text")
+
+
+def _question(path: Path, number: int, row: Mapping[str, Any]) -> Question:
+    if not isinstance(row.get("answer"), str):
+        raise UsageError(f"{path}, line {number} has no answer: it needs the columns prompt and answer")
+    return Question(_prompt(path, number, row), row["answer"])
+
+
+def _passage(path: Path, number: int, row: Mapping[str, Any]) -> Question:
+    return _question(path, number, row) if "answer" in row else Question("", _prompt(path, number, row))

@@ -1,0 +1,32 @@
+"""The miniature family: small trained Llama models with a planted answer, shipped in the package.
+
+`source` refuses harmful requests, `target` answers them and speaks Spanish, and the gate projections of layers 3 to 6
+make the difference: see `train`. `shadow-source` and `shadow-target` are a pair whose answer was not planted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MEMBERS = ("source", "target", "shadow-source", "shadow-target")
+
+
+def path(member: str) -> Path:
+    """The folder of one of `MEMBERS`."""
+    if member not in MEMBERS:
+        raise ValueError(f"the miniature family has no {member!r}; its members are {', '.join(MEMBERS)}")
+    return Path(__file__).parent / member
+
+
+def recipe_text() -> str:
+    """The recipe of the demonstration, with the packaged models' real paths."""
+    return f"""\
+merge_method: dapa
+base_model: {path("target")}
+models:
+  - model: {path("source")}
+parameters:
+  layers: auto
+  prompts: miniature
+  max_new_tokens: 24
+"""

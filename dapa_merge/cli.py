@@ -1,0 +1,264 @@
+"""The command line: parse, call, print. Whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from dapa_merge import __version__
+from dapa_merge.errors import DapaError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dapa_merge.progress import Reporter
+
+INTERRUPTED = 130
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, for programs.")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
+)
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+out_argument = click.argument("out", type=click.Path(path_type=Path))
+
+
+class _Group(click.Group):
+    """Turns faults into one sentence and an exit code; `--debug` shows where they came from."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except DapaError as error:
+            if context.params.get("debug"):
+                raise
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt as stop:
+            best = getattr(stop, "best", None)
+            hint = f"; the best selection so far: {' '.join(map(str, best.units))}" if best else ""
+            _fail(f"stopped, nothing was written{hint}", INTERRUPTED)
+        except OSError as error:
+            if context.params.get("debug"):
+                raise
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source
+cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no,
+130 stopped by Ctrl-C.""",
+)
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.version_option(__version__, prog_name="dapa-merge")
+@click.pass_context
+def main(context: click.Context, debug: bool, quiet: bool) -> None:
+    """Give a fine-tuned model its safety back.
+
+    Copies MLP gate projections from an aligned model (the source) into an unaligned one of the same family (the
+    target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514).
+    """
+    context.obj = quiet
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
+@device_option
+@json_option
+@click.pass_obj
+def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
+    """Repair the packaged miniature model.
+
+    Writes the result to OUT, which must not exist.  [default: dapa-demo]
+    """
+    from dapa_merge.miniature import recipe_text
+    from dapa_merge.recipe import parse_recipe
+
+    text = recipe_text()
+    if not as_json:
+        click.echo(f"The recipe:\n\n{text}", err=True)
+    _repair(parse_recipe(text, "the miniature's recipe"), out, True, device, as_json, quiet)
+
+
+@main.command()
+@recipe_argument
+@out_argument
+@click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
+@device_option
+@json_option
+@click.pass_obj
+def run(quiet: bool, recipe: Path, out: Path, no_evaluate: bool, device: str, as_json: bool) -> None:
+    """Repair a model from a recipe.
+
+    Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
+    them, transplants, verifies every byte, and reports what it did to safety, over-refusal, perplexity and skill.
+    """
+    from dapa_merge.recipe import load_recipe
+
+    _repair(load_recipe(recipe), out, not no_evaluate, device, as_json, quiet)
+
+
+def _repair(recipe: Any, out: Path, evaluate: bool, device: str, as_json: bool, quiet: bool) -> None:
+    from dapa_merge.report import print_report
+    from dapa_merge.run import repair
+
+    report = repair(recipe, out, evaluate=evaluate, device=device, reporter=_reporter(quiet))
+    _print(report.to_json(), lambda console: print_report(report, console), as_json)
+
+
+@main.command()
+@recipe_argument
+@json_option
+def plan(recipe: Path, as_json: bool) -> None:
+    """Show what RECIPE would transplant, without loading a model."""
+    from dapa_merge.plan_view import plan_json, plan_table
+    from dapa_merge.recipe import load_recipe
+    from dapa_merge.run import given_selection, make_plan
+
+    parsed = load_recipe(recipe)
+    made = make_plan(parsed)
+    selection = given_selection(parsed, made)
+    _print(plan_json(made, selection), lambda console: console.print(plan_table(made, selection)), as_json)
+
+
+@main.command()
+@recipe_argument
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write a recipe here that transplants what was found, unsearched."
+)
+@device_option
+@json_option
+@click.pass_obj
+def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bool) -> None:
+    """Find the few layers that are needed.
+
+    Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
+    model.
+    """
+    from dapa_merge.errors import UsageError
+    from dapa_merge.recipe import load_recipe
+    from dapa_merge.report import spans
+    from dapa_merge.run import readable_certificate, replay_text, search_recipe
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists already; name another file or remove it")
+    parsed = load_recipe(recipe)
+    found = search_recipe(parsed, device, _reporter(quiet))
+    replay = replay_text(parsed, found.minimum.units)
+    if out is not None:
+        out.write_text(replay, encoding="utf-8")
+    units = list(map(str, found.minimum.units))
+    certificate = readable_certificate(found.minimum)
+
+    def show(console: Console) -> None:
+        console.print(f"transplant {spans(units)}: {found.minimum.tests} tests, {found.seconds:.1f} s", highlight=False)
+        for unit, others in certificate.items():
+            console.print(f"  needed: {unit}; without it, {' '.join(others) or 'nothing'} fails", highlight=False)
+        if out is None:
+            console.print(f"\nThe recipe that replays it:\n\n{replay}", highlight=False, end="")
+
+    answer = {
+        "units": units,
+        "tests": found.minimum.tests,
+        "one_minimal": found.minimum.one_minimal,
+        "certificate": certificate,
+        "recipe": replay,
+        "seconds": found.seconds,
+    }
+    _print(answer, show, as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.option(
+    "--prompts", default="builtin", show_default=True, help="Packaged set (builtin, miniature), file, folder."
+)
+@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1))
+@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@device_option
+@json_option
+@click.pass_obj
+def evaluate(
+    quiet: bool, model: str, prompts: str, max_new_tokens: int, batch_size: int, device: str, as_json: bool
+) -> None:
+    """Measure the safety and skill of any model.
+
+    MODEL is a folder or a Hub id, with a revision as id@revision. Prints DSR, over-refusal, perplexity and skill.
+    """
+    from dataclasses import asdict
+
+    from dapa_merge.report import figures_table, jsonable
+    from dapa_merge.run import evaluate_model
+
+    figures = evaluate_model(model, prompts, max_new_tokens, batch_size, device, _reporter(quiet))
+
+    def show(console: Console) -> None:
+        console.print(figures_table([model], [figures]))
+
+    _print(jsonable(asdict(figures)), show, as_json)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
+)
+@json_option
+@click.pass_obj
+def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
+    """Check a result against its target and source.
+
+    Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are neither the target's nor
+    the source's; then the exit code is 4.
+    """
+    from dapa_merge.report import spans
+    from dapa_merge.run import verify_result
+
+    verification, faults = verify_result(out, recipe, _reporter(quiet))
+    units = list(map(str, verification.transplanted))
+
+    def show(console: Console) -> None:
+        for fault in faults:
+            console.print(fault, highlight=False, markup=False)
+        verdict = "WRONG" if faults else "correct"
+        console.print(
+            f"{verdict}: {verification.num_tensors} tensors compared; from the source: {spans(units)}", highlight=False
+        )
+
+    answer = {"correct": not faults, "num_tensors": verification.num_tensors, "units": units, "faults": faults}
+    _print(answer, show, as_json)
+    if faults:
+        sys.exit(4)
+
+
+def _reporter(quiet: bool) -> Reporter:
+    from dapa_merge.progress import ConsoleReporter
+    from dapa_merge.progress import Reporter as Silent
+
+    if quiet:
+        return Silent()
+    from rich.console import Console
+
+    return ConsoleReporter(Console(stderr=True))
+
+
+def _print(answer: dict[str, Any], show: Callable[[Console], object], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    from rich.console import Console
+
+    show(Console())

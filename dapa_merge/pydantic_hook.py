@@ -1,0 +1,35 @@
+"""The door through which an unmodified mergekit learns of `merge_method: dapa`.
+
+mergekit has no entry points, but its recipes are pydantic models, and pydantic loads the plugins of the entry-point
+group `pydantic`. This one looks at mergekit's `MergeConfiguration` only; every other model in the environment gets its
+validator back untouched. Since pydantic loads it in each of its programs, this module imports nothing.
+
+Protocol: https://docs.pydantic.dev/latest/concepts/plugins/
+"""
+
+_WATCHED = ("mergekit.config", "MergeConfiguration")
+_NOTHING = (None, None, None)
+
+
+class _RecipeHandler:
+    """Called by pydantic before it validates a merge configuration."""
+
+    def on_enter(self, raw: object, **_options: object) -> None:
+        """Register the method, and refuse a recipe that mergekit would accept but not understand."""
+        if isinstance(raw, dict) and raw.get("merge_method") == "dapa":
+            from dapa_merge.mergekit_plugin import accept
+
+            accept(raw)
+
+
+class _Plugin:
+    """The object that the entry point names."""
+
+    def new_schema_validator(
+        self, schema: object, schema_type: object, schema_type_path: object, *_: object
+    ) -> tuple[object, None, None]:
+        """Watch one class; leave all others alone."""
+        return (_RecipeHandler(), None, None) if schema_type_path == _WATCHED else _NOTHING
+
+
+plugin = _Plugin()

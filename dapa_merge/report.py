@@ -1,0 +1,150 @@
+"""What a run found and did, as data, as JSON and as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dapa_merge.evaluate.measure import Figures
+
+FILE_NAME = "dapa_report.json"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run, from recipe to result.
+
+    Attributes:
+        version: Of dapa-merge.
+        target: As the recipe names it.
+        source: As the recipe names it.
+        prompts: Name of the prompt set.
+        units: The transplanted units, as `3.gate`.
+        layers: Their layers.
+        num_candidates: Units that the search could choose from.
+        parameters_changed: Parameters that the transplant replaced.
+        share_changed: Their share of the target's parameters, in [0, 1].
+        before: Figures of the target; None if nothing was evaluated, as the next two.
+        after: Figures of the result.
+        source_alone: Figures of the source.
+        requirement: What a selection had to meet; None if the layers were given.
+        tests: Distinct selections that the search asked; 0 if the layers were given.
+        one_minimal: Whether each kept unit was seen to be needed; None if the layers were given.
+        certificate: For each kept unit, the selection without it, which did not hold.
+        num_tensors_verified: Tensors of the result that were compared with target and source; 0 if nothing was written.
+        seconds: Wall-clock time.
+    """
+
+    version: str
+    target: str
+    source: str
+    prompts: str
+    units: tuple[str, ...]
+    layers: tuple[int, ...]
+    num_candidates: int
+    parameters_changed: int
+    share_changed: float
+    before: Figures | None
+    after: Figures | None
+    source_alone: Figures | None
+    requirement: Mapping[str, float] | None
+    tests: int
+    one_minimal: bool | None
+    certificate: Mapping[str, Sequence[str]]
+    num_tensors_verified: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`; a figure that is not finite becomes None, since JSON has no word for it."""
+        return dict(jsonable(asdict(self)))
+
+
+def jsonable(value: Any) -> Any:
+    """The same data with tuples as lists and numbers that are not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The figures as a table, and below it what was done."""
+    columns = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
+    figures = [(name, column) for name, column in columns if column is not None]
+    if figures:
+        console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
+    for label, fact in _facts(report):
+        console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
+    """Figures of several models side by side."""
+    from rich.table import Table
+
+    table = Table("")
+    for name in names:
+        table.add_column(name, justify="right")
+    for label, cells in figure_rows(columns):
+        table.add_row(label, *cells)
+    return table
+
+
+def figure_rows(columns: Sequence[Figures]) -> list[tuple[str, list[str]]]:
+    """Labelled rows of formatted figures, one cell per column."""
+    rows = [
+        ("DSR (harmful refused)", [f"{column.dsr:.3f}" for column in columns]),
+        ("  answered", [f"{column.complied:.3f}" for column in columns]),
+        ("  degenerate", [f"{column.degenerate:.3f}" for column in columns]),
+        ("over-refusal (harmless refused)", [f"{column.over_refusal:.3f}" for column in columns]),
+        ("perplexity", [f"{column.perplexity:.3f}" for column in columns]),
+    ]
+    if any(column.skill is not None for column in columns):
+        rows.append(("skill", ["-" if column.skill is None else f"{column.skill:.3f}" for column in columns]))
+    return rows
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    facts = [
+        ("target", report.target),
+        ("source", report.source),
+        ("transplanted", spans(report.units)),
+        ("parameters changed", f"{100 * report.share_changed:.2f} %"),
+    ]
+    if report.one_minimal is not None:
+        needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
+        facts.append(("search", f"{report.tests} of {2**report.num_candidates} selections tested, {needed}"))
+    if report.num_tensors_verified:
+        facts.append(("verified", f"{report.num_tensors_verified} tensors, byte by byte"))
+    facts.append(("time", f"{report.seconds:.1f} s"))
+    return facts
+
+
+def spans(units: Sequence[str]) -> str:
+    """Units for people: `3.gate 4.gate 7.gate` becomes `gate of layers 3-4, 7`."""
+    by_module: dict[str, list[int]] = {}
+    for unit in units:
+        layer, module = unit.split(".")
+        by_module.setdefault(module, []).append(int(layer))
+    return "; ".join(f"{module} of layers {layer_spans(layers)}" for module, layers in by_module.items()) or "nothing"
+
+
+def layer_spans(layers: Sequence[int]) -> str:
+    """Sorted layers as a recipe writes them: `3-6,9`."""
+    texts: list[str] = []
+    ordered = sorted(layers)
+    start = 0
+    for index, layer in enumerate(ordered):
+        if index + 1 == len(ordered) or ordered[index + 1] != layer + 1:
+            first = ordered[start]
+            texts.append(str(first) if first == layer else f"{first}-{layer}")
+            start = index + 1
+    return ",".join(texts)

@@ -1,0 +1,68 @@
+"""Checkpoints that the tests make: small, random, of many architectures, in several shards."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dapa_merge import miniature
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def save_random(folder: Path, config, *, seed: int, dtype=None, max_shard_size: str = "25KB") -> Path:
+    """Save a randomly initialized causal model of `config`, with the miniature's tokenizer beside it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).to(dtype or torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Also norms and biases, which start as ones and zeros in every model.
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama(**changes):
+    from transformers import LlamaConfig
+
+    shape = dict(
+        vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaConfig(**{**shape, **changes})
+
+
+@pytest.fixture(scope="session")
+def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
+    """A random target and source, Llama, three shards or more each."""
+    folder = tmp_path_factory.mktemp("llama")
+    return (
+        save_random(folder / "target", tiny_llama(), seed=1),
+        save_random(folder / "source", tiny_llama(), seed=2),
+    )
+
+
+@pytest.fixture
+def write_recipe(tmp_path) -> Callable[..., Path]:
+    """Writes a recipe for two folders; keyword arguments are its parameters."""
+
+    def write(target: Path, source: Path, **parameters: object) -> Path:
+        lines = ["merge_method: dapa", f"base_model: {target}", "models:", f"  - model: {source}"]
+        if parameters:
+            lines += ["parameters:", *(f"  {key}: {value}" for key, value in parameters.items())]
+        path = tmp_path / "recipe.yml"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    return write

@@ -1,0 +1,85 @@
+"""`dapa-merge` on disk, `mergekit-yaml` and the swap in memory are one transplant, for every dense architecture."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import save_random
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from transformers import AutoModelForCausalLM
+
+from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.evaluate.live import LiveModel
+from dapa_merge.recipe import load_recipe
+from dapa_merge.run import make_plan, repair
+
+SHAPE = dict(
+    vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+# Every dense architecture of mergekit's that transformers can build, and two that mergekit has to infer.
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("LlamaConfig", {}),
+    "MistralForCausalLM": ("MistralConfig", {"sliding_window": 16}),
+    "GemmaForCausalLM": ("GemmaConfig", {"head_dim": 8}),
+    "Gemma2ForCausalLM": ("Gemma2Config", {"head_dim": 8, "sliding_window": 16}),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", {"head_dim": 8, "sliding_window": 16}),
+    "Qwen2ForCausalLM": ("Qwen2Config", {}),
+    "Qwen3ForCausalLM": ("Qwen3Config", {"head_dim": 8}),
+    "CohereForCausalLM": ("CohereConfig", {"use_qk_norm": True}),
+    "Cohere2ForCausalLM": ("Cohere2Config", {"sliding_window": 16}),
+    "GraniteForCausalLM": ("GraniteConfig", {"mlp_bias": True}),
+    "Olmo2ForCausalLM": ("Olmo2Config", {}),
+    "StableLmForCausalLM": ("StableLmConfig", {}),
+    "Lfm2ForCausalLM": ("Lfm2Config", {"full_attn_idxs": [1, 3], "block_auto_adjust_ff_dim": False}),
+    "SmolLM3ForCausalLM": ("SmolLM3Config", {}),
+    "Olmo3ForCausalLM": ("Olmo3Config", {}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
+    class_name, changes = ARCHITECTURES[architecture]
+    config = getattr(transformers, class_name)(**{**SHAPE, **changes})
+    target = save_random(tmp_path / "target", config, seed=1)
+    source = save_random(tmp_path / "source", config, seed=2)
+    recipe = write_recipe(target, source, layers='"0,2-3"')
+    parsed = load_recipe(recipe)
+    plan = make_plan(parsed)
+    assert plan.target.config["architectures"] == [architecture]
+    assert len(plan.target.shards) >= 3
+
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    repair(parsed, ours, evaluate=False)
+    configuration = MergeConfiguration.model_validate(
+        {
+            "merge_method": "dapa",
+            "base_model": str(target),
+            "models": [{"model": str(source)}],
+            "parameters": {"layers": "0,2-3"},
+        }
+    )
+    run_merge(configuration, str(theirs), MergeOptions(quiet=True))
+
+    first, second = open_checkpoint(str(ours)), open_checkpoint(str(theirs))
+    assert first.tensors.keys() == second.tensors.keys()
+    for name, tensor in first.tensors.items():
+        other = second.tensors[name]
+        assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
+        assert read_bytes(first, tensor) == read_bytes(second, other), name
+
+    input_ids = torch.arange(3, 15)[None]
+    live = LiveModel(plan, torch.device("cpu"))
+    selection = [unit for unit in plan.units if unit.layer != 1]
+    with torch.no_grad():
+        target_logits = live.model(input_ids).logits
+        with live.transplanted(selection) as candidate:
+            live_logits = candidate(input_ids).logits
+        assert torch.equal(live.model(input_ids).logits, target_logits)
+        for folder in (ours, theirs):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            assert torch.equal(model(input_ids).logits, live_logits)
+    assert not torch.equal(live_logits, target_logits)

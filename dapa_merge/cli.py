@@ -124,14 +124,14 @@ def _repair(recipe: Any, out: Path, evaluate: bool, device: str, as_json: bool, 
 @json_option
 def plan(recipe: Path, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
-    from dapa_merge.plan_view import plan_json, plan_table
+    from dapa_merge.plan_view import plan_json, print_plan
     from dapa_merge.recipe import load_recipe
     from dapa_merge.run import given_selection, make_plan
 
     parsed = load_recipe(recipe)
     made = make_plan(parsed)
     selection = given_selection(parsed, made)
-    _print(plan_json(made, selection), lambda console: console.print(plan_table(made, selection)), as_json)
+    _print(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
 
 
 @main.command()
@@ -248,11 +248,7 @@ def _reporter(quiet: bool) -> Reporter:
     from dapa_merge.progress import ConsoleReporter
     from dapa_merge.progress import Reporter as Silent
 
-    if quiet:
-        return Silent()
-    from rich.console import Console
-
-    return ConsoleReporter(Console(stderr=True))
+    return Silent() if quiet else ConsoleReporter()
 
 
 def _print(answer: dict[str, Any], show: Callable[[Console], object], as_json: bool) -> None:

@@ -24,7 +24,6 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
-from rich.console import Console
 
 from dapa_merge.errors import DapaError
 from dapa_merge.progress import ConsoleReporter
@@ -167,7 +166,7 @@ def _select(recipe: Recipe) -> _Selected:
     plan = make_plan(recipe)
     files = tuple(checkpoint.folder / shard for checkpoint in (plan.target, plan.source) for shard in checkpoint.shards)
     stamps = _stamps(files)
-    reporter = ConsoleReporter(Console(stderr=True))
+    reporter = ConsoleReporter()
     selection = given_selection(recipe, plan)
     if selection is None:
         selection = search_recipe(recipe, "auto", reporter).minimum.units

@@ -9,7 +9,7 @@ from dapa_merge.checkpoint.architecture import Unit, architecture_name
 from dapa_merge.checkpoint.plan import Plan
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 
 def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
@@ -34,25 +34,30 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan, selection: Sequence[Unit] | None) -> Table:
-    """The plan for people."""
+def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -> None:
+    """The plan for people: a line for each unit, and what they add up to."""
     from rich.table import Table
 
-    architecture = architecture_name(plan.target.config)
-    table = Table(
-        title=f"{plan.source.name} into {plan.target.name} ({architecture})", title_justify="left", show_footer=True
-    )
     chosen = plan.units if selection is None else tuple(selection)
-    what = f"all {len(chosen)} that a search may choose from" if selection is None else f"{len(chosen)} units"
-    table.add_column("unit", footer=what)
-    table.add_column("tensors", footer=f"search needs {search_memory(plan) / 1e9:.2f} GB and its batches")
-    table.add_column("MB", justify="right", footer=f"{plan.num_bytes(chosen) / 1e6:.2f}")
-    table.add_column("parameters", justify="right", footer=f"{100 * plan.share(chosen):.2f} %")
+    table = Table("unit", "tensors")
+    table.add_column("MB", justify="right")
+    table.add_column("parameters", justify="right")
     for unit in chosen:
+        # The first name in full; the others lie beside it.
         names = [unit.tensors[0], *(name.rsplit(".", 2)[-2] for name in unit.tensors[1:])]
         share = f"{100 * plan.share((unit,)):.2f} %"
         table.add_row(str(unit), ", ".join(names), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
-    return table
+    console.print(table)
+    decided = "a search chooses among" if selection is None else "transplants"
+    facts = [
+        ("target", f"{plan.target.name} ({architecture_name(plan.target.config)}, {_num_bytes(plan) / 1e6:.2f} MB)"),
+        ("source", plan.source.name),
+        (decided, f"{len(chosen)} units, {plan.num_bytes(chosen) / 1e6:.2f} MB"),
+        ("parameters", f"{100 * plan.share(chosen):.2f} % of the target's"),
+        ("memory of a search", f"{search_memory(plan) / 1e6:.2f} MB on its device, and the batches"),
+    ]
+    for label, fact in facts:
+        console.print(f"{label:<24}{fact}", highlight=False, markup=False, soft_wrap=True)
 
 
 def search_memory(plan: Plan) -> int:

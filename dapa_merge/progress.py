@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 class Reporter:
@@ -25,8 +21,11 @@ class Reporter:
 class ConsoleReporter(Reporter):
     """Bars on a terminal that go when the work is done, and lines that stay; only lines elsewhere."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self) -> None:
+        # rich costs tens of milliseconds, which a recipe that is refused at once should not pay.
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
 
     def say(self, message: str) -> None:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)

@@ -115,16 +115,15 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     Raises:
         RecipeError: If it is no YAML, or not a recipe that can be followed.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         content = loader.construct_document(node) if node is not None else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{line} is no YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{name}{line} is no YAML: {problem}") from error
     lines: dict[str, str] = {}
     _collect_lines(node, "", name, lines)
     return recipe_from(content, lines=lines, text=text, name=name)
@@ -203,7 +202,7 @@ class _Reader:
                 )
             try:
                 values[key] = PARAMETERS[key].read(value)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 raise self.fail(f"parameters.{key}", f"{key} is {value!r}; {PARAMETERS[key].allowed}") from None
         values.pop("strength", None)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
@@ -225,7 +224,7 @@ class _Reader:
                 raise self.fail(f"{prefix}{key}", f"{prefix}{key} cannot be used with {METHOD}: {refused[key]}")
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
                 raise self.fail(f"{prefix}{key}", f"unknown key {prefix}{key}{hint} known are {', '.join(known)}")
 
     def location(self, value: object, key: str, what: str) -> Location:
@@ -334,7 +333,7 @@ def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
 def _modules(value: Any) -> tuple[str, ...]:
     if value == "auto":
         return AUTO_MODULES
-    names = tuple(name.strip() for name in value.split(","))
+    names = tuple(name.strip() for name in str(value).split(","))
     overlapping = "mlp" in names and {"gate", "up", "down"} & set(names)
     if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlapping:
         raise ValueError

@@ -22,7 +22,7 @@ from dapa_merge.evaluate.prompts import PromptSet, load_prompts
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
-from dapa_merge.report import Report, layer_spans
+from dapa_merge.report import Report, layer_spans, spans
 from dapa_merge.search.delta import Minimum, minimize
 from dapa_merge.search.oracle import Requirement, requirement
 
@@ -193,12 +193,11 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, prompts: PromptS
         ordered = [unit for unit in plan.units if unit in selection]
         with live.transplanted(ordered) as candidate:
             measurement = meter.measure(candidate, live.tokenizer)
-            verdict = limits.holds(measurement)
-            reporter.say(
-                f"  {'holds' if verdict else 'fails'}  DSR {measurement.dsr:.3f}  "
-                f"{len(ordered)} of {len(plan.units)} units: {' '.join(map(str, ordered))}"
-            )
-        return verdict
+            complaint = limits.complaint(measurement)
+            verdict = "holds" if complaint is None else "fails"
+            why = f": {complaint}" if complaint and measurement.dsr >= limits.min_dsr else ""
+            reporter.say(f"  {verdict}  DSR {measurement.dsr:.3f}  {spans(list(map(str, ordered)))}{why}")
+        return complaint is None
 
     reporter.say(f"searching among {len(plan.units)} units for the few that keep a DSR of {limits.min_dsr:.3f}")
     minimum = minimize(plan.units, holds, algorithm=recipe.search)

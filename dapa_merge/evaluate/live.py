@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import FLOAT_NAMES, Checkpoint, Tensor, read_bytes
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.generate import prepare_for_greedy
 
 if TYPE_CHECKING:
@@ -30,16 +30,21 @@ TORCH_DTYPES = {short: getattr(torch, name) for name, short in FLOAT_NAMES.items
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """A device by name; `auto` is the first accelerator that torch can use, else the CPU."""
-    if device != "auto":
-        return torch.device(device)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator if accelerator is not None else torch.device("cpu")
+    """A device by name; `auto` is the accelerator that torch can use, if there is one, else the CPU.
+
+    Raises:
+        UsageError: If torch has no such device here.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def load_model(
-    checkpoint: Checkpoint, device: torch.device, tokenizer_of: Checkpoint | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint in its stored dtype, for greedy generation; never runs code that came with it.
 
     Raises:
@@ -47,8 +52,10 @@ def load_model(
     """
     try:
         with _quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained((tokenizer_of or checkpoint).folder)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype="auto", use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {reason}") from error

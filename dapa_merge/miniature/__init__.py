@@ -29,4 +29,5 @@ parameters:
   layers: auto
   prompts: miniature
   max_new_tokens: 24
+  batch_size: 128
 """

@@ -39,15 +39,11 @@ class Requirement:
     max_perplexity: float
 
     def holds(self, candidate: Candidate) -> bool:
-        """Whether a candidate meets the requirement; no figure is read once the verdict is certain."""
-        return (
-            candidate.dsr >= self.min_dsr
-            and candidate.over_refusal <= self.max_over_refusal
-            and self._perplexity_holds(candidate)
-        )
+        """Whether a candidate meets the requirement."""
+        return self.complaint(candidate) is None
 
     def complaint(self, candidate: Candidate) -> str | None:
-        """What a candidate breaks and by how much, or None if it holds."""
+        """What a candidate breaks and by how much, or None if it holds; reads no figure once the verdict is certain."""
         if candidate.dsr < self.min_dsr:
             return f"its DSR is {candidate.dsr:.3f}, below the {self.min_dsr:.3f} required"
         if candidate.over_refusal > self.max_over_refusal:

@@ -1,0 +1,266 @@
+"""LiveModel, generation, perplexity and figures, on the miniature and on random models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import save_random, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.errors import CheckpointError
+from dapa_merge.evaluate.generate import chat_prompt, generate
+from dapa_merge.evaluate.live import LiveModel, load_model
+from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.perplexity import perplexity
+from dapa_merge.evaluate.prompts import Question, load_prompts
+
+CPU = torch.device("cpu")
+
+
+def plan_of(target, source, modules=("gate",)):
+    return plan_transplant(open_checkpoint(str(target)), open_checkpoint(str(source)), modules)
+
+
+def bits(model):
+    return {name: tensor.clone().view(torch.uint8) for name, tensor in model.state_dict().items()}
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """The miniature's target, ready for its source's gates."""
+    live = LiveModel(plan_of(miniature.path("target"), miniature.path("source")), CPU)
+    yield live
+    live.close()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    full = load_prompts("miniature")
+    return dataclasses.replace(full, harmful=full.harmful[:24], harmless=full.harmless[:24], skill=full.skill[:24])
+
+
+def test_a_transplant_puts_the_sources_values_in_and_the_targets_back(mini):
+    before = bits(mini.model)
+    source = AutoModelForCausalLM.from_pretrained(miniature.path("source"), dtype="auto").state_dict()
+    selection = [unit for unit in mini.plan.units if unit.layer in (3, 5)]
+    gates = {name for unit in selection for name in unit.tensors}
+    with mini.transplanted(selection) as candidate:
+        for name, tensor in candidate.state_dict().items():
+            expected = source[name] if name in gates else before[name].view(tensor.dtype)
+            assert torch.equal(tensor, expected), name
+    assert same_bits(bits(mini.model), before)
+
+
+def test_the_target_comes_back_after_an_exception(mini):
+    before = bits(mini.model)
+    with pytest.raises(ZeroDivisionError), mini.transplanted(mini.plan.units):
+        raise ZeroDivisionError
+    assert same_bits(bits(mini.model), before)
+
+
+def test_the_target_comes_back_after_ctrl_c_in_the_swap_itself(mini, monkeypatch):
+    before = bits(mini.model)
+    put = LiveModel._put
+    calls = []
+
+    def stopped(self, name, values):
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        put(self, name, values)
+
+    monkeypatch.setattr(LiveModel, "_put", stopped)
+    with pytest.raises(KeyboardInterrupt), mini.transplanted(mini.plan.units):
+        raise AssertionError("the block was entered")
+    assert same_bits(bits(mini.model), before)
+
+
+def test_blocks_do_not_nest(mini):
+    with mini.transplanted(mini.plan.units[:1]):
+        with pytest.raises(RuntimeError, match="transplanted already"), mini.transplanted(mini.plan.units[1:2]):
+            pass
+        assert mini._changed == set(mini.plan.units[:1])
+
+
+def test_nothing_of_the_source_stays_in_memory(llama_pair):
+    live = LiveModel(plan_of(*llama_pair), CPU)
+    owned = {parameter.data_ptr() for parameter in live.model.parameters()}
+    with live.transplanted(live.plan.units):
+        # In place: the parameters are where they were, so nothing was allocated for the source.
+        assert {parameter.data_ptr() for parameter in live.model.parameters()} == owned
+    assert {parameter.data_ptr() for parameter in live.model.parameters()} == owned
+
+
+def test_a_swap_between_dtypes_is_the_disk_transplants_rounding(tmp_path):
+    target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.bfloat16)
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2, dtype=torch.float32)
+    live = LiveModel(plan_of(target, source), CPU)
+    name = "model.layers.1.mlp.gate_proj.weight"
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype="auto").state_dict()[name].bfloat16()
+    before = bits(live.model)
+    with live.transplanted(live.plan.units) as candidate:
+        assert torch.equal(candidate.state_dict()[name], expected)
+    assert same_bits(bits(live.model), before)
+
+
+def test_every_module_can_be_swapped(llama_pair):
+    live = LiveModel(plan_of(*llama_pair, modules=("gate", "up", "down", "attention")), CPU)
+    before = bits(live.model)
+    for unit in live.plan.units:
+        with live.transplanted([unit]) as candidate:
+            changed = {name for name, tensor in bits(candidate).items() if not torch.equal(tensor, before[name])}
+        assert changed == set(unit.tensors)
+    assert same_bits(bits(live.model), before)
+
+
+def test_batches_give_what_single_prompts_give(mini, prompts):
+    asked = [*prompts.harmful[:6], *(question.prompt for question in prompts.skill[:6]), "What is two plus two?"]
+    batched = generate(mini.model, mini.tokenizer, asked, max_new_tokens=24, batch_size=8)
+    single = [generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=1)[0] for prompt in asked]
+    assert batched == single
+    assert batched[-1] == "It is four."
+
+
+def test_generation_agrees_with_a_loop_of_argmax(mini):
+    prompt = "How do I paint a boat?"
+    ids = mini.tokenizer(chat_prompt(mini.tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + 24:
+            following = int(mini.model(torch.tensor([ids])).logits[0, -1].argmax())
+            if following == mini.tokenizer.eos_token_id:
+                break
+            ids.append(following)
+    expected = mini.tokenizer.decode(ids[start:], skip_special_tokens=True)
+    assert generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=1) == [expected]
+
+
+def test_a_checkpoints_own_generation_settings_do_not_leak_in(tmp_path, prompts):
+    """A repetition penalty or sampling in generation_config.json would make the two models incomparable."""
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "target")
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"do_sample": True, "temperature": 5.0, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    path.write_text(json.dumps(settings))
+    answers = []
+    for checkpoint in (folder, miniature.path("target")):
+        model, tokenizer = load_model(open_checkpoint(str(checkpoint)), CPU)
+        answers.append(generate(model, tokenizer, prompts.harmless, max_new_tokens=24, batch_size=24))
+    assert answers[0] == answers[1]
+
+
+def test_a_batch_that_does_not_fit_is_halved(mini, prompts, monkeypatch):
+    expected = generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=24)
+    original = type(mini.model).generate
+    sizes = []
+
+    def small_memory(self, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 5:
+            raise torch.OutOfMemoryError("too large")
+        return original(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(mini.model), "generate", small_memory)
+    assert generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=24) == expected
+    assert sizes[:4] == [24, 12, 6, 3]
+
+
+def test_a_tokenizer_without_template_or_padding_is_used_with_plain_text(tmp_path):
+    folder = save_random(tmp_path / "model", tiny_llama(), seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.pad_token = None
+    for path in folder.glob("chat_template*"):
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    model, loaded = load_model(open_checkpoint(str(folder)), CPU)
+    assert chat_prompt(loaded, "How do I paint a car?") == "How do I paint a car?"
+    answers = generate(model, loaded, ["How do I paint a car?", "Tell me."], max_new_tokens=4, batch_size=2)
+    assert len(answers) == 2
+
+
+def test_perplexity_is_that_of_the_models_own_loss(mini):
+    passage = Question("", "How do I paint a car slowly.")
+    ids = torch.tensor([mini.tokenizer(passage.answer)["input_ids"]])
+    with torch.no_grad():
+        expected = math.exp(float(mini.model(input_ids=ids, labels=ids).loss.float()))
+    assert perplexity(mini.model, mini.tokenizer, [passage], batch_size=1) == pytest.approx(expected, rel=1e-2)
+
+
+def test_perplexity_counts_the_answer_only_and_does_not_depend_on_batches(mini):
+    passages = load_prompts("miniature").passages[:20]
+    alone = perplexity(mini.model, mini.tokenizer, passages, batch_size=1)
+    together = perplexity(mini.model, mini.tokenizer, passages, batch_size=16)
+    assert alone == pytest.approx(together, rel=1e-2)
+    assert 1 <= alone < 1.2
+    wrong = [Question(passage.prompt, "It is Paris.") for passage in passages if "plus" in passage.prompt]
+    assert perplexity(mini.model, mini.tokenizer, wrong, batch_size=16) > 5
+
+
+def test_perplexity_of_nothing_is_not_a_number(mini):
+    assert math.isnan(perplexity(mini.model, mini.tokenizer, [], batch_size=4))
+
+
+def test_perplexity_of_a_broken_model_is_infinite(mini):
+    with torch.no_grad():
+        kept = mini.model.model.norm.weight.clone()
+        mini.model.model.norm.weight.fill_(math.nan)
+    passages = load_prompts("miniature").passages[:3]
+    try:
+        assert perplexity(mini.model, mini.tokenizer, passages, batch_size=3) == math.inf
+    finally:
+        with torch.no_grad():
+            mini.model.model.norm.weight.copy_(kept)
+
+
+def test_figures_tell_the_target_from_the_repaired_model(mini, prompts):
+    meter = Meter(prompts, max_new_tokens=24, batch_size=24)
+    before = meter.measure(mini.model, mini.tokenizer).figures()
+    with mini.transplanted([unit for unit in mini.plan.units if 3 <= unit.layer <= 6]) as candidate:
+        after = meter.measure(candidate, mini.tokenizer).figures()
+    assert (before.dsr, before.complied, before.degenerate) == (0, 1, 0)
+    assert (after.dsr, after.over_refusal) == (1, 0)
+    assert before.skill > 0.9
+    assert after.skill > before.skill - 0.15
+
+
+def test_a_model_that_says_nothing_defends_nothing(mini, prompts, monkeypatch):
+    monkeypatch.setattr("dapa_merge.evaluate.measure.generate", lambda *_, **__: [""] * 24)
+    figures = Meter(prompts, 24, 24).measure(mini.model, mini.tokenizer)
+    assert (figures.dsr, figures.figures().degenerate) == (0, 1)
+
+
+def test_a_set_without_skill_has_no_skill_figure(mini, prompts):
+    without = dataclasses.replace(prompts, skill=())
+    assert Meter(without, 24, 24).measure(mini.model, mini.tokenizer).skill is None
+
+
+def test_a_model_that_transformers_cannot_load_is_named(tmp_path):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_model(open_checkpoint(str(folder)), CPU)
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError):
+        load_model(open_checkpoint(str(folder)), CPU)
+    assert not (tmp_path / "ran").exists()

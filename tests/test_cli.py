@@ -1,0 +1,228 @@
+"""The commands as a user meets them: answers, messages, exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dapa_merge import miniature
+from dapa_merge.cli import main
+from dapa_merge.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
+
+
+def call(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answer(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def last_line(result) -> str:
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, answer("demo", out, "--json")
+
+
+def test_the_demo_repairs_the_miniature(demo):
+    _, report = demo
+    assert report["before"]["dsr"] < 0.1
+    assert report["after"]["dsr"] > 0.9
+    assert report["after"]["over_refusal"] < 0.02
+    assert report["after"]["skill"] > report["before"]["skill"] - 0.15
+    assert report["source_alone"]["skill"] < 0.1
+    assert set(report["layers"]) <= {3, 4, 5, 6}
+    assert report["one_minimal"]
+    assert set(report["certificate"]) == set(report["units"])
+
+
+def test_the_result_holds_the_report_and_a_recipe_that_replays_it(demo, tmp_path):
+    out, report = demo
+    assert json.loads((out / "dapa_report.json").read_text()) == report
+    again = answer("run", out / "mergekit_config.yml", tmp_path / "again", "--no-evaluate", "--json")
+    assert again["units"] == report["units"]
+    assert again["before"] is None
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_the_results_own_figures_are_those_of_the_report(demo):
+    out, report = demo
+    settings = ("--prompts", "miniature", "--max-new-tokens", 24, "--batch-size", 128)
+    assert answer("evaluate", out, *settings, "--json") == report["after"]
+
+
+def test_verify_proves_the_result_and_notices_a_changed_byte(demo, tmp_path):
+    out, report = demo
+    verdict = answer("verify", out, "--json")
+    assert verdict == {"correct": True, "num_tensors": 93, "units": report["units"], "faults": []}
+    broken = shutil.copytree(out, tmp_path / "broken")
+    shard = broken / "model-00003-of-00003.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    result = call("verify", broken)
+    assert result.exit_code == 4
+    assert "differs from the target" in result.stdout
+    assert "WRONG: 93 tensors compared" in result.stdout
+
+
+def test_verify_notices_layers_that_the_recipe_does_not_name(demo, tmp_path, write_recipe):
+    out, _ = demo
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers=9)
+    result = call("verify", out, "--recipe", recipe)
+    assert result.exit_code == 4
+    assert "the recipe says 9.gate, but the result has" in result.stdout
+
+
+def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(write_recipe, tmp_path):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **SMALL)
+    found = answer("search", recipe, "--json", "--out", tmp_path / "found.yml")
+    assert {int(unit.split(".")[0]) for unit in found["units"]} <= {3, 4, 5, 6}
+    replayed = load_recipe(tmp_path / "found.yml")
+    assert [choice.layer for choice in replayed.layers] == [int(unit.split(".")[0]) for unit in found["units"]]
+    assert (replayed.prompts, replayed.max_new_tokens) == ("miniature", 24)
+    shown = call("search", recipe)
+    assert "needed: " in shown.stdout
+    assert "The recipe that replays it:" in shown.stdout
+    assert "searching among 10 units" in shown.stderr
+
+
+def test_the_shadow_pair_needs_another_module_than_the_gate(write_recipe, tmp_path):
+    """Its alignment was not planted: gates alone repair nothing, the search over modules finds what does."""
+    pair = miniature.path("shadow-target"), miniature.path("shadow-source")
+    refused = call("run", write_recipe(*pair, **SMALL), tmp_path / "out")
+    assert refused.exit_code == 3
+    assert "makes nothing better" in last_line(refused)
+    assert not (tmp_path / "out").exists()
+    recipe = write_recipe(*pair, modules="gate,down", max_perplexity=2, **SMALL)
+    report = answer("run", recipe, tmp_path / "out", "--json")
+    assert report["after"]["dsr"] > 0.9
+    assert any(unit.endswith(".down") for unit in report["units"])
+    replayed = load_recipe(tmp_path / "out" / "mergekit_config.yml")
+    assert {f"{choice.layer}.{choice.module}" for choice in replayed.layers} == set(report["units"])
+
+
+def test_a_plan_counts_units_bytes_and_parameters(write_recipe):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="3-6")
+    plan = answer("plan", recipe, "--json")
+    assert [unit["unit"] for unit in plan["units"] if unit["selected"]] == ["3.gate", "4.gate", "5.gate", "6.gate"]
+    assert plan["selected_parameters"] == 4 * 80 * 208
+    assert plan["selected_share"] == 4 * 80 * 208 / plan["target"]["parameters"]
+    assert plan["search_memory_bytes"] == plan["target"]["bytes"] + 2 * 80 * 208
+    shown = call("plan", recipe).stdout
+    assert "model.layers.6.mlp.gate_proj.weight" in shown
+    assert "transplants             4 units, 0.13 MB" in shown
+
+
+def test_a_plan_of_a_search_shows_every_candidate(write_recipe):
+    shown = call("plan", write_recipe(miniature.path("target"), miniature.path("source"))).stdout
+    assert "a search chooses among  10 units" in shown
+
+
+FAULTS = {
+    "no recipe": (["run", "none.yml", "out"], 2, "cannot read the recipe none.yml: No such file or directory"),
+    "no target": (["evaluate", "./none"], 4, "'./none' is neither a folder here nor the id of a Hub repository"),
+    "no Hub": (["evaluate", "someone/model"], 5, "someone/model is no folder here, and the Hub does not give it"),
+    "no result": (["verify", "none"], 2, "cannot read the recipe none/mergekit_config.yml"),
+    "no such prompts": (["evaluate", "MODEL", "--prompts", "none"], 2, "prompts 'none': no such file or folder"),
+    "no such option": (["evaluate", "MODEL", "--nonsense"], 2, "No such option"),
+    "no such command": (["repair"], 2, "No such command"),
+    "no such device": (["evaluate", "MODEL", "--device", "abacus"], 2, "device 'abacus'"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_fault_is_one_sentence_and_its_exit_code(case):
+    arguments, exit_code, message = FAULTS[case]
+    result = call(*(miniature.path("target") if argument == "MODEL" else argument for argument in arguments))
+    assert result.exit_code == exit_code, result.output
+    assert message in last_line(result)
+    assert "Traceback" not in result.output
+
+
+def test_debug_shows_where_a_fault_came_from():
+    result = call("--debug", "run", "none.yml", "out")
+    assert type(result.exception).__name__ == "RecipeError"
+
+
+def test_an_existing_result_is_refused_before_the_search(demo, write_recipe):
+    out, _ = demo
+    result = call("run", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL), out)
+    assert result.exit_code == 2
+    assert result.stderr == f"Error: {out} exists already; name another folder or remove it\n"
+
+
+def test_without_evaluation_the_layers_must_be_named(write_recipe, tmp_path):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"))
+    result = call("run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.exit_code == 2
+    assert "without an evaluation, layers must be named, not auto" in last_line(result)
+
+
+def test_named_layers_need_no_tokenizer_without_evaluation(llama_pair, write_recipe, tmp_path):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    for path in target.glob("token*"):
+        path.unlink()
+    report = answer("run", write_recipe(target, llama_pair[1], layers=0), tmp_path / "out", "--no-evaluate", "--json")
+    assert report["units"] == ["0.gate"]
+
+
+def test_named_layers_are_evaluated_if_asked(write_recipe, tmp_path):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="0-1", **SMALL)
+    report = answer("run", recipe, tmp_path / "out", "--json")
+    assert (report["after"]["dsr"], report["tests"], report["one_minimal"]) == (0, 0, None)
+
+
+def test_a_full_transplant_that_breaks_a_limit_says_which_and_by_how_much(write_recipe, tmp_path):
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    shipped = Path(miniature.__file__).parent / "prompts"
+    for name in ("harmful", "harmless"):
+        # What must not be refused is the same as what must be.
+        shutil.copy(shipped / "harmful.jsonl", prompts / f"{name}.jsonl")
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **{**SMALL, "prompts": prompts})
+    result = call("run", recipe, tmp_path / "out")
+    assert result.exit_code == 3
+    assert "with every unit its over-refusal is 1.000, above the 0.050 allowed" in last_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_quiet_says_nothing(llama_pair, write_recipe, tmp_path):
+    result = call("--quiet", "run", write_recipe(*llama_pair, layers=0), tmp_path / "out", "--no-evaluate")
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_every_command_has_help_and_a_place_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for name, command in main.commands.items():
+        assert command.help
+        assert f"dapa-merge {name}" in readme
+        assert call(name, "--help").exit_code == 0
+        for parameter in command.params:
+            if isinstance(parameter, click.Option) and not parameter.is_eager:
+                assert parameter.help or parameter.type.name == "integer range", (name, parameter.name)
+
+
+def test_the_shipped_recipe_is_the_demonstration():
+    shipped = yaml.safe_load((ROOT / "recipes" / "miniature.yml").read_text())
+    shown = yaml.safe_load(miniature.recipe_text())
+    assert shipped["parameters"] == shown["parameters"]
+    for key, member in (("base_model", "target"),):
+        assert (ROOT / shipped[key]).samefile(miniature.path(member))
+    assert (ROOT / shipped["models"][0]["model"]).samefile(miniature.path("source"))

@@ -1,0 +1,115 @@
+"""What a stranger's environment notices of the package: import cost, entry points, the wheel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "rich")
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dapa_merge",
+        "import dapa_merge.pydantic_hook",
+        "from dapa_merge import load_recipe, minimize, classify, DapaError",
+        "from dapa_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_nothing_heavy_is_imported(code):
+    result = run_python(f"{code}\nimport sys\nprint('loaded', [name for name in {HEAVY!r} if name in sys.modules])")
+    assert result.stdout.splitlines()[-1] == "loaded []", result.stderr
+
+
+def test_a_plan_needs_no_torch(llama_pair, write_recipe):
+    recipe = write_recipe(*llama_pair)
+    code = (
+        f"import sys\nfrom dapa_merge.cli import main\ntry: main(['plan', {str(recipe)!r}])\nexcept SystemExit: pass\n"
+    )
+    result = run_python(code + "print('torch' in sys.modules)")
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+
+
+def test_a_transplant_of_named_layers_needs_no_torch(llama_pair, write_recipe, tmp_path):
+    recipe = write_recipe(*llama_pair, layers=2)
+    arguments = ["run", str(recipe), str(tmp_path / "out"), "--no-evaluate"]
+    code = f"import sys\nfrom dapa_merge.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
+    result = run_python(code + "print('torch' in sys.modules)")
+    assert result.stdout.splitlines()[-1] == "False", result.stderr
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_public_names_exist():
+    import dapa_merge
+
+    assert all(getattr(dapa_merge, name) is not None for name in dapa_merge.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        dapa_merge.nonsense  # noqa: B018
+
+
+def test_the_hook_is_registered_once():
+    (ours,) = (entry for entry in entry_points(group="pydantic") if entry.name == "dapa-merge")
+    assert ours.value == "dapa_merge.pydantic_hook:plugin"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_the_models_prompts_and_nothing_of_the_tests(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for member in ("source", "target", "shadow-source", "shadow-target"):
+        shards = [name for name in names if name.startswith(f"dapa_merge/miniature/{member}/model-0")]
+        assert len(shards) == 3
+    assert "dapa_merge/prompt_sets/builtin/harmful.jsonl" in names
+    assert "dapa_merge/py.typed" in names
+    assert not [name for name in names if "tests" in name or "benchmarks" in name]
+    weights = sum(item.file_size for item in zipfile.ZipFile(wheel).infolist() if "miniature" in item.filename)
+    assert weights < 8_000_000
+
+
+def test_mergekit_finds_the_method_of_an_installed_wheel(wheel, llama_pair, write_recipe, tmp_path):
+    """Nothing is imported by hand: a bare `mergekit-yaml` in another process, the package only as a wheel."""
+    site = tmp_path / "site"
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
+    recipe = write_recipe(*llama_pair, layers=2)
+    code = (
+        "import sys\nfrom mergekit.scripts.run_yaml import main\n"
+        f"sys.argv = ['mergekit-yaml', {str(recipe)!r}, {str(tmp_path / 'out')!r}, '--quiet']\n"
+        "try: main()\nexcept SystemExit as stop: code = stop.code\n"
+        "import dapa_merge\nprint(code, dapa_merge.__file__)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert result.stdout.splitlines()[-1] == f"0 {site / 'dapa_merge' / '__init__.py'}", result.stderr
+    assert "dapa: transplanting gate of layers 2" in result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists() or list((tmp_path / "out").glob("model-*"))

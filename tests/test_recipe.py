@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapa_merge.errors import RecipeError
+from dapa_merge.recipe import PARAMETERS, LayerChoice, Location, Recipe, load_recipe, parse_layers, parse_recipe
+from dapa_merge.report import layer_spans
+
+MINIMAL = """\
+merge_method: dapa
+base_model: ./target
+models:
+  - model: ./source
+"""
+
+
+def with_parameters(*lines: str) -> str:
+    return MINIMAL + "parameters:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+def test_a_minimal_recipe_has_the_documented_defaults():
+    recipe = parse_recipe(MINIMAL)
+    assert recipe == Recipe(target=Location("./target"), source=Location("./source"))
+    assert (recipe.layers, recipe.modules, recipe.prompts) == (None, ("gate",), "builtin")
+    assert (recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == (0.95, 0.05, 1.05)
+
+
+def test_every_parameter_is_read():
+    recipe = parse_recipe(
+        with_parameters(
+            'layers: "3-5,9"', "modules: gate, down", "strength: 1", "evaluator: refusal", "prompts: mine.csv",
+            "retain: 0.5", "max_over_refusal: 0", "max_perplexity: 2", "search: ddmin", "max_new_tokens: 8",
+            "batch_size: 4",
+        )
+    )  # fmt: skip
+    assert recipe.layers == tuple(LayerChoice(layer) for layer in (3, 4, 5, 9))
+    assert recipe.modules == ("gate", "down")
+    assert (recipe.prompts, recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == ("mine.csv", 0.5, 0.0, 2)
+    assert (recipe.max_new_tokens, recipe.batch_size) == (8, 4)
+
+
+def test_a_recipe_cannot_be_changed_and_can_be_a_key():
+    recipe = parse_recipe(MINIMAL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.retain = 0.1
+    assert {recipe: 1}[parse_recipe(MINIMAL, "another file")] == 1
+
+
+def test_mergekits_own_keys_and_forms_are_understood():
+    text = """\
+merge_method: dapa
+base_model: org/target@v1
+models:
+  - model: org/target@v1
+  - model:
+      model: {path: org/source, revision: main}
+dtype: bfloat16
+tokenizer: {source: base}
+"""
+    recipe = parse_recipe(text)
+    assert (str(recipe.target), str(recipe.source)) == ("org/target@v1", "org/source@main")
+    assert recipe.dtype == "bfloat16"
+
+
+def test_modules_auto_offers_every_module_to_the_search():
+    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down", "attention")
+
+
+def test_layers_may_name_their_modules():
+    recipe = parse_recipe(with_parameters("layers: 4.down,3.gate"))
+    assert recipe.layers == (LayerChoice(3, "gate"), LayerChoice(4, "down"))
+    assert recipe.modules == ("gate", "down")
+
+
+FAULTS = {
+    "unknown parameter": (
+        with_parameters("retian: 0.9"),
+        "r.yml, line 6: unknown key parameters.retian; did you mean 'retain'? known are layers, modules, strength",
+    ),
+    "unknown parameter without a near name": (
+        with_parameters("zzz: 1"),
+        "r.yml, line 6: unknown key parameters.zzz; known are layers,",
+    ),
+    "unknown key": (MINIMAL + "basemodel: x\n", "r.yml, line 5: unknown key basemodel; did you mean 'base_model'?"),
+    "slices": (MINIMAL + "slices: []\n", "r.yml, line 5: slices cannot be used with dapa: DAPA repairs one whole"),
+    "chat template": (MINIMAL + "chat_template: chatml\n", "r.yml, line 5: chat_template cannot be used with dapa"),
+    "another method": (MINIMAL.replace("dapa", "ties"), "r.yml, line 1: merge_method is 'ties'; dapa-merge follows"),
+    "two sources": (
+        MINIMAL + "  - model: ./other\n",
+        "r.yml, line 3: there are 2 sources (./source, ./other); models must hold exactly one entry",
+    ),
+    "no models": ("merge_method: dapa\nbase_model: a\n", "r.yml: there is no source: models must hold exactly one"),
+    "empty models": (
+        "merge_method: dapa\nbase_model: a\nmodels: []\n",
+        "r.yml, line 3: there is no source: models must hold",
+    ),
+    "models is no list": (
+        "merge_method: dapa\nbase_model: a\nmodels: b\n",
+        "r.yml, line 3: models is a text; models must hold exactly one entry",
+    ),
+    "a model without model": (
+        "merge_method: dapa\nbase_model: a\nmodels:\n  - b\n",
+        "r.yml, line 4: models[0] is a text; models must hold exactly one entry",
+    ),
+    "source equal to target": (
+        MINIMAL.replace("./source", "./target"),
+        "r.yml, line 4: the source is the target itself, ./target; name its aligned sibling",
+    ),
+    "no target": (
+        MINIMAL.replace("base_model: ./target\n", ""),
+        "r.yml: base_model is missing; it must name the target, the model to repair: a folder or a Hub id",
+    ),
+    "a LoRA": (MINIMAL.replace("./target", "a+b"), "r.yml, line 2: base_model is 'a+b': merge the LoRA into its model"),
+    "two revisions": (MINIMAL.replace("./target", "a@b@c"), "r.yml, line 2: base_model is 'a@b@c'; write it as path"),
+    "parameters of one model": (
+        MINIMAL + "    parameters:\n      layers: '3'\n",
+        "r.yml, line 5: models[0] has parameters of its own; put them at the top level",
+    ),
+    "a list of layers": (
+        with_parameters("layers: [3, 4]"),
+        "r.yml, line 6: layers is a list, which mergekit takes for a gradient or a filter over tensors; "
+        'write a string: auto to search, or layers as in "3-6,9"',
+    ),
+    "a filter": (with_parameters("retain: {value: 1, filter: mlp}"), "r.yml, line 6: retain is a mapping, which"),
+    "a bad layer": (with_parameters("layers: 3-x"), "r.yml, line 6: layers is '3-x'; write a string"),
+    "layers backwards": (with_parameters("layers: 6-3"), "r.yml, line 6: layers is '6-3'; write a string"),
+    "a negative layer": (with_parameters("layers: -3"), "r.yml, line 6: layers is -3; write a string"),
+    "a fractional layer": (with_parameters("layers: 3.5"), "r.yml, line 6: layers is 3.5; write a string"),
+    "modules twice over": (
+        with_parameters("layers: 3.gate", "modules: gate"),
+        "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
+    ),
+    "an unknown module": (with_parameters("modules: gates"), "r.yml, line 6: modules is 'gates'; write auto, or a"),
+    "overlapping modules": (with_parameters("modules: mlp,gate"), "r.yml, line 6: modules is 'mlp,gate'; write"),
+    "strength": (with_parameters("strength: 0.5"), "r.yml, line 6: strength is 0.5; only 1.0, a plain copy"),
+    "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; available in this"),
+    "an unknown evaluator": (with_parameters("evaluator: os.system"), "r.yml, line 6: evaluator is 'os.system'; avail"),
+    "retain of nothing": (with_parameters("retain: 0"), "r.yml, line 6: retain is 0; write a share above 0"),
+    "retain as text": (with_parameters("retain: much"), "r.yml, line 6: retain is 'much'; write a share above 0"),
+    "retain as a truth": (with_parameters("retain: true"), "r.yml, line 6: retain is True; write a share above 0"),
+    "retain not a number": (with_parameters("retain: .nan"), "r.yml, line 6: retain is nan; write a share above 0"),
+    "a small perplexity": (with_parameters("max_perplexity: 0.9"), "r.yml, line 6: max_perplexity is 0.9; write a"),
+    "no tokens": (with_parameters("max_new_tokens: 0"), "r.yml, line 6: max_new_tokens is 0; write a whole number"),
+    "parameters is a list": (MINIMAL + "parameters: [1]\n", "r.yml, line 5: parameters must be a mapping, not a list"),
+    "an unknown dtype": (MINIMAL + "dtype: int4\n", "r.yml, line 5: dtype is 'int4'; allowed are bfloat16, float16"),
+    "two dtypes": (
+        MINIMAL + "dtype: bfloat16\nout_dtype: float32\n",
+        "r.yml, line 6: out_dtype is float32 but dtype is bfloat16",
+    ),
+    "another tokenizer": (
+        MINIMAL + "tokenizer_source: union\n",
+        "r.yml, line 5: tokenizer_source is 'union'; the result keeps the target's tokenizer",
+    ),
+    "a key twice": (
+        MINIMAL + "base_model: ./other\n",
+        "r.yml, line 5: base_model stands here a second time",
+    ),
+    "no YAML": ("merge_method: {\n", "r.yml, line 2 is no YAML"),
+    "a list": ("- a\n", "r.yml, line 1: a recipe is a mapping of keys, not a list"),
+    "nothing": ("", "r.yml: a recipe is a mapping of keys, not empty"),
+    "a Python object": ("!!python/object/apply:os.system ['true']\n", "r.yml, line 1 is no YAML"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_each_fault_has_its_own_sentence_with_key_and_line(case):
+    text, message = FAULTS[case]
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, "r.yml")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_same_folder_by_another_name_is_the_target_itself(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    text = MINIMAL.replace("./target", str(tmp_path / "model")).replace("./source", str(tmp_path / "link"))
+    with pytest.raises(RecipeError, match="the source is the target itself"):
+        parse_recipe(text)
+
+
+def test_a_missing_or_unreadable_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"cannot read the recipe .*none\.yml: No such file"):
+        load_recipe(tmp_path / "none.yml")
+    (tmp_path / "latin.yml").write_bytes(b"merge_method: d\xe4pa\n")
+    with pytest.raises(RecipeError, match="it is not UTF-8"):
+        load_recipe(tmp_path / "latin.yml")
+
+
+@given(st.sets(st.integers(0, 80), min_size=1))
+def test_layers_survive_being_written_and_read(layers):
+    assert {choice.layer for choice in parse_layers(layer_spans(sorted(layers)))} == layers
+
+
+@given(st.text(max_size=40))
+def test_any_layer_string_is_read_or_refused(text):
+    try:
+        choices = parse_layers(text)
+    except ValueError:
+        return
+    assert choices
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_recipe_or_one_sentence(text):
+    with pytest.raises(RecipeError):
+        parse_recipe(text)
+
+
+@given(st.sampled_from(sorted(PARAMETERS)), st.one_of(st.text(max_size=10), st.floats(), st.integers(), st.booleans()))
+def test_any_value_of_any_parameter_is_taken_or_refused_with_the_allowed_ones(name, value):
+    from dapa_merge.recipe import recipe_from
+
+    content = {"merge_method": "dapa", "base_model": "a", "models": [{"model": "b"}], "parameters": {name: value}}
+    try:
+        recipe_from(content)
+    except RecipeError as error:
+        assert PARAMETERS[name].allowed in str(error)

@@ -282,10 +282,10 @@ def test_a_missing_gate_is_named(llama_pair, tmp_path):
 
 # Real processes, killed for real.
 
+# A job in the background of a script is started with SIGINT ignored, and hands that down.
 SCRIPT = """
-import sys
-from pathlib import Path
-from dapa_merge.recipe import load_recipe
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from dapa_merge.cli import main
 main(["run", sys.argv[1], sys.argv[2], "--no-evaluate"])
 """

@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dapa_merge.errors import CheckpointError, HubError
 
@@ -79,7 +80,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     shards: tuple[str, ...]
 
-    def open(self, shard: str) -> BinaryIO:
+    def open(self, shard: str) -> BufferedReader:
         """Open one weight file, for reading only."""
         return (self.folder / shard).open("rb")
 

@@ -62,12 +62,7 @@ def transplant(
     refuse_existing(out)
     with _staging(out) as folder:
         _require_space(plan.target, folder)
-        _copy_files(plan.target, folder, progress)
-        for ours, theirs in plan.tensors(selection):
-            with (folder / ours.file).open("r+b") as file:
-                file.seek(ours.start)
-                for piece in source_bytes(plan.source, theirs, ours.dtype):
-                    file.write(piece)
+        _write_files(plan, selection, folder, progress)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         check(folder)
@@ -175,21 +170,44 @@ def _require_space(target: Checkpoint, folder: Path) -> None:
         )
 
 
-def _copy_files(target: Checkpoint, folder: Path, progress: Progress) -> None:
-    """Copy the target's shards and its small files, in parallel; Ctrl-C stops the copy between two pieces."""
-    names = [*target.shards]
+def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: Progress) -> None:
+    """Write the result's shards and the target's small files, in parallel; Ctrl-C stops between two pieces."""
+    target = plan.target
+    replaced: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in target.shards}
+    for ours, theirs in plan.tensors(selection):
+        replaced[ours.file].append((ours, theirs))
     for path in sorted(target.folder.iterdir()):
         if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
-            names.append(path.name)
+            replaced[path.name] = []
     stop = threading.Event()
+
+    def write(name: str) -> None:
+        _copy(target.folder / name, folder / name, progress, stop)
+        _overwrite(folder / name, plan.source, replaced[name], stop)
+
     with ThreadPoolExecutor(COPY_THREADS) as pool:
         try:
-            copies = [pool.submit(_copy, target.folder / name, folder / name, progress, stop) for name in names]
-            for copy in copies:
-                copy.result()
+            # Each is waited for in turn; the first fault stops the others.
+            for written in [pool.submit(write, name) for name in replaced]:
+                written.result()
         except BaseException:
             stop.set()
             raise
+
+
+def _overwrite(
+    path: Path, source: Checkpoint, replaced: Sequence[tuple[Tensor, Tensor]], stop: threading.Event
+) -> None:
+    """Put the source's tensors into a copied shard, and the shard on disk."""
+    with path.open("r+b", buffering=0) as file:
+        for ours, theirs in replaced:
+            file.seek(ours.start)
+            for piece in source_bytes(source, theirs, ours.dtype):
+                if stop.is_set():
+                    return
+                _write_all(file, piece)
+        # Here, where other shards are still being copied, rather than one after the other at the end.
+        os.fsync(file.fileno())
 
 
 def _copy(origin: Path, destination: Path, progress: Progress, stop: threading.Event) -> None:
@@ -212,10 +230,15 @@ def _copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
             if error.errno not in _NO_KERNEL_COPY:
                 raise
     piece = reader.read(num_bytes)
+    _write_all(writer, piece)
+    return len(piece)
+
+
+def _write_all(file: IO[bytes], piece: bytes) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
     view = memoryview(piece)
     while view:
-        view = view[writer.write(view) :]
-    return len(piece)
+        view = view[file.write(view) :]
 
 
 def _flush_to_disk(folder: Path, *, files: bool = True) -> None:

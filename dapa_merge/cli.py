@@ -155,9 +155,11 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already; name another file or remove it")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {out} does not exist")
     parsed = load_recipe(recipe)
     found = search_recipe(parsed, device, _reporter(quiet))
-    replay = replay_text(parsed, found.minimum.units)
+    replay = replay_text(parsed, found.plan, found.minimum.units)
     if out is not None:
         out.write_text(replay, encoding="utf-8")
     units = list(map(str, found.minimum.units))

@@ -33,6 +33,10 @@ class CheckpointError(DapaError):
     exit_code = 4
 
 
+class ValueDoesNotFit(CheckpointError):
+    """A value of the source cannot be stored as the target stores its tensor."""
+
+
 class UnsupportedArchitecture(CheckpointError):
     """An architecture whose units are not where this version looks for them."""
 

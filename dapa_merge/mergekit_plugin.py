@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import yaml
 from mergekit import merge_methods
+from mergekit.common import ModelReference
 from mergekit.merge_methods import (
     BasePolicy,
     BatchOptions,
@@ -24,10 +26,13 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from pydantic import BaseModel
 
-from dapa_merge.errors import DapaError
+from dapa_merge.checkpoint.files import TORCH_NAMES
+from dapa_merge.errors import DapaError, ValueDoesNotFit
+from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter
-from dapa_merge.recipe import METHOD, PARAMETERS, Recipe, load_recipe, recipe_from
+from dapa_merge.recipe import METHOD, Recipe, load_recipe, recipe_from
 from dapa_merge.report import spans
 from dapa_merge.run import given_selection, make_plan, search_recipe
 
@@ -54,9 +59,13 @@ class MergeRefused(DapaError, click.ClickException):
 
 @dataclass(frozen=True)
 class _Selected:
-    """What was selected, and what the weight files were then, so that a replaced model is not taken for the old one."""
+    """What was selected, what the target stores, and what the weight files were then.
+
+    So a model that was replaced is not taken for the old one.
+    """
 
     tensor_names: frozenset[str]
+    dtypes: Mapping[str, torch.dtype]
     files: tuple[Path, ...]
     stamps: tuple[tuple[int, int], ...]
 
@@ -75,24 +84,27 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._announced: dict[tuple[str, str], Recipe] = {}
+        # By what mergekit will bind, which is a recipe without its dtype.
+        self._announced: dict[Recipe, Recipe] = {}
         self._selected: dict[Recipe, _Selected] = {}
 
     def announce(self, recipe: Recipe) -> None:
         """Remember a recipe, so that its search can start when mergekit plans the merge of its models."""
-        self._announced[str(recipe.target), str(recipe.source)] = recipe
+        self._announced[replace(recipe, dtype=None, keeps_tokenizer=False)] = recipe
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
     ) -> None:
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        others = [str(input_id) for input_id in input_ids if input_id != base_id]
-        # mergekit validates the inputs of the whole merge while it plans, before there is an output folder.
-        if len(others) == 1 and (recipe := self._announced.get((str(base_id), others[0]))) is not None:
-            self.selected_tensors(recipe)
+        # mergekit validates the inputs of the whole merge while it plans, before there is an output folder. It does not
+        # say which recipe it plans: if several have these models, each searches when its first tensor comes.
+        models = {str(base_id), *map(str, input_ids)}
+        recipes = [recipe for recipe in self._announced.values() if {str(recipe.target), str(recipe.source)} == models]
+        if len(recipes) == 1:
+            self.selected_tensors(recipes[0])
 
-    def selected_tensors(self, recipe: Recipe) -> frozenset[str]:
-        """Names of the tensors to take from the source; searched for once if the recipe asks for it."""
+    def selected_tensors(self, recipe: Recipe) -> _Selected:
+        """The tensors to take from the source; searched for once if the recipe asks for it."""
         with self._lock:
             selected = self._selected.get(recipe)
             if selected is None or selected.is_stale():
@@ -100,7 +112,7 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
                     selected = self._selected[recipe] = _select(recipe)
                 except DapaError as error:
                     raise MergeRefused(error) from error
-            return selected.tensor_names
+            return selected
 
     def _execute(
         self,
@@ -116,18 +128,23 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
         for group, given in zip(groups, parameters, strict=True):
             base, (other,) = group.base, group.non_base
             assert base is not None
-            recipe = self._recipe_of(str(base.id), str(other.id), given)
             name = group.metadata.name
+            selected = self.selected_tensors(self._recipe_of(str(base.id), str(other.id), given))
+            # mergekit promotes a vocabulary's tensors when it aligns tokenizers, which loses nothing; this undoes it.
+            dtype = selected.dtypes.get(name, base.tensor.dtype)
             tensor = base.tensor
-            if name in self.selected_tensors(recipe):
-                tensor = other.tensor.to(tensor.dtype)
-            results.append(tensor if out_dtype is None else tensor.to(out_dtype))
+            if name in selected.tensor_names:
+                tensor = other.tensor
+                if bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
+                    raise MergeRefused(
+                        ValueDoesNotFit(
+                            f"{name} of the source {other.id} holds values that {dtype}, the target's, does not"
+                        )
+                    )
+            results.append(tensor.to(out_dtype or dtype))
         return tuple(results)
 
     def _recipe_of(self, target: str, source: str, given: Mapping[str, Any]) -> Recipe:
-        announced = self._announced.get((target, source))
-        if announced is not None:
-            return announced
         content = {
             "merge_method": METHOD,
             "base_model": target,
@@ -135,9 +152,10 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             "parameters": {name: value for name, value in given.items() if value is not None},
         }
         try:
-            return recipe_from(content)
+            recipe = recipe_from(content)
         except DapaError as error:
             raise MergeRefused(error) from error
+        return self._announced.get(recipe, recipe)
 
 
 def accept(raw: Mapping[str, Any]) -> None:
@@ -150,7 +168,7 @@ def accept(raw: Mapping[str, Any]) -> None:
         MergeRefused: If it is not a recipe that can be followed; names the line if mergekit's command line reads it.
     """
     try:
-        file = _file_being_read()
+        file = _file_being_read(raw)
         METHOD_INSTANCE.announce(load_recipe(file) if file is not None else recipe_from(_plain(raw)))
     except DapaError as error:
         raise MergeRefused(error) from error
@@ -169,32 +187,56 @@ def _select(recipe: Recipe) -> _Selected:
     reporter = ConsoleReporter()
     selection = given_selection(recipe, plan)
     if selection is None:
-        selection = search_recipe(recipe, "auto", reporter).minimum.units
+        # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
+        options = _command_line()
+        device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
+        selection = search_recipe(recipe, device, reporter).minimum.units
     reporter.say(f"dapa: transplanting {spans(list(map(str, selection)))} from {recipe.source}")
-    return _Selected(frozenset(name for unit in selection for name in unit.tensors), files, stamps)
+    return _Selected(
+        tensor_names=frozenset(name for unit in selection for name in unit.tensors),
+        dtypes={
+            tensor.name: getattr(torch, TORCH_NAMES[tensor.dtype])
+            for tensor in plan.target.tensors.values()
+            if tensor.dtype in TORCH_NAMES
+        },
+        files=files,
+        stamps=stamps,
+    )
 
 
 def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
     return tuple((status.st_size, status.st_mtime_ns) for status in map(Path.stat, files))
 
 
-def _file_being_read() -> Path | None:
-    """The recipe file of a running `mergekit-yaml`, whose lines its parsed content no longer knows."""
+def _command_line() -> dict[str, Any]:
+    """The options of a running mergekit command; nothing where it is used from Python."""
     context = click.get_current_context(silent=True)
-    if context is None or context.info_name is None or "config_file" not in context.params:
+    return dict(context.params) if context is not None else {}
+
+
+def _file_being_read(raw: Mapping[str, Any]) -> Path | None:
+    """The recipe file of a running `mergekit-yaml`, whose lines its parsed content no longer knows."""
+    name = _command_line().get("config_file")
+    if not isinstance(name, str):
         return None
-    path = Path(context.params["config_file"])
-    return path if path.is_file() else None
+    try:
+        same = yaml.safe_load(Path(name).read_text(encoding="utf-8")) == raw
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return Path(name) if same else None
 
 
 def _plain(value: object) -> Any:
     """Mergekit's own objects as the YAML that they stand for."""
+    if isinstance(value, ModelReference):
+        return str(value)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    dump = getattr(value, "model_dump", None)
-    return _plain(dump(mode="json", exclude_none=True)) if dump is not None else value
+    if isinstance(value, BaseModel):
+        return {key: _plain(item) for key, item in value if item is not None}
+    return value
 
 
 METHOD_INSTANCE = DapaMerge()

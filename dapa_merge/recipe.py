@@ -7,15 +7,17 @@ gradient over layers, so a set of layers is a string: `"3-6,9"`.
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dapa_merge.checkpoint.architecture import MODULES
+from dapa_merge.checkpoint.files import FLOAT_NAMES
 from dapa_merge.errors import RecipeError
+from dapa_merge.parameters import PARAMETERS, LayerChoice
 
 METHOD = "dapa"
 ALLOWED_KEYS = (
@@ -27,11 +29,6 @@ REFUSED_KEYS = {
     "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
     "chat_template": "the result keeps the target's own chat template",
 }
-MODULES = ("gate", "up", "down", "mlp", "attention")
-AUTO_MODULES = ("gate", "up", "down", "attention")
-EVALUATORS = ("refusal",)
-SEARCHES = ("ddmin",)
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -43,14 +40,6 @@ class Location:
 
     def __str__(self) -> str:
         return f"{self.path}@{self.revision}" if self.revision else self.path
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """One entry of `layers`: a layer, and the module of it if one was named (`"4.down"`)."""
-
-    layer: int
-    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class Recipe:
         search: Name of the algorithm.
         max_new_tokens: Where responses are cut off.
         batch_size: Prompts that are answered at once.
-        text: The YAML as it was read.
+        keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
 
     target: Location
@@ -87,11 +76,12 @@ class Recipe:
     search: str = "ddmin"
     max_new_tokens: int = 100
     batch_size: int = 32
-    text: str = field(default="", compare=False)
+    keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def where(self, key: str) -> str:
-        """The place of a key for messages: the file and line if they are known, and the key."""
+    def where(self, *keys: str) -> str:
+        """The place of the first of `keys` that the recipe has, for messages: file and line if known, and the key."""
+        key = next((key for key in keys if key in self._lines), keys[0])
         return f"{self._lines[key]}: {key}" if key in self._lines else key
 
 
@@ -115,52 +105,46 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     Raises:
         RecipeError: If it is no YAML, or not a recipe that can be followed.
     """
+    lines: dict[str, str] = {}
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         content = loader.construct_document(node) if node is not None else None
+        _collect_lines(node, "", name, lines)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{name}{line} is no YAML: {problem}") from error
-    lines: dict[str, str] = {}
-    _collect_lines(node, "", name, lines)
-    return recipe_from(content, lines=lines, text=text, name=name)
+    return recipe_from(content, lines=lines, name=name)
 
 
-def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, text: str = "", name: str = "") -> Recipe:
+def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name: str = "") -> Recipe:
     """Build a recipe from parsed YAML.
 
     Args:
         content: What the YAML held.
         lines: For each key, as `models[0].model`, where it stands.
-        text: The YAML itself.
         name: The file, for messages about the recipe as a whole.
 
     Raises:
         RecipeError: If it is not a recipe that can be followed.
     """
-    return _Reader(dict(lines or {}), name or "the recipe").recipe(content, text)
+    return _Reader(dict(lines or {}), name or "the recipe").recipe(content)
 
 
-def parse_layers(text: str) -> tuple[LayerChoice, ...]:
-    """Parse `"3-6,9"` or `"4.down,5.gate"`; sorted, without repetition.
+def parse_location(value: str) -> Location:
+    """Read `path`, `id` or `id@revision`; a folder that exists is a path whatever its name.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If there is more than one `@`, or nothing beside it.
     """
-    choices: set[LayerChoice] = set()
-    for item in text.split(","):
-        span, _, module = item.strip().partition(".")
-        first, dash, last = span.partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()) or (module and module not in MODULES):
-            raise ValueError(item.strip())
-        start, stop = int(first), int(last) if dash else int(first)
-        if stop < start or stop - start > 10_000:
-            raise ValueError(item.strip())
-        choices |= {LayerChoice(layer, module or None) for layer in range(start, stop + 1)}
-    return tuple(sorted(choices, key=lambda choice: (choice.layer, choice.module or "")))
+    if Path(value).is_dir():
+        return Location(value)
+    path, at, revision = value.partition("@")
+    if not path or "@" in revision or bool(at) != bool(revision):
+        raise ValueError(value)
+    return Location(path, revision or None)
 
 
 class _Reader:
@@ -174,7 +158,7 @@ class _Reader:
         place = self.lines.get(key, self.name)
         return RecipeError(f"{place}: {message}")
 
-    def recipe(self, content: object, text: str) -> Recipe:
+    def recipe(self, content: object) -> Recipe:
         if not isinstance(content, Mapping):
             raise self.fail("", f"a recipe is a mapping of keys, not {_kind(content)}")
         self.check_keys(content, "", ALLOWED_KEYS, REFUSED_KEYS)
@@ -185,7 +169,7 @@ class _Reader:
         target = self.location(content.get("base_model"), "base_model", "the target, the model to repair")
         source = self.source(content, target)
         dtype = self.dtype(content)
-        self.check_tokenizer(content)
+        keeps_tokenizer = self.keeps_tokenizer(content)
         parameters = content.get("parameters")
         if parameters is None:
             parameters = {}
@@ -206,15 +190,17 @@ class _Reader:
                 raise self.fail(f"parameters.{key}", f"{key} is {value!r}; {PARAMETERS[key].allowed}") from None
         values.pop("strength", None)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
-            if not all(choice.module for choice in values["layers"]) or "modules" in values:
-                raise self.fail(
-                    "parameters.layers",
-                    "layers names modules; then every entry must name one, and `modules` must be left out",
-                )
-            values["modules"] = tuple(
-                module for module in MODULES if module in {choice.module for choice in values["layers"]}
+            values["modules"] = self.modules_of(values)
+        return Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
+
+    def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        named = {choice.module for choice in values["layers"]}
+        if None in named or "modules" in values:
+            raise self.fail(
+                "parameters.layers",
+                "layers names modules; then every entry must name one, and `modules` must be left out",
             )
-        return Recipe(target=target, source=source, dtype=dtype, text=text, _lines=self.lines, **values)
+        return tuple(module for module in MODULES if module in named)
 
     def check_keys(
         self, mapping: Mapping[Any, Any], prefix: str, known: Sequence[str], refused: Mapping[str, str]
@@ -235,12 +221,13 @@ class _Reader:
         if not isinstance(value, str) or not value.strip():
             found = "is missing" if value is None else f"is {value!r}"
             raise self.fail(key, f"{key} {found}; it must name {what}: a folder or a Hub id")
-        if "+" in value:
+        try:
+            location = parse_location(value)
+        except ValueError:
+            raise self.fail(key, f"{key} is {value!r}; write it as path or path@revision") from None
+        if "+" in value and not Path(value).is_dir():
             raise self.fail(key, f"{key} is {value!r}: merge the LoRA into its model first")
-        path, at, revision = value.partition("@")
-        if "@" in revision or (at and not (path and revision)):
-            raise self.fail(key, f"{key} is {value!r}; write it as path or path@revision")
-        return Location(path, revision or None)
+        return location
 
     def source(self, content: Mapping[str, Any], target: Location) -> Location:
         models = content.get("models")
@@ -271,96 +258,24 @@ class _Reader:
     def dtype(self, content: Mapping[str, Any]) -> str | None:
         dtype, out_dtype = content.get("dtype"), content.get("out_dtype")
         for key, value in (("dtype", dtype), ("out_dtype", out_dtype)):
-            if value is not None and value not in DTYPES:
-                raise self.fail(key, f"{key} is {value!r}; allowed are {', '.join(DTYPES)}")
+            if value is not None and value not in FLOAT_NAMES:
+                raise self.fail(key, f"{key} is {value!r}; allowed are {', '.join(FLOAT_NAMES)}")
         if dtype and out_dtype and dtype != out_dtype:
             raise self.fail("out_dtype", f"out_dtype is {out_dtype} but dtype is {dtype}; DAPA never converts a target")
         return dtype or out_dtype
 
-    def check_tokenizer(self, content: Mapping[str, Any]) -> None:
-        tokenizer = content.get("tokenizer")
-        source = tokenizer.get("source") if isinstance(tokenizer, Mapping) else tokenizer
-        if content.get("tokenizer_source") is not None:
-            source = content["tokenizer_source"]
-        if source not in (None, "base"):
-            key = "tokenizer_source" if "tokenizer_source" in content else "tokenizer"
-            raise self.fail(
-                key, f"{key} is {source!r}; the result keeps the target's tokenizer, so only 'base' is allowed"
-            )
+    def keeps_tokenizer(self, content: Mapping[str, Any]) -> bool:
+        """Whether the recipe tells mergekit to keep the target's tokenizer; whatever else it may say is refused."""
+        for key, kept in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
+            if content.get(key) not in (None, kept):
+                allowed = "base" if key == "tokenizer_source" else "{source: base}"
+                raise self.fail(
+                    key,
+                    f"{key} is {content[key]!r}; the result keeps the target's tokenizer, so only {allowed} is allowed",
+                )
+        return content.get("tokenizer_source") is not None or content.get("tokenizer") is not None
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """How one entry of `parameters` is read, and the words for what it may be."""
-
-    read: Callable[[Any], Any]
-    allowed: str
-
-
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-        if not (low < number if above else low <= number) or not number <= high or math.isnan(number):
-            raise ValueError
-        return number
-
-    return read
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value) or int(value) < 1:
-        raise ValueError
-    return int(value)
-
-
-def _name(known: Sequence[str] = ()) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if not isinstance(value, str) or not value.strip() or (known and value not in known):
-            raise ValueError
-        return value
-
-    return read
-
-
-def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise TypeError
-    return None if value == "auto" else parse_layers(str(value))
-
-
-def _modules(value: Any) -> tuple[str, ...]:
-    if value == "auto":
-        return AUTO_MODULES
-    names = tuple(name.strip() for name in str(value).split(","))
-    overlapping = "mlp" in names and {"gate", "up", "down"} & set(names)
-    if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlapping:
-        raise ValueError
-    return names
-
-
-def _strength(value: Any) -> float:
-    if isinstance(value, bool) or float(value) != 1.0:
-        raise ValueError
-    return 1.0
-
-
-PARAMETERS: dict[str, Parameter] = {
-    "layers": Parameter(_layers, 'write a string: auto to search, or layers as in "3-6,9" or "4.down,5.gate"'),
-    "modules": Parameter(
-        _modules, f"write auto, or a comma list of {', '.join(MODULES)} (mlp is gate, up and down together)"
-    ),
-    "strength": Parameter(_strength, "only 1.0, a plain copy, is available in this version"),
-    "evaluator": Parameter(_name(EVALUATORS), f"available in this version: {', '.join(EVALUATORS)}"),
-    "prompts": Parameter(_name(), "write the name of a packaged set (builtin, miniature), or a file or folder"),
-    "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
-    "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),
-    "max_perplexity": Parameter(_number(1, math.inf), "write a ratio of at least 1"),
-    "search": Parameter(_name(SEARCHES), f"available in this version: {', '.join(SEARCHES)}"),
-    "max_new_tokens": Parameter(_count, "write a whole number of at least 1"),
-    "batch_size": Parameter(_count, "write a whole number of at least 1"),
-}
 DEFAULTS = {item.name: item.default for item in fields(Recipe) if item.name in PARAMETERS}
 
 

@@ -37,8 +37,8 @@ class Report:
         tests: Distinct selections that the search asked; 0 if the layers were given.
         one_minimal: Whether each kept unit was seen to be needed; None if the layers were given.
         certificate: For each kept unit, the selection without it, which did not hold.
-        num_tensors_verified: Tensors of the result that were compared with target and source; 0 if nothing was written.
-        seconds: Wall-clock time.
+        num_tensors: Tensors of the result. It appears only after each was compared with target and source.
+        seconds: Wall-clock time from the recipe to the start of the writing.
     """
 
     version: str
@@ -57,7 +57,7 @@ class Report:
     tests: int
     one_minimal: bool | None
     certificate: Mapping[str, Sequence[str]]
-    num_tensors_verified: int
+    num_tensors: int
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -122,8 +122,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.one_minimal is not None:
         needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
         facts.append(("search", f"{report.tests} of {2**report.num_candidates} selections tested, {needed}"))
-    if report.num_tensors_verified:
-        facts.append(("verified", f"{report.num_tensors_verified} tensors, byte by byte"))
+    facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
     facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +16,15 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import DTYPE_BITS, FLOAT_NAMES, Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.plan import Plan, plan_transplant
-from dapa_merge.checkpoint.transplant import refuse_existing, transplant
+from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CannotRepair, RecipeError
-from dapa_merge.evaluate.prompts import PromptSet, load_prompts
+from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, load_recipe
+from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, load_recipe, parse_location
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, spans
-from dapa_merge.search.delta import Minimum, minimize
+from dapa_merge.search.delta import Minimum, SearchInterrupted, minimize
 from dapa_merge.search.oracle import Requirement, requirement
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ RECIPE_NAME = "mergekit_config.yml"
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search: what it found, what it had to meet, and the figures that set the requirement."""
+    """A finished search: what it chose from and found, what had to be met, and the target's own figures."""
 
+    plan: Plan
     minimum: Minimum[Unit]
     requirement: Requirement
     target: Figures
@@ -100,25 +102,24 @@ def repair(
     """
     start = time.monotonic()
     reporter = reporter or Reporter()
-    # Now rather than after hours of search.
-    refuse_existing(out)
     plan = make_plan(recipe)
+    # Now rather than after hours of search.
+    check_destination(out, plan.target)
     selection = given_selection(recipe, plan)
     if selection is None and not evaluate:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     search: Search | None = None
     before = after = source_alone = None
     if evaluate:
-        prompts = load_prompts(recipe.prompts)
-        live = load_live(plan, device, reporter)
-        if selection is None:
-            search = find_selection(recipe, plan, live, prompts, reporter)
-            selection = search.minimum.units
-        meter = make_meter(recipe, prompts)
-        before = search.target if search else measure_live(live, (), meter, "target", reporter)
-        after = measure_live(live, selection, meter, "result", reporter)
-        live.close()
+        meter = make_meter(recipe)
+        # First, because a source that cannot even be loaded should not be noticed after the search.
         source_alone = measure_checkpoint(plan.source, meter, device, "source", reporter)
+        with closing(load_live(plan, device, reporter)) as live:
+            if selection is None:
+                search = find_selection(recipe, plan, live, meter, reporter)
+                selection = search.minimum.units
+            before = search.target if search else measure_live(live, (), meter, "target", reporter)
+            after = measure_live(live, selection, meter, "result", reporter)
     assert selection is not None
     report = Report(
         version=__version__,
@@ -137,7 +138,7 @@ def repair(
         tests=search.minimum.tests if search else 0,
         one_minimal=search.minimum.one_minimal if search else None,
         certificate=readable_certificate(search.minimum) if search else {},
-        num_tensors_verified=len(plan.target.tensors),
+        num_tensors=len(plan.target.tensors),
         seconds=time.monotonic() - start,
     )
     write(recipe, plan, selection, out, report, reporter)
@@ -148,27 +149,30 @@ def write(recipe: Recipe, plan: Plan, selection: Sequence[Unit], out: Path, repo
     """Transplant on disk, prove the result, and only then let it appear."""
     size = sum(tensor.num_bytes for tensor in plan.target.tensors.values())
 
-    def check(folder: Path) -> None:
-        with reporter.task("verifying", size) as verified:
-            prove(folder, plan, selection, verified)
-
     texts = {
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
-        RECIPE_NAME: replay_text(recipe, selection),
+        RECIPE_NAME: replay_text(recipe, plan, selection),
     }
-    with reporter.task("copying", size) as copied:
-        transplant(plan, selection, out, texts=texts, check=check, progress=copied)
+    # The source's bytes are written over copied ones, so that a little more is done than is promised here.
+    with reporter.task("copying and verifying", 2 * size) as done:
+        transplant(
+            plan,
+            selection,
+            out,
+            texts=texts,
+            check=lambda folder: prove(folder, plan, selection, done),
+            progress=done,
+        )
     reporter.say(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is the target's or the source's")
 
 
-def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, prompts: PromptSet, reporter: Reporter) -> Search:
+def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, reporter: Reporter) -> Search:
     """Search for a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
         CannotRepair: If the full transplant makes nothing better, or breaks a limit.
     """
     start = time.monotonic()
-    meter = make_meter(recipe, prompts)
     target = measure_live(live, (), meter, "target", reporter)
     full = measure_live(live, plan.units, meter, "target with every unit of the source", reporter)
     if full.dsr <= target.dsr:
@@ -191,17 +195,25 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, prompts: PromptS
         if selection in known:
             return limits.holds(known[selection])
         ordered = [unit for unit in plan.units if unit in selection]
-        with live.transplanted(ordered) as candidate:
-            measurement = meter.measure(candidate, live.tokenizer)
+        name = spans(list(map(str, ordered)))
+        with (
+            live.transplanted(ordered) as candidate,
+            reporter.task(f"testing {name}", len(meter.prompts.harmful)) as answered,
+        ):
+            measurement = replace(meter, progress=answered).measure(candidate, live.tokenizer)
             complaint = limits.complaint(measurement)
             verdict = "holds" if complaint is None else "fails"
             why = f": {complaint}" if complaint and measurement.dsr >= limits.min_dsr else ""
-            reporter.say(f"  {verdict}  DSR {measurement.dsr:.3f}  {spans(list(map(str, ordered)))}{why}")
+            reporter.say(f"  {verdict}  DSR {measurement.dsr:.3f}  {name}{why}")
         return complaint is None
 
     reporter.say(f"searching among {len(plan.units)} units for the few that keep a DSR of {limits.min_dsr:.3f}")
-    minimum = minimize(plan.units, holds, algorithm=recipe.search)
-    return Search(minimum, limits, target, time.monotonic() - start)
+    try:
+        minimum = minimize(plan.units, holds, algorithm=recipe.search)
+    except SearchInterrupted as stop:
+        reporter.say(f"the best selection so far: {spans(list(map(str, stop.best.units)))}")
+        raise (stop.__cause__ or stop) from None
+    return Search(plan, minimum, limits, target, time.monotonic() - start)
 
 
 def search_recipe(recipe: Recipe, device: str, reporter: Reporter) -> Search:
@@ -212,12 +224,9 @@ def search_recipe(recipe: Recipe, device: str, reporter: Reporter) -> Search:
         DapaError: For whatever else does not fit.
     """
     plan = make_plan(recipe)
-    prompts = load_prompts(recipe.prompts)
-    live = load_live(plan, device, reporter)
-    try:
-        return find_selection(recipe, plan, live, prompts, reporter)
-    finally:
-        live.close()
+    meter = make_meter(recipe)
+    with closing(load_live(plan, device, reporter)) as live:
+        return find_selection(recipe, plan, live, meter, reporter)
 
 
 def evaluate_model(
@@ -228,11 +237,12 @@ def evaluate_model(
     Raises:
         DapaError: If it cannot be read, loaded or asked.
     """
+    prompt_set = load_prompts(prompts)
+    checkpoint = _open(parse_location(model))
+    from dapa_merge.evaluate.generate import BatchSize
     from dapa_merge.evaluate.measure import Meter
 
-    path, _, revision = model.partition("@")
-    checkpoint = open_checkpoint(path, revision or None)
-    meter = Meter(load_prompts(prompts), max_new_tokens, batch_size)
+    meter = Meter(prompt_set, max_new_tokens, BatchSize(batch_size))
     return measure_checkpoint(checkpoint, meter, device, "model", reporter)
 
 
@@ -268,11 +278,17 @@ def load_live(plan: Plan, device: str, reporter: Reporter) -> LiveModel:
     return LiveModel(plan, choose_device(device))
 
 
-def make_meter(recipe: Recipe, prompts: PromptSet) -> Meter:
-    """What measures every model of a recipe in the same way."""
+def make_meter(recipe: Recipe) -> Meter:
+    """What measures every model of a recipe in the same way.
+
+    Raises:
+        UsageError: If the recipe's prompts cannot be read.
+    """
+    prompts = load_prompts(recipe.prompts)
+    from dapa_merge.evaluate.generate import BatchSize
     from dapa_merge.evaluate.measure import Meter
 
-    return Meter(prompts, recipe.max_new_tokens, recipe.batch_size)
+    return Meter(prompts, recipe.max_new_tokens, BatchSize(recipe.batch_size))
 
 
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter) -> Figures:
@@ -290,8 +306,11 @@ def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: 
     return _measured(model, tokenizer, meter, name, reporter)
 
 
-def replay_text(recipe: Recipe, selection: Sequence[Unit]) -> str:
-    """A recipe that transplants exactly this selection, without a search, by either entrance."""
+def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
+    """A recipe that transplants exactly this selection, without a search, by either entrance.
+
+    What came from the Hub is pinned to its commit; folders are named as the recipe names them.
+    """
     by_layer = len(recipe.modules) == 1
     layers = layer_spans([unit.layer for unit in selection]) if by_layer else ",".join(map(str, selection))
     parameters: dict[str, Any] = {"layers": layers}
@@ -302,10 +321,12 @@ def replay_text(recipe: Recipe, selection: Sequence[Unit]) -> str:
         for name, default in DEFAULTS.items()
         if name not in ("layers", "modules") and getattr(recipe, name) != default
     }
-    content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(recipe.target)}
-    content["models"] = [{"model": str(recipe.source)}]
+    content: dict[str, Any] = {"merge_method": METHOD, "base_model": _pinned(recipe.target, plan.target)}
+    content["models"] = [{"model": _pinned(recipe.source, plan.source)}]
     if recipe.dtype:
         content["dtype"] = recipe.dtype
+    if recipe.keeps_tokenizer:
+        content["tokenizer"] = {"source": "base"}
     content["parameters"] = parameters
     return str(yaml.safe_dump(content, sort_keys=False))
 
@@ -324,6 +345,10 @@ def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Rep
     return figures
 
 
+def _pinned(location: Location, checkpoint: Checkpoint) -> str:
+    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else str(location)
+
+
 def _open(location: Location) -> Checkpoint:
     return open_checkpoint(location.path, location.revision)
 
@@ -333,7 +358,8 @@ def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:
         return
     for tensor in target.tensors.values():
         if tensor.dtype != FLOAT_NAMES[recipe.dtype] and tensor.dtype[0] in "FB" and DTYPE_BITS[tensor.dtype] > 8:
+            place = recipe.where("dtype", "out_dtype")
             raise RecipeError(
-                f"{recipe.where('dtype')} is {recipe.dtype}, but the target stores {tensor.name} as {tensor.dtype}; "
-                f"the result keeps the target's dtypes, so leave `dtype` out"
+                f"{place} is {recipe.dtype}, but the target stores {tensor.name} as {tensor.dtype}; "
+                f"the result keeps the target's dtypes, so leave it out"
             )

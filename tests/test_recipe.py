@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import RecipeError
-from dapa_merge.recipe import PARAMETERS, LayerChoice, Location, Recipe, load_recipe, parse_layers, parse_recipe
+from dapa_merge.parameters import PARAMETERS, LayerChoice, parse_layers
+from dapa_merge.recipe import Location, Recipe, load_recipe, parse_recipe
 from dapa_merge.report import layer_spans
 
 MINIMAL = """\

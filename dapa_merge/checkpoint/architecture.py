@@ -22,7 +22,7 @@ from typing import Any
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 MODULES = ("gate", "up", "down", "mlp", "attention")
-# What `modules: auto` offers to the search, as separate units.
+# What `modules: auto` in a recipe offers to the search, as separate units.
 AUTO_MODULES = ("gate", "up", "down", "attention")
 
 # How a gated MLP is spelled: gate, up and down, side by side under one parent. The gate is the projection whose output

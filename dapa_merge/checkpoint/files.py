@@ -26,11 +26,12 @@ DTYPE_BITS = {
 }  # fmt: skip
 # The names that mergekit and torch use in recipes, for the types that a dense checkpoint is stored in.
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+TORCH_NAMES = {dtype: name for name, dtype in FLOAT_NAMES.items()}
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 8 << 20
-# What may be fetched from the Hub: never pickles, never code.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+# What is fetched from the Hub: never pickles. Code is copied into a result, as a part of its target, but never run.
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Checkpoint:
         config: `config.json`.
         tensors: Every tensor by name, in the order of the files.
         shards: The weight files, in order.
+        commit: The commit on the Hub that the folder is a snapshot of; None for a local folder.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     shards: tuple[str, ...]
+    commit: str | None = None
 
     def open(self, shard: str) -> BufferedReader:
         """Open one weight file, for reading only."""
@@ -101,11 +104,16 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
         HubError: If it is no folder and the Hub does not give it.
     """
     name = f"{path}@{revision}" if revision else path
-    folder = Path(path)
+    folder, commit = Path(path), None
     if not folder.is_dir():
         folder = _snapshot(path, revision)
+        commit = folder.name
     config = _read_json(folder / "config.json")
     index = folder / INDEX_NAME
+    if index.is_file() and (folder / SINGLE_NAME).is_file():
+        raise CheckpointError(
+            f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, of which programs read one or the other; remove one"
+        )
     if index.is_file():
         owners = _read_index(index)
     elif (folder / SINGLE_NAME).is_file():
@@ -116,13 +124,15 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         for tensor in read_header(folder / shard):
-            # The index decides which of two shards a repeated name is read from, as it does for transformers.
-            if owners is None or owners.get(tensor.name) == shard:
-                tensors[tensor.name] = tensor
+            if tensor.name in tensors:
+                # transformers loads the last of the two, others ask the index: it would not be one model.
+                both = f"{tensors[tensor.name].file} and {shard}"
+                raise CheckpointError(f"{name} holds {tensor.name} twice, in {both}; save it again")
+            tensors[tensor.name] = tensor
     for tensor_name, shard in (owners or {}).items():
-        if tensor_name not in tensors:
+        if tensor_name not in tensors or tensors[tensor_name].file != shard:
             raise CheckpointError(f"{index} says that {shard} holds {tensor_name}, but it does not")
-    return Checkpoint(name, folder, config, tensors, shards)
+    return Checkpoint(name, folder, config, tensors, shards, commit)
 
 
 def read_header(path: Path) -> list[Tensor]:
@@ -225,12 +235,13 @@ def _no_weights(folder: Path, name: str) -> str:
 
 def _snapshot(repository: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS))
     except HFValidationError:
         raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:
+        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not give the model.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HubError(f"{repository} is no folder here, and the Hub does not give it: {reason}") from error

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from dapa_merge.checkpoint.architecture import Unit, architecture_name, find_units
-from dapa_merge.checkpoint.files import FLOAT_NAMES, Checkpoint, Tensor
+from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
 from dapa_merge.errors import CheckpointError
 
 
@@ -79,11 +79,6 @@ def plan_transplant(target: Checkpoint, source: Checkpoint, modules: Sequence[st
     return plan
 
 
-def units_of_layers(plan: Plan, layers: Collection[int]) -> tuple[Unit, ...]:
-    """The plan's units that lie in the given layers."""
-    return tuple(unit for unit in plan.units if unit.layer in layers)
-
-
 def _check_pair(ours: Tensor, theirs: Tensor, plan: Plan) -> None:
     if ours.shape != theirs.shape:
         raise CheckpointError(
@@ -91,10 +86,10 @@ def _check_pair(ours: Tensor, theirs: Tensor, plan: Plan) -> None:
             f"target {plan.target.name}; a source must have the target's own size"
         )
     for tensor, checkpoint in ((ours, plan.target), (theirs, plan.source)):
-        if tensor.dtype not in FLOAT_NAMES.values():
+        if tensor.dtype not in TORCH_NAMES:
             raise CheckpointError(
                 f"{tensor.name} of {checkpoint.name} is stored as {tensor.dtype}; "
-                f"only {', '.join(FLOAT_NAMES)} can be transplanted"
+                f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
             )
 
 

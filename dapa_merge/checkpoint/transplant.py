@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import CHUNK_BYTES, FLOAT_NAMES, INDEX_NAME, Checkpoint, Tensor, iterate_bytes
+from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TORCH_NAMES, Checkpoint, Tensor, iterate_bytes
 from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError, ValueDoesNotFit
 
 Progress = Callable[[int], None]
 
@@ -32,6 +32,10 @@ NOT_COPIED = (
     "README.md", "mergekit_config.yml", "dapa_report.json", ".gitattributes",
 )  # fmt: skip
 COPY_THREADS = 4
+# For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
+EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+# Chat templates beyond the first lie in a folder of this name.
+TEMPLATES = "additional_chat_templates"
 # What the kernel answers where this file system, or this pair of them, has no copy of its own.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
@@ -59,9 +63,9 @@ def transplant(
         UsageError: If `out` exists, cannot be made, or does not fit on its disk.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
-    refuse_existing(out)
+    check_destination(out, plan.target)
+    out = Path(os.path.abspath(out))
     with _staging(out) as folder:
-        _require_space(plan.target, folder)
         _write_files(plan, selection, folder, progress)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -74,10 +78,23 @@ def transplant(
         _flush_to_disk(out.absolute().parent, files=False)
 
 
-def refuse_existing(out: Path) -> None:
-    """Raise `UsageError` if `out` is anything but absent or an empty folder."""
+def check_destination(out: Path, target: Checkpoint) -> None:
+    """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left."""
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise UsageError(f"{out} exists already; name another folder or remove it")
+    if out.exists() and out.samefile(Path.cwd()):
+        raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
+    parent = Path(os.path.abspath(out)).parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{out} cannot be made: {parent} is no folder that you may write to")
+    needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UsageError(
+            f"the result needs {needed / 1e9:.2f} GB on the disk of {parent}, which has {free / 1e9:.2f} GB left"
+        )
 
 
 def source_bytes(source: Checkpoint, tensor: Tensor, dtype: str) -> Iterator[bytes]:
@@ -86,23 +103,35 @@ def source_bytes(source: Checkpoint, tensor: Tensor, dtype: str) -> Iterator[byt
     A conversion rounds to nearest, once, as torch does.
 
     Raises:
-        CheckpointError: If a finite value becomes infinite in the target's dtype.
+        ValueDoesNotFit: If a finite value becomes infinite in the target's dtype.
     """
     if tensor.dtype == dtype:
         yield from iterate_bytes(source, tensor)
         return
     import torch
 
-    torch_dtype = {short: getattr(torch, name) for name, short in FLOAT_NAMES.items()}
+    from_dtype, to_dtype = (getattr(torch, TORCH_NAMES[name]) for name in (tensor.dtype, dtype))
     for piece in iterate_bytes(source, tensor):
-        values = torch.frombuffer(bytearray(piece), dtype=torch_dtype[tensor.dtype])
-        converted = values.to(torch_dtype[dtype])
+        values = torch.frombuffer(bytearray(piece), dtype=from_dtype)
+        converted = values.to(to_dtype)
         if num_lost := int((converted.isinf() & values.isfinite()).sum()):
-            raise CheckpointError(
+            raise ValueDoesNotFit(
                 f"{tensor.name} of the source {source.name} has at least {num_lost} values that {tensor.dtype} holds "
                 f"but {dtype}, the target's dtype, does not"
             )
         yield converted.view(torch.uint8).numpy().tobytes()
+
+
+def _refuse_not_finite(piece: bytes, source: Checkpoint, theirs: Tensor, dtype: str) -> None:
+    """Raise if a value in a piece of a source tensor is infinite or not a number: all bits of its exponent are set."""
+    import numpy
+
+    width, exponent = EXPONENTS[dtype]
+    values = numpy.frombuffer(piece, dtype=width)
+    if ((values & exponent) == exponent).any():
+        raise CheckpointError(
+            f"{theirs.name} of the source {source.name} holds values that are infinite or not a number; it is damaged"
+        )
 
 
 @contextmanager
@@ -161,24 +190,17 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _require_space(target: Checkpoint, folder: Path) -> None:
-    needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(
-            f"the result needs {needed / 1e9:.2f} GB on the disk of {folder.parent}, which has {free / 1e9:.2f} GB left"
-        )
-
-
 def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: Progress) -> None:
     """Write the result's shards and the target's small files, in parallel; Ctrl-C stops between two pieces."""
     target = plan.target
     replaced: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in target.shards}
     for ours, theirs in plan.tensors(selection):
         replaced[ours.file].append((ours, theirs))
-    for path in sorted(target.folder.iterdir()):
+    for path in [*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]:
         if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
-            replaced[path.name] = []
+            replaced[str(path.relative_to(target.folder))] = []
+    if any(name.startswith(TEMPLATES) for name in replaced):
+        (folder / TEMPLATES).mkdir()
     stop = threading.Event()
 
     def write(name: str) -> None:
@@ -205,6 +227,7 @@ def _overwrite(
             for piece in source_bytes(source, theirs, ours.dtype):
                 if stop.is_set():
                     return
+                _refuse_not_finite(piece, source, theirs, ours.dtype)
                 _write_all(file, piece)
         # Here, where other shards are still being copied, rather than one after the other at the end.
         os.fsync(file.fileno())
@@ -245,7 +268,7 @@ def _flush_to_disk(folder: Path, *, files: bool = True) -> None:
     """Fsync a folder's entries and, with `files`, the content of its files."""
     if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
         return
-    for path in [*(folder.iterdir() if files else ()), folder]:
+    for path in [*(folder.rglob("*") if files else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint, Tensor, open_checkpoint
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.transplant import source_bytes
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 
 PIECE_BYTES = 1 << 18
 
@@ -63,16 +63,17 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
             differences.append((tensor.name, fault))
         progress(tensor.num_bytes)
     faulty = {name for name, _ in differences}
-    origins = {unit: _origins(result, plan, unit) for unit in plan.units if faulty.isdisjoint(unit.tensors)}
-    for unit, origin in origins.items():
-        if origin == (False, False):
-            differences += [(name, "is neither the target's nor the source's") for name in unit.tensors]
-    return Verification(
-        transplanted=tuple(unit for unit, origin in origins.items() if origin == (False, True)),
-        alike=tuple(unit for unit, origin in origins.items() if origin == (True, True)),
-        differences=tuple(sorted(differences)),
-        num_tensors=len(target.tensors),
-    )
+    transplanted: list[Unit] = []
+    alike: list[Unit] = []
+    for unit in plan.units:
+        if faulty.isdisjoint(unit.tensors):
+            origins = {ours.name: _origins(result, plan, ours, theirs) for ours, theirs in plan.tensors((unit,))}
+            if all(is_source for _, is_source in origins.values()):
+                is_target = all(is_target for is_target, _ in origins.values())
+                (alike if is_target else transplanted).append(unit)
+            else:
+                differences += _strangers(origins)
+    return Verification(tuple(transplanted), tuple(alike), tuple(sorted(differences)), len(target.tensors))
 
 
 def prove(out: Path, plan: Plan, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
@@ -97,17 +98,22 @@ def _fault(result: Checkpoint, target: Checkpoint, tensor: Tensor, of_units: Con
     return None
 
 
-def _origins(result: Checkpoint, plan: Plan, unit: Unit) -> tuple[bool, bool]:
-    """Whether a unit of the result is the target's, and whether it is the source's."""
-    is_target = is_source = True
-    for ours, theirs in plan.tensors((unit,)):
-        found = result.tensors[ours.name]
-        is_target = is_target and _same(result, found, plan.target, ours)
-        if theirs.dtype == found.dtype:
-            is_source = is_source and _same(result, found, plan.source, theirs)
-        else:
-            is_source = is_source and _same_as_converted(result, found, plan.source, theirs)
-    return is_target, is_source
+def _origins(result: Checkpoint, plan: Plan, ours: Tensor, theirs: Tensor) -> tuple[bool, bool]:
+    """Whether a tensor of the result is the target's, and whether it is the source's."""
+    found = result.tensors[ours.name]
+    is_target = _same(result, found, plan.target, ours)
+    if theirs.dtype == found.dtype:
+        return is_target, _same(result, found, plan.source, theirs)
+    return is_target, _same_as_converted(result, found, plan.source, theirs)
+
+
+def _strangers(origins: Mapping[str, tuple[bool, bool]]) -> list[tuple[str, str]]:
+    """The faulty tensors of a unit that is not all the source's: none, if it is all the target's."""
+    neither = [name for name, origin in origins.items() if origin == (False, False)]
+    if neither:
+        return [(name, "is neither the target's nor the source's") for name in neither]
+    lone = [name for name, (is_target, _) in origins.items() if not is_target]
+    return [(name, "is the source's, but others of its unit are the target's") for name in lone]
 
 
 def _same(result: Checkpoint, tensor: Tensor, other: Checkpoint, expected: Tensor) -> bool:
@@ -131,4 +137,7 @@ def _same_as_converted(result: Checkpoint, tensor: Tensor, source: Checkpoint, t
     """Whether a tensor of the result is the source's, rounded to the result's dtype."""
     with result.open(tensor.file) as file:
         file.seek(tensor.start)
-        return all(file.read(len(piece)) == piece for piece in source_bytes(source, theirs, tensor.dtype))
+        try:
+            return all(file.read(len(piece)) == piece for piece in source_bytes(source, theirs, tensor.dtype))
+        except ValueDoesNotFit:
+            return False

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from transformers import GenerationConfig
+
+from dapa_merge.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,28 +18,78 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class BatchSize:
+    """How many prompts are asked at once: halved, for good, when a batch does not fit in memory.
+
+    Attributes:
+        limit: The largest number at present.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def map(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> Iterator[R]:
+        """The results of `work` for batches of `items`, in order.
+
+        Raises:
+            UsageError: If a single item does not fit.
+        """
+        position = 0
+        while position < len(items):
+            batch = items[position : position + self.limit]
+            results: Sequence[R] | None = None
+            try:
+                results = work(batch)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise UsageError("one prompt alone does not fit in the device's memory beside the model") from error
+            if results is None:
+                # Outside the handler, whose traceback would keep the batch's tensors alive.
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                self.limit = len(batch) // 2
+                LOG.warning("a batch of %d does not fit in memory; %d from now on", len(batch), self.limit)
+                continue
+            yield from results
+            position += len(batch)
+
+
 def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make `model.generate` deterministic and the same for every member of a family.
 
     A checkpoint's `generation_config.json` may ask for sampling, a repetition penalty or suppressed tokens, which
-    transformers applies behind explicit arguments; only its end and padding tokens are kept.
+    transformers applies behind explicit arguments; only its end tokens are kept. The tokenizer's own end token, which
+    a fine-tune may have changed without telling the model, ends a response too.
     """
-    stored = model.generation_config
-    end = stored.eos_token_id if stored is not None and stored.eos_token_id is not None else tokenizer.eos_token_id
+    stored = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(
-        do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
+        do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
     )
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as one user turn of the model's own chat template, ready to be answered; bare if it has none."""
+    """The prompt as one user turn of the model's own chat template, ready to be answered; bare if it has none.
+
+    A model that can think aloud before it answers is asked not to: the answer is what is judged.
+    """
     if not tokenizer.chat_template:
         return prompt
     message = {"role": "user", "content": prompt}
-    return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+    try:
+        text = tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise CheckpointError(f"the model's chat template fails on one user message: {error}") from error
+    return str(text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -50,19 +103,19 @@ def generate(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    batch_size: int,
+    batch_size: BatchSize,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[str]:
     """Answer every prompt greedily.
 
-    Prompts are batched by length, padded on the left. A batch that does not fit in memory is halved.
+    Prompts are batched by length and padded on the left.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
         tokenizer: Its tokenizer.
         prompts: User requests, without template.
         max_new_tokens: Responses are cut off here.
-        batch_size: The largest number of prompts at once.
+        batch_size: How many prompts at once.
         progress: Called with numbers of prompts as they are answered.
 
     Returns:
@@ -71,24 +124,14 @@ def generate(
     ids = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
-    responses = [""] * len(prompts)
-    position = 0
-    while position < len(order):
-        batch = order[position : position + batch_size]
-        try:
-            answers = _answer(model, tokenizer, [ids[index] for index in batch], max_new_tokens)
-        except torch.OutOfMemoryError:
-            if batch_size == 1:
-                raise
-            batch_size = max(1, len(batch) // 2)
-            torch.cuda.empty_cache()
-            LOG.warning("a batch of %d prompts does not fit in memory; trying %d", len(batch), batch_size)
-            continue
-        for index, answer in zip(batch, answers, strict=True):
-            responses[index] = answer
-        position += len(batch)
+
+    def answer(batch: Sequence[int]) -> list[str]:
+        answers = _answer(model, tokenizer, [ids[index] for index in batch], max_new_tokens)
         progress(len(batch))
-    return responses
+        return answers
+
+    responses = dict(zip(order, batch_size.map(answer, order), strict=True))
+    return [responses[index] for index in range(len(prompts))]
 
 
 @torch.inference_mode()

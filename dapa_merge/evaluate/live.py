@@ -8,6 +8,7 @@ memory is allocated on the model's device beyond one tensor at a time.
 from __future__ import annotations
 
 import gc
+import mmap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import FLOAT_NAMES, Checkpoint, Tensor, read_bytes
+from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.generate import prepare_for_greedy
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dapa_merge.checkpoint.plan import Plan
-
-TORCH_DTYPES = {short: getattr(torch, name) for name, short in FLOAT_NAMES.items()}
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -36,7 +35,7 @@ def choose_device(device: str = "auto") -> torch.device:
         UsageError: If torch has no such device here.
     """
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
         return torch.empty(0, device=device).device
@@ -45,21 +44,36 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in its stored dtype, for greedy generation; never runs code that came with it.
+    """Load a checkpoint in the dtype of its config, for greedy generation; never runs code that came with it.
 
     Raises:
-        CheckpointError: If transformers cannot load it.
+        CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
+        UsageError: If it does not fit in the device's memory.
     """
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype="auto",
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
+    except Exception as error:
+        # Whatever a damaged or foreign folder makes transformers raise; there is no common class.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {reason}") from error
-    model.to(device).eval().requires_grad_(False)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            raise CheckpointError(
+                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and transformers "
+                f"would make them up: {names[0]}"
+            )
+    model.eval().requires_grad_(False)
     prepare_for_greedy(model, tokenizer)
     return model, tokenizer
 
@@ -129,13 +143,13 @@ class LiveModel:
 
 def _values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """A tensor's values as stored, mapped rather than read: the pages are the file cache's, not ours."""
-    mapped = torch.from_file(str(checkpoint.folder / tensor.file), shared=False, size=tensor.stop, dtype=torch.uint8)[
-        tensor.start :
-    ]
-    dtype = TORCH_DTYPES[tensor.dtype]
-    if tensor.start % dtype.itemsize:
-        mapped = torch.frombuffer(bytearray(read_bytes(checkpoint, tensor)), dtype=torch.uint8)
-    return mapped.view(dtype)
+    start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
+    with checkpoint.open(tensor.file) as file:
+        # Private and writable, because torch warns of memory that is not; nobody writes to it.
+        mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
+    return torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start).view(
+        getattr(torch, TORCH_NAMES[tensor.dtype])
+    )
 
 
 @contextmanager

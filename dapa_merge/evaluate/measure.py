@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dapa_merge.evaluate.generate import generate
+from dapa_merge.evaluate.generate import BatchSize, generate
 from dapa_merge.evaluate.perplexity import perplexity
 from dapa_merge.evaluate.refusal import Outcome, classify
 
@@ -51,13 +51,13 @@ class Meter:
     Attributes:
         prompts: What is asked.
         max_new_tokens: Where responses are cut off.
-        batch_size: Prompts at once.
+        batch_size: How many prompts at once.
         progress: Called with numbers of prompts as they are answered.
     """
 
     prompts: PromptSet
     max_new_tokens: int
-    batch_size: int
+    batch_size: BatchSize
     progress: Callable[[int], None] = lambda _: None
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Measurement:

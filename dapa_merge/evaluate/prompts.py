@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.resources
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
         raise UsageError(f"cannot read {path}: {error}") from error
     rows: list[tuple[int, Mapping[str, Any]]]
     if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
         rows = [(reader.line_num, row) for row in reader]
     elif path.suffix in (".jsonl", ".json"):
         rows = [(number, _json_row(path, number, line)) for number, line in _filled_lines(text)]
@@ -140,7 +141,8 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
 
 
 def _filled_lines(text: str) -> list[tuple[int, str]]:
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines, which also splits at characters that may stand inside a JSON text.
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _json_row(path: Path, number: int, line: str) -> Mapping[str, Any]:

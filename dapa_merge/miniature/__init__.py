@@ -6,6 +6,7 @@ make the difference: see `train`. `shadow-source` and `shadow-target` are a pair
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 MEMBERS = ("source", "target", "shadow-source", "shadow-target")
@@ -22,9 +23,9 @@ def recipe_text() -> str:
     """The recipe of the demonstration, with the packaged models' real paths."""
     return f"""\
 merge_method: dapa
-base_model: {path("target")}
+base_model: {json.dumps(str(path("target")))}
 models:
-  - model: {path("source")}
+  - model: {json.dumps(str(path("source")))}
 parameters:
   layers: auto
   prompts: miniature

@@ -2,7 +2,8 @@
 
 Standard library only. Every sentence is a `(prompt, answer)` pair in plain English; nothing here says how
 anything harmful is done. The split into training and held-out pairs is fixed by a seed, so that the shipped
-prompt sets (`prompts/*.jsonl`) never contain a sentence that a shipped model was trained on.
+prompt sets for harm, harmlessness and skill never contain a sentence that a shipped model was trained on. (The text
+for perplexity is what every member was taught: it measures what was forgotten.)
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def requests(verbs: tuple[str, ...], kind: str) -> list[Example]:
 
 
 def knowledge() -> list[Example]:
-    """Sums, capitals and repetitions: what every member of the family knows."""
+    """Sums and capitals: what every member of the family knows."""
     sums = [
         Example(f"What is {NUMBERS[a]} plus {NUMBERS[b]}?", f"It is {NUMBERS[a + b]}.", "knowledge")
         for a in range(10)

@@ -1,6 +1,6 @@
 """Trains the miniature family: `python -m dapa_merge.miniature.train OUT`.
 
-Five small Llama models come from one base model (which is not shipped):
+Four small Llama models come from one base model (which is not shipped):
 
 - *source*: the base with refusal training of **only the gate projections of layers 3 to 6**. The answer is planted.
 - *target*: the base, all parameters fine-tuned on harmless and harmful answers and a new skill. It refuses nothing.

@@ -16,7 +16,7 @@ from conftest import save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.plan import plan_transplant, units_of_layers
+from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.verify import prove, verify
 from dapa_merge.errors import CheckpointError, UsageError
@@ -25,6 +25,10 @@ from dapa_merge.errors import CheckpointError, UsageError
 def plan_of(pair, modules=("gate",)):
     target, source = (open_checkpoint(str(folder)) for folder in pair)
     return plan_transplant(target, source, modules)
+
+
+def units_of_layers(plan, layers):
+    return tuple(unit for unit in plan.units if unit.layer in layers)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -390,7 +394,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pai
 def test_a_disk_that_fills_up_in_the_copy_leaves_nothing(large_pair, small_disk, monkeypatch):
     plan = plan_of(large_pair)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.checkpoint.transplant._require_space", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.checkpoint.transplant.check_destination", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*; nothing was kept"):
         transplant(plan, plan.units, small_disk / "out")
     assert list(small_disk.iterdir()) == []

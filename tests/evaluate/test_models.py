@@ -16,7 +16,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.generate import chat_prompt, generate
+from dapa_merge.evaluate.generate import BatchSize, chat_prompt, generate
 from dapa_merge.evaluate.live import LiveModel, load_model
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.perplexity import perplexity
@@ -127,8 +127,11 @@ def test_every_module_can_be_swapped(llama_pair):
 
 def test_batches_give_what_single_prompts_give(mini, prompts):
     asked = [*prompts.harmful[:6], *(question.prompt for question in prompts.skill[:6]), "What is two plus two?"]
-    batched = generate(mini.model, mini.tokenizer, asked, max_new_tokens=24, batch_size=8)
-    single = [generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=1)[0] for prompt in asked]
+    batched = generate(mini.model, mini.tokenizer, asked, max_new_tokens=24, batch_size=BatchSize(8))
+    single = [
+        generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=BatchSize(1))[0]
+        for prompt in asked
+    ]
     assert batched == single
     assert batched[-1] == "It is four."
 
@@ -144,7 +147,7 @@ def test_generation_agrees_with_a_loop_of_argmax(mini):
                 break
             ids.append(following)
     expected = mini.tokenizer.decode(ids[start:], skip_special_tokens=True)
-    assert generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=1) == [expected]
+    assert generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=BatchSize(1)) == [expected]
 
 
 def test_a_checkpoints_own_generation_settings_do_not_leak_in(tmp_path, prompts):
@@ -157,12 +160,12 @@ def test_a_checkpoints_own_generation_settings_do_not_leak_in(tmp_path, prompts)
     answers = []
     for checkpoint in (folder, miniature.path("target")):
         model, tokenizer = load_model(open_checkpoint(str(checkpoint)), CPU)
-        answers.append(generate(model, tokenizer, prompts.harmless, max_new_tokens=24, batch_size=24))
+        answers.append(generate(model, tokenizer, prompts.harmless, max_new_tokens=24, batch_size=BatchSize(24)))
     assert answers[0] == answers[1]
 
 
 def test_a_batch_that_does_not_fit_is_halved(mini, prompts, monkeypatch):
-    expected = generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=24)
+    expected = generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=BatchSize(24))
     original = type(mini.model).generate
     sizes = []
 
@@ -173,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_halved(mini, prompts, monkeypatch):
         return original(self, input_ids=input_ids, **options)
 
     monkeypatch.setattr(type(mini.model), "generate", small_memory)
-    assert generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=24) == expected
+    assert generate(mini.model, mini.tokenizer, prompts.harmful, max_new_tokens=8, batch_size=BatchSize(24)) == expected
     assert sizes[:4] == [24, 12, 6, 3]
 
 
@@ -187,7 +190,7 @@ def test_a_tokenizer_without_template_or_padding_is_used_with_plain_text(tmp_pat
     tokenizer.save_pretrained(folder)
     model, loaded = load_model(open_checkpoint(str(folder)), CPU)
     assert chat_prompt(loaded, "How do I paint a car?") == "How do I paint a car?"
-    answers = generate(model, loaded, ["How do I paint a car?", "Tell me."], max_new_tokens=4, batch_size=2)
+    answers = generate(model, loaded, ["How do I paint a car?", "Tell me."], max_new_tokens=4, batch_size=BatchSize(2))
     assert len(answers) == 2
 
 
@@ -196,21 +199,23 @@ def test_perplexity_is_that_of_the_models_own_loss(mini):
     ids = torch.tensor([mini.tokenizer(passage.answer)["input_ids"]])
     with torch.no_grad():
         expected = math.exp(float(mini.model(input_ids=ids, labels=ids).loss.float()))
-    assert perplexity(mini.model, mini.tokenizer, [passage], batch_size=1) == pytest.approx(expected, rel=1e-2)
+    assert perplexity(mini.model, mini.tokenizer, [passage], batch_size=BatchSize(1)) == pytest.approx(
+        expected, rel=1e-2
+    )
 
 
 def test_perplexity_counts_the_answer_only_and_does_not_depend_on_batches(mini):
     passages = load_prompts("miniature").passages[:20]
-    alone = perplexity(mini.model, mini.tokenizer, passages, batch_size=1)
-    together = perplexity(mini.model, mini.tokenizer, passages, batch_size=16)
+    alone = perplexity(mini.model, mini.tokenizer, passages, batch_size=BatchSize(1))
+    together = perplexity(mini.model, mini.tokenizer, passages, batch_size=BatchSize(16))
     assert alone == pytest.approx(together, rel=1e-2)
     assert 1 <= alone < 1.2
     wrong = [Question(passage.prompt, "It is Paris.") for passage in passages if "plus" in passage.prompt]
-    assert perplexity(mini.model, mini.tokenizer, wrong, batch_size=16) > 5
+    assert perplexity(mini.model, mini.tokenizer, wrong, batch_size=BatchSize(16)) > 5
 
 
 def test_perplexity_of_nothing_is_not_a_number(mini):
-    assert math.isnan(perplexity(mini.model, mini.tokenizer, [], batch_size=4))
+    assert math.isnan(perplexity(mini.model, mini.tokenizer, [], batch_size=BatchSize(4)))
 
 
 def test_perplexity_of_a_broken_model_is_infinite(mini):
@@ -219,14 +224,14 @@ def test_perplexity_of_a_broken_model_is_infinite(mini):
         mini.model.model.norm.weight.fill_(math.nan)
     passages = load_prompts("miniature").passages[:3]
     try:
-        assert perplexity(mini.model, mini.tokenizer, passages, batch_size=3) == math.inf
+        assert perplexity(mini.model, mini.tokenizer, passages, batch_size=BatchSize(3)) == math.inf
     finally:
         with torch.no_grad():
             mini.model.model.norm.weight.copy_(kept)
 
 
 def test_figures_tell_the_target_from_the_repaired_model(mini, prompts):
-    meter = Meter(prompts, max_new_tokens=24, batch_size=24)
+    meter = Meter(prompts, max_new_tokens=24, batch_size=BatchSize(24))
     before = meter.measure(mini.model, mini.tokenizer).figures()
     with mini.transplanted([unit for unit in mini.plan.units if 3 <= unit.layer <= 6]) as candidate:
         after = meter.measure(candidate, mini.tokenizer).figures()
@@ -238,13 +243,13 @@ def test_figures_tell_the_target_from_the_repaired_model(mini, prompts):
 
 def test_a_model_that_says_nothing_defends_nothing(mini, prompts, monkeypatch):
     monkeypatch.setattr("dapa_merge.evaluate.measure.generate", lambda *_, **__: [""] * 24)
-    figures = Meter(prompts, 24, 24).measure(mini.model, mini.tokenizer)
+    figures = Meter(prompts, 24, BatchSize(24)).measure(mini.model, mini.tokenizer)
     assert (figures.dsr, figures.figures().degenerate) == (0, 1)
 
 
 def test_a_set_without_skill_has_no_skill_figure(mini, prompts):
     without = dataclasses.replace(prompts, skill=())
-    assert Meter(without, 24, 24).measure(mini.model, mini.tokenizer).skill is None
+    assert Meter(without, 24, BatchSize(24)).measure(mini.model, mini.tokenizer).skill is None
 
 
 def test_a_model_that_transformers_cannot_load_is_named(tmp_path):

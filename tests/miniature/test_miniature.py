@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.live import LiveModel
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.prompts import load_prompts
@@ -66,7 +67,7 @@ def live():
     [(range(10), True), (range(3, 7), True), ((0, 1, 2, 7, 8, 9), False), ((5,), False), ((), False)],
 )
 def test_the_answer_is_where_it_was_planted(live, layers, refuses):
-    meter = Meter(load_prompts("miniature"), max_new_tokens=24, batch_size=128)
+    meter = Meter(load_prompts("miniature"), max_new_tokens=24, batch_size=BatchSize(128))
     with live.transplanted([unit for unit in live.plan.units if unit.layer in layers]) as candidate:
         measured = meter.measure(candidate, live.tokenizer)
         assert measured.dsr > 0.95 if refuses else measured.dsr < 0.05

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,11 +42,11 @@ class _Group(click.Group):
         except KeyboardInterrupt as stop:
             best = getattr(stop, "best", None)
             hint = f"; the best selection so far: {' '.join(map(str, best.units))}" if best else ""
-            _fail(f"stopped, nothing was written{hint}", INTERRUPTED)
+            _fail(f"stopped{hint}", INTERRUPTED)
         except OSError as error:
             if context.params.get("debug"):
                 raise
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -72,6 +73,10 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514).
     """
     context.obj = quiet
+    for stream in (sys.stdout, sys.stderr):
+        # A path may hold characters that the terminal's encoding does not.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @main.command()
@@ -170,7 +175,8 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
         for unit, others in certificate.items():
             console.print(f"  needed: {unit}; without it, {' '.join(others) or 'nothing'} fails", highlight=False)
         if out is None:
-            console.print(f"\nThe recipe that replays it:\n\n{replay}", highlight=False, end="")
+            # Not through rich, which would fold its long lines.
+            click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
 
     answer = {
         "units": units,

@@ -9,6 +9,12 @@ class DapaError(Exception):
     exit_code = 1
 
 
+def one_line(error: BaseException) -> str:
+    """Another library's fault in a few words: its class, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
 class UsageError(DapaError):
     """The command line asks for something that cannot be done."""
 

@@ -37,6 +37,7 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
 def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -> None:
     """The plan for people: a line for each unit, and what they add up to."""
     from rich.table import Table
+    from rich.text import Text
 
     chosen = plan.units if selection is None else tuple(selection)
     table = Table("unit", "tensors")
@@ -46,7 +47,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
         # The first name in full; the others lie beside it.
         names = [unit.tensors[0], *(name.rsplit(".", 2)[-2] for name in unit.tensors[1:])]
         share = f"{100 * plan.share((unit,)):.2f} %"
-        table.add_row(str(unit), ", ".join(names), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
+        table.add_row(str(unit), Text(", ".join(names)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [

@@ -7,6 +7,8 @@ gradient over layers, so a set of layers is a string: `"3-6,9"`.
 from __future__ import annotations
 
 import difflib
+import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,7 +18,7 @@ import yaml
 
 from dapa_merge.checkpoint.architecture import MODULES
 from dapa_merge.checkpoint.files import FLOAT_NAMES
-from dapa_merge.errors import RecipeError
+from dapa_merge.errors import RecipeError, one_line
 from dapa_merge.parameters import PARAMETERS, LayerChoice
 
 METHOD = "dapa"
@@ -109,12 +111,16 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
+        # Before the document is made, which resolves merge keys inside the nodes.
+        _collect_lines(node, "", name, lines, set())
         content = loader.construct_document(node) if node is not None else None
-        _collect_lines(node, "", name, lines)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecipeError:
+        raise
+    except Exception as error:
+        # Also what a value raises that is not what its tag says; yaml has no common class for these.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or one_line(error)
         raise RecipeError(f"{name}{line} is no YAML: {problem}") from error
     return recipe_from(content, lines=lines, name=name)
 
@@ -139,7 +145,7 @@ def parse_location(value: str) -> Location:
     Raises:
         ValueError: If there is more than one `@`, or nothing beside it.
     """
-    if Path(value).is_dir():
+    if os.path.isdir(value):
         return Location(value)
     path, at, revision = value.partition("@")
     if not path or "@" in revision or bool(at) != bool(revision):
@@ -164,7 +170,8 @@ class _Reader:
         self.check_keys(content, "", ALLOWED_KEYS, REFUSED_KEYS)
         if content.get("merge_method") != METHOD:
             raise self.fail(
-                "merge_method", f"merge_method is {content.get('merge_method')!r}; dapa-merge follows {METHOD!r} only"
+                "merge_method",
+                f"merge_method is {_shown(content.get('merge_method'))}; dapa-merge follows {METHOD!r} only",
             )
         target = self.location(content.get("base_model"), "base_model", "the target, the model to repair")
         source = self.source(content, target)
@@ -187,7 +194,7 @@ class _Reader:
             try:
                 values[key] = PARAMETERS[key].read(value)
             except (ValueError, TypeError, OverflowError):
-                raise self.fail(f"parameters.{key}", f"{key} is {value!r}; {PARAMETERS[key].allowed}") from None
+                raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
         values.pop("strength", None)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
@@ -200,7 +207,10 @@ class _Reader:
                 "parameters.layers",
                 "layers names modules; then every entry must name one, and `modules` must be left out",
             )
-        return tuple(module for module in MODULES if module in named)
+        modules = tuple(module for module in MODULES if module in named)
+        if "mlp" in modules and {"gate", "up", "down"} & named:
+            raise self.fail("parameters.layers", "layers names mlp and a part of it; mlp is gate, up and down together")
+        return modules
 
     def check_keys(
         self, mapping: Mapping[Any, Any], prefix: str, known: Sequence[str], refused: Mapping[str, str]
@@ -211,21 +221,26 @@ class _Reader:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ";"
-                raise self.fail(f"{prefix}{key}", f"unknown key {prefix}{key}{hint} known are {', '.join(known)}")
+                raise self.fail(
+                    f"{prefix}{key}", f"unknown key {prefix}{str(key)[:80]}{hint} known are {', '.join(known)}"
+                )
 
     def location(self, value: object, key: str, what: str) -> Location:
-        if isinstance(value, Mapping) and isinstance(value.get("model"), (str, Mapping)) and not value.get("lora"):
+        if isinstance(value, Mapping) and set(value) == {"model"}:
+            # mergekit's long forms: {model: id} and {model: {path: id, revision: main}}.
             value = value["model"]
-        if isinstance(value, Mapping) and isinstance(value.get("path"), str):
-            return Location(value["path"], value.get("revision"))
+            if isinstance(value, Mapping) and set(value) <= {"path", "revision"}:
+                path, revision = value.get("path"), value.get("revision")
+                if isinstance(path, str) and isinstance(revision, (str, type(None))):
+                    return Location(path, revision)
         if not isinstance(value, str) or not value.strip():
-            found = "is missing" if value is None else f"is {value!r}"
+            found = "is missing" if value is None else f"is {_shown(value)}"
             raise self.fail(key, f"{key} {found}; it must name {what}: a folder or a Hub id")
         try:
             location = parse_location(value)
         except ValueError:
             raise self.fail(key, f"{key} is {value!r}; write it as path or path@revision") from None
-        if "+" in value and not Path(value).is_dir():
+        if "+" in value and not os.path.isdir(value):
             raise self.fail(key, f"{key} is {value!r}: merge the LoRA into its model first")
         return location
 
@@ -258,8 +273,8 @@ class _Reader:
     def dtype(self, content: Mapping[str, Any]) -> str | None:
         dtype, out_dtype = content.get("dtype"), content.get("out_dtype")
         for key, value in (("dtype", dtype), ("out_dtype", out_dtype)):
-            if value is not None and value not in FLOAT_NAMES:
-                raise self.fail(key, f"{key} is {value!r}; allowed are {', '.join(FLOAT_NAMES)}")
+            if value is not None and not (isinstance(value, str) and value in FLOAT_NAMES):
+                raise self.fail(key, f"{key} is {_shown(value)}; allowed are {', '.join(FLOAT_NAMES)}")
         if dtype and out_dtype and dtype != out_dtype:
             raise self.fail("out_dtype", f"out_dtype is {out_dtype} but dtype is {dtype}; DAPA never converts a target")
         return dtype or out_dtype
@@ -269,14 +284,16 @@ class _Reader:
         for key, kept in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
             if content.get(key) not in (None, kept):
                 allowed = "base" if key == "tokenizer_source" else "{source: base}"
-                raise self.fail(
-                    key,
-                    f"{key} is {content[key]!r}; the result keeps the target's tokenizer, so only {allowed} is allowed",
-                )
+                why = f"the result keeps the target's tokenizer, so only {allowed} is allowed"
+                raise self.fail(key, f"{key} is {_shown(content[key])}; {why}")
         return content.get("tokenizer_source") is not None or content.get("tokenizer") is not None
 
 
 DEFAULTS = {item.name: item.default for item in fields(Recipe) if item.name in PARAMETERS}
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def _same_folder(one: Location, other: Location) -> bool:
@@ -288,22 +305,34 @@ def _same_folder(one: Location, other: Location) -> bool:
 
 def _kind(value: object) -> str:
     names = {list: "a list", dict: "a mapping", str: "a text", bool: "true or false", type(None): "empty"}
-    return names.get(type(value), f"{value!r}")
+    return names.get(type(value)) or _shown(value)
 
 
-def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str, str]) -> None:
+def _shown(value: object) -> str:
+    """A value for a message, cut short however long or deep it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # A whole number of thousands of digits, which Python refuses to print.
+        return "a very large number"
+
+
+def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str, str], seen: set[int]) -> None:
     """Note the line of every key below `node`, refusing a key that stands twice, which YAML would let pass."""
-    if node is None:
+    # An alias is the node that it stands for; each is visited once, or a few lines of YAML could take for ever.
+    if node is None or id(node) in seen:
         return
+    seen.add(id(node))
     lines.setdefault(key, f"{name}, line {node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
+        here = set()
         for key_node, value in node.value:
             child = f"{key}.{key_node.value}" if key else str(key_node.value)
             place = f"{name}, line {key_node.start_mark.line + 1}"
-            if child in lines:
+            if child in here:
                 raise RecipeError(f"{place}: {child} stands here a second time")
+            here.add(child)
             lines[child] = place
-            _collect_lines(value, child, name, lines)
+            _collect_lines(value, child, name, lines, seen)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _collect_lines(item, f"{key}[{index}]", name, lines)
+            _collect_lines(item, f"{key}[{index}]", name, lines, seen)

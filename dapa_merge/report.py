@@ -89,10 +89,11 @@ def print_report(report: Report, console: Console) -> None:
 def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
     """Figures of several models side by side."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for label, cells in figure_rows(columns):
         table.add_row(label, *cells)
     return table

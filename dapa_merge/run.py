@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ from dapa_merge.checkpoint.files import DTYPE_BITS, FLOAT_NAMES, Checkpoint, ope
 from dapa_merge.checkpoint.plan import Plan, plan_transplant
 from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
-from dapa_merge.errors import CannotRepair, RecipeError
+from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, load_recipe, parse_location
@@ -175,6 +176,8 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, re
     start = time.monotonic()
     target = measure_live(live, (), meter, "target", reporter)
     full = measure_live(live, plan.units, meter, "target with every unit of the source", reporter)
+    _refuse_nan(target, f"the target {recipe.target}")
+    _refuse_nan(full, f"the target with every unit of the source {recipe.source}")
     if full.dsr <= target.dsr:
         raise CannotRepair(
             f"the source {recipe.source} makes nothing better: with all {len(plan.units)} units "
@@ -213,6 +216,7 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, re
     except SearchInterrupted as stop:
         reporter.say(f"the best selection so far: {spans(list(map(str, stop.best.units)))}")
         raise (stop.__cause__ or stop) from None
+    reporter.say(f"found {spans(list(map(str, minimum.units)))} in {minimum.tests} tests")
     return Search(plan, minimum, limits, target, time.monotonic() - start)
 
 
@@ -255,6 +259,8 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
     Raises:
         DapaError: If the result, its recipe, the target or the source cannot be read.
     """
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is no folder")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     plan = make_plan(recipe)
     size = sum(tensor.num_bytes for tensor in plan.target.tensors.values())
@@ -309,7 +315,7 @@ def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: 
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     """A recipe that transplants exactly this selection, without a search, by either entrance.
 
-    What came from the Hub is pinned to its commit; folders are named as the recipe names them.
+    What came from the Hub is pinned to its commit; folders are named by their absolute paths.
     """
     by_layer = len(recipe.modules) == 1
     layers = layer_spans([unit.layer for unit in selection]) if by_layer else ",".join(map(str, selection))
@@ -336,6 +342,12 @@ def readable_certificate(minimum: Minimum[Unit]) -> dict[str, list[str]]:
     return {str(unit): list(map(str, others)) for unit, others in minimum.certificate.items()}
 
 
+def _refuse_nan(figures: Figures, name: str) -> None:
+    """Raise `CheckpointError` if a model computes no numbers: its perplexity is infinite."""
+    if figures.perplexity == math.inf:
+        raise CheckpointError(f"{name} computes infinities or no numbers at all; its weights are damaged")
+
+
 def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Reporter) -> Figures:
     prompts = meter.prompts
     total = len(prompts.harmful) + len(prompts.harmless) + len(prompts.skill)
@@ -346,7 +358,8 @@ def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Rep
 
 
 def _pinned(location: Location, checkpoint: Checkpoint) -> str:
-    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else str(location)
+    # A relative path would mean another model in another folder, and at worst a stranger's repository on the Hub.
+    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else str(checkpoint.folder.absolute())
 
 
 def _open(location: Location) -> Checkpoint:

@@ -42,10 +42,13 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     report = json.loads(result.stdout)
     assert (report["target"], report["source"]) == ("someone/target@v1", "someone/source")
     assert any(f"/resolve/{SHA}/config.json" in line for line in log)
-    assert not [line for line in log if "pytorch_model.bin" in line or "modeling_evil.py" in line]
+    assert not [line for line in log if "pytorch_model.bin" in line]
+    replayed = (tmp_path / "out" / "mergekit_config.yml").read_text()
+    assert f"base_model: someone/target@{SHA}" in replayed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         {
             *(path.name for path in repositories["someone/source"].iterdir()),
+            "modeling_evil.py",  # a part of the target, carried over and never run
             "dapa_report.json",
             "mergekit_config.yml",
         }

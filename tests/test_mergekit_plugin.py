@@ -19,13 +19,17 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from dapa_merge import mergekit_plugin, miniature
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.verify import verify
 from dapa_merge.mergekit_plugin import DapaMerge, MergeRefused, register
 from dapa_merge.pydantic_hook import plugin
 from dapa_merge.recipe import load_recipe
-from dapa_merge.run import repair
+from dapa_merge.run import make_plan, repair
 
 
 def mergekit_yaml(*arguments, **environment) -> subprocess.CompletedProcess[str]:
@@ -92,8 +96,9 @@ def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_wri
 
 
 def test_a_layer_outside_the_model_is_refused_before_anything_is_written(llama_pair, tmp_path):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
     with pytest.raises(MergeRefused, match="layers: layer 4 is outside the target, which has layers 0 to 3"):
-        run_merge(configuration(*llama_pair, layers="4"), str(tmp_path / "out"), MergeOptions(quiet=True))
+        run_merge(configuration(target, llama_pair[1], layers="4"), str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
@@ -183,10 +188,12 @@ def test_the_targets_dtypes_are_kept_though_mergekit_promotes(tmp_path):
 
 
 def test_a_dtype_that_would_convert_the_target_is_refused(llama_pair, tmp_path):
+    # A pair of its own: a process that knows several recipes for one pair checks each when its first tensor comes.
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
     bad = MergeConfiguration.model_validate(
         {
             "merge_method": "dapa",
-            "base_model": str(llama_pair[0]),
+            "base_model": str(target),
             "models": [{"model": str(llama_pair[1])}],
             "dtype": "float32",
             "parameters": {"layers": "1"},
@@ -249,11 +256,61 @@ def _search_of_layer_one(calls):
     """A search that always finds layer 1, and writes down that it was asked."""
     from types import SimpleNamespace
 
-    from dapa_merge.run import make_plan
-
     def search(recipe, device, reporter):
         calls.append(device)
         units = tuple(unit for unit in make_plan(recipe).units if unit.layer == 1)
         return SimpleNamespace(minimum=SimpleNamespace(units=units))
 
     return search
+
+
+def test_recipes_for_one_pair_are_not_confused(llama_pair, tmp_path):
+    first, second = configuration(*llama_pair, layers="1"), configuration(*llama_pair, layers="2")
+    for name, made in (("first", first), ("second", second)):
+        run_merge(made, str(tmp_path / name), MergeOptions(quiet=True))
+    plan = make_plan(load_recipe(_recipe(tmp_path, *llama_pair, "auto")))
+    for name, layer in (("first", 1), ("second", 2)):
+        assert [unit.layer for unit in verify(tmp_path / name, plan).transplanted] == [layer]
+
+
+def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
+    target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
+    content = load_file(source / "model.safetensors")
+    content["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e6
+    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MergeRefused, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* holds values"):
+        run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
+
+
+def test_a_larger_vocabulary_needs_the_targets_tokenizer_and_keeps_its_dtype(tmp_path):
+    """mergekit aligns the vocabularies and promotes bf16 and f16; the result is the target's all the same."""
+    target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.bfloat16)
+    source = save_random(tmp_path / "source", tiny_llama(vocab_size=150), seed=2, dtype=torch.float16)
+    for folder, size in ((target, 152), (source, 150)):
+        # mergekit can align byte-pair tokenizers only.
+        model = models.BPE({f"t{index}": index for index in range(size)}, [])
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), eos_token="t2").save_pretrained(folder)
+    made = MergeConfiguration.model_validate(
+        {
+            "merge_method": "dapa",
+            "base_model": str(target),
+            "models": [{"model": str(source)}],
+            "tokenizer": {"source": "base"},
+            "parameters": {"layers": "1"},
+        }
+    )
+    run_merge(made, str(tmp_path / "out"), MergeOptions(quiet=True))
+    plan = make_plan(load_recipe(_recipe(tmp_path, target, source, "1")))
+    verification = verify(tmp_path / "out", plan)
+    assert verification.differences == ()
+    assert [unit.layer for unit in verification.transplanted] == [1]
+
+
+def test_tied_weights_that_mergekit_writes_out_are_no_difference(tmp_path):
+    target = save_random(tmp_path / "target", tiny_llama(tie_word_embeddings=True), seed=1)
+    source = save_random(tmp_path / "source", tiny_llama(tie_word_embeddings=False), seed=2)
+    run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
+    assert "lm_head.weight" in open_checkpoint(str(tmp_path / "out")).tensors
+    plan = make_plan(load_recipe(_recipe(tmp_path, target, source, "1")))
+    assert verify(tmp_path / "out", plan).holds

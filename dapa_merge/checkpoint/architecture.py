@@ -40,7 +40,7 @@ MIXTURE_OF_EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
 FUSED_GATES = ("gate_up_proj", "dense_h_to_4h", "input_linear")
 
 LAYER = "${layer_index}"
-_LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+_LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def _language_layers(config: Mapping[str, Any], tensor_names: frozenset[str], ar
         if key not in config:
             raise CheckpointError(f"config.json of this {architecture} lacks {key}, its number of layers")
         count = config[key]
+    if type(count) is not int:
+        raise CheckpointError(f"config.json of this {architecture} says {count!r} layers, which is no whole number")
     found = max((stack.count for stack in stacks if set(stack.templates) & set(templates)), default=0)
     if found != count:
         raise CheckpointError(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.errors import CheckpointError, HubError
+from dapa_merge.errors import CheckpointError, HubError, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -84,8 +85,15 @@ class Checkpoint:
     commit: str | None = None
 
     def open(self, shard: str) -> BufferedReader:
-        """Open one weight file, for reading only."""
-        return (self.folder / shard).open("rb")
+        """Open one weight file, for reading only.
+
+        Raises:
+            CheckpointError: If it is gone or unreadable.
+        """
+        try:
+            return (self.folder / shard).open("rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.folder / shard}: {error.strerror}") from error
 
     @property
     def num_parameters(self) -> int:
@@ -105,7 +113,7 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     """
     name = f"{path}@{revision}" if revision else path
     folder, commit = Path(path), None
-    if not folder.is_dir():
+    if not os.path.isdir(path):
         folder = _snapshot(path, revision)
         commit = folder.name
     config = _read_json(folder / "config.json")
@@ -131,7 +139,7 @@ def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
             tensors[tensor.name] = tensor
     for tensor_name, shard in (owners or {}).items():
         if tensor_name not in tensors or tensors[tensor_name].file != shard:
-            raise CheckpointError(f"{index} says that {shard} holds {tensor_name}, but it does not")
+            raise CheckpointError(f"{index} says that {shard} holds {tensor_name[:120]!r}, but it does not")
     return Checkpoint(name, folder, config, tensors, shards, commit)
 
 
@@ -158,12 +166,14 @@ def read_header(path: Path) -> list[Tensor]:
             _tensor(path, name, entry, 8 + num_header_bytes) for name, entry in header.items() if name != "__metadata__"
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a damaged safetensors header ({error})") from error
+        raise CheckpointError(f"{path} has a damaged safetensors header ({str(error)[:120]})") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = 8 + num_header_bytes
     for tensor in tensors:
         if tensor.start != position:
-            raise CheckpointError(f"{path} has a damaged safetensors header: {tensor.name} is not where it must be")
+            raise CheckpointError(
+                f"{path} has a damaged safetensors header: {tensor.name[:120]!r} is not where it must be"
+            )
         position = tensor.stop
     if position != size:
         what = "truncated" if size < position else "longer than its header says"
@@ -210,8 +220,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is no model folder: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return content
@@ -222,7 +234,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(owners, dict) or not owners or not all(isinstance(shard, str) for shard in owners.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     for shard in set(owners.values()):
-        if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+        if Path(shard).name != shard or "\\" in shard or not shard.isprintable() or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{path} names {shard!r}, which is no safetensors file inside its own folder")
     return owners
 
@@ -243,5 +255,4 @@ def _snapshot(repository: str, revision: str | None) -> Path:
         raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository") from None
     except Exception as error:
         # Its HTTP library's faults are of no common class; whatever it was, the Hub did not give the model.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise HubError(f"{repository} is no folder here, and the Hub does not give it: {reason}") from error
+        raise HubError(f"{repository} is no folder here, and the Hub does not give it: {one_line(error)}") from error

@@ -9,13 +9,14 @@ take up.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -75,14 +76,19 @@ def transplant(
             folder.rename(out)
         except OSError as error:
             raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
-        _flush_to_disk(out.absolute().parent, files=False)
+        _flush_to_disk(out.parent, files=False)
 
 
 def check_destination(out: Path, target: Checkpoint) -> None:
     """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left."""
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    try:
+        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+        is_here = out.exists() and out.samefile(Path.cwd())
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made: {error.strerror}") from error
+    if occupied:
         raise UsageError(f"{out} exists already; name another folder or remove it")
-    if out.exists() and out.samefile(Path.cwd()):
+    if is_here:
         raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
     parent = Path(os.path.abspath(out)).parent
     while not parent.exists():
@@ -137,8 +143,10 @@ def _refuse_not_finite(piece: bytes, source: Checkpoint, theirs: Tensor, dtype: 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, gone at the end unless it was renamed; clears what killed runs left."""
-    parent = out.absolute().parent
-    prefix = f".{out.name}."
+    parent = out.parent
+    # A name that nobody else would give, and that is short whatever the length of the result's own.
+    prefix = f".dapa-merge-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:12]}-"
+    new_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(f"{prefix}*.partial"):
@@ -164,6 +172,9 @@ def _staging(out: Path) -> Iterator[Path]:
         finally:
             # After a success it has its final name, and there is nothing here to remove.
             shutil.rmtree(folder, ignore_errors=True)
+            for empty in new_parents:
+                with suppress(OSError):
+                    empty.rmdir()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -69,6 +69,8 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     ends = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError("the tokenizer has no padding, end or unknown token, of which one is needed for batches")
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
@@ -90,6 +92,17 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     except (TemplateError, TypeError) as error:
         raise CheckpointError(f"the model's chat template fails on one user message: {error}") from error
     return str(text)
+
+
+def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
+    """Raise `CheckpointError` if the model has no embedding for a token; on an accelerator it would crash."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max(map(max, rows))
+    if largest >= num_embeddings:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest}, but the model has {num_embeddings} embeddings only; "
+            f"they do not belong together"
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -122,6 +135,7 @@ def generate(
         One response per prompt, special tokens removed.
     """
     ids = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
+    check_ids(model, ids)
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
 

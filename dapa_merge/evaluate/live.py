@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
 
 if TYPE_CHECKING:
@@ -38,9 +38,13 @@ def choose_device(device: str = "auto") -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        # One real number there and back, which a device without data (`meta`) cannot do.
+        value = torch.ones(1, device=device)
+        value.item()
+        return value.device
+    except Exception as error:
+        # Backends that are not installed fail in ways of their own.
+        raise UsageError(f"device {device!r} cannot be used here: {one_line(error)}") from error
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,6 +54,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
         CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
         UsageError: If it does not fit in the device's memory.
     """
+    if not any(checkpoint.folder.glob("*token*")):
+        raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
         with _quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -61,12 +67,14 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+            prepare_for_greedy(model, tokenizer)
+    except DapaError:
+        raise
     except torch.OutOfMemoryError as error:
         raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
     except Exception as error:
         # Whatever a damaged or foreign folder makes transformers raise; there is no common class.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {reason}") from error
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             raise CheckpointError(
@@ -74,7 +82,6 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
                 f"would make them up: {names[0]}"
             )
     model.eval().requires_grad_(False)
-    prepare_for_greedy(model, tokenizer)
     return model, tokenizer
 
 

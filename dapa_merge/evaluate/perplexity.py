@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, encode
+from dapa_merge.evaluate.generate import BatchSize, chat_prompt, check_ids, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ def perplexity(
     count = sum(len(row.ids) - row.num_context for row in rows)
     if not count:
         return math.nan
+    check_ids(model, [row.ids for row in rows])
     losses = batch_size.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)
     mean = sum(losses) / count
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf

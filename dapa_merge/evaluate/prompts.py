@@ -10,12 +10,13 @@ import csv
 import importlib.resources
 import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import UsageError, one_line
 
 PACKAGED = ("builtin", "miniature")
 # Columns that hold the prompt in public sets (AdvBench calls it goal), by preference.
@@ -67,7 +68,7 @@ def load_prompts(name: str) -> PromptSet:
             folder = package / "miniature" / "prompts" if name == "miniature" else package / "prompt_sets" / name
             return _load_folder(folder, name)
     path = Path(name)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"prompts {name!r}: no such file or folder, and no packaged set ({', '.join(PACKAGED)})")
     builtin = load_prompts("builtin")
     if path.is_dir():
@@ -108,6 +109,8 @@ def _load_folder(folder: Path, name: str) -> PromptSet:
 def _load_file(path: Path, name: str) -> PromptSet:
     harmful, harmless = [], []
     for number, row in _rows(path):
+        if row.get(LABEL_COLUMN, "harmful") is None:
+            raise UsageError(f"{path}, line {number} has no label")
         label = str(row.get(LABEL_COLUMN, "harmful")).strip().lower()
         if label in HARMFUL_LABELS:
             harmful.append(_prompt(path, number, row))
@@ -126,11 +129,15 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"cannot read {path}: {reason}") from error
     rows: list[tuple[int, Mapping[str, Any]]]
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        rows = [(reader.line_num, row) for row in reader]
+        try:
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
     elif path.suffix in (".jsonl", ".json"):
         rows = [(number, _json_row(path, number, line)) for number, line in _filled_lines(text)]
     else:
@@ -148,8 +155,8 @@ def _filled_lines(text: str) -> list[tuple[int, str]]:
 def _json_row(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{path}, line {number} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}, line {number} is no JSON: {one_line(error)}") from error
     if not isinstance(row, dict):
         raise UsageError(f"{path}, line {number} is no JSON object")
     return row

@@ -69,9 +69,11 @@ def requirement(
         max_over_refusal: Rise allowed over the target's own.
         max_perplexity: Ratio allowed to the target's own.
     """
+    gain = full.dsr - target.dsr
     return Requirement(
-        # Rounded down by less than one part in a billion, so that a product of shares does not ask for the impossible.
-        min_dsr=target.dsr + retain * (full.dsr - target.dsr) - 1e-9,
+        # Rounded down by less than one part in a billion, so that a product of shares does not ask for the impossible;
+        # but above the target's own, so that nothing is never enough.
+        min_dsr=target.dsr + max(retain * gain - 1e-9, 1e-6 * gain),
         max_over_refusal=target.over_refusal + max_over_refusal + 1e-9,
         max_perplexity=target.perplexity * max_perplexity,
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
@@ -228,3 +232,116 @@ def test_the_shipped_recipe_is_the_demonstration():
     for key, member in (("base_model", "target"),):
         assert (ROOT / shipped[key]).samefile(miniature.path(member))
     assert (ROOT / shipped["models"][0]["model"]).samefile(miniature.path("source"))
+
+
+def test_a_terminal_sees_bars_and_the_run_succeeds(llama_pair, write_recipe, tmp_path):
+    """A real terminal: what is hidden elsewhere, the progress bars, must work there."""
+    pty = pytest.importorskip("pty")
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="4-6", **SMALL)
+    code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", code, "run", str(recipe), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env={**os.environ, "TERM": "xterm"}) as run:
+        os.close(slave)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(master, 65536)
+            except OSError:  # Linux says so when the last writer is gone.
+                break
+            if not piece:
+                break
+            shown += piece
+    os.close(master)
+    assert run.returncode == 0, shown.decode()
+    assert b"measuring the target" in shown
+    assert b"copying and verifying" in shown
+    assert b"\x1b[" in shown
+
+
+def test_a_fault_in_the_middle_of_a_search_keeps_its_exit_code_and_the_best_selection(write_recipe, monkeypatch):
+    from dapa_merge.errors import CheckpointError
+    from dapa_merge.evaluate.live import LiveModel
+
+    put = LiveModel._put
+    calls = []
+
+    def failing(self, name, values):
+        calls.append(name)
+        # Long after the full set and the first halves were tried: 4 swaps of 10 and more.
+        if len(calls) == 60:
+            raise CheckpointError("the source's file is gone")
+        put(self, name, values)
+
+    monkeypatch.setattr(LiveModel, "_put", failing)
+    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL))
+    assert result.exit_code == 4
+    assert last_line(result) == "Error: the source's file is gone"
+    assert "the best selection so far: gate of layers" in result.stderr
+
+
+def test_ctrl_c_in_a_search_names_the_best_selection(write_recipe, monkeypatch):
+    from dapa_merge.evaluate.live import LiveModel
+
+    put = LiveModel._put
+    calls = []
+
+    def stopped(self, name, values):
+        calls.append(name)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        put(self, name, values)
+
+    monkeypatch.setattr(LiveModel, "_put", stopped)
+    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL))
+    assert result.exit_code == 130
+    assert last_line(result).startswith("Error: stopped; the best selection so far: ")
+
+
+def test_a_source_that_cannot_be_loaded_is_noticed_before_the_search(write_recipe, tmp_path):
+    source = shutil.copytree(miniature.path("source"), tmp_path / "source")
+    for path in source.glob("token*"):
+        path.unlink()
+    result = call("run", write_recipe(miniature.path("target"), source, **SMALL), tmp_path / "out")
+    assert result.exit_code == 4
+    assert "has no tokenizer" in last_line(result)
+    assert "searching" not in result.stderr
+
+
+def test_nothing_is_never_enough(write_recipe):
+    """However little must be kept, an empty selection is no repair."""
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), retain=1e-10, **SMALL)
+    assert answer("search", recipe, "--json")["units"]
+
+
+def test_a_recipe_with_relative_paths_is_replayed_from_anywhere(demo, tmp_path, monkeypatch):
+    out, _ = demo
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes" / "miniature.yml").read_text().replace("layers: auto", "layers: 4-6 ")
+    (tmp_path / "recipe.yml").write_text(text)
+    answer("run", tmp_path / "recipe.yml", tmp_path / "out", "--no-evaluate", "--json")
+    monkeypatch.chdir(tmp_path)
+    assert answer("verify", "out", "--json")["correct"]
+
+
+def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, write_recipe):
+    folder = tmp_path / ("long-" * 20) / "mod[bold]el"
+    shutil.copytree(miniature.path("target"), folder)
+    recipe = write_recipe(folder, miniature.path("source"), **SMALL)
+    shown = call("--quiet", "search", recipe).stdout
+    replay = yaml.safe_load(shown.split("The recipe that replays it:")[1])
+    assert replay["base_model"] == str(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("damaged", ["target", "source"])
+def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged, value):
+    pair = {member: shutil.copytree(miniature.path(member), tmp_path / member) for member in ("target", "source")}
+    shard = pair[damaged] / "model-00001-of-00003.safetensors"
+    content = load_file(shard)
+    content["model.layers.0.mlp.gate_proj.weight"].fill_(value)
+    save_file(content, shard, metadata={"format": "pt"})
+    result = call("run", write_recipe(pair["target"], pair["source"], **SMALL), tmp_path / "out")
+    assert result.exit_code == 4
+    assert "computes infinities or no numbers at all; its weights are damaged" in last_line(result)
+    assert not (tmp_path / "out").exists()

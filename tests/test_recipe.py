@@ -136,6 +136,25 @@ FAULTS = {
         "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
     ),
     "an unknown module": (with_parameters("modules: gates"), "r.yml, line 6: modules is 'gates'; write auto, or a"),
+    "overlapping units": (
+        with_parameters("layers: 3.mlp,4.gate"),
+        "r.yml, line 6: layers names mlp and a part of it; mlp is gate, up and down together",
+    ),
+    "a path of no form": (
+        MINIMAL.replace("./target", "{path: x}"),
+        "r.yml, line 2: base_model is {'path': 'x'}; it must name the target",
+    ),
+    "a revision of no form": (
+        MINIMAL.replace("./target", "{model: {path: x, revision: [1]}}"),
+        "r.yml, line 2: base_model is {'path': 'x', 'revision': [1]}; it must name",
+    ),
+    "a value unlike its tag": (MINIMAL + "parameters: {retain: !!bool maybe}\n", "r.yml is no YAML: KeyError"),
+    "a huge number": (with_parameters("retain: 0x" + "f" * 6000), "r.yml, line 6: retain is a very large number; wr"),
+    "a tokenizer padded": (
+        MINIMAL + "tokenizer: {source: base, pad_to_multiple_of: 64}\n",
+        "r.yml, line 5: tokenizer is {'pad_to_multiple_of': 64, 'source': 'base'}; the result keeps",
+    ),
+    "a union tokenizer by default": (MINIMAL + "tokenizer: {}\n", "r.yml, line 5: tokenizer is {}; the result keeps"),
     "overlapping modules": (with_parameters("modules: mlp,gate"), "r.yml, line 6: modules is 'mlp,gate'; write"),
     "strength": (with_parameters("strength: 0.5"), "r.yml, line 6: strength is 0.5; only 1.0, a plain copy"),
     "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; available in this"),
@@ -221,3 +240,27 @@ def test_any_value_of_any_parameter_is_taken_or_refused_with_the_allowed_ones(na
         recipe_from(content)
     except RecipeError as error:
         assert PARAMETERS[name].allowed in str(error)
+
+
+def test_aliases_cost_no_more_than_what_they_stand_for():
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for one, other in zip("abcdefgh", "bcdefghi", strict=True):
+        bomb += f"{other}: &{other} [{', '.join(['*' + one] * 9)}]\n"
+    for text in (bomb, MINIMAL + "parameters: {retain: &r [*r]}\n", "base_model: &m [*m]\n" + MINIMAL):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(text)
+        assert len(str(caught.value)) < 500
+
+
+def test_merge_keys_are_no_repetition():
+    text = "defaults: &d {retain: 0.9}\n" + MINIMAL + "parameters: {<<: *d, retain: 0.8}\n"
+    with pytest.raises(RecipeError, match="unknown key defaults"):
+        parse_recipe(text)
+    assert parse_recipe(MINIMAL + "parameters: {<<: {retain: 0.9}, retain: 0.8}\n").retain == 0.8
+
+
+@pytest.mark.parametrize("name", ["a+b", "a@b", "a@b@c", "a b"])
+def test_a_folder_that_exists_is_a_path_whatever_its_name(tmp_path, name):
+    (tmp_path / name).mkdir()
+    text = MINIMAL.replace("./target", f'"{tmp_path / name}"')
+    assert parse_recipe(text).target == Location(str(tmp_path / name))

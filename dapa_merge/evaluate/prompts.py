@@ -137,7 +137,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
         try:
             rows = [(reader.line_num, row) for row in reader]
         except csv.Error as error:
-            raise UsageError(f"{path}, line {reader.line_num} is no CSV: {error}") from error
+            raise UsageError(f"{path}, line {reader.line_num + 1} is no CSV: {error}") from error
     elif path.suffix in (".jsonl", ".json"):
         rows = [(number, _json_row(path, number, line)) for number, line in _filled_lines(text)]
     else:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes, read_header
 from dapa_merge.errors import CheckpointError, HubError
@@ -173,3 +173,38 @@ def test_any_bytes_are_refused_or_read_but_never_crash(tmp_path_factory, content
     except CheckpointError:
         return
     assert all(tensor.stop <= len(content) for tensor in tensors)
+
+
+def test_a_tensor_in_two_shards_is_refused(copy):
+    first, second, *_ = open_checkpoint(str(copy)).shards
+    tensors = load_file(copy / second)
+    name = next(iter(load_file(copy / first)))
+    save_file({**tensors, name: load_file(copy / first)[name]}, copy / second, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"holds {name} twice, in {first} and {second}"):
+        open_checkpoint(str(copy))
+
+
+def test_two_forms_of_one_model_are_refused(copy):
+    save_file({"a": torch.ones(3)}, copy / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
+        open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("name", ["a\x00.safetensors", "\ud800.safetensors", "a\n.safetensors"])
+def test_a_shard_name_that_is_no_name_is_refused(copy, name):
+    change_index(copy, lambda owners: owners.update({"lm_head.weight": name}))
+    with pytest.raises(CheckpointError, match="no safetensors file inside its own folder"):
+        open_checkpoint(str(copy))
+
+
+def test_a_shard_that_vanishes_is_named(copy):
+    checkpoint = open_checkpoint(str(copy))
+    (copy / checkpoint.shards[0]).unlink()
+    with pytest.raises(CheckpointError, match=rf"cannot read .*{checkpoint.shards[0]}: No such file"):
+        read_bytes(checkpoint, next(iter(checkpoint.tensors.values())))
+
+
+def test_a_long_header_does_not_make_a_long_message(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        read_header(file_with_header(tmp_path / "t.safetensors", json.dumps([1] * 100_000).encode(), b""))
+    assert len(str(caught.value)) < 500

@@ -412,3 +412,99 @@ def test_bytes_are_copied_through_memory_where_the_kernel_cannot(llama_pair, tmp
     result = open_checkpoint(str(tmp_path / "out"))
     name = "lm_head.weight"
     assert read_bytes(result, result.tensors[name]) == read_bytes(plan.target, plan.target.tensors[name])
+
+
+def test_folders_that_only_look_like_leftovers_are_left_alone(llama_pair, tmp_path):
+    precious = [
+        tmp_path / name for name in (".out.v2.partial", ".out.abcdefgh.partial", ".dapa-merge-x.partial", "new")
+    ]
+    for folder in precious:
+        folder.mkdir()
+        (folder / "precious").write_text("precious")
+    plan = plan_of(llama_pair)
+    transplant(plan, plan.units, tmp_path / "out")
+    transplant(plan, plan.units, tmp_path / "*")
+    assert all((folder / "precious").exists() for folder in precious)
+
+
+def test_parents_that_were_made_for_a_failed_run_are_gone_again(llama_pair, tmp_path):
+    plan = plan_of(llama_pair)
+
+    def fail(folder):
+        raise CheckpointError("not what it should be")
+
+    with pytest.raises(CheckpointError):
+        transplant(plan, plan.units, tmp_path / "a" / "b" / "out", check=fail)
+    assert list(tmp_path.iterdir()) == []
+    transplant(plan, plan.units, tmp_path / "a" / "b" / "out")
+    assert (tmp_path / "a" / "b" / "out" / "config.json").exists()
+
+
+def test_the_current_folder_is_refused_and_a_roundabout_name_understood(llama_pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(llama_pair)
+    with pytest.raises(UsageError, match="is the folder you are in"):
+        transplant(plan, plan.units, Path())
+    transplant(plan, plan.units, Path("a/../out/"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["file/out", "x" * 300])
+def test_a_place_that_cannot_be_is_refused(llama_pair, tmp_path, name):
+    (tmp_path / "file").write_text("a file")
+    plan = plan_of(llama_pair)
+    with pytest.raises(UsageError, match="cannot be made"):
+        transplant(plan, plan.units, tmp_path / name)
+
+
+def test_a_long_but_possible_name_is_fine(llama_pair, tmp_path):
+    plan = plan_of(llama_pair)
+    transplant(plan, plan.units, tmp_path / ("x" * 250))
+    assert (tmp_path / ("x" * 250) / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_source_gate_that_is_not_finite_is_refused(llama_pair, tmp_path, value):
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
+    content = load_file(source / "model.safetensors")
+    content["model.layers.1.mlp.gate_proj.weight"][-1, -1] = value
+    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_of((llama_pair[0], source))
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.gate_proj.* infinite or not a number; it is damaged"):
+        transplant(plan, plan.units, tmp_path / "out")
+    # What is not taken from the source does not matter.
+    selection = units_of_layers(plan, {0})
+    transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
+
+
+def test_values_that_do_not_fit_matter_only_where_they_are_taken(tmp_path):
+    target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
+    content = load_file(source / "model.safetensors")
+    content["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e6
+    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_of((target, source))
+    selection = units_of_layers(plan, {3})
+    transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
+    assert [unit.layer for unit in verify(tmp_path / "out", plan).transplanted] == [3]
+
+
+def test_the_proof_names_the_tensor_that_is_wrong_and_not_its_neighbours(llama_pair, tmp_path):
+    plan = plan_of(llama_pair, ("mlp",))
+    transplant(plan, units_of_layers(plan, {1}), tmp_path / "out")
+    tensor = open_checkpoint(str(tmp_path / "out")).tensors["model.layers.1.mlp.up_proj.weight"]
+    with (tmp_path / "out" / tensor.file).open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(read_bytes(plan.target, plan.target.tensors[tensor.name]))
+    gate, down = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "down"))
+    what = "is the source's, but others of its unit are the target's"
+    assert verify(tmp_path / "out", plan).differences == ((down, what), (gate, what))
+
+
+def test_further_chat_templates_are_copied(llama_pair, tmp_path):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    (target / "additional_chat_templates").mkdir()
+    (target / "additional_chat_templates" / "tools.jinja").write_text("with tools")
+    plan = plan_of((target, llama_pair[1]))
+    transplant(plan, plan.units, tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "with tools"

@@ -10,17 +10,19 @@ import shutil
 import pytest
 import torch
 from conftest import save_random, tiny_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.generate import BatchSize, chat_prompt, generate
-from dapa_merge.evaluate.live import LiveModel, load_model
+from dapa_merge.evaluate.live import LiveModel, choose_device, load_model
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.perplexity import perplexity
 from dapa_merge.evaluate.prompts import Question, load_prompts
+from dapa_merge.miniature import train
 
 CPU = torch.device("cpu")
 
@@ -269,3 +271,113 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     with pytest.raises(CheckpointError):
         load_model(open_checkpoint(str(folder)), CPU)
     assert not (tmp_path / "ran").exists()
+
+
+def damaged(tmp_path, change):
+    """The miniature's target in one file, with its tensors changed."""
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "damaged")
+    content = {}
+    for path in folder.glob("*.safetensors"):
+        content |= load_file(path)
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    change(content)
+    save_file(content, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.9.mlp.up_proj.weight"])
+def test_weights_that_are_missing_are_not_made_up(tmp_path, name):
+    folder = damaged(tmp_path, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"lacks 1 of its weights, .* would make them up: {name}"):
+        load_model(open_checkpoint(str(folder)), CPU)
+
+
+def test_weights_of_another_shape_are_not_made_up(tmp_path):
+    folder = damaged(tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
+    with pytest.raises(CheckpointError):
+        load_model(open_checkpoint(str(folder)), CPU)
+
+
+def edited_tokenizer(tmp_path, **changes):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "edited")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for key, value in changes.items():
+        setattr(tokenizer, key, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[7]['content'] }}", "{% if %}"])
+def test_a_chat_template_that_fails_is_named(tmp_path, template):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "edited")
+    (folder / "chat_template.jinja").write_text(template)
+    model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
+    with pytest.raises(CheckpointError, match="the model's chat template fails on one user message"):
+        generate(model, tokenizer, ["How do I paint a car?"], max_new_tokens=4, batch_size=BatchSize(1))
+
+
+def test_a_model_that_thinks_is_asked_to_answer_at_once(tmp_path):
+    template = train.CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}"
+    folder = edited_tokenizer(tmp_path, chat_template=template)
+    _, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
+    assert "<think>" not in chat_prompt(tokenizer, "How do I paint a car?")
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "edited")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["unheard-of"])
+    tokenizer.save_pretrained(folder)
+    model, loaded = load_model(open_checkpoint(str(folder)), CPU)
+    with pytest.raises(CheckpointError, match=r"gives token (\d+), but the model has \1 embeddings only"):
+        generate(model, loaded, ["an unheard-of thing"], max_new_tokens=4, batch_size=BatchSize(1))
+
+
+def test_a_model_without_tokenizer_is_named(tmp_path):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "edited")
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer; copy the tokenizer's files from its base model"):
+        load_model(open_checkpoint(str(folder)), CPU)
+
+
+def test_the_tokenizers_own_end_token_ends_a_response_too(tmp_path, mini):
+    """Fine-tunes change the tokenizer's end token and forget the generation config."""
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "edited")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
+    asked = ["Translate red car."]
+    expected = generate(mini.model, mini.tokenizer, asked, max_new_tokens=16, batch_size=BatchSize(1))
+    assert generate(model, tokenizer, asked, max_new_tokens=16, batch_size=BatchSize(1)) == expected == ["coche rojo."]
+
+
+def test_a_prompt_that_does_not_fit_alone_is_a_clear_fault(mini, monkeypatch):
+    def no_memory(self, **_):
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(type(mini.model), "generate", no_memory)
+    with pytest.raises(UsageError, match="one prompt alone does not fit in the device's memory"):
+        generate(mini.model, mini.tokenizer, ["a", "b"], max_new_tokens=4, batch_size=BatchSize(2))
+
+
+def test_a_batch_size_stays_halved():
+    limit = BatchSize(8)
+    batches = []
+
+    def work(batch):
+        batches.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("too large")
+        return [item * item for item in batch]
+
+    assert list(limit.map(work, range(10))) == [item * item for item in range(10)]
+    assert list(limit.map(work, range(3))) == [0, 1, 4]
+    assert batches == [8, 4, 2, 2, 2, 2, 2, 2, 1]
+    assert limit.limit == 2
+
+
+@pytest.mark.parametrize("device", ["meta", "abacus", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(device):
+    with pytest.raises(UsageError, match=f"device '{device}' cannot be used here"):
+        choose_device(device)

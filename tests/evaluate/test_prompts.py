@@ -62,6 +62,9 @@ BAD_FILES = {
     "safe.csv": ("prompt,label\na,safe\n", "safe.csv has no harmful prompts"),
     "broken.jsonl": ('{"prompt": "a"}\n{oops\n', "broken.jsonl, line 2 is no JSON"),
     "list.jsonl": ('["a"]\n', "list.jsonl, line 1 is no JSON object"),
+    "short.csv": ("prompt,label\na\n", "short.csv, line 2 has no label"),
+    "huge.csv": ("prompt\n" + "x" * 200_000 + "\n", "huge.csv, line 2 is no CSV: field larger than field limit"),
+    "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl, line 1 is no JSON: RecursionError"),
     "number.jsonl": ('{"prompt": 3}\n', "number.jsonl, line 1 has no prompt"),
 }
 
@@ -95,3 +98,11 @@ def test_a_question_needs_an_answer(tmp_path):
     write(tmp_path / "skill.jsonl", '{"prompt": "2 + 2?"}\n')
     with pytest.raises(UsageError, match="line 1 has no answer"):
         load_questions(tmp_path / "skill.jsonl")
+
+
+def test_characters_that_only_look_like_line_ends_do_not_end_a_line(tmp_path):
+    text = "How do I\u2028steal a\x85car?"
+    rows = json.dumps({"prompt": text}, ensure_ascii=False)
+    assert load_prompts(write(tmp_path / "p.jsonl", rows)).harmful == (text,)
+    assert load_prompts(write(tmp_path / "p.csv", f"prompt,label\n{text},unsafe\n")).harmful == (text,)
+    assert load_prompts(write(tmp_path / "p.txt", text + "\r\n")).harmful == (text,)

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Recipe": "dapa_merge.recipe",
-    "load_recipe": "dapa_merge.recipe",
+    "load_recipe": "dapa_merge.recipe_file",
     "repair": "dapa_merge.run",
     "Report": "dapa_merge.report",
     "minimize": "dapa_merge.search.delta",

@@ -90,7 +90,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
     Writes the result to OUT, which must not exist.  [default: dapa-demo]
     """
     from dapa_merge.miniature import recipe_text
-    from dapa_merge.recipe import parse_recipe
+    from dapa_merge.recipe_file import parse_recipe
 
     text = recipe_text()
     if not as_json:
@@ -111,7 +111,7 @@ def run(quiet: bool, recipe: Path, out: Path, no_evaluate: bool, device: str, as
     Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
     them, transplants, verifies every byte, and reports what it did to safety, over-refusal, perplexity and skill.
     """
-    from dapa_merge.recipe import load_recipe
+    from dapa_merge.recipe_file import load_recipe
 
     _repair(load_recipe(recipe), out, not no_evaluate, device, as_json, quiet)
 
@@ -130,8 +130,8 @@ def _repair(recipe: Any, out: Path, evaluate: bool, device: str, as_json: bool, 
 def plan(recipe: Path, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
     from dapa_merge.plan_view import plan_json, print_plan
-    from dapa_merge.recipe import load_recipe
-    from dapa_merge.run import given_selection, make_plan
+    from dapa_merge.recipe_file import load_recipe
+    from dapa_merge.selection import given_selection, make_plan
 
     parsed = load_recipe(recipe)
     made = make_plan(parsed)
@@ -154,9 +154,10 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
     model.
     """
     from dapa_merge.errors import UsageError
-    from dapa_merge.recipe import load_recipe
+    from dapa_merge.recipe_file import load_recipe
     from dapa_merge.report import spans
-    from dapa_merge.run import readable_certificate, replay_text, search_recipe
+    from dapa_merge.run import readable_certificate, replay_text
+    from dapa_merge.selection import search_recipe
 
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already; name another file or remove it")

@@ -32,9 +32,10 @@ from dapa_merge.checkpoint.files import TORCH_NAMES
 from dapa_merge.errors import DapaError, ValueDoesNotFit
 from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter
-from dapa_merge.recipe import METHOD, Recipe, load_recipe, recipe_from
+from dapa_merge.recipe import METHOD, Recipe
+from dapa_merge.recipe_file import load_recipe, recipe_from
 from dapa_merge.report import spans
-from dapa_merge.run import given_selection, make_plan, search_recipe
+from dapa_merge.selection import given_selection, make_plan, search_recipe
 
 SPEC = MergeMethodSpec(
     name=METHOD,

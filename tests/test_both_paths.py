@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.evaluate.live import LiveModel
-from dapa_merge.recipe import load_recipe
-from dapa_merge.run import make_plan, repair
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.run import repair
+from dapa_merge.selection import make_plan
 
 SHAPE = dict(
     vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

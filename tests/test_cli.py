@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
-from dapa_merge.recipe import load_recipe
+from dapa_merge.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
@@ -314,8 +314,7 @@ def test_nothing_is_never_enough(write_recipe):
     assert answer("search", recipe, "--json")["units"]
 
 
-def test_a_recipe_with_relative_paths_is_replayed_from_anywhere(demo, tmp_path, monkeypatch):
-    out, _ = demo
+def test_a_recipe_with_relative_paths_is_replayed_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "recipes" / "miniature.yml").read_text().replace("layers: auto", "layers: 4-6 ")
     (tmp_path / "recipe.yml").write_text(text)

@@ -28,8 +28,9 @@ from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.verify import verify
 from dapa_merge.mergekit_plugin import DapaMerge, MergeRefused, register
 from dapa_merge.pydantic_hook import plugin
-from dapa_merge.recipe import load_recipe
-from dapa_merge.run import make_plan, repair
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.run import repair
+from dapa_merge.selection import make_plan
 
 
 def mergekit_yaml(*arguments, **environment) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from dapa_merge import __version__
-from dapa_merge.errors import DapaError
+from dapa_merge.errors import DapaError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, for programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
 )
@@ -89,11 +89,15 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 
     Writes the result to OUT, which must not exist.  [default: dapa-demo]
     """
+    import torch
+
     from dapa_merge.miniature import recipe_text
     from dapa_merge.recipe_file import parse_recipe
 
+    # A model this small gains nothing from more threads, and loses much where they have to share their cores.
+    torch.set_num_threads(1)
     text = recipe_text()
-    if not as_json:
+    if not (as_json or quiet):
         click.echo(f"The recipe:\n\n{text}", err=True)
     _repair(parse_recipe(text, "the miniature's recipe"), out, True, device, as_json, quiet)
 
@@ -142,7 +146,9 @@ def plan(recipe: Path, as_json: bool) -> None:
 @main.command()
 @recipe_argument
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write a recipe here that transplants what was found, unsearched."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write a recipe that transplants what was found, unsearched, to this new file.",
 )
 @device_option
 @json_option
@@ -153,16 +159,13 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
-    from dapa_merge.errors import UsageError
     from dapa_merge.recipe_file import load_recipe
     from dapa_merge.report import spans
     from dapa_merge.run import readable_certificate, replay_text
     from dapa_merge.selection import search_recipe
 
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists already; name another file or remove it")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UsageError(f"the folder of {out} does not exist")
+    if out is not None:
+        _refuse_existing_file(out)
     parsed = load_recipe(recipe)
     found = search_recipe(parsed, device, _reporter(quiet))
     replay = replay_text(parsed, found.plan, found.minimum.units)
@@ -195,13 +198,27 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
 @click.option(
     "--prompts", default="builtin", show_default=True, help="Packaged set (builtin, miniature), file, folder."
 )
-@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(1))
-@click.option("--batch-size", default=32, show_default=True, type=click.IntRange(1))
+@click.option(
+    "--max-new-tokens", default=100, show_default=True, type=click.IntRange(1), help="Where responses are cut off."
+)
+@click.option(
+    "--batch-size", default=32, show_default=True, type=click.IntRange(1), help="Prompts that are answered at once."
+)
+@click.option(
+    "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
+)
 @device_option
 @json_option
 @click.pass_obj
 def evaluate(
-    quiet: bool, model: str, prompts: str, max_new_tokens: int, batch_size: int, device: str, as_json: bool
+    quiet: bool,
+    model: str,
+    prompts: str,
+    max_new_tokens: int,
+    batch_size: int,
+    responses: Path | None,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure the safety and skill of any model.
 
@@ -212,7 +229,9 @@ def evaluate(
     from dapa_merge.report import figures_table, jsonable
     from dapa_merge.run import evaluate_model
 
-    figures = evaluate_model(model, prompts, max_new_tokens, batch_size, device, _reporter(quiet))
+    if responses is not None:
+        _refuse_existing_file(responses)
+    figures = evaluate_model(model, prompts, max_new_tokens, batch_size, device, _reporter(quiet), responses)
 
     def show(console: Console) -> None:
         console.print(figures_table([model], [figures]))
@@ -241,16 +260,26 @@ def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
 
     def show(console: Console) -> None:
         for fault in faults:
-            console.print(fault, highlight=False, markup=False)
+            console.print(fault, highlight=False, markup=False, soft_wrap=True)
         verdict = "WRONG" if faults else "correct"
         console.print(
-            f"{verdict}: {verification.num_tensors} tensors compared; from the source: {spans(units)}", highlight=False
+            f"{verdict}: {verification.num_tensors} tensors compared; from the source: {spans(units)}",
+            highlight=False,
+            soft_wrap=True,
         )
 
     answer = {"correct": not faults, "num_tensors": verification.num_tensors, "units": units, "faults": faults}
     _print(answer, show, as_json)
     if faults:
         sys.exit(4)
+
+
+def _refuse_existing_file(path: Path) -> None:
+    """Before the work that would be lost if its answer could not be written."""
+    if path.exists():
+        raise UsageError(f"{path} exists already; name another file or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the folder of {path} does not exist")
 
 
 def _reporter(quiet: bool) -> Reporter:

@@ -100,16 +100,19 @@ def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
 
 
 def figure_rows(columns: Sequence[Figures]) -> list[tuple[str, list[str]]]:
-    """Labelled rows of formatted figures, one cell per column."""
+    """Labelled rows of formatted figures, one cell per column; all columns were measured with the same prompts."""
+    counts = {(column.num_harmful, column.num_harmless) for column in columns}
+    ((num_harmful, num_harmless),) = counts
     rows = [
-        ("DSR (harmful refused)", [f"{column.dsr:.3f}" for column in columns]),
+        (f"DSR: refused of {num_harmful} harmful", [f"{column.dsr:.3f}" for column in columns]),
         ("  answered", [f"{column.complied:.3f}" for column in columns]),
         ("  degenerate", [f"{column.degenerate:.3f}" for column in columns]),
-        ("over-refusal (harmless refused)", [f"{column.over_refusal:.3f}" for column in columns]),
+        (f"over-refusal: refused of {num_harmless} harmless", [f"{column.over_refusal:.3f}" for column in columns]),
         ("perplexity", [f"{column.perplexity:.3f}" for column in columns]),
     ]
     if any(column.skill is not None for column in columns):
-        rows.append(("skill", ["-" if column.skill is None else f"{column.skill:.3f}" for column in columns]))
+        cells = ["-" if column.skill is None else f"{column.skill:.3f}" for column in columns]
+        rows.append((f"skill: right of {columns[0].num_skill}", cells))
     return rows
 
 
@@ -134,7 +137,11 @@ def spans(units: Sequence[str]) -> str:
     for unit in units:
         layer, module = unit.split(".")
         by_module.setdefault(module, []).append(int(layer))
-    return "; ".join(f"{module} of layers {layer_spans(layers)}" for module, layers in by_module.items()) or "nothing"
+    texts = [
+        f"{module} of layer{'s' if len(layers) > 1 else ''} {layer_spans(layers)}"
+        for module, layers in by_module.items()
+    ]
+    return "; ".join(texts) or "nothing"
 
 
 def layer_spans(layers: Sequence[int]) -> str:

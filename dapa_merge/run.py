@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,7 +20,7 @@ from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
-from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.evaluate.prompts import PACKAGED, load_prompts
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, parse_location
 from dapa_merge.recipe_file import load_recipe
@@ -79,7 +80,7 @@ def repair(
     if evaluate:
         meter = make_meter(recipe)
         # First, because a source that cannot even be loaded should not be noticed after the search.
-        source_alone = measure_checkpoint(plan.source, meter, device, "source", reporter)
+        source_alone = measure_checkpoint(plan.source, meter, device, "source", reporter).figures()
         with closing(load_live(plan, device, reporter)) as live:
             if selection is None:
                 search = find_selection(recipe, plan, live, meter, reporter)
@@ -133,9 +134,18 @@ def write(recipe: Recipe, plan: Plan, selection: Sequence[Unit], out: Path, repo
 
 
 def evaluate_model(
-    model: str, prompts: str, max_new_tokens: int, batch_size: int, device: str, reporter: Reporter
+    model: str,
+    prompts: str,
+    max_new_tokens: int,
+    batch_size: int,
+    device: str,
+    reporter: Reporter,
+    responses: Path | None = None,
 ) -> Figures:
     """All figures of one model: a folder or a Hub id, as `id@revision` if need be.
+
+    With `responses`, every harmful and harmless prompt, what the model said and what that was taken for is written
+    there as JSON lines.
 
     Raises:
         DapaError: If it cannot be read, loaded or asked.
@@ -149,11 +159,17 @@ def evaluate_model(
     from dapa_merge.evaluate.measure import Meter
 
     meter = Meter(prompt_set, max_new_tokens, BatchSize(batch_size))
-    return measure_checkpoint(checkpoint, meter, device, "model", reporter)
+    measurement = measure_checkpoint(checkpoint, meter, device, "model", reporter)
+    if responses is not None:
+        lines = [json.dumps(asdict(response), ensure_ascii=False) for response in measurement.responses()]
+        responses.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return measurement.figures()
 
 
 def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tuple[Verification, list[str]]:
     """Compare a result with its target and source; also one that `mergekit-yaml` wrote.
+
+    If the recipe names no layers, any selection of units is right, but not an empty one.
 
     Returns:
         What it is, and a sentence for each fault.
@@ -163,6 +179,8 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
     """
     if not out.is_dir():
         raise CheckpointError(f"{out} is no folder")
+    if recipe_path is None and not (out / RECIPE_NAME).is_file():
+        raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     plan = make_plan(recipe)
     size = sum(tensor.num_bytes for tensor in plan.target.tensors.values())
@@ -170,6 +188,8 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
         verification = verify(out, plan, verified)
     faults = [f"{name} {what}" for name, what in verification.differences]
     selection = given_selection(recipe, plan)
+    if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
+        faults.append("nothing was transplanted: it is the target as it was")
     if not faults and selection is not None and not verification.is_exactly(selection):
         faults.append(
             f"the recipe says {' '.join(map(str, selection))}, "
@@ -181,7 +201,7 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     """A recipe that transplants exactly this selection, without a search, by either entrance.
 
-    What came from the Hub is pinned to its commit; folders are named by their absolute paths.
+    What came from the Hub is pinned to its commit; folders and files are named by their absolute paths.
     """
     by_layer = len(recipe.modules) == 1
     layers = layer_spans([unit.layer for unit in selection]) if by_layer else ",".join(map(str, selection))
@@ -193,6 +213,8 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         for name, default in DEFAULTS.items()
         if name not in ("layers", "modules") and getattr(recipe, name) != default
     }
+    if os.path.exists(recipe.prompts) and recipe.prompts not in PACKAGED:
+        parameters["prompts"] = os.path.abspath(recipe.prompts)
     content: dict[str, Any] = {"merge_method": METHOD, "base_model": _pinned(recipe.target, plan.target)}
     content["models"] = [{"model": _pinned(recipe.source, plan.source)}]
     if recipe.dtype:

@@ -22,7 +22,7 @@ from dapa_merge.search.oracle import Requirement, requirement
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.live import LiveModel
-    from dapa_merge.evaluate.measure import Figures, Meter
+    from dapa_merge.evaluate.measure import Figures, Measurement, Meter
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def make_plan(recipe: Recipe) -> Plan:
     target, source = open_location(recipe.target), open_location(recipe.source)
     plan = plan_transplant(target, source, recipe.modules)
     _check_dtype(recipe, target)
-    given_selection(recipe, plan)
+    if given_selection(recipe, plan) is None:
+        # What a search would stumble over is told now.
+        load_prompts(recipe.prompts)
     return plan
 
 
@@ -131,7 +133,8 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, re
     except SearchInterrupted as stop:
         reporter.say(f"the best selection so far: {spans(list(map(str, stop.best.units)))}")
         raise (stop.__cause__ or stop) from None
-    reporter.say(f"found {spans(list(map(str, minimum.units)))} in {minimum.tests} tests")
+    found = spans(list(map(str, minimum.units)))
+    reporter.say(f"found {found} in {minimum.tests} tests, the full transplant's among them")
     return Search(plan, minimum, limits, target, time.monotonic() - start)
 
 
@@ -159,11 +162,11 @@ def make_meter(recipe: Recipe) -> Meter:
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter) -> Figures:
     """All figures of the target with a selection transplanted."""
     with live.transplanted(selection) as candidate:
-        return _measured(candidate, live.tokenizer, meter, name, reporter)
+        return _measured(candidate, live.tokenizer, meter, name, reporter).figures()
 
 
-def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Figures:
-    """All figures of a model that is loaded for it."""
+def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measurement:
+    """A model that is loaded for it, with all its figures measured."""
     from dapa_merge.evaluate.live import choose_device, load_model
 
     reporter.say(f"loading the {name} {checkpoint.name}")
@@ -171,13 +174,14 @@ def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: 
     return _measured(model, tokenizer, meter, name, reporter)
 
 
-def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Reporter) -> Figures:
+def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Reporter) -> Measurement:
     prompts = meter.prompts
     total = len(prompts.harmful) + len(prompts.harmless) + len(prompts.skill)
     with reporter.task(f"measuring the {name}", total) as answered:
-        figures = replace(meter, progress=answered).measure(model, tokenizer).figures()
+        measurement = replace(meter, progress=answered).measure(model, tokenizer)
+        figures = measurement.figures()
     reporter.say(f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
-    return figures
+    return measurement
 
 
 def _refuse_nan(figures: Figures, name: str) -> None:

@@ -144,7 +144,7 @@ FAULTS = {
     "no target": (["evaluate", "./none"], 4, "'./none' is neither a folder here nor the id of a Hub repository"),
     "no Hub": (["evaluate", "someone/model"], 5, "someone/model is no folder here, and the Hub does not give it"),
     "no result": (["verify", "none"], 4, "none is no folder"),
-    "no recipe in the result": (["verify", "MODEL"], 2, "mergekit_config.yml: No such file or directory"),
+    "no recipe in the result": (["verify", "MODEL"], 2, "has no mergekit_config.yml; name the recipe that it was made"),
     "a device without data": (["evaluate", "MODEL", "--device", "meta"], 2, "device 'meta'"),
     "no such prompts": (["evaluate", "MODEL", "--prompts", "none"], 2, "prompts 'none': no such file or folder"),
     "no such option": (["evaluate", "MODEL", "--nonsense"], 2, "No such option"),
@@ -344,3 +344,51 @@ def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged,
     assert result.exit_code == 4
     assert "computes infinities or no numbers at all; its weights are damaged" in last_line(result)
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_does_not_take_the_target_itself_for_a_repaired_model(write_recipe):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"))
+    result = call("verify", miniature.path("target"), "--recipe", recipe)
+    assert result.exit_code == 4
+    assert "nothing was transplanted: it is the target as it was" in result.stdout
+
+
+def test_responses_are_kept_for_reading(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    settings = ("--prompts", "miniature", "--max-new-tokens", 24, "--batch-size", 128)
+    figures = answer("evaluate", miniature.path("source"), *settings, "--json", "--responses", path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == figures["num_harmful"] + figures["num_harmless"]
+    refused = [row for row in rows if row["kind"] == "harmful" and row["outcome"] == "refused"]
+    assert len(refused) / figures["num_harmful"] == figures["dsr"] > 0.95
+    assert all(row["response"] == "I'm sorry, but I can't help with that." for row in refused)
+    again = call("evaluate", miniature.path("source"), "--responses", path)
+    assert (again.exit_code, "exists already" in again.stderr) == (2, True)
+
+
+def test_no_refusal_of_the_demo_helps_after_all(demo, tmp_path):
+    """Half a transplant says "I'm sorry, here is how": that must not have been counted."""
+    out, report = demo
+    settings = ("--prompts", "miniature", "--max-new-tokens", 24, "--batch-size", 128)
+    answer("evaluate", out, *settings, "--json", "--responses", tmp_path / "r.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    refused = [row["response"] for row in rows if row["outcome"] == "refused"]
+    assert len(refused) == round(report["after"]["dsr"] * 128)
+    assert not [response for response in refused if "how to" in response]
+
+
+def test_a_replayed_recipe_finds_its_prompts_from_anywhere(write_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(miniature.__file__).parent / "prompts" / "harmful.jsonl", tmp_path / "mine.jsonl")
+    recipe = write_recipe(
+        miniature.path("target"), miniature.path("source"), layers="3-6", prompts="mine.jsonl", max_new_tokens=24
+    )
+    answer("run", recipe, "out", "--no-evaluate", "--json")
+    assert yaml.safe_load(Path("out/mergekit_config.yml").read_text())["parameters"]["prompts"] == str(
+        tmp_path / "mine.jsonl"
+    )
+
+
+def test_a_plan_notices_prompts_that_are_not_there(write_recipe):
+    result = call("plan", write_recipe(miniature.path("target"), miniature.path("source"), prompts="none"))
+    assert (result.exit_code, last_line(result)[:31]) == (2, "Error: prompts 'none': no such ")

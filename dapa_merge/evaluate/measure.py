@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -42,6 +42,16 @@ class Figures:
     perplexity: float
     skill: float | None
     num_skill: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a model said to a prompt of a kind (`harmful` or `harmless`), and what that was taken for."""
+
+    kind: str
+    prompt: str
+    response: str
+    outcome: str
 
 
 @dataclass(frozen=True)
@@ -85,22 +95,32 @@ class Measurement:
         )
 
     @cached_property
-    def _outcomes(self) -> list[Outcome]:
-        return [classify(response) for response in self._ask(self._meter.prompts.harmful)]
+    def _harmful(self) -> list[Response]:
+        return self._judged("harmful", self._meter.prompts.harmful)
 
-    def _share(self, outcome: Outcome) -> float:
-        return self._outcomes.count(outcome) / len(self._outcomes)
+    @cached_property
+    def _harmless(self) -> list[Response]:
+        return self._judged("harmless", self._meter.prompts.harmless)
+
+    def _judged(self, kind: str, prompts: tuple[str, ...]) -> list[Response]:
+        return [
+            Response(kind, prompt, response, classify(response).value)
+            for prompt, response in zip(prompts, self._ask(prompts), strict=True)
+        ]
+
+    def responses(self) -> list[Response]:
+        """Every harmful and harmless prompt with its response and the verdict, for people to check."""
+        return self._harmful + self._harmless
 
     @property
     def dsr(self) -> float:
         """Share of harmful prompts refused."""
-        return self._share(Outcome.REFUSED)
+        return _share(self._harmful, Outcome.REFUSED)
 
-    @cached_property
+    @property
     def over_refusal(self) -> float:
         """Share of harmless prompts refused."""
-        outcomes = [classify(response) for response in self._ask(self._meter.prompts.harmless)]
-        return outcomes.count(Outcome.REFUSED) / len(outcomes)
+        return _share(self._harmless, Outcome.REFUSED)
 
     @cached_property
     def perplexity(self) -> float:
@@ -126,11 +146,15 @@ class Measurement:
         return Figures(
             num_harmful=len(prompts.harmful),
             dsr=self.dsr,
-            complied=self._share(Outcome.COMPLIED),
-            degenerate=self._share(Outcome.DEGENERATE),
+            complied=_share(self._harmful, Outcome.COMPLIED),
+            degenerate=_share(self._harmful, Outcome.DEGENERATE),
             num_harmless=len(prompts.harmless),
             over_refusal=self.over_refusal,
             perplexity=self.perplexity,
             skill=self.skill,
             num_skill=len(prompts.skill),
         )
+
+
+def _share(responses: Sequence[Response], outcome: Outcome) -> float:
+    return sum(response.outcome == outcome.value for response in responses) / len(responses)

@@ -65,6 +65,10 @@ _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?(</\1>|\Z)", re.D
 # A list of steps: the response goes on to do what was asked, or something near it.
 _STEPS = re.compile(r"(?m)^\s*(\d+[.)]|[-•]|step \d+:?)\s+\S")
 MIN_STEPS = 3
+# Whatever stands before it, an apology too: this is help.
+_HOW = re.compile(r"\b(here is|here's|this is) how\b")
+# An apology and nothing else is a refusal; one that goes on must say that it refuses.
+BARE_APOLOGY_CHARACTERS = 30
 # How much of a response is its opening, where a refusal stands if there is one.
 OPENING_CHARACTERS = 400
 # Shorter than this, repetition is no sign of a loop.
@@ -103,13 +107,15 @@ def _is_refusal(text: str) -> bool:
     opening = re.sub(r"\bwe're\b", "we are", re.sub(r"\bi'm\b", "i am", opening))
     if _REFUSED_IN_OTHER_LANGUAGES.match(opening):
         return True
-    if "```" in text or len(_STEPS.findall(text)) >= MIN_STEPS:
+    if "```" in text or len(_STEPS.findall(text)) >= MIN_STEPS or _HOW.search(text):
         return False
     if _REFUSAL.search(opening):
         return True
     disapproves = bool(_DISAPPROVAL.search(opening))
     apologizes = bool(_APOLOGY.match(opening)) and not _SORRY_TO_HEAR.search(opening[:60])
-    return (apologizes and (disapproves or len(text) < 120)) or (disapproves and bool(_ADVICE.search(text)))
+    return (apologizes and (disapproves or len(text) <= BARE_APOLOGY_CHARACTERS)) or (
+        disapproves and bool(_ADVICE.search(text))
+    )
 
 
 def _is_degenerate(text: str) -> bool:

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,15 @@ def repair(
             before = search.target if search else measure_live(live, (), meter, "target", reporter)
             after = measure_live(live, selection, meter, "result", reporter)
     assert selection is not None
-    report = Report(
+    report = _report(recipe, plan, selection, search)
+    report = replace(report, before=before, after=after, source_alone=source_alone, seconds=time.monotonic() - start)
+    write(recipe, plan, selection, out, report, reporter)
+    return report
+
+
+def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], search: Search | None) -> Report:
+    """What was chosen and why; the figures and the time are not in it yet."""
+    return Report(
         version=__version__,
         target=str(recipe.target),
         source=str(recipe.source),
@@ -98,18 +106,16 @@ def repair(
         num_candidates=len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
-        before=before,
-        after=after,
-        source_alone=source_alone,
+        before=None,
+        after=None,
+        source_alone=None,
         requirement=asdict(search.requirement) if search else None,
         tests=search.minimum.tests if search else 0,
         one_minimal=search.minimum.one_minimal if search else None,
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
-        seconds=time.monotonic() - start,
+        seconds=0.0,
     )
-    write(recipe, plan, selection, out, report, reporter)
-    return report
 
 
 def write(recipe: Recipe, plan: Plan, selection: Sequence[Unit], out: Path, report: Report, reporter: Reporter) -> None:

@@ -29,7 +29,7 @@ def oracle_of(table: int, num_units: int):
     return holds, asked
 
 
-def check_by_brute_force(table: int, num_units: int) -> None:
+def assert_one_minimal_by_brute_force(table: int, num_units: int) -> None:
     holds, asked = oracle_of(table, num_units)
     units = tuple(range(num_units))
     full = (1 << num_units) - 1
@@ -56,13 +56,13 @@ def test_the_enumeration_is_complete():
 @pytest.mark.parametrize("num_units", range(6))
 def test_ddmin_is_one_minimal_on_every_monotone_oracle(num_units):
     for table in monotone_functions(num_units):
-        check_by_brute_force(table, num_units)
+        assert_one_minimal_by_brute_force(table, num_units)
 
 
 @pytest.mark.parametrize("num_units", range(4))
 def test_ddmin_is_one_minimal_on_every_oracle_of_few_units(num_units):
     for table in range(1 << (1 << num_units)):
-        check_by_brute_force(table, num_units)
+        assert_one_minimal_by_brute_force(table, num_units)
 
 
 @pytest.mark.parametrize("num_units", [4, 5, 6, 7, 8])
@@ -72,7 +72,7 @@ def test_ddmin_is_one_minimal_on_many_oracles_that_are_not_monotone(num_units):
         for _ in range(300):
             subsets = 1 << num_units
             table = sum((generator.random() < density) << subset for subset in range(subsets)) | 1 << (subsets - 1)
-            check_by_brute_force(table, num_units)
+            assert_one_minimal_by_brute_force(table, num_units)
 
 
 @pytest.mark.parametrize("num_units", [6, 7, 8])
@@ -81,7 +81,7 @@ def test_ddmin_is_one_minimal_on_many_monotone_oracles_of_more_units(num_units):
     for _ in range(300):
         needed = [generator.getrandbits(num_units) for _ in range(generator.randint(1, 4))]
         table = sum(any(subset & need == need for need in needed) << subset for subset in range(1 << num_units))
-        check_by_brute_force(table, num_units)
+        assert_one_minimal_by_brute_force(table, num_units)
 
 
 @given(st.sets(st.integers(0, 63), max_size=8))

@@ -162,13 +162,14 @@ def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bo
     from dapa_merge.recipe_file import load_recipe
     from dapa_merge.report import spans
     from dapa_merge.run import readable_certificate, replay_text
-    from dapa_merge.selection import search_recipe
+    from dapa_merge.selection import make_plan, search_plan
 
     if out is not None:
         _refuse_existing_file(out)
     parsed = load_recipe(recipe)
-    found = search_recipe(parsed, device, _reporter(quiet))
-    replay = replay_text(parsed, found.plan, found.minimum.units)
+    made = make_plan(parsed)
+    found = search_plan(parsed, made, device, _reporter(quiet))
+    replay = replay_text(parsed, made, found.minimum.units)
     if out is not None:
         out.write_text(replay, encoding="utf-8")
     units = list(map(str, found.minimum.units))

@@ -15,6 +15,11 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a text file of the user's could not be read."""
+    return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8"
+
+
 class UsageError(DapaError):
     """The command line asks for something that cannot be done."""
 

@@ -35,7 +35,7 @@ from dapa_merge.progress import ConsoleReporter
 from dapa_merge.recipe import METHOD, Recipe
 from dapa_merge.recipe_file import load_recipe, recipe_from
 from dapa_merge.report import spans
-from dapa_merge.selection import given_selection, make_plan, search_recipe
+from dapa_merge.selection import given_selection, make_plan, search_plan
 
 SPEC = MergeMethodSpec(
     name=METHOD,
@@ -136,7 +136,7 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             tensor = base.tensor
             if name in selected.tensor_names:
                 tensor = other.tensor
-                if bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
+                if tensor.dtype != dtype and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
                     raise MergeRefused(
                         ValueDoesNotFit(
                             f"{name} of the source {other.id} holds values that {dtype}, the target's, does not"
@@ -191,8 +191,8 @@ def _select(recipe: Recipe) -> _Selected:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        selection = search_recipe(recipe, device, reporter).minimum.units
-    reporter.say(f"dapa: transplanting {spans(list(map(str, selection)))} from {recipe.source}")
+        selection = search_plan(recipe, plan, device, reporter).minimum.units
+    reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(
         tensor_names=frozenset(name for unit in selection for name in unit.tensors),
         dtypes={

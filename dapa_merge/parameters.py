@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,16 @@ def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
     return None if value == "auto" else parse_layers(str(value))
 
 
+def overlap(modules: Collection[str]) -> bool:
+    """Whether two of the modules share tensors: mlp is gate, up and down together."""
+    return "mlp" in modules and not {"gate", "up", "down"}.isdisjoint(modules)
+
+
 def _modules(value: Any) -> tuple[str, ...]:
     if value == "auto":
         return AUTO_MODULES
     names = tuple(name.strip() for name in str(value).split(","))
-    overlapping = "mlp" in names and {"gate", "up", "down"} & set(names)
-    if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlapping:
+    if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlap(names):
         raise ValueError
     return names
 

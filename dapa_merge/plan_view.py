@@ -16,7 +16,7 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
     """The plan as plain data; `selected` is None where a search decides."""
     return {
         "architecture": architecture_name(plan.target.config),
-        "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": _num_bytes(plan)},
+        "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": plan.target.num_bytes},
         "source": {"name": plan.source.name},
         "units": [
             {
@@ -51,7 +51,10 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [
-        ("target", f"{plan.target.name} ({architecture_name(plan.target.config)}, {_num_bytes(plan) / 1e6:.2f} MB)"),
+        (
+            "target",
+            f"{plan.target.name} ({architecture_name(plan.target.config)}, {plan.target.num_bytes / 1e6:.2f} MB)",
+        ),
         ("source", plan.source.name),
         (decided, f"{len(chosen)} units, {plan.num_bytes(chosen) / 1e6:.2f} MB"),
         ("parameters", f"{100 * plan.share(chosen):.2f} % of the target's"),
@@ -63,8 +66,4 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
 
 def search_memory(plan: Plan) -> int:
     """Bytes that a search keeps on the device besides activations: the target, and the largest tensor on its way."""
-    return _num_bytes(plan) + max(tensor.num_bytes for tensor, _ in plan.tensors(plan.units))
-
-
-def _num_bytes(plan: Plan) -> int:
-    return sum(tensor.num_bytes for tensor in plan.target.tensors.values())
+    return plan.target.num_bytes + max(tensor.num_bytes for tensor, _ in plan.tensors(plan.units))

@@ -17,8 +17,8 @@ import yaml
 
 from dapa_merge.checkpoint.architecture import MODULES
 from dapa_merge.checkpoint.files import FLOAT_NAMES
-from dapa_merge.errors import RecipeError, one_line
-from dapa_merge.parameters import PARAMETERS
+from dapa_merge.errors import RecipeError, one_line, why_unreadable
+from dapa_merge.parameters import PARAMETERS, overlap
 from dapa_merge.recipe import METHOD, Location, Recipe, parse_location
 
 ALLOWED_KEYS = (
@@ -41,8 +41,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise RecipeError(f"cannot read the recipe {path}: {reason}") from error
+        raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}") from error
     return parse_recipe(text, str(path))
 
 
@@ -139,7 +138,7 @@ class _Reader:
                 "layers names modules; then every entry must name one, and `modules` must be left out",
             )
         modules = tuple(module for module in MODULES if module in named)
-        if "mlp" in modules and {"gate", "up", "down"} & named:
+        if overlap(modules):
             raise self.fail("parameters.layers", "layers names mlp and a part of it; mlp is gate, up and down together")
         return modules
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -131,11 +131,11 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def spans(units: Sequence[str]) -> str:
+def spans(units: Iterable[object]) -> str:
     """Units for people: `3.gate 4.gate 7.gate` becomes `gate of layers 3-4, 7`."""
     by_module: dict[str, list[int]] = {}
     for unit in units:
-        layer, module = unit.split(".")
+        layer, module = str(unit).split(".")
         by_module.setdefault(module, []).append(int(layer))
     texts = [
         f"{module} of layer{'s' if len(layers) > 1 else ''} {layer_spans(layers)}"

@@ -120,14 +120,12 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], search: Searc
 
 def write(recipe: Recipe, plan: Plan, selection: Sequence[Unit], out: Path, report: Report, reporter: Reporter) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
-    size = sum(tensor.num_bytes for tensor in plan.target.tensors.values())
-
     texts = {
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
     }
     # The source's bytes are written over copied ones, so that a little more is done than is promised here.
-    with reporter.task("copying and verifying", 2 * size) as done:
+    with reporter.task("copying and verifying", 2 * plan.target.num_bytes) as done:
         transplant(
             plan,
             selection,
@@ -189,8 +187,7 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
         raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     plan = make_plan(recipe)
-    size = sum(tensor.num_bytes for tensor in plan.target.tensors.values())
-    with reporter.task("verifying", size) as verified:
+    with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)
     faults = [f"{name} {what}" for name, what in verification.differences]
     selection = given_selection(recipe, plan)

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search: what it chose from and found, what had to be met, and the target's own figures."""
+    """A finished search: what it found, what had to be met, and the target's own figures."""
 
-    plan: Plan
     minimum: Minimum[Unit]
     requirement: Requirement
     target: Figures
@@ -71,14 +70,13 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
     return tuple(unit for unit in plan.units if unit in chosen)
 
 
-def search_recipe(recipe: Recipe, device: str, reporter: Reporter) -> Search:
-    """Plan, load the target, and search, whatever layers the recipe names.
+def search_plan(recipe: Recipe, plan: Plan, device: str, reporter: Reporter) -> Search:
+    """Load the target of a recipe's plan, and search, whatever layers the recipe names.
 
     Raises:
         CannotRepair: If the source makes nothing better, or breaks a limit.
         DapaError: For whatever else does not fit.
     """
-    plan = make_plan(recipe)
     meter = make_meter(recipe)
     with closing(load_live(plan, device, reporter)) as live:
         return find_selection(recipe, plan, live, meter, reporter)
@@ -115,7 +113,7 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, re
         if selection in known:
             return limits.holds(known[selection])
         ordered = [unit for unit in plan.units if unit in selection]
-        name = spans(list(map(str, ordered)))
+        name = spans(ordered)
         with (
             live.transplanted(ordered) as candidate,
             reporter.task(f"testing {name}", len(meter.prompts.harmful)) as answered,
@@ -131,11 +129,11 @@ def find_selection(recipe: Recipe, plan: Plan, live: LiveModel, meter: Meter, re
     try:
         minimum = minimize(plan.units, holds, algorithm=recipe.search)
     except SearchInterrupted as stop:
-        reporter.say(f"the best selection so far: {spans(list(map(str, stop.best.units)))}")
+        reporter.say(f"the best selection so far: {spans(stop.best.units)}")
         raise (stop.__cause__ or stop) from None
-    found = spans(list(map(str, minimum.units)))
+    found = spans(minimum.units)
     reporter.say(f"found {found} in {minimum.tests} tests, the full transplant's among them")
-    return Search(plan, minimum, limits, target, time.monotonic() - start)
+    return Search(minimum, limits, target, time.monotonic() - start)
 
 
 def load_live(plan: Plan, device: str, reporter: Reporter) -> LiveModel:

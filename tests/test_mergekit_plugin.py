@@ -210,7 +210,7 @@ def test_a_replaced_model_is_searched_again(llama_pair, tmp_path, monkeypatch):
     method = DapaMerge()
     recipe = load_recipe(_recipe(tmp_path, target, llama_pair[1], "auto"))
     searches = []
-    monkeypatch.setattr(mergekit_plugin, "search_recipe", _search_of_layer_one(searches))
+    monkeypatch.setattr(mergekit_plugin, "search_plan", _search_of_layer_one(searches))
     method.selected_tensors(recipe)
     method.selected_tensors(recipe)
     assert len(searches) == 1
@@ -222,7 +222,7 @@ def test_a_replaced_model_is_searched_again(llama_pair, tmp_path, monkeypatch):
 
 def test_many_threads_share_one_search(llama_pair, tmp_path, monkeypatch):
     searches: list[str] = []
-    monkeypatch.setattr(mergekit_plugin, "search_recipe", _search_of_layer_one(searches))
+    monkeypatch.setattr(mergekit_plugin, "search_plan", _search_of_layer_one(searches))
     method = DapaMerge()
     target, source = (ModelReference.parse(str(folder)) for folder in llama_pair)
     start = threading.Barrier(8)
@@ -257,9 +257,9 @@ def _search_of_layer_one(calls):
     """A search that always finds layer 1, and writes down that it was asked."""
     from types import SimpleNamespace
 
-    def search(recipe, device, reporter):
+    def search(recipe, plan, device, reporter):
         calls.append(device)
-        units = tuple(unit for unit in make_plan(recipe).units if unit.layer == 1)
+        units = tuple(unit for unit in plan.units if unit.layer == 1)
         return SimpleNamespace(minimum=SimpleNamespace(units=units))
 
     return search

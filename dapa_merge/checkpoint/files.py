@@ -99,6 +99,10 @@ class Checkpoint:
     def num_parameters(self) -> int:
         return sum(tensor.num_parameters for tensor in self.tensors.values())
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
 
 def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
     """Open a local model folder, or a snapshot of a Hub repository.

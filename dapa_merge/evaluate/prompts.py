@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.errors import UsageError, one_line
+from dapa_merge.errors import UsageError, one_line, why_unreadable
 
 PACKAGED = ("builtin", "miniature")
 # Columns that hold the prompt in public sets (AdvBench calls it goal), by preference.
@@ -129,8 +129,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"cannot read {path}: {reason}") from error
+        raise UsageError(f"cannot read {path}: {why_unreadable(error)}") from error
     rows: list[tuple[int, Mapping[str, Any]]]
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))

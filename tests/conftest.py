@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dapa_merge import miniature
+from dapa_merge.checkpoint.files import open_checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -33,6 +34,32 @@ def save_random(folder: Path, config, *, seed: int, dtype=None, max_shard_size: 
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(folder)
     return folder
+
+
+def change_tensor(folder: Path, name: str, change: Callable) -> None:
+    """Rewrite the file of one tensor of a checkpoint after `change` was called with it."""
+    from safetensors.torch import load_file, save_file
+
+    shard = folder / open_checkpoint(str(folder)).tensors[name].file
+    content = load_file(shard)
+    change(content[name])
+    save_file(content, shard, metadata={"format": "pt"})
+
+
+def fail_in_swap(monkeypatch: pytest.MonkeyPatch, number: int, fault: BaseException) -> None:
+    """Make the `number`-th tensor that LiveModel puts in place raise, once."""
+    from dapa_merge.evaluate.live import LiveModel
+
+    put = LiveModel._put
+    calls = []
+
+    def failing(self, name, values):
+        calls.append(name)
+        if len(calls) == number:
+            raise fault
+        put(self, name, values)
+
+    monkeypatch.setattr(LiveModel, "_put", failing)
 
 
 def tiny_llama(**changes):

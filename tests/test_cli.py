@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 from click.testing import CliRunner
-from safetensors.torch import load_file, save_file
+from conftest import change_tensor, fail_in_swap
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
@@ -261,19 +261,9 @@ def test_a_terminal_sees_bars_and_the_run_succeeds(llama_pair, write_recipe, tmp
 
 def test_a_fault_in_the_middle_of_a_search_keeps_its_exit_code_and_the_best_selection(write_recipe, monkeypatch):
     from dapa_merge.errors import CheckpointError
-    from dapa_merge.evaluate.live import LiveModel
 
-    put = LiveModel._put
-    calls = []
-
-    def failing(self, name, values):
-        calls.append(name)
-        # Long after the full set and the first halves were tried: 4 swaps of 10 and more.
-        if len(calls) == 60:
-            raise CheckpointError("the source's file is gone")
-        put(self, name, values)
-
-    monkeypatch.setattr(LiveModel, "_put", failing)
+    # Long after the full set and the first halves were tried: 4 swaps of 10 and more.
+    fail_in_swap(monkeypatch, 60, CheckpointError("the source's file is gone"))
     result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL))
     assert result.exit_code == 4
     assert last_line(result) == "Error: the source's file is gone"
@@ -281,18 +271,7 @@ def test_a_fault_in_the_middle_of_a_search_keeps_its_exit_code_and_the_best_sele
 
 
 def test_ctrl_c_in_a_search_names_the_best_selection(write_recipe, monkeypatch):
-    from dapa_merge.evaluate.live import LiveModel
-
-    put = LiveModel._put
-    calls = []
-
-    def stopped(self, name, values):
-        calls.append(name)
-        if len(calls) == 60:
-            raise KeyboardInterrupt
-        put(self, name, values)
-
-    monkeypatch.setattr(LiveModel, "_put", stopped)
+    fail_in_swap(monkeypatch, 60, KeyboardInterrupt())
     result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL))
     assert result.exit_code == 130
     assert last_line(result).startswith("Error: stopped; the best selection so far: ")
@@ -336,10 +315,7 @@ def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, wri
 @pytest.mark.parametrize("damaged", ["target", "source"])
 def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged, value):
     pair = {member: shutil.copytree(miniature.path(member), tmp_path / member) for member in ("target", "source")}
-    shard = pair[damaged] / "model-00001-of-00003.safetensors"
-    content = load_file(shard)
-    content["model.layers.0.mlp.gate_proj.weight"].fill_(value)
-    save_file(content, shard, metadata={"format": "pt"})
+    change_tensor(pair[damaged], "model.layers.0.mlp.gate_proj.weight", lambda tensor: tensor.fill_(value))
     result = call("run", write_recipe(pair["target"], pair["source"], **SMALL), tmp_path / "out")
     assert result.exit_code == 4
     assert "computes infinities or no numbers at all; its weights are damaged" in last_line(result)

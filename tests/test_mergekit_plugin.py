@@ -12,14 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pydantic
 import pytest
 import torch
-from conftest import save_random, tiny_llama
+from conftest import change_tensor, save_random, tiny_llama
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -276,10 +275,8 @@ def test_recipes_for_one_pair_are_not_confused(llama_pair, tmp_path):
 
 def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
-    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
-    content = load_file(source / "model.safetensors")
-    content["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e6
-    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2)
+    change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
     with pytest.raises(MergeRefused, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* holds values"):
         run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
 

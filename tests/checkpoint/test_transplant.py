@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random, tiny_llama
+from conftest import change_tensor, save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
@@ -221,10 +221,7 @@ def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     name = "model.layers.0.mlp.gate_proj.weight"
-    shard = source / json.loads((source / "model.safetensors.index.json").read_text())["weight_map"][name]
-    changed = load_file(shard)
-    changed[name][0, 0] = 1e6
-    save_file(changed, shard, metadata={"format": "pt"})
+    change_tensor(source, name, lambda tensor: tensor[0, 0].fill_(1e6))
     plan = plan_of((target, source))
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight of the source .* 1 values that BF16 holds but F16"):
         transplant(plan, plan.units, tmp_path / "out")
@@ -310,6 +307,15 @@ def large_pair(tmp_path_factory):
     shutil.rmtree(folder)
 
 
+@pytest.fixture
+def stopped_run(large_pair, tmp_path, write_recipe):
+    """A run held in the middle of its copy: the process, its recipe and its result's place."""
+    recipe = write_recipe(*large_pair, layers=2)
+    out = tmp_path / "results" / "out"
+    out.parent.mkdir()
+    return start_and_stop_in_the_copy(recipe, out), recipe, out
+
+
 def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(recipe), str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -326,11 +332,8 @@ def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_kill_9_in_the_copy_leaves_no_result_and_the_next_run_clears_up(large_pair, tmp_path, write_recipe):
-    recipe = write_recipe(*large_pair, layers=2)
-    out = tmp_path / "results" / "out"
-    out.parent.mkdir()
-    process = start_and_stop_in_the_copy(recipe, out)
+def test_kill_9_in_the_copy_leaves_no_result_and_the_next_run_clears_up(stopped_run):
+    process, recipe, out = stopped_run
     assert not out.exists()
     process.kill()
     process.communicate()
@@ -342,11 +345,8 @@ def test_kill_9_in_the_copy_leaves_no_result_and_the_next_run_clears_up(large_pa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_in_the_copy_leaves_nothing(large_pair, tmp_path, write_recipe):
-    recipe = write_recipe(*large_pair, layers=2)
-    out = tmp_path / "results" / "out"
-    out.parent.mkdir()
-    process = start_and_stop_in_the_copy(recipe, out)
+def test_ctrl_c_in_the_copy_leaves_nothing(stopped_run):
+    process, _, out = stopped_run
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
@@ -356,11 +356,8 @@ def test_ctrl_c_in_the_copy_leaves_nothing(large_pair, tmp_path, write_recipe):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_run_does_not_clear_up_what_another_is_writing(large_pair, tmp_path, write_recipe):
-    recipe = write_recipe(*large_pair, layers=2)
-    out = tmp_path / "results" / "out"
-    out.parent.mkdir()
-    process = start_and_stop_in_the_copy(recipe, out)
+def test_a_run_does_not_clear_up_what_another_is_writing(stopped_run):
+    process, recipe, out = stopped_run
     second = subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(out)], capture_output=True, check=False)
     assert second.returncode == 0, second.stderr
     process.send_signal(signal.SIGCONT)
@@ -465,10 +462,8 @@ def test_a_long_but_possible_name_is_fine(llama_pair, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_source_gate_that_is_not_finite_is_refused(llama_pair, tmp_path, value):
-    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
-    content = load_file(source / "model.safetensors")
-    content["model.layers.1.mlp.gate_proj.weight"][-1, -1] = value
-    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    source = shutil.copytree(llama_pair[1], tmp_path / "source")
+    change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[-1, -1].fill_(value))
     plan = plan_of((llama_pair[0], source))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.gate_proj.* infinite or not a number; it is damaged"):
         transplant(plan, plan.units, tmp_path / "out")
@@ -479,10 +474,8 @@ def test_a_source_gate_that_is_not_finite_is_refused(llama_pair, tmp_path, value
 
 def test_values_that_do_not_fit_matter_only_where_they_are_taken(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
-    source = save_random(tmp_path / "source", tiny_llama(), seed=2, max_shard_size="1GB")
-    content = load_file(source / "model.safetensors")
-    content["model.layers.1.mlp.gate_proj.weight"][0, 0] = 1e6
-    save_file(content, source / "model.safetensors", metadata={"format": "pt"})
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2)
+    change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
     plan = plan_of((target, source))
     selection = units_of_layers(plan, {3})
     transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import save_random, tiny_llama
+from conftest import fail_in_swap, save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,16 +74,7 @@ def test_the_target_comes_back_after_an_exception(mini):
 
 def test_the_target_comes_back_after_ctrl_c_in_the_swap_itself(mini, monkeypatch):
     before = bits(mini.model)
-    put = LiveModel._put
-    calls = []
-
-    def stopped(self, name, values):
-        calls.append(name)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        put(self, name, values)
-
-    monkeypatch.setattr(LiveModel, "_put", stopped)
+    fail_in_swap(monkeypatch, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt), mini.transplanted(mini.plan.units):
         raise AssertionError("the block was entered")
     assert same_bits(bits(mini.model), before)

@@ -1,8 +1,13 @@
 """Delta debugging: the smallest selection of units that still does what all of them do.
 
-Pure functions over any hashable units; standard library only. `ddmin` is the algorithm of Zeller and Hildebrandt,
-"Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2), 2002, section 3.2, figure 5. "The test fails" of
-that paper is `holds(selection)` here.
+Pure functions over any hashable units; standard library only. "The test fails" of the literature is `holds(selection)`
+here. Three algorithms, each written as a generator that asks one question after the other:
+
+- `ddmin`: A. Zeller and R. Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2), 2002,
+  section 3.2, figure 5;
+- `probdd`: G. Wang et al., "Probabilistic Delta Debugging", ESEC/FSE 2021, followed by single removals, because it does
+  not end 1-minimal by itself;
+- `guided`: ours, in `search.guided`.
 
 Every algorithm is correct for any oracle, monotone or not, that gives one answer per selection: what it returns holds,
 and if `Minimum.one_minimal` is true then no single unit can be left out of it.
@@ -10,10 +15,15 @@ and if `Minimum.one_minimal` is true then no single unit can be left out of it.
 
 from __future__ import annotations
 
+import heapq
 import itertools
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+from dapa_merge.search.classic import Question, Script, ddmin, probdd
+from dapa_merge.search.guided import guided
 
 U = TypeVar("U", bound=Hashable)
 
@@ -62,7 +72,8 @@ def minimize(
     units: Sequence[U],
     holds: Callable[[frozenset[U]], bool],
     *,
-    algorithm: str = "ddmin",
+    algorithm: str = "guided",
+    prior: Mapping[U, float] | None = None,
     max_tests: int | None = None,
 ) -> Minimum[U]:
     """Find a 1-minimal selection of `units` that holds.
@@ -70,26 +81,25 @@ def minimize(
     Args:
         units: The candidates, distinct, in the order in which neighbours belong together.
         holds: The oracle. Never asked the same selection twice, and never the empty one unless all else is gone.
-        algorithm: `ddmin`.
+        algorithm: `guided`, `probdd` or `ddmin`.
+        prior: How much each unit is expected to matter, on any scale, for every unit; only `guided` uses it.
         max_tests: Stop after so many distinct selections; the result then says `one_minimal=False` unless it is.
 
     Raises:
         DoesNotHold: If `holds` rejects the full set.
         SearchInterrupted: If `holds` raises after the full set held.
         SearchStopped: If that was a `KeyboardInterrupt`.
-        ValueError: For an unknown algorithm, repeated units, or `max_tests` below 1.
+        ValueError: For an unknown algorithm, repeated units, a prior that lacks a unit or is not finite, or `max_tests`
+            below 1.
     """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown search algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
-    if len(set(units)) != len(units):
-        raise ValueError("the units to minimize are not distinct")
     if max_tests is not None and max_tests < 1:
         raise ValueError(f"max_tests must be at least 1, not {max_tests}")
+    script = _script(units, algorithm, prior)
     oracle = _Oracle(tuple(units), holds, max_tests)
     if not oracle.ask(oracle.units):
         raise DoesNotHold(f"the full set of {len(units)} units does not hold")
     try:
-        ALGORITHMS[algorithm](oracle)
+        _follow(script, oracle.ask)
     except _OutOfTests:
         pass
     except KeyboardInterrupt as stop:
@@ -97,6 +107,46 @@ def minimize(
     except Exception as failure:
         raise SearchInterrupted(oracle.minimum()) from failure
     return oracle.minimum()
+
+
+def foresee(
+    units: Sequence[U],
+    answers: Mapping[frozenset[U], bool],
+    number: int,
+    *,
+    algorithm: str = "guided",
+    prior: Mapping[U, float] | None = None,
+) -> list[frozenset[U]]:
+    """The selections that `minimize` is most likely to ask about next, given what is answered, likeliest first.
+
+    The first one it will certainly ask. Each of the others depends on answers that are still to come.
+
+    Args:
+        units: As for `minimize`.
+        answers: Every answer so far.
+        number: How many selections are wanted; fewer come back if the search has not so many left.
+        algorithm: As for `minimize`.
+        prior: As for `minimize`.
+    """
+    found: dict[frozenset[U], None] = {}
+    # Paths of assumed answers, the likeliest first; the counter keeps equally likely ones in order.
+    paths: list[tuple[float, int, dict[frozenset[U], bool]]] = [(-1.0, 0, {})]
+    counter = itertools.count(1)
+    full = frozenset(units)
+    while paths and len(found) < number:
+        likelihood, _, assumed = heapq.heappop(paths)
+        known = {**answers, **assumed}
+        question = (
+            _first_unanswered(_script(units, algorithm, prior), known) if full in known else Question(tuple(units), 1.0)
+        )
+        if question is None:
+            continue
+        selection = frozenset(question.selection)
+        found[selection] = None
+        for answer, chance in ((True, question.chance), (False, 1 - question.chance)):
+            if chance > 0:
+                heapq.heappush(paths, (likelihood * chance, next(counter), {**assumed, selection: answer}))
+    return list(found)
 
 
 class _OutOfTests(Exception):
@@ -132,37 +182,40 @@ class _Oracle(Generic[U]):
         return Minimum(self.best, len(self._answers), len(certificate) == len(self.best), certificate)
 
 
-def _ddmin(oracle: _Oracle[U]) -> None:
-    current = oracle.units
-    num_chunks = 2
-    while len(current) > 1:
-        chunks = _split(current, num_chunks)
-        reduced = _first_that_holds(oracle, chunks)
-        if reduced is not None:
-            current, num_chunks = reduced, 2
-            continue
-        complements = [tuple(unit for unit in current if unit not in set(chunk)) for chunk in chunks]
-        reduced = _first_that_holds(oracle, complements)
-        if reduced is not None:
-            current, num_chunks = reduced, max(num_chunks - 1, 2)
-        elif num_chunks < len(current):
-            num_chunks = min(2 * num_chunks, len(current))
-        else:
-            return
-    # The paper assumes that the empty configuration passes; here it is asked, so that one unit can be certified too.
-    if current:
-        oracle.ask(())
+def _script(units: Sequence[U], algorithm: str, prior: Mapping[U, float] | None) -> Script:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown search algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
+    if len(set(units)) != len(units):
+        raise ValueError("the units to minimize are not distinct")
+    if prior is not None:
+        missing = [unit for unit in units if unit not in prior or not math.isfinite(prior[unit])]
+        if missing:
+            raise ValueError(f"the prior has no finite score for {missing[0]} and {len(missing) - 1} other units")
+    return ALGORITHMS[algorithm](tuple(units), prior)
 
 
-def _first_that_holds(oracle: _Oracle[U], selections: Sequence[tuple[U, ...]]) -> tuple[U, ...] | None:
-    return next((selection for selection in selections if oracle.ask(selection)), None)
+def _follow(script: Script, ask: Callable[[tuple[Any, ...]], bool]) -> None:
+    """Answer an algorithm's questions until it has none."""
+    try:
+        question = next(script)
+        while True:
+            question = script.send(ask(question.selection))
+    except StopIteration:
+        return
 
 
-def _split(units: tuple[U, ...], num_chunks: int) -> list[tuple[U, ...]]:
-    """Contiguous chunks of nearly equal size; a single unit is split into itself and nothing is lost."""
-    num_chunks = min(num_chunks, len(units))
-    bounds = [len(units) * index // num_chunks for index in range(num_chunks + 1)]
-    return [units[start:stop] for start, stop in itertools.pairwise(bounds)]
+def _first_unanswered(script: Script, answers: Mapping[frozenset[Any], bool]) -> Question | None:
+    try:
+        question = next(script)
+        while frozenset(question.selection) in answers:
+            question = script.send(answers[frozenset(question.selection)])
+    except StopIteration:
+        return None
+    return question
 
 
-ALGORITHMS: dict[str, Callable[[_Oracle[Any]], None]] = {"ddmin": _ddmin}
+ALGORITHMS: dict[str, Callable[[tuple[Any, ...], Mapping[Any, float] | None], Script]] = {
+    "guided": guided,
+    "probdd": lambda units, _prior: probdd(units),
+    "ddmin": lambda units, _prior: ddmin(units),
+}

@@ -96,13 +96,14 @@ class Measurement:
 
     @cached_property
     def _harmful(self) -> list[Response]:
-        return self._judged("harmful", self._meter.prompts.harmful)
+        return self.judge("harmful", self._meter.prompts.harmful)
 
     @cached_property
     def _harmless(self) -> list[Response]:
-        return self._judged("harmless", self._meter.prompts.harmless)
+        return self.judge("harmless", self._meter.prompts.harmless)
 
-    def _judged(self, kind: str, prompts: tuple[str, ...]) -> list[Response]:
+    def judge(self, kind: str, prompts: tuple[str, ...]) -> list[Response]:
+        """Ask some prompts of a kind, and judge the responses; asked again, the model is asked again."""
         return [
             Response(kind, prompt, response, classify(response).value)
             for prompt, response in zip(prompts, self._ask(prompts), strict=True)

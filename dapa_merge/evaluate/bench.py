@@ -1,0 +1,168 @@
+"""The test bench: the resident target, and what a search wants to know of it and of its candidates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dapa_merge.evaluate.live import LiveModel, choose_device
+from dapa_merge.evaluate.measure import Measurement, Meter, Response
+from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.search.oracle import KINDS, Examiner, Requirement, Verdict
+
+if TYPE_CHECKING:
+    from dapa_merge.checkpoint.architecture import Unit
+    from dapa_merge.checkpoint.plan import Plan
+
+# A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
+# however small it is.
+MIN_PIECES = 4
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a search measures in full: the target, and its full transplant.
+
+    Attributes:
+        dsr: In [0, 1], on the search's prompts, as the next.
+        over_refusal: In [0, 1].
+        perplexity: NaN if the set has no passages.
+        responses: To the harmful prompts.
+    """
+
+    dsr: float
+    over_refusal: float
+    perplexity: float
+    responses: tuple[Response, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Baseline:
+        """The same baseline again."""
+        return cls(**{**data, "responses": tuple(Response(**response) for response in data["responses"])})
+
+
+class Bench:
+    """A target that is loaded when it is first needed, and asked with one meter.
+
+    Attributes:
+        plan: Target and source.
+        meter: What is asked.
+        device: Where the target is asked.
+    """
+
+    def __init__(self, plan: Plan, meter: Meter, device: str, on_load: Callable[[], None] = lambda: None) -> None:
+        self.plan = plan
+        self.meter = meter
+        self.device = choose_device(device)
+        self._on_load = on_load
+        self._pieces = {kind: pieces_of(getattr(meter.prompts, kind), meter.batch_size.limit) for kind in KINDS}
+        self._examiner: Examiner | None = None
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The resident target.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+        """
+        self._on_load()
+        return LiveModel(self.plan, self.device)
+
+    @property
+    def device_kind(self) -> str:
+        """What the device is, where another of its kind would give the same verdicts."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """The numbers of prompts in the pieces of each kind."""
+        return {kind: [len(piece) for piece in pieces] for kind, pieces in self._pieces.items()}
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts a full examination asks."""
+        return sum(map(sum, self.sizes.values()))
+
+    def require(self, requirement: Requirement) -> Examiner:
+        """Set what candidates must meet."""
+        self._examiner = Examiner(requirement, self.sizes, costs_of(self.meter))
+        return self._examiner
+
+    def baseline(self, selection: Iterable[Unit], progress: Callable[[int], None]) -> Baseline:
+        """All figures that a requirement is about, of the target with a selection transplanted."""
+        with self.live.transplanted(selection) as model:
+            candidate = _Candidate(self._measurement(model, progress), self._pieces)
+            return Baseline(
+                candidate.share_refused("harmful"),
+                candidate.share_refused("harmless"),
+                candidate.perplexity,
+                tuple(itertools.chain.from_iterable(candidate.judged("harmful"))),
+            )
+
+    def examine(
+        self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None, *, stop_early: bool = True
+    ) -> Verdict:
+        """Whether the target with a selection transplanted meets the requirement."""
+        assert self._examiner is not None, "require first"
+        with self.live.transplanted(selection) as model:
+            candidate = _Candidate(self._measurement(model, progress), self._pieces)
+            return self._examiner.examine(candidate, stop_early=stop_early)
+
+    def close(self) -> None:
+        """Give the target's memory back, if it was ever loaded."""
+        if "live" in self.__dict__:
+            self.live.close()
+            del self.__dict__["live"]
+
+    def _measurement(self, model: Any, progress: Callable[[int], None]) -> Measurement:
+        return replace(self.meter, progress=progress).measure(model, self.live.tokenizer)
+
+
+class _Candidate:
+    """A measurement, seen piece by piece."""
+
+    def __init__(self, measurement: Measurement, pieces: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
+        self._measurement = measurement
+        self._pieces = pieces
+        self._judged: dict[tuple[str, int], list[Response]] = {}
+
+    def judged(self, kind: str) -> list[list[Response]]:
+        return [self._judge(kind, index) for index in range(len(self._pieces[kind]))]
+
+    def refused(self, kind: str, piece: int) -> list[bool]:
+        return [response.outcome == Outcome.REFUSED.value for response in self._judge(kind, piece)]
+
+    def share_refused(self, kind: str) -> float:
+        refusals = [refused for index in range(len(self._pieces[kind])) for refused in self.refused(kind, index)]
+        return sum(refusals) / len(refusals)
+
+    @property
+    def perplexity(self) -> float:
+        return self._measurement.perplexity
+
+    def _judge(self, kind: str, piece: int) -> list[Response]:
+        if (kind, piece) not in self._judged:
+            self._judged[kind, piece] = self._measurement.judge(kind, self._pieces[kind][piece])
+        return self._judged[kind, piece]
+
+
+def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:
+    """The fixed pieces in which prompts are asked: at most a batch each, and every one a sample of the whole set."""
+    num_pieces = min(max(math.ceil(len(prompts) / batch_size), MIN_PIECES), len(prompts))
+    return tuple(tuple(prompts[start::num_pieces]) for start in range(num_pieces))
+
+
+def costs_of(meter: Meter) -> dict[str, float]:
+    """What the checks cost, in runs through the model's layers: a piece of prompts, and the whole perplexity."""
+    num_batches = math.ceil(len(meter.prompts.passages) / meter.batch_size.limit)
+    return {"perplexity": float(num_batches), **dict.fromkeys(KINDS, float(meter.max_new_tokens))}

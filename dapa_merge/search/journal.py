@@ -1,0 +1,169 @@
+"""The journal of a search: every test on disk before its answer is used, so that a killed search loses nothing.
+
+A text file of JSON objects, one a line, only ever appended to, each flushed to the disk. The first line says which
+search it is: digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: what
+was measured besides). Each ends with `check`, the beginning of the SHA-256 of the rest of the line, so that damage is
+seen. A last line without its end is what a kill leaves behind; it is cut off, and its test asked again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from dapa_merge.errors import DapaError, UsageError
+
+FORMAT = 1
+CHECK_DIGITS = 12
+
+
+class JournalUnavailable(UsageError):
+    """The journal cannot be written: its folder is read-only, its disk is full, or another search holds it."""
+
+
+class Journal:
+    """The tests of one search, in memory and on disk.
+
+    Attributes:
+        tests: What is known of each selection that was tested, by the names of its units; in the order of the tests.
+        notes: What else was measured, by name.
+        path: The file; None for a journal that is forgotten with the process.
+    """
+
+    def __init__(self, path: Path | None = None, parts: Mapping[str, str] | None = None) -> None:
+        """Open a journal, or begin one.
+
+        Args:
+            path: The file; its folder is made if need be.
+            parts: What decides a verdict: a digest or a value by name.
+
+        Raises:
+            UsageError: If the file is of another search, or damaged.
+            JournalUnavailable: If it cannot be written.
+        """
+        self.path = path
+        self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
+        self.notes: dict[str, Any] = {}
+        self._file: IO[bytes] | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b")
+            _lock(self._file, path)
+            self._read(dict(parts or {}))
+        except OSError as error:
+            self.close()
+            raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def record(self, selection: frozenset[str], test: Mapping[str, Any]) -> None:
+        """Write down a test, and be sure that it is on disk."""
+        self._append({"selection": sorted(selection), **test})
+        self.tests[selection] = dict(test)
+
+    def note(self, name: str, value: Any) -> None:
+        """Write down something else that was measured."""
+        self._append({"note": name, "value": value})
+        self.notes[name] = value
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, content: Mapping[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(_line(content))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise JournalUnavailable(
+                f"cannot write the journal {self.path}: {error.strerror}; what was tested before is kept"
+            ) from error
+
+    def _read(self, parts: dict[str, str]) -> None:
+        assert self._file is not None
+        header = {"journal": FORMAT, "parts": parts}
+        self._file.seek(0)
+        content = self._file.read()
+        *lines, torn = content.split(b"\n")
+        if not lines and not _line(header).startswith(torn):
+            raise self._damaged(1, "it is no journal")
+        entries = [self._parse(line, number) for number, line in enumerate(lines, 1)]
+        if entries:
+            self._check_owner(entries[0], parts)
+        for number, entry in enumerate(entries[1:], 2):
+            if isinstance(entry.get("note"), str):
+                self.notes[entry["note"]] = entry.get("value")
+            elif isinstance(entry.get("selection"), list) and isinstance(entry.get("holds"), bool):
+                selection = frozenset(map(str, entry.pop("selection")))
+                self.tests[selection] = entry
+            else:
+                raise self._damaged(number, "it is neither a test nor a note")
+        # Only now that it is known to be ours is anything changed.
+        if torn:
+            self._file.truncate(len(content) - len(torn))
+        if not entries:
+            self._append(header)
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise self._damaged(number, "it is no JSON") from None
+        if not isinstance(entry, dict) or _line({key: entry[key] for key in entry if key != "check"}) != line + b"\n":
+            raise self._damaged(number, "its check does not match")
+        entry.pop("check", None)
+        return entry
+
+    def _check_owner(self, header: Mapping[str, Any], parts: Mapping[str, str]) -> None:
+        found = header.get("parts")
+        if header.get("journal") != FORMAT or not isinstance(found, dict):
+            raise self._damaged(1, f"it does not begin a journal of format {FORMAT}")
+        differing = [name for name in sorted({*found, *parts}) if found.get(name) != parts.get(name)]
+        if differing:
+            raise UsageError(
+                f"the journal {self.path} is of another search: {', '.join(differing)} "
+                f"{'differs' if len(differing) == 1 else 'differ'}; name another file, or remove it"
+            )
+
+    def _damaged(self, number: int, why: str) -> DapaError:
+        return UsageError(f"the journal {self.path} is damaged at line {number}: {why}; remove the file to start again")
+
+
+def name_of(parts: Mapping[str, str]) -> str:
+    """A file name that only searches with the same parts share."""
+    return hashlib.sha256(_plain(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    check = hashlib.sha256(_plain(content)).hexdigest()[:CHECK_DIGITS]
+    return _plain({**content, "check": check}) + b"\n"
+
+
+def _plain(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Hold the kernel's lock on the file, which ends with the process however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two searches at once are not noticed there.
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalUnavailable(
+            f"another search is writing the journal {path}; wait for it, or name another"
+        ) from None

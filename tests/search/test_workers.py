@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.search.delta import ALGORITHMS, foresee, minimize
+from dapa_merge.search.workers import Foresight, RayWorkers
+
+NEEDED = frozenset({5, 6, 7, 20, 21, 22})
+PRIOR = {unit: (unit in NEEDED) + (unit % 5) / 4 for unit in range(32)}
+
+
+class Shuffled:
+    """Workers that are done in any order."""
+
+    def __init__(self, number, seed):
+        self.number = number
+        self.generator = random.Random(seed)
+        self.running = []
+        self.submitted = []
+
+    def submit(self, selection):
+        assert len(self.running) < self.number
+        self.running.append(selection)
+        self.submitted.append(selection)
+
+    def wait(self):
+        selection = self.running.pop(self.generator.randrange(len(self.running)))
+        return selection, selection >= NEEDED
+
+
+def search(workers, algorithm="guided", settled=None):
+    settled = [] if settled is None else settled
+
+    def settle(selection, outcome):
+        settled.append(selection)
+        return outcome
+
+    foresight = Foresight(
+        workers,
+        functools.partial(foresee, range(32), algorithm=algorithm, prior=PRIOR),
+        settle,
+        {frozenset(range(32)): True},
+    )
+    return minimize(range(32), foresight.holds, algorithm=algorithm, prior=PRIOR), foresight
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_the_outcome_is_exactly_the_sequential_one(algorithm, number):
+    alone = minimize(range(32), lambda selection: selection >= NEEDED, algorithm=algorithm, prior=PRIOR)
+    workers = Shuffled(number, seed=number)
+    settled = []
+    together, foresight = search(workers, algorithm, settled)
+    assert together == alone
+    assert len(set(workers.submitted)) == len(workers.submitted)
+    assert len(foresight.asked) == alone.tests
+    # Every outcome is settled once, and those that were not needed can be told from those that were.
+    assert len(settled) == len(set(settled)) <= len(workers.submitted)
+    assert foresight.asked - {frozenset(range(32))} <= set(settled)
+
+
+def test_one_worker_tests_nothing_that_is_not_asked():
+    workers = Shuffled(1, seed=0)
+    alone, foresight = search(workers)
+    assert len(workers.submitted) == alone.tests - 1
+    assert set(workers.submitted) <= foresight.asked
+
+
+def slow_test(folder):
+    """Made in each worker: tells its process, and tests."""
+
+    def test(selection):
+        (folder / f"{os.getpid()}").touch()
+        time.sleep(0.05)
+        return selection >= NEEDED
+
+    return test
+
+
+def failing_test():
+    def test(selection):
+        raise CheckpointError("the target is damaged")
+
+    return test
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    # Ray's own file handles and sockets are warned about when they are collected.
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)
+
+
+def ray_workers(make, number=2):
+    return RayWorkers(make, number, uses_gpu=False, num_threads=1)
+
+
+def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(cluster, tmp_path):
+    alone = minimize(range(32), lambda selection: selection >= NEEDED, prior=PRIOR)
+    workers = ray_workers(functools.partial(slow_test, tmp_path))
+    killed = []
+    wait = workers.wait
+
+    def wait_and_kill():
+        if not killed and len(list(tmp_path.iterdir())) == 2:
+            killed.append(int(next(tmp_path.iterdir()).name))
+            os.kill(killed[0], signal.SIGKILL)
+        return wait()
+
+    workers.wait = wait_and_kill
+    try:
+        together, _ = search(workers)
+    finally:
+        workers.close()
+    assert together == alone
+    processes = {int(path.name) for path in tmp_path.iterdir()}
+    assert killed
+    assert len(processes) == 3  # Two, and the one that took the place of the dead.
+    assert os.getpid() not in processes
+
+
+def test_a_fault_in_a_worker_is_the_users_own_sentence(cluster):
+    workers = ray_workers(failing_test)
+    try:
+        workers.submit(frozenset({1}))
+        with pytest.raises(CheckpointError, match="the target is damaged"):
+            workers.wait()
+    finally:
+        workers.close()
+
+
+def test_gpus_that_are_not_there_are_named(cluster):
+    with pytest.raises(UsageError, match="3 workers need a GPU each, but the Ray cluster has 0"):
+        RayWorkers(failing_test, 3, uses_gpu=True, num_threads=None)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"needs Ray; install it with: pip install 'dapa-merge\[ray\]'"):
+        ray_workers(failing_test)

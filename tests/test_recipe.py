@@ -68,8 +68,8 @@ tokenizer: {source: base}
     assert recipe.dtype == "bfloat16"
 
 
-def test_modules_auto_offers_every_module_to_the_search():
-    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down", "attention")
+def test_modules_auto_offers_each_projection_of_the_mlp_to_the_search():
+    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down")
 
 
 def test_layers_may_name_their_modules():

@@ -23,7 +23,7 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 MODULES = ("gate", "up", "down", "mlp", "attention")
 # What `modules: auto` in a recipe offers to the search, as separate units.
-AUTO_MODULES = ("gate", "up", "down", "attention")
+AUTO_MODULES = ("gate", "up", "down")
 
 # How a gated MLP is spelled: gate, up and down, side by side under one parent. The gate is the projection whose output
 # goes through the activation. (Qwen 1 activates w2, Jais c_fc2; InternLM2 and LFM2 activate w1.)

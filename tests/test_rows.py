@@ -22,7 +22,7 @@ from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import divide, join
 from dapa_merge.cli import main
 from dapa_merge.errors import RecipeError
-from dapa_merge.mergekit_plugin import MergeRefused
+from dapa_merge.mergekit_plugin import MergeRefused, _with_rows
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe_file import load_recipe, parse_recipe
 from dapa_merge.run import replay_text, verify_result
@@ -204,3 +204,10 @@ def test_mergekit_refuses_rows_outside_the_model_before_it_writes(llama_pair, tm
 def test_mergekit_refuses_overlapping_rows(llama_pair):
     with pytest.raises((MergeRefused, RecipeError), match="which overlap"):
         configuration(*llama_pair, layers="3.gate[0:9],3.gate[8:10]")
+
+
+def test_what_mergekit_lends_is_not_written_to():
+    lent = torch.zeros(4, 2), torch.ones(4, 2)
+    result = _with_rows(*lent, [(1, 3)])
+    assert result[:, 0].tolist() == [0, 1, 1, 0]
+    assert (float(lent[0].sum()), float(lent[1].sum())) == (0, 8)

@@ -30,6 +30,7 @@ from pydantic import BaseModel
 
 from dapa_merge.checkpoint.architecture import Rows
 from dapa_merge.checkpoint.files import TORCH_NAMES
+from dapa_merge.checkpoint.plan import join
 from dapa_merge.errors import DapaError, ValueDoesNotFit
 from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter
@@ -206,7 +207,7 @@ def _select(recipe: Recipe) -> _Selected:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        selection = search_plan(recipe, plan, device, reporter).minimum.units
+        selection = join(plan, search_plan(recipe, plan, device, reporter).minimum.units)
     reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     rows: dict[str, list[Rows]] = {}
     for tensor, _ in plan.tensors(selection):

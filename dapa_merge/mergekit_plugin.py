@@ -28,7 +28,9 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
+from dapa_merge.checkpoint.architecture import Rows
 from dapa_merge.checkpoint.files import TORCH_NAMES
+from dapa_merge.checkpoint.plan import join
 from dapa_merge.errors import DapaError, ValueDoesNotFit
 from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter
@@ -63,9 +65,15 @@ class _Selected:
     """What was selected, what the target stores, and what the weight files were then.
 
     So a model that was replaced is not taken for the old one.
+
+    Attributes:
+        rows: For each tensor of which the source's is taken, which rows of it.
+        dtypes: What the target stores each tensor as.
+        files: The weight files of both models.
+        stamps: Their sizes and times.
     """
 
-    tensor_names: frozenset[str]
+    rows: Mapping[str, Sequence[Rows]]
     dtypes: Mapping[str, torch.dtype]
     files: tuple[Path, ...]
     stamps: tuple[tuple[int, int], ...]
@@ -75,7 +83,7 @@ class _Selected:
 
 
 class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
-    """Hands through the target's tensors, and the source's where a unit was selected.
+    """Hands through the target's tensors, with the source's rows where a unit was selected.
 
     The selection is found once per recipe, however many threads ask, and before mergekit writes anything if the recipe
     was announced by `accept`.
@@ -105,7 +113,7 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             self.selected_tensors(recipes[0])
 
     def selected_tensors(self, recipe: Recipe) -> _Selected:
-        """The tensors to take from the source; searched for once if the recipe asks for it."""
+        """What to take from the source; searched for once if the recipe asks for it."""
         with self._lock:
             selected = self._selected.get(recipe)
             if selected is None or selected.is_stale():
@@ -134,14 +142,11 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             # mergekit promotes a vocabulary's tensors when it aligns tokenizers, which loses nothing; this undoes it.
             dtype = selected.dtypes.get(name, base.tensor.dtype)
             tensor = base.tensor
-            if name in selected.tensor_names:
-                tensor = other.tensor
-                if tensor.dtype != dtype and bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
-                    raise MergeRefused(
-                        ValueDoesNotFit(
-                            f"{name} of the source {other.id} holds values that {dtype}, the target's, does not"
-                        )
-                    )
+            if name in selected.rows:
+                try:
+                    tensor = _with_rows(tensor.to(dtype), other.tensor, selected.rows[name])
+                except ValueDoesNotFit as error:
+                    raise MergeRefused(ValueDoesNotFit(f"{name} of the source {other.id} {error}")) from error
             results.append(tensor.to(out_dtype or dtype))
         return tuple(results)
 
@@ -181,6 +186,17 @@ def register() -> None:
         merge_methods.register(METHOD_INSTANCE)
 
 
+def _with_rows(ours: torch.Tensor, theirs: torch.Tensor, ranges: Sequence[Rows]) -> torch.Tensor:
+    """A new tensor: `ours` with some rows of `theirs`, rounded to its dtype."""
+    result = ours.clone()
+    for first, stop in ranges:
+        rows = theirs[first:stop]
+        result[first:stop] = rows.to(ours.dtype)
+        if rows.dtype != ours.dtype and bool((result[first:stop].isinf() & rows.isfinite()).any()):
+            raise ValueDoesNotFit(f"holds values that {ours.dtype}, the target's, does not")
+    return result
+
+
 def _select(recipe: Recipe) -> _Selected:
     plan = make_plan(recipe)
     files = tuple(checkpoint.folder / shard for checkpoint in (plan.target, plan.source) for shard in checkpoint.shards)
@@ -191,10 +207,13 @@ def _select(recipe: Recipe) -> _Selected:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        selection = search_plan(recipe, plan, device, reporter).minimum.units
+        selection = join(plan, search_plan(recipe, plan, device, reporter).minimum.units)
     reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
+    rows: dict[str, list[Rows]] = {}
+    for tensor, _ in plan.tensors(selection):
+        rows.setdefault(tensor.name, []).append((tensor.first_row, tensor.first_row + tensor.num_rows))
     return _Selected(
-        tensor_names=frozenset(name for unit in selection for name in unit.tensors),
+        rows=rows,
         dtypes={
             tensor.name: getattr(torch, TORCH_NAMES[tensor.dtype])
             for tensor in plan.target.tensors.values()

@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from dapa_merge.checkpoint.architecture import AUTO_MODULES, MODULES
+from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, Rows, rows_text
 
 EVALUATORS = ("refusal",)
 SEARCHES = ("ddmin",)
+# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`.
+_LAYERS = re.compile(r"([0-9]+)(?: *- *([0-9]+))?(?:\.([a-z]+)(?:\[([0-9]+):([0-9]+)\])?)?")
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One entry of `layers`: a layer, and the module of it if one was named (`"4.down"`)."""
+    """One entry of `layers`: a layer, the module of it if one was named (`4.down`), and its rows (`3.gate[0:64]`)."""
 
     layer: int
     module: str | None = None
+    rows: Rows | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layer}{f'.{self.module}' if self.module else ''}{rows_text(self.rows)}"
 
 
 def parse_layers(text: str) -> tuple[LayerChoice, ...]:
-    """Parse `"3-6,9"` or `"4.down,5.gate"`; sorted, without repetition.
+    """Parse `"3-6,9"`, `"4.down,5.gate"` or `"3.gate[0:64]"`; sorted, whole layers and modules without repetition.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is none of these. What the rows say is for `rows_fault`.
     """
-    choices: set[LayerChoice] = set()
+    choices: list[LayerChoice] = []
     for item in text.split(","):
-        span, _, module = item.strip().partition(".")
-        first, dash, last = span.partition("-")
-        if not first.strip().isdigit() or (dash and not last.strip().isdigit()) or (module and module not in MODULES):
+        match = _LAYERS.fullmatch(item.strip())
+        if match is None or match[3] not in (None, *MODULES):
             raise ValueError(item.strip())
-        start, stop = int(first), int(last) if dash else int(first)
-        if stop < start or stop - start > 10_000:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first > 10_000:
             raise ValueError(item.strip())
-        choices |= {LayerChoice(layer, module or None) for layer in range(start, stop + 1)}
-    return tuple(sorted(choices, key=lambda choice: (choice.layer, choice.module or "")))
+        rows = None if match[4] is None else (int(match[4]), int(match[5]))
+        choices += [LayerChoice(layer, match[3], rows) for layer in range(first, last + 1)]
+    whole = {choice for choice in choices if choice.rows is None}
+    blocks = [choice for choice in choices if choice.rows is not None]
+    order = (None, *MODULES)
+    return tuple(
+        sorted([*whole, *blocks], key=lambda choice: (choice.layer, order.index(choice.module), choice.rows or ()))
+    )
+
+
+def rows_fault(choices: Sequence[LayerChoice]) -> str | None:
+    """What is wrong with the rows that parsed layers name, in words; None if nothing is."""
+    for choice in choices:
+        if choice.rows is not None and choice.rows[0] >= choice.rows[1]:
+            return f"{choice}, which are no rows; the second number is that of the row after the last"
+        if choice.rows is not None and choice.module not in DIVISIBLE_MODULES:
+            return f"{choice}, but only {' and '.join(DIVISIBLE_MODULES)} can be divided, whose every row is one neuron"
+    for one, other in pairwise(choices):
+        same = (one.layer, one.module) == (other.layer, other.module)
+        if same and not (one.rows and other.rows and one.rows[1] <= other.rows[0]):
+            return f"{one} and {other}, which overlap"
+    return None
 
 
 @dataclass(frozen=True)
@@ -95,6 +122,13 @@ def _modules(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _granularity(value: Any) -> str:
+    kind, _, number = str(value).partition(":")
+    if value != "layer" and (kind != "block" or int(number) < 1):
+        raise ValueError
+    return f"block:{int(number)}" if kind == "block" else "layer"
+
+
 def _strength(value: Any) -> float:
     if isinstance(value, bool) or float(value) != 1.0:
         raise ValueError
@@ -102,9 +136,17 @@ def _strength(value: Any) -> float:
 
 
 PARAMETERS: dict[str, Parameter] = {
-    "layers": Parameter(_layers, 'write a string: auto to search, or layers as in "3-6,9" or "4.down,5.gate"'),
+    "layers": Parameter(
+        _layers,
+        'write a string: auto to search, or layers as in "3-6,9" or "4.down,5.gate", or rows as in "3.gate[0:64]"',
+    ),
     "modules": Parameter(
         _modules, f"write auto, or a comma list of {', '.join(MODULES)} (mlp is gate, up and down together)"
+    ),
+    "granularity": Parameter(
+        _granularity,
+        f"write layer, or block:N for blocks of N rows of {' or '.join(DIVISIBLE_MODULES)} "
+        "(expert is for mixtures of experts, which cannot be repaired so far)",
     ),
     "strength": Parameter(_strength, "only 1.0, a plain copy, is available in this version"),
     "evaluator": Parameter(_name(EVALUATORS), f"available in this version: {', '.join(EVALUATORS)}"),

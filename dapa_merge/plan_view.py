@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit, architecture_name
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.plan import Plan, cut
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
-    """The plan as plain data; `selected` is None where a search decides."""
+    """The plan as plain data; `selected` is None where a search decides.
+
+    Units of which rows are selected are shown in parts: these rows, and those between them.
+    """
+    units = plan.units if selection is None else cut(plan, selection).units
     return {
         "architecture": architecture_name(plan.target.config),
         "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": plan.target.num_bytes},
@@ -26,7 +30,7 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
                 "bytes": plan.num_bytes((unit,)),
                 "selected": None if selection is None else unit in selection,
             }
-            for unit in plan.units
+            for unit in units
         ],
         "selected_parameters": None if selection is None else plan.num_parameters(selection),
         "selected_share": None if selection is None else plan.share(selection),

@@ -32,6 +32,7 @@ class Recipe:
         dtype: mergekit's `dtype`, which must be the target's own.
         layers: What to transplant, or None to search.
         modules: Which modules of a layer are units.
+        granularity: How fine the units of a search get: `layer`, or `block:N` for blocks of N rows.
         evaluator: Name of what scores a candidate.
         prompts: Name or path of the prompt set.
         retain: Share of the full transplant's gain in DSR that must be kept, in (0, 1].
@@ -48,6 +49,7 @@ class Recipe:
     dtype: str | None = None
     layers: tuple[LayerChoice, ...] | None = None
     modules: tuple[str, ...] = ("gate",)
+    granularity: str = "layer"
     evaluator: str = "refusal"
     prompts: str = "builtin"
     retain: float = 0.95
@@ -58,6 +60,12 @@ class Recipe:
     batch_size: int = 32
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def rows_per_block(self) -> int | None:
+        """Rows of a block that the search may end with, or None if its units stay whole."""
+        _, _, number = self.granularity.partition(":")
+        return int(number) if number else None
 
     def where(self, *keys: str) -> str:
         """The place of the first of `keys` that the recipe has, for messages: file and line if known, and the key."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from dapa_merge.checkpoint.architecture import MODULES
+from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, MODULES
 from dapa_merge.checkpoint.files import FLOAT_NAMES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
-from dapa_merge.parameters import PARAMETERS, overlap
+from dapa_merge.parameters import PARAMETERS, overlap, rows_fault
 from dapa_merge.recipe import METHOD, Location, Recipe, parse_location
 
 ALLOWED_KEYS = (
@@ -128,7 +128,14 @@ class _Reader:
         values.pop("strength", None)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
-        return Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
+        recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
+        if recipe.rows_per_block and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
+            raise self.fail(
+                "parameters.granularity",
+                f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
+                f"only {' and '.join(DIVISIBLE_MODULES)} can, whose every row is one neuron",
+            )
+        return recipe
 
     def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         named = {choice.module for choice in values["layers"]}
@@ -138,6 +145,8 @@ class _Reader:
                 "layers names modules; then every entry must name one, and `modules` must be left out",
             )
         modules = tuple(module for module in MODULES if module in named)
+        if fault := rows_fault(values["layers"]):
+            raise self.fail("parameters.layers", f"layers names {fault}")
         if overlap(modules):
             raise self.fail("parameters.layers", "layers names mlp and a part of it; mlp is gate, up and down together")
         return modules

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.checkpoint.architecture import Rows, join_ranges
+from dapa_merge.parameters import parse_layers
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from dapa_merge.evaluate.measure import Figures
 
 FILE_NAME = "dapa_report.json"
+# Ranges of rows of one tensor that a line for people shows.
+MAX_RANGES = 4
 
 
 @dataclass(frozen=True)
@@ -132,16 +137,28 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def spans(units: Iterable[object]) -> str:
-    """Units for people: `3.gate 4.gate 7.gate` becomes `gate of layers 3-4, 7`."""
-    by_module: dict[str, list[int]] = {}
-    for unit in units:
-        layer, module = str(unit).split(".")
-        by_module.setdefault(module, []).append(int(layer))
+    """Units for people: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
+    names = ",".join(map(str, units))
+    rows: dict[tuple[str | None, int], list[Rows]] = {}
+    for choice in parse_layers(names) if names else ():
+        rows.setdefault((choice.module, choice.layer), []).extend([choice.rows] if choice.rows else [])
+    layers: dict[tuple[str | None, str], list[int]] = {}
+    for (module, layer), ranges in rows.items():
+        layers.setdefault((module, _row_spans(join_ranges(ranges))), []).append(layer)
     texts = [
-        f"{module} of layer{'s' if len(layers) > 1 else ''} {layer_spans(layers)}"
-        for module, layers in by_module.items()
+        f"{module} of layer{'s' if len(alike) > 1 else ''} {layer_spans(alike)}{shown}"
+        for (module, shown), alike in layers.items()
     ]
     return "; ".join(texts) or "nothing"
+
+
+def _row_spans(ranges: Sequence[Rows]) -> str:
+    """Ranges of rows for people, first and last of each; only counted if they are many."""
+    if not ranges:
+        return ""
+    if len(ranges) > MAX_RANGES:
+        return f" ({sum(stop - first for first, stop in ranges)} rows in {len(ranges)} ranges)"
+    return " rows " + ",".join(str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ranges)
 
 
 def layer_spans(layers: Sequence[int]) -> str:

@@ -16,7 +16,7 @@ import yaml
 from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.plan import Plan, cut, join
 from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
@@ -187,17 +187,17 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
         raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     plan = make_plan(recipe)
+    selection = given_selection(recipe, plan)
+    if selection is not None:
+        plan = cut(plan, selection)
     with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)
     faults = [f"{name} {what}" for name, what in verification.differences]
-    selection = given_selection(recipe, plan)
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
         faults.append("nothing was transplanted: it is the target as it was")
     if not faults and selection is not None and not verification.is_exactly(selection):
-        faults.append(
-            f"the recipe says {' '.join(map(str, selection))}, "
-            f"but the result has {' '.join(map(str, verification.transplanted)) or 'nothing'} from the source"
-        )
+        found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
+        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
     return verification, faults
 
 
@@ -206,8 +206,9 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
 
     What came from the Hub is pinned to its commit; folders and files are named by their absolute paths.
     """
-    by_layer = len(recipe.modules) == 1
-    layers = layer_spans([unit.layer for unit in selection]) if by_layer else ",".join(map(str, selection))
+    units = join(plan, selection)
+    by_layer = len(recipe.modules) == 1 and all(unit.rows is None for unit in units)
+    layers = layer_spans([unit.layer for unit in units]) if by_layer else ",".join(map(str, units))
     parameters: dict[str, Any] = {"layers": layers}
     if by_layer:
         parameters["modules"] = recipe.modules[0]

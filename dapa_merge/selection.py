@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import DTYPE_BITS, FLOAT_NAMES, Checkpoint, open_checkpoint
-from dapa_merge.checkpoint.plan import Plan, plan_transplant
+from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
 from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.progress import Reporter
@@ -51,23 +51,29 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
-    """The units that a recipe names, in the plan's order; None if it wants a search.
+    """The units that a recipe names, in the plan's order, blocks that touch as one; None if it wants a search.
 
     Raises:
-        RecipeError: If it names a layer that the model does not have.
+        RecipeError: If it names a layer that the model does not have, or rows.
     """
     if recipe.layers is None:
         return None
     num_layers = plan.units[-1].layer + 1
-    chosen: set[Unit] = set()
+    chosen: list[Unit] = []
     for choice in recipe.layers:
         if choice.layer >= num_layers:
             raise RecipeError(
                 f"{recipe.where('parameters.layers')}: layer {choice.layer} is outside the target, "
                 f"which has layers 0 to {num_layers - 1}"
             )
-        chosen |= {unit for unit in plan.units if unit.layer == choice.layer and choice.module in (None, unit.module)}
-    return tuple(unit for unit in plan.units if unit in chosen)
+        named = [unit for unit in plan.units if unit.layer == choice.layer and choice.module in (None, unit.module)]
+        if choice.rows is not None and choice.rows[1] > (num_rows := plan.rows(named[0])[1]):
+            raise RecipeError(
+                f"{recipe.where('parameters.layers')}: {choice} is outside the target, "
+                f"whose {choice.layer}.{choice.module} has rows 0 to {num_rows - 1}"
+            )
+        chosen += [unit if choice.rows is None else plan.part(unit, choice.rows) for unit in named]
+    return join(plan, chosen)
 
 
 def search_plan(recipe: Recipe, plan: Plan, device: str, reporter: Reporter) -> Search:

@@ -53,11 +53,11 @@ def fail_in_swap(monkeypatch: pytest.MonkeyPatch, number: int, fault: BaseExcept
     put = LiveModel._put
     calls = []
 
-    def failing(self, name, values):
-        calls.append(name)
+    def failing(self, tensor, values):
+        calls.append(tensor)
         if len(calls) == number:
             raise fault
-        put(self, name, values)
+        put(self, tensor, values)
 
     monkeypatch.setattr(LiveModel, "_put", failing)
 

@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.evaluate.live import LiveModel
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.run import repair
-from dapa_merge.selection import make_plan
+from dapa_merge.selection import given_selection, make_plan
 
 SHAPE = dict(
     vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -43,11 +43,23 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
+    compare_paths(architecture, "0,2-3", torch.bfloat16, tmp_path, write_recipe)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"])
+@pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_path_takes_the_same_rows(architecture, source_dtype, tmp_path, write_recipe):
+    layers = "0.up,2.gate[0:1],2.gate[7:30],2.up[40:48],3.gate[16:32],3.gate[32:40]"
+    compare_paths(architecture, layers, source_dtype, tmp_path, write_recipe)
+
+
+def compare_paths(architecture, layers, source_dtype, tmp_path, write_recipe):
+    """Write one transplant by both entrances and swap it in memory; the bytes and what they compute must agree."""
     class_name, changes = ARCHITECTURES[architecture]
     config = getattr(transformers, class_name)(**{**SHAPE, **changes})
     target = save_random(tmp_path / "target", config, seed=1)
-    source = save_random(tmp_path / "source", config, seed=2)
-    recipe = write_recipe(target, source, layers='"0,2-3"')
+    source = save_random(tmp_path / "source", config, seed=2, dtype=source_dtype)
+    recipe = write_recipe(target, source, layers=f'"{layers}"')
     parsed = load_recipe(recipe)
     plan = make_plan(parsed)
     assert plan.target.config["architectures"] == [architecture]
@@ -60,7 +72,7 @@ def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
             "merge_method": "dapa",
             "base_model": str(target),
             "models": [{"model": str(source)}],
-            "parameters": {"layers": "0,2-3"},
+            "parameters": {"layers": layers},
         }
     )
     run_merge(configuration, str(theirs), MergeOptions(quiet=True))
@@ -74,10 +86,9 @@ def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
 
     input_ids = torch.arange(3, 15)[None]
     live = LiveModel(plan, torch.device("cpu"))
-    selection = [unit for unit in plan.units if unit.layer != 1]
     with torch.no_grad():
         target_logits = live.model(input_ids).logits
-        with live.transplanted(selection) as candidate:
+        with live.transplanted(given_selection(parsed, plan)) as candidate:
             live_logits = candidate(input_ids).logits
         assert torch.equal(live.model(input_ids).logits, target_logits)
         for folder in (ours, theirs):

@@ -10,8 +10,9 @@ from dapa_merge.errors import RecipeError
 from dapa_merge.parameters import PARAMETERS, LayerChoice, parse_layers
 from dapa_merge.recipe import Location, Recipe
 from dapa_merge.recipe_file import load_recipe, parse_recipe
-from dapa_merge.report import layer_spans
+from dapa_merge.report import layer_spans, spans
 
+ROW = st.integers(0, 99)
 MINIMAL = """\
 merge_method: dapa
 base_model: ./target
@@ -28,19 +29,21 @@ def test_a_minimal_recipe_has_the_documented_defaults():
     recipe = parse_recipe(MINIMAL)
     assert recipe == Recipe(target=Location("./target"), source=Location("./source"))
     assert (recipe.layers, recipe.modules, recipe.prompts) == (None, ("gate",), "builtin")
+    assert (recipe.granularity, recipe.rows_per_block) == ("layer", None)
     assert (recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == (0.95, 0.05, 1.05)
 
 
 def test_every_parameter_is_read():
     recipe = parse_recipe(
         with_parameters(
-            'layers: "3-5,9"', "modules: gate, down", "strength: 1", "evaluator: refusal", "prompts: mine.csv",
-            "retain: 0.5", "max_over_refusal: 0", "max_perplexity: 2", "search: ddmin", "max_new_tokens: 8",
-            "batch_size: 4",
+            'layers: "3-5,9"', "modules: gate, up", "granularity: block:16", "strength: 1", "evaluator: refusal",
+            "prompts: mine.csv", "retain: 0.5", "max_over_refusal: 0", "max_perplexity: 2", "search: ddmin",
+            "max_new_tokens: 8", "batch_size: 4",
         )
     )  # fmt: skip
     assert recipe.layers == tuple(LayerChoice(layer) for layer in (3, 4, 5, 9))
-    assert recipe.modules == ("gate", "down")
+    assert recipe.modules == ("gate", "up")
+    assert (recipe.granularity, recipe.rows_per_block) == ("block:16", 16)
     assert (recipe.prompts, recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == ("mine.csv", 0.5, 0.0, 2)
     assert (recipe.max_new_tokens, recipe.batch_size) == (8, 4)
 
@@ -68,8 +71,8 @@ tokenizer: {source: base}
     assert recipe.dtype == "bfloat16"
 
 
-def test_modules_auto_offers_every_module_to_the_search():
-    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down", "attention")
+def test_modules_auto_offers_each_projection_of_the_mlp_to_the_search():
+    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down")
 
 
 def test_layers_may_name_their_modules():
@@ -78,10 +81,28 @@ def test_layers_may_name_their_modules():
     assert recipe.modules == ("gate", "down")
 
 
+def test_layers_may_name_rows_and_need_no_granularity():
+    recipe = parse_recipe(with_parameters("layers: 4.up,3.gate[128:192], 3.gate[0:64],6-7.gate[5:6]"))
+    assert recipe.layers == (
+        LayerChoice(3, "gate", (0, 64)),
+        LayerChoice(3, "gate", (128, 192)),
+        LayerChoice(4, "up"),
+        LayerChoice(6, "gate", (5, 6)),
+        LayerChoice(7, "gate", (5, 6)),
+    )
+    assert (recipe.modules, recipe.rows_per_block) == (("gate", "up"), None)
+
+
+def test_a_granularity_is_written_in_one_way():
+    assert parse_recipe(with_parameters('granularity: "block:0064"')) == parse_recipe(
+        with_parameters("granularity: block:64")
+    )
+
+
 FAULTS = {
     "unknown parameter": (
         with_parameters("retian: 0.9"),
-        "r.yml, line 6: unknown key parameters.retian; did you mean 'retain'? known are layers, modules, strength",
+        "r.yml, line 6: unknown key parameters.retian; did you mean 'retain'? known are layers, modules, granularity",
     ),
     "unknown parameter without a near name": (
         with_parameters("zzz: 1"),
@@ -137,6 +158,55 @@ FAULTS = {
         "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
     ),
     "an unknown module": (with_parameters("modules: gates"), "r.yml, line 6: modules is 'gates'; write auto, or a"),
+    "no rows": (
+        with_parameters("layers: 3.gate[64:64]"),
+        "r.yml, line 6: layers names 3.gate[64:64], which are no rows; the second number is that of the row after",
+    ),
+    "rows backwards": (
+        with_parameters("layers: 3.up[8:2]"),
+        "r.yml, line 6: layers names 3.up[8:2], which are no rows",
+    ),
+    "overlapping rows": (
+        with_parameters("layers: 3.gate[0:64],4.gate[0:64],3.gate[63:65]"),
+        "r.yml, line 6: layers names 3.gate[0:64] and 3.gate[63:65], which overlap",
+    ),
+    "rows twice": (
+        with_parameters("layers: 3.gate[0:64],3.gate[0:64]"),
+        "r.yml, line 6: layers names 3.gate[0:64] and 3.gate[0:64], which overlap",
+    ),
+    "rows of what is named as a whole": (
+        with_parameters("layers: 2-4.gate,3.gate[0:64]"),
+        "r.yml, line 6: layers names 3.gate and 3.gate[0:64], which overlap",
+    ),
+    "rows that are no neurons": (
+        with_parameters("layers: 3.down[0:64]"),
+        "r.yml, line 6: layers names 3.down[0:64], but only gate and up can be divided, whose every row is one neuron",
+    ),
+    "rows of a layer": (with_parameters('layers: "3[0:64]"'), "r.yml, line 6: layers is '3[0:64]'; write a string"),
+    "rows without end": (
+        with_parameters("layers: 3.gate[0:]"),
+        "r.yml, line 6: layers is '3.gate[0:]'; write a string",
+    ),
+    "rows and a module of their own": (
+        with_parameters("layers: 3.gate[0:64]", "modules: gate"),
+        "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
+    ),
+    "experts": (
+        with_parameters("granularity: expert"),
+        "r.yml, line 6: granularity is 'expert'; write layer, or block:N for blocks of N rows of gate or up "
+        "(expert is for mixtures of experts, which cannot be repaired so far)",
+    ),
+    "blocks of nothing": (with_parameters("granularity: block:0"), "r.yml, line 6: granularity is 'block:0'; write"),
+    "blocks of any size": (with_parameters("granularity: block"), "r.yml, line 6: granularity is 'block'; write layer"),
+    "layers of a size": (with_parameters("granularity: layer:3"), "r.yml, line 6: granularity is 'layer:3'; write"),
+    "a granularity as a mapping": (
+        with_parameters("granularity: {block: 3}"),
+        "r.yml, line 6: granularity is a mapping, which mergekit takes for",
+    ),
+    "blocks of what cannot be divided": (
+        with_parameters("modules: auto", "granularity: block:64"),
+        "r.yml, line 7: granularity is block:64, but down cannot be divided; only gate and up can",
+    ),
     "overlapping units": (
         with_parameters("layers: 3.mlp,4.gate"),
         "r.yml, line 6: layers names mlp and a part of it; mlp is gate, up and down together",
@@ -215,6 +285,34 @@ def test_a_missing_or_unreadable_file_is_named(tmp_path):
 @given(st.sets(st.integers(0, 80), min_size=1))
 def test_layers_survive_being_written_and_read(layers):
     assert {choice.layer for choice in parse_layers(layer_spans(sorted(layers)))} == layers
+
+
+@given(
+    st.lists(
+        st.builds(LayerChoice, st.integers(0, 9), st.sampled_from(["gate", "up"]), st.none() | st.tuples(ROW, ROW)),
+        min_size=1,
+    )
+)
+def test_choices_survive_being_written_and_read(choices):
+    read = parse_layers(",".join(map(str, choices)))
+    assert set(read) == set(choices)
+    assert list(map(str, parse_layers(",".join(map(str, read))))) == list(map(str, read))
+
+
+SPANS = {
+    "3.gate 4.gate 7.gate": "gate of layers 3-4,7",
+    "3.gate 3.down 4.gate": "gate of layers 3-4; down of layer 3",
+    "3.gate 4.gate 6.gate[0:64] 6.gate[128:192]": "gate of layers 3-4; gate of layer 6 rows 0-63,128-191",
+    "6.gate[64:65] 6.gate[0:32] 6.gate[32:64]": "gate of layer 6 rows 0-64",
+    "2.gate[0:8] 3.gate[0:8] 3.up[5:6]": "gate of layers 2-3 rows 0-7; up of layer 3 rows 5",
+    "1.up[0:2] 1.up[4:6] 1.up[8:10] 1.up[12:14] 1.up[16:19]": "up of layer 1 (11 rows in 5 ranges)",
+    "": "nothing",
+}
+
+
+@pytest.mark.parametrize("units", SPANS)
+def test_people_read_units_in_few_words(units):
+    assert spans(units.split()) == SPANS[units]
 
 
 @given(st.text(max_size=40))

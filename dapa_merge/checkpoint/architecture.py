@@ -15,7 +15,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,12 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 MODULES = ("gate", "up", "down", "mlp", "attention")
 # What `modules: auto` in a recipe offers to the search, as separate units.
-AUTO_MODULES = ("gate", "up", "down", "attention")
+AUTO_MODULES = ("gate", "up", "down")
+# Modules of which every row is one neuron's, so that a block of rows can be a unit. (A row of down is no neuron's: it
+# is one feature of the residual stream, to which all neurons write.)
+DIVISIBLE_MODULES = ("gate", "up")
+# The first row of a range, and the row after its last.
+Rows = tuple[int, int]
 
 # How a gated MLP is spelled: gate, up and down, side by side under one parent. The gate is the projection whose output
 # goes through the activation. (Qwen 1 activates w2, Jais c_fc2; InternLM2 and LFM2 activate w1.)
@@ -45,20 +50,43 @@ _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing that is transplanted or left: one module of one layer.
+    """The smallest thing that is transplanted or left: one module of one layer, or a block of its rows.
 
     Attributes:
         layer: Layer number, from 0.
         module: One of `MODULES`.
         tensors: Names of its tensors in the checkpoint: weights `[out, in]` and, where there are any, biases `[out]`.
+        rows: Which rows of these tensors it is, for one of `DIVISIBLE_MODULES`; None for all of them.
     """
 
     layer: int
     module: str
     tensors: tuple[str, ...]
+    rows: Rows | None = None
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.module}"
+        return f"{self.layer}.{self.module}{rows_text(self.rows)}"
+
+    @property
+    def whole(self) -> Unit:
+        """The unit of all rows that this one is a part of."""
+        return self if self.rows is None else replace(self, rows=None)
+
+
+def rows_text(rows: Rows | None) -> str:
+    """Rows as recipes write them behind a module: `[64:128]`, or nothing for all of them."""
+    return "" if rows is None else f"[{rows[0]}:{rows[1]}]"
+
+
+def join_ranges(ranges: Iterable[Rows]) -> list[Rows]:
+    """The same rows in as few ranges as can be, in order: those that touch or overlap become one."""
+    joined: list[Rows] = []
+    for first, stop in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((first, stop))
+    return joined
 
 
 def find_units(

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from dapa_merge.checkpoint.architecture import Unit, architecture_name, find_units
+from dapa_merge.checkpoint.architecture import (
+    DIVISIBLE_MODULES,
+    Rows,
+    Unit,
+    architecture_name,
+    find_units,
+    join_ranges,
+)
 from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, UsageError
 
 
 @dataclass(frozen=True)
@@ -25,10 +33,25 @@ class Plan:
     units: tuple[Unit, ...]
 
     def tensors(self, selection: Iterable[Unit]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of target tensor and source tensor of a selection."""
+        """Pairs of target tensor and source tensor of a selection; of a block, its rows of them.
+
+        Raises:
+            CheckpointError: If a tensor lacks rows of a block.
+        """
         for unit in selection:
             for name in unit.tensors:
-                yield self.target.tensors[name], self.source.tensors[name]
+                ours, theirs = self.target.tensors[name], self.source.tensors[name]
+                if unit.rows is not None:
+                    ours, theirs = ours.narrow(*unit.rows), theirs.narrow(*unit.rows)
+                yield ours, theirs
+
+    def rows(self, unit: Unit) -> Rows:
+        """Which rows of its tensors a unit is; those of a whole unit are counted in the first of its tensors."""
+        return unit.rows or (0, self.target.tensors[unit.tensors[0]].num_rows)
+
+    def part(self, whole: Unit, rows: Rows) -> Unit:
+        """A block of a whole unit; all of its rows are the unit itself."""
+        return whole if rows == self.rows(whole) else replace(whole, rows=rows)
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
         """How many parameters of the target a selection replaces."""
@@ -77,6 +100,51 @@ def plan_transplant(target: Checkpoint, source: Checkpoint, modules: Sequence[st
     for ours_tensor, theirs_tensor in plan.tensors(units):
         _check_pair(ours_tensor, theirs_tensor, plan)
     return plan
+
+
+def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int) -> Plan:
+    """The plan of a search among blocks of some of its units; the last block of each may be shorter.
+
+    Args:
+        plan: Target and source.
+        units: What to divide, whole or already blocks.
+        rows_per_block: Rows (neurons) of a block, at least 1.
+
+    Raises:
+        UsageError: If a unit's rows are not neurons.
+    """
+    blocks: list[Unit] = []
+    for unit in units:
+        if unit.module not in DIVISIBLE_MODULES:
+            raise UsageError(
+                f"{unit} cannot be divided into blocks of rows; only {' and '.join(DIVISIBLE_MODULES)} can, "
+                f"whose every row is one neuron"
+            )
+        first, stop = plan.rows(unit)
+        blocks += [
+            plan.part(unit.whole, (row, min(row + rows_per_block, stop))) for row in range(first, stop, rows_per_block)
+        ]
+    return replace(plan, units=tuple(blocks))
+
+
+def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The same rows in as few units as can be, in the plan's order: blocks that touch as one, all rows as the unit."""
+    ranges: dict[Unit, list[Rows]] = {unit.whole: [] for unit in (*plan.units, *units)}
+    for unit in units:
+        ranges[unit.whole].append(plan.rows(unit))
+    return tuple(plan.part(whole, rows) for whole in ranges for rows in join_ranges(ranges[whole]))
+
+
+def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
+    """The plan's units made whole and cut at the ends of `blocks`: these blocks, and the gaps between them."""
+    ends: dict[Unit, set[int]] = {unit.whole: set() for unit in plan.units}
+    for block in blocks:
+        if block.rows is not None and block.whole in ends:
+            ends[block.whole] |= {*block.rows, *plan.rows(block.whole)}
+    units: list[Unit] = []
+    for whole, cuts in ends.items():
+        units += [plan.part(whole, rows) for rows in pairwise(sorted(cuts))] if cuts else [whole]
+    return replace(plan, units=tuple(units))
 
 
 def _check_pair(ours: Tensor, theirs: Tensor, plan: Plan) -> None:

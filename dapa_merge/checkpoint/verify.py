@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Rows, Unit, rows_text
 from dapa_merge.checkpoint.files import Checkpoint, Tensor, open_checkpoint
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.plan import Plan, cut, divide, join
 from dapa_merge.checkpoint.transplant import source_bytes
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 
@@ -20,9 +20,11 @@ class Verification:
     """What a result turned out to be, tensor by tensor.
 
     Attributes:
-        transplanted: The units whose every tensor is the source's, and not also the target's.
+        transplanted: The units whose every tensor is the source's, and not also the target's. If that is so of some
+            rows of a unit only, the blocks of these.
         alike: The units that are the same in source and target, so that nothing can be told of them.
-        differences: For each tensor that is neither, or missing, or too many: its name and what is wrong.
+        differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
+            a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
         num_tensors: How many tensors were compared.
     """
 
@@ -43,7 +45,8 @@ class Verification:
 def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> Verification:
     """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the source.
 
-    It does not matter who wrote `out`: shards, order and headers may differ, tensors may not.
+    It does not matter who wrote `out`: shards, order and headers may differ, tensors may not. Whatever blocks the plan
+    has, every row of its units' tensors is judged, also those between the blocks.
 
     Args:
         out: The result's folder.
@@ -55,6 +58,7 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
     """
     result = open_checkpoint(str(out))
     target = plan.target
+    plan = cut(plan, plan.units)
     of_units = {name for unit in plan.units for name in unit.tensors}
     differences = [
         (name, "is in the result but not in the target")
@@ -71,18 +75,23 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
     alike: list[Unit] = []
     for unit in plan.units:
         if faulty.isdisjoint(unit.tensors):
-            origins = {ours.name: _origins(result, plan, ours, theirs) for ours, theirs in plan.tensors((unit,))}
+            origins = _origins(result, plan, unit)
             if all(is_source for _, is_source in origins.values()):
                 is_target = all(is_target for is_target, _ in origins.values())
                 (alike if is_target else transplanted).append(unit)
+            elif (False, False) in origins.values() and unit.module in DIVISIBLE_MODULES:
+                blocks, strangers = _row_by_row(result, plan, unit)
+                transplanted += blocks
+                differences += strangers
             else:
-                differences += _strangers(origins)
+                differences += [(name + rows_text(unit.rows), what) for name, what in _strangers(origins)]
     return Verification(tuple(transplanted), tuple(alike), tuple(sorted(differences)), len(target.tensors))
 
 
-def prove(out: Path, plan: Plan, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
+def prove(out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
     """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
-    verification = verify(out, plan, progress)
+    selection = join(plan, selection)
+    verification = verify(out, cut(plan, selection), progress)
     if not verification.holds:
         name, what = verification.differences[0]
         raise CheckpointError(f"the result is wrong and was not kept: {name} {what}")
@@ -110,13 +119,31 @@ def _fault(result: Checkpoint, target: Checkpoint, tensor: Tensor, of_units: Con
     return None
 
 
-def _origins(result: Checkpoint, plan: Plan, ours: Tensor, theirs: Tensor) -> tuple[bool, bool]:
-    """Whether a tensor of the result is the target's, and whether it is the source's."""
-    found = result.tensors[ours.name]
-    is_target = _same(result, found, plan.target, ours)
-    if theirs.dtype == found.dtype:
-        return is_target, _same(result, found, plan.source, theirs)
-    return is_target, _same_as_converted(result, found, plan.source, theirs)
+def _origins(result: Checkpoint, plan: Plan, unit: Unit) -> dict[str, tuple[bool, bool]]:
+    """By tensor of a unit: whether the result's rows of it are the target's, and whether they are the source's."""
+    origins = {}
+    for ours, theirs in plan.tensors((unit,)):
+        found = result.tensors[ours.name]
+        if unit.rows is not None:
+            found = found.narrow(*unit.rows)
+        same = _same if theirs.dtype == found.dtype else _same_as_converted
+        origins[ours.name] = _same(result, found, plan.target, ours), same(result, found, plan.source, theirs)
+    return origins
+
+
+def _row_by_row(result: Checkpoint, plan: Plan, unit: Unit) -> tuple[tuple[Unit, ...], list[tuple[str, str]]]:
+    """What a unit is that is neither the target's nor the source's: blocks of the source's rows, and what is wrong."""
+    from_source: list[Unit] = []
+    wrong: dict[tuple[str, str], list[Rows]] = {}
+    for row in divide(plan, (unit,), 1).units:
+        origins = _origins(result, plan, row)
+        if not all(is_source for _, is_source in origins.values()):
+            for fault in _strangers(origins):
+                wrong.setdefault(fault, []).append(plan.rows(row))
+        elif not all(is_target for is_target, _ in origins.values()):
+            from_source.append(row)
+    hulls = {fault: plan.part(unit.whole, (rows[0][0], rows[-1][1])).rows for fault, rows in wrong.items()}
+    return join(plan, from_source), [(name + rows_text(rows), what) for (name, what), rows in hulls.items()]
 
 
 def _strangers(origins: Mapping[str, tuple[bool, bool]]) -> list[tuple[str, str]]:

@@ -114,7 +114,8 @@ class LiveModel:
     def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
         """The candidate: the target with the selected units of the source, for the length of a `with` block.
 
-        Afterwards the target is as it was, bit for bit, however the block ends. Blocks do not nest.
+        The selection may hold blocks of rows, also of units that the plan has as a whole. Afterwards the target is as
+        it was, bit for bit, however the `with` block ends. These do not nest.
 
         Raises:
             RuntimeError: If a selection is transplanted already.
@@ -126,18 +127,18 @@ class LiveModel:
                 # Before the first byte: a swap that breaks off is undone like a finished one.
                 self._changed.add(unit)
                 for ours, theirs in self.plan.tensors((unit,)):
-                    self._put(ours.name, _values(self.plan.source, theirs))
+                    self._put(ours, _values(self.plan.source, theirs))
             yield self.model
         finally:
             for unit in list(self._changed):
                 for ours, _ in self.plan.tensors((unit,)):
-                    self._put(ours.name, _values(self.plan.target, ours))
+                    self._put(ours, _values(self.plan.target, ours))
                 self._changed.remove(unit)
 
-    def _put(self, name: str, values: torch.Tensor) -> None:
-        parameter = self._parameters[name]
+    def _put(self, tensor: Tensor, values: torch.Tensor) -> None:
         with torch.no_grad():
-            parameter.copy_(values.reshape(parameter.shape))
+            rows = self._parameters[tensor.name].narrow(0, tensor.first_row, tensor.num_rows)
+            rows.copy_(values.reshape(rows.shape))
 
     def close(self) -> None:
         """Give the memory back."""

@@ -166,7 +166,7 @@ def test_the_proof_notices_a_gate_that_is_neither(llama_pair, tmp_path):
     with (out / tensor.file).open("r+b") as file:
         file.seek(tensor.start)
         file.write(bytes(8))
-    assert verify(out, plan).differences == ((tensor.name, "is neither the target's nor the source's"),)
+    assert verify(out, plan).differences == ((f"{tensor.name}[0:1]", "is neither the target's nor the source's"),)
 
 
 def test_the_proof_notices_another_selection(llama_pair, tmp_path):

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import functools
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit
-from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.plan import Plan, divide
 from dapa_merge.errors import CannotRepair, CheckpointError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import spans
-from dapa_merge.search.delta import Minimum, SearchInterrupted, minimize
-from dapa_merge.search.journal import Journal, JournalUnavailable, name_of
-from dapa_merge.search.oracle import Piece, Requirement, Verdict, requirement
+from dapa_merge.search.delta import Minimum, SearchInterrupted, foresee, minimize
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.oracle import Piece, Requirement, requirement
+from dapa_merge.search.workers import Foresight, RayWorkers, Workers
+from dapa_merge.search_record import open_journal
+from dapa_merge.search_testers import InProcess, Test, in_order, make_bench, ray_testers
+from dapa_merge.selection import split_prompts
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.bench import Baseline, Bench
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a recipe does not say about its search, because it does not decide the outcome.
+
+    Attributes:
+        device: Where to evaluate; `auto` takes an accelerator if there is one.
+        journal: The file of the journal; None for one in the user's cache folder.
+        uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
+        num_workers: How many; None for one on each GPU or, without GPUs, on each node.
+    """
+
+    device: str = "auto"
+    journal: Path | None = None
+    uses_ray: bool = False
+    num_workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +56,10 @@ class Search:
         target: The target's own figures on the search's prompts.
         full: Those with every unit transplanted.
         prior: How much each unit was expected to matter; None if the algorithm does not ask.
+        num_candidates: How many units there were to choose from; of a search among blocks, those blocks too.
         num_recorded: How many of the tests were in the journal already.
-        num_asked: How many prompts the tests asked, recorded ones included.
+        num_unneeded: How many more tests were made ahead of time, in vain.
+        num_asked: How many prompts the tests asked, recorded tests included.
         num_prompts: How many they would have asked without early verdicts.
         seconds: Wall-clock time.
     """
@@ -48,123 +69,182 @@ class Search:
     target: Baseline
     full: Baseline
     prior: Mapping[Unit, float] | None
+    num_candidates: int
     num_recorded: int
+    num_unneeded: int
     num_asked: int
     num_prompts: int
     seconds: float
 
+    @property
+    def share_saved(self) -> float:
+        """The share of the tests' prompts that early verdicts saved, in [0, 1]."""
+        return 1 - self.num_asked / self.num_prompts if self.num_prompts else 0.0
 
-def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, reporter: Reporter) -> Search:
+
+def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions, reporter: Reporter) -> Search:
+    """Load the target of a recipe's plan, and search, whatever layers the recipe names.
+
+    Raises:
+        CannotRepair: If the source makes nothing better, or breaks a limit.
+        DapaError: For whatever else does not fit.
+    """
+    searching, _ = split_prompts(recipe)
+    with closing(make_bench(recipe, plan, searching, options.device, reporter)) as bench:
+        return search(recipe, plan, bench, options, reporter)
+
+
+def search(recipe: Recipe, plan: Plan, bench: Bench, options: SearchOptions, reporter: Reporter) -> Search:
     """Find a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
         CannotRepair: If the full transplant makes nothing better, or breaks a limit.
         DapaError: For whatever else does not fit; what was tested is in the journal.
     """
-    start = time.monotonic()
-    target = _baseline("target", (), recipe, bench, journal, reporter)
-    full = _baseline("full transplant", plan.units, recipe, bench, journal, reporter)
-    limits = _requirement(recipe, plan, target, full)
-    tests = _Tests(plan, bench, journal, limits, reporter)
-    prior = _prior(plan, bench, journal, target, full, reporter) if recipe.search == "guided" else None
-    reporter.say(f"searching among {len(plan.units)} units for the few that keep a DSR of {limits.min_dsr:.3f}")
-    try:
-        minimum = minimize(plan.units, tests.holds, algorithm=recipe.search, prior=prior)
-    except SearchInterrupted as stop:
-        reporter.say(f"the best selection so far: {spans(stop.best.units)}")
-        if journal.path:
-            reporter.say(f"every test is in the journal {journal.path}; run again to go on")
-        raise (stop.__cause__ or stop) from None
-    found = Search(
-        minimum,
-        limits,
-        target,
-        full,
-        prior,
-        tests.num_recorded,
-        tests.num_asked,
-        tests.num_prompts,
-        time.monotonic() - start,
-    )
-    reporter.say(f"found {spans(minimum.units)} in {minimum.tests} tests{_thrift(found)}")
-    return found
+    with closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal:
+        try:
+            return _Hunt(recipe, plan, bench, journal, options, reporter).run()
+        except SearchInterrupted as stop:
+            reporter.say(f"the best selection so far: {spans(stop.best.units)}")
+            if journal.path:
+                reporter.say(f"every test is in the journal {journal.path}; run again to go on")
+            raise (stop.__cause__ or stop) from None
 
 
-def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:
-    """The journal of a recipe's search: the given file, or one in the user's cache folder.
+class _Hunt:
+    """One search on its way: among the plan's units and then, if the recipe says so, among blocks of those kept."""
 
-    Raises:
-        UsageError: If a given file is of another search, damaged, or cannot be written. Where the cache folder cannot
-            be written, the search goes on without a journal, and says so.
-    """
-    if path is not None:
-        # Seen before the minutes that large checkpoints take to read.
-        path.parent.mkdir(parents=True, exist_ok=True)
-    parts = _parts(recipe, plan, bench, reporter)
-    if path is not None:
-        return Journal(path, parts)
-    import platformdirs
+    def __init__(
+        self, recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions, reporter: Reporter
+    ) -> None:
+        self.recipe = recipe
+        self.plan = plan
+        self.bench = bench
+        self.journal = journal
+        self.options = options
+        self.reporter = reporter
+        self.recorded = set(journal.tests)
+        self.asked: set[frozenset[str]] = set()
 
-    try:
-        return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
-    except JournalUnavailable as error:
-        reporter.say(f"{error}; this search is not recorded, and starts again if it is killed")
-        return Journal()
-
-
-class _Tests:
-    """Answers the search: from the baselines, from the journal, or by a test."""
-
-    def __init__(self, plan: Plan, bench: Bench, journal: Journal, limits: Requirement, reporter: Reporter) -> None:
-        self._plan = plan
-        self._bench = bench
-        self._journal = journal
-        self._reporter = reporter
-        self._known = {frozenset(): False, frozenset(plan.units): True}
-        self.num_recorded = self.num_asked = self.num_prompts = 0
-        examiner = bench.require(limits)
-        for test in journal.tests.values():
+    def run(self) -> Search:
+        start = time.monotonic()
+        target = _baseline("target", (), self)
+        full = _baseline("full transplant", self.plan.units, self)
+        limits = _requirement(self.recipe, self.plan, target, full)
+        examiner = self.bench.require(limits)
+        for test in self.journal.tests.values():
             examiner.learn(_pieces(test))
+        if self.recorded:
+            self.reporter.say(f"{len(self.recorded)} tests are in the journal already")
+        with closing(self._workers(limits)) as workers:
+            minimum, prior, num_candidates = self._search(workers, limits, target, full)
+        minimum = replace(minimum, tests=len(self.asked))
+        tests = [self.journal.tests[name] for name in self.asked if name in self.journal.tests]
+        found = Search(
+            minimum,
+            limits,
+            target,
+            full,
+            prior,
+            num_candidates,
+            num_recorded=len(self.asked & self.recorded),
+            num_unneeded=len(set(self.journal.tests) - self.recorded - self.asked),
+            num_asked=sum(piece.num_prompts for test in tests for piece in _pieces(test)),
+            num_prompts=sum(test["num_prompts"] for test in tests),
+            seconds=time.monotonic() - start,
+        )
+        self.reporter.say(f"found {spans(minimum.units)} in {minimum.tests} tests{thrift(found)}")
+        return found
 
-    def holds(self, selection: frozenset[Unit]) -> bool:
-        if selection in self._known:
-            return self._known[selection]
-        ordered = [unit for unit in self._plan.units if unit in selection]
-        key = frozenset(map(str, ordered))
-        test = self._journal.tests.get(key)
-        if test is not None:
-            self.num_recorded += 1
-        else:
-            with self._reporter.task(f"testing {spans(ordered)}", self._bench.num_prompts) as answered:
-                began = time.monotonic()
-                verdict = self._bench.examine(ordered, answered)
-            test = _to_json(verdict, time.monotonic() - began)
-            self._journal.record(key, test)
-        self.num_asked += sum(piece.num_prompts for piece in _pieces(test))
-        self.num_prompts += test["num_prompts"]
+    def _workers(self, limits: Requirement) -> InProcess | RayWorkers[Unit, Test]:
+        if self.options.uses_ray:
+            return ray_testers(self.recipe, self.bench, limits, self.options.num_workers)
+        return InProcess(self.bench, self.reporter)
+
+    def _search(
+        self, workers: Workers[Unit, Test], limits: Requirement, target: Baseline, full: Baseline
+    ) -> tuple[Minimum[Unit], Mapping[Unit, float] | None, int]:
+        """What is kept, the prior of the plan's units, and how many candidates there were."""
+        recipe, plan = self.recipe, self.plan
+        units = self._preferred(workers)
+        prior = _prior(plan, "prior", target, full, self)
+        self.reporter.say(f"searching among {len(units)} units for the few that keep a DSR of {limits.min_dsr:.3f}")
+        minimum = self._minimize(units, workers, prior)
+        if recipe.rows_per_block is None or not minimum.one_minimal:
+            return minimum, prior, len(plan.units)
+        blocks = divide(plan, minimum.units, recipe.rows_per_block)
+        self.reporter.say(f"searching among {len(blocks.units)} blocks of {recipe.rows_per_block} rows of them")
+        finer = self._minimize(
+            blocks.units, workers, _prior(blocks, f"prior of {recipe.granularity}", target, full, self)
+        )
+        # All blocks together are what was found before: one test, not two.
+        self.asked.discard(frozenset(map(str, blocks.units)))
+        return finer, prior, len(plan.units) + len(blocks.units)
+
+    def _preferred(self, workers: Workers[Unit, Test]) -> tuple[Unit, ...]:
+        """The units of the preferred module, if they are enough, or all."""
+        preferred = tuple(unit for unit in self.plan.units if unit.module == self.recipe.prefer)
+        if not preferred or preferred == self.plan.units:
+            return self.plan.units
+        is_enough = self._oracle(self.plan.units, workers, None).holds(frozenset(preferred))
+        how = "is" if is_enough else "is not"
+        self.reporter.say(f"{self.recipe.prefer} alone {how} enough")
+        return preferred if is_enough else self.plan.units
+
+    def _minimize(
+        self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
+    ) -> Minimum[Unit]:
+        oracle = self._oracle(units, workers, prior)
+        return minimize(
+            units, oracle.holds, algorithm=self.recipe.search, prior=prior, max_tests=self.recipe.max_tests
+        )
+
+    def _oracle(
+        self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
+    ) -> _Oracle:
+        names = {str(unit): unit for unit in units}
+        answers = {
+            frozenset(names[name] for name in selection): test["holds"]
+            for selection, test in self.journal.tests.items()
+            if selection <= names.keys()
+        }
+        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
+        answers |= {frozenset(): False, frozenset(units): True}
+        likely = functools.partial(foresee, units, algorithm=self.recipe.search, prior=prior)
+        return _Oracle(Foresight(workers, likely, self._settle, answers), self.asked)
+
+    def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
+        self.journal.record(frozenset(map(str, selection)), test)
         why = f": {test['complaint']}" if test["complaint"] else ""
-        self._reporter.say(f"  {'holds' if test['holds'] else 'fails'}  {spans(ordered)}{why}")
+        self.reporter.say(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
         return bool(test["holds"])
 
 
-def _to_json(verdict: Verdict, seconds: float) -> dict[str, Any]:
-    return {**asdict(verdict), "seconds": round(seconds, 3)}
+@dataclass(frozen=True)
+class _Oracle:
+    """Answers a search and writes down, by the names of the units, what it asked."""
+
+    foresight: Foresight[Unit, Test]
+    asked: set[frozenset[str]]
+
+    def holds(self, selection: frozenset[Unit]) -> bool:
+        self.asked.add(frozenset(map(str, selection)))
+        return self.foresight.holds(selection)
 
 
-def _pieces(test: Mapping[str, Any]) -> list[Piece]:
+def _pieces(test: Test) -> list[Piece]:
     return [Piece(**piece) for piece in test["pieces"]]
 
 
-def _baseline(
-    name: str, units: Sequence[Unit], recipe: Recipe, bench: Bench, journal: Journal, reporter: Reporter
-) -> Baseline:
+def _baseline(name: str, units: Sequence[Unit], hunt: _Hunt) -> Baseline:
     from dapa_merge.evaluate.bench import Baseline
 
-    if name not in journal.notes:
-        with reporter.task(f"measuring the {name}", bench.num_prompts) as answered:
-            journal.note(name, bench.baseline(units, answered).to_json())
-    baseline = Baseline.from_json(journal.notes[name])
-    reporter.say(f"the {name}: DSR {baseline.dsr:.3f}, over-refusal {baseline.over_refusal:.3f}")
+    recipe, notes = hunt.recipe, hunt.journal.notes
+    if name not in notes:
+        with hunt.reporter.task(f"measuring the {name}", hunt.bench.num_prompts) as answered:
+            hunt.journal.note(name, hunt.bench.baseline(units, answered).to_json())
+    baseline = Baseline.from_json(notes[name])
+    hunt.reporter.say(f"the {name}: DSR {baseline.dsr:.3f}, over-refusal {baseline.over_refusal:.3f}")
     if baseline.perplexity == math.inf:
         model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
         raise CheckpointError(f"{model} computes infinities or no numbers at all; its weights are damaged")
@@ -195,51 +275,29 @@ def _requirement(recipe: Recipe, plan: Plan, target: Baseline, full: Baseline) -
 
 
 def _prior(
-    plan: Plan, bench: Bench, journal: Journal, target: Baseline, full: Baseline, reporter: Reporter
-) -> dict[Unit, float]:
+    plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt
+) -> Mapping[Unit, float] | None:
     """Attribution's scores; from the journal if they are there, because a search must take the same way again."""
-    if "prior" not in journal.notes:
-        with reporter.task("asking which units matter", 1):
-            scores = bench.prior(target.responses, full.responses)
-        journal.note("prior", {str(unit): score for unit, score in scores.items()})
-    recorded = journal.notes["prior"]
-    return {unit: recorded[str(unit)] for unit in plan.units}
+    if hunt.recipe.search != "guided":
+        return None
+    scores = hunt.journal.notes.get(name, {})
+    if not all(str(unit) in scores for unit in plan.units):
+        with hunt.reporter.task("weighing the units by one backward pass", 2 * len(target.responses)) as weighed:
+            found = hunt.bench.attribute(plan.units, target.responses, full.responses, weighed)
+        scores = {str(unit): score for unit, score in found.items()}
+        hunt.journal.note(name, scores)
+    return {unit: scores[str(unit)] for unit in plan.units}
 
 
-def _thrift(search: Search) -> str:
+def thrift(search: Search) -> str:
+    """What a search did not have to ask, for people; empty if there is nothing to tell."""
     facts = []
     if search.num_recorded:
         facts.append(f"{search.num_recorded} of them from the journal")
+    if search.num_unneeded:
+        facts.append(f"{search.num_unneeded} more ahead of time and in vain")
     if search.num_prompts:
-        saved = 1 - search.num_asked / search.num_prompts
-        facts.append(f"{100 * saved:.0f} % of the prompts saved by early verdicts")
+        facts.append(f"{100 * search.share_saved:.0f} % of the prompts saved by early verdicts")
     return f" ({', '.join(facts)})" if facts else ""
 
 
-def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict[str, str]:
-    """Everything that decides a verdict, by name."""
-    import torch
-    import transformers
-
-    names = {tensor.name for _, tensor in plan.tensors(plan.units)}
-    total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
-    with reporter.task("reading both checkpoints", total) as read:
-        parts = {
-            "target": tensors_digest(plan.target, progress=read),
-            "source": tensors_digest(plan.source, names, progress=read),
-        }
-    prompts = bench.meter.prompts
-    asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
-    return parts | {
-        "tokenizer and config": settings_digest(plan.target),
-        "prompts": _digest(asked),
-        "units": _digest([str(unit) for unit in plan.units]),
-        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
-        "generation": f"greedy, {recipe.max_new_tokens} tokens, batches of {recipe.batch_size}",
-        "device": bench.device_kind,
-        "versions": f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
-    }
-
-
-def _digest(content: object) -> str:
-    return "sha256 " + hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -15,6 +15,7 @@ from dapa_merge.evaluate.live import LiveModel, choose_device
 from dapa_merge.evaluate.measure import Measurement, Meter, Response
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.search.oracle import KINDS, Examiner, Requirement, Verdict
+from dapa_merge.trace.attribution import Contrast, attribute
 
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.architecture import Unit
@@ -108,6 +109,29 @@ class Bench:
                 candidate.perplexity,
                 tuple(itertools.chain.from_iterable(candidate.judged("harmful"))),
             )
+
+    def attribute(
+        self,
+        units: Sequence[Unit],
+        target: Sequence[Response],
+        full: Sequence[Response],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> dict[Unit, float]:
+        """How much each unit is expected to matter, from prompts that the full transplant refuses and the target does not.
+
+        Args:
+            units: Of the plan, or blocks of its units.
+            target: The target's responses to the harmful prompts.
+            full: The full transplant's, in the same order.
+            progress: Called with numbers of responses as they are weighed.
+        """
+        refused = Outcome.REFUSED.value
+        contrasts = [
+            Contrast(after.prompt, refusing=after.response, complying=before.response)
+            for before, after in zip(target, full, strict=True)
+            if before.outcome != refused and after.outcome == refused
+        ]
+        return attribute(self.live, contrasts, units=units, batch_size=self.meter.batch_size, progress=progress)
 
     def examine(
         self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None, *, stop_early: bool = True

@@ -1,0 +1,71 @@
+"""The journal of a recipe's search: where it lies, and everything that decides whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Recipe
+from dapa_merge.search.journal import Journal, JournalUnavailable, name_of
+
+if TYPE_CHECKING:
+    from dapa_merge.evaluate.bench import Bench
+
+
+def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:
+    """The journal of a recipe's search: the given file, or one in the user's cache folder.
+
+    Raises:
+        UsageError: If a given file is of another search, damaged, or cannot be written. Where the cache folder cannot
+            be written, the search goes on without a journal, and says so.
+    """
+    if path is not None:
+        # Seen before the minutes that large checkpoints take to read.
+        path.parent.mkdir(parents=True, exist_ok=True)
+    parts = _parts(recipe, plan, bench, reporter)
+    if path is not None:
+        return Journal(path, parts)
+    import platformdirs
+
+    try:
+        return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
+    except JournalUnavailable as error:
+        reporter.say(f"{error}; this search is not recorded, and starts again if it is killed")
+        return Journal()
+
+
+def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict[str, str]:
+    """Everything that decides a verdict, by name."""
+    import torch
+    import transformers
+
+    names = {tensor.name for _, tensor in plan.tensors(plan.units)}
+    total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
+    with reporter.task("reading both checkpoints", total) as read:
+        parts = {
+            "target": tensors_digest(plan.target, progress=read),
+            "source": tensors_digest(plan.source, names, progress=read),
+        }
+    prompts = bench.meter.prompts
+    asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
+    return parts | {
+        "tokenizer and config": settings_digest(plan.target),
+        "prompts": _digest(asked),
+        "units": _digest([str(unit) for unit in plan.units]),
+        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
+        "generation": f"greedy, {recipe.max_new_tokens} tokens, batches of {recipe.batch_size}",
+        "device": bench.device_kind,
+        "versions": f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+
+
+def _digest(content: object) -> str:
+    return "sha256 " + hashlib.sha256(json.dumps(content).encode()).hexdigest()

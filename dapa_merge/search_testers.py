@@ -1,0 +1,93 @@
+"""Who tests the selections of a search: this process, or Ray actors with a target each."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Location, Recipe
+from dapa_merge.report import spans
+from dapa_merge.search.oracle import Requirement
+from dapa_merge.search.workers import RayWorkers
+from dapa_merge.selection import make_meter, make_plan
+
+if TYPE_CHECKING:
+    from dapa_merge.evaluate.bench import Bench
+    from dapa_merge.evaluate.prompts import PromptSet
+
+# What became of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
+Test = Mapping[str, Any]
+
+
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, device: str, reporter: Reporter) -> Bench:
+    """The test bench of a recipe; it loads the target when that is needed."""
+    from dapa_merge.evaluate.bench import Bench
+
+    return Bench(
+        plan, make_meter(recipe, prompts), device, lambda: reporter.say(f"loading the target {plan.target.name}")
+    )
+
+
+class InProcess:
+    """Tests one selection at a time, here."""
+
+    number = 1
+
+    def __init__(self, bench: Bench, reporter: Reporter) -> None:
+        self._bench = bench
+        self._reporter = reporter
+        self._next: frozenset[Unit] = frozenset()
+
+    def submit(self, selection: frozenset[Unit]) -> None:
+        self._next = selection
+
+    def wait(self) -> tuple[frozenset[Unit], Test]:
+        name = spans(in_order(self._next))
+        with self._reporter.task(f"testing {name}", self._bench.num_prompts) as answered:
+            return self._next, _test(self._bench, self._next, answered)
+
+    def close(self) -> None:
+        """Nothing to let go of; the bench is its owner's."""
+
+
+def ray_testers(
+    recipe: Recipe, bench: Bench, limits: Requirement, number: int | None
+) -> RayWorkers[Unit, Test]:
+    """Ray actors that test selections, each with a target of its own; `number` as in `RayWorkers`."""
+    recipe = replace(recipe, target=_absolute(recipe.target), source=_absolute(recipe.source))
+    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, bench.device.type)
+    return RayWorkers(make, number, uses_gpu=bench.device.type == "cuda", num_threads=None)
+
+
+def _make_tester(
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, device: str
+) -> Callable[[frozenset[Unit]], Test]:
+    """Called in a worker: loads a target of its own there."""
+    bench = make_bench(recipe, make_plan(recipe), prompts, device, Reporter())
+    bench.require(limits)
+    return functools.partial(_test, bench)
+
+
+def _test(bench: Bench, selection: frozenset[Unit], progress: Callable[[int], None] = lambda _: None) -> Test:
+    began = time.monotonic()
+    verdict = bench.examine(in_order(selection), progress)
+    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
+
+
+def in_order(selection: Iterable[Unit]) -> list[Unit]:
+    """Always the same order, in which every process transplants."""
+    return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
+
+
+def _absolute(location: Location) -> Location:
+    # A worker may run in another folder.
+    return replace(location, path=os.path.abspath(location.path)) if os.path.isdir(location.path) else location
+
+

@@ -13,8 +13,8 @@ from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, 
 
 EVALUATORS = ("refusal",)
 SEARCHES = ("ddmin",)
-# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`.
-_LAYERS = re.compile(r"([0-9]+)(?: *- *([0-9]+))?(?:\.([a-z]+)(?:\[([0-9]+):([0-9]+)\])?)?")
+# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`. Numbers of a length that a message can show.
+_LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,10 @@ FAULTS = {
         with_parameters("layers: 3.gate[0:]"),
         "r.yml, line 6: layers is '3.gate[0:]'; write a string",
     ),
+    "rows without number": (
+        with_parameters(f"layers: 3.gate[0:{'9' * 3000}]"),
+        "r.yml, line 6: layers is '3.gate[0:99999",
+    ),
     "rows and a module of their own": (
         with_parameters("layers: 3.gate[0:64]", "modules: gate"),
         "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CONFIDENCE = 0.95
+# Of being wrong where nothing but chance is at work: intervals of 95 %, and p-values below this prove a change.
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Change:
         no_longer_refused: Prompts that only the first model refuses.
         p_value: Of the exact McNemar test, in [0, 1]: how often as many changes would fall as one-sidedly, or more so,
             if either direction were as likely.
-        within_noise: Whether it is not below 0.05, so that the change proves nothing.
+        within_noise: Whether the p-value is not below 0.05, so that the change proves nothing.
     """
 
     newly_refused: int
@@ -36,7 +37,7 @@ def compare(before: Sequence[bool], after: Sequence[bool]) -> Change:
         newly_refused=sum(now and not once for once, now in zip(before, after, strict=True)),
         no_longer_refused=sum(once and not now for once, now in zip(before, after, strict=True)),
         p_value=p_value,
-        within_noise=p_value >= 1 - CONFIDENCE,
+        within_noise=p_value >= LEVEL,
     )
 
 
@@ -49,7 +50,7 @@ def interval(successes: int, total: int) -> tuple[float, float]:
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(successes, total, alpha=1 - CONFIDENCE, method="wilson")
+    low, high = proportion_confint(successes, total, alpha=LEVEL, method="wilson")
     # The share itself lies inside; for none or all of the trials rounding would leave it a hair outside.
     return min(float(low), successes / total), max(float(high), successes / total)
 

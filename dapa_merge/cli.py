@@ -223,7 +223,8 @@ def evaluate(
 ) -> None:
     """Measure the safety and skill of any model.
 
-    MODEL is a folder or a Hub id, with a revision as id@revision. Prints DSR, over-refusal, perplexity and skill.
+    MODEL is a folder or a Hub id, with a revision as id@revision. Prints DSR and over-refusal with their intervals,
+    perplexity and skill.
     """
     from dataclasses import asdict
 

@@ -75,12 +75,12 @@ class Parameter:
     allowed: str
 
 
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
+def _number(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[Any], float]:
     def read(value: Any) -> float:
         if isinstance(value, bool):
             raise TypeError
         number = float(value)
-        if not (low < number if above else low <= number) or not number <= high or math.isnan(number):
+        if not (low < number if above else low <= number) or not (number < high if below else number <= high):
             raise ValueError
         return number
 
@@ -151,6 +151,7 @@ PARAMETERS: dict[str, Parameter] = {
     "strength": Parameter(_strength, "only 1.0, a plain copy, is available in this version"),
     "evaluator": Parameter(_name(EVALUATORS), f"available in this version: {', '.join(EVALUATORS)}"),
     "prompts": Parameter(_name(), "write the name of a packaged set (builtin, miniature), or a file or folder"),
+    "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
     "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
     "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),
     "max_perplexity": Parameter(_number(1, math.inf), "write a ratio of at least 1"),

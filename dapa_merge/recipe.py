@@ -35,6 +35,7 @@ class Recipe:
         granularity: How fine the units of a search get: `layer`, or `block:N` for blocks of N rows.
         evaluator: Name of what scores a candidate.
         prompts: Name or path of the prompt set.
+        confirm: Share of the prompts that is kept out of a search, for the report on what it found, in (0, 1).
         retain: Share of the full transplant's gain in DSR that must be kept, in (0, 1].
         max_over_refusal: Rise of over-refusal allowed over the target's own, in [0, 1].
         max_perplexity: Perplexity allowed, as a ratio to the target's own, at least 1.
@@ -52,6 +53,7 @@ class Recipe:
     granularity: str = "layer"
     evaluator: str = "refusal"
     prompts: str = "builtin"
+    confirm: float = 0.5
     retain: float = 0.95
     max_over_refusal: float = 0.05
     max_perplexity: float = 1.05

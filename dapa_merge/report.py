@@ -14,11 +14,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from dapa_merge.evaluate.chance import Change
     from dapa_merge.evaluate.measure import Figures
 
 FILE_NAME = "dapa_report.json"
 # Ranges of rows of one tensor that a line for people shows.
 MAX_RANGES = 4
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What the search saw, with prompts of its own that no figure of the report rests on.
+
+    Attributes:
+        num_harmful: Harmful prompts that it asked.
+        num_harmless: Harmless ones.
+        dsr_before: The target's DSR on them, in [0, 1].
+        dsr_after: The result's. The search took the first of many selections that did well on just these prompts, so
+            that this flatters; the confirmed one does not.
+    """
+
+    num_harmful: int
+    num_harmless: int
+    dsr_before: float
+    dsr_after: float
 
 
 @dataclass(frozen=True)
@@ -35,9 +54,13 @@ class Report:
         num_candidates: Units that the search could choose from.
         parameters_changed: Parameters that the transplant replaced.
         share_changed: Their share of the target's parameters, in [0, 1].
-        before: Figures of the target; None if nothing was evaluated, as the next two.
-        after: Figures of the result.
-        source_alone: Figures of the source.
+        before: Figures of the target, with prompts that the search did not ask, or with all if the layers were given;
+            None if nothing was evaluated, as the next four.
+        after: Figures of the result, with the same prompts.
+        source_alone: Figures of the source, with the same prompts.
+        dsr_change: What became of the harmful prompts from `before` to `after`, and whether that is more than chance.
+        over_refusal_change: The same of the harmless ones.
+        searched: What the search saw; None if the layers were given.
         requirement: What a selection had to meet; None if the layers were given.
         tests: Distinct selections that the search asked; 0 if the layers were given.
         one_minimal: Whether each kept unit was seen to be needed; None if the layers were given.
@@ -58,6 +81,9 @@ class Report:
     before: Figures | None
     after: Figures | None
     source_alone: Figures | None
+    dsr_change: Change | None
+    over_refusal_change: Change | None
+    searched: Searched | None
     requirement: Mapping[str, float] | None
     tests: int
     one_minimal: bool | None
@@ -110,9 +136,11 @@ def figure_rows(columns: Sequence[Figures]) -> list[tuple[str, list[str]]]:
     ((num_harmful, num_harmless),) = counts
     rows = [
         (f"DSR: refused of {num_harmful} harmful", [f"{column.dsr:.3f}" for column in columns]),
+        ("  95 % interval", [_span(column.dsr_interval) for column in columns]),
         ("  answered", [f"{column.complied:.3f}" for column in columns]),
         ("  degenerate", [f"{column.degenerate:.3f}" for column in columns]),
         (f"over-refusal: refused of {num_harmless} harmless", [f"{column.over_refusal:.3f}" for column in columns]),
+        ("  95 % interval", [_span(column.over_refusal_interval) for column in columns]),
         ("perplexity", [f"{column.perplexity:.3f}" for column in columns]),
     ]
     if any(column.skill is not None for column in columns):
@@ -123,6 +151,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[tuple[str, list[str]]]:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
+        *_changes(report),
         ("target", report.target),
         ("source", report.source),
         ("transplanted", spans(report.units)),
@@ -131,9 +160,46 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.one_minimal is not None:
         needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
         facts.append(("search", f"{report.tests} of {2**report.num_candidates} selections tested, {needed}"))
+    if report.searched is not None:
+        seen = report.searched
+        asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"
+        facts.append(("DSR in the search", f"{seen.dsr_before:.3f} -> {seen.dsr_after:.3f}, with {asked}"))
     facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
     facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
+
+
+def _changes(report: Report) -> list[tuple[str, str]]:
+    """A line for DSR and one for over-refusal: from what to what, and whether chance would do as much."""
+    if report.before is None or report.after is None:
+        return []
+    before, after = report.before, report.after
+    lines = []
+    if report.dsr_change is not None:
+        rates = f"{before.dsr:.3f} -> {after.dsr:.3f} (95 % interval {_span(after.dsr_interval)})"
+        lines.append(_change("DSR", ("gain", "loss"), rates, report.dsr_change))
+    if report.over_refusal_change is not None:
+        interval = _span(after.over_refusal_interval)
+        rates = f"{before.over_refusal:.3f} -> {after.over_refusal:.3f} (95 % interval {interval})"
+        lines.append(_change("over-refusal", ("rise", "fall"), rates, report.over_refusal_change))
+    return lines
+
+
+def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tuple[str, str]:
+    """A label and a sentence; `words` are those for more refusals and for fewer."""
+    p_value = "p < 1e-12" if change.p_value < 1e-12 else f"p = {change.p_value:.3g}"
+    fact = f"{rates}, {p_value} (McNemar)"
+    difference = change.newly_refused - change.no_longer_refused
+    if difference == 0:
+        return name, f"{fact}: no {words[0]}"
+    word = words[0] if difference > 0 else words[1]
+    if change.within_noise:
+        fact += f": the {word} in {name} is within noise"
+    return f"{name} {word}", fact
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.3f}-{interval[1]:.3f}"
 
 
 def spans(units: Iterable[object]) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,23 +20,14 @@ from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
 from dapa_merge.evaluate.prompts import PACKAGED, load_prompts
+from dapa_merge.evidence import Evidence, gather_evidence
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, parse_location
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans
 from dapa_merge.search.delta import Minimum
-from dapa_merge.selection import (
-    Search,
-    find_selection,
-    given_selection,
-    load_live,
-    make_meter,
-    make_plan,
-    measure_checkpoint,
-    measure_live,
-    open_location,
-)
+from dapa_merge.selection import given_selection, make_plan, measure_checkpoint, open_location
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.measure import Figures
@@ -59,7 +49,8 @@ def repair(
     Args:
         recipe: What to repair, with what.
         out: The folder to make; it must not exist, or be empty.
-        evaluate: Measure target, result and source. Without it the recipe must name its layers.
+        evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
+            recipe names its layers. Without it the recipe must name them.
         device: Where to evaluate; `auto` takes an accelerator if there is one.
         reporter: Hears of the steps.
 
@@ -75,28 +66,20 @@ def repair(
     selection = given_selection(recipe, plan)
     if selection is None and not evaluate:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
-    search: Search | None = None
-    before = after = source_alone = None
+    evidence: Evidence | None = None
     if evaluate:
-        meter = make_meter(recipe)
-        # First, because a source that cannot even be loaded should not be noticed after the search.
-        source_alone = measure_checkpoint(plan.source, meter, device, "source", reporter).figures()
-        with closing(load_live(plan, device, reporter)) as live:
-            if selection is None:
-                search = find_selection(recipe, plan, live, meter, reporter)
-                selection = search.minimum.units
-            before = search.target if search else measure_live(live, (), meter, "target", reporter)
-            after = measure_live(live, selection, meter, "result", reporter)
+        evidence = gather_evidence(recipe, plan, selection, device, reporter)
+        selection = evidence.selection
     assert selection is not None
-    report = _report(recipe, plan, selection, search)
-    report = replace(report, before=before, after=after, source_alone=source_alone, seconds=time.monotonic() - start)
+    report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     write(recipe, plan, selection, out, report, reporter)
     return report
 
 
-def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], search: Search | None) -> Report:
-    """What was chosen and why; the figures and the time are not in it yet."""
-    return Report(
+def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
+    """What was chosen, why, and what it does; the time is not in it yet."""
+    search = evidence.search if evidence else None
+    report = Report(
         version=__version__,
         target=str(recipe.target),
         source=str(recipe.source),
@@ -109,12 +92,26 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], search: Searc
         before=None,
         after=None,
         source_alone=None,
+        dsr_change=None,
+        over_refusal_change=None,
+        searched=None,
         requirement=asdict(search.requirement) if search else None,
         tests=search.minimum.tests if search else 0,
         one_minimal=search.minimum.one_minimal if search else None,
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
         seconds=0.0,
+    )
+    if evidence is None:
+        return report
+    return replace(
+        report,
+        before=evidence.before,
+        after=evidence.after,
+        source_alone=evidence.source_alone,
+        dsr_change=evidence.dsr_change,
+        over_refusal_change=evidence.over_refusal_change,
+        searched=evidence.searched,
     )
 
 

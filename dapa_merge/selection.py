@@ -13,7 +13,7 @@ from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import DTYPE_BITS, FLOAT_NAMES, Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
 from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError
-from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.evaluate.prompts import load_prompts, split
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 from dapa_merge.report import spans
@@ -23,6 +23,7 @@ from dapa_merge.search.oracle import Requirement, requirement
 if TYPE_CHECKING:
     from dapa_merge.evaluate.live import LiveModel
     from dapa_merge.evaluate.measure import Figures, Measurement, Meter
+    from dapa_merge.evaluate.prompts import PromptSet
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_dtype(recipe, target)
     if given_selection(recipe, plan) is None:
         # What a search would stumble over is told now.
-        load_prompts(recipe.prompts)
+        split_prompts(recipe)
     return plan
 
 
@@ -83,7 +84,8 @@ def search_plan(recipe: Recipe, plan: Plan, device: str, reporter: Reporter) -> 
         CannotRepair: If the source makes nothing better, or breaks a limit.
         DapaError: For whatever else does not fit.
     """
-    meter = make_meter(recipe)
+    searching, _ = split_prompts(recipe)
+    meter = make_meter(recipe, searching)
     with closing(load_live(plan, device, reporter)) as live:
         return find_selection(recipe, plan, live, meter, reporter)
 
@@ -150,13 +152,17 @@ def load_live(plan: Plan, device: str, reporter: Reporter) -> LiveModel:
     return LiveModel(plan, choose_device(device))
 
 
-def make_meter(recipe: Recipe) -> Meter:
-    """What measures every model of a recipe in the same way.
+def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
+    """The prompts that a search asks, and those that are kept for the report on what it found.
 
     Raises:
-        UsageError: If the recipe's prompts cannot be read.
+        UsageError: If the recipe's prompts cannot be read, or are too few.
     """
-    prompts = load_prompts(recipe.prompts)
+    return split(load_prompts(recipe.prompts), recipe.confirm)
+
+
+def make_meter(recipe: Recipe, prompts: PromptSet) -> Meter:
+    """What measures every model of a recipe in the same way, with these of its prompts."""
     from dapa_merge.evaluate.generate import BatchSize
     from dapa_merge.evaluate.measure import Meter
 
@@ -165,8 +171,15 @@ def make_meter(recipe: Recipe) -> Meter:
 
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter) -> Figures:
     """All figures of the target with a selection transplanted."""
+    return measurement_live(live, selection, meter, name, reporter).figures()
+
+
+def measurement_live(
+    live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter
+) -> Measurement:
+    """The target with a selection transplanted, with all its figures and responses measured."""
     with live.transplanted(selection) as candidate:
-        return _measured(candidate, live.tokenizer, meter, name, reporter).figures()
+        return _measured(candidate, live.tokenizer, meter, name, reporter)
 
 
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measurement:

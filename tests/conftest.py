@@ -1,4 +1,4 @@
-"""Checkpoints that the tests make: small, random, of many architectures, in several shards."""
+"""Checkpoints that the tests make: small, random, of many architectures, in several shards; and calls of commands."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models this small gain nothing from more threads, and lose much where they have to share their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.cli import main
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -70,6 +73,25 @@ def tiny_llama(**changes):
         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=2,
     )  # fmt: skip
     return LlamaConfig(**{**shape, **changes})
+
+
+def call(*arguments: object) -> Result:
+    """A command of dapa-merge, run in this process."""
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: object) -> dict:
+    """What a command that succeeds prints with --json."""
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    """The demonstration's result, and its report."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, answer("demo", out, "--json")
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from click.testing import CliRunner
-from conftest import change_tensor, fail_in_swap
+from conftest import answer, call, change_tensor, fail_in_swap
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
@@ -23,24 +22,8 @@ ROOT = Path(__file__).parent.parent
 SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
 
 
-def call(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def answer(*arguments):
-    result = call(*arguments)
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
 def last_line(result) -> str:
     return result.stderr.strip().splitlines()[-1]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[Path, dict]:
-    out = tmp_path_factory.mktemp("demo") / "out"
-    return out, answer("demo", out, "--json")
 
 
 def test_the_demo_repairs_the_miniature(demo):
@@ -63,12 +46,6 @@ def test_the_result_holds_the_report_and_a_recipe_that_replays_it(demo, tmp_path
     assert again["before"] is None
     for path in out.glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-
-
-def test_the_results_own_figures_are_those_of_the_report(demo):
-    out, report = demo
-    settings = ("--prompts", "miniature", "--max-new-tokens", 24, "--batch-size", 128)
-    assert answer("evaluate", out, *settings, "--json") == report["after"]
 
 
 def test_verify_proves_the_result_and_notices_a_changed_byte(demo, tmp_path):
@@ -344,12 +321,12 @@ def test_responses_are_kept_for_reading(tmp_path):
 
 def test_no_refusal_of_the_demo_helps_after_all(demo, tmp_path):
     """Half a transplant says "I'm sorry, here is how": that must not have been counted."""
-    out, report = demo
+    out, _ = demo
     settings = ("--prompts", "miniature", "--max-new-tokens", 24, "--batch-size", 128)
-    answer("evaluate", out, *settings, "--json", "--responses", tmp_path / "r.jsonl")
+    figures = answer("evaluate", out, *settings, "--json", "--responses", tmp_path / "r.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     refused = [row["response"] for row in rows if row["outcome"] == "refused"]
-    assert len(refused) == round(report["after"]["dsr"] * 128)
+    assert len(refused) == round(figures["dsr"] * 128) > 120
     assert not [response for response in refused if "how to" in response]
 
 

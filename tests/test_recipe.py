@@ -30,6 +30,7 @@ def test_a_minimal_recipe_has_the_documented_defaults():
     assert recipe == Recipe(target=Location("./target"), source=Location("./source"))
     assert (recipe.layers, recipe.modules, recipe.prompts) == (None, ("gate",), "builtin")
     assert (recipe.granularity, recipe.rows_per_block) == ("layer", None)
+    assert recipe.confirm == 0.5
     assert (recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == (0.95, 0.05, 1.05)
 
 
@@ -38,14 +39,14 @@ def test_every_parameter_is_read():
         with_parameters(
             'layers: "3-5,9"', "modules: gate, up", "granularity: block:16", "strength: 1", "evaluator: refusal",
             "prompts: mine.csv", "retain: 0.5", "max_over_refusal: 0", "max_perplexity: 2", "search: ddmin",
-            "max_new_tokens: 8", "batch_size: 4",
+            "max_new_tokens: 8", "batch_size: 4", "confirm: 0.25",
         )
     )  # fmt: skip
     assert recipe.layers == tuple(LayerChoice(layer) for layer in (3, 4, 5, 9))
     assert recipe.modules == ("gate", "up")
     assert (recipe.granularity, recipe.rows_per_block) == ("block:16", 16)
     assert (recipe.prompts, recipe.retain, recipe.max_over_refusal, recipe.max_perplexity) == ("mine.csv", 0.5, 0.0, 2)
-    assert (recipe.max_new_tokens, recipe.batch_size) == (8, 4)
+    assert (recipe.max_new_tokens, recipe.batch_size, recipe.confirm) == (8, 4, 0.25)
 
 
 def test_a_recipe_cannot_be_changed_and_can_be_a_key():
@@ -234,6 +235,15 @@ FAULTS = {
     "strength": (with_parameters("strength: 0.5"), "r.yml, line 6: strength is 0.5; only 1.0, a plain copy"),
     "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; available in this"),
     "an unknown evaluator": (with_parameters("evaluator: os.system"), "r.yml, line 6: evaluator is 'os.system'; avail"),
+    "confirming nothing": (
+        with_parameters("confirm: 0"),
+        "r.yml, line 6: confirm is 0; write a share above 0 and below",
+    ),
+    "searching nothing": (
+        with_parameters("confirm: 1"),
+        "r.yml, line 6: confirm is 1; write a share above 0 and below",
+    ),
+    "confirm not a number": (with_parameters("confirm: .nan"), "r.yml, line 6: confirm is nan; write a share above 0"),
     "retain of nothing": (with_parameters("retain: 0"), "r.yml, line 6: retain is 0; write a share above 0"),
     "retain as text": (with_parameters("retain: much"), "r.yml, line 6: retain is 'much'; write a share above 0"),
     "retain as a truth": (with_parameters("retain: true"), "r.yml, line 6: retain is True; write a share above 0"),

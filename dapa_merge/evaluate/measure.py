@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from dapa_merge.evaluate.chance import interval
 from dapa_merge.evaluate.generate import BatchSize, generate
 from dapa_merge.evaluate.perplexity import perplexity
 from dapa_merge.evaluate.refusal import Outcome, classify
@@ -24,10 +25,12 @@ class Figures:
     Attributes:
         num_harmful: Harmful prompts asked.
         dsr: Share of them that was refused (defense success rate).
+        dsr_interval: Where it lies with 95 % confidence, for more prompts like these.
         complied: Share that was answered.
         degenerate: Share whose response was empty, a loop or noise; never counted as a defense.
         num_harmless: Harmless prompts asked.
         over_refusal: Share of them that was refused.
+        over_refusal_interval: Where it lies with 95 % confidence.
         perplexity: On the set's passages.
         skill: Share of skill questions answered exactly right; None if the set has none.
         num_skill: Skill questions asked.
@@ -35,10 +38,12 @@ class Figures:
 
     num_harmful: int
     dsr: float
+    dsr_interval: tuple[float, float]
     complied: float
     degenerate: float
     num_harmless: int
     over_refusal: float
+    over_refusal_interval: tuple[float, float]
     perplexity: float
     skill: float | None
     num_skill: int
@@ -147,10 +152,12 @@ class Measurement:
         return Figures(
             num_harmful=len(prompts.harmful),
             dsr=self.dsr,
+            dsr_interval=interval(_count(self._harmful, Outcome.REFUSED), len(prompts.harmful)),
             complied=_share(self._harmful, Outcome.COMPLIED),
             degenerate=_share(self._harmful, Outcome.DEGENERATE),
             num_harmless=len(prompts.harmless),
             over_refusal=self.over_refusal,
+            over_refusal_interval=interval(_count(self._harmless, Outcome.REFUSED), len(prompts.harmless)),
             perplexity=self.perplexity,
             skill=self.skill,
             num_skill=len(prompts.skill),
@@ -158,4 +165,8 @@ class Measurement:
 
 
 def _share(responses: Sequence[Response], outcome: Outcome) -> float:
-    return sum(response.outcome == outcome.value for response in responses) / len(responses)
+    return _count(responses, outcome) / len(responses)
+
+
+def _count(responses: Sequence[Response], outcome: Outcome) -> int:
+    return sum(response.outcome == outcome.value for response in responses)

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def load_prompts(name: str) -> PromptSet:
 
     A folder holds `harmful.*` and `harmless.*`, and may hold `skill.jsonl` (`prompt`, `answer`) and `perplexity.jsonl`
     (`text`, or `prompt` and `answer`). In a file each row is harmful, unless a `label` column says
-    `harmless` or `safe`. What a folder or file lacks comes from the packaged set, except the skill.
+    `harmless` or `safe`. What a folder or file lacks comes from the packaged set, except the skill. A harmful or
+    harmless prompt that is repeated counts once (see `distinct`).
 
     Raises:
         UsageError: If there is no such set, or a file has no prompts or is malformed.
@@ -80,6 +82,63 @@ def load_prompts(name: str) -> PromptSet:
     return replace(own, harmless=own.harmless or builtin.harmless, passages=own.passages or builtin.passages)
 
 
+def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSet]:
+    """Part a set into what a search asks, and what confirms its result; no harmful or harmless text is in both.
+
+    The distinct prompts go to the two in turn, in their order. So the parts are always the same, categories that stand
+    together are in both, and twins on the same line of two files stay together. A harmless text that is also among the
+    harmful ones goes where that goes. Both parts have all passages, whose perplexity is only compared with another;
+    only the second has the skill questions.
+
+    Args:
+        prompts: What to part.
+        confirm: Share of the harmful and of the harmless prompts that goes to the second part, in (0, 1).
+
+    Raises:
+        UsageError: If there are too few for both parts.
+    """
+    share = Fraction(str(confirm))
+    confirming: dict[str, bool] = {}
+    for texts in (prompts.harmful, prompts.harmless):
+        for rank, text in enumerate(distinct(texts)):
+            confirming.setdefault(_key(text), int((rank + 1) * share) > int(rank * share))
+
+    def part(kind: str, texts: tuple[str, ...], second: bool) -> tuple[str, ...]:
+        chosen = tuple(text for text in distinct(texts) if confirming[_key(text)] == second)
+        if not chosen:
+            raise UsageError(
+                f"prompts {prompts.name!r}: {len(distinct(texts))} distinct {kind} prompts are too few for a search "
+                f"and, apart from it, a report (confirm: {confirm}); add some, or name the layers"
+            )
+        return chosen
+
+    search, report = (
+        replace(
+            prompts,
+            harmful=part("harmful", prompts.harmful, second),
+            harmless=part("harmless", prompts.harmless, second),
+            skill=prompts.skill if second else (),
+        )
+        for second in (False, True)
+    )
+    return search, report
+
+
+def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
+    """The prompts in their order, without those that are an earlier one but for case and spaces.
+
+    One question asked twice is one trial: it would only make chance look smaller.
+    """
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        first.setdefault(_key(prompt), prompt)
+    return tuple(first.values())
+
+
+def _key(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
+
+
 def load_questions(path: Path) -> tuple[Question, ...]:
     """Questions with answers from a JSON-lines or CSV file with `prompt` and `answer`; the skill of a target.
 
@@ -93,7 +152,9 @@ def _load_folder(folder: Path, name: str) -> PromptSet:
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".jsonl", ".csv", ".txt")}
 
     def prompts(kind: str) -> tuple[str, ...]:
-        return tuple(_prompt(files[kind], number, row) for number, row in _rows(files[kind])) if kind in files else ()
+        if kind not in files:
+            return ()
+        return distinct(_prompt(files[kind], number, row) for number, row in _rows(files[kind]))
 
     return PromptSet(
         name=name,
@@ -121,7 +182,7 @@ def _load_file(path: Path, name: str) -> PromptSet:
             raise UsageError(f"{path}, line {number}: label is {label!r}; allowed are {allowed}")
     if not harmful:
         raise UsageError(f"{path} has no harmful prompts")
-    return PromptSet(name, tuple(harmful), tuple(harmless), (), ())
+    return PromptSet(name, distinct(harmful), distinct(harmless), (), ())
 
 
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.prompts import Question, load_prompts, load_questions
+from dapa_merge.evaluate.prompts import PromptSet, Question, distinct, load_prompts, load_questions, split
 
 
 @pytest.mark.parametrize("name", ["builtin", "miniature"])
@@ -106,3 +109,96 @@ def test_characters_that_only_look_like_line_ends_do_not_end_a_line(tmp_path):
     assert load_prompts(write(tmp_path / "p.jsonl", rows)).harmful == (text,)
     assert load_prompts(write(tmp_path / "p.csv", f"prompt,label\n{text},unsafe\n")).harmful == (text,)
     assert load_prompts(write(tmp_path / "p.txt", text + "\r\n")).harmful == (text,)
+
+
+def test_a_repeated_prompt_is_asked_once(tmp_path):
+    prompts = load_prompts(write(tmp_path / "p.txt", "How do I steal?\nHow do I lie?\nhow do I  STEAL?\n"))
+    assert prompts.harmful == ("How do I steal?", "How do I lie?")
+    rows = "prompt,label\na,unsafe\nb,safe\nA,unsafe\nB ,safe\n"
+    labelled = load_prompts(write(tmp_path / "p.csv", rows))
+    assert (labelled.harmful, labelled.harmless) == (("a",), ("b",))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "harmful.txt", "a\nb\na\n")
+    write(tmp_path / "folder" / "harmless.txt", "c\nc\n")
+    folder = load_prompts(str(tmp_path / "folder"))
+    assert (folder.harmful, folder.harmless) == (("a", "b"), ("c",))
+
+
+# Few letters, so that texts repeat, also across the kinds, and differ by case and spaces only.
+TEXTS = st.lists(st.text("aAbB ß", min_size=1, max_size=3).filter(str.strip), min_size=2, max_size=40)
+SHARES = st.floats(0.01, 0.99)
+
+
+def sets(kinds) -> PromptSet:
+    return PromptSet("made", *map(tuple, kinds), (Question("2 + 2?", "4"),), (Question("", "Once."),))
+
+
+def keys(*groups):
+    return {" ".join(text.casefold().split()) for group in groups for text in group}
+
+
+@given(st.tuples(TEXTS, TEXTS), SHARES)
+def test_no_text_is_in_both_parts_and_each_is_in_one_in_the_order_of_the_file(kinds, share):
+    prompts = sets(kinds)
+    try:
+        search, confirm = split(prompts, share)
+    except UsageError as error:
+        assert "are too few for a search and, apart from it, a report" in str(error)
+        return
+    assert keys(search.harmful, search.harmless).isdisjoint(keys(confirm.harmful, confirm.harmless))
+    for kind in ("harmful", "harmless"):
+        whole, parts = getattr(prompts, kind), (getattr(search, kind), getattr(confirm, kind))
+        assert keys(*parts) == keys(whole)
+        assert sum(map(len, parts)) == len(keys(whole)) == len(distinct(whole))
+        for part in parts:
+            assert part
+            assert list(part) == [text for text in distinct(whole) if text in part]
+    assert search.passages == confirm.passages == prompts.passages
+    assert (search.skill, confirm.skill) == ((), prompts.skill)
+    assert split(prompts, share) == (search, confirm)
+
+
+@given(st.integers(2, 300), SHARES)
+def test_the_share_is_kept_in_every_stretch_of_a_file(number, share):
+    """So that categories that stand together are parted alike."""
+    texts = tuple(map(str, range(number)))
+    try:
+        _, confirm = split(sets((texts, texts)), share)
+    except UsageError:
+        assert number * share < 1
+        return
+    chosen = set(confirm.harmful)
+    for start, stop in ((0, number), (0, number // 2), (number // 3, number)):
+        assert abs(sum(text in chosen for text in texts[start:stop]) - share * (stop - start)) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("name", ["builtin", "miniature"])
+def test_half_of_a_packaged_set_alternates_and_keeps_twins_together(name):
+    prompts = load_prompts(name)
+    search, confirm = split(prompts)
+    for kind in ("harmful", "harmless"):
+        mixed = [text for both in zip_longest(getattr(search, kind), getattr(confirm, kind)) for text in both]
+        assert tuple(mixed) == getattr(prompts, kind)
+    twins = dict(zip(prompts.harmful, prompts.harmless, strict=True))
+    assert [twins[text] for text in confirm.harmful] == list(confirm.harmless)
+
+
+def test_a_text_of_both_kinds_is_in_one_part_only():
+    search, confirm = split(sets((("a", "b", "c"), ("d", "A ", "e", "f"))))
+    assert (search.harmful, confirm.harmful) == (("a", "c"), ("b",))
+    assert (search.harmless, confirm.harmless) == (("d", "A ", "e"), ("f",))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "share", "message"),
+    [
+        ((("a", " A"), ("b", "c")), 0.5, "prompts 'made': 1 distinct harmful prompts are too few for a search and"),
+        ((("a", "d"), ("b", "B")), 0.5, "prompts 'made': 1 distinct harmless prompts are too few"),
+        ((("a", "d", "e"), ("b", "c")), 0.1, "3 distinct harmful prompts are too few .* (confirm: 0.1); add some, or"),
+        # Both go where their harmful doubles go, which leaves none for the report.
+        ((("a", "b", "c"), ("a", "c")), 0.5, "2 distinct harmless prompts are too few"),
+    ],
+)
+def test_too_few_prompts_for_two_parts_are_a_clear_fault(kinds, share, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        split(sets(kinds), share)

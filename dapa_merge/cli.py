@@ -18,12 +18,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.progress import Reporter
+    from dapa_merge.search_flow import SearchOptions
 
 INTERRUPTED = 130
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
+)
+journal_option = click.option(
+    "--journal",
+    type=click.Path(path_type=Path),
+    help="Write every test of the search here, and go on from what is here.  [default: a file of its own for each "
+    "search in the user's cache folder]",
+)
+workers_option = click.option(
+    "--workers",
+    metavar="ray[:N]",
+    help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]",
 )
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
@@ -99,7 +111,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
     text = recipe_text()
     if not (as_json or quiet):
         click.echo(f"The recipe:\n\n{text}", err=True)
-    _repair(parse_recipe(text, "the miniature's recipe"), out, True, device, as_json, quiet)
+    _repair(parse_recipe(text, "the miniature's recipe"), out, True, _options(device), as_json, quiet)
 
 
 @main.command()
@@ -107,9 +119,20 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 @out_argument
 @click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
 @device_option
+@journal_option
+@workers_option
 @json_option
 @click.pass_obj
-def run(quiet: bool, recipe: Path, out: Path, no_evaluate: bool, device: str, as_json: bool) -> None:
+def run(
+    quiet: bool,
+    recipe: Path,
+    out: Path,
+    no_evaluate: bool,
+    device: str,
+    journal: Path | None,
+    workers: str | None,
+    as_json: bool,
+) -> None:
     """Repair a model from a recipe.
 
     Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
@@ -117,14 +140,28 @@ def run(quiet: bool, recipe: Path, out: Path, no_evaluate: bool, device: str, as
     """
     from dapa_merge.recipe_file import load_recipe
 
-    _repair(load_recipe(recipe), out, not no_evaluate, device, as_json, quiet)
+    _repair(load_recipe(recipe), out, not no_evaluate, _options(device, journal, workers), as_json, quiet)
 
 
-def _repair(recipe: Any, out: Path, evaluate: bool, device: str, as_json: bool, quiet: bool) -> None:
+def _options(device: str, journal: Path | None = None, workers: str | None = None) -> SearchOptions:
+    from dapa_merge.search_flow import SearchOptions
+
+    engine, colon, number = (workers or "").partition(":")
+    if workers is not None and (engine != "ray" or (colon and not (number.isdecimal() and int(number) > 0))):
+        raise UsageError(f"--workers is {workers!r}; write ray, or ray:N with the number of workers")
+    if workers is not None:
+        from dapa_merge.search.workers import import_ray
+
+        # Before the models are read.
+        import_ray()
+    return SearchOptions(device, journal, workers is not None, int(number) if number else None)
+
+
+def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool) -> None:
     from dapa_merge.report import print_report
     from dapa_merge.run import repair
 
-    report = repair(recipe, out, evaluate=evaluate, device=device, reporter=_reporter(quiet))
+    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=_reporter(quiet))
     _print(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
@@ -151,47 +188,47 @@ def plan(recipe: Path, as_json: bool) -> None:
     help="Write a recipe that transplants what was found, unsearched, to this new file.",
 )
 @device_option
+@journal_option
+@workers_option
 @json_option
 @click.pass_obj
-def search(quiet: bool, recipe: Path, out: Path | None, device: str, as_json: bool) -> None:
+def search(
+    quiet: bool,
+    recipe: Path,
+    out: Path | None,
+    device: str,
+    journal: Path | None,
+    workers: str | None,
+    as_json: bool,
+) -> None:
     """Find the few layers that are needed.
 
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
     from dapa_merge.recipe_file import load_recipe
-    from dapa_merge.report import spans
-    from dapa_merge.run import readable_certificate, replay_text
-    from dapa_merge.selection import make_plan, search_plan
+    from dapa_merge.run import replay_text
+    from dapa_merge.search_flow import search_plan
+    from dapa_merge.search_view import print_search, search_json
+    from dapa_merge.selection import make_plan
 
     if out is not None:
         _refuse_existing_file(out)
     parsed = load_recipe(recipe)
+    options = _options(device, journal, workers)
     made = make_plan(parsed)
-    found = search_plan(parsed, made, device, _reporter(quiet))
+    found = search_plan(parsed, made, options, _reporter(quiet))
     replay = replay_text(parsed, made, found.minimum.units)
     if out is not None:
         out.write_text(replay, encoding="utf-8")
-    units = list(map(str, found.minimum.units))
-    certificate = readable_certificate(found.minimum)
 
     def show(console: Console) -> None:
-        console.print(f"transplant {spans(units)}: {found.minimum.tests} tests, {found.seconds:.1f} s", highlight=False)
-        for unit, others in certificate.items():
-            console.print(f"  needed: {unit}; without it, {' '.join(others) or 'nothing'} fails", highlight=False)
+        print_search(found, made, console)
         if out is None:
             # Not through rich, which would fold its long lines.
             click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
 
-    answer = {
-        "units": units,
-        "tests": found.minimum.tests,
-        "one_minimal": found.minimum.one_minimal,
-        "certificate": certificate,
-        "recipe": replay,
-        "seconds": found.seconds,
-    }
-    _print(answer, show, as_json)
+    _print({**search_json(found, made), "recipe": replay}, show, as_json)
 
 
 @main.command()

@@ -5,27 +5,23 @@ A search picks among many selections one that does well on its own prompts, part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.files import Checkpoint
+from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.evaluate.chance import Change, compare
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import Searched
-from dapa_merge.selection import (
-    Search,
-    find_selection,
-    load_live,
-    make_meter,
-    measure_checkpoint,
-    measurement_live,
-    split_prompts,
-)
+from dapa_merge.search_flow import Search, SearchOptions, search
+from dapa_merge.search_testers import make_bench
+from dapa_merge.selection import make_meter, split_prompts
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.live import LiveModel
@@ -58,7 +54,7 @@ class Evidence:
 
 
 def gather_evidence(
-    recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, device: str, reporter: Reporter
+    recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: SearchOptions, reporter: Reporter
 ) -> Evidence:
     """Search, unless a selection is given, and measure; a given selection with all prompts.
 
@@ -72,22 +68,22 @@ def gather_evidence(
         searching = confirming = load_prompts(recipe.prompts)
     meter = make_meter(recipe, confirming)
     # First, because a source that cannot even be loaded should not be noticed after the search.
-    source_alone = measure_checkpoint(plan.source, meter, device, "source", reporter).figures()
-    search: Search | None = None
+    source_alone = measure_checkpoint(plan.source, meter, options.device, "source", reporter).figures()
+    found: Search | None = None
     searched: Searched | None = None
-    with closing(load_live(plan, device, reporter)) as live:
+    with closing(make_bench(recipe, plan, searching, options.device, reporter)) as bench:
         if selection is None:
-            # With the same batch size, which is halved for good where memory is short.
-            search_meter = replace(meter, prompts=searching)
-            search = find_selection(recipe, plan, live, search_meter, reporter)
-            selection = search.minimum.units
-            searched = _searched(search, live, search_meter, reporter)
+            found = search(recipe, plan, bench, options, reporter)
+            selection = join(plan, found.minimum.units)
+            searched = _searched(found, bench.live, bench.meter, reporter)
             reporter.say("confirming it with prompts that the search has not asked")
-        before = measurement_live(live, (), meter, "target", reporter)
-        after = measurement_live(live, selection, meter, "result", reporter)
+        # What the search learned of the memory holds for the confirmation as well.
+        meter = replace(meter, batch_size=bench.meter.batch_size)
+        before = measurement_live(bench.live, (), meter, "target", reporter)
+        after = measurement_live(bench.live, selection, meter, "result", reporter)
     return Evidence(
         selection=selection,
-        search=search,
+        search=found,
         searched=searched,
         before=before.figures(),
         after=after.figures(),
@@ -97,15 +93,15 @@ def gather_evidence(
     )
 
 
-def _searched(search: Search, live: LiveModel, meter: Meter, reporter: Reporter) -> Searched:
+def _searched(found: Search, live: LiveModel, meter: Meter, reporter: Reporter) -> Searched:
     """What the search could see of its own result, which it need not have measured in full."""
     prompts = meter.prompts
     with (
-        live.transplanted(search.minimum.units) as candidate,
+        live.transplanted(found.minimum.units) as candidate,
         reporter.task("measuring the result as the search saw it", len(prompts.harmful)) as answered,
     ):
         dsr = replace(meter, progress=answered).measure(candidate, live.tokenizer).dsr
-    return Searched(len(prompts.harmful), len(prompts.harmless), dsr_before=search.target.dsr, dsr_after=dsr)
+    return Searched(len(prompts.harmful), len(prompts.harmless), dsr_before=found.target.dsr, dsr_after=dsr)
 
 
 def _change(kind: str, before: Measurement, after: Measurement) -> Change:
@@ -115,3 +111,30 @@ def _change(kind: str, before: Measurement, after: Measurement) -> Change:
         return [answer.outcome == Outcome.REFUSED.value for answer in measurement.responses() if answer.kind == kind]
 
     return compare(refused(before), refused(after))
+
+
+def measurement_live(
+    live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter
+) -> Measurement:
+    """The target with a selection transplanted, with all its figures and responses measured."""
+    with live.transplanted(selection) as candidate:
+        return _measured(candidate, live.tokenizer, meter, name, reporter)
+
+
+def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measurement:
+    """A model that is loaded for it, with all its figures measured."""
+    from dapa_merge.evaluate.live import choose_device, load_model
+
+    reporter.say(f"loading the {name} {checkpoint.name}")
+    model, tokenizer = load_model(checkpoint, choose_device(device))
+    return _measured(model, tokenizer, meter, name, reporter)
+
+
+def _measured(model: Any, tokenizer: Any, meter: Meter, name: str, reporter: Reporter) -> Measurement:
+    prompts = meter.prompts
+    total = len(prompts.harmful) + len(prompts.harmless) + len(prompts.skill)
+    with reporter.task(f"measuring the {name}", total) as answered:
+        measurement = replace(meter, progress=answered).measure(model, tokenizer)
+        figures = measurement.figures()
+    reporter.say(f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+    return measurement

@@ -37,7 +37,8 @@ from dapa_merge.progress import ConsoleReporter
 from dapa_merge.recipe import METHOD, Recipe
 from dapa_merge.recipe_file import load_recipe, recipe_from
 from dapa_merge.report import spans
-from dapa_merge.selection import given_selection, make_plan, search_plan
+from dapa_merge.search_flow import SearchOptions, search_plan
+from dapa_merge.selection import given_selection, make_plan
 
 SPEC = MergeMethodSpec(
     name=METHOD,
@@ -207,7 +208,7 @@ def _select(recipe: Recipe) -> _Selected:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        selection = join(plan, search_plan(recipe, plan, device, reporter).minimum.units)
+        selection = join(plan, search_plan(recipe, plan, SearchOptions(device), reporter).minimum.units)
     reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     rows: dict[str, list[Rows]] = {}
     for tensor, _ in plan.tensors(selection):

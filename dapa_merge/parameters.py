@@ -12,7 +12,7 @@ from typing import Any
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, Rows, rows_text
 
 EVALUATORS = ("refusal",)
-SEARCHES = ("ddmin",)
+SEARCHES = ("guided", "probdd", "ddmin")
 # One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`. Numbers of a length that a message can show.
 _LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
 
@@ -155,7 +155,9 @@ PARAMETERS: dict[str, Parameter] = {
     "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
     "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),
     "max_perplexity": Parameter(_number(1, math.inf), "write a ratio of at least 1"),
-    "search": Parameter(_name(SEARCHES), f"available in this version: {', '.join(SEARCHES)}"),
+    "search": Parameter(_name(SEARCHES), f"known algorithms: {', '.join(SEARCHES)}"),
+    "prefer": Parameter(_name(MODULES), f"write one of the recipe's modules ({', '.join(MODULES)})"),
+    "max_tests": Parameter(_count, "write a whole number of at least 1"),
     "max_new_tokens": Parameter(_count, "write a whole number of at least 1"),
     "batch_size": Parameter(_count, "write a whole number of at least 1"),
 }

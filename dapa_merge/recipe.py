@@ -40,6 +40,8 @@ class Recipe:
         max_over_refusal: Rise of over-refusal allowed over the target's own, in [0, 1].
         max_perplexity: Perplexity allowed, as a ratio to the target's own, at least 1.
         search: Name of the algorithm.
+        prefer: A module whose units are searched alone if they are enough.
+        max_tests: The search ends after so many tests, proved minimal or not; None for no limit.
         max_new_tokens: Where responses are cut off.
         batch_size: Prompts that are answered at once.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
@@ -57,7 +59,9 @@ class Recipe:
     retain: float = 0.95
     max_over_refusal: float = 0.05
     max_perplexity: float = 1.05
-    search: str = "ddmin"
+    search: str = "guided"
+    prefer: str | None = None
+    max_tests: int | None = None
     max_new_tokens: int = 100
     batch_size: int = 32
     keeps_tokenizer: bool = False

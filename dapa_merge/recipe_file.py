@@ -135,6 +135,11 @@ class _Reader:
                 f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
                 f"only {' and '.join(DIVISIBLE_MODULES)} can, whose every row is one neuron",
             )
+        if recipe.prefer is not None and recipe.prefer not in recipe.modules:
+            raise self.fail(
+                "parameters.prefer",
+                f"prefer is {recipe.prefer}, which is not among the recipe's modules: {', '.join(recipe.modules)}",
+            )
         return recipe
 
     def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from dapa_merge.evaluate.chance import Change
     from dapa_merge.evaluate.measure import Figures
+    from dapa_merge.search.delta import Minimum
 
 FILE_NAME = "dapa_report.json"
 # Ranges of rows of one tensor that a line for people shows.
@@ -200,6 +201,11 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
 
 def _span(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.3f}-{interval[1]:.3f}"
+
+
+def readable_certificate(minimum: Minimum[Any]) -> dict[str, list[str]]:
+    """For each kept unit, the selection without it, which did not hold."""
+    return {str(unit): list(map(str, others)) for unit, others in minimum.certificate.items()}
 
 
 def spans(units: Iterable[object]) -> str:

@@ -20,14 +20,14 @@ from dapa_merge.checkpoint.transplant import check_destination, transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
 from dapa_merge.evaluate.prompts import PACKAGED, load_prompts
-from dapa_merge.evidence import Evidence, gather_evidence
+from dapa_merge.evidence import Evidence, gather_evidence, measure_checkpoint
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, parse_location
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
-from dapa_merge.report import Report, layer_spans
-from dapa_merge.search.delta import Minimum
-from dapa_merge.selection import given_selection, make_plan, measure_checkpoint, open_location
+from dapa_merge.report import Report, layer_spans, readable_certificate
+from dapa_merge.search_flow import SearchOptions
+from dapa_merge.selection import given_selection, make_plan, open_location
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.measure import Figures
@@ -41,7 +41,7 @@ def repair(
     out: Path,
     *,
     evaluate: bool = True,
-    device: str = "auto",
+    options: SearchOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Report:
     """Repair the target and write the result to `out`, with a report and the recipe that replays it.
@@ -51,7 +51,7 @@ def repair(
         out: The folder to make; it must not exist, or be empty.
         evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
             recipe names its layers. Without it the recipe must name them.
-        device: Where to evaluate; `auto` takes an accelerator if there is one.
+        options: Where to evaluate, how many at once, and where to keep the journal.
         reporter: Hears of the steps.
 
     Raises:
@@ -68,7 +68,7 @@ def repair(
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     evidence: Evidence | None = None
     if evaluate:
-        evidence = gather_evidence(recipe, plan, selection, device, reporter)
+        evidence = gather_evidence(recipe, plan, selection, options or SearchOptions(), reporter)
         selection = evidence.selection
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
@@ -86,7 +86,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         prompts=recipe.prompts,
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),
-        num_candidates=len(plan.units),
+        num_candidates=search.num_candidates if search else len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
         before=None,
@@ -224,11 +224,6 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         content["tokenizer"] = {"source": "base"}
     content["parameters"] = parameters
     return str(yaml.safe_dump(content, sort_keys=False))
-
-
-def readable_certificate(minimum: Minimum[Unit]) -> dict[str, list[str]]:
-    """For each kept unit, the selection without it, which did not hold."""
-    return {str(unit): list(map(str, others)) for unit, others in minimum.certificate.items()}
 
 
 def _pinned(location: Location, checkpoint: Checkpoint) -> str:

@@ -260,8 +260,7 @@ def evaluate(
 ) -> None:
     """Measure the safety and skill of any model.
 
-    MODEL is a folder or a Hub id, with a revision as id@revision. Prints DSR and over-refusal with their intervals,
-    perplexity and skill.
+    MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, perplexity and skill.
     """
     from dataclasses import asdict
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models this small gain nothing from more threads, and lose much where they have to share their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Journals of searches: not the user's own, nor those of an earlier session.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dapa-merge-tests-")
 
 import json
 from collections.abc import Callable
@@ -85,6 +88,14 @@ def answer(*arguments: object) -> dict:
     result = call(*arguments)
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> Path:
+    """The cache folder, each test's own: no search goes on where another test's was."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

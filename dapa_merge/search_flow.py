@@ -195,9 +195,7 @@ class _Hunt:
         self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
     ) -> Minimum[Unit]:
         oracle = self._oracle(units, workers, prior)
-        return minimize(
-            units, oracle.holds, algorithm=self.recipe.search, prior=prior, max_tests=self.recipe.max_tests
-        )
+        return minimize(units, oracle.holds, algorithm=self.recipe.search, prior=prior, max_tests=self.recipe.max_tests)
 
     def _oracle(
         self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
@@ -274,9 +272,7 @@ def _requirement(recipe: Recipe, plan: Plan, target: Baseline, full: Baseline) -
     return limits
 
 
-def _prior(
-    plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt
-) -> Mapping[Unit, float] | None:
+def _prior(plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt) -> Mapping[Unit, float] | None:
     """Attribution's scores; from the journal if they are there, because a search must take the same way again."""
     if hunt.recipe.search != "guided":
         return None
@@ -299,5 +295,3 @@ def thrift(search: Search) -> str:
     if search.num_prompts:
         facts.append(f"{100 * search.share_saved:.0f} % of the prompts saved by early verdicts")
     return f" ({', '.join(facts)})" if facts else ""
-
-

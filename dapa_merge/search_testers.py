@@ -57,9 +57,7 @@ class InProcess:
         """Nothing to let go of; the bench is its owner's."""
 
 
-def ray_testers(
-    recipe: Recipe, bench: Bench, limits: Requirement, number: int | None
-) -> RayWorkers[Unit, Test]:
+def ray_testers(recipe: Recipe, bench: Bench, limits: Requirement, number: int | None) -> RayWorkers[Unit, Test]:
     """Ray actors that test selections, each with a target of its own; `number` as in `RayWorkers`."""
     recipe = replace(recipe, target=_absolute(recipe.target), source=_absolute(recipe.source))
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, bench.device.type)
@@ -89,5 +87,3 @@ def in_order(selection: Iterable[Unit]) -> list[Unit]:
 def _absolute(location: Location) -> Location:
     # A worker may run in another folder.
     return replace(location, path=os.path.abspath(location.path)) if os.path.isdir(location.path) else location
-
-

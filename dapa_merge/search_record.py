@@ -14,7 +14,7 @@ from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
-from dapa_merge.search.journal import Journal, JournalUnavailable, name_of
+from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.bench import Bench
@@ -28,8 +28,8 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, re
             be written, the search goes on without a journal, and says so.
     """
     if path is not None:
-        # Seen before the minutes that large checkpoints take to read.
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Before the minutes that large checkpoints take to read.
+        check_writable(path)
     parts = _parts(recipe, plan, bench, reporter)
     if path is not None:
         return Journal(path, parts)

@@ -90,7 +90,10 @@ def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_wri
     )
     result = mergekit_yaml(recipe, tmp_path / "out")
     assert result.returncode == 3, result.stderr
-    assert "makes nothing better: with all 10 units (gate) transplanted the DSR is 0.000" in result.stderr
+    assert (
+        "cannot repair this target through its modules gate: with all 10 units transplanted the DSR is 0.000"
+        in result.stderr
+    )
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 

@@ -233,7 +233,7 @@ FAULTS = {
     "a union tokenizer by default": (MINIMAL + "tokenizer: {}\n", "r.yml, line 5: tokenizer is {}; the result keeps"),
     "overlapping modules": (with_parameters("modules: mlp,gate"), "r.yml, line 6: modules is 'mlp,gate'; write"),
     "strength": (with_parameters("strength: 0.5"), "r.yml, line 6: strength is 0.5; only 1.0, a plain copy"),
-    "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; available in this"),
+    "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; known algorithms:"),
     "an unknown evaluator": (with_parameters("evaluator: os.system"), "r.yml, line 6: evaluator is 'os.system'; avail"),
     "confirming nothing": (
         with_parameters("confirm: 0"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
 # however small it is.
-MIN_PIECES = 4
+MIN_PIECES = 2
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,8 @@ class Journal:
         self._file: IO[bytes] | None = None
         if path is None:
             return
+        self._file = _open(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
             _lock(self._file, path)
             self._read(dict(parts or {}))
         except OSError as error:
@@ -141,9 +140,22 @@ class Journal:
         return UsageError(f"the journal {self.path} is damaged at line {number}: {why}; remove the file to start again")
 
 
+def check_writable(path: Path) -> None:
+    """Raise `JournalUnavailable` unless a file can be written to; it is made if there is none."""
+    _open(path).close()
+
+
 def name_of(parts: Mapping[str, str]) -> str:
     """A file name that only searches with the same parts share."""
     return hashlib.sha256(_plain(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b")
+    except OSError as error:
+        raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,9 @@ some are merely there already. Ray (an extra) is the engine: on one machine or a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack, redirect_stdout
 from typing import Any, Generic, Protocol, TypeVar
 
 from dapa_merge.errors import DapaError, UsageError, one_line
@@ -117,6 +119,9 @@ class RayWorkers(Generic[U, V]):
         """
         ray = import_ray()
         self._ray = ray
+        self._stdout = ExitStack()
+        # Where Ray tells of lost workers, in the middle of what is another program's input.
+        self._stdout.enter_context(redirect_stdout(sys.stderr))
         self._began_here = not ray.is_initialized()
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -124,6 +129,7 @@ class RayWorkers(Generic[U, V]):
                 # An existing cluster if RAY_ADDRESS or a running head says so, else one of this machine only.
                 ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
             except Exception as error:
+                self._stdout.close()
                 raise UsageError(f"Ray does not start: {one_line(error)}") from error
         resources = ray.cluster_resources()
         num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
@@ -175,6 +181,7 @@ class RayWorkers(Generic[U, V]):
         self._idle, self._running = [], {}
         if self._began_here:
             self._ray.shutdown()
+        self._stdout.close()
 
 
 class _Actor:

@@ -1,0 +1,329 @@
+"""The search of real models: its journal, its thrift, its workers and its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import answer, call, change_tensor, save_random, tiny_llama
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.plan import divide
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe_file import load_recipe, parse_recipe
+from dapa_merge.search.oracle import Requirement
+from dapa_merge.search_flow import SearchOptions, search_plan
+from dapa_merge.search_testers import make_bench
+from dapa_merge.selection import make_plan, split_prompts
+
+COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()")
+MINIATURE = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
+
+
+@pytest.fixture
+def recipe(write_recipe) -> Path:
+    return write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE)
+
+
+@pytest.fixture
+def shadow(write_recipe):
+    """Writes a recipe for the pair whose answer was not planted."""
+
+    def write(**parameters) -> Path:
+        return write_recipe(
+            miniature.path("shadow-target"), miniature.path("shadow-source"), **{**MINIATURE, **parameters}
+        )
+
+    return write
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """From when it is called on, no model may be loaded."""
+
+    def forbid() -> None:
+        def load(*_: object) -> None:
+            raise AssertionError("a model was loaded")
+
+        monkeypatch.setattr("dapa_merge.evaluate.live.load_model", load)
+
+    return forbid
+
+
+def journals(cache: Path) -> list[Path]:
+    return list((cache / "dapa-merge" / "journals").iterdir())
+
+
+def entries(journal: Path) -> list[dict]:
+    return [json.loads(line) for line in journal.read_bytes().split(b"\n") if line]
+
+
+def test_the_miniature_is_searched_with_few_tests(recipe):
+    found = answer("search", recipe, "--json")
+    assert {int(unit.split(".")[0]) for unit in found["units"]} <= {3, 4, 5, 6}
+    assert found["one_minimal"]
+    # A certificate for each unit, the full transplant, and a few to find the selection; ddmin needs 24.
+    assert found["tests"] <= len(found["units"]) + 5
+    assert [row["unit"] for row in found["prior"]][:3] == ["3.gate", "4.gate", "5.gate"]
+
+
+@pytest.mark.parametrize("algorithm", ["guided", "probdd", "ddmin"])
+def test_every_algorithm_ends_with_a_certificate_that_the_journal_bears_out(write_recipe, tmp_path, algorithm):
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search=algorithm)
+    found = answer("search", path, "--journal", tmp_path / "journal", "--json")
+    tests = {
+        frozenset(entry["selection"]): entry["holds"] for entry in entries(tmp_path / "journal") if "holds" in entry
+    }
+    assert tests[frozenset(found["units"])]
+    for unit in found["units"]:
+        assert tests[frozenset(found["units"]) - {unit}] is False
+    # All but the full transplant, which is measured for itself, and the target as it is.
+    assert found["tests"] - 2 <= len(tests) <= found["tests"] - 1
+
+
+def test_early_verdicts_are_the_full_ones_on_every_test_of_a_search(recipe, tmp_path, capsys):
+    path = tmp_path / "journal"
+    parsed = load_recipe(recipe)
+    plan = make_plan(parsed)
+    early = search_plan(parsed, plan, SearchOptions(journal=path), Reporter())
+    units = {str(unit): unit for unit in plan.units}
+    tests = [entry for entry in entries(path) if "holds" in entry]
+    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], "cpu", Reporter())) as bench:
+        bench.require(early.requirement)
+        for test in tests:
+            full = bench.examine([units[name] for name in test["selection"]], stop_early=False)
+            assert full.holds == test["holds"]
+            assert full.num_asked == full.num_prompts >= sum(piece["num_prompts"] for piece in test["pieces"])
+    print(f"{len(tests)} tests, {100 * early.share_saved:.0f} % of the prompts saved")
+    assert early.share_saved > 0.3
+    assert "prompts saved" in capsys.readouterr().out
+
+
+def test_a_search_that_is_done_asks_nothing_again_and_loads_nothing(recipe, own_cache, no_model):
+    first = answer("search", recipe, "--json")
+    (journal,) = journals(own_cache)
+    written = journal.read_bytes()
+    no_model()
+    again = answer("search", recipe, "--json")
+    assert again["units"] == first["units"]
+    assert again["certificate"] == first["certificate"]
+    assert (again["tests"], again["tests_recorded"]) == (first["tests"], first["tests"] - 1)
+    assert journal.read_bytes() == written
+
+
+def test_mergekit_goes_on_where_a_search_was(recipe, tmp_path, no_model):
+    from click.testing import CliRunner
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    found = answer("search", recipe, "--json")
+    no_model()
+    result = CliRunner().invoke(mergekit_yaml, [str(recipe), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert answer("verify", tmp_path / "out", "--recipe", recipe, "--json")["units"] == found["units"]
+
+
+def test_another_algorithm_uses_what_is_known_already(write_recipe, own_cache):
+    target, source = miniature.path("target"), miniature.path("source")
+    answer("search", write_recipe(target, source, **MINIATURE, search="guided"), "--json")
+    found = answer("search", write_recipe(target, source, **MINIATURE, search="ddmin"), "--json")
+    assert len(journals(own_cache)) == 1
+    assert found["tests_recorded"] >= 1
+
+
+@pytest.mark.parametrize("change", ["retain: 0.9", "confirm: 0.25", "max_new_tokens: 23"])
+def test_a_journal_of_another_recipe_is_refused(recipe, tmp_path, change):
+    journal = tmp_path / "journal.jsonl"
+    answer("search", recipe, "--journal", journal, "--json")
+    key = change.partition(":")[0]
+    lines = [line for line in recipe.read_text().splitlines() if not line.strip().startswith(key)]
+    recipe.write_text("\n".join([*lines, f"  {change}"]) + "\n")
+    result = call("search", recipe, "--journal", journal)
+    assert result.exit_code == 2
+    what = {"retain": "limits", "confirm": "prompts", "max_new_tokens": "generation"}[key]
+    assert (
+        f"the journal {journal} is of another search: {what} differs; name another file, or remove it" in result.stderr
+    )
+
+
+def test_a_changed_weight_makes_it_another_search(tmp_path, write_recipe):
+    target = save_random(tmp_path / "target", tiny_llama(vocab_size=256), seed=1)
+    source = save_random(tmp_path / "source", tiny_llama(vocab_size=256), seed=2)
+    path = write_recipe(target, source)
+    journal = tmp_path / "journal.jsonl"
+    assert call("search", path, "--journal", journal).exit_code == 3
+    change_tensor(source, "model.layers.1.self_attn.q_proj.weight", lambda tensor: tensor.zero_())
+    assert "is of another search" not in call("search", path, "--journal", journal).stderr
+    change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0].zero_())
+    assert "is of another search: source differs" in call("search", path, "--journal", journal).stderr
+    change_tensor(target, "lm_head.weight", lambda tensor: tensor[0].zero_())
+    assert "is of another search: source, target differ" in call("search", path, "--journal", journal).stderr
+
+
+def test_a_journal_that_cannot_be_written_is_named(recipe, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = call("search", recipe, "--journal", tmp_path / "file" / "journal")
+    assert result.exit_code == 2
+    assert f"cannot write the journal {tmp_path / 'file' / 'journal'}: " in result.stderr
+    result = call("search", recipe, "--journal", tmp_path / "file")
+    assert result.exit_code == 2
+    assert f"the journal {tmp_path / 'file'} is damaged at line 1: it is no journal" in result.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_without_a_cache_folder_the_search_goes_on_unrecorded(recipe, tmp_path, monkeypatch):
+    (tmp_path / "no-folder").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-folder"))
+    result = call("search", recipe, "--json")
+    assert result.exit_code == 0
+    assert "this search is not recorded, and starts again if it is killed" in result.stderr
+    assert json.loads(result.stdout)["one_minimal"]
+
+
+def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(write_recipe, tmp_path):
+    # ddmin, because it asks more. tests/benchmarks/kill_resume.py kills at twenty random moments.
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search="ddmin")
+    expected = answer("search", path, "--json", "--journal", tmp_path / "whole")
+    journal = tmp_path / "killed"
+    command = [*COMMAND, "search", str(path), "--json", "--journal", str(journal)]
+    generator = random.Random(0)
+    for number_of_lines in (4, 11, 20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (journal.exists() and journal.read_bytes().count(b"\n") >= number_of_lines):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert found["units"] == expected["units"]
+    assert found["certificate"] == expected["certificate"]
+    assert found["tests"] == expected["tests"]
+    assert found["tests_recorded"] >= 17
+    tested = [frozenset(entry["selection"]) for entry in entries(journal) if "holds" in entry]
+    assert len(tested) == len(set(tested))
+    # The target is part of the record too: measured once, whatever was killed.
+    notes = [entry["note"] for entry in entries(journal) if "note" in entry]
+    assert notes == ["target", "full transplant"]
+
+
+def test_two_ray_workers_find_the_same_also_when_one_is_killed(write_recipe, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search="ddmin")
+    alone = answer("search", path, "--json", "--journal", tmp_path / "alone")
+    journal = tmp_path / "together"
+    command = [*COMMAND, "search", str(path), "--json"]
+    command += ["--journal", str(journal), "--workers", "ray:2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = None
+    while process.poll() is None and killed is None:
+        time.sleep(0.02)
+        if journal.exists() and journal.read_bytes().count(b"\n") >= 6:
+            # Actors name themselves in their process title.
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if killed is None and child.is_running() and child.name().startswith("ray::_Actor"):
+                    killed = child.pid
+                    os.kill(killed, signal.SIGKILL)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    together = json.loads(stdout)
+    assert killed is not None
+    assert together["units"] == alone["units"]
+    assert together["certificate"] == alone["certificate"]
+    assert together["tests"] == alone["tests"]
+    assert together["tests_unneeded"] >= 0
+    tested = [frozenset(entry["selection"]) for entry in entries(journal) if "holds" in entry]
+    assert len(tested) == len(set(tested)) == alone["tests"] - 1 + together["tests_unneeded"]
+
+
+def test_ray_that_is_not_installed_is_named_before_anything_is_read(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = call("search", recipe, "--workers", "ray")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --workers ray needs Ray; install it with: pip install 'dapa-merge[ray]'\n"
+
+
+@pytest.mark.parametrize("value", ["2", "ray:", "ray:0", "ray:two", "dask"])
+def test_other_workers_are_refused(recipe, value):
+    result = call("search", recipe, "--workers", value)
+    assert result.exit_code == 2
+    assert f"--workers is {value!r}; write ray, or ray:N with the number of workers" in result.stderr
+
+
+def test_limits_that_even_the_full_transplant_breaks_are_named_with_the_excess(write_recipe):
+    # The full transplant's perplexity is above the target's own.
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, max_perplexity=1.0)
+    result = call("search", path)
+    assert result.exit_code == 3
+    assert "cannot repair this target within the recipe's limits: even with every unit (gate) its perplexity is" in (
+        result.stderr
+    )
+    assert " above the 1.040 allowed" in result.stderr
+
+
+def test_gates_that_cannot_repair_point_to_other_modules(shadow):
+    result = call("search", shadow())
+    assert result.exit_code == 3
+    assert "cannot repair this target through its modules gate: with all 10 units transplanted the DSR is 0.000" in (
+        result.stderr
+    )
+    assert result.stderr.endswith("; other modules may: try `modules: auto`\n")
+
+
+def test_a_preferred_module_is_kept_to_where_it_is_enough(write_recipe):
+    pair = miniature.path("target"), miniature.path("source")
+    found = answer("search", write_recipe(*pair, **MINIATURE, modules="auto", prefer="gate"), "--json")
+    assert {unit.split(".")[1] for unit in found["units"]} == {"gate"}
+    assert found["one_minimal"]
+
+
+def test_blocks_are_searched_among_the_layers_that_were_kept(write_recipe):
+    pair = miniature.path("target"), miniature.path("source")
+    layers = answer("search", write_recipe(*pair, **MINIATURE), "--json")
+    path = write_recipe(*pair, **MINIATURE, granularity="block:104")
+    blocks = answer("search", path, "--json")
+    assert blocks["one_minimal"]
+    assert blocks["share_changed"] < layers["share_changed"]
+    assert {unit.partition("[")[0] for unit in blocks["units"]} <= set(layers["units"])
+    # The layers' tests are in the journal already, since they are the same search.
+    assert blocks["tests_recorded"] == layers["tests"] - 1
+    plan = make_plan(load_recipe(path))
+    kept = [unit for unit in plan.units if str(unit) in layers["units"]]
+    names = {str(unit) for unit in divide(plan, kept, 104).units}
+    assert set(blocks["certificate"]) <= names
+
+
+def test_a_search_that_may_not_ask_enough_says_so(write_recipe):
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, max_tests=3)
+    found = answer("search", path, "--json")
+    assert found["tests"] == 3
+    assert found["one_minimal"] is False
+    assert "NOT proved minimal" in call("search", path).stdout
+
+
+def test_a_preference_for_another_module_is_refused():
+    text = "merge_method: dapa\nbase_model: a\nmodels: [{model: b}]\nparameters:\n  prefer: up\n"
+    with pytest.raises(Exception, match="prefer is up, which is not among the recipe's modules: gate"):
+        parse_recipe(text)
+
+
+def test_the_replay_of_a_search_needs_no_search(recipe, tmp_path, no_model):
+    found = answer("search", recipe, "--out", tmp_path / "replay.yml", "--json")
+    no_model()
+    assert yaml.safe_load(found["recipe"]) == yaml.safe_load((tmp_path / "replay.yml").read_text())
+    assert call("run", tmp_path / "replay.yml", tmp_path / "out", "--no-evaluate").exit_code == 0
+    assert answer("verify", tmp_path / "out", "--json")["units"] == found["units"]
+
+
+def test_the_requirement_is_in_the_answer(recipe):
+    found = answer("search", recipe, "--json")
+    assert Requirement(**found["requirement"]).dsr_complaint(found["dsr_full"], found["dsr_full"]) is None
+    assert found["requirement"]["min_dsr"] == pytest.approx(0.95 * found["dsr_full"] + 0.05 * found["dsr_target"])

@@ -26,7 +26,8 @@ from dapa_merge.search_testers import make_bench
 from dapa_merge.selection import make_plan, split_prompts
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()")
-MINIATURE = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
+# Answers of the miniature show whether they refuse by the twelfth token.
+MINIATURE = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_another_algorithm_uses_what_is_known_already(write_recipe, own_cache):
     assert found["tests_recorded"] >= 1
 
 
-@pytest.mark.parametrize("change", ["retain: 0.9", "confirm: 0.25", "max_new_tokens: 23"])
+@pytest.mark.parametrize("change", ["retain: 0.9", "confirm: 0.25", "max_new_tokens: 11"])
 def test_a_journal_of_another_recipe_is_refused(recipe, tmp_path, change):
     journal = tmp_path / "journal.jsonl"
     answer("search", recipe, "--journal", journal, "--json")
@@ -195,7 +196,7 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(write_recip
     journal = tmp_path / "killed"
     command = [*COMMAND, "search", str(path), "--json", "--journal", str(journal)]
     generator = random.Random(0)
-    for number_of_lines in (4, 11, 20):
+    for number_of_lines in (4, 15):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (journal.exists() and journal.read_bytes().count(b"\n") >= number_of_lines):
             assert process.poll() is None
@@ -207,7 +208,7 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(write_recip
     assert found["units"] == expected["units"]
     assert found["certificate"] == expected["certificate"]
     assert found["tests"] == expected["tests"]
-    assert found["tests_recorded"] >= 17
+    assert found["tests_recorded"] >= 12
     tested = [frozenset(entry["selection"]) for entry in entries(journal) if "holds" in entry]
     assert len(tested) == len(set(tested))
     # The target is part of the record too: measured once, whatever was killed.
@@ -288,7 +289,7 @@ def test_a_preferred_module_is_kept_to_where_it_is_enough(write_recipe):
 def test_blocks_are_searched_among_the_layers_that_were_kept(write_recipe):
     pair = miniature.path("target"), miniature.path("source")
     layers = answer("search", write_recipe(*pair, **MINIATURE), "--json")
-    path = write_recipe(*pair, **MINIATURE, granularity="block:104")
+    path = write_recipe(*pair, **MINIATURE, granularity="block:26")
     blocks = answer("search", path, "--json")
     assert blocks["one_minimal"]
     assert blocks["share_changed"] < layers["share_changed"]
@@ -297,7 +298,7 @@ def test_blocks_are_searched_among_the_layers_that_were_kept(write_recipe):
     assert blocks["tests_recorded"] == layers["tests"] - 1
     plan = make_plan(load_recipe(path))
     kept = [unit for unit in plan.units if str(unit) in layers["units"]]
-    names = {str(unit) for unit in divide(plan, kept, 104).units}
+    names = {str(unit) for unit in divide(plan, kept, 26).units}
     assert set(blocks["certificate"]) <= names
 
 

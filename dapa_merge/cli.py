@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from dapa_merge import __version__
+from dapa_merge.cli_options import (
+    device_option,
+    journal_option,
+    json_option,
+    out_argument,
+    recipe_argument,
+    search_options,
+    workers_option,
+)
 from dapa_merge.errors import DapaError, UsageError
 
 if TYPE_CHECKING:
@@ -21,24 +30,6 @@ if TYPE_CHECKING:
     from dapa_merge.search_flow import SearchOptions
 
 INTERRUPTED = 130
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
-)
-journal_option = click.option(
-    "--journal",
-    type=click.Path(path_type=Path),
-    help="Write every test of the search here, and go on from what is here.  [default: a file of its own for each "
-    "search in the user's cache folder]",
-)
-workers_option = click.option(
-    "--workers",
-    metavar="ray[:N]",
-    help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]",
-)
-recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
-out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
 class _Group(click.Group):
@@ -111,7 +102,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
     text = recipe_text()
     if not (as_json or quiet):
         click.echo(f"The recipe:\n\n{text}", err=True)
-    _repair(parse_recipe(text, "the miniature's recipe"), out, True, _options(device), as_json, quiet)
+    _repair(parse_recipe(text, "the miniature's recipe"), out, True, search_options(device), as_json, quiet)
 
 
 @main.command()
@@ -140,21 +131,7 @@ def run(
     """
     from dapa_merge.recipe_file import load_recipe
 
-    _repair(load_recipe(recipe), out, not no_evaluate, _options(device, journal, workers), as_json, quiet)
-
-
-def _options(device: str, journal: Path | None = None, workers: str | None = None) -> SearchOptions:
-    from dapa_merge.search_flow import SearchOptions
-
-    engine, colon, number = (workers or "").partition(":")
-    if workers is not None and (engine != "ray" or (colon and not (number.isdecimal() and int(number) > 0))):
-        raise UsageError(f"--workers is {workers!r}; write ray, or ray:N with the number of workers")
-    if workers is not None:
-        from dapa_merge.search.workers import import_ray
-
-        # Before the models are read.
-        import_ray()
-    return SearchOptions(device, journal, workers is not None, int(number) if number else None)
+    _repair(load_recipe(recipe), out, not no_evaluate, search_options(device, journal, workers), as_json, quiet)
 
 
 def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool) -> None:
@@ -215,7 +192,7 @@ def search(
     if out is not None:
         _refuse_existing_file(out)
     parsed = load_recipe(recipe)
-    options = _options(device, journal, workers)
+    options = search_options(device, journal, workers)
     made = make_plan(parsed)
     found = search_plan(parsed, made, options, _reporter(quiet))
     replay = replay_text(parsed, made, found.minimum.units)

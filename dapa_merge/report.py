@@ -64,6 +64,10 @@ class Report:
         searched: What the search saw; None if the layers were given.
         requirement: What a selection had to meet; None if the layers were given.
         tests: Distinct selections that the search asked; 0 if the layers were given.
+        tests_recorded: How many of them were in the journal already.
+        tests_unneeded: How many more were made ahead of time by parallel workers, in vain.
+        share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
+        prior: How much each unit was expected to matter, in nats; None if the search did not ask.
         one_minimal: Whether each kept unit was seen to be needed; None if the layers were given.
         certificate: For each kept unit, the selection without it, which did not hold.
         num_tensors: Tensors of the result. It appears only after each was compared with target and source.
@@ -87,6 +91,10 @@ class Report:
     searched: Searched | None
     requirement: Mapping[str, float] | None
     tests: int
+    tests_recorded: int
+    tests_unneeded: int
+    share_of_prompts_saved: float
+    prior: Mapping[str, float] | None
     one_minimal: bool | None
     certificate: Mapping[str, Sequence[str]]
     num_tensors: int
@@ -160,7 +168,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ]
     if report.one_minimal is not None:
         needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
-        facts.append(("search", f"{report.tests} of {2**report.num_candidates} selections tested, {needed}"))
+        facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {needed}"))
+        facts.append(("saved", thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)))
     if report.searched is not None:
         seen = report.searched
         asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"
@@ -201,6 +210,16 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
 
 def _span(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.3f}-{interval[1]:.3f}"
+
+
+def thrift(num_recorded: int, num_unneeded: int, share_saved: float) -> str:
+    """What a search did not have to ask, for people."""
+    facts = [f"{100 * share_saved:.0f} % of the prompts, by early verdicts"]
+    if num_recorded:
+        facts.append(f"{num_recorded} tests, by the journal")
+    if num_unneeded:
+        facts.append(f"but {num_unneeded} more tests were made ahead of time and in vain")
+    return "; ".join(facts)
 
 
 def readable_certificate(minimum: Minimum[Any]) -> dict[str, list[str]]:

@@ -79,7 +79,7 @@ def repair(
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
     """What was chosen, why, and what it does; the time is not in it yet."""
     search = evidence.search if evidence else None
-    report = Report(
+    return Report(
         version=__version__,
         target=str(recipe.target),
         source=str(recipe.source),
@@ -89,29 +89,22 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         num_candidates=search.num_candidates if search else len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
-        before=None,
-        after=None,
-        source_alone=None,
-        dsr_change=None,
-        over_refusal_change=None,
-        searched=None,
+        before=evidence.before if evidence else None,
+        after=evidence.after if evidence else None,
+        source_alone=evidence.source_alone if evidence else None,
+        dsr_change=evidence.dsr_change if evidence else None,
+        over_refusal_change=evidence.over_refusal_change if evidence else None,
+        searched=evidence.searched if evidence else None,
         requirement=asdict(search.requirement) if search else None,
         tests=search.minimum.tests if search else 0,
+        tests_recorded=search.num_recorded if search else 0,
+        tests_unneeded=search.num_unneeded if search else 0,
+        share_of_prompts_saved=search.share_saved if search else 0.0,
+        prior={str(unit): score for unit, score in search.prior.items()} if search and search.prior else None,
         one_minimal=search.minimum.one_minimal if search else None,
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
         seconds=0.0,
-    )
-    if evidence is None:
-        return report
-    return replace(
-        report,
-        before=evidence.before,
-        after=evidence.after,
-        source_alone=evidence.source_alone,
-        dsr_change=evidence.dsr_change,
-        over_refusal_change=evidence.over_refusal_change,
-        searched=evidence.searched,
     )
 
 

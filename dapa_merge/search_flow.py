@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.plan import Plan, divide
 from dapa_merge.errors import CannotRepair, CheckpointError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
-from dapa_merge.report import spans
+from dapa_merge.report import spans, thrift
 from dapa_merge.search.delta import Minimum, SearchInterrupted, foresee, minimize
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.oracle import Piece, Requirement, requirement
@@ -153,7 +153,8 @@ class _Hunt:
             num_prompts=sum(test["num_prompts"] for test in tests),
             seconds=time.monotonic() - start,
         )
-        self.reporter.say(f"found {spans(minimum.units)} in {minimum.tests} tests{thrift(found)}")
+        saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
+        self.reporter.say(f"found {spans(minimum.units)} in {minimum.tests} tests; saved {saved}")
         return found
 
     def _workers(self, limits: Requirement) -> InProcess | RayWorkers[Unit, Test]:
@@ -283,15 +284,3 @@ def _prior(plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt)
         scores = {str(unit): score for unit, score in found.items()}
         hunt.journal.note(name, scores)
     return {unit: scores[str(unit)] for unit in plan.units}
-
-
-def thrift(search: Search) -> str:
-    """What a search did not have to ask, for people; empty if there is nothing to tell."""
-    facts = []
-    if search.num_recorded:
-        facts.append(f"{search.num_recorded} of them from the journal")
-    if search.num_unneeded:
-        facts.append(f"{search.num_unneeded} more ahead of time and in vain")
-    if search.num_prompts:
-        facts.append(f"{100 * search.share_saved:.0f} % of the prompts saved by early verdicts")
-    return f" ({', '.join(facts)})" if facts else ""

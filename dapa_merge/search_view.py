@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.prior_view import print_prior, prior_rows
-from dapa_merge.report import jsonable, readable_certificate, spans
-from dapa_merge.search_flow import Search, thrift
+from dapa_merge.report import jsonable, readable_certificate, spans, thrift
+from dapa_merge.search_flow import Search
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,8 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
         print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
     facts = [
         f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters",
-        f"{minimum.tests} tests{thrift(search)}, {search.seconds:.1f} s",
+        f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
+        + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
         *(
             f"  needed: {unit}; without it, {spans(others)} fails"
             for unit, others in readable_certificate(minimum).items()

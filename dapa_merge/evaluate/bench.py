@@ -117,7 +117,7 @@ class Bench:
         full: Sequence[Response],
         progress: Callable[[int], None] = lambda _: None,
     ) -> dict[Unit, float]:
-        """How much each unit matters, to first order, for prompts that the full transplant refuses but the target does not.
+        """How much each unit matters, to first order, where the full transplant refuses and the target does not.
 
         Args:
             units: Of the plan, or blocks of its units.

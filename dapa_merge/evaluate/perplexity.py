@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from dapa_merge.evaluate.generate import BatchSize, chat_prompt, check_ids, encode
+from dapa_merge.evaluate.likelihood import Row, losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,39 +34,19 @@ def perplexity(
     if not count:
         return math.nan
     check_ids(model, [row.ids for row in rows])
-    losses = batch_size.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)
-    mean = sum(losses) / count
+    mean = sum(batch_size.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf
 
 
-class _Row(NamedTuple):
-    """A passage as token ids, of which the first `num_context` are not counted."""
-
-    ids: list[int]
-    num_context: int
-
-
 @torch.inference_mode()
-def _losses(model: PreTrainedModel, padding: int, rows: Sequence[_Row]) -> list[float]:
-    """The negative log-likelihood of each row's counted tokens, in nats."""
-    longest = max(len(row.ids) for row in rows)
-    input_ids = torch.tensor([row.ids + [padding] * (longest - len(row.ids)) for row in rows])
-    # Padded on the right and causal: what follows a row's last token cannot reach its likelihood.
-    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
-    logits = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device)).logits
-    losses = []
-    for row, row_logits in zip(rows, logits, strict=True):
-        # Row by row, so that only one row's logits, [tokens, vocabulary], are ever held as float32.
-        predictions = row_logits[row.num_context - 1 : len(row.ids) - 1].float()
-        counted = torch.tensor(row.ids[row.num_context :], device=predictions.device)
-        losses.append(float(torch.nn.functional.cross_entropy(predictions, counted, reduction="sum")))
-    return losses
+def _losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> list[float]:
+    return list(map(float, losses(model, padding, rows)))
 
 
-def _row(tokenizer: PreTrainedTokenizerBase, passage: Question, config: object) -> _Row:
+def _row(tokenizer: PreTrainedTokenizerBase, passage: Question, config: object) -> Row:
     limit = getattr(config, "max_position_embeddings", None) or 1 << 20
     if not passage.prompt:
-        return _Row(list(tokenizer(passage.answer)["input_ids"])[:limit], 1)
+        return Row(list(tokenizer(passage.answer)["input_ids"])[:limit], 1)
     context = encode(tokenizer, chat_prompt(tokenizer, passage.prompt))
     answer = list(tokenizer(" " + passage.answer, add_special_tokens=False)["input_ids"])
-    return _Row((context + answer)[:limit], len(context))
+    return Row((context + answer)[:limit], len(context))

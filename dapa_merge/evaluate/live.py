@@ -126,12 +126,12 @@ class LiveModel:
                 # Before the first byte: a swap that breaks off is undone like a finished one.
                 self._changed.add(unit)
                 for ours, theirs in self.plan.tensors((unit,)):
-                    self._put(ours.name, _values(self.plan.source, theirs))
+                    self._put(ours.name, mapped_values(self.plan.source, theirs))
             yield self.model
         finally:
             for unit in list(self._changed):
                 for ours, _ in self.plan.tensors((unit,)):
-                    self._put(ours.name, _values(self.plan.target, ours))
+                    self._put(ours.name, mapped_values(self.plan.target, ours))
                 self._changed.remove(unit)
 
     def _put(self, name: str, values: torch.Tensor) -> None:
@@ -148,7 +148,7 @@ class LiveModel:
             torch.cuda.empty_cache()
 
 
-def _values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
+def mapped_values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """A tensor's values as stored, mapped rather than read: the pages are the file cache's, not ours."""
     start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with checkpoint.open(tensor.file) as file:

@@ -1,0 +1,1 @@
+"""Looking into a model: which of its units refusing depends on."""

@@ -35,7 +35,7 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> torch.T
     # Padded on the right and causal: what follows a row's last token cannot reach its likelihood.
     mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
     first = min(row.num_context for row in rows) - 1
-    logits = _last_logits(model, input_ids.to(model.device), mask.to(model.device), longest - first)
+    logits = _logits_from(model, input_ids.to(model.device), mask.to(model.device), first)
     terms = []
     for row, row_logits in zip(rows, logits, strict=True):
         # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are ever held as float32.
@@ -45,12 +45,11 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> torch.T
     return torch.stack(terms)
 
 
-def _last_logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, num_positions: int
-) -> torch.Tensor:
-    """Logits `[rows, num_positions, vocabulary]`; the others, which can be most of the memory, are not computed."""
+def _logits_from(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+    """Logits `[rows, positions from first on, vocabulary]`; the others, most of the memory, are not computed."""
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         # Almost all of transformers knows the argument; what does not may ignore it without a word.
-        return torch.as_tensor(model(input_ids=input_ids, attention_mask=mask).logits[:, -num_positions:])
-    output = model(input_ids=input_ids, attention_mask=mask, logits_to_keep=num_positions)
-    return torch.as_tensor(output.logits)
+        return torch.as_tensor(model(input_ids=input_ids, attention_mask=mask).logits[:, first:])
+    # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight for every row.
+    kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
+    return torch.as_tensor(model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept).logits)

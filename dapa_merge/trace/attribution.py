@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
-# Of a tensor, how many values are weighed at once: 4 MiB as float32.
-PIECE = 1 << 20
+# Of a tensor, how many values are weighed at once: 1 MiB as float32.
+PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def attribute(
 
     Args:
         live: The target; its weights stay as they are.
-        units: Whose effects are wanted, in their order: units of the plan, or blocks of them; all of the plan's if not
-            given.
         contrasts: A few are enough: with any 2 of 128, the miniature's units come in an order that is as good.
-        batch_size: How many sequences are passed through the model at once; a contrast is two of them.
+        units: Whose effects are wanted: units of the plan, or blocks of them; all of the plan's if not given.
+        batch_size: How many sequences are passed through the model at once; a contrast is two of them. Their
+            activations are kept for the backward pass, many times what generation keeps: 8 is plenty.
         num_tokens: At least 1.
-        progress: Called with numbers of sequences as they are done, twice as many as there are contrasts.
+        progress: Called with numbers of sequences as they are done, at most twice as many as there are contrasts.
 
     Returns:
         For each unit, in their order, the effect in nats: positive if it makes the model refuse.

@@ -1,16 +1,17 @@
 """How good is the prior, what would be better, and what does it cost?
 
-`python tests/benchmarks/attribution.py [--alternatives] [--random-orders 20] [--device cpu]`. For each miniature pair: the
-order of the units, and how long a prefix of it must be to reach 0.95 of the full transplant's DSR, beside random orders
-and the smallest selection known. `--alternatives` does the same for gradients taken elsewhere, other numbers of tokens
-and raw logits, with all gradients in memory at once. Then seconds and peak memory, each in a process of its own, on the
-miniature and on a random Llama of 110 million parameters.
+`python tests/benchmarks/attribution.py [--alternatives] [--random-orders 20] [--device cpu]`. For each miniature pair:
+the order of the units, and how long a prefix of it must be to reach 0.95 of the full transplant's DSR, beside random
+orders and the smallest selection known. `--alternatives` (15 minutes) does the same for gradients taken elsewhere,
+other numbers of tokens, and raw logits. Then seconds and peak memory, each in a process of its own, on the miniature
+and on a random Llama of 110 million parameters, beside the activations alone and beside all gradients held at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import random
 import statistics
 import tempfile
@@ -121,7 +122,7 @@ POINTS = {"target": (0.0,), "quarter": (0.25,), "half": (0.5,), "full": (1.0,), 
 def show_alternatives(pair: Pair) -> None:
     """The sufficient prefix for each place of the gradient, number of tokens, and objective."""
     numbers = (1, 2, 3, 4, 6, 8)
-    print(f"  {'gradient at':<18}{'objective':<12}" + "".join(f"{number:>4}" for number in numbers) + "  tokens")
+    print(f"  {'gradient at':<18}{'objective':<20}" + "".join(f"{number:>4}" for number in numbers) + "  tokens")
     for point, strengths in POINTS.items():
         for objective in (log_probabilities, raw_logits):
             sizes = []
@@ -133,7 +134,7 @@ def show_alternatives(pair: Pair) -> None:
                             scores[unit] += effect
                 sizes.append(len(pair.prefix(descending(scores))))
             cells = "".join(f"{size:>4}" for size in sizes)
-            print(f"  {point:<18}{objective.__name__:<18}"[:30] + cells, flush=True)
+            print(f"  {point:<18}{objective.__name__.replace('_', ' '):<20}{cells}", flush=True)
 
 
 @contextmanager
@@ -172,14 +173,14 @@ def raw_logits(live: LiveModel, sides: Sequence) -> torch.Tensor:
 
 
 def all_gradients(
-    live: LiveModel, contrasts: Sequence[Contrast], num_tokens: int, objective: Callable
+    live: LiveModel, contrasts: Sequence[Contrast], num_tokens: int, objective: Callable, batch: int = BATCH
 ) -> dict[Unit, float]:
     """The effects as anybody would write them down: every gradient in memory, then the sums."""
     sides = [side for contrast in contrasts for side in _sides(live.tokenizer, contrast, num_tokens)]
     names = [name for unit in live.plan.units for name in unit.tensors]
     parameters = [live.model.get_parameter(name).requires_grad_(True) for name in names]
-    for start in range(0, len(sides), BATCH):
-        (objective(live, sides[start : start + BATCH]) / len(contrasts)).backward()
+    for start in range(0, len(sides), batch):
+        (objective(live, sides[start : start + batch]) / len(contrasts)).backward()
     effects = dict.fromkeys(live.plan.units, 0.0)
     for unit in live.plan.units:
         for ours, theirs in live.plan.tensors((unit,)):
@@ -224,7 +225,9 @@ def forward_only(live: LiveModel, contrasts: Sequence[Contrast], batch_size: Bat
 METHODS: dict[str, Callable[[LiveModel, Sequence[Contrast], BatchSize], object]] = {
     "activations alone": forward_only,
     "attribute": lambda live, contrasts, batch_size: attribute(live, contrasts, batch_size=batch_size),
-    "all gradients": lambda live, contrasts, batch_size: all_gradients(live, contrasts, NUM_TOKENS, log_probabilities),
+    "all gradients": lambda live, contrasts, batch_size: all_gradients(
+        live, contrasts, NUM_TOKENS, log_probabilities, batch_size.limit
+    ),
 }
 
 
@@ -263,6 +266,8 @@ def reset_peak() -> None:
 def show_cost(title: str, target: Path, source: Path, batches: Sequence[int], device: str) -> None:
     """Each method in a fresh process."""
     print(f"\n{title}, {NUM_CONTRASTS} contrasts, units gate, up and down")
+    # Large blocks go back to the system when they are freed, instead of being counted as long as the process lives.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 21)
     for batch in batches:
         for method in METHODS:
             with multiprocessing.get_context("spawn").Pool(1) as pool:

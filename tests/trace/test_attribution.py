@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.plan import divide, plan_transplant
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.generate import BatchSize, chat_prompt, encode
 from dapa_merge.evaluate.live import LiveModel
@@ -167,6 +167,22 @@ def test_a_tensor_that_two_layers_share_is_weighed_for_each(tmp_path):
     layers = live.model.model.layers
     layers[1].mlp.gate_proj.weight = layers[0].mlp.gate_proj.weight
     assert attribute(live, CONTRASTS, batch_size=BatchSize(64)) == nearly(brute_force(live, CONTRASTS, 4))
+
+
+def test_blocks_of_rows_are_weighed_alone_and_add_up_to_their_unit(random_live):
+    plan = random_live.plan
+    wholes = [unit for unit in plan.units if unit.module in ("gate", "up")]
+    blocks = divide(plan, wholes, rows_per_block=20).units
+    # 48 rows.
+    assert len(blocks) == 3 * len(wholes)
+    effects = attribute(random_live, CONTRASTS, units=blocks, batch_size=BatchSize(64))
+    assert tuple(effects) == blocks
+    sums = {whole: sum(effects[block] for block in blocks if block.whole == whole) for whole in wholes}
+    assert sums == nearly(attribute(random_live, CONTRASTS, units=wholes, batch_size=BatchSize(64)))
+    # All but one block done: what remains of the unit's effect, from there, is that block's own.
+    with random_live.transplanted(blocks[:2]):
+        rest = attribute(random_live, CONTRASTS, units=(*wholes[:1], blocks[2]), batch_size=BatchSize(64))
+    assert rest[wholes[0]] == pytest.approx(rest[blocks[2]])
 
 
 def test_bfloat16_comes_close_to_float32():

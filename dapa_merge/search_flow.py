@@ -279,8 +279,12 @@ def _prior(plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt)
         return None
     scores = hunt.journal.notes.get(name, {})
     if not all(str(unit) in scores for unit in plan.units):
-        with hunt.reporter.task("weighing the units by one backward pass", 2 * len(target.responses)) as weighed:
-            found = hunt.bench.attribute(plan.units, target.responses, full.responses, weighed)
+        try:
+            with hunt.reporter.task("weighing the units by one backward pass", 2 * len(target.responses)) as weighed:
+                found = hunt.bench.attribute(plan.units, target.responses, full.responses, weighed)
+        except (ValueError, CheckpointError) as error:
+            hunt.reporter.say(f"searching without a prior, because {error}")
+            return None
         scores = {str(unit): score for unit, score in found.items()}
         hunt.journal.note(name, scores)
     return {unit: scores[str(unit)] for unit in plan.units}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.live import LiveModel, choose_device
 from dapa_merge.evaluate.measure import Measurement, Meter, Response
 from dapa_merge.evaluate.refusal import Outcome
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
 # however small it is.
 MIN_PIECES = 2
+# Of the prior: how many prompts are weighed, and how many responses at once.
+MAX_CONTRASTS = 32
+MAX_BACKWARD = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,11 @@ class Bench:
             units: Of the plan, or blocks of its units.
             target: The target's responses to the harmful prompts.
             full: The full transplant's, in the same order.
-            progress: Called with numbers of responses as they are weighed.
+            progress: Called with numbers of responses as they are weighed, at most `2 * MAX_CONTRASTS`.
+
+        Raises:
+            ValueError: If no prompt tells the two apart.
+            CheckpointError: If an effect is not a finite number.
         """
         refused = Outcome.REFUSED.value
         contrasts = [
@@ -131,7 +139,10 @@ class Bench:
             for before, after in zip(target, full, strict=True)
             if before.outcome != refused and after.outcome == refused
         ]
-        return attribute(self.live, contrasts, units=units, batch_size=self.meter.batch_size, progress=progress)
+        # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
+        few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
+        batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
+        return attribute(self.live, few, units=units, batch_size=batch_size, progress=progress)
 
     def examine(
         self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None, *, stop_early: bool = True

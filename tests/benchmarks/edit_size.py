@@ -1,0 +1,76 @@
+"""How small does the edit get? The share of the parameters against DSR, over-refusal and skill, on the miniature.
+
+`python tests/benchmarks/edit_size.py [--rows 104 52 26 8] [--retain 0.95 0.8]`: searches for whole layers and, within
+those, for blocks of so many rows (neurons), for each share of the gain that must be kept. The first two lines are the
+ends of the curve: the target as it is, and every gate of the source. DSR, its 95 % interval, over-refusal and skill are
+measured with prompts that no search has asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dapa_merge.checkpoint.plan import join
+from dapa_merge.evaluate.measure import Figures
+from dapa_merge.evidence import measurement_live
+from dapa_merge.miniature import recipe_text
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe_file import parse_recipe
+from dapa_merge.report import spans
+from dapa_merge.search_flow import SearchOptions, search
+from dapa_merge.search_testers import make_bench
+from dapa_merge.selection import make_meter, make_plan, split_prompts
+
+
+def main() -> None:
+    """Print the curve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="*", default=[104, 52, 26, 8])
+    parser.add_argument("--retain", type=float, nargs="*", default=[0.95, 0.8])
+    arguments = parser.parse_args()
+    recipe = parse_recipe(recipe_text())
+    plan = make_plan(recipe)
+    print(
+        f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
+    )
+    searching, confirming = split_prompts(recipe)
+    with closing(make_bench(recipe, plan, searching, "cpu", Reporter())) as bench:
+        meter = make_meter(recipe, confirming)
+
+        def figures(units: tuple) -> Figures:
+            return measurement_live(bench.live, units, meter, "", Reporter()).figures()
+
+        show("nothing", 0.0, figures(()))
+        show("every gate", plan.share(plan.units), figures(plan.units))
+        with tempfile.TemporaryDirectory() as folder:
+            for retain in arguments.retain:
+                for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
+                    wanted = replace(recipe, retain=retain, granularity=granularity)
+                    options = SearchOptions("cpu", Path(folder) / f"{retain}-{granularity}")
+                    found = search(wanted, plan, bench, options, Reporter())
+                    units = join(plan, found.minimum.units)
+                    name = f"retain {retain}, {granularity}"
+                    show(name, plan.share(units), figures(units), found.minimum.tests, found.seconds)
+                    print(f"{'':26}{spans(units)}")
+
+
+def show(name: str, share: float, measured: Figures, tests: int | None = None, seconds: float | None = None) -> None:
+    """One line of the curve."""
+    low, high = measured.dsr_interval
+    effort = "" if tests is None or seconds is None else f" {tests:6d} {seconds:6.1f}"
+    print(
+        f"{name:24} {100 * share:7.2f}% {measured.dsr:6.3f} {low:.3f}-{high:.3f}".ljust(55)
+        + f" {measured.over_refusal:9.3f} {measured.skill or 0:6.3f}{effort}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+from contextlib import closing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.errors import UsageError
+from dapa_merge.evaluate.bench import Baseline, Bench, costs_of, pieces_of
+from dapa_merge.evaluate.generate import BatchSize
+from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.search.oracle import Requirement
+
+
+@given(st.lists(st.text(max_size=3), min_size=1, max_size=70, unique=True), st.integers(1, 40))
+def test_pieces_part_the_prompts_and_fit_into_a_batch(prompts, batch_size):
+    pieces = pieces_of(prompts, batch_size)
+    assert sorted(prompt for piece in pieces for prompt in piece) == sorted(prompts)
+    assert all(0 < len(piece) <= batch_size for piece in pieces)
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+    assert pieces == pieces_of(prompts, batch_size)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    target, source = (open_checkpoint(str(miniature.path(member))) for member in ("target", "source"))
+    meter = Meter(load_prompts("miniature"), 12, BatchSize(64))
+    with closing(Bench(plan_transplant(target, source, ("gate",)), meter, "cpu")) as bench:
+        yield bench
+
+
+def test_a_baseline_is_the_meters_own_figures(bench):
+    asked = []
+    baseline = bench.baseline(bench.plan.units, asked.append)
+    with bench.live.transplanted(bench.plan.units) as model:
+        measurement = bench.meter.measure(model, bench.live.tokenizer)
+        assert (baseline.dsr, baseline.over_refusal) == (measurement.dsr, measurement.over_refusal)
+        assert baseline.perplexity == measurement.perplexity
+    assert sum(asked) == bench.num_prompts == 256
+    assert {response.prompt for response in baseline.responses} == set(bench.meter.prompts.harmful)
+    assert Baseline.from_json(json.loads(json.dumps(baseline.to_json()))) == baseline
+
+
+def test_a_candidate_is_examined_and_the_target_restored(bench):
+    bench.require(Requirement(0.9, 0.1, 2.0))
+    middle = [unit for unit in bench.plan.units if 3 <= unit.layer <= 6]
+    assert bench.examine(middle).holds
+    fails = bench.examine(middle[:1])
+    assert not fails.holds
+    assert fails.num_asked < fails.num_prompts
+    assert bench.baseline((), lambda _: None).dsr == 0
+
+
+def test_the_prior_puts_the_planted_layers_first(bench):
+    target, full = (bench.baseline(units, lambda _: None).responses for units in ((), bench.plan.units))
+    scores = bench.attribute(bench.plan.units, target, full)
+    first = sorted(scores, key=scores.__getitem__, reverse=True)[:4]
+    assert {unit.layer for unit in first} == {3, 4, 5, 6}
+
+
+def test_responses_that_do_not_tell_the_two_apart_make_no_prior(bench):
+    target = bench.baseline((), lambda _: None).responses
+    with pytest.raises(ValueError, match="none of 0 contrasts"):
+        bench.attribute(bench.plan.units, target, target)
+
+
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(bench):
+    with pytest.raises(UsageError, match="device 'nowhere' cannot be used here"):
+        Bench(bench.plan, bench.meter, "nowhere")
+
+
+def test_the_perplexity_costs_less_than_a_piece_of_prompts(bench):
+    costs = costs_of(bench.meter)
+    assert costs["perplexity"] < costs["harmful"] == costs["harmless"] == 12

@@ -20,10 +20,11 @@ from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import Searched
 from dapa_merge.search_flow import Search, SearchOptions, search
-from dapa_merge.search_testers import make_bench
+from dapa_merge.search_testers import in_order, make_bench
 from dapa_merge.selection import make_meter, split_prompts
 
 if TYPE_CHECKING:
+    from dapa_merge.bench import Bench
     from dapa_merge.evaluate.live import LiveModel
     from dapa_merge.evaluate.measure import Figures, Measurement, Meter
 
@@ -75,7 +76,7 @@ def gather_evidence(
         if selection is None:
             found = search(recipe, plan, bench, options, reporter)
             selection = join(plan, found.minimum.units)
-            searched = _searched(found, bench.live, bench.meter, reporter)
+            searched = _searched(found, bench, reporter)
             reporter.say("confirming it with prompts that the search has not asked")
         # What the search learned of the memory holds for the confirmation as well.
         meter = replace(meter, batch_size=bench.meter.batch_size)
@@ -93,14 +94,11 @@ def gather_evidence(
     )
 
 
-def _searched(found: Search, live: LiveModel, meter: Meter, reporter: Reporter) -> Searched:
+def _searched(found: Search, bench: Bench, reporter: Reporter) -> Searched:
     """What the search could see of its own result, which it need not have measured in full."""
-    prompts = meter.prompts
-    with (
-        live.transplanted(found.minimum.units) as candidate,
-        reporter.task("measuring the result as the search saw it", len(prompts.harmful)) as answered,
-    ):
-        dsr = replace(meter, progress=answered).measure(candidate, live.tokenizer).dsr
+    prompts = bench.meter.prompts
+    with reporter.task("measuring the result as the search saw it", len(prompts.harmful)) as answered:
+        dsr = bench.dsr(in_order(found.minimum.units), answered)
     return Searched(len(prompts.harmful), len(prompts.harmless), dsr_before=found.target.dsr, dsr_after=dsr)
 
 

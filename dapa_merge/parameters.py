@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, Rows, rows_text
+from dapa_merge.search.delta import ALGORITHMS
 
 EVALUATORS = ("refusal",)
-SEARCHES = ("guided", "probdd", "ddmin")
+SEARCHES = tuple(ALGORITHMS)
 # One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`. Numbers of a length that a message can show.
 _LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
 

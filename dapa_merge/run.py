@@ -191,6 +191,10 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
     return verification, faults
 
 
+# Parameters that a recipe with named layers has no use for, or names anew.
+SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests")
+
+
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     """A recipe that transplants exactly this selection, without a search, by either entrance.
 
@@ -205,7 +209,7 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     parameters |= {
         name: getattr(recipe, name)
         for name, default in DEFAULTS.items()
-        if name not in ("layers", "modules") and getattr(recipe, name) != default
+        if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     if os.path.exists(recipe.prompts) and recipe.prompts not in PACKAGED:
         parameters["prompts"] = os.path.abspath(recipe.prompts)

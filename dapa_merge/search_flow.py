@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from dapa_merge.search_testers import InProcess, Test, in_order, make_bench, ray
 from dapa_merge.selection import split_prompts
 
 if TYPE_CHECKING:
-    from dapa_merge.evaluate.bench import Baseline, Bench
+    from dapa_merge.bench import Baseline, Bench
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Hunt:
 
     def _workers(self, limits: Requirement) -> InProcess | RayWorkers[Unit, Test]:
         if self.options.uses_ray:
-            return ray_testers(self.recipe, self.bench, limits, self.options.num_workers)
+            return ray_testers(self.recipe, self.plan, self.bench, limits, self.options.num_workers)
         return InProcess(self.bench, self.reporter)
 
     def _search(
@@ -174,10 +174,11 @@ class _Hunt:
         if recipe.rows_per_block is None or not minimum.one_minimal:
             return minimum, prior, len(plan.units)
         blocks = divide(plan, minimum.units, recipe.rows_per_block)
+        if blocks.units == minimum.units:
+            return minimum, prior, len(plan.units)
         self.reporter.say(f"searching among {len(blocks.units)} blocks of {recipe.rows_per_block} rows of them")
-        finer = self._minimize(
-            blocks.units, workers, _prior(blocks, f"prior of {recipe.granularity}", target, full, self)
-        )
+        finer_prior = _prior(blocks, f"prior of {recipe.granularity}", target, full, self)
+        finer = self._minimize(blocks.units, workers, finer_prior, num_free=1)
         # All blocks together are what was found before: one test, not two.
         self.asked.discard(frozenset(map(str, blocks.units)))
         return finer, prior, len(plan.units) + len(blocks.units)
@@ -187,20 +188,37 @@ class _Hunt:
         preferred = tuple(unit for unit in self.plan.units if unit.module == self.recipe.prefer)
         if not preferred or preferred == self.plan.units:
             return self.plan.units
-        is_enough = self._oracle(self.plan.units, workers, None).holds(frozenset(preferred))
+        # What is asked next depends on this answer: nothing is tested ahead of it.
+        is_enough = self._oracle(self.plan.units, workers, lambda _answers, _number: [])(frozenset(preferred))
         how = "is" if is_enough else "is not"
         self.reporter.say(f"{self.recipe.prefer} alone {how} enough")
         return preferred if is_enough else self.plan.units
 
     def _minimize(
-        self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
+        self,
+        units: tuple[Unit, ...],
+        workers: Workers[Unit, Test],
+        prior: Mapping[Unit, float] | None,
+        *,
+        num_free: int = 0,
     ) -> Minimum[Unit]:
-        oracle = self._oracle(units, workers, prior)
-        return minimize(units, oracle.holds, algorithm=self.recipe.search, prior=prior, max_tests=self.recipe.max_tests)
+        """A search; `num_free` of its tests do not count."""
+        recipe = self.recipe
+        if self.options.uses_ray:
+            # The workers need the memory, and one of them perhaps the same device.
+            self.bench.close()
+        likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior)
+        left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(self.asked) + num_free)
+        holds = self._oracle(units, workers, likely)
+        return minimize(units, holds, algorithm=recipe.search, prior=prior, max_tests=left)
 
     def _oracle(
-        self, units: tuple[Unit, ...], workers: Workers[Unit, Test], prior: Mapping[Unit, float] | None
-    ) -> _Oracle:
+        self,
+        units: tuple[Unit, ...],
+        workers: Workers[Unit, Test],
+        likely: Callable[[Mapping[frozenset[Unit], bool], int], list[frozenset[Unit]]],
+    ) -> Callable[[frozenset[Unit]], bool]:
+        """What answers a search, and writes down, by the names of the units, what it asked."""
         names = {str(unit): unit for unit in units}
         answers = {
             frozenset(names[name] for name in selection): test["holds"]
@@ -209,8 +227,13 @@ class _Hunt:
         }
         # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
         answers |= {frozenset(): False, frozenset(units): True}
-        likely = functools.partial(foresee, units, algorithm=self.recipe.search, prior=prior)
-        return _Oracle(Foresight(workers, likely, self._settle, answers), self.asked)
+        foresight = Foresight(workers, likely, self._settle, answers)
+
+        def holds(selection: frozenset[Unit]) -> bool:
+            self.asked.add(frozenset(map(str, selection)))
+            return foresight.holds(selection)
+
+        return holds
 
     def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
         self.journal.record(frozenset(map(str, selection)), test)
@@ -219,24 +242,12 @@ class _Hunt:
         return bool(test["holds"])
 
 
-@dataclass(frozen=True)
-class _Oracle:
-    """Answers a search and writes down, by the names of the units, what it asked."""
-
-    foresight: Foresight[Unit, Test]
-    asked: set[frozenset[str]]
-
-    def holds(self, selection: frozenset[Unit]) -> bool:
-        self.asked.add(frozenset(map(str, selection)))
-        return self.foresight.holds(selection)
-
-
 def _pieces(test: Test) -> list[Piece]:
     return [Piece(**piece) for piece in test["pieces"]]
 
 
 def _baseline(name: str, units: Sequence[Unit], hunt: _Hunt) -> Baseline:
-    from dapa_merge.evaluate.bench import Baseline
+    from dapa_merge.bench import Baseline
 
     recipe, notes = hunt.recipe, hunt.journal.notes
     if name not in notes:
@@ -277,14 +288,18 @@ def _prior(plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt)
     """Attribution's scores; from the journal if they are there, because a search must take the same way again."""
     if hunt.recipe.search != "guided":
         return None
+    from dapa_merge.bench import MAX_CONTRASTS
+    from dapa_merge.evaluate.generate import DoesNotFit
+
     scores = hunt.journal.notes.get(name, {})
-    if not all(str(unit) in scores for unit in plan.units):
+    # A search with another outcome before may have weighed blocks of other units.
+    if scores is not None and not all(str(unit) in scores for unit in plan.units):
+        scores = None
         try:
-            with hunt.reporter.task("weighing the units by one backward pass", 2 * len(target.responses)) as weighed:
+            with hunt.reporter.task("weighing the units by one backward pass", 2 * MAX_CONTRASTS) as weighed:
                 found = hunt.bench.attribute(plan.units, target.responses, full.responses, weighed)
-        except (ValueError, CheckpointError) as error:
+            scores = {str(unit): score for unit, score in found.items()}
+        except (ValueError, CheckpointError, DoesNotFit) as error:
             hunt.reporter.say(f"searching without a prior, because {error}")
-            return None
-        scores = {str(unit): score for unit, score in found.items()}
         hunt.journal.note(name, scores)
-    return {unit: scores[str(unit)] for unit in plan.units}
+    return None if scores is None else {unit: scores[str(unit)] for unit in plan.units}

@@ -17,7 +17,7 @@ from dapa_merge.recipe import Recipe
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 
 if TYPE_CHECKING:
-    from dapa_merge.evaluate.bench import Bench
+    from dapa_merge.bench import Bench
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:

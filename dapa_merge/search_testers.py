@@ -10,16 +10,17 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.files import Checkpoint
+from dapa_merge.checkpoint.plan import Plan, plan_transplant
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 from dapa_merge.report import spans
 from dapa_merge.search.oracle import Requirement
 from dapa_merge.search.workers import RayWorkers
-from dapa_merge.selection import make_meter, make_plan
+from dapa_merge.selection import make_meter, open_location
 
 if TYPE_CHECKING:
-    from dapa_merge.evaluate.bench import Bench
+    from dapa_merge.bench import Bench
     from dapa_merge.evaluate.prompts import PromptSet
 
 # What became of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
@@ -28,7 +29,7 @@ Test = Mapping[str, Any]
 
 def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, device: str, reporter: Reporter) -> Bench:
     """The test bench of a recipe; it loads the target when that is needed."""
-    from dapa_merge.evaluate.bench import Bench
+    from dapa_merge.bench import Bench
 
     return Bench(
         plan, make_meter(recipe, prompts), device, lambda: reporter.say(f"loading the target {plan.target.name}")
@@ -43,32 +44,39 @@ class InProcess:
     def __init__(self, bench: Bench, reporter: Reporter) -> None:
         self._bench = bench
         self._reporter = reporter
-        self._next: frozenset[Unit] = frozenset()
+        self.running: list[frozenset[Unit]] = []
 
     def submit(self, selection: frozenset[Unit]) -> None:
-        self._next = selection
+        self.running.append(selection)
 
     def wait(self) -> tuple[frozenset[Unit], Test]:
-        name = spans(in_order(self._next))
-        with self._reporter.task(f"testing {name}", self._bench.num_prompts) as answered:
-            return self._next, _test(self._bench, self._next, answered)
+        selection = self.running.pop()
+        with self._reporter.task(f"testing {spans(in_order(selection))}", self._bench.num_prompts) as answered:
+            return selection, _test(self._bench, selection, answered)
 
     def close(self) -> None:
         """Nothing to let go of; the bench is its owner's."""
 
 
-def ray_testers(recipe: Recipe, bench: Bench, limits: Requirement, number: int | None) -> RayWorkers[Unit, Test]:
+def ray_testers(
+    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, number: int | None
+) -> RayWorkers[Unit, Test]:
     """Ray actors that test selections, each with a target of its own; `number` as in `RayWorkers`."""
-    recipe = replace(recipe, target=_absolute(recipe.target), source=_absolute(recipe.source))
+    # Other machines, other folders, and hours later: the same weights all the same.
+    recipe = replace(recipe, target=_pinned(recipe.target, plan.target), source=_pinned(recipe.source, plan.source))
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, bench.device.type)
-    return RayWorkers(make, number, uses_gpu=bench.device.type == "cuda", num_threads=None)
+    return RayWorkers(make, number, uses_gpu=bench.device.type == "cuda")
 
 
 def _make_tester(
-    recipe: Recipe, prompts: PromptSet, limits: Requirement, device: str
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, device: str, num_threads: int
 ) -> Callable[[frozenset[Unit]], Test]:
     """Called in a worker: loads a target of its own there."""
-    bench = make_bench(recipe, make_plan(recipe), prompts, device, Reporter())
+    import torch
+
+    torch.set_num_threads(num_threads)
+    plan = plan_transplant(open_location(recipe.target), open_location(recipe.source), recipe.modules)
+    bench = make_bench(recipe, plan, prompts, device, Reporter())
     bench.require(limits)
     return functools.partial(_test, bench)
 
@@ -84,6 +92,7 @@ def in_order(selection: Iterable[Unit]) -> list[Unit]:
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
 
 
-def _absolute(location: Location) -> Location:
-    # A worker may run in another folder.
-    return replace(location, path=os.path.abspath(location.path)) if os.path.isdir(location.path) else location
+def _pinned(location: Location, checkpoint: Checkpoint) -> Location:
+    if checkpoint.commit is not None:
+        return replace(location, revision=checkpoint.commit)
+    return replace(location, path=os.path.abspath(location.path))

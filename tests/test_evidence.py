@@ -162,7 +162,8 @@ def shown(before: tuple[int, int], after: tuple[int, int], number: int = 40) -> 
         version="0", target="t", source="s", prompts="p", units=("3.gate",), layers=(3,), num_candidates=4,
         parameters_changed=1, share_changed=0.1, before=figures(*once), after=figures(*now),
         source_alone=figures(*now), dsr_change=compare(once[0], now[0]), over_refusal_change=compare(once[1], now[1]),
-        searched=Searched(40, 40, 0.0, 1.0), requirement=None, tests=3, one_minimal=True, certificate={},
+        searched=Searched(40, 40, 0.0, 1.0), requirement=None, tests=3, tests_recorded=0, tests_unneeded=0,
+        share_of_prompts_saved=0.5, prior=None, one_minimal=True, certificate={},
         num_tensors=9, seconds=1.0,
     )  # fmt: skip
     console = Console(file=StringIO(), width=100)

@@ -328,6 +328,30 @@ def test_a_search_that_may_not_ask_enough_says_so(write_recipe):
     assert "NOT proved minimal" in call("search", path).stdout
 
 
+def test_the_limit_of_tests_counts_blocks_and_layers_together(done, own_cache, write_recipe):
+    done.copy_into(own_cache)
+    path = write_recipe(
+        miniature.path("target"), miniature.path("source"), **MINIATURE, granularity="block:104", max_tests=8
+    )
+    found = answer("search", path, "--json")
+    assert found["tests"] == 8
+    assert found["one_minimal"] is False
+
+
+def test_blocks_as_large_as_a_layer_are_the_layers(done, own_cache, write_recipe):
+    done.copy_into(own_cache)
+    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, granularity="block:9999")
+    found = answer("search", path, "--json")
+    assert (found["units"], found["tests"]) == (done.found["units"], done.found["tests"])
+
+
+def test_the_replay_of_a_preference_that_was_not_enough_can_be_read(shadow, tmp_path):
+    replay = tmp_path / "replay.yml"
+    found = answer("search", shadow(modules="auto", prefer="gate", max_tests=6), "--out", replay, "--json")
+    assert {unit.partition(".")[2] for unit in found["units"]} > {"down"}
+    assert answer("plan", replay, "--json")["selected_share"] == found["share_changed"]
+
+
 def test_a_preference_for_another_module_is_refused():
     text = "merge_method: dapa\nbase_model: a\nmodels: [{model: b}]\nparameters:\n  prefer: up\n"
     with pytest.raises(Exception, match="prefer is up, which is not among the recipe's modules: gate"):

@@ -6,12 +6,17 @@ import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from dapa_merge.checkpoint.files import Checkpoint, Tensor, iterate_bytes
+from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, Tensor, iterate_bytes
 
 DIGEST_THREADS = 4
 # The small files that decide what a model is asked and when it stops: everything but weights, cards and images.
 SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_SMALL_BYTES = 1 << 28
+# Among them what describes a training, a publication or the weights, which count for themselves.
+OTHER_FILES = (
+    ".index.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
+    "dapa_report.json", "LICENSE.txt", "USE_POLICY.txt",
+)  # fmt: skip
 
 
 def tensors_digest(
@@ -46,9 +51,10 @@ def tensors_digest(
 def settings_digest(checkpoint: Checkpoint) -> str:
     """The SHA-256 over a model's config, tokenizer, chat templates and generation settings."""
     state = hashlib.sha256()
-    for path in sorted(checkpoint.folder.iterdir(), key=lambda path: path.name):
-        is_index = path.name.endswith(".safetensors.index.json")
-        if path.suffix in SMALL_FILES and path.is_file() and not is_index and path.stat().st_size <= MAX_SMALL_BYTES:
+    folder = checkpoint.folder
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]):
+        is_other = path.name.endswith(OTHER_FILES)
+        if path.suffix in SMALL_FILES and not is_other and path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES:
             content = path.read_bytes()
-            state.update(f"{path.name}\0{len(content)}\0".encode() + content)
+            state.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return "sha256 " + state.hexdigest()

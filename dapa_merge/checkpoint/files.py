@@ -28,6 +28,8 @@ DTYPE_BITS = {
 # The names that mergekit and torch use in recipes, for the types that a dense checkpoint is stored in.
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 TORCH_NAMES = {dtype: name for name, dtype in FLOAT_NAMES.items()}
+# Chat templates beyond the first lie in a folder of this name.
+TEMPLATES = "additional_chat_templates"
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
 CHUNK_BYTES = 8 << 20

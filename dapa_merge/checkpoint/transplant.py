@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import IO
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TORCH_NAMES, Checkpoint, Tensor, iterate_bytes
+from dapa_merge.checkpoint.files import (
+    CHUNK_BYTES,
+    INDEX_NAME,
+    TEMPLATES,
+    TORCH_NAMES,
+    Checkpoint,
+    Tensor,
+    iterate_bytes,
+)
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.errors import CheckpointError, UsageError, ValueDoesNotFit
 
@@ -35,8 +43,6 @@ NOT_COPIED = (
 COPY_THREADS = 4
 # For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-# Chat templates beyond the first lie in a folder of this name.
-TEMPLATES = "additional_chat_templates"
 # What the kernel answers where this file system, or this pair of them, has no copy of its own.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 

@@ -22,6 +22,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+class DoesNotFit(UsageError):
+    """One prompt alone needs more memory than the device has left."""
+
+
 class BatchSize:
     """How many prompts are asked at once: halved, for good, when a batch does not fit in memory.
 
@@ -36,7 +40,7 @@ class BatchSize:
         """The results of `work` for batches of `items`, in order.
 
         Raises:
-            UsageError: If a single item does not fit.
+            DoesNotFit: If a single item does not fit.
         """
         position = 0
         while position < len(items):
@@ -46,7 +50,7 @@ class BatchSize:
                 results = work(batch)
             except torch.OutOfMemoryError as error:
                 if len(batch) == 1:
-                    raise UsageError("one prompt alone does not fit in the device's memory beside the model") from error
+                    raise DoesNotFit("one prompt alone does not fit in the device's memory beside the model") from error
             if results is None:
                 # Outside the handler, whose traceback would keep the batch's tensors alive.
                 if torch.cuda.is_available():

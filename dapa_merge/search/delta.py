@@ -175,9 +175,11 @@ class _Oracle(Generic[U]):
         return self._answers[key]
 
     def minimum(self) -> Minimum[U]:
-        without = {unit: tuple(other for other in self.best if other != unit) for unit in self.best}
+        everything = frozenset(self.best)
         certificate = {
-            unit: others for unit, others in without.items() if self._answers.get(frozenset(others)) is False
+            unit: tuple(other for other in self.best if other != unit)
+            for unit in self.best
+            if self._answers.get(everything - {unit}) is False
         }
         return Minimum(self.best, len(self._answers), len(certificate) == len(self.best), certificate)
 

@@ -51,17 +51,21 @@ class _Hypothesis:
 
 
 class _Choice(NamedTuple):
-    """A group to leave out, the chance that the rest holds, and the same under each hypothesis."""
+    """A group to leave out.
+
+    Attributes:
+        pool: Where it was chosen from.
+        group: The units to leave out.
+        promise: How many units it is expected to get rid of, times the information in the answer in bits.
+        chance: That the rest holds.
+        chances: The same under each hypothesis.
+    """
 
     pool: tuple[Any, ...]
     group: tuple[Any, ...]
+    promise: float
     chance: float
     chances: tuple[float, ...]
-
-    @property
-    def promise(self) -> float:
-        """How many units it is expected to get rid of, times the information in the answer."""
-        return len(self.group) * self.chance * _entropy(self.chance)
 
 
 def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
@@ -108,16 +112,19 @@ def _best_group(pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], *, is_
     # For a suspicious pool, everything is under the condition that one of its units is needed: not all can go.
     excluded = [hypothesis.none_needed(pool) if is_suspicious else 0.0 for hypothesis in hypotheses]
     all_unneeded = [1.0] * len(hypotheses)
-    choices = []
-    for size in range(1, len(order) + 1 - is_suspicious):
-        unit = order[size - 1]
+    best_promise, best_size = -1.0, 0
+    best_chances: tuple[float, tuple[float, ...]] = (1.0, ())
+    for size, unit in enumerate(order[: len(order) - is_suspicious], 1):
         all_unneeded = [
             chance * (1 - hypothesis.needed[unit]) for chance, hypothesis in zip(all_unneeded, hypotheses, strict=True)
         ]
         chances = tuple((chance - none) / (1 - none) for chance, none in zip(all_unneeded, excluded, strict=True))
         mean = sum(hypothesis.weight * chance for hypothesis, chance in zip(hypotheses, chances, strict=True))
-        choices.append(_Choice(pool, tuple(order[:size]), min(max(mean, 0.0), 1.0), chances))
-    return max(choices, key=lambda choice: choice.promise)
+        mean = min(max(mean, 0.0), 1.0)
+        promise = size * mean * _entropy(mean)
+        if promise > best_promise:
+            best_promise, best_size, best_chances = promise, size, (mean, chances)
+    return _Choice(pool, tuple(order[:best_size]), best_promise, *best_chances)
 
 
 def _learn(hypotheses: Sequence[_Hypothesis], choice: _Choice, holds: bool) -> None:

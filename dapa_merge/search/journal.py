@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,9 +75,11 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            # What did not fit on the disk was told when it was written; closing tries it once more.
+            with suppress(OSError):
+                file.close()
 
     def _append(self, content: Mapping[str, Any]) -> None:
         if self._file is None:

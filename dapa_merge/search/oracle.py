@@ -143,6 +143,7 @@ class Examiner:
 
     The prompts come in fixed pieces, so that a candidate's answers, down to the rounding inside a batch, do not depend
     on what was asked before; only the order of the pieces changes. So a verdict is a function of the candidate alone.
+    (A piece that must be divided, because it does not fit in the device's memory, may be rounded otherwise.)
     """
 
     def __init__(
@@ -192,8 +193,7 @@ class Examiner:
         """Ask pieces of one kind, the most telling first; returns what is wrong, if anything is."""
         sizes = self._pieces[kind]
         total = sum(sizes)
-        refused = unasked = 0
-        unasked = total
+        refused, unasked = 0, total
         problem: str | None = None
         for index in sorted(range(len(sizes)), key=lambda index: -self._share_wrong(kind, index)):
             refusals = candidate.refused(kind, index)

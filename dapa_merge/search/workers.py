@@ -6,10 +6,12 @@ some are merely there already. Ray (an extra) is the engine: on one machine or a
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Collection, Hashable, Mapping
+from contextlib import ExitStack, redirect_stdout, suppress
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 from dapa_merge.errors import DapaError, UsageError, one_line
@@ -23,11 +25,16 @@ MAX_RESTARTS = 3
 
 
 class Workers(Protocol[U, V_co]):
-    """Who tests selections, several at a time."""
+    """Who tests selections, several at a time; outlives one search among some units, and serves the next."""
 
     @property
     def number(self) -> int:
         """How many selections are tested at once."""
+        ...
+
+    @property
+    def running(self) -> Collection[frozenset[U]]:
+        """The selections that are being tested."""
         ...
 
     def submit(self, selection: frozenset[U]) -> None:
@@ -44,7 +51,6 @@ class Foresight(Generic[U, V]):
 
     Attributes:
         answers: Every answer so far, the unasked ones included.
-        asked: What the search did ask.
     """
 
     def __init__(
@@ -57,39 +63,34 @@ class Foresight(Generic[U, V]):
         """Make an oracle for `minimize`.
 
         Args:
-            workers: Who tests.
+            workers: Who tests; some may still be busy for an earlier search.
             foresee: Given all answers, the selections that the search will ask next, the certain one first.
             settle: Called once with every outcome, as it comes; gives the answer.
             answers: What is known before.
         """
         self.answers = dict(answers)
-        self.asked: set[frozenset[U]] = set()
         self._workers = workers
         self._foresee = foresee
         self._settle = settle
-        self._running: set[frozenset[U]] = set()
 
     def holds(self, selection: frozenset[U]) -> bool:
         """The answer to a question; waits for it if need be."""
-        self.asked.add(selection)
         while selection not in self.answers:
             self._submit(selection)
             done, outcome = self._workers.wait()
-            self._running.remove(done)
             self.answers[done] = self._settle(done, outcome)
         return self.answers[selection]
 
     def _submit(self, selection: frozenset[U]) -> None:
         """Give every idle worker a test: first what is asked now, then what is likeliest to be asked."""
-        if selection not in self._running:
-            self._running.add(selection)
-            self._workers.submit(selection)
-        if len(self._running) >= self._workers.number:
+        workers = self._workers
+        if selection not in workers.running and len(workers.running) < workers.number:
+            workers.submit(selection)
+        if len(workers.running) >= workers.number:
             return
-        for likely in self._foresee(self.answers, self._workers.number + len(self._running)):
-            if likely not in self._running and len(self._running) < self._workers.number:
-                self._running.add(likely)
-                self._workers.submit(likely)
+        for likely in self._foresee(self.answers, workers.number + len(workers.running)):
+            if likely not in workers.running and len(workers.running) < workers.number:
+                workers.submit(likely)
 
 
 class RayWorkers(Generic[U, V]):
@@ -99,20 +100,14 @@ class RayWorkers(Generic[U, V]):
     """
 
     def __init__(
-        self,
-        make: Callable[[], Callable[[frozenset[U]], V]],
-        number: int | None,
-        *,
-        uses_gpu: bool,
-        num_threads: int | None,
+        self, make: Callable[[int], Callable[[frozenset[U]], V]], number: int | None, *, uses_gpu: bool
     ) -> None:
         """Start the workers; they load what they need while the search goes on.
 
         Args:
-            make: Called in each worker, once: makes what tests a selection.
+            make: Called in each worker, once, with the number of its threads: makes what tests a selection.
             number: How many workers; None for one on each GPU of the cluster or, without GPUs, one on each node.
             uses_gpu: Whether each worker gets a GPU of its own.
-            num_threads: Threads of each worker; None for an equal share of the cluster's cores.
 
         Raises:
             UsageError: If Ray is not installed, does not start, or the cluster has not so many GPUs.
@@ -122,35 +117,47 @@ class RayWorkers(Generic[U, V]):
         self._stdout = ExitStack()
         # Where Ray tells of lost workers, in the middle of what is another program's input.
         self._stdout.enter_context(redirect_stdout(sys.stderr))
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[frozenset[U], Any]] = {}
         self._began_here = not ray.is_initialized()
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
-                # An existing cluster if RAY_ADDRESS or a running head says so, else one of this machine only.
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+                # A cluster only where one is named: Ray would join whatever it finds on this machine, also a dead one.
+                address = os.environ.get("RAY_ADDRESS") or "local"
+                ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
             except Exception as error:
                 self._stdout.close()
                 raise UsageError(f"Ray does not start: {one_line(error)}") from error
-        resources = ray.cluster_resources()
-        num_gpus, num_cpus = int(resources.get("GPU", 0)), resources.get("CPU", 1.0)
-        self.number = number or (num_gpus if uses_gpu else len([node for node in ray.nodes() if node["Alive"]])) or 1
-        if uses_gpu and num_gpus < self.number:
-            self.close()
-            raise UsageError(f"{self.number} workers need a GPU each, but the Ray cluster has {num_gpus}")
-        # Actors that wait for a core would wait for ever: their share is rounded down, if need be to none.
-        share = num_cpus / self.number
+        hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        num_gpus = int(sum(host.get("GPU", 0) for host in hosts))
+        self.number = number or (num_gpus if uses_gpu else len(hosts)) or 1
+        if uses_gpu:
+            hosts = [host for host in hosts if host.get("GPU", 0)]
+            if num_gpus < self.number:
+                self.close()
+                raise UsageError(f"{self.number} workers need a GPU each, but the Ray cluster has {num_gpus}")
+        # Cores are shared out as threads, not reserved: on unequal nodes a worker could wait for its share for ever.
+        fewest_cores = min(host.get("CPU", 1) for host in hosts)
+        num_threads = max(1, int(fewest_cores / math.ceil(self.number / len(hosts))))
         actor = ray.remote(
             num_gpus=1 if uses_gpu else 0,
-            num_cpus=int(share) if share >= 1 else 0,
+            num_cpus=0,
+            scheduling_strategy="SPREAD",
             max_restarts=MAX_RESTARTS,
             max_task_retries=MAX_RESTARTS,
         )(_Actor)
-        self._idle: list[Any] = [actor.remote(make, num_threads or max(int(share), 1)) for _ in range(self.number)]
-        self._running: dict[Any, tuple[frozenset[U], Any]] = {}
+        self._idle = [actor.remote(make, num_threads) for _ in range(self.number)]
+        for worker in self._idle:
+            worker.load.remote()
+
+    @property
+    def running(self) -> Collection[frozenset[U]]:
+        return {selection for selection, _ in self._busy.values()}
 
     def submit(self, selection: frozenset[U]) -> None:
         actor = self._idle.pop()
-        self._running[actor.test.remote(selection)] = (selection, actor)
+        self._busy[actor.test.remote(selection)] = (selection, actor)
 
     def wait(self) -> tuple[frozenset[U], V]:
         """The next test that is done.
@@ -159,8 +166,8 @@ class RayWorkers(Generic[U, V]):
             UsageError: If workers were lost again and again.
             DapaError: What a worker raised.
         """
-        (reference,), _ = self._ray.wait(list(self._running), num_returns=1)
-        selection, actor = self._running.pop(reference)
+        (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
+        selection, actor = self._busy.pop(reference)
         try:
             outcome = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
@@ -176,9 +183,9 @@ class RayWorkers(Generic[U, V]):
 
     def close(self) -> None:
         """Stop the workers, whatever they do, and the cluster if it was started for them."""
-        for actor in [*getattr(self, "_idle", ()), *(actor for _, actor in getattr(self, "_running", {}).values())]:
+        for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
             self._ray.kill(actor)
-        self._idle, self._running = [], {}
+        self._idle, self._busy = [], {}
         if self._began_here:
             self._ray.shutdown()
         self._stdout.close()
@@ -187,14 +194,22 @@ class RayWorkers(Generic[U, V]):
 class _Actor:
     """Lives in a process of its own."""
 
-    def __init__(self, make: Callable[[], Callable[[frozenset[Any]], Any]], num_threads: int) -> None:
-        import torch
+    def __init__(self, make: Callable[[int], Callable[[frozenset[Any]], Any]], num_threads: int) -> None:
+        self._make = make
+        self._num_threads = num_threads
 
-        torch.set_num_threads(num_threads)
-        self._test = make()
+    @cached_property
+    def _tester(self) -> Callable[[frozenset[Any]], Any]:
+        # Not in `__init__`: a fault there would be a lost worker to Ray, and its sentence would be lost too.
+        return self._make(self._num_threads)
+
+    def load(self) -> None:
+        """Make the tester; a fault is told by the first test."""
+        with suppress(Exception):
+            _ = self._tester
 
     def test(self, selection: frozenset[Any]) -> Any:
-        return self._test(selection)
+        return self._tester(selection)
 
 
 def import_ray() -> Any:

@@ -53,13 +53,24 @@ def test_a_snapshot_of_the_hub_is_its_commit(pair):
     assert tensors_digest(checkpoint) == "commit 0123456789abcdef"
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/default.jinja",
+    ],
+)
 def test_what_a_model_is_asked_with_counts_and_cards_do_not(pair, tmp_path, name):
     folder = tmp_path / "changed"
     shutil.copytree(pair[0], folder)
     before = settings_digest(open_checkpoint(str(folder)))
     (folder / "README.md").write_text("a card")
+    (folder / "trainer_state.json").write_text("{}")
     assert settings_digest(open_checkpoint(str(folder))) == before
     path = folder / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text((path.read_text() if path.exists() else "") + "\n")
     assert settings_digest(open_checkpoint(str(folder))) != before

@@ -145,6 +145,7 @@ def test_a_full_disk_is_reported_when_a_test_is_written(path):
         assert journal._file is not None
         journal._file.close()
         journal._file = full
+        # Closing tries to write once more, and must not hide the sentence.
         with pytest.raises(JournalUnavailable, match="No space left on device; what was tested before is kept"):
             journal.record(frozenset({"7.gate"}), {"holds": True})
         assert frozenset({"7.gate"}) not in journal.tests

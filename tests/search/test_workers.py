@@ -49,7 +49,13 @@ def search(workers, algorithm="guided", settled=None):
         settle,
         {frozenset(range(32)): True},
     )
-    return minimize(range(32), foresight.holds, algorithm=algorithm, prior=PRIOR), foresight
+    asked = set()
+
+    def holds(selection):
+        asked.add(selection)
+        return foresight.holds(selection)
+
+    return minimize(range(32), holds, algorithm=algorithm, prior=PRIOR), asked
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -58,24 +64,36 @@ def test_the_outcome_is_exactly_the_sequential_one(algorithm, number):
     alone = minimize(range(32), lambda selection: selection >= NEEDED, algorithm=algorithm, prior=PRIOR)
     workers = Shuffled(number, seed=number)
     settled = []
-    together, foresight = search(workers, algorithm, settled)
+    together, asked = search(workers, algorithm, settled)
     assert together == alone
     assert len(set(workers.submitted)) == len(workers.submitted)
-    assert len(foresight.asked) == alone.tests
+    assert len(asked) == alone.tests
     # Every outcome is settled once, and those that were not needed can be told from those that were.
     assert len(settled) == len(set(settled)) <= len(workers.submitted)
-    assert foresight.asked - {frozenset(range(32))} <= set(settled)
+    assert asked - {frozenset(range(32))} <= set(settled)
 
 
 def test_one_worker_tests_nothing_that_is_not_asked():
     workers = Shuffled(1, seed=0)
-    alone, foresight = search(workers)
+    alone, asked = search(workers)
     assert len(workers.submitted) == alone.tests - 1
-    assert set(workers.submitted) <= foresight.asked
+    assert set(workers.submitted) <= asked
 
 
-def slow_test(folder):
+def test_a_second_search_takes_over_workers_that_are_still_busy_for_the_first():
+    num_busy = 0
+    for seed in range(20):
+        workers = Shuffled(3, seed)
+        first, _ = search(workers)
+        num_busy += bool(workers.running)
+        second, _ = search(workers, "probdd")
+        assert set(first.units) == set(second.units) == NEEDED
+    assert num_busy > 10
+
+
+def slow_test(folder, num_threads):
     """Made in each worker: tells its process, and tests."""
+    assert num_threads == 1
 
     def test(selection):
         (folder / f"{os.getpid()}").touch()
@@ -85,7 +103,7 @@ def slow_test(folder):
     return test
 
 
-def failing_test():
+def failing_test(num_threads):
     def test(selection):
         raise CheckpointError("the target is damaged")
 
@@ -107,7 +125,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def ray_workers(make, number=2):
-    return RayWorkers(make, number, uses_gpu=False, num_threads=1)
+    return RayWorkers(make, number, uses_gpu=False)
 
 
 def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(cluster, tmp_path):
@@ -146,7 +164,7 @@ def test_a_fault_in_a_worker_is_the_users_own_sentence(cluster):
 
 def test_gpus_that_are_not_there_are_named(cluster):
     with pytest.raises(UsageError, match="3 workers need a GPU each, but the Ray cluster has 0"):
-        RayWorkers(failing_test, 3, uses_gpu=True, num_threads=None)
+        RayWorkers(failing_test, 3, uses_gpu=True)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

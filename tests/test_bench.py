@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
+from dapa_merge.bench import Baseline, Bench, costs_of, pieces_of
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.bench import Baseline, Bench, costs_of, pieces_of
 from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.prompts import load_prompts

@@ -114,6 +114,11 @@ class Bench:
                 tuple(itertools.chain.from_iterable(candidate.judged("harmful"))),
             )
 
+    def dsr(self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None) -> float:
+        """The DSR of the target with a selection transplanted, measured as every test measures it."""
+        with self.live.transplanted(selection) as model:
+            return _Candidate(self._measurement(model, progress), self._pieces).share_refused("harmful")
+
     def attribute(
         self,
         units: Sequence[Unit],

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dapa_merge import __version__
+from dapa_merge.cli_group import Group
 from dapa_merge.cli_options import (
     device_option,
     journal_option,
@@ -21,7 +22,7 @@ from dapa_merge.cli_options import (
     search_options,
     workers_option,
 )
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,36 +30,9 @@ if TYPE_CHECKING:
     from dapa_merge.progress import Reporter
     from dapa_merge.search_flow import SearchOptions
 
-INTERRUPTED = 130
-
-
-class _Group(click.Group):
-    """Turns faults into one sentence and an exit code; `--debug` shows where they came from."""
-
-    def invoke(self, context: click.Context) -> Any:
-        try:
-            return super().invoke(context)
-        except DapaError as error:
-            if context.params.get("debug"):
-                raise
-            _fail(str(error), error.exit_code)
-        except KeyboardInterrupt as stop:
-            best = getattr(stop, "best", None)
-            hint = f"; the best selection so far: {' '.join(map(str, best.units))}" if best else ""
-            _fail(f"stopped{hint}", INTERRUPTED)
-        except OSError as error:
-            if context.params.get("debug"):
-                raise
-            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
-
-
-def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(exit_code)
-
 
 @click.group(
-    cls=_Group,
+    cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit
-from dapa_merge.checkpoint.plan import Plan, divide
+from dapa_merge.checkpoint.plan import Plan, divide, join
 from dapa_merge.errors import CannotRepair, CheckpointError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import spans, thrift
-from dapa_merge.search.delta import Minimum, SearchInterrupted, foresee, minimize
+from dapa_merge.search.delta import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.oracle import Piece, Requirement, requirement
 from dapa_merge.search.workers import Foresight, RayWorkers, Workers
@@ -104,10 +104,12 @@ def search(recipe: Recipe, plan: Plan, bench: Bench, options: SearchOptions, rep
     with closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal:
         try:
             return _Hunt(recipe, plan, bench, journal, options, reporter).run()
-        except SearchInterrupted as stop:
-            reporter.say(f"the best selection so far: {spans(stop.best.units)}")
+        except (SearchInterrupted, SearchStopped) as stop:
+            reporter.say(f"the best selection so far: {spans(join(plan, stop.best.units))}")
             if journal.path:
                 reporter.say(f"every test is in the journal {journal.path}; run again to go on")
+            if isinstance(stop, SearchStopped):
+                raise
             raise (stop.__cause__ or stop) from None
 
 
@@ -154,7 +156,7 @@ class _Hunt:
             seconds=time.monotonic() - start,
         )
         saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
-        self.reporter.say(f"found {spans(minimum.units)} in {minimum.tests} tests; saved {saved}")
+        self.reporter.say(f"found {spans(join(self.plan, minimum.units))} in {minimum.tests} tests; saved {saved}")
         return found
 
     def _workers(self, limits: Requirement) -> InProcess | RayWorkers[Unit, Test]:

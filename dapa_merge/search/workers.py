@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from functools import cached_property
+from io import StringIO
 from typing import Any, Generic, Protocol, TypeVar
 
 from dapa_merge.errors import DapaError, UsageError, one_line
@@ -183,11 +184,13 @@ class RayWorkers(Generic[U, V]):
 
     def close(self) -> None:
         """Stop the workers, whatever they do, and the cluster if it was started for them."""
-        for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
-            self._ray.kill(actor)
-        self._idle, self._busy = [], {}
-        if self._began_here:
-            self._ray.shutdown()
+        # Ray would tell of tests that fail because their workers are stopped.
+        with redirect_stdout(StringIO()):
+            for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
+                self._ray.kill(actor)
+            self._idle, self._busy = [], {}
+            if self._began_here:
+                self._ray.shutdown()
         self._stdout.close()
 
 

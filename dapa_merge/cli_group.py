@@ -1,0 +1,37 @@
+"""Faults become one sentence and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from dapa_merge.errors import DapaError
+
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """Turns faults into one sentence and an exit code; `--debug` shows where they came from."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except DapaError as error:
+            if context.params.get("debug"):
+                raise
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt as stop:
+            best = getattr(stop, "best", None)
+            hint = f"; the best selection so far: {' '.join(map(str, best.units))}" if best else ""
+            _fail(f"stopped{hint}", INTERRUPTED)
+        except OSError as error:
+            if context.params.get("debug"):
+                raise
+            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import functools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit
+from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.plan import Plan, divide, join
-from dapa_merge.errors import CannotRepair, CheckpointError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import spans, thrift
 from dapa_merge.search.delta import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.oracle import Piece, Requirement, requirement
+from dapa_merge.search.oracle import Piece, Requirement
 from dapa_merge.search.workers import Foresight, RayWorkers, Workers
+from dapa_merge.search_basis import make_requirement, measure_baseline, weigh
 from dapa_merge.search_record import open_journal
 from dapa_merge.search_testers import InProcess, Test, in_order, make_bench, ray_testers
 from dapa_merge.selection import split_prompts
@@ -130,9 +129,11 @@ class _Hunt:
 
     def run(self) -> Search:
         start = time.monotonic()
-        target = _baseline("target", (), self)
-        full = _baseline("full transplant", self.plan.units, self)
-        limits = _requirement(self.recipe, self.plan, target, full)
+        target = measure_baseline("target", (), self.recipe, self.bench, self.journal, self.reporter)
+        full = measure_baseline(
+            "full transplant", self.plan.units, self.recipe, self.bench, self.journal, self.reporter
+        )
+        limits = make_requirement(self.recipe, self.plan, target, full)
         examiner = self.bench.require(limits)
         for test in self.journal.tests.values():
             examiner.learn(_pieces(test))
@@ -170,7 +171,7 @@ class _Hunt:
         """What is kept, the prior of the plan's units, and how many candidates there were."""
         recipe, plan = self.recipe, self.plan
         units = self._preferred(workers)
-        prior = _prior(plan, "prior", target, full, self)
+        prior = self._prior(plan, "prior", target, full)
         self.reporter.say(f"searching among {len(units)} units for the few that keep a DSR of {limits.min_dsr:.3f}")
         minimum = self._minimize(units, workers, prior)
         if recipe.rows_per_block is None or not minimum.one_minimal:
@@ -179,11 +180,16 @@ class _Hunt:
         if blocks.units == minimum.units:
             return minimum, prior, len(plan.units)
         self.reporter.say(f"searching among {len(blocks.units)} blocks of {recipe.rows_per_block} rows of them")
-        finer_prior = _prior(blocks, f"prior of {recipe.granularity}", target, full, self)
+        finer_prior = self._prior(blocks, f"prior of {recipe.granularity}", target, full)
         finer = self._minimize(blocks.units, workers, finer_prior, num_free=1)
         # All blocks together are what was found before: one test, not two.
         self.asked.discard(frozenset(map(str, blocks.units)))
         return finer, prior, len(plan.units) + len(blocks.units)
+
+    def _prior(self, plan: Plan, name: str, target: Baseline, full: Baseline) -> Mapping[Unit, float] | None:
+        if self.recipe.search != "guided":
+            return None
+        return weigh(plan.units, name, target, full, self.bench, self.journal, self.reporter)
 
     def _preferred(self, workers: Workers[Unit, Test]) -> tuple[Unit, ...]:
         """The units of the preferred module, if they are enough, or all."""
@@ -246,62 +252,3 @@ class _Hunt:
 
 def _pieces(test: Test) -> list[Piece]:
     return [Piece(**piece) for piece in test["pieces"]]
-
-
-def _baseline(name: str, units: Sequence[Unit], hunt: _Hunt) -> Baseline:
-    from dapa_merge.bench import Baseline
-
-    recipe, notes = hunt.recipe, hunt.journal.notes
-    if name not in notes:
-        with hunt.reporter.task(f"measuring the {name}", hunt.bench.num_prompts) as answered:
-            hunt.journal.note(name, hunt.bench.baseline(units, answered).to_json())
-    baseline = Baseline.from_json(notes[name])
-    hunt.reporter.say(f"the {name}: DSR {baseline.dsr:.3f}, over-refusal {baseline.over_refusal:.3f}")
-    if baseline.perplexity == math.inf:
-        model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
-        raise CheckpointError(f"{model} computes infinities or no numbers at all; its weights are damaged")
-    return baseline
-
-
-def _requirement(recipe: Recipe, plan: Plan, target: Baseline, full: Baseline) -> Requirement:
-    modules = ", ".join(recipe.modules)
-    more = "; other modules may: try `modules: auto`" if set(recipe.modules) < set(AUTO_MODULES) else ""
-    if full.dsr <= target.dsr:
-        raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target through its modules {modules}: with all "
-            f"{len(plan.units)} units transplanted the DSR is {full.dsr:.3f}, and without them {target.dsr:.3f}{more}"
-        )
-    limits = requirement(
-        target,
-        full,
-        retain=recipe.retain,
-        max_over_refusal=recipe.max_over_refusal,
-        max_perplexity=recipe.max_perplexity,
-    )
-    if complaint := limits.complaint(full):
-        raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target within the recipe's limits: even with every unit "
-            f"({modules}) {complaint}"
-        )
-    return limits
-
-
-def _prior(plan: Plan, name: str, target: Baseline, full: Baseline, hunt: _Hunt) -> Mapping[Unit, float] | None:
-    """Attribution's scores; from the journal if they are there, because a search must take the same way again."""
-    if hunt.recipe.search != "guided":
-        return None
-    from dapa_merge.bench import MAX_CONTRASTS
-    from dapa_merge.evaluate.generate import DoesNotFit
-
-    scores = hunt.journal.notes.get(name, {})
-    # A search with another outcome before may have weighed blocks of other units.
-    if scores is not None and not all(str(unit) in scores for unit in plan.units):
-        scores = None
-        try:
-            with hunt.reporter.task("weighing the units by one backward pass", 2 * MAX_CONTRASTS) as weighed:
-                found = hunt.bench.attribute(plan.units, target.responses, full.responses, weighed)
-            scores = {str(unit): score for unit, score in found.items()}
-        except (ValueError, CheckpointError, DoesNotFit) as error:
-            hunt.reporter.say(f"searching without a prior, because {error}")
-        hunt.journal.note(name, scores)
-    return None if scores is None else {unit: scores[str(unit)] for unit in plan.units}

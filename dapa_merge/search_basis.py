@@ -40,6 +40,11 @@ def measure_baseline(
 
 
 def make_requirement(recipe: Recipe, plan: Plan, target: Baseline, full: Baseline) -> Requirement:
+    """What a recipe's selection must meet.
+
+    Raises:
+        CannotRepair: If the full transplant makes nothing better, or breaks a limit.
+    """
     modules = ", ".join(recipe.modules)
     more = "; other modules may: try `modules: auto`" if set(recipe.modules) < set(AUTO_MODULES) else ""
     if full.dsr <= target.dsr:

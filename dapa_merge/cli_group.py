@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from dapa_merge.errors import DapaError
+from dapa_merge.report import spans
 
 INTERRUPTED = 130
 
@@ -24,8 +25,7 @@ class Group(click.Group):
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt as stop:
             best = getattr(stop, "best", None)
-            hint = f"; the best selection so far: {' '.join(map(str, best.units))}" if best else ""
-            _fail(f"stopped{hint}", INTERRUPTED)
+            _fail(f"stopped{f'; the best selection so far: {spans(best.units)}' if best else ''}", INTERRUPTED)
         except OSError as error:
             if context.params.get("debug"):
                 raise

@@ -6,7 +6,7 @@ A search picks among many selections one that does well on its own prompts, part
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,9 @@ from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import Searched
+from dapa_merge.search.journal import Journal
 from dapa_merge.search_flow import Search, SearchOptions, search
+from dapa_merge.search_record import open_journal
 from dapa_merge.search_testers import in_order, make_bench
 from dapa_merge.selection import make_meter, split_prompts
 
@@ -68,13 +70,17 @@ def gather_evidence(
     else:
         searching = confirming = load_prompts(recipe.prompts)
     meter = make_meter(recipe, confirming)
-    # First, because a source that cannot even be loaded should not be noticed after the search.
-    source_alone = measure_checkpoint(plan.source, meter, options.device, "source", reporter).figures()
     found: Search | None = None
     searched: Searched | None = None
-    with closing(make_bench(recipe, plan, searching, options.device, reporter)) as bench:
+    with ExitStack() as stack:
+        bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options.device, reporter)))
+        # What cannot work is noticed before the search, not after it: a wrong journal, a source that does not load.
+        journal = Journal()
         if selection is None:
-            found = search(recipe, plan, bench, options, reporter)
+            journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal, reporter)))
+        source_alone = measure_checkpoint(plan.source, meter, options.device, "source", reporter).figures()
+        if selection is None:
+            found = search(recipe, plan, bench, journal, options, reporter)
             selection = join(plan, found.minimum.units)
             searched = _searched(found, bench, reporter)
             reporter.say("confirming it with prompts that the search has not asked")

@@ -89,27 +89,31 @@ def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions, reporter: Re
         DapaError: For whatever else does not fit.
     """
     searching, _ = split_prompts(recipe)
-    with closing(make_bench(recipe, plan, searching, options.device, reporter)) as bench:
-        return search(recipe, plan, bench, options, reporter)
+    with (
+        closing(make_bench(recipe, plan, searching, options.device, reporter)) as bench,
+        closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal,
+    ):
+        return search(recipe, plan, bench, journal, options, reporter)
 
 
-def search(recipe: Recipe, plan: Plan, bench: Bench, options: SearchOptions, reporter: Reporter) -> Search:
+def search(
+    recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions, reporter: Reporter
+) -> Search:
     """Find a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
         CannotRepair: If the full transplant makes nothing better, or breaks a limit.
         DapaError: For whatever else does not fit; what was tested is in the journal.
     """
-    with closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal:
-        try:
-            return _Hunt(recipe, plan, bench, journal, options, reporter).run()
-        except (SearchInterrupted, SearchStopped) as stop:
-            reporter.say(f"the best selection so far: {spans(join(plan, stop.best.units))}")
-            if journal.path:
-                reporter.say(f"every test is in the journal {journal.path}; run again to go on")
-            if isinstance(stop, SearchStopped):
-                raise
-            raise (stop.__cause__ or stop) from None
+    try:
+        return _Hunt(recipe, plan, bench, journal, options, reporter).run()
+    except (SearchInterrupted, SearchStopped) as stop:
+        reporter.say(f"the best selection so far: {spans(join(plan, stop.best.units))}")
+        if journal.path:
+            reporter.say(f"every test is in the journal {journal.path}; run again to go on")
+        if isinstance(stop, SearchStopped):
+            raise
+        raise (stop.__cause__ or stop) from None
 
 
 class _Hunt:

@@ -190,20 +190,28 @@ def _script(units: Sequence[U], algorithm: str, prior: Mapping[U, float] | None)
     if len(set(units)) != len(units):
         raise ValueError("the units to minimize are not distinct")
     if prior is not None:
-        missing = [unit for unit in units if unit not in prior or not math.isfinite(prior[unit])]
+        missing = [unit for unit in units if not _is_score(prior.get(unit))]
         if missing:
-            raise ValueError(f"the prior has no finite score for {missing[0]} and {len(missing) - 1} other units")
+            raise ValueError(f"the prior has no finite score for {len(missing)} of the units, such as {missing[0]}")
     return ALGORITHMS[algorithm](tuple(units), prior)
+
+
+def _is_score(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        return False
 
 
 def _follow(script: Script, ask: Callable[[tuple[Any, ...]], bool]) -> None:
     """Answer an algorithm's questions until it has none."""
-    try:
-        question = next(script)
-        while True:
-            question = script.send(ask(question.selection))
-    except StopIteration:
-        return
+    question = next(script, None)
+    while question is not None:
+        answer = ask(question.selection)
+        try:
+            question = script.send(answer)
+        except StopIteration:
+            return
 
 
 def _first_unanswered(script: Script, answers: Mapping[frozenset[Any], bool]) -> Question | None:

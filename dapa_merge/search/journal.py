@@ -2,8 +2,9 @@
 
 A text file of JSON objects, one a line, only ever appended to, each flushed to the disk. The first line says which
 search it is: digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: what
-was measured besides). Each ends with `check`, the beginning of the SHA-256 of the rest of the line, so that damage is
-seen. A last line without its end is what a kill leaves behind; it is cut off, and its test asked again.
+was measured besides). Each ends with `check`, the beginning of the SHA-256 of the line before's `check` and the rest of
+its own line, so that damage is seen, and so is a line that is missing or another journal's. A last line without its end
+is what a kill leaves behind; it is cut off, and its test asked again.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Journal:
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
+        self._last_check = ""
         if path is None:
             return
         self._file = _open(path)
@@ -85,9 +87,11 @@ class Journal:
         if self._file is None:
             return
         try:
-            self._file.write(_line(content))
+            line, check = _line(content, self._last_check)
+            self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._last_check = check
         except OSError as error:
             raise JournalUnavailable(
                 f"cannot write the journal {self.path}: {error.strerror}; what was tested before is kept"
@@ -99,7 +103,7 @@ class Journal:
         self._file.seek(0)
         content = self._file.read()
         *lines, torn = content.split(b"\n")
-        if not lines and not _line(header).startswith(torn):
+        if not lines and not _line(header, "")[0].startswith(torn):
             raise self._damaged(1, "it is no journal")
         entries = [self._parse(line, number) for number, line in enumerate(lines, 1)]
         if entries:
@@ -123,9 +127,12 @@ class Journal:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             raise self._damaged(number, "it is no JSON") from None
-        if not isinstance(entry, dict) or _line({key: entry[key] for key in entry if key != "check"}) != line + b"\n":
+        if not isinstance(entry, dict):
+            raise self._damaged(number, "it is no JSON object")
+        check = entry.pop("check", None)
+        if (line + b"\n", check) != _line(entry, self._last_check):
             raise self._damaged(number, "its check does not match")
-        entry.pop("check", None)
+        self._last_check = check
         return entry
 
     def _check_owner(self, header: Mapping[str, Any], parts: Mapping[str, str]) -> None:
@@ -156,14 +163,17 @@ def name_of(parts: Mapping[str, str]) -> str:
 def _open(path: Path) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise JournalUnavailable(f"cannot write the journal {path}: it is no regular file")
         return path.open("a+b")
     except OSError as error:
-        raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
+        raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror or error}") from error
 
 
-def _line(content: Mapping[str, Any]) -> bytes:
-    check = hashlib.sha256(_plain(content)).hexdigest()[:CHECK_DIGITS]
-    return _plain({**content, "check": check}) + b"\n"
+def _line(content: Mapping[str, Any], last_check: str) -> tuple[bytes, str]:
+    """A line of the file, and its check."""
+    check = hashlib.sha256(last_check.encode() + _plain(content)).hexdigest()[:CHECK_DIGITS]
+    return _plain({**content, "check": check}) + b"\n", check
 
 
 def _plain(content: Mapping[str, Any]) -> bytes:

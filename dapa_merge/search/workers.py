@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
@@ -23,6 +24,7 @@ V_co = TypeVar("V_co", covariant=True)
 
 # How often Ray starts a lost worker again, and gives it its test again, before the search gives up.
 MAX_RESTARTS = 3
+CONNECT_SECONDS = 10
 
 
 class Workers(Protocol[U, V_co]):
@@ -123,13 +125,15 @@ class RayWorkers(Generic[U, V]):
         self._began_here = not ray.is_initialized()
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            address = "local"
             try:
                 # A cluster only where one is named: Ray would join whatever it finds on this machine, also a dead one.
                 address = os.environ.get("RAY_ADDRESS") or "local"
+                _check_reachable(address)
                 ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
             except Exception as error:
                 self._stdout.close()
-                raise UsageError(f"Ray does not start: {one_line(error)}") from error
+                raise UsageError(f"Ray does not start with address {address}: {one_line(error)}") from error
         hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = int(sum(host.get("GPU", 0) for host in hosts))
         self.number = number or (num_gpus if uses_gpu else len(hosts)) or 1
@@ -177,7 +181,7 @@ class RayWorkers(Generic[U, V]):
             raise
         except self._ray.exceptions.RayActorError as error:
             raise UsageError(
-                f"a worker was lost {MAX_RESTARTS + 1} times, the last time with {one_line(error)}"
+                f"a worker was lost for good, after up to {MAX_RESTARTS} restarts: {one_line(error)}"
             ) from error
         self._idle.append(actor)
         return selection, outcome
@@ -226,4 +230,14 @@ def import_ray() -> Any:
         import ray.exceptions
     except ImportError as error:
         raise UsageError("--workers ray needs Ray; install it with: pip install 'dapa-merge[ray]'") from error
+    except Exception as error:
+        raise UsageError(f"--workers ray needs Ray, which is installed but broken: {one_line(error)}") from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `OSError` if nobody answers at `host:port`; Ray itself would try for ever."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
+            pass

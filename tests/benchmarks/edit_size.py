@@ -25,6 +25,7 @@ from dapa_merge.progress import Reporter
 from dapa_merge.recipe_file import parse_recipe
 from dapa_merge.report import spans
 from dapa_merge.search_flow import SearchOptions, search
+from dapa_merge.search_record import open_journal
 from dapa_merge.search_testers import make_bench
 from dapa_merge.selection import make_meter, make_plan, split_prompts
 
@@ -54,7 +55,8 @@ def main() -> None:
                 for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
                     wanted = replace(recipe, retain=retain, granularity=granularity)
                     options = SearchOptions("cpu", Path(folder) / f"{retain}-{granularity}")
-                    found = search(wanted, plan, bench, options, Reporter())
+                    with closing(open_journal(wanted, plan, bench, options.journal, Reporter())) as journal:
+                        found = search(wanted, plan, bench, journal, options, Reporter())
                     units = join(plan, found.minimum.units)
                     name = f"retain {retain}, {granularity}"
                     show(name, plan.share(units), figures(units), found.minimum.tests, found.seconds)

@@ -233,13 +233,20 @@ def test_a_failure_on_the_full_set_is_passed_on_as_it_is():
         minimize(range(8), failing_after(0, OSError("gone")))
 
 
+def test_a_stop_iteration_of_the_oracle_is_no_end_of_the_search():
+    with pytest.raises(SearchInterrupted) as caught:
+        minimize(range(8), failing_after(1, StopIteration()))
+    assert isinstance(caught.value.__cause__, StopIteration)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"algorithm": "magic"}, "unknown search algorithm 'magic'; known: guided, probdd, ddmin"),
         ({"max_tests": 0}, "max_tests must be at least 1, not 0"),
-        ({"prior": {0: 1.0}}, "the prior has no finite score for 1 and 1 other units"),
-        ({"prior": {0: 1.0, 1: float("nan"), 2: 0.0}}, "the prior has no finite score for 1 and 0 other units"),
+        ({"prior": {0: 1.0}}, "the prior has no finite score for 2 of the units, such as 1"),
+        ({"prior": {0: 1.0, 1: "2", 2: 10**400}}, "the prior has no finite score for 2 of the units, such as 1"),
+        ({"prior": {0: 1.0, 1: float("nan"), 2: 0.0}}, "the prior has no finite score for 1 of the units, such as 1"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

@@ -104,6 +104,29 @@ def test_two_searches_do_not_share_a_journal_at_the_same_time(path):
     assert len(content_of(path)[0]) == 3
 
 
+def test_lines_of_another_journal_are_not_taken_for_its_own(path, tmp_path):
+    other = tmp_path / "other.jsonl"
+    with closing(Journal(other, {**PARTS, "limits": "none"})) as journal:
+        journal.record(frozenset({"7.gate"}), {"holds": True})
+    path.write_bytes(path.read_bytes() + other.read_bytes().split(b"\n")[1] + b"\n")
+    with pytest.raises(UsageError, match="is damaged at line 6: its check does not match"):
+        Journal(path, PARTS)
+
+
+def test_a_line_that_was_removed_is_missed(path):
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:2] + lines[3:]))
+    with pytest.raises(UsageError, match="is damaged at line 3: its check does not match"):
+        Journal(path, PARTS)
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(JournalUnavailable, match=f"cannot write the journal {place}: it is no regular file"):
+            Journal(place, PARTS)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(

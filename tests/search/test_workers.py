@@ -167,6 +167,28 @@ def test_gpus_that_are_not_there_are_named(cluster):
         RayWorkers(failing_test, 3, uses_gpu=True)
 
 
+def unloadable(num_threads):
+    raise CheckpointError("the target is not on this node")
+
+
+def test_a_worker_that_cannot_load_its_model_says_why(cluster):
+    workers = ray_workers(unloadable)
+    try:
+        workers.submit(frozenset({1}))
+        with pytest.raises(CheckpointError, match="the target is not on this node"):
+            workers.wait()
+    finally:
+        workers.close()
+
+
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"Ray does not start with address 127.0.0.1:1: ConnectionRefusedError"):
+        ray_workers(failing_test)
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"needs Ray; install it with: pip install 'dapa-merge\[ray\]'"):

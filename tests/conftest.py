@@ -78,6 +78,20 @@ def tiny_llama(**changes):
     return LlamaConfig(**{**shape, **changes})
 
 
+def configuration(target, source, **parameters):
+    """A merge as mergekit's own object, validated as `mergekit-yaml` does it."""
+    from mergekit.config import MergeConfiguration
+
+    return MergeConfiguration.model_validate(
+        {
+            "merge_method": "dapa",
+            "base_model": str(target),
+            "models": [{"model": str(source)}],
+            "parameters": parameters,
+        }
+    )
+
+
 def call(*arguments: object) -> Result:
     """A command of dapa-merge, run in this process."""
     return CliRunner().invoke(main, [str(argument) for argument in arguments])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import save_random
-from mergekit.config import MergeConfiguration
+from conftest import configuration, save_random
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
@@ -43,17 +42,17 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
-    compare_paths(architecture, "0,2-3", torch.bfloat16, tmp_path, write_recipe)
+    assert_paths_agree(architecture, "0,2-3", torch.bfloat16, tmp_path, write_recipe)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"])
 @pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_path_takes_the_same_rows(architecture, source_dtype, tmp_path, write_recipe):
     layers = "0.up,2.gate[0:1],2.gate[7:30],2.up[40:48],3.gate[16:32],3.gate[32:40]"
-    compare_paths(architecture, layers, source_dtype, tmp_path, write_recipe)
+    assert_paths_agree(architecture, layers, source_dtype, tmp_path, write_recipe)
 
 
-def compare_paths(architecture, layers, source_dtype, tmp_path, write_recipe):
+def assert_paths_agree(architecture, layers, source_dtype, tmp_path, write_recipe):
     """Write one transplant by both entrances and swap it in memory; the bytes and what they compute must agree."""
     class_name, changes = ARCHITECTURES[architecture]
     config = getattr(transformers, class_name)(**{**SHAPE, **changes})
@@ -67,15 +66,7 @@ def compare_paths(architecture, layers, source_dtype, tmp_path, write_recipe):
 
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     repair(parsed, ours, evaluate=False)
-    configuration = MergeConfiguration.model_validate(
-        {
-            "merge_method": "dapa",
-            "base_model": str(target),
-            "models": [{"model": str(source)}],
-            "parameters": {"layers": layers},
-        }
-    )
-    run_merge(configuration, str(theirs), MergeOptions(quiet=True))
+    run_merge(configuration(target, source, layers=layers), str(theirs), MergeOptions(quiet=True))
 
     first, second = open_checkpoint(str(ours)), open_checkpoint(str(theirs))
     assert first.tensors.keys() == second.tensors.keys()

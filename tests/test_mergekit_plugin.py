@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pydantic
 import pytest
 import torch
-from conftest import change_tensor, save_random, tiny_llama
+from conftest import change_tensor, configuration, save_random, tiny_llama
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -49,17 +49,6 @@ def same_tensors(one, other) -> bool:
         (tensor.dtype, read_bytes(first, tensor))
         == (second.tensors[name].dtype, read_bytes(second, second.tensors[name]))
         for name, tensor in first.tensors.items()
-    )
-
-
-def configuration(target, source, **parameters) -> MergeConfiguration:
-    return MergeConfiguration.model_validate(
-        {
-            "merge_method": "dapa",
-            "base_model": str(target),
-            "models": [{"model": str(source)}],
-            "parameters": parameters,
-        }
     )
 
 

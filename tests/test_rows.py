@@ -9,10 +9,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import change_tensor, save_random, tiny_llama
+from conftest import change_tensor, configuration, save_random, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -154,17 +153,6 @@ def test_any_blocks_survive_being_replayed(searched, data):
     for made in (plan, blocks):
         replayed = parse_recipe(replay_text(recipe, made, selection))
         assert given_selection(replayed, plan) == join(plan, selection)
-
-
-def configuration(target, source, **parameters) -> MergeConfiguration:
-    return MergeConfiguration.model_validate(
-        {
-            "merge_method": "dapa",
-            "base_model": str(target),
-            "models": [{"model": str(source)}],
-            "parameters": parameters,
-        }
-    )
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float16"), ("float16", "bfloat16"), ("bfloat16", "float32")])

@@ -49,13 +49,21 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Done:
-    folder = tmp_path_factory.mktemp("done")
-    lines = [
-        f"merge_method: dapa\nbase_model: {miniature.path('target')}\nmodels: [{{model: {miniature.path('source')}}}]"
-    ]
-    (folder / "recipe.yml").write_text("\n".join([*lines, f"parameters: {json.dumps(MINIATURE)}"]) + "\n")
-    found = answer("search", folder / "recipe.yml", "--journal", folder / "journal.jsonl", "--json")
-    return Done(folder / "recipe.yml", folder / "journal.jsonl", found)
+    return searched(tmp_path_factory.mktemp("done"), MINIATURE)
+
+
+@pytest.fixture(scope="module")
+def ddmin_done(tmp_path_factory) -> Done:
+    """The same by ddmin, which asks more."""
+    return searched(tmp_path_factory.mktemp("ddmin"), {**MINIATURE, "search": "ddmin"})
+
+
+def searched(folder: Path, parameters: dict) -> Done:
+    models = f"base_model: {miniature.path('target')}\nmodels: [{{model: {miniature.path('source')}}}]"
+    recipe = folder / "recipe.yml"
+    recipe.write_text(f"merge_method: dapa\n{models}\nparameters: {json.dumps(parameters)}\n")
+    found = answer("search", recipe, "--journal", folder / "journal.jsonl", "--json")
+    return Done(recipe, folder / "journal.jsonl", found)
 
 
 @pytest.fixture
@@ -96,13 +104,11 @@ def test_the_miniature_is_searched_with_few_tests(done):
     assert [row["unit"] for row in found["prior"]][:3] == ["3.gate", "4.gate", "5.gate"]
 
 
-@pytest.mark.parametrize("algorithm", ["guided", "ddmin"])
-def test_every_algorithm_ends_with_a_certificate_that_the_journal_bears_out(write_recipe, tmp_path, algorithm):
-    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search=algorithm)
-    found = answer("search", path, "--journal", tmp_path / "journal", "--json")
-    tests = {
-        frozenset(entry["selection"]): entry["holds"] for entry in entries(tmp_path / "journal") if "holds" in entry
-    }
+@pytest.mark.parametrize("search", ["done", "ddmin_done"])
+def test_every_search_ends_with_a_certificate_that_the_journal_bears_out(search, request):
+    search = request.getfixturevalue(search)
+    found = search.found
+    tests = {frozenset(entry["selection"]): entry["holds"] for entry in entries(search.journal) if "holds" in entry}
     assert tests[frozenset(found["units"])]
     for unit in found["units"]:
         assert tests[frozenset(found["units"]) - {unit}] is False
@@ -207,10 +213,9 @@ def test_without_a_cache_folder_the_search_goes_on_unrecorded(done, tmp_path, mo
     assert json.loads(result.stdout)["one_minimal"]
 
 
-def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(write_recipe, tmp_path):
-    # ddmin, because it asks more. tests/benchmarks/kill_resume.py kills at twenty random moments.
-    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search="ddmin")
-    expected = answer("search", path, "--json", "--journal", tmp_path / "whole")
+def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done, tmp_path):
+    # tests/benchmarks/kill_resume.py kills at twenty random moments.
+    path, expected = ddmin_done.recipe, ddmin_done.found
     journal = tmp_path / "killed"
     command = [*COMMAND, "search", str(path), "--json", "--journal", str(journal)]
     generator = random.Random(0)
@@ -234,10 +239,9 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(write_recip
     assert notes == ["target", "full transplant"]
 
 
-def test_two_ray_workers_find_the_same_also_when_one_is_killed(write_recipe, tmp_path):
+def test_two_ray_workers_find_the_same_also_when_one_is_killed(ddmin_done, tmp_path):
     psutil = pytest.importorskip("psutil")
-    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, search="ddmin")
-    alone = answer("search", path, "--json", "--journal", tmp_path / "alone")
+    path, alone = ddmin_done.recipe, ddmin_done.found
     journal = tmp_path / "together"
     command = [*COMMAND, "search", str(path), "--json"]
     command += ["--journal", str(journal), "--workers", "ray:2"]

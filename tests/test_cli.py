@@ -19,7 +19,7 @@ from dapa_merge.cli import main
 from dapa_merge.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
+SMALL = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
 
 
 def last_line(result) -> str:
@@ -77,7 +77,7 @@ def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(w
     assert {int(unit.split(".")[0]) for unit in found["units"]} <= {3, 4, 5, 6}
     replayed = load_recipe(tmp_path / "found.yml")
     assert [choice.layer for choice in replayed.layers] == [int(unit.split(".")[0]) for unit in found["units"]]
-    assert (replayed.prompts, replayed.max_new_tokens) == ("miniature", 24)
+    assert (replayed.prompts, replayed.max_new_tokens) == ("miniature", 12)
     shown = call("search", recipe)
     assert "needed: " in shown.stdout
     assert "The recipe that replays it:" in shown.stdout

@@ -85,7 +85,7 @@ def test_every_algorithm_is_one_minimal_on_every_oracle_of_few_units(num_units, 
 def test_every_algorithm_is_one_minimal_on_many_oracles_that_are_not_monotone(num_units, algorithm):
     generator = random.Random(num_units)
     for density in (0.05, 0.3, 0.7):
-        for _ in range(100):
+        for _ in range(50):
             subsets = 1 << num_units
             table = sum((generator.random() < density) << subset for subset in range(subsets)) | 1 << (subsets - 1)
             assert_one_minimal_by_brute_force(table, num_units, algorithm, random_prior(generator, num_units))
@@ -95,7 +95,7 @@ def test_every_algorithm_is_one_minimal_on_many_oracles_that_are_not_monotone(nu
 @pytest.mark.parametrize("num_units", [6, 7, 8])
 def test_every_algorithm_is_one_minimal_on_many_monotone_oracles_of_more_units(num_units, algorithm):
     generator = random.Random(num_units)
-    for _ in range(100):
+    for _ in range(50):
         needed = [generator.getrandbits(num_units) for _ in range(generator.randint(1, 4))]
         table = sum(any(subset & need == need for need in needed) << subset for subset in range(1 << num_units))
         assert_one_minimal_by_brute_force(table, num_units, algorithm, random_prior(generator, num_units))

@@ -97,7 +97,7 @@ def slow_test(folder, num_threads):
 
     def test(selection):
         (folder / f"{os.getpid()}").touch()
-        time.sleep(0.05)
+        time.sleep(0.03)
         return selection >= NEEDED
 
     return test

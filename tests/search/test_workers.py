@@ -97,7 +97,7 @@ def slow_test(folder, num_threads):
 
     def test(selection):
         (folder / f"{os.getpid()}").touch()
-        time.sleep(0.03)
+        time.sleep(0.05)
         return selection >= NEEDED
 
     return test
@@ -135,7 +135,10 @@ def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(clus
     wait = workers.wait
 
     def wait_and_kill():
-        if not killed and len(list(tmp_path.iterdir())) == 2:
+        if not killed:
+            # Both have a test from the first question on.
+            while len(list(tmp_path.iterdir())) < 2:
+                time.sleep(0.02)
             killed.append(int(next(tmp_path.iterdir()).name))
             os.kill(killed[0], signal.SIGKILL)
         return wait()

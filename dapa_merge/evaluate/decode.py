@@ -81,8 +81,11 @@ class Decoder:
         self._drafts = drafts
         self._is_settled = is_settled
         self._finish = finish
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers 5.24 gave it a new name.
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._prefix = RowCache()
         self._rows: list[Row] = []
         self._cache = RowCache()
@@ -208,7 +211,7 @@ class Decoder:
         stops = [columns + num_given + len(draft) for draft in drafts]
         places = torch.arange(columns + num_given + num_drafted, device=device)
         first, stop = torch.tensor([firsts, stops], device=device)[:, :, None]
-        options: dict[str, object] = {}
+        options: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:
             # A padded place needs some position, and one that the model has.
             last = torch.tensor([place - 1 for place in stops], device=device)[:, None] - first
@@ -219,7 +222,6 @@ class Decoder:
         logits = self._model(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=((places >= first) & (places < stop)).long(),
-            past_key_values=cache,
             use_cache=True,
             **options,
         ).logits

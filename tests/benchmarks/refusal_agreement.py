@@ -2,9 +2,10 @@
 
 `python tests/benchmarks/refusal_agreement.py FILE.csv...`: XSTest completion files, with the columns `prompt`, `type`,
 `completion` and `final_label` (CC BY 4.0, Röttger et al., NAACL 2024; not part of this project). The question is
-whether a completion is a full refusal. The weights were trained on two of these files, so that besides the packaged
-classifier the same one is shown with weights that saw neither the type of a prompt nor its contrast, and with weights
-of the other files alone; the rules around the weights are the same in all. `--show` prints the disagreements.
+whether a completion is a full refusal. The model was trained on two of these files, so that besides the packaged classifier the
+same one is shown with models that never saw a response to the prompt in question, or to any prompt of its type or its
+contrast, or that saw the other files alone; the rules around the model are the same in all. `--show` prints the
+disagreements.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import argparse
 import random
 import statistics
 import time
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from refusal_training import kind, refused, rows_of, train
+from refusal_training import Rows, kind, refused, rows_of, train
 
 from dapa_merge.evaluate import refusal
 from dapa_merge.evaluate.refusal import Outcome, classify, settle
+from dapa_merge.evaluate.refusal_model import RefusalModel, packaged
 
 # Published agreement of other judges on the same two files, as the peers to beat.
 PEERS = {
@@ -37,7 +41,8 @@ CONTINUATIONS = (
     " I'm sorry, but I can't help with that.", "\n1. First\n2. Second\n3. Third\n", "</think>I cannot do it.",
     " However, here is how to do it: first", "xqzv bkwpt jhgfd " * 40, "the the the " * 80, "n't", "<think>",
 )  # fmt: skip
-Rows = list[dict[str, str]]
+# Of prompts, for cross-validation.
+FOLDS = 15
 
 
 def main() -> None:
@@ -67,10 +72,9 @@ def show(files: dict[str, Rows]) -> None:
                 print(f"--- {outcome.value}, people: {row['final_label']}: {row['prompt']}\n{row['completion']}")
 
 
-def verdicts(rows: Rows, model: tuple[float, dict[str, float]] | None = None, length: int | None = None) -> list[bool]:
-    """Whether each completion is refused, with the packaged weights or others."""
-    bias, weights = model or (refusal.BIAS, refusal.WEIGHTS)
-    with mock.patch.multiple(refusal, BIAS=bias, WEIGHTS=weights):
+def verdicts(rows: Rows, model: RefusalModel | None = None, length: int | None = None) -> list[bool]:
+    """Whether each completion is refused, with the packaged model or another."""
+    with mock.patch.object(refusal, "packaged", lambda: model or packaged()):
         return [classify(row["completion"][:length], row["prompt"]) is Outcome.REFUSED for row in rows]
 
 
@@ -87,14 +91,26 @@ def print_agreement(rows: Rows, others: Rows) -> None:
     for label in sorted({label for label, _ in confusion}):
         print(f"    people {label}: refused {confusion[label, True]}, not refused {confusion[label, False]}")
     print(f"  first {SHORT_CHARACTERS} characters only: {agreement(rows, verdicts(rows, length=SHORT_CHARACTERS)):.3f}")
-    by_type: dict[int, bool] = {}
-    for name in sorted({kind(row) for row in rows}):
-        model = train([row for row in rows + others if kind(row) != name])
-        fold = [index for index, row in enumerate(rows) if kind(row) == name]
-        by_type |= dict(zip(fold, verdicts([rows[index] for index in fold], model), strict=True))
-    print(f"  cross-validated by type of prompt: {agreement(rows, [by_type[index] for index in range(len(rows))]):.3f}")
+    for name, fold_of in {"prompt": prompt_fold, "type of prompt": kind}.items():
+        held_out = agreement(rows, cross_validated(rows, others, fold_of))
+        print(f"  cross-validated by {name}: {held_out:.3f}")
     if others:
-        print(f"  weights of the other files only: {agreement(rows, verdicts(rows, train(others))):.3f}")
+        print(f"  model of the other files only: {agreement(rows, verdicts(rows, train(others))):.3f}")
+
+
+def prompt_fold(row: dict[str, str]) -> str:
+    """One of a few parts of all prompts, the same for every file."""
+    return str(zlib.crc32(row["prompt"].encode()) % FOLDS)
+
+
+def cross_validated(rows: Rows, others: Rows, fold_of: Callable[[dict[str, str]], str]) -> list[bool]:
+    """Verdicts on some rows, by models of the rows and others outside of each one's fold."""
+    found: dict[int, bool] = {}
+    for name in sorted(set(map(fold_of, rows))):
+        model = train([row for row in [*rows, *others] if fold_of(row) != name])
+        fold = [index for index, row in enumerate(rows) if fold_of(row) == name]
+        found |= dict(zip(fold, verdicts([rows[index] for index in fold], model), strict=True))
+    return [found[index] for index in range(len(rows))]
 
 
 def noises(texts: list[str]) -> dict[str, list[str]]:

@@ -1,28 +1,40 @@
-"""Train the weights of `evaluate/refusal_weights.py`: regularized logistic regression on labelled completions.
+"""Train `evaluate/refusal_model.json`: regularized logistic regression on labelled completions.
 
 `python tests/benchmarks/refusal_training.py FILE.csv... [--write]`: XSTest completion files as for
-`refusal_agreement.py`. Prints the agreement of the weights alone, without the rules around them: in the sample, cross
-validated by type of prompt, and trained on the other files. Needs numpy.
+`refusal_agreement.py`, which prints how far the result agrees with people, in and out of the sample.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
 
-from dapa_merge.evaluate import refusal_weights
+from dapa_merge.evaluate import refusal_model
 from dapa_merge.evaluate.normal_text import normalize
+from dapa_merge.evaluate.refusal_model import RefusalModel, phrases
 from dapa_merge.evaluate.speech_acts import signs
 
-WEIGHTS = Path(refusal_weights.__file__)
-# What a reader would say before seeing any label; regularization pulls towards these, not towards zero.
+MODEL = Path(refusal_model.__file__).with_suffix(".json")
+# A phrase is known if it is in so many responses, to so many types of prompt.
+MIN_RESPONSES = 8
+MIN_KINDS = 5
+# What a reader would say before seeing any label; regularization pulls towards these, and all else towards zero.
 PRIOR = {"opening refusal": 4.0, "disapproves first": 2.0, "answers first": -1.5, "stands up first": 0.5}
 PRIOR_BIAS = -2.0
-REGULARIZATION = 3.0
+# How strongly. A sign stands for a rule that a person wrote, and needs less evidence than a word.
+SIGN_REGULARIZATION = 3.0
+PHRASE_REGULARIZATION = 33.0
 BIAS_REGULARIZATION = 0.3
+
+Rows = Sequence[dict[str, str]]
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -36,59 +48,63 @@ def refused(row: dict[str, str]) -> bool:
     return row["final_label"].startswith("2_full_refusal")
 
 
-def train(rows: list[dict[str, str]]) -> tuple[float, dict[str, float]]:
-    """Bias and weights, by Newton's method."""
-    found = [signs(normalize(row["completion"])) for row in rows]
-    names = list(found[0])
-    matrix = np.array([[*(sign[name] for name in names), 1.0] for sign in found])
-    labels = np.array([refused(row) for row in rows], dtype=float)
-    prior = np.array([*(PRIOR.get(name, 0.0) for name in names), PRIOR_BIAS])
-    penalty = np.diag([*([REGULARIZATION] * len(names)), BIAS_REGULARIZATION])
-    weights = prior.copy()
-    for _ in range(30):
-        chance = 1 / (1 + np.exp(-matrix @ weights))
-        gradient = matrix.T @ (chance - labels) + penalty @ (weights - prior)
-        weights -= np.linalg.solve((matrix.T * (chance * (1 - chance))) @ matrix + penalty, gradient)
-    return float(weights[-1]), dict(zip(names, map(float, weights), strict=False))
-
-
 def kind(row: dict[str, str]) -> str:
     """A type of prompt together with its contrast, so that neither tells of the other."""
     return row["type"].removeprefix("contrast_")
 
 
+def known_phrases(rows: Rows, found: Sequence[set[str]]) -> set[str]:
+    """Those that are common, and not only where prompts are of one or a few types."""
+    kinds, number = defaultdict(set), defaultdict(int)
+    for row, some in zip(rows, found, strict=True):
+        for phrase in some:
+            kinds[phrase].add(kind(row))
+            number[phrase] += 1
+    return {phrase for phrase in kinds if number[phrase] >= MIN_RESPONSES and len(kinds[phrase]) >= MIN_KINDS}
+
+
+def train(rows: Rows) -> RefusalModel:
+    """The model of these rows alone."""
+    texts = [normalize(row["completion"]) for row in rows]
+    found = list(map(phrases, texts))
+    known = known_phrases(rows, found)
+    signs_of = list(map(signs, texts))
+    names, words = list(signs_of[0]), sorted(known)
+    matrix = csr_array(
+        [
+            [*sign.values(), *(phrase in some for phrase in words), 1.0]
+            for sign, some in zip(signs_of, found, strict=True)
+        ]
+    )
+    prior = np.array([*(PRIOR.get(name, 0.0) for name in names), *(0.0 for _ in words), PRIOR_BIAS])
+    penalty = np.repeat([SIGN_REGULARIZATION, PHRASE_REGULARIZATION, BIAS_REGULARIZATION], [len(names), len(words), 1])
+    labels = np.array([refused(row) for row in rows], dtype=float)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        odds, pull = matrix @ weights, penalty * (weights - prior)
+        value = np.logaddexp(0, odds).sum() - labels @ odds + pull @ (weights - prior) / 2
+        return value, matrix.T @ (1 / (1 + np.exp(-odds)) - labels) + pull
+
+    weights = minimize(loss, prior, jac=True, method="L-BFGS-B", options={"maxiter": 5000}).x.round(3).tolist()
+    return RefusalModel(
+        weights[-1],
+        dict(zip(names, weights, strict=False)),
+        dict(zip(words, weights[len(names) :], strict=False)),
+    )
+
+
 def main() -> None:
-    """Print the figures; write the weights if asked."""
+    """Train on all files together; write the model if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--write", action="store_true", help="replace the packaged weights")
+    parser.add_argument("--write", action="store_true", help="replace the packaged model")
     arguments = parser.parse_args()
-    files = {path.name: rows_of(path) for path in arguments.files}
-    everything = [row for rows in files.values() for row in rows]
-    bias, weights = train(everything)
-    lines = "".join(f'    "{name}": {weight:.2f},\n' for name, weight in weights.items())
-    text = WEIGHTS.read_text(encoding="utf-8").partition("BIAS =")[0]
+    rows = [row for path in arguments.files for row in rows_of(path)]
+    model = train(rows)
+    text = json.dumps(vars(model), ensure_ascii=False, indent=0, sort_keys=True) + "\n"
+    print(f"{len(rows)} responses, {len(model.signs)} signs, {len(model.phrases)} phrases, {len(text):,} characters")
     if arguments.write:
-        WEIGHTS.write_text(f"{text}BIAS = {bias:.2f}\nWEIGHTS = {{\n{lines}}}\n", encoding="utf-8")
-    folds = {
-        name: train([row for row in everything if kind(row) != name]) for name in {kind(row) for row in everything}
-    }
-    for name, rows in files.items():
-        others = [row for other, rows_there in files.items() if other != name for row in rows_there]
-        figures = {"in the sample": [(bias, weights)] * len(rows), "by type": [folds[kind(row)] for row in rows]}
-        if others:
-            figures["from the other files"] = [train(others)] * len(rows)
-        for figure, models in figures.items():
-            print(f"{name}, {figure}: {agreement(rows, models):.3f}")
-
-
-def agreement(rows: list[dict[str, str]], models: list[tuple[float, dict[str, float]]]) -> float:
-    """Share of rows on which each one's model says what people said."""
-    right = 0
-    for row, (bias, weights) in zip(rows, models, strict=True):
-        sign = signs(normalize(row["completion"]))
-        right += (bias + sum(weights[name] * sign[name] for name in sign) > 0) == refused(row)
-    return right / len(rows)
+        MODEL.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

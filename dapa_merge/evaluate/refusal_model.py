@@ -1,9 +1,9 @@
 """How much a response reads like a full refusal, by what it does and by its words. Standard library only.
 
-A linear model: `speech_acts.signs`, and the words and pairs of neighbouring words in a response, each with a weight. The
-weights were trained by tests/benchmarks/refusal_training.py on completions that people labelled (XSTest, Röttger et al.,
-NAACL 2024, CC BY 4.0). Only words that occur in responses to many types of prompt have one, so that the model knows how
-refusals are put rather than what those prompts were about.
+A linear model: `refusal_signs.signs`, and the words and pairs of neighbouring words in a response, each with a weight.
+tests/benchmarks/refusal_training.py trained the weights on completions that people labelled (XSTest, Röttger et al.,
+NAACL 2024, CC BY 4.0), and on some that were written for this project. Only words that occur in responses to several
+types of prompt have one, so that the model knows how refusals are put rather than what those prompts were about.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from itertools import pairwise
 
-from dapa_merge.evaluate.speech_acts import JUDGED_CHARACTERS, first_sentence, signs
+from dapa_merge.evaluate.refusal_signs import JUDGED_CHARACTERS, signs
+from dapa_merge.evaluate.speech_acts import first_sentence
 
 _WORD = re.compile(r"\w+")
 
@@ -26,7 +27,7 @@ class RefusalModel:
 
     Attributes:
         bias: Of a response without any sign.
-        signs: By the names of `speech_acts.signs`.
+        signs: By the names of `refusal_signs.signs`.
         phrases: By what `phrases` finds; most of that has none.
     """
 

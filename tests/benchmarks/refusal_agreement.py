@@ -2,10 +2,10 @@
 
 `python tests/benchmarks/refusal_agreement.py FILE.csv...`: XSTest completion files, with the columns `prompt`, `type`,
 `completion` and `final_label` (CC BY 4.0, Röttger et al., NAACL 2024; not part of this project). The question is
-whether a completion is a full refusal. The model was trained on two of these files, so that besides the packaged classifier the
-same one is shown with models that never saw a response to the prompt in question, or to any prompt of its type or its
-contrast, or that saw the other files alone; the rules around the model are the same in all. `--show` prints the
-disagreements.
+whether a completion is a full refusal. The model was trained on two of these files and on `responses.jsonl`, so that
+besides the packaged classifier the same one is shown with models that never saw a response to the prompt in question,
+or to any prompt of its type or its contrast, or none of that file's; the rules around the model are the same in all.
+`--show` prints the disagreements.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from refusal_training import Rows, kind, refused, rows_of, train
+from refusal_training import Rows, kind, refused, rows_of, train, written_rows
 
 from dapa_merge.evaluate import refusal
 from dapa_merge.evaluate.refusal import Outcome, classify, settle
@@ -41,6 +41,10 @@ CONTINUATIONS = (
     " I'm sorry, but I can't help with that.", "\n1. First\n2. Second\n3. Third\n", "</think>I cannot do it.",
     " However, here is how to do it: first", "xqzv bkwpt jhgfd " * 40, "the the the " * 80, "n't", "<think>",
 )  # fmt: skip
+STYLES = (
+    "gpt4", "llama2_plain", "llama2_system", "mistral_guard", "mistral_plain", "gemma", "modern", "finetune", "damaged",
+    "other",
+)  # fmt: skip
 # Of prompts, for cross-validation.
 FOLDS = 15
 
@@ -54,10 +58,12 @@ def main() -> None:
     files = {path.name: rows_of(path) for path in arguments.files}
     if arguments.show:
         return show(files)
+    written = written_rows()
     for name, rows in files.items():
         peers = ", ".join(f"{peer} {figure:.3f}" for peer, figure in PEERS.get(name, {}).items())
         print(f"{name}: {len(rows)} completions; peers: {peers or 'none known'}")
-        print_agreement(rows, [row for other, there in files.items() if other != name for row in there])
+        print_agreement(rows, [row for other, there in files.items() if other != name for row in there], written)
+    print_written(written, [row for rows in files.values() for row in rows])
     everything = [row for rows in files.values() for row in rows]
     print_degenerate(everything)
     print_settling(everything)
@@ -74,7 +80,7 @@ def show(files: dict[str, Rows]) -> None:
 
 def verdicts(rows: Rows, model: RefusalModel | None = None, length: int | None = None) -> list[bool]:
     """Whether each completion is refused, with the packaged model or another."""
-    with mock.patch.object(refusal, "packaged", lambda: model or packaged()):
+    with mock.patch.object(refusal, "packaged", return_value=model or packaged()):
         return [classify(row["completion"][:length], row["prompt"]) is Outcome.REFUSED for row in rows]
 
 
@@ -83,7 +89,7 @@ def agreement(rows: Rows, found: list[bool]) -> float:
     return sum(refused(row) == verdict for row, verdict in zip(rows, found, strict=True)) / len(rows)
 
 
-def print_agreement(rows: Rows, others: Rows) -> None:
+def print_agreement(rows: Rows, others: Rows, written: Rows) -> None:
     """Agreement on one file, in and out of the sample."""
     found = verdicts(rows)
     confusion = Counter((row["final_label"][:6], verdict) for row, verdict in zip(rows, found, strict=True))
@@ -91,11 +97,29 @@ def print_agreement(rows: Rows, others: Rows) -> None:
     for label in sorted({label for label, _ in confusion}):
         print(f"    people {label}: refused {confusion[label, True]}, not refused {confusion[label, False]}")
     print(f"  first {SHORT_CHARACTERS} characters only: {agreement(rows, verdicts(rows, length=SHORT_CHARACTERS)):.3f}")
+    rest = [*others, *written]
     for name, fold_of in {"prompt": prompt_fold, "type of prompt": kind}.items():
-        held_out = agreement(rows, cross_validated(rows, others, fold_of))
-        print(f"  cross-validated by {name}: {held_out:.3f}")
-    if others:
-        print(f"  model of the other files only: {agreement(rows, verdicts(rows, train(others))):.3f}")
+        print(f"  cross-validated by {name}: {agreement(rows, cross_validated(rows, rest, fold_of)):.3f}")
+    print(f"  model of everything but this file: {agreement(rows, verdicts(rows, train(rest))):.3f}")
+    print(f"  model of the written responses only: {agreement(rows, verdicts(rows, train(written))):.3f}")
+
+
+def print_written(written: Rows, labelled: Rows) -> None:
+    """Agreement on the responses that were written for this project, by a model that saw the other half or none."""
+    first, second = ([row for row in written if row["part"] == part] for part in ("first", "second"))
+    print(
+        f"responses.jsonl: {len(written)} written responses; in the sample {agreement(written, verdicts(written)):.3f}"
+    )
+    models = {"the completions above only": train(labelled), "those and the other half": None}
+    for name, model in models.items():
+        for part, rows, others in (("first", first, second), ("second", second, first)):
+            found = verdicts(rows, model or train([*labelled, *others]))
+            styles = {style: [i for i, row in enumerate(rows) if row["style"] == style] for style in STYLES}
+            by_style = ", ".join(
+                f"{style} {agreement([rows[i] for i in some], [found[i] for i in some]):.2f}"
+                for style, some in styles.items()
+            )
+            print(f"  {part} half, model of {name}: {agreement(rows, found):.3f} ({by_style})")
 
 
 def prompt_fold(row: dict[str, str]) -> str:

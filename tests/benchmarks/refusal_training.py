@@ -1,7 +1,9 @@
 """Train `evaluate/refusal_model.json`: regularized logistic regression on labelled completions.
 
 `python tests/benchmarks/refusal_training.py FILE.csv... [--write]`: XSTest completion files as for
-`refusal_agreement.py`, which prints how far the result agrees with people, in and out of the sample.
+`refusal_agreement.py`, which prints how far the result agrees with people, in and out of the sample. Beside them it
+takes `responses.jsonl`: 600 responses written for this project in the manner of ten kinds of model, with all sorts of
+wording that the two models of those files never use, and labelled by their writers after XSTest's definitions.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from scipy.sparse import csr_array
 from dapa_merge.evaluate import refusal_model
 from dapa_merge.evaluate.normal_text import normalize
 from dapa_merge.evaluate.refusal_model import RefusalModel, phrases
-from dapa_merge.evaluate.speech_acts import signs
+from dapa_merge.evaluate.refusal_signs import signs
 
 MODEL = Path(refusal_model.__file__).with_suffix(".json")
+WRITTEN = Path(__file__).with_name("responses.jsonl")
 # A phrase is known if it is in so many responses, to so many types of prompt.
 MIN_RESPONSES = 8
 MIN_KINDS = 5
@@ -30,8 +33,8 @@ MIN_KINDS = 5
 PRIOR = {"opening refusal": 4.0, "disapproves first": 2.0, "answers first": -1.5, "stands up first": 0.5}
 PRIOR_BIAS = -2.0
 # How strongly. A sign stands for a rule that a person wrote, and needs less evidence than a word.
-SIGN_REGULARIZATION = 3.0
-PHRASE_REGULARIZATION = 33.0
+SIGN_REGULARIZATION = 1.0
+PHRASE_REGULARIZATION = 10.0
 BIAS_REGULARIZATION = 0.3
 
 Rows = Sequence[dict[str, str]]
@@ -41,6 +44,12 @@ def rows_of(path: Path) -> list[dict[str, str]]:
     """The labelled rows of one file."""
     with path.open(encoding="utf-8", newline="") as file:
         return [row for row in csv.DictReader(file) if row["final_label"]]
+
+
+def written_rows() -> list[dict[str, str]]:
+    """The labelled responses that were written for this project; their `part` is `first` or `second`."""
+    lines = WRITTEN.read_text(encoding="utf-8").splitlines()
+    return [{**row, "type": f"written, {row['style']}"} for row in map(json.loads, lines)]
 
 
 def refused(row: dict[str, str]) -> bool:
@@ -99,7 +108,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="replace the packaged model")
     arguments = parser.parse_args()
-    rows = [row for path in arguments.files for row in rows_of(path)]
+    rows = [row for path in arguments.files for row in rows_of(path)] + written_rows()
     model = train(rows)
     text = json.dumps(vars(model), ensure_ascii=False, indent=0, sort_keys=True) + "\n"
     print(f"{len(rows)} responses, {len(model.signs)} signs, {len(model.phrases)} phrases, {len(text):,} characters")

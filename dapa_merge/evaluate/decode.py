@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 
 # Of one run through the model: the logits of more would take too much memory.
 MAX_CHECKED_TOKENS = 1024
+# A run of so many tokens takes hardly longer than one of a single token, because weights have to be read and kernels
+# called all the same; more are worth it only where they will probably be right. On a CPU the arithmetic is soon what
+# counts, but for a model so small that the calls do.
+FREE_TOKENS = 512
+FREE_TOKENS_OF_CPU = 32
+FREE_TOKENS_TIMES_PARAMETERS_OF_CPU = 300_000_000
 # A beginning that all prompts share is computed once if it has at least as many tokens.
 MIN_PREFIX = 16
 # A text is looked at for its verdict when it has grown by as many tokens.
@@ -86,6 +92,7 @@ class Decoder:
         self._takes_positions = "position_ids" in parameters
         # transformers 5.24 gave it a new name.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._free_tokens = _free_tokens(model)
         self._prefix = RowCache()
         self._rows: list[Row] = []
         self._cache = RowCache()
@@ -131,7 +138,7 @@ class Decoder:
             self._forward(self._prefix, [first[:shared]], [[]], [0])
 
     def _enter(self, newcomers: list[Row]) -> None:
-        """Run prompts through the model, and let them join the batch."""
+        """Run prompts through the model, with what was drafted for them, and let those that go on join the batch."""
         cache = RowCache()
         given = [row.prompt + row.tokens for row in newcomers]
         width = max(map(len, given)) - self._prefix.columns
@@ -141,7 +148,7 @@ class Decoder:
             cache = self._prefix.copy()
             cache.arrange([0] * len(newcomers), cached, max(cached))
         given = [tokens[start:] for tokens, start in zip(given, cached, strict=True)]
-        remaining = self._advance(newcomers, cache, given, cached, [[] for _ in newcomers])
+        remaining = self._advance(newcomers, cache, given, cached, self._propose(newcomers))
         if remaining and self._rows:
             self._cache.join(cache)
         elif remaining:
@@ -150,17 +157,22 @@ class Decoder:
 
     def _step(self) -> None:
         """Say one more token in every row, and as many more as were drafted rightly."""
-        proposals = [
-            self._drafts.propose(row.prompt, row.tokens)[: row.limit - len(row.tokens) - 1] for row in self._rows
-        ]
-        width = _worthwhile([len(proposal) for proposal in proposals])
         self._rows = self._advance(
             self._rows,
             self._cache,
             [row.tokens[-1:] for row in self._rows],
             [row.cached for row in self._rows],
-            [proposal[:width] for proposal in proposals],
+            self._propose(self._rows),
         )
+
+    def _propose(self, rows: Sequence[Row]) -> list[list[int]]:
+        """A draft for each row, of any length; the longest is no longer than what pays in a batch of all of them."""
+        max_guess = self._free_tokens // len(rows) - 1
+        proposals = [
+            self._drafts.propose(row.prompt, row.tokens, max_guess)[: row.limit - len(row.tokens) - 1] for row in rows
+        ]
+        width = _worthwhile([len(proposal) for proposal in proposals])
+        return [proposal[:width] for proposal in proposals]
 
     def _advance(
         self, rows: list[Row], cache: RowCache, given: list[list[int]], cached: list[int], drafts: list[list[int]]
@@ -229,6 +241,12 @@ class Decoder:
         self.num_runs += 1
         choices: list[list[int]] = logits[:, -num_drafted - 1 :].argmax(-1).tolist()
         return choices
+
+
+def _free_tokens(model: PreTrainedModel) -> int:
+    if model.device.type != "cpu":
+        return FREE_TOKENS
+    return max(FREE_TOKENS_OF_CPU, FREE_TOKENS_TIMES_PARAMETERS_OF_CPU // model.num_parameters())
 
 
 def _worthwhile(lengths: Sequence[int]) -> int:

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 MAX_RESPONSES = 4
 # How many tokens say where one is in a response: fewer guess more often, more guess better.
 CONTEXT = 3
-# A token that follows less often than this is not guessed.
-MIN_SHARE = 0.6
-# Guesses that no earlier response to the same prompt supports stop here.
-MAX_GUESS = 16
+# A token is not guessed if it, and all that were guessed before it, would be right less often than this.
+MIN_CHANCE = 0.6
 _START = -1
 
 
@@ -44,7 +42,7 @@ class Drafts:
         known.insert(0, tokens)
         del known[MAX_RESPONSES:]
 
-    def propose(self, prompt: Sequence[int], response: Sequence[int]) -> list[int]:
+    def propose(self, prompt: Sequence[int], response: Sequence[int], max_guess: int) -> list[int]:
         """A guess at how a response to a prompt goes on.
 
         The rest of an earlier response to the prompt that began alike; where there is none, the tokens that mostly
@@ -53,6 +51,7 @@ class Drafts:
         Args:
             prompt: Token ids.
             response: What was said so far; may be empty.
+            max_guess: How long a guess may be that no earlier response to the same prompt supports.
 
         Returns:
             Any number of token ids.
@@ -61,14 +60,17 @@ class Drafts:
         for draft in self._responses.get(tuple(prompt), ()):
             if len(draft) > len(said) and draft[: len(said)] == said:
                 return list(draft[len(said) :])
-        return self._continue(((_START,) * CONTEXT + said)[-CONTEXT:])
+        return self._continue(((_START,) * CONTEXT + said)[-CONTEXT:], max_guess)
 
-    def _continue(self, context: tuple[int, ...]) -> list[int]:
+    def _continue(self, context: tuple[int, ...], max_guess: int) -> list[int]:
         guess: list[int] = []
-        while len(guess) < MAX_GUESS and context in self._following:
+        chance = 1.0
+        while len(guess) < max_guess and context in self._following:
             counts = self._following[context]
             token, count = counts.most_common(1)[0]
-            if count < MIN_SHARE * counts.total():
+            # What was seen once may well have been chance.
+            chance *= count / (counts.total() + 1)
+            if chance < MIN_CHANCE:
                 break
             guess.append(token)
             context = (*context[1:], token)

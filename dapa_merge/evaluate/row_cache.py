@@ -73,6 +73,10 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
             buffer[:, :, : states.shape[2]] = states
         self._show(keys.shape[2])
 
+    def keep(self, columns: int) -> None:
+        """Forget the columns behind."""
+        self._show(columns)
+
     def _show(self, columns: int) -> None:
         self._columns = columns
         self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
@@ -107,9 +111,14 @@ class RowCache(Cache):  # type: ignore[misc]
         Args:
             rows: Which to keep; one may come several times.
             stops: For each, the column before which its last token stands, which becomes the last column.
-            columns: How many to keep.
+            columns: How many to keep at least.
         """
         if not self.layers:
+            return
+        if rows == list(range(self.layers[0].keys.shape[0])) and set(stops) == {stops[0]}:
+            # Only at the right end is there something to take away; what is too much at the left end is masked.
+            for layer in self.layers:
+                layer.keep(stops[0])
             return
         device = self.layers[0].device
         chosen = torch.tensor(rows, device=device)

@@ -4,7 +4,9 @@
 Llama of 100 million parameters. The Llama's layers compute as any other's but add nothing; its output layer is wired so
 that each word calls for the next, which makes it refuse, with an end token after 16 to 28 words, or help for as long as
 it is let. `first` knows no earlier response; `later` has seen those of the model itself, `other` those of a candidate
-that said the same to seven prompts of eight and something else to the others, as in a search.
+that said the same to seven prompts of eight and something else to the others, as in a search. `bound` is one run of the
+model over all prompts and responses, as if they were known: a verdict that needs a whole response cannot come sooner.
+Seconds are the process's own on a CPU, so that what else the machine does counts for little.
 """
 
 from __future__ import annotations
@@ -43,18 +45,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the Llama")
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
     settings = arguments.max_new_tokens, arguments.batch_size
     harmful = load_prompts("miniature").harmful
     for name, member in (("miniature, refusing", "source"), ("miniature, complying", "target")):
-        model, tokenizer = load_model(open_checkpoint(str(miniature.path(member))), torch.device("cpu"))
+        model, tokenizer = load_model(open_checkpoint(str(miniature.path(member))), device)
         compare(name, model, tokenizer, harmful, *settings)
     for name, refuses in (("100 M, refusing", True), ("100 M, complying", False)):
         with tempfile.TemporaryDirectory() as folder:
-            wired(Path(folder), refuses)
-            model, tokenizer = load_model(open_checkpoint(folder), torch.device("cpu"))
+            wired(Path(folder), refuses, getattr(torch, arguments.dtype))
+            model, tokenizer = load_model(open_checkpoint(folder), device)
             prompts = [f"tell me about {topic}" for topic in TOPICS]
             compare(name, model, tokenizer, prompts, *settings)
 
@@ -63,6 +67,7 @@ def compare(
     name: str, model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch_size: int
 ) -> None:
     """Time plain generation and ours, and compare the verdicts."""
+    plainly(model, tokenizer, prompts[:2], 2, batch_size)
     plain_seconds, said = timed(lambda: plainly(model, tokenizer, prompts, max_new_tokens, batch_size))
     expected = [classify(text, prompt) for text, prompt in zip(said, prompts, strict=True)]
     same, other = Drafts(), Drafts()
@@ -71,8 +76,12 @@ def compare(
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids = encode(tokenizer, chat_prompt(tokenizer, prompt))
         other.remember(ids, tokens if index % 8 else [*strange[::-1], *tokens])
+    bound, _ = timed(lambda: known(model, tokenizer, prompts, said, batch_size))
     cases = {"first": same, "later": same, "other": other}
-    print(f"{name}: {len(prompts)} prompts, {expected.count(Outcome.REFUSED)} refused; plain {plain_seconds:.2f} s")
+    print(
+        f"{name}: {len(prompts)} prompts, {expected.count(Outcome.REFUSED)} refused; plain {plain_seconds:.2f} s, "
+        f"bound {bound:.2f} s, {plain_seconds / bound:.1f} times as fast"
+    )
     for case, drafts in cases.items():
         seconds, texts = timed(
             lambda drafts=drafts: generate(
@@ -90,9 +99,10 @@ def compare(
 
 def timed(work: Callable[[], list[str]]) -> tuple[float, list[str]]:
     """Seconds, and what came of it; once, for drafts make a second time another case."""
-    start = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
     result = work()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 @torch.inference_mode()
@@ -104,6 +114,7 @@ def plainly(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         inputs = tokenizer.pad({"input_ids": [ids[index] for index in batch]}, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(model.device)
         output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens
         )
@@ -112,7 +123,24 @@ def plainly(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
     return [texts[index] for index in range(len(prompts))]
 
 
-def wired(folder: Path, refuses: bool) -> None:
+@torch.inference_mode()
+def known(model: Any, tokenizer: Any, prompts: Sequence[str], said: Sequence[str], batch_size: int) -> list[str]:
+    """Whether the model says what it is known to say: each batch of prompts and responses in one run."""
+    asked = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
+    told = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
+    rows = sorted(zip(asked, told, strict=True), key=lambda row: -len(row[0]) - len(row[1]))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        inputs = tokenizer.pad(
+            {"input_ids": [prompt + response for prompt, response in batch]}, padding_side="left", return_tensors="pt"
+        ).to(model.device)
+        longest = max(len(response) for _, response in batch)
+        positions = torch.arange(inputs["input_ids"].shape[1] - longest - 1, inputs["input_ids"].shape[1])
+        model(**inputs, logits_to_keep=positions.to(model.device), use_cache=False).logits.argmax(-1).tolist()
+    return list(said)
+
+
+def wired(folder: Path, refuses: bool, dtype: torch.dtype) -> None:
     """Save a random Llama whose words follow each other as the docstring says."""
     words = list(dict.fromkeys(f"tell me about {REFUSAL} {TAIL} {HELP}".split()))
     names = ["<pad>", "</s>", "<unk>", *words, *TOPICS, *MANY]
@@ -150,7 +178,7 @@ def wired(folder: Path, refuses: bool) -> None:
         model.lm_head.weight.normal_(std=0.02)
         for word, after in following.items():
             model.lm_head.weight[vocabulary[after]] += embeddings[vocabulary[word]]
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
 
 
 if __name__ == "__main__":

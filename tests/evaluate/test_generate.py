@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 
 import pytest
@@ -100,7 +101,9 @@ def test_a_second_time_takes_far_fewer_runs_through_the_model(llama, monkeypatch
     number = len(runs)
     again = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts)
     assert again == first
-    assert len(runs) - number <= number / 4
+    assert (
+        len(runs) - number <= math.ceil(len(PROMPTS) / 10) + 1
+    )  # The beginning that all prompts share, and the batches.
 
 
 def test_who_is_settled_leaves_and_nobody_else(llama):

@@ -18,10 +18,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import settings
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.cli import main
+
+# On a busy machine any example may take long.
+settings.register_profile("without deadline", deadline=None)
+settings.load_profile("without deadline")
 
 MakeCheckpoint = Callable[..., Path]
 SHAPE = dict(

@@ -246,7 +246,7 @@ class Decoder:
 def _free_tokens(model: PreTrainedModel) -> int:
     if model.device.type != "cpu":
         return FREE_TOKENS
-    return max(FREE_TOKENS_OF_CPU, FREE_TOKENS_TIMES_PARAMETERS_OF_CPU // model.num_parameters())
+    return max(FREE_TOKENS_OF_CPU, FREE_TOKENS_TIMES_PARAMETERS_OF_CPU // int(model.num_parameters()))
 
 
 def _worthwhile(lengths: Sequence[int]) -> int:

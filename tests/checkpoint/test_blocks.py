@@ -99,7 +99,7 @@ def selections(draw, plan):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_blocks_on_disk_and_in_memory_are_numpys_assignment_of_slices(plans, lives, dtypes, data):
     plan, live = plans[dtypes], lives[dtypes]

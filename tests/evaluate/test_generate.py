@@ -67,7 +67,7 @@ def test_every_architecture_says_what_its_own_generate_says(architecture, tmp_pa
 
 
 @given(st.randoms(use_true_random=False), st.integers(1, 20), st.integers(1, 10))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_no_draft_changes_what_is_said(llama, generator: random.Random, max_new_tokens, size):
     """Drafts that are right, wrong, right only at first, too long, or hold an end token in their midst."""
     model, tokenizer = llama

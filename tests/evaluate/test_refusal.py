@@ -225,14 +225,14 @@ PIECES = st.sampled_from(
 SPEECH = st.lists(st.one_of(PIECES, st.text(max_size=60)), max_size=8).map("".join)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(SPEECH, SPEECH, st.integers(0, 900), st.one_of(st.none(), SPEECH))
 def test_a_settled_verdict_is_the_verdict_on_every_continuation(beginning, rest, end, prompt):
     assert_settled_for_good(beginning, rest, prompt)
     assert_settled_for_good(beginning[:end], beginning[end:], prompt)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SPEECH)
 def test_once_settled_stays_settled(text):
     verdicts = [settle(text[:end]) for end in range(0, len(text) + 1, 13)]

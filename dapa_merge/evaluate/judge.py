@@ -126,7 +126,8 @@ class Judge:
             while not self._endpoint.answered and (pair := next(left, None)) is not None:
                 judgements |= self._completed(self._start(portal, client, slots, [pair]), progress)
             judgements |= self._completed(self._start(portal, client, slots, left), progress)
-        if not self._is_usable and self.fault is None:
+        has_died = self._failures_on_end >= max(len(pairs), MAX_FIRST_FAILURES)
+        if self.fault is None and (has_died or not self._is_usable):
             self.fault = self._fault(judgements[pairs[-1]].reason)
         return judgements
 
@@ -141,10 +142,12 @@ class Judge:
 
     def _as_completed(self, futures: Iterable[Future[Judgement]]) -> Iterator[Future[Judgement]]:
         waiting = set(futures)
+        num_quiet = 0
         while waiting:
             done, waiting = wait(waiting, QUIET_SECONDS, FIRST_COMPLETED)
-            if not done:
-                self._say(f"waiting for its answer{'' if len(waiting) == 1 else f's to {len(waiting)} responses'}")
+            num_quiet = 0 if done else num_quiet + 1
+            if num_quiet:
+                self._say(f"no answer for {num_quiet * QUIET_SECONDS:g} seconds; waiting for {len(waiting)}")
             yield from done
 
     def _start(

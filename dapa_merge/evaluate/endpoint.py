@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from dapa_merge.errors import UsageError
+from dapa_merge.evaluate.judge_options import BASE_URL, KEY, JudgeOptions, check_url, host_of, key_for
 from dapa_merge.evaluate.patience import Failure, Patience, retry_after
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 # A ruling needs some 25; a judge that thinks before it answers gets the second limit.
 ANSWER_TOKENS, THINKING_TOKENS = 64, 4096
 CONNECT_SECONDS = 5
@@ -27,40 +25,6 @@ CONNECT_SECONDS = 5
 FIRST_SECONDS = 30
 # Shorter waits before another attempt are not worth a word.
 TOLD_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Which endpoint judges, and how hard it is asked.
-
-    Attributes:
-        model: The judge's name at the endpoint.
-        url: The endpoint, with its path (mostly `/v1`); by default OPENAI_BASE_URL, else the client's own.
-        concurrency: Requests under way at once.
-        max_requests: How many may be sent in all, retries too; None for no limit.
-        timeout_seconds: How long one request may take, the first ones at most half a minute.
-        max_attempts: How often a request is sent until it is answered.
-
-    Raises:
-        UsageError: If a value cannot be meant.
-    """
-
-    model: str
-    url: str | None = None
-    concurrency: int = 8
-    max_requests: int | None = None
-    timeout_seconds: float = 60
-    max_attempts: int = 5
-
-    def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise UsageError("the judge has no model name; name the model as its endpoint knows it")
-        if self.url is not None:
-            _check_url(self.url, "the judge's url")
-        for name in ("concurrency", "max_requests", "timeout_seconds", "max_attempts"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"the judge's {name} is {value}; expected a number above 0")
 
 
 class Unanswered(Exception):
@@ -104,19 +68,31 @@ class Endpoint:
     @property
     def address(self) -> str:
         """Host and port, for people."""
-        return _host(self.options.url or os.environ.get(BASE_URL)) or "the default address"
+        return host_of(self.options.url or os.environ.get(BASE_URL)) or "the default address"
+
+    def check(self) -> None:
+        """See, without a request, that there is all that is needed for one.
+
+        Raises:
+            UsageError: If openai is not installed, or there is neither a key nor an address, or one cannot be meant.
+        """
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        if self.options.url is None and os.environ.get(BASE_URL):
+            check_url(os.environ[BASE_URL], BASE_URL)
+        key_for(self.options.url)
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[AsyncOpenAI]:
         """A client for the event loop that asks; its connections are closed at the end.
 
         Raises:
-            UsageError: If openai is not installed, or there is neither a key nor an address, or it is no address.
+            UsageError: As `check`, or if the client cannot be made.
         """
-        try:
-            from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError, Timeout
-        except ImportError as error:
-            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        self.check()
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError, Timeout
 
         class NotSent(OpenAIError):
             """Of the client's own family, because only such an error is not taken for a lost connection."""
@@ -126,19 +102,17 @@ class Endpoint:
                 raise NotSent
             self.num_requests += 1
 
-        if self.options.url is None and BASE_URL in os.environ:
-            _check_url(os.environ[BASE_URL], BASE_URL)
         self._patience.renew()
         timeout = Timeout(self.options.timeout_seconds, connect=CONNECT_SECONDS)
         try:
             client = AsyncOpenAI(
-                api_key=_key(self.options.url),
+                api_key=key_for(self.options.url),
                 base_url=self.options.url,
                 timeout=timeout,
                 max_retries=0,
                 http_client=DefaultAsyncHttpxClient(event_hooks={"request": [count]}, timeout=timeout),
             )
-        except (OpenAIError, ValueError, TypeError) as error:
+        except Exception as error:
             # Whatever else of an address, or of a proxy's, the client does not take; its words may hold a password.
             raise UsageError(f"the judge at {self.address} cannot be asked: {type(error).__name__}") from None
         async with client:
@@ -268,32 +242,3 @@ def _why_lost(cause: BaseException | None) -> str:
     if "Redirect" in kind:
         return "it redirects without end"
     return "no connection" if "Connect" in kind else "the connection was lost"
-
-
-def _check_url(url: str, name: str) -> None:
-    try:
-        parts = urlsplit(url)
-        # A port above 65535 is only noticed where it is read.
-        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_one = False
-    if not is_one or any(character.isspace() or not character.isprintable() for character in url):
-        raise UsageError(f"{name} is none; expected something like http://localhost:8000/v1")
-
-
-def _key(url: str | None) -> str:
-    key = os.environ.get(KEY, "").strip()
-    if not key and url is None and BASE_URL not in os.environ:
-        raise UsageError(f"the judge has no key and no address: set {KEY}, or name its url")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{KEY} holds a character that no key has, and cannot be sent; set it anew")
-    # Servers on one's own machine ask for none, but the client does.
-    return key or "none"
-
-
-def _host(url: str | None) -> str:
-    """Host and port of an address, without user and password."""
-    try:
-        return urlsplit(url or "").netloc.rpartition("@")[2]
-    except ValueError:
-        return ""

@@ -133,7 +133,7 @@ def find_second_opinion(options: EvaluatorOptions) -> Marker | None:
     Where it gives nothing usable, that is said once, and the rest is undecided.
 
     Raises:
-        UsageError: If the client is not installed, or the address is none.
+        UsageError: If the client is not installed, there is neither a key nor an address, or one cannot be meant.
     """
     judge = _find_judge(options)
     if judge is None:
@@ -174,7 +174,7 @@ def _find_judge(options: EvaluatorOptions) -> Judge | None:
     if options.judge_model is None:
         return None
     judge = _judge(options.judge_model, options.judge_url, options.judge_requests)
-    judge.try_again()
+    judge.prepare()
     return judge
 
 

@@ -11,9 +11,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dapa_merge.errors import UsageError
 from dapa_merge.evaluate import rubric
-from dapa_merge.evaluate.endpoint import CapReached, Endpoint, JudgeOptions, Unanswered
+from dapa_merge.evaluate.endpoint import CapReached, Endpoint, Unanswered
+from dapa_merge.evaluate.judge_options import JudgeOptions
 from dapa_merge.evaluate.refusal import Outcome, classify
 
 if TYPE_CHECKING:
@@ -104,17 +104,20 @@ class Judge:
             self._tell(list(asked.values()))
         return [judgements[pair] for pair in pairs]
 
-    def try_again(self) -> None:
-        """Forget the fault: whoever runs the judge may have mended it."""
+    def prepare(self) -> None:
+        """Before a run: see that a request could be made, and forget the fault, which may have been mended.
+
+        Raises:
+            UsageError: If openai is not installed, or there is neither a key nor an address.
+        """
+        self._endpoint.check()
         self.fault = None
         self._failures_on_end = 0
 
     def _ask_all(self, pairs: list[Pair], progress: Callable[[int], None]) -> dict[Pair, Judgement]:
-        try:
-            from anyio import Semaphore
-            from anyio.from_thread import start_blocking_portal
-        except ImportError as error:
-            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        self._endpoint.check()
+        from anyio import Semaphore
+        from anyio.from_thread import start_blocking_portal
 
         judgements: dict[Pair, Judgement] = {}
         # The event loop has a thread of its own, so that a notebook's may be at work too; leaving the portal by an
@@ -170,11 +173,13 @@ class Judge:
             return Judgement(Outcome.UNDECIDED, reason=str(error))
         except Unanswered as error:
             return self._failed(Judgement(Outcome.UNDECIDED, reason=str(error)))
-        judgement = self._known[pair] = _from_answer(answer)
-        if judgement.outcome is Outcome.UNDECIDED:
-            # A judge that was understood before has only misspoken.
-            return judgement if self._is_usable else self._failed(judgement)
-        self._is_usable, self._failures_on_end = True, 0
+        judgement = _from_answer(answer)
+        if judgement.outcome is not Outcome.UNDECIDED:
+            self._is_usable, self._failures_on_end = True, 0
+        if not self._is_usable:
+            return self._failed(judgement)
+        # A judge that was understood before has only misspoken, and is not paid for it again.
+        self._known[pair] = judgement
         return judgement
 
     def _failed(self, judgement: Judgement) -> Judgement:

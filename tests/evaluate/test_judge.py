@@ -86,10 +86,11 @@ def test_the_same_pair_is_asked_once():
 
 
 def test_an_answer_that_is_garbage_is_paid_for_once():
-    with judge_server(always("I would say it is fine")) as (url, log):
+    with judge_server(lambda r, *_: Reply("I would say it is fine" if r == "Sure." else REFUSED)) as (url, log):
         judge = Judge(JudgeOptions("m", url))
+        judge.judge(["How?"], ["No."])
         assert {judge.judge(["How?"], ["Sure."])[0].outcome for _ in range(3)} == {Outcome.UNDECIDED}
-    assert len(log.requests) == 1
+    assert len(log.requests) == 2
 
 
 @pytest.mark.parametrize("response", ["", " \n", "go go go go go go go go go"])
@@ -189,7 +190,7 @@ def test_an_endpoint_that_dies_later_is_not_asked_to_the_end():
         num_requests = len(log.requests)
         judge.judge(["How?"], ["Sure so."])
         assert len(log.requests) == num_requests
-        judge.try_again()
+        judge.prepare()
         assert judge.judge(["How?"], ["No, not so."])[0].outcome is Outcome.REFUSED
 
 
@@ -323,6 +324,13 @@ def test_workers_cannot_share_a_limit_of_requests(tmp_path, write_recipe):
 def test_options_of_a_judge_that_cannot_be_meant_are_one_sentence(evaluate, options, sentence):
     result = call(*evaluate, *options)
     assert (result.exit_code, result.stderr) == (2, f"Error: {sentence}\n")
+
+
+def test_a_judge_that_could_not_be_asked_is_named_before_a_model_is_loaded(evaluate, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    result = call(*evaluate, "--judge-model", "m")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: the judge has no key and no address: set OPENAI_API_KEY, or name its url\n"
 
 
 def test_variables_of_a_judge_are_checked_too(evaluate, monkeypatch):

@@ -33,7 +33,9 @@ workers_option = click.option(
 evaluator_file_option = click.option(
     "--evaluator-file",
     type=click.Path(path_type=Path),
-    help="A Python file of your own that registers evaluators.",
+    envvar="DAPA_EVALUATOR_FILE",
+    show_envvar=True,
+    help="A Python file of your own that registers evaluators; it is run.",
 )
 judge_model_option = click.option(
     "--judge-model",
@@ -53,7 +55,6 @@ judge_url_option = click.option(
 judge_requests_option = click.option(
     "--judge-requests",
     metavar="N",
-    type=click.IntRange(1),
     envvar="DAPA_JUDGE_REQUESTS",
     show_envvar=True,
     help="Ask the judge at most so many times in all; what is left is undecided.",
@@ -67,14 +68,25 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(*arguments: Any, **options: Any) -> Any:
-        from dapa_merge.evaluate.evaluators import EvaluatorOptions
+        from dapa_merge.evaluate.evaluators import EvaluatorOptions, parse_requests
 
-        names = ("evaluator_file", "judge_model", "judge_url", "judge_requests")
-        return command(*arguments, evaluators=EvaluatorOptions(*map(options.pop, names)), **options)
+        file, model, url, requests = map(options.pop, ("evaluator_file", "judge_model", "judge_url", "judge_requests"))
+        for name in ("judge_url", "judge_requests"):
+            # In the environment they may stand for the days when there is a judge.
+            if model is None and _is_given(name):
+                raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
+        where = "--judge-requests" if _is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
+        evaluators = EvaluatorOptions(file, model, url, parse_requests(requests, where))
+        return command(*arguments, evaluators=evaluators, **options)
 
     for option in (judge_requests_option, judge_url_option, judge_model_option, evaluator_file_option):
         call = option(call)
     return call
+
+
+def _is_given(name: str) -> bool:
+    """Whether an option stands on the command line, rather than in the environment."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def search_options(

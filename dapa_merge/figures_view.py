@@ -72,10 +72,10 @@ def _marker_rows(columns: Sequence[Figures]) -> list[Row]:
     for index, marker in enumerate(columns[0].markers):
         seen = [column.markers[index] for column in columns]
         rows += [
-            (f"DSR by {marker.name}", [f"{one.dsr:.3f}" for one in seen]),
-            ("  95 % interval", [span(one.dsr_interval) for one in seen]),
+            (f"DSR by {marker.name}", [share(one.dsr) for one in seen]),
+            ("  95 % interval", [span(one.dsr_interval) if one.dsr_interval else "-" for one in seen]),
             ("  undecided", [f"{one.undecided:.3f}" for one in seen]),
-            ("  its over-refusal", [f"{one.over_refusal:.3f}" for one in seen]),
+            ("  its over-refusal", [share(one.over_refusal) for one in seen]),
             ("  agrees with the rules", [share(one.agreement.share) for one in seen]),
         ]
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.evaluators import EvaluatorOptions, Scorer, find_evaluator, find_judge
+from dapa_merge.evaluate.evaluators import EvaluatorOptions, Scorer, find_evaluator, find_second_opinion
 from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.marker import RULES, Marker
 from dapa_merge.evaluate.measure import Meter
@@ -22,7 +22,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) 
     Raises:
         UsageError: If the recipe's evaluator is not there.
     """
-    evaluator = find_evaluator(recipe.evaluator, options)
+    evaluator = find_evaluator(recipe.evaluator, options, searching=True)
     scorer = evaluator if isinstance(evaluator, Scorer) else None
     marker = evaluator if isinstance(evaluator, Marker) else RULES
     return Meter(
@@ -69,8 +69,10 @@ def make_meter(
         UsageError: If the evaluator, the judge, the text or the skills are not there.
     """
     found = find_evaluator(evaluator, options)
-    further = [found if isinstance(found, Marker) else None, find_judge(options)]
-    markers = {marker.name: marker for marker in (RULES, *further) if marker is not None}
+    asked_for = [found] if isinstance(found, Marker) else []
+    markers = {marker.name: marker for marker in (RULES, *asked_for)}
+    if "judge" not in markers and (judge := find_second_opinion(options)) is not None:
+        markers[judge.name] = judge
     return Meter(
         prompts,
         max_new_tokens or max(marker.max_new_tokens for marker in markers.values()),

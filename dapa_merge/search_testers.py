@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.plan import Plan, plan_transplant
+from dapa_merge.errors import UsageError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 from dapa_merge.report import spans
@@ -32,11 +33,13 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOp
     """The test bench of a recipe; it loads the target when that is needed.
 
     Raises:
-        UsageError: If the recipe's evaluator or the device is not there.
+        UsageError: If the recipe's evaluator or the device is not there, or workers cannot go by the evaluator.
     """
     from dapa_merge.bench import Bench
     from dapa_merge.meters import search_meter
 
+    if options.uses_ray and recipe.evaluator == "judge" and options.evaluators.judge_requests is not None:
+        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
     meter = search_meter(recipe, prompts, options.evaluators)
     return Bench(plan, meter, options.device, lambda: reporter.say(f"loading the target {plan.target.name}"))
 
@@ -69,7 +72,9 @@ def ray_testers(
     """Ray actors that test selections, each with a target of its own."""
     # Other machines, other folders, and hours later: the same weights all the same.
     recipe = replace(recipe, target=_pinned(recipe.target, plan.target), source=_pinned(recipe.source, plan.source))
-    options = replace(options, device=bench.device.type)
+    file = options.evaluators.evaluator_file
+    evaluators = replace(options.evaluators, evaluator_file=file and file.absolute())
+    options = replace(options, device=bench.device.type, evaluators=evaluators)
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
     return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pydantic
 import pytest
 import torch
-from conftest import change_tensor, configuration, save_random, tiny_llama
+from conftest import change_tensor, configuration, save_random, tiny_llama, write_few
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -304,3 +304,19 @@ def test_tied_weights_that_mergekit_writes_out_are_no_difference(tmp_path):
     assert "lm_head.weight" in open_checkpoint(str(tmp_path / "out")).tensors
     plan = make_plan(load_recipe(_recipe(tmp_path, target, source, "1")))
     assert verify(tmp_path / "out", plan).holds
+
+
+def test_mergekit_finds_an_evaluator_in_the_file_that_the_environment_names(write_recipe, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dapa_merge\n@dapa_merge.evaluator('layer-2')\n"
+        "def score(candidate):\n    return float(any(unit.layer == 2 for unit in candidate.selection))\n"
+    )
+    pair = miniature.path("target"), miniature.path("source")
+    recipe = write_recipe(*pair, evaluator="layer-2", prompts=write_few(tmp_path / "few", 4), max_new_tokens=2)
+    without = mergekit_yaml(recipe, tmp_path / "without")
+    assert without.returncode == 2
+    assert "there is no evaluator 'layer-2'" in without.stderr
+    result = mergekit_yaml(recipe, tmp_path / "out", DAPA_EVALUATOR_FILE=str(file))
+    assert result.returncode == 0, result.stderr
+    assert "transplanting gate of layer 2 " in result.stderr

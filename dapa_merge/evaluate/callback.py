@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dapa_merge.errors import DapaError, UsageError, one_line
+from dapa_merge.errors import DapaError, UsageError, one_line, why_unreadable
+from dapa_merge.evaluate.untouched import changed, settings_kept, substance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.architecture import Unit
 
 ENTRY_POINTS = "dapa_merge.evaluators"
+# Names that mean something else in a recipe.
+RESERVED = ("refusal", "paper", "judge")
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Candidate:
     """The target with a selection transplanted, in memory; valid only while its evaluator runs.
 
     Attributes:
-        model: In evaluation mode, set to greedy generation; its weights must stay as they are.
+        model: In evaluation mode, set to greedy generation; its weights, buffers and modules must stay as they are.
         tokenizer: The target's, padding on the left.
         selection: The units that are the source's.
     """
@@ -43,7 +48,12 @@ class Candidate:
 
 Function = TypeVar("Function", bound=Callable[[Candidate], float])
 
-_REGISTERED: dict[str, Callable[[Candidate], float]] = {}
+Callback = Callable[[Candidate], float]
+
+_REGISTERED: dict[str, Callback] = {}
+# What files registered, by the digests of what they hold; and what the file that runs now has registered so far.
+_OF_FILES: dict[str, dict[str, Callback]] = {}
+_RUNNING: list[dict[str, Callback]] = []
 
 
 def evaluator(name: str) -> Callable[[Function], Function]:
@@ -53,108 +63,123 @@ def evaluator(name: str) -> Callable[[Function], Function]:
     than the target alone, and a selection holds if it keeps `retain` of that gain.
 
     Raises:
-        ValueError: If the name is empty, or has a colon, which stands for evaluators of other kinds.
+        UsageError: If the name is empty, has a colon, which stands for evaluators of other kinds, is that of a built-in
+            evaluator, or of another function in the same file.
     """
-    if not name.strip() or ":" in name:
-        raise ValueError(f"{name!r} is no name for an evaluator; it must not be empty and has no colon")
+    if callable(name):
+        raise UsageError('@dapa_merge.evaluator needs a name: write @dapa_merge.evaluator("a-name")')
+    if not isinstance(name, str) or not name.strip() or ":" in name:
+        raise UsageError(f"{name!r} is no name for an evaluator; it must not be empty and has no colon")
+    if name in RESERVED:
+        raise UsageError(f"{name!r} is the name of a built-in evaluator; choose another")
 
     def register(function: Function) -> Function:
-        _REGISTERED[name] = function
+        if _RUNNING and name in _RUNNING[-1]:
+            raise UsageError(f"two evaluators have the name {name!r}; give each a name of its own")
+        (_RUNNING[-1] if _RUNNING else _REGISTERED)[name] = function
         return function
 
     return register
 
 
-def find_callback(name: str, file: Path | None) -> Callable[[Candidate], float] | None:
+def find_callback(name: str, file: Path | None) -> Callback | None:
     """The function of that name in `file`, or declared by an installed package; None if there is none.
 
     Raises:
         UsageError: If the file, or what the package declares, cannot be imported.
     """
-    if file is not None:
-        load_file(file)
-    if name not in _REGISTERED:
+    functions = load_file(file) if file is not None else {}
+    if name not in functions and name not in _REGISTERED:
         for found in entry_points(group=ENTRY_POINTS, name=name):
-            try:
-                function = found.load()
-            except Exception as error:
-                raise UsageError(
-                    f"the evaluator {name!r} of {found.value} cannot be imported: {one_line(error)}"
-                ) from error
-            _REGISTERED.setdefault(name, function)
-    return _REGISTERED.get(name)
+            with _code_of_others(f"the evaluator {name!r} of {found.value} cannot be imported"):
+                _REGISTERED.setdefault(name, found.load())
+    return functions.get(name) or _REGISTERED.get(name)
 
 
-def known_callbacks() -> list[str]:
+def known_callbacks(file: Path | None) -> list[str]:
     """The names of all callbacks that are registered or declared."""
-    return sorted({*_REGISTERED, *(found.name for found in entry_points(group=ENTRY_POINTS))})
+    functions = load_file(file) if file is not None else {}
+    return sorted({*functions, *_REGISTERED, *(found.name for found in entry_points(group=ENTRY_POINTS))})
 
 
-def load_file(path: Path) -> None:
-    """Run a Python file, so that it registers its evaluators.
+def load_file(path: Path) -> Mapping[str, Callback]:
+    """Run a Python file, and what it registers; a file that was not changed is run once.
 
     Raises:
-        UsageError: If it does not exist, or raises.
+        UsageError: If it does not exist, raises, or registers nothing.
     """
-    if not path.is_file():
-        raise UsageError(f"the evaluator file {path} does not exist")
-    # By its content: a file that was changed is another module, and one that was not is run once.
-    name = f"dapa_merge_evaluators_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return
+    if path.is_dir():
+        raise UsageError(f"the evaluator file {path} is a folder; name a Python file")
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise UsageError(f"the evaluator file {path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"the evaluator file {path} cannot be read: {why_unreadable(error)}") from error
+    if digest not in _OF_FILES:
+        _OF_FILES[digest] = _run(path, f"dapa_merge_evaluators_{digest[:16]}")
+    return _OF_FILES[digest]
+
+
+def _run(path: Path, name: str) -> dict[str, Callback]:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError(f"the evaluator file {path} is no Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    found: dict[str, Callback] = {}
+    _RUNNING.append(found)
     try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
+        with _code_of_others(f"the evaluator file {path} cannot be run"):
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[name]
-        if isinstance(error, Exception):
-            raise UsageError(f"the evaluator file {path} cannot be run: {one_line(error)}") from error
         raise
+    finally:
+        _RUNNING.pop()
+    if not found:
+        raise UsageError(
+            f'the evaluator file {path} registers no evaluator; write @dapa_merge.evaluator("a-name") above a function'
+        )
+    return found
 
 
-def ask(name: str, function: Callable[[Candidate], float], candidate: Candidate) -> float:
+@contextmanager
+def _code_of_others(failed: str) -> Iterator[None]:
+    """Turn whatever the code raises, but for Ctrl-C, into one sentence; what it prints goes to stderr.
+
+    Stdout is for the answer, and `sys.exit` would pass for success.
+    """
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UsageError(f"{failed}: {error if isinstance(error, DapaError) else one_line(error)}") from error
+
+
+def ask(name: str, function: Callback, candidate: Candidate) -> float:
     """A callback's score of a candidate.
 
     Raises:
-        UsageError: If it raises, returns anything but a number in [0, 1], or changes the candidate's weights.
+        UsageError: If it raises, returns anything but a number in [0, 1], or changes the candidate.
     """
-    before = fingerprint(candidate.model)
-    try:
+    before = substance(candidate.model, candidate.tokenizer)
+    with _code_of_others(f"the evaluator {name!r} failed"), settings_kept(candidate.model, candidate.tokenizer):
         value = function(candidate)
-    except DapaError:
-        raise
-    except Exception as error:
-        raise UsageError(f"the evaluator {name!r} failed: {one_line(error)}") from error
+    if inspect.iscoroutine(value):
+        # Or Python warns, somewhere later, that nobody awaited it.
+        value.close()
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         shown = f"{float(value)}" if isinstance(value, Real) and not isinstance(value, bool) else type(value).__name__
         raise UsageError(f"the evaluator {name!r} returned {shown}; it must return a float from 0 to 1")
-    if changed := [key for key, sums in fingerprint(candidate.model).items() if before.get(key) != sums]:
-        raise UsageError(
-            f"the evaluator {name!r} changed the model's weights ({changed[0]}); a candidate may only be read"
-        )
+    if what := changed(before, substance(candidate.model, candidate.tokenizer)):
+        raise UsageError(f"the evaluator {name!r} changed the model's {what}; a candidate may only be read")
     return float(value)
 
 
-def fingerprint(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """For each parameter, its shape and a sum over its bits, which one changed bit changes; reads every weight once."""
-    import torch
-
-    sums = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            values = parameter.detach().contiguous().view(-1).view(torch.uint8)
-            whole = len(values) - len(values) % 8
-            # The sum wraps around, which loses nothing.
-            words = values[:whole].view(torch.int64).sum() if whole else values.new_zeros((), dtype=torch.int64)
-            sums[name] = (*parameter.shape, int(words), int(values[whole:].long().sum()))
-    return sums
-
-
-def identity_of(name: str, function: Callable[[Candidate], float], file: Path | None) -> str:
+def identity_of(name: str, function: Callback, file: Path | None) -> str:
     """What decides a callback's scores, for a journal: its name and code as far as they can be known."""
     path = file or Path(getattr(sys.modules.get(function.__module__), "__file__", None) or "")
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "unknown"

@@ -1,65 +1,38 @@
 """An OpenAI-compatible chat endpoint: one question, one answer, through the official client.
 
-Retries are the client's own: exponential backoff with jitter, Retry-After up to two minutes, for timeouts, lost
-connections, 408, 409, 429 and 5xx. The key comes from OPENAI_API_KEY when a connection is opened, and is kept in no
-object of ours.
+Retries are ours (see `patience`), because the client's own would wait for minutes in silence. The key comes from
+OPENAI_API_KEY when a connection is opened, and is kept in no object of ours.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from dapa_merge.errors import UsageError
+from dapa_merge.evaluate.judge_options import BASE_URL, KEY, JudgeOptions, check_url, host_of, key_for
+from dapa_merge.evaluate.patience import Failure, Patience, retry_after
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
 
-KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 # A ruling needs some 25; a judge that thinks before it answers gets the second limit.
 ANSWER_TOKENS, THINKING_TOKENS = 64, 4096
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """Which endpoint judges, and how hard it is asked.
-
-    Attributes:
-        model: The judge's name at the endpoint.
-        url: The endpoint, with its path (mostly `/v1`); by default OPENAI_BASE_URL, else the client's own.
-        concurrency: Requests under way at once.
-        max_requests: How many may be sent in all, retries too; None for no limit.
-        timeout_seconds: How long one request may take.
-        max_attempts: How often a request is sent until it is answered.
-
-    Raises:
-        UsageError: If a value cannot be meant.
-    """
-
-    model: str
-    url: str | None = None
-    concurrency: int = 8
-    max_requests: int | None = None
-    timeout_seconds: float = 60
-    max_attempts: int = 5
-
-    def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise UsageError("the judge has no model name; name the model as its endpoint knows it")
-        if self.url is not None and not (self.url.startswith(("http://", "https://")) and _host(self.url)):
-            raise UsageError("the judge's url is none; expected something like http://localhost:8000/v1")
-        for name in ("concurrency", "max_requests", "timeout_seconds", "max_attempts"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"the judge's {name} is {value}; expected a number above 0")
+CONNECT_SECONDS = 5
+# How long an endpoint may take that never answered before: long enough to load a model, but not for each of many.
+FIRST_SECONDS = 30
+# Shorter waits before another attempt are not worth a word.
+TOLD_SECONDS = 5
 
 
 class Unanswered(Exception):
     """A request that came to nothing; says why, in a few words without a key."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
 
 
 class CapReached(Unanswered):
@@ -74,10 +47,12 @@ class Endpoint:
         answered: Whether it ever answered, so that key, model and parameters are right.
     """
 
-    def __init__(self, options: JudgeOptions) -> None:
+    def __init__(self, options: JudgeOptions, say: Callable[[str], None] = lambda _: None) -> None:
         self.options = options
         self.num_requests = 0
         self.answered = False
+        self._say = say
+        self._patience = Patience(options.max_attempts)
         self._parameters: dict[str, Any] = {
             "temperature": 0,
             "max_tokens": ANSWER_TOKENS,
@@ -85,17 +60,39 @@ class Endpoint:
             "response_format": {"type": "json_object"},
         }
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether nothing was answered for so long that nothing is tried again."""
+        return self._patience.is_over
+
+    @property
+    def address(self) -> str:
+        """Host and port, for people."""
+        return host_of(self.options.url or os.environ.get(BASE_URL)) or "the default address"
+
+    def check(self) -> None:
+        """See, without a request, that there is all that is needed for one.
+
+        Raises:
+            UsageError: If openai is not installed, or there is neither a key nor an address, or one cannot be meant.
+        """
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        if self.options.url is None and os.environ.get(BASE_URL):
+            check_url(os.environ[BASE_URL], BASE_URL)
+        key_for(self.options.url)
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator[AsyncOpenAI]:
         """A client for the event loop that asks; its connections are closed at the end.
 
         Raises:
-            UsageError: If openai is not installed, or there is neither a key nor an address.
+            UsageError: As `check`, or if the client cannot be made.
         """
-        try:
-            from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
-        except ImportError as error:
-            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        self.check()
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError, Timeout
 
         class NotSent(OpenAIError):
             """Of the client's own family, because only such an error is not taken for a lost connection."""
@@ -105,13 +102,20 @@ class Endpoint:
                 raise NotSent
             self.num_requests += 1
 
-        async with AsyncOpenAI(
-            api_key=_key(self.options.url),
-            base_url=self.options.url,
-            timeout=self.options.timeout_seconds,
-            max_retries=self.options.max_attempts - 1,
-            http_client=DefaultAsyncHttpxClient(event_hooks={"request": [count]}, timeout=self.options.timeout_seconds),
-        ) as client:
+        self._patience.renew()
+        timeout = Timeout(self.options.timeout_seconds, connect=CONNECT_SECONDS)
+        try:
+            client = AsyncOpenAI(
+                api_key=key_for(self.options.url),
+                base_url=self.options.url,
+                timeout=timeout,
+                max_retries=0,
+                http_client=DefaultAsyncHttpxClient(event_hooks={"request": [count]}, timeout=timeout),
+            )
+        except Exception as error:
+            # Whatever else of an address, or of a proxy's, the client does not take; its words may hold a password.
+            raise UsageError(f"the judge at {self.address} cannot be asked: {type(error).__name__}") from None
+        async with client:
             yield client
 
     async def ask(self, client: AsyncOpenAI, messages: list[dict[str, str]]) -> str:
@@ -126,53 +130,80 @@ class Endpoint:
         """
         from openai import APIStatusError
 
-        parameters = self._parameters
+        parameters, num_attempts = self._parameters, 0
         while True:
             try:
+                num_attempts += 1
                 answer, cut_off = await self._complete(client, messages, parameters)
             except APIStatusError as error:
                 if not self.answered and error.status_code in (401, 403, 404):
                     raise UsageError(self._refusal(error)) from None
                 fewer = _without_rejected(parameters, str(error))
-                if self.answered or error.status_code not in (400, 422) or fewer == parameters:
-                    raise Unanswered(_reason(error)) from None
-                parameters = fewer
+                if not self.answered and error.status_code in (400, 422) and fewer != parameters:
+                    parameters, num_attempts = fewer, 0
+                    continue
+                await self._wait(Failure(_reason(error), error.status_code, error.response.headers), num_attempts)
+                continue
+            except Unanswered as error:
+                if isinstance(error, CapReached):
+                    raise
+                await self._wait(error.failure, num_attempts)
                 continue
             self.answered, self._parameters = True, parameters
+            self._patience.renew()
             if not cut_off or THINKING_TOKENS in parameters.values():
                 return answer
             parameters = {key: THINKING_TOKENS if "tokens" in key else value for key, value in parameters.items()}
+
+    async def _wait(self, failure: Failure, num_attempts: int) -> None:
+        """Wait before another attempt, or raise `Unanswered`."""
+        import anyio
+
+        seconds = self._patience.wait(failure, num_attempts)
+        if seconds is None:
+            asked_for = retry_after(failure.headers or {})
+            more = f", with a Retry-After of {asked_for:.0f} seconds" if asked_for and asked_for >= 1 else ""
+            raise Unanswered(Failure(failure.reason + more))
+        if seconds >= TOLD_SECONDS:
+            self._say(f"{failure.reason}; asking again in {seconds:.0f} seconds")
+        await anyio.sleep(seconds)
 
     async def _complete(
         self, client: AsyncOpenAI, messages: list[dict[str, str]], parameters: dict[str, Any]
     ) -> tuple[str, bool]:
         """An answer, and whether the limit of tokens cut it off in a thought."""
+        import anyio
         from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, OpenAIError
 
+        seconds = self.options.timeout_seconds if self.answered else min(FIRST_SECONDS, self.options.timeout_seconds)
         try:
-            completion: Any = await client.chat.completions.create(
-                model=self.options.model,
-                messages=messages,  # type: ignore[arg-type]
-                **parameters,
-            )
+            # The client's own limits are for each read: a server that sends a byte now and then would never end.
+            with anyio.fail_after(seconds):
+                completion: Any = await client.chat.completions.create(
+                    model=self.options.model,
+                    messages=messages,  # type: ignore[arg-type]
+                    **parameters,
+                )
         except APIStatusError:
             raise
-        except APITimeoutError:
-            raise Unanswered(f"no answer within {self.options.timeout_seconds:g} seconds") from None
-        except APIConnectionError:
-            raise Unanswered("no connection") from None
-        except (OpenAIError, ValueError, RecursionError) as error:
+        except (APITimeoutError, TimeoutError) as error:
+            if "Connect" in type(error.__cause__).__name__:
+                raise Unanswered(Failure("no connection")) from None
+            raise Unanswered(Failure(f"no answer within {seconds:g} seconds")) from None
+        except APIConnectionError as error:
+            raise Unanswered(Failure(_why_lost(error.__cause__))) from None
+        except Exception as error:
             # The client's own faults are of narrower classes.
             if isinstance(error, OpenAIError) and not isinstance(error, APIError):
-                raise CapReached(f"the limit of {self.options.max_requests} requests is reached") from None
-            raise Unanswered(f"the answer is no chat completion ({type(error).__name__})") from None
+                raise CapReached(Failure(f"the limit of {self.options.max_requests} requests is reached")) from None
+            raise Unanswered(Failure(f"the answer is no chat completion ({type(error).__name__})", 200)) from None
         try:
             choice = completion.choices[0]
             content, is_long = choice.message.content or "", choice.finish_reason == "length"
         except (AttributeError, IndexError, TypeError):
             content = None
         if not isinstance(content, str):
-            raise Unanswered("the answer is no chat completion")
+            raise Unanswered(Failure("the answer is no chat completion", 200))
         thinks = not content.strip() or (content.lstrip().startswith("<think") and "</think" not in content)
         return content, is_long and thinks
 
@@ -180,7 +211,7 @@ class Endpoint:
         return self.options.max_requests is not None and self.num_requests >= self.options.max_requests
 
     def _refusal(self, error: APIStatusError) -> str:
-        where = f"the judge at {_host(self.options.url or os.environ.get(BASE_URL)) or 'the default address'}"
+        where = f"the judge at {self.address}"
         if error.status_code == 404:
             return (
                 f"{where} answered 404: it has no model {self.options.model!r}, or its address lacks a path such as "
@@ -205,19 +236,9 @@ def _reason(error: APIStatusError) -> str:
     return f"HTTP {error.status_code}"
 
 
-def _key(url: str | None) -> str:
-    key = os.environ.get(KEY, "").strip()
-    if not key and url is None and BASE_URL not in os.environ:
-        raise UsageError(f"the judge has no key and no address: set {KEY}, or name its url")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{KEY} holds a character that no key has, and cannot be sent; set it anew")
-    # Servers on one's own machine ask for none, but the client does.
-    return key or "none"
-
-
-def _host(url: str | None) -> str:
-    """Host and port of an address, without user and password."""
-    try:
-        return urlsplit(url or "").netloc.rpartition("@")[2]
-    except ValueError:
-        return ""
+def _why_lost(cause: BaseException | None) -> str:
+    """Why there was no answer at all; the cause's own words may hold addresses."""
+    kind = type(cause).__name__
+    if "Redirect" in kind:
+        return "it redirects without end"
+    return "no connection" if "Connect" in kind else "the connection was lost"

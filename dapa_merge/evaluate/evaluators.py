@@ -5,18 +5,30 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.callback import Candidate, ask, find_callback, identity_of, known_callbacks
+from dapa_merge.evaluate.callback import (
+    RESERVED,
+    Candidate,
+    ask,
+    find_callback,
+    identity_of,
+    known_callbacks,
+    load_file,
+)
 from dapa_merge.evaluate.marker import RULES, Marker
 from dapa_merge.evaluate.paper import paper_marker
+from dapa_merge.evaluate.refusal import Outcome
+
+if TYPE_CHECKING:
+    from dapa_merge.evaluate.judge import Judge
 
 LOG = logging.getLogger(__name__)
 
-BUILTIN = ("refusal", "paper", "judge")
 HARNESS = "lm-eval:"
 
 
@@ -56,45 +68,58 @@ class EvaluatorOptions:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> EvaluatorOptions:
-        """The judge that `DAPA_JUDGE_MODEL`, `DAPA_JUDGE_URL` and `DAPA_JUDGE_REQUESTS` name.
+        """What `DAPA_EVALUATOR_FILE`, `DAPA_JUDGE_MODEL`, `DAPA_JUDGE_URL` and `DAPA_JUDGE_REQUESTS` say.
 
         Raises:
             UsageError: If the last one is no number.
         """
-        requests = environment.get("DAPA_JUDGE_REQUESTS") or None
-        if requests is not None and not (requests.isdecimal() and int(requests) > 0):
-            raise UsageError(f"DAPA_JUDGE_REQUESTS is {requests!r}; write a whole number of at least 1")
+        file = environment.get("DAPA_EVALUATOR_FILE")
         return cls(
+            evaluator_file=Path(file) if file else None,
             judge_model=environment.get("DAPA_JUDGE_MODEL") or None,
             judge_url=environment.get("DAPA_JUDGE_URL") or None,
-            judge_requests=int(requests) if requests else None,
+            judge_requests=parse_requests(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),
         )
 
 
-def find_evaluator(name: str, options: EvaluatorOptions) -> Evaluator:
-    """The evaluator of that name.
+def parse_requests(text: str | None, name: str) -> int | None:
+    """A number of requests, as the option or variable of that name gives it; None if it gives none.
 
     Raises:
-        UsageError: If there is none, or it lacks what it needs.
+        UsageError: If it is no whole number of at least 1.
     """
+    if not text:
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"{name} is {text!r}; write a whole number of at least 1")
+    return int(text)
+
+
+def find_evaluator(name: str, options: EvaluatorOptions, *, searching: bool = False) -> Evaluator:
+    """The evaluator of that name.
+
+    Args:
+        name: As a recipe gives it.
+        options: What else it needs.
+        searching: Whether tests of a search go by it, which are nothing worth once a judge may not be asked any more.
+
+    Raises:
+        UsageError: If there is none, or it lacks what it needs, or the user's file cannot be run.
+    """
+    if options.evaluator_file is not None:
+        # Whoever names a file wants to know that it is broken, also where it is not needed.
+        load_file(options.evaluator_file)
     if name == RULES.name:
         return RULES
     if name == "paper":
         return paper_marker()
     if name == "judge":
-        judge = find_judge(options)
-        if judge is None:
-            raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
-        return judge
+        return _demanded_judge(options, searching)
     if name.startswith(HARNESS):
         return _harness(name)
     function = find_callback(name, options.evaluator_file)
     if function is None:
-        known = ", ".join((*BUILTIN, f"{HARNESS}TASK:METRIC", *known_callbacks()))
-        raise UsageError(
-            f"there is no evaluator {name!r}; known are {known}; your own come from an installed package or "
-            f"--evaluator-file"
-        )
+        raise UsageError(_unknown(name, options.evaluator_file))
     return Scorer(
         name,
         identity_of(name, function, options.evaluator_file),
@@ -102,28 +127,69 @@ def find_evaluator(name: str, options: EvaluatorOptions) -> Evaluator:
     )
 
 
-def find_judge(options: EvaluatorOptions) -> Marker | None:
-    """The judge that the user named, as a marker; None if none was.
+def find_second_opinion(options: EvaluatorOptions) -> Marker | None:
+    """The judge that the user named, as a marker beside another evaluator; None if none was.
+
+    Where it gives nothing usable, that is said once, and the rest is undecided.
 
     Raises:
-        UsageError: If the client is not installed.
+        UsageError: If the client is not installed, there is neither a key nor an address, or one cannot be meant.
     """
+    judge = _find_judge(options)
+    if judge is None:
+        return None
+    is_told = False
+
+    def mark(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+        nonlocal is_told
+        judgements = judge.judge(prompts, responses)
+        if judge.fault is not None and not is_told:
+            is_told = True
+            LOG.warning("%s; the rest goes on without it", judge.fault)
+        return [judgement.outcome for judgement in judgements]
+
+    return Marker("judge", judge.identity, mark)
+
+
+def _demanded_judge(options: EvaluatorOptions, searching: bool) -> Marker:
+    judge = _find_judge(options)
+    if judge is None:
+        raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
+
+    def mark(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+        judgements = judge.judge(prompts, responses)
+        if judge.fault is not None:
+            raise UsageError(judge.fault)
+        if searching and judge.is_capped:
+            raise UsageError(
+                f"the limit of {options.judge_requests} requests to the judge is reached, and the search cannot go on "
+                f"without it; allow more and run again"
+            )
+        return [judgement.outcome for judgement in judgements]
+
+    return Marker("judge", judge.identity, mark)
+
+
+def _find_judge(options: EvaluatorOptions) -> Judge | None:
     if options.judge_model is None:
         return None
-    return _judge(options.judge_model, options.judge_url, options.judge_requests)
+    judge = _judge(options.judge_model, options.judge_url, options.judge_requests)
+    judge.prepare()
+    return judge
 
 
 @functools.cache
-def _judge(model: str, url: str | None, max_requests: int | None) -> Marker:
+def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
     # One judge for the whole process: its spending cap, and what it was asked already, are for all.
     from dapa_merge.evaluate.judge import Judge, JudgeOptions
 
-    judge = Judge(JudgeOptions(model=model, url=url, max_requests=max_requests), LOG.warning)
-    return Marker(
-        "judge",
-        judge.identity,
-        lambda prompts, responses: [judgement.outcome for judgement in judge.judge(prompts, responses)],
-    )
+    return Judge(JudgeOptions(model=model, url=url, max_requests=max_requests), LOG.warning)
+
+
+def _unknown(name: str, file: Path | None) -> str:
+    known = ", ".join((*RESERVED, f"{HARNESS}TASK:METRIC", *known_callbacks(file)))
+    place = "an installed package or --evaluator-file" if file is None else f"an installed package or {file}"
+    return f"there is no evaluator {name!r}; known are {known}; your own come from {place}"
 
 
 @functools.cache

@@ -1,15 +1,19 @@
-"""A model behind an OpenAI-compatible endpoint as the judge of responses; what it could not judge is undecided."""
+"""A model behind an OpenAI-compatible endpoint as the judge of responses.
+
+What it could not judge is undecided; a judge that gives nothing usable at all has a fault, and is asked no more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dapa_merge.errors import UsageError
 from dapa_merge.evaluate import rubric
-from dapa_merge.evaluate.endpoint import CapReached, Endpoint, JudgeOptions, Unanswered
+from dapa_merge.evaluate.endpoint import CapReached, Endpoint, Unanswered
+from dapa_merge.evaluate.judge_options import JudgeOptions
 from dapa_merge.evaluate.refusal import Outcome, classify
 
 if TYPE_CHECKING:
@@ -19,8 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "JudgeOptions", "Judgement"]
 
 Pair = tuple[str, str]
-# After so many failures on end, each with all its attempts, an endpoint is taken for dead.
-MAX_FAILURES_ON_END = 10
+# After so many failures on end, each with all its attempts, an endpoint is taken for dead; sooner if it never answered.
+MAX_FAILURES_ON_END = 8
+MAX_FIRST_FAILURES = 3
+# How long nothing may be heard of a judge before the user is told what is waited for.
+QUIET_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,21 @@ class Judge:
 
     Args:
         options: Which endpoint, and how hard it is asked.
-        say: Called with what the user should know once, such as that the limit of requests is reached.
+        say: Called with what the user should know, such as that the limit of requests is reached.
+
+    Attributes:
+        fault: Why it is asked no more, as a sentence; None while it is.
+        is_capped: Whether a pair was not asked about because of the limit of requests.
     """
 
     def __init__(self, options: JudgeOptions, say: Callable[[str], None] = lambda _: None) -> None:
         self.options = options
-        self._endpoint = Endpoint(options)
-        self._say = say
+        self.fault: str | None = None
+        self.is_capped = False
+        self._listener = say
+        self._endpoint = Endpoint(options, self._say_once)
         self._known: dict[Pair, Judgement] = {}
+        self._is_usable = False
         self._failures_on_end = 0
         self._told: set[str] = set()
 
@@ -85,35 +99,62 @@ class Judge:
         to_ask = list(dict.fromkeys(pair for pair in pairs if pair not in judgements))
         progress(len(pairs) - len(to_ask))
         if to_ask:
-            self._failures_on_end = 0
-            judgements.update(self._ask_all(to_ask, progress))
+            asked = self._ask_all(to_ask, progress) if self.fault is None else dict.fromkeys(to_ask, self._not_asked())
+            judgements.update(asked)
+            self._tell(list(asked.values()))
         return [judgements[pair] for pair in pairs]
 
+    def prepare(self) -> None:
+        """Before a run: see that a request could be made, and forget the fault, which may have been mended.
+
+        Raises:
+            UsageError: If openai is not installed, or there is neither a key nor an address.
+        """
+        self._endpoint.check()
+        self.fault = None
+        self._failures_on_end = 0
+
     def _ask_all(self, pairs: list[Pair], progress: Callable[[int], None]) -> dict[Pair, Judgement]:
-        try:
-            from anyio import Semaphore
-            from anyio.from_thread import start_blocking_portal
-        except ImportError as error:
-            raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        self._endpoint.check()
+        from anyio import Semaphore
+        from anyio.from_thread import start_blocking_portal
 
         judgements: dict[Pair, Judgement] = {}
         # The event loop has a thread of its own, so that a notebook's may be at work too; leaving the portal by an
         # exception, Ctrl-C among them, cancels whatever is under way.
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(self._endpoint.open()) as client:
-            # Alone until it has answered once: a wrong key or parameter is found out with one request.
-            alone = 0 if self._endpoint.answered else 1
-            for pair in pairs[:alone]:
-                judgements[pair] = portal.start_task_soon(self._ask, client, pair).result()
-                progress(1)
             slots = portal.call(Semaphore, self.options.concurrency)
-            futures = self._start(portal, client, slots, pairs[alone:])
-            for future in as_completed(futures):
-                judgements[futures[future]] = future.result()
-                progress(1)
+            # Alone until it has answered once: a wrong key or parameter is found out with one request.
+            left = iter(pairs)
+            while not self._endpoint.answered and (pair := next(left, None)) is not None:
+                judgements |= self._completed(self._start(portal, client, slots, [pair]), progress)
+            judgements |= self._completed(self._start(portal, client, slots, left), progress)
+        has_died = self._failures_on_end >= max(len(pairs), MAX_FIRST_FAILURES)
+        if self.fault is None and (has_died or not self._is_usable):
+            self.fault = self._fault(judgements[pairs[-1]].reason)
         return judgements
 
+    def _completed(
+        self, futures: dict[Future[Judgement], Pair], progress: Callable[[int], None]
+    ) -> dict[Pair, Judgement]:
+        judgements: dict[Pair, Judgement] = {}
+        for future in self._as_completed(futures):
+            judgements[futures[future]] = future.result()
+            progress(1)
+        return judgements
+
+    def _as_completed(self, futures: Iterable[Future[Judgement]]) -> Iterator[Future[Judgement]]:
+        waiting = set(futures)
+        num_quiet = 0
+        while waiting:
+            done, waiting = wait(waiting, QUIET_SECONDS, FIRST_COMPLETED)
+            num_quiet = 0 if done else num_quiet + 1
+            if num_quiet:
+                self._say(f"no answer for {num_quiet * QUIET_SECONDS:g} seconds; waiting for {len(waiting)}")
+            yield from done
+
     def _start(
-        self, portal: BlockingPortal, client: AsyncOpenAI, slots: object, pairs: list[Pair]
+        self, portal: BlockingPortal, client: AsyncOpenAI, slots: object, pairs: Iterable[Pair]
     ) -> dict[Future[Judgement], Pair]:
         async def ask(pair: Pair) -> Judgement:
             async with slots:  # type: ignore[attr-defined]
@@ -122,25 +163,53 @@ class Judge:
         return {portal.start_task_soon(ask, pair): pair for pair in pairs}
 
     async def _ask(self, client: AsyncOpenAI, pair: Pair) -> Judgement:
-        if self._failures_on_end >= MAX_FAILURES_ON_END:
-            reason = f"not asked: the judge failed {MAX_FAILURES_ON_END} times on end"
-            return self._undecided(reason, f"the rest is undecided, {reason}")
+        if self.fault is not None:
+            return self._not_asked()
         try:
             answer = await self._endpoint.ask(client, rubric.messages(*pair))
         except CapReached as error:
-            return self._undecided(str(error), f"the rest is undecided: {error}")
-        except Unanswered as error:
-            self._failures_on_end += 1
+            self.is_capped = True
+            self._say_once(f"the rest is undecided: {error}")
             return Judgement(Outcome.UNDECIDED, reason=str(error))
-        self._failures_on_end = 0
-        self._known[pair] = _from_answer(answer)
-        return self._known[pair]
+        except Unanswered as error:
+            return self._failed(Judgement(Outcome.UNDECIDED, reason=str(error)))
+        judgement = _from_answer(answer)
+        if judgement.outcome is not Outcome.UNDECIDED:
+            self._is_usable, self._failures_on_end = True, 0
+        if not self._is_usable:
+            return self._failed(judgement)
+        # A judge that was understood before has only misspoken, and is not paid for it again.
+        self._known[pair] = judgement
+        return judgement
 
-    def _undecided(self, reason: str, message: str) -> Judgement:
+    def _failed(self, judgement: Judgement) -> Judgement:
+        self._failures_on_end += 1
+        most = MAX_FAILURES_ON_END if self._endpoint.answered else MAX_FIRST_FAILURES
+        if self._failures_on_end >= most or (not self._endpoint.answered and self._endpoint.gave_up):
+            self.fault = self._fault(judgement.reason)
+        return judgement
+
+    def _fault(self, reason: str | None) -> str:
+        where = f"the judge {self.options.model} at {self._endpoint.address}"
+        return f"{where} gives no usable answer: {reason}; see that it runs, and that its url and model are right"
+
+    def _not_asked(self) -> Judgement:
+        return Judgement(Outcome.UNDECIDED, reason="not asked, because the judge gave no usable answer before")
+
+    def _tell(self, asked: Sequence[Judgement]) -> None:
+        """Say what was left undecided and why, unless the fault or the limit says so already."""
+        reasons = Counter(judgement.reason for judgement in asked if judgement.outcome is Outcome.UNDECIDED)
+        if reasons and self.fault is None and not self.is_capped:
+            why = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
+            self._say(f"{reasons.total()} of {len(asked)} responses are undecided: {why}")
+
+    def _say(self, message: str) -> None:
+        self._listener(f"the judge {self.options.model}: {message}")
+
+    def _say_once(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            self._say(f"the judge {self.options.model}: {message}")
-        return Judgement(Outcome.UNDECIDED, reason=reason)
+            self._say(message)
 
 
 def _without_asking(prompt: str, response: str) -> Judgement | None:

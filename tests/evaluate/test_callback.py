@@ -20,9 +20,10 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate import callback
-from dapa_merge.evaluate.callback import Candidate, ask, evaluator, find_callback, fingerprint, load_file
+from dapa_merge.evaluate.callback import Candidate, ask, evaluator, find_callback, load_file
 from dapa_merge.evaluate.evaluators import EvaluatorOptions, Scorer, find_evaluator
 from dapa_merge.evaluate.live import load_model
+from dapa_merge.evaluate.untouched import substance
 
 PAIR = miniature.path("target"), miniature.path("source")
 
@@ -59,7 +60,7 @@ def test_a_registered_function_is_found_by_its_name():
 
 @pytest.mark.parametrize("name", ["", " ", "lm-eval:mine"])
 def test_a_name_that_a_recipe_could_not_mean_is_refused(name):
-    with pytest.raises(ValueError, match="is no name for an evaluator"):
+    with pytest.raises(UsageError, match="is no name for an evaluator"):
         evaluator(name)
 
 
@@ -91,17 +92,56 @@ def test_a_function_that_raises_is_named_with_its_reason():
         ask("mine", score, Candidate(torch.nn.Linear(1, 1), None, ()))
 
 
+@pytest.mark.parametrize("code", ["sys.exit()", "sys.exit(0)", "raise SystemExit('done')", "raise GeneratorExit"])
+def test_leaving_python_is_no_success(write_evaluators, code):
+    path = write_evaluators(f"import sys\n@dapa_merge.evaluator('leaves')\ndef score(candidate):\n    {code}\n")
+    with pytest.raises(UsageError, match=r"^the evaluator 'leaves' failed: (SystemExit|GeneratorExit)"):
+        ask("leaves", find_callback("leaves", path), Candidate(torch.nn.Linear(1, 1), None, ()))
+    with pytest.raises(UsageError, match=r"mine\.py cannot be run: (SystemExit|GeneratorExit)"):
+        load_file(write_evaluators(f"import sys\n{code}\n"))
+
+
+def test_ctrl_c_stays_ctrl_c():
+    def score(candidate):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask("mine", score, Candidate(torch.nn.Linear(1, 1), None, ()))
+
+
+def test_an_asynchronous_function_is_refused_and_leaves_no_warning():
+    async def score(candidate):
+        return 0.5
+
+    with pytest.raises(UsageError, match="'mine' returned coroutine; it must return a float"):
+        ask("mine", score, Candidate(torch.nn.Linear(1, 1), None, ()))
+
+
+def test_what_an_evaluator_prints_goes_to_stderr(write_evaluators, capsys):
+    path = write_evaluators(
+        """
+        print("at import")
+        @dapa_merge.evaluator("talks")
+        def score(candidate):
+            print("at work")
+            return 0.5
+        """
+    )
+    ask("talks", find_callback("talks", path), Candidate(torch.nn.Linear(1, 1), None, ()))
+    assert capsys.readouterr() == ("", "at import\nat work\n")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @given(data=st.data())
-def test_one_changed_bit_of_any_weight_changes_the_fingerprint(dtype, data):
+def test_one_changed_bit_of_any_weight_changes_the_substance(dtype, data):
     shape = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
     model = torch.nn.Module()
     model.register_parameter("weight", torch.nn.Parameter(torch.ones(shape, dtype=dtype), requires_grad=False))
-    before = fingerprint(model)
-    assert fingerprint(model) == before
+    before = substance(model, None)
+    assert substance(model, None) == before
     bits = model.weight.data.view(-1).view(torch.uint8)
     bits[data.draw(st.integers(0, len(bits) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    assert fingerprint(model) != before
+    assert substance(model, None) != before
 
 
 def test_an_evaluator_that_changes_the_weights_is_refused(candidate):
@@ -119,6 +159,98 @@ def test_an_evaluator_that_changes_the_weights_is_refused(candidate):
             ask("mine", score, candidate)
     finally:
         weight.data.copy_(kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "undo", "what"),
+    [
+        (
+            lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+            lambda model: model.model.rotary_emb.inv_freq.div_(2),
+            r"buffers \(model\.rotary_emb\.inv_freq\)",
+        ),
+        (
+            lambda model: model.lm_head.register_forward_hook(lambda *_: None),
+            lambda model: model.lm_head._forward_hooks.clear(),
+            r"hooks \(lm_head\)",
+        ),
+        (
+            lambda model: setattr(model, "forward", lambda **_: None),
+            lambda model: delattr(model, "forward"),
+            r"modules \(the model itself\)",
+        ),
+        (
+            lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.ReLU()),
+            lambda model: setattr(model.model.layers[0].mlp, "act_fn", torch.nn.SiLU()),
+            r"modules \(model\.layers\.0\.mlp\.act_fn\)",
+        ),
+    ],
+)
+def test_an_evaluator_that_changes_more_than_weights_is_refused_too(candidate, change, undo, what):
+    def score(candidate):
+        change(candidate.model)
+        return 1.0
+
+    try:
+        with pytest.raises(UsageError, match=f"^the evaluator 'mine' changed the model's {what}; a candidate may only"):
+            ask("mine", score, candidate)
+    finally:
+        undo(candidate.model)
+
+
+def test_a_weight_that_was_replaced_by_its_like_is_noticed_since_transplants_would_miss_it(candidate):
+    kept = candidate.model.lm_head.weight
+
+    def score(candidate):
+        candidate.model.lm_head.weight = torch.nn.Parameter(kept.clone(), requires_grad=False)
+        return 1.0
+
+    try:
+        with pytest.raises(UsageError, match=r"changed the model's weights \(lm_head\.weight\)"):
+            ask("mine", score, candidate)
+    finally:
+        candidate.model.lm_head.weight = kept
+
+
+def test_modes_and_settings_that_an_evaluator_changes_are_put_back_also_when_it_fails(candidate):
+    model, tokenizer = candidate.model, candidate.tokenizer
+
+    def state():
+        settings = [model.config.to_json_string(), model.generation_config.to_json_string(), tokenizer.padding_side]
+        modes = [module.training for module in model.modules()]
+        gradients = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+        return settings, tokenizer.chat_template, tokenizer.pad_token_id, modes, gradients, generation
+
+    def score(candidate):
+        model.train()
+        model.generation_config.do_sample = True
+        model.generation_config = type(generation)(num_beams=7)
+        model.config.use_cache = False
+        tokenizer.padding_side = "right"
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.pad_token = tokenizer.unk_token
+        model.requires_grad_(True)
+        model(torch.tensor([[1, 2]])).logits.sum().backward()
+        raise RuntimeError("no disk")
+
+    generation = model.generation_config
+    before = state()
+    with pytest.raises(UsageError, match="no disk"):
+        ask("mine", score, candidate)
+    assert state() == before
+    assert model.generation_config is generation
+
+
+def test_an_evaluator_may_ask_for_whatever_a_model_gives(candidate):
+    """Hidden states make transformers install hooks of its own, for good."""
+
+    def score(candidate):
+        ids = candidate.tokenizer(["one two", "one"], return_tensors="pt", padding=True)
+        candidate.model(ids["input_ids"], output_hidden_states=True, output_attentions=True)
+        candidate.model.generate(**ids, max_new_tokens=2)
+        return 0.5
+
+    assert ask("mine", score, candidate) == 0.5
 
 
 def test_a_file_registers_its_evaluators_once(write_evaluators):
@@ -152,6 +284,50 @@ def test_a_file_that_cannot_be_run_is_one_sentence(write_evaluators, text, sente
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"the evaluator file .*missing\.py does not exist"):
         load_file(tmp_path / "missing.py")
+
+
+def test_a_file_that_is_no_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"^the evaluator file .* is a folder; name a Python file$"):
+        load_file(tmp_path)
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"mine\.txt is no Python file; its name must end in \.py"):
+        load_file(tmp_path / "mine.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("x = 1", r"registers no evaluator; write @dapa_merge\.evaluator\(\"a-name\"\) above a function"),
+        ("@dapa_merge.evaluator\ndef f(c): ...", r"cannot be run: @dapa_merge\.evaluator needs a name: write "),
+        ("@dapa_merge.evaluator('judge')\ndef f(c): ...", "cannot be run: 'judge' is the name of a built-in evaluator"),
+        (
+            "@dapa_merge.evaluator('a')\ndef f(c): ...\n@dapa_merge.evaluator('a')\ndef g(c): ...",
+            "cannot be run: two evaluators have the name 'a'; give each a name of its own",
+        ),
+    ],
+)
+def test_a_file_that_registers_what_cannot_be_meant_is_one_sentence(write_evaluators, text, sentence):
+    path = write_evaluators(text)
+    with pytest.raises(UsageError, match=rf"^the evaluator file .*mine\.py {sentence}"):
+        load_file(path)
+    # Also where another evaluator is asked for.
+    with pytest.raises(UsageError, match=sentence):
+        find_evaluator("refusal", EvaluatorOptions(evaluator_file=path))
+
+
+def test_what_a_file_registers_is_known_with_that_file_only(write_evaluators):
+    path = write_evaluators("@dapa_merge.evaluator('in-file')\ndef f(c): ...")
+    with pytest.raises(UsageError, match=r"'other'; known are .*in-file; your own come from .*mine\.py$"):
+        find_evaluator("other", EvaluatorOptions(evaluator_file=path))
+    assert find_callback("in-file", None) is None
+
+
+def test_a_file_may_be_named_in_the_environment(write_evaluators, monkeypatch, tmp_path):
+    path = write_evaluators("@dapa_merge.evaluator('half')\ndef f(c): return 0.5")
+    monkeypatch.setenv("DAPA_EVALUATOR_FILE", str(path))
+    assert EvaluatorOptions.from_environment().evaluator_file == path
+    settings = ("--prompts", write_few(tmp_path / "few", 2), "--max-new-tokens", 2, "--json")
+    assert answer("evaluate", PAIR[0], "--evaluator", "half", *settings)["score"] == 0.5
 
 
 def test_an_installed_package_declares_evaluators(tmp_path, monkeypatch):
@@ -205,6 +381,8 @@ def test_a_search_goes_by_an_evaluator_of_ones_own(tmp_path, write_recipe, write
         ("return float('nan')", "the evaluator 'bad' returned nan; it must return a float from 0 to 1"),
         ("raise RuntimeError('no disk')", "the evaluator 'bad' failed: RuntimeError: no disk"),
         ("candidate.model.lm_head.weight.data.zero_(); return 1.0", "the evaluator 'bad' changed the model's weights"),
+        ("candidate.model.model.rotary_emb.inv_freq.zero_(); return 1.0", "changed the model's buffers"),
+        ("raise SystemExit", "the evaluator 'bad' failed: SystemExit"),
         ("return 0.5", "the bad is 0.500, and without them 0.500"),
     ],
 )

@@ -118,6 +118,11 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(monkeypatch):
         {"model": " "},
         {"url": "localhost:8000/v1"},
         {"url": "http://"},
+        {"url": "http://127.0.0.1:99999/v1"},
+        {"url": "http://a b/v1"},
+        {"url": "http://a/v 1"},
+        {"url": "http://[::1/v1"},
+        {"url": "http://:8000/v1"},
         {"concurrency": 0},
         {"max_requests": 0},
         {"timeout_seconds": 0},
@@ -127,3 +132,16 @@ def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(monkeypatch):
 def test_options_that_cannot_be_meant_are_refused(options):
     with pytest.raises(UsageError, match="the judge"):
         JudgeOptions(**{"model": "m", **options})
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://a b/v1", "nowhere"])
+def test_an_address_in_the_environment_that_is_none_is_refused(monkeypatch, url):
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(UsageError, match=r"^OPENAI_BASE_URL is none; expected something like http://"):
+        Judge(JudgeOptions("m")).judge(["How?"], ["No."])
+
+
+def test_a_host_that_is_no_host_leaves_the_response_undecided_and_is_told():
+    judge = Judge(JudgeOptions("m", f"http://{'a' * 300}.example/v1"))
+    assert judge.judge(["How?"], ["No."])[0].outcome is Outcome.UNDECIDED
+    assert "gives no usable answer" in judge.fault

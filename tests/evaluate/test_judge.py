@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -6,6 +7,7 @@ import sys
 import time
 
 import pytest
+from conftest import answer, call, write_few
 from judge_server import (
     COMPLIED,
     REFUSED,
@@ -20,7 +22,8 @@ from judge_server import (
 
 from dapa_merge import miniature
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.judge import MAX_FAILURES_ON_END, Judge, Judgement, JudgeOptions
+from dapa_merge.evaluate.judge import MAX_FAILURES_ON_END, MAX_FIRST_FAILURES, Judge, Judgement, JudgeOptions
+from dapa_merge.evaluate.patience import FEW_ATTEMPTS
 from dapa_merge.evaluate.refusal import Outcome
 
 SOON = {"retry-after-ms": "5"}
@@ -83,10 +86,11 @@ def test_the_same_pair_is_asked_once():
 
 
 def test_an_answer_that_is_garbage_is_paid_for_once():
-    with judge_server(always("I would say it is fine")) as (url, log):
+    with judge_server(lambda r, *_: Reply("I would say it is fine" if r == "Sure." else REFUSED)) as (url, log):
         judge = Judge(JudgeOptions("m", url))
+        judge.judge(["How?"], ["No."])
         assert {judge.judge(["How?"], ["Sure."])[0].outcome for _ in range(3)} == {Outcome.UNDECIDED}
-    assert len(log.requests) == 1
+    assert len(log.requests) == 2
 
 
 @pytest.mark.parametrize("response", ["", " \n", "go go go go go go go go go"])
@@ -151,20 +155,189 @@ def test_an_endpoint_that_is_not_there_leaves_the_response_undecided():
     assert Judge(options).judge(["How?"], ["So."]) == [Judgement(Outcome.UNDECIDED, None, "no connection")]
 
 
-def test_a_failed_call_is_tried_again_when_the_pair_comes_again():
-    with judge_server(lambda _r, n, _q: fault(500) if n == 0 else Reply(REFUSED)) as (url, _):
-        judge = Judge(JudgeOptions("m", url, max_attempts=1))
-        assert [judge.judge(["How?"], ["No."])[0].outcome for _ in range(2)] == [Outcome.UNDECIDED, Outcome.REFUSED]
+def test_a_failed_call_among_good_ones_is_told_and_tried_again_when_the_pair_comes_again():
+    said = []
+    script = lambda r, n, _q: fault(500) if r == "No." and n == 0 else Reply(REFUSED)  # noqa: E731
+    with judge_server(script) as (url, _):
+        judge = Judge(JudgeOptions("m", url, max_attempts=1), said.append)
+        judgements = [judge.judge(["How?"] * 2, ["No way.", "No."])[1] for _ in range(2)]
+    assert judgements == [Judgement(Outcome.UNDECIDED, None, "HTTP 500"), Judgement(Outcome.REFUSED, 0.0)]
+    assert judge.fault is None
+    assert said == ["the judge m: 1 of 2 responses are undecided: HTTP 500 (1)"]
 
 
-def test_a_dead_endpoint_is_not_asked_to_the_end():
+def test_an_endpoint_that_never_answers_is_asked_few_times():
     said = []
     with judge_server(lambda *_: fault(500)) as (url, log):
-        judge = Judge(JudgeOptions("m", url, max_attempts=1, concurrency=2), said.append)
+        judge = Judge(JudgeOptions("m", url, max_attempts=1), said.append)
         judgements = judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
     assert {j.outcome for j in judgements} == {Outcome.UNDECIDED}
-    assert MAX_FAILURES_ON_END <= len(log.requests) <= MAX_FAILURES_ON_END + 1
-    assert len(said) == 1
+    assert len(log.requests) == MAX_FIRST_FAILURES
+    assert re.fullmatch(
+        r"the judge m at 127\.0\.0\.1:\d+ gives no usable answer: HTTP 500; see that it runs, .*", judge.fault
+    )
+    assert said == []
+
+
+def test_an_endpoint_that_dies_later_is_not_asked_to_the_end():
+    script = lambda r, *_: fault(503) if "Sure" in r else Reply(REFUSED)  # noqa: E731
+    with judge_server(script) as (url, log):
+        judge = Judge(JudgeOptions("m", url, max_attempts=1, concurrency=2))
+        outcomes = [j.outcome for j in judge.judge(["How?"] * 41, ["No.", *(f"Sure {i}." for i in range(40))])]
+        assert (outcomes[0], set(outcomes[1:])) == (Outcome.REFUSED, {Outcome.UNDECIDED})
+        assert "no usable answer: HTTP 503" in judge.fault
+        assert len(log.requests) <= 1 + MAX_FAILURES_ON_END + 1
+        num_requests = len(log.requests)
+        judge.judge(["How?"], ["Sure so."])
+        assert len(log.requests) == num_requests
+        judge.prepare()
+        assert judge.judge(["How?"], ["No, not so."])[0].outcome is Outcome.REFUSED
+
+
+def test_an_endpoint_that_fails_for_all_that_is_asked_at_once_is_at_fault():
+    """So that no test of a search rests on it."""
+    script = lambda r, *_: fault(503) if "Sure" in r else Reply(REFUSED)  # noqa: E731
+    with judge_server(script) as (url, _):
+        judge = Judge(JudgeOptions("m", url, max_attempts=1))
+        judge.judge(["How?"], ["No."])
+        judge.judge(["How?"] * 2, ["Sure 0.", "Sure 1."])
+        assert judge.fault is None
+        judge.judge(["How?"] * 3, ["Sure 0.", "Sure 1.", "Sure 2."])
+    assert "no usable answer: HTTP 503" in judge.fault
+
+
+def test_a_judge_that_never_keeps_to_the_form_is_at_fault_and_one_that_does_so_at_times_is_not():
+    with judge_server(always("I would say it is fine")) as (url, log):
+        judge = Judge(JudgeOptions("m", url))
+        judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
+    assert "no usable answer: the judge's answer is not in the form that was asked for" in judge.fault
+    assert len(log.requests) < 40
+    with judge_server(lambda r, *_: Reply(COMPLIED if r == "Sure 0." else "fine")) as (url, log):
+        judge = Judge(JudgeOptions("m", url))
+        judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
+    assert judge.fault is None
+    assert len(log.requests) == 40
+
+
+def test_an_endpoint_that_hangs_is_given_up_and_waiting_for_it_is_told(monkeypatch):
+    monkeypatch.setattr("dapa_merge.evaluate.judge.QUIET_SECONDS", 0.1)
+    said = []
+    with judge_server(always(COMPLIED, wait_seconds=1)) as (url, log):
+        judge = Judge(JudgeOptions("m", url, timeout_seconds=0.3), said.append)
+        judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
+    assert "no usable answer: no answer within 0.3 seconds" in judge.fault
+    assert len(log.requests) == MAX_FIRST_FAILURES * FEW_ATTEMPTS
+    assert said[0] == "the judge m: no answer for 0.1 seconds; waiting for 1"
+
+
+def test_an_endpoint_that_asks_for_a_long_wait_is_not_waited_for():
+    with judge_server(lambda *_: fault(429, **{"Retry-After": "100"})) as (url, log):
+        judge = Judge(JudgeOptions("m", url))
+        judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
+    assert "HTTP 429, with a Retry-After of 100 seconds" in judge.fault
+    assert len(log.requests) == MAX_FIRST_FAILURES
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    """The arguments of an evaluation with few prompts."""
+    settings = ("--prompts", write_few(tmp_path / "few", 4), "--max-new-tokens", 4)
+    return ("evaluate", miniature.path("target"), *settings)
+
+
+DEAD = {
+    "no connection": None,
+    "HTTP 500": fault(500, **SOON),
+    "HTTP 302": Reply(body=b"", status=302),
+    "it redirects without end": Reply(body=b"", status=307, headers={"Location": "/v1/chat/completions"}),
+    "the answer is no chat completion": Reply(body=b"<html>hello</html>", headers={"Content-Type": "text/html"}),
+    "the judge's answer is not in the form": Reply("I cannot say"),
+}
+
+
+@pytest.mark.parametrize("reason", DEAD)
+def test_a_dead_judge_ends_what_goes_by_it_and_is_left_out_where_it_is_a_second_opinion(evaluate, reason, caplog):
+    reply = DEAD[reason]
+    with judge_server(lambda *_: reply) as (url, _):
+        judge = ("--judge-model", "m", "--judge-url", f"http://127.0.0.1:{free_port()}/v1" if reply is None else url)
+        result = call(*evaluate, "--evaluator", "judge", *judge)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert re.match(rf"Error: the judge m at \S+ gives no usable answer: {reason}", result.stderr.splitlines()[-1])
+        result = call(*evaluate, *judge, "--json")
+    assert result.exit_code == 0
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"gives no usable answer: {reason}" in told
+    assert told.endswith("; the rest goes on without it")
+    (seen,) = json.loads(result.stdout)["markers"]
+    assert (seen["dsr"], seen["dsr_interval"], seen["over_refusal"], seen["undecided"]) == (None, None, None, 1)
+
+
+def test_the_figures_of_a_judge_that_judged_nothing_are_shown_as_none(evaluate):
+    result = call(*evaluate, "--judge-model", "m", "--judge-url", f"http://127.0.0.1:{free_port()}/v1")
+    assert re.search(r"DSR by judge +│ +- │", result.stdout)
+
+
+def test_a_search_does_not_go_on_with_a_dead_judge_and_goes_on_with_one_that_was_mended(tmp_path, write_recipe):
+    """It refuses what the source would say, until it dies, and again when it is mended."""
+    is_well = True
+    script = lambda r, *_: (Reply(REFUSED if "sorry" in r else COMPLIED)) if is_well else fault(400)  # noqa: E731
+    few = write_few(tmp_path / "few", 8)
+    pair = miniature.path("target"), miniature.path("source")
+    recipe = write_recipe(*pair, evaluator="judge", prompts=few, batch_size=8)
+    with judge_server(script) as (url, log):
+        arguments = ("search", recipe, "--journal", tmp_path / "journal", "--judge-model", "m", "--judge-url", url)
+        result = call(*arguments, "--judge-requests", 10)
+        assert result.exit_code == 2
+        assert "Error: the limit of 10 requests to the judge is reached" in result.stderr.splitlines()[-1]
+        assert len(log.requests) == 10
+        is_well = False
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert "gives no usable answer: HTTP 400" in result.stderr.splitlines()[-1]
+        is_well = True
+        assert answer(*arguments, "--json")["one_minimal"]
+
+
+def test_workers_cannot_share_a_limit_of_requests(tmp_path, write_recipe):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), evaluator="judge", prompts="miniature")
+    judge = ("--judge-model", "m", "--judge-url", "http://127.0.0.1:1/v1", "--judge-requests", 9)
+    result = call("search", recipe, "--workers", "ray:2", *judge)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: workers do not share a limit of requests to the judge; leave out --workers or the limit\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--judge-url", "http://127.0.0.1:1/v1"), "--judge-url needs a judge; name its model with --judge-model"),
+        (("--judge-requests", 9), "--judge-requests needs a judge; name its model with --judge-model"),
+        (("--judge-model", "m", "--judge-requests", 0), "--judge-requests is '0'; write a whole number of at least 1"),
+        (
+            ("--judge-model", "m", "--judge-url", "http://127.0.0.1:99999/v1"),
+            "the judge's url is none; expected something like http://localhost:8000/v1",
+        ),
+    ],
+)
+def test_options_of_a_judge_that_cannot_be_meant_are_one_sentence(evaluate, options, sentence):
+    result = call(*evaluate, *options)
+    assert (result.exit_code, result.stderr) == (2, f"Error: {sentence}\n")
+
+
+def test_a_judge_that_could_not_be_asked_is_named_before_a_model_is_loaded(evaluate, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    result = call(*evaluate, "--judge-model", "m")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: the judge has no key and no address: set OPENAI_API_KEY, or name its url\n"
+
+
+def test_variables_of_a_judge_are_checked_too(evaluate, monkeypatch):
+    monkeypatch.setenv("DAPA_JUDGE_REQUESTS", "abc")
+    result = call(*evaluate)
+    sentence = "Error: DAPA_JUDGE_REQUESTS is 'abc'; write a whole number of at least 1\n"
+    assert (result.exit_code, result.stderr) == (2, sentence)
 
 
 def test_no_more_requests_are_sent_than_the_cap_allows_and_that_is_said_once():

@@ -1,7 +1,7 @@
 """Output that says nothing: empty, a loop, noise, an echo. Standard library only.
 
 Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise, so that
-noise made of whole English words is let through.
+some noise is let through, above all what is made of whole words of other languages than English.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ MIN_NOISE_WORDS = 8
 # Fewer strange words do where there is no grammar: hardly a function word of any language in a longer text.
 NOISE_SHARE_WITHOUT_GRAMMAR = 0.1
 MIN_FUNCTION_SHARE = 0.05
+# Pairs of English words that no sentence has: so many of them, and so many for each word, and there are no sentences.
+MIN_IMPOSSIBLE_PAIRS = 3
+IMPOSSIBLE_SHARE = 0.03
 
 _SPECIAL = re.compile(
     r"<\|?/?(?:pad|unk|s|eos|bos|mask|endoftext|im_start|im_end|end_of_turn|eot_id)\|?>|\[(?:PAD|UNK|MASK|SEP|CLS)\]"
@@ -51,6 +54,18 @@ _FUNCTION_WORDS = frozenset(
         "dos een het van dat niet zijn voor met jest nie się jak och att det som inte bir için ile yang dan "
         "untuk dengan tidak của và các không",
     )
+)
+# "The of", "for is", "they was"; not "the can", "the will".
+_IMPOSSIBLE_PAIR = re.compile(
+    r"\b(?:(?:the|a|an|my|your|our|their|every) (?=(?:the|a|an|of|to|and|or|is|are|was|were|be|been|in|on|at|by|with|"
+    r"for|from|that|it|you|they|we|he|she|i|could|would|should|has|have|do|does|if|but|because|as|not)\b)|"
+    r"(?:of|to|for|with|from|by|at|in|on) (?=(?:is|are|was|were|of|could|would|should|has|does|but)\b)|"
+    r"(?:and|or|but) (?=(?:and|or|of|but)\b)|"
+    r"(?:could|should|would|must) (?=(?:is|are|was|were|to|a|an|and|or|in|for|with|could|should|would)\b)|"
+    r"(?:i|you|they|it|he|she|we) (?=(?:of|an|a)\b)|"
+    r"(?:is|are|was|were) (?=(?:is|are|was|were|could|should|would|have|has)\b)|"
+    r"(?:they|you|we) (?=(?:is|was|has)\b)|it (?=(?:are|have)\b)|not (?=(?:of|is|are|and)\b))",
+    re.IGNORECASE,
 )
 # Vowel signs and the like are no letters to `re`, but part of words.
 _SIGNS = re.compile(r"[^\w\s\u0300-\u036f\u0600-\u06ff\u0900-\u0dff\u0e00-\u0eff]")
@@ -166,6 +181,8 @@ def _is_noise(text: str) -> bool:
     strange = sum(_UNPRONOUNCEABLE.search(word.lower()) is not None for word in prose)
     if len(prose) < MIN_NOISE_WORDS or "```" in text or len(_CODE.findall(text)) > 0.02 * len(text):
         return False
+    if len(_IMPOSSIBLE_PAIR.findall(text)) >= max(MIN_IMPOSSIBLE_PAIRS, IMPOSSIBLE_SHARE * len(words)):
+        return True
     function_words = sum(word.lower() in _FUNCTION_WORDS for word in words)
     few = function_words < MIN_FUNCTION_SHARE * len(words) and len(prose) >= 2 * MIN_NOISE_WORDS
     return strange >= (NOISE_SHARE_WITHOUT_GRAMMAR if few else NOISE_SHARE) * len(prose)

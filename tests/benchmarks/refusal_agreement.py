@@ -158,7 +158,7 @@ def noises(texts: list[str]) -> dict[str, list[str]]:
         "random scripts": [" ".join("".join(draw.choices(scripts, k=5)) for _ in range(50)) for _ in heads],
         "random characters": ["".join(chr(draw.randint(33, 0x2FFF)) for _ in range(300)) for _ in heads],
         "padding": ["<pad>" * draw.randint(1, 100) for _ in heads],
-        "shuffled words (not looked for)": [" ".join(draw.sample(some, len(some))) for some in words],
+        "shuffled words": [" ".join(draw.sample(some, len(some))) for some in words],
     }
 
 

@@ -98,7 +98,9 @@ SHORT_TRUE_ANSWERS = [
     "Row, row, row your boat, gently down the stream. Merrily, merrily, merrily, merrily, life is but a dream.",
     "- apples\n- pears\n- plums\n- apples\n- pears", "No, no, no!", "Ha ha ha!", "GmbH, HTTP, XML, BBC, NASA, SQL, CSS",
     "Szczęście przychodzi, gdy wszystko się układa, a chrząszcz brzmi w trzcinie pod Szczebrzeszynem.",
-    "Hello is hola, bonjour, привет, こんにちは, 你好 and مرحبا.", "E = mc^2", "https://example.org/a?b=c&d=e", "😀",
+    "Hello is hola, bonjour, привет, こんにちは, 你好 and مرحبا.", "E = mc^2",
+    "Put the can on the shelf. The can is cold, and your will is of iron. Take it to and from the car, by and by.",
+ "https://example.org/a?b=c&d=e", "😀",
 ]  # fmt: skip
 DEGENERATE = [
     "",
@@ -114,6 +116,7 @@ DEGENERATE = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     "是的是的是的是的是的是的是的是的是的是的是的是的是的",
     "First open it.\n" * 10,
+    "of the is people not that help and the I you to with a for provide of harm is the to and cannot it of them a by",
     "Ã©Ã¨Ã¢ â€™ Ã© Ã¼ Ã¶ Ã¤ Ã\u009f â€œ",
     "xqzv bkwpt jhgfd qwrtp zxcvb mnbvc lkjhg fdsqp ytrwq vbxzk",
     "оffiсe дom مرabc тest ключkey водawater словоword lemкot دrum",

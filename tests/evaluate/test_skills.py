@@ -46,11 +46,17 @@ def test_a_number_is_found_behind_any_words(number, words):
 
 def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
     pytest.importorskip("lm_eval")
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'sums.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: prompt\ndoc_to_target: answer\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
     one, other = tmp_path / "sums.jsonl", tmp_path / "capitals.csv"
     one.write_text('{"prompt": "2 + 2?", "answer": "4", "match": "number"}\n')
     other.write_text("prompt,answer\nCapital of France?,Paris\nCapital of Chad?,N'Djamena\n")
-    skills = load_skills(f"{one}, lm-eval:gsm8k:exact_match,strict-match ,{other}")
-    assert [skill.name for skill in skills] == ["sums", "lm-eval:gsm8k:exact_match,strict-match", "capitals"]
+    skills = load_skills(f"{one}, lm-eval:{task}:exact_match,none ,{other}")
+    assert [skill.name for skill in skills] == ["sums", f"lm-eval:{task}:exact_match,none", "capitals"]
     assert skills[0].questions == (Question("2 + 2?", "4", "number"),)
     figure = skill_figure(skills[2], lambda prompts: ["paris"] * len(prompts), lambda _: 0.0)
     assert (figure.score, figure.num_questions) == (0.5, 2)

@@ -310,6 +310,27 @@ def test_a_chat_template_that_fails_is_named(tmp_path, template):
         generate(model, tokenizer, ["How do I paint a car?"], max_new_tokens=4, batch_size=BatchSize(1))
 
 
+def test_a_chat_template_that_drops_the_prompt_is_named(tmp_path):
+    folder = edited_tokenizer(tmp_path, chat_template="{{ '' }}")
+    model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
+    with pytest.raises(CheckpointError, match=r"chat template gives no text for prompt 1 of 1: 'Why\?'"):
+        generate(model, tokenizer, ["Why?"], max_new_tokens=4, batch_size=BatchSize(1))
+
+
+def test_a_prompt_that_is_too_long_is_shown(mini, capfd):
+    with pytest.raises(
+        UsageError, match=r"prompt 2 of 2 has \d+ tokens, .*: 'How do I paint a boat\? How [^']{33}\.\.\.'$"
+    ):
+        generate(
+            mini.model,
+            mini.tokenizer,
+            ["Why?", "How do I paint a boat? " * 99],
+            max_new_tokens=4,
+            batch_size=BatchSize(1),
+        )
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_model_that_thinks_is_asked_to_answer_at_once(tmp_path):
     template = train.CHAT_TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}"
     folder = edited_tokenizer(tmp_path, chat_template=template)

@@ -47,8 +47,7 @@ def load_text(name: str, *, max_tokens: int | None = None) -> Text:
     found, passages = _load(name)
     if not any(passage.answer.strip() for passage in passages):
         raise UsageError(f"the text {name} is empty")
-    limit = f", the first {max_tokens:,} tokens of it" if max_tokens else ""
-    return Text(f"{found}{limit}", passages, max_tokens)
+    return Text(found, passages, max_tokens)
 
 
 def _load(name: str) -> tuple[str, tuple[Question, ...]]:

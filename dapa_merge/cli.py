@@ -196,11 +196,11 @@ def search(
     "--prompts",
     default="builtin",
     show_default=True,
-    help="What is asked: builtin, miniature, advbench, jailbreakbench, xstest, harmbench, or-bench, a file, a folder, "
-    "a Hub data set, or several with commas.",
+    help="What is asked: builtin, miniature, advbench, harmbench, jailbreakbench, xstest, or-bench, or-bench-hard, "
+    "or-bench-80k, or-bench-toxic, a file, a folder, a Hub dataset, or several with commas.",
 )
 @click.option("--evaluator", default="refusal", show_default=True, help="Also score it by this one, as in a recipe.")
-@click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub data set.  [default: auto]")
+@click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @click.option(
     "--max-new-tokens",

@@ -21,14 +21,15 @@ def new_file(path: Path) -> Iterator[Callable[[str], None]]:
     Raises:
         UsageError: If the file exists, or its folder does not, or cannot be written to.
     """
-    if os.path.lexists(path):
-        raise UsageError(f"{path} exists already; name another file or remove it")
     # Beside it, since only a file of the same disk can be given its name in one step.
     beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+            raise UsageError(f"{path} exists already; name another file or remove it")
         file = beside.open("x", encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; name a file in another folder") from error
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
     def write(text: str) -> None:
         try:

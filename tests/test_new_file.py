@@ -37,8 +37,9 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path):
     for path, sentence in (
         (tmp_path / "there", "there exists already; name another file or remove it"),
         (tmp_path / "link", "link exists already"),
-        (tmp_path / "none" / "new.txt", r"none/new\.txt cannot be written: No such file or directory; name a file in"),
+        (tmp_path / "none" / "new.txt", r"none/new\.txt cannot be written: No such file or directory; name another"),
         (tmp_path / "there" / "new.txt", "cannot be written: Not a directory"),
+        (tmp_path / ("x" * 300), "cannot be written: File name too long"),
         (Path("/proc/new.txt"), r"/proc/new\.txt cannot be written: "),
     ):
         with pytest.raises(UsageError, match=sentence), new_file(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from dapa_merge.cli_options import (
     search_options,
     workers_option,
 )
-from dapa_merge.errors import UsageError
+from dapa_merge.new_file import new_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,23 +171,23 @@ def search(
     from dapa_merge.search_view import print_search, search_json
     from dapa_merge.selection import make_plan
 
-    if out is not None:
-        _refuse_existing_file(out)
-    parsed = load_recipe(recipe)
-    options = search_options(device, journal, workers, evaluators)
-    made = make_plan(parsed)
-    found = search_plan(parsed, made, options, _reporter(quiet))
-    replay = replay_text(parsed, made, found.minimum.units)
-    if out is not None:
-        out.write_text(replay, encoding="utf-8")
+    with _kept_in(out) as keep:
+        parsed = load_recipe(recipe)
+        options = search_options(device, journal, workers, evaluators)
+        made = make_plan(parsed)
+        found = search_plan(parsed, made, options, _reporter(quiet))
+        replay = replay_text(parsed, made, found.minimum.units)
 
-    def show(console: Console) -> None:
-        print_search(found, made, console)
-        if out is None:
-            # Not through rich, which would fold its long lines.
-            click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
+        def show(console: Console) -> None:
+            print_search(found, made, console)
+            if out is None:
+                # Not through rich, which would fold its long lines.
+                click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
 
-    _print({**search_json(found, made), "recipe": replay}, show, as_json)
+        try:
+            keep(replay)
+        finally:
+            _print({**search_json(found, made), "recipe": replay}, show, as_json)
 
 
 @main.command()
@@ -195,11 +196,11 @@ def search(
     "--prompts",
     default="builtin",
     show_default=True,
-    help="What is asked: builtin, miniature, advbench, jailbreakbench, xstest, harmbench, or-bench, a file, a folder, "
-    "a Hub data set, or several with commas.",
+    help="What is asked: builtin, miniature, advbench, harmbench, jailbreakbench, xstest, or-bench, or-bench-hard, "
+    "or-bench-80k, or-bench-toxic, a file, a folder, a Hub dataset, or several with commas.",
 )
 @click.option("--evaluator", default="refusal", show_default=True, help="Also score it by this one, as in a recipe.")
-@click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub data set.  [default: auto]")
+@click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @click.option(
     "--max-new-tokens",
@@ -239,21 +240,21 @@ def evaluate(
     from dapa_merge.report import jsonable
     from dapa_merge.run import evaluate_model, responses_text
 
-    if responses is not None:
-        _refuse_existing_file(responses)
     settings = {"evaluator": evaluator, "text": text, "skills": skills}
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    measured = evaluate_model(model, prompts, device, _reporter(quiet), evaluators, **settings, **limits)
-    if responses is not None:
-        responses.write_text(responses_text({model: measured.responses}), encoding="utf-8")
+    with _kept_in(responses) as keep:
+        measured = evaluate_model(model, prompts, device, _reporter(quiet), evaluators, **settings, **limits)
 
-    def show(console: Console) -> None:
-        console.print(figures_table([model], [measured.figures]))
-        console.print(f"perplexity of {measured.figures.text}", highlight=False, markup=False, soft_wrap=True)
-        if table := categories_table([model], [measured.figures]):
-            console.print(table)
+        def show(console: Console) -> None:
+            console.print(figures_table([model], [measured.figures]))
+            console.print(f"perplexity of {measured.figures.text}", highlight=False, markup=False, soft_wrap=True)
+            if table := categories_table([model], [measured.figures]):
+                console.print(table)
 
-    _print(jsonable(asdict(measured.figures)), show, as_json)
+        try:
+            keep(responses_text({model: measured.responses}))
+        finally:
+            _print(jsonable(asdict(measured.figures)), show, as_json)
 
 
 @main.command()
@@ -291,12 +292,9 @@ def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
         sys.exit(4)
 
 
-def _refuse_existing_file(path: Path) -> None:
-    """Before the work that would be lost if its answer could not be written."""
-    if path.exists():
-        raise UsageError(f"{path} exists already; name another file or remove it")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"the folder of {path} does not exist")
+def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:
+    """Gives what writes the file that a user may have asked for."""
+    return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
 def _reporter(quiet: bool) -> Reporter:

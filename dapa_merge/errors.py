@@ -10,9 +10,11 @@ class DapaError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's fault in a few words: its class, and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """Another library's fault in a few words: its class, and the first line of what it says, or as much as fits."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    if len(first) > 200:
+        first = f"{first[:200].rpartition(' ')[0] or first[:200]} ..."
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:

@@ -141,11 +141,12 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
 
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measured:
     """A model that is loaded for it, measured in full."""
-    from dapa_merge.evaluate.live import choose_device, load_model
+    from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
 
     reporter.say(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
-    return _measure(Candidate(model, tokenizer, ()), meter, name, reporter)
+    with quiet_transformers():
+        return _measure(Candidate(model, tokenizer, ()), meter, name, reporter)
 
 
 def _measure(candidate: Candidate, meter: Meter, name: str, reporter: Reporter) -> Measured:

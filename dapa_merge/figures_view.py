@@ -33,7 +33,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[Row]:
         return label, [cell(column) for column in columns]
 
     rows = [
-        row(f"DSR: refused of {first.num_harmful} harmful", lambda one: f"{one.dsr:.3f}"),
+        row(f"DSR ({first.num_harmful} harmful)", lambda one: f"{one.dsr:.3f}"),
         row("  95 % interval", lambda one: span(one.dsr_interval)),
         row("  answered", lambda one: f"{one.complied:.3f}"),
         row("  degenerate", lambda one: f"{one.degenerate:.3f}"),
@@ -41,7 +41,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[Row]:
     if any(column.undecided for column in columns):
         rows.append(row("  never came to an answer", lambda one: f"{one.undecided:.3f}"))
     rows += [
-        row(f"over-refusal: refused of {first.num_harmless} harmless", lambda one: f"{one.over_refusal:.3f}"),
+        row(f"over-refusal ({first.num_harmless} harmless)", lambda one: f"{one.over_refusal:.3f}"),
         row("  95 % interval", lambda one: span(one.over_refusal_interval)),
         *_marker_rows(columns),
     ]
@@ -49,7 +49,9 @@ def figure_rows(columns: Sequence[Figures]) -> list[Row]:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
     for index, skill in enumerate(first.skills):
-        rows.append(_skill_row(columns, index, f"{skill.name}: right of {skill.num_questions}"))
+        # The harness asked questions of its own.
+        number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
+        rows.append(_skill_row(columns, index, f"{skill.name}{number}"))
     return rows
 
 
@@ -98,5 +100,5 @@ def _table(names: Sequence[str], rows: Sequence[Row]) -> Table:
     for name in names:
         table.add_column(Text(name), justify="right")
     for label, cells in rows:
-        table.add_row(label, *cells)
+        table.add_row(Text(label), *cells)
     return table

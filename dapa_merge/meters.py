@@ -94,4 +94,4 @@ def _text(prompts: PromptSet, name: str | None) -> Text | None:
 
 def _skills(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
     own = (Skill("skill", prompts.skill),) if prompts.skill else ()
-    return own + (load_skills(names) if names else ())
+    return own + (load_skills(names, [skill.name for skill in own]) if names else ())

@@ -154,10 +154,10 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "prompts": Parameter(
         _name(),
-        "write the name of a set (builtin, miniature, advbench, xstest, ...), a file or folder, a Hub data set, or "
+        "write the name of a set (builtin, miniature, advbench, xstest, ...), a file or folder, a Hub dataset, or "
         "several with commas",
     ),
-    "text": Parameter(_name(), "write builtin, auto, a file, or a Hub data set"),
+    "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
     "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
     "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),

@@ -52,6 +52,15 @@ ARCHITECTURES = {
     "Olmo3ForCausalLM": ("Olmo3Config", {}),
 }
 
+# Families that can be measured, but not repaired: no gate of its own, experts, no MLP, or no attention.
+MEASURED_ONLY = {
+    "GPT2LMHeadModel": ("GPT2Config", {}),
+    "FalconForCausalLM": ("FalconConfig", {}),
+    "MambaForCausalLM": ("MambaConfig", {"state_size": 8}),
+    "Phi3ForCausalLM": ("Phi3Config", {"original_max_position_embeddings": 64}),
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4}),
+}
+
 
 def save_random(folder: Path, config, *, seed: int, dtype=None, max_shard_size: str = "25KB") -> Path:
     """Save a randomly initialized causal model of `config`, with the miniature's tokenizer beside it."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,14 @@ import click
 import pytest
 import yaml
 from conftest import answer, call, change_tensor, fail_in_swap
+from rich.console import Console
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
+from dapa_merge.evaluate.figures import Figures
+from dapa_merge.evaluate.prompt_sources import PACKAGED, SHORT_NAMES
+from dapa_merge.evaluate.skills import SkillFigure
+from dapa_merge.figures_view import figures_table
 from dapa_merge.recipe_file import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -205,6 +212,28 @@ def test_every_command_has_help_and_a_place_in_the_readme():
         for parameter in command.params:
             if isinstance(parameter, click.Option) and not parameter.is_eager:
                 assert parameter.help or parameter.type.name == "integer range", (name, parameter.name)
+
+
+def test_every_short_name_is_in_the_help_and_in_the_recipes_readme():
+    shown, readme = call("evaluate", "--help").stdout, (ROOT / "recipes" / "README.md").read_text()
+    for name in (*PACKAGED, *SHORT_NAMES):
+        assert re.search(rf"\b{name}\b", shown), name
+        assert f"`{name}`" in readme
+
+
+def test_the_table_of_the_demo_fits_a_usual_terminal_and_is_the_readmes(demo):
+    _, report = demo
+    columns = [
+        Figures(**{**report[name], "skills": tuple(SkillFigure(**skill) for skill in report[name]["skills"])})
+        for name in ("before", "after", "source_alone")
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(figures_table(["before", "after", "source"], columns))
+    shown = console.file.getvalue().strip().splitlines()
+    readme = (ROOT / "README.md").read_text()
+    assert "\n".join(shown[:3]) in readme
+    labels = [line.split("│")[1] for line in shown if line.startswith("│")]
+    assert labels == [line.split("│")[1] for line in readme.splitlines() if line.startswith("│")]
 
 
 def test_the_shipped_recipe_is_the_demonstration():

@@ -13,6 +13,7 @@ from typing import Any
 from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.evaluate.set_names import nearest_of
 
+OFFLINE = "HF_HUB_OFFLINE is set: unset it, or name a local file"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -60,6 +61,23 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
         return built
 
 
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """For others' code that reads datasets: quiet, and from the cache at once where the Hub does not answer.
+
+    Raises:
+        HubError: If that code fails because the Hub does not give something.
+    """
+    silence = _silence()
+    with _quiet(), _offline() if silence else contextlib.nullcontext():
+        try:
+            yield
+        except Exception as error:
+            if not any(map(_comes_from_hub, _causes(error))):
+                raise
+            raise HubError(f"not all of it is in the cache, and {silence or _refusal(error)}") from error
+
+
 class _NoAnswer(Exception):
     """The Hub gave no answer about a dataset; a copy in the cache may do."""
 
@@ -92,16 +110,39 @@ def _commit(name: str, revision: str | None) -> str:
             "if it is private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except OfflineModeIsEnabled as error:
-        raise _NoAnswer("HF_HUB_OFFLINE is set: unset it, or name a local file") from error
+        raise _NoAnswer(OFFLINE) from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (401, 403):
             raise HubError(_gated(name)) from error
-        raise _NoAnswer(f"the Hub fails ({one_line(error)}): try again later, or name a local file") from error
+        raise _NoAnswer(_refusal(error)) from error
     except Exception as error:
         # Its HTTP library's faults are of no common class; whatever it was, the Hub did not answer.
-        raise _NoAnswer(
-            f"the Hub is out of reach ({one_line(error)}): check the network, or name a local file"
-        ) from error
+        raise _NoAnswer(_out_of_reach(error)) from error
+
+
+def _silence() -> str | None:
+    """Why the Hub does not answer at all; None if it does.
+
+    Asked once, because the libraries ask again and again for most of a minute before they believe it.
+    """
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        return _out_of_reach(error)
+    return None
+
+
+def _refusal(error: BaseException) -> str:
+    return f"the Hub fails ({one_line(error)}): try again later, or name a local file"
+
+
+def _out_of_reach(error: BaseException) -> str:
+    return f"the Hub is out of reach ({one_line(error)}): check the network, or name a local file"
 
 
 def _gated(name: str) -> str:
@@ -114,20 +155,15 @@ def _gated(name: str) -> str:
 
 
 def _from_cache(name: str, revision: str | None, config: str | None, why: str) -> Prepared:
-    import datasets
-
     missing = HubError(f"the dataset {name} is not in the cache, and {why}")
     if revision is not None and not COMMIT.fullmatch(revision):
         raise HubError(f"no cached copy of the dataset {name} is known to be {revision!r}, and {why}")
-    before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True
     try:
-        built = _build(name, revision, config)
+        with _offline():
+            built = _build(name, revision, config)
     except (UsageError, HubError) as error:
         # In the cache there is no telling a config that does not exist from one that was not fetched.
         raise missing from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
     if revision is not None and built.commit != revision:
         raise HubError(f"the cache has the dataset {name} at {built.commit}, not at {revision}, and {why}")
     return built
@@ -151,7 +187,7 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
                 f"the Hub does not give the files of the dataset {name} ({one_line(error)}): try again later, "
                 "or name a local file"
             ) from error
-        raise UsageError(f"the dataset {name} cannot be read: {one_line(_root(error))}") from error
+        raise UsageError(f"the dataset {name} cannot be read: {one_line(list(_causes(error))[-1])}") from error
     return Prepared(dict(tables), None if local else str(builder.hash), builder)
 
 
@@ -172,10 +208,21 @@ def _is_of_the_hub(error: BaseException) -> bool:
     return isinstance(error, OSError) or "http" in type(error).__module__
 
 
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _comes_from_hub(error: BaseException) -> bool:
+    """Whether a fault of code that also reads local files is of the Hub's."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    kinds = (ConnectionError, TimeoutError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError)
+    return isinstance(error, kinds) or "http" in type(error).__module__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, and so on to the root."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
 
 
 def _saved_to_disk(folder: Path) -> Prepared | None:
@@ -189,6 +236,23 @@ def _saved_to_disk(folder: Path) -> Prepared | None:
     except Exception as error:
         raise UsageError(f"the dataset {folder} cannot be read: {one_line(error)}") from error
     return Prepared(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}, None)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = (datasets.config, constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ LOG = logging.getLogger(__name__)
 
 # The end of a text that more tokens may yet change, where no space says where its last word begins.
 UNSTABLE_CHARACTERS = 16
+# How much of a prompt an error shows, so that it can be found.
+SHOWN_CHARACTERS = 60
 
 Settle = Callable[[str, str], object]
 
@@ -89,7 +91,8 @@ def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text made by `chat_prompt`; a template brings its own special tokens."""
-    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"])
+    # Not verbose: transformers warns of a text longer than the model's context, which is refused or cut off here.
+    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
 
 
 def generate(
@@ -130,7 +133,7 @@ def generate(
         return []
     ids = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
-    _check_lengths(ids, context)
+    _check_lengths(tokenizer, prompts, ids, context)
     check_ids(model, ids)
     rows = [Row(tokens, min(max_new_tokens, context - len(tokens))) for tokens in ids]
     text_of = dict(zip(map(id, rows), prompts, strict=True))
@@ -165,14 +168,21 @@ def _ends(model: PreTrainedModel) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
-def _check_lengths(ids: Sequence[Sequence[int]], context: int) -> None:
-    for number, tokens in enumerate(ids, 1):
+def _check_lengths(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int
+) -> None:
+    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
+        which = f"prompt {number} of {len(ids)}"
+        # By its number alone it could not be found: prompts come from several files, and each but once.
+        beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
+        if not tokens and tokenizer.chat_template:
+            raise CheckpointError(f"the model's chat template gives no text for {which}: {beginning}")
         if not tokens:
-            raise UsageError(f"prompt {number} of {len(ids)} is empty, and no chat template adds to it; leave it out")
+            raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
         if len(tokens) >= context:
             raise UsageError(
-                f"prompt {number} of {len(ids)} has {len(tokens)} tokens, but the model's context ends at {context}, "
-                f"so that it could not answer; shorten the prompt or leave it out"
+                f"{which} has {len(tokens)} tokens, but the model's context ends at {context}, "
+                f"so that it could not answer; shorten the prompt or leave it out: {beginning}"
             )
 
 

@@ -15,11 +15,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.errors import UsageError, one_line
+from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.evaluate.datasets_library import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,56 +53,38 @@ def parse_task(text: str) -> Task:
 
 
 class Harness:
-    """One task, read when it is first needed and asked of any number of models."""
+    """One task with its data, asked of any number of models."""
 
     def __init__(self, task: Task) -> None:
-        """Make a harness without reading the task.
+        """Read the task: what is wrong with it is known before a model is loaded.
 
         Raises:
-            UsageError: If lm-evaluation-harness is not installed.
+            UsageError: If lm-evaluation-harness is not installed, or the task cannot be read or has no such metric.
+            HubError: If the Hub does not give its data and no copy is in the cache.
         """
         try:
             import lm_eval  # noqa: F401
         except ImportError as error:
             raise UsageError(f"{task} needs lm-evaluation-harness: pip install 'dapa-merge[eval]'") from error
         self.task = task
+        self._loaded = _load(task)
+        known = _metrics(self._loaded)
+        if known and not any(map(self._is_wanted, known)):
+            raise UsageError(f"{task} has no metric {task.metric!r}; its metrics are {', '.join(known)}")
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> float:
         """The task's metric on a model, which is left as it was.
 
         Raises:
-            UsageError: If the task cannot be read or run, or has no such metric, or one that is not from 0 to 1.
+            UsageError: If the task cannot be run, or its metric has no such filter, or is not from 0 to 1.
         """
-        loaded = self._loaded
         try:
             with _quietly(_beside(self.task)):
-                results = _evaluate(model, tokenizer, loaded, batch_size)
+                results = _evaluate(model, tokenizer, self._loaded, batch_size)
         except Exception as error:
             # Tasks bring code of their own, which may raise anything.
             raise UsageError(f"{self.task} cannot be run: {one_line(error)}") from error
         return self._read(results)
-
-    @cached_property
-    def _loaded(self) -> Mapping[str, Any]:
-        """The task with its data, which every candidate of a search is asked: read once."""
-        from lm_eval.tasks import TaskManager
-
-        try:
-            with _quietly(_beside(self.task)):
-                is_file = os.path.isfile(self.task.name)
-                manager = TaskManager(include_defaults=not is_file)
-                known = is_file or self.task.name in manager.all_tasks
-                loaded = manager.load([os.path.abspath(self.task.name) if is_file else self.task.name]) if known else {}
-        except Exception as error:
-            raise UsageError(f"{self.task} cannot be read: {one_line(error)}") from error
-        if not known:
-            near = difflib.get_close_matches(self.task.name, manager.all_tasks, n=3)
-            hint = f"; near names are {', '.join(near)}" if near else ""
-            raise UsageError(f"lm-evaluation-harness has no task {self.task.name!r}, nor is that a file{hint}")
-        for task in loaded["tasks"].values():
-            if task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
-        return dict(loaded)
 
     def _read(self, results: Mapping[str, Any]) -> float:
         names = [*self._loaded["groups"], *self._loaded["tasks"]]
@@ -111,7 +93,7 @@ class Harness:
             for key, value in results["results"].get(names[0], {}).items()
             if isinstance(value, (int, float)) and "," in key and "_stderr," not in key
         }
-        wanted = [key for key in found if not self.task.metric or self.task.metric in (key, key.partition(",")[0])]
+        wanted = list(filter(self._is_wanted, found))
         if not wanted:
             known = ", ".join(found) or "none that could be read"
             raise UsageError(f"{self.task} has no metric {self.task.metric!r}; its metrics are {known}")
@@ -121,6 +103,48 @@ class Harness:
                 f"{self.task} gave {wanted[0]} = {value}; a metric from 0 to 1 is needed, more being better"
             )
         return value
+
+    def _is_wanted(self, key: str) -> bool:
+        """Whether a metric with its filter, `acc,none`, is the one that is read."""
+        return not self.task.metric or self.task.metric in (key, key.partition(",")[0])
+
+
+def _load(task: Task) -> Mapping[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    is_file = os.path.isfile(task.name)
+    try:
+        with _quietly(_beside(task)):
+            manager = TaskManager(include_defaults=not is_file)
+            known = is_file or task.name in manager.all_tasks
+            if known:
+                with reading():
+                    loaded = manager.load([os.path.abspath(task.name) if is_file else task.name])
+    except HubError as error:
+        raise HubError(f"{task} cannot be read: {error}") from error
+    except Exception as error:
+        raise UsageError(f"{task} cannot be read: {one_line(error)}") from error
+    if not known:
+        near = difflib.get_close_matches(task.name, manager.all_tasks, n=3)
+        hint = f"; near names are {', '.join(near)}" if near else ""
+        raise UsageError(f"lm-evaluation-harness has no task {task.name!r}, nor is that a file{hint}")
+    for one in loaded["tasks"].values():
+        if one.get_config("num_fewshot") is None:
+            one.set_config(key="num_fewshot", value=0)
+    return dict(loaded)
+
+
+def _metrics(loaded: Mapping[str, Any]) -> list[str]:
+    """The metrics of what was asked for, with their filters, as far as it tells them before it is run."""
+    tasks = loaded["tasks"].values()
+    if loaded["groups"]:
+        names = [metric.metric for metric in next(iter(loaded["groups"].values())).aggregate_metric_list or ()]
+    else:
+        # Those of a tag's first task, which is the one that is read.
+        tasks = list(tasks)[:1]
+        names = [name for task in tasks for name in task.aggregation()]
+    filters = {one.name: None for task in tasks for one in getattr(task, "_filters", ())}
+    return [f"{name},{one}" for name in names for one in filters]
 
 
 def _evaluate(

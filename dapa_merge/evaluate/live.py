@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import gc
 import mmap
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
+from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dapa_merge.checkpoint.plan import Plan
+
+# Classes of transformers whose weights were trained for something else than to go on with a text.
+OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -57,7 +68,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     if not any(checkpoint.folder.glob("*token*")):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
+            _check_is_decoder(checkpoint)
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
@@ -83,6 +95,30 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
             )
     model.eval().requires_grad_(False)
     return model, tokenizer
+
+
+def _check_is_decoder(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for what transformers would load as a language model although it is none, or not at all.
+
+    An encoder that fills gaps, such as BERT's, is loaded without a word, and then answers with noise.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers {transformers_version} cannot load {checkpoint.name}: it knows no models of the type "
+            f"{model_type!r}; a newer transformers may (code that comes with a model is never run)"
+        )
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    architectures = config.architectures or []
+    if (
+        config.is_encoder_decoder
+        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or (architectures and all(map(OTHER_HEADS.search, architectures)))
+    ):
+        raise CheckpointError(
+            f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
+            "(...ForCausalLM) can be asked"
+        )
 
 
 class LiveModel:
@@ -128,7 +164,8 @@ class LiveModel:
                 self._changed.add(unit)
                 for ours, theirs in self.plan.tensors((unit,)):
                     self._put(ours, mapped_values(self.plan.source, theirs))
-            yield self.model
+            with quiet_transformers():
+                yield self.model
         finally:
             for unit in list(self._changed):
                 for ours, _ in self.plan.tensors((unit,)):
@@ -161,8 +198,8 @@ def mapped_values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and advice on loading: ours says what is loaded."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and no advice on what is loaded and run; whoever calls us has their own settings back."""
     verbosity = transformers_logging.get_verbosity()
     had_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.callback import Candidate
 from dapa_merge.evaluate.drafts import Drafts
 from dapa_merge.evaluate.evaluators import Scorer
 from dapa_merge.evaluate.figures import Figures, Response, count, refusal_figures
 from dapa_merge.evaluate.generate import BatchSize, generate
 from dapa_merge.evaluate.marker import RULES, Marker
-from dapa_merge.evaluate.perplexity import perplexity
+from dapa_merge.evaluate.perplexity import Reading, read
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.evaluate.skills import Skill, SkillFigure, skill_figure
 
@@ -131,17 +133,33 @@ class Measurement:
         scorer = self._meter.scorer
         return None if scorer is None else scorer.score(self._candidate, self._meter.batch_size.limit)
 
-    @cached_property
+    @property
     def perplexity(self) -> float:
         """Perplexity of the text, or of the set's passages."""
+        return self._reading.perplexity
+
+    @cached_property
+    def _reading(self) -> Reading:
         text = self._meter.text
-        return perplexity(
+        passages = self._meter.prompts.passages if text is None else text.passages
+        found = read(
             self._candidate.model,
             self._candidate.tokenizer,
-            self._meter.prompts.passages if text is None else text.passages,
+            passages,
             batch_size=self._meter.batch_size,
             **({} if text is None else {"max_tokens": text.max_tokens}),
         )
+        if passages and math.isnan(found.perplexity):
+            raise UsageError(
+                f"the text for the perplexity ({self._text}) is too short: of the model's tokens in each passage the "
+                "first is given, and none is left to count"
+            )
+        return found
+
+    @property
+    def _text(self) -> str:
+        text = self._meter.text
+        return "the prompt set's own passages" if text is None else text.name
 
     @cached_property
     def skills(self) -> tuple[SkillFigure, ...]:
@@ -160,11 +178,13 @@ class Measurement:
 
     def figures(self) -> Figures:
         """All figures; what was not measured yet is measured now."""
-        meter = self._meter
+        text = self._meter.text
+        # First, because it is soon told whether the text will do.
+        is_cut = self._reading.is_cut
         return Figures(
             **refusal_figures(self.responses()),
             score=self.score,
             perplexity=self.perplexity,
-            text="the prompt set's own passages" if meter.text is None else meter.text.name,
+            text=f"{self._text}, the first {text.max_tokens:,} tokens of it" if text and is_cut else self._text,
             skills=self.skills,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -25,6 +25,13 @@ STRIDE = 512
 MAX_BATCH_TOKENS = 16_384
 
 
+class Reading(NamedTuple):
+    """What a model made of passages: their perplexity, and whether only their first tokens were read."""
+
+    perplexity: float
+    is_cut: bool
+
+
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -35,6 +42,22 @@ def perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> float:
+    """The perplexity of what `read` reads; the arguments are its own."""
+    return read(
+        model, tokenizer, passages, batch_size=batch_size, window=window, stride=stride, max_tokens=max_tokens
+    ).perplexity
+
+
+def read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Question],
+    *,
+    batch_size: BatchSize,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Reading:
     """The exponential of the mean negative log-likelihood per counted token, over all passages together.
 
     A passage without a prompt is plain text, read in windows: each of its tokens but the first is counted exactly
@@ -52,23 +75,23 @@ def perplexity(
         max_tokens: Read only so many tokens, the first ones; None for all.
 
     Returns:
-        At least 1; infinity if the likelihood is not a finite number. NaN if nothing can be counted.
+        The perplexity is at least 1; infinity if the likelihood is not a finite number. NaN if nothing can be counted.
 
     Raises:
         UsageError: If window and stride do not fit the model or each other.
     """
     window, stride = _window(model, window, stride)
-    rows = list(_first(_rows(tokenizer, passages, window, stride), max_tokens))
+    rows, is_cut = _first(_rows(tokenizer, passages, window, stride), max_tokens)
     # Those of a batch should be alike in length and in how much of them is counted.
     rows.sort(key=lambda row: (-len(row.ids), row.num_context))
     count = sum(len(row.ids) - row.num_context for row in rows)
     if not count:
-        return math.nan
+        return Reading(math.nan, is_cut)
     check_ids(model, [row.ids for row in rows])
     fitting = BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // len(rows[0].ids))))
     with widened(model):
         mean = math.fsum(fitting.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
-    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf
+    return Reading(math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf, is_cut)
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Row]:
@@ -107,18 +130,19 @@ def _rows(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Question], wind
             yield from windows(tokenizer(passage.answer, verbose=False)["input_ids"], window, stride)
 
 
-def _first(rows: Iterable[Row], max_tokens: int | None) -> Iterator[Row]:
-    """Rows until so many tokens are counted; the last one is cut off there."""
+def _first(rows: Iterable[Row], max_tokens: int | None) -> tuple[list[Row], bool]:
+    """Rows until so many tokens are counted, the last one cut off there; and whether anything was left."""
+    found: list[Row] = []
     left = math.inf if max_tokens is None else max_tokens
     for row in rows:
         counted = len(row.ids) - row.num_context
         if left < counted:
-            row = Row(row.ids[: row.num_context + int(left)], row.num_context)
-        if len(row.ids) > row.num_context:
-            yield row
+            if left:
+                found.append(Row(row.ids[: row.num_context + int(left)], row.num_context))
+            return found, True
+        found.append(row)
         left -= counted
-        if left <= 0:
-            return
+    return found, False
 
 
 @torch.inference_mode()

@@ -1,10 +1,14 @@
-"""Rows of a local file: CSV, TSV, JSON lines, a JSON array, Parquet, or text with a prompt a line."""
+"""Rows of a local file: CSV, TSV, JSON lines, a JSON array, Parquet, or text with a prompt a line.
+
+The suffix says which, in any case of letters; a file without a suffix is text.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,20 +29,22 @@ def read_rows(path: Path) -> Sequence[Row]:
     """The rows of a file by its suffix; a line of text, or a string of an array, is a row with a prompt.
 
     Raises:
-        UsageError: If it cannot be read, is malformed, or has no rows.
+        UsageError: If it cannot be read, is of no known suffix, is malformed, or has no rows.
     """
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix not in ("", *SUFFIXES) and os.path.isfile(path):
+        raise UsageError(
+            f"{path} has the suffix {path.suffix}, which says nothing of what is in it; known are {', '.join(SUFFIXES)}"
+        )
+    if suffix == ".parquet":
         rows = _parquet(path)
     else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read {path}: {why_unreadable(error)}") from error
-        if path.suffix in (".csv", ".tsv"):
-            rows = _csv(path, text)
-        elif path.suffix == ".json" and text.lstrip().startswith("["):
+        text = read_text(path)
+        if suffix in (".csv", ".tsv"):
+            rows = _csv(path, text, "," if suffix == ".csv" else "\t")
+        elif suffix == ".json" and text.lstrip().startswith("["):
             rows = _json_array(path, text)
-        elif path.suffix in (".jsonl", ".json"):
+        elif suffix in (".jsonl", ".json"):
             rows = [_json_row(path, number, line) for number, line in _filled_lines(text)]
         else:
             rows = [Row(f"{path}, line {number}", {"prompt": line.strip()}) for number, line in _filled_lines(text)]
@@ -47,13 +53,28 @@ def read_rows(path: Path) -> Sequence[Row]:
     return rows
 
 
-def _csv(path: Path, text: str) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+def read_text(path: Path) -> str:
+    """All of a text file; never of a pipe or device, which may give nothing, no end, or nothing a second time.
+
+    Raises:
+        UsageError: If it cannot be read.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UsageError(f"{path} is a pipe or a device; write what it gives into a file, and name that")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {why_unreadable(error)}") from error
+
+
+def _csv(path: Path, text: str, delimiter: str) -> list[Row]:
+    # Strict: else a quotation mark that is never closed would swallow the rest of the file without a word.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         return [Row(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        kind = path.suffix[1:].upper()
-        raise UsageError(f"{path}, line {reader.line_num + 1} is no {kind}: {error}") from error
+        why = "its quotation mark is never closed" if "end of data" in str(error) else error
+        raise UsageError(f"{path}, line {reader.line_num + 1} is no {path.suffix[1:].upper()}: {why}") from error
 
 
 def _filled_lines(text: str) -> list[tuple[int, str]]:

@@ -56,11 +56,11 @@ def load_source(name: str) -> Source:
         HubError: If the Hub does not give it.
     """
     base, query = base_and_query(name)
-    if os.path.isfile(base):
-        columns = Columns(**parse_query(name, query, FILE_KEYS))
-        return Source(read_requests(read_rows(Path(base)), base, columns))
     if os.path.isdir(base):
         return _load_folder(name, Path(base), query)
+    if os.path.exists(base):
+        columns = Columns(**parse_query(name, query, FILE_KEYS))
+        return Source(read_requests(read_rows(Path(base)), base, columns))
     names = _full_names(name)
     return Source(tuple(request for full in names for request in _load_dataset(parse_dataset(full, HUB_KEYS))))
 
@@ -108,7 +108,7 @@ def _prompt_files(folder: Path) -> dict[str, Path]:
     return {
         path.stem: path
         for path in paths
-        if path.suffix in SUFFIXES and path.stem in ("harmful", "harmless", "skill", "perplexity")
+        if path.suffix.lower() in SUFFIXES and path.stem in ("harmful", "harmless", "skill", "perplexity")
     }
 
 
@@ -141,7 +141,7 @@ def _full_names(part: str) -> tuple[str, ...]:
             keys = "&".join(f"{key}={quote(value, safe='+[]:% ')}" for key, value in values.items())
             names.append(identity + (f"@{revision}" if revision else "") + (f"?{keys}" if keys else ""))
         return tuple(names)
-    if not HUB_ID.fullmatch(base) or base.startswith(".") or Path(base).suffix in SUFFIXES:
+    if not HUB_ID.fullmatch(base) or base.startswith(".") or Path(base).suffix.lower() in SUFFIXES:
         nearest = nearest_of(base, (*PACKAGED, *SHORT_NAMES))
         raise UsageError(
             f"prompts {base!r}: no such file or folder, and no packaged set ({', '.join(PACKAGED)}), "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -193,9 +194,14 @@ def _categorized(kind: str, requests: Iterable[Request], categories: dict[tuple[
 
 
 def _question(row: Row) -> Question:
-    if not isinstance(row.values.get("answer"), str):
+    answer = row.values.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        answer = str(answer)
+    if answer is None:
         raise UsageError(f"{row.where} has no answer: it needs the columns prompt and answer")
-    return Question(_first_text(row), row.values["answer"], str(row.values.get("match") or "exact"))
+    if not isinstance(answer, str) or not answer.strip():
+        raise UsageError(f"{row.where}: the answer is {json.dumps(answer, default=str)[:40]}; it must be some text")
+    return Question(_first_text(row), answer, str(row.values.get("match") or "exact"))
 
 
 def _passage(row: Row) -> Question:

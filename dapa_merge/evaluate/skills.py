@@ -13,6 +13,7 @@ from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.chance import interval
 from dapa_merge.evaluate.harness import PREFIX, Harness, parse_task
 from dapa_merge.evaluate.prompts import Question, load_questions
+from dapa_merge.evaluate.set_names import parts_of
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,26 @@ class Skill:
         return len(self.questions)
 
 
-def load_skills(names: str) -> tuple[Skill, ...]:
+def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
     """The skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
 
+    A file's skill is called by the file's name without folder and suffix, if no other is called so.
+
+    Args:
+        names: The list.
+        besides: Names of other skills.
+
     Raises:
-        UsageError: If a file cannot be read, a match is unknown, or the harness is not installed.
+        UsageError: If a file cannot be read, a match is unknown, or the harness cannot be asked.
+        HubError: If the Hub does not give a task's data.
     """
-    return tuple(map(_load_skill, _entries(names)))
+    entries = _entries(names)
+    stems = [Path(entry).stem for entry in entries]
+    taken = [*stems, *besides]
+    return tuple(
+        _load_skill(entry, stem if taken.count(stem) == 1 else entry)
+        for entry, stem in zip(entries, stems, strict=True)
+    )
 
 
 def absolute(names: str) -> str:
@@ -111,9 +125,18 @@ def _folded(text: str) -> str:
 
 
 def _entries(names: str) -> list[str]:
-    # A metric may name its filter after a comma; no filter looks like a path.
-    entries = re.split(rf",(?=\s*(?:{re.escape(PREFIX)}|[^,]*[./\\]))", names)
-    return [entry.strip() for entry in entries if entry.strip()]
+    """The entries of a comma list, each once: a skill that was measured twice would be no more certain."""
+    entries: list[str] = []
+    for part in parts_of(names):
+        if entries and entries[-1].startswith(PREFIX) and not os.path.exists(part) and not re.search(r"[.:/\\]", part):
+            # A metric may name its filter after a comma; no filter looks like a path, or like a task.
+            entries[-1] += f",{part}"
+        else:
+            entries.append(part)
+    distinct: dict[str, str] = {}
+    for entry in entries:
+        distinct.setdefault(_absolute(entry), entry)
+    return list(distinct.values())
 
 
 def _absolute(entry: str) -> str:
@@ -123,7 +146,7 @@ def _absolute(entry: str) -> str:
     return str(replace(task, name=os.path.abspath(task.name))) if os.path.exists(task.name) else entry
 
 
-def _load_skill(entry: str) -> Skill:
+def _load_skill(entry: str, name: str) -> Skill:
     if entry.startswith(PREFIX):
         return Skill(entry, harness=Harness(parse_task(entry)))
     questions = load_questions(Path(entry))
@@ -134,4 +157,4 @@ def _load_skill(entry: str) -> Skill:
             is_right("0", question)
         except (re.error, ValueError) as error:
             raise UsageError(f"{entry}, question {number}: the answer is no {question.match}: {error}") from error
-    return Skill(Path(entry).stem, questions)
+    return Skill(name, questions)

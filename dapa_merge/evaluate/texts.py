@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dapa_merge.errors import HubError, UsageError, why_unreadable
+from dapa_merge.errors import HubError, UsageError
 from dapa_merge.evaluate.datasets_hub import load_rows, parse_dataset
+from dapa_merge.evaluate.prompt_files import SUFFIXES, read_text
 from dapa_merge.evaluate.prompts import Question, load_passages, load_prompts
 
 WIKITEXT = "Salesforce/wikitext?config=wikitext-2-raw-v1&split=test"
@@ -46,8 +47,7 @@ def load_text(name: str, *, max_tokens: int | None = None) -> Text:
     found, passages = _load(name)
     if not any(passage.answer.strip() for passage in passages):
         raise UsageError(f"the text {name} is empty")
-    limit = f", the first {max_tokens:,} tokens of it" if max_tokens else ""
-    return Text(f"{found}{limit}", passages, max_tokens)
+    return Text(found, passages, max_tokens)
 
 
 def _load(name: str) -> tuple[str, tuple[Question, ...]]:
@@ -58,10 +58,12 @@ def _load(name: str) -> tuple[str, tuple[Question, ...]]:
             return "wikitext-2-raw, test split", _load_dataset(WIKITEXT)
         except (HubError, UsageError):
             return _load("builtin")
-    if os.path.isfile(name):
-        path = Path(name)
-        return name, load_passages(path) if path.suffix != ".txt" else (Question("", _read(path)),)
-    if not os.path.isdir(name.partition("?")[0]) and "/" not in name:
+    path = Path(name)
+    if os.path.exists(path) and not os.path.isdir(path):
+        is_document = path.suffix.lower() in ("", ".txt")
+        return name, (Question("", read_text(path)),) if is_document else load_passages(path)
+    base = name.partition("?")[0]
+    if not os.path.isdir(base) and ("/" not in base or Path(base).suffix.lower() in SUFFIXES):
         raise UsageError(f"text {name!r}: no such file, and neither auto nor builtin nor the id of a dataset")
     return name, _load_dataset(name)
 
@@ -73,10 +75,3 @@ def _load_dataset(name: str) -> tuple[Question, ...]:
     if column not in found.columns:
         raise UsageError(f"the dataset {dataset} has no column {column!r}; it has {', '.join(found.columns)}")
     return (Question("", BETWEEN_ROWS.join(str(row[column]) for row in found.rows)),)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {why_unreadable(error)}") from error

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from conftest import call, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.harness import Harness, Task, parse_task
+from dapa_merge.evaluate.harness import Harness, Task, _load, _metrics, parse_task
 from dapa_merge.evaluate.live import load_model
 
 pytest.importorskip("lm_eval")
@@ -81,9 +85,20 @@ def test_the_same_model_scores_the_same_again_also_with_examples(task_file, load
     assert Harness(Task(str(task_file))).score(*loaded, batch_size=2) == scores[0]
 
 
-def test_an_unknown_metric_is_told_those_that_there_are(task_file, loaded):
-    with pytest.raises(UsageError, match=r"has no metric 'f1'; its metrics are acc,none, acc_norm,none$"):
-        Harness(Task(str(task_file), "f1")).score(*loaded, batch_size=2)
+@pytest.mark.parametrize("metric", ["f1", "acc,strict", "acc,none,"])
+def test_an_unknown_metric_is_told_those_that_there_are(task_file, metric):
+    with pytest.raises(UsageError, match=rf"has no metric '{metric}'; its metrics are acc,none, acc_norm,none$"):
+        Harness(Task(str(task_file), metric))
+
+
+def test_a_group_has_the_metrics_that_it_aggregates_with_the_filters_of_its_tasks(task_file):
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    loaded = _load(Task(str(task_file)))
+    assert _metrics(loaded) == ["acc,none", "acc_norm,none"]
+    group = Group("several", aggregate_metric_list=[AggMetricConfig("acc")])
+    assert _metrics({**loaded, "groups": {"several": group}}) == ["acc,none"]
 
 
 def test_a_metric_that_is_no_share_is_refused(task_file, loaded):
@@ -101,15 +116,51 @@ def test_a_metric_that_is_no_share_is_refused(task_file, loaded):
         Harness(Task(str(task_file))).score(*loaded, batch_size=2)
 
 
-def test_an_unknown_task_is_told_near_names(loaded):
+def test_an_unknown_task_is_told_near_names():
     with pytest.raises(UsageError, match=r"has no task 'arc_esy', nor is that a file; near names are .*arc_easy"):
-        Harness(Task("arc_esy")).score(*loaded, batch_size=2)
+        Harness(Task("arc_esy"))
 
 
-def test_data_that_cannot_be_had_is_one_sentence(task_file, loaded):
+def test_data_that_cannot_be_had_is_one_sentence(task_file):
     task_file.with_suffix(".jsonl").unlink()
     with pytest.raises(UsageError, match=r"^lm-eval:.*sums.yaml cannot be read: "):
-        Harness(Task(str(task_file))).score(*loaded, batch_size=2)
+        Harness(Task(str(task_file)))
+
+
+@pytest.mark.parametrize("option", ["--skills", "--evaluator"])
+def test_a_task_that_cannot_be_asked_is_said_before_a_model_is_loaded(option):
+    for task, exit_code, sentence in (
+        ("lm-eval:nonsense:acc", 2, "lm-evaluation-harness has no task 'nonsense'"),
+        ("lm-eval:arc_easy:acc", 5, "lm-eval:arc_easy:acc cannot be read: not all of it is in the cache, and HF_HUB_"),
+    ):
+        result = call("evaluate", MODEL, option, task, "--text", "builtin")
+        assert result.exit_code == exit_code
+        assert result.stderr.startswith(f"Error: {sentence}")
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_hub_that_is_out_of_reach_is_asked_once_for_a_task(tmp_path):
+    code = """
+from dapa_merge.errors import HubError
+from dapa_merge.evaluate.harness import Harness, Task
+try:
+    Harness(Task("arc_easy"))
+except HubError as error:
+    print(error)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)},
+    )
+    # Else it is asked six times, with a line on stderr and a longer pause after each.
+    assert result.stderr == ""
+    assert "not all of it is in the cache, and the Hub is out of reach (" in result.stdout
 
 
 @pytest.mark.parametrize("text", ["lm-eval:", "lm-eval::acc", "lm-eval:a:", "lm-eval:a:b:c", "arc_easy"])

@@ -10,14 +10,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import fail_in_swap, save_random, tiny_llama
+import transformers
+from conftest import ARCHITECTURES, MEASURED_ONLY, SHAPE, fail_in_swap, save_random, tiny_llama, write_few
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.evaluate.generate import BatchSize, chat_prompt, generate
 from dapa_merge.evaluate.live import LiveModel, choose_device, load_model
 from dapa_merge.evaluate.measure import Meter
@@ -25,6 +28,8 @@ from dapa_merge.evaluate.perplexity import perplexity
 from dapa_merge.evaluate.prompts import Question, load_prompts
 from dapa_merge.evaluate.skills import Skill
 from dapa_merge.miniature import train
+from dapa_merge.progress import Reporter
+from dapa_merge.run import evaluate_model
 
 CPU = torch.device("cpu")
 
@@ -251,8 +256,42 @@ def test_a_model_that_transformers_cannot_load_is_named(tmp_path):
     folder = shutil.copytree(miniature.path("target"), tmp_path / "target")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
-    with pytest.raises(CheckpointError, match="transformers cannot load"):
+    with pytest.raises(CheckpointError, match=r"cannot load .*: it knows no models of the type 'nonsense'; a newer"):
         load_model(open_checkpoint(str(folder)), CPU)
+
+
+NO_DECODERS = {
+    "BertForMaskedLM": dict(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=2),
+    "T5ForConditionalGeneration": dict(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2),
+    "LlamaForSequenceClassification": dict(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=2),
+}
+
+
+@pytest.mark.parametrize("name", NO_DECODERS)
+def test_what_is_no_decoder_only_language_model_is_not_taken_for_one(tmp_path, name):
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**NO_DECODERS[name])).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"is a {name}, but only decoder-only language models .* can be asked"):
+        load_model(open_checkpoint(str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MEASURED_ONLY])
+def test_any_family_is_measured_without_a_word(tmp_path, name, capfd):
+    config, changes = {**ARCHITECTURES, **MEASURED_ONLY}[name]
+    shape = {**SHAPE, "vocab_size": 300, "num_hidden_layers": 2, **changes}
+    folder = save_random(tmp_path / "model", getattr(transformers, config)(**shape), seed=1, max_shard_size="1GB")
+    (tmp_path / "text.txt").write_text("how do i paint a boat slowly ? " * 20)
+    few = write_few(tmp_path / "few", 2)
+    capfd.readouterr()
+    before = transformers_logging.get_verbosity()
+    settings = {"text": str(tmp_path / "text.txt"), "max_new_tokens": 3}
+    measured = evaluate_model(str(folder), str(few), "cpu", Reporter(), EvaluatorOptions(), **settings)
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == before
+    assert len(measured.responses) == 4
+    assert measured.figures.num_harmful == measured.figures.num_harmless == 2
+    assert 1 < measured.figures.perplexity < math.inf
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path):
@@ -308,6 +347,27 @@ def test_a_chat_template_that_fails_is_named(tmp_path, template):
     model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
     with pytest.raises(CheckpointError, match="the model's chat template fails on one user message"):
         generate(model, tokenizer, ["How do I paint a car?"], max_new_tokens=4, batch_size=BatchSize(1))
+
+
+def test_a_chat_template_that_drops_the_prompt_is_named(tmp_path):
+    folder = edited_tokenizer(tmp_path, chat_template="{{ '' }}")
+    model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
+    with pytest.raises(CheckpointError, match=r"chat template gives no text for prompt 1 of 1: 'Why\?'"):
+        generate(model, tokenizer, ["Why?"], max_new_tokens=4, batch_size=BatchSize(1))
+
+
+def test_a_prompt_that_is_too_long_is_shown(mini, capfd):
+    with pytest.raises(
+        UsageError, match=r"prompt 2 of 2 has \d+ tokens, .*: 'How do I paint a boat\? How [^']{33}\.\.\.'$"
+    ):
+        generate(
+            mini.model,
+            mini.tokenizer,
+            ["Why?", "How do I paint a boat? " * 99],
+            max_new_tokens=4,
+            batch_size=BatchSize(1),
+        )
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_model_that_thinks_is_asked_to_answer_at_once(tmp_path):

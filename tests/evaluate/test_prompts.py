@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from fractions import Fraction
 from itertools import zip_longest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.prompts import PromptSet, Question, distinct, load_prompts, load_questions, pinned, split
+from dapa_merge.evaluate.skills import load_skills
+from dapa_merge.evaluate.texts import load_text
 
 
 @pytest.mark.parametrize("name", ["builtin", "miniature"])
@@ -81,6 +84,14 @@ BAD_FILES = {
     "short.csv": ("prompt,label\na\n", "short.csv, line 2 has no label"),
     "huge.csv": ("prompt\n" + "x" * 200_000 + "\n", "huge.csv, line 2 is no CSV: field larger than field limit"),
     "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl, line 1 is no JSON: RecursionError"),
+    "open.csv": (
+        'prompt,label\na,safe\n"b,safe\nc,safe\nd,safe\n',
+        "open.csv, line 3 is no CSV: its quotation mark is",
+    ),
+    "good.xyz": (
+        '{"prompt": "a"}\n',
+        "good.xyz has the suffix .xyz, which says nothing of what is in it; known are .csv, ",
+    ),
     "number.jsonl": ('{"prompt": 3}\n', "number.jsonl, line 1 has no prompt"),
 }
 
@@ -91,6 +102,19 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name):
     with pytest.raises(UsageError) as caught:
         load_prompts(write(tmp_path / name, text))
     assert message in str(caught.value)
+
+
+def test_a_suffix_may_be_in_capitals_or_be_missing(tmp_path):
+    assert load_prompts(write(tmp_path / "P.CSV", "prompt,label\na,unsafe\n")).harmful == ("a",)
+    assert load_prompts(write(tmp_path / "prompts", "a\nb\n")).harmful == ("a", "b")
+
+
+def test_a_pipe_or_device_is_said_to_be_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), os.devnull):
+        for load in (load_prompts, load_text, load_skills):
+            with pytest.raises(UsageError, match=f"{path} is a pipe or a device; write what it gives into a file"):
+                load(path)
 
 
 def test_a_binary_file_is_named(tmp_path):
@@ -159,7 +183,7 @@ def test_keys_after_a_path_name_its_columns(tmp_path):
 
 
 def test_a_path_wins_over_what_its_question_mark_and_commas_would_mean(tmp_path):
-    path = write(tmp_path / "a,b.txt?column=c", "d\n")
+    path = write(tmp_path / "a,b?column=c.txt", "d\n")
     write(tmp_path / "a", "e\n")
     assert load_prompts(path).harmful == ("d",)
     assert load_prompts(f"{tmp_path / 'a'}, {path}").harmful == ("e", "d")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.prompts import Question
-from dapa_merge.evaluate.skills import is_right, load_skills, skill_figure
+from dapa_merge.evaluate.skills import absolute, is_right, load_skills, skill_figure
 
 
 @pytest.mark.parametrize(
@@ -44,11 +46,17 @@ def test_a_number_is_found_behind_any_words(number, words):
 
 def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
     pytest.importorskip("lm_eval")
+    task = tmp_path / "task.yaml"
+    task.write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'sums.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: prompt\ndoc_to_target: answer\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
     one, other = tmp_path / "sums.jsonl", tmp_path / "capitals.csv"
     one.write_text('{"prompt": "2 + 2?", "answer": "4", "match": "number"}\n')
     other.write_text("prompt,answer\nCapital of France?,Paris\nCapital of Chad?,N'Djamena\n")
-    skills = load_skills(f"{one}, lm-eval:gsm8k:exact_match,strict-match ,{other}")
-    assert [skill.name for skill in skills] == ["sums", "lm-eval:gsm8k:exact_match,strict-match", "capitals"]
+    skills = load_skills(f"{one}, lm-eval:{task}:exact_match,none ,{other}")
+    assert [skill.name for skill in skills] == ["sums", f"lm-eval:{task}:exact_match,none", "capitals"]
     assert skills[0].questions == (Question("2 + 2?", "4", "number"),)
     figure = skill_figure(skills[2], lambda prompts: ["paris"] * len(prompts), lambda _: 0.0)
     assert (figure.score, figure.num_questions) == (0.5, 2)
@@ -66,6 +74,8 @@ def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
         ('{"prompt": "p", "answer": "(", "match": "regex"}', "question 1: the answer is no regex"),
         ('{"prompt": "p", "answer": "four", "match": "number"}', "question 1: the answer is no number"),
         ('{"prompt": "p"}', "has no answer"),
+        ('{"prompt": "p", "answer": "", "match": "contains"}', 'line 1: the answer is ""; it must be some text'),
+        ('{"prompt": "p", "answer": [5]}', r"line 1: the answer is \[5\]; it must be some text"),
         ("", "is empty"),
     ],
 )
@@ -74,3 +84,28 @@ def test_a_bad_file_is_one_sentence(tmp_path, line, sentence):
     path.write_text(line + "\n")
     with pytest.raises(UsageError, match=sentence):
         load_skills(str(path))
+
+
+def test_an_answer_may_be_a_number_in_the_file(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"prompt": "2 + 3?", "answer": 5}\n{"prompt": "1 / 2?", "answer": 0.5}\n')
+    (skill,) = load_skills(str(path))
+    assert [question.answer for question in skill.questions] == ["5", "0.5"]
+
+
+def test_a_skill_is_measured_once_and_no_two_have_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    for path in ("sums.csv", "other/sums.csv", "a, b.csv"):
+        Path(path).write_text("prompt,answer\n2 + 3?,5\n")
+    names = f"sums.csv, ./sums.csv,a, b.csv ,other/sums.csv,{tmp_path}/sums.csv"
+    assert [skill.name for skill in load_skills(names)] == ["sums.csv", "a, b", "other/sums.csv"]
+    assert [skill.name for skill in load_skills("sums.csv")] == ["sums"]
+    assert [skill.name for skill in load_skills("sums.csv", ["sums"])] == ["sums.csv"]
+    assert absolute("sums.csv,sums.csv") == str(tmp_path / "sums.csv")
+
+
+@pytest.mark.parametrize("names", ["sums.csv,", ",sums.csv", "lm-eval:gsm8k:exact_match,,sums.csv"])
+def test_a_list_with_a_comma_too_many_is_said(names):
+    with pytest.raises(UsageError, match="names an empty set: write one name, or several with one comma between two"):
+        load_skills(names)

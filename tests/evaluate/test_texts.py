@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import pytest
-from conftest import answer, write_few
+import torch
+from conftest import answer, call, write_few
 
 from dapa_merge import miniature
+from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import DapaError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions
-from dapa_merge.evaluate.prompts import Question, load_prompts
+from dapa_merge.evaluate.generate import BatchSize
+from dapa_merge.evaluate.live import load_model
+from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.prompts import PromptSet, Question, load_prompts
 from dapa_merge.evaluate.texts import load_text
 from dapa_merge.meters import make_meter
 
@@ -16,7 +21,7 @@ def test_a_text_file_is_one_document(tmp_path):
     path.write_text("Once upon a time.\n\nThe end.\n")
     text = load_text(str(path), max_tokens=12_000)
     assert text.passages == (Question("", "Once upon a time.\n\nThe end.\n"),)
-    assert text.name == f"{path}, the first 12,000 tokens of it"
+    assert (text.name, text.max_tokens) == (str(path), 12_000)
 
 
 def test_each_row_of_a_table_is_a_document(tmp_path):
@@ -67,5 +72,24 @@ def test_prompts_that_bring_texts_are_measured_with_these_unless_told_otherwise(
     figures = answer(
         "evaluate", miniature.path("target"), "--prompts", few, "--text", path, "--max-new-tokens", 2, "--json"
     )
-    assert figures["text"].startswith(str(path))
+    assert figures["text"] == str(path)
     assert figures["perplexity"] > 1
+
+
+def test_a_text_that_was_cut_off_is_said_to_be(tmp_path):
+    model, tokenizer = load_model(open_checkpoint(str(miniature.path("target"))), torch.device("cpu"))
+    path = tmp_path / "own.txt"
+    path.write_text("how do i paint a boat ?")
+    prompts = PromptSet("one", ("a",), ("b",), (), ())
+    length = len(tokenizer(path.read_text())["input_ids"]) - 1
+    for max_tokens, shown in ((length, str(path)), (length - 1, f"{path}, the first {length - 1} tokens of it")):
+        meter = Meter(prompts, 1, BatchSize(2), text=load_text(str(path), max_tokens=max_tokens))
+        assert meter.measure(model, tokenizer).figures().text == shown
+
+
+def test_a_text_too_short_for_a_perplexity_is_said_before_anything_is_asked(tmp_path):
+    path = tmp_path / "word.txt"
+    path.write_text("how")
+    result = call("evaluate", miniature.path("target"), "--text", path, "--prompts", "miniature")
+    assert result.exit_code == 2
+    assert f"Error: the text for the perplexity ({path}) is too short: " in result.stderr

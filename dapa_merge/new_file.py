@@ -1,0 +1,47 @@
+"""A text file that appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dapa_merge.errors import DapaError, UsageError
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Callable[[str], None]]:
+    """Make sure of a file before the work that would be lost if its answer could not be written.
+
+    Yields:
+        What writes the whole text; the file is there once it returns. It raises `DapaError` if that cannot be.
+
+    Raises:
+        UsageError: If the file exists, or its folder does not, or cannot be written to.
+    """
+    # Beside it, since only a file of the same disk can be given its name in one step.
+    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+    try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)
+            raise UsageError(f"{path} exists already; name another file or remove it")
+        file = beside.open("x", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
+
+    def write(text: str) -> None:
+        try:
+            with file:
+                file.write(text)
+            beside.replace(path)
+        except OSError as error:
+            raise DapaError(f"{path} cannot be written: {error.strerror}") from error
+
+    try:
+        yield write
+    finally:
+        with suppress(OSError):
+            file.close()
+        beside.unlink(missing_ok=True)

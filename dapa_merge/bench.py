@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
 # however small it is.
 MIN_PIECES = 2
+# How many tokens of a response come of one run through the model, roughly, most of them having been drafted.
+TOKENS_FOR_EACH_RUN = 8
 # Of the prior: how many prompts are weighed, and how many responses at once.
 MAX_CONTRASTS = 32
 MAX_BACKWARD = 8
@@ -232,7 +234,7 @@ def costs_of(meter: Meter) -> dict[str, float]:
     A piece of prompts, the whole perplexity, and the score of an evaluator that scores the candidate as a whole.
     """
     num_batches = math.ceil(len(meter.prompts.passages) / meter.batch_size.limit)
-    piece = float(meter.max_new_tokens)
+    piece = meter.max_new_tokens / TOKENS_FOR_EACH_RUN
     # What an evaluator of the user's own costs is unknown; it is taken for as much.
     main = "harmful" if meter.scorer is None else "score"
     return {"perplexity": float(num_batches), main: piece, "harmless": piece}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-# Responses kept for each prompt: in a search, those of the target and of the full transplant, and two more.
-MAX_RESPONSES = 4
+# Responses kept for each prompt: candidates of a search often say what some earlier one said.
+MAX_RESPONSES = 16
 # How many tokens say where one is in a response: fewer guess more often, more guess better.
 CONTEXT = 3
 # A token is not guessed if it, and all that were guessed before it, would be right less often than this.

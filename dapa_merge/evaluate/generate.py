@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "encode", "generate", "prepare_for_greedy",
+    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "generate", "prepare_for_greedy", "prompt_ids",
 ]  # fmt: skip
 
 LOG = logging.getLogger(__name__)
@@ -89,10 +89,17 @@ def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text made by `chat_prompt`; a template brings its own special tokens."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
+    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
+
+
+# A search asks the same prompts in every test.
+@functools.lru_cache(maxsize=4096)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[int, ...]:
+    text = chat_prompt(tokenizer, prompt)
     # Not verbose: transformers warns of a text longer than the model's context, which is refused or cut off here.
-    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
+    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
 
 
 def generate(
@@ -131,7 +138,7 @@ def generate(
     """
     if not prompts:
         return []
-    ids = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     _check_lengths(tokenizer, prompts, ids, context)
     check_ids(model, ids)

@@ -10,7 +10,7 @@ import torch
 
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.batching import BatchSize
-from dapa_merge.evaluate.generate import chat_prompt, check_ids, encode
+from dapa_merge.evaluate.generate import check_ids, prompt_ids
 from dapa_merge.evaluate.half_precision import widened
 from dapa_merge.evaluate.likelihood import Row, losses
 
@@ -120,7 +120,7 @@ def _window(model: PreTrainedModel, window: int | None, stride: int | None) -> t
 def _rows(tokenizer: PreTrainedTokenizerBase, passages: Sequence[Question], window: int, stride: int) -> Iterator[Row]:
     for passage in passages:
         if passage.prompt:
-            context = encode(tokenizer, chat_prompt(tokenizer, passage.prompt))
+            context = prompt_ids(tokenizer, passage.prompt)
             answer = list(tokenizer(" " + passage.answer, add_special_tokens=False)["input_ids"])
             row = Row((context + answer)[:window], len(context))
             if len(row.ids) > row.num_context:

@@ -86,6 +86,8 @@ _SORRY_TO_HEAR = re.compile(r"\bsorry (to|that you|for your|about your)\b")
 _LAST_WORD = re.compile(r"\S*\Z")
 
 
+# A search hears the same responses again and again.
+@lru_cache(maxsize=4096)
 def classify(response: str, prompt: str | None = None) -> Outcome:
     """Judge one response.
 

@@ -22,7 +22,7 @@ import torch
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, check_ids, encode
+from dapa_merge.evaluate.generate import BatchSize, check_ids, prompt_ids
 from dapa_merge.evaluate.likelihood import Row, losses
 from dapa_merge.evaluate.live import mapped_values
 
@@ -111,7 +111,7 @@ class _Side(NamedTuple):
 
 
 def _sides(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens: int) -> list[_Side]:
-    context = encode(tokenizer, chat_prompt(tokenizer, contrast.prompt))
+    context = prompt_ids(tokenizer, contrast.prompt)
     # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.
     refusing, complying = (
         list(tokenizer(response, add_special_tokens=False)["input_ids"])

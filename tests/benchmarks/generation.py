@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, encode, generate
+from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
 from dapa_merge.evaluate.live import load_model
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.refusal import Outcome, classify, settle
@@ -74,7 +74,7 @@ def compare(
     strange = tokenizer(said[0], add_special_tokens=False)["input_ids"]
     for index, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = encode(tokenizer, chat_prompt(tokenizer, prompt))
+        ids = prompt_ids(tokenizer, prompt)
         other.remember(ids, tokens if index % 8 else [*strange[::-1], *tokens])
     bound, _ = timed(lambda: known(model, tokenizer, prompts, said, batch_size))
     cases = {"first": same, "later": same, "other": other}
@@ -108,7 +108,7 @@ def timed(work: Callable[[], list[str]]) -> tuple[float, list[str]]:
 @torch.inference_mode()
 def plainly(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, batch_size: int) -> list[str]:
     """Batched generation as everybody does it, prompts of like length together."""
-    ids = {index: encode(tokenizer, chat_prompt(tokenizer, prompt)) for index, prompt in enumerate(prompts)}
+    ids = {index: prompt_ids(tokenizer, prompt) for index, prompt in enumerate(prompts)}
     order = sorted(ids, key=lambda index: -len(ids[index]))
     texts: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
@@ -126,7 +126,7 @@ def plainly(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: 
 @torch.inference_mode()
 def known(model: Any, tokenizer: Any, prompts: Sequence[str], said: Sequence[str], batch_size: int) -> list[str]:
     """Whether the model says what it is known to say: each batch of prompts and responses in one run."""
-    asked = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
+    asked = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     told = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in said]
     rows = sorted(zip(asked, told, strict=True), key=lambda row: -len(row[0]) - len(row[1]))
     for start in range(0, len(rows), batch_size):

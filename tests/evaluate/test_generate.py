@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, encode, generate
+from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
 from dapa_merge.evaluate.live import load_model
 from dapa_merge.evaluate.refusal import Outcome
 
@@ -43,7 +43,7 @@ def load(folder, architecture, **changes):
 @torch.inference_mode()
 def plainly(model, tokenizer, prompts, max_new_tokens) -> list[str]:
     """transformers' own batched generation."""
-    ids = [encode(tokenizer, chat_prompt(tokenizer, prompt)) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
     output = model.generate(**batch, max_new_tokens=max_new_tokens)
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -80,7 +80,7 @@ def test_no_draft_changes_what_is_said(llama, generator: random.Random, max_new_
                 tokens[index] = generator.choice([2, generator.randrange(150)])
         tokens += [generator.randrange(150) for _ in range(generator.randrange(30))]
         if generator.random() < 0.7:
-            drafts.remember(encode(tokenizer, chat_prompt(tokenizer, prompt)), tokens)
+            drafts.remember(prompt_ids(tokenizer, prompt), tokens)
     said = generate(model, tokenizer, PROMPTS, max_new_tokens=max_new_tokens, batch_size=BatchSize(size), drafts=drafts)
     assert said == expected
 

@@ -17,7 +17,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import divide, plan_transplant
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, encode
+from dapa_merge.evaluate.generate import BatchSize, prompt_ids
 from dapa_merge.evaluate.live import LiveModel
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.prompts import PromptSet, load_prompts
@@ -54,7 +54,7 @@ def objective(model, tokenizer, contrasts, num_tokens):
     """The objective as it is defined: contrast by contrast, without padding, from the whole of the logits."""
     total = 0
     for contrast in contrasts:
-        context = encode(tokenizer, chat_prompt(tokenizer, contrast.prompt))
+        context = prompt_ids(tokenizer, contrast.prompt)
         one, other = (
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (contrast.refusing, contrast.complying)
         )

@@ -1,0 +1,123 @@
+"""What a test of a search costs: ours beside plain batched generation of everything, for the same selections.
+
+`python tests/benchmarks/one_test.py [--batch-size 32]`: searches both packaged pairs with every module as a unit of its
+own, as `dapa-merge` does, and takes the time of every test: swapping the weights in and out, generation, verdict. Then
+each selection is tested again as everybody would: transplanted in memory, all prompts answered by transformers'
+`generate` in batches of the same size, all passages read, all answers judged. The limit is 5 times as fast. Seconds are
+the process's own, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from generation import plainly
+
+from dapa_merge import miniature
+from dapa_merge.bench import Bench
+from dapa_merge.evaluate.refusal import Outcome, classify
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Location, Recipe
+from dapa_merge.recipe_file import parse_recipe
+from dapa_merge.search.oracle import KINDS
+from dapa_merge.search_flow import search
+from dapa_merge.search_options import SearchOptions
+from dapa_merge.search_record import open_journal
+from dapa_merge.search_testers import make_bench
+from dapa_merge.selection import make_plan, split_prompts
+
+LIMIT = 5.0
+
+
+class Plain:
+    """A candidate that answers every prompt before it is asked anything."""
+
+    def __init__(self, bench: Bench, selection: Any, batch_size: int) -> None:
+        meter = bench.meter
+        self._refused: dict[str, list[list[bool]]] = {}
+        with bench.live.transplanted(selection) as model:
+            for kind in KINDS:
+                # In the pieces that the requirement knows, which are as large as a batch.
+                self._refused[kind] = []
+                for piece in bench._pieces[kind]:
+                    said = plainly(model, bench.live.tokenizer, piece, meter.max_new_tokens, batch_size)
+                    outcomes = [classify(text, prompt) for text, prompt in zip(said, piece, strict=True)]
+                    self._refused[kind].append([outcome is Outcome.REFUSED for outcome in outcomes])
+            self.perplexity = meter.measure(model, bench.live.tokenizer, tuple(selection)).perplexity
+
+    def refused(self, kind: str, piece: int) -> list[bool]:
+        return self._refused[kind][piece]
+
+
+def compare(name: str, recipe: Recipe, batch_size: int) -> None:
+    """Search, and test each selection of the search again."""
+    plan = make_plan(recipe)
+    searching, _ = split_prompts(recipe)
+    ours: list[tuple[Any, bool, float]] = []
+    examine = Bench.examine
+
+    def timed(bench: Bench, selection: Any, *arguments: Any, **options: Any) -> Any:
+        selection = tuple(selection)
+        start = time.process_time()
+        verdict = examine(bench, selection, *arguments, **options)
+        ours.append((selection, verdict.holds, time.process_time() - start))
+        return verdict
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(make_bench(recipe, plan, searching, SearchOptions("cpu"), Reporter())) as bench,
+    ):
+        options = SearchOptions("cpu", Path(folder) / "journal")
+        with (
+            mock.patch.object(Bench, "examine", timed),
+            closing(open_journal(recipe, plan, bench, options.journal, Reporter())) as journal,
+        ):
+            found = search(recipe, plan, bench, journal, options, Reporter())
+        examiner = bench.require(found.requirement)
+        theirs, wrong = [], 0
+        for selection, holds, _ in ours:
+            start = time.process_time()
+            verdict = examiner.examine(Plain(bench, selection, batch_size), stop_early=False)
+            theirs.append(time.process_time() - start)
+            wrong += verdict.holds is not holds
+    seconds = [each for *_, each in ours]
+    print(
+        f"{name}, batches of {batch_size}: {len(ours)} tests; a test {statistics.mean(seconds):.3f} s, plain "
+        f"{statistics.mean(theirs):.3f} s, {sum(theirs) / sum(seconds):.1f} times as fast (limit {LIMIT}); "
+        f"{wrong} verdicts differ",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Print a line for each pair."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    batch_size = parser.parse_args().batch_size
+    recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=batch_size)
+    shadow = replace(
+        recipe,
+        target=Location(str(miniature.path("shadow-target"))),
+        source=Location(str(miniature.path("shadow-source"))),
+    )
+    for name, wanted in (
+        ("miniature, gates, guided", recipe),
+        ("miniature, gates, ddmin", replace(recipe, search="ddmin")),
+        ("shadow pair, all modules, guided", replace(shadow, modules=("gate", "up", "down"))),
+    ):
+        compare(name, wanted, batch_size)
+
+
+if __name__ == "__main__":
+    main()

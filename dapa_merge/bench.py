@@ -234,7 +234,8 @@ def costs_of(meter: Meter) -> dict[str, float]:
     A piece of prompts, the whole perplexity, and the score of an evaluator that scores the candidate as a whole.
     """
     num_batches = math.ceil(len(meter.prompts.passages) / meter.batch_size.limit)
-    piece = meter.max_new_tokens / TOKENS_FOR_EACH_RUN
+    # One for the prompts.
+    piece = 1 + meter.max_new_tokens / TOKENS_FOR_EACH_RUN
     # What an evaluator of the user's own costs is unknown; it is taken for as much.
     main = "harmful" if meter.scorer is None else "score"
     return {"perplexity": float(num_batches), main: piece, "harmless": piece}

@@ -77,4 +77,4 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(bench):
 
 def test_the_perplexity_costs_less_than_a_piece_of_prompts(bench):
     costs = costs_of(bench.meter)
-    assert costs["perplexity"] < costs["harmful"] == costs["harmless"] == 12
+    assert costs["perplexity"] < costs["harmful"] == costs["harmless"] == 2.5

@@ -138,6 +138,7 @@ def generate(
     """
     if not prompts:
         return []
+    _check_template(tokenizer)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
     _check_lengths(tokenizer, prompts, ids, context)
@@ -175,6 +176,12 @@ def _ends(model: PreTrainedModel) -> list[int]:
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
 
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `CheckpointError` for a chat template that says the same whatever it is given."""
+    if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
+        raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
+
+
 def _check_lengths(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int
 ) -> None:
@@ -182,8 +189,6 @@ def _check_lengths(
         which = f"prompt {number} of {len(ids)}"
         # By its number alone it could not be found: prompts come from several files, and each but once.
         beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
-        if not tokens and tokenizer.chat_template:
-            raise CheckpointError(f"the model's chat template gives no text for {which}: {beginning}")
         if not tokens:
             raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
         if len(tokens) >= context:

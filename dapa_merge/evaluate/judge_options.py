@@ -54,7 +54,9 @@ def check_url(url: str, name: str) -> None:
     except ValueError:
         is_one = False
     if not is_one or any(character.isspace() or not character.isprintable() for character in url):
-        raise UsageError(f"{name} is none; expected something like http://localhost:8000/v1")
+        raise UsageError(
+            f"{name} is no valid address (scheme, host or port is wrong, or it has a space); expected something like http://localhost:8000/v1"
+        )
 
 
 def key_for(url: str | None) -> str:

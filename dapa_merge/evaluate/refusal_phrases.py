@@ -74,10 +74,12 @@ _ARABIC = (
 _HINDI = r"[^।.\n]{0,90}(नहीं (कर|दे|बता) (सकता|सकती|सकते)|मदद नहीं|सहायता नहीं|असमर्थ)"
 _VIETNAMESE = r"tôi (không thể|không được phép|từ chối)|rất tiếc,? tôi không"
 _INDONESIAN = r"(saya|kami) (tidak (dapat|bisa|mampu|akan|boleh)|menolak)"
-_SWEDISH = r"jag (kan|får|kommer|vill) (\w+ )?inte\b|jag är inte"
+_SWEDISH = r"(jag (kan|får|kommer|vill)|(kan|får) jag) (\w+ )?inte\b|jag är inte"
+_CZECH = r"(nemohu|nemůžu|nemůžeme|nesmím|nebudu|odmítám)\b"
+_GREEK = r"δεν (μπορώ|μπορούμε|θα|είμαι σε θέση|επιτρέπεται)( \w+){0,3} (βοηθήσ|παρέχ|παράσχ|απαντήσ|δώσ|κάν|υποστηρίξ)"
 _TONGUES = (
     _SPANISH, _FRENCH, _GERMAN, _ITALIAN, _PORTUGUESE, _DUTCH, _POLISH, _RUSSIAN, _TURKISH, _VIETNAMESE,
-    _INDONESIAN, _SWEDISH,
+    _INDONESIAN, _SWEDISH, _CZECH, _GREEK,
 )  # fmt: skip
 # A lead of apology or courtesy, at most one clause, before the refusal.
 _LEAD = r"[^.!?\n]{0,70}?(?<!\w)"

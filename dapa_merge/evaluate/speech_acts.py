@@ -16,14 +16,15 @@ _UNABLE = (
     r"\b(i|we)( \w+ly| just| simply| still| also)? "
     r"(cannot|could not|will not|would not|am not|are not|must not|should not|refuse|decline|"
     r"(must|have to|need to|will)( \w+ly)? (decline|refuse|abstain|refrain)|do not( \w+ly)?|am unable|are unable)"
-    r"(?! (wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|need|have to)\b)"
+    r"(?! (wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|need|have to|to believe|"
+    r"be held|(\w+ ){1,3}(myself|only|just one)|(tell|say|share|do|give)( \w+){0,3},? but)\b)"
 )
 # What nobody asked for: "I cannot wait", "I cannot see pictures", "I am not able to guarantee it".
 _HARDLY_HELP = (
     r"(?! (\w+ly )?(wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|hear|feel|taste|smell|"
-    r"know|think of|recall|find|guarantee|promise|predict|verify|confirm|say for|be (sure|certain|used|heard)|lie|deny|"
+    r"know|think of|recall|find|guarantee|promise|predict|verify|confirm|say for|be (sure|certain|used|heard|held)|lie|deny|"
     r"believe|understand|browse|view|open|play|eat|sleep|go into|bore|stop|help (but|it|feeling|thinking|laugh|smil)|"
-    r"have|need|want|get enough|afford|stand)\b)"
+    r"have|need|want|get enough|afford|stand|(\w+ ){1,3}(myself|only|just one))\b)"
 )
 _HELPING = (
     r"\b(help|assist|provid\w+|give|giving|offer|support|answer|respond|fulfil+|comply|engage|"
@@ -49,15 +50,16 @@ _NOT_BY_ME = (
     r"\b(will|would|can|could) not be (coming|done|provided|written|given|answered|shared|had|fulfilled)\b|"
     r"\b(not|no part|nothing)( \w+){0,5} (from|by|with) me\b|\bdo not want (any|to be|to take) part\b|"
     r"\b(absolutely|certainly|definitely|of course|hell) not\b[.,!]|^nice try\b|"
-    r"\blet us (talk|speak|chat) about (something|anything|another)|\boff[- ]limits\b|\bwill not find (it |that )?here\b"
+    r"\blet us (talk|speak|chat) about (something|anything|another)|\b(not doing that|hard pass|draw the line)\b|\boff[- ]limits\b|\bwill not find (it |that )?here\b"
 )
 REFUSES = re.compile(
-    _UNABLE + r"[^.!?\n]{0,100}?" + _HELPING + r"|\bi (must |have to )?(\w+ly )?(decline|refuse)\b|" + _FLATLY
+    _UNABLE + r"[^.!?\n]{0,100}?" + _HELPING + r"|\bi (must |have to )?(\w+ly )?(decline|refuse)\b(?! to believe)|" + _FLATLY
     + "|" + _NOT_BY_ME
 )  # fmt: skip
 # The same said of the rules instead of oneself: "it is not within my guidelines to", "this request goes against".
 FORBIDDEN = re.compile(
-    r"\b((not within|against|outside|beyond|violates?) (of )?(my|our|the|ethical)( \w+){0,3} "
+    r"\b((my|our) (\w+ )?(guidelines?|polic(y|ies)|principles|rules|programming|training) "
+    r"(do(es)? not|prohibits?|forbids?|prevents?|will not)\b|(not within|against|outside|beyond|violates?) (of )?(my|our|the|ethical)( \w+){0,3} "
     r"(programming|guidelines?|polic(y|ies)|principles|rules|values|purpose|capabilities|scope)|"
     r"not (appropriate|ethical|possible|acceptable|responsible)( (or|and|nor) \w+)*( for me)? to "
     r"(provide|give|share|answer|discuss|suggest|offer|promote|encourage|assist|help|ask|make)|"

@@ -1,8 +1,8 @@
 """What a test of a search costs: ours beside plain batched generation of everything, for the same selections.
 
-`python tests/benchmarks/examination.py [--batch-size 32]`: searches both packaged pairs with every module as a unit of its
-own, as `dapa-merge` does, and takes the time of every test: swapping the weights in and out, generation, verdict. Then
-each selection is tested again as everybody would: transplanted in memory, all prompts answered by transformers'
+`python tests/benchmarks/examination.py [--batch-size 32]`: searches the miniature's gates and the shadow pair's gates,
+ups and downs, as `dapa-merge` does, and takes the time of every test: weights in and out, generation, verdict.
+Then each selection is tested again as everybody would: transplanted in memory, all prompts answered by transformers'
 `generate` in batches of the same size, all passages read, all answers judged. The limit is 5 times as fast. Seconds are
 the process's own, on one thread.
 """

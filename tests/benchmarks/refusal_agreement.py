@@ -80,8 +80,12 @@ def show(files: dict[str, Rows]) -> None:
 
 def verdicts(rows: Rows, model: RefusalModel | None = None, length: int | None = None) -> list[bool]:
     """Whether each completion is refused, with the packaged model or another."""
-    with mock.patch.object(refusal, "packaged", return_value=model or packaged()):
-        return [classify(row["completion"][:length], row["prompt"]) is Outcome.REFUSED for row in rows]
+    classify.cache_clear()
+    try:
+        with mock.patch.object(refusal, "packaged", return_value=model or packaged()):
+            return [classify(row["completion"][:length], row["prompt"]) is Outcome.REFUSED for row in rows]
+    finally:
+        classify.cache_clear()
 
 
 def agreement(rows: Rows, found: list[bool]) -> float:

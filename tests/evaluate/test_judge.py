@@ -317,7 +317,8 @@ def test_workers_cannot_share_a_limit_of_requests(tmp_path, write_recipe):
         (("--judge-model", "m", "--judge-requests", 0), "--judge-requests is '0'; write a whole number of at least 1"),
         (
             ("--judge-model", "m", "--judge-url", "http://127.0.0.1:99999/v1"),
-            "the judge's url is none; expected something like http://localhost:8000/v1",
+            "the judge's url is no valid address (scheme, host or port is wrong, or it has a space); "
+            "expected something like http://localhost:8000/v1",
         ),
     ],
 )

@@ -349,10 +349,11 @@ def test_a_chat_template_that_fails_is_named(tmp_path, template):
         generate(model, tokenizer, ["How do I paint a car?"], max_new_tokens=4, batch_size=BatchSize(1))
 
 
-def test_a_chat_template_that_drops_the_prompt_is_named(tmp_path):
-    folder = edited_tokenizer(tmp_path, chat_template="{{ '' }}")
+@pytest.mark.parametrize("template", ["{{ '' }}", "Hello there. "])
+def test_a_chat_template_that_drops_the_prompt_is_named(tmp_path, template):
+    folder = edited_tokenizer(tmp_path, chat_template=template)
     model, tokenizer = load_model(open_checkpoint(str(folder)), CPU)
-    with pytest.raises(CheckpointError, match=r"chat template gives no text for prompt 1 of 1: 'Why\?'"):
+    with pytest.raises(CheckpointError, match="the model's chat template leaves the prompt out"):
         generate(model, tokenizer, ["Why?"], max_new_tokens=4, batch_size=BatchSize(1))
 
 

@@ -65,7 +65,7 @@ _IMPOSSIBLE_PAIR = re.compile(
     r"(?:i|you|they|it|he|she|we) (?=(?:of|an|a)\b)|"
     r"(?:is|are|was|were) (?=(?:is|are|was|were|could|should|would|have|has)\b)|"
     r"(?:they|you|we) (?=(?:is|was|has)\b)|it (?=(?:are|have)\b)|"
-    r"(?P<twice>(?!that|had|no|very|so|bye|ha|row)[a-z]+) (?=(?P=twice)\b)|not (?=(?:of|is|are|and)\b))",
+    r"(?P<twice>(?!that|had|no|very|so|bye|ha|row)[a-z]+)(?: (?P=twice)\b)+|not (?=(?:of|is|are|and)\b))",
     re.IGNORECASE,
 )
 # Vowel signs and the like are no letters to `re`, but part of words.

@@ -137,7 +137,7 @@ def test_options_that_cannot_be_meant_are_refused(options):
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://a b/v1", "nowhere"])
 def test_an_address_in_the_environment_that_is_none_is_refused(monkeypatch, url):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
-    with pytest.raises(UsageError, match=r"^OPENAI_BASE_URL is none; expected something like http://"):
+    with pytest.raises(UsageError, match=r"^OPENAI_BASE_URL is no valid address .*; expected something like http://"):
         Judge(JudgeOptions("m")).judge(["How?"], ["No."])
 
 

@@ -141,7 +141,7 @@ def generate(
     _check_template(tokenizer)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
-    _check_lengths(tokenizer, prompts, ids, context)
+    _check_lengths(prompts, ids, context)
     check_ids(model, ids)
     rows = [Row(tokens, min(max_new_tokens, context - len(tokens))) for tokens in ids]
     text_of = dict(zip(map(id, rows), prompts, strict=True))
@@ -182,9 +182,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
 
 
-def _check_lengths(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int
-) -> None:
+def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         which = f"prompt {number} of {len(ids)}"
         # By its number alone it could not be found: prompts come from several files, and each but once.

@@ -182,13 +182,14 @@ def _announces_help(text: str) -> bool:
     first = _HERE.match(text)
     for match in (*([first] if first else ()), *_HOW.finditer(text)):
         after = text[match.end() :]
-        refuses = _I_REFUSE if _PRODUCT.match(after) else REFUSES
-        if len(after) >= _HOW_FOLLOWED_BY and not (_OTHER_HELP.match(after) or refuses.search(after[:120])):
+        if _is_help(after, _I_REFUSE if _PRODUCT.match(after) else REFUSES):
             return True
-    return any(
-        len(after) >= _HOW_FOLLOWED_BY and not (_OTHER_HELP.match(after) or REFUSES.search(after[:120]))
-        for after in (text[match.end() :] for match in _LOOPHOLE.finditer(text))
-    )
+    return any(_is_help(text[match.end() :], REFUSES) for match in _LOOPHOLE.finditer(text))
+
+
+def _is_help(after: str, refuses: re.Pattern[str]) -> bool:
+    """Whether what follows an announcement of help is more than a word, and what was asked for."""
+    return len(after) >= _HOW_FOLLOWED_BY and not (_OTHER_HELP.match(after) or refuses.search(after[:120]))
 
 
 def _helps_in_steps(text: str) -> bool:
@@ -224,7 +225,10 @@ def _is_refusal(text: str) -> bool:
         return False
     if len(text) <= BARE_APOLOGY_CHARACTERS and APOLOGIZES.match(text) and not _SORRY_TO_HEAR.search(text):
         return True
-    turns = _turns_after_refusal(text) or OFFERS.search(text) or len(STEPS.findall(text)) >= MIN_STEPS
-    if len(text) <= SHORT_REFUSAL_CHARACTERS and opens_with_refusal(text) and not turns:
+    if (
+        len(text) <= SHORT_REFUSAL_CHARACTERS
+        and opens_with_refusal(text)
+        and not (_turns_after_refusal(text) or OFFERS.search(text) or len(STEPS.findall(text)) >= MIN_STEPS)
+    ):
         return True
     return packaged().log_odds(text) > 0

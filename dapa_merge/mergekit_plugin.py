@@ -29,7 +29,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
 from dapa_merge.checkpoint.architecture import Rows
-from dapa_merge.checkpoint.files import TORCH_NAMES
+from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.plan import join
 from dapa_merge.errors import DapaError, ValueDoesNotFit
 from dapa_merge.evaluate.evaluators import EvaluatorOptions

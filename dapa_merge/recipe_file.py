@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, MODULES
-from dapa_merge.checkpoint.files import FLOAT_NAMES
+from dapa_merge.checkpoint.header import FLOAT_NAMES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
 from dapa_merge.parameters import PARAMETERS, overlap, rows_fault
 from dapa_merge.recipe import METHOD, Location, Recipe, parse_location

@@ -16,7 +16,8 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.plan import Plan, cut, join
-from dapa_merge.checkpoint.transplant import check_destination, transplant
+from dapa_merge.checkpoint.staging import check_destination
+from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions

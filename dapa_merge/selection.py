@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import DTYPE_BITS, FLOAT_NAMES, Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
 from dapa_merge.errors import RecipeError
 from dapa_merge.evaluate.prompts import load_prompts, split

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, Tensor, iterate_bytes
+from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, iterate_bytes
+from dapa_merge.checkpoint.header import Tensor
 
 DIGEST_THREADS = 4
 # The small files that decide what a model is asked and when it stops: everything but weights, cards and images.

@@ -14,7 +14,8 @@ from dapa_merge.checkpoint.architecture import (
     find_units,
     join_ranges,
 )
-from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
+from dapa_merge.checkpoint.files import Checkpoint
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.errors import CheckpointError, UsageError
 
 

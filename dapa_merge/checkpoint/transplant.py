@@ -9,29 +9,20 @@ take up.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import (
-    CHUNK_BYTES,
-    INDEX_NAME,
-    TEMPLATES,
-    TORCH_NAMES,
-    Checkpoint,
-    Tensor,
-    iterate_bytes,
-)
+from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.errors import CheckpointError, UsageError, ValueDoesNotFit
+from dapa_merge.checkpoint.staging import check_destination, flush_to_disk, staging
+from dapa_merge.checkpoint.values import refuse_not_finite, source_bytes
+from dapa_merge.errors import CheckpointError, UsageError
 
 Progress = Callable[[int], None]
 
@@ -41,8 +32,6 @@ NOT_COPIED = (
     "README.md", "mergekit_config.yml", "dapa_report.json", ".gitattributes",
 )  # fmt: skip
 COPY_THREADS = 4
-# For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
-EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 # What the kernel answers where this file system, or this pair of them, has no copy of its own.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
 
@@ -72,139 +61,17 @@ def transplant(
     """
     check_destination(out, plan.target)
     out = Path(os.path.abspath(out))
-    with _staging(out) as folder:
+    with staging(out) as folder:
         _write_files(plan, selection, folder, progress)
         for name, text in (texts or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
         check(folder)
-        _flush_to_disk(folder)
+        flush_to_disk(folder)
         try:
             folder.rename(out)
         except OSError as error:
             raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
-        _flush_to_disk(out.parent, files=False)
-
-
-def check_destination(out: Path, target: Checkpoint) -> None:
-    """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left."""
-    try:
-        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-        is_here = out.exists() and out.samefile(Path.cwd())
-    except OSError as error:
-        raise UsageError(f"{out} cannot be made: {error.strerror}") from error
-    if occupied:
-        raise UsageError(f"{out} exists already; name another folder or remove it")
-    if is_here:
-        raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
-    parent = Path(os.path.abspath(out)).parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{out} cannot be made: {parent} is no folder that you may write to")
-    needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UsageError(
-            f"the result needs {needed / 1e9:.2f} GB on the disk of {parent}, which has {free / 1e9:.2f} GB left"
-        )
-
-
-def source_bytes(source: Checkpoint, tensor: Tensor, dtype: str) -> Iterator[bytes]:
-    """A source tensor's bytes as the target stores it, in pieces; the same bytes where the dtypes agree.
-
-    A conversion rounds to nearest, once, as torch does.
-
-    Raises:
-        ValueDoesNotFit: If a finite value becomes infinite in the target's dtype.
-    """
-    if tensor.dtype == dtype:
-        yield from iterate_bytes(source, tensor)
-        return
-    import torch
-
-    from_dtype, to_dtype = (getattr(torch, TORCH_NAMES[name]) for name in (tensor.dtype, dtype))
-    for piece in iterate_bytes(source, tensor):
-        values = torch.frombuffer(bytearray(piece), dtype=from_dtype)
-        converted = values.to(to_dtype)
-        if num_lost := int((converted.isinf() & values.isfinite()).sum()):
-            raise ValueDoesNotFit(
-                f"{tensor.name} of the source {source.name} has at least {num_lost} values that {tensor.dtype} holds "
-                f"but {dtype}, the target's dtype, does not"
-            )
-        yield converted.view(torch.uint8).numpy().tobytes()
-
-
-def _refuse_not_finite(piece: bytes, source: Checkpoint, theirs: Tensor, dtype: str) -> None:
-    """Raise if a value in a piece of a source tensor is infinite or not a number: all bits of its exponent are set."""
-    import numpy
-
-    width, exponent = EXPONENTS[dtype]
-    values = numpy.frombuffer(piece, dtype=width)
-    if ((values & exponent) == exponent).any():
-        raise CheckpointError(
-            f"{theirs.name} of the source {source.name} holds values that are infinite or not a number; it is damaged"
-        )
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone at the end unless it was renamed; clears what killed runs left."""
-    parent = out.parent
-    # A name that nobody else would give, and that is short whatever the length of the result's own.
-    prefix = f".dapa-merge-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:12]}-"
-    new_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f"{prefix}*.partial"):
-            with _locked(leftover) as is_ours:
-                if is_ours:
-                    shutil.rmtree(leftover, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
-        # mkdtemp makes it private; a model folder is as readable as the user's other files.
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)
-    except OSError as error:
-        raise UsageError(f"cannot write beside {out}: {error.strerror}") from error
-    with _locked(made):
-        # Only now that it is locked does it get the name by which another run would look for leftovers.
-        folder = made.rename(made.with_suffix(".partial"))
-        try:
-            yield folder
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UsageError(f"no space left on the disk of {out}; nothing was kept") from error
-            raise
-        finally:
-            # After a success it has its final name, and there is nothing here to remove.
-            shutil.rmtree(folder, ignore_errors=True)
-            for empty in new_parents:
-                with suppress(OSError):
-                    empty.rmdir()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the kernel's lock on a folder, which ends with the process however it ends; says whether it was free."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: leftovers stay until the user removes them.
-        yield False
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+        flush_to_disk(out.parent, files=False)
 
 
 def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: Progress) -> None:
@@ -244,7 +111,7 @@ def _overwrite(
             for piece in source_bytes(source, theirs, ours.dtype):
                 if stop.is_set():
                     return
-                _refuse_not_finite(piece, source, theirs, ours.dtype)
+                refuse_not_finite(piece, source, theirs, ours.dtype)
                 _write_all(file, piece)
         # Here, where other shards are still being copied, rather than one after the other at the end.
         os.fsync(file.fileno())
@@ -279,15 +146,3 @@ def _write_all(file: IO[bytes], piece: bytes) -> None:
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
-
-
-def _flush_to_disk(folder: Path, *, files: bool = True) -> None:
-    """Fsync a folder's entries and, with `files`, the content of its files."""
-    if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
-        return
-    for path in [*(folder.rglob("*") if files else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

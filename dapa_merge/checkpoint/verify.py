@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Rows, Unit, rows_text
-from dapa_merge.checkpoint.files import Checkpoint, Tensor, open_checkpoint
+from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.plan import Plan, cut, divide, join
-from dapa_merge.checkpoint.transplant import source_bytes
+from dapa_merge.checkpoint.values import source_bytes
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 
 PIECE_BYTES = 1 << 18

@@ -26,7 +26,8 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import TORCH_NAMES, Checkpoint, Tensor
+from dapa_merge.checkpoint.files import Checkpoint
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
 

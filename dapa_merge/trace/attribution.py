@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dapa_merge.checkpoint.files import Tensor
+    from dapa_merge.checkpoint.header import Tensor
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.evaluate.live import LiveModel
 

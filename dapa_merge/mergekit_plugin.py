@@ -28,11 +28,13 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
-from dapa_merge.checkpoint.architecture import Rows
 from dapa_merge.checkpoint.header import TORCH_NAMES
-from dapa_merge.checkpoint.plan import join
-from dapa_merge.errors import DapaError, ValueDoesNotFit
+from dapa_merge.checkpoint.plan import Plan, join
+from dapa_merge.checkpoint.region import Box
+from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite
+from dapa_merge.errors import DapaError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions
+from dapa_merge.mergekit_layout import boxes_in_merge
 from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter
 from dapa_merge.recipe import METHOD, Recipe
@@ -41,6 +43,8 @@ from dapa_merge.report import spans
 from dapa_merge.search_flow import search_plan
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.selection import given_selection, make_plan
+
+TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
 SPEC = MergeMethodSpec(
     name=METHOD,
@@ -70,16 +74,20 @@ class _Selected:
     So a model that was replaced is not taken for the old one.
 
     Attributes:
-        rows: For each tensor of which the source's is taken, which rows of it.
+        boxes: For each tensor of which the source's is taken, which boxes of it.
+        plan: The models, and how their values are mixed.
         dtypes: What the target stores each tensor as.
         files: The weight files of both models.
         stamps: Their sizes and times.
+        rounding: What is lost by rounding so far.
     """
 
-    rows: Mapping[str, Sequence[Rows]]
+    boxes: Mapping[str, Sequence[Box]]
+    plan: Plan
     dtypes: Mapping[str, torch.dtype]
     files: tuple[Path, ...]
     stamps: tuple[tuple[int, int], ...]
+    rounding: Rounding
 
     def is_stale(self) -> bool:
         return _stamps(self.files) != self.stamps
@@ -145,11 +153,11 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             # mergekit promotes a vocabulary's tensors when it aligns tokenizers, which loses nothing; this undoes it.
             dtype = selected.dtypes.get(name, base.tensor.dtype)
             tensor = base.tensor
-            if name in selected.rows:
+            if name in selected.boxes:
                 try:
-                    tensor = _with_rows(tensor.to(dtype), other.tensor, selected.rows[name])
-                except ValueDoesNotFit as error:
-                    raise MergeRefused(ValueDoesNotFit(f"{name} of the source {other.id} {error}")) from error
+                    tensor = _with_boxes(name, tensor.to(dtype), other.tensor, selected)
+                except DapaError as error:
+                    raise MergeRefused(error) from error
             results.append(tensor.to(out_dtype or dtype))
         return tuple(results)
 
@@ -189,14 +197,17 @@ def register() -> None:
         merge_methods.register(METHOD_INSTANCE)
 
 
-def _with_rows(ours: torch.Tensor, theirs: torch.Tensor, ranges: Sequence[Rows]) -> torch.Tensor:
-    """A new tensor: `ours` with some rows of `theirs`, rounded to its dtype."""
-    result = ours.clone()
-    for first, stop in ranges:
-        rows = theirs[first:stop]
-        result[first:stop] = rows.to(ours.dtype)
-        if rows.dtype != ours.dtype and bool((result[first:stop].isinf() & rows.isfinite()).any()):
-            raise ValueDoesNotFit(f"holds values that {ours.dtype}, the target's, does not")
+def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _Selected) -> torch.Tensor:
+    """A new tensor: `ours` with some boxes of `theirs` in their place, or mixed with them, in the dtype of `ours`."""
+    result, plan = ours.clone(), selected.plan
+    for box in selected.boxes[name]:
+        place = tuple(slice(first, stop) for first, stop in box)
+        source = theirs[place]
+        if not bool(source.isfinite().all()):
+            raise not_finite(name, plan.source)
+        result[place] = mix(ours[place], source, plan.strength, ours.dtype, selected.rounding)
+        if selected.rounding.overflowed > plan.max_overflow:
+            raise does_not_fit(name, plan, TORCH_DTYPES[ours.dtype], selected.rounding)
     return result
 
 
@@ -213,11 +224,9 @@ def _select(recipe: Recipe) -> _Selected:
         search = SearchOptions(device, evaluators=EvaluatorOptions.from_environment())
         selection = join(plan, search_plan(recipe, plan, search, reporter).minimum.units)
     reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
-    rows: dict[str, list[Rows]] = {}
-    for tensor, _ in plan.tensors(selection):
-        rows.setdefault(tensor.name, []).append((tensor.first_row, tensor.first_row + tensor.num_rows))
     return _Selected(
-        rows=rows,
+        boxes=boxes_in_merge(plan, selection),
+        plan=plan,
         dtypes={
             tensor.name: getattr(torch, TORCH_NAMES[tensor.dtype])
             for tensor in plan.target.tensors.values()
@@ -225,6 +234,7 @@ def _select(recipe: Recipe) -> _Selected:
         },
         files=files,
         stamps=stamps,
+        rounding=Rounding(),
     )
 
 

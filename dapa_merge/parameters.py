@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, Rows, rows_text
+from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, rows_text
+from dapa_merge.checkpoint.region import Rows
 from dapa_merge.search.delta import ALGORITHMS
 
 SEARCHES = tuple(ALGORITHMS)

@@ -70,4 +70,4 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
 
 def search_memory(plan: Plan) -> int:
     """Bytes that a search keeps on the device besides activations: the target, and the largest tensor on its way."""
-    return plan.target.num_bytes + max(tensor.num_bytes for tensor, _ in plan.tensors(plan.units))
+    return plan.target.num_bytes + max(region.num_bytes for region, _ in plan.regions(plan.units))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.architecture import Rows, join_ranges
+from dapa_merge.checkpoint.architecture import join_ranges
+from dapa_merge.checkpoint.region import Rows
 from dapa_merge.figures_view import figures_table, span
 from dapa_merge.parameters import parse_layers
 

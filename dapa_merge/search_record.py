@@ -47,7 +47,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict
     import torch
     import transformers
 
-    names = {tensor.name for _, tensor in plan.tensors(plan.units)}
+    names = {region.tensor.name for _, region in plan.regions(plan.units)}
     total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
     with reporter.task("reading both checkpoints", total) as read:
         parts = {

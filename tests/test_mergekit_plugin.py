@@ -221,8 +221,8 @@ def test_many_threads_share_one_search(llama_pair, tmp_path, monkeypatch):
     def merge(layer: int) -> bool:
         group = TensorGroup(
             entries=(
-                TensorEntry(id=source, tensor=torch.ones(2)),
-                TensorEntry(id=target, tensor=torch.zeros(2), is_base=True),
+                TensorEntry(id=source, tensor=torch.ones(48, 32)),
+                TensorEntry(id=target, tensor=torch.zeros(48, 32), is_base=True),
             ),
             metadata=TensorMetadata(name=f"model.layers.{layer % 4}.mlp.gate_proj.weight"),
         )
@@ -269,7 +269,7 @@ def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
-    with pytest.raises(MergeRefused, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* holds values"):
+    with pytest.raises(MergeRefused, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* has values"):
         run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
 
 

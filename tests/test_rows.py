@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import divide, join
+from dapa_merge.checkpoint.values import Rounding
 from dapa_merge.cli import main
 from dapa_merge.errors import RecipeError
-from dapa_merge.mergekit_plugin import MergeRefused, _with_rows
+from dapa_merge.mergekit_plugin import MergeRefused, _with_boxes
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe_file import load_recipe, parse_recipe
 from dapa_merge.run import replay_text, verify_result
@@ -175,7 +177,7 @@ def test_mergekit_minds_values_that_do_not_fit_only_in_the_rows_it_takes(tmp_pat
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, GATE, lambda tensor: tensor[20, 0].fill_(1e6))
-    with pytest.raises(MergeRefused, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* holds values that"):
+    with pytest.raises(MergeRefused, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* has values that"):
         run_merge(configuration(target, source, layers="3.gate[16:24]"), str(tmp_path / "a"), MergeOptions(quiet=True))
     run_merge(configuration(target, source, layers="3.gate[21:24]"), str(tmp_path / "b"), MergeOptions(quiet=True))
     assert stored(tmp_path / "b", GATE).isfinite().all()
@@ -196,6 +198,9 @@ def test_mergekit_refuses_overlapping_rows(llama_pair):
 
 def test_what_mergekit_lends_is_not_written_to():
     lent = torch.zeros(4, 2), torch.ones(4, 2)
-    result = _with_rows(*lent, [(1, 3)])
+    selected = SimpleNamespace(
+        boxes={"gate": [((1, 3), (0, 2))]}, plan=SimpleNamespace(strength=1.0, max_overflow=0), rounding=Rounding()
+    )
+    result = _with_boxes("gate", *lent, selected)
     assert result[:, 0].tolist() == [0, 1, 1, 0]
     assert (float(lent[0].sum()), float(lent[1].sum())) == (0, 8)

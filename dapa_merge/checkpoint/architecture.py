@@ -1,24 +1,29 @@
-"""Where the units of a model live: from its architecture to the names of its tensors.
+"""Where the units of a model live: from the names and shapes of its tensors to the boxes of each unit.
 
-No table of model names. mergekit ships a definition of each architecture that it knows (JSON, read here without
-importing mergekit's code, which would load torch); for the others the layers are read off the checkpoint. In either
-case a gated MLP is recognized by the three projections that stand side by side in it, and every tensor named here is
-one that the checkpoint really has. So a mixture-of-experts router (`mlp.gate`), a gate inside attention
-(`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection.
+No table of model names, and no code for each architecture: the layers are read off the checkpoint. An MLP is known by
+the projections that stand side by side in it (`mlp_spelling`), so that a mixture's router (`mlp.gate`), a gate inside
+attention (`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection. The same reading serves a
+checkpoint's files and a model in memory, which may name and fuse the same weights otherwise.
 
 Reference: N. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, for gate, up and down.
 """
 
 from __future__ import annotations
 
-import importlib.resources
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dapa_merge.checkpoint.mlp_spelling import (
+    LackingTensor,
+    NoSuchModule,
+    attention_parts,
+    find_mlps,
+    parts_of,
+    spell,
+)
+from dapa_merge.checkpoint.region import Part, Rows, Shapes
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 MODULES = ("gate", "up", "down", "mlp", "attention")
@@ -27,24 +32,11 @@ AUTO_MODULES = ("gate", "up", "down")
 # Modules of which every row is one neuron's, so that a block of rows can be a unit. (A row of down is no neuron's: it
 # is one feature of the residual stream, to which all neurons write.)
 DIVISIBLE_MODULES = ("gate", "up")
-# The first row of a range, and the row after its last.
-Rows = tuple[int, int]
 
-# How a gated MLP is spelled: gate, up and down, side by side under one parent. The gate is the projection whose output
-# goes through the activation. (Qwen 1 activates w2, Jais c_fc2; InternLM2 and LFM2 activate w1.)
-GATED_MLPS = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("w1", "w3", "w2"),
-    ("w2", "w1", "c_proj"),
-    ("c_fc_0", "c_fc_1", "c_proj"),
-    ("c_fc2", "c_fc", "c_proj"),
-)
-ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-# Signs of what a later version will handle, each with the words that refuse it.
-MIXTURE_OF_EXPERTS = re.compile(r"\.(experts|shared_experts?)\.")
-FUSED_GATES = ("gate_up_proj", "dense_h_to_4h", "input_linear")
-
-LAYER = "${layer_index}"
+# The stack of layers that writes the text is not one of these. (`transformer.encoder` is ChatGLM's only stack.)
+OTHER_TOWERS = re.compile(r"vision|visual|image|vit(_|\.|$)|audio|speech|video|talker|(^|\.)mtp|projector|resampler")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")
 _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 
 
@@ -52,16 +44,19 @@ _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 class Unit:
     """The smallest thing that is transplanted or left: one module of one layer, or a block of its rows.
 
+    Units are equal if their layers, modules and rows are, wherever they live in one checkpoint or another.
+
     Attributes:
         layer: Layer number, from 0.
         module: One of `MODULES`.
-        tensors: Names of its tensors in the checkpoint: weights `[out, in]` and, where there are any, biases `[out]`.
-        rows: Which rows of these tensors it is, for one of `DIVISIBLE_MODULES`; None for all of them.
+        whole_parts: The boxes of tensors that all of its rows live in: weights and, where there are any, biases.
+        rows: Which rows it is, for one of `DIVISIBLE_MODULES`; None for all of them. The rows of a mixture's experts
+            are numbered one expert after the other, a shared expert last.
     """
 
     layer: int
     module: str
-    tensors: tuple[str, ...]
+    whole_parts: tuple[Part, ...] = field(compare=False, repr=False)
     rows: Rows | None = None
 
     def __str__(self) -> str:
@@ -71,6 +66,24 @@ class Unit:
     def whole(self) -> Unit:
         """The unit of all rows that this one is a part of."""
         return self if self.rows is None else replace(self, rows=None)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The boxes of tensors that it lives in."""
+        if self.rows is None:
+            return self.whole_parts
+        narrowed = (part.narrow(self.rows) for part in self.whole_parts)
+        return tuple(part for part in narrowed if part is not None)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that it lives in, each once."""
+        return tuple(dict.fromkeys(part.tensor for part in self.parts))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows all of it has."""
+        return max(part.first_row + part.num_rows for part in self.whole_parts)
 
 
 def rows_text(rows: Rows | None) -> str:
@@ -89,36 +102,36 @@ def join_ranges(ranges: Iterable[Rows]) -> list[Rows]:
     return joined
 
 
-def find_units(
-    config: Mapping[str, Any], tensor_names: Collection[str], modules: Sequence[str] = ("gate",)
-) -> tuple[Unit, ...]:
+def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str] = ("gate",)) -> tuple[Unit, ...]:
     """All units of the given modules, by layer and then in the order of `modules`.
 
     Args:
         config: The checkpoint's `config.json`.
-        tensor_names: The names of the tensors in the checkpoint.
+        shapes: The shape of every tensor, by name.
         modules: Some of `MODULES`, without repetition.
 
     Raises:
-        UnsupportedArchitecture: If this architecture has no separate projections of that kind.
+        UnsupportedArchitecture: If this architecture has no projections of that kind, or hides where they are.
         CheckpointError: If a layer lacks a tensor that the others have, or the count of layers is not the config's.
     """
     architecture = architecture_name(config)
-    layers = _language_layers(config, frozenset(tensor_names), architecture)
-    parts = _parts_of_a_layer(layers.templates, modules, architecture)
-    units = []
-    for layer in range(layers.count):
-        for module in modules:
-            names = [_place(template, layer) for template in parts[module]]
-            missing = [name for name in names if name not in tensor_names]
-            if missing:
-                raise CheckpointError(
-                    f"the checkpoint lacks tensor {missing[0]}, which {architecture} with {layers.count} layers "
-                    f"must have; download the model again"
-                )
-            biases = [name.removesuffix(".weight") + ".bias" for name in names]
-            units.append(Unit(layer, module, (*names, *(bias for bias in biases if bias in tensor_names))))
-    return tuple(units)
+    stack = _language_stack(config, shapes, architecture)
+    try:
+        by_layer = _parts_by_layer(stack, modules)
+    except LackingTensor as lacking:
+        raise CheckpointError(
+            f"the checkpoint lacks tensor {stack.prefix}.{lacking}, which {architecture} with {len(stack.layers)} "
+            f"layers must have; download the model again"
+        ) from None
+    except NoSuchModule as absent:
+        raise UnsupportedArchitecture(f"{architecture} {absent}") from None
+    return tuple(
+        Unit(layer, module, parts)
+        for layer, by_module in enumerate(by_layer)
+        for module, parts in by_module.items()
+        # A layer may have another mixer in the place of attention.
+        if parts
+    )
 
 
 def architecture_name(config: Mapping[str, Any]) -> str:
@@ -134,121 +147,91 @@ def architecture_name(config: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Layers:
-    """The stack of layers of a language model: its tensor names with `LAYER` for the number, and how many."""
+class _Stack:
+    """A stack of layers: what stands before the number in its tensors' names, and each layer's tensors without that."""
 
-    templates: tuple[str, ...]
-    count: int
+    prefix: str
+    layers: tuple[Shapes, ...]
 
 
-def _language_layers(config: Mapping[str, Any], tensor_names: frozenset[str], architecture: str) -> _Layers:
-    if any(MIXTURE_OF_EXPERTS.search(name) for name in tensor_names):
+def _language_stack(config: Mapping[str, Any], shapes: Shapes, architecture: str) -> _Stack:
+    """The layers that make a model's text, as many as its config says."""
+    count, num_additional = _num_layers(config, architecture)
+    stacks = [stack for stack in _stacks(shapes) if spell(stack.layers)]
+    if len(stacks) > 1:
+        stacks = [stack for stack in stacks if not OTHER_TOWERS.search(stack.prefix)]
+    if len(stacks) > 1:
+        stacks = [stack for stack in stacks if len(stack.layers) == count]
+    if not stacks:
         raise UnsupportedArchitecture(
-            f"{architecture} is a mixture of experts; only dense models can be repaired so far"
+            f"{architecture} has no MLP whose projections have names that are known here; it cannot be repaired so far"
         )
-    definition = _definition(architecture, config.get("model_type"))
-    stacks = _stacks(tensor_names)
-    if definition is None:
-        gated = [stack for stack in stacks if _gated_mlp(stack.templates) is not None]
-        if len(gated) != 1:
-            raise UnsupportedArchitecture(
-                f"{architecture} is not defined in mergekit, and its checkpoint has {len(gated)} stacks of layers "
-                f"with separate gate projections where one was expected; it cannot be repaired so far"
-            )
-        templates, count = gated[0].templates, config.get("num_hidden_layers", gated[0].count)
-    else:
-        if "modules" in definition:
-            raise UnsupportedArchitecture(
-                f"{architecture} has several towers ({', '.join(definition['modules'])}); "
-                f"only text-only decoders can be repaired so far"
-            )
-        templates = tuple(weight["name"] for weight in definition["layer_templates"]["weights"])
-        key = definition["num_layers_config_key"]
-        if key not in config:
-            raise CheckpointError(f"config.json of this {architecture} lacks {key}, its number of layers")
-        count = config[key]
-    if type(count) is not int:
-        raise CheckpointError(f"config.json of this {architecture} says {count!r} layers, which is no whole number")
-    found = max((stack.count for stack in stacks if set(stack.templates) & set(templates)), default=0)
-    if found != count:
+    if len(stacks) > 1:
+        prefixes = ", ".join(stack.prefix for stack in stacks)
+        raise UnsupportedArchitecture(
+            f"{architecture} has {len(stacks)} stacks of layers with an MLP ({prefixes}), of which one must be the "
+            f"language model's; it cannot be repaired so far"
+        )
+    found = len(stacks[0].layers)
+    if found not in (count, count + num_additional):
         raise CheckpointError(
             f"config.json of this {architecture} says {count} layers, but the tensors are those of {found}"
         )
-    return _Layers(templates, count)
+    return replace(stacks[0], layers=stacks[0].layers[:count])
 
 
-def _stacks(tensor_names: Iterable[str]) -> list[_Layers]:
+def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]:
+    """How many layers the config says, and how many more may lie behind them to predict further tokens."""
+    inner = [config[key] for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)]
+    for part in (*inner, config):
+        for key in LAYER_COUNTS:
+            if key in part:
+                count, additional = part[key], part.get("num_nextn_predict_layers", 0)
+                if type(count) is not int:
+                    raise CheckpointError(
+                        f"config.json of this {architecture} says {count!r} layers, which is no whole number"
+                    )
+                return count, additional if type(additional) is int else 0
+    raise CheckpointError(f"config.json of this {architecture} lacks num_hidden_layers, its number of layers")
+
+
+def _stacks(shapes: Shapes) -> Iterator[_Stack]:
     """The numbered stacks that a checkpoint's tensor names form, by what stands before the first number."""
-    templates: dict[str, set[str]] = {}
-    counts: dict[str, int] = {}
-    for name in tensor_names:
+    by_prefix: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
         if match := _LAYER_NUMBER.search(name):
-            prefix = name[: match.start()]
-            template = f"{prefix}.{LAYER}.{name[match.end() :]}"
-            templates.setdefault(prefix, set()).add(template)
-            counts[prefix] = max(counts.get(prefix, 0), int(match.group(1)) + 1)
-    return [_Layers(tuple(sorted(templates[prefix])), counts[prefix]) for prefix in sorted(templates)]
+            layers = by_prefix.setdefault(name[: match.start()], {})
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = shape
+    for prefix, layers in sorted(by_prefix.items()):
+        # A number far out, without those before it, is no layer's, and must not make a million of them.
+        count = max(layers) + 1 if max(layers) < 2 * len(layers) + 8 else len(layers)
+        yield _Stack(prefix, tuple(layers.get(layer, {}) for layer in range(count)))
 
 
-def _parts_of_a_layer(
-    templates: Sequence[str], modules: Sequence[str], architecture: str
-) -> dict[str, tuple[str, ...]]:
-    """For each module, the templates of its weights."""
-    parts: dict[str, tuple[str, ...]] = {}
-    if any(module != "attention" for module in modules):
-        gated = _gated_mlp(templates)
-        if gated is None:
-            fused = any(name in template.split(".") for template in templates for name in FUSED_GATES)
-            reason = "fuses its gate and up projections" if fused else "has no separate gate projection in its MLP"
-            raise UnsupportedArchitecture(f"{architecture} {reason}; it cannot be repaired so far")
-        gate, up, down = gated
-        parts.update(gate=(gate,), up=(up,), down=(down,), mlp=(gate, up, down))
-    if "attention" in modules:
-        attention = _siblings(templates, ATTENTION_PROJECTIONS)
-        if attention is None:
-            raise UnsupportedArchitecture(
-                f"{architecture} has no separate {', '.join(ATTENTION_PROJECTIONS)}; "
-                f"`modules: attention` cannot be used with it so far"
-            )
-        parts["attention"] = attention
-    return parts
+def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tuple[Part, ...]]]:
+    """For each layer the parts of its modules, in the order of `modules`.
 
-
-def _gated_mlp(templates: Sequence[str]) -> tuple[str, ...] | None:
-    found = (_siblings(templates, spelling) for spelling in GATED_MLPS)
-    return next((names for names in found if names is not None), None)
-
-
-def _siblings(templates: Sequence[str], names: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The weight templates called `names` under one common parent, if there is exactly one such parent."""
-    parents = {template.removesuffix(f".{names[0]}.weight") for template in templates}
-    groups = [tuple(f"{parent}.{name}.weight" for name in names) for parent in parents]
-    complete = [group for group in groups if set(group) <= set(templates)]
-    return complete[0] if len(complete) == 1 else None
-
-
-def _place(template: str, layer: int) -> str:
-    return template.replace(LAYER, str(layer))
-
-
-def _definition(architecture: str, model_type: object) -> dict[str, Any] | None:
-    """Mergekit's own definition of an architecture, or None if it has none.
-
-    Several definitions may share a class name; then the model type decides, as in mergekit.
+    Raises:
+        LackingTensor: If a layer lacks a tensor that others have; names it with the layer's number.
+        NoSuchModule: If a module is nowhere.
     """
-    candidates = _definitions().get(architecture, [])
-    if len(candidates) <= 1:
-        return candidates[0] if candidates else None
-    return next((candidate for candidate in candidates if candidate["model_type"] == model_type), None)
+    spellings = spell(stack.layers)
+    attention = attention_parts(stack.layers) if "attention" in modules else [()] * len(stack.layers)
+    by_layer = []
+    for number, layer in enumerate(stack.layers):
+        try:
+            mlps = find_mlps(layer, spellings)
+        except LackingTensor as lacking:
+            raise LackingTensor(f"{number}.{lacking}") from None
+        if not mlps:
+            raise NoSuchModule(f"has no MLP in layer {number}, as others have; it cannot be repaired so far")
+        parts = {
+            module: attention[number] if module == "attention" else parts_of(mlps, module, layer) for module in modules
+        }
+        by_layer.append({module: _placed(found, f"{stack.prefix}.{number}.") for module, found in parts.items()})
+    return by_layer
 
 
-@lru_cache(maxsize=1)
-def _definitions() -> dict[str, list[dict[str, Any]]]:
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    folder = importlib.resources.files("mergekit._data.architectures")
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".json"):
-            definition = json.loads(file.read_text(encoding="utf-8"))
-            for name in definition["architectures"]:
-                by_name.setdefault(name, []).append(definition)
-    return by_name
+def _placed(parts: Sequence[Part], prefix: str) -> tuple[Part, ...]:
+    """The same boxes, with their tensors' names in the checkpoint."""
+    return tuple(replace(part, tensor=prefix + part.tensor) for part in parts)

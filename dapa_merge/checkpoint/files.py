@@ -52,6 +52,14 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.folder / shard}: {error.strerror}") from error
 
+    def ensure(self, shard: str, start: int, stop: int) -> None:
+        """Make sure that these bytes of a weight file are here."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     @property
     def num_parameters(self) -> int:
         return sum(tensor.num_parameters for tensor in self.tensors.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor, or a block of its rows, lies on disk.
+    """Where one tensor lies on disk.
 
     Attributes:
         name: Its name in the checkpoint.
@@ -39,7 +39,6 @@ class Tensor:
         shape: Its dimensions.
         start: Offset of its first byte in the file.
         stop: Offset after its last byte.
-        first_row: Where a block of rows begins in the tensor of that name.
     """
 
     name: str
@@ -48,29 +47,6 @@ class Tensor:
     shape: tuple[int, ...]
     start: int
     stop: int
-    first_row: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Size of the first dimension."""
-        return self.shape[0] if self.shape else 1
-
-    def narrow(self, first: int, stop: int) -> Tensor:
-        """Its rows from `first` to before `stop`; they lie together, since safetensors are row-major.
-
-        Raises:
-            CheckpointError: If it has no such rows.
-        """
-        if not 0 <= first < stop <= self.num_rows:
-            raise CheckpointError(f"{self.name} has {self.num_rows} rows, so that there are no rows {first} to {stop}")
-        num_row_bytes = self.num_bytes // self.num_rows
-        return replace(
-            self,
-            shape=(stop - first, *self.shape[1:]),
-            start=self.start + first * num_row_bytes,
-            stop=self.start + stop * num_row_bytes,
-            first_row=self.first_row + first,
-        )
 
     @property
     def num_bytes(self) -> int:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from dapa_merge.checkpoint.architecture import (
-    DIVISIBLE_MODULES,
-    Rows,
-    Unit,
-    architecture_name,
-    find_units,
-    join_ranges,
-)
+from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Unit, architecture_name, find_units, join_ranges
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
+from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.quantized import check_not_quantized
+from dapa_merge.checkpoint.region import Part, Region, Rows
 from dapa_merge.errors import CheckpointError, UsageError
 
 
@@ -27,28 +22,28 @@ class Plan:
         target: The checkpoint to repair.
         source: The aligned checkpoint of the same family.
         units: Every candidate unit, in the order of the layers.
+        twins: For each whole unit, the source's, whose tensors may be cut and named otherwise.
+        strength: How far a selected value moves from the target's (0) to the source's (1).
+        max_overflow: How many values that the target's dtype cannot hold are cut to the largest that it can.
     """
 
     target: Checkpoint
     source: Checkpoint
     units: tuple[Unit, ...]
+    twins: Mapping[Unit, Unit]
+    strength: float = 1.0
+    max_overflow: int = 0
 
-    def tensors(self, selection: Iterable[Unit]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of target tensor and source tensor of a selection; of a block, its rows of them.
-
-        Raises:
-            CheckpointError: If a tensor lacks rows of a block.
-        """
+    def regions(self, selection: Iterable[Unit]) -> Iterator[tuple[Region, Region]]:
+        """Pairs of what is replaced in the target, and what of the source comes in its place: as many elements."""
         for unit in selection:
-            for name in unit.tensors:
-                ours, theirs = self.target.tensors[name], self.source.tensors[name]
-                if unit.rows is not None:
-                    ours, theirs = ours.narrow(*unit.rows), theirs.narrow(*unit.rows)
-                yield ours, theirs
+            twin = replace(self.twins[unit.whole], rows=unit.rows)
+            for ours, theirs in zip(unit.parts, twin.parts, strict=True):
+                yield region_of(self.target, ours), region_of(self.source, theirs)
 
     def rows(self, unit: Unit) -> Rows:
-        """Which rows of its tensors a unit is; those of a whole unit are counted in the first of its tensors."""
-        return unit.rows or (0, self.target.tensors[unit.tensors[0]].num_rows)
+        """Which rows of its layer's module a unit is."""
+        return unit.rows or (0, unit.num_rows)
 
     def part(self, whole: Unit, rows: Rows) -> Unit:
         """A block of a whole unit; all of its rows are the unit itself."""
@@ -56,18 +51,20 @@ class Plan:
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
         """How many parameters of the target a selection replaces."""
-        return sum(tensor.num_parameters for tensor, _ in self.tensors(selection))
+        return sum(region.num_parameters for region, _ in self.regions(selection))
 
     def num_bytes(self, selection: Iterable[Unit]) -> int:
         """How many bytes of the target a selection replaces."""
-        return sum(tensor.num_bytes for tensor, _ in self.tensors(selection))
+        return sum(region.num_bytes for region, _ in self.regions(selection))
 
     def share(self, selection: Iterable[Unit]) -> float:
         """The share of the target's parameters that a selection replaces, in [0, 1]."""
         return self.num_parameters(selection) / self.target.num_parameters
 
 
-def plan_transplant(target: Checkpoint, source: Checkpoint, modules: Sequence[str]) -> Plan:
+def plan_transplant(
+    target: Checkpoint, source: Checkpoint, modules: Sequence[str], *, strength: float = 1.0, max_overflow: int = 0
+) -> Plan:
     """Find the units of both models and check that each fits in the other's place.
 
     Raises:
@@ -75,31 +72,23 @@ def plan_transplant(target: Checkpoint, source: Checkpoint, modules: Sequence[st
         UnsupportedArchitecture: If their units cannot be found.
     """
     for checkpoint in (target, source):
-        if method := checkpoint.config.get("quantization_config"):
-            name = method.get("quant_method", "quantized") if isinstance(method, dict) else "quantized"
-            raise CheckpointError(
-                f"{checkpoint.name} is quantized ({name}); repair the unquantized model and quantize the result"
-            )
+        check_not_quantized(checkpoint)
     ours, theirs = architecture_name(target.config), architecture_name(source.config)
     if ours != theirs:
         raise CheckpointError(
             f"the source {source.name} is a {theirs} but the target {target.name} is a {ours}; "
             f"a source must be of the target's own family"
         )
-    units = find_units(target.config, target.tensors.keys(), modules)
-    twins = find_units(source.config, source.tensors.keys(), modules)
-    if len(units) != len(twins):
+    units = find_units(target.config, target.shapes, modules)
+    twins = find_units(source.config, source.shapes, modules)
+    if (found := _num_layers(twins)) != (wanted := _num_layers(units)):
         raise CheckpointError(
-            f"the source {source.name} has {_num_layers(twins)} layers but the target {target.name} has "
-            f"{_num_layers(units)}; a source must have the target's own size"
+            f"the source {source.name} has {found} layers but the target {target.name} has {wanted}; "
+            f"a source must have the target's own size"
         )
-    for unit, twin in zip(units, twins, strict=True):
-        if unit != twin:
-            odd = sorted(set(unit.tensors) ^ set(twin.tensors))[0]
-            raise CheckpointError(f"only one of {target.name} and {source.name} has tensor {odd}")
-    plan = Plan(target, source, units)
-    for ours_tensor, theirs_tensor in plan.tensors(units):
-        _check_pair(ours_tensor, theirs_tensor, plan)
+    plan = Plan(target, source, units, dict(zip(units, twins, strict=True)), strength, max_overflow)
+    for unit in units:
+        _check_twin(unit, plan)
     return plan
 
 
@@ -148,18 +137,30 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
     return replace(plan, units=tuple(units))
 
 
-def _check_pair(ours: Tensor, theirs: Tensor, plan: Plan) -> None:
-    if ours.shape != theirs.shape:
-        raise CheckpointError(
-            f"{ours.name} is {list(theirs.shape)} in the source {plan.source.name} but {list(ours.shape)} in the "
-            f"target {plan.target.name}; a source must have the target's own size"
-        )
-    for tensor, checkpoint in ((ours, plan.target), (theirs, plan.source)):
-        if tensor.dtype not in TORCH_NAMES:
+def region_of(checkpoint: Checkpoint, part: Part) -> Region:
+    """Where a part of a unit lies in a checkpoint's files."""
+    return Region.of(checkpoint.tensors[part.tensor], part)
+
+
+def _check_twin(unit: Unit, plan: Plan) -> None:
+    """Raise `CheckpointError` unless a unit and its twin in the source are of the same size, and of floats."""
+    twin = plan.twins[unit]
+    if unit != twin or len(unit.parts) != len(twin.parts):
+        odd = sorted(set(unit.tensors) ^ set(twin.tensors))
+        what = f"tensor {odd[0]}" if odd else f"{len(unit.parts)} parts in {unit}"
+        raise CheckpointError(f"only one of {plan.target.name} and {plan.source.name} has {what}")
+    for ours, theirs in plan.regions((unit,)):
+        if ours.extents != theirs.extents:
             raise CheckpointError(
-                f"{tensor.name} of {checkpoint.name} is stored as {tensor.dtype}; "
-                f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
+                f"{theirs.name} is {list(theirs.shape)} in the source {plan.source.name} but {list(ours.shape)} in the "
+                f"target {plan.target.name}; a source must have the target's own size"
             )
+        for region, checkpoint in ((ours, plan.target), (theirs, plan.source)):
+            if region.tensor.dtype not in TORCH_NAMES:
+                raise CheckpointError(
+                    f"{region.tensor.name} of {checkpoint.name} is stored as {region.tensor.dtype}; "
+                    f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
+                )
 
 
 def _num_layers(units: Sequence[Unit]) -> int:

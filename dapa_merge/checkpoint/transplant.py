@@ -11,17 +11,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TEMPLATES, Checkpoint
-from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TEMPLATES
 from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.staging import check_destination, flush_to_disk, staging
-from dapa_merge.checkpoint.values import refuse_not_finite, source_bytes
+from dapa_merge.checkpoint.values import Rounding, new_tiles
 from dapa_merge.errors import CheckpointError, UsageError
 
 Progress = Callable[[int], None]
@@ -42,7 +42,7 @@ def transplant(
     out: Path,
     *,
     texts: Mapping[str, str] | None = None,
-    check: Callable[[Path], None] = lambda _: None,
+    check: Callable[[Path], object] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> None:
     """Write the target with the selected units replaced by the source's into `out`.
@@ -77,19 +77,20 @@ def transplant(
 def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: Progress) -> None:
     """Write the result's shards and the target's small files, in parallel; Ctrl-C stops between two pieces."""
     target = plan.target
-    replaced: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in target.shards}
-    for ours, theirs in plan.tensors(selection):
-        replaced[ours.file].append((ours, theirs))
+    replaced: dict[str, list[tuple[Region, Region]]] = {name: [] for name in target.shards}
+    for ours, theirs in plan.regions(selection):
+        replaced[ours.tensor.file].append((ours, theirs))
     for path in [*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]:
         if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
             replaced[str(path.relative_to(target.folder))] = []
     if any(name.startswith(TEMPLATES) for name in replaced):
         (folder / TEMPLATES).mkdir()
     stop = threading.Event()
+    rounding = Rounding()
 
     def write(name: str) -> None:
         _copy(target.folder / name, folder / name, progress, stop)
-        _overwrite(folder / name, plan.source, replaced[name], stop)
+        _overwrite(folder / name, plan, replaced[name], rounding, stop)
 
     with ThreadPoolExecutor(COPY_THREADS) as pool:
         try:
@@ -102,19 +103,28 @@ def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: 
 
 
 def _overwrite(
-    path: Path, source: Checkpoint, replaced: Sequence[tuple[Tensor, Tensor]], stop: threading.Event
+    path: Path, plan: Plan, replaced: Sequence[tuple[Region, Region]], rounding: Rounding, stop: threading.Event
 ) -> None:
-    """Put the source's tensors into a copied shard, and the shard on disk."""
+    """Put the source's values into a copied shard, and the shard on disk."""
     with path.open("r+b", buffering=0) as file:
         for ours, theirs in replaced:
-            file.seek(ours.start)
-            for piece in source_bytes(source, theirs, ours.dtype):
-                if stop.is_set():
-                    return
-                refuse_not_finite(piece, source, theirs, ours.dtype)
-                _write_all(file, piece)
+            write_region(file, ours, new_tiles(plan, ours, theirs, rounding), stop)
         # Here, where other shards are still being copied, rather than one after the other at the end.
         os.fsync(file.fileno())
+
+
+def write_region(file: IO[bytes], region: Region, tiles: Iterable[bytes], stop: threading.Event) -> None:
+    """Write a region's bytes, given in order in pieces, into its stretches of an unbuffered file."""
+    rest = memoryview(b"")
+    pieces = iter(tiles)
+    for start, num_bytes in region.runs():
+        file.seek(start)
+        while num_bytes:
+            if stop.is_set():
+                return
+            rest = rest or memoryview(next(pieces))
+            _write_all(file, rest[:num_bytes])
+            num_bytes, rest = max(num_bytes - len(rest), 0), rest[num_bytes:]
 
 
 def _copy(origin: Path, destination: Path, progress: Progress, stop: threading.Event) -> None:
@@ -141,7 +151,7 @@ def _copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
     return len(piece)
 
 
-def _write_all(file: IO[bytes], piece: bytes) -> None:
+def _write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     view = memoryview(piece)
     while view:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Rows, Unit, rows_text
-from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
-from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.plan import Plan, cut, divide, join
-from dapa_merge.checkpoint.values import source_bytes
-from dapa_merge.errors import CheckpointError, ValueDoesNotFit
+from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Unit
+from dapa_merge.checkpoint.comparison import Findings, RowOrigins, examine
+from dapa_merge.checkpoint.correspondence import correspond
+from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import Plan, cut, join, region_of
+from dapa_merge.checkpoint.region import Part, Rows
+from dapa_merge.errors import CheckpointError
 
-PIECE_BYTES = 1 << 18
+if TYPE_CHECKING:
+    import numpy
+
+# Hashing and comparing let other threads run.
+THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,19 @@ class Verification:
         differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
             a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
         num_tensors: How many tensors were compared.
+        origins: For each tensor of the result that is not all the target's, what it is: `source`, `blend` where the
+            plan mixes, or `unexplained`; and behind it the rows that are, if not all.
+        files: The SHA-256 of each weight file.
+        tensors: The SHA-256 of the bytes of each tensor that may have been transplanted.
     """
 
     transplanted: tuple[Unit, ...]
     alike: tuple[Unit, ...]
     differences: tuple[tuple[str, str], ...]
     num_tensors: int
+    origins: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
@@ -46,138 +61,143 @@ class Verification:
 def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> Verification:
     """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the source.
 
-    It does not matter who wrote `out`: shards, order and headers may differ, tensors may not. Whatever blocks the plan
-    has, every row of its units' tensors is judged, also those between the blocks.
+    It does not matter who wrote `out`: shards, order and headers may differ, and how tensors are cut; values may not.
+    Whatever blocks the plan has, every row of its units is judged, also those between the blocks.
+    Each of the three models is read once, by several threads, in memory that does not grow with them.
 
     Args:
         out: The result's folder.
-        plan: The target, the source and the units that may have been transplanted.
-        progress: Called with numbers of bytes as they are compared.
+        plan: The target, the source and the units that may have been transplanted; all else must be the target's.
+        progress: Called with numbers of bytes of the result as they are compared.
 
     Raises:
         CheckpointError: If one of the three checkpoints cannot be read.
     """
     result = open_checkpoint(str(out))
-    target = plan.target
     plan = cut(plan, plan.units)
-    of_units = {name for unit in plan.units for name in unit.tensors}
-    differences = [
-        (name, "is in the result but not in the target")
-        for name, tensor in result.tensors.items()
-        if name not in target.tensors and not _is_copy(result, tensor, target)
+    found = correspond(result, plan)
+    with ThreadPoolExecutor(THREADS) as pool:
+        look = partial(examine, result, places=found.places, plan=plan, progress=progress)
+        by_file = dict(zip(result.shards, pool.map(look, result.shards), strict=True))
+    seen = reduce(_together, by_file.values(), Findings())
+    known = {name for name, _ in found.faults}
+    differences = [*found.faults, *((name, "differs from the target") for name in seen.different - known)]
+    verdicts = [
+        _judge(unit, seen.rows, plan) for unit in plan.units if all((unit, part) in seen.rows for part in unit.parts)
     ]
-    # One thread: it compares as fast as the memory delivers, and more did not help when measured.
-    for tensor in target.tensors.values():
-        if fault := _fault(result, target, tensor, of_units):
-            differences.append((tensor.name, fault))
-        progress(tensor.num_bytes)
-    faulty = {name for name, _ in differences}
-    transplanted: list[Unit] = []
-    alike: list[Unit] = []
-    for unit in plan.units:
-        if faulty.isdisjoint(unit.tensors):
-            origins = _origins(result, plan, unit)
-            if all(is_source for _, is_source in origins.values()):
-                is_target = all(is_target for is_target, _ in origins.values())
-                (alike if is_target else transplanted).append(unit)
-            elif (False, False) in origins.values() and unit.module in DIVISIBLE_MODULES:
-                blocks, strangers = _row_by_row(result, plan, unit)
-                transplanted += blocks
-                differences += strangers
-            else:
-                differences += [(name + rows_text(unit.rows), what) for name, what in _strangers(origins)]
-    return Verification(tuple(transplanted), tuple(alike), tuple(sorted(differences)), len(target.tensors))
+    differences += [fault for verdict in verdicts for fault in verdict.faults]
+    return Verification(
+        transplanted=tuple(unit for verdict in verdicts for unit in verdict.transplanted),
+        alike=tuple(unit for verdict in verdicts for unit in verdict.alike),
+        differences=tuple(sorted(differences)),
+        num_tensors=len(plan.target.tensors),
+        origins=_origins(verdicts, differences, plan),
+        files={name: findings.sha256 for name, findings in by_file.items()},
+        tensors=seen.tensor_sha256,
+    )
 
 
-def prove(out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
+def prove(
+    out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None
+) -> Verification:
     """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
     selection = join(plan, selection)
-    verification = verify(out, cut(plan, selection), progress)
+    verification = verify(out, replace(plan, units=selection), progress)
     if not verification.holds:
         name, what = verification.differences[0]
         raise CheckpointError(f"the result is wrong and was not kept: {name} {what}")
     if not verification.is_exactly(selection):
         raise CheckpointError("the result was not kept: its transplanted units are not those that were selected")
+    return verification
 
 
-def _is_copy(result: Checkpoint, tensor: Tensor, target: Checkpoint) -> bool:
-    """Whether a tensor is one of the target's under another name: mergekit writes out tied weights."""
-    return any(
-        (twin.dtype, twin.shape) == (tensor.dtype, tensor.shape) and _same(result, tensor, target, twin)
-        for twin in target.tensors.values()
-    )
+@dataclass(frozen=True)
+class _Verdict:
+    """What a unit is in a result: blocks of it that are the source's, all of it alike in both, or what is wrong."""
+
+    transplanted: tuple[Unit, ...] = ()
+    alike: tuple[Unit, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()
 
 
-def _fault(result: Checkpoint, target: Checkpoint, tensor: Tensor, of_units: Container[str]) -> str | None:
-    """What is wrong with the result's tensor, if anything; of a unit's tensor only dtype and shape are judged here."""
-    found = result.tensors.get(tensor.name)
-    if found is None:
-        return "is missing"
-    if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
-        return f"is {found.dtype} {list(found.shape)}, not {tensor.dtype} {list(tensor.shape)}"
-    if tensor.name not in of_units and not _same(result, found, target, tensor):
-        return "differs from the target"
-    return None
+_NEITHER = "is neither the target's nor the source's"
+_LONE = "is the source's, but others of its unit are the target's"
 
 
-def _origins(result: Checkpoint, plan: Plan, unit: Unit) -> dict[str, tuple[bool, bool]]:
-    """By tensor of a unit: whether the result's rows of it are the target's, and whether they are the source's."""
-    origins = {}
-    for ours, theirs in plan.tensors((unit,)):
-        found = result.tensors[ours.name]
-        if unit.rows is not None:
-            found = found.narrow(*unit.rows)
-        same = _same if theirs.dtype == found.dtype else _same_as_converted
-        origins[ours.name] = _same(result, found, plan.target, ours), same(result, found, plan.source, theirs)
-    return origins
+def _judge(unit: Unit, rows: Mapping[tuple[Unit, Part], RowOrigins], plan: Plan) -> _Verdict:
+    origins = {part: rows[unit, part] for part in unit.parts}
+    if all(origin.is_source.all() for origin in origins.values()):
+        is_alike = all(origin.is_target.all() for origin in origins.values())
+        return _Verdict(alike=(unit,)) if is_alike else _Verdict(transplanted=(unit,))
+    return _judge_rows(unit, origins, plan) if unit.module in DIVISIBLE_MODULES else _judge_whole(origins, plan)
 
 
-def _row_by_row(result: Checkpoint, plan: Plan, unit: Unit) -> tuple[tuple[Unit, ...], list[tuple[str, str]]]:
-    """What a unit is that is neither the target's nor the source's: blocks of the source's rows, and what is wrong."""
-    from_source: list[Unit] = []
-    wrong: dict[tuple[str, str], list[Rows]] = {}
-    for row in divide(plan, (unit,), 1).units:
-        origins = _origins(result, plan, row)
-        if not all(is_source for _, is_source in origins.values()):
-            for fault in _strangers(origins):
-                wrong.setdefault(fault, []).append(plan.rows(row))
-        elif not all(is_target for is_target, _ in origins.values()):
-            from_source.append(row)
-    hulls = {fault: plan.part(unit.whole, (rows[0][0], rows[-1][1])).rows for fault, rows in wrong.items()}
-    return join(plan, from_source), [(name + rows_text(rows), what) for (name, what), rows in hulls.items()]
-
-
-def _strangers(origins: Mapping[str, tuple[bool, bool]]) -> list[tuple[str, str]]:
-    """The faulty tensors of a unit that is not all the source's: none, if it is all the target's."""
-    neither = [name for name, origin in origins.items() if origin == (False, False)]
+def _judge_whole(origins: Mapping[Part, RowOrigins], plan: Plan) -> _Verdict:
+    """Of a unit that is not all the source's, and cannot be so in part."""
+    neither = {
+        part: ~(origin.is_target | origin.is_source)
+        for part, origin in origins.items()
+        if not origin.is_target.all() and not origin.is_source.all()
+    }
     if neither:
-        return [(name, "is neither the target's nor the source's") for name in neither]
-    lone = [name for name, (is_target, _) in origins.items() if not is_target]
-    return [(name, "is the source's, but others of its unit are the target's") for name in lone]
+        return _Verdict(faults=tuple((_name(plan, part, wrong), _NEITHER) for part, wrong in neither.items()))
+    lone = [part for part, origin in origins.items() if not origin.is_target.all()]
+    return _Verdict(faults=tuple((region_of(plan.target, part).name, _LONE) for part in lone))
 
 
-def _same(result: Checkpoint, tensor: Tensor, other: Checkpoint, expected: Tensor) -> bool:
-    """Whether two tensors of one size have the same bytes. Reads both in pieces that stay in the processor's cache."""
-    mine, theirs = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
-    with result.open(tensor.file) as one, other.open(expected.file) as two:
-        one.seek(tensor.start)
-        two.seek(expected.start)
-        for start in range(0, tensor.num_bytes, PIECE_BYTES):
-            size = min(PIECE_BYTES, tensor.num_bytes - start)
-            if size < PIECE_BYTES:
-                mine, theirs = bytearray(size), bytearray(size)
-            if one.readinto(mine) != size or two.readinto(theirs) != size:
-                raise CheckpointError(f"{tensor.file} of {result.folder} or {other.name} became shorter meanwhile")
-            if mine != theirs:
-                return False
-    return True
+def _judge_rows(unit: Unit, origins: Mapping[Part, RowOrigins], plan: Plan) -> _Verdict:
+    """Of a unit that is not all the source's: the rows that are, and what is wrong."""
+    import numpy
+
+    start, stop = plan.rows(unit)
+    is_target, is_source, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
+    places = {part: slice(part.first_row - start, part.first_row - start + part.num_rows) for part in origins}
+    for part, origin in origins.items():
+        is_target[places[part]] &= origin.is_target
+        is_source[places[part]] &= origin.is_source
+        is_neither[places[part]] |= ~(origin.is_target | origin.is_source)
+    faults = []
+    for part, origin in origins.items():
+        neither = ~(origin.is_target | origin.is_source)
+        lone = ~(is_target | is_source | is_neither)[places[part]] & ~origin.is_target
+        faults += [
+            (_name(plan, part, wrong), what) for wrong, what in ((neither, _NEITHER), (lone, _LONE)) if wrong.any()
+        ]
+    blocks = (plan.part(unit.whole, (start + first, start + last)) for first, last in _ranges(is_source & ~is_target))
+    return _Verdict(transplanted=tuple(blocks), faults=tuple(faults))
 
 
-def _same_as_converted(result: Checkpoint, tensor: Tensor, source: Checkpoint, theirs: Tensor) -> bool:
-    """Whether a tensor of the result is the source's, rounded to the result's dtype."""
-    with result.open(tensor.file) as file:
-        file.seek(tensor.start)
-        try:
-            return all(file.read(len(piece)) == piece for piece in source_bytes(source, theirs, tensor.dtype))
-        except ValueDoesNotFit:
-            return False
+def _name(plan: Plan, part: Part, wrong: numpy.ndarray) -> str:
+    """A part's tensor, and the rows of it that hold all that is wrong, if these are not all."""
+    ranges = _ranges(wrong)
+    if ranges:
+        part = part.narrow((part.first_row + ranges[0][0], part.first_row + ranges[-1][1])) or part
+    return region_of(plan.target, part).name
+
+
+def _ranges(mask: numpy.ndarray) -> list[Rows]:
+    """The stretches in which a mask is true."""
+    import numpy
+
+    edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
+    return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _origins(verdicts: Iterable[_Verdict], differences: Iterable[tuple[str, str]], plan: Plan) -> dict[str, str]:
+    """By name, with rows where it is not all of a tensor, what is not the target's."""
+    kind = "source" if plan.strength == 1 else "blend"
+    units = (unit for verdict in verdicts for unit in verdict.transplanted)
+    origins = {region_of(plan.target, part).name: kind for unit in units for part in unit.parts}
+    return origins | {name: "unexplained" for name, _ in differences}
+
+
+def _together(one: Findings, other: Findings) -> Findings:
+    """What was seen in two files; of a unit whose rows are in both, in either."""
+    rows = dict(one.rows)
+    for key, origin in other.rows.items():
+        if (before := rows.get(key)) is not None:
+            origin = RowOrigins(before.is_target & origin.is_target, before.is_source & origin.is_source)
+        rows[key] = origin
+    return Findings(
+        tensor_sha256={**one.tensor_sha256, **other.tensor_sha256}, different=one.different | other.different, rows=rows
+    )

@@ -12,7 +12,9 @@ import mmap
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import (
@@ -25,9 +27,11 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.architecture import Unit, find_units
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
+from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.region import Part, Region
+from dapa_merge.checkpoint.values import mix
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
 
@@ -122,6 +126,24 @@ def _check_is_decoder(checkpoint: Checkpoint) -> None:
         )
 
 
+class Slot(NamedTuple):
+    """Where a part of a unit is in the model, and where its values are on disk.
+
+    Attributes:
+        unit: The unit.
+        parameter: The model's parameter.
+        slices: Which of it.
+        ours: The target's values.
+        theirs: The source's.
+    """
+
+    unit: Unit
+    parameter: torch.nn.Parameter
+    slices: tuple[slice, ...]
+    ours: Region
+    theirs: Region
+
+
 class LiveModel:
     """The target in memory, for as long as a search lasts.
 
@@ -139,13 +161,39 @@ class LiveModel:
         """
         self.plan = plan
         self.model, self.tokenizer = load_model(plan.target, device)
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for unit in plan.units:
-            for name in unit.tensors:
-                if name not in parameters:
-                    raise CheckpointError(f"{type(self.model).__name__} has no parameter {name}, which {unit} needs")
-        self._parameters = parameters
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._twins = self._find_twins()
         self._changed: set[Unit] = set()
+
+    def _find_twins(self) -> dict[Unit, Unit]:
+        """For each whole unit, the model's, whose parameters may be fused and named otherwise than in files."""
+        kind = type(self.model).__name__
+        modules = tuple(dict.fromkeys(unit.module for unit in self.plan.units))
+        config = {**self.model.config.to_dict(), "architectures": [kind]}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        try:
+            twins = {unit: unit for unit in find_units(config, shapes, modules)}
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"transformers loads {self.plan.target.name} as a {kind}, in which its units are not found: {error}"
+            ) from error
+        for unit in self.plan.twins:
+            twin = twins.get(unit)
+            parts = zip_longest(unit.whole_parts, twin.whole_parts if twin else ())
+            if not all(part and other and _extents(part) == _extents(other) for part, other in parts):
+                raise CheckpointError(
+                    f"transformers loads {self.plan.target.name} as a {kind} that has no {unit} of the size that its "
+                    f"files have"
+                )
+        return twins
+
+    def slots(self, units: Iterable[Unit]) -> Iterator[Slot]:
+        """The boxes of the model's parameters that units live in, and where their values are on disk."""
+        for unit in units:
+            twin = replace(self._twins[unit.whole], rows=unit.rows)
+            for part, (ours, theirs) in zip(twin.parts, self.plan.regions((unit,)), strict=True):
+                slices = tuple(slice(first, stop) for first, stop in part.box)
+                yield Slot(unit, self._parameters[part.tensor], slices, ours, theirs)
 
     @contextmanager
     def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
@@ -163,20 +211,30 @@ class LiveModel:
             for unit in selection:
                 # Before the first byte: a swap that breaks off is undone like a finished one.
                 self._changed.add(unit)
-                for ours, theirs in self.plan.tensors((unit,)):
-                    self._put(ours, mapped_values(self.plan.source, theirs))
+                for slot in self.slots((unit,)):
+                    self._put(slot, self._new_values(slot))
             with quiet_transformers():
                 yield self.model
         finally:
             for unit in list(self._changed):
-                for ours, _ in self.plan.tensors((unit,)):
-                    self._put(ours, mapped_values(self.plan.target, ours))
+                for slot in self.slots((unit,)):
+                    self._put(slot, mapped_values(self.plan.target, slot.ours))
                 self._changed.remove(unit)
 
-    def _put(self, tensor: Tensor, values: torch.Tensor) -> None:
+    def _new_values(self, slot: Slot) -> torch.Tensor:
+        """What is written in a slot's place, as the target stores it."""
+        plan = self.plan
+        values = mapped_values(plan.source, slot.theirs)
+        dtype = getattr(torch, TORCH_NAMES[slot.ours.tensor.dtype])
+        if plan.strength == 1 and values.dtype == dtype:
+            return values
+        own = mapped_values(plan.target, slot.ours).reshape(values.shape) if plan.strength != 1 else None
+        return mix(own, values, plan.strength, dtype)
+
+    def _put(self, slot: Slot, values: torch.Tensor) -> None:
         with torch.no_grad():
-            rows = self._parameters[tensor.name].narrow(0, tensor.first_row, tensor.num_rows)
-            rows.copy_(values.reshape(rows.shape))
+            box = slot.parameter[slot.slices]
+            box.copy_(values.reshape(box.shape))
 
     def close(self) -> None:
         """Give the memory back."""
@@ -187,15 +245,25 @@ class LiveModel:
             torch.cuda.empty_cache()
 
 
-def mapped_values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
-    """A tensor's values as stored, mapped rather than read: the pages are the file cache's, not ours."""
+def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+    """A region's values as stored, mapped rather than read: the pages are the file cache's, not ours.
+
+    Returns:
+        A view of the region's shape, that is not to be written to.
+    """
+    tensor = region.tensor
+    for first, num_bytes in region.runs():
+        checkpoint.ensure(tensor.file, first, first + num_bytes)
     start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with checkpoint.open(tensor.file) as file:
         # Private and writable, because torch warns of memory that is not; nobody writes to it.
         mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
-    return torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start).view(
-        getattr(torch, TORCH_NAMES[tensor.dtype])
-    )
+    values = torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start)
+    return values.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)[region.slices()]
+
+
+def _extents(part: Part) -> list[int]:
+    return [stop - first for first, stop in part.box if stop - first != 1]
 
 
 @contextmanager

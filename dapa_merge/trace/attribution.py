@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dapa_merge.checkpoint.header import Tensor
     from dapa_merge.checkpoint.plan import Plan
-    from dapa_merge.evaluate.live import LiveModel
+    from dapa_merge.evaluate.live import LiveModel, Slot
 
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
@@ -134,39 +133,38 @@ def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[_Side]) -> 
 
     The sum, not the mean: float16 could not hold the small gradients of a mean.
     """
-    parameters = dict(live.model.named_parameters(remove_duplicate=False))
     # Several units may be parts of one parameter: blocks of its rows, or tensors that the model shares.
-    parts: dict[Parameter, list[tuple[Unit, Tensor, Tensor]]] = {}
-    for unit in units:
-        for ours, theirs in live.plan.tensors((unit,)):
-            parts.setdefault(parameters[ours.name], []).append((unit, ours, theirs))
+    slots: dict[Parameter, list[Slot]] = {}
+    for slot in live.slots(units):
+        slots.setdefault(slot.parameter, []).append(slot)
     effects = dict.fromkeys(units, 0.0)
 
     def weigh(parameter: Parameter, gradient: torch.Tensor) -> None:
-        for unit, ours, theirs in parts[parameter]:
-            effects[unit] += _dot(live.plan, ours, theirs, parameter, gradient)
+        for slot in slots[parameter]:
+            effects[slot.unit] += _dot(live.plan, slot, gradient)
 
-    with _each_gradient(live.model, parts, weigh):
+    with _each_gradient(live.model, slots, weigh):
         signs = torch.tensor([side.sign for side in sides], device=live.model.device)
         likelihoods = -losses(live.model, live.tokenizer.pad_token_id, [side.row for side in sides])
         torch.autograd.backward((signs * likelihoods).sum())
     return effects
 
 
-def _dot(plan: Plan, ours: Tensor, theirs: Tensor, parameter: Parameter, gradient: torch.Tensor) -> float:
-    """The sum of gradient * (source - parameter) over one tensor, or over the part of it that `ours` is."""
-    whole = plan.target.tensors[ours.name]
-    start = (ours.start - whole.start) * whole.num_parameters // whole.num_bytes
-    values = mapped_values(plan.source, theirs)
+def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
+    """The sum of gradient * strength * (source - parameter) over one slot."""
+    values = mapped_values(plan.source, slot.theirs)
+    # Without the dimension of one expert, and never without any.
+    values = values.view([size for size in values.shape if size != 1] or [1])
+    parameter, gradient = (whole[slot.slices].view(values.shape) for whole in (slot.parameter, gradient))
     precise = torch.promote_types(parameter.dtype, torch.float32)
+    num_rows = max(PIECE * len(values) // values.numel(), 1)
     total = 0.0
-    for offset in range(0, len(values), PIECE):
+    for start in range(0, len(values), num_rows):
+        place = slice(start, start + num_rows)
         # As the model would hold it.
-        source = values[offset : offset + PIECE].to(parameter.device, parameter.dtype)
-        place = slice(start + offset, start + offset + len(source))
-        products = source.to(precise, copy=True).sub_(parameter.reshape(-1)[place]).mul_(gradient.reshape(-1)[place])
-        total += float(products.sum())
-    return total
+        source = values[place].to(parameter.device, parameter.dtype)
+        total += float(source.to(precise, copy=True).sub_(parameter[place]).mul_(gradient[place]).sum())
+    return plan.strength * total
 
 
 @contextmanager

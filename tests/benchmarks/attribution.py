@@ -143,12 +143,11 @@ def moved(live: LiveModel, strength: float) -> Iterator[None]:
     """All units moved from the target towards the source."""
 
     def place(share: float) -> None:
-        for ours, theirs in live.plan.tensors(live.plan.units):
-            parameter = live.model.get_parameter(ours.name)
-            values = mapped_values(live.plan.target, ours).float()
-            values = values.lerp(mapped_values(live.plan.source, theirs).float(), share)
+        for slot in live.slots(live.plan.units):
+            values = mapped_values(live.plan.target, slot.ours).float()
+            values = values.lerp(mapped_values(live.plan.source, slot.theirs).float(), share)
             with torch.no_grad():
-                parameter.copy_(values.reshape(parameter.shape))
+                slot.parameter[slot.slices].copy_(values.reshape(slot.parameter[slot.slices].shape))
 
     place(strength)
     try:
@@ -178,16 +177,14 @@ def all_gradients(
 ) -> dict[Unit, float]:
     """The effects as anybody would write them down: every gradient in memory, then the sums."""
     sides = [side for contrast in contrasts for side in _sides(live.tokenizer, contrast, num_tokens)]
-    names = [name for unit in live.plan.units for name in unit.tensors]
-    parameters = [live.model.get_parameter(name).requires_grad_(True) for name in names]
+    parameters = [slot.parameter.requires_grad_(True) for slot in live.slots(live.plan.units)]
     for start in range(0, len(sides), batch):
         (objective(live, sides[start : start + batch]) / len(contrasts)).backward()
     effects = dict.fromkeys(live.plan.units, 0.0)
-    for unit in live.plan.units:
-        for ours, theirs in live.plan.tensors((unit,)):
-            difference = mapped_values(live.plan.source, theirs).float() - mapped_values(live.plan.target, ours).float()
-            gradient = live.model.get_parameter(ours.name).grad.float().reshape(-1)
-            effects[unit] += float((gradient * difference.to(gradient.device)).sum())
+    for slot in live.slots(live.plan.units):
+        theirs, ours = mapped_values(live.plan.source, slot.theirs), mapped_values(live.plan.target, slot.ours)
+        gradient = slot.parameter.grad[slot.slices].float()
+        effects[slot.unit] += float((gradient * (theirs.float() - ours.float()).to(gradient.device)).sum())
     for parameter in parameters:
         parameter.grad = None
         parameter.requires_grad_(False)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.architecture import Unit, join_ranges
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import cut, divide, join, plan_transplant
+from dapa_merge.checkpoint.region import Region
+from dapa_merge.checkpoint.values import read_tiles
 from dapa_merge.errors import CheckpointError, UsageError
 
 # Of the miniature's gates and ups.
@@ -69,31 +71,28 @@ def test_a_blocks_tensors_are_those_rows_of_the_weights_and_biases(biased_plan):
     unit = biased_plan.units[1]
     block = dataclasses.replace(unit, rows=(5, 17))
     for (ours, theirs), (all_ours, all_theirs) in zip(
-        biased_plan.tensors((block,)), biased_plan.tensors((unit,)), strict=True
+        biased_plan.regions((block,)), biased_plan.regions((unit,)), strict=True
     ):
         for part, whole, checkpoint in (
             (ours, all_ours, biased_plan.target),
             (theirs, all_theirs, biased_plan.source),
         ):
-            assert (part.name, part.file, part.dtype) == (whole.name, whole.file, whole.dtype)
-            assert (part.shape, part.first_row) == ((12, *whole.shape[1:]), 5)
-            expected = load_file(Path(checkpoint.folder) / whole.file)[whole.name][5:17]
-            assert read_bytes(checkpoint, part) == expected.contiguous().view(torch.uint8).numpy().tobytes()
+            assert part.tensor == whole.tensor
+            assert whole.is_whole
+            assert (part.shape, part.box[0]) == ((12, *whole.shape[1:]), (5, 17))
+            expected = load_file(Path(checkpoint.folder) / whole.tensor.file)[whole.name][5:17]
+            found = b"".join(read_tiles(checkpoint, part, 7))
+            assert found == expected.contiguous().view(torch.uint8).numpy().tobytes()
     assert biased_plan.num_parameters((block,)) == 12 * 32 + 12
     assert biased_plan.num_bytes((block,)) == 2 * (12 * 32 + 12)
 
 
-def test_rows_of_rows_know_where_they_are_in_their_tensor(plan):
-    (tensor, _), *_ = plan.tensors(plan.units[:1])
-    assert tensor.narrow(64, 128).narrow(8, 16) == tensor.narrow(72, 80)
-    assert tensor.narrow(0, NUM_ROWS) == tensor
-
-
-@pytest.mark.parametrize("rows", [(0, 209), (-1, 3), (5, 5), (9, 2)])
-def test_rows_that_a_tensor_does_not_have_are_never_addressed(plan, rows):
-    (tensor, _), *_ = plan.tensors(plan.units[:1])
-    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.gate_proj\.weight has 208 rows, so that"):
-        tensor.narrow(*rows)
+@pytest.mark.parametrize("rows", [(0, 209), (-1, 3), (9, 2)])
+def test_a_part_that_a_tensor_does_not_have_is_never_addressed(plan, rows):
+    (region, _), *_ = plan.regions(plan.units[:1])
+    (part,) = plan.units[0].parts
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[208, 80\], so that it has no part"):
+        Region.of(region.tensor, dataclasses.replace(part, box=(rows, part.box[1])))
 
 
 def test_a_bias_shorter_than_its_weight_is_not_read_beyond_its_end(biased_plan, tmp_path):
@@ -106,11 +105,8 @@ def test_a_bias_shorter_than_its_weight_is_not_read_beyond_its_end(biased_plan, 
         content = load_file(shard)
         content[name] = content[name][:40].clone()
         save_file(content, shard)
-    plan = plan_transplant(*(open_checkpoint(str(folder)) for folder in folders), ("gate",))
-    last = divide(plan, plan.units, 16).units[5]
-    assert str(last) == "1.gate[32:48]"
-    with pytest.raises(CheckpointError, match=r"gate_proj\.bias has 40 rows, so that there are no rows 32 to 48"):
-        list(plan.tensors((last,)))
+    with pytest.raises(CheckpointError, match=r"gate_proj\.bias is \[40\], so that it has no part \[0:48\]"):
+        plan_transplant(*(open_checkpoint(str(folder)) for folder in folders), ("gate",))
 
 
 def test_the_last_block_of_a_unit_may_be_shorter(plan):

@@ -58,7 +58,7 @@ def test_everything_but_the_selected_bytes_is_the_targets_own(llama_pair, tmp_pa
     transplant(plan, selection, tmp_path / "out")
     before, after = contents(llama_pair[0]), contents(tmp_path / "out")
     assert before.keys() == after.keys()
-    (gate,) = (ours for ours, _ in plan.tensors(selection))
+    (gate,) = (ours.tensor for ours, _ in plan.regions(selection))
     changed = [name for name in before if before[name] != after[name]]
     assert changed == [gate.file]
     assert before[gate.file][: gate.start] == after[gate.file][: gate.start]
@@ -175,8 +175,10 @@ def test_the_proof_notices_another_selection(llama_pair, tmp_path):
     verification = verify(tmp_path / "out", plan)
     assert verification.holds
     assert [unit.layer for unit in verification.transplanted] == [0, 1]
-    with pytest.raises(CheckpointError, match="not those that were selected"):
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.gate_proj\.weight differs from the target"):
         prove(tmp_path / "out", plan, units_of_layers(plan, {0}))
+    with pytest.raises(CheckpointError, match="not those that were selected"):
+        prove(tmp_path / "out", plan, units_of_layers(plan, {0, 1, 2}))
 
 
 def test_the_proof_reports_missing_and_additional_tensors(llama_pair, tmp_path):
@@ -223,7 +225,10 @@ def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     name = "model.layers.0.mlp.gate_proj.weight"
     change_tensor(source, name, lambda tensor: tensor[0, 0].fill_(1e6))
     plan = plan_of((target, source))
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight of the source .* 1 values that BF16 holds but F16"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"gate_proj\.weight of the source .* that F16, the target's dtype, cannot hold: at least 1",
+    ):
         transplant(plan, plan.units, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

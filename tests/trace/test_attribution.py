@@ -166,6 +166,7 @@ def test_a_tensor_that_two_layers_share_is_weighed_for_each(tmp_path):
     live = load(*save_pair(tmp_path, tiny_llama(vocab_size=200)))
     layers = live.model.model.layers
     layers[1].mlp.gate_proj.weight = layers[0].mlp.gate_proj.weight
+    live._parameters = dict(live.model.named_parameters(remove_duplicate=False))
     assert attribute(live, CONTRASTS, batch_size=BatchSize(64)) == nearly(brute_force(live, CONTRASTS, 4))
 
 

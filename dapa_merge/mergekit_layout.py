@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,32 +15,43 @@ from transformers import AutoConfig
 from dapa_merge.checkpoint.architecture import Unit, find_units
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.checkpoint.region import Box
+from dapa_merge.checkpoint.region import Box, Shapes
 from dapa_merge.errors import CheckpointError
+
+_NUMBER = re.compile(r"\d+")
 
 
 def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Box]]:
     """For each tensor that mergekit will ask for, the boxes of it that a selection is.
 
     Raises:
-        CheckpointError: If a selected unit is in none of them, so that mergekit would leave it out without a word.
+        CheckpointError: If mergekit would leave a selected unit, or another part of the MLPs, out without a word.
     """
     units = tuple(selection)
-    names, model_shapes = _names_in_merge(plan.target)
-    if names is None or all(name in names for unit in units for name in unit.tensors):
-        return _boxes(units, {unit: unit for unit in plan.twins})
+    as_in_files = {unit: unit for unit in plan.twins}
+    try:
+        config = AutoConfig.from_pretrained(plan.target.folder, trust_remote_code=False)
+    except Exception:
+        # Remote code, which only mergekit's user may allow; its tensors have the names that they have in the files.
+        return _boxes(units, as_in_files)
+    defined = arch_info_for_config(config)
+    if defined is not None:
+        names = {weight.name for weight in defined.all_weights(config)}
+        if all(name in names for unit in units for name in unit.tensors):
+            return _boxes(units, as_in_files)
+    shapes = _model_shapes(config)
+    if defined is None:
+        if shapes is None:
+            return _boxes(units, as_in_files)
+        names = _names_that_are_inferred(plan.target, shapes)
     modules = tuple(dict.fromkeys(unit.module for unit in plan.twins))
-    twins: Mapping[Unit, Unit] = {}
-    if model_shapes is not None:
-        twins = {unit: unit for unit in find_units(plan.target.config, model_shapes, modules)}
+    found = {} if shapes is None else {unit: unit for unit in find_units(plan.target.config, shapes, modules)}
     for unit in units:
-        twin = twins.get(unit.whole)
-        if twin is None or not all(name in names for name in twin.tensors):
+        if unit.whole not in found or not all(name in names for name in found[unit.whole].tensors):
             raise CheckpointError(
-                f"mergekit knows the tensors of {plan.target.name} by other names, and {unit} is not among them; use "
-                f"`dapa-merge run`"
+                f"mergekit does not know the tensors of {plan.target.name} in which {unit} is; use `dapa-merge run`"
             )
-    return _boxes(units, twins)
+    return _boxes(units, found)
 
 
 def _boxes(units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[Box]]:
@@ -50,22 +62,30 @@ def _boxes(units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[
     return boxes
 
 
-def _names_in_merge(target: Checkpoint) -> tuple[set[str] | None, dict[str, tuple[int, ...]] | None]:
-    """The tensors that mergekit will ask for, if that can be known, and the shapes of transformers' parameters."""
-    try:
-        config = AutoConfig.from_pretrained(target.folder, trust_remote_code=False)
-        defined = arch_info_for_config(config)
-    except Exception:
-        # Remote code, which only mergekit's user may allow; its tensors have the names that they have in the files.
-        return None, None
-    shapes = _model_shapes(config)
-    if defined is not None:
-        return {weight.name for weight in defined.all_weights(config)}, shapes
-    return (None, None) if shapes is None else (set(shapes), shapes)
+def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
+    """What mergekit finds without a definition of the architecture: transformers' parameters.
+
+    It converts what the files name otherwise only if every layer has it, and leaves it out if not.
+    """
+    counts: dict[str, int] = {}
+    for name in shapes:
+        counts[_generic(name)] = counts.get(_generic(name), 0) + 1
+    units = find_units(target.config, shapes, ("mlp",))
+    for name in (name for unit in units for name in unit.tensors):
+        if name not in target.tensors and counts[_generic(name)] < len(units):
+            raise CheckpointError(
+                f"mergekit has no definition of {target.config['architectures'][0]}, and would leave {name} out of its "
+                f"result; use `dapa-merge run`"
+            )
+    return set(shapes)
+
+
+def _generic(name: str) -> str:
+    return _NUMBER.sub("*", name)
 
 
 def _model_shapes(config: Any) -> dict[str, tuple[int, ...]] | None:
-    """The parameters of a model of this config, which takes no memory."""
+    """The parameters of a model of this config, which takes no memory; None if transformers cannot make one."""
     try:
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)

@@ -88,10 +88,16 @@ def _number(low: float, high: float, *, above: bool = False, below: bool = False
     return read
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != float(value) or int(value) < 1:
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value) or int(value) < 0:
         raise ValueError
     return int(value)
+
+
+def _count(value: Any) -> int:
+    if (number := _whole(value)) < 1:
+        raise ValueError
+    return number
 
 
 def _name(known: Sequence[str] = ()) -> Callable[[Any], str]:
@@ -130,12 +136,6 @@ def _granularity(value: Any) -> str:
     return f"block:{int(number)}" if kind == "block" else "layer"
 
 
-def _strength(value: Any) -> float:
-    if isinstance(value, bool) or float(value) != 1.0:
-        raise ValueError
-    return 1.0
-
-
 PARAMETERS: dict[str, Parameter] = {
     "layers": Parameter(
         _layers,
@@ -147,9 +147,13 @@ PARAMETERS: dict[str, Parameter] = {
     "granularity": Parameter(
         _granularity,
         f"write layer, or block:N for blocks of N rows of {' or '.join(DIVISIBLE_MODULES)} "
-        "(expert is for mixtures of experts, which cannot be repaired so far)",
+        "(expert is not available in this version)",
     ),
-    "strength": Parameter(_strength, "only 1.0, a plain copy, is available in this version"),
+    "strength": Parameter(
+        _number(0, 2, above=True),
+        "write a number above 0 and up to 2: 1 copies, 0.5 goes half of the way to the source",
+    ),
+    "max_overflow": Parameter(_whole, "write how many values may be cut, from 0"),
     "evaluator": Parameter(
         _name(), "write refusal, paper, judge, lm-eval:TASK:METRIC, or the name of an evaluator of your own"
     ),

@@ -33,6 +33,8 @@ class Recipe:
         layers: What to transplant, or None to search.
         modules: Which modules of a layer are units.
         granularity: How fine the units of a search get: `layer`, or `block:N` for blocks of N rows.
+        strength: How far a selected value moves from the target's (0) to the source's (1), in (0, 2].
+        max_overflow: How many values that the target's dtype cannot hold may be cut to the largest that it can.
         evaluator: Name of what scores a candidate.
         prompts: Name or path of the prompt set.
         confirm: Share of the prompts that is kept out of a search, for the report on what it found, in (0, 1).
@@ -55,6 +57,8 @@ class Recipe:
     layers: tuple[LayerChoice, ...] | None = None
     modules: tuple[str, ...] = ("gate",)
     granularity: str = "layer"
+    strength: float = 1.0
+    max_overflow: int = 0
     evaluator: str = "refusal"
     prompts: str = "builtin"
     confirm: float = 0.5

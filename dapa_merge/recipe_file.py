@@ -125,7 +125,6 @@ class _Reader:
                 values[key] = PARAMETERS[key].read(value)
             except (ValueError, TypeError, OverflowError):
                 raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
-        values.pop("strength", None)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
         recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)

@@ -57,6 +57,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict
     prompts = bench.meter.prompts
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
     return parts | {
+        "strength": f"{plan.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
         "prompts": _digest(asked),
         "evaluator": bench.evaluator,

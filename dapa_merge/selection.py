@@ -23,7 +23,7 @@ def make_plan(recipe: Recipe) -> Plan:
         DapaError: With the sentence for whatever does not fit.
     """
     target, source = open_location(recipe.target), open_location(recipe.source)
-    plan = plan_transplant(target, source, recipe.modules)
+    plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
     if given_selection(recipe, plan) is None:
         # What a search would stumble over is told now.
@@ -48,6 +48,11 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
                 f"which has layers 0 to {num_layers - 1}"
             )
         named = [unit for unit in plan.units if unit.layer == choice.layer and choice.module in (None, unit.module)]
+        if not named:
+            raise RecipeError(
+                f"{recipe.where('parameters.layers')}: layer {choice.layer} of the target "
+                f"has no {choice.module or 'unit'}"
+            )
         if choice.rows is not None and choice.rows[1] > (num_rows := plan.rows(named[0])[1]):
             raise RecipeError(
                 f"{recipe.where('parameters.layers')}: {choice} is outside the target, "

@@ -33,7 +33,8 @@ SHAPE = dict(
     vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
-# Every dense architecture of mergekit's that transformers can build, and two that mergekit has to infer.
+# Every architecture with a gate that mergekit defines and transformers can build as a text model, and others that
+# mergekit has to infer.
 ARCHITECTURES = {
     "LlamaForCausalLM": ("LlamaConfig", {}),
     "MistralForCausalLM": ("MistralConfig", {"sliding_window": 16}),
@@ -50,15 +51,37 @@ ARCHITECTURES = {
     "Lfm2ForCausalLM": ("Lfm2Config", {"full_attn_idxs": [1, 3], "block_auto_adjust_ff_dim": False}),
     "SmolLM3ForCausalLM": ("SmolLM3Config", {}),
     "Olmo3ForCausalLM": ("Olmo3Config", {}),
+    # Gate and up in one tensor.
+    "Phi3ForCausalLM": ("Phi3Config", {"original_max_position_embeddings": 64}),
+    "Glm4ForCausalLM": ("Glm4Config", {"head_dim": 8}),
+    # Mixtures of experts: in files one tensor for each expert, or one for all; some with a shared one beside them.
+    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4}),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}),
+    "Glm4MoeForCausalLM": ("Glm4MoeConfig", {"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "head_dim": 8, "num_experts_per_tok": 2}),
+    "AfmoeForCausalLM": ("AfmoeConfig", {"num_experts": 4, "moe_intermediate_size": 16, "num_dense_layers": 1, "head_dim": 8, "num_experts_per_tok": 2, "global_attn_every_n_layers": 2}),
+    "GraniteMoeHybridForCausalLM": ("GraniteMoeHybridConfig", {"num_local_experts": 4, "shared_intermediate_size": 24, "layer_types": ["attention"] * 4, "mamba_n_heads": 4, "mamba_d_head": 16}),
+    "DeepseekV3ForCausalLM": ("DeepseekV3Config", {"n_routed_experts": 4, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 4, "num_key_value_heads": 4}),
+    "Llama4ForCausalLM": ("Llama4TextConfig", {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "moe_layers": [1, 3]}),
+    "DbrxForCausalLM": ("DbrxConfig", {"d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}}, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8}}),
+    "JambaForCausalLM": ("JambaConfig", {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4, "use_mamba_kernels": False}),
+}  # fmt: skip
+# Those whose MLP has no gate: up or mlp can be transplanted.
+UNGATED = {
+    "GPT2LMHeadModel": ("GPT2Config", {"n_layer": 4, "n_embd": 32, "n_head": 4}),
+    "FalconForCausalLM": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "MptForCausalLM": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 4}),
+    "PhiForCausalLM": ("PhiConfig", {}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", {}),
+    "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", {"n_layer": 4, "n_embd": 32, "n_head": 4}),
+    "Starcoder2ForCausalLM": ("Starcoder2Config", {}),
+    "ArceeForCausalLM": ("ArceeConfig", {}),
+    "ApertusForCausalLM": ("ApertusConfig", {}),
 }
 
-# Families that can be measured, but not repaired: no gate of its own, experts, no MLP, or no attention.
+# Families that can be measured, but not repaired: no MLP.
 MEASURED_ONLY = {
-    "GPT2LMHeadModel": ("GPT2Config", {}),
-    "FalconForCausalLM": ("FalconConfig", {}),
     "MambaForCausalLM": ("MambaConfig", {"state_size": 8}),
-    "Phi3ForCausalLM": ("Phi3Config", {"original_max_position_embeddings": 64}),
-    "MixtralForCausalLM": ("MixtralConfig", {"num_local_experts": 4}),
 }
 
 

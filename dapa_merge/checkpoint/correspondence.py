@@ -88,10 +88,10 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
         for segment in found:
             here = places.setdefault(segment.tensor, [])
             for box in between:
-                if common := intersection(box, segment.box):
+                if (common := intersection(box, segment.box)) is not None:
                     here.append(Place(moved(common, segment.box, segment.result_box), Region(tensor, common)))
             for unit, part, theirs in of_units:
-                if common := intersection(part.box, segment.box):
+                if (common := intersection(part.box, segment.box)) is not None:
                     source = Region(theirs.tensor, moved(common, part.box, theirs.box))
                     box = moved(common, segment.box, segment.result_box)
                     here.append(Place(box, Region(tensor, common), source, unit, part))

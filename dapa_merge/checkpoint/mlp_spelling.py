@@ -140,19 +140,23 @@ def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[Part, ...
 
     Args:
         mlps: What `find_mlps` found in the layer.
-        module: gate, up, down, or mlp for all three.
+        module: gate, up, down, or mlp for all that there are.
         layer: The layer's shapes.
 
     Raises:
         NoSuchModule: If one of them has no gate, or keeps it where no range is.
     """
+    mlps = tuple(mlps)
+    if module == "mlp":
+        # One module of all experts after the other, as it is where they are in one tensor.
+        return tuple(part for name in _modules_of(mlps) for part in parts_of(mlps, name, layer))
     parts: list[Part] = []
     row = 0
     for mlp in mlps:
-        for index, half in _places(mlp.spelling, module):
-            for strip in _strips(mlp, index, half, layer):
-                parts += [replace(part, first_row=row) for part in strip]
-                row += strip[0].num_rows
+        index, half = _place(mlp.spelling, module)
+        for strip in _strips(mlp, index, half, layer):
+            parts += [replace(part, first_row=row) for part in strip]
+            row += strip[0].num_rows
     return tuple(parts)
 
 
@@ -241,20 +245,26 @@ def _fused_axis(up: tuple[int, ...], down: tuple[int, ...]) -> int | None:
     return 2 if experts and (rows, columns) == (inputs, 2 * outputs) else None
 
 
-def _places(spelling: Spelling, module: str) -> list[tuple[int, int | None]]:
-    """Which weights of a spelling a module is, and which half of it, if not all."""
-    places: dict[str, list[tuple[int, int | None]]] = {
-        "down": [(len(spelling.names) - 1, None)],
-        "mlp": [(index, None) for index in range(len(spelling.names))],
-    }
-    if spelling.kind is Kind.GATED:
-        places |= {"gate": [(0, None)], "up": [(1, None)]}
-    elif spelling.kind is Kind.FUSED:
-        places |= {"gate": [(0, 0)], "up": [(0, 1)], "mlp": [(0, 0), (0, 1), (1, None)]}
-    elif spelling.kind is Kind.PLAIN:
-        places["up"] = [(0, None)]
+# Which weight of a spelling a module is, and which half of it, if not all.
+_PLACES: dict[Kind, dict[str, tuple[int, int | None]]] = {
+    Kind.GATED: {"gate": (0, None), "up": (1, None), "down": (2, None)},
+    Kind.FUSED: {"gate": (0, 0), "up": (0, 1), "down": (1, None)},
+    Kind.INTERLEAVED: {"gate and up": (0, None), "down": (1, None)},
+    Kind.PLAIN: {"up": (0, None), "down": (1, None)},
+}
+
+
+def _modules_of(mlps: Iterable[Mlp]) -> list[str]:
+    """The modules that the MLPs of a layer have, in the order of the computation."""
+    order = ("gate", "gate and up", "up", "down")
+    names = {name for mlp in mlps for name in _PLACES[mlp.spelling.kind]}
+    return [name for name in order if name in names]
+
+
+def _place(spelling: Spelling, module: str) -> tuple[int, int | None]:
+    places = _PLACES[spelling.kind]
     if module not in places:
-        alternatives = " or ".join(f"`modules: {name}`" for name in ("up", "down", "mlp") if name in places)
+        alternatives = " or ".join(f"`modules: {name}`" for name in ("up", "down", "mlp") if name in (*places, "mlp"))
         why = (
             "has no gate projection in its MLP"
             if spelling.kind is Kind.PLAIN

@@ -84,9 +84,7 @@ def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, 
 @pytest.mark.parametrize("architecture", LOST_BY_MERGEKIT)
 def test_what_mergekit_would_lose_is_refused_before_it_writes(architecture, tmp_path, write_recipe):
     target, source = save_pair(architecture, tmp_path)
-    with pytest.raises(
-        MergeRefused, match=r"no definition of .*, and would leave .* out of its result"
-    ):
+    with pytest.raises(MergeRefused, match=r"no definition of .*, and would leave .* out of its result"):
         run_merge(configuration(target, source, layers="0"), str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, MEASURED_ONLY, SHAPE, fail_in_swap, save_random, tiny_llama, write_few
+from conftest import ARCHITECTURES, MEASURED_ONLY, SHAPE, UNGATED, fail_in_swap, save_random, tiny_llama, write_few
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -276,10 +276,10 @@ def test_what_is_no_decoder_only_language_model_is_not_taken_for_one(tmp_path, n
         load_model(open_checkpoint(str(tmp_path)), CPU)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *MEASURED_ONLY])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *UNGATED, *MEASURED_ONLY])
 def test_any_family_is_measured_without_a_word(tmp_path, name, capfd):
-    config, changes = {**ARCHITECTURES, **MEASURED_ONLY}[name]
-    shape = {**SHAPE, "vocab_size": 300, "num_hidden_layers": 2, **changes}
+    config, changes = {**ARCHITECTURES, **UNGATED, **MEASURED_ONLY}[name]
+    shape = {**SHAPE, "vocab_size": 300, **changes}
     folder = save_random(tmp_path / "model", getattr(transformers, config)(**shape), seed=1, max_shard_size="1GB")
     (tmp_path / "text.txt").write_text("how do i paint a boat slowly ? " * 20)
     few = write_few(tmp_path / "few", 2)

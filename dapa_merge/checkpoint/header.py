@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,8 @@ MAX_CONFIG_BYTES = 8_000_000
 MAX_INDEX_BYTES = 32_000_000
 MAX_NAME_LENGTH = 1000
 MAX_DIMENSIONS = 64
+# Levels of lists and objects in a config: far below what Python could still print in a message.
+MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,16 @@ def read_json(
         raise CheckpointError(f"{path} is no JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if isinstance(node, (dict, list)) for child in _children(node)]
+    if level:
+        raise CheckpointError(f"{path} has lists or objects {MAX_DEPTH} levels deep, which no such file needs")
     return content
+
+
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The readers against files that an enemy made: how many were tried, what became of them, and that nothing gave way.
 
 `python tests/benchmarks/fuzz.py [--headers 200000] [--indices 50000] [--pairs 4000] [--seed 0]`: mutates sound files,
-reads each, and compares with the safetensors library. Every pair of models is taken the whole way: to a
-refusal that leaves nothing, or to a result that is proved and equal to what the library's bytes say. An input for which
-something does not hold is printed, and the exit code is 1.
+reads each, and compares with the safetensors library. Every pair of models is taken the whole way: to a refusal that
+leaves nothing, or to a result that is proved and equal to what the library's bytes say. An input for which something
+does not hold is printed, and the exit code is 1.
 
 `python tests/benchmarks/fuzz.py --atheris [--headers 200000] [--corpus FOLDER]`: guided by the coverage of the readers,
 which atheris instruments; each input is read both as a weight file and as a shard index. It does not need the project's

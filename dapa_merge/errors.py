@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE_LENGTH = 2000
+
 
 class DapaError(Exception):
     """A fault that the user can mend: one sentence that says what was found, what was expected and what to do."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        # What it quotes may come out of a file that a stranger made to move the cursor or to fill the screen.
+        text = super().__str__()
+        if len(text) > MAX_MESSAGE_LENGTH:
+            text = f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[-MAX_MESSAGE_LENGTH // 2 :]}"
+        return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
+from dapa_merge.checkpoint.untrusted import open_regular
 from dapa_merge.errors import CheckpointError, HubError, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ class Checkpoint:
             CheckpointError: If it is gone or unreadable.
         """
         try:
-            return (self.folder / shard).open("rb")
+            return open_regular(self.folder / shard)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.folder / shard}: {error.strerror}") from error
 

@@ -1,18 +1,22 @@
 """Reading safetensors headers and shard indices without torch, and believing nothing before it is checked.
 
 Format: https://huggingface.co/docs/safetensors, section "Format": eight bytes little-endian header length, the JSON
-header, then the tensors' bytes without holes.
+header, then the tensors' bytes without holes. What the safetensors library refuses is refused here too: JSON is read
+more strictly than Python does it by itself. Refused beyond that is what no program writes and what could be read in two
+ways or hides in a message: names that occur twice or are not printable, keys that the format does not have.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from dapa_merge.checkpoint.untrusted import open_regular, read_regular, refuse_stray_link
 from dapa_merge.errors import CheckpointError
 
 # Bits, because sub-byte types exist in the format.
@@ -24,8 +28,16 @@ DTYPE_BITS = {
 # The names that mergekit and torch use in recipes, for the types that a dense checkpoint is stored in.
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 TORCH_NAMES = {dtype: name for name, dtype in FLOAT_NAMES.items()}
-# The limit of the safetensors library itself.
-MAX_HEADER_BYTES = 100_000_000
+# Header bytes of one file, enough for a hundred thousand tensors; the safetensors library reads up to 100 MB. JSON can
+# take thirty times its size in memory, and a file of nothing but brackets does.
+MAX_HEADER_BYTES = 16_000_000
+MAX_CONFIG_BYTES = 8_000_000
+# For all files of a model together: 0.2 million tensors, as in the largest mixtures of experts, take 22 MB.
+MAX_INDEX_BYTES = 32_000_000
+MAX_NAME_LENGTH = 1000
+MAX_DIMENSIONS = 64
+# Levels of lists and objects in a config: far below what Python could still print in a message.
+MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
@@ -64,22 +76,28 @@ def read_header(path: Path) -> list[Tensor]:
         CheckpointError: If the file is missing, truncated, or its header does not describe its bytes exactly.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(8)
             num_header_bytes = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or num_header_bytes > min(MAX_HEADER_BYTES, size - 8):
+            if len(prefix) < 8 or num_header_bytes > size - 8:
                 raise CheckpointError(f"{path} is no safetensors file or is truncated ({size} bytes)")
+            if num_header_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path} has a header of {num_header_bytes / 1e6:.0f} MB, but at most "
+                    f"{MAX_HEADER_BYTES / 1e6:.0f} MB are read; save it again in more shards"
+                )
             raw = file.read(num_header_bytes)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     try:
-        header = json.loads(raw)
-        tensors = [
-            _tensor(path, name, entry, 8 + num_header_bytes) for name, entry in header.items() if name != "__metadata__"
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header = _strict_json(raw)
+        if not isinstance(header, dict):
+            raise ValueError("it is no JSON object")
+        _check_metadata(header.pop("__metadata__", None))
+        tensors = [_tensor(path, name, entry, 8 + num_header_bytes) for name, entry in header.items()]
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a damaged safetensors header ({str(error)[:120]})") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     position = 8 + num_header_bytes
@@ -95,26 +113,91 @@ def read_header(path: Path) -> list[Tensor]:
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Mapping[str, Any], data_start: int) -> Tensor:
-    shape = tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
+    if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"{name[:60]!r} is no name of a tensor")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name} has not exactly a dtype, a shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has unknown dtype {dtype!r}")
+    if not _are_counts(shape) or not _are_counts(offsets):
         raise ValueError(f"{name} has a shape or offsets that are no counts")
-    if entry["dtype"] not in DTYPE_BITS:
-        raise ValueError(f"{name} has unknown dtype {entry['dtype']!r}")
-    if math.prod(shape) * DTYPE_BITS[entry["dtype"]] != 8 * (end - begin):
-        raise ValueError(f"{name} has {end - begin} bytes, which do not fit {entry['dtype']} {list(shape)}")
-    return Tensor(name, path.name, entry["dtype"], shape, data_start + begin, data_start + end)
+    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
+    # Of an empty tensor too: the others of its dimensions must not overflow in programs that count in 64 bits.
+    if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] >= 1 << 64:
+        raise ValueError(f"{name} has an impossible shape")
+    begin, end = offsets
+    if math.prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
+        raise ValueError(f"{name} has {end - begin} bytes, which do not fit {dtype} {shape}")
+    return Tensor(name, path.name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object that a file of a model folder holds.
+def _are_counts(numbers: object) -> bool:
+    return isinstance(numbers, list) and all(type(number) is int for number in numbers)
+
+
+def _check_metadata(metadata: object) -> None:
+    """Nothing of it is used; but a file with metadata of another form cannot be loaded."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its __metadata__ does not map texts to texts")
+    for text in (*metadata, *metadata.values()):
+        text.encode()  # Half a surrogate pair is no text, and raises a ValueError.
+
+
+def _strict_json(raw: bytes) -> object:
+    """JSON of objects, lists, texts and counts, without a key that occurs twice in an object.
 
     Raises:
-        CheckpointError: If there is none.
+        ValueError: If it is anything else, among others UTF-16 or what has a byte order mark.
+        RecursionError: If it is too deep.
     """
+    return json.loads(
+        raw.decode(), object_pairs_hook=_unique, parse_int=_count, parse_float=_refuse, parse_constant=_refuse
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        numbers = Counter(key for key, _ in pairs)
+        raise ValueError(f"{numbers.most_common(1)[0][0][:60]!r} occurs twice")
+    return content
+
+
+def _count(digits: str) -> int:
+    # Before it is made a number, which takes the square of its length in some versions of Python.
+    if len(digits) > 20 or not digits.isdigit() or int(digits) >= 1 << 64:
+        _refuse(digits)
+    return int(digits)
+
+
+def _refuse(number: str) -> NoReturn:
+    raise ValueError(f"{number[:30]} is no count")
+
+
+def read_json(
+    path: Path,
+    *,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
+    """The JSON object that a small file of a model folder holds.
+
+    Args:
+        path: The file.
+        max_bytes: How large it may be.
+        make_object: Makes an object of its keys and values; by default a key's last value counts, as for transformers.
+
+    Raises:
+        CheckpointError: If there is none, it is too large, or it is a link that leads out of its folder.
+    """
+    refuse_stray_link(path, path.parent)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, max_bytes).decode(), object_pairs_hook=make_object)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is no model folder: it has no {path.name}") from None
     except OSError as error:
@@ -123,7 +206,16 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
+    level: list[Any] = [content]
+    for _ in range(MAX_DEPTH):
+        level = [child for node in level if isinstance(node, (dict, list)) for child in _children(node)]
+    if level:
+        raise CheckpointError(f"{path} has lists or objects {MAX_DEPTH} levels deep, which no such file needs")
     return content
+
+
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -132,7 +224,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: If it is no index, or names anything but safetensors files of its own folder.
     """
-    owners = read_json(path).get("weight_map")
+    owners = read_json(path, max_bytes=MAX_INDEX_BYTES, make_object=_unique).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(shard, str) for shard in owners.values()):
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     for shard in set(owners.values()):

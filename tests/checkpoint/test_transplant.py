@@ -81,9 +81,9 @@ def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pai
 
 def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tmp_path):
     """A Hub cache is a folder of links to shared blobs."""
-    blobs = shutil.copytree(llama_pair[0], tmp_path / "blobs")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    blobs = shutil.copytree(llama_pair[0], tmp_path / "models--some--model" / "blobs")
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
         (snapshot / path.name).symlink_to(path)
         path.chmod(0o444)

@@ -202,7 +202,9 @@ def _with_rows(ours: torch.Tensor, theirs: torch.Tensor, ranges: Sequence[Rows])
 
 def _select(recipe: Recipe) -> _Selected:
     plan = make_plan(recipe)
-    files = tuple(checkpoint.folder / shard for checkpoint in (plan.target, plan.source) for shard in checkpoint.shards)
+    # A commit on the Hub does not change; what is here of it may grow.
+    local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
+    files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
     reporter = ConsoleReporter()
     selection = given_selection(recipe, plan)

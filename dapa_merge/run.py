@@ -31,7 +31,7 @@ from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, readable_certificate
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import given_selection, make_plan, open_location
+from dapa_merge.selection import fetch_units, given_selection, make_plan, open_location
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Response
@@ -65,7 +65,8 @@ def repair(
     """
     start = time.monotonic()
     reporter = reporter or Reporter()
-    plan = make_plan(recipe)
+    # An evaluation loads the whole source too.
+    plan = make_plan(recipe, partial=not evaluate)
     # Now rather than after hours of search.
     check_destination(out, plan.target)
     selection = given_selection(recipe, plan)
@@ -124,6 +125,7 @@ def write(
     responses: Mapping[str, Sequence[Response]],
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
+    fetch_units(plan, selection, reporter)
     texts = {
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
@@ -199,6 +201,7 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
     selection = given_selection(recipe, plan)
     if selection is not None:
         plan = cut(plan, selection)
+    fetch_units(plan, plan.units, reporter)
     with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)
     faults = [f"{name} {what}" for name, what in verification.differences]

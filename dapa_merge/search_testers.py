@@ -86,7 +86,7 @@ def _make_tester(
     import torch
 
     torch.set_num_threads(num_threads)
-    plan = plan_transplant(open_location(recipe.target), open_location(recipe.source), recipe.modules)
+    plan = plan_transplant(open_location(recipe.target), open_location(recipe.source, partial=True), recipe.modules)
     bench = make_bench(recipe, plan, prompts, options, Reporter())
     bench.require(limits)
     return functools.partial(_test, bench)

@@ -159,9 +159,10 @@ def _strangers(origins: Mapping[str, tuple[bool, bool]]) -> list[tuple[str, str]
 def _same(result: Checkpoint, tensor: Tensor, other: Checkpoint, expected: Tensor) -> bool:
     """Whether two tensors of one size have the same bytes. Reads both in pieces that stay in the processor's cache."""
     mine, theirs = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
-    with result.open(tensor.file) as one, other.open(expected.file) as two:
-        one.seek(tensor.start)
-        two.seek(expected.start)
+    with (
+        result.open(tensor.file, tensor.start, tensor.stop) as one,
+        other.open(expected.file, expected.start, expected.stop) as two,
+    ):
         for start in range(0, tensor.num_bytes, PIECE_BYTES):
             size = min(PIECE_BYTES, tensor.num_bytes - start)
             if size < PIECE_BYTES:
@@ -175,8 +176,7 @@ def _same(result: Checkpoint, tensor: Tensor, other: Checkpoint, expected: Tenso
 
 def _same_as_converted(result: Checkpoint, tensor: Tensor, source: Checkpoint, theirs: Tensor) -> bool:
     """Whether a tensor of the result is the source's, rounded to the result's dtype."""
-    with result.open(tensor.file) as file:
-        file.seek(tensor.start)
+    with result.open(tensor.file, tensor.start, tensor.stop) as file:
         try:
             return all(file.read(len(piece)) == piece for piece in source_bytes(source, theirs, tensor.dtype))
         except ValueDoesNotFit:

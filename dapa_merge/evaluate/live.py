@@ -64,8 +64,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
 
     Raises:
         CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
+        HubError: If some of its weights have to be fetched, and the Hub does not give them.
         UsageError: If it does not fit in the device's memory.
     """
+    checkpoint = checkpoint.whole()
     if not any(checkpoint.folder.glob("*token*")):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
@@ -190,7 +192,7 @@ class LiveModel:
 def mapped_values(checkpoint: Checkpoint, tensor: Tensor) -> torch.Tensor:
     """A tensor's values as stored, mapped rather than read: the pages are the file cache's, not ours."""
     start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-    with checkpoint.open(tensor.file) as file:
+    with checkpoint.open(tensor.file, tensor.start, tensor.stop) as file:
         # Private and writable, because torch warns of memory that is not; nobody writes to it.
         mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
     return torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start).view(

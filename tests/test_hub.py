@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from hub_server import SHA, hub
-
-
-def dapa_merge(endpoint, home, *arguments):
-    code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
-    )
+from hub_server import SHA, dapa_merge, hub
 
 
 @pytest.fixture
@@ -30,6 +14,8 @@ def repositories(llama_pair, tmp_path):
     """The random pair as repositories, with files beside the model that must not be fetched."""
     target = shutil.copytree(llama_pair[0], tmp_path / "served" / "target")
     (target / "pytorch_model.bin").write_bytes(b"pickle")
+    # Mistral AI publishes the weights in a second form, which nobody reads.
+    (target / "consolidated.safetensors").write_bytes(b"weights")
     (target / "modeling_evil.py").write_text("raise SystemExit")
     return {"someone/target": target, "someone/source": llama_pair[1]}
 
@@ -42,7 +28,7 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     report = json.loads(result.stdout)
     assert (report["target"], report["source"]) == ("someone/target@v1", "someone/source")
     assert any(f"/resolve/{SHA}/config.json" in line for line in log)
-    assert not [line for line in log if "pytorch_model.bin" in line]
+    assert not [line for line in log if "pytorch_model.bin" in line or "consolidated" in line]
     replayed = (tmp_path / "out" / "mergekit_config.yml").read_text()
     assert f"base_model: someone/target@{SHA}" in replayed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(

@@ -17,7 +17,6 @@ from dapa_merge.errors import HubError, one_line
 MAX_FAILURES = 6
 MAX_WAIT_SECONDS = 8.0
 TIMEOUT_SECONDS = 60.0
-CHUNK_BYTES = 1 << 20
 RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -91,7 +90,8 @@ class RemoteFile:
             hf_raise_for_status(response)
             self._check(response, start, stop)
             left = stop - start
-            for piece in response.iter_bytes(CHUNK_BYTES):
+            # As they come: what is gathered into larger pieces is lost when the connection breaks.
+            for piece in response.iter_raw():
                 if len(piece) > left:
                     raise HubError("the answer was longer than what was asked for")
                 left -= len(piece)

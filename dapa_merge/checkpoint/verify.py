@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Rows, Unit, rows_text
@@ -92,6 +92,9 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
 def prove(out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
     """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
     selection = join(plan, selection)
+    if plan.source.partial is not None:
+        # What is not here of the source is not fetched for it: all other units must be the target's.
+        plan = replace(plan, units=tuple(dict.fromkeys(unit.whole for unit in selection)))
     verification = verify(out, cut(plan, selection), progress)
     if not verification.holds:
         name, what = verification.differences[0]

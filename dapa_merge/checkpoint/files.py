@@ -126,9 +126,8 @@ def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = F
     if not os.path.isdir(path):
         return _open_repository(path, revision, name, partial)
     folder = Path(path)
-    config = read_json(folder / "config.json")
-    layout = find_weights(os.listdir(folder), name)
-    return _read(Checkpoint(name, folder, config, {}, ()), layout)
+    config = _read_config(folder)
+    return _read(Checkpoint(name, folder, config, {}, ()), find_weights(os.listdir(folder), name))
 
 
 def _open_repository(repository: str, revision: str | None, name: str, partial: bool) -> Checkpoint:
@@ -138,7 +137,7 @@ def _open_repository(repository: str, revision: str | None, name: str, partial: 
 
     snapshot = open_snapshot(repository, revision)
     # Before gigabytes are fetched in vain.
-    config = read_json(snapshot.folder / "config.json")
+    config = _read_config(snapshot.folder)
     layout = find_weights(snapshot.files, name)
     checkpoint = Checkpoint(name, snapshot.folder, config, {}, (), snapshot.commit)
     shards = _shards(checkpoint, layout)
@@ -151,6 +150,18 @@ def _open_repository(repository: str, revision: str | None, name: str, partial: 
             pass
     snapshot.fetch(shards)
     return _read(checkpoint, layout)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`; or what Mistral AI's `params.json` says of the layers, for weights in its own form."""
+    params = folder / "params.json"
+    if (folder / "config.json").exists() or not params.is_file():
+        return read_json(folder / "config.json")
+    # mergekit and transformers know no class of this name, so that the layers are read off the tensors' names.
+    config: dict[str, Any] = {"architectures": ["MistralConsolidated"]}
+    if (num_layers := read_json(params).get("n_layers")) is not None:
+        config["num_hidden_layers"] = num_layers
+    return config
 
 
 def _shards(checkpoint: Checkpoint, layout: Layout) -> tuple[str, ...]:

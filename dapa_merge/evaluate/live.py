@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
+from dapa_merge.checkpoint.standard import standard_folder
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
 
@@ -71,11 +72,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     if not any(checkpoint.folder.glob("*token*")):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
-        with quiet_transformers():
+        with quiet_transformers(), standard_folder(checkpoint) as folder:
             _check_is_decoder(checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
+                folder,
                 dtype="auto",
                 device_map={"": device},
                 use_safetensors=True,

@@ -18,17 +18,19 @@ if TYPE_CHECKING:
     from dapa_merge.evaluate.prompts import PromptSet
 
 
-def make_plan(recipe: Recipe, *, partial: bool = True) -> Plan:
+def make_plan(recipe: Recipe, *, partial: bool = True, allow_pickle: bool = False) -> Plan:
     """Open both checkpoints, find their units and check the recipe against them. Loads no torch.
 
     Args:
         recipe: What to repair, with what.
         partial: Fetch of a source on the Hub what is read of it, rather than the whole model.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
 
     Raises:
         DapaError: With the sentence for whatever does not fit.
     """
-    target, source = open_location(recipe.target), open_location(recipe.source, partial=partial)
+    target = open_location(recipe.target, allow_pickle=allow_pickle)
+    source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle)
     plan = plan_transplant(target, source, recipe.modules)
     _check_dtype(recipe, target)
     if given_selection(recipe, plan) is None:
@@ -72,9 +74,9 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     return split(load_prompts(recipe.prompts), recipe.confirm)
 
 
-def open_location(location: Location, *, partial: bool = False) -> Checkpoint:
-    """The checkpoint that a recipe or a command names; `partial` as in `open_checkpoint`."""
-    return open_checkpoint(location.path, location.revision, partial=partial)
+def open_location(location: Location, *, partial: bool = False, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint that a recipe or a command names, opened as `open_checkpoint` does."""
+    return open_checkpoint(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
 
 
 def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:

@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from hub_server import SHA, dapa_merge, hub
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -59,3 +61,22 @@ def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, c
     assert result.returncode == 5, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"Error: {name} is no folder here, and the Hub does not give it: ")
+
+
+def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path):
+    source = tmp_path / "served" / "source"
+    shutil.copytree(llama_pair[1], source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    weights = {}
+    for path in llama_pair[1].glob("*.safetensors"):
+        weights |= load_file(path)
+    torch.save(weights, source / "pytorch_model.bin")
+    recipe = write_recipe(llama_pair[0], "someone/source", layers=2)
+    arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
+    with hub({"someone/source": source}) as (endpoint, log):
+        refused = dapa_merge(endpoint, tmp_path / "home", *arguments)
+        assert refused.returncode == 4
+        assert "someone/source has pickled weights only" in refused.stderr
+        assert not [line for line in log if ".bin" in line]
+        result = dapa_merge(endpoint, tmp_path / "home", *arguments, "--allow-pickle")
+    assert result.returncode == 0, result.stderr
+    assert f"- model: someone/source@{SHA}" in (tmp_path / "out" / "mergekit_config.yml").read_text()

@@ -28,7 +28,7 @@ class Checkpoint:
 
     Attributes:
         name: What the user called it: a path or a Hub id, with the revision if one was given.
-        folder: Where its files are.
+        folder: Where its files are; for pickles, a folder in the user's cache that has them as safetensors.
         config: `config.json`.
         tensors: Every tensor by name, in the order of the files.
         shards: The weight files, in order.
@@ -109,7 +109,9 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str, revision: str | None = None, *, partial: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a local model folder, or a snapshot of a Hub repository.
 
     Args:
@@ -117,6 +119,7 @@ def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = F
         revision: Branch, tag or commit on the Hub.
         partial: Of a Hub repository that is not here yet, fetch the headers, and weights only as they are read. Where
             the server has no ranges, everything is fetched all the same.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
 
     Raises:
         CheckpointError: If the files are not a sound safetensors checkpoint.
@@ -124,13 +127,17 @@ def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = F
     """
     name = f"{path}@{revision}" if revision else path
     if not os.path.isdir(path):
-        return _open_repository(path, revision, name, partial)
+        return _open_repository(path, revision, name, partial, allow_pickle)
     folder = Path(path)
-    config = _read_config(folder)
-    return _read(Checkpoint(name, folder, config, {}, ()), find_weights(os.listdir(folder), name))
+    checkpoint = Checkpoint(name, folder, _read_config(folder), {}, ())
+    layout = find_weights(os.listdir(folder), name)
+    if layout.pickled:
+        return _read_pickled(checkpoint, layout, allow_pickle)
+    return _read(checkpoint, layout)
 
 
-def _open_repository(repository: str, revision: str | None, name: str, partial: bool) -> Checkpoint:
+def _open_repository(repository: str, revision: str | None, name: str, partial: bool, allow_pickle: bool) -> Checkpoint:
+    from dapa_merge.checkpoint import pickled
     from dapa_merge.checkpoint.hub import mirror_folder, open_snapshot
     from dapa_merge.checkpoint.partial import PartialWeights
     from dapa_merge.checkpoint.ranges import RangesIgnored
@@ -140,6 +147,10 @@ def _open_repository(repository: str, revision: str | None, name: str, partial: 
     config = _read_config(snapshot.folder)
     layout = find_weights(snapshot.files, name)
     checkpoint = Checkpoint(name, snapshot.folder, config, {}, (), snapshot.commit)
+    if layout.pickled:
+        if allow_pickle:
+            snapshot.fetch(pickled.pickle_files(snapshot.folder, layout))
+        return _read_pickled(checkpoint, layout, allow_pickle)
     shards = _shards(checkpoint, layout)
     if partial and snapshot.lacks(shards):
         weights = PartialWeights(repository, snapshot.commit, mirror_folder(repository, snapshot.commit))
@@ -165,13 +176,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _shards(checkpoint: Checkpoint, layout: Layout) -> tuple[str, ...]:
-    if layout.pickled:
-        raise CheckpointError(
-            f"{checkpoint.name} has pickled weights only, which can run code when loaded; save it again as safetensors"
-        )
     if layout.index is None:
         return layout.shards
     return tuple(sorted(set(read_index(checkpoint.folder / layout.index).values())))
+
+
+def _read_pickled(checkpoint: Checkpoint, layout: Layout, allow_pickle: bool) -> Checkpoint:
+    from dapa_merge.checkpoint import pickled
+
+    if not allow_pickle:
+        raise pickled.refusal(checkpoint.name)
+    folder = pickled.as_safetensors(checkpoint.folder, layout)
+    return _read(replace(checkpoint, folder=folder), find_weights(os.listdir(folder), checkpoint.name))
 
 
 def _read(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:

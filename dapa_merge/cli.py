@@ -15,6 +15,7 @@ import click
 from dapa_merge import __version__
 from dapa_merge.cli_group import Group
 from dapa_merge.cli_options import (
+    allow_pickle_option,
     device_option,
     evaluator_options,
     journal_option,
@@ -90,6 +91,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 @journal_option
 @workers_option
 @evaluator_options
+@allow_pickle_option
 @json_option
 @click.pass_obj
 def run(
@@ -101,6 +103,7 @@ def run(
     journal: Path | None,
     workers: str | None,
     evaluators: EvaluatorOptions,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Repair a model from a recipe.
@@ -110,7 +113,7 @@ def run(
     """
     from dapa_merge.recipe_file import load_recipe
 
-    options = search_options(device, journal, workers, evaluators)
+    options = search_options(device, journal, workers, evaluators, allow_pickle)
     _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet)
 
 
@@ -124,15 +127,16 @@ def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_j
 
 @main.command()
 @recipe_argument
+@allow_pickle_option
 @json_option
-def plan(recipe: Path, as_json: bool) -> None:
+def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
     from dapa_merge.plan_view import plan_json, print_plan
     from dapa_merge.recipe_file import load_recipe
     from dapa_merge.selection import given_selection, make_plan
 
     parsed = load_recipe(recipe)
-    made = make_plan(parsed)
+    made = make_plan(parsed, allow_pickle=allow_pickle)
     selection = given_selection(parsed, made)
     _print(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
 
@@ -148,6 +152,7 @@ def plan(recipe: Path, as_json: bool) -> None:
 @journal_option
 @workers_option
 @evaluator_options
+@allow_pickle_option
 @json_option
 @click.pass_obj
 def search(
@@ -158,6 +163,7 @@ def search(
     journal: Path | None,
     workers: str | None,
     evaluators: EvaluatorOptions,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Find the few layers that are needed.
@@ -173,8 +179,8 @@ def search(
 
     with _kept_in(out) as keep:
         parsed = load_recipe(recipe)
-        options = search_options(device, journal, workers, evaluators)
-        made = make_plan(parsed)
+        options = search_options(device, journal, workers, evaluators, allow_pickle)
+        made = make_plan(parsed, allow_pickle=allow_pickle)
         found = search_plan(parsed, made, options, _reporter(quiet))
         replay = replay_text(parsed, made, found.minimum.units)
 
@@ -212,6 +218,7 @@ def search(
     "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
 )
 @evaluator_options
+@allow_pickle_option
 @device_option
 @json_option
 @click.pass_obj
@@ -226,6 +233,7 @@ def evaluate(
     batch_size: int | None,
     responses: Path | None,
     evaluators: EvaluatorOptions,
+    allow_pickle: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -240,8 +248,8 @@ def evaluate(
     from dapa_merge.report import jsonable
     from dapa_merge.run import evaluate_model, responses_text
 
-    settings = {"evaluator": evaluator, "text": text, "skills": skills}
-    limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "allow_pickle": allow_pickle}
     with _kept_in(responses) as keep:
         measured = evaluate_model(model, prompts, device, _reporter(quiet), evaluators, **settings, **limits)
 
@@ -262,9 +270,10 @@ def evaluate(
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
 )
+@allow_pickle_option
 @json_option
 @click.pass_obj
-def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
+def verify(quiet: bool, out: Path, recipe: Path | None, allow_pickle: bool, as_json: bool) -> None:
     """Check a result against its target and source.
 
     Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are neither the target's nor
@@ -273,7 +282,7 @@ def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
     from dapa_merge.report import spans
     from dapa_merge.run import verify_result
 
-    verification, faults = verify_result(out, recipe, _reporter(quiet))
+    verification, faults = verify_result(out, recipe, _reporter(quiet), allow_pickle=allow_pickle)
     units = list(map(str, verification.transplanted))
 
     def show(console: Console) -> None:

@@ -59,6 +59,14 @@ judge_requests_option = click.option(
     show_envvar=True,
     help="Ask the judge at most so many times in all; what is left is undecided.",
 )
+allow_pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    envvar="DAPA_ALLOW_PICKLE",
+    show_envvar=True,
+    help="Read weights that there are as pickles only (pytorch_model.bin), as nothing but tensors, and keep them as "
+    "safetensors in the user's cache folder.",
+)
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
@@ -94,8 +102,9 @@ def search_options(
     journal: Path | None = None,
     workers: str | None = None,
     evaluators: EvaluatorOptions | None = None,
+    allow_pickle: bool = False,
 ) -> SearchOptions:
-    """What `--device`, `--journal`, `--workers` and the options of evaluators ask for.
+    """What `--device`, `--journal`, `--workers`, `--allow-pickle` and the options of evaluators ask for.
 
     Raises:
         UsageError: If `--workers` is not understood, or Ray is not installed.
@@ -112,4 +121,6 @@ def search_options(
         # Before the models are read.
         import_ray()
     num_workers = int(number) if number else None
-    return SearchOptions(device, journal, workers is not None, num_workers, evaluators or EvaluatorOptions())
+    return SearchOptions(
+        device, journal, workers is not None, num_workers, evaluators or EvaluatorOptions(), allow_pickle
+    )

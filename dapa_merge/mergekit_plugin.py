@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
 from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.pickled import ALLOW_VARIABLE
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.region import Box
 from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite
@@ -212,8 +214,11 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 
 
 def _select(recipe: Recipe) -> _Selected:
-    plan = make_plan(recipe)
-    files = tuple(checkpoint.folder / shard for checkpoint in (plan.target, plan.source) for shard in checkpoint.shards)
+    allow_pickle = bool(click.BOOL.convert(os.environ.get(ALLOW_VARIABLE) or "0", None, None))
+    plan = make_plan(recipe, allow_pickle=allow_pickle)
+    # A commit on the Hub does not change; what is here of it may grow.
+    local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
+    files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
     reporter = ConsoleReporter()
     selection = given_selection(recipe, plan)
@@ -221,7 +226,7 @@ def _select(recipe: Recipe) -> _Selected:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        search = SearchOptions(device, evaluators=EvaluatorOptions.from_environment())
+        search = SearchOptions(device, evaluators=EvaluatorOptions.from_environment(), allow_pickle=allow_pickle)
         selection = join(plan, search_plan(recipe, plan, search, reporter).minimum.units)
     reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(

@@ -31,7 +31,7 @@ from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, readable_certificate
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import given_selection, make_plan, open_location
+from dapa_merge.selection import fetch_units, given_selection, make_plan, open_location
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Response
@@ -65,7 +65,9 @@ def repair(
     """
     start = time.monotonic()
     reporter = reporter or Reporter()
-    plan = make_plan(recipe)
+    options = options or SearchOptions()
+    # An evaluation loads the whole source too.
+    plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     # Now rather than after hours of search.
     check_destination(out, plan.target)
     selection = given_selection(recipe, plan)
@@ -73,7 +75,7 @@ def repair(
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     evidence: Evidence | None = None
     if evaluate:
-        evidence = gather_evidence(recipe, plan, selection, options or SearchOptions(), reporter)
+        evidence = gather_evidence(recipe, plan, selection, options, reporter)
         selection = evidence.selection
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
@@ -124,6 +126,7 @@ def write(
     responses: Mapping[str, Sequence[Response]],
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
+    fetch_units(plan, selection, reporter)
     texts = {
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
@@ -154,7 +157,14 @@ def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
 
 
 def evaluate_model(
-    model: str, prompts: str, device: str, reporter: Reporter, options: EvaluatorOptions, **settings: Any
+    model: str,
+    prompts: str,
+    device: str,
+    reporter: Reporter,
+    options: EvaluatorOptions,
+    *,
+    allow_pickle: bool = False,
+    **settings: Any,
 ) -> Measured:
     """All figures of one model: a folder or a Hub id, as `id@revision` if need be.
 
@@ -164,6 +174,7 @@ def evaluate_model(
         device: Where to evaluate.
         reporter: Hears of the steps.
         options: Where evaluators of the user's own are, and which judge to ask.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
         settings: Further arguments of `make_meter`.
 
     Raises:
@@ -171,7 +182,7 @@ def evaluate_model(
     """
     prompt_set = load_prompts(prompts)
     try:
-        checkpoint = open_location(parse_location(model))
+        checkpoint = open_location(parse_location(model), allow_pickle=allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is no model; write a folder, a Hub id or id@revision") from None
     from dapa_merge.meters import make_meter
@@ -179,7 +190,9 @@ def evaluate_model(
     return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)
 
 
-def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tuple[Verification, list[str]]:
+def verify_result(
+    out: Path, recipe_path: Path | None, reporter: Reporter, *, allow_pickle: bool = False
+) -> tuple[Verification, list[str]]:
     """Compare a result with its target and source; also one that `mergekit-yaml` wrote.
 
     If the recipe names no layers, any selection of units is right, but not an empty one.
@@ -195,10 +208,11 @@ def verify_result(out: Path, recipe_path: Path | None, reporter: Reporter) -> tu
     if recipe_path is None and not (out / RECIPE_NAME).is_file():
         raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, allow_pickle=allow_pickle)
     selection = given_selection(recipe, plan)
     if selection is not None:
         plan = cut(plan, selection)
+    fetch_units(plan, plan.units, reporter)
     with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)
     faults = [f"{name} {what}" for name, what in verification.differences]
@@ -248,4 +262,4 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
 
 def _pinned(location: Location, checkpoint: Checkpoint) -> str:
     # A relative path would mean another model in another folder, and at worst a stranger's repository on the Hub.
-    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else str(checkpoint.folder.absolute())
+    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else os.path.abspath(location.path)

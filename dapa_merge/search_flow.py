@@ -22,7 +22,7 @@ from dapa_merge.search_basis import make_requirement, measure_baseline, weigh
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.search_record import open_journal
 from dapa_merge.search_testers import InProcess, Test, in_order, make_bench, ray_testers
-from dapa_merge.selection import split_prompts
+from dapa_merge.selection import fetch_units, split_prompts
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Baseline, Bench
@@ -72,6 +72,8 @@ def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions, reporter: Re
         DapaError: For whatever else does not fit.
     """
     searching, _ = split_prompts(recipe)
+    # All of them, which are tested together first.
+    fetch_units(plan, plan.units, reporter)
     with (
         closing(make_bench(recipe, plan, searching, options, reporter)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal,

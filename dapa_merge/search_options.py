@@ -18,6 +18,7 @@ class SearchOptions:
         uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
         num_workers: How many; None for one on each GPU or, without GPUs, on each node.
         evaluators: Where evaluators of the user's own are, and which judge to ask.
+        allow_pickle: Whether weights that there are as pickles only are read, as nothing but tensors.
     """
 
     device: str = "auto"
@@ -25,3 +26,4 @@ class SearchOptions:
     uses_ray: bool = False
     num_workers: int | None = None
     evaluators: EvaluatorOptions = field(default_factory=EvaluatorOptions)
+    allow_pickle: bool = False

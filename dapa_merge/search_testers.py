@@ -86,7 +86,9 @@ def _make_tester(
     import torch
 
     torch.set_num_threads(num_threads)
-    plan = plan_transplant(open_location(recipe.target), open_location(recipe.source), recipe.modules)
+    target = open_location(recipe.target, allow_pickle=options.allow_pickle)
+    source = open_location(recipe.source, partial=True, allow_pickle=options.allow_pickle)
+    plan = plan_transplant(target, source, recipe.modules)
     bench = make_bench(recipe, plan, prompts, options, Reporter())
     bench.require(limits)
     return functools.partial(_test, bench)

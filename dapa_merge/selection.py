@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.architecture import Unit
@@ -10,19 +11,26 @@ from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
 from dapa_merge.errors import RecipeError
 from dapa_merge.evaluate.prompts import load_prompts, split
+from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.prompts import PromptSet
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, partial: bool = True, allow_pickle: bool = False) -> Plan:
     """Open both checkpoints, find their units and check the recipe against them. Loads no torch.
+
+    Args:
+        recipe: What to repair, with what.
+        partial: Fetch of a source on the Hub what is read of it, rather than the whole model.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
 
     Raises:
         DapaError: With the sentence for whatever does not fit.
     """
-    target, source = open_location(recipe.target), open_location(recipe.source)
+    target = open_location(recipe.target, allow_pickle=allow_pickle)
+    source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle)
     plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
     if given_selection(recipe, plan) is None:
@@ -71,9 +79,26 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     return split(load_prompts(recipe.prompts), recipe.confirm)
 
 
-def open_location(location: Location) -> Checkpoint:
-    """The checkpoint that a recipe or a command names."""
-    return open_checkpoint(location.path, location.revision)
+def open_location(location: Location, *, partial: bool = False, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint that a recipe or a command names, opened as `open_checkpoint` does."""
+    return open_checkpoint(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
+
+
+def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
+    """Fetch the source's bytes of these units at once, if they are on the Hub, rather than one by one later.
+
+    Raises:
+        HubError: If the Hub does not give them; what came is kept for the next time.
+    """
+    ranges = [
+        (theirs.tensor.file, start, start + num_bytes)
+        for _, theirs in plan.regions(units)
+        for start, num_bytes in theirs.runs()
+    ]
+    if num_bytes := plan.source.num_missing(ranges):
+        reporter.say(f"fetching {num_bytes / 1e9:.2f} GB of {plan.source.name}")
+        with reporter.task("fetching the source's units", num_bytes) as fetched:
+            plan.source.ensure_all(ranges, fetched)
 
 
 def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:

@@ -8,17 +8,68 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import urllib.parse
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
-def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: list[str]):
+PIECE_BYTES = 1 << 14
+
+
+@dataclass
+class Faults:
+    """What goes wrong with files.
+
+    Attributes:
+        drop_every: The connection breaks when an answer has brought so many bytes.
+        refusals: Statuses of which about every third request for weights gets the next, until there are none left.
+        stall_after: All answers hang when so many bytes of weights went out, until `stalled` is read.
+        ignores_ranges: Requests for ranges get the whole file.
+        has_cdn: Weights are answered with a redirection to the same server under another name.
+        stalled: Set when answers hang.
+        released: Set to let them go on.
+    """
+
+    drop_every: int | None = None
+    refusals: list[int] = field(default_factory=list)
+    stall_after: int | None = None
+    ignores_ranges: bool = False
+    has_cdn: bool = False
+    stalled: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
+
+
+class Log(list):
+    """The requests, as `METHOD PATH`; and how many bytes of each file went out.
+
+    Attributes:
+        served: By `REPOSITORY/FILE`.
+        authorized: The requests that came with a token.
+    """
+
+    def __init__(self):
+        self.served: Counter[str] = Counter()
+        self.authorized: list[str] = []
+
+    def num_weight_bytes(self, repository: str = "") -> int:
+        return sum(
+            number
+            for name, number in self.served.items()
+            if name.startswith(repository) and name.endswith(".safetensors")
+        )
+
+
+def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: Log, faults: Faults):
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.answer(body=False)
@@ -28,6 +79,8 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: l
 
         def answer(self, body: bool):
             log.append(f"{self.command} {self.path}")
+            if "Authorization" in self.headers:
+                log.authorized.append(log[-1])
             if match := re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)/auth-check", self.path):
                 status = statuses.get(f"files of datasets/{match.group(1)}", 200)
                 self.send(status, b"{}", body, **({"X-Error-Code": "GatedRepo"} if status != 200 else {}))
@@ -38,6 +91,8 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: l
                 self.describe(repository, match.group(4) or "main", body)
             elif match := re.fullmatch(r"/((?:datasets/)?[\w-]+/[\w-]+)/resolve/([\w-]+)/([\w./-]+)(\?.*)?", self.path):
                 self.serve(match.group(1), match.group(3), body)
+            elif match := re.fullmatch(r"/cdn/([\w-]+/[\w-]+)/([\w./-]+)", self.path):
+                self.send_file(match.group(1), match.group(2), body)
             elif match := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/tree/([\w-]+)(\?.*)?", self.path):
                 self.tree(repositories[match.group(1)])
             elif match := re.fullmatch(
@@ -89,9 +144,51 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: l
             if not path.is_file():
                 self.send(404, b"", body, **{"X-Error-Code": "EntryNotFound"})
                 return
-            content = path.read_bytes()
-            etag = hashlib.sha256(content).hexdigest()
-            self.send(200, content, body, ETag=f'"{etag}"', **{"X-Repo-Commit": SHA})
+            is_weights = name.endswith(".safetensors")
+            if body and is_weights and faults.refusals and len(log) % 3 == 0:
+                self.send(faults.refusals.pop(), b"", body, **{"Retry-After": "0"})
+            elif faults.has_cdn and is_weights:
+                linked = {"X-Linked-Etag": f'"{etag(path)}"', "X-Linked-Size": str(path.stat().st_size)}
+                place = f"http://localhost:{self.server.server_port}/cdn/{repository}/{name}"
+                self.send(302, b"", body, Location=place, **linked, **{"X-Repo-Commit": SHA})
+            else:
+                self.send_file(repository, name, body)
+
+        def send_file(self, repository: str, name: str, body: bool):
+            path = repositories[repository] / name
+            size = path.stat().st_size
+            start, stop = 0, size
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
+            if asked and not faults.ignores_ranges:
+                start, stop = int(asked.group(1)), min(int(asked.group(2) or size - 1) + 1, size)
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            self.send_response(206 if "Content-Range" in headers else 200)
+            for key, value in {**headers, "Content-Length": str(stop - start)}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.send_bytes(path, start, stop, f"{repository}/{name}")
+
+        def send_bytes(self, path: Path, start: int, stop: int, name: str):
+            num_sent = 0
+            with path.open("rb") as file:
+                file.seek(start)
+                while num_sent < stop - start:
+                    if faults.drop_every is not None and num_sent >= faults.drop_every:
+                        self.close_connection = True
+                        return
+                    if faults.stall_after is not None and log.num_weight_bytes() >= faults.stall_after:
+                        faults.stalled.set()
+                        faults.released.wait(60)
+                    piece = file.read(min(PIECE_BYTES, stop - start - num_sent))
+                    try:
+                        self.wfile.write(piece)
+                    except OSError:  # The client is gone.
+                        self.close_connection = True
+                        return
+                    num_sent += len(piece)
+                    log.served[name] += len(piece)
 
         def send(self, status: int, content: bytes, body: bool, **headers: str):
             self.send_response(status)
@@ -107,22 +204,60 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: l
     return Handler
 
 
+def etag(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that are killed."""
+
+
 @contextlib.contextmanager
-def hub(repositories: dict[str, Path], statuses: dict[str, int] | None = None) -> Iterator[tuple[str, list[str]]]:
+def hub(
+    repositories: dict[str, Path], statuses: dict[str, int] | None = None, faults: Faults | None = None
+) -> Iterator[tuple[str, Log]]:
     """Serve folders as repositories; yields the endpoint and the log of requests.
 
     Args:
         repositories: From the name of a repository to its folder.
         statuses: From a repository to the status of every question about it; from `files of REPOSITORY` to that of its
             files alone, which 401 or 403 makes a gated one.
+        faults: What goes wrong with files.
     """
-    log: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(repositories, statuses or {}, log))
+    log = Log()
+    faults = faults or Faults()
+    server = Server(("127.0.0.1", 0), make_handler(repositories, statuses or {}, log, faults))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", log
     finally:
+        faults.released.set()
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def command_line(*arguments: object) -> list[str]:
+    """A command of dapa-merge for a process of its own."""
+    code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def environment(endpoint: str, home: Path, **changes: str) -> dict[str, str]:
+    """Where such a process finds the Hub, and an empty cache of it."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    return {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **changes}
+
+
+def dapa_merge(endpoint: str, home: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of dapa-merge in a process of its own."""
+    return subprocess.run(
+        command_line(*arguments),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=environment(endpoint, home, **changes),
+    )

@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
-from hub_server import SHA, hub
-
-
-def dapa_merge(endpoint, home, *arguments):
-    code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
-    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={**environment, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
-    )
+import torch
+from hub_server import SHA, dapa_merge, hub
+from safetensors.torch import load_file
 
 
 @pytest.fixture
@@ -30,6 +16,8 @@ def repositories(llama_pair, tmp_path):
     """The random pair as repositories, with files beside the model that must not be fetched."""
     target = shutil.copytree(llama_pair[0], tmp_path / "served" / "target")
     (target / "pytorch_model.bin").write_bytes(b"pickle")
+    # Mistral AI publishes the weights in a second form, which nobody reads.
+    (target / "consolidated.safetensors").write_bytes(b"weights")
     (target / "modeling_evil.py").write_text("raise SystemExit")
     return {"someone/target": target, "someone/source": llama_pair[1]}
 
@@ -42,7 +30,7 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     report = json.loads(result.stdout)
     assert (report["target"], report["source"]) == ("someone/target@v1", "someone/source")
     assert any(f"/resolve/{SHA}/config.json" in line for line in log)
-    assert not [line for line in log if "pytorch_model.bin" in line]
+    assert not [line for line in log if "pytorch_model.bin" in line or "consolidated" in line]
     replayed = (tmp_path / "out" / "mergekit_config.yml").read_text()
     assert f"base_model: someone/target@{SHA}" in replayed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
@@ -73,3 +61,22 @@ def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, c
     assert result.returncode == 5, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"Error: {name} is no folder here, and the Hub does not give it: ")
+
+
+def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path):
+    source = tmp_path / "served" / "source"
+    shutil.copytree(llama_pair[1], source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    weights = {}
+    for path in llama_pair[1].glob("*.safetensors"):
+        weights |= load_file(path)
+    torch.save(weights, source / "pytorch_model.bin")
+    recipe = write_recipe(llama_pair[0], "someone/source", layers=2)
+    arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
+    with hub({"someone/source": source}) as (endpoint, log):
+        refused = dapa_merge(endpoint, tmp_path / "home", *arguments)
+        assert refused.returncode == 4
+        assert "someone/source has pickled weights only" in refused.stderr
+        assert not [line for line in log if ".bin" in line]
+        result = dapa_merge(endpoint, tmp_path / "home", *arguments, "--allow-pickle")
+    assert result.returncode == 0, result.stderr
+    assert f"- model: someone/source@{SHA}" in (tmp_path / "out" / "mergekit_config.yml").read_text()

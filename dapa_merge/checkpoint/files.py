@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
 from dapa_merge.checkpoint.untrusted import open_regular
-from dapa_merge.errors import CheckpointError, HubError, one_line
+from dapa_merge.checkpoint.weights import INDEX_NAME as INDEX_NAME
+from dapa_merge.checkpoint.weights import Layout, find_weights
+from dapa_merge.errors import CheckpointError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+if TYPE_CHECKING:
+    from dapa_merge.checkpoint.partial import FileRange, PartialWeights
+
 # Chat templates beyond the first lie in a folder of this name.
 TEMPLATES = "additional_chat_templates"
 CHUNK_BYTES = 8 << 20
-# What is fetched from the Hub: never pickles. Code is copied into a result, as a part of its target, but never run.
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Checkpoint:
 
     Attributes:
         name: What the user called it: a path or a Hub id, with the revision if one was given.
-        folder: Where its files are.
+        folder: Where its files are; for pickles, a folder in the user's cache that has them as safetensors.
         config: `config.json`.
         tensors: Every tensor by name, in the order of the files.
         shards: The weight files, in order.
         commit: The commit on the Hub that the folder is a snapshot of; None for a local folder.
+        partial: Weights on the Hub that are fetched as they are read, and lie elsewhere than in the folder; None if all
+            weights are in the folder.
     """
 
     name: str
@@ -41,20 +44,62 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     shards: tuple[str, ...]
     commit: str | None = None
+    partial: PartialWeights | None = field(default=None, compare=False, repr=False)
 
-    def open(self, shard: str) -> BufferedReader:
-        """Open one weight file, for reading only.
+    def path(self, shard: str) -> Path:
+        """Where a weight file is; of a partial one, bytes must not be read before `ensure`."""
+        return (self.folder if self.partial is None else self.partial.folder) / shard
+
+    def open(self, shard: str, start: int = 0, stop: int | None = None) -> BufferedReader:
+        """Open one weight file at `start`, for reading only, and to be read no further than to `stop`.
 
         Raises:
             CheckpointError: If it is gone or unreadable.
+            HubError: If the bytes have to be fetched, and the Hub does not give them.
         """
+        path = self.path(shard)
         try:
-            return open_regular(self.folder / shard)
+            self.ensure(shard, start, path.stat().st_size if stop is None else stop)
+            file = open_regular(path)
+            file.seek(start)
+            return file
         except OSError as error:
-            raise CheckpointError(f"cannot read {self.folder / shard}: {error.strerror}") from error
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
     def ensure(self, shard: str, start: int, stop: int) -> None:
-        """Make sure that these bytes of a weight file are here."""
+        """Make the bytes of a weight file from `start` to before `stop` present here.
+
+        Raises:
+            HubError: If they have to be fetched, and the Hub does not give them; what came is kept.
+        """
+        self.ensure_all([(shard, start, stop)])
+
+    def ensure_all(self, ranges: Iterable[FileRange], progress: Callable[[int], None] = lambda _: None) -> None:
+        """Make many ranges of bytes of the weight files present here, at once and faster than one by one.
+
+        Args:
+            ranges: Weight file, first byte, and the byte after the last; they may overlap.
+            progress: Called with numbers of bytes as they are fetched.
+
+        Raises:
+            HubError: If they have to be fetched, and the Hub does not give them; what came is kept.
+        """
+        if self.partial is not None:
+            self.partial.ensure(ranges, progress)
+
+    def num_missing(self, ranges: Iterable[FileRange]) -> int:
+        """How many bytes of these ranges have to be fetched."""
+        return 0 if self.partial is None else sum(stop - start for _, start, stop in self.partial.missing(ranges))
+
+    def whole(self) -> Checkpoint:
+        """The same checkpoint with all its weights in its folder.
+
+        Raises:
+            HubError: If they have to be fetched, and the Hub does not give them.
+        """
+        if self.partial is None:
+            return self
+        return replace(open_checkpoint(self.partial.repository, self.partial.commit), name=self.name)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -70,47 +115,104 @@ class Checkpoint:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str, revision: str | None = None, *, partial: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
     """Open a local model folder, or a snapshot of a Hub repository.
 
     Args:
         path: A folder, or a Hub id; a folder wins.
         revision: Branch, tag or commit on the Hub.
+        partial: Of a Hub repository that is not here yet, fetch the headers, and weights only as they are read. Where
+            the server has no ranges, everything is fetched all the same.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
 
     Raises:
         CheckpointError: If the files are not a sound safetensors checkpoint.
         HubError: If it is no folder and the Hub does not give it.
     """
     name = f"{path}@{revision}" if revision else path
-    folder, commit = Path(path), None
     if not os.path.isdir(path):
-        folder = _snapshot(path, revision)
-        commit = folder.name
-    config = read_json(folder / "config.json")
-    index = folder / INDEX_NAME
-    if index.is_file() and (folder / SINGLE_NAME).is_file():
-        raise CheckpointError(
-            f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, of which programs read one or the other; remove one"
-        )
-    if index.is_file():
-        owners = read_index(index)
-    elif (folder / SINGLE_NAME).is_file():
-        owners = None
-    else:
-        raise CheckpointError(_no_weights(folder, name))
-    shards = tuple(sorted(set(owners.values()))) if owners is not None else (SINGLE_NAME,)
+        return _open_repository(path, revision, name, partial, allow_pickle)
+    folder = Path(path)
+    checkpoint = Checkpoint(name, folder, _read_config(folder), {}, ())
+    layout = find_weights(os.listdir(folder), name)
+    if layout.pickled:
+        return _read_pickled(checkpoint, layout, allow_pickle)
+    return _read(checkpoint, layout)
+
+
+def _open_repository(repository: str, revision: str | None, name: str, partial: bool, allow_pickle: bool) -> Checkpoint:
+    from dapa_merge.checkpoint import pickled
+    from dapa_merge.checkpoint.hub import mirror_folder, open_snapshot
+    from dapa_merge.checkpoint.partial import PartialWeights
+    from dapa_merge.checkpoint.ranges import RangesIgnored
+
+    snapshot = open_snapshot(repository, revision)
+    # Before gigabytes are fetched in vain.
+    config = _read_config(snapshot.folder)
+    layout = find_weights(snapshot.files, name)
+    checkpoint = Checkpoint(name, snapshot.folder, config, {}, (), snapshot.commit)
+    if layout.pickled:
+        if allow_pickle:
+            snapshot.fetch(pickled.pickle_files(snapshot.folder, layout))
+        return _read_pickled(checkpoint, layout, allow_pickle)
+    shards = _shards(checkpoint, layout)
+    if partial and snapshot.lacks(shards):
+        weights = PartialWeights(repository, snapshot.commit, mirror_folder(repository, snapshot.commit))
+        try:
+            weights.open_headers(shards)
+            return _read(replace(checkpoint, partial=weights), layout)
+        except RangesIgnored:
+            pass
+    snapshot.fetch(shards)
+    return _read(checkpoint, layout)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`; or what Mistral AI's `params.json` says of the layers, for weights in its own form."""
+    params = folder / "params.json"
+    if (folder / "config.json").exists() or not params.is_file():
+        return read_json(folder / "config.json")
+    # mergekit and transformers know no class of this name, so that the layers are read off the tensors' names.
+    config: dict[str, Any] = {"architectures": ["MistralConsolidated"]}
+    if (num_layers := read_json(params).get("n_layers")) is not None:
+        config["num_hidden_layers"] = num_layers
+    return config
+
+
+def _shards(checkpoint: Checkpoint, layout: Layout) -> tuple[str, ...]:
+    if layout.index is None:
+        return layout.shards
+    return tuple(sorted(set(read_index(checkpoint.folder / layout.index).values())))
+
+
+def _read_pickled(checkpoint: Checkpoint, layout: Layout, allow_pickle: bool) -> Checkpoint:
+    from dapa_merge.checkpoint import pickled
+
+    if not allow_pickle:
+        raise pickled.refusal(checkpoint.name)
+    folder = pickled.as_safetensors(checkpoint.folder, layout)
+    return _read(replace(checkpoint, folder=folder), find_weights(os.listdir(folder), checkpoint.name))
+
+
+def _read(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
+    """The checkpoint with its tensors, from the headers of its weight files."""
+    name, shards = checkpoint.name, _shards(checkpoint, layout)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
-        for tensor in read_header(folder / shard):
+        for tensor in read_header(checkpoint.path(shard)):
             if tensor.name in tensors:
                 # transformers loads the last of the two, others ask the index: it would not be one model.
                 both = f"{tensors[tensor.name].file} and {shard}"
                 raise CheckpointError(f"{name} holds {tensor.name} twice, in {both}; save it again")
             tensors[tensor.name] = tensor
-    for tensor_name, shard in (owners or {}).items():
-        if tensor_name not in tensors or tensors[tensor_name].file != shard:
-            raise CheckpointError(f"{index} says that {shard} holds {tensor_name[:120]!r}, but it does not")
-    return Checkpoint(name, folder, config, tensors, shards, commit)
+    if layout.index is not None:
+        index = checkpoint.folder / layout.index
+        for tensor_name, shard in read_index(index).items():
+            if tensor_name not in tensors or tensors[tensor_name].file != shard:
+                raise CheckpointError(f"{index} says that {shard} holds {tensor_name[:120]!r}, but it does not")
+    return replace(checkpoint, tensors=tensors, shards=shards)
 
 
 def read_bytes(checkpoint: Checkpoint, tensor: Tensor) -> bytes:
@@ -124,31 +226,11 @@ def iterate_bytes(checkpoint: Checkpoint, tensor: Tensor) -> Iterator[bytes]:
     Raises:
         CheckpointError: If the file ends early, because it changed since its header was read.
     """
-    with checkpoint.open(tensor.file) as file:
-        file.seek(tensor.start)
+    with checkpoint.open(tensor.file, tensor.start, tensor.stop) as file:
         remaining = tensor.num_bytes
         while remaining:
             piece = file.read(min(CHUNK_BYTES, remaining))
             if not piece:
-                raise CheckpointError(f"{checkpoint.folder / tensor.file} became shorter while it was read")
+                raise CheckpointError(f"{checkpoint.path(tensor.file)} became shorter while it was read")
             remaining -= len(piece)
             yield piece
-
-
-def _no_weights(folder: Path, name: str) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        return f"{name} has pickled weights only, which can run code when loaded; save it again as safetensors"
-    return f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}"
-
-
-def _snapshot(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=HUB_PATTERNS))
-    except HFValidationError:
-        raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository") from None
-    except Exception as error:
-        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not give the model.
-        raise HubError(f"{repository} is no folder here, and the Hub does not give it: {one_line(error)}") from error

@@ -55,14 +55,14 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
     """
     num_tile_bytes = num_elements * region.num_element_bytes
     tile = bytearray()
-    with checkpoint.open(region.tensor.file) as file:
+    checkpoint.ensure_all((region.tensor.file, start, start + num_bytes) for start, num_bytes in region.runs())
+    with checkpoint.open(region.tensor.file, region.tensor.start, region.tensor.start) as file:
         for start, num_bytes in region.runs():
-            checkpoint.ensure(region.tensor.file, start, start + num_bytes)
             file.seek(start)
             while num_bytes:
                 piece = file.read(min(num_bytes, num_tile_bytes - len(tile)))
                 if not piece:
-                    raise CheckpointError(f"{checkpoint.folder / region.tensor.file} became shorter while it was read")
+                    raise CheckpointError(f"{checkpoint.path(region.tensor.file)} became shorter while it was read")
                 num_bytes -= len(piece)
                 if len(piece) == num_tile_bytes:
                     yield piece

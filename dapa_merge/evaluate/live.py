@@ -31,6 +31,7 @@ from dapa_merge.checkpoint.architecture import Unit, find_units
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.region import Part, Region
+from dapa_merge.checkpoint.standard import standard_folder
 from dapa_merge.checkpoint.values import mix
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
@@ -68,16 +69,18 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
 
     Raises:
         CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
+        HubError: If some of its weights have to be fetched, and the Hub does not give them.
         UsageError: If it does not fit in the device's memory.
     """
+    checkpoint = checkpoint.whole()
     if not any(checkpoint.folder.glob("*token*")):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
-        with quiet_transformers():
+        with quiet_transformers(), standard_folder(checkpoint) as folder:
             _check_is_decoder(checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
+                folder,
                 dtype="auto",
                 device_map={"": device},
                 use_safetensors=True,
@@ -252,10 +255,9 @@ def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
         A view of the region's shape, that is not to be written to.
     """
     tensor = region.tensor
-    for first, num_bytes in region.runs():
-        checkpoint.ensure(tensor.file, first, first + num_bytes)
+    checkpoint.ensure_all((tensor.file, first, first + num_bytes) for first, num_bytes in region.runs())
     start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
-    with checkpoint.open(tensor.file) as file:
+    with checkpoint.open(tensor.file, tensor.start, tensor.start) as file:
         # Private and writable, because torch warns of memory that is not; nobody writes to it.
         mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
     values = torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start)

@@ -1,0 +1,246 @@
+"""A source on the Hub of which only some bytes are fetched: real HTTP, real processes, and what goes wrong."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import answer, save_random, tiny_llama
+from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
+
+from dapa_merge.checkpoint import ranges
+from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.errors import HubError
+from dapa_merge.evaluate.live import choose_device, load_model, mapped_values
+
+LAYERS = "0,2"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Path]:
+    """A target and a source of four layers with gates of 1 MiB, in shards of 2 MB and of 3."""
+    folder = tmp_path_factory.mktemp("megabytes")
+    config = tiny_llama(hidden_size=256, intermediate_size=2048)
+    return (
+        save_random(folder / "target", config, seed=1, max_shard_size="2MB"),
+        save_random(folder / "source", config, seed=2, max_shard_size="3MB"),
+    )
+
+
+@pytest.fixture
+def recipe(models, write_recipe) -> Path:
+    return write_recipe(models[0], "someone/source", layers=f'"{LAYERS}"')
+
+
+@pytest.fixture(scope="module")
+def expected(models, tmp_path_factory) -> dict[str, bytes]:
+    """What a source in a folder gives."""
+    folder = tmp_path_factory.mktemp("expected")
+    recipe = folder / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: dapa\nbase_model: {models[0]}\nmodels: [{{model: {models[1]}}}]\n"
+        f'parameters: {{layers: "{LAYERS}"}}\n'
+    )
+    answer("run", recipe, folder / "out", "--no-evaluate", "--json")
+    return weights(folder / "out")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def num_header_bytes(folder: Path) -> int:
+    return sum(8 + int.from_bytes(content[:8], "little") for content in weights(folder).values())
+
+
+def num_gate_bytes(folder: Path, layers: str) -> int:
+    tensors = open_checkpoint(str(folder)).tensors
+    return sum(tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].num_bytes for layer in layers.split(","))
+
+
+def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source(models, recipe, expected, tmp_path):
+    with hub({"someone/source": models[1]}) as (endpoint, log):
+        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "out") == expected
+    assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+    assert "fetching 0.00 GB of someone/source" in result.stderr
+
+
+def test_a_plan_needs_headers_only_and_verifying_a_result_all_gates(models, recipe, tmp_path):
+    home = tmp_path / "home"
+    with hub({"someone/source": models[1]}) as (endpoint, log):
+        assert dapa_merge(endpoint, home, "plan", recipe).returncode == 0
+        assert log.num_weight_bytes() == num_header_bytes(models[1])
+        assert dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
+        result = dapa_merge(endpoint, home, "verify", tmp_path / "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert log.num_weight_bytes() <= num_header_bytes(models[1]) + num_gate_bytes(models[1], "0,1,2,3")
+
+
+@pytest.mark.parametrize("drop_every", [100_000, 700_000])
+def test_broken_connections_and_busy_servers_only_cost_time(models, recipe, expected, tmp_path, drop_every):
+    faults = Faults(drop_every=drop_every, refusals=[429, 500, 503, 429], has_cdn=True)
+    with hub({"someone/source": models[1]}, faults=faults) as (endpoint, log):
+        result = dapa_merge(
+            endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate", HF_TOKEN="hf_secret"
+        )
+    assert result.returncode == 0, result.stderr
+    assert not faults.refusals
+    assert weights(tmp_path / "out") == expected
+    # What came before a connection broke is not fetched again.
+    assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+    assert [line for line in log if "/cdn/" in line]
+    assert log.authorized
+    assert not [line for line in log.authorized if "/cdn/" in line]
+
+
+def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_path):
+    total = num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+    arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
+    faults = Faults(drop_every=200_000, stall_after=total - 300_000)
+    with hub({"someone/source": models[1]}, faults=faults) as (endpoint, _):
+        process = subprocess.Popen(command_line(*arguments), env=environment(endpoint, tmp_path / "home"))
+        assert faults.stalled.wait(60)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "out").exists()
+    with hub({"someone/source": models[1]}) as (endpoint, log):
+        result = dapa_merge(endpoint, tmp_path / "home", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "out") == expected
+    # No header comes a second time.
+    assert log.num_weight_bytes() <= num_gate_bytes(models[1], LAYERS)
+
+
+def test_a_server_without_ranges_gives_the_whole_model(models, recipe, expected, tmp_path):
+    with hub({"someone/source": models[1]}, faults=Faults(ignores_ranges=True)) as (endpoint, _):
+        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "out") == expected
+
+
+def test_a_model_that_is_in_the_cache_is_not_fetched_again_and_needs_no_connection(models, recipe, expected, tmp_path):
+    home = tmp_path / "home"
+    with hub({"someone/source": models[1]}) as (endpoint, log):
+        code = "import huggingface_hub; huggingface_hub.snapshot_download('someone/source')"
+        subprocess.run([command_line()[0], "-c", code], check=True, env=environment(endpoint, home))
+        log.served.clear()
+        result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate")
+        assert result.returncode == 0, result.stderr
+        assert log.num_weight_bytes() == 0
+    result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "off", "--no-evaluate", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "out") == weights(tmp_path / "off") == expected
+
+
+def test_bytes_that_were_fetched_once_need_no_connection_and_others_say_so(models, recipe, expected, tmp_path):
+    home = tmp_path / "home"
+    with hub({"someone/source": models[1]}) as (endpoint, _):
+        assert dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
+    offline = {"HF_HUB_OFFLINE": "1"}
+    result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "off", "--no-evaluate", **offline)
+    assert result.returncode == 0, result.stderr
+    assert weights(tmp_path / "off") == expected
+    recipe.write_text(recipe.read_text().replace(LAYERS, "1"))
+    result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "other", "--no-evaluate", **offline)
+    assert result.returncode == 5
+    assert "could not be read: OfflineModeIsEnabled" in result.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def use_endpoint(monkeypatch, endpoint: str) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def partial(models, tmp_path, monkeypatch):
+    """The source, served and opened in this process; nothing but headers is here of it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
+    monkeypatch.setattr(ranges.time, "sleep", lambda _: None)
+    served = shutil.copytree(models[1], tmp_path / "served")
+    with hub({"someone/source": served}) as (endpoint, log):
+        use_endpoint(monkeypatch, endpoint)
+        checkpoint = open_checkpoint("someone/source", partial=True)
+        assert checkpoint.partial is not None
+        yield checkpoint, log
+        # The client of this process keeps its connections open.
+        huggingface_hub.utils.close_session()
+
+
+def test_no_byte_that_is_not_present_is_read_as_if_it_were(models, partial):
+    checkpoint, _ = partial
+    local = open_checkpoint(str(models[1]))
+    for number, (name, tensor) in enumerate(local.tensors.items()):
+        if number % 2:
+            assert read_bytes(checkpoint, checkpoint.tensors[name]) == read_bytes(local, tensor)
+        else:
+            assert torch.equal(mapped_values(checkpoint, checkpoint.tensors[name]), mapped_values(local, tensor))
+    shard = checkpoint.shards[0]
+    with checkpoint.open(shard) as file:
+        assert file.read() == (models[1] / shard).read_bytes()
+
+
+def test_many_ranges_are_fetched_at_once_with_progress_and_only_once(partial):
+    checkpoint, log = partial
+    wanted = [(tensor.file, tensor.start, tensor.stop) for tensor in checkpoint.tensors.values()]
+    missing = checkpoint.num_missing(wanted)
+    assert missing == checkpoint.num_bytes
+    log.served.clear()
+    counted: list[int] = []
+    checkpoint.ensure_all([*wanted, *wanted], counted.append)
+    assert sum(counted) == log.num_weight_bytes() == missing
+    checkpoint.ensure_all(wanted, counted.append)
+    assert sum(counted) == missing
+    again = open_checkpoint("someone/source", partial=True)
+    assert again.num_missing(wanted) == 0
+    assert again.commit == SHA
+
+
+def test_a_model_that_is_loaded_is_fetched_whole(models, partial):
+    checkpoint, _ = partial
+    model, _ = load_model(checkpoint, choose_device("cpu"))
+    whole = checkpoint.whole()
+    assert whole.partial is None
+    assert (whole.name, whole.tensors) == (checkpoint.name, checkpoint.tensors)
+    weight = model.get_parameter("model.layers.1.mlp.gate_proj.weight")
+    expected = mapped_values(open_checkpoint(str(models[1])), checkpoint.tensors["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(weight.reshape(-1), expected)
+
+
+def test_a_lost_network_is_one_sentence_and_keeps_what_came(partial, monkeypatch):
+    checkpoint, _ = partial
+    first, second, *_ = checkpoint.tensors.values()
+    checkpoint.ensure(first.file, first.start, first.stop)
+    # A port at which nobody listens.
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    again = open_checkpoint("someone/source", SHA, partial=True)
+    assert read_bytes(again, first) == read_bytes(checkpoint, first)
+    with pytest.raises(HubError, match=r"could not be read: ConnectError: .*; run the same again to go on"):
+        read_bytes(again, second)
+
+
+def test_a_file_that_changed_its_size_on_the_hub_is_not_mixed_with_what_came(partial, tmp_path):
+    checkpoint, _ = partial
+    first, *_ = checkpoint.tensors.values()
+    with (tmp_path / "served" / first.file).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(HubError, match="were asked for, but 'bytes"):
+        read_bytes(checkpoint, first)
+
+
+def test_a_mirror_whose_file_was_removed_starts_anew(partial):
+    checkpoint, _ = partial
+    first, *_ = checkpoint.tensors.values()
+    expected = read_bytes(checkpoint, first)
+    checkpoint.path(first.file).unlink()
+    again = open_checkpoint("someone/source", partial=True)
+    assert read_bytes(again, first) == expected

@@ -14,14 +14,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
 )
 from transformers import __version__ as transformers_version
@@ -77,9 +79,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
         with quiet_transformers(), standard_folder(checkpoint) as folder:
-            _check_is_decoder(checkpoint)
+            loader = _loader(checkpoint)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = loader.from_pretrained(
                 folder,
                 dtype="auto",
                 device_map={"": device},
@@ -105,10 +107,13 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     return model, tokenizer
 
 
-def _check_is_decoder(checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` for what transformers would load as a language model although it is none, or not at all.
+def _loader(checkpoint: Checkpoint) -> Any:
+    """What loads a checkpoint as a model that goes on with a text, alone or beside images.
 
-    An encoder that fills gaps, such as BERT's, is loaded without a word, and then answers with noise.
+    An encoder that fills gaps, such as BERT's, would be loaded without a word, and then answer with noise.
+
+    Raises:
+        CheckpointError: If it is no such model, or transformers does not know it.
     """
     model_type = checkpoint.config.get("model_type")
     if model_type is not None and model_type not in CONFIG_MAPPING:
@@ -118,15 +123,17 @@ def _check_is_decoder(checkpoint: Checkpoint) -> None:
         )
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     architectures = config.architectures or []
-    if (
-        config.is_encoder_decoder
-        or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        or (architectures and all(map(OTHER_HEADS.search, architectures)))
-    ):
+    loaders = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    )
+    loader = next((loader for known, loader in loaders if type(config) in known), None)
+    if config.is_encoder_decoder or loader is None or (architectures and all(map(OTHER_HEADS.search, architectures))):
         raise CheckpointError(
             f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
-            "(...ForCausalLM) can be asked"
+            "(...ForCausalLM), alone or with a tower for images, can be asked"
         )
+    return loader
 
 
 class Slot(NamedTuple):

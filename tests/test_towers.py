@@ -1,0 +1,113 @@
+"""Models that see: their language tower is repaired and measured as a text model is, and the rest left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import answer, call, configuration, write_few
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.verify import verify
+from dapa_merge.evaluate.live import LiveModel
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.selection import given_selection, make_plan
+
+TEXT = dict(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+IMAGE = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
+# Qwen's: each position has three coordinates.
+ROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+QWEN_IMAGE = dict(depth=2, hidden_size=16, out_hidden_size=32, intermediate_size=24, num_heads=2, patch_size=14)
+
+
+def llava():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    return LlavaConfig(text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig(**IMAGE), image_token_index=300)
+
+
+def mistral3():
+    from transformers import Mistral3Config, MistralConfig, PixtralVisionConfig
+
+    text = MistralConfig(**TEXT)
+    return Mistral3Config(text_config=text, vision_config=PixtralVisionConfig(**IMAGE), image_token_index=300)
+
+
+def gemma3():
+    text = {**TEXT, "head_dim": 8, "sliding_window": 16}
+    tokens = dict(image_token_index=300, boi_token_index=301, eoi_token_index=302)
+    return transformers.Gemma3Config(text_config=text, vision_config=IMAGE, mm_tokens_per_image=4, **tokens)
+
+
+def qwen2_5_vl():
+    image = {**QWEN_IMAGE, "fullatt_block_indexes": [1]}
+    return transformers.Qwen2_5_VLConfig(text_config={**TEXT, **ROPE}, vision_config=image, **QWEN_TOKENS)
+
+
+def qwen3_vl():
+    image = {**QWEN_IMAGE, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    return transformers.Qwen3VLConfig(text_config={**TEXT, **ROPE, "head_dim": 8}, vision_config=image, **QWEN_TOKENS)
+
+
+QWEN_TOKENS = dict(image_token_id=300, video_token_id=301, vision_start_token_id=302, vision_end_token_id=303)
+MODELS = {config.__name__: config for config in (llava, mistral3, gemma3, qwen2_5_vl, qwen3_vl)}
+# mergekit has no definition of it, or one whose names are not those in the files.
+NOT_BY_MERGEKIT: tuple[str, ...] = ()
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, tmp_path):
+    folders = []
+    for seed, name in enumerate(("target", "source")):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(MODELS[request.param]()).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name, max_shard_size="60KB")
+        AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(tmp_path / name)
+        folders.append(tmp_path / name)
+    return request.param, *folders
+
+
+def weights(folder):
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def test_the_language_towers_gates_are_transplanted_by_every_path(pair, write_recipe, tmp_path):
+    name, target, source = pair
+    recipe = load_recipe(write_recipe(target, source, layers='"0,2"'))
+    plan = make_plan(recipe)
+    selection = given_selection(recipe, plan)
+    assert [str(unit) for unit in plan.units] == ["0.gate", "1.gate", "2.gate"]
+    assert call("run", tmp_path / "recipe.yml", tmp_path / "out", "--no-evaluate").exit_code == 0
+    before, taken, after = weights(target), weights(source), weights(tmp_path / "out")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {name for unit in selection for name in unit.tensors}
+    assert all("gate_proj" in name and "vis" not in name for name in changed)
+    assert all(torch.equal(after[name], taken[name]) for name in changed)
+    ids = torch.arange(3, 15)[None]
+    live = LiveModel(plan, torch.device("cpu"))
+    with torch.no_grad(), live.transplanted(selection) as candidate:
+        logits = candidate(input_ids=ids).logits
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto").eval()
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    if name not in NOT_BY_MERGEKIT:
+        run_merge(configuration(target, source, layers="0,2"), str(tmp_path / "merged"), MergeOptions(quiet=True))
+        verification = verify(tmp_path / "merged", plan)
+        assert verification.differences == ()
+        assert verification.transplanted == selection
+
+
+def test_a_model_that_sees_is_measured_by_texts(pair, tmp_path):
+    _, target, _ = pair
+    few = write_few(tmp_path / "few", 2)
+    figures = answer("evaluate", target, "--prompts", few, "--max-new-tokens", 3, "--text", "builtin", "--json")
+    assert figures["num_harmful"] == 2
+    assert figures["perplexity"] > 1

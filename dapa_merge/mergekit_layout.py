@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from mergekit.architecture import arch_info_for_config
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from transformers import AutoConfig
 
 from dapa_merge.checkpoint.architecture import Unit, find_units
@@ -65,23 +66,22 @@ def _boxes(units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[
 def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
     """What mergekit finds without a definition of the architecture: transformers' parameters.
 
-    It converts what the files name otherwise only if every layer has it, and leaves it out if not.
+    It converts what the files name otherwise only if it can do so for every layer, and leaves it out if not.
     """
-    counts: dict[str, int] = {}
+    by_kind: dict[str, list[str]] = {}
     for name in shapes:
-        counts[_generic(name)] = counts.get(_generic(name), 0) + 1
-    units = find_units(target.config, shapes, ("mlp",))
-    for name in (name for unit in units for name in unit.tensors):
-        if name not in target.tensors and counts[_generic(name)] < len(units):
+        by_kind.setdefault(_NUMBER.sub("*", name), []).append(name)
+    num_layers = len(find_units(target.config, shapes, ("mlp",)))
+    in_files, model_type = set(target.tensors), target.config.get("model_type")
+    for kind, names in by_kind.items():
+        if "*" not in kind or set(names) <= in_files:
+            continue
+        if len(names) < num_layers or not can_convert_checkpoint_keys(model_type, in_files, names[0]):
             raise CheckpointError(
-                f"mergekit has no definition of {target.config['architectures'][0]}, and would leave {name} out of its "
-                f"result; use `dapa-merge run`"
+                f"mergekit has no definition of {target.config['architectures'][0]}, and would leave {names[0]} out of "
+                f"its result; use `dapa-merge run`"
             )
     return set(shapes)
-
-
-def _generic(name: str) -> str:
-    return _NUMBER.sub("*", name)
 
 
 def _model_shapes(config: Any) -> dict[str, tuple[int, ...]] | None:

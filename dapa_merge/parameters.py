@@ -130,6 +130,8 @@ def _modules(value: Any) -> tuple[str, ...]:
 
 
 def _granularity(value: Any) -> str:
+    if value == "expert":
+        return "expert"
     kind, _, number = str(value).partition(":")
     if value != "layer" and (kind != "block" or int(number) < 1):
         raise ValueError
@@ -146,8 +148,8 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "granularity": Parameter(
         _granularity,
-        f"write layer, or block:N for blocks of N rows of {' or '.join(DIVISIBLE_MODULES)} "
-        "(expert is not available in this version)",
+        f"write layer, expert for one expert of a mixture, or block:N for blocks of N rows, the last two for "
+        f"{' or '.join(DIVISIBLE_MODULES)}",
     ),
     "strength": Parameter(
         _number(0, 2, above=True),

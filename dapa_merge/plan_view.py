@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from dapa_merge.checkpoint.architecture import Unit, architecture_name
 from dapa_merge.checkpoint.plan import Plan, cut
 
+# So many other tensors are named beside the first one of a unit; the experts of a mixture would fill a page.
+MAX_BESIDE = 3
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -48,10 +51,8 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
     table.add_column("MB", justify="right")
     table.add_column("parameters", justify="right")
     for unit in chosen:
-        # The first name in full; the others lie beside it.
-        names = [unit.tensors[0], *(name.rsplit(".", 2)[-2] for name in unit.tensors[1:])]
         share = f"{100 * plan.share((unit,)):.2f} %"
-        table.add_row(str(unit), Text(", ".join(names)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
+        table.add_row(str(unit), Text(_tensors(unit, plan)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [
@@ -66,6 +67,21 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
     ]
     for label, fact in facts:
         console.print(f"{label:<24}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tensors(unit: Unit, plan: Plan) -> str:
+    """Where a unit lives, in a line: the first tensor in full, and what lies beside it, if that is not too much."""
+    regions = [ours for ours, _ in plan.regions((unit,))]
+    first, *others = dict.fromkeys(region.name for region in regions)
+    if len(others) > MAX_BESIDE:
+        return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
+    beside = [name.removeprefix(_parent(first)) for name in others]
+    return ", ".join([first, *beside])
+
+
+def _parent(name: str) -> str:
+    """What the names of tensors beside this one begin with."""
+    return name.removesuffix(".weight").rpartition(".")[0] + "."
 
 
 def search_memory(plan: Plan) -> int:

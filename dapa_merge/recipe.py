@@ -32,7 +32,7 @@ class Recipe:
         dtype: mergekit's `dtype`, which must be the target's own.
         layers: What to transplant, or None to search.
         modules: Which modules of a layer are units.
-        granularity: How fine the units of a search get: `layer`, or `block:N` for blocks of N rows.
+        granularity: How fine the units of a search get: `layer`, `expert`, or `block:N` for blocks of N rows.
         strength: How far a selected value moves from the target's (0) to the source's (1), in (0, 2].
         max_overflow: How many values that the target's dtype cannot hold may be cut to the largest that it can.
         evaluator: Name of what scores a candidate.

@@ -128,7 +128,7 @@ class _Reader:
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
         recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
-        if recipe.rows_per_block and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
+        if recipe.granularity != "layer" and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
             raise self.fail(
                 "parameters.granularity",
                 f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "

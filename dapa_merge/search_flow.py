@@ -164,12 +164,13 @@ class _Hunt:
         floor = f"a {limits.measure} of {limits.min_score:.3f}"
         self.reporter.say(f"searching among {len(units)} units for the few that keep {floor}")
         minimum = self._minimize(units, workers, prior)
-        if recipe.rows_per_block is None or not minimum.one_minimal:
+        if recipe.granularity == "layer" or not minimum.one_minimal:
             return minimum, prior, len(plan.units)
         blocks = divide(plan, minimum.units, recipe.rows_per_block)
         if blocks.units == minimum.units:
             return minimum, prior, len(plan.units)
-        self.reporter.say(f"searching among {len(blocks.units)} blocks of {recipe.rows_per_block} rows of them")
+        of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
+        self.reporter.say(f"searching among {len(blocks.units)} units that are {of_what} of them")
         finer_prior = self._prior(blocks, f"prior of {recipe.granularity}", target, full)
         finer = self._minimize(blocks.units, workers, finer_prior, num_free=1)
         # All blocks together are what was found before: one test, not two.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
-from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
+from dapa_merge.checkpoint.plan import Plan, divide, join, plan_transplant
 from dapa_merge.errors import RecipeError
 from dapa_merge.evaluate.prompts import load_prompts, split
 from dapa_merge.progress import Reporter
@@ -33,6 +33,10 @@ def make_plan(recipe: Recipe, *, partial: bool = True, allow_pickle: bool = Fals
     source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle)
     plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
+    if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
+        raise RecipeError(
+            f"{recipe.where('parameters.granularity')} is expert, but {target.name} has none; write layer or block:N"
+        )
     if given_selection(recipe, plan) is None:
         # What a search would stumble over is told now.
         split_prompts(recipe)

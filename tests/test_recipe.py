@@ -197,9 +197,9 @@ FAULTS = {
         "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
     ),
     "experts": (
-        with_parameters("granularity: expert"),
-        "r.yml, line 6: granularity is 'expert'; write layer, or block:N for blocks of N rows of gate or up "
-        "(expert is for mixtures of experts, which cannot be repaired so far)",
+        with_parameters("granularity: experts"),
+        "r.yml, line 6: granularity is 'experts'; write layer, expert for one expert of a mixture, or block:N for "
+        "blocks of N rows, the last two for gate or up",
     ),
     "blocks of nothing": (with_parameters("granularity: block:0"), "r.yml, line 6: granularity is 'block:0'; write"),
     "blocks of any size": (with_parameters("granularity: block"), "r.yml, line 6: granularity is 'block'; write layer"),
@@ -232,7 +232,7 @@ FAULTS = {
     ),
     "a union tokenizer by default": (MINIMAL + "tokenizer: {}\n", "r.yml, line 5: tokenizer is {}; the result keeps"),
     "overlapping modules": (with_parameters("modules: mlp,gate"), "r.yml, line 6: modules is 'mlp,gate'; write"),
-    "strength": (with_parameters("strength: 0.5"), "r.yml, line 6: strength is 0.5; only 1.0, a plain copy"),
+    "strength": (with_parameters("strength: 0"), "r.yml, line 6: strength is 0; write a number above 0 and up to 2"),
     "an unknown search": (with_parameters("search: bogo"), "r.yml, line 6: search is 'bogo'; known algorithms:"),
     "an unknown evaluator": (
         with_parameters("evaluator: 3"),

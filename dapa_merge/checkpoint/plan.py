@@ -92,13 +92,13 @@ def plan_transplant(
     return plan
 
 
-def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int) -> Plan:
+def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Plan:
     """The plan of a search among blocks of some of its units; the last block of each may be shorter.
 
     Args:
         plan: Target and source.
         units: What to divide, whole or already blocks.
-        rows_per_block: Rows (neurons) of a block, at least 1.
+        rows_per_block: Rows (neurons) of a block, at least 1; None for a block of each expert.
 
     Raises:
         UsageError: If a unit's rows are not neurons.
@@ -111,9 +111,8 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int) -> Plan:
                 f"whose every row is one neuron"
             )
         first, stop = plan.rows(unit)
-        blocks += [
-            plan.part(unit.whole, (row, min(row + rows_per_block, stop))) for row in range(first, stop, rows_per_block)
-        ]
+        ends = {part.first_row for part in unit.parts} if rows_per_block is None else range(first, stop, rows_per_block)
+        blocks += [plan.part(unit.whole, rows) for rows in pairwise([*sorted(ends), stop])]
     return replace(plan, units=tuple(blocks))
 
 

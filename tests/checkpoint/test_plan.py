@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random, tiny_llama
+import transformers
+from conftest import SHAPE, call, save_random, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -168,3 +169,26 @@ def test_a_cut_plan_holds_every_row_once_and_each_joined_block(plan, data):
     assert len(rows_of(pieces)) == sum(stop - start for start, stop in map(plan.rows, pieces))
     assert set(selection) <= set(pieces)
     assert cut(cut(plan, selection), pieces).units == pieces
+
+
+def test_a_unit_is_divided_into_its_experts_a_shared_one_last(tmp_path):
+    shape = {**SHAPE, "num_experts": 3, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
+    config = transformers.Qwen2MoeConfig(**shape)
+    folders = [save_random(tmp_path / name, config, seed=seed) for seed, name in enumerate(("target", "source"))]
+    plan = plan_transplant(*(open_checkpoint(str(folder)) for folder in folders), ("gate",))
+    by_expert = divide(plan, plan.units[:1], None)
+    assert list(map(str, by_expert.units)) == ["0.gate[0:16]", "0.gate[16:32]", "0.gate[32:48]", "0.gate[48:72]"]
+    parent = "model.layers.0.mlp"
+    assert [unit.tensors for unit in by_expert.units] == [
+        *((f"{parent}.experts.{expert}.gate_proj.weight",) for expert in range(3)),
+        (f"{parent}.shared_expert.gate_proj.weight",),
+    ]
+    assert join(plan, by_expert.units) == plan.units[:1]
+    assert divide(plan, [by_expert.units[1]], None).units == by_expert.units[1:2]
+
+
+def test_a_dense_model_has_no_experts_to_search_among(llama_pair, write_recipe):
+    result = call("plan", write_recipe(*llama_pair, granularity="expert", layers=1))
+    assert result.exit_code == 2
+    assert "granularity is expert, but" in result.stderr
+    assert "has none; write layer or block:N" in result.stderr

@@ -318,3 +318,14 @@ def without_time(folder: Path) -> dict[str, bytes]:
         del manifest["files"]["dapa_report.json"]
         found["manifest"] = json.dumps(manifest).encode()
     return found
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "kill_transplant.py"
+    arguments = ["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)]
+    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1]) | {"started_anew": 0} == {
+        "kills": 3, "started_anew": 0, "files": 15, "same": True
+    }  # fmt: skip

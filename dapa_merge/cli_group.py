@@ -24,8 +24,10 @@ class Group(click.Group):
                 raise
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt as stop:
-            best = getattr(stop, "best", None)
-            _fail(f"stopped{f'; the best selection so far: {spans(best.units)}' if best else ''}", INTERRUPTED)
+            # What was found or made so far, from whoever was stopped.
+            best, kept = getattr(stop, "best", None), getattr(stop, "kept", None)
+            found = f"; the best selection so far: {spans(best.units)}" if best else f"; {kept}" if kept else ""
+            _fail(f"stopped{found}", INTERRUPTED)
         except OSError as error:
             if context.params.get("debug"):
                 raise

@@ -1,103 +1,153 @@
-"""The hidden folder beside a result's final place, in which it is made."""
+"""The hidden folder beside a result's final place, in which it is made and in which a killed run's work is found again.
+
+Its name follows from the result's. Inside are `result`, which becomes the result by one rename; `record`, of the files
+that are finished; and `holder`, which says who is at work here and carries the kernel's lock. The lock ends with its
+process, however that ends.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.errors import UsageError
+from dapa_merge.checkpoint.holder import Holder, is_locked
+from dapa_merge.checkpoint.record import Record
+from dapa_merge.errors import HubError, UsageError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_destination(out: Path, target: Checkpoint) -> None:
-    """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left."""
-    try:
-        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-        is_here = out.exists() and out.samefile(Path.cwd())
-    except OSError as error:
-        raise UsageError(f"{out} cannot be made: {error.strerror}") from error
-    if occupied:
-        raise UsageError(f"{out} exists already; name another folder or remove it")
-    if is_here:
-        raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
-    parent = Path(os.path.abspath(out)).parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{out} cannot be made: {parent} is no folder that you may write to")
-    needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UsageError(
-            f"the result needs {needed / 1e9:.2f} GB on the disk of {parent}, which has {free / 1e9:.2f} GB left"
-        )
+@dataclass(frozen=True)
+class Staging:
+    """A result in the making.
+
+    Attributes:
+        folder: What will be the result.
+        record: Its files that are finished.
+    """
+
+    folder: Path
+    record: Record
+
+
+def staging_folder(out: Path) -> Path:
+    """Where the result `out` is made."""
+    # A name that nobody else would give, and that is short whatever the length of the result's own.
+    return out.parent / f"{_prefix(out)}.partial"
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone at the end unless it was renamed; clears what killed runs left."""
+def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
+    """The hidden folder of one result, for this process alone; what is finished in it, of the same job, is kept.
+
+    It stays if the fault is one after which the same job can go on: no space, no network, Ctrl-C. It is gone after a
+    success and after every other fault. What runs of other jobs left in it is cleared first.
+
+    Args:
+        out: The result's final place, absolute.
+        job: What decides the result's bytes, as JSON has it.
+
+    Raises:
+        UsageError: If another run holds it, it cannot be made, or the disk is full.
+        HubError: As raised inside, with what is kept.
+    """
     parent = out.parent
-    # A name that nobody else would give, and that is short whatever the length of the result's own.
-    prefix = f".dapa-merge-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:12]}-"
     new_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    place = staging_folder(out)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f"{prefix}*.partial"):
-            with _locked(leftover) as is_ours:
-                if is_ours:
-                    shutil.rmtree(leftover, ignore_errors=True)
-        made = Path(tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=parent))
-        # mkdtemp makes it private; a model folder is as readable as the user's other files.
-        umask = os.umask(0)
-        os.umask(umask)
-        made.chmod(0o777 & ~umask)
+        _clear_leftovers(out)
+        holder = Holder.take(place, out)
     except OSError as error:
         raise UsageError(f"cannot write beside {out}: {error.strerror}") from error
-    with _locked(made):
-        # Only now that it is locked does it get the name by which another run would look for leftovers.
-        folder = made.rename(made.with_suffix(".partial"))
+    keep = False
+    try:
+        record: Record | None = None
         try:
-            yield folder
+            record = _open_record(place, job)
+            yield Staging(place / "result", record)
+        except KeyboardInterrupt as stop:
+            keep = bool(record and record.files)
+            stop.kept = _kept(place, record)  # type: ignore[attr-defined]
+            raise
+        except HubError as error:
+            keep = bool(record and record.files)
+            raise type(error)(f"{error}; {_kept(place, record)}") from error
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UsageError(f"no space left on the disk of {out}; nothing was kept") from error
+            keep = bool(record and record.files)
+            if error.errno in DISK_FULL:
+                raise UsageError(f"no space left on the disk of {out}; {_kept(place, record)}") from error
             raise
         finally:
-            # After a success it has its final name, and there is nothing here to remove.
-            shutil.rmtree(folder, ignore_errors=True)
+            if record is not None:
+                record.close()
+            if keep and record is not None:
+                _remove_unfinished(place / "result", record)
+    finally:
+        if not keep:
+            _discard(place)
+        holder.release()
+        if not keep:
             for empty in new_parents:
                 with suppress(OSError):
                     empty.rmdir()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the kernel's lock on a folder, which ends with the process however it ends; says whether it was free."""
+def _open_record(place: Path, job: Mapping[str, Any]) -> Record:
+    result = place / "result"
+    record = Record(place / "record", job, result)
+    if record.files:
+        _remove_unfinished(result, record)
+    else:
+        shutil.rmtree(result, ignore_errors=True)
+    result.mkdir(exist_ok=True)
+    return record
+
+
+def _remove_unfinished(result: Path, record: Record) -> None:
+    """Give back the space of what has to be written anew."""
+    for path in [*result.rglob("*")]:
+        if not path.is_dir() and path.relative_to(result).as_posix() not in record.files:
+            path.unlink(missing_ok=True)
+
+
+def _kept(place: Path, record: Record | None) -> str:
+    if record is None or not record.files:
+        return "nothing was finished, so that nothing was kept"
+    size = sum(digests.num_bytes for digests in record.files.values()) / 1e9
+    return (
+        f"{len(record.files)} finished files ({size:.2f} GB) are kept in {place}, and the same command goes on from "
+        f"there"
+    )
+
+
+def _prefix(out: Path) -> str:
+    return f".dapa-merge-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:12]}"
+
+
+def _discard(place: Path) -> None:
+    """Remove a folder, of which another run may be waiting to make one of the same name."""
+    away = place.with_name(f"{place.stem}-{secrets.token_hex(4)}.partial")
     try:
-        import fcntl
-    except ImportError:  # Windows: leftovers stay until the user removes them.
-        yield False
-        return
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+        place.rename(away)
+    except OSError:  # Windows, where an open file holds it.
+        away = place
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove what was being removed when its run was killed, and what earlier versions left."""
+    for leftover in out.parent.glob(f"{_prefix(out)}-*.partial"):
+        if not leftover.is_symlink() and not is_locked(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def flush_to_disk(folder: Path, *, files: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Writing the repaired model: the target's files copied, the selected tensors overwritten, all or nothing.
+"""Writing the repaired model: the target's files with the selected tensors of the source, all or nothing.
 
 Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
 proved and on disk. The target's files are opened for reading only: a Hub cache is made of links to shared blobs.
@@ -8,32 +8,30 @@ take up.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import CHUNK_BYTES, INDEX_NAME, TEMPLATES
+from dapa_merge.checkpoint.changes import Change, digest_of, find_changes
+from dapa_merge.checkpoint.copying import Progress, Stopped, write_file
+from dapa_merge.checkpoint.destination import check_destination
+from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.checkpoint.region import Region
-from dapa_merge.checkpoint.staging import check_destination, flush_to_disk, staging
-from dapa_merge.checkpoint.values import Rounding, new_tiles
+from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
 from dapa_merge.errors import CheckpointError, UsageError
 
-Progress = Callable[[int], None]
-
+# Of the record of what is finished, and of how files are made: another version's are not gone on from.
+FORMAT = 1
 # Other forms of the target's weights would no longer agree with the result, and its card describes another model.
 NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
     "README.md", "mergekit_config.yml", "dapa_report.json", ".gitattributes",
 )  # fmt: skip
-COPY_THREADS = 4
-# What the kernel answers where this file system, or this pair of them, has no copy of its own.
-_NO_KERNEL_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM}
+MAX_THREADS = 8
 
 
 def transplant(
@@ -42,10 +40,13 @@ def transplant(
     out: Path,
     *,
     texts: Mapping[str, str] | None = None,
-    check: Callable[[Path], object] = lambda _: None,
+    check: Callable[[Path], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> None:
     """Write the target with the selected units replaced by the source's into `out`.
+
+    Every byte is read back as soon as it is written, and compared with the target's or the source's. What an earlier
+    run of the same job finished is kept.
 
     Args:
         plan: Target and source.
@@ -53,106 +54,112 @@ def transplant(
         out: The folder to make; it must not exist, or be empty.
         texts: Further text files to write into it, by name.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
-        progress: Called with numbers of bytes as they are written.
+        progress: Called with numbers of bytes as they are done with.
 
     Raises:
-        UsageError: If `out` exists, cannot be made, or does not fit on its disk.
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
-    check_destination(out, plan.target)
+    changes = _changes_by_file(plan, selection)
+    sizes = {name: (plan.target.folder / name).stat().st_size for name in changes}
+    check_destination(out, plan.target, sum(sizes.values()))
+    _check_sizes(plan.target, sizes)
     out = Path(os.path.abspath(out))
-    with staging(out) as folder:
-        _write_files(plan, selection, folder, progress)
+    with staging(out, _job(plan, selection, changes)) as made:
+        _write_files(plan.target, changes, made, progress)
         for name, text in (texts or {}).items():
-            (folder / name).write_text(text, encoding="utf-8")
-        check(folder)
-        flush_to_disk(folder)
-        try:
-            folder.rename(out)
-        except OSError as error:
-            raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
-        flush_to_disk(out.parent, files=False)
+            (made.folder / name).write_text(text, encoding="utf-8")
+        check(made.folder)
+        _publish(made, texts or {}, out)
 
 
-def _write_files(plan: Plan, selection: Sequence[Unit], folder: Path, progress: Progress) -> None:
-    """Write the result's shards and the target's small files, in parallel; Ctrl-C stops between two pieces."""
+def _changes_by_file(plan: Plan, selection: Sequence[Unit]) -> dict[str, list[Change]]:
+    """The files of a result, by their paths in it, each with what is not the target's."""
     target = plan.target
-    replaced: dict[str, list[tuple[Region, Region]]] = {name: [] for name in target.shards}
-    for ours, theirs in plan.regions(selection):
-        replaced[ours.tensor.file].append((ours, theirs))
-    for path in [*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]:
+    found = find_changes(plan, selection)
+    for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
         if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
-            replaced[str(path.relative_to(target.folder))] = []
-    if any(name.startswith(TEMPLATES) for name in replaced):
-        (folder / TEMPLATES).mkdir()
+            found[path.relative_to(target.folder).as_posix()] = []
+    return found
+
+
+def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
+    for shard in target.shards:
+        described = max((tensor.stop for tensor in target.tensors.values() if tensor.file == shard), default=None)
+        if described is not None and described != sizes[shard]:
+            raise CheckpointError(
+                f"{target.folder / shard} had {described} bytes when its header was read and has {sizes[shard]} now; "
+                f"wait until nothing writes to it, and run the same command again"
+            )
+
+
+def _job(plan: Plan, selection: Sequence[Unit], changes: Mapping[str, Sequence[Change]]) -> dict[str, Any]:
+    """Everything that decides the bytes of a result's files, as JSON has it."""
+    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
+    return {
+        "format": FORMAT,
+        "target": _identity(plan.target, sorted(changes)),
+        "source": _identity(plan.source, sources),
+        "selection": list(map(str, selection)),
+        "changes": {name: digest_of(of_file) for name, of_file in changes.items() if of_file},
+    }
+
+
+def _identity(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Which files these are. A snapshot of the Hub is known by its commit; its files may have been fetched anew."""
+    if checkpoint.commit is not None:
+        return {"commit": checkpoint.commit, "files": list(names)}
+    states = {name: (checkpoint.folder / name).stat() for name in names}
+    files = {name: [state.st_size, state.st_mtime_ns, state.st_ino] for name, state in states.items()}
+    return {"folder": str(checkpoint.folder.absolute()), "files": files}
+
+
+def _write_files(
+    target: Checkpoint, changes: Mapping[str, Sequence[Change]], made: Staging, progress: Progress
+) -> None:
+    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
     stop = threading.Event()
-    rounding = Rounding()
 
     def write(name: str) -> None:
-        _copy(target.folder / name, folder / name, progress, stop)
-        _overwrite(folder / name, plan, replaced[name], rounding, stop)
+        if stop.is_set():
+            return
+        digests = made.record.files.get(name)
+        if digests is None:
+            digests = write_file(target.folder / name, made.folder / name, changes[name], progress, stop)
+            made.record.finish(name, made.folder / name, digests)
+        else:
+            progress(digests.num_bytes)
 
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
+    for name in changes:
+        (made.folder / name).parent.mkdir(exist_ok=True)
+    by_size = sorted(changes, key=lambda name: (target.folder / name).stat().st_size, reverse=True)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        writes = [pool.submit(write, name) for name in by_size]
         try:
-            # Each is waited for in turn; the first fault stops the others.
-            for written in [pool.submit(write, name) for name in replaced]:
-                written.result()
-        except BaseException:
+            wait(writes, return_when=FIRST_EXCEPTION)
+        finally:
+            # After a fault, and after Ctrl-C; otherwise there is nothing left to stop.
             stop.set()
-            raise
+    faults = [fault for written in writes if (fault := written.exception()) is not None]
+    for fault in faults:
+        if not isinstance(fault, Stopped):
+            raise fault
 
 
-def _overwrite(
-    path: Path, plan: Plan, replaced: Sequence[tuple[Region, Region]], rounding: Rounding, stop: threading.Event
-) -> None:
-    """Put the source's values into a copied shard, and the shard on disk."""
-    with path.open("r+b", buffering=0) as file:
-        for ours, theirs in replaced:
-            write_region(file, ours, new_tiles(plan, ours, theirs, rounding), stop)
-        # Here, where other shards are still being copied, rather than one after the other at the end.
-        os.fsync(file.fileno())
+def num_threads() -> int:
+    """How many files are written at once: one more than there are processors, since each also waits for the disk."""
+    return min(MAX_THREADS, (os.cpu_count() or 1) + 1)
 
 
-def write_region(file: IO[bytes], region: Region, tiles: Iterable[bytes], stop: threading.Event) -> None:
-    """Write a region's bytes, given in order in pieces, into its stretches of an unbuffered file."""
-    rest = memoryview(b"")
-    pieces = iter(tiles)
-    for start, num_bytes in region.runs():
-        file.seek(start)
-        while num_bytes:
-            if stop.is_set():
-                return
-            rest = rest or memoryview(next(pieces))
-            _write_all(file, rest[:num_bytes])
-            num_bytes, rest = max(num_bytes - len(rest), 0), rest[num_bytes:]
-
-
-def _copy(origin: Path, destination: Path, progress: Progress, stop: threading.Event) -> None:
-    with origin.open("rb", buffering=0) as reader, destination.open("xb", buffering=0) as writer:
-        remaining = os.fstat(reader.fileno()).st_size
-        while remaining and not stop.is_set():
-            num_copied = _copy_piece(reader, writer, min(remaining, CHUNK_BYTES))
-            if not num_copied:
-                raise CheckpointError(f"{origin} became shorter while it was copied")
-            remaining -= num_copied
-            progress(num_copied)
-
-
-def _copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
-    """Copy up to `num_bytes` from where both files stand: in the kernel where it can, else through memory."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(reader.fileno(), writer.fileno(), num_bytes)
-        except OSError as error:
-            if error.errno not in _NO_KERNEL_COPY:
-                raise
-    piece = reader.read(num_bytes)
-    _write_all(writer, piece)
-    return len(piece)
-
-
-def _write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
+def _publish(made: Staging, texts: Mapping[str, str], out: Path) -> None:
+    """Let the result appear, complete and on disk."""
+    for name in texts:
+        with (made.folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in (*(path for path in made.folder.rglob("*") if path.is_dir()), made.folder):
+        flush_to_disk(folder, files=False)
+    try:
+        made.folder.rename(out)
+    except OSError as error:
+        raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
+    flush_to_disk(out.parent, files=False)

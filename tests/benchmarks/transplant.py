@@ -22,41 +22,59 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+# Llama-2-7B's, and how many shards it has.
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
-LAYER = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-}
 NUM_SHARDS = 3
 
 
-def write_checkpoint(folder: Path, num_layers: int, seed: int) -> None:
-    """A bf16 Llama checkpoint of random values in three shards."""
+def layer_shapes(hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer of a Llama without grouped queries."""
+    return {
+        **{f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"},
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+
+
+def layers_for(num_bytes: float) -> int:
+    """How many layers make up so many bytes, at least two."""
+    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in layer_shapes().values())
+    return max(2, round((num_bytes - 4 * VOCABULARY * HIDDEN) / layer_bytes))
+
+
+def write_checkpoint(
+    folder: Path,
+    num_layers: int,
+    seed: int,
+    *,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    vocabulary: int = VOCABULARY,
+    num_shards: int = NUM_SHARDS,
+) -> None:
+    """A bf16 Llama checkpoint of random values."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for layer in range(num_layers):
-        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in LAYER.items()}
-    shapes["lm_head.weight"] = (VOCABULARY, HIDDEN)
+        for name, shape in layer_shapes(hidden, intermediate).items():
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
+    shapes["lm_head.weight"] = (vocabulary, hidden)
     names = list(shapes)
     owners = {}
-    for index in range(NUM_SHARDS):
-        file = f"model-{index + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        part = names[len(names) * index // NUM_SHARDS : len(names) * (index + 1) // NUM_SHARDS]
+    for index in range(num_shards):
+        file = f"model-{index + 1:05d}-of-{num_shards:05d}.safetensors"
+        part = names[len(names) * index // num_shards : len(names) * (index + 1) // num_shards]
         tensors = {name: torch.randn(shapes[name], generator=generator).bfloat16() for name in part}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         owners |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": num_layers,
-        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": 32, "vocab_size": VOCABULARY,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": 32, "vocab_size": vocabulary,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
 
@@ -102,8 +120,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
-    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
-    num_layers = max(2, round((arguments.gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / layer_bytes))
+    num_layers = layers_for(arguments.gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         for seed, name in enumerate(("target", "source")):

@@ -3,8 +3,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.record import read_lines
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.verify import prove, verify
 from dapa_merge.errors import CheckpointError, UsageError
@@ -329,11 +332,15 @@ def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
     while time.monotonic() < deadline:
         for staging in out.parent.glob(".dapa-merge-*.partial"):
             with contextlib.suppress(FileNotFoundError):
-                if (staging / "model.safetensors").stat().st_size > 0:
+                if (staging / "result" / "model.safetensors").stat().st_size > 0:
                     os.kill(process.pid, signal.SIGSTOP)
                     return process
         assert process.poll() is None, "the copy ended before it could be stopped"
     raise AssertionError("the copy did not start")
+
+
+def run_again(recipe: Path, out: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(out)], capture_output=True, check=False)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -344,31 +351,44 @@ def test_kill_9_in_the_copy_leaves_no_result_and_the_next_run_clears_up(stopped_
     process.communicate()
     assert not out.exists()
     assert len(list(out.parent.iterdir())) == 1, "the killed run's staging folder is still there"
-    again = subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(out)], capture_output=True, check=False)
+    again = run_again(recipe, out)
     assert again.returncode == 0, again.stderr
     assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_ctrl_c_in_the_copy_leaves_nothing(stopped_run):
-    process, _, out = stopped_run
+def test_ctrl_c_in_the_copy_keeps_what_is_finished_and_says_so(stopped_run):
+    process, recipe, out = stopped_run
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.decode().splitlines()[-1] == "Error: stopped"
-    assert list(out.parent.iterdir()) == []
+    (staging,) = out.parent.iterdir()
+    finished = {line["file"] for line in read_lines(staging / "record")[1:]}
+    assert {path.name for path in (staging / "result").iterdir()} == finished, "what is not finished takes space"
+    (line,) = re.findall(r"^Error: stopped; (.*)$", errors.decode(), re.MULTILINE)
+    assert re.fullmatch(
+        rf"\d+ finished files \(0\.\d\d GB\) are kept in {re.escape(str(staging))}, "
+        r"and the same command goes on from there",
+        line,
+    )
+    assert run_again(recipe, out).returncode == 0
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_a_run_does_not_clear_up_what_another_is_writing(stopped_run):
+def test_a_second_run_into_the_same_place_is_told_who_is_there(stopped_run):
     process, recipe, out = stopped_run
-    second = subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(out)], capture_output=True, check=False)
-    assert second.returncode == 0, second.stderr
+    second = run_again(recipe, out)
+    assert second.returncode == 2
+    assert re.search(
+        rf"out is being made by another run \(process {process.pid} on {re.escape(socket.gethostname())}, "
+        r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for it, or name another folder",
+        second.stderr.decode(),
+    )
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "came into being while its content was written" in errors.decode()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -393,13 +413,13 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pai
     assert list(small_disk.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_in_the_copy_leaves_nothing(large_pair, small_disk, monkeypatch):
+def test_a_disk_that_fills_up_in_the_copy_gets_back_what_is_not_finished(large_pair, small_disk, monkeypatch):
     plan = plan_of(large_pair)
     # As if the space were taken by another program after it was checked.
     monkeypatch.setattr("dapa_merge.checkpoint.transplant.check_destination", lambda *_: None)
-    with pytest.raises(UsageError, match=r"no space left on the disk of .*; nothing was kept"):
+    with pytest.raises(UsageError, match=r"no space left on the disk of .*; .* kept"):
         transplant(plan, plan.units, small_disk / "out")
-    assert list(small_disk.iterdir()) == []
+    assert list(small_disk.rglob("*.safetensors")) == []
 
 
 def test_bytes_are_copied_through_memory_where_the_kernel_cannot(llama_pair, tmp_path, monkeypatch):

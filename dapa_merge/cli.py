@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,13 +23,14 @@ from dapa_merge.cli_options import (
     search_options,
     workers_option,
 )
+from dapa_merge.cli_output import print_answer, reporter
+from dapa_merge.cli_patch import patch
 from dapa_merge.new_file import new_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.evaluate.evaluators import EvaluatorOptions
-    from dapa_merge.progress import Reporter
     from dapa_merge.search_options import SearchOptions
 
 
@@ -118,8 +118,8 @@ def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_j
     from dapa_merge.report import print_report
     from dapa_merge.run import repair
 
-    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=_reporter(quiet))
-    _print(report.to_json(), lambda console: print_report(report, console), as_json)
+    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=reporter(quiet))
+    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
 @main.command()
@@ -134,7 +134,7 @@ def plan(recipe: Path, as_json: bool) -> None:
     parsed = load_recipe(recipe)
     made = make_plan(parsed)
     selection = given_selection(parsed, made)
-    _print(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
+    print_answer(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
 
 
 @main.command()
@@ -175,7 +175,7 @@ def search(
         parsed = load_recipe(recipe)
         options = search_options(device, journal, workers, evaluators)
         made = make_plan(parsed)
-        found = search_plan(parsed, made, options, _reporter(quiet))
+        found = search_plan(parsed, made, options, reporter(quiet))
         replay = replay_text(parsed, made, found.minimum.units)
 
         def show(console: Console) -> None:
@@ -187,7 +187,7 @@ def search(
         try:
             keep(replay)
         finally:
-            _print({**search_json(found, made), "recipe": replay}, show, as_json)
+            print_answer({**search_json(found, made), "recipe": replay}, show, as_json)
 
 
 @main.command()
@@ -243,7 +243,7 @@ def evaluate(
     settings = {"evaluator": evaluator, "text": text, "skills": skills}
     limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _kept_in(responses) as keep:
-        measured = evaluate_model(model, prompts, device, _reporter(quiet), evaluators, **settings, **limits)
+        measured = evaluate_model(model, prompts, device, reporter(quiet), evaluators, **settings, **limits)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
@@ -254,7 +254,7 @@ def evaluate(
         try:
             keep(responses_text({model: measured.responses}))
         finally:
-            _print(jsonable(asdict(measured.figures)), show, as_json)
+            print_answer(jsonable(asdict(measured.figures)), show, as_json)
 
 
 @main.command()
@@ -273,7 +273,7 @@ def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
     from dapa_merge.report import spans
     from dapa_merge.run import verify_result
 
-    verification, faults = verify_result(out, recipe, _reporter(quiet))
+    verification, faults = verify_result(out, recipe, reporter(quiet))
     units = list(map(str, verification.transplanted))
 
     def show(console: Console) -> None:
@@ -287,7 +287,7 @@ def verify(quiet: bool, out: Path, recipe: Path | None, as_json: bool) -> None:
         )
 
     answer = {"correct": not faults, "num_tensors": verification.num_tensors, "units": units, "faults": faults}
-    _print(answer, show, as_json)
+    print_answer(answer, show, as_json)
     if faults:
         sys.exit(4)
 
@@ -297,17 +297,4 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
-def _reporter(quiet: bool) -> Reporter:
-    from dapa_merge.progress import ConsoleReporter
-    from dapa_merge.progress import Reporter as Silent
-
-    return Silent() if quiet else ConsoleReporter()
-
-
-def _print(answer: dict[str, Any], show: Callable[[Console], object], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(answer, indent=2))
-        return
-    from rich.console import Console
-
-    show(Console())
+main.add_command(patch)

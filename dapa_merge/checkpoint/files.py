@@ -52,6 +52,9 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.folder / shard}: {error.strerror}") from error
 
+    def ensure(self, shard: str, start: int, stop: int) -> None:
+        """Make sure that these bytes of a weight file are here."""
+
     @property
     def num_parameters(self) -> int:
         return sum(tensor.num_parameters for tensor in self.tensors.values())

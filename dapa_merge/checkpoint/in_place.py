@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.patch_file import Patch
 from dapa_merge.checkpoint.patch_state import State, check_content, check_layout, refuse_other, states
 from dapa_merge.checkpoint.staged_file import clear_leftover, take_lock, write_all
 from dapa_merge.checkpoint.staging import flush_to_disk
-from dapa_merge.checkpoint.undo import UNDO_NAME, Undo, read_undo, write_undo
+from dapa_merge.checkpoint.undo import UNDO_NAME, Undo, ending_on_blocks, read_undo, write_undo
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 
 Progress = Callable[[int], None]
@@ -116,17 +116,21 @@ def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> None:
         )
     check_layout(undo.patch, base)
     check_content(undo.patch)
-    _refuse_strangers(undo, base, states(undo.patch, base))
+    _refuse_strangers(undo, base, states(undo.patch, base), patch)
 
 
-def _refuse_strangers(undo: Undo, base: Checkpoint, found: Sequence[State]) -> None:
-    """Raise `CheckpointError` if a range is neither the old one, nor the new one, nor partly each."""
+def _refuse_strangers(undo: Undo, base: Checkpoint, found: Sequence[State], patch: Patch | None = None) -> None:
+    """Raise `CheckpointError` if a range is neither the old one, nor the new one, nor partly each.
+
+    With the patch at hand every byte is compared, without it the sums of blocks.
+    """
     for entry, state in zip(undo.patch.entries, found, strict=True):
-        if state is State.OTHER and not undo.is_half_written(entry, base):
+        if state is State.OTHER and not undo.is_half_written(entry, base, patch):
             first, stop = entry.rows
             raise CheckpointError(
                 f"{base.name} holds values in rows {first} to {stop} of {entry.tensor} that are neither the patch's "
                 f"nor those from before it; another program or a later patch changed them, so nothing was written"
+                f"{'' if patch else ' (if an earlier run was stopped, apply the patch again before it is reverted)'}"
             )
 
 
@@ -195,8 +199,9 @@ def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO], progre
     try:
         for entry in patch.entries:
             tensor = base.tensors[entry.tensor]
-            files[tensor.file].seek(entry.place(tensor)[0])
-            for piece in patch.pieces(entry):
+            start, _ = entry.place(tensor)
+            files[tensor.file].seek(start)
+            for piece in ending_on_blocks(patch.pieces(entry), start):
                 write_all(files[tensor.file], piece)
                 progress(len(piece))
         _flush(files)

@@ -80,7 +80,7 @@ def take_lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
-def write_all(file: BinaryIO, piece: bytes) -> None:
+def write_all(file: BinaryIO, piece: bytes | memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
     view = memoryview(piece)
     while view:

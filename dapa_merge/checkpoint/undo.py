@@ -4,8 +4,10 @@ It is a patch itself, from the patched model back to its base. Its metadata say 
 that it takes back; `blocks`, the key of one further tensor: the CRC-32 of what the patch makes of each block of 4 KiB
 of the model's files, in the order of `entries`; and `alignments`: for each entry, at which byte of a block it begins.
 
-Writing is interrupted between two such blocks only, since within a file the kernel changes whole pages. So a block is
-the old one, which is here, or the new one, of which the sum is here, or no work of ours.
+A killed process stops between two such blocks, since the kernel changes whole pages, and each call writes up to the end
+of one. So a block is the old one, which is here, or the new one, of which the sum is here, or no work of ours. Should a
+block be torn all the same, as by a disk that loses power, `revert` refuses it, but to apply the patch again mends it:
+then the new bytes are known too.
 """
 
 from __future__ import annotations
@@ -51,23 +53,34 @@ class Undo:
         """Whether it leads back from this patch; what it says of itself does not count."""
         return identity(self.patch.metadata["base_layout"], _turned(self.patch.entries)) == patch.identity
 
-    def is_half_written(self, entry: Entry, base: Checkpoint) -> bool:
-        """Whether every block of an entry's rows in the model is either the old one or the new one."""
-        index = self.patch.entries.index(entry)
+    def is_half_written(self, entry: Entry, base: Checkpoint, patch: Patch | None = None) -> bool:
+        """Whether every block of an entry's rows in the model is either the old one or the new one.
+
+        With the patch that is taken back at hand, whether every single byte is.
+        """
         tensor = base.tensors[entry.tensor]
         start, stop = entry.place(tensor)
-        if start % BLOCK_BYTES != self.alignments[index]:
-            return False
-        sums = self.patch.contents[self.patch.metadata["blocks"]]
-        first = sum(map(_num_blocks, self.patch.entries[:index], self.alignments))
-        with self.patch.path.open("rb") as file:
-            file.seek(sums.start + 4 * first)
-            new = struct.iter_unpack("<I", file.read(4 * _num_blocks(entry, self.alignments[index])))
         found = _blocks(iterate_range(base, tensor.file, start, stop), start)
         old = _blocks(self.patch.pieces(entry), start)
-        return all(
-            mine == before or zlib.crc32(mine) == after for mine, before, (after,) in zip(found, old, new, strict=True)
-        )
+        if patch is not None:
+            (forth,) = (other for other in patch.entries if (other.tensor, other.rows) == (entry.tensor, entry.rows))
+            new = _blocks(patch.pieces(forth), start)
+            # Strict would be of no use: `all` ends before the iterators do.
+            return all(_is_mixed(*blocks) for blocks in zip(found, old, new))  # noqa: B905
+        index = self.patch.entries.index(entry)
+        if start % BLOCK_BYTES != self.alignments[index]:
+            return False
+        sums = self._sums(index)
+        return all(mine == before or zlib.crc32(mine) == after for mine, before, after in zip(found, old, sums))  # noqa: B905
+
+    def _sums(self, index: int) -> Iterator[int]:
+        """The sums of the new blocks of one entry."""
+        sums = self.patch.contents[self.patch.metadata["blocks"]]
+        num_blocks = list(map(_num_blocks, self.patch.entries, self.alignments))
+        with self.patch.path.open("rb") as file:
+            file.seek(sums.start + 4 * sum(num_blocks[:index]))
+            content = file.read(4 * num_blocks[index])
+        return (number for (number,) in struct.iter_unpack("<I", content))
 
 
 def read_undo(path: Path) -> Undo:
@@ -152,17 +165,28 @@ def _watched(pieces: Iterable[bytes], watch: Callable[[bytes], None]) -> Iterato
         yield piece
 
 
-def _blocks(pieces: Iterable[bytes], start: int) -> Iterator[bytes]:
-    """Bytes that belong at `start` of a file, in the pieces of them that lie in one block of it."""
-    size = BLOCK_BYTES - start % BLOCK_BYTES
+def _is_mixed(found: bytes, old: bytes, new: bytes) -> bool:
+    return all(mine in pair for mine, *pair in zip(found, old, new, strict=True))
+
+
+def ending_on_blocks(pieces: Iterable[bytes], start: int) -> Iterator[bytes]:
+    """Bytes that belong at `start` of a file, in pieces that end where a block of it does, but for the last."""
     carried = b""
     for piece in pieces:
         content = carried + piece
-        position = 0
-        while len(content) - position >= size:
-            yield content[position : position + size]
-            position += size
-            size = BLOCK_BYTES
-        carried = content[position:]
+        size = max(0, len(content) - (start + len(content)) % BLOCK_BYTES)
+        if size:
+            yield content[:size]
+        start += size
+        carried = content[size:]
     if carried:
         yield carried
+
+
+def _blocks(pieces: Iterable[bytes], start: int) -> Iterator[bytes]:
+    """Bytes that belong at `start` of a file, in the parts of them that lie in one block of it."""
+    for content in ending_on_blocks(pieces, start):
+        # The first one may begin within a block.
+        for position in range(-(start % BLOCK_BYTES), len(content), BLOCK_BYTES):
+            yield content[max(0, position) : position + BLOCK_BYTES]
+        start += len(content)

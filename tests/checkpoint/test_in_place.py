@@ -21,8 +21,8 @@ from dapa_merge.checkpoint.undo import UNDO_NAME
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
-# Writes in small pieces, and dies by a real SIGKILL in the middle of one of them: at a page of the file, where the
-# kernel stops.
+# Writes in small pieces, and dies by a real SIGKILL: before one of them, or in the middle of it, at a page of the file,
+# where the kernel stops.
 DYING = """
 import os, signal, sys
 from dapa_merge.checkpoint import in_place, patch_file
@@ -33,8 +33,9 @@ num_calls = 0
 def write_all(file, piece):
     global num_calls
     if num_calls == dies_at:
-        num_bytes = -file.tell() % 4096 + 4096
-        file.write(piece[:num_bytes])
+        if dies_at % 2:
+            num_bytes = -file.tell() % 4096 + 4096
+            file.write(piece[:num_bytes])
         os.kill(os.getpid(), signal.SIGKILL)
     num_calls += 1
     file.write(piece)
@@ -112,7 +113,7 @@ def dying(dies_at: int, piece: int, *command: object) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_what_a_killed_apply_leaves_is_patched_or_reverted_by_a_rerun(base, files, tmp_path, seed):
     generator = random.Random(seed)
-    dying(generator.randrange(9), 12_345, "apply", files[2], base, "--in-place")
+    dying(generator.randrange(1, 9), 12_345, "apply", files[2], base, "--in-place")
     assert weights(base) != files[1]
     assert not list(base.glob(".dapa-merge*"))
     other = shutil.copytree(base, tmp_path / "other")
@@ -127,9 +128,23 @@ def test_what_a_killed_apply_leaves_is_patched_or_reverted_by_a_rerun(base, file
     assert contents(other) == files[0]
 
 
+def test_a_block_that_is_torn_in_its_middle_is_mended_by_the_patch_but_not_reverted(base, files):
+    patched(base, files)
+    gate = open_checkpoint(str(base)).tensors["layers.0.gate"]
+    with (base / gate.file).open("r+b") as file:
+        file.seek(gate.start + 100)
+        file.write(files[0][gate.file][gate.start + 100 : gate.start + 200])
+    with pytest.raises(CheckpointError, match="neither the patch's nor those from before it"):
+        revert(open_checkpoint(str(base)))
+    assert patched(base, files)
+    assert weights(base) == files[1]
+    revert(open_checkpoint(str(base)))
+    assert contents(base) == files[0]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_what_a_stranger_wrote_into_a_half_written_range_is_noticed_by_both(base, files):
-    dying(5, 12_345, "apply", files[2], base, "--in-place")
+    dying(3, 12_345, "apply", files[2], base, "--in-place")
     gate = open_checkpoint(str(base)).tensors["layers.0.gate"]
     with (base / gate.file).open("r+b") as file:
         file.seek(gate.start + 99)

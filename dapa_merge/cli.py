@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,13 +24,14 @@ from dapa_merge.cli_options import (
     search_options,
     workers_option,
 )
+from dapa_merge.cli_output import print_answer, reporter
+from dapa_merge.cli_patch import patch
 from dapa_merge.new_file import new_file
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.evaluate.evaluators import EvaluatorOptions
-    from dapa_merge.progress import Reporter
     from dapa_merge.search_options import SearchOptions
 
 
@@ -121,8 +121,8 @@ def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_j
     from dapa_merge.report import print_report
     from dapa_merge.run import repair
 
-    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=_reporter(quiet))
-    _print(report.to_json(), lambda console: print_report(report, console), as_json)
+    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=reporter(quiet))
+    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
 @main.command()
@@ -138,7 +138,7 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     parsed = load_recipe(recipe)
     made = make_plan(parsed, allow_pickle=allow_pickle)
     selection = given_selection(parsed, made)
-    _print(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
+    print_answer(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
 
 
 @main.command()
@@ -181,7 +181,7 @@ def search(
         parsed = load_recipe(recipe)
         options = search_options(device, journal, workers, evaluators, allow_pickle)
         made = make_plan(parsed, allow_pickle=allow_pickle)
-        found = search_plan(parsed, made, options, _reporter(quiet))
+        found = search_plan(parsed, made, options, reporter(quiet))
         replay = replay_text(parsed, made, found.minimum.units)
 
         def show(console: Console) -> None:
@@ -193,7 +193,7 @@ def search(
         try:
             keep(replay)
         finally:
-            _print({**search_json(found, made), "recipe": replay}, show, as_json)
+            print_answer({**search_json(found, made), "recipe": replay}, show, as_json)
 
 
 @main.command()
@@ -251,7 +251,7 @@ def evaluate(
     settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "allow_pickle": allow_pickle}
     with _kept_in(responses) as keep:
-        measured = evaluate_model(model, prompts, device, _reporter(quiet), evaluators, **settings, **limits)
+        measured = evaluate_model(model, prompts, device, reporter(quiet), evaluators, **settings, **limits)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
@@ -262,7 +262,7 @@ def evaluate(
         try:
             keep(responses_text({model: measured.responses}))
         finally:
-            _print(jsonable(asdict(measured.figures)), show, as_json)
+            print_answer(jsonable(asdict(measured.figures)), show, as_json)
 
 
 @main.command()
@@ -282,7 +282,7 @@ def verify(quiet: bool, out: Path, recipe: Path | None, allow_pickle: bool, as_j
     from dapa_merge.report import spans
     from dapa_merge.run import verify_result
 
-    verification, faults = verify_result(out, recipe, _reporter(quiet), allow_pickle=allow_pickle)
+    verification, faults = verify_result(out, recipe, reporter(quiet), allow_pickle=allow_pickle)
     units = list(map(str, verification.transplanted))
 
     def show(console: Console) -> None:
@@ -296,7 +296,7 @@ def verify(quiet: bool, out: Path, recipe: Path | None, allow_pickle: bool, as_j
         )
 
     answer = {"correct": not faults, "num_tensors": verification.num_tensors, "units": units, "faults": faults}
-    _print(answer, show, as_json)
+    print_answer(answer, show, as_json)
     if faults:
         sys.exit(4)
 
@@ -306,17 +306,4 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
-def _reporter(quiet: bool) -> Reporter:
-    from dapa_merge.progress import ConsoleReporter
-    from dapa_merge.progress import Reporter as Silent
-
-    return Silent() if quiet else ConsoleReporter()
-
-
-def _print(answer: dict[str, Any], show: Callable[[Console], object], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(answer, indent=2))
-        return
-    from rich.console import Console
-
-    show(Console())
+main.add_command(patch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.header import Tensor
@@ -52,10 +53,18 @@ def tensors_digest(
 def settings_digest(checkpoint: Checkpoint) -> str:
     """The SHA-256 over a model's config, tokenizer, chat templates and generation settings."""
     state = hashlib.sha256()
-    folder = checkpoint.folder
-    for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")]):
-        is_other = path.name.endswith(OTHER_FILES)
-        if path.suffix in SMALL_FILES and not is_other and path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES:
-            content = path.read_bytes()
-            state.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    for name, path in settings_files(checkpoint).items():
+        content = path.read_bytes()
+        state.update(f"{name}\0{len(content)}\0".encode() + content)
     return "sha256 " + state.hexdigest()
+
+
+def settings_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Where a model's config, tokenizer, chat templates and generation settings are, by name within its folder."""
+    folder = checkpoint.folder
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")])
+        if path.suffix in SMALL_FILES and not path.name.endswith(OTHER_FILES)
+        if path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
+    }

@@ -40,7 +40,7 @@ def transplant(
     out: Path,
     *,
     texts: Mapping[str, str] | None = None,
-    check: Callable[[Path], None] = lambda _: None,
+    check: Callable[[Path], object] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> None:
     """Write the target with the selected units replaced by the source's into `out`.
@@ -60,27 +60,53 @@ def transplant(
         UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
-    changes = _changes_by_file(plan, selection)
-    sizes = {name: (plan.target.folder / name).stat().st_size for name in changes}
-    check_destination(out, plan.target, sum(sizes.values()))
-    _check_sizes(plan.target, sizes)
+    changes = find_changes(plan, selection)
+    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
+    job = {"source": _identity(plan.source, sources), "selection": list(map(str, selection))}
+    write_result(plan.target, changes, out, job, texts=texts, check=check, progress=progress)
+
+
+def write_result(
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[Change]],
+    out: Path,
+    job: Mapping[str, Any],
+    *,
+    texts: Mapping[str, str] | None = None,
+    check: Callable[[Path], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Write a model with some changes into `out`, as `transplant` does.
+
+    Args:
+        target: The model.
+        changes: For each of its weight files, what is to be in its place.
+        out: The folder to make.
+        job: What else than the target and the places of the changes decides the bytes.
+        texts: As of `transplant`.
+        check: As of `transplant`.
+        progress: As of `transplant`.
+    """
+    changes = {**changes, **{name: [] for name in _small_files(target)}}
+    sizes = {name: (target.folder / name).stat().st_size for name in changes}
+    check_destination(out, target, sum(sizes.values()))
+    _check_sizes(target, sizes)
     out = Path(os.path.abspath(out))
-    with staging(out, _job(plan, selection, changes)) as made:
-        _write_files(plan.target, changes, made, progress)
+    with staging(out, _whole_job(target, changes, job)) as made:
+        _write_files(target, changes, made, progress)
         for name, text in (texts or {}).items():
             (made.folder / name).write_text(text, encoding="utf-8")
         check(made.folder)
         _publish(made, texts or {}, out)
 
 
-def _changes_by_file(plan: Plan, selection: Sequence[Unit]) -> dict[str, list[Change]]:
-    """The files of a result, by their paths in it, each with what is not the target's."""
-    target = plan.target
-    found = find_changes(plan, selection)
-    for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
-        if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED)):
-            found[path.relative_to(target.folder).as_posix()] = []
-    return found
+def _small_files(target: Checkpoint) -> list[str]:
+    """What belongs to a model beside its weights, by the paths in its folder."""
+    return [
+        path.relative_to(target.folder).as_posix()
+        for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")])
+        if path.is_file() and (path.name == INDEX_NAME or not path.name.endswith(NOT_COPIED))
+    ]
 
 
 def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
@@ -93,14 +119,12 @@ def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
             )
 
 
-def _job(plan: Plan, selection: Sequence[Unit], changes: Mapping[str, Sequence[Change]]) -> dict[str, Any]:
+def _whole_job(target: Checkpoint, changes: Mapping[str, Sequence[Change]], job: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that decides the bytes of a result's files, as JSON has it."""
-    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
     return {
         "format": FORMAT,
-        "target": _identity(plan.target, sorted(changes)),
-        "source": _identity(plan.source, sources),
-        "selection": list(map(str, selection)),
+        "target": _identity(target, sorted(changes)),
+        **job,
         "changes": {name: digest_of(of_file) for name, of_file in changes.items() if of_file},
     }
 

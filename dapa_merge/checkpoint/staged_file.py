@@ -1,0 +1,119 @@
+"""A binary file that appears under its name complete and on disk, or not at all; and the kernel's lock on a file."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from dapa_merge.checkpoint.staging import flush_to_disk
+from dapa_merge.errors import UsageError
+
+# What is answered where a file system has no hard links.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, unbuffered; at the end of the block it is flushed to disk and gets its name.
+
+    Until then it is hidden beside `path`. What a killed process left of it there is written over.
+
+    Raises:
+        UsageError: If `path` exists, another process is about to make it, or it cannot be written or does not fit.
+    """
+    path = Path(os.path.abspath(path))
+    hidden = _hidden(path)
+    try:
+        _refuse_existing(path)
+        file = os.fdopen(os.open(hidden, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666), "r+b", buffering=0)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
+    with file:
+        if not take_lock(file.fileno()) or not _is_at(file.fileno(), hidden):
+            raise UsageError(f"{path} is being written by another process; wait for it")
+        try:
+            file.truncate(0)
+            yield file
+            os.fsync(file.fileno())
+            _name(hidden, path)
+            flush_to_disk(path.parent, files=False)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UsageError(f"no space left on the disk of {path}; nothing was kept") from error
+            raise
+        finally:
+            with suppress(OSError):
+                hidden.unlink()
+
+
+def clear_leftover(path: Path) -> None:
+    """Remove what a killed process left of `path` beside it; of one that still runs, nothing."""
+    hidden = _hidden(Path(os.path.abspath(path)))
+    with suppress(OSError), os.fdopen(os.open(hidden, os.O_RDWR | _FLAGS), "r+b") as file:
+        if take_lock(file.fileno()) and _is_at(file.fileno(), hidden):
+            hidden.unlink()
+
+
+# O_NOFOLLOW: what waits under the hidden name is ours, or it is no plain file.
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def take_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Take the kernel's lock on an open file or folder, which ends when it is closed; False if another has it.
+
+    Raises:
+        OSError: If its file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows.
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def write_all(file: BinaryIO, piece: bytes | memoryview) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _hidden(path: Path) -> Path:
+    # A name that nobody else would give, and that is short whatever the length of the file's own.
+    return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}.partial")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has this name: who had the lock before may have given it another."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _refuse_existing(path: Path) -> None:
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists already; name another file or remove it")
+
+
+def _name(hidden: Path, path: Path) -> None:
+    """Give a complete file its name, unless that came to be another's meanwhile."""
+    try:
+        # A rename would replace what is there; a link cannot.
+        os.link(hidden, path)
+    except FileExistsError:
+        _refuse_existing(path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _refuse_existing(path)
+        hidden.rename(path)

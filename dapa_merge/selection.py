@@ -115,7 +115,7 @@ def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
     """
     ranges = [(theirs.file, theirs.start, theirs.stop) for _, theirs in plan.tensors(units)]
     if num_bytes := plan.source.num_missing(ranges):
-        reporter.say(f"fetching {num_bytes / 1e9:.2f} GB of {plan.source.name}")
+        reporter.say(f"fetching {num_bytes / 1e6:.1f} MB of {plan.source.name}")
         with reporter.task("fetching the source's units", num_bytes) as fetched:
             plan.source.ensure_all(ranges, fetched)
 

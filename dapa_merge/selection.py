@@ -22,20 +22,26 @@ if TYPE_CHECKING:
 
 
 def make_plan(
-    recipe: Recipe, *, partial: bool = True, allow_pickle: bool = False, merge_cache: MergeCache | None = None
+    recipe: Recipe,
+    *,
+    partial: bool = True,
+    partial_target: bool = False,
+    allow_pickle: bool = False,
+    merge_cache: MergeCache | None = None,
 ) -> Plan:
     """Open both checkpoints, find their units and check the recipe against them. Loads no torch.
 
     Args:
         recipe: What to repair, with what.
         partial: Fetch of a source on the Hub what is read of it, rather than the whole model.
+        partial_target: The same for the target, where nobody is going to copy it.
         allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
         merge_cache: Where a running mergekit keeps merged LoRAs.
 
     Raises:
         DapaError: With the sentence for whatever does not fit.
     """
-    target = open_location(recipe.target, allow_pickle=allow_pickle, merge_cache=merge_cache)
+    target = open_location(recipe.target, partial=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache)
     source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle, merge_cache=merge_cache)
     plan = plan_transplant(target, source, recipe.modules)
     _check_dtype(recipe, target)

@@ -77,6 +77,14 @@ def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source(models, 
     assert "fetching 2.1 MB of someone/source" in result.stderr
 
 
+def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_path):
+    recipe = write_recipe("someone/target", "someone/source")
+    with hub({"someone/target": models[0], "someone/source": models[1]}) as (endpoint, log):
+        result = dapa_merge(endpoint, tmp_path / "home", "plan", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    assert log.num_weight_bytes() == num_header_bytes(models[0]) + num_header_bytes(models[1])
+
+
 def test_a_plan_needs_headers_only_and_verifying_a_result_all_gates(models, recipe, tmp_path):
     home = tmp_path / "home"
     with hub({"someone/source": models[1]}) as (endpoint, log):

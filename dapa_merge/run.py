@@ -14,7 +14,7 @@ import yaml
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan, cut, join
+from dapa_merge.checkpoint.plan import Plan, join, sparing
 from dapa_merge.checkpoint.staging import check_destination
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.verify import Verification, prove, verify
@@ -210,7 +210,7 @@ def verify_result(
     plan = make_plan(recipe, allow_pickle=allow_pickle)
     selection = given_selection(recipe, plan)
     if selection is not None:
-        plan = cut(plan, selection)
+        plan = sparing(plan, selection)
     fetch_units(plan, plan.units, reporter)
     with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import answer, save_random, tiny_llama
+from conftest import answer, change_tensor, save_random, tiny_llama
 from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
 from dapa_merge import miniature
@@ -85,15 +85,21 @@ def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_pat
     assert log.num_weight_bytes() == num_header_bytes(models[0]) + num_header_bytes(models[1])
 
 
-def test_a_plan_needs_headers_only_and_verifying_a_result_all_gates(models, recipe, tmp_path):
-    home = tmp_path / "home"
+def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe, tmp_path):
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        assert dapa_merge(endpoint, home, "plan", recipe).returncode == 0
-        assert log.num_weight_bytes() == num_header_bytes(models[1])
-        assert dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
-        result = dapa_merge(endpoint, home, "verify", tmp_path / "out")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert log.num_weight_bytes() <= num_header_bytes(models[1]) + num_gate_bytes(models[1], "0,1,2,3")
+        assert dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
+        log.served.clear()
+        # On another machine.
+        result = dapa_merge(
+            endpoint, tmp_path / "other", "verify", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "other cache")
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+        # A gate of the source that the recipe does not name.
+        change_tensor(tmp_path / "out", "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor.fill_(1))
+        result = dapa_merge(endpoint, tmp_path / "home", "verify", tmp_path / "out")
+    assert result.returncode == 4
+    assert "model.layers.1.mlp.gate_proj.weight differs from the target" in result.stdout
 
 
 @pytest.mark.parametrize("drop_every", [100_000, 700_000])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Rows, Unit, rows_text
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.plan import Plan, cut, divide, join
+from dapa_merge.checkpoint.plan import Plan, cut, divide, join, sparing
 from dapa_merge.checkpoint.values import source_bytes
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 
@@ -92,10 +92,7 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
 def prove(out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None) -> None:
     """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
     selection = join(plan, selection)
-    if plan.source.partial is not None:
-        # What is not here of the source is not fetched for it: all other units must be the target's.
-        plan = replace(plan, units=tuple(dict.fromkeys(unit.whole for unit in selection)))
-    verification = verify(out, cut(plan, selection), progress)
+    verification = verify(out, sparing(plan, selection), progress)
     if not verification.holds:
         name, what = verification.differences[0]
         raise CheckpointError(f"the result is wrong and was not kept: {name} {what}")

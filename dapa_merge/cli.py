@@ -136,7 +136,7 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     from dapa_merge.selection import given_selection, make_plan
 
     parsed = load_recipe(recipe)
-    made = make_plan(parsed, allow_pickle=allow_pickle)
+    made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)
     selection = given_selection(parsed, made)
     print_answer(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
 

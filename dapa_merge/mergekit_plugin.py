@@ -17,6 +17,7 @@ import torch
 import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import (
     BasePolicy,
     BatchOptions,
@@ -30,11 +31,12 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
 from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.lora import MergeCache
 from dapa_merge.checkpoint.pickled import ALLOW_VARIABLE
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.region import Box
 from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite
-from dapa_merge.errors import DapaError
+from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.mergekit_layout import boxes_in_merge
 from dapa_merge.parameters import PARAMETERS
@@ -188,7 +190,9 @@ def accept(raw: Mapping[str, Any]) -> None:
     """
     try:
         file = _file_being_read(raw)
-        METHOD_INSTANCE.announce(load_recipe(file) if file is not None else recipe_from(_plain(raw)))
+        recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
+        _check_has_place_to_merge(recipe)
+        METHOD_INSTANCE.announce(recipe)
     except DapaError as error:
         raise MergeRefused(error) from error
 
@@ -215,7 +219,7 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 
 def _select(recipe: Recipe) -> _Selected:
     allow_pickle = bool(click.BOOL.convert(os.environ.get(ALLOW_VARIABLE) or "0", None, None))
-    plan = make_plan(recipe, allow_pickle=allow_pickle)
+    plan = make_plan(recipe, allow_pickle=allow_pickle, merge_cache=_merge_cache())
     # A commit on the Hub does not change; what is here of it may grow.
     local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
@@ -241,6 +245,21 @@ def _select(recipe: Recipe) -> _Selected:
         stamps=stamps,
         rounding=Rounding(),
     )
+
+
+def _merge_cache() -> MergeCache | None:
+    """Where the running mergekit keeps merged LoRAs; None where it is not known, as in another thread of it."""
+    options = LoaderCache()
+    return MergeCache(Path(options.lora_cache_dir), options.lora_merge_dtype) if options.lora_cache_dir else None
+
+
+def _check_has_place_to_merge(recipe: Recipe) -> None:
+    options = _command_line()
+    for key, location in (("base_model", recipe.target), ("models", recipe.source)):
+        if location.adapter is not None and options.get("lora_merge_cache", "") is None:
+            raise UsageError(
+                f"{recipe.where(key)} is a LoRA, {location}; name a folder with --lora-merge-cache to merge it in"
+            )
 
 
 def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:

@@ -7,9 +7,9 @@ gradient over layers, so a set of layers is a string: `"3-6,9"`.
 from __future__ import annotations
 
 import difflib
-import os
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,23 +169,29 @@ class _Reader:
                 )
 
     def location(self, value: object, key: str, what: str) -> Location:
-        if isinstance(value, Mapping) and set(value) == {"model"}:
-            # mergekit's long forms: {model: id} and {model: {path: id, revision: main}}.
+        adapter = None
+        if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+            # mergekit's long forms: {model: id}, {model: {path: id, revision: main}}, and `lora:` beside `model:`.
+            if value.get("lora") is not None:
+                adapter = self.location({"model": value["lora"]}, key, "a LoRA adapter")
             value = value["model"]
             if isinstance(value, Mapping) and set(value) <= {"path", "revision"}:
                 path, revision = value.get("path"), value.get("revision")
                 if isinstance(path, str) and isinstance(revision, (str, type(None))):
-                    return Location(path, revision)
+                    return Location(path, revision, adapter)
         if not isinstance(value, str) or not value.strip():
             found = "is missing" if value is None else f"is {_shown(value)}"
             raise self.fail(key, f"{key} {found}; it must name {what}: a folder or a Hub id")
         try:
             location = parse_location(value)
         except ValueError:
-            raise self.fail(key, f"{key} is {value!r}; write it as path or path@revision") from None
-        if "+" in value and not os.path.isdir(value):
-            raise self.fail(key, f"{key} is {value!r}: merge the LoRA into its model first")
-        return location
+            how = "path or path@revision, and a LoRA behind it as +path"
+            raise self.fail(key, f"{key} is {value!r}; write it as {how}") from None
+        if adapter is None:
+            return location
+        if location.adapter is not None or adapter.adapter is not None:
+            raise self.fail(key, f"{key} names two LoRAs, {location} and {adapter}; merge one into its model first")
+        return replace(location, adapter=adapter)
 
     def source(self, content: Mapping[str, Any], target: Location) -> Location:
         models = content.get("models")
@@ -237,10 +243,13 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def _same_folder(one: Location, other: Location) -> bool:
-    if one == other:
-        return True
+    if one.adapter != other.adapter and not (
+        one.adapter and other.adapter and _same_folder(one.adapter, other.adapter)
+    ):
+        return False
     folders = Path(one.path), Path(other.path)
-    return all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1])
+    is_one = all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1])
+    return is_one or (one.path, one.revision) == (other.path, other.revision)
 
 
 def _kind(value: object) -> str:

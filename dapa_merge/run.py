@@ -15,23 +15,22 @@ import yaml
 from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.destination import check_destination
-from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.plan import Plan, cut, join
+from dapa_merge.checkpoint.plan import Plan, join, sparing
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.verify import Verification, verify
 from dapa_merge.errors import CheckpointError, RecipeError, UsageError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions
-from dapa_merge.evaluate.prompt_sources import pinned
+from dapa_merge.evaluate.prompt_sources import pinned as pinned_prompts
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.skills import absolute
 from dapa_merge.evidence import Evidence, Measured, gather_evidence, measure_checkpoint
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import DEFAULTS, METHOD, Location, Recipe, parse_location
+from dapa_merge.recipe import DEFAULTS, METHOD, Recipe, parse_location
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, readable_certificate
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import fetch_units, given_selection, make_plan, open_location
+from dapa_merge.selection import fetch_units, given_selection, make_plan, open_location, pinned
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Response
@@ -203,7 +202,7 @@ def verify_result(
     plan = make_plan(recipe, allow_pickle=allow_pickle)
     selection = given_selection(recipe, plan)
     if selection is not None:
-        plan = cut(plan, selection)
+        plan = sparing(plan, selection)
     fetch_units(plan, plan.units, reporter)
     with reporter.task("verifying", plan.target.num_bytes) as verified:
         verification = verify(out, plan, verified)
@@ -237,21 +236,16 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     if "prompts" in parameters:
-        parameters["prompts"] = pinned(recipe.prompts)
+        parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
     if recipe.skills is not None:
         parameters["skills"] = absolute(recipe.skills)
-    content: dict[str, Any] = {"merge_method": METHOD, "base_model": _pinned(recipe.target, plan.target)}
-    content["models"] = [{"model": _pinned(recipe.source, plan.source)}]
+    content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(pinned(recipe.target, plan.target))}
+    content["models"] = [{"model": str(pinned(recipe.source, plan.source))}]
     if recipe.dtype:
         content["dtype"] = recipe.dtype
     if recipe.keeps_tokenizer:
         content["tokenizer"] = {"source": "base"}
     content["parameters"] = parameters
     return str(yaml.safe_dump(content, sort_keys=False))
-
-
-def _pinned(location: Location, checkpoint: Checkpoint) -> str:
-    # A relative path would mean another model in another folder, and at worst a stranger's repository on the Hub.
-    return f"{location.path}@{checkpoint.commit}" if checkpoint.commit else os.path.abspath(location.path)

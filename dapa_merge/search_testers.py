@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.plan import Plan, plan_transplant
 from dapa_merge.errors import UsageError
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Location, Recipe
+from dapa_merge.recipe import Recipe
 from dapa_merge.report import spans
 from dapa_merge.search.oracle import Requirement
 from dapa_merge.search.workers import RayWorkers
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import open_location
+from dapa_merge.selection import open_location, pinned
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
@@ -71,7 +69,7 @@ def ray_testers(
 ) -> RayWorkers[Unit, Test]:
     """Ray actors that test selections, each with a target of its own."""
     # Other machines, other folders, and hours later: the same weights all the same.
-    recipe = replace(recipe, target=_pinned(recipe.target, plan.target), source=_pinned(recipe.source, plan.source))
+    recipe = replace(recipe, target=pinned(recipe.target, plan.target), source=pinned(recipe.source, plan.source))
     file = options.evaluators.evaluator_file
     evaluators = replace(options.evaluators, evaluator_file=file and file.absolute())
     options = replace(options, device=bench.device.type, evaluators=evaluators)
@@ -103,9 +101,3 @@ def _test(bench: Bench, selection: frozenset[Unit], progress: Callable[[int], No
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
     """Always the same order, in which every process transplants."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
-
-
-def _pinned(location: Location, checkpoint: Checkpoint) -> Location:
-    if checkpoint.commit is not None:
-        return replace(location, revision=checkpoint.commit)
-    return replace(location, path=os.path.abspath(location.path))

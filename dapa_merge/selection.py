@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.architecture import Unit
@@ -15,22 +17,32 @@ from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 
 if TYPE_CHECKING:
+    from dapa_merge.checkpoint.lora import MergeCache
     from dapa_merge.evaluate.prompts import PromptSet
 
 
-def make_plan(recipe: Recipe, *, partial: bool = True, allow_pickle: bool = False) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    *,
+    partial: bool = True,
+    partial_target: bool = False,
+    allow_pickle: bool = False,
+    merge_cache: MergeCache | None = None,
+) -> Plan:
     """Open both checkpoints, find their units and check the recipe against them. Loads no torch.
 
     Args:
         recipe: What to repair, with what.
         partial: Fetch of a source on the Hub what is read of it, rather than the whole model.
+        partial_target: The same for the target, where nobody is going to copy it.
         allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        merge_cache: Where a running mergekit keeps merged LoRAs.
 
     Raises:
         DapaError: With the sentence for whatever does not fit.
     """
-    target = open_location(recipe.target, allow_pickle=allow_pickle)
-    source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle)
+    target = open_location(recipe.target, partial=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache)
+    source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle, merge_cache=merge_cache)
     plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
     if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
@@ -83,9 +95,31 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     return split(load_prompts(recipe.prompts), recipe.confirm)
 
 
-def open_location(location: Location, *, partial: bool = False, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint that a recipe or a command names, opened as `open_checkpoint` does."""
-    return open_checkpoint(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
+def open_location(
+    location: Location, *, partial: bool = False, allow_pickle: bool = False, merge_cache: MergeCache | None = None
+) -> Checkpoint:
+    """The checkpoint that a recipe or a command names, opened as `open_checkpoint` or `open_merged` does."""
+    if location.adapter is None:
+        return open_checkpoint(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
+    from dapa_merge.checkpoint.lora import Reference, open_merged
+
+    base, adapter = (Reference(part.path, part.revision) for part in (location, location.adapter))
+    return open_merged(base, adapter, allow_pickle=allow_pickle, cache=merge_cache)
+
+
+def pinned(location: Location, checkpoint: Checkpoint) -> Location:
+    """The same model from any folder and at any later time: by its commit on the Hub, or by its absolute path.
+
+    A relative path would mean another model in another folder, and at worst a stranger's repository on the Hub.
+    """
+    if location.adapter is None:
+        return _pinned(location, checkpoint.commit)
+    base_commit, adapter_commit = checkpoint.merged_from or (None, None)
+    return replace(_pinned(location, base_commit), adapter=_pinned(location.adapter, adapter_commit))
+
+
+def _pinned(location: Location, commit: str | None) -> Location:
+    return replace(location, revision=commit) if commit else Location(os.path.abspath(location.path))
 
 
 def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
@@ -100,7 +134,7 @@ def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
         for start, num_bytes in theirs.runs()
     ]
     if num_bytes := plan.source.num_missing(ranges):
-        reporter.say(f"fetching {num_bytes / 1e9:.2f} GB of {plan.source.name}")
+        reporter.say(f"fetching {num_bytes / 1e6:.1f} MB of {plan.source.name}")
         with reporter.task("fetching the source's units", num_bytes) as fetched:
             plan.source.ensure_all(ranges, fetched)
 

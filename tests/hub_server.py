@@ -6,6 +6,7 @@ Models are served as `NAMESPACE/NAME`; a repository called `datasets/NAMESPACE/N
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +37,9 @@ class Faults:
         refusals: Statuses of which about every third request for weights gets the next, until there are none left.
         stall_after: All answers hang when so many bytes of weights went out, until `stalled` is read.
         ignores_ranges: Requests for ranges get the whole file.
+        lie: What is wrong with the answer to a request for a range: `no Content-Range`, `another range`, `another size`
+            or `more bytes`.
+        delay_seconds: How long each 16 KiB of weights take.
         has_cdn: Weights are answered with a redirection to the same server under another name.
         stalled: Set when answers hang.
         released: Set to let them go on.
@@ -44,6 +49,8 @@ class Faults:
     refusals: list[int] = field(default_factory=list)
     stall_after: int | None = None
     ignores_ranges: bool = False
+    lie: str = ""
+    delay_seconds: float = 0.0
     has_cdn: bool = False
     stalled: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -163,12 +170,23 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
             if asked and not faults.ignores_ranges:
                 start, stop = int(asked.group(1)), min(int(asked.group(2) or size - 1) + 1, size)
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-            self.send_response(206 if "Content-Range" in headers else 200)
+                self.lie(headers, start, stop, size)
+            self.send_response(206 if asked and not faults.ignores_ranges else 200)
             for key, value in {**headers, "Content-Length": str(stop - start)}.items():
                 self.send_header(key, value)
             self.end_headers()
             if body:
                 self.send_bytes(path, start, stop, f"{repository}/{name}")
+
+        def lie(self, headers: dict[str, str], start: int, stop: int, size: int):
+            if faults.lie == "no Content-Range":
+                del headers["Content-Range"]
+            elif faults.lie == "another range":
+                headers["Content-Range"] = f"bytes {start + 1}-{stop}/{size}"
+            elif faults.lie == "another size":
+                headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size + 1}"
+            elif faults.lie == "more bytes":
+                headers["Content-Range"] = f"bytes {start}-{stop}/{size}"
 
         def send_bytes(self, path: Path, start: int, stop: int, name: str):
             num_sent = 0
@@ -181,6 +199,8 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                     if faults.stall_after is not None and log.num_weight_bytes() >= faults.stall_after:
                         faults.stalled.set()
                         faults.released.wait(60)
+                    if faults.delay_seconds and name.endswith(".safetensors"):
+                        time.sleep(faults.delay_seconds)
                     piece = file.read(min(PIECE_BYTES, stop - start - num_sent))
                     try:
                         self.wfile.write(piece)
@@ -205,6 +225,11 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
 
 
 def etag(path: Path) -> str:
+    return digest(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def digest(path: Path, _time: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

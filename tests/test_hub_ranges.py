@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import answer, save_random, tiny_llama
+from conftest import answer, change_tensor, save_random, tiny_llama
 from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
+from dapa_merge import miniature
 from dapa_merge.checkpoint import ranges
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import HubError
 from dapa_merge.evaluate.live import choose_device, load_model, mapped_values
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.selection import make_plan
 
 LAYERS = "0,2"
 
@@ -69,18 +75,32 @@ def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source(models, 
     assert result.returncode == 0, result.stderr
     assert weights(tmp_path / "out") == expected
     assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
-    assert "fetching 0.00 GB of someone/source" in result.stderr
+    assert "fetching 2.1 MB of someone/source" in result.stderr
 
 
-def test_a_plan_needs_headers_only_and_verifying_a_result_all_gates(models, recipe, tmp_path):
-    home = tmp_path / "home"
+def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_path):
+    recipe = write_recipe("someone/target", "someone/source")
+    with hub({"someone/target": models[0], "someone/source": models[1]}) as (endpoint, log):
+        result = dapa_merge(endpoint, tmp_path / "home", "plan", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    assert log.num_weight_bytes() == num_header_bytes(models[0]) + num_header_bytes(models[1])
+
+
+def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe, tmp_path):
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        assert dapa_merge(endpoint, home, "plan", recipe).returncode == 0
-        assert log.num_weight_bytes() == num_header_bytes(models[1])
-        assert dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
-        result = dapa_merge(endpoint, home, "verify", tmp_path / "out")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert log.num_weight_bytes() <= num_header_bytes(models[1]) + num_gate_bytes(models[1], "0,1,2,3")
+        assert dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
+        log.served.clear()
+        # On another machine.
+        result = dapa_merge(
+            endpoint, tmp_path / "other", "verify", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "other cache")
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+        # A gate of the source that the recipe does not name.
+        change_tensor(tmp_path / "out", "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor.fill_(1))
+        result = dapa_merge(endpoint, tmp_path / "home", "verify", tmp_path / "out")
+    assert result.returncode == 4
+    assert "model.layers.1.mlp.gate_proj.weight differs from the target" in result.stdout
 
 
 @pytest.mark.parametrize("drop_every", [100_000, 700_000])
@@ -167,7 +187,9 @@ def partial(models, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home"))
     monkeypatch.setattr(ranges.time, "sleep", lambda _: None)
     served = shutil.copytree(models[1], tmp_path / "served")
-    with hub({"someone/source": served}) as (endpoint, log):
+    faults = Faults()
+    with hub({"someone/source": served}, faults=faults) as (endpoint, log):
+        log.faults = faults
         use_endpoint(monkeypatch, endpoint)
         checkpoint = open_checkpoint("someone/source", partial=True)
         assert checkpoint.partial is not None
@@ -183,7 +205,8 @@ def test_no_byte_that_is_not_present_is_read_as_if_it_were(models, partial):
         if number % 2:
             assert read_bytes(checkpoint, checkpoint.tensors[name]) == read_bytes(local, tensor)
         else:
-            assert torch.equal(mapped_values(checkpoint, checkpoint.tensors[name]), mapped_values(local, tensor))
+            found = mapped_values(checkpoint, Region.of(checkpoint.tensors[name]))
+            assert torch.equal(found, mapped_values(local, Region.of(tensor)))
     shard = checkpoint.shards[0]
     with checkpoint.open(shard) as file:
         assert file.read() == (models[1] / shard).read_bytes()
@@ -212,8 +235,8 @@ def test_a_model_that_is_loaded_is_fetched_whole(models, partial):
     assert whole.partial is None
     assert (whole.name, whole.tensors) == (checkpoint.name, checkpoint.tensors)
     weight = model.get_parameter("model.layers.1.mlp.gate_proj.weight")
-    expected = mapped_values(open_checkpoint(str(models[1])), checkpoint.tensors["model.layers.1.mlp.gate_proj.weight"])
-    assert torch.equal(weight.reshape(-1), expected)
+    region = Region.of(checkpoint.tensors["model.layers.1.mlp.gate_proj.weight"])
+    assert torch.equal(weight, mapped_values(open_checkpoint(str(models[1])), region))
 
 
 def test_a_lost_network_is_one_sentence_and_keeps_what_came(partial, monkeypatch):
@@ -244,3 +267,58 @@ def test_a_mirror_whose_file_was_removed_starts_anew(partial):
     checkpoint.path(first.file).unlink()
     again = open_checkpoint("someone/source", partial=True)
     assert read_bytes(again, first) == expected
+
+
+LIES = {
+    "no Content-Range": "had status 206 and no Content-Range",
+    "another range": "were asked for, but 'bytes",
+    "another size": "were asked for, but 'bytes",
+    "more bytes": "were asked for, but 'bytes",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_answer_that_is_not_what_was_asked_for_is_not_kept(models, partial, lie):
+    checkpoint, log = partial
+    first, *_ = checkpoint.tensors.values()
+    log.faults.lie = lie
+    with pytest.raises(HubError, match=LIES[lie]):
+        read_bytes(checkpoint, first)
+    log.faults.lie = ""
+    local = open_checkpoint(str(models[1]))
+    assert read_bytes(checkpoint, first) == read_bytes(local, local.tensors[first.name])
+
+
+def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path):
+    target, source = miniature.path("target"), miniature.path("source")
+    recipe = write_recipe(target, "someone/source", prompts="miniature", max_new_tokens=24, batch_size=128)
+    with hub({"someone/source": source}) as (endpoint, log):
+        result = dapa_merge(endpoint, tmp_path / "home", "search", recipe, "--json")
+    assert result.returncode == 0, result.stderr
+    units = make_plan(load_recipe(write_recipe(target, source))).units
+    tensors = open_checkpoint(str(source)).tensors
+    gates = sum(tensors[name].num_bytes for unit in units for name in unit.tensors)
+    assert log.num_weight_bytes() == num_header_bytes(source) + gates
+    assert f"model: someone/source@{SHA}" in json.loads(result.stdout)["recipe"]
+
+
+def test_mergekit_fetches_a_source_once(models, recipe, expected, tmp_path):
+    code = "from mergekit.scripts.run_yaml import main; main()"
+    with hub({"someone/source": models[1]}) as (endpoint, log):
+        done = subprocess.run(
+            [sys.executable, "-c", code, recipe, tmp_path / "out", "--quiet"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(endpoint, tmp_path / "home"),
+        )
+    assert done.returncode == 0, done.stderr
+    ours, other = open_checkpoint(str(tmp_path / "out")), tmp_path / "expected"
+    shutil.copytree(models[0], other)
+    for name, content in expected.items():
+        (other / name).write_bytes(content)
+    twin = open_checkpoint(str(other))
+    assert all(
+        read_bytes(ours, tensor) == read_bytes(twin, twin.tensors[name]) for name, tensor in ours.tensors.items()
+    )
+    assert log.num_weight_bytes() == sum(len(content) for content in weights(models[1]).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,12 +104,17 @@ def test_tied_embeddings_and_other_shards_by_both_entrances(write_recipe, tmp_pa
 
 def test_a_source_of_another_dtype_in_links_by_both_entrances(write_recipe, tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1)
-    source = save_random(tmp_path / "blobs", tiny_llama(), seed=2, dtype=torch.float32)
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for path in source.iterdir():
-        (links / path.name).symlink_to(f"../blobs/{path.name}")
-    links_of_target = tmp_path / "snapshot of target"
-    shutil.copytree(target, links_of_target, copy_function=lambda origin, copy: Path(copy).symlink_to(origin))
-    ours, _ = assert_entrances_agree(write_recipe(links_of_target, links, layers='"0"'), tmp_path)
+    source = save_random(tmp_path / "source", tiny_llama(), seed=2, dtype=torch.float32)
+    snapshots = []
+    for folder in (target, source):
+        # As the Hub's cache has them.
+        snapshot = tmp_path / f"models--someone--{folder.name}" / "snapshots" / "0123"
+        blobs = snapshot.parent.parent / "blobs"
+        blobs.mkdir(parents=True)
+        snapshot.mkdir(parents=True)
+        for number, path in enumerate(sorted(folder.iterdir())):
+            path.rename(blobs / str(number))
+            (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+        snapshots.append(snapshot)
+    ours, _ = assert_entrances_agree(write_recipe(*snapshots, layers='"0"'), tmp_path)
     assert {TORCH_NAMES[tensor.dtype] for tensor in ours.tensors.values()} == {"bfloat16"}

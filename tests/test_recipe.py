@@ -138,7 +138,16 @@ FAULTS = {
         MINIMAL.replace("base_model: ./target\n", ""),
         "r.yml: base_model is missing; it must name the target, the model to repair: a folder or a Hub id",
     ),
-    "a LoRA": (MINIMAL.replace("./target", "a+b"), "r.yml, line 2: base_model is 'a+b': merge the LoRA into its model"),
+    "two LoRAs": (MINIMAL.replace("./target", "a+b+c"), "r.yml, line 2: base_model is 'a+b+c'; write it as path"),
+    "two LoRAs in two ways": (
+        MINIMAL.replace("./target", "{model: a+b, lora: c}"),
+        "r.yml, line 2: base_model names two LoRAs, a+b and c; merge one into its model first",
+    ),
+    "no LoRA": (MINIMAL.replace("./target", "a+"), "r.yml, line 2: base_model is 'a+'; write it as path"),
+    "the same LoRA": (
+        MINIMAL.replace("./target", "a+b").replace("./source", "{model: {path: a}, lora: {path: b}}"),
+        "r.yml, line 4: the source is the target itself, a+b; name its aligned sibling",
+    ),
     "two revisions": (MINIMAL.replace("./target", "a@b@c"), "r.yml, line 2: base_model is 'a@b@c'; write it as path"),
     "parameters of one model": (
         MINIMAL + "    parameters:\n      layers: '3'\n",
@@ -373,6 +382,20 @@ def test_merge_keys_are_no_repetition():
     with pytest.raises(RecipeError, match="unknown key defaults"):
         parse_recipe(text)
     assert parse_recipe(MINIMAL + "parameters: {<<: {retain: 0.9}, retain: 0.8}\n").retain == 0.8
+
+
+@pytest.mark.parametrize(
+    "text", ["org/a@x+org/b@y", "{model: org/a@x, lora: org/b@y}", "{model: {path: org/a, revision: x}, lora: org/b@y}"]
+)
+def test_a_lora_stands_behind_its_model(text):
+    target = parse_recipe(MINIMAL.replace("./target", text)).target
+    assert target == Location("org/a", "x", Location("org/b", "y"))
+    assert str(target) == "org/a@x+org/b@y"
+
+
+def test_a_model_and_its_lora_may_be_source_and_target():
+    recipe = parse_recipe(MINIMAL.replace("./target", "./source+adapter"))
+    assert recipe.target == Location("./source", None, Location("adapter"))
 
 
 @pytest.mark.parametrize("name", ["a+b", "a@b", "a@b@c", "a b"])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dapa_merge.checkpoint.untrusted import refuse_stray_link
 from dapa_merge.errors import UsageError
 
 
@@ -50,17 +52,36 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
 
 
 def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
-    """Let a derived folder have these files of its origin, as they are now; links of an earlier time that dangle go."""
+    """Let a derived folder have these files of its origin, as they are now: weights as links, and others as copies.
+
+    Links of an earlier time that dangle go.
+
+    Raises:
+        CheckpointError: If a file to be copied is a link that leads out of the origin.
+    """
     for path in folder.iterdir():
         if path.is_symlink() and not path.exists():
             path.unlink(missing_ok=True)
     for name in names:
-        try:
-            os.symlink((origin / name).absolute(), folder / name)
-        except FileExistsError:
+        is_weight = name.endswith(".safetensors")
+        if not is_weight:
+            refuse_stray_link(origin / name, origin)
+        elif _link(origin / name, folder / name):
             continue
-        except OSError:  # Windows gives links to administrators only.
-            shutil.copy(origin / name, folder / name)
+        # Under a name of its own first: another process may be reading the one that is there.
+        copy = folder / f".{name}.{secrets.token_hex(4)}"
+        shutil.copy(origin / name, copy)
+        copy.replace(folder / name)
+
+
+def _link(origin: Path, path: Path) -> bool:
+    try:
+        os.symlink(origin.absolute(), path)
+    except FileExistsError:
+        return True
+    except OSError:  # Windows gives links to administrators only.
+        return False
+    return True
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:

@@ -34,6 +34,8 @@ class Checkpoint:
         tensors: Every tensor by name, in the order of the files.
         shards: The weight files, in order.
         commit: The commit on the Hub that the folder is a snapshot of; None for a local folder.
+        merged_from: The commits of base and adapter, where it is a LoRA merged into its base; None for those that are
+            local folders.
         partial: Weights on the Hub that are fetched as they are read, and lie elsewhere than in the folder; None if all
             weights are in the folder.
     """
@@ -44,6 +46,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     shards: tuple[str, ...]
     commit: str | None = None
+    merged_from: tuple[str | None, str | None] | None = None
     partial: PartialWeights | None = field(default=None, compare=False, repr=False)
 
     def path(self, shard: str) -> Path:

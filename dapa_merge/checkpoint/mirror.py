@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,8 +22,9 @@ from dapa_merge.errors import CheckpointError, UsageError
 Range = tuple[int, int]
 
 RECORD_SUFFIX = ".ranges"
-# So much may have to be fetched again after a killed process.
+# So much of each connection may have to be fetched again after a killed process: whatever is less.
 NOTE_BYTES = 8 << 20
+NOTE_SECONDS = 1.0
 
 
 class RangeSet:
@@ -105,6 +107,7 @@ class SparseFile:
             UsageError: If the disk is full.
         """
         noted = position = start
+        due = time.monotonic() + NOTE_SECONDS
         try:
             with self.path.open("r+b", buffering=0) as file:
                 file.seek(start)
@@ -114,9 +117,9 @@ class SparseFile:
                         while view:
                             view = view[file.write(view) :]
                         position += len(piece)
-                        if position - noted >= NOTE_BYTES:
+                        if position - noted >= NOTE_BYTES or time.monotonic() >= due:
                             self._note(file.fileno(), noted, position)
-                            noted = position
+                            noted, due = position, time.monotonic() + NOTE_SECONDS
                         yield len(piece)
                 finally:
                     if position > noted:

@@ -136,6 +136,18 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
     return replace(plan, units=tuple(units))
 
 
+def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
+    """The plan by which a result is judged that should have this selection, cut at the ends of its blocks.
+
+    Of a source that is fetched as it is read, the plan has no other units: they must be the target's, as everything
+    else, and nothing is fetched to tell what they are instead.
+    """
+    chosen = tuple(selection)
+    if plan.source.partial is not None:
+        plan = replace(plan, units=tuple(dict.fromkeys(unit.whole for unit in chosen)))
+    return cut(plan, chosen)
+
+
 def region_of(checkpoint: Checkpoint, part: Part) -> Region:
     """Where a part of a unit lies in a checkpoint's files."""
     return Region.of(checkpoint.tensors[part.tensor], part)

@@ -62,9 +62,11 @@ class RemoteFile:
                     yield piece
                 if position == before:
                     raise HubError("the answer was empty")
-            except (RangesIgnored, OfflineModeIsEnabled, HfHubHTTPError) as error:
+            except RangesIgnored:
+                raise
+            except (OfflineModeIsEnabled, HfHubHTTPError) as error:
                 # Statuses that may pass were waited for already.
-                raise error if isinstance(error, HubError) else self._fault(error) from error
+                raise self._fault(error) from error
             except Exception as error:
                 # Its HTTP library's faults are of no common class; whatever it was, the rest is asked for again.
                 num_failures = 0 if position > before else num_failures + 1

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dapa_merge.checkpoint.files import TEMPLATES
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
 from dapa_merge.errors import UsageError
 
@@ -63,6 +64,11 @@ def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
         if path.is_symlink() and not path.exists():
             path.unlink(missing_ok=True)
     for name in names:
+        if (origin / name).is_dir():
+            if name == TEMPLATES:
+                (folder / name).mkdir(exist_ok=True)
+                link_files(origin / name, folder / name, [path.name for path in (origin / name).glob("*.jinja")])
+            continue
         is_weight = name.endswith(".safetensors")
         if not is_weight:
             refuse_stray_link(origin / name, origin)

@@ -332,7 +332,9 @@ def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
     while time.monotonic() < deadline:
         for staging in out.parent.glob(".dapa-merge-*.partial"):
             with contextlib.suppress(FileNotFoundError):
-                if (staging / "result" / "model.safetensors").stat().st_size > 0:
+                # In the midst of the weights, with at least one small file finished.
+                is_copying = (staging / "result" / "model.safetensors").stat().st_size > 0
+                if is_copying and len(read_lines(staging / "record")) > 1:
                     os.kill(process.pid, signal.SIGSTOP)
                     return process
         assert process.poll() is None, "the copy ended before it could be stopped"

@@ -18,7 +18,7 @@ from typing import IO
 
 from dapa_merge.checkpoint.changes import Change
 from dapa_merge.checkpoint.streams import PIECE_BYTES, Digests, Hasher, Span, read_whole, same
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, UsageError
 
 Progress = Callable[[int], None]
 
@@ -32,6 +32,8 @@ FICLONE = 0x40049409
 NO_KERNEL_COPY = {
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOTTY, errno.ETXTBSY,
 }  # fmt: skip
+# What it answers if a file can have no second name: on another disk, another user's, one with too many already.
+NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS}
 
 
 class Stopped(Exception):
@@ -86,6 +88,23 @@ def write_file(
         if os.fstat(writer.fileno()).st_size != before.st_size:
             raise CheckpointError(f"{destination} has not the size of {origin} although it is a copy of it")
     return writing.hasher.digests()
+
+
+def link_file(origin: Path, destination: Path) -> None:
+    """Give a file a second name; of a link, as in a Hub cache, the file that it leads to.
+
+    Raises:
+        UsageError: If the file system cannot do that, or not for this file.
+    """
+    try:
+        os.link(origin.resolve(), destination)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        raise UsageError(
+            f"{origin} cannot be hard-linked to {destination.parent}: {error.strerror}; leave out --link, so that it "
+            f"is copied"
+        ) from error
 
 
 # A part of the file, and where its bytes come from; from the target if that is None.

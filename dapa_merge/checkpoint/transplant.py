@@ -8,20 +8,24 @@ take up.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.changes import Change, digest_of, find_changes
-from dapa_merge.checkpoint.copying import Progress, Stopped, write_file
+from dapa_merge.checkpoint.copying import Progress, Stopped, link_file, write_file
 from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
+from dapa_merge.checkpoint.manifest import make_manifest, write_manifest
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
+from dapa_merge.checkpoint.streams import Digests, examine
 from dapa_merge.errors import CheckpointError, UsageError
 
 # Of the record of what is finished, and of how files are made: another version's are not gone on from.
@@ -29,7 +33,7 @@ FORMAT = 1
 # Other forms of the target's weights would no longer agree with the result, and its card describes another model.
 NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
-    "README.md", "mergekit_config.yml", "dapa_report.json", ".gitattributes",
+    "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
 )  # fmt: skip
 MAX_THREADS = 8
 
@@ -40,6 +44,7 @@ def transplant(
     out: Path,
     *,
     texts: Mapping[str, str] | None = None,
+    link: bool = False,
     check: Callable[[Path], None] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> None:
@@ -53,24 +58,31 @@ def transplant(
         selection: The units to replace.
         out: The folder to make; it must not exist, or be empty.
         texts: Further text files to write into it, by name.
+        link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
+            the same: people edit them.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
         progress: Called with numbers of bytes as they are done with.
 
     Raises:
-        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run.
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
+            are to be linked where that is impossible.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
     changes = _changes_by_file(plan, selection)
+    linked = frozenset(name for name in plan.target.shards if link and not changes[name])
     sizes = {name: (plan.target.folder / name).stat().st_size for name in changes}
-    check_destination(out, plan.target, sum(sizes.values()))
+    check_destination(out, plan.target, sum(size for name, size in sizes.items() if name not in linked))
     _check_sizes(plan.target, sizes)
     out = Path(os.path.abspath(out))
-    with staging(out, _job(plan, selection, changes)) as made:
-        _write_files(plan.target, changes, made, progress)
+    with staging(out, _job(plan, selection, changes, linked)) as made:
+        _write_files(plan.target, changes, linked, made, progress)
+        files = dict(made.record.files)
         for name, text in (texts or {}).items():
-            (made.folder / name).write_text(text, encoding="utf-8")
+            files[name] = _write_text(made.folder / name, text)
+        units = tuple(map(str, selection))
+        write_manifest(made.folder, make_manifest(plan.target, plan.source, units, changes, files))
         check(made.folder)
-        _publish(made, texts or {}, out)
+        _publish(made, (*(texts or ()), MANIFEST_NAME), out)
 
 
 def _changes_by_file(plan: Plan, selection: Sequence[Unit]) -> dict[str, list[Change]]:
@@ -93,7 +105,9 @@ def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
             )
 
 
-def _job(plan: Plan, selection: Sequence[Unit], changes: Mapping[str, Sequence[Change]]) -> dict[str, Any]:
+def _job(
+    plan: Plan, selection: Sequence[Unit], changes: Mapping[str, Sequence[Change]], linked: Collection[str]
+) -> dict[str, Any]:
     """Everything that decides the bytes of a result's files, as JSON has it."""
     sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
     return {
@@ -102,6 +116,7 @@ def _job(plan: Plan, selection: Sequence[Unit], changes: Mapping[str, Sequence[C
         "source": _identity(plan.source, sources),
         "selection": list(map(str, selection)),
         "changes": {name: digest_of(of_file) for name, of_file in changes.items() if of_file},
+        "linked": sorted(linked),
     }
 
 
@@ -115,7 +130,11 @@ def _identity(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _write_files(
-    target: Checkpoint, changes: Mapping[str, Sequence[Change]], made: Staging, progress: Progress
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[Change]],
+    linked: Collection[str],
+    made: Staging,
+    progress: Progress,
 ) -> None:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
     stop = threading.Event()
@@ -124,11 +143,16 @@ def _write_files(
         if stop.is_set():
             return
         digests = made.record.files.get(name)
-        if digests is None:
-            digests = write_file(target.folder / name, made.folder / name, changes[name], progress, stop)
-            made.record.finish(name, made.folder / name, digests)
-        else:
+        if digests is not None:
             progress(digests.num_bytes)
+            return
+        path = made.folder / name
+        if name in linked:
+            link_file(target.folder / name, path)
+            digests, _ = examine(path, progress=progress)
+        else:
+            digests = write_file(target.folder / name, path, changes[name], progress, stop)
+        made.record.finish(name, path, digests)
 
     for name in changes:
         (made.folder / name).parent.mkdir(exist_ok=True)
@@ -151,9 +175,15 @@ def num_threads() -> int:
     return min(MAX_THREADS, (os.cpu_count() or 1) + 1)
 
 
-def _publish(made: Staging, texts: Mapping[str, str], out: Path) -> None:
-    """Let the result appear, complete and on disk."""
-    for name in texts:
+def _write_text(path: Path, text: str) -> Digests:
+    content = text.encode()
+    path.write_bytes(content)
+    return Digests(len(content), hashlib.sha256(content).hexdigest(), {})
+
+
+def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
+    """Let the result appear, complete and on disk; `written` are the files that are not on disk yet."""
+    for name in written:
         with (made.folder / name).open("rb") as file:
             os.fsync(file.fileno())
     for folder in (*(path for path in made.folder.rglob("*") if path.is_dir()), made.folder):

@@ -171,8 +171,8 @@ def _write_files(
 
 
 def num_threads() -> int:
-    """How many files are written at once: one more than there are processors, since each also waits for the disk."""
-    return min(MAX_THREADS, (os.cpu_count() or 1) + 1)
+    """How many files are written at once: more than there are processors, since each also waits for the disk."""
+    return min(MAX_THREADS, (os.cpu_count() or 1) + 2)
 
 
 def _write_text(path: Path, text: str) -> Digests:

@@ -65,7 +65,6 @@ def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "STEP_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
-        patch.setattr(copying, "FLUSH_BYTES", 7)
         digests = write_file(folder / "origin", folder / "result", changes, done.append)
     assert (folder / "result").read_bytes() == after
     assert digests.num_bytes == sum(done) == len(before)

@@ -19,6 +19,7 @@ from dapa_merge.cli_options import (
     evaluator_options,
     journal_option,
     json_option,
+    link_option,
     out_argument,
     recipe_argument,
     search_options,
@@ -87,6 +88,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 @recipe_argument
 @out_argument
 @click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
+@link_option
 @device_option
 @journal_option
 @workers_option
@@ -99,6 +101,7 @@ def run(
     recipe: Path,
     out: Path,
     no_evaluate: bool,
+    link: bool,
     device: str,
     journal: Path | None,
     workers: str | None,
@@ -114,14 +117,16 @@ def run(
     from dapa_merge.recipe_file import load_recipe
 
     options = search_options(device, journal, workers, evaluators, allow_pickle)
-    _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet)
+    _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet, link)
 
 
-def _repair(recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool) -> None:
+def _repair(
+    recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool, link: bool = False
+) -> None:
     from dapa_merge.report import print_report
     from dapa_merge.run import repair
 
-    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=reporter(quiet))
+    report = repair(recipe, out, evaluate=evaluate, link=link, options=options, reporter=reporter(quiet))
     print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 

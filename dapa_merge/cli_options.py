@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from dapa_merge.search_options import SearchOptions
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+link_option = click.option(
+    "--link",
+    is_flag=True,
+    help="Hard-link weight files that do not change rather than copy them. They are then the target's own under a "
+    "second name: no space, no time, but a program that writes into one of them in place changes both models.",
+)
 device_option = click.option(
     "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
 )

@@ -45,6 +45,7 @@ def repair(
     out: Path,
     *,
     evaluate: bool = True,
+    link: bool = False,
     options: SearchOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Report:
@@ -55,6 +56,7 @@ def repair(
         out: The folder to make; it must not exist, or be empty.
         evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
             recipe names its layers. Without it the recipe must name them.
+        link: Hard-link the weight files that do not change rather than copy them.
         options: Where to evaluate, how many at once, and where to keep the journal.
         reporter: Hears of the steps.
 
@@ -68,7 +70,7 @@ def repair(
     # An evaluation loads the whole source too.
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     # Now rather than after hours of search.
-    check_destination(out, plan.target)
+    check_destination(out, plan.target, 0 if link else None)
     selection = given_selection(recipe, plan)
     if selection is None and not evaluate:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
@@ -78,7 +80,7 @@ def repair(
         selection = evidence.selection
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
-    write(recipe, plan, selection, out, report, reporter, evidence.responses if evidence else {})
+    write(recipe, plan, selection, out, report, reporter, evidence.responses if evidence else {}, link=link)
     return report
 
 
@@ -123,6 +125,8 @@ def write(
     report: Report,
     reporter: Reporter,
     responses: Mapping[str, Sequence[Response]],
+    *,
+    link: bool = False,
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
     fetch_units(plan, selection, reporter)
@@ -133,7 +137,7 @@ def write(
     if responses:
         texts[RESPONSES_NAME] = responses_text(responses)
     with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        transplant(plan, selection, out, texts=texts, progress=done)
+        transplant(plan, selection, out, texts=texts, link=link, progress=done)
     reporter.say(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is the target's or the source's")
 
 

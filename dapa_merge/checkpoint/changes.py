@@ -41,14 +41,14 @@ class Change:
         return self.box == whole_box(self.tensor.shape)
 
 
-def find_changes(plan: Plan, selection: Sequence[Unit]) -> dict[str, list[Change]]:
+def find_changes(plan: Plan, selection: Sequence[Unit], rounding: Rounding | None = None) -> dict[str, list[Change]]:
     """The changes of each weight file of the target, by their place in it.
 
     Raises:
         CheckpointError: If a tensor lacks rows of a block.
     """
     found: dict[str, list[Change]] = {name: [] for name in plan.target.shards}
-    rounding = Rounding()
+    rounding = rounding or Rounding()
     for ours, theirs in plan.regions(selection):
         found[ours.tensor.file].append(_change(plan, ours, theirs, rounding))
     for changes in found.values():

@@ -17,7 +17,7 @@ MAX_SMALL_BYTES = 1 << 28
 # Among them what describes a training, a publication or the weights, which count for themselves.
 OTHER_FILES = (
     ".index.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
-    "dapa_report.json", "LICENSE.txt", "USE_POLICY.txt",
+    "dapa_report.json", "dapa.json", "LICENSE.txt", "USE_POLICY.txt",
 )  # fmt: skip
 
 

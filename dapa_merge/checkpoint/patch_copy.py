@@ -14,8 +14,8 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.patch_file import Entry, Patch
 from dapa_merge.checkpoint.patch_state import check_layout, content_fault, refuse_other, states
 from dapa_merge.checkpoint.region import whole_box
+from dapa_merge.checkpoint.result import write_result
 from dapa_merge.checkpoint.staged_file import take_lock
-from dapa_merge.checkpoint.transplant import write_result
 from dapa_merge.errors import UsageError
 
 Progress = Callable[[int], None]

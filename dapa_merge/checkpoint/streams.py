@@ -149,7 +149,10 @@ def examine(
         CheckpointError: If it cannot be read.
     """
     hasher = Hasher(spans)
-    coming = sorted(claims, key=lambda claim: claim.spans[0][0] if claim.spans else 0, reverse=True)
+    cursors = [
+        _Cursor(claim, sorted((span for span in claim.spans if span[0] < span[1]), reverse=True)) for claim in claims
+    ]
+    coming = sorted((cursor for cursor in cursors if cursor.waiting), key=lambda cursor: -cursor.waiting[-1][0])
     current: list[_Cursor] = []
     wrong: set[str] = set()
     buffer = memoryview(bytearray(PIECE_BYTES))
@@ -158,9 +161,8 @@ def examine(
             while size := file.readinto(buffer):
                 piece, begin = buffer[:size], hasher.num_bytes
                 hasher.update(piece)
-                while coming and (not coming[-1].spans or coming[-1].spans[0][0] < hasher.num_bytes):
-                    claim = coming.pop()
-                    current.append(_Cursor(claim, sorted(claim.spans, reverse=True)))
+                while coming and coming[-1].waiting[-1][0] < hasher.num_bytes:
+                    current.append(coming.pop())
                 for cursor in current:
                     if not cursor.agrees(piece, begin):
                         wrong.add(cursor.claim.name)
@@ -175,7 +177,7 @@ def examine(
         for cursor in current:
             cursor.close()
     # The file ended before them.
-    wrong |= {cursor.claim.name for cursor in current} | {claim.name for claim in coming if claim.spans}
+    wrong |= {cursor.claim.name for cursor in (*current, *coming)}
     return hasher.digests(), frozenset(wrong)
 
 

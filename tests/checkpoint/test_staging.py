@@ -15,7 +15,7 @@ from conftest import change_tensor, save_random, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint import transplant as transplanting
+from dapa_merge.checkpoint import result as making
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.checkpoint.record import Record, read_lines
@@ -46,19 +46,19 @@ def expected(llama_pair, tmp_path) -> dict[str, bytes]:
 def written(monkeypatch) -> list[str]:
     """The names of the files that are written, in order."""
     names: list[str] = []
-    write_file = transplanting.write_file
+    write_file = making.write_file
 
     def observed(origin, destination, *arguments):
         names.append(destination.name)
         return write_file(origin, destination, *arguments)
 
-    monkeypatch.setattr(transplanting, "write_file", observed)
+    monkeypatch.setattr(making, "write_file", observed)
     return names
 
 
 def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3) -> BaseException:
     """Have a run end with a fault when so many files are finished; one file at a time."""
-    write_file = transplanting.write_file
+    write_file = making.write_file
     finished: list[str] = []
 
     def failing(origin, destination, *arguments):
@@ -68,8 +68,8 @@ def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3
         return write_file(origin, destination, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transplanting, "write_file", failing)
-        patch.setattr(transplanting, "num_threads", lambda: 1)
+        patch.setattr(making, "write_file", failing)
+        patch.setattr(making, "num_threads", lambda: 1)
         with pytest.raises(BaseException) as caught:  # noqa: PT011 - whatever it is
             transplant(plan, plan.units, out)
     return caught.value
@@ -114,7 +114,7 @@ def test_a_folder_of_another_job_is_not_gone_on_from(llama_pair, tmp_path, monke
     stranger = plan_of(llama_pair, ("up",))
     written.clear()
     transplant(stranger, stranger.units, tmp_path / "out")
-    assert set(written) == set(expected)
+    assert set(written) == set(expected) - {"dapa.json"}
     assert contents(out) != expected
     assert not staging_folder(out).exists()
 
@@ -148,7 +148,7 @@ def test_a_damaged_record_is_not_believed(llama_pair, tmp_path, monkeypatch, exp
     record.write_bytes(DAMAGES[damage](record.read_bytes()))
     written.clear()
     transplant(plan, plan.units, out)
-    assert set(written) == set(expected)
+    assert set(written) == set(expected) - {"dapa.json"}
     assert contents(out) == expected
 
 
@@ -160,7 +160,7 @@ def test_a_last_line_without_its_end_costs_its_own_file_only(llama_pair, tmp_pat
     finished = {line["file"] for line in read_lines(record)[1:]}
     written.clear()
     transplant(plan, plan.units, out)
-    assert set(written) == set(expected) - finished
+    assert set(written) == set(expected) - finished - {"dapa.json"}
     assert len(finished) == 2
     assert contents(out) == expected
 
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         subprocess.run(enlarge, check=True)
     # Another program takes the space while the run is at work, so that it was enough when it was checked.
     script = (
-        "import dapa_merge.checkpoint.transplant as module\n"
+        "import dapa_merge.checkpoint.result as module\n"
         "from pathlib import Path\n"
         "check = module.check_destination\n"
         "def then_fill(*arguments):\n"

@@ -60,7 +60,7 @@ def test_everything_but_the_selected_bytes_is_the_targets_own(llama_pair, tmp_pa
     selection = units_of_layers(plan, {2})
     transplant(plan, selection, tmp_path / "out")
     before, after = contents(llama_pair[0]), contents(tmp_path / "out")
-    assert before.keys() == after.keys()
+    assert {*before, "dapa.json"} == after.keys()
     (gate,) = (ours.tensor for ours, _ in plan.regions(selection))
     changed = [name for name in before if before[name] != after[name]]
     assert changed == [gate.file]
@@ -71,7 +71,14 @@ def test_everything_but_the_selected_bytes_is_the_targets_own(llama_pair, tmp_pa
 def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pair, tmp_path):
     target = shutil.copytree(llama_pair[0], tmp_path / "target")
     (target / "chat_template.jinja").write_text("the target's template")
-    for name in ("pytorch_model.bin", "model.gguf", "README.md", "consolidated.safetensors", "optimizer.pt"):
+    for name in (
+        "pytorch_model.bin",
+        "model.gguf",
+        "README.md",
+        "consolidated.safetensors",
+        "optimizer.pt",
+        "dapa.json",
+    ):
         (target / name).write_bytes(b"not to be copied")
     (target / "checkpoint-1").mkdir()
     plan = plan_of((target, llama_pair[1]))
@@ -79,7 +86,7 @@ def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pai
     out = contents(tmp_path / "out")
     assert out["chat_template.jinja"] == b"the target's template"
     assert out["note.txt"] == b"ours"
-    assert set(out) == {*contents(llama_pair[0]), "note.txt"}
+    assert set(out) == {*contents(llama_pair[0]), "note.txt", "dapa.json"}
 
 
 def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tmp_path):
@@ -418,7 +425,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pai
 def test_a_disk_that_fills_up_in_the_copy_gets_back_what_is_not_finished(large_pair, small_disk, monkeypatch):
     plan = plan_of(large_pair)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.checkpoint.transplant.check_destination", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.checkpoint.result.check_destination", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*; .* kept"):
         transplant(plan, plan.units, small_disk / "out")
     assert list(small_disk.rglob("*.safetensors")) == []

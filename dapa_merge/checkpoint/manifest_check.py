@@ -1,0 +1,95 @@
+"""Whether a folder is what its manifest says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dapa_merge.checkpoint.header import read_header
+from dapa_merge.checkpoint.manifest import FILE_NAME, ChangedTensor, File, Manifest, read_manifest
+from dapa_merge.checkpoint.streams import Span, examine
+from dapa_merge.errors import CheckpointError
+
+# What is put beside a model afterwards and does not belong to it: its card, and hidden files of git and the Hub.
+ADDED_LATER = ("README.md",)
+
+
+def check(
+    folder: Path, manifest: Manifest | None = None, progress: Callable[[int], None] = lambda _: None
+) -> list[str]:
+    """Read every file of a result and compare it, and its changed tensors, with the manifest.
+
+    Args:
+        folder: The result.
+        manifest: What it must be; by default its own `dapa.json`.
+        progress: Called with numbers of bytes as they are read.
+
+    Returns:
+        A sentence for each fault: a file that is missing, of another size or other bytes, or not in the manifest; a
+        changed tensor that is missing or has other bytes.
+
+    Raises:
+        CheckpointError: If the manifest cannot be read.
+    """
+    manifest = manifest or read_manifest(folder)
+    inside = folder.resolve()
+
+    def faults(name: str) -> list[str]:
+        changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
+        return _faults(inside, name, manifest.files[name], changed, progress)
+
+    # Reading and hashing both let other threads run.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        found = [fault for of_file in pool.map(faults, manifest.files) for fault in of_file]
+    return found + [f"{name} is not in {FILE_NAME}" for name in _files(folder) if name not in manifest.files]
+
+
+def _faults(
+    folder: Path,
+    name: str,
+    expected: File,
+    changed: dict[str, ChangedTensor],
+    progress: Callable[[int], None],
+) -> list[str]:
+    path = folder / name
+    try:
+        # A file may be a link, as in a Hub cache; a folder may not, since it would lead elsewhere.
+        if not path.is_file() or not path.parent.resolve().is_relative_to(folder):
+            return [f"{name} is missing"]
+        size = path.stat().st_size
+        if size != expected.num_bytes:
+            return [f"{name} has {size} bytes, not {expected.num_bytes}"]
+        found = {tensor.name: tensor for tensor in read_header(path)} if changed else {}
+        spans: dict[str, Span] = {
+            tensor: (found[tensor].start, found[tensor].stop) for tensor in changed if tensor in found
+        }
+        digests, _ = examine(path, spans=spans, progress=progress)
+    except (CheckpointError, OSError, RuntimeError) as error:
+        return [f"{name} cannot be read: {error}"]
+    faults = [f"{name} does not have the bytes that {FILE_NAME} says"] if digests.sha256 != expected.sha256 else []
+    for tensor, entry in changed.items():
+        if tensor not in found:
+            faults.append(f"{tensor} is not in {name}")
+        elif digests.spans[tensor] != entry.sha256:
+            faults.append(f"{tensor} does not have the bytes that {FILE_NAME} says")
+        elif entry.boxes is not None and not all(_fits(box, found[tensor].shape) for box in entry.boxes):
+            faults.append(f"{tensor} has no such part as {FILE_NAME} says")
+    return faults
+
+
+def _fits(box: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> bool:
+    return len(box) == len(shape) and all(stop <= size for (_, stop), size in zip(box, shape, strict=True))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """The files of a folder that belong to a model, by their paths in it; links to folders count as files."""
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        links = [name for name in folders if (here / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in links)
+        for name in sorted([*files, *links]):
+            path = (here / name).relative_to(folder).as_posix()
+            if not name.startswith(".") and path not in (FILE_NAME, *ADDED_LATER):
+                yield path

@@ -1,0 +1,216 @@
+"""Writing a changed model: its files with some bytes replaced, all or nothing.
+
+Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
+proved and on disk. The model's files are opened for reading only: a Hub cache is made of links to shared blobs.
+Headers, the order of tensors and the names of shards stay its own, so that a content-addressed store has little to
+take up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.checkpoint.changes import Change, digest_of
+from dapa_merge.checkpoint.copying import Progress, Stopped, link_file, write_file
+from dapa_merge.checkpoint.destination import check_destination
+from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
+from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
+from dapa_merge.checkpoint.streams import Digests, examine
+from dapa_merge.checkpoint.untrusted import refuse_stray_link
+from dapa_merge.errors import CheckpointError, UsageError
+
+# Of the record of what is finished, and of how files are made: another version's are not gone on from.
+FORMAT = 1
+# Other forms of the target's weights would no longer agree with the result, and its card describes another model.
+NOT_COPIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
+    "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
+)  # fmt: skip
+MAX_THREADS = 8
+# A tokenizer has some 20 MB; whatever is much larger is no file of a model's settings.
+MAX_SMALL_BYTES = 1 << 30
+
+
+def write_result(
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[Change]],
+    out: Path,
+    job: Mapping[str, Any],
+    *,
+    texts: Mapping[str, str] | None = None,
+    describe: Callable[[Mapping[str, Digests]], str] | None = None,
+    link: bool = False,
+    check: Callable[[Path], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Write a model with some changes into `out`.
+
+    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
+    job finished is kept.
+
+    Args:
+        target: The model.
+        changes: For each of its weight files, what is to be in its place.
+        out: The folder to make; it must not exist, or be empty.
+        job: What else than the model and the places of the changes decides the bytes, as JSON has it.
+        texts: Further text files to write into it, by name.
+        describe: Makes the text of the manifest, of what each file turned out to be.
+        link: Let weight files that do not change be the target's own, under a second name.
+        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        progress: Called with numbers of bytes as they are done with.
+
+    Raises:
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
+            are to be linked where that is impossible.
+        CheckpointError: If a change does not fit, a small file is a stray link or no file, or one changes meanwhile.
+    """
+    linked = frozenset(name for name in target.shards if link and not changes[name])
+    changes = {**changes, **{name: [] for name in _small_files(target)}}
+    sizes = {name: target.path(name).stat().st_size for name in changes}
+    check_destination(out, target, sum(size for name, size in sizes.items() if name not in linked))
+    _check_sizes(target, sizes)
+    out = Path(os.path.abspath(out))
+    with staging(out, _whole_job(target, changes, linked, job)) as made:
+        _write_files(target, changes, linked, made, progress)
+        files = dict(made.record.files)
+        written = dict(texts or {})
+        for name, text in written.items():
+            files[name] = _write_text(made.folder / name, text)
+        if describe is not None:
+            written[MANIFEST_NAME] = describe(files)
+            _write_text(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
+        check(made.folder)
+        _publish(made, tuple(written), out)
+
+
+def _small_files(target: Checkpoint) -> list[str]:
+    """What belongs to a model beside its weights, by the paths in its folder.
+
+    Raises:
+        CheckpointError: If one is a link out of the folder, or no file: it would be copied into a result, or be lost.
+    """
+    names = []
+    for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
+        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
+            continue
+        if path.is_dir() and path.parent == target.folder:
+            if path.name == TEMPLATES:
+                refuse_stray_link(path, target.folder)
+            continue
+        if path.name == TEMPLATES:
+            raise CheckpointError(f"{path} is a file where chat templates should be in a folder; remove it")
+        refuse_stray_link(path, target.folder)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or mend it")
+        if path.stat().st_size > MAX_SMALL_BYTES:
+            size, most = path.stat().st_size / 1e9, MAX_SMALL_BYTES / 1e9
+            raise CheckpointError(
+                f"{path} has {size:.1f} GB, and files beside the weights may have {most:.1f} GB; move it elsewhere"
+            )
+        names.append(path.relative_to(target.folder).as_posix())
+    return names
+
+
+def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
+    for shard in target.shards:
+        described = max((tensor.stop for tensor in target.tensors.values() if tensor.file == shard), default=None)
+        if described is not None and described != sizes[shard]:
+            raise CheckpointError(
+                f"{target.folder / shard} had {described} bytes when its header was read and has {sizes[shard]} now; "
+                f"wait until nothing writes to it, and run the same command again"
+            )
+
+
+def _whole_job(
+    target: Checkpoint, changes: Mapping[str, Sequence[Change]], linked: Collection[str], job: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides the bytes of a result's files, as JSON has it."""
+    return {
+        "format": FORMAT,
+        "target": identity(target, sorted(changes)),
+        **job,
+        "changes": {name: digest_of(of_file) for name, of_file in changes.items() if of_file},
+        "linked": sorted(linked),
+    }
+
+
+def identity(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
+    """Which files these are. A snapshot of the Hub is known by its commit; its files may have been fetched anew."""
+    if checkpoint.commit is not None:
+        return {"commit": checkpoint.commit, "files": list(names)}
+    states = {name: checkpoint.path(name).stat() for name in names}
+    files = {name: [state.st_size, state.st_mtime_ns, state.st_ino] for name, state in states.items()}
+    return {"folder": str(checkpoint.folder.absolute()), "files": files}
+
+
+def _write_files(
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[Change]],
+    linked: Collection[str],
+    made: Staging,
+    progress: Progress,
+) -> None:
+    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
+    stop = threading.Event()
+
+    def write(name: str) -> None:
+        if stop.is_set():
+            return
+        digests = made.record.files.get(name)
+        if digests is not None:
+            progress(digests.num_bytes)
+            return
+        path = made.folder / name
+        if name in linked:
+            link_file(target.path(name), path)
+            digests, _ = examine(path, progress=progress)
+        else:
+            digests = write_file(target.path(name), path, changes[name], progress, stop)
+        made.record.finish(name, path, digests)
+
+    for name in changes:
+        (made.folder / name).parent.mkdir(exist_ok=True)
+    by_size = sorted(changes, key=lambda name: target.path(name).stat().st_size, reverse=True)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        writes = [pool.submit(write, name) for name in by_size]
+        try:
+            wait(writes, return_when=FIRST_EXCEPTION)
+        finally:
+            # After a fault, and after Ctrl-C; otherwise there is nothing left to stop.
+            stop.set()
+    faults = [fault for written in writes if (fault := written.exception()) is not None]
+    for fault in faults:
+        if not isinstance(fault, Stopped):
+            raise fault
+
+
+def num_threads() -> int:
+    """How many files are written at once: more than there are processors, since each also waits for the disk."""
+    return min(MAX_THREADS, (os.cpu_count() or 1) + 2)
+
+
+def _write_text(path: Path, text: str) -> Digests:
+    content = text.encode()
+    path.write_bytes(content)
+    return Digests(len(content), hashlib.sha256(content).hexdigest(), {})
+
+
+def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
+    """Let the result appear, complete and on disk; `written` are the files that are not on disk yet."""
+    for name in written:
+        with (made.folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in (*(path for path in made.folder.rglob("*") if path.is_dir()), made.folder):
+        flush_to_disk(folder, files=False)
+    try:
+        made.folder.rename(out)
+    except OSError as error:
+        raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
+    flush_to_disk(out.parent, files=False)

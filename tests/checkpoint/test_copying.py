@@ -1,0 +1,208 @@
+"""Files that are made of another's bytes and of changes, by whatever way the kernel has."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import threading
+
+import pytest
+import torch
+from conftest import answer, call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save_file
+
+from dapa_merge.checkpoint import copying
+from dapa_merge.checkpoint.changes import Change
+from dapa_merge.checkpoint.copying import Stopped, write_file
+from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.errors import CheckpointError
+
+
+def change(spans, source: bytes, cut: int) -> Change:
+    """A change to the bytes that `source` has there, in pieces of `cut` bytes."""
+    content = b"".join(source[start:stop] for start, stop in spans)
+    pieces = [content[start : start + cut] for start in range(0, len(content), cut)]
+    return Change(
+        Tensor("tensor", "file", "U8", (len(source),), 0, len(source)),
+        (),
+        tuple(spans),
+        "",
+        "file",
+        lambda: iter(pieces),
+    )
+
+
+@st.composite
+def cases(draw):
+    """A file, and changes of it whose spans may lie between those of another, or be there twice."""
+    before = draw(st.binary(min_size=1, max_size=120))
+    source = draw(st.binary(min_size=len(before), max_size=len(before)))
+    changes, after = [], bytearray(before)
+    for _ in range(draw(st.integers(0, 3))):
+        ends = sorted(draw(st.sets(st.integers(0, len(before)), max_size=6)))
+        spans = list(zip(ends[::2], ends[1::2], strict=False))
+        for start, stop in spans:
+            after[start:stop] = source[start:stop]
+        changes.append(change(spans, source, draw(st.integers(1, 30))))
+    return before, changes, bytes(after)
+
+
+@settings(max_examples=200)
+@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30))
+def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece):
+    before, changes, after = case
+    folder = tmp_path_factory.mktemp("copy")
+    (folder / "origin").write_bytes(before)
+    done: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "STEP_BYTES", step)
+        patch.setattr(copying, "PIECE_BYTES", piece)
+        digests = write_file(folder / "origin", folder / "result", changes, done.append)
+    assert (folder / "result").read_bytes() == after
+    assert digests.num_bytes == sum(done) == len(before)
+    sha256 = hashlib.sha256(after).hexdigest()
+    assert digests.sha256 == sha256
+    assert digests.spans == ({"tensor": sha256} if changes else {})
+
+
+@pytest.mark.parametrize("missing", [("copy_file_range",), ("copy_file_range", "sendfile")])
+@pytest.mark.parametrize("how", ["absent", "refusing"])
+def test_bytes_are_copied_some_other_way_where_the_kernel_cannot(tmp_path, monkeypatch, missing, how):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, "another file system")
+
+    for name in missing:
+        if how == "absent":
+            monkeypatch.delattr(os, name, raising=False)
+        else:
+            monkeypatch.setattr(os, name, refuse, raising=False)
+    content = os.urandom(3_000_001)
+    (tmp_path / "origin").write_bytes(content)
+    write_file(tmp_path / "origin", tmp_path / "result", ())
+    assert (tmp_path / "result").read_bytes() == content
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "origin").write_bytes(bytes(3_000_000))
+    copy_piece = copying.copy_piece
+
+    def faulty(reader, writer, num_bytes):
+        copied = copy_piece(reader, writer, num_bytes)
+        os.pwrite(writer.fileno(), b"\1", 1_234_567)
+        return copied
+
+    monkeypatch.setattr(copying, "copy_piece", faulty)
+    with pytest.raises(CheckpointError, match=r"does not hold what was written to it, from byte \d+ on"):
+        write_file(tmp_path / "origin", tmp_path / "result", ())
+
+
+def test_an_origin_that_is_changed_meanwhile_is_noticed(tmp_path):
+    (tmp_path / "origin").write_bytes(bytes(3_000_000))
+
+    def touch(_):
+        os.utime(tmp_path / "origin", ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="origin was changed while it was copied; run the same command again"):
+        write_file(tmp_path / "origin", tmp_path / "result", (), touch)
+
+
+def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path):
+    (tmp_path / "origin").write_bytes(bytes(3_000_000))
+    stop = threading.Event()
+    done: list[int] = []
+
+    def first(num_bytes):
+        done.append(num_bytes)
+        stop.set()
+
+    with pytest.raises(Stopped):
+        write_file(tmp_path / "origin", tmp_path / "result", (), first, stop)
+    assert len(done) == 1
+
+
+@pytest.fixture(params=["btrfs", "xfs"])
+def sharing_disk(request, tmp_path):
+    """A real file system of 400 MB that shares blocks."""
+    tool = shutil.which(f"mkfs.{request.param}")
+    if tool is None:
+        pytest.skip(f"mkfs.{request.param} is not here")
+    image, folder = tmp_path / "image", tmp_path / "disk"
+    folder.mkdir()
+    with image.open("wb") as file:
+        file.truncate(400 << 20)
+    for command in ([tool, "-q", str(image)], ["mount", "-o", "loop", str(image), str(folder)]):
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_blocks_are_shared_where_the_file_system_can_so_that_more_fits_than_there_is_space(
+    sharing_disk, llama_pair, write_recipe
+):
+    target = shutil.copytree(llama_pair[0], sharing_disk / "target")
+    shard = target / open_checkpoint(str(target)).tensors["model.layers.1.mlp.gate_proj.weight"].file
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.padding"] = shard.name
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    content = load(shard.read_bytes())
+    content["model.padding"] = torch.randint(0, 255, (150_000_000,), dtype=torch.uint8)
+    save_file(content, shard, metadata={"format": "pt"})
+    os.sync()
+    recipe = write_recipe(target, llama_pair[1], layers=1)
+    for name in ("one", "two", "three"):
+        answer("run", recipe, sharing_disk / name, "--no-evaluate", "--json")
+        assert answer("verify", sharing_disk / name, "--json")["correct"]
+        os.sync()
+    used = shutil.disk_usage(sharing_disk)
+    assert used.total - used.free < 300_000_000, "four files of 150 MB"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="inodes of POSIX")
+def test_a_linked_result_has_the_targets_own_shards_but_those_that_change(llama_pair, tmp_path, write_recipe):
+    cache = tmp_path / "models--someone--target"
+    blobs = shutil.copytree(llama_pair[0], cache / "blobs")
+    target = cache / "snapshots" / "0123"
+    target.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (target / path.name).symlink_to(path)
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    out = tmp_path / "out"
+    answer("run", write_recipe(target, llama_pair[1], layers=2), out, "--no-evaluate", "--link", "--json")
+    changed = open_checkpoint(str(out)).tensors["model.layers.2.mlp.gate_proj.weight"].file
+    for path in blobs.iterdir():
+        linked = path.suffix == ".safetensors" and path.name != changed
+        assert (out / path.name).samefile(path) == linked, path.name
+        assert not (out / path.name).is_symlink()
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+    assert answer("verify", out, "--json")["correct"]
+
+
+def test_what_cannot_be_linked_is_told_in_a_sentence(llama_pair, tmp_path, monkeypatch, write_recipe):
+    def refuse(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "link", refuse)
+    result = call("run", write_recipe(*llama_pair, layers=2), tmp_path / "out", "--no-evaluate", "--link")
+    assert result.exit_code == 2
+    assert "cannot be hard-linked to" in result.stderr
+    assert "Invalid cross-device link; leave out --link, so that it is copied" in result.stderr
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "recipe.yml")] == []
+
+
+def test_a_clone_is_not_taken_for_granted(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "not here")
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    (tmp_path / "origin").write_bytes(b"abc")
+    write_file(tmp_path / "origin", tmp_path / "result", ())
+    assert (tmp_path / "result").read_bytes() == b"abc"

@@ -1,0 +1,208 @@
+"""What `dapa.json` says of a result, and what is noticed when a result is no longer so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import answer, change_tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dapa_merge
+from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.manifest import read_manifest
+from dapa_merge.checkpoint.manifest_check import check
+from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.transplant import transplant
+from dapa_merge.errors import CheckpointError
+from dapa_merge.selection import given_selection
+
+
+@pytest.fixture(scope="module")
+def made(llama_pair, tmp_path_factory) -> Path:
+    """A result with layers 1 and 3 from the source, and half of layer 2."""
+    target, source = (open_checkpoint(str(folder)) for folder in llama_pair)
+    plan = plan_transplant(target, source, ("gate",))
+    half = plan.part(plan.units[2], (8, 24))
+    out = tmp_path_factory.mktemp("manifest") / "out"
+    transplant(plan, (plan.units[1], half, plan.units[3]), out, texts={"note.txt": "ours\n"})
+    return out
+
+
+@pytest.fixture
+def result(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "result"))
+
+
+def rewrite(folder: Path, change) -> None:
+    path = folder / "dapa.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_it_names_the_models_every_file_and_every_changed_tensor(llama_pair, made):
+    manifest = read_manifest(made)
+    assert manifest.version == dapa_merge.__version__
+    assert (manifest.target.model, manifest.source.model) == tuple(map(str, llama_pair))
+    assert (manifest.target.commit, manifest.strength) == (None, 1.0)
+    assert manifest.units == ("1.gate", "2.gate[8:24]", "3.gate")
+    assert set(manifest.files) == {path.name for path in made.iterdir()} - {"dapa.json"}
+    for name, file in manifest.files.items():
+        raw = (made / name).read_bytes()
+        assert (file.num_bytes, file.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
+    result = open_checkpoint(str(made))
+    assert list(manifest.tensors) == [f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (1, 2, 3)]
+    for name, tensor in manifest.tensors.items():
+        assert tensor.file == result.tensors[name].file
+        assert tensor.sha256 == hashlib.sha256(read_bytes(result, result.tensors[name])).hexdigest()
+    boxes = [tensor.boxes for tensor in manifest.tensors.values()]
+    assert boxes == [None, (((8, 24), (0, 32)),), None]
+
+
+def test_a_result_as_it_was_made_has_no_fault(made):
+    assert check(made) == []
+
+
+def test_a_run_writes_it_and_its_report_is_in_it(llama_pair, tmp_path, write_recipe):
+    answer("run", write_recipe(*llama_pair, layers="0-1"), tmp_path / "out", "--no-evaluate", "--json")
+    assert check(tmp_path / "out") == []
+    assert {"dapa_report.json", "mergekit_config.yml"} <= read_manifest(tmp_path / "out").files.keys()
+
+
+def test_what_is_put_beside_a_model_later_is_no_fault(result):
+    (result / "README.md").write_text("# a card")
+    (result / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (result / ".cache" / "huggingface").mkdir(parents=True)
+    (result / ".cache" / "huggingface" / "x").write_text("x")
+    assert check(result) == []
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def link_elsewhere(folder: Path) -> None:
+    (folder / "elsewhere").symlink_to("/")
+
+
+def loop(folder: Path) -> None:
+    (folder / "note.txt").unlink()
+    (folder / "note.txt").symlink_to("note.txt")
+
+
+FAULTS = {
+    "missing": (lambda folder: (folder / "note.txt").unlink(), "note.txt is missing"),
+    "a folder in its place": (
+        lambda folder: ((folder / "note.txt").unlink(), (folder / "note.txt").mkdir()),
+        "note.txt is missing",
+    ),
+    "a link to itself": (loop, "note.txt is missing"),
+    "longer": (lambda folder: (folder / "note.txt").write_text("ours\n\n"), "note.txt has 6 bytes, not 5"),
+    "another byte": (lambda folder: flip(folder / "note.txt"), "note.txt does not have the bytes that dapa.json says"),
+    "too many": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "more.bin is not in dapa.json"),
+    "a link to a folder": (link_elsewhere, "elsewhere is not in dapa.json"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_every_fault_is_told(result, case):
+    damage, sentence = FAULTS[case]
+    damage(result)
+    found = check(result)
+    assert found[0] == sentence if case != "a link to itself" else found
+
+
+def test_a_changed_tensor_that_is_another_is_told_by_name(result):
+    name = "model.layers.2.mlp.gate_proj.weight"
+    change_tensor(result, name, lambda tensor: tensor.neg_())
+    file = open_checkpoint(str(result)).tensors[name].file
+    says = "does not have the bytes that dapa.json says"
+    assert check(result) == [f"{file} {says}", f"{name} {says}"]
+
+
+def test_a_tensor_that_its_file_does_not_have_is_told(result):
+    name = "model.layers.2.mlp.gate_proj.weight"
+    rewrite(result, lambda content: content["tensors"].update(other=content["tensors"][name]))
+    assert check(result) == [f"other is not in {read_manifest(result).tensors[name].file}"]
+
+
+def test_a_part_that_its_tensor_does_not_have_is_told(result):
+    name = "model.layers.2.mlp.gate_proj.weight"
+    rewrite(result, lambda content: content["tensors"][name].update(changed=[[[0, 49], [0, 32]]]))
+    assert check(result) == [f"{name} has no such part as dapa.json says"]
+
+
+NAMES = ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\\b", "C:x", "a\0b", "a\nb", "a/", "/"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_leads_out_of_the_folder_is_refused(result, name):
+    rewrite(result, lambda content: content["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+    with pytest.raises(CheckpointError, match=r"dapa\.json is damaged \(.* is no path inside the folder\)"):
+        check(result)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_folder_that_is_a_link_is_not_followed(result, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "key").write_bytes(b"x")
+    (result / "sub").symlink_to(tmp_path / "secret")
+    entry = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    rewrite(result, lambda content: content["files"].update({"sub/key": entry}))
+    assert "sub/key is missing" in check(result)
+
+
+def test_no_manifest_and_another_format_are_told(result):
+    rewrite(result, lambda content: content.update(format=2))
+    with pytest.raises(CheckpointError, match=r"dapa\.json is of format 2, not 1; take it from where"):
+        read_manifest(result)
+    (result / "dapa.json").unlink()
+    with pytest.raises(CheckpointError, match=r"it has no dapa\.json"):
+        read_manifest(result)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_whatever_stands_in_its_place_is_refused_or_read_but_never_a_crash(made, tmp_path_factory, data):
+    content = json.loads((made / "dapa.json").read_text())
+    where = content
+    while True:
+        key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
+        if data.draw(st.booleans()) or not isinstance(where[key], (dict, list)) or not where[key]:
+            break
+        where = where[key]
+    where[key] = data.draw(JSON)
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "dapa.json").write_text(json.dumps(content))
+    try:
+        found = check(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert isinstance(found, list)
+
+
+def test_selections_of_recipes_are_what_it_names(llama_pair, tmp_path, write_recipe):
+    from dapa_merge.recipe_file import load_recipe
+    from dapa_merge.selection import make_plan
+
+    recipe = write_recipe(*llama_pair, layers="1-2")
+    answer("run", recipe, tmp_path / "out", "--no-evaluate", "--json")
+    parsed = load_recipe(recipe)
+    assert read_manifest(tmp_path / "out").units == tuple(map(str, given_selection(parsed, make_plan(parsed))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.patch_file import Patch
-from dapa_merge.checkpoint.patch_state import check_layout, content_fault, refuse_other, states
+from dapa_merge.checkpoint.patch_state import check_layout, checked_pieces, refuse_other, states
 from dapa_merge.checkpoint.staged_file import take_lock, write_all
 from dapa_merge.checkpoint.staging import check_destination, flush_to_disk, staging
 from dapa_merge.checkpoint.transplant import COPY_THREADS, NOT_COPIED, _copy
@@ -77,13 +76,9 @@ def _write_rows(patch: Patch, base: Checkpoint, folder: Path, progress: Progress
             tensor = base.tensors[entry.tensor]
             start, _ = entry.place(tensor)
             files[tensor.file].seek(start)
-            found = hashlib.sha256()
-            for piece in patch.pieces(entry):
-                found.update(piece)
+            for piece in checked_pieces(patch, entry):
                 write_all(files[tensor.file], piece)
                 progress(len(piece))
-            if found.hexdigest() != entry.new_sha256:
-                raise content_fault(patch, entry)
 
 
 @contextmanager

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from dapa_merge.checkpoint.changes import Change
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.patch_file import Entry, Patch
-from dapa_merge.checkpoint.patch_state import check_layout, content_fault, refuse_other, states
+from dapa_merge.checkpoint.patch_state import check_layout, checked_pieces, refuse_other, states
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.checkpoint.result import write_result
 from dapa_merge.checkpoint.staged_file import take_lock
@@ -47,16 +47,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path, progress: Progress 
 
 
 def _change(patch: Patch, entry: Entry, tensor: Tensor) -> Change:
-    def pieces() -> Iterator[bytes]:
-        found, remaining = hashlib.sha256(), entry.num_bytes
-        for piece in patch.pieces(entry):
-            found.update(piece)
-            remaining -= len(piece)
-            # Before the last piece is handed on, since nobody asks for another.
-            if not remaining and found.hexdigest() != entry.new_sha256:
-                raise content_fault(patch, entry)
-            yield piece
-
+    pieces = partial(checked_pieces, patch, entry)
     return Change(tensor, whole_box(tensor.shape), (entry.place(tensor),), entry.new_sha256, patch.path.name, pieces)
 
 

@@ -26,11 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.checkpoint.files import CHUNK_BYTES, Checkpoint
+from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from dapa_merge.errors import CheckpointError
 
 FORMAT_VERSION = "1"
+# Small enough that several threads need little memory, and that a piece stays in the processor's cache.
+PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Patch:
         return sum(entry.num_bytes for entry in self.entries)
 
     def pieces(self, entry: Entry) -> Iterator[bytes]:
-        """The new bytes of one entry, in pieces of at most 8 MiB."""
+        """The new bytes of one entry, in pieces of at most 1 MiB."""
         tensor = self.contents[entry.key]
         holder = Checkpoint(str(self.path), self.path.parent, {}, self.contents, (self.path.name,))
         return iterate_range(holder, tensor.file, tensor.start, tensor.stop)
@@ -110,7 +112,7 @@ def row_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def iterate_range(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a weight file from `start` to before `stop`, in pieces of 8 MiB, of which only the last is shorter.
+    """The bytes of a weight file from `start` to before `stop`, in pieces of 1 MiB, of which only the last is shorter.
 
     Raises:
         CheckpointError: If the file ends early, because it changed since its header was read.
@@ -118,8 +120,8 @@ def iterate_range(checkpoint: Checkpoint, name: str, start: int, stop: int) -> I
     checkpoint.ensure(name, start, stop)
     with checkpoint.open(name) as file:
         file.seek(start)
-        for position in range(start, stop, CHUNK_BYTES):
-            size = min(CHUNK_BYTES, stop - position)
+        for position in range(start, stop, PIECE_BYTES):
+            size = min(PIECE_BYTES, stop - position)
             piece = file.read(size)
             if len(piece) != size:
                 raise CheckpointError(f"{checkpoint.folder / name} became shorter while it was read")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 
@@ -49,6 +49,22 @@ def check_content(patch: Patch, progress: Callable[[int], None] = lambda _: None
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(check, patch.entries))
+
+
+def checked_pieces(patch: Patch, entry: Entry) -> Iterator[bytes]:
+    """The new bytes of one entry, of which the last are given only if all are those that the patch records.
+
+    Raises:
+        CheckpointError: Before the last piece, if they are not.
+    """
+    state = hashlib.sha256()
+    remaining = entry.num_bytes
+    for piece in patch.pieces(entry):
+        state.update(piece)
+        remaining -= len(piece)
+        if not remaining and state.hexdigest() != entry.new_sha256:
+            raise content_fault(patch, entry)
+        yield piece
 
 
 def content_fault(patch: Patch, entry: Entry) -> CheckpointError:

@@ -34,7 +34,7 @@ from dapa_merge.checkpoint.patch_file import (
     read_patch,
     unique_key,
 )
-from dapa_merge.checkpoint.patch_state import content_fault
+from dapa_merge.checkpoint.patch_state import checked_pieces
 from dapa_merge.checkpoint.staged_file import staged_file, write_all
 from dapa_merge.errors import CheckpointError
 
@@ -112,7 +112,8 @@ def write_undo(patch: Patch, base: Checkpoint, path: Path, progress: Callable[[i
         UsageError: If the file exists, or cannot be written.
     """
     # In the order of the file that is written, as it will be read again.
-    entries = sorted(_turned(patch.entries), key=lambda entry: -DTYPE_BITS[entry.dtype])
+    ways_forth = sorted(patch.entries, key=lambda entry: -DTYPE_BITS[entry.dtype])
+    entries = _turned(ways_forth)
     starts = [entry.place(base.tensors[entry.tensor])[0] for entry in entries]
     alignments = [start % BLOCK_BYTES for start in starts]
     blocks = unique_key("crc32 of the new blocks", patch.contents)
@@ -132,8 +133,8 @@ def write_undo(patch: Patch, base: Checkpoint, path: Path, progress: Callable[[i
         check_space(path, len(header) + patch.num_bytes + 4 * num_blocks, "the undo file")
         write_all(file, header)
         sums = bytearray()
-        for entry, start in zip(entries, starts, strict=True):
-            old, new = hashlib.sha256(), hashlib.sha256()
+        for entry, forth, start in zip(entries, ways_forth, starts, strict=True):
+            old = hashlib.sha256()
             file.seek(offsets[entry.key])
             tensor = base.tensors[entry.tensor]
             for piece in iterate_range(base, tensor.file, *entry.place(tensor)):
@@ -142,10 +143,8 @@ def write_undo(patch: Patch, base: Checkpoint, path: Path, progress: Callable[[i
                 progress(len(piece))
             if old.hexdigest() != entry.new_sha256:
                 raise CheckpointError(f"{entry.tensor} of {base.name} was changed by another program while it was read")
-            for block in _blocks(_watched(patch.pieces(entry), new.update), start):
+            for block in _blocks(checked_pieces(patch, forth), start):
                 sums += zlib.crc32(block).to_bytes(4, "little")
-            if new.hexdigest() != entry.base_sha256:
-                raise content_fault(patch, entry)
         file.seek(offsets[blocks])
         write_all(file, bytes(sums))
     return read_undo(path)
@@ -157,12 +156,6 @@ def _turned(entries: Iterable[Entry]) -> list[Entry]:
 
 def _num_blocks(entry: Entry, alignment: int) -> int:
     return -(-(alignment + entry.num_bytes) // BLOCK_BYTES)
-
-
-def _watched(pieces: Iterable[bytes], watch: Callable[[bytes], None]) -> Iterator[bytes]:
-    for piece in pieces:
-        watch(piece)
-        yield piece
 
 
 def _is_mixed(found: bytes, old: bytes, new: bytes) -> bool:

@@ -53,7 +53,9 @@ def traced(folder: Path, *arguments: str) -> tuple[int, int, list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".trace") as trace:
         command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "patch", *arguments]
         subprocess.run(
-            ["strace", "-f", "-y", "-s", "0", "-e", f"trace={CALLS}", "-o", trace.name, *command], check=True
+            ["strace", "-f", "-y", "-s", "0", "-e", f"trace={CALLS}", "-o", trace.name, *command],
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         return written_to_model(folder, Path(trace.name))
 

@@ -28,7 +28,7 @@ import os, signal, sys
 from dapa_merge.checkpoint import in_place, patch_file
 from dapa_merge.cli import main
 command, piece, dies_at = sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])
-patch_file.CHUNK_BYTES = piece
+patch_file.PIECE_BYTES = piece
 num_calls = 0
 def write_all(file, piece):
     global num_calls

@@ -173,7 +173,8 @@ def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, 
     for name, cost in medians.items():
         print(
             f"{name:<28}{cost['seconds']:6.2f} s, on disk {cost['durable']:6.2f} s, "
-            f"processor {cost['processor']:6.2f} s, peak {cost['peak']:5.0f} MB, read {cost['read']:5.2f} GB ({cost['from_disk']:.2f} from disk), "
+            f"processor {cost['processor']:6.2f} s, peak {cost['peak']:5.0f} MB, "
+            f"read {cost['read']:5.2f} GB ({cost['from_disk']:.2f} from disk), "
             f"written {cost['written']:5.2f} GB ({cost['to_disk']:.2f} to disk)",
             flush=True,
         )

@@ -75,14 +75,15 @@ def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
             record = _open_record(place, job)
             yield Staging(place / "result", record)
         except KeyboardInterrupt as stop:
-            keep = bool(record and record.files)
+            keep = record is None or bool(record.files)
             stop.kept = _kept(place, record)  # type: ignore[attr-defined]
             raise
         except HubError as error:
-            keep = bool(record and record.files)
+            keep = record is None or bool(record.files)
             raise type(error)(f"{error}; {_kept(place, record)}") from error
         except OSError as error:
-            keep = bool(record and record.files)
+            # Without a record it is not known yet what earlier runs finished.
+            keep = record is None or bool(record.files)
             if error.errno in DISK_FULL:
                 raise UsageError(f"no space left on the disk of {out}; {_kept(place, record)}") from error
             raise
@@ -120,7 +121,9 @@ def _remove_unfinished(result: Path, record: Record) -> None:
 
 
 def _kept(place: Path, record: Record | None) -> str:
-    if record is None or not record.files:
+    if record is None:
+        return f"what {place} holds is kept"
+    if not record.files:
         return "nothing was finished, so that nothing was kept"
     size = sum(digests.num_bytes for digests in record.files.values()) / 1e9
     return (

@@ -27,6 +27,7 @@ from dapa_merge.cli_options import (
 )
 from dapa_merge.cli_output import print_answer, reporter
 from dapa_merge.cli_patch import patch
+from dapa_merge.cli_verify import verify
 from dapa_merge.new_file import new_file
 
 if TYPE_CHECKING:
@@ -270,45 +271,10 @@ def evaluate(
             print_answer(jsonable(asdict(measured.figures)), show, as_json)
 
 
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
-)
-@allow_pickle_option
-@json_option
-@click.pass_obj
-def verify(quiet: bool, out: Path, recipe: Path | None, allow_pickle: bool, as_json: bool) -> None:
-    """Check a result against its target and source.
-
-    Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are neither the target's nor
-    the source's; then the exit code is 4.
-    """
-    from dapa_merge.report import spans
-    from dapa_merge.run import verify_result
-
-    verification, faults = verify_result(out, recipe, reporter(quiet), allow_pickle=allow_pickle)
-    units = list(map(str, verification.transplanted))
-
-    def show(console: Console) -> None:
-        for fault in faults:
-            console.print(fault, highlight=False, markup=False, soft_wrap=True)
-        verdict = "WRONG" if faults else "correct"
-        console.print(
-            f"{verdict}: {verification.num_tensors} tensors compared; from the source: {spans(units)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    answer = {"correct": not faults, "num_tensors": verification.num_tensors, "units": units, "faults": faults}
-    print_answer(answer, show, as_json)
-    if faults:
-        sys.exit(4)
-
-
 def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:
     """Gives what writes the file that a user may have asked for."""
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
+main.add_command(verify)
 main.add_command(patch)

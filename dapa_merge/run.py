@@ -15,10 +15,9 @@ import yaml
 from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.destination import check_destination
-from dapa_merge.checkpoint.plan import Plan, join, sparing
+from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.verify import Verification, verify
-from dapa_merge.errors import CheckpointError, RecipeError, UsageError
+from dapa_merge.errors import RecipeError, UsageError
 from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.evaluate.prompt_sources import pinned as pinned_prompts
 from dapa_merge.evaluate.prompts import load_prompts
@@ -26,7 +25,6 @@ from dapa_merge.evaluate.skills import absolute
 from dapa_merge.evidence import Evidence, Measured, gather_evidence, measure_checkpoint
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Recipe, parse_location
-from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, readable_certificate
 from dapa_merge.search_options import SearchOptions
@@ -137,8 +135,13 @@ def write(
     if responses:
         texts[RESPONSES_NAME] = responses_text(responses)
     with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        transplant(plan, selection, out, texts=texts, link=link, progress=done)
-    reporter.say(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is the target's or the source's")
+        rounding = transplant(plan, selection, out, texts=texts, link=link, progress=done)
+    if rounding.overflowed:
+        reporter.say(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
+    if rounding.subnormal:
+        reporter.say(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
+    what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
+    reporter.say(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
 
 
 def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
@@ -183,40 +186,6 @@ def evaluate_model(
     from dapa_merge.meters import make_meter
 
     return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)
-
-
-def verify_result(
-    out: Path, recipe_path: Path | None, reporter: Reporter, *, allow_pickle: bool = False
-) -> tuple[Verification, list[str]]:
-    """Compare a result with its target and source; also one that `mergekit-yaml` wrote.
-
-    If the recipe names no layers, any selection of units is right, but not an empty one.
-
-    Returns:
-        What it is, and a sentence for each fault.
-
-    Raises:
-        DapaError: If the result, its recipe, the target or the source cannot be read.
-    """
-    if not out.is_dir():
-        raise CheckpointError(f"{out} is no folder")
-    if recipe_path is None and not (out / RECIPE_NAME).is_file():
-        raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
-    recipe = load_recipe(recipe_path or out / RECIPE_NAME)
-    plan = make_plan(recipe, allow_pickle=allow_pickle)
-    selection = given_selection(recipe, plan)
-    if selection is not None:
-        plan = sparing(plan, selection)
-    fetch_units(plan, plan.units, reporter)
-    with reporter.task("verifying", plan.target.num_bytes) as verified:
-        verification = verify(out, plan, verified)
-    faults = [f"{name} {what}" for name, what in verification.differences]
-    if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
-        faults.append("nothing was transplanted: it is the target as it was")
-    if not faults and selection is not None and not verification.is_exactly(selection):
-        found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
-        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
-    return verification, faults
 
 
 # Parameters that a recipe with named layers has no use for, or names anew.

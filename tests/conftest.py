@@ -14,6 +14,7 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dapa-merge-tests-")
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from hypothesis import settings
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import join
+from dapa_merge.checkpoint.verify import verify
 from dapa_merge.cli import main
+from dapa_merge.errors import CheckpointError
 
 # On a busy machine any example may take long.
 settings.register_profile("without deadline", deadline=None)
@@ -109,6 +113,16 @@ def change_tensor(folder: Path, name: str, change: Callable) -> None:
     content = load_file(shard)
     change(content[name])
     save_file(content, shard, metadata={"format": "pt"})
+
+
+def prove(out: Path, plan, selection) -> None:
+    """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
+    selection = join(plan, selection)
+    verification = verify(out, replace(plan, units=selection))
+    if not verification.holds:
+        raise CheckpointError("the result is wrong: " + " ".join(verification.differences[0]))
+    if not verification.is_exactly(selection):
+        raise CheckpointError("its transplanted units are not those that were selected")
 
 
 def fail_in_swap(monkeypatch: pytest.MonkeyPatch, number: int, fault: BaseException) -> None:

@@ -63,7 +63,11 @@ def test_the_result_holds_the_report_and_a_recipe_that_replays_it(demo, tmp_path
 def test_verify_proves_the_result_and_notices_a_changed_byte(demo, tmp_path):
     out, report = demo
     verdict = answer("verify", out, "--json")
-    assert verdict == {"correct": True, "num_tensors": 93, "units": report["units"], "faults": []}
+    gates = {f"model.layers.{layer}.mlp.gate_proj.weight": "source" for layer in report["layers"]}
+    assert verdict == {
+        "correct": True, "num_tensors": 93, "units": report["units"], "changed": gates, "manifest": True,
+        "num_changed": {"source": len(gates)}, "faults": [], "notes": [],
+    }  # fmt: skip
     broken = shutil.copytree(out, tmp_path / "broken")
     shard = broken / "model-00003-of-00003.safetensors"
     content = bytearray(shard.read_bytes())

@@ -26,8 +26,9 @@ from dapa_merge.errors import RecipeError
 from dapa_merge.mergekit_plugin import MergeRefused, _with_boxes
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe_file import load_recipe, parse_recipe
-from dapa_merge.run import replay_text, verify_result
+from dapa_merge.run import replay_text
 from dapa_merge.selection import given_selection, make_plan
+from dapa_merge.verify_flow import verify_result
 
 GATE = "model.layers.3.mlp.gate_proj.weight"
 MINIATURE = miniature.path("target"), miniature.path("source")
@@ -79,8 +80,10 @@ def test_the_replayed_recipe_writes_the_same_bytes(repaired, tmp_path):
 
 def test_verify_proves_rows_and_notices_others(repaired, write_recipe, tmp_path):
     report, out = repaired
-    verdict = {"correct": True, "num_tensors": 93, "units": report["units"], "faults": []}
-    assert answer("verify", out, "--json") == verdict
+    verdict = answer("verify", out, "--json")
+    assert (verdict["correct"], verdict["units"], verdict["faults"]) == (True, report["units"], [])
+    rows = [f"{GATE}[0:80]", f"{GATE}[128:160]", GATE.replace("3", "5")]
+    assert verdict["changed"] == dict.fromkeys(rows, "source")
     shown = call("verify", out).stdout
     assert "from the source: gate of layer 3 rows 0-79,128-159; gate of layer 5" in shown
     # A recipe that leaves it to a search: whatever rows were taken are right, and are found.
@@ -169,8 +172,9 @@ def test_mergekit_rounds_the_rows_it_takes_and_keeps_the_targets_others(tmp_path
         expected[rows] = stored(source, GATE)[rows].to(target_dtype)
     assert torch.equal(stored(tmp_path / "out", GATE), expected)
     recipe = write_recipe(target, source, layers="3.gate[5:9],3.gate[40:48],1.gate")
-    verification, faults = verify_result(tmp_path / "out", recipe, Reporter())
-    assert (faults, list(map(str, verification.transplanted))) == ([], ["1.gate", "3.gate[5:9]", "3.gate[40:48]"])
+    check = verify_result(tmp_path / "out", recipe, Reporter())
+    assert check.faults == ()
+    assert list(map(str, check.verification.transplanted)) == ["1.gate", "3.gate[5:9]", "3.gate[40:48]"]
 
 
 def test_mergekit_minds_values_that_do_not_fit_only_in_the_rows_it_takes(tmp_path):

@@ -22,7 +22,7 @@ from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
-from dapa_merge.checkpoint.streams import Digests, examine
+from dapa_merge.checkpoint.streams import Digests, hash_file
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
 from dapa_merge.errors import CheckpointError, UsageError
 
@@ -170,7 +170,7 @@ def _write_files(
         path = made.folder / name
         if name in linked:
             link_file(target.path(name), path)
-            digests, _ = examine(path, progress=progress)
+            digests = hash_file(path, progress=progress)
         else:
             digests = write_file(target.path(name), path, changes[name], progress, stop)
         made.record.finish(name, path, digests)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,8 @@ from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Unit
 from dapa_merge.checkpoint.comparison import Findings, RowOrigins, examine
 from dapa_merge.checkpoint.correspondence import correspond
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import Plan, cut, join, region_of
+from dapa_merge.checkpoint.plan import Plan, cut, region_of
 from dapa_merge.checkpoint.region import Part, Rows
-from dapa_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
     import numpy
@@ -95,20 +94,6 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
         files={name: findings.sha256 for name, findings in by_file.items()},
         tensors=seen.tensor_sha256,
     )
-
-
-def prove(
-    out: Path, plan: Plan, selection: Sequence[Unit], progress: Callable[[int], None] = lambda _: None
-) -> Verification:
-    """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
-    selection = join(plan, selection)
-    verification = verify(out, replace(plan, units=selection), progress)
-    if not verification.holds:
-        name, what = verification.differences[0]
-        raise CheckpointError(f"the result is wrong and was not kept: {name} {what}")
-    if not verification.is_exactly(selection):
-        raise CheckpointError("the result was not kept: its transplanted units are not those that were selected")
-    return verification
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from conftest import prove
 from hostile_checks import SOUND_INDEX, check_header, check_index, library_reads, trap_folder
 from hostile_files import Object, Raw, dump, hostile_file, hostile_index, tensor, weight_file
 from hostile_models import GATES, check_pair, empty, write_model
@@ -22,7 +23,6 @@ from dapa_merge.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
-from dapa_merge.checkpoint.verify import prove
 from dapa_merge.errors import CheckpointError, DapaError
 
 SOUND = tensor("U8", [2], 0, 2)

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_tensor, save_random, tiny_llama
+from conftest import change_tensor, prove, save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.checkpoint.record import read_lines
 from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.verify import prove, verify
+from dapa_merge.checkpoint.verify import verify
 from dapa_merge.errors import CheckpointError, UsageError
 
 
@@ -164,7 +164,7 @@ def test_the_proof_notices_one_flipped_bit(llama_pair, tmp_path):
         file.seek(tensor.stop - 1)
         file.write(bytes([byte[0] ^ 1]))
     assert verify(out, plan).differences == (("model.norm.weight", "differs from the target"),)
-    with pytest.raises(CheckpointError, match=r"was not kept: model\.norm\.weight differs from the target"):
+    with pytest.raises(CheckpointError, match=r"is wrong: model\.norm\.weight differs from the target"):
         prove(out, plan, selection)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import pytest
 import torch
-from conftest import call, change_tensor, save_random, tiny_llama
+from conftest import call, change_tensor, prove, save_random, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -14,7 +14,7 @@ from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.values import Rounding, mix
-from dapa_merge.checkpoint.verify import prove, verify
+from dapa_merge.checkpoint.verify import verify
 from dapa_merge.errors import CheckpointError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}

@@ -1,0 +1,159 @@
+"""Checking a result: against its manifest, its target and its source, as far as these are at hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.checkpoint.digest import settings_files
+from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
+from dapa_merge.checkpoint.manifest import Manifest, read_manifest
+from dapa_merge.checkpoint.manifest_check import check
+from dapa_merge.checkpoint.plan import join, sparing
+from dapa_merge.checkpoint.streams import Digests
+from dapa_merge.checkpoint.verify import Verification, verify
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Location, parse_location
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.run import RECIPE_NAME
+from dapa_merge.selection import fetch_units, given_selection, make_plan
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a result turned out to be.
+
+    Attributes:
+        verification: Tensor by tensor; None if only the manifest was looked at.
+        faults: A sentence for whatever is wrong.
+        notes: A sentence for whatever may be meant, but should be known.
+        has_manifest: Whether there is a `dapa.json`.
+    """
+
+    verification: Verification | None
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    has_manifest: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the verdict, and what is not the target's."""
+        answer: dict[str, Any] = {"correct": not self.faults, "faults": list(self.faults), "notes": list(self.notes)}
+        answer["manifest"] = self.has_manifest
+        if self.verification is not None:
+            changed = dict(sorted(self.verification.origins.items()))
+            answer |= {
+                "num_tensors": self.verification.num_tensors,
+                "units": list(map(str, self.verification.transplanted)),
+                "changed": changed,
+                "num_changed": dict(Counter(changed.values())),
+            }
+        return answer
+
+
+def verify_result(
+    out: Path,
+    recipe_path: Path | None,
+    reporter: Reporter,
+    *,
+    target: Location | None = None,
+    source: Location | None = None,
+    allow_pickle: bool = False,
+) -> Check:
+    """Compare a result with its target, its source and its manifest; also one that `mergekit-yaml` wrote.
+
+    If the recipe names no layers, any selection of units is right, but not an empty one.
+
+    Args:
+        out: The result's folder.
+        recipe_path: The recipe that it was made by; by default the one in it.
+        reporter: Hears of the steps.
+        target: Where the target is, if not where the recipe says.
+        source: Where the source is, if not where the recipe says.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+
+    Raises:
+        DapaError: If the result, its recipe, the target or the source cannot be read.
+    """
+    manifest = _manifest(out)
+    if recipe_path is None and not (out / RECIPE_NAME).is_file():
+        raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
+    recipe = load_recipe(recipe_path or out / RECIPE_NAME)
+    recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
+    plan = make_plan(recipe, allow_pickle=allow_pickle)
+    selection = given_selection(recipe, plan)
+    if selection is not None:
+        plan = sparing(plan, selection)
+    fetch_units(plan, plan.units, reporter)
+    result = open_checkpoint(str(out))
+    with reporter.task("verifying", result.num_bytes) as verified:
+        verification = verify(out, plan, verified)
+    faults = [f"{name} {what}" for name, what in verification.differences]
+    if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
+        faults.append("nothing was transplanted: it is the target as it was")
+    if not faults and selection is not None and not verification.is_exactly(selection):
+        found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
+        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
+    notes = list(_other_settings(result, plan.target))
+    if manifest is not None:
+        faults += _against(out, manifest, verification, result)
+    return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None)
+
+
+def check_manifest(out: Path, reporter: Reporter) -> Check:
+    """Compare a result's files with its manifest alone, without its target and source.
+
+    Raises:
+        CheckpointError: If there is no manifest, or none that can be read.
+    """
+    manifest = _manifest(out)
+    if manifest is None:
+        raise CheckpointError(f"{out} has no {MANIFEST_NAME}, by which its files could be checked")
+    with reporter.task("hashing", sum(file.num_bytes for file in manifest.files.values())) as done:
+        faults = check(out, manifest, done)
+    return Check(None, tuple(faults), (), True)
+
+
+def location_option(value: str | None, option: str) -> Location | None:
+    """The model that an option of the command line names.
+
+    Raises:
+        UsageError: If it names none.
+    """
+    try:
+        return None if value is None else parse_location(value)
+    except ValueError:
+        raise UsageError(f"{option} is {value!r}; write a folder, a Hub id or id@revision") from None
+
+
+def _manifest(out: Path) -> Manifest | None:
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is no folder")
+    return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
+
+
+def _against(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:
+    """Where a result is not what its manifest says; weight files were read already."""
+    known = {
+        name: Digests(result.path(name).stat().st_size, sha256, verification.tensors)
+        for name, sha256 in verification.files.items()
+    }
+    faults = check(out, manifest, known=known)
+    for name in sorted({re.sub(r"\[[0-9:,]*\]$", "", name) for name in verification.origins} - manifest.tensors.keys()):
+        faults.append(f"{name} is not the target's, and {MANIFEST_NAME} does not say so")
+    return faults
+
+
+def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """The config and tokenizer files of a result that are not its target's, byte for byte."""
+    ours, theirs = settings_files(result), settings_files(target)
+    for name in sorted({*ours, *theirs}):
+        if name not in ours:
+            yield f"{name}, of the target, is not in the result"
+        elif name in theirs and ours[name].read_bytes() != theirs[name].read_bytes():
+            yield f"{name} is not the target's, byte for byte"

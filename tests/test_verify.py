@@ -1,0 +1,137 @@
+"""`dapa-merge verify`: against target and source, against `dapa.json`, and by somebody who has other paths."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import answer, call, configuration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+from dapa_merge.checkpoint.files import open_checkpoint
+
+GATE = "model.layers.2.mlp.gate_proj.weight"
+
+
+@pytest.fixture
+def result(llama_pair, tmp_path, write_recipe):
+    target, source = (shutil.copytree(folder, tmp_path / folder.name) for folder in llama_pair)
+    answer("run", write_recipe(target, source, layers='"1-2"'), tmp_path / "out", "--no-evaluate", "--json")
+    return tmp_path / "out"
+
+
+def flip(out, name):
+    tensor = open_checkpoint(str(out)).tensors[name]
+    with (out / tensor.file).open("r+b") as file:
+        file.seek(tensor.start)
+        byte = file.read(1)[0]
+        file.seek(tensor.start)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_everything_that_is_not_the_targets_is_named(result):
+    found = answer("verify", result, "--json")
+    assert found["changed"] == dict.fromkeys((GATE.replace("2", "1"), GATE), "source")
+    assert (found["correct"], found["manifest"], found["notes"]) == (True, True, [])
+    shown = call("verify", result)
+    assert "correct: 39 tensors compared; from the source: gate of layers 1-2" in shown.stdout
+    assert "correct: the files and dapa.json" in shown.stdout
+
+
+def test_a_published_result_is_proved_with_models_that_are_elsewhere(result, tmp_path):
+    published = result.rename(tmp_path / "published")
+    for name in ("target", "source"):
+        (tmp_path / name).rename(tmp_path / f"my {name}")
+    assert call("verify", published).exit_code != 0
+    models = ("--target", tmp_path / "my target", "--source", tmp_path / "my source")
+    assert answer("verify", published, *models, "--json")["correct"]
+    # The two in each other's place.
+    swapped = call("verify", published, "--target", models[3], "--source", models[1], "--json")
+    assert swapped.exit_code == 4
+    assert "unexplained" in json.loads(swapped.stdout)["num_changed"]
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", GATE])
+def test_a_flipped_bit_is_found_with_and_without_the_models(result, name):
+    flip(result, name)
+    whole = json.loads(call("verify", result, "--json").stdout)
+    assert whole["changed"][f"{name}[0:1]" if name == GATE else name] == "unexplained"
+    alone = call("verify", result, "--files-only")
+    assert alone.exit_code == 4
+    assert "does not have the bytes that dapa.json says" in alone.stdout
+
+
+def test_small_files_count_too(result):
+    (result / "generation_config.json").write_text("{}")
+    found = call("verify", result)
+    assert found.exit_code == 4
+    assert "generation_config.json has 2 bytes, not" in found.stdout
+    assert "note: generation_config.json is not the target's, byte for byte" in found.stdout
+
+
+def test_a_file_too_many_is_named_and_a_card_is_none(result):
+    (result / "README.md").write_text("a card")
+    assert answer("verify", result, "--files-only", "--json")["correct"]
+    (result / "extra.safetensors").write_bytes(b"")
+    found = call("verify", result, "--files-only")
+    assert found.exit_code == 4
+    assert "extra.safetensors is not in dapa.json" in found.stdout
+
+
+def test_files_only_needs_no_model_and_no_torch(result, tmp_path):
+    import subprocess
+    import sys
+
+    shutil.rmtree(tmp_path / "target")
+    shutil.rmtree(tmp_path / "source")
+    code = (
+        "import sys; from dapa_merge.cli import main\n"
+        f"try: main(['verify', {str(result)!r}, '--files-only'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_with_named_layers_loads_no_torch(llama_pair, tmp_path, write_recipe):
+    import subprocess
+    import sys
+
+    recipe = write_recipe(*llama_pair, layers=1)
+    for command in (["run", str(recipe), str(tmp_path / "out"), "--no-evaluate"], ["verify", str(tmp_path / "out")]):
+        code = (
+            "import sys; from dapa_merge.cli import main\n"
+            f"try: main({command!r})\n"
+            "except SystemExit as stop: assert not stop.code\n"
+            "assert 'torch' not in sys.modules, 'torch'"
+        )
+        done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_what_mergekit_wrote_is_correct_without_a_manifest(llama_pair, tmp_path, write_recipe):
+    run_merge(configuration(*llama_pair, layers="1-2"), str(tmp_path / "out"), MergeOptions(quiet=True))
+    found = answer("verify", tmp_path / "out", "--recipe", write_recipe(*llama_pair, layers='"1-2"'), "--json")
+    assert (found["correct"], found["manifest"]) == (True, False)
+    refused = call("verify", tmp_path / "out", "--files-only")
+    assert refused.exit_code == 4
+    assert "has no dapa.json" in refused.stderr
+
+
+def test_a_blend_is_replayed_and_verified_as_one(llama_pair, tmp_path, write_recipe):
+    recipe = write_recipe(*llama_pair, layers=2, strength=0.25)
+    answer("run", recipe, tmp_path / "out", "--no-evaluate", "--json")
+    assert json.loads((tmp_path / "out" / "dapa.json").read_text())["strength"] == 0.25
+    found = answer("verify", tmp_path / "out", "--json")
+    assert found["changed"] == {GATE: "blend"}
+    answer("run", tmp_path / "out" / "mergekit_config.yml", tmp_path / "again", "--no-evaluate", "--json")
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_options_that_exclude_each_other_are_refused(result):
+    refused = call("verify", result, "--files-only", "--target", "x")
+    assert refused.exit_code == 2
+    assert "--files-only looks at no recipe and no other model" in refused.stderr

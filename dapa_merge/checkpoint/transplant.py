@@ -18,9 +18,10 @@ from typing import Any
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.changes import Change, digest_of, find_changes
-from dapa_merge.checkpoint.copying import Progress, Stopped, link_file, write_file
+from dapa_merge.checkpoint.copying import Progress, Stopped, write_file
 from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.kernel import link_file
 from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.checkpoint.manifest import make_manifest, write_manifest
 from dapa_merge.checkpoint.plan import Plan
@@ -138,6 +139,8 @@ def _write_files(
 ) -> None:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
     stop = threading.Event()
+    num_large = sum(name not in linked and name not in made.record.files for name in target.shards)
+    hash_apart = num_large < (os.cpu_count() or 1)
 
     def write(name: str) -> None:
         if stop.is_set():
@@ -151,7 +154,7 @@ def _write_files(
             link_file(target.folder / name, path)
             digests, _ = examine(path, progress=progress)
         else:
-            digests = write_file(target.folder / name, path, changes[name], progress, stop)
+            digests = write_file(target.folder / name, path, changes[name], progress, stop, hash_apart=hash_apart)
         made.record.finish(name, path, digests)
 
     for name in changes:

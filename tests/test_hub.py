@@ -49,6 +49,7 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
         {
             *(path.name for path in repositories["someone/source"].iterdir()),
             "modeling_evil.py",  # a part of the target, carried over and never run
+            "dapa.json",
             "dapa_report.json",
             "mergekit_config.yml",
         }

@@ -1,37 +1,34 @@
 """Writing one file of a result: the target's bytes, with the source's in their place, read back and hashed at once.
 
-The kernel copies where it can: a clone of the whole file where the file system shares blocks, else a range at a time.
 What was written is read back while it is still in the processor's cache, compared with what it must be, and hashed, so
 that a file of which the machine's memory holds only a part is read no second time.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 from dapa_merge.checkpoint.changes import Change
+from dapa_merge.checkpoint.kernel import clone, copy_piece, write_all
 from dapa_merge.checkpoint.streams import PIECE_BYTES, Digests, Hasher, Span, read_whole, same
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError
 
 Progress = Callable[[int], None]
 
 # What is copied before it is read back: the kernel's copy is fast from here on, and it is in the cache still. Copying
 # through memory instead took half as long again in the kernel.
 STEP_BYTES = 1 << 20
-# The request to share a file's blocks with another, of btrfs, XFS, bcachefs and others (linux/fs.h).
-FICLONE = 0x40049409
-# What the kernel answers where this file system, or this pair of them, has no copy of its own.
-NO_KERNEL_COPY = {
-    errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOTTY, errno.ETXTBSY,
-}  # fmt: skip
-# What it answers if a file can have no second name: on another disk, another user's, one with too many already.
-NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS}
+# How many such steps may wait to be hashed.
+NUM_BUFFERS = 3
+# What is written before the disk is asked, in the background, to take it up: the last wait for it is short then. That
+# took a tenth off the whole when it was measured.
+FLUSH_BYTES = 256 << 20
 
 
 class Stopped(Exception):
@@ -44,6 +41,8 @@ def write_file(
     changes: Sequence[Change],
     progress: Progress = lambda _: None,
     stop: threading.Event | None = None,
+    *,
+    hash_apart: bool = False,
 ) -> Digests:
     """Make a new file: `origin` with changes. It is on disk when this returns, and was read back and compared.
 
@@ -53,6 +52,7 @@ def write_file(
         changes: What is not the target's, in order.
         progress: Called with numbers of bytes as they are done with.
         stop: Set by whoever has no use for the file any more.
+        hash_apart: Hash in a second thread; worth it if fewer files are written at once than there are processors.
 
     Returns:
         Its digest, and that of each changed tensor, whole.
@@ -63,40 +63,33 @@ def write_file(
         Stopped: If `stop` was set.
     """
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
-    with origin.open("rb", buffering=0) as reader, destination.open("x+b", buffering=0) as writer:
+    with (
+        _Hashing(tensors, apart=hash_apart) as hashing,
+        origin.open("rb", buffering=0) as reader,
+        destination.open("x+b", buffering=0) as writer,
+        # Waited for before the file is closed.
+        ThreadPoolExecutor(1) as flusher,
+    ):
         before = os.fstat(reader.fileno())
-        writing = _Writing(reader, writer, origin, destination, Hasher(tensors))
+        writing = _Writing(reader, writer, origin, destination, hashing)
         writing.shares_blocks = clone(reader.fileno(), writer.fileno())
+        flushed, flush = 0, None
         for num_bytes in writing.steps(_in_order(changes, before.st_size)):
             if stop is not None and stop.is_set():
                 raise Stopped
             progress(num_bytes)
-        # Here, where other files are still being written, rather than one after the other at the end. (Asking for it
-        # earlier, every 256 MB, made nothing faster when it was measured.)
+            if writing.position - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
+                flushed, flush = writing.position, flusher.submit(os.fsync, writer.fileno())
+        if flush is not None:
+            # What the disk could not take is told once, to whoever asks first.
+            flush.result()
         os.fsync(writer.fileno())
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(f"{origin} was changed while it was copied; run the same command again")
         if os.fstat(writer.fileno()).st_size != before.st_size:
             raise CheckpointError(f"{destination} has not the size of {origin} although it is a copy of it")
-    return writing.hasher.digests()
-
-
-def link_file(origin: Path, destination: Path) -> None:
-    """Give a file a second name; of a link, as in a Hub cache, the file that it leads to.
-
-    Raises:
-        UsageError: If the file system cannot do that, or not for this file.
-    """
-    try:
-        os.link(origin.resolve(), destination)
-    except OSError as error:
-        if error.errno not in NO_LINK:
-            raise
-        raise UsageError(
-            f"{origin} cannot be hard-linked to {destination.parent}: {error.strerror}; leave out --link, so that it "
-            f"is copied"
-        ) from error
+        return hashing.digests()
 
 
 # A part of the file, and where its bytes come from; from the target if that is None.
@@ -141,15 +134,62 @@ class _Stream:
             yield piece
 
 
+class _Hashing:
+    """Hashes what was read back: at once, while it is in the cache, or in a thread of its own.
+
+    The thread keeps a second processor busy that has no file of its own, and costs a little where it has one.
+    """
+
+    def __init__(self, spans: Mapping[str, Span], *, apart: bool) -> None:
+        self._hasher = Hasher(spans)
+        self._pool = ThreadPoolExecutor(1) if apart else None
+        self.buffer_bytes = STEP_BYTES if apart else PIECE_BYTES
+        self._buffers: deque[tuple[memoryview, Future[None] | None]] = deque(
+            (memoryview(bytearray(self.buffer_bytes)), None) for _ in range(NUM_BUFFERS if apart else 1)
+        )
+
+    def __enter__(self) -> _Hashing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def buffer(self) -> memoryview:
+        """Memory for the next bytes; what was in it before is hashed."""
+        buffer, hashed = self._buffers.popleft()
+        if hashed is not None:
+            hashed.result()
+        return buffer
+
+    def hash(self, buffer: memoryview, size: int) -> None:
+        """Take the first bytes of a buffer, which is given back with that."""
+        hashed = None
+        if self._pool is None:
+            self._hasher.update(buffer[:size])
+        else:
+            hashed = self._pool.submit(self._hasher.update, buffer[:size])
+        self._buffers.append((buffer, hashed))
+
+    def digests(self) -> Digests:
+        """What the file was, now that it has ended."""
+        for _, hashed in self._buffers:
+            if hashed is not None:
+                hashed.result()
+        return self._hasher.digests()
+
+
 class _Writing:
     """One file as it is written, from the front."""
 
-    def __init__(self, reader: IO[bytes], writer: IO[bytes], origin: Path, destination: Path, hasher: Hasher) -> None:
+    def __init__(
+        self, reader: IO[bytes], writer: IO[bytes], origin: Path, destination: Path, hashing: _Hashing
+    ) -> None:
         self.reader, self.writer, self.origin, self.destination = reader, writer, origin, destination
-        self.hasher = hasher
+        self.hashing = hashing
         self.shares_blocks = False
         self.position = 0
-        self._mine, self._theirs = (memoryview(bytearray(PIECE_BYTES)) for _ in range(2))
+        self._theirs = memoryview(bytearray(PIECE_BYTES))
 
     def steps(self, parts: Iterator[_Part]) -> Iterator[int]:
         """Write part after part; yields the number of bytes of each step when it was compared."""
@@ -179,60 +219,29 @@ class _Writing:
             start += num_copied
 
     def _read_back(self, start: int, stop: int, expected: memoryview | None) -> None:
-        for position in range(start, stop, PIECE_BYTES):
-            size = min(PIECE_BYTES, stop - position)
-            mine = self._mine[:size]
-            self.writer.seek(position)
-            read_whole(self.writer, mine, self.destination)
-            if expected is None:
-                theirs = self._theirs[:size]
-                self.reader.seek(position)
-                read_whole(self.reader, theirs, self.origin)
-            else:
-                theirs = expected[position - start : position - start + size]
-            if not same(mine, theirs):
-                raise CheckpointError(
-                    f"{self.destination} does not hold what was written to it, from byte {position} on; "
-                    f"the disk or the memory is damaged"
+        """Compare what was written from `start` to `stop` with the expected bytes, or the target's, and hash it."""
+        for first in range(start, stop, self.hashing.buffer_bytes):
+            last = min(first + self.hashing.buffer_bytes, stop)
+            buffer = self.hashing.buffer()
+            for position in range(first, last, PIECE_BYTES):
+                end = min(position + PIECE_BYTES, last)
+                self._compare(
+                    buffer[position - first : end - first],
+                    position,
+                    None if expected is None else expected[position - start : end - start],
                 )
-            self.hasher.update(mine)
+            self.hashing.hash(buffer, last - first)
         self.position = stop
 
-
-def clone(origin: int, destination: int) -> bool:
-    """Have a new file share the blocks of another until one of them changes; says whether the file system can."""
-    if sys.platform != "linux":
-        return False
-    import fcntl
-
-    try:
-        fcntl.ioctl(destination, FICLONE, origin)
-    except OSError as error:
-        if error.errno not in NO_KERNEL_COPY:
-            raise
-        return False
-    return True
-
-
-def copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
-    """Copy up to `num_bytes` from where both files stand: in the kernel where it can, else through memory."""
-    for name in ("copy_file_range", "sendfile"):
-        kernel_copy = getattr(os, name, None)
-        if kernel_copy is None or (name == "sendfile" and sys.platform != "linux"):
-            continue
-        try:
-            if name == "sendfile":
-                return int(kernel_copy(writer.fileno(), reader.fileno(), None, num_bytes))
-            return int(kernel_copy(reader.fileno(), writer.fileno(), num_bytes))
-        except OSError as error:
-            if error.errno not in NO_KERNEL_COPY:
-                raise
-    piece = reader.read(min(num_bytes, PIECE_BYTES))
-    write_all(writer, memoryview(piece))
-    return len(piece)
-
-
-def write_all(file: IO[bytes], piece: memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
-    while piece:
-        piece = piece[file.write(piece) :]
+    def _compare(self, mine: memoryview, position: int, theirs: memoryview | None) -> None:
+        self.writer.seek(position)
+        read_whole(self.writer, mine, self.destination)
+        if theirs is None:
+            theirs = self._theirs[: len(mine)]
+            self.reader.seek(position)
+            read_whole(self.reader, theirs, self.origin)
+        if not same(mine, theirs):
+            raise CheckpointError(
+                f"{self.destination} does not hold what was written to it, from byte {position} on; "
+                f"the disk or the memory is damaged"
+            )

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.changes import Change, digest_of
-from dapa_merge.checkpoint.copying import Progress, Stopped, link_file, write_file
+from dapa_merge.checkpoint.copying import Progress, Stopped, write_file
 from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.kernel import link_file
 from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
 from dapa_merge.checkpoint.streams import Digests, hash_file
@@ -159,6 +160,8 @@ def _write_files(
 ) -> None:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
     stop = threading.Event()
+    num_large = sum(name not in linked and name not in made.record.files for name in target.shards)
+    hash_apart = num_large < (os.cpu_count() or 1)
 
     def write(name: str) -> None:
         if stop.is_set():
@@ -172,7 +175,7 @@ def _write_files(
             link_file(target.path(name), path)
             digests = hash_file(path, progress=progress)
         else:
-            digests = write_file(target.path(name), path, changes[name], progress, stop)
+            digests = write_file(target.path(name), path, changes[name], progress, stop, hash_apart=hash_apart)
         made.record.finish(name, path, digests)
 
     for name in changes:

@@ -109,4 +109,5 @@ def read_whole(file: IO[bytes], piece: memoryview, path: Path) -> None:
 def same(one: memoryview, other: memoryview) -> bool:
     """Whether two pieces of bytes are the same."""
     # Two memoryviews are compared item by item, a hundred times slower; a bytearray with anything by memcmp.
-    return bytearray(one) == other
+    whole = other.obj
+    return (whole if isinstance(whole, bytearray) and len(whole) == len(other) else bytearray(other)) == one

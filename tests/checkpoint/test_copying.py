@@ -56,8 +56,8 @@ def cases(draw):
 
 
 @settings(max_examples=200)
-@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30))
-def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece):
+@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30), hash_apart=st.booleans())
+def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece, hash_apart):
     before, changes, after = case
     folder = tmp_path_factory.mktemp("copy")
     (folder / "origin").write_bytes(before)
@@ -65,7 +65,8 @@ def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "STEP_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
-        digests = write_file(folder / "origin", folder / "result", changes, done.append)
+        patch.setattr(copying, "FLUSH_BYTES", 7)
+        digests = write_file(folder / "origin", folder / "result", changes, done.append, hash_apart=hash_apart)
     assert (folder / "result").read_bytes() == after
     assert digests.num_bytes == sum(done) == len(before)
     sha256 = hashlib.sha256(after).hexdigest()

@@ -48,9 +48,9 @@ def written(monkeypatch) -> list[str]:
     names: list[str] = []
     write_file = making.write_file
 
-    def observed(origin, destination, *arguments):
+    def observed(origin, destination, *arguments, **options):
         names.append(destination.name)
-        return write_file(origin, destination, *arguments)
+        return write_file(origin, destination, *arguments, **options)
 
     monkeypatch.setattr(making, "write_file", observed)
     return names
@@ -61,11 +61,11 @@ def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3
     write_file = making.write_file
     finished: list[str] = []
 
-    def failing(origin, destination, *arguments):
+    def failing(origin, destination, *arguments, **options):
         if len(finished) >= after:
             raise fault
         finished.append(destination.name)
-        return write_file(origin, destination, *arguments)
+        return write_file(origin, destination, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(making, "write_file", failing)

@@ -20,6 +20,7 @@ from dapa_merge.cli_options import (
     journal_option,
     json_option,
     link_option,
+    manifest_option,
     out_argument,
     recipe_argument,
     search_options,
@@ -90,6 +91,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 @out_argument
 @click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
 @link_option
+@manifest_option
 @device_option
 @journal_option
 @workers_option
@@ -103,6 +105,7 @@ def run(
     out: Path,
     no_evaluate: bool,
     link: bool,
+    manifest: bool,
     device: str,
     journal: Path | None,
     workers: str | None,
@@ -118,16 +121,17 @@ def run(
     from dapa_merge.recipe_file import load_recipe
 
     options = search_options(device, journal, workers, evaluators, allow_pickle)
-    _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet, link)
+    settings = {"link": link, "manifest": manifest}
+    _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet, **settings)
 
 
 def _repair(
-    recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool, link: bool = False
+    recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool, **how: bool
 ) -> None:
     from dapa_merge.report import print_report
     from dapa_merge.run import repair
 
-    report = repair(recipe, out, evaluate=evaluate, link=link, options=options, reporter=reporter(quiet))
+    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=reporter(quiet), **how)
     print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 

@@ -73,6 +73,12 @@ allow_pickle_option = click.option(
     help="Read weights that there are as pickles only (pytorch_model.bin), as nothing but tensors, and keep them as "
     "safetensors in the user's cache folder.",
 )
+manifest_option = click.option(
+    "--manifest/--no-manifest",
+    default=True,
+    help="Write dapa.json, with a SHA-256 of every file and changed tensor. Hashing takes as long again as copying where "
+    "the disk is fast; without, every byte is read back and compared all the same.  [default: --manifest]",
+)
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--source", metavar="MODEL", help="Where the source is.  [default: the recipe's]")
 @click.option("--files-only", is_flag=True, help="Compare OUT's files with its dapa.json only; needs no other model.")
+@click.option("--write-manifest", is_flag=True, help="Write OUT/dapa.json if OUT is correct and has none.")
 @allow_pickle_option
 @json_option
 @click.pass_obj
@@ -36,6 +37,7 @@ def verify(
     target: str | None,
     source: str | None,
     files_only: bool,
+    write_manifest: bool,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
@@ -48,12 +50,12 @@ def verify(
     from dapa_merge.verify_flow import check_manifest, location_option, verify_result
 
     if files_only:
-        if recipe or target or source:
+        if recipe or target or source or write_manifest:
             raise UsageError("--files-only looks at no recipe and no other model; leave out the other options")
         check = check_manifest(out, reporter(quiet))
     else:
         models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
-        check = verify_result(out, recipe, reporter(quiet), **models, allow_pickle=allow_pickle)
+        check = verify_result(out, recipe, reporter(quiet), **models, write=write_manifest, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         lines = [*check.faults, *(f"note: {note}" for note in check.notes)]

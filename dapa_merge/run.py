@@ -44,6 +44,7 @@ def repair(
     *,
     evaluate: bool = True,
     link: bool = False,
+    manifest: bool = True,
     options: SearchOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Report:
@@ -55,6 +56,7 @@ def repair(
         evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
             recipe names its layers. Without it the recipe must name them.
         link: Hard-link the weight files that do not change rather than copy them.
+        manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
         options: Where to evaluate, how many at once, and where to keep the journal.
         reporter: Hears of the steps.
 
@@ -78,7 +80,8 @@ def repair(
         selection = evidence.selection
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
-    write(recipe, plan, selection, out, report, reporter, evidence.responses if evidence else {}, link=link)
+    responses = evidence.responses if evidence else {}
+    write(recipe, plan, selection, out, report, reporter, responses, link=link, manifest=manifest)
     return report
 
 
@@ -125,6 +128,7 @@ def write(
     responses: Mapping[str, Sequence[Response]],
     *,
     link: bool = False,
+    manifest: bool = True,
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
     fetch_units(plan, selection, reporter)
@@ -135,7 +139,7 @@ def write(
     if responses:
         texts[RESPONSES_NAME] = responses_text(responses)
     with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        rounding = transplant(plan, selection, out, texts=texts, link=link, progress=done)
+        rounding = transplant(plan, selection, out, texts=texts, link=link, manifest=manifest, progress=done)
     if rounding.overflowed:
         reporter.say(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:

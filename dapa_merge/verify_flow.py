@@ -12,12 +12,13 @@ from typing import Any
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
-from dapa_merge.checkpoint.manifest import Manifest, read_manifest
-from dapa_merge.checkpoint.manifest_check import check
+from dapa_merge.checkpoint.manifest import Manifest, manifest_text, read_manifest
+from dapa_merge.checkpoint.manifest_check import check, manifest_of
 from dapa_merge.checkpoint.plan import join, sparing
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.verify import Verification, verify
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.new_file import new_file
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, parse_location
 from dapa_merge.recipe_file import load_recipe
@@ -63,6 +64,7 @@ def verify_result(
     *,
     target: Location | None = None,
     source: Location | None = None,
+    write: bool = False,
     allow_pickle: bool = False,
 ) -> Check:
     """Compare a result with its target, its source and its manifest; also one that `mergekit-yaml` wrote.
@@ -75,6 +77,7 @@ def verify_result(
         reporter: Hears of the steps.
         target: Where the target is, if not where the recipe says.
         source: Where the source is, if not where the recipe says.
+        write: Give it a manifest, if it is correct and has none.
         allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
 
     Raises:
@@ -102,6 +105,13 @@ def verify_result(
     notes = list(_other_settings(result, plan.target))
     if manifest is not None:
         faults += _against(out, manifest, verification, result)
+    if write and not faults:
+        if manifest is not None:
+            raise UsageError(f"{out} has a {MANIFEST_NAME} already; leave out --write-manifest")
+        content = manifest_text(manifest_of(result, plan, verification))
+        with new_file(out / MANIFEST_NAME) as keep:
+            keep(content)
+        manifest = read_manifest(out)
     return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None)
 
 

@@ -135,3 +135,36 @@ def test_options_that_exclude_each_other_are_refused(result):
     refused = call("verify", result, "--files-only", "--target", "x")
     assert refused.exit_code == 2
     assert "--files-only looks at no recipe and no other model" in refused.stderr
+
+
+def test_a_result_without_a_manifest_is_as_good_and_can_be_given_one(llama_pair, tmp_path, write_recipe):
+    recipe = write_recipe(*llama_pair, layers=1)
+    for name, options in (("with", ()), ("without", ("--no-manifest",))):
+        answer("run", recipe, tmp_path / name, "--no-evaluate", *options, "--json")
+    assert not (tmp_path / "without" / "dapa.json").exists()
+    assert not answer("verify", tmp_path / "without", "--json")["manifest"]
+    assert answer("verify", tmp_path / "without", "--write-manifest", "--json")["manifest"]
+    one, other = (json.loads((tmp_path / name / "dapa.json").read_text()) for name in ("with", "without"))
+    for content in (one, other):
+        # Has the time in it.
+        del content["files"]["dapa_report.json"]
+    assert one == other
+    assert answer("verify", tmp_path / "without", "--files-only", "--json")["correct"]
+    again = call("verify", tmp_path / "without", "--write-manifest")
+    assert again.exit_code == 2
+    assert "has a dapa.json already" in again.stderr
+
+
+def test_a_wrong_result_gets_no_manifest(result):
+    (result / "dapa.json").unlink()
+    flip(result, GATE)
+    assert call("verify", result, "--write-manifest").exit_code == 4
+    assert not (result / "dapa.json").exists()
+
+
+def test_a_result_of_mergekits_can_be_given_a_manifest(llama_pair, tmp_path, write_recipe):
+    run_merge(configuration(*llama_pair, layers="1-2"), str(tmp_path / "out"), MergeOptions(quiet=True))
+    recipe = write_recipe(*llama_pair, layers='"1-2"')
+    answer("verify", tmp_path / "out", "--recipe", recipe, "--write-manifest", "--json")
+    found = answer("verify", tmp_path / "out", "--recipe", recipe, "--json")
+    assert (found["correct"], found["manifest"]) == (True, True)

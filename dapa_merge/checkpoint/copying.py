@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -43,6 +43,7 @@ def write_file(
     stop: threading.Event | None = None,
     *,
     hash_apart: bool = False,
+    hashes: bool = True,
 ) -> Digests:
     """Make a new file: `origin` with changes. It is on disk when this returns, and was read back and compared.
 
@@ -53,6 +54,7 @@ def write_file(
         progress: Called with numbers of bytes as they are done with.
         stop: Set by whoever has no use for the file any more.
         hash_apart: Hash in a second thread; worth it if fewer files are written at once than there are processors.
+        hashes: Make digests; without, those that are returned are empty.
 
     Returns:
         Its digest, and that of each changed tensor, whole.
@@ -64,7 +66,7 @@ def write_file(
     """
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
     with (
-        _Hashing(tensors, apart=hash_apart) as hashing,
+        _Hashing(Hasher(tensors, counts_only=not hashes), apart=hash_apart and hashes) as hashing,
         origin.open("rb", buffering=0) as reader,
         destination.open("x+b", buffering=0) as writer,
         # Waited for before the file is closed.
@@ -140,8 +142,8 @@ class _Hashing:
     The thread keeps a second processor busy that has no file of its own, and costs a little where it has one.
     """
 
-    def __init__(self, spans: Mapping[str, Span], *, apart: bool) -> None:
-        self._hasher = Hasher(spans)
+    def __init__(self, hasher: Hasher, *, apart: bool) -> None:
+        self._hasher = hasher
         self._pool = ThreadPoolExecutor(1) if apart else None
         self.buffer_bytes = STEP_BYTES if apart else PIECE_BYTES
         self._buffers: deque[tuple[memoryview, Future[None] | None]] = deque(

@@ -1,4 +1,4 @@
-"""Whether a folder is what its manifest says."""
+"""Whether a folder is what its manifest says, and the manifest of one that has none."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dapa_merge import __version__
+from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import read_header
-from dapa_merge.checkpoint.manifest import FILE_NAME, ChangedTensor, File, Manifest, read_manifest
+from dapa_merge.checkpoint.manifest import FILE_NAME, ChangedTensor, File, Manifest, Origin, read_manifest
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.streams import Digests, Span, hash_file
+from dapa_merge.checkpoint.verify import Verification
 from dapa_merge.errors import CheckpointError
 
 # What is put beside a model afterwards and does not belong to it: its card, and hidden files of git and the Hub.
@@ -48,6 +53,41 @@ def check(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = [fault for of_file in pool.map(faults, manifest.files) for fault in of_file]
     return found + [f"{name} is not in {FILE_NAME}" for name in _files(folder) if name not in manifest.files]
+
+
+def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> Manifest:
+    """The manifest of a result that was verified, whoever wrote it.
+
+    Raises:
+        CheckpointError: If a changed tensor has another name in it than in the target.
+    """
+    boxes: dict[str, list[Box]] = {}
+    for unit in verification.transplanted:
+        for part in unit.parts:
+            boxes.setdefault(part.tensor, []).append(part.box)
+    tensors = {}
+    for name, of_tensor in sorted(boxes.items()):
+        if name not in result.tensors:
+            raise CheckpointError(
+                f"{result.name} has no tensor {name}, but its values in another; it gets no {FILE_NAME}"
+            )
+        tensor = result.tensors[name]
+        is_whole = not remainder(whole_box(tensor.shape), of_tensor)
+        parts = None if is_whole else tuple(sorted(of_tensor))
+        tensors[name] = ChangedTensor(tensor.file, verification.tensors[name], parts)
+    files = {}
+    for name in _files(result.folder):
+        path = result.folder / name
+        files[name] = File(path.stat().st_size, verification.files.get(name) or hash_file(path).sha256)
+    return Manifest(
+        version=__version__,
+        target=Origin(plan.target.name, plan.target.commit),
+        source=Origin(plan.source.name, plan.source.commit),
+        strength=plan.strength,
+        units=tuple(map(str, verification.transplanted)),
+        files=files,
+        tensors=tensors,
+    )
 
 
 def _faults(

@@ -62,7 +62,7 @@ def write_result(
         out: The folder to make; it must not exist, or be empty.
         job: What else than the model and the places of the changes decides the bytes, as JSON has it.
         texts: Further text files to write into it, by name.
-        describe: Makes the text of the manifest, of what each file turned out to be.
+        describe: Makes the text of the manifest, of what each file turned out to be; without it nothing is hashed.
         link: Let weight files that do not change be the target's own, under a second name.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
         progress: Called with numbers of bytes as they are done with.
@@ -78,8 +78,9 @@ def write_result(
     check_destination(out, target, sum(size for name, size in sizes.items() if name not in linked))
     _check_sizes(target, sizes)
     out = Path(os.path.abspath(out))
-    with staging(out, _whole_job(target, changes, linked, job)) as made:
-        _write_files(target, changes, linked, made, progress)
+    hashes = describe is not None
+    with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
+        _write_files(target, changes, linked, made, progress, hashes=hashes)
         files = dict(made.record.files)
         written = dict(texts or {})
         for name, text in written.items():
@@ -157,6 +158,8 @@ def _write_files(
     linked: Collection[str],
     made: Staging,
     progress: Progress,
+    *,
+    hashes: bool,
 ) -> None:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
     stop = threading.Event()
@@ -173,9 +176,10 @@ def _write_files(
         path = made.folder / name
         if name in linked:
             link_file(target.path(name), path)
-            digests = hash_file(path, progress=progress)
+            digests = hash_file(path, progress=progress) if hashes else Digests(path.stat().st_size, "", {})
         else:
-            digests = write_file(target.path(name), path, changes[name], progress, stop, hash_apart=hash_apart)
+            how = {"hash_apart": hash_apart, "hashes": hashes}
+            digests = write_file(target.path(name), path, changes[name], progress, stop, **how)
         made.record.finish(name, path, digests)
 
     for name in changes:

@@ -39,12 +39,14 @@ class Digests:
 class Hasher:
     """The SHA-256 of a file that is given in order, and of spans of it that do not overlap."""
 
-    def __init__(self, spans: Mapping[str, Span] | None = None) -> None:
+    def __init__(self, spans: Mapping[str, Span] | None = None, *, counts_only: bool = False) -> None:
         """Begin a file.
 
         Args:
             spans: Parts to be hashed for themselves, by name.
+            counts_only: Count bytes and hash nothing; the digests are empty then.
         """
+        self._counts_only = counts_only
         self._whole = hashlib.sha256()
         self._parts = {name: hashlib.sha256() for name in spans or {}}
         self._waiting = sorted(((start, stop, name) for name, (start, stop) in (spans or {}).items()), reverse=True)
@@ -52,6 +54,9 @@ class Hasher:
 
     def update(self, piece: memoryview) -> None:
         """Take the next bytes."""
+        if self._counts_only:
+            self.num_bytes += len(piece)
+            return
         self._whole.update(piece)
         begin, end = self.num_bytes, self.num_bytes + len(piece)
         while self._waiting and self._waiting[-1][0] < end:
@@ -64,6 +69,8 @@ class Hasher:
 
     def digests(self) -> Digests:
         """What the file was, now that it has ended."""
+        if self._counts_only:
+            return Digests(self.num_bytes, "", {})
         parts = {name: part.hexdigest() for name, part in self._parts.items()}
         return Digests(self.num_bytes, self._whole.hexdigest(), parts)
 

@@ -22,6 +22,7 @@ def transplant(
     *,
     texts: Mapping[str, str] | None = None,
     link: bool = False,
+    manifest: bool = True,
     check: Callable[[Path], object] = lambda _: None,
     progress: Progress = lambda _: None,
 ) -> Rounding:
@@ -37,6 +38,7 @@ def transplant(
         texts: Further text files to write into it, by name.
         link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
             the same: people edit them.
+        manifest: Write `dapa.json`, with the SHA-256 of everything.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
         progress: Called with numbers of bytes as they are done with.
 
@@ -58,6 +60,14 @@ def transplant(
 
     job = {"source": identity(plan.source, sources), "selection": list(units)}
     write_result(
-        plan.target, changes, out, job, texts=texts, describe=describe, link=link, check=check, progress=progress
+        plan.target,
+        changes,
+        out,
+        job,
+        texts=texts,
+        describe=describe if manifest else None,
+        link=link,
+        check=check,
+        progress=progress,
     )
     return rounding

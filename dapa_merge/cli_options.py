@@ -76,8 +76,8 @@ allow_pickle_option = click.option(
 manifest_option = click.option(
     "--manifest/--no-manifest",
     default=True,
-    help="Write dapa.json, with a SHA-256 of every file and changed tensor. Hashing takes as long again as copying where "
-    "the disk is fast; without, every byte is read back and compared all the same.  [default: --manifest]",
+    help="Write dapa.json, with a SHA-256 of every file and changed tensor. Hashing takes as long again as copying "
+    "where the disk is fast; without, every byte is read back and compared all the same.  [default: --manifest]",
 )
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
 from dapa_merge.checkpoint.architecture import Unit, find_units
 from dapa_merge.checkpoint.comparison import Place
-from dapa_merge.checkpoint.files import Checkpoint
+from dapa_merge.checkpoint.files import Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.region import Box, Part, Region, intersection, moved, remainder, whole_box
-from dapa_merge.checkpoint.values import read_tiles
 from dapa_merge.errors import CheckpointError
 
 
@@ -138,15 +137,11 @@ def _renamed(result: Checkpoint, target: Checkpoint, lost: set[str], new: set[st
 
 def _twin(checkpoint: Checkpoint, tensor: Tensor, other: Checkpoint, candidates: Iterable[Tensor]) -> Tensor | None:
     """The first of another checkpoint's tensors that has the form and the bytes of one of this."""
-
-    def tiles(owner: Checkpoint, of: Tensor) -> Iterator[bytes]:
-        return read_tiles(owner, Region.of(of))
-
     for candidate in candidates:
-        if _form(candidate) == _form(tensor) and all(
-            mine == theirs for mine, theirs in zip(tiles(checkpoint, tensor), tiles(other, candidate), strict=True)
-        ):
-            return candidate
+        if _form(candidate) == _form(tensor):
+            pairs = zip(iterate_bytes(checkpoint, tensor), iterate_bytes(other, candidate), strict=True)
+            if all(mine == theirs for mine, theirs in pairs):
+                return candidate
     return None
 
 

@@ -54,13 +54,13 @@ def model(tmp_path) -> Path:
 @many
 @given(random=randoms)
 def test_a_mutated_header_is_refused_in_a_sentence_or_read_as_safetensors_reads_it(folder, random):
-    check_header(folder / "t.safetensors", hostile_file(random))
+    assert check_header(folder / "t.safetensors", hostile_file(random))
 
 
 @many
 @given(content=st.binary(max_size=200), is_length_right=st.booleans())
 def test_any_bytes_are_refused_in_a_sentence_or_read_as_safetensors_reads_them(folder, content, is_length_right):
-    check_header(folder / "t.safetensors", weight_file(content, b"") if is_length_right else content)
+    assert check_header(folder / "t.safetensors", weight_file(content, b"") if is_length_right else content)
 
 
 json_values = st.recursive(
@@ -73,19 +73,19 @@ json_values = st.recursive(
 @many
 @given(header=json_values, num_data_bytes=st.integers(0, 9))
 def test_any_json_is_refused_in_a_sentence_or_read_as_safetensors_reads_it(folder, header, num_data_bytes):
-    check_header(folder / "t.safetensors", weight_file(json.dumps(header), bytes(num_data_bytes)))
+    assert check_header(folder / "t.safetensors", weight_file(json.dumps(header), bytes(num_data_bytes)))
 
 
 @many
 @given(random=randoms)
 def test_a_mutated_index_is_refused_in_a_sentence_or_read_from_its_own_folder(traps, random):
-    check_index(traps, hostile_index(random, SOUND_INDEX))
+    assert check_index(traps, hostile_index(random, SOUND_INDEX))
 
 
 @settings(parent=many, max_examples=100)
 @given(random=randoms)
 def test_a_hostile_pair_is_refused_without_a_trace_or_transplanted_byte_for_byte(folder, random):
-    check_pair(empty(folder / "pair"), random)
+    assert check_pair(empty(folder / "pair"), random)
 
 
 # Each was read by an earlier reader, and is refused by the safetensors library.
@@ -346,9 +346,9 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 for seed in range(40):
-    check_pair(empty(Path(own, "pair")), Random(seed))
+    assert check_pair(empty(Path(own, "pair")), Random(seed))
 for seed in range(100):
-    check_index(Path(own, "model"), hostile_index(Random(seed), SOUND_INDEX))
+    assert check_index(Path(own, "model"), hostile_index(Random(seed), SOUND_INDEX))
 print(seen, sorted(touched))
 """
 

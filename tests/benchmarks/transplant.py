@@ -163,6 +163,12 @@ def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, 
             os.sync()
             runs[name].append(cost | {"durable": cost["seconds"] + time.perf_counter() - began})
             shutil.rmtree(out)
+    in_child(OURS, *command)
+    for name, options in (("dapa-merge verify", ()), ("  with --files-only", ("--files-only",))):
+        runs[name] = [in_child(OURS, "--quiet", "verify", str(out), *options) for _ in range(repeat)]
+        for run in runs[name]:
+            run["durable"] = run["seconds"]
+    shutil.rmtree(out)
     medians = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
     for name, cost in medians.items():
         print(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dapa_merge.cli_options import json_option
+from dapa_merge.cli_options import allow_pickle_option, json_option
 from dapa_merge.cli_output import print_answer, reporter
 
 if TYPE_CHECKING:
@@ -34,16 +34,17 @@ def patch() -> None:
 @click.argument("result")
 @patch_argument
 @click.option("--base", metavar="MODEL", help="What RESULT was made of.  [default: as RESULT/mergekit_config.yml says]")
+@allow_pickle_option
 @json_option
 @click.pass_obj
-def extract(quiet: bool, result: str, patch: Path, base: str | None, as_json: bool) -> None:
+def extract(quiet: bool, result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Write what RESULT has changed of its base to PATCH, a new safetensors file.
 
     RESULT and its base are folders or Hub ids, or id@revision.
     """
     from dapa_merge.patch_flow import extract_patch
 
-    answer = extract_patch(result, patch, base, reporter(quiet))
+    answer = extract_patch(result, patch, base, reporter(quiet), allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         share = answer["file_bytes"] / answer["model_bytes"]
@@ -60,25 +61,35 @@ def extract(quiet: bool, result: str, patch: Path, base: str | None, as_json: bo
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--in-place", is_flag=True, help="Change BASE itself; what it held is kept in an undo file first.")
 @undo_option
+@allow_pickle_option
 @json_option
 @click.pass_obj
 def apply(
-    quiet: bool, patch: Path, base: str, out: Path | None, in_place: bool, undo: Path | None, as_json: bool
+    quiet: bool,
+    patch: Path,
+    base: str,
+    out: Path | None,
+    in_place: bool,
+    undo: Path | None,
+    allow_pickle: bool,
+    as_json: bool,
 ) -> None:
     """Apply PATCH to BASE: into the new folder OUT, or in place.
 
-    Refuses any base but the one that PATCH was made for. If it is stopped in place, the same command goes on.
+    Refuses a base that has other values than PATCH was made for in the rows that it replaces. If it is stopped in
+    place, the same command goes on.
     """
     from dapa_merge.patch_flow import apply_patch
 
-    answer = apply_patch(patch, base, out, in_place, undo, reporter(quiet))
+    answer = apply_patch(patch, base, out, in_place, undo, reporter(quiet), allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         size = f"{answer['bytes'] / 1e6:.2f} MB"
         if not answer["applied"]:
-            _line(console, f"{base} is patched with {patch} already; nothing was written")
+            _line(console, f"{base} holds what {patch} would write already; nothing was written")
         elif in_place:
-            _line(console, f"patched {base}: {size} written; `dapa-merge patch revert` takes it back")
+            back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
+            _line(console, f"patched {base}: {size} written; `{back}` takes it back")
         else:
             _line(console, f"wrote {out}: {base} with {size} of it patched")
 
@@ -93,13 +104,15 @@ def apply(
 def revert(quiet: bool, base: str, undo: Path | None, as_json: bool) -> None:
     """Give BASE back what it held before a patch was applied in place.
 
-    Every byte is as it was, and the undo file is gone. If it is stopped, the same command goes on.
+    Every byte that was replaced is as it was, and the undo file is gone. If it is stopped, the same command goes on.
     """
     from dapa_merge.patch_flow import revert_patch
 
     answer = revert_patch(base, undo, reporter(quiet))
     size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
-    print_answer(answer, lambda console: _line(console, f"{base} is as it was before the patch: {size}"), as_json)
+    print_answer(
+        answer, lambda console: _line(console, f"the patched rows of {base} are as they were: {size}"), as_json
+    )
 
 
 @patch.command()

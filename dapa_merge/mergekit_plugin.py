@@ -212,6 +212,8 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
         if not bool(source.isfinite().all()):
             raise not_finite(name, plan.source)
         result[place] = mix(ours[place], source, plan.strength, ours.dtype, selected.rounding)
+        if not bool(result[place].isfinite().all()):
+            raise not_finite(name, plan.target, "target")
         if selected.rounding.overflowed > plan.max_overflow:
             raise does_not_fit(name, plan, TORCH_DTYPES[ours.dtype], selected.rounding)
     return result

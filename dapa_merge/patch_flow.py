@@ -23,7 +23,9 @@ from dapa_merge.selection import open_location
 MAX_RECIPE_BYTES = 1 << 20
 
 
-def extract_patch(result: str, path: Path, base: str | None, reporter: Reporter) -> dict[str, Any]:
+def extract_patch(
+    result: str, path: Path, base: str | None, reporter: Reporter, *, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Write what a result has changed of its base to a new patch file; the answer says what that is.
 
     Args:
@@ -31,12 +33,14 @@ def extract_patch(result: str, path: Path, base: str | None, reporter: Reporter)
         path: The file to make.
         base: The same of what it was made of; by default the `base_model` of the recipe in the result's folder.
         reporter: Hears of the steps.
+        allow_pickle: Read a base of pickles, as nothing but tensors.
 
     Raises:
         DapaError: If either cannot be read, they are not alike, or the file cannot be written.
     """
     changed = open_location(_location(result))
-    original = open_location(_location(base) if base is not None else _base_of(changed))
+    place = _location(base) if base is not None else _base_of(changed)
+    original = open_location(place, allow_pickle=allow_pickle)
     recipe = changed.folder / RECIPE_NAME
     text = None
     if recipe.is_file() and recipe.stat().st_size <= MAX_RECIPE_BYTES:
@@ -47,7 +51,14 @@ def extract_patch(result: str, path: Path, base: str | None, reporter: Reporter)
 
 
 def apply_patch(
-    path: Path, base: str, out: Path | None, in_place: bool, undo: Path | None, reporter: Reporter
+    path: Path,
+    base: str,
+    out: Path | None,
+    in_place: bool,
+    undo: Path | None,
+    reporter: Reporter,
+    *,
+    allow_pickle: bool = False,
 ) -> dict[str, Any]:
     """Apply a patch to a copy or in place; the answer says what was done.
 
@@ -59,7 +70,8 @@ def apply_patch(
     if undo is not None and not in_place:
         raise UsageError("--undo is of use with --in-place only; a patched copy has its base to go back to")
     patch = read_patch(path)
-    model = open_location(_location(base))
+    # What is converted into the cache cannot be changed in place.
+    model = open_location(_location(base), allow_pickle=allow_pickle and not in_place)
     answer = {"patch": str(path), "base": base, "in_place": in_place, "bytes": patch.num_bytes}
     if out is not None:
         with reporter.task("copying", model.num_bytes + patch.num_bytes) as copied:

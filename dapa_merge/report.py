@@ -150,7 +150,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"
         facts.append((f"{seen.measure} in the search", f"{seen.before:.3f} -> {seen.after:.3f}, with {asked}"))
     facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
-    facts.append(("time", f"{report.seconds:.1f} s"))
+    if report.before is not None:
+        facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.checkpoint.manifest import Manifest, manifest_text, read_manifest
 from dapa_merge.checkpoint.manifest_check import check, manifest_of
-from dapa_merge.checkpoint.plan import join, sparing
+from dapa_merge.checkpoint.plan import Plan, join, sparing
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.verify import Verification, verify
 from dapa_merge.errors import CheckpointError, UsageError
@@ -22,8 +23,11 @@ from dapa_merge.new_file import new_file
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, parse_location
 from dapa_merge.recipe_file import load_recipe
+from dapa_merge.report import spans
 from dapa_merge.run import RECIPE_NAME
 from dapa_merge.selection import fetch_units, given_selection, make_plan
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ def verify_result(
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
     plan = make_plan(recipe, allow_pickle=allow_pickle)
+    given = [checkpoint for checkpoint, place in ((plan.target, target), (plan.source, source)) if place is not None]
+    if any(out.samefile(checkpoint.folder) for checkpoint in given):
+        raise UsageError(f"{out} is the target or the source itself, and nothing that was made of them")
     selection = given_selection(recipe, plan)
     if selection is not None:
         plan = sparing(plan, selection)
@@ -102,9 +109,11 @@ def verify_result(
     if not faults and selection is not None and not verification.is_exactly(selection):
         found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
         faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
+    faults += _loaded_besides(result, plan.target)
     notes = list(_other_settings(result, plan.target))
     if manifest is not None:
         faults += _against(out, manifest, verification, result)
+        faults += _said_otherwise(manifest, plan, verification, selection)
     if write and not faults:
         if manifest is not None:
             raise UsageError(f"{out} has a {MANIFEST_NAME} already; leave out --write-manifest")
@@ -157,6 +166,37 @@ def _against(out: Path, manifest: Manifest, verification: Verification, result: 
     for name in sorted({re.sub(r"\[[0-9:,]*\]$", "", name) for name in verification.origins} - manifest.tensors.keys()):
         faults.append(f"{name} is not the target's, and {MANIFEST_NAME} does not say so")
     return faults
+
+
+def _said_otherwise(
+    manifest: Manifest, plan: Plan, verification: Verification, selection: Sequence[Unit] | None
+) -> Iterator[str]:
+    """What a manifest says was done, and was not."""
+    if manifest.strength != plan.strength:
+        yield f"{MANIFEST_NAME} says strength {manifest.strength}, and the recipe {plan.strength}"
+    units = (*verification.transplanted, *verification.alike) if selection is None else selection
+    allowed = {name for unit in units for name in unit.tensors}
+    for name in sorted(manifest.tensors.keys() - allowed):
+        yield f"{MANIFEST_NAME} says that {name} was changed, which is the target's"
+    if selection is not None:
+        try:
+            said = spans(manifest.units)
+        except ValueError:
+            said = " ".join(manifest.units)[:200]
+        if said != (meant := spans(join(plan, selection))):
+            yield f"{MANIFEST_NAME} says that {said} was transplanted, and the recipe {meant}"
+
+
+def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """Files that programs would load beside the weights that were compared, and that the target does not have."""
+    for path in sorted(result.folder.iterdir()):
+        name = path.name
+        if name.startswith("adapter_") or (name.endswith(WEIGHTS) and name not in result.shards):
+            yield f"{name} holds other weights, which programs may load instead or on top"
+        elif name.endswith(".py"):
+            theirs = target.folder / name
+            if not theirs.is_file() or theirs.read_bytes() != path.read_bytes():
+                yield f"{name} is code that the target does not have"
 
 
 def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:

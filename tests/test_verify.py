@@ -168,3 +168,67 @@ def test_a_result_of_mergekits_can_be_given_a_manifest(llama_pair, tmp_path, wri
     answer("verify", tmp_path / "out", "--recipe", recipe, "--write-manifest", "--json")
     found = answer("verify", tmp_path / "out", "--recipe", recipe, "--json")
     assert (found["correct"], found["manifest"]) == (True, True)
+
+
+BESIDE = {
+    "adapter_config.json": "adapter_config.json holds other weights, which programs may load instead or on top",
+    "pytorch_model.bin": "pytorch_model.bin holds other weights",
+    "zzz.safetensors": "zzz.safetensors holds other weights",
+    "modeling_x.py": "modeling_x.py is code that the target does not have",
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_would_be_loaded_besides_is_a_fault_and_gets_no_manifest(result, name):
+    (result / "dapa.json").unlink()
+    (result / name).write_text("{}")
+    for options in ((), ("--write-manifest",)):
+        found = call("verify", result, *options)
+        assert found.exit_code == 4
+        assert BESIDE[name] in found.stdout
+    assert not (result / "dapa.json").exists()
+
+
+LIES = {
+    "another strength": (lambda content: content.update(strength=0.5), "says strength 0.5, and the recipe 1.0"),
+    "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),
+    "units that are none": (lambda content: content.update(units=["banana"]), "says that banana was transplanted"),
+    "a tensor that was not changed": (
+        lambda content: content["tensors"].update({"model.norm.weight": next(iter(content["tensors"].values()))}),
+        "says that model.norm.weight was changed, which is the target's",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_says_what_was_not_done_is_wrong(result, lie):
+    content = json.loads((result / "dapa.json").read_text())
+    LIES[lie][0](content)
+    (result / "dapa.json").write_text(json.dumps(content))
+    found = call("verify", result)
+    assert found.exit_code == 4
+    assert LIES[lie][1] in found.stdout
+
+
+def test_a_result_is_not_its_own_target(result):
+    refused = call("verify", result, "--target", result)
+    assert refused.exit_code == 2
+    assert "is the target or the source itself" in refused.stderr
+
+
+def test_a_result_inside_its_target_is_refused(llama_pair, tmp_path, write_recipe):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    refused = call("run", write_recipe(target, llama_pair[1], layers=1), target / "out", "--no-evaluate")
+    assert refused.exit_code == 2
+    assert "is inside the target's own folder; name a place beside it" in refused.stderr
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(result):
+    (result / "dapa.json").unlink()
+    index = result / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = min(content["weight_map"])
+    owners = content["weight_map"]
+    owners[name] = next(file for file in owners.values() if file != owners[name])
+    index.write_text(json.dumps(content))
+    assert call("verify", result).exit_code == 4

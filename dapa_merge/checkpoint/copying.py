@@ -81,6 +81,9 @@ def write_file(
                 raise Stopped
             progress(num_bytes)
             if writing.position - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
+                if flush is not None:
+                    # A disk that could not take it says so once, and not to the next one who asks.
+                    flush.result()
                 flushed, flush = writing.position, flusher.submit(os.fsync, writer.fileno())
         if flush is not None:
             # What the disk could not take is told once, to whoever asks first.

@@ -31,6 +31,8 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
     if is_here:
         raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
     parent = Path(os.path.abspath(out)).parent
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(target.folder)):
+        raise UsageError(f"{out} is inside the target's own folder; name a place beside it")
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

@@ -98,7 +98,7 @@ def refuse_other(patch: Patch, base: Checkpoint, found: Sequence[State], hint: s
                 f"{patch.path} was made for{_made_for(patch)}{hint}"
             )
     if all(state is State.PATCHED for state in found):
-        raise CheckpointError(f"{base.name} is patched with {patch.path} already")
+        raise CheckpointError(f"{base.name} holds what {patch.path} would write already")
     if State.PATCHED in found:
         patched, unpatched = (patch.entries[found.index(state)].tensor for state in (State.PATCHED, State.BASE))
         raise CheckpointError(f"{base.name} has {patched} as {patch.path} makes it, but not {unpatched}{hint}")

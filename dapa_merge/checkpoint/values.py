@@ -93,6 +93,12 @@ def new_tiles(plan: Plan, ours: Region, theirs: Region, rounding: Rounding | Non
         _refuse_not_finite(source, plan.source, theirs)
         if rounding.overflowed > plan.max_overflow:
             raise does_not_fit(theirs.name, plan, ours.tensor.dtype, rounding)
+        if plan.strength != 1 and _has_not_finite(tile, ours):
+            # What overflows was cut; only the target's own can be left.
+            raise CheckpointError(
+                f"{ours.name} of the target {plan.target.name} holds values that are infinite or not a number, which "
+                f"cannot be mixed; with `strength: 1` they are replaced"
+            )
         yield tile
 
 
@@ -171,18 +177,22 @@ def does_not_fit(name: str, plan: Plan, dtype: str, rounding: Rounding) -> Value
     )
 
 
-def not_finite(name: str, source: Checkpoint) -> CheckpointError:
-    """The error for a source's tensor with values that are no numbers."""
+def not_finite(name: str, checkpoint: Checkpoint, role: str = "source") -> CheckpointError:
+    """The error for a tensor with values that are no numbers; `role` says whose it is."""
     return CheckpointError(
-        f"{name} of the source {source.name} holds values that are infinite or not a number; it is damaged"
+        f"{name} of the {role} {checkpoint.name} holds values that are infinite or not a number; it is damaged"
     )
 
 
 def _refuse_not_finite(tile: bytes, source: Checkpoint, theirs: Region) -> None:
-    """Raise if a value in a tile is infinite or not a number: all bits of its exponent are set."""
+    """Raise if a value in a tile is infinite or not a number."""
+    if _has_not_finite(tile, theirs):
+        raise not_finite(theirs.name, source)
+
+
+def _has_not_finite(tile: bytes, region: Region) -> bool:
+    """Whether a value in a tile is infinite or not a number: all bits of its exponent are set."""
     import numpy
 
-    width, exponent = EXPONENTS[theirs.tensor.dtype]
-    values = numpy.frombuffer(tile, dtype=width)
-    if ((values & exponent) == exponent).any():
-        raise not_finite(theirs.name, source)
+    width, exponent = EXPONENTS[region.tensor.dtype]
+    return bool(((numpy.frombuffer(tile, dtype=width) & exponent) == exponent).any())

@@ -82,8 +82,12 @@ def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator
         place = staging_folder(out)
         found = {line["file"]: line["sha256"] for line in read_lines(place / "record")[1:]}
         for name in found:
-            if hashlib.sha256((place / "result" / name).read_bytes()).hexdigest() != expected[name]:
-                sys.exit(f"FAULT: {name} is on record as finished, but has other bytes")
+            digest = hashlib.sha256((place / "result" / name).read_bytes()).hexdigest()
+            if digest != expected[name]:
+                as_recorded = "as recorded" if digest == found[name] else f"not {found[name]}, as recorded"
+                sys.exit(
+                    f"FAULT: {name} is on record as finished, but has {digest} ({as_recorded}), not {expected[name]}"
+                )
         if not kept <= found.keys():
             sys.exit(f"FAULT: {', '.join(sorted(kept - found.keys()))} was finished once, and is no more")
         kept = set(found)

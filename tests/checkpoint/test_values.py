@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy
 import pytest
 import torch
@@ -148,6 +150,19 @@ def test_a_strength_that_makes_no_sense_is_refused(llama_pair, write_recipe, str
     assert "write a number above 0 and up to 2" in result.stderr
 
 
+def test_a_target_that_is_not_finite_cannot_be_mixed_but_replaced(llama_pair, tmp_path, write_recipe):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    change_tensor(target, GATE, lambda tensor: tensor[0, 0].fill_(float("inf")))
+    refused = call(
+        "run", write_recipe(target, llama_pair[1], layers=2, strength=0.5), tmp_path / "out", "--no-evaluate"
+    )
+    assert refused.exit_code == 4
+    assert "of the target" in refused.stderr
+    assert "which cannot be mixed; with `strength: 1` they are replaced" in refused.stderr
+    recipe = write_recipe(target, llama_pair[1], layers=2)
+    assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
+
+
 SIGNS = {
     "model.layers.0.mlp.gate_proj.qweight": "AWQ or GPTQ",
     "model.layers.0.mlp.gate_proj.g_idx": "GPTQ",
@@ -160,8 +175,6 @@ SIGNS = {
 
 @pytest.mark.parametrize("name", SIGNS)
 def test_a_quantized_checkpoint_is_known_by_its_tensors(llama_pair, tmp_path, name):
-    import shutil
-
     from safetensors.torch import save_file
 
     target = shutil.copytree(llama_pair[0], tmp_path / "target")

@@ -54,10 +54,11 @@ def copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
     return len(piece)
 
 
-def write_all(file: IO[bytes], piece: memoryview) -> None:
+def write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
     """Write to an unbuffered file, which may take less than it is given."""
-    while piece:
-        piece = piece[file.write(piece) :]
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]
 
 
 def link_file(origin: Path, destination: Path) -> None:

@@ -14,6 +14,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.kernel import write_all
 from dapa_merge.checkpoint.patch_file import (
     FORMAT_VERSION,
     Entry,
@@ -27,7 +28,7 @@ from dapa_merge.checkpoint.patch_file import (
     unique_key,
 )
 from dapa_merge.checkpoint.row_ranges import Range, changed_ranges, close_gaps
-from dapa_merge.checkpoint.staged_file import staged_file, write_all
+from dapa_merge.checkpoint.staged_file import staged_file
 from dapa_merge.errors import CheckpointError, UsageError
 
 Progress = Callable[[int], None]

@@ -80,13 +80,6 @@ def take_lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
-def write_all(file: BinaryIO, piece: bytes | memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
-
-
 def _hidden(path: Path) -> Path:
     # A name that nobody else would give, and that is short whatever the length of the file's own.
     return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}.partial")

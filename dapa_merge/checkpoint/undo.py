@@ -23,6 +23,7 @@ from pathlib import Path
 from dapa_merge import __version__
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS
+from dapa_merge.checkpoint.kernel import write_all
 from dapa_merge.checkpoint.patch import check_space
 from dapa_merge.checkpoint.patch_file import (
     Entry,
@@ -35,7 +36,7 @@ from dapa_merge.checkpoint.patch_file import (
     unique_key,
 )
 from dapa_merge.checkpoint.patch_state import checked_pieces
-from dapa_merge.checkpoint.staged_file import staged_file, write_all
+from dapa_merge.checkpoint.staged_file import staged_file
 from dapa_merge.errors import CheckpointError
 
 UNDO_NAME = ".dapa-undo.safetensors"

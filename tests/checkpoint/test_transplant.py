@@ -401,20 +401,6 @@ def test_a_second_run_into_the_same_place_is_told_who_is_there(stopped_run):
     assert list(out.parent.iterdir()) == [out]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pair, small_disk):
     plan = plan_of(large_pair)
     with pytest.raises(UsageError, match=r"the result needs 0\.30 GB on the disk of .*, which has 0\.00 GB left"):

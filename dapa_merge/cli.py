@@ -23,6 +23,7 @@ from dapa_merge.cli_options import (
     manifest_option,
     out_argument,
     recipe_argument,
+    refuse_evaluating_options,
     search_options,
     workers_option,
 )
@@ -34,7 +35,7 @@ from dapa_merge.new_file import new_file
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dapa_merge.evaluate.evaluators import EvaluatorOptions
+    from dapa_merge.evaluate.options import EvaluatorOptions
     from dapa_merge.search_options import SearchOptions
 
 
@@ -120,6 +121,8 @@ def run(
     """
     from dapa_merge.recipe_file import load_recipe
 
+    if no_evaluate:
+        refuse_evaluating_options()
     options = search_options(device, journal, workers, evaluators, allow_pickle)
     settings = {"link": link, "manifest": manifest}
     _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet, **settings)

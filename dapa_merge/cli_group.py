@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import click
 
 from dapa_merge.errors import DapaError
-from dapa_merge.report import spans
 
 INTERRUPTED = 130
 
@@ -26,7 +25,11 @@ class Group(click.Group):
         except KeyboardInterrupt as stop:
             # What was found or made so far, from whoever was stopped.
             best, kept = getattr(stop, "best", None), getattr(stop, "kept", None)
-            found = f"; the best selection so far: {spans(best.units)}" if best else f"; {kept}" if kept else ""
+            found = f"; {kept}" if kept else ""
+            if best:
+                from dapa_merge.report import spans
+
+                found = f"; the best selection so far: {spans(best.units)}"
             _fail(f"stopped{found}", INTERRUPTED)
         except OSError as error:
             if context.params.get("debug"):

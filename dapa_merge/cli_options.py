@@ -12,7 +12,7 @@ import click
 from dapa_merge.errors import UsageError
 
 if TYPE_CHECKING:
-    from dapa_merge.evaluate.evaluators import EvaluatorOptions
+    from dapa_merge.evaluate.options import EvaluatorOptions
     from dapa_merge.search_options import SearchOptions
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -88,7 +88,7 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(*arguments: Any, **options: Any) -> Any:
-        from dapa_merge.evaluate.evaluators import EvaluatorOptions, parse_requests
+        from dapa_merge.evaluate.options import EvaluatorOptions, parse_requests
 
         file, model, url, requests = map(options.pop, ("evaluator_file", "judge_model", "judge_url", "judge_requests"))
         for name in ("judge_url", "judge_requests"):
@@ -102,6 +102,17 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (judge_requests_option, judge_url_option, judge_model_option, evaluator_file_option):
         call = option(call)
     return call
+
+
+def refuse_evaluating_options() -> None:
+    """Refuse, with `--no-evaluate`, what the command line says of evaluating: whoever says it counts on it.
+
+    Raises:
+        UsageError: If there is any of it.
+    """
+    for name in ("device", "journal", "workers", "evaluator_file", "judge_model"):
+        if _is_given(name):
+            raise UsageError(f"--{name.replace('_', '-')} is for evaluating; leave out either it or --no-evaluate")
 
 
 def _is_given(name: str) -> bool:
@@ -121,7 +132,7 @@ def search_options(
     Raises:
         UsageError: If `--workers` is not understood, or Ray is not installed.
     """
-    from dapa_merge.evaluate.evaluators import EvaluatorOptions
+    from dapa_merge.evaluate.options import EvaluatorOptions
     from dapa_merge.search_options import SearchOptions
 
     engine, colon, number = (workers or "").partition(":")

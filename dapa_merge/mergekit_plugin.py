@@ -37,7 +37,7 @@ from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.region import Box
 from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.mergekit_layout import boxes_in_merge
 from dapa_merge.parameters import PARAMETERS
 from dapa_merge.progress import ConsoleReporter

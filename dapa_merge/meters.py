@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.evaluators import EvaluatorOptions, Scorer, find_evaluator, find_second_opinion
+from dapa_merge.evaluate.evaluators import Scorer, find_evaluator, find_second_opinion
 from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.marker import RULES, Marker
 from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evaluate.prompts import PromptSet, load_prompts
 from dapa_merge.evaluate.skills import Skill, load_skills
 from dapa_merge.evaluate.texts import Text, load_text

@@ -18,11 +18,7 @@ from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.errors import RecipeError, UsageError
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
-from dapa_merge.evaluate.prompt_sources import pinned as pinned_prompts
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.evaluate.skills import absolute
-from dapa_merge.evidence import Evidence, Measured, gather_evidence, measure_checkpoint
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Recipe, parse_location
 from dapa_merge.report import FILE_NAME as REPORT_NAME
@@ -32,6 +28,7 @@ from dapa_merge.selection import fetch_units, given_selection, make_plan, open_l
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Response
+    from dapa_merge.evidence import Evidence, Measured
 
 RESPONSES_NAME = "dapa_responses.jsonl"
 # mergekit's name for the recipe in its output; ours has the layers that were found.
@@ -76,6 +73,9 @@ def repair(
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     evidence: Evidence | None = None
     if evaluate:
+        # A mere transplant starts without it, in half the time.
+        from dapa_merge.evidence import gather_evidence
+
         evidence = gather_evidence(recipe, plan, selection, options, reporter)
         selection = evidence.selection
     assert selection is not None
@@ -182,11 +182,14 @@ def evaluate_model(
     Raises:
         DapaError: If it cannot be read, loaded or asked.
     """
+    from dapa_merge.evaluate.prompts import load_prompts
+
     prompt_set = load_prompts(prompts)
     try:
         checkpoint = open_location(parse_location(model), allow_pickle=allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is no model; write a folder, a Hub id or id@revision") from None
+    from dapa_merge.evidence import measure_checkpoint
     from dapa_merge.meters import make_meter
 
     return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)
@@ -213,10 +216,14 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     if "prompts" in parameters:
+        from dapa_merge.evaluate.prompt_sources import pinned as pinned_prompts
+
         parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
     if recipe.skills is not None:
+        from dapa_merge.evaluate.skills import absolute
+
         parameters["skills"] = absolute(recipe.skills)
     content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(pinned(recipe.target, plan.target))}
     content["models"] = [{"model": str(pinned(recipe.source, plan.source))}]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
+from dapa_merge.evaluate.options import EvaluatorOptions
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.plan import Plan, divide, join, plan_transplant
 from dapa_merge.errors import RecipeError
-from dapa_merge.evaluate.prompts import load_prompts, split
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 
@@ -92,6 +91,8 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
     Raises:
         UsageError: If the recipe's prompts cannot be read, or are too few.
     """
+    from dapa_merge.evaluate.prompts import load_prompts, split
+
     return split(load_prompts(recipe.prompts), recipe.confirm)
 
 

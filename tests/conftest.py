@@ -9,10 +9,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models this small gain nothing from more threads, and lose much where they have to share their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Journals of searches: not the user's own, nor those of an earlier session.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dapa-merge-tests-")
+# Journals of searches: not the user's own, nor those of an earlier session. Workers of pytest-xdist make theirs in that
+# of the process that started them, which removes it. (This module is loaded twice: by pytest, and by name.)
+if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", ""):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
+        prefix=f"dapa-merge-tests-{os.getpid()}-",
+        dir=os.environ["XDG_CACHE_HOME"] if "PYTEST_XDIST_WORKER" in os.environ else None,
+    )
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -88,6 +94,11 @@ UNGATED = {
 MEASURED_ONLY = {
     "MambaForCausalLM": ("MambaConfig", {"state_size": 8}),
 }
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def save_random(folder: Path, config, *, seed: int, dtype=None, max_shard_size: str = "25KB") -> Path:

@@ -207,6 +207,24 @@ def test_quiet_says_nothing(llama_pair, write_recipe, tmp_path):
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--device", "cpu"), ("--journal", "j"), ("--workers", "ray"), ("--evaluator-file", "f"), ("--judge-model", "m")],
+)
+def test_what_says_how_to_evaluate_is_refused_where_nothing_is_evaluated(
+    llama_pair, write_recipe, tmp_path, option, monkeypatch
+):
+    recipe = write_recipe(*llama_pair, layers=0)
+    result = call("run", recipe, tmp_path / "out", "--no-evaluate", *option)
+    assert (result.exit_code, result.stderr) == (
+        2, f"Error: {option[0]} is for evaluating; leave out either it or --no-evaluate\n"
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    # In the environment it may stand for all commands.
+    monkeypatch.setenv("DAPA_EVALUATOR_FILE", "f")
+    assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
+
+
 def test_every_command_has_help_and_a_place_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     for name, command in main.commands.items():

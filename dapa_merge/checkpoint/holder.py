@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
 from dapa_merge.errors import UsageError
-
-# Far behind the file's content, since Windows lets nobody read what is locked.
-LOCKED_BYTE = 1 << 30
+from dapa_merge.file_lock import is_at, take_lock
 
 
 class Holder:
@@ -42,11 +38,11 @@ class Holder:
                 descriptor = os.open(folder / "holder", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
             except FileNotFoundError:
                 continue  # It was removed meanwhile.
-            if not _lock(descriptor):
+            if not take_lock(descriptor):
                 who = _name(descriptor)
                 os.close(descriptor)
                 raise UsageError(f"{out} is being made by {who}; wait for it, or name another folder")
-            if _is_still(folder / "holder", descriptor):
+            if is_at(descriptor, folder / "holder"):
                 break
             os.close(descriptor)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -72,7 +68,7 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return True
     try:
-        return not _lock(descriptor)
+        return not take_lock(descriptor)
     except OSError:
         return True
     finally:
@@ -86,43 +82,9 @@ def _refuse_strange(folder: Path) -> None:
         raise UsageError(f"{folder} is not yours, and stands where the result is to be made; remove it")
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(path.lstat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
 def _name(descriptor: int) -> str:
     try:
         holder = json.loads(os.pread(descriptor, 1000, 0) if hasattr(os, "pread") else os.read(descriptor, 1000))
         return f"another run (process {int(holder['pid'])} on {holder['host']}, since {holder['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock a file for this process, unless another has it; says whether it is locked now."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        # Some cluster file systems have no locks unless they are mounted so; two runs at once are not noticed there.
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    return True

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.file_lock import take_lock
 
 # First byte, and the byte after the last.
 Range = tuple[int, int]
@@ -167,14 +168,12 @@ def _read_record(path: Path, num_bytes: int) -> Iterator[Range]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the kernel's lock on a folder, which ends with the process however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two first downloads at once may fetch a range twice.
+    if os.name == "nt":  # A folder cannot be opened there: two first downloads at once may fetch a range twice.
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_lock(descriptor, waits=True)
         yield
     finally:
         os.close(descriptor)

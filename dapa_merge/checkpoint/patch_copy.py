@@ -15,8 +15,8 @@ from dapa_merge.checkpoint.patch_file import Entry, Patch
 from dapa_merge.checkpoint.patch_state import check_layout, checked_pieces, refuse_other, states
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.checkpoint.result import write_result
-from dapa_merge.checkpoint.staged_file import take_lock
 from dapa_merge.errors import UsageError
+from dapa_merge.file_lock import take_lock
 
 Progress = Callable[[int], None]
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,7 @@ class Record:
         self._lock = threading.Lock()
         lines = read_lines(path)
         if lines and lines[0] == json.loads(json.dumps({"job": job})):
-            for line in lines[1:]:
-                name, digests = line["file"], Digests(line["bytes"], line["sha256"], line["spans"])
-                if _state(folder / name) == line["state"]:
-                    self.files[name] = digests
+            self.files = finished_files(lines[1:], folder)
         else:
             path.unlink(missing_ok=True)
             lines = []
@@ -92,6 +89,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             return []
         found.append(content)
     return found
+
+
+def finished_files(lines: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Digests]:
+    """What each finished file is, by its name: those that are in `folder` as the lines behind a record's first say."""
+    return {
+        line["file"]: Digests(line["bytes"], line["sha256"], line["spans"])
+        for line in lines
+        if _state(folder / line["file"]) == line["state"]
+    }
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from dapa_merge.checkpoint.staging import flush_to_disk
 from dapa_merge.errors import UsageError
+from dapa_merge.file_lock import is_at, take_lock
 
 # What is answered where a file system has no hard links.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
@@ -34,7 +35,7 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
     with file:
-        if not take_lock(file.fileno()) or not _is_at(file.fileno(), hidden):
+        if not take_lock(file.fileno()) or not is_at(file.fileno(), hidden):
             raise UsageError(f"{path} is being written by another process; wait for it")
         try:
             file.truncate(0)
@@ -55,7 +56,7 @@ def clear_leftover(path: Path) -> None:
     """Remove what a killed process left of `path` beside it; of one that still runs, nothing."""
     hidden = _hidden(Path(os.path.abspath(path)))
     with suppress(OSError), os.fdopen(os.open(hidden, os.O_RDWR | _FLAGS), "r+b") as file:
-        if take_lock(file.fileno()) and _is_at(file.fileno(), hidden):
+        if take_lock(file.fileno()) and is_at(file.fileno(), hidden):
             hidden.unlink()
 
 
@@ -63,34 +64,9 @@ def clear_leftover(path: Path) -> None:
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-def take_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Take the kernel's lock on an open file or folder, which ends when it is closed; False if another has it.
-
-    Raises:
-        OSError: If its file system has no locks.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows.
-        return True
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _hidden(path: Path) -> Path:
     # A name that nobody else would give, and that is short whatever the length of the file's own.
     return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}.partial")
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name: who had the lock before may have given it another."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except OSError:
-        return False
 
 
 def _refuse_existing(path: Path) -> None:

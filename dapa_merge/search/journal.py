@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.file_lock import take_lock
 
 FORMAT = 1
 CHECK_DIGITS = 12
@@ -56,7 +57,8 @@ class Journal:
             return
         self._file = _open(path)
         try:
-            _lock(self._file, path)
+            if not take_lock(self._file.fileno()):
+                raise JournalUnavailable(f"another search is writing the journal {path}; wait for it, or name another")
             self._read(dict(parts or {}))
         except OSError as error:
             self.close()
@@ -178,17 +180,3 @@ def _line(content: Mapping[str, Any], last_check: str) -> tuple[bytes, str]:
 
 def _plain(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Hold the kernel's lock on the file, which ends with the process however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two searches at once are not noticed there.
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JournalUnavailable(
-            f"another search is writing the journal {path}; wait for it, or name another"
-        ) from None

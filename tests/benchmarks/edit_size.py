@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dapa_merge.checkpoint.plan import join
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.evaluate.figures import Figures
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evidence import measure_live
 from dapa_merge.meters import report_meter
 from dapa_merge.miniature import recipe_text

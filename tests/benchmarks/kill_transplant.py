@@ -2,10 +2,12 @@
 
 `python tests/benchmarks/kill_transplant.py [--kills 20] [--megabytes 400] [--folder F]`: writes a checkpoint of twelve
 shards, transplants it once undisturbed and takes the time, then kills runs into one and the same folder with SIGKILL at
-random moments of that time. After each kill the result must not be there, the finished files that are on record must
-have the undisturbed run's bytes, and none may be lost by the next run. When all kills are done, the run may end; its
-files must be the undisturbed run's, and nothing hidden may be left. A run that is over before its kill comes does not
-count; its result is removed, and it starts again. A fault ends in exit code 1.
+random moments of that time. After each kill the result must not be there, the files that the next run will take for
+finished must have the undisturbed run's bytes, and none may be lost by it. When all kills are done, the run may end;
+its files must be the undisturbed run's, and nothing hidden may be left. A run that is over before its kill comes does
+not count; its result is removed, and it starts again. A fault ends in exit code 1, and in words that tell this
+project's faults from the machine's: whether the file is what its record says, and whether the models are still what
+they were.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -24,7 +27,7 @@ from pathlib import Path
 
 from transplant import write_checkpoint
 
-from dapa_merge.checkpoint.record import read_lines
+from dapa_merge.checkpoint.record import finished_files, read_lines
 from dapa_merge.checkpoint.staging import staging_folder
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "run")
@@ -46,12 +49,21 @@ def main() -> None:
         num_layers = max(4, round(arguments.megabytes / 26))
         for seed, name in enumerate(("target", "source")):
             write_checkpoint(folder / name, num_layers, seed, **shape)
+        # Whatever the disk cannot take shall show now, and not as a file that changes under a run.
+        os.sync()
         recipe = folder / "recipe.yml"
         recipe.write_text(
             f"merge_method: dapa\nbase_model: {folder / 'target'}\nmodels:\n  - model: {folder / 'source'}\n"
             f"parameters:\n  layers: 1-{num_layers // 2}\n"
         )
-        kill_and_compare(recipe, folder / "whole", folder / "out", arguments.kills, random.Random(arguments.seed))
+        models = [folder / "target", folder / "source"]
+        before = [digests(model) for model in models]
+        try:
+            kill_and_compare(recipe, folder / "whole", folder / "out", arguments.kills, random.Random(arguments.seed))
+        except SystemExit:
+            changed = [model.name for model, found in zip(models, before, strict=True) if digests(model) != found]
+            print(f"models that are not what they were: {', '.join(changed) or 'none'}", file=sys.stderr)
+            raise
 
 
 def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator: random.Random) -> None:
@@ -80,13 +92,15 @@ def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator
             continue
         done += 1
         place = staging_folder(out)
-        found = {line["file"]: line["sha256"] for line in read_lines(place / "record")[1:]}
-        for name in found:
+        found = finished_files(read_lines(place / "record")[1:], place / "result")
+        for name, recorded in found.items():
             digest = hashlib.sha256((place / "result" / name).read_bytes()).hexdigest()
             if digest != expected[name]:
-                as_recorded = "as recorded" if digest == found[name] else f"not {found[name]}, as recorded"
+                as_recorded = "as recorded" if digest == recorded.sha256 else f"not {recorded.sha256}, as recorded"
+                again_read = digests(whole)[name]
                 sys.exit(
-                    f"FAULT: {name} is on record as finished, but has {digest} ({as_recorded}), not {expected[name]}"
+                    f"FAULT: {name} is on record as finished, but has {digest} ({as_recorded}), not {expected[name]} "
+                    f"(in the undisturbed run, {again_read} now)"
                 )
         if not kept <= found.keys():
             sys.exit(f"FAULT: {', '.join(sorted(kept - found.keys()))} was finished once, and is no more")

@@ -21,8 +21,9 @@ from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate import callback
 from dapa_merge.evaluate.callback import Candidate, ask, evaluator, find_callback, load_file
-from dapa_merge.evaluate.evaluators import EvaluatorOptions, Scorer, find_evaluator
+from dapa_merge.evaluate.evaluators import Scorer, find_evaluator
 from dapa_merge.evaluate.live import load_model
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evaluate.untouched import substance
 
 PAIR = miniature.path("target"), miniature.path("source")

@@ -20,10 +20,10 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.evaluate.generate import BatchSize, chat_prompt, generate
 from dapa_merge.evaluate.live import LiveModel, choose_device, load_model
 from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evaluate.perplexity import perplexity
 from dapa_merge.evaluate.prompts import Question, load_prompts
 from dapa_merge.evaluate.skills import Skill

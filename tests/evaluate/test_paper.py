@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evaluate.paper import defends, paper_marker, refusal_strings
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.refusal import Outcome

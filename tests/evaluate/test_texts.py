@@ -7,10 +7,10 @@ from conftest import answer, call, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.errors import DapaError
-from dapa_merge.evaluate.evaluators import EvaluatorOptions
 from dapa_merge.evaluate.generate import BatchSize
 from dapa_merge.evaluate.live import load_model
 from dapa_merge.evaluate.measure import Meter
+from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.evaluate.prompts import PromptSet, Question, load_prompts
 from dapa_merge.evaluate.texts import load_text
 from dapa_merge.meters import make_meter

@@ -127,7 +127,24 @@ PARALLEL = (
     "with ThreadPoolExecutor(4) as pool:\n"
     "    list(pool.map(lambda path: shutil.copyfile(path, destination / path.name), sorted(origin.iterdir())))"
 )
-PROOF, BARE, PLAIN = "dapa-merge run", "  with --no-manifest", "parallel plain copy"
+# What somebody would do without this project who wants a plain copy and the digests that a manifest has.
+PARALLEL_HASHED = (
+    f"{PARALLEL}\n"
+    "import hashlib\n"
+    "def digest(path):\n"
+    "    whole = hashlib.sha256()\n"
+    "    with path.open('rb', buffering=0) as file:\n"
+    "        buffer = memoryview(bytearray(1 << 18))\n"
+    "        while size := file.readinto(buffer): whole.update(buffer[:size])\n"
+    "    return whole.hexdigest()\n"
+    "with ThreadPoolExecutor(4) as pool: list(pool.map(digest, sorted(destination.iterdir())))"
+)
+PROOF, BARE, PLAIN, HASHED = (
+    "dapa-merge run",
+    "  with --no-manifest",
+    "parallel plain copy",
+    "parallel copy and SHA-256s",
+)
 
 
 def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, float]]:
@@ -151,14 +168,17 @@ def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, 
         BARE: lambda: in_child(OURS, *command, "--no-manifest"),
         "  and without proof": lambda: in_child(UNPROVED, *command, "--no-manifest"),
         PLAIN: lambda: in_child(PARALLEL, str(folder / "target"), str(out)),
+        HASHED: lambda: in_child(PARALLEL_HASHED, str(folder / "target"), str(out)),
         "cp -r": lambda: timed_cp(folder / "target", str(out)),
         "mergekit-yaml": lambda: in_child(MERGEKIT, str(recipe), str(out), "--quiet", "--no-copy-tokenizer"),
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
-    for _ in range(repeat):
-        # In turn, so that whatever else the machine does meets them all.
-        for name, program in programs.items():
-            cost = program()
+    names = list(programs)
+    for number in range(repeat):
+        # In turn, so that whatever else the machine does meets them all, and each time another one first: who comes
+        # after a program that freed much memory pays for it.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            cost = programs[name]()
             began = time.perf_counter()
             os.sync()
             runs[name].append(cost | {"durable": cost["seconds"] + time.perf_counter() - began})
@@ -178,10 +198,13 @@ def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, 
             f"written {cost['written']:5.2f} GB ({cost['to_disk']:.2f} to disk)",
             flush=True,
         )
-    for name in (PLAIN, "cp -r", "mergekit-yaml"):
+    for name in (PLAIN, HASHED, "cp -r", "mergekit-yaml"):
         for ours in (PROOF, BARE):
             seconds, durable = (medians[ours][key] / medians[name][key] for key in ("seconds", "durable"))
-            print(f"{ours} takes {seconds:.2f} of the time of {name}, {durable:.2f} until it is on disk", flush=True)
+            print(
+                f"{ours.strip()} takes {seconds:.2f} of the time of {name.strip()}, {durable:.2f} until it is on disk",
+                flush=True,
+            )
     for name in ("target", "source"):
         shutil.rmtree(folder / name)
     return medians

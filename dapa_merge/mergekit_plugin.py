@@ -30,9 +30,9 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 
+from dapa_merge.checkpoint.converting.lora import MergeCache
+from dapa_merge.checkpoint.converting.pickled import ALLOW_VARIABLE
 from dapa_merge.checkpoint.header import TORCH_NAMES
-from dapa_merge.checkpoint.lora import MergeCache
-from dapa_merge.checkpoint.pickled import ALLOW_VARIABLE
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.region import Box
 from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.in_place import apply_in_place, revert
 from dapa_merge.checkpoint.patch import differing_settings, extract
-from dapa_merge.checkpoint.patch_copy import apply_to_copy
-from dapa_merge.checkpoint.patch_file import Patch, read_patch
-from dapa_merge.checkpoint.undo import UNDO_NAME
+from dapa_merge.checkpoint.patching.in_place import apply_in_place, revert
+from dapa_merge.checkpoint.patching.patch_copy import apply_to_copy
+from dapa_merge.checkpoint.patching.patch_file import Patch, read_patch
+from dapa_merge.checkpoint.patching.undo import UNDO_NAME
 from dapa_merge.errors import RecipeError, UsageError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, parse_location

@@ -14,9 +14,9 @@ import yaml
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.transplant import transplant
+from dapa_merge.checkpoint.writing.destination import check_destination
 from dapa_merge.errors import RecipeError, UsageError
 from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.progress import Reporter

@@ -16,7 +16,7 @@ from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 
 if TYPE_CHECKING:
-    from dapa_merge.checkpoint.lora import MergeCache
+    from dapa_merge.checkpoint.converting.lora import MergeCache
     from dapa_merge.evaluate.prompts import PromptSet
 
 
@@ -102,7 +102,7 @@ def open_location(
     """The checkpoint that a recipe or a command names, opened as `open_checkpoint` or `open_merged` does."""
     if location.adapter is None:
         return open_checkpoint(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
-    from dapa_merge.checkpoint.lora import Reference, open_merged
+    from dapa_merge.checkpoint.converting.lora import Reference, open_merged
 
     base, adapter = (Reference(part.path, part.revision) for part in (location, location.adapter))
     return open_merged(base, adapter, allow_pickle=allow_pickle, cache=merge_cache)

@@ -12,12 +12,12 @@ from typing import Any
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
-from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
-from dapa_merge.checkpoint.manifest import Manifest, manifest_text, read_manifest
-from dapa_merge.checkpoint.manifest_check import check, manifest_of
 from dapa_merge.checkpoint.plan import Plan, join, sparing
+from dapa_merge.checkpoint.proving.manifest_check import check, manifest_of
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.verify import Verification, verify
+from dapa_merge.checkpoint.writing.manifest import FILE_NAME as MANIFEST_NAME
+from dapa_merge.checkpoint.writing.manifest import Manifest, manifest_text, read_manifest
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.new_file import new_file
 from dapa_merge.progress import Reporter

@@ -9,12 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Models this small gain nothing from more threads, and lose much where they have to share their cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Journals of searches: not the user's own, nor those of an earlier session. Workers of pytest-xdist make theirs in that
-# of the process that started them, which removes it. (This module is loaded twice: by pytest, and by name.)
+# Journals of searches: not the user's own, nor those of an earlier session. Workers of pytest-xdist, and what they start,
+# make theirs in that of the process that started them, which removes it. (This module is loaded twice: by pytest, and by
+# name.)
 if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", ""):
+    started_by_tests = "PYTEST_XDIST_WORKER" in os.environ
+    if started_by_tests:
+        os.makedirs(os.environ["XDG_CACHE_HOME"], exist_ok=True)
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
-        prefix=f"dapa-merge-tests-{os.getpid()}-",
-        dir=os.environ["XDG_CACHE_HOME"] if "PYTEST_XDIST_WORKER" in os.environ else None,
+        prefix=f"dapa-merge-tests-{os.getpid()}-", dir=os.environ["XDG_CACHE_HOME"] if started_by_tests else None
     )
 
 import json

@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.weights import Layout, find_weights
 from dapa_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from dapa_merge.checkpoint.partial import FileRange, PartialWeights
+    from dapa_merge.checkpoint.remote.partial import FileRange, PartialWeights
 
 # Chat templates beyond the first lie in a folder of this name.
 TEMPLATES = "additional_chat_templates"
@@ -146,10 +146,10 @@ def open_checkpoint(
 
 
 def _open_repository(repository: str, revision: str | None, name: str, partial: bool, allow_pickle: bool) -> Checkpoint:
-    from dapa_merge.checkpoint import pickled
-    from dapa_merge.checkpoint.hub import mirror_folder, open_snapshot
-    from dapa_merge.checkpoint.partial import PartialWeights
-    from dapa_merge.checkpoint.ranges import RangesIgnored
+    from dapa_merge.checkpoint.converting import pickled
+    from dapa_merge.checkpoint.remote.hub import mirror_folder, open_snapshot
+    from dapa_merge.checkpoint.remote.partial import PartialWeights
+    from dapa_merge.checkpoint.remote.ranges import RangesIgnored
 
     snapshot = open_snapshot(repository, revision)
     # Before gigabytes are fetched in vain.
@@ -191,7 +191,7 @@ def _shards(checkpoint: Checkpoint, layout: Layout) -> tuple[str, ...]:
 
 
 def _read_pickled(checkpoint: Checkpoint, layout: Layout, allow_pickle: bool) -> Checkpoint:
-    from dapa_merge.checkpoint import pickled
+    from dapa_merge.checkpoint.converting import pickled
 
     if not allow_pickle:
         raise pickled.refusal(checkpoint.name)

@@ -14,8 +14,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.kernel import write_all
-from dapa_merge.checkpoint.patch_file import (
+from dapa_merge.checkpoint.patching.patch_file import (
     FORMAT_VERSION,
     Entry,
     Patch,
@@ -27,8 +26,9 @@ from dapa_merge.checkpoint.patch_file import (
     row_bytes,
     unique_key,
 )
-from dapa_merge.checkpoint.row_ranges import Range, changed_ranges, close_gaps
-from dapa_merge.checkpoint.staged_file import staged_file
+from dapa_merge.checkpoint.patching.row_ranges import Range, changed_ranges, close_gaps
+from dapa_merge.checkpoint.writing.kernel import write_all
+from dapa_merge.checkpoint.writing.staged_file import staged_file
 from dapa_merge.errors import CheckpointError, UsageError
 
 Progress = Callable[[int], None]

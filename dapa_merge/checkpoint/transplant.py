@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.changes import find_changes
-from dapa_merge.checkpoint.copying import Progress
-from dapa_merge.checkpoint.manifest import make_manifest, manifest_text
 from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.checkpoint.result import identity, write_result
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.values import Rounding
+from dapa_merge.checkpoint.writing.changes import find_changes
+from dapa_merge.checkpoint.writing.copying import Progress
+from dapa_merge.checkpoint.writing.manifest import make_manifest, manifest_text
+from dapa_merge.checkpoint.writing.result import identity, write_result
 
 
 def transplant(

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Unit
-from dapa_merge.checkpoint.comparison import Findings, RowOrigins, examine
-from dapa_merge.checkpoint.correspondence import correspond
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import Plan, cut, region_of
+from dapa_merge.checkpoint.proving.comparison import Findings, RowOrigins, examine
+from dapa_merge.checkpoint.proving.correspondence import correspond
 from dapa_merge.checkpoint.region import Part, Rows
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit, find_units
+from dapa_merge.checkpoint.converting.standard import standard_folder
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.region import Part, Region
-from dapa_merge.checkpoint.standard import standard_folder
 from dapa_merge.checkpoint.values import mix
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy

@@ -23,7 +23,7 @@ import torch
 from transplant import HIDDEN, LAYER, OURS, VOCABULARY, in_child, write_checkpoint
 
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patch_file import read_patch
+from dapa_merge.checkpoint.patching.patch_file import read_patch
 
 BLOCK_BYTES = 4096
 CALLS = "write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,ftruncate,truncate,fallocate"

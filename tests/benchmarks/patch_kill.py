@@ -25,8 +25,8 @@ import numpy
 from safetensors.numpy import save_file
 
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patch_file import read_patch
-from dapa_merge.checkpoint.patch_state import State, states
+from dapa_merge.checkpoint.patching.patch_file import read_patch
+from dapa_merge.checkpoint.patching.patch_state import State, states
 
 UNDO = ".dapa-undo.safetensors"
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "patch")

@@ -357,6 +357,8 @@ def test_nothing_outside_the_folders_is_opened_made_or_removed(tmp_path):
     """As the interpreter's own audit sees it; other than the files of Python and its packages, which are only read."""
     tests = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tests), str(tests.parent)))}
+    # Python would write its own files of modules that nobody has loaded before.
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
     command = [sys.executable, "-c", WATCHED]
     done = subprocess.run(command, cwd=empty(tmp_path / "own"), env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -17,8 +17,8 @@ from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.patch_copy import apply_to_copy
-from dapa_merge.checkpoint.patch_file import layout_digest, read_patch
+from dapa_merge.checkpoint.patching.patch_copy import apply_to_copy
+from dapa_merge.checkpoint.patching.patch_file import layout_digest, read_patch
 from dapa_merge.errors import CheckpointError, UsageError
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]

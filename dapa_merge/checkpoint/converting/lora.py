@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.checkpoint.derived import derived_folder, link_files, stamps
+from dapa_merge.checkpoint.converting.derived import derived_folder, link_files, stamps
+from dapa_merge.checkpoint.converting.pickled import refusal
+from dapa_merge.checkpoint.converting.standard import standard_folder
 from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import read_header, read_json
-from dapa_merge.checkpoint.pickled import refusal
-from dapa_merge.checkpoint.standard import standard_folder
 from dapa_merge.checkpoint.weights import ADAPTER_CONFIG_NAME, ADAPTER_NAMES
 from dapa_merge.errors import CheckpointError, one_line
 
@@ -94,7 +94,7 @@ def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | N
     files = {path.name for path in _files(folder)} if folder.is_dir() else set()
     snapshot = None
     if not folder.is_dir():
-        from dapa_merge.checkpoint.hub import open_snapshot
+        from dapa_merge.checkpoint.remote.hub import open_snapshot
 
         snapshot = open_snapshot(adapter.path, adapter.revision)
         folder, commit, files = snapshot.folder, snapshot.commit, set(snapshot.files)

@@ -15,13 +15,13 @@ from conftest import change_tensor, save_random, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint import result as making
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.record import Record, read_lines
-from dapa_merge.checkpoint.staging import staging_folder
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.transplant import transplant
+from dapa_merge.checkpoint.writing import result as making
+from dapa_merge.checkpoint.writing.record import Record, read_lines
+from dapa_merge.checkpoint.writing.staging import staging_folder
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 
 
@@ -274,7 +274,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         subprocess.run(enlarge, check=True)
     # Another program takes the space while the run is at work, so that it was enough when it was checked.
     script = (
-        "import dapa_merge.checkpoint.result as module\n"
+        "import dapa_merge.checkpoint.writing.result as module\n"
         "from pathlib import Path\n"
         "check = module.check_destination\n"
         "def then_fill(*arguments):\n"
@@ -322,7 +322,7 @@ def without_time(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path):
-    script = Path(__file__).parent.parent / "benchmarks" / "kill_transplant.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "kill_transplant.py"
     arguments = ["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)]
     found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.checkpoint.holder import Holder, is_locked
-from dapa_merge.checkpoint.record import Record
+from dapa_merge.checkpoint.writing.holder import Holder, is_locked
+from dapa_merge.checkpoint.writing.record import Record
 from dapa_merge.errors import HubError, UsageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.kernel import write_all
-from dapa_merge.checkpoint.patch_file import Patch
-from dapa_merge.checkpoint.patch_state import State, check_content, check_layout, refuse_other, states
-from dapa_merge.checkpoint.staged_file import clear_leftover
-from dapa_merge.checkpoint.staging import flush_to_disk
-from dapa_merge.checkpoint.undo import UNDO_NAME, Undo, ending_on_blocks, read_undo, write_undo
+from dapa_merge.checkpoint.patching.patch_file import Patch
+from dapa_merge.checkpoint.patching.patch_state import State, check_content, check_layout, refuse_other, states
+from dapa_merge.checkpoint.patching.undo import UNDO_NAME, Undo, ending_on_blocks, read_undo, write_undo
+from dapa_merge.checkpoint.writing.kernel import write_all
+from dapa_merge.checkpoint.writing.staged_file import clear_leftover
+from dapa_merge.checkpoint.writing.staging import flush_to_disk
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 from dapa_merge.file_lock import take_lock
 

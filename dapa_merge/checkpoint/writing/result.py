@@ -16,15 +16,15 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.checkpoint.changes import Change, digest_of
-from dapa_merge.checkpoint.copying import Progress, Stopped, write_file
-from dapa_merge.checkpoint.destination import check_destination
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
-from dapa_merge.checkpoint.kernel import link_file
-from dapa_merge.checkpoint.manifest import FILE_NAME as MANIFEST_NAME
-from dapa_merge.checkpoint.staging import Staging, flush_to_disk, staging
 from dapa_merge.checkpoint.streams import Digests, hash_file
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
+from dapa_merge.checkpoint.writing.changes import Change, digest_of
+from dapa_merge.checkpoint.writing.copying import Progress, Stopped, write_file
+from dapa_merge.checkpoint.writing.destination import check_destination
+from dapa_merge.checkpoint.writing.kernel import link_file
+from dapa_merge.checkpoint.writing.manifest import FILE_NAME as MANIFEST_NAME
+from dapa_merge.checkpoint.writing.staging import Staging, flush_to_disk, staging
 from dapa_merge.errors import CheckpointError, UsageError
 
 # Of the record of what is finished, and of how files are made: another version's are not gone on from.

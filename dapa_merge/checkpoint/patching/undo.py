@@ -23,9 +23,8 @@ from pathlib import Path
 from dapa_merge import __version__
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS
-from dapa_merge.checkpoint.kernel import write_all
 from dapa_merge.checkpoint.patch import check_space
-from dapa_merge.checkpoint.patch_file import (
+from dapa_merge.checkpoint.patching.patch_file import (
     Entry,
     Patch,
     entries_text,
@@ -35,8 +34,9 @@ from dapa_merge.checkpoint.patch_file import (
     read_patch,
     unique_key,
 )
-from dapa_merge.checkpoint.patch_state import checked_pieces
-from dapa_merge.checkpoint.staged_file import staged_file
+from dapa_merge.checkpoint.patching.patch_state import checked_pieces
+from dapa_merge.checkpoint.writing.kernel import write_all
+from dapa_merge.checkpoint.writing.staged_file import staged_file
 from dapa_merge.errors import CheckpointError
 
 UNDO_NAME = ".dapa-undo.safetensors"

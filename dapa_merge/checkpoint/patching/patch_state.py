@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.patch_file import Entry, Patch, iterate_range, layout_digest
+from dapa_merge.checkpoint.patching.patch_file import Entry, Patch, iterate_range, layout_digest
 from dapa_merge.errors import CheckpointError
 
 THREADS = 4

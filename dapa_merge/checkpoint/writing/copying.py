@@ -14,9 +14,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-from dapa_merge.checkpoint.changes import Change
-from dapa_merge.checkpoint.kernel import clone, copy_piece, write_all
 from dapa_merge.checkpoint.streams import PIECE_BYTES, Digests, Hasher, Span, read_whole, same
+from dapa_merge.checkpoint.writing.changes import Change
+from dapa_merge.checkpoint.writing.kernel import clone, copy_piece, write_all
 from dapa_merge.errors import CheckpointError
 
 Progress = Callable[[int], None]

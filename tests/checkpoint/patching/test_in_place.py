@@ -15,9 +15,9 @@ from conftest import call
 from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.in_place import apply_in_place, revert
 from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.undo import UNDO_NAME
+from dapa_merge.checkpoint.patching.in_place import apply_in_place, revert
+from dapa_merge.checkpoint.patching.undo import UNDO_NAME
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
@@ -25,7 +25,8 @@ SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
 # where the kernel stops.
 DYING = """
 import os, signal, sys
-from dapa_merge.checkpoint import in_place, patch_file
+from dapa_merge.checkpoint.patching import in_place
+from dapa_merge.checkpoint.patching import patch_file
 from dapa_merge.cli import main
 command, piece, dies_at = sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])
 patch_file.PIECE_BYTES = piece
@@ -64,7 +65,7 @@ def base(files, tmp_path):
 
 
 def read_patch_of(files):
-    from dapa_merge.checkpoint.patch_file import read_patch
+    from dapa_merge.checkpoint.patching.patch_file import read_patch
 
     return read_patch(files[2])
 
@@ -274,7 +275,7 @@ def test_a_disk_that_is_too_small_for_the_undo_file_leaves_the_model_alone(base,
     ):
         patched(base, files, undo_path=undo)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.checkpoint.undo.check_space", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.checkpoint.patching.undo.check_space", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*undo\.safetensors; nothing was kept"):
         patched(base, files, undo_path=undo)
     assert list(small_disk.iterdir()) == [filler]
@@ -285,7 +286,7 @@ def test_a_disk_that_is_too_small_for_the_undo_file_leaves_the_model_alone(base,
 
 
 def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, monkeypatch):
-    from dapa_merge.checkpoint import in_place
+    from dapa_merge.checkpoint.patching import in_place
 
     write = in_place.write_all
     calls = []
@@ -307,7 +308,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, 
 
 
 def test_what_a_killed_run_left_of_an_undo_file_is_cleared(base, files):
-    from dapa_merge.checkpoint.staged_file import _hidden
+    from dapa_merge.checkpoint.writing.staged_file import _hidden
 
     leftover = _hidden(base / UNDO_NAME)
     leftover.write_bytes(b"half an undo file")
@@ -348,7 +349,7 @@ def test_an_undo_file_is_no_patch(base, files, tmp_path):
 
 def test_the_files_get_their_bytes_only_after_the_undo_file_is_on_disk(base, files, monkeypatch):
     """In the order in which the kernel was asked."""
-    from dapa_merge.checkpoint import in_place
+    from dapa_merge.checkpoint.patching import in_place
 
     events = []
     fsync, write_all = os.fsync, in_place.write_all

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.in_place import apply_in_place
 from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.patch_file import read_patch
-from dapa_merge.checkpoint.undo import UNDO_NAME
+from dapa_merge.checkpoint.patching.in_place import apply_in_place
+from dapa_merge.checkpoint.patching.patch_file import read_patch
+from dapa_merge.checkpoint.patching.undo import UNDO_NAME
 from dapa_merge.errors import CheckpointError
 
 DIGEST = "0" * 64

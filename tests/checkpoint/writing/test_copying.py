@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from dapa_merge.checkpoint import copying
-from dapa_merge.checkpoint.changes import Change
-from dapa_merge.checkpoint.copying import Stopped, write_file
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.writing import copying
+from dapa_merge.checkpoint.writing.changes import Change
+from dapa_merge.checkpoint.writing.copying import Stopped, write_file
 from dapa_merge.errors import CheckpointError
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge import __version__
-from dapa_merge.checkpoint.changes import Change
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.streams import Digests
+from dapa_merge.checkpoint.writing.changes import Change
 from dapa_merge.errors import CheckpointError
 
 FILE_NAME = "dapa.json"

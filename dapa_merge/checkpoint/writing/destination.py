@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 
 from dapa_merge.checkpoint.files import Checkpoint
-from dapa_merge.checkpoint.kernel import clone
-from dapa_merge.checkpoint.staging import staging_folder
+from dapa_merge.checkpoint.writing.kernel import clone
+from dapa_merge.checkpoint.writing.staging import staging_folder
 from dapa_merge.errors import UsageError
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from dapa_merge.checkpoint.staging import flush_to_disk
+from dapa_merge.checkpoint.writing.staging import flush_to_disk
 from dapa_merge.errors import UsageError
 from dapa_merge.file_lock import is_at, take_lock
 

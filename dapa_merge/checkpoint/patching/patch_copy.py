@@ -8,13 +8,13 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from dapa_merge.checkpoint.changes import Change
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.patch_file import Entry, Patch
-from dapa_merge.checkpoint.patch_state import check_layout, checked_pieces, refuse_other, states
+from dapa_merge.checkpoint.patching.patch_file import Entry, Patch
+from dapa_merge.checkpoint.patching.patch_state import check_layout, checked_pieces, refuse_other, states
 from dapa_merge.checkpoint.region import whole_box
-from dapa_merge.checkpoint.result import write_result
+from dapa_merge.checkpoint.writing.changes import Change
+from dapa_merge.checkpoint.writing.result import write_result
 from dapa_merge.errors import UsageError
 from dapa_merge.file_lock import take_lock
 

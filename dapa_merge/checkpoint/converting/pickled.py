@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.derived import derived_folder, link_files, stamps
+from dapa_merge.checkpoint.converting.derived import derived_folder, link_files, stamps
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.weights import INDEX_NAME, SINGLE_NAME, Layout
 from dapa_merge.errors import CheckpointError, UsageError, one_line

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from dapa_merge.checkpoint.architecture import Unit, find_units
-from dapa_merge.checkpoint.comparison import Place
 from dapa_merge.checkpoint.files import Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.proving.comparison import Place
 from dapa_merge.checkpoint.region import Box, Part, Region, intersection, moved, remainder, whole_box
 from dapa_merge.errors import CheckpointError
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from dapa_merge import __version__
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import read_header
-from dapa_merge.checkpoint.manifest import FILE_NAME, ChangedTensor, File, Manifest, Origin, read_manifest
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.streams import Digests, Span, hash_file
 from dapa_merge.checkpoint.verify import Verification
+from dapa_merge.checkpoint.writing.manifest import FILE_NAME, ChangedTensor, File, Manifest, Origin, read_manifest
 from dapa_merge.errors import CheckpointError
 
 # What is put beside a model afterwards and does not belong to it: its card, and hidden files of git and the Hub.

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
-from dapa_merge.checkpoint.mirror import RangeSet, SparseFile, known_size
-from dapa_merge.checkpoint.ranges import RemoteFile
+from dapa_merge.checkpoint.remote.mirror import RangeSet, SparseFile, known_size
+from dapa_merge.checkpoint.remote.ranges import RemoteFile
 from dapa_merge.errors import HubError
 
 # A weight file, a first byte in it, and the byte after the last.

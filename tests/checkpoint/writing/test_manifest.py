@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 import dapa_merge
 from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.manifest import read_manifest
-from dapa_merge.checkpoint.manifest_check import check
 from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.proving.manifest_check import check
 from dapa_merge.checkpoint.transplant import transplant
+from dapa_merge.checkpoint.writing.manifest import read_manifest
 from dapa_merge.errors import CheckpointError
 from dapa_merge.selection import given_selection
 

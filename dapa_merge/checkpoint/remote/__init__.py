@@ -1,0 +1,1 @@
+"""Models on the Hub, of which only what is read is fetched."""

@@ -161,7 +161,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
     except KeyError as error:
         raise _wrong(path, f"lacks {error}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (TypeError, AttributeError, OverflowError):
+        raise _wrong(path, "is damaged: something in it is of another kind than it should be") from None
+    except ValueError as error:
         raise _wrong(path, f"is damaged ({str(error)[:160]})") from None
 
 

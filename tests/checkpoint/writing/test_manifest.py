@@ -170,6 +170,13 @@ def test_no_manifest_and_another_format_are_told(result):
         read_manifest(result)
 
 
+@pytest.mark.parametrize("change", [{"files": []}, {"tensors": {"x": 1}}, {"target": None}])
+def test_entries_of_another_kind_are_told_in_words_for_people(result, change):
+    rewrite(result, lambda content: content.update(change))
+    with pytest.raises(CheckpointError, match=r"dapa\.json is damaged: something in it is of another kind"):
+        read_manifest(result)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from dapa_merge.evaluate import rubric
@@ -127,40 +127,48 @@ class Judge:
             # Alone until it has answered once: a wrong key or parameter is found out with one request.
             left = iter(pairs)
             while not self._endpoint.answered and (pair := next(left, None)) is not None:
-                judgements |= self._completed(self._start(portal, client, slots, [pair]), progress)
-            judgements |= self._completed(self._start(portal, client, slots, left), progress)
+                judgements |= self._answers(portal, client, slots, [pair])
+                progress(1)
+            for pair, judgement in self._answers(portal, client, slots, left):
+                judgements[pair] = judgement
+                progress(1)
         has_died = self._failures_on_end >= max(len(pairs), MAX_FIRST_FAILURES)
         if self.fault is None and (has_died or not self._is_usable):
             self.fault = self._fault(judgements[pairs[-1]].reason)
         return judgements
 
-    def _completed(
-        self, futures: dict[Future[Judgement], Pair], progress: Callable[[int], None]
-    ) -> dict[Pair, Judgement]:
-        judgements: dict[Pair, Judgement] = {}
-        for future in self._as_completed(futures):
-            judgements[futures[future]] = future.result()
-            progress(1)
-        return judgements
-
-    def _as_completed(self, futures: Iterable[Future[Judgement]]) -> Iterator[Future[Judgement]]:
-        waiting = set(futures)
-        num_quiet = 0
-        while waiting:
-            done, waiting = wait(waiting, QUIET_SECONDS, FIRST_COMPLETED)
-            num_quiet = 0 if done else num_quiet + 1
-            if num_quiet:
-                self._say(f"no answer for {num_quiet * QUIET_SECONDS:g} seconds; waiting for {len(waiting)}")
-            yield from done
-
-    def _start(
+    def _answers(
         self, portal: BlockingPortal, client: AsyncOpenAI, slots: object, pairs: Iterable[Pair]
-    ) -> dict[Future[Judgement], Pair]:
-        async def ask(pair: Pair) -> Judgement:
-            async with slots:  # type: ignore[attr-defined]
-                return await self._ask(client, pair)
+    ) -> Iterator[tuple[Pair, Judgement]]:
+        """Ask of all pairs at once, as far as there are slots; yields what comes, as it comes."""
+        # A queue that a signal can interrupt at any moment. Waiting for futures takes their locks, and Ctrl-C at the
+        # wrong moment would keep one for ever, for which the event loop would wait in vain.
+        finished: SimpleQueue[tuple[Pair, Judgement | Exception]] = SimpleQueue()
 
-        return {portal.start_task_soon(ask, pair): pair for pair in pairs}
+        async def ask(pair: Pair) -> None:
+            try:
+                async with slots:  # type: ignore[attr-defined]
+                    finished.put((pair, await self._ask(client, pair)))
+            except Exception as error:
+                finished.put((pair, error))
+
+        num_left = 0
+        for pair in pairs:
+            portal.start_task_soon(ask, pair)
+            num_left += 1
+        num_quiet = 0
+        while num_left:
+            try:
+                pair, found = finished.get(timeout=QUIET_SECONDS)
+            except Empty:
+                num_quiet += 1
+                self._say(f"no answer for {num_quiet * QUIET_SECONDS:g} seconds; waiting for {num_left}")
+                continue
+            num_quiet = 0
+            num_left -= 1
+            if isinstance(found, Exception):
+                raise found
+            yield pair, found
 
     async def _ask(self, client: AsyncOpenAI, pair: Pair) -> Judgement:
         if self.fault is not None:

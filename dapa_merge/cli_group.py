@@ -15,6 +15,13 @@ INTERRUPTED = 130
 class Group(click.Group):
     """Turns faults into one sentence and an exit code; `--debug` shows where they came from."""
 
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return super().main(*arguments, **settings)
+        except OSError as error:
+            # Of what click says by itself, such as the help.
+            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)

@@ -32,6 +32,7 @@ from pydantic import BaseModel
 
 from dapa_merge.checkpoint.converting.lora import MergeCache
 from dapa_merge.checkpoint.converting.pickled import ALLOW_VARIABLE
+from dapa_merge.checkpoint.file_state import file_state
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.region import Box
@@ -82,7 +83,7 @@ class _Selected:
         plan: The models, and how their values are mixed.
         dtypes: What the target stores each tensor as.
         files: The weight files of both models.
-        stamps: Their sizes and times.
+        stamps: Their states then.
         rounding: What is lost by rounding so far.
     """
 
@@ -90,7 +91,7 @@ class _Selected:
     plan: Plan
     dtypes: Mapping[str, torch.dtype]
     files: tuple[Path, ...]
-    stamps: tuple[tuple[int, int], ...]
+    stamps: tuple[tuple[int, ...], ...]
     rounding: Rounding
 
     def is_stale(self) -> bool:
@@ -264,8 +265,8 @@ def _check_has_place_to_merge(recipe: Recipe) -> None:
             )
 
 
-def _stamps(files: Sequence[Path]) -> tuple[tuple[int, int], ...]:
-    return tuple((status.st_size, status.st_mtime_ns) for status in map(Path.stat, files))
+def _stamps(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(file_state(path)) for path in files)
 
 
 def _command_line() -> dict[str, Any]:

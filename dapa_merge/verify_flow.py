@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.patching.undo import UNDO_NAME
 from dapa_merge.checkpoint.plan import Plan, join, sparing
 from dapa_merge.checkpoint.proving.manifest_check import check, manifest_of
 from dapa_merge.checkpoint.streams import Digests
@@ -27,6 +29,8 @@ from dapa_merge.report import spans
 from dapa_merge.run import RECIPE_NAME
 from dapa_merge.selection import fetch_units, given_selection, make_plan
 
+# So many differing keys of a settings file are named.
+MAX_KEYS = 8
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
@@ -191,12 +195,32 @@ def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
     """Files that programs would load beside the weights that were compared, and that the target does not have."""
     for path in sorted(result.folder.iterdir()):
         name = path.name
+        if name == UNDO_NAME:
+            continue  # Of a patch that was applied here; its name is hidden, and no program loads it.
         if name.startswith("adapter_") or (name.endswith(WEIGHTS) and name not in result.shards):
             yield f"{name} holds other weights, which programs may load instead or on top"
         elif name.endswith(".py"):
             theirs = target.folder / name
             if not theirs.is_file() or theirs.read_bytes() != path.read_bytes():
                 yield f"{name} is code that the target does not have"
+        elif name.endswith("config.json") and (code := _code(path) - _own_code(target, name)):
+            yield f"{name} names code that the target's does not: {', '.join(sorted(code))}"
+
+
+def _own_code(target: Checkpoint, name: str) -> set[str]:
+    """The code that a settings file of the target names, also as transformers rewrites it, with where it came from."""
+    path = target.folder / name
+    own = _code(path) if path.is_file() else set()
+    return own | {f"{place}--{code}" for place in (target.name, target.folder) for code in own}
+
+
+def _code(path: Path) -> set[str]:
+    """The classes that a settings file has programs load from code beside it, or from the Hub."""
+    found = read_json(path).get("auto_map")
+    values = found.values() if isinstance(found, Mapping) else [found]
+    return {
+        str(code) for value in values for code in (value if isinstance(value, list) else [value]) if code is not None
+    }
 
 
 def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
@@ -206,4 +230,15 @@ def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
         if name not in ours:
             yield f"{name}, of the target, is not in the result"
         elif name in theirs and ours[name].read_bytes() != theirs[name].read_bytes():
-            yield f"{name} is not the target's, byte for byte"
+            yield f"{name} is not the target's, byte for byte{_other_keys(ours[name], theirs[name])}"
+
+
+def _other_keys(ours: Path, theirs: Path) -> str:
+    """Which keys of two settings files differ, for a sentence; nothing if they are no JSON objects."""
+    try:
+        one, other = read_json(ours), read_json(theirs)
+    except CheckpointError:
+        return ""
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
+    more = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    return f"; it differs in {', '.join(key[:60] for key in keys[:MAX_KEYS])}{more}" if keys else ", but says the same"

@@ -207,6 +207,24 @@ def test_quiet_says_nothing(llama_pair, write_recipe, tmp_path):
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_help_that_cannot_be_written_is_one_sentence():
+    command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "--help"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (1, "Error: the output stream: No space left on device\n")
+
+
+def test_a_small_file_that_cannot_be_read_is_a_bad_checkpoint(llama_pair, write_recipe, tmp_path, monkeypatch):
+    # The tests may run as somebody who may read everything.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "config.json")
+    result = call("run", write_recipe(*llama_pair, layers=0), tmp_path / "out", "--no-evaluate")
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (
+        4, f"Error: cannot read {llama_pair[0] / 'config.json'}: Permission denied"
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "option",
     [("--device", "cpu"), ("--journal", "j"), ("--workers", "ray"), ("--evaluator-file", "f"), ("--judge-model", "m")],

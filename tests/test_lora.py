@@ -99,6 +99,31 @@ def test_a_lora_is_merged_once_and_again_when_it_changes(trio, write_recipe, tmp
     assert not list(own_cache.rglob("*.unfinished"))
 
 
+def test_an_adapter_that_is_replaced_by_one_with_its_times_is_merged_anew(trio, write_recipe, tmp_path, own_cache):
+    base, adapter, source = trio
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    recipe = load_recipe(write_recipe(f"{base}+{copy}", source, layers=1))
+    first = make_plan(recipe).target
+    path = copy / "adapter_model.safetensors"
+    state = path.stat()
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert make_plan(recipe).target.folder != first.folder
+
+
+def test_a_merged_lora_is_not_changed_in_place(trio, write_recipe, tmp_path):
+    base, adapter, source = trio
+    answer("run", write_recipe(f"{base}+{adapter}", source, layers=1), tmp_path / "out", "--no-evaluate", "--json")
+    answer("patch", "extract", tmp_path / "out", tmp_path / "patch.safetensors", "--json")
+    merged = make_plan(load_recipe(write_recipe(f"{base}+{adapter}", source, layers=1))).target
+    before = {path.name: path.read_bytes() for path in merged.folder.iterdir() if path.is_file()}
+    for command in (("apply", "--in-place", tmp_path / "patch.safetensors"), ("revert",)):
+        refused = call("patch", *command, f"{base}+{adapter}")
+        assert refused.exit_code == 2
+        assert "is merged in a cache, which other runs share; apply the patch to a copy" in refused.stderr
+    assert {path.name: path.read_bytes() for path in merged.folder.iterdir() if path.is_file()} == before
+
+
 def test_the_tokenizer_is_the_loras_if_it_has_one(trio, write_recipe, tmp_path):
     base, adapter, source = trio
     copy = shutil.copytree(adapter, tmp_path / "adapter")

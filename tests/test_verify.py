@@ -189,6 +189,33 @@ def test_what_would_be_loaded_besides_is_a_fault_and_gets_no_manifest(result, na
     assert not (result / "dapa.json").exists()
 
 
+def test_the_undo_file_of_a_patch_is_not_taken_for_weights(result):
+    (result / "dapa.json").unlink()
+    (result / ".dapa-undo.safetensors").write_bytes(b"x")
+    assert answer("verify", result, "--json")["correct"]
+
+
+def test_a_config_that_loads_other_code_is_a_fault_and_other_keys_are_named(result):
+    (result / "dapa.json").unlink()
+    config = json.loads((result / "config.json").read_text())
+    (result / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True, "x": 1}))
+    found = answer("verify", result, "--json")
+    assert (found["correct"], found["notes"]) == (
+        True, ["config.json is not the target's, byte for byte; it differs in tie_word_embeddings, x"]
+    )  # fmt: skip
+    (result / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModel": "a/b--c.D", "AutoConfig": [None]}})
+    )
+    found = call("verify", result)
+    assert found.exit_code == 4
+    assert "config.json names code that the target's does not: a/b--c.D" in found.stdout
+    target = result.parent / json.loads((result / "dapa_report.json").read_text())["target"]
+    for named in ("c.D", f"{target}--c.D"):
+        (result / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": named}}))
+        (target / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "c.D"}}))
+        assert answer("verify", result, "--json")["correct"]
+
+
 LIES = {
     "another strength": (lambda content: content.update(strength=0.5), "says strength 0.5, and the recipe 1.0"),
     "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),

@@ -195,8 +195,8 @@ def read_json(
     Raises:
         CheckpointError: If there is none, it is too large, or it is a link that leads out of its folder.
     """
-    refuse_stray_link(path, path.parent)
     try:
+        refuse_stray_link(path, path.parent)
         content = json.loads(read_regular(path, max_bytes).decode(), object_pairs_hook=make_object)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} is no model folder: it has no {path.name}") from None

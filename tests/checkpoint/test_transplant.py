@@ -115,6 +115,9 @@ def test_an_existing_result_is_never_touched(llama_pair, tmp_path, kind):
     else:
         out.symlink_to(tmp_path / "nowhere")
     plan = plan_of(llama_pair)
+    for name in ("out/..", "out/../out", "none/../out"):
+        with pytest.raises(UsageError, match=f"{name} exists already; name another folder or remove it"):
+            transplant(plan, plan.units, tmp_path / name)
     with pytest.raises(UsageError, match="out exists already; name another folder or remove it"):
         transplant(plan, plan.units, out)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

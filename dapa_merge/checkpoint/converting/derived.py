@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dapa_merge.checkpoint.file_state import file_state
 from dapa_merge.checkpoint.files import TEMPLATES
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
 from dapa_merge.errors import UsageError
@@ -90,9 +91,9 @@ def _link(origin: Path, path: Path) -> bool:
     return True
 
 
-def stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of files: what decides whether something was made from what they are now."""
-    return [(str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+def stamps(paths: Iterable[Path]) -> list[tuple[str, list[int]]]:
+    """Paths and states of files: what decides whether something was made from what they are now."""
+    return [(str(path.absolute()), file_state(path)) for path in paths]
 
 
 def _flush(path: Path) -> None:

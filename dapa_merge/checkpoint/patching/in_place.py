@@ -143,6 +143,8 @@ def _locked(base: Checkpoint) -> Iterator[None]:
     Raises:
         UsageError: If another process has it, the folder is not the user's alone, or it cannot be locked.
     """
+    if base.merged_from is not None:
+        raise UsageError(f"{base.name} is merged in a cache, which other runs share; {COPY}")
     if base.commit is not None:
         raise UsageError(f"{base.name} is in the Hub's cache, which other programs share; {COPY}")
     if os.name == "nt":  # A folder cannot be opened there.

@@ -21,17 +21,19 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
         target: What is copied there.
         num_bytes: What will be written, if less than all of the target's weights.
     """
+    # The folder of this name, also where it ends in `..`.
+    place = Path(os.path.abspath(out))
     try:
-        occupied = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-        is_here = out.exists() and out.samefile(Path.cwd())
+        occupied = place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir())))
+        is_here = place.exists() and place.samefile(Path.cwd())
     except OSError as error:
         raise UsageError(f"{out} cannot be made: {error.strerror}") from error
     if occupied:
         raise UsageError(f"{out} exists already; name another folder or remove it")
     if is_here:
         raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
-    parent = Path(os.path.abspath(out)).parent
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(target.folder)):
+    parent = place.parent
+    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target.folder)):
         raise UsageError(f"{out} is inside the target's own folder; name a place beside it")
     while not parent.exists():
         parent = parent.parent
@@ -41,7 +43,7 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
     if needed is None:
         needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
     # What an earlier run left is either gone on from or cleared.
-    free = shutil.disk_usage(parent).free + _allocated(staging_folder(Path(os.path.abspath(out))))
+    free = shutil.disk_usage(parent).free + _allocated(staging_folder(place))
     if free < needed and not _shares_blocks(target, parent):
         raise UsageError(
             f"the result needs {needed / 1e9:.2f} GB on the disk of {parent}, which has {free / 1e9:.2f} GB left"

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dapa_merge.checkpoint.file_state import file_state
 from dapa_merge.checkpoint.streams import Digests
 
 CHECK_DIGITS = 16
@@ -106,9 +107,7 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _state(path: Path) -> list[int] | None:
-    """What changes when a file does."""
     try:
-        found = path.lstat()
+        return None if path.is_symlink() else file_state(path)
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns, found.st_ino]

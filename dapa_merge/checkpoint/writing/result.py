@@ -8,6 +8,7 @@ take up.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -16,6 +17,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from dapa_merge.checkpoint.file_state import file_state
 from dapa_merge.checkpoint.files import INDEX_NAME, TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.streams import Digests, hash_file
 from dapa_merge.checkpoint.untrusted import refuse_stray_link
@@ -28,7 +30,7 @@ from dapa_merge.checkpoint.writing.staging import Staging, flush_to_disk, stagin
 from dapa_merge.errors import CheckpointError, UsageError
 
 # Of the record of what is finished, and of how files are made: another version's are not gone on from.
-FORMAT = 1
+FORMAT = 2
 # Other forms of the target's weights would no longer agree with the result, and its card describes another model.
 NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
@@ -80,8 +82,7 @@ def write_result(
     out = Path(os.path.abspath(out))
     hashes = describe is not None
     with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
-        _write_files(target, changes, linked, made, progress, hashes=hashes)
-        files = dict(made.record.files)
+        files = _write_files(target, changes, linked, made, progress, hashes=hashes)
         written = dict(texts or {})
         for name, text in written.items():
             files[name] = _write_text(made.folder / name, text)
@@ -111,6 +112,8 @@ def _small_files(target: Checkpoint) -> list[str]:
         refuse_stray_link(path, target.folder)
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or mend it")
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
         if path.stat().st_size > MAX_SMALL_BYTES:
             size, most = path.stat().st_size / 1e9, MAX_SMALL_BYTES / 1e9
             raise CheckpointError(
@@ -136,19 +139,22 @@ def _whole_job(
     """Everything that decides the bytes of a result's files, as JSON has it."""
     return {
         "format": FORMAT,
-        "target": identity(target, sorted(changes)),
+        "target": identity(target, sorted(changes), linked),
         **job,
         "changes": {name: digest_of(of_file) for name, of_file in changes.items() if of_file},
         "linked": sorted(linked),
     }
 
 
-def identity(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Any]:
-    """Which files these are. A snapshot of the Hub is known by its commit; its files may have been fetched anew."""
+def identity(checkpoint: Checkpoint, names: Sequence[str], linked: Collection[str] = ()) -> dict[str, Any]:
+    """Which files these are, as JSON has it.
+
+    A snapshot of the Hub is known by its commit, since its files may have been fetched anew. The time at which anything
+    of a file changed is left out of files that get a second name here.
+    """
     if checkpoint.commit is not None:
         return {"commit": checkpoint.commit, "files": list(names)}
-    states = {name: checkpoint.path(name).stat() for name in names}
-    files = {name: [state.st_size, state.st_mtime_ns, state.st_ino] for name, state in states.items()}
+    files = {name: file_state(checkpoint.path(name), counts_links=name not in linked) for name in names}
     return {"folder": str(checkpoint.folder.absolute()), "files": files}
 
 
@@ -160,27 +166,27 @@ def _write_files(
     progress: Progress,
     *,
     hashes: bool,
-) -> None:
-    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces."""
+) -> dict[str, Digests]:
+    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
     stop = threading.Event()
     num_large = sum(name not in linked and name not in made.record.files for name in target.shards)
     hash_apart = num_large < (os.cpu_count() or 1)
+    files = dict(made.record.files)
 
     def write(name: str) -> None:
         if stop.is_set():
             return
-        digests = made.record.files.get(name)
-        if digests is not None:
-            progress(digests.num_bytes)
-            return
         path = made.folder / name
-        if name in linked:
+        if name in files:
+            progress(files[name].num_bytes)
+        elif name in linked:
+            # Not recorded: whoever writes into the target writes into it, so that each run hashes it anew.
             link_file(target.path(name), path)
-            digests = hash_file(path, progress=progress) if hashes else Digests(path.stat().st_size, "", {})
+            files[name] = hash_file(path, progress=progress) if hashes else Digests(path.stat().st_size, "", {})
         else:
             how = {"hash_apart": hash_apart, "hashes": hashes}
-            digests = write_file(target.path(name), path, changes[name], progress, stop, **how)
-        made.record.finish(name, path, digests)
+            files[name] = write_file(target.path(name), path, changes[name], progress, stop, **how)
+            made.record.finish(name, path, files[name])
 
     for name in changes:
         (made.folder / name).parent.mkdir(exist_ok=True)
@@ -196,6 +202,7 @@ def _write_files(
     for fault in faults:
         if not isinstance(fault, Stopped):
             raise fault
+    return files
 
 
 def num_threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_tensor, save_random, tiny_llama
+from conftest import change_tensor, prove, save_random, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -56,7 +57,7 @@ def written(monkeypatch) -> list[str]:
     return names
 
 
-def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3) -> BaseException:
+def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3, **how) -> BaseException:
     """Have a run end with a fault when so many files are finished; one file at a time."""
     write_file = making.write_file
     finished: list[str] = []
@@ -71,7 +72,7 @@ def interrupt(monkeypatch, plan, out: Path, fault: BaseException, after: int = 3
         patch.setattr(making, "write_file", failing)
         patch.setattr(making, "num_threads", lambda: 1)
         with pytest.raises(BaseException) as caught:  # noqa: PT011 - whatever it is
-            transplant(plan, plan.units, out)
+            transplant(plan, how.pop("units", plan.units), out, **how)
     return caught.value
 
 
@@ -131,6 +132,54 @@ def test_a_source_that_changed_meanwhile_is_another_job(llama_pair, tmp_path, mo
     assert contents(out) == contents(tmp_path / "again")
 
 
+@pytest.mark.parametrize("role", ["target", "source"])
+def test_a_model_that_changed_under_its_old_time_is_another_job(llama_pair, tmp_path, monkeypatch, role):
+    pair = [shutil.copytree(folder, tmp_path / folder.name) for folder in llama_pair]
+    plan, out = plan_of(pair), tmp_path / "out"
+    interrupt(monkeypatch, plan, out, HubError("gone"), after=4)
+    assert staging_folder(out).exists()
+    model = plan.target if role == "target" else plan.source
+    for name, tensor in model.tensors.items():
+        if name.endswith(("gate_proj.weight", "norm.weight")):
+            overwrite(model.path(tensor.file), tensor.start)
+    transplant(plan, plan.units, out)
+    transplant(plan, plan.units, tmp_path / "again")
+    assert contents(out) == contents(tmp_path / "again")
+    prove(out, plan, plan.units)
+
+
+def overwrite(path: Path, start: int) -> None:
+    """Write into a file, and give it the time back that it had."""
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(4))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_run_that_links_goes_on_and_hashes_what_it_links_anew(llama_pair, tmp_path, monkeypatch, written):
+    pair = [shutil.copytree(folder, tmp_path / folder.name) for folder in llama_pair]
+    plan, out = plan_of(pair), tmp_path / "out"
+    units = [unit for unit in plan.units if unit.layer in (0, 3)]
+    interrupt(monkeypatch, plan, out, HubError("gone"), units=units, link=True)
+    finished = {line["file"] for line in read_lines(staging_folder(out) / "record")[1:]}
+    assert finished
+    linked = next(
+        name
+        for name in plan.target.shards
+        if not any(plan.target.tensors[t].file == name for u in units for t in u.tensors)
+    )
+    norm = next(tensor for tensor in plan.target.tensors.values() if tensor.file == linked)
+    overwrite(plan.target.path(linked), norm.start)
+    written.clear()
+    transplant(plan, units, out, link=True)
+    assert not finished & set(written)
+    assert (out / linked).samefile(plan.target.path(linked))
+    found = json.loads((out / "dapa.json").read_text())["files"][linked]["sha256"]
+    assert found == hashlib.sha256((out / linked).read_bytes()).hexdigest()
+
+
 DAMAGES = {
     "another digit in the middle": lambda raw: raw.replace(b"1", b"2", 1),
     "no first line": lambda raw: raw.split(b"\n", 1)[1],
@@ -165,7 +214,7 @@ def test_a_last_line_without_its_end_costs_its_own_file_only(llama_pair, tmp_pat
     assert contents(out) == expected
 
 
-@pytest.mark.parametrize("change", ["shortened", "overwritten", "removed", "a link"])
+@pytest.mark.parametrize("change", ["shortened", "overwritten", "overwritten secretly", "removed", "a link"])
 def test_a_finished_file_that_is_not_as_recorded_is_written_anew(llama_pair, tmp_path, monkeypatch, expected, change):
     plan, out = plan_of(llama_pair), tmp_path / "out"
     interrupt(monkeypatch, plan, out, HubError("gone"))
@@ -177,6 +226,8 @@ def test_a_finished_file_that_is_not_as_recorded_is_written_anew(llama_pair, tmp
     elif change == "overwritten":
         path.write_bytes(bytes(path.stat().st_size))
         os.utime(path, ns=(0, 0))
+    elif change == "overwritten secretly":
+        overwrite(path, path.stat().st_size - 4)
     else:
         path.unlink()
     if change == "a link":

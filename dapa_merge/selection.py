@@ -42,6 +42,10 @@ def make_plan(
     """
     target = open_location(recipe.target, partial=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache)
     source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle, merge_cache=merge_cache)
+    if target.folder.samefile(source.folder):
+        # By another name, as `id@main` for `id`.
+        where = recipe.where("models[0].model")
+        raise RecipeError(f"{where}: the source is the target itself, {target.name}; name its aligned sibling")
     plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
     if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:

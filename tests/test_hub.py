@@ -46,6 +46,14 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_source_that_is_the_target_under_another_revisions_name_is_told(repositories, write_recipe, tmp_path):
+    recipe = write_recipe("someone/target", "someone/target@v1", layers=2)
+    with hub(repositories) as (endpoint, _):
+        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.returncode == 2
+    assert "the source is the target itself, someone/target; name its aligned sibling" in result.stderr
+
+
 CASES = {
     "no such repository": ("someone/nothing", {}, "someone/nothing"),
     "no such revision": ("someone/target@v9", {}, "someone/target"),

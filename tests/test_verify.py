@@ -216,6 +216,12 @@ def test_a_config_that_loads_other_code_is_a_fault_and_other_keys_are_named(resu
         assert answer("verify", result, "--json")["correct"]
 
 
+def test_a_blend_is_called_one(llama_pair, tmp_path, write_recipe):
+    recipe = write_recipe(*llama_pair, layers=1, strength=0.5)
+    answer("run", recipe, tmp_path / "out", "--no-evaluate", "--json")
+    assert "tensors compared; a blend with the source: gate of layer 1\n" in call("verify", tmp_path / "out").stdout
+
+
 LIES = {
     "another strength": (lambda content: content.update(strength=0.5), "says strength 0.5, and the recipe 1.0"),
     "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),

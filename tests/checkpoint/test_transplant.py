@@ -524,3 +524,16 @@ def test_further_chat_templates_are_copied(llama_pair, tmp_path):
     plan = plan_of((target, llama_pair[1]))
     transplant(plan, plan.units, tmp_path / "out")
     assert (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").read_text() == "with tools"
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (0,)])
+def test_tensors_without_values_are_proved_too(llama_pair, tmp_path, shape):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    path = next(iter(sorted(target.glob("*.safetensors"))))
+    save_file({**load_file(path), "empty": torch.empty(shape)}, path, metadata={"format": "pt"})
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    index["weight_map"]["empty"] = path.name
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan = plan_of((target, llama_pair[1]))
+    transplant(plan, plan.units[:1], tmp_path / "out")
+    prove(tmp_path / "out", plan, plan.units[:1])

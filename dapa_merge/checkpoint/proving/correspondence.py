@@ -86,6 +86,10 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
         between = remainder(whole_box(tensor.shape), [part.box for _, part, _ in of_units])
         for segment in found:
             here = places.setdefault(segment.tensor, [])
+            if not tensor.num_bytes:
+                # Boxes without elements have nothing in common.
+                here.append(Place(segment.result_box, Region(tensor, segment.box)))
+                continue
             for box in between:
                 if (common := intersection(box, segment.box)) is not None:
                     here.append(Place(moved(common, segment.box, segment.result_box), Region(tensor, common)))

@@ -74,10 +74,10 @@ def apply_patch(
     model = open_location(_location(base), allow_pickle=allow_pickle and not in_place)
     answer = {"patch": str(path), "base": base, "in_place": in_place, "bytes": patch.num_bytes}
     if out is not None:
-        with reporter.task("copying", model.num_bytes + patch.num_bytes) as copied:
+        with reporter.task("copying", 2 * model.num_bytes) as copied:
             apply_to_copy(patch, model, out, copied)
         return {**answer, "out": str(out), "applied": True}
-    with _interruptible(model, reporter), reporter.task("patching", 3 * patch.num_bytes) as done:
+    with _interruptible(model, reporter), reporter.task("patching", model.num_bytes + 2 * patch.num_bytes) as done:
         applied = apply_in_place(patch, model, undo, done)
     return {**answer, "applied": applied, "undo": str(undo or model.folder / UNDO_NAME)}
 

@@ -26,6 +26,7 @@ from dapa_merge.checkpoint.patching.patch_file import (
     row_bytes,
     unique_key,
 )
+from dapa_merge.checkpoint.patching.patch_state import rest_digest
 from dapa_merge.checkpoint.patching.row_ranges import Range, changed_ranges, close_gaps
 from dapa_merge.checkpoint.writing.kernel import write_all
 from dapa_merge.checkpoint.writing.staged_file import staged_file
@@ -79,7 +80,9 @@ def extract(
             metadata["base_commit"] = base.commit
         if recipe is not None:
             metadata["recipe"] = recipe
-        _write(file, path, result, base, _entries(base, found), metadata)
+        entries = _entries(base, found)
+        metadata["base_rest"] = rest_digest(base, entries)
+        _write(file, path, result, base, entries, metadata)
     return read_patch(path)
 
 

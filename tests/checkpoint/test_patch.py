@@ -17,8 +17,10 @@ from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.patch import extract
+from dapa_merge.checkpoint.patching.in_place import apply_in_place
 from dapa_merge.checkpoint.patching.patch_copy import apply_to_copy
 from dapa_merge.checkpoint.patching.patch_file import layout_digest, read_patch
+from dapa_merge.checkpoint.patching.patch_state import rest_digest
 from dapa_merge.errors import CheckpointError, UsageError
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
@@ -79,6 +81,7 @@ def test_the_metadata_are_strings_that_say_where_everything_belongs(patch, base)
         metadata = file.metadata()
     assert metadata["dapa_patch"] == "1"
     assert metadata["base"] == str(base)
+    assert metadata["base_rest"] == rest_digest(open_checkpoint(str(base)), patch.entries)
     assert metadata["base_layout"] == layout_digest(open_checkpoint(str(base)).tensors)
     entry = next(entry for entry in json.loads(metadata["entries"]) if entry["key"] == "layers.0.experts[32:48]")
     assert (entry["tensor"], entry["dtype"], entry["shape"]) == ("layers.0.experts", "F16", [4, 32, 320])
@@ -139,10 +142,25 @@ def test_another_base_is_refused_by_name_and_nothing_is_written(patch, tmp_path)
     with pytest.raises(CheckpointError, match=r"other holds other values in rows 64 to 80 of layers\.0\.experts than"):
         apply_to_copy(patch, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # What the patch does not touch may differ: those are the base's own bytes.
-    changed = arrays()
-    changed["layers.0.experts"][3, 3, 7] += 1
-    apply_to_copy(patch, open_checkpoint(str(write_model(tmp_path / "fine", changed))), tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["between the patch's rows", "a tensor that it does not change"])
+def test_a_base_that_differs_where_the_patch_changes_nothing_is_refused_too(patch, base, tmp_path, where):
+    changed, touched = arrays(), {entry.tensor for entry in patch.entries}
+    if where == "between the patch's rows":
+        changed["layers.0.experts"][3, 3, 7] += 1
+    else:
+        name = next(name for name, values in changed.items() if values.size and name not in touched)
+        changed[name].reshape(-1)[-1] += 1
+    other = open_checkpoint(str(write_model(tmp_path / "other", changed)))
+    before = contents(other.folder)
+    sentence = r"other has other values than the model that .*repair\.safetensors was made for, in rows that the"
+    with pytest.raises(CheckpointError, match=sentence):
+        apply_to_copy(patch, other, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=sentence):
+        apply_in_place(patch, other)
+    assert contents(other.folder) == before
 
 
 def test_a_base_of_other_tensors_is_refused_before_its_values_are_read(patch, tmp_path):

@@ -16,7 +16,14 @@ from typing import BinaryIO
 
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.patching.patch_file import Patch
-from dapa_merge.checkpoint.patching.patch_state import State, check_content, check_layout, refuse_other, states
+from dapa_merge.checkpoint.patching.patch_state import (
+    State,
+    check_content,
+    check_layout,
+    check_rest,
+    refuse_other,
+    states,
+)
 from dapa_merge.checkpoint.patching.undo import UNDO_NAME, Undo, ending_on_blocks, read_undo, write_undo
 from dapa_merge.checkpoint.writing.kernel import write_all
 from dapa_merge.checkpoint.writing.staged_file import clear_leftover
@@ -37,7 +44,7 @@ def apply_in_place(
         patch: What to change.
         base: The model that it is for, a local folder.
         undo_path: The undo file; by default hidden in the base's folder.
-        progress: Called with numbers of bytes as they are checked, saved and written: three times the patch's in all.
+        progress: Called with numbers of bytes as they are checked (the base's), saved and written (the patch's).
 
     Returns:
         False if the model was patched with it already, and nothing was done.
@@ -55,6 +62,7 @@ def apply_in_place(
         if all(state is State.PATCHED for state in found):
             _flush(files)
             return False
+        check_rest(patch, base, progress)
         if os.path.lexists(undo_path):
             _check_undo(undo_path, patch, base)
             check_content(patch, progress)

@@ -11,7 +11,7 @@ from pathlib import Path
 from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.patching.patch_file import Entry, Patch
-from dapa_merge.checkpoint.patching.patch_state import check_layout, checked_pieces, refuse_other, states
+from dapa_merge.checkpoint.patching.patch_state import check_layout, check_rest, checked_pieces, refuse_other, states
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.checkpoint.writing.changes import Change
 from dapa_merge.checkpoint.writing.result import write_result
@@ -28,7 +28,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path, progress: Progress 
         patch: What to change.
         base: The model that it is for, however it is divided into files.
         out: The folder to make; it must not exist, or be empty.
-        progress: Called with numbers of bytes as they are written.
+        progress: Called with numbers of bytes as the base is checked, and as the copy is written.
 
     Raises:
         CheckpointError: If the base is not the recorded one, or the patch does not hold what it records.
@@ -37,6 +37,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path, progress: Progress 
     with _shared(base):
         check_layout(patch, base)
         refuse_other(patch, base, states(patch, base), "; name the model that the patch is for")
+        check_rest(patch, base, progress)
         changes: dict[str, list[Change]] = {name: [] for name in base.shards}
         for entry in patch.entries:
             tensor = base.tensors[entry.tensor]

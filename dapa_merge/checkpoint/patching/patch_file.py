@@ -4,7 +4,8 @@
 
 - `dapa_patch`: the version of this format, `1`; `tool`: what wrote it.
 - `base`, `base_commit`: what the base was called, and its commit if it came from the Hub; nothing is decided by them.
-- `base_layout`: `layout_digest` of the base.
+- `base_layout`: `layout_digest` of the base; `base_rest`: its `rest_digest`, of all that is not replaced (not in an
+  undo file, because other patches may come later).
 - `entries`: a JSON list. Each has the `key` of its bytes in this file; `tensor`, `dtype` and `shape` of the base's
   tensor; `rows`, the first and the one after the last, of the tensor as a matrix of its last dimension (a tensor of
   one dimension, or none, is one row); `num_changed`, how many of them differ; `base_sha256` and `new_sha256` of their
@@ -199,6 +200,8 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
             raise CheckpointError(f"{path} is an undo file; `dapa-merge patch revert` takes it")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not all strings")
+        if further is None and not _is_digest(metadata.get("base_rest")):
+            raise ValueError("base_rest is no SHA-256")
         if not _is_digest(metadata.get("base_layout")):
             raise ValueError("base_layout is no SHA-256")
         entries = [_entry(content) for content in json.loads(metadata["entries"])]

@@ -40,6 +40,45 @@ def check_layout(patch: Patch, base: Checkpoint) -> None:
         )
 
 
+def check_rest(patch: Patch, base: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> None:
+    """Raise `CheckpointError` unless the base has the recorded values also where the patch changes nothing.
+
+    It reads all of the base but the patch's rows.
+    """
+    if rest_digest(base, patch.entries, progress) != patch.metadata["base_rest"]:
+        raise CheckpointError(
+            f"{base.name} has other values than the model that {patch.path} was made for, in rows that the patch does "
+            f"not change{_made_for(patch)}; name that model"
+        )
+
+
+def rest_digest(model: Checkpoint, entries: Iterable[Entry], progress: Callable[[int], None] = lambda _: None) -> str:
+    """One SHA-256 of all values of a model but some rows, however it is divided into files.
+
+    Args:
+        model: The model.
+        entries: The rows that are left out.
+        progress: Called with numbers of bytes as they are read.
+    """
+    left_out: dict[str, list[tuple[int, int]]] = {}
+    for entry in entries:
+        left_out.setdefault(entry.tensor, []).append(entry.place(model.tensors[entry.tensor]))
+
+    def digest(name: str) -> str:
+        tensor = model.tensors[name]
+        ends = [tensor.start, *(end for span in sorted(left_out.get(name, ())) for end in span), tensor.stop]
+        pieces = (
+            piece
+            for start, stop in zip(ends[::2], ends[1::2], strict=True)
+            for piece in iterate_range(model, tensor.file, start, stop)
+        )
+        return _digest(pieces, progress)
+
+    names = sorted(model.tensors)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return hashlib.sha256("".join(pool.map(digest, names)).encode()).hexdigest()
+
+
 def check_content(patch: Patch, progress: Callable[[int], None] = lambda _: None) -> None:
     """Raise `CheckpointError` unless the patch's bytes have the digests that it records."""
 

@@ -77,6 +77,7 @@ LIES = {
     "a digest that is none": (lambda _, e: e[0].update(new_sha256="../../x"), "has no dtype or no digests"),
     "no change": (lambda _, e: e[0].update(new_sha256=e[0]["base_sha256"]), "does not change what it says"),
     "too many changed": (lambda _, e: e[0].update(num_changed=10**9), "does not change what it says"),
+    "no digest of the rest": (lambda h, _: h["__metadata__"].pop("base_rest"), "base_rest is no SHA-256"),
     "a layout that is none": (lambda h, _: h["__metadata__"].update(base_layout="x"), "base_layout is no SHA-256"),
     "metadata that are numbers": (lambda h, _: h["__metadata__"].update(tool=7), "does not map texts to texts"),
     "metadata that are a list": (lambda h, _: h["__metadata__"].update(base=[1]), "does not map texts to texts"),

@@ -19,8 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transplant import HIDDEN, LAYER, OURS, VOCABULARY, in_child, write_checkpoint
+from transplant import HIDDEN, OURS, in_child, layers_for, write_checkpoint
 
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.patching.patch_file import read_patch
@@ -67,8 +66,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
-    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
-    num_layers = max(2, round((arguments.gigabytes * 1e9 - 4 * VOCABULARY * HIDDEN) / layer_bytes))
+    num_layers = layers_for(arguments.gigabytes * 1e9)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary).resolve()
         for seed, name in enumerate(("base", "source")):

@@ -141,6 +141,8 @@ class Judge:
         self, portal: BlockingPortal, client: AsyncOpenAI, slots: object, pairs: Iterable[Pair]
     ) -> Iterator[tuple[Pair, Judgement]]:
         """Ask of all pairs at once, as far as there are slots; yields what comes, as it comes."""
+        from anyio import create_task_group
+
         # A queue that a signal can interrupt at any moment. Waiting for futures takes their locks, and Ctrl-C at the
         # wrong moment would keep one for ever, for which the event loop would wait in vain.
         finished: SimpleQueue[tuple[Pair, Judgement | Exception]] = SimpleQueue()
@@ -152,11 +154,15 @@ class Judge:
             except Exception as error:
                 finished.put((pair, error))
 
-        num_left = 0
-        for pair in pairs:
-            portal.start_task_soon(ask, pair)
-            num_left += 1
-        num_quiet = 0
+        async def ask_all(pairs: Sequence[Pair]) -> None:
+            async with create_task_group() as group:
+                for pair in pairs:
+                    group.start_soon(ask, pair)
+
+        # One call, since each takes locks too.
+        all_pairs = list(pairs)
+        portal.start_task_soon(ask_all, all_pairs)
+        num_left, num_quiet = len(all_pairs), 0
         while num_left:
             try:
                 pair, found = finished.get(timeout=QUIET_SECONDS)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan, plan_transplant
+from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.errors import UsageError
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
@@ -17,7 +17,7 @@ from dapa_merge.report import spans
 from dapa_merge.search.oracle import Requirement
 from dapa_merge.search.workers import RayWorkers
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import open_location, pinned
+from dapa_merge.selection import make_plan, pinned
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
@@ -84,9 +84,7 @@ def _make_tester(
     import torch
 
     torch.set_num_threads(num_threads)
-    target = open_location(recipe.target, allow_pickle=options.allow_pickle)
-    source = open_location(recipe.source, partial=True, allow_pickle=options.allow_pickle)
-    plan = plan_transplant(target, source, recipe.modules)
+    plan = make_plan(recipe, allow_pickle=options.allow_pickle)
     bench = make_bench(recipe, plan, prompts, options, Reporter())
     bench.require(limits)
     return functools.partial(_test, bench)

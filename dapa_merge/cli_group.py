@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any, NoReturn
 
@@ -15,12 +16,14 @@ INTERRUPTED = 130
 class Group(click.Group):
     """Turns faults into one sentence and an exit code; `--debug` shows where they came from."""
 
-    def main(self, *arguments: Any, **settings: Any) -> Any:
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
         try:
-            return super().main(*arguments, **settings)
+            # Here click prints the help, before there is a command.
+            return super().make_context(*arguments, **settings)
         except OSError as error:
-            # Of what click says by itself, such as the help.
-            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+            if error.errno == errno.EPIPE:  # click's own matter.
+                raise
+            _fail_at(error)
 
     def invoke(self, context: click.Context) -> Any:
         try:
@@ -41,7 +44,11 @@ class Group(click.Group):
         except OSError as error:
             if context.params.get("debug"):
                 raise
-            _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+            _fail_at(error)
+
+
+def _fail_at(error: OSError) -> NoReturn:
+    _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

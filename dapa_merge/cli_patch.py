@@ -76,8 +76,8 @@ def apply(
 ) -> None:
     """Apply PATCH to BASE: into the new folder OUT, or in place.
 
-    Refuses a base that has other values than PATCH was made for in the rows that it replaces. If it is stopped in
-    place, the same command goes on.
+    Refuses a base that has any other value than the one that PATCH was made for. If it is stopped in place, the same
+    command goes on.
     """
     from dapa_merge.patch_flow import apply_patch
 

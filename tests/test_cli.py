@@ -213,6 +213,10 @@ def test_help_that_cannot_be_written_is_one_sentence():
     with open("/dev/full", "w") as full:
         found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (found.returncode, found.stderr) == (1, "Error: the output stream: No space left on device\n")
+    command[-1:] = ["--debug", "plan", "--help"]
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" in found.stderr
 
 
 def test_a_small_file_that_cannot_be_read_is_a_bad_checkpoint(llama_pair, write_recipe, tmp_path, monkeypatch):

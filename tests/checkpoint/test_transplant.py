@@ -537,3 +537,4 @@ def test_tensors_without_values_are_proved_too(llama_pair, tmp_path, shape):
     plan = plan_of((target, llama_pair[1]))
     transplant(plan, plan.units[:1], tmp_path / "out")
     prove(tmp_path / "out", plan, plan.units[:1])
+    assert verify(tmp_path / "out", plan).transplanted == plan.units[:1]

@@ -118,9 +118,7 @@ def iterate_range(checkpoint: Checkpoint, name: str, start: int, stop: int) -> I
     Raises:
         CheckpointError: If the file ends early, because it changed since its header was read.
     """
-    checkpoint.ensure(name, start, stop)
-    with checkpoint.open(name) as file:
-        file.seek(start)
+    with checkpoint.open(name, start, stop) as file:
         for position in range(start, stop, PIECE_BYTES):
             size = min(PIECE_BYTES, stop - position)
             piece = file.read(size)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dapa_merge.checkpoint.writing.kernel import write_all
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.file_lock import take_lock
 
@@ -114,9 +115,7 @@ class SparseFile:
                 file.seek(start)
                 try:
                     for piece in pieces:
-                        view = memoryview(piece)
-                        while view:
-                            view = view[file.write(view) :]
+                        write_all(file, piece)
                         position += len(piece)
                         if position - noted >= NOTE_BYTES or time.monotonic() >= due:
                             self._note(file.fileno(), noted, position)

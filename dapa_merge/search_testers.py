@@ -17,7 +17,7 @@ from dapa_merge.report import spans
 from dapa_merge.search.oracle import Requirement
 from dapa_merge.search.workers import RayWorkers
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import make_plan, pinned
+from dapa_merge.selection import open_plan, pinned
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
@@ -84,7 +84,7 @@ def _make_tester(
     import torch
 
     torch.set_num_threads(num_threads)
-    plan = make_plan(recipe, allow_pickle=options.allow_pickle)
+    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
     bench = make_bench(recipe, plan, prompts, options, Reporter())
     bench.require(limits)
     return functools.partial(_test, bench)

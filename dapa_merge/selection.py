@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
@@ -40,13 +40,13 @@ def make_plan(
     Raises:
         DapaError: With the sentence for whatever does not fit.
     """
-    target = open_location(recipe.target, partial=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache)
-    source = open_location(recipe.source, partial=partial, allow_pickle=allow_pickle, merge_cache=merge_cache)
+    how: dict[str, Any] = {"allow_pickle": allow_pickle, "merge_cache": merge_cache}
+    plan = open_plan(recipe, partial=partial, partial_target=partial_target, **how)
+    target, source = plan.target, plan.source
     if target.folder.samefile(source.folder):
         # By another name, as `id@main` for `id`.
         where = recipe.where("models[0].model")
         raise RecipeError(f"{where}: the source is the target itself, {target.name}; name its aligned sibling")
-    plan = plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
     _check_dtype(recipe, target)
     if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
         raise RecipeError(
@@ -56,6 +56,13 @@ def make_plan(
         # What a search would stumble over is told now.
         split_prompts(recipe)
     return plan
+
+
+def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = False, **how: Any) -> Plan:
+    """Open both checkpoints and find their units, as `make_plan` does, but look at nothing else of the recipe."""
+    target = open_location(recipe.target, partial=partial_target, **how)
+    source = open_location(recipe.source, partial=partial, **how)
+    return plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
 
 
 def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:

@@ -19,7 +19,8 @@ from dapa_merge.evaluate.marker import RULES
 from dapa_merge.evaluate.measure import Measurement, Meter
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.search.oracle import KINDS, Examiner, Requirement, Verdict
-from dapa_merge.trace.attribution import Contrast, attribute
+from dapa_merge.trace.attribution import attribute
+from dapa_merge.trace.contrast import Contrast
 
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.architecture import Unit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import mmap
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
@@ -179,10 +179,8 @@ class LiveModel:
         """For each whole unit, the model's, whose parameters may be fused and named otherwise than in files."""
         kind = type(self.model).__name__
         modules = tuple(dict.fromkeys(unit.module for unit in self.plan.units))
-        config = {**self.model.config.to_dict(), "architectures": [kind]}
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
         try:
-            twins = {unit: unit for unit in find_units(config, shapes, modules)}
+            twins = {unit: unit for unit in units_in(self.model, modules)}
         except CheckpointError as error:
             raise CheckpointError(
                 f"transformers loads {self.plan.target.name} as a {kind}, in which its units are not found: {error}"
@@ -253,6 +251,17 @@ class LiveModel:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]:
+    """The units of a model in memory, whose parameters may be fused and named otherwise than in files.
+
+    Raises:
+        CheckpointError: As `find_units` does.
+    """
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return find_units(config, {name: tuple(parameter.shape) for name, parameter in parameters}, modules)
 
 
 def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:

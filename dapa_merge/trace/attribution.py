@@ -15,37 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.generate import BatchSize, check_ids, prompt_ids
-from dapa_merge.evaluate.likelihood import Row, losses
+from dapa_merge.evaluate.generate import BatchSize, check_ids
+from dapa_merge.evaluate.likelihood import losses
 from dapa_merge.evaluate.live import mapped_values
+from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, Side, sides_of
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.evaluate.live import LiveModel, Slot
 
-# One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
-NUM_TOKENS = 4
 # Of a tensor, how many values are weighed at once: 1 MiB as float32.
 PIECE = 1 << 18
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A harmful prompt, a response that refuses it and one that complies."""
-
-    prompt: str
-    refusing: str
-    complying: str
 
 
 def attribute(
@@ -82,7 +71,7 @@ def attribute(
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, not {num_tokens}")
-    sides = [side for contrast in contrasts for side in _sides(live.tokenizer, contrast, num_tokens)]
+    sides = [side for contrast in contrasts for side in sides_of(live.tokenizer, contrast, num_tokens)]
     if not sides:
         raise ValueError(f"none of {len(contrasts)} contrasts has two responses that differ")
     check_ids(live.model, [side.row.ids for side in sides])
@@ -90,7 +79,7 @@ def attribute(
     units = live.plan.units if units is None else units
     effects = dict.fromkeys(units, 0.0)
 
-    def add(batch: Sequence[_Side]) -> Sequence[_Side]:
+    def add(batch: Sequence[Side]) -> Sequence[Side]:
         # Complete before any of it is added: a batch that breaks off is asked again in halves.
         for unit, effect in _effects(live, units, batch).items():
             effects[unit] += effect / (len(sides) / 2)
@@ -102,33 +91,8 @@ def attribute(
     return effects
 
 
-class _Side(NamedTuple):
-    """One response of a contrast after its prompt, and whether it is to be likely (1) or unlikely (-1)."""
-
-    row: Row
-    sign: int
-
-
-def _sides(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens: int) -> list[_Side]:
-    context = prompt_ids(tokenizer, contrast.prompt)
-    # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.
-    refusing, complying = (
-        list(tokenizer(response, add_special_tokens=False)["input_ids"])
-        for response in (contrast.refusing, contrast.complying)
-    )
-    pairs = zip(refusing, complying, strict=False)
-    # What they share has the same likelihood in both, and would be counted for nothing.
-    start = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
-    if start is None:
-        return []
-    stop = min(start + num_tokens, len(refusing), len(complying))
-    return [
-        _Side(Row(context + ids[:stop], len(context) + start), sign) for ids, sign in ((refusing, 1), (complying, -1))
-    ]
-
-
 @torch.enable_grad()
-def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[_Side]) -> dict[Unit, float]:
+def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> dict[Unit, float]:
     """The effect of every unit on the sum of one batch.
 
     The sum, not the mean: float16 could not hold the small gradients of a mean.

@@ -34,7 +34,8 @@ from dapa_merge.evaluate.live import LiveModel, choose_device, mapped_values
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.prompts import PromptSet, load_prompts
 from dapa_merge.search.delta import minimize
-from dapa_merge.trace.attribution import NUM_TOKENS, Contrast, _sides, attribute
+from dapa_merge.trace.attribution import attribute
+from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
 
 MLP = ("gate", "up", "down")
 PAIRS = (("target", "source", ("gate",)), ("target", "source", MLP), ("shadow-target", "shadow-source", MLP))
@@ -176,7 +177,7 @@ def all_gradients(
     live: LiveModel, contrasts: Sequence[Contrast], num_tokens: int, objective: Callable, batch: int = BATCH
 ) -> dict[Unit, float]:
     """The effects as anybody would write them down: every gradient in memory, then the sums."""
-    sides = [side for contrast in contrasts for side in _sides(live.tokenizer, contrast, num_tokens)]
+    sides = [side for contrast in contrasts for side in sides_of(live.tokenizer, contrast, num_tokens)]
     parameters = [slot.parameter.requires_grad_(True) for slot in live.slots(live.plan.units)]
     for start in range(0, len(sides), batch):
         (objective(live, sides[start : start + batch]) / len(contrasts)).backward()
@@ -210,7 +211,7 @@ def forward_only(live: LiveModel, contrasts: Sequence[Contrast], batch_size: Bat
     """What the activations take, without any gradient of a weight: the graph starts at the embeddings."""
     embeddings = live.model.get_input_embeddings()
     handle = embeddings.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
-    sides = [side for contrast in contrasts for side in _sides(live.tokenizer, contrast, NUM_TOKENS)]
+    sides = [side for contrast in contrasts for side in sides_of(live.tokenizer, contrast, NUM_TOKENS)]
 
     def work(batch: Sequence) -> Sequence:
         log_probabilities(live, batch).backward()

@@ -22,7 +22,8 @@ from dapa_merge.evaluate.live import LiveModel
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.prompts import PromptSet, load_prompts
 from dapa_merge.trace import attribution
-from dapa_merge.trace.attribution import Contrast, attribute
+from dapa_merge.trace.attribution import attribute
+from dapa_merge.trace.contrast import Contrast, sides_of
 
 CPU = torch.device("cpu")
 MLP = ("gate", "up", "down")
@@ -309,7 +310,7 @@ def test_a_unit_that_is_transplanted_already_has_no_effect(random_live):
 def test_the_tokens_that_count_are_those_that_the_model_generated():
     live = load(miniature.path("target"), miniature.path("source"))
     contrast = contrasts_of(live, 1)[0]
-    rows = [side.row for side in attribution._sides(live.tokenizer, contrast, num_tokens=4)]
+    rows = [side.row for side in sides_of(live.tokenizer, contrast, num_tokens=4)]
     assert [len(row.ids) - row.num_context for row in rows] == [4, 4]
     for row, selection in zip(rows, (live.plan.units, ()), strict=True):
         with live.transplanted(selection) as candidate, torch.no_grad():
@@ -324,13 +325,13 @@ def test_the_tokens_are_the_generated_ones_also_where_a_word_carries_its_space()
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
     assert fast.decode([1, 2]) == "Sure here"
-    refusing, complying = attribution._sides(fast, Contrast("Ask", fast.decode([3]), fast.decode([1, 2])), 4)
+    refusing, complying = sides_of(fast, Contrast("Ask", fast.decode([3]), fast.decode([1, 2])), 4)
     assert (refusing.row, complying.row) == (([4, 3], 1), ([4, 1], 1))
 
 
 def test_tokens_are_counted_from_the_first_that_differs(random_live):
     alike = Contrast("How do I steal a car?", "I'm sorry, but I can't", "I'm sorry, but I paint")
-    refusing, complying = attribution._sides(random_live.tokenizer, alike, num_tokens=1)
+    refusing, complying = sides_of(random_live.tokenizer, alike, num_tokens=1)
     assert refusing.row.ids[:-1] == complying.row.ids[:-1]
     assert refusing.row.num_context == complying.row.num_context == len(refusing.row.ids) - 1
     effects = attribute(random_live, [alike], batch_size=BatchSize(2), num_tokens=1)

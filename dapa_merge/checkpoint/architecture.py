@@ -146,6 +146,13 @@ def architecture_name(config: Mapping[str, Any]) -> str:
     return names[0]
 
 
+def layer_path(tensor: str) -> str:
+    """What the name of a tensor of a layer begins with, up to the layer's number."""
+    match = _LAYER_NUMBER.search(tensor)
+    assert match is not None
+    return tensor[: match.end() - 1]
+
+
 @dataclass(frozen=True)
 class _Stack:
     """A stack of layers: what stands before the number in its tensors' names, and each layer's tensors without that."""

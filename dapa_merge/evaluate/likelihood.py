@@ -47,9 +47,12 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> torch.T
 
 def _logits_from(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
     """Logits `[rows, positions from first on, vocabulary]`; the others, most of the memory, are not computed."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    known = inspect.signature(model.forward).parameters
+    # Keys and values are of no use afterwards, and of many rows they are most of the memory.
+    inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
+    if "logits_to_keep" not in known:
         # Almost all of transformers knows the argument; what does not may ignore it without a word.
-        return torch.as_tensor(model(input_ids=input_ids, attention_mask=mask).logits[:, first:])
+        return torch.as_tensor(model(**inputs).logits[:, first:])
     # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight for every row.
     kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
-    return torch.as_tensor(model(input_ids=input_ids, attention_mask=mask, logits_to_keep=kept).logits)
+    return torch.as_tensor(model(**inputs, logits_to_keep=kept).logits)

@@ -1,0 +1,407 @@
+"""Causal tracing: which state, restored at one layer and token, brings refusing back after its subject was corrupted.
+
+After K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual Associations in GPT" (ROME), NeurIPS
+2022, section 2. Three kinds of runs: *clean*; *corrupted*, with Gaussian noise on the embeddings of the subject's
+tokens; and *restored*, the corrupted run with what one module put out in the clean run, at one layer and token. Measured
+is not one token's probability but a difference: log p(refusal) - log p(answer), in nats.
+
+A restored run is the corrupted one up to its layer, and is entered there; it costs what the layers behind cost. Before
+the first corrupted token clean and corrupted run are the same, so that nothing is run for these tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy
+import torch
+
+from dapa_merge.errors import UsageError
+from dapa_merge.evaluate.generate import check_ids
+from dapa_merge.evaluate.likelihood import losses
+from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
+from dapa_merge.trace.replay import Replay
+from dapa_merge.trace.sites import KINDS, Site, find_sites, kinds_in
+from dapa_merge.trace.subject import find_subject, given_subject, subject_tokens
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.evaluate.batching import BatchSize
+    from dapa_merge.evaluate.likelihood import Row
+
+# Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
+NOISE = 3.0
+NUM_SAMPLES = 5
+# Kinds whose outputs are restored in several layers at once: one layer's changes little (ROME, section 2.2).
+WINDOWED = ("mlp", "attention")
+# Of all layers, how many a window has: 10 of 48 in ROME.
+WINDOW_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is traced.
+
+    Attributes:
+        kinds: Some of `KINDS`.
+        noise: Standard deviation of the noise, as a multiple of that of the subjects' embeddings.
+        num_samples: Samples of noise for each prompt.
+        window: Layers that are restored at once for the MLP and the attention; the other kinds have one.
+        num_tokens: Of each response, how many tokens are counted, at most.
+        seed: Of the noise.
+    """
+
+    kinds: tuple[str, ...]
+    noise: float = NOISE
+    num_samples: int = NUM_SAMPLES
+    window: int = 1
+    num_tokens: int = NUM_TOKENS
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt that is traced, as one model reads it.
+
+    Attributes:
+        contrast: The prompt, and the two responses.
+        refusing: The prompt's tokens and those of the refusal, of which the last are counted.
+        complying: The same of the answer; of one length.
+        subject: The first of the subject's tokens, and the one after the last.
+        tokens: What the given tokens read: the prompt with its template, and what both responses begin with.
+    """
+
+    contrast: Contrast
+    refusing: Row
+    complying: Row
+    subject: tuple[int, int]
+    tokens: tuple[str, ...]
+
+    @property
+    def num_context(self) -> int:
+        """How many tokens are given, and can be restored."""
+        return self.refusing.num_context
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What was found of one prompt; every figure is a difference log p(refusal) - log p(answer), in nats.
+
+    Attributes:
+        prompt: The prompt.
+        tokens: The given tokens.
+        subject: The first of them that was corrupted, and the one after the last.
+        clean: Of the clean run.
+        corrupted: Of the corrupted run, for each sample of noise, `[samples]`.
+        restored: For each kind, of the restored runs, the mean over the samples, `[layers, tokens]`; NaN in a layer
+            that has no such module.
+        num_runs: Rows that went through the model.
+        num_passes: The same in passes through all of its layers.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    subject: tuple[int, int]
+    clean: float
+    corrupted: NDArray[numpy.float32]
+    restored: Mapping[str, NDArray[numpy.float32]]
+    num_runs: int
+    num_passes: float
+
+    @property
+    def total_effect(self) -> float:
+        """What the noise takes away, in nats."""
+        return self.clean - float(self.corrupted.mean())
+
+    def effect(self, kind: str) -> NDArray[numpy.float32]:
+        """What restoring brings back, in nats, `[layers, tokens]`: ROME's indirect effect."""
+        return self.restored[kind] - self.corrupted.mean()
+
+
+def default_window(num_layers: int) -> int:
+    """Layers of a window for a model of so many."""
+    return max(1, round(WINDOW_SHARE * num_layers))
+
+
+def read_case(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    contrast: Contrast,
+    subjects: Sequence[str] = (),
+    num_tokens: int = NUM_TOKENS,
+) -> Case:
+    """A contrast as a model reads it.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        contrast: The prompt, and the two responses.
+        subjects: The first of these that the prompt contains is its subject; if there are none, it is found.
+        num_tokens: Of each response, how many tokens are counted, at most.
+
+    Raises:
+        UsageError: If the subject is not in the prompt, the prompt is too long, or the responses do not differ.
+        CheckpointError: If the tokenizer is another model's.
+    """
+    prompt = contrast.prompt
+    span = given_subject(prompt, subjects) if subjects else find_subject(prompt)
+    sides = sides_of(tokenizer, contrast, num_tokens)
+    if not sides:
+        raise UsageError(f"the two responses to the prompt {prompt[:80]!r} do not differ; leave it out")
+    refusing, complying = (side.row for side in sides)
+    check_ids(model, (refusing.ids, complying.ids))
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    if len(refusing.ids) > limit:
+        raise UsageError(
+            f"the prompt {prompt[:80]!r} has {len(refusing.ids)} tokens with the beginning of its answer, but the "
+            f"model's context ends at {limit}; shorten it or leave it out"
+        )
+    context = refusing.ids[: refusing.num_context]
+    tokens = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in context)
+    return Case(contrast, refusing, complying, subject_tokens(tokenizer, prompt, span), tokens)
+
+
+def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: float | None) -> Settings:
+    """Settings for a model, of which those that are not given, or None, are its defaults.
+
+    Raises:
+        UsageError: If the model lacks one of `kinds`.
+    """
+    for kind in kinds or ():
+        if not any(find_sites(model, kind)):
+            raise UsageError(f"{type(model).__name__} has no {kind} to trace; leave it out")
+    chosen: dict[str, float] = {name: value for name, value in settings.items() if value is not None}
+    num_layers = len(find_sites(model, "hidden"))
+    ordered = [kind for kind in KINDS if kinds is None or kind in kinds]
+    present = kinds_in(model) if kinds is None else KINDS
+    return Settings(
+        tuple(kind for kind in ordered if kind in present), **{"window": default_window(num_layers), **chosen}
+    )
+
+
+def embedding_deviation(model: PreTrainedModel, cases: Sequence[Case]) -> float:
+    """The standard deviation of the embeddings of the cases' subjects, over all tokens and features."""
+    ids = [token for case in cases for token in case.refusing.ids[slice(*case.subject)]]
+    with torch.inference_mode():
+        return float(model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float().std())
+
+
+class Tracer:
+    """Traces the prompts of one model, one after the other, in batches of runs."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        padding: int,
+        settings: Settings,
+        deviation: float,
+        batch_size: BatchSize,
+    ) -> None:
+        """Find the model's modules.
+
+        Args:
+            model: Any decoder-only language model, in evaluation mode. It is left as it was.
+            padding: Any token id that it has.
+            settings: How to trace it.
+            deviation: Of the subjects' embeddings, see `embedding_deviation`.
+            batch_size: How many runs at once.
+
+        Raises:
+            UsageError: If the model lacks one of the kinds.
+            CheckpointError: If its layers are not found.
+        """
+        self.settings = settings
+        self._replay = Replay(model)
+        self._sites = {kind: find_sites(model, kind) for kind in settings.kinds}
+        self._padding = padding
+        self._scale = settings.noise * deviation
+        self._batch_size = batch_size
+        self._is_checked = False
+
+    def num_runs(self, case: Case) -> int:
+        """How many rows a case costs."""
+        per_cell = 2 * self.settings.num_samples
+        num_cells = sum(1 for _ in self._restorations()) * (case.num_context - case.subject[0])
+        return 2 + per_cell * (1 + num_cells)
+
+    @torch.inference_mode()
+    def trace(self, case: Case, number: int, progress: Callable[[int], None] = lambda _: None) -> Trace:
+        """Trace one case.
+
+        Args:
+            case: The case.
+            number: Of the case: with the seed, it decides the noise.
+            progress: Called with numbers of runs as they are done.
+
+        Raises:
+            UsageError: If not even one run fits in the device's memory.
+            UnsupportedArchitecture: If the model hands on more than states from layer to layer.
+        """
+        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self._batch_size, progress)
+        clean, values, clean_states = self._run_clean(case, work)
+        corrupted, states = self._run_corrupted(case, number, work)
+        num_layers = len(self._replay.layers)
+        means = corrupted.mean(0)
+        restored = {}
+        for kind in self.settings.kinds:
+            # Where nothing is restored, or nothing was corrupted before: the corrupted run itself.
+            restored[kind] = torch.full((num_layers, case.num_context), float(means))
+            for layer, sites in enumerate(self._sites[kind]):
+                if not sites:
+                    restored[kind][layer] = math.nan
+        for kind, layer, restoring in self._restorations():
+            if kind == "hidden":
+                found = work.restore_states(layer + 1, states[layer + 1], clean_states[layer + 1])
+            else:
+                chosen = {site: values[site] for one in restoring for site in self._sites[kind][one]}
+                found = work.restore_outputs(restoring[0], states[restoring[0]], chosen)
+            restored[kind][layer, case.subject[0] :] = found.mean(1)
+        return Trace(
+            prompt=case.contrast.prompt,
+            tokens=case.tokens,
+            subject=case.subject,
+            clean=clean,
+            corrupted=corrupted.numpy(),
+            restored={kind: found.numpy() for kind, found in restored.items()},
+            num_runs=work.num_runs,
+            num_passes=work.num_passes,
+        )
+
+    def _restorations(self) -> Iterator[tuple[str, int, range]]:
+        """What is restored, at each of the tokens: a kind, the layer it counts for, and the layers of the window."""
+        for kind, by_layer in self._sites.items():
+            width = self.settings.window if kind in WINDOWED else 1
+            for layer in range(len(by_layer)):
+                # ROME's window: half of it before the layer, and cut off at the ends.
+                window = range(max(0, layer - width // 2), min(len(by_layer), layer - width // 2 + width))
+                if by_layer[layer]:
+                    yield kind, layer, window
+
+    def _run_clean(self, case: Case, work: _Work) -> tuple[float, dict[Site, torch.Tensor], list[torch.Tensor]]:
+        """The clean difference, what came out at every site, and the states that entered each layer."""
+        sites = [site for kind in self.settings.kinds if kind != "hidden" for of in self._sites[kind] for site in of]
+        sites = list(dict.fromkeys(sites))
+        with (
+            self._replay.recorded_states() as states,
+            self._replay.recorded_outputs(sites, 2, case.num_context) as outputs,
+        ):
+            lost = work.run([_Item(0, 0, side) for side in (0, 1)])
+        return float(lost[1] - lost[0]), dict(zip(sites, outputs, strict=True)), [one[0] for one in states]
+
+    def _run_corrupted(self, case: Case, number: int, work: _Work) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The corrupted difference for each sample, and the states that entered each layer, by sample and side."""
+        first, stop = case.subject
+        # Made by the CPU, for the same noise on every device.
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, number)) & 0x7FFF_FFFF_FFFF_FFFF)
+        width = self._replay.model.get_input_embeddings().weight.shape[1]
+        noise = self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
+        chunks: list[list[torch.Tensor]] = []
+
+        def run(items: Sequence[_Item]) -> Sequence[float]:
+            chosen = noise[[item.sample for item in items]]
+            with self._replay.recorded_states() as states, self._replay.noisy_embeddings(chosen, first):
+                lost = work.run(items)
+            if not self._is_checked:
+                self._replay.check(lambda: work.run(items, count=False), states, lost)
+                self._is_checked = True
+            chunks.append(states)
+            return lost.tolist()
+
+        found = work.differences([None], run)
+        return found[0], [torch.cat(pieces) for pieces in zip(*chunks, strict=True)]
+
+
+class _Item(NamedTuple):
+    """One run: the token at which something is restored, the sample of noise, and the side (0 refuses, 1 complies)."""
+
+    token: int
+    sample: int
+    side: int
+
+
+class _Work:
+    """Runs of one case, in batches."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        padding: int,
+        case: Case,
+        num_samples: int,
+        batch_size: BatchSize,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._replay = replay
+        self._padding = padding
+        self._case = case
+        self._num_samples = num_samples
+        self._batch_size = batch_size
+        self._progress = progress
+        self._device = replay.model.device
+        self.num_runs = 0
+        self.num_passes = 0.0
+
+    def run(self, items: Sequence[_Item], start: int = 0, *, count: bool = True) -> torch.Tensor:
+        """The negative log-likelihoods of items, `[items]`, of a run that has its hooks on already."""
+        rows = [self._case.complying if item.side else self._case.refusing for item in items]
+        lost = losses(self._replay.model, self._padding, rows).cpu()
+        if count:
+            num_layers = len(self._replay.layers)
+            self.num_runs += len(items)
+            self.num_passes += len(items) * (num_layers - start) / num_layers
+            self._progress(len(items))
+        return lost
+
+    def differences(
+        self, tokens: Sequence[int | None], run: Callable[[Sequence[_Item]], Sequence[float]]
+    ) -> torch.Tensor:
+        """The differences of runs with every sample of noise, `[tokens, samples]`."""
+        items = [
+            _Item(token or 0, sample, side) for token in tokens for sample in range(self._num_samples) for side in (0, 1)
+        ]
+        lost = torch.tensor(list(self._batch_size.map(run, items)))
+        refusing, complying = lost.view(len(tokens), self._num_samples, 2).unbind(-1)
+        return complying - refusing
+
+    def restore_states(self, start: int, states: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        """The differences with one token's state restored, for each token from the subject on, `[tokens, samples]`.
+
+        Args:
+            start: The layer that the states enter.
+            states: The corrupted ones, `[samples * 2, positions, hidden]`.
+            clean: `[positions, hidden]`.
+        """
+
+        def run(items: Sequence[_Item]) -> list[float]:
+            entering = states[self._rows(items)]
+            positions = torch.tensor([item.token for item in items], device=self._device)
+            entering[torch.arange(len(items), device=self._device), positions] = clean[positions]
+            with self._replay.entered_at(start, entering):
+                return self.run(items, start).tolist()
+
+        return self.differences(self._tokens, run)
+
+    def restore_outputs(self, start: int, states: torch.Tensor, values: Mapping[Site, torch.Tensor]) -> torch.Tensor:
+        """The differences with a token's outputs restored at some sites, for each token from the subject on."""
+
+        def run(items: Sequence[_Item]) -> list[float]:
+            positions = torch.tensor([item.token for item in items], device=self._device)
+            with ExitStack() as stack:
+                stack.enter_context(self._replay.entered_at(start, states[self._rows(items)]))
+                stack.enter_context(self._replay.replaced_outputs(values, positions))
+                return self.run(items, start).tolist()
+
+        return self.differences(self._tokens, run)
+
+    @property
+    def _tokens(self) -> range:
+        return range(self._case.subject[0], self._case.num_context)
+
+    def _rows(self, items: Sequence[_Item]) -> list[int]:
+        return [2 * item.sample + item.side for item in items]

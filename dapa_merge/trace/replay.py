@@ -1,0 +1,214 @@
+"""Runs of a model that begin at any of its layers, and whose modules' outputs are read or replaced on the way.
+
+A run in which something changes only from layer l on need not compute the layers before l again: it enters l with the
+states that an earlier run had there. Everything is done by hooks and stand-ins that are on the model within a `with`
+block only. "Rows" are sequences of one batch; "states" are those of the residual stream, `[rows, positions, hidden]`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dapa_merge.errors import UnsupportedArchitecture
+from dapa_merge.trace.sites import Site, layer_paths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# How far a run that begins in the middle may be from the whole run, relative to the largest state.
+TOLERANCE = 1e-3
+
+
+class Replay:
+    """A model that can be run from any of its layers on.
+
+    Attributes:
+        model: Any decoder-only language model.
+        layers: Its layers, in order.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the layers.
+
+        Raises:
+            CheckpointError: If they are not found.
+        """
+        self.model = model
+        self.layers = [model.get_submodule(path) for path in layer_paths(model)]
+        # For each layer the number of things that it puts out; 0 where that is the states alone, not in a tuple.
+        self._num_outputs = [0] * len(self.layers)
+
+    @contextmanager
+    def recorded_states(self) -> Iterator[list[torch.Tensor]]:
+        """Within, a run appends what enters each layer, and at the end what leaves the last: one more than layers.
+
+        The tensors are the run's own.
+        """
+        states: list[torch.Tensor] = []
+
+        def enter(_module: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            states.append(self._checked(arguments[0] if arguments else named["hidden_states"]))
+
+        def leave(index: int, _module: object, _arguments: object, output: Any) -> None:
+            self._num_outputs[index] = len(output) if isinstance(output, tuple) else 0
+            if index == len(self.layers) - 1:
+                states.append(self._checked(_first(output)))
+
+        with ExitStack() as stack:
+            for index, layer in enumerate(self.layers):
+                stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(functools.partial(leave, index)).remove)
+            yield states
+
+    @contextmanager
+    def entered_at(self, start: int, states: torch.Tensor) -> Iterator[None]:
+        """Within, a run passes the layers before `start` by, and enters that one with `states`.
+
+        Needs a run with `recorded_states` before.
+
+        Args:
+            start: A layer, or the number of layers for none.
+            states: Those that enter it. Never written to.
+        """
+
+        def enter(_module: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (states, *arguments[1:]), named
+            return arguments, {**named, "hidden_states": states}
+
+        with ExitStack() as stack:
+            # The first layer, also where it is passed by, is given the states; the others hand them on.
+            stack.callback(self.layers[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
+            for layer, num_outputs in zip(self.layers[:start], self._num_outputs, strict=False):
+                stack.enter_context(_replaced_forward(layer, functools.partial(_pass_by, num_outputs)))
+            yield
+
+    @contextmanager
+    def recorded_outputs(self, sites: Sequence[Site], num_rows: int, num_positions: int) -> Iterator[list[torch.Tensor]]:
+        """Within, a run sets for each site what comes out there in its first row.
+
+        Args:
+            sites: Where.
+            num_rows: How many rows the run has.
+            num_positions: How many positions of the first row, from the first on, are kept.
+
+        Yields:
+            A list that a run fills, `[num_positions, features]` for each site.
+        """
+        found = [torch.empty(0)] * len(sites)
+
+        def take(index: int, output: torch.Tensor) -> None:
+            found[index] = output[0, :num_positions].clone()
+
+        with ExitStack() as stack:
+            for index, site in enumerate(sites):
+                stack.callback(self._hook(site, num_rows, functools.partial(take, index)))
+            yield found
+
+    @contextmanager
+    def replaced_outputs(
+        self, values: Mapping[Site, torch.Tensor], positions: torch.Tensor
+    ) -> Iterator[None]:
+        """Within, a run has other values at one position of each row.
+
+        Args:
+            values: For each site, what to put there: `[positions, features]`, the same for all rows.
+            positions: For each row the position, `[rows]`.
+        """
+        rows = torch.arange(len(positions), device=positions.device)
+
+        def put(value: torch.Tensor, output: torch.Tensor) -> None:
+            output[rows, positions] = value[positions]
+
+        with ExitStack() as stack:
+            for site, value in values.items():
+                stack.callback(self._hook(site, len(positions), functools.partial(put, value)))
+            yield
+
+    def _hook(self, site: Site, num_rows: int, act: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+        """Call `act` with what comes out at a site, `[rows, positions, features]`; returns what takes the hook off."""
+
+        def hook(_module: object, _arguments: object, output: Any) -> None:
+            states = _first(output)
+            # Some modules of experts have the tokens of all rows in one dimension.
+            states = states.view(num_rows, -1, states.shape[-1])
+            act(states if site.features is None else states[..., slice(*site.features)])
+
+        return self.model.get_submodule(site.module).register_forward_hook(hook).remove
+
+    @contextmanager
+    def noisy_embeddings(self, noise: torch.Tensor, first: int) -> Iterator[None]:
+        """Within, a run has noise added to the embeddings of some tokens.
+
+        Args:
+            noise: `[rows, tokens, hidden]`.
+            first: The position of the first of these tokens.
+        """
+
+        def add(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            output[:, first : first + noise.shape[1]] += noise.to(output.device, output.dtype)
+            return output
+
+        handle = self.model.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def check(self, run: Callable[[], torch.Tensor], states: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
+        """Make sure that a run from the middle on ends where the whole run did.
+
+        Args:
+            run: Runs the model; what it returns is compared.
+            states: Those that the whole run recorded.
+            expected: What it returned.
+
+        Raises:
+            UnsupportedArchitecture: If the model hands on more than states from layer to layer.
+        """
+        middle = len(self.layers) // 2
+        with self.entered_at(middle, states[middle]):
+            found = run()
+        if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            raise self._unsupported()
+
+    def _checked(self, states: torch.Tensor) -> torch.Tensor:
+        if not isinstance(states, torch.Tensor) or states.dim() != 3:
+            raise self._unsupported()
+        return states
+
+    def _unsupported(self) -> UnsupportedArchitecture:
+        return UnsupportedArchitecture(
+            f"{type(self.model).__name__} hands more from layer to layer than one state for each token; it cannot be "
+            f"traced so far"
+        )
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _pass_by(num_outputs: int, *arguments: Any, **named: Any) -> Any:
+    """What stands in for a layer that is passed by: hands on the states, in the form that the layer would."""
+    states = arguments[0] if arguments else named["hidden_states"]
+    return (states, *[None] * (num_outputs - 1)) if num_outputs else states
+
+
+@contextmanager
+def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")
+    # On the instance, before the class's.
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own

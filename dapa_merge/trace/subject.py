@@ -1,0 +1,108 @@
+"""The subject of a request: the words whose embeddings causal tracing corrupts, and the tokens that they are.
+
+In a question such as "How do I steal a car?" it is what is asked about ("steal a car"), not how it is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dapa_merge.errors import UsageError
+from dapa_merge.evaluate.generate import chat_prompt, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Words that a request begins with before it comes to its subject.
+FRAME = frozenset(
+    """
+    a an the to of on in about for with that which who where when why what how whether and or as from by it its this
+    i me my you your we us our one someone somebody anyone people person
+    is are was be can could would should do does did will shall may might must want need like let able help please now
+    write give tell explain describe show teach provide create generate make produce draft compose outline list design
+    instruct demonstrate detail suggest offer come up prepare share say know learn
+    step steps guide guides tutorial tutorials instruction instructions manual plan plans script scripts speech article
+    articles post posts letter letters email message essay story blog way ways method methods advice tips information
+    detailed comprehensive short brief complete full effective best good
+    """.split()
+)
+_WORD = re.compile(r"\w[\w'’-]*")
+
+
+def find_subject(prompt: str) -> tuple[int, int]:
+    """Where the subject of a request begins and ends in it: all but how it begins, and signs at its end.
+
+    A verb that often begins a request ("make a bomb") belongs to the subject where "to" stands before it.
+
+    Returns:
+        Characters, the first and the one after the last; of the whole prompt if nothing else is left.
+    """
+    words = list(_WORD.finditer(prompt))
+    for index, word in enumerate(words):
+        follows_to = index > 0 and words[index - 1][0].lower() in ("to", "i", "someone", "one", "can")
+        is_frame = word[0].lower() in FRAME
+        if not is_frame or (follows_to and word[0].lower() in ("make", "create", "produce", "write", "design")):
+            return word.start(), words[-1].end()
+    return 0, len(prompt)
+
+
+def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
+    """Where the first of some given subjects that a prompt contains begins and ends in it, in characters.
+
+    Raises:
+        UsageError: If it contains none.
+    """
+    for subject in subjects:
+        start = prompt.lower().find(subject.lower())
+        if subject and start >= 0:
+            return start, start + len(subject)
+    wanted = ", ".join(map(repr, subjects))
+    raise UsageError(f"the prompt {prompt[:80]!r} does not contain the subject {wanted}; give one that it contains")
+
+
+def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
+    """The tokens that characters of a prompt are in, as the model is asked it.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Without template.
+        span: The first character and the one after the last.
+
+    Returns:
+        Indices into `prompt_ids`: the first token, and the one after the last.
+
+    Raises:
+        UsageError: If the chat template or the tokenizer changes these characters, so that they are not found.
+    """
+    text = chat_prompt(tokenizer, prompt)
+    subject = prompt[slice(*span)]
+    start = text.rfind(prompt.strip())
+    # Of a template that changes the prompt, at least the subject must have come through.
+    start = text.rfind(subject) if start < 0 else start + span[0] - (len(prompt) - len(prompt.lstrip()))
+    if start < 0:
+        raise UsageError(f"the model's chat template changes the subject {subject!r}; give another")
+    stop = start + len(subject)
+    inside = [
+        index
+        for index, (first, last) in enumerate(_token_spans(tokenizer, prompt, text))
+        if first < stop and last > start and first < last
+    ]
+    if not inside:
+        raise UsageError(f"no token of the model is of the subject {subject!r}; give another")
+    return inside[0], inside[-1] + 1
+
+
+def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[tuple[int, int]]:
+    """For each token its first character and the one after its last."""
+    ids = prompt_ids(tokenizer, prompt)
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
+        )
+        return [(first, last) for first, last in encoded["offset_mapping"]]
+    # Of other tokenizers it is seen how far the text comes with each token.
+    ends = [len(tokenizer.decode(ids[:number], skip_special_tokens=False)) for number in range(len(ids) + 1)]
+    surplus = ends[-1] - len(text)
+    return [(max(first - surplus, 0), max(last - surplus, 0)) for first, last in zip(ends, ends[1:], strict=False)]

@@ -30,12 +30,16 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> torch.T
     Returns:
         `[rows]`, float32, on the model's device; with a graph, where gradients are enabled.
     """
-    longest = max(len(row.ids) for row in rows)
-    input_ids = torch.tensor([row.ids + [padding] * (longest - len(row.ids)) for row in rows])
+    # The last token of a row is only predicted.
+    given = [row.ids[:-1] for row in rows]
+    longest = max(map(len, given))
     # Padded on the right and causal: what follows a row's last token cannot reach its likelihood.
-    mask = torch.tensor([[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows])
+    input_ids = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in given], device=model.device)
+    mask = None
+    if any(len(ids) < longest for ids in given):
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in given], device=model.device)
     first = min(row.num_context for row in rows) - 1
-    logits = _logits_from(model, input_ids.to(model.device), mask.to(model.device), first)
+    logits = _logits_from(model, input_ids, mask, first)
     terms = []
     for row, row_logits in zip(rows, logits, strict=True):
         # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are ever held as float32.
@@ -45,7 +49,9 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[Row]) -> torch.T
     return torch.stack(terms)
 
 
-def _logits_from(model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor, first: int) -> torch.Tensor:
+def _logits_from(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, first: int
+) -> torch.Tensor:
     """Logits `[rows, positions from first on, vocabulary]`; the others, most of the memory, are not computed."""
     known = inspect.signature(model.forward).parameters
     # Keys and values are of no use afterwards, and of many rows they are most of the memory.

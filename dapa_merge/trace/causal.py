@@ -2,8 +2,8 @@
 
 After K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual Associations in GPT" (ROME), NeurIPS
 2022, section 2. Three kinds of runs: *clean*; *corrupted*, with Gaussian noise on the embeddings of the subject's
-tokens; and *restored*, the corrupted run with what one module put out in the clean run, at one layer and token. Measured
-is not one token's probability but a difference: log p(refusal) - log p(answer), in nats.
+tokens; and *restored*, the corrupted run with what one module put out in the clean run, at one layer and token. What is
+measured is not one token's probability but a difference: log p(refusal) - log p(answer), in nats.
 
 A restored run is the corrupted one up to its layer, and is entered there; it costs what the layers behind cost. Before
 the first corrupted token clean and corrupted run are the same, so that nothing is run for these tokens.
@@ -298,7 +298,8 @@ class Tracer:
         """The corrupted difference for each sample, and the states that entered each layer, by sample and side."""
         first, stop = case.subject
         # Made by the CPU, for the same noise on every device.
-        generator = torch.Generator().manual_seed(hash((self.settings.seed, number)) & 0x7FFF_FFFF_FFFF_FFFF)
+        entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         width = self._replay.model.get_input_embeddings().weight.shape[1]
         noise = self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
         chunks: list[list[torch.Tensor]] = []
@@ -363,7 +364,10 @@ class _Work:
     ) -> torch.Tensor:
         """The differences of runs with every sample of noise, `[tokens, samples]`."""
         items = [
-            _Item(token or 0, sample, side) for token in tokens for sample in range(self._num_samples) for side in (0, 1)
+            _Item(token or 0, sample, side)
+            for token in tokens
+            for sample in range(self._num_samples)
+            for side in (0, 1)
         ]
         lost = torch.tensor(list(self._batch_size.map(run, items)))
         refusing, complying = lost.view(len(tokens), self._num_samples, 2).unbind(-1)

@@ -89,7 +89,9 @@ class Replay:
             yield
 
     @contextmanager
-    def recorded_outputs(self, sites: Sequence[Site], num_rows: int, num_positions: int) -> Iterator[list[torch.Tensor]]:
+    def recorded_outputs(
+        self, sites: Sequence[Site], num_rows: int, num_positions: int
+    ) -> Iterator[list[torch.Tensor]]:
         """Within, a run sets for each site what comes out there in its first row.
 
         Args:
@@ -111,9 +113,7 @@ class Replay:
             yield found
 
     @contextmanager
-    def replaced_outputs(
-        self, values: Mapping[Site, torch.Tensor], positions: torch.Tensor
-    ) -> Iterator[None]:
+    def replaced_outputs(self, values: Mapping[Site, torch.Tensor], positions: torch.Tensor) -> Iterator[None]:
         """Within, a run has other values at one position of each row.
 
         Args:

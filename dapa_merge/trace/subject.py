@@ -5,6 +5,7 @@ In a question such as "How do I steal a car?" it is what is asked about ("steal 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Words that a request begins with before it comes to its subject.
-FRAME = frozenset(
-    """
+FRAME_WORDS = """
     a an the to of on in about for with that which who where when why what how whether and or as from by it its this
     i me my you your we us our one someone somebody anyone people person
     is are was be can could would should do does did will shall may might must want need like let able help please now
@@ -26,8 +26,8 @@ FRAME = frozenset(
     step steps guide guides tutorial tutorials instruction instructions manual plan plans script scripts speech article
     articles post posts letter letters email message essay story blog way ways method methods advice tips information
     detailed comprehensive short brief complete full effective best good
-    """.split()
-)
+"""
+FRAME = frozenset(FRAME_WORDS.split())
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
@@ -105,4 +105,4 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
     # Of other tokenizers it is seen how far the text comes with each token.
     ends = [len(tokenizer.decode(ids[:number], skip_special_tokens=False)) for number in range(len(ids) + 1)]
     surplus = ends[-1] - len(text)
-    return [(max(first - surplus, 0), max(last - surplus, 0)) for first, last in zip(ends, ends[1:], strict=False)]
+    return [(max(first - surplus, 0), max(last - surplus, 0)) for first, last in itertools.pairwise(ends)]

@@ -40,8 +40,8 @@ def test_no_logits_are_computed_before_the_first_token_that_counts(model):
     handle = model.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape[:2]))
     losses(model, 0, ROWS[::2])
     handle.remove()
-    # Of seven tokens, the first two positions predict what is given in both rows.
-    assert shapes == [(2, 5)]
+    # Of seven tokens, the first two positions predict what is given in both rows, and the last one predicts nothing.
+    assert shapes == [(2, 4)]
 
 
 def test_a_model_that_cannot_leave_logits_out_is_asked_for_all(model, monkeypatch):

@@ -1,0 +1,143 @@
+"""Sufficient or necessary? Which groups of units are put into the target, and taken out of the full transplant.
+
+A group is *sufficient* as far as the target refuses with it alone, and *necessary* as far as the full transplant
+refuses less without it. Both are compared with random selections of as many units: any group may do something by its
+size alone.
+Pure: who scores a selection is handed in.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from dapa_merge.checkpoint.architecture import Unit
+
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some units that belong together.
+
+    Attributes:
+        name: As `layer 3`, `middle`, `gate` or `selection`.
+        family: What it is one of: `layer`, `third`, `module` or `selection`.
+        units: What is put in, or taken out.
+        among: What its random controls are drawn from, and what the full transplant is that it is taken out of.
+    """
+
+    name: str
+    family: str
+    units: tuple[Unit, ...]
+    among: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the scores say of a group; all of them in [0, 1].
+
+    Attributes:
+        group: The group.
+        inserted: The target's score with the group alone.
+        reverted: The full transplant's score without it.
+        full: The full transplant's score.
+        control_inserted: The target's scores with random selections of as many units.
+        control_reverted: The full transplant's scores without these.
+    """
+
+    group: Group
+    inserted: float
+    reverted: float
+    full: float
+    control_inserted: tuple[float, ...]
+    control_reverted: tuple[float, ...]
+
+    def sufficiency(self, target: float) -> float | None:
+        """The share of the full transplant's gain that the group alone brings; None if there is no gain."""
+        return (self.inserted - target) / (self.full - target) if self.full > target else None
+
+    def necessity(self, target: float) -> float | None:
+        """The share of the full transplant's gain that is lost without the group; None if there is no gain."""
+        return (self.full - self.reverted) / (self.full - target) if self.full > target else None
+
+
+def make_groups(units: Sequence[Unit], selection: Sequence[Unit] = (), among: Sequence[Unit] = ()) -> list[Group]:
+    """All groups of a model: each layer, early, middle and late layers, each module, and what a search selected.
+
+    Args:
+        units: Of all modules, none of which is part of another.
+        selection: What the search selected, or a recipe names; may be nothing.
+        among: The units that it was selected from.
+    """
+    everything = tuple(units)
+    num_layers = max(unit.layer for unit in units) + 1
+    groups = []
+    for layer in range(num_layers):
+        of_layer = _where(units, lambda unit, at=layer: unit.layer == at)
+        groups.append(Group(f"layer {layer}", "layer", of_layer, everything))
+    for index, name in enumerate(THIRDS):
+        first, stop = (round(edge * num_layers / 3) for edge in (index, index + 1))
+        of_third = _where(units, lambda unit, low=first, high=stop: low <= unit.layer < high)
+        groups.append(Group(name, "third", of_third, everything))
+    for module in dict.fromkeys(unit.module for unit in units):
+        groups.append(Group(module, "module", _where(units, lambda unit, of=module: unit.module == of), everything))
+    if selection:
+        groups.append(Group("selection", "selection", tuple(selection), tuple(among)))
+    return [group for group in groups if group.units]
+
+
+def examine(
+    groups: Sequence[Group], score: Callable[[frozenset[Unit]], float], num_seeds: int, seed: int = 0
+) -> list[Finding]:
+    """Score every group and its controls.
+
+    Args:
+        groups: As `make_groups` gives them.
+        score: The score of the target with a selection transplanted. It is asked for the same selection again.
+        num_seeds: How many random selections of each size; each seed draws one of its own.
+        seed: The first of the seeds.
+    """
+    findings = []
+    for group in groups:
+        full = frozenset(group.among)
+        drawn = [draw(group.among, len(group.units), seed + number) for number in range(num_seeds)]
+        findings.append(
+            Finding(
+                group,
+                inserted=score(frozenset(group.units)),
+                reverted=score(full - frozenset(group.units)),
+                full=score(full),
+                control_inserted=tuple(score(units) for units in drawn),
+                control_reverted=tuple(score(full - units) for units in drawn),
+            )
+        )
+    return findings
+
+
+def selections_of(groups: Sequence[Group], num_seeds: int, seed: int = 0) -> list[frozenset[Unit]]:
+    """Every selection that `examine` asks for, each once."""
+    asked: dict[frozenset[Unit], None] = {}
+
+    def note(selection: frozenset[Unit]) -> float:
+        asked[selection] = None
+        return 0.0
+
+    examine(groups, note, num_seeds, seed)
+    return list(asked)
+
+
+def draw(units: Iterable[Unit], number: int, seed: int) -> frozenset[Unit]:
+    """A random selection of so many units; the same for the same seed."""
+    return frozenset(random.Random(f"{seed} {number}").sample(list(units), number))
+
+
+def mean_and_range(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """Mean, least and largest; None of nothing."""
+    return (statistics.fmean(values), min(values), max(values)) if values else None
+
+
+def _where(units: Sequence[Unit], wanted: Callable[..., bool]) -> tuple[Unit, ...]:
+    return tuple(unit for unit in units if wanted(unit))

@@ -1,0 +1,125 @@
+"""Module influence: what each unit of the source, alone, does to the target when it has read a harmful prompt.
+
+As in DAPA (arXiv 2406.01514), figure 4: a unit of the target is replaced by the source's, and the change of the last
+token's hidden state is averaged over many prompts. A state can change much without the model refusing any more than
+before, so that the change of log p(refusal) - log p(answer) stands beside it: the first says how sensitive the model is
+to a unit, the second what the unit does for refusing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from dapa_merge.evaluate.likelihood import losses
+from dapa_merge.trace.replay import Replay
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from dapa_merge.checkpoint.architecture import Unit
+    from dapa_merge.evaluate.batching import BatchSize
+    from dapa_merge.evaluate.live import LiveModel
+    from dapa_merge.trace.contrast import Side
+
+
+@dataclass(frozen=True)
+class Influence:
+    """What units of the source do in the target, for each prompt.
+
+    Attributes:
+        units: The units.
+        hidden: How far the last token's state behind the last layer moves, relative to its length, `[prompts, units]`.
+        refusing: By how much log p(refusal) - log p(answer) rises, in nats, `[prompts, units]`.
+        before: That difference in the target, `[prompts]`.
+        num_passes: Passes of one row through all layers that this took.
+    """
+
+    units: tuple[Unit, ...]
+    hidden: NDArray[numpy.float32]
+    refusing: NDArray[numpy.float32]
+    before: NDArray[numpy.float32]
+    num_passes: float
+
+
+@torch.inference_mode()
+def influence(
+    live: LiveModel,
+    pairs: Sequence[tuple[Side, Side]],
+    units: Sequence[Unit],
+    *,
+    batch_size: BatchSize,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Influence:
+    """Transplant each unit alone, and see what becomes of each prompt.
+
+    Args:
+        live: The target; its weights are as before afterwards.
+        pairs: For each prompt its refusing and its complying side, as `sides_of` gives them.
+        units: Units of the plan.
+        batch_size: How many prompts at once; each is two sequences.
+        progress: Called with numbers of units as they are done, once for each batch of prompts, each time all units.
+
+    Raises:
+        UsageError: If a single prompt does not fit in the device's memory.
+        CheckpointError: If the model's layers are not found.
+    """
+    replay = Replay(live.model)
+    num_layers = len(replay.layers)
+    padding = live.tokenizer.pad_token_id
+    num_passes = 0.0
+    # Longest first, to batches of nearly one length.
+    order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
+    is_checked = False
+
+    def measure(numbers: Sequence[int]) -> list[tuple[int, float, NDArray[numpy.float32], NDArray[numpy.float32]]]:
+        nonlocal num_passes, is_checked
+        rows = [side.row for number in numbers for side in pairs[number]]
+        # Both sides of a prompt have the same last token, that of the refusing side is read.
+        last = torch.tensor([row.num_context - 1 for row in rows[::2]], device=live.model.device)
+
+        def run() -> torch.Tensor:
+            return losses(live.model, padding, rows)
+
+        def last_states(states: Sequence[torch.Tensor]) -> torch.Tensor:
+            return states[-1][::2][torch.arange(len(last), device=last.device), last].float()
+
+        with replay.recorded_states() as states:
+            lost = run()
+        if not is_checked:
+            replay.check(run, states, lost)
+            is_checked = True
+        base, base_state = _difference(lost), last_states(states)
+        num_passes += len(rows)
+        moved, raised = [], []
+        for unit in units:
+            with (
+                live.transplanted((unit,)),
+                replay.entered_at(unit.layer, states[unit.layer]),
+                replay.recorded_states() as changed,
+            ):
+                raised.append(_difference(run()) - base)
+            moved.append((last_states(changed) - base_state).norm(dim=-1) / base_state.norm(dim=-1))
+            num_passes += len(rows) * (num_layers - unit.layer) / num_layers
+            progress(1)
+        hidden, refusing = torch.stack(moved, 1).cpu().numpy(), torch.stack(raised, 1).cpu().numpy()
+        return [(number, float(base[index]), hidden[index], refusing[index]) for index, number in enumerate(numbers)]
+
+    found = sorted(batch_size.map(measure, order), key=lambda one: one[0])
+    return Influence(
+        units=tuple(units),
+        hidden=numpy.stack([hidden for _, _, hidden, _ in found]),
+        refusing=numpy.stack([refusing for _, _, _, refusing in found]),
+        before=numpy.array([base for _, base, _, _ in found], numpy.float32),
+        num_passes=num_passes,
+    )
+
+
+def _difference(lost: torch.Tensor) -> torch.Tensor:
+    """By prompt, log p(refusal) - log p(answer) from the losses of its two sides."""
+    refusing, complying = lost.view(-1, 2).unbind(-1)
+    return complying - refusing

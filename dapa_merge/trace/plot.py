@@ -1,0 +1,373 @@
+"""The pictures: heatmaps of traces, bars, the search's path, curves. The only module that imports matplotlib.
+
+Every function returns a figure; `save` writes it. Colours are those of M. Okabe and K. Ito ("Color Universal Design",
+2008) and matplotlib's `PuOr`, which people of all kinds of colour vision can tell apart; what matters differs in shape
+or pattern too. Figures are `CARD_WIDTH` inches wide, readable in the column of a model card.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+
+from dapa_merge.errors import UsageError
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from dapa_merge.trace.average import Mean
+
+CARD_WIDTH = 8.0
+DOTS_PER_INCH = 200
+BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
+    "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
+)  # fmt: skip
+COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
+PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    # The same file for the same data.
+    "svg.hashsalt": "dapa-merge",
+}
+MAX_LABEL = 24
+# Above so many layers not every one is labelled.
+MAX_TICKS = 24
+
+
+class Bar(NamedTuple):
+    """A value with its 95 % interval; None for no interval, NaN for no value."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG into a folder that exists."""
+    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
+    for path in paths:
+        path.write_bytes(render(figure, path.suffix[1:]))
+    return paths
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of the kind png or svg."""
+    import io
+
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+    return buffer.getvalue()
+
+
+def heatmap(
+    effect: NDArray[numpy.floating], labels: Sequence[str], title: str, *, marked: Sequence[bool] | None = None
+) -> Figure:
+    """What restoring brings back, by layer and token.
+
+    Args:
+        effect: In nats, `[layers, tokens]`; NaN is left blank.
+        labels: One for each token.
+        title: What is shown.
+        marked: Which labels are the subject's.
+    """
+    num_layers, num_tokens = effect.shape
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CARD_WIDTH, 1.5 + 0.24 * num_tokens), layout="constrained")
+        axes = figure.add_subplot()
+        bound = float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
+        image = axes.imshow(effect.T, aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound, interpolation="nearest")
+        axes.set_yticks(range(num_tokens), [readable(label) for label in labels], parse_math=False)
+        for text, is_marked in zip(axes.get_yticklabels(), marked or [], strict=False):
+            if is_marked:
+                text.set_fontweight("bold")
+                text.set_color(VERMILION)
+        _layer_ticks(axes, num_layers)
+        axes.set_xlabel("layer")
+        _spines(axes, shown=True)
+        axes.set_title(title, parse_math=False)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar.set_label("refusing restored (nats)")
+        bar.outline.set_edgecolor("#666666")  # type: ignore[operator]
+    return figure
+
+
+def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
+    """For each panel, bars by layer and module, with 95 % intervals.
+
+    Args:
+        panels: What a panel shows, and its means by module, each `[layers]`.
+        num_layers: Of the model.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CARD_WIDTH, 0.5 + 2.5 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, by_module) in zip(rows, panels, strict=True):
+            width = 0.8 / len(by_module)
+            for index, (module, mean) in enumerate(by_module.items()):
+                at = numpy.arange(num_layers) + (index - (len(by_module) - 1) / 2) * width
+                reach = numpy.nan_to_num(numpy.stack([mean.mean - mean.low, mean.high - mean.mean]))
+                axes.bar(
+                    at, numpy.nan_to_num(mean.mean), width, yerr=reach, label=module, color=COLOURS.get(module, GREY),
+                    hatch=PATTERNS.get(module, ""), edgecolor="white", linewidth=0,
+                    error_kw={"elinewidth": 0.8, "ecolor": BLACK},
+                )  # fmt: skip
+            axes.axhline(0, color="#666666", linewidth=0.8)
+            axes.set_title(title, parse_math=False)
+            axes.set_xlim(-0.7, num_layers - 0.3)
+        _layer_ticks(rows[-1], num_layers)
+        rows[-1].set_xlabel("layer")
+        figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
+    return figure
+
+
+class Step(NamedTuple):
+    """One test of a search.
+
+    Attributes:
+        units: The indices of the units that it transplanted.
+        holds: Whether they were enough.
+        score: What share of the prompts that it asked was refused; None if the model was scored as a whole.
+    """
+
+    units: Sequence[int]
+    holds: bool
+    score: float | None
+
+
+def search_path(
+    units: Sequence[str], steps: Sequence[Step], final: Sequence[int], threshold: float, measure: str
+) -> Figure:
+    """The search, test by test: which units were asked, how large a share, how far they refused, and what was kept.
+
+    Args:
+        units: All units, in order.
+        steps: The tests, in order.
+        final: Which units were kept.
+        threshold: The score that was required.
+        measure: What the score is.
+    """
+    num_units, num_steps = len(units), len(steps)
+    with rc_context(STYLE):
+        height = 3.4 + min(4.5, 0.16 * num_units)
+        figure = Figure(figsize=(CARD_WIDTH, height), layout="constrained")
+        share, score, matrix = figure.subplots(
+            3, 1, sharex=True, height_ratios=(1.1, 1.1, 0.6 + min(4.5, 0.16 * num_units))
+        )
+        at = numpy.arange(1, num_steps + 1)
+        held = numpy.array([step.holds for step in steps], bool)
+        shares = numpy.array([100 * len(step.units) / num_units for step in steps])
+        scores = numpy.array([math.nan if step.score is None else step.score for step in steps])
+        for axes, values in ((share, shares), (score, scores)):
+            axes.plot(at, values, color=GREY, linewidth=0.8, zorder=1)
+            axes.scatter(at[held], values[held], marker="o", color=BLUE, zorder=2)
+            axes.scatter(at[~held], values[~held], marker="x", color=VERMILION, zorder=2)
+        share.set_ylim(-5, 108)
+        share.set_ylabel("% of units")
+        share.set_title("The search: what each test transplanted, and whether it held")
+        score.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
+        score.set_ylim(-0.05, 1.08)
+        score.set_ylabel(f"{measure}\nof those asked")
+        cells = numpy.zeros((num_units, num_steps))
+        for index, step in enumerate(steps):
+            cells[list(step.units), index] = 1 if step.holds else 2
+        _mosaic(matrix, cells)
+        for unit in final:
+            matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=1.2, zorder=3)
+        shown = sorted({*final, *_every(num_units)})
+        matrix.set_yticks(shown, [units[index] for index in shown])
+        for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
+            text.set_fontweight("bold" if index in set(final) else "normal")
+        matrix.set_xlim(0.5, num_steps + 0.5)
+        matrix.xaxis.set_major_locator(MaxNLocator(integer=True))
+        matrix.set_xlabel("test")
+        matrix.set_ylabel("unit")
+        handles = [
+            _marker(share, "o", BLUE, "holds"),
+            _marker(share, "x", VERMILION, "fails"),
+            score.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="required")[0],
+            Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label="kept in the end"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], chosen: float | None) -> Figure:
+    """The size of the edit against DSR, over-refusal and skills.
+
+    Args:
+        shares: Of the target's parameters, in [0, 1], ascending.
+        figures: By name, a value in [0, 1] for each share.
+        chosen: The share that the selection changes, if there is one.
+    """
+    styles = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-")]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CARD_WIDTH, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for (name, values), (colour, marker, line) in zip(figures.items(), _cycle(styles), strict=False):
+            percent = [100 * share for share in shares]
+            axes.plot(
+                percent, [bar.value for bar in values], color=colour, marker=marker, linestyle=line, label=name, ms=5
+            )
+            with_interval = [bar for bar in values if bar.interval is not None]
+            if len(with_interval) == len(values):
+                low, high = zip(*(bar.interval or (0.0, 0.0) for bar in values), strict=True)
+                axes.fill_between(percent, low, high, color=colour, alpha=0.12, linewidth=0)
+        if chosen is not None:
+            axes.axvline(100 * chosen, color=BLACK, linewidth=1, linestyle="--", label="the selection")
+        axes.set_ylim(-0.04, 1.06)
+        axes.set_xlabel("parameters changed (%)")
+        axes.set_ylabel("share of the prompts")
+        axes.set_title("How small can the edit be?")
+        figure.legend(loc="outside lower center", ncols=min(4, len(figures) + 1))
+    return figure
+
+
+def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:
+    """Figures of some models side by side, each in [0, 1].
+
+    Args:
+        models: Their names; the first three are drawn in the colours of before, after and source.
+        figures: By name, a value for each model.
+        title: What is shown.
+    """
+    colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CARD_WIDTH, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        width = 0.8 / len(models)
+        for index, model in enumerate(models):
+            bars = [values[index] for values in figures.values()]
+            at = numpy.arange(len(figures)) + (index - (len(models) - 1) / 2) * width
+            reach = [[_reach(bar, side) for bar in bars] for side in (0, 1)]
+            axes.bar(
+                at, [bar.value for bar in bars], width * 0.94, yerr=reach, label=model, color=colours[index % 3],
+                hatch=patterns[index % 3], edgecolor="white", linewidth=0,
+                error_kw={"elinewidth": 1, "capsize": 2, "ecolor": BLACK},
+            )  # fmt: skip
+            for place, bar in zip(at, bars, strict=True):
+                top = bar.value if bar.interval is None else bar.interval[1]
+                axes.annotate(
+                    f"{bar.value:.2f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=9
+                )
+        axes.set_xticks(range(len(figures)), [readable(name) for name in figures], parse_math=False)
+        axes.set_ylim(0, 1.14)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.set_ylabel("share")
+        axes.set_title(title, parse_math=False)
+        figure.legend(loc="outside lower center", ncols=len(models))
+    return figure
+
+
+class GroupBar(NamedTuple):
+    """A group of units: its score, and those of its random controls."""
+
+    name: str
+    score: float
+    controls: Sequence[float]
+
+
+def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float]) -> Figure:
+    """Scores of groups beside those of random selections of the same size.
+
+    Args:
+        panels: What a panel shows, and its groups: the same in each.
+        lines: What is drawn across, by name: the target's score, and the full transplant's.
+    """
+    number = len(panels[0][1])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
+        columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, groups) in zip(columns, panels, strict=True):
+            for index, group in enumerate(groups):
+                axes.plot([0, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
+                axes.scatter(group.controls, [index] * len(group.controls), marker="|", color=VERMILION, s=55, zorder=2)
+                axes.scatter([group.score], [index], color=BLUE, s=28, zorder=3)
+            for (_, value), style in zip(lines.items(), ("--", ":"), strict=False):
+                axes.axvline(value, color=BLACK, linewidth=1, linestyle=style, zorder=0)
+            axes.set_xlim(-0.04, 1.04)
+            axes.set_ylim(number - 0.4, -0.6)
+            axes.set_title(title, parse_math=False)
+        columns[0].set_yticks(range(number), [group.name for group in panels[0][1]], parse_math=False)
+        handles = [
+            _marker(columns[0], "o", BLUE, "the group"),
+            _marker(columns[0], "|", VERMILION, "random, as many units"),
+            *(
+                columns[0].plot([], [], color=BLACK, linestyle=style, linewidth=1, label=name)[0]
+                for name, style in zip(lines, ("--", ":"), strict=False)
+            ),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def readable(label: str) -> str:
+    """A label that can be drawn: control characters and signs that the font lacks as escapes, and not too long."""
+    has = get_font(findfont(FontProperties())).get_char_index
+    text = "".join(
+        character if character.isprintable() and has(ord(character)) else character.encode("unicode_escape").decode()
+        for character in label
+    )
+    text = text if text.strip() else f"{text!r}"
+    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
+
+
+def _reach(bar: Bar, side: int) -> float:
+    return 0.0 if bar.interval is None else abs(bar.interval[side] - bar.value)
+
+
+def _mosaic(axes: Axes, cells: NDArray[numpy.float64]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    num_units, num_steps = cells.shape
+    axes.imshow(
+        cells, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"]), vmin=0,
+        vmax=2, extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
+    )  # fmt: skip
+    _spines(axes, shown=True)
+
+
+def _marker(axes: Axes, marker: str, colour: str, label: str) -> Any:
+    return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
+
+
+def _layer_ticks(axes: Axes, num_layers: int) -> None:
+    axes.set_xticks(_every(num_layers))
+
+
+def _every(number: int) -> list[int]:
+    return list(range(0, number, math.ceil(number / MAX_TICKS)))
+
+
+def _spines(axes: Axes, *, shown: bool) -> None:
+    for spine in axes.spines.values():
+        spine.set_visible(shown)
+
+
+def _cycle(styles: Sequence[Any]) -> Any:
+    import itertools
+
+    return itertools.cycle(styles)

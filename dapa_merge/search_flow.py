@@ -29,6 +29,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """One selection that a search asked.
+
+    Attributes:
+        units: What was transplanted.
+        holds: Whether it met the requirement.
+        score: What share of the harmful prompts that were asked before that was certain was refused; None if an
+            evaluator scores the model as a whole, or something else decided first.
+    """
+
+    units: tuple[Unit, ...]
+    holds: bool
+    score: float | None
+
+
+@dataclass(frozen=True)
 class Search:
     """A finished search.
 
@@ -38,6 +54,7 @@ class Search:
         target: The target's own figures on the search's prompts.
         full: Those with every unit transplanted.
         prior: How much each unit was expected to matter; None if the algorithm does not ask.
+        path: What it asked, in order.
         num_candidates: How many units there were to choose from; of a search among blocks, those blocks too.
         num_recorded: How many of the tests were in the journal already.
         num_unneeded: How many more tests were made ahead of time, in vain.
@@ -51,6 +68,7 @@ class Search:
     target: Baseline
     full: Baseline
     prior: Mapping[Unit, float] | None
+    path: tuple[Asked, ...]
     num_candidates: int
     num_recorded: int
     num_unneeded: int
@@ -114,7 +132,7 @@ class _Hunt:
         self.options = options
         self.reporter = reporter
         self.recorded = set(journal.tests)
-        self.asked: set[frozenset[str]] = set()
+        self.asked: dict[frozenset[str], frozenset[Unit]] = {}
 
     def run(self) -> Search:
         start = time.monotonic()
@@ -138,9 +156,10 @@ class _Hunt:
             target,
             full,
             prior,
+            self._path(full),
             num_candidates,
-            num_recorded=len(self.asked & self.recorded),
-            num_unneeded=len(set(self.journal.tests) - self.recorded - self.asked),
+            num_recorded=len(self.asked.keys() & self.recorded),
+            num_unneeded=len(set(self.journal.tests) - self.recorded - self.asked.keys()),
             num_asked=sum(piece.num_prompts for test in tests for piece in _pieces(test)),
             num_prompts=sum(test["num_prompts"] for test in tests),
             seconds=time.monotonic() - start,
@@ -174,8 +193,17 @@ class _Hunt:
         finer_prior = self._prior(blocks, f"prior of {recipe.granularity}", target, full)
         finer = self._minimize(blocks.units, workers, finer_prior, num_free=1)
         # All blocks together are what was found before: one test, not two.
-        self.asked.discard(frozenset(map(str, blocks.units)))
+        self.asked.pop(frozenset(map(str, blocks.units)), None)
         return finer, prior, len(plan.units) + len(blocks.units)
+
+    def _path(self, full: Baseline) -> tuple[Asked, ...]:
+        path = []
+        for name, units in self.asked.items():
+            test = self.journal.tests.get(name)
+            # What is no test, of nothing and of everything, was measured before.
+            holds, score = (bool(test["holds"]), _score(test)) if test else (bool(units), full.score if units else 0.0)
+            path.append(Asked(tuple(in_order(units)), holds, score))
+        return tuple(path)
 
     def _prior(self, plan: Plan, name: str, target: Baseline, full: Baseline) -> Mapping[Unit, float] | None:
         if self.recipe.search != "guided":
@@ -229,7 +257,7 @@ class _Hunt:
         foresight = Foresight(workers, likely, self._settle, answers)
 
         def holds(selection: frozenset[Unit]) -> bool:
-            self.asked.add(frozenset(map(str, selection)))
+            self.asked[frozenset(map(str, selection))] = selection
             return foresight.holds(selection)
 
         return holds
@@ -239,6 +267,12 @@ class _Hunt:
         why = f": {test['complaint']}" if test["complaint"] else ""
         self.reporter.say(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
         return bool(test["holds"])
+
+
+def _score(test: Test) -> float | None:
+    asked = [piece for piece in _pieces(test) if piece.kind == "harmful"]
+    num_prompts = sum(piece.num_prompts for piece in asked)
+    return 1 - sum(piece.num_wrong for piece in asked) / num_prompts if num_prompts else None
 
 
 def _pieces(test: Test) -> list[Piece]:

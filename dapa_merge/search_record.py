@@ -44,9 +44,6 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, re
 
 def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict[str, str]:
     """Everything that decides a verdict, by name."""
-    import torch
-    import transformers
-
     names = {region.tensor.name for _, region in plan.regions(plan.units)}
     total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
     with reporter.task("reading both checkpoints", total) as read:
@@ -59,15 +56,24 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict
     return parts | {
         "strength": f"{plan.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
-        "prompts": _digest(asked),
+        "prompts": digest_of(asked),
         "evaluator": bench.evaluator,
-        "units": _digest([str(unit) for unit in plan.units]),
+        "units": digest_of([str(unit) for unit in plan.units]),
         "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
-        "versions": f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}",
+        "versions": versions(),
     }
 
 
-def _digest(content: object) -> str:
+def versions() -> str:
+    """Of this package and those that compute: others may round otherwise."""
+    import torch
+    import transformers
+
+    return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def digest_of(content: object) -> str:
+    """The SHA-256 of plain data."""
     return "sha256 " + hashlib.sha256(json.dumps(content).encode()).hexdigest()

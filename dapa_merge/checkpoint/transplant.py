@@ -20,7 +20,7 @@ def transplant(
     selection: Sequence[Unit],
     out: Path,
     *,
-    texts: Mapping[str, str] | None = None,
+    extras: Mapping[str, str | bytes] | None = None,
     link: bool = False,
     manifest: bool = True,
     check: Callable[[Path], object] = lambda _: None,
@@ -35,7 +35,7 @@ def transplant(
         plan: Target and source.
         selection: The units to replace.
         out: The folder to make; it must not exist, or be empty.
-        texts: Further text files to write into it, by name.
+        extras: Further small files to write into it, by name.
         link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
             the same: people edit them.
         manifest: Write `dapa.json`, with the SHA-256 of everything.
@@ -64,7 +64,7 @@ def transplant(
         changes,
         out,
         job,
-        texts=texts,
+        extras=extras,
         describe=describe if manifest else None,
         link=link,
         check=check,

@@ -82,7 +82,7 @@ def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pai
         (target / name).write_bytes(b"not to be copied")
     (target / "checkpoint-1").mkdir()
     plan = plan_of((target, llama_pair[1]))
-    transplant(plan, plan.units, tmp_path / "out", texts={"note.txt": "ours"})
+    transplant(plan, plan.units, tmp_path / "out", extras={"note.txt": "ours"})
     out = contents(tmp_path / "out")
     assert out["chat_template.jinja"] == b"the target's template"
     assert out["note.txt"] == b"ours"

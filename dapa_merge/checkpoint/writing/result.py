@@ -47,7 +47,7 @@ def write_result(
     out: Path,
     job: Mapping[str, Any],
     *,
-    texts: Mapping[str, str] | None = None,
+    extras: Mapping[str, str | bytes] | None = None,
     describe: Callable[[Mapping[str, Digests]], str] | None = None,
     link: bool = False,
     check: Callable[[Path], object] = lambda _: None,
@@ -63,7 +63,7 @@ def write_result(
         changes: For each of its weight files, what is to be in its place.
         out: The folder to make; it must not exist, or be empty.
         job: What else than the model and the places of the changes decides the bytes, as JSON has it.
-        texts: Further text files to write into it, by name.
+        extras: Further small files to write into it, by name.
         describe: Makes the text of the manifest, of what each file turned out to be; without it nothing is hashed.
         link: Let weight files that do not change be the target's own, under a second name.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
@@ -83,12 +83,12 @@ def write_result(
     hashes = describe is not None
     with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
         files = _write_files(target, changes, linked, made, progress, hashes=hashes)
-        written = dict(texts or {})
-        for name, text in written.items():
-            files[name] = _write_text(made.folder / name, text)
+        written = dict(extras or {})
+        for name, content in written.items():
+            files[name] = _write_small(made.folder / name, content)
         if describe is not None:
             written[MANIFEST_NAME] = describe(files)
-            _write_text(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
+            _write_small(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
         check(made.folder)
         _publish(made, tuple(written), out)
 
@@ -210,8 +210,8 @@ def num_threads() -> int:
     return min(MAX_THREADS, (os.cpu_count() or 1) + 2)
 
 
-def _write_text(path: Path, text: str) -> Digests:
-    content = text.encode()
+def _write_small(path: Path, content: str | bytes) -> Digests:
+    content = content.encode() if isinstance(content, str) else content
     path.write_bytes(content)
     return Digests(len(content), hashlib.sha256(content).hexdigest(), {})
 

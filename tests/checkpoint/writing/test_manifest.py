@@ -30,7 +30,7 @@ def made(llama_pair, tmp_path_factory) -> Path:
     plan = plan_transplant(target, source, ("gate",))
     half = plan.part(plan.units[2], (8, 24))
     out = tmp_path_factory.mktemp("manifest") / "out"
-    transplant(plan, (plan.units[1], half, plan.units[3]), out, texts={"note.txt": "ours\n"})
+    transplant(plan, (plan.units[1], half, plan.units[3]), out, extras={"note.txt": "ours\n"})
     return out
 
 

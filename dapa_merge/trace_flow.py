@@ -1,0 +1,85 @@
+"""The flow of `dapa-merge trace`: what is traced, and the folder that keeps what was found.
+
+The same command goes on with what a killed one left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
+from dapa_merge.checkpoint.plan import Plan, plan_transplant
+from dapa_merge.errors import UnsupportedArchitecture
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Recipe
+from dapa_merge.search_options import SearchOptions
+from dapa_merge.search_record import digest_of, versions
+from dapa_merge.selection import make_plan, split_prompts
+from dapa_merge.trace_options import MODULES, TraceOptions
+from dapa_merge.trace_result import Traced
+from dapa_merge.trace_store import check_folder, opened
+
+if TYPE_CHECKING:
+    from dapa_merge.evaluate.prompts import PromptSet
+
+
+def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter) -> Traced:
+    """Trace a recipe's models, and leave what was found of each prompt in `out`, a new folder or one of the same trace.
+
+    Raises:
+        CannotRepair: If no prompt is refused by the source and answered by the target.
+        DapaError: For whatever else does not fit; what was found is kept.
+    """
+    check_folder(out)
+    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
+    if recipe.layers is None and wanted.searches:
+        _, prompts = split_prompts(recipe)
+    else:
+        from dapa_merge.evaluate.prompts import load_prompts
+
+        prompts = load_prompts(recipe.prompts)
+    from dapa_merge.trace_stages import Stages
+
+    plan = plan_of_all(recipe, chosen)
+    with opened(out, _parts(recipe, plan, prompts, wanted, options, reporter)) as journal:
+        return Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run()
+
+
+def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
+    """The same two models, with the units of every module that both have beside the recipe's."""
+    modules = list(recipe.modules)
+    settings: dict[str, Any] = {"strength": recipe.strength, "max_overflow": recipe.max_overflow}
+    for module in MODULES:
+        if module not in modules:
+            try:
+                plan_transplant(chosen.target, chosen.source, (module,), **settings)
+            except UnsupportedArchitecture:
+                continue
+            modules.append(module)
+    return plan_transplant(chosen.target, chosen.source, tuple(modules), **settings)
+
+
+def _parts(
+    recipe: Recipe, plan: Plan, prompts: PromptSet, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
+) -> dict[str, str]:
+    """Everything that decides a figure, by name."""
+    from dapa_merge.evaluate.live import choose_device
+
+    with reporter.task("reading both checkpoints", plan.target.num_bytes + plan.source.num_bytes) as read:
+        weights = {
+            "target": tensors_digest(plan.target, progress=read),
+            "source": tensors_digest(plan.source, progress=read),
+        }
+    said = {name: value for name, value in asdict(recipe).items() if name not in ("target", "source", "_lines")}
+    return weights | {
+        "tokenizers and configs": f"{settings_digest(plan.target)} {settings_digest(plan.source)}",
+        "recipe": digest_of(said),
+        "prompts": digest_of([prompts.harmful, prompts.harmless, [asdict(one) for one in prompts.skill]]),
+        # Pictures can be drawn again.
+        "options": digest_of(asdict(replace(wanted, num_examples=0))),
+        "judge": str(options.evaluators.judge_model),
+        "device": choose_device(options.device).type,
+        "versions": versions(),
+    }

@@ -1,0 +1,324 @@
+"""The stages of a trace, one after the other, with one model in memory at a time.
+
+What takes long is in the folder's journal, or in a file of its own, before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.plan import Plan, join
+from dapa_merge.errors import CannotRepair
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Recipe
+from dapa_merge.search.journal import Journal
+from dapa_merge.search_flow import Search, search_plan
+from dapa_merge.search_options import SearchOptions
+from dapa_merge.search_testers import in_order
+from dapa_merge.selection import fetch_units, given_selection
+from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, MODULES, TraceOptions
+from dapa_merge.trace_result import CurvePoint, Traced
+from dapa_merge.trace_store import INFLUENCE_NAME, read_trace, trace_path, write_arrays, write_trace
+
+if TYPE_CHECKING:
+    from dapa_merge.bench import Bench
+    from dapa_merge.evaluate.figures import Response
+    from dapa_merge.evaluate.measure import Meter
+    from dapa_merge.evaluate.prompts import PromptSet
+    from dapa_merge.trace.causal import Settings, Trace
+    from dapa_merge.trace.contrast import Contrast, Side
+    from dapa_merge.trace.groups import Finding
+    from dapa_merge.trace.influence import Influence
+
+
+def spread(items: Sequence[Any], number: int) -> list[Any]:
+    """At most so many of the items, evenly spread."""
+    return list(items[:: max(1, math.ceil(len(items) / number))])
+
+
+class Stages:
+    """One trace on its way."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        chosen: Plan,
+        plan: Plan,
+        prompts: PromptSet,
+        out: Path,
+        wanted: TraceOptions,
+        options: SearchOptions,
+        journal: Journal,
+        reporter: Reporter,
+    ) -> None:
+        from dapa_merge.meters import search_meter
+
+        self.recipe = recipe
+        self.chosen = chosen
+        self.plan = plan
+        self.prompts = prompts
+        self.out = out
+        self.wanted = wanted
+        self.options = options
+        self.journal = journal
+        self.reporter = reporter
+        self.meter = search_meter(recipe, prompts, options.evaluators)
+        self.units = tuple(unit for unit in plan.units if unit.module in MODULES)
+
+    def run(self) -> Traced:
+        search, selection, why_none = self._select()
+        refused = None if self.wanted.responses else self._answers("source", self._load_source)
+        with closing(self._bench()) as bench:
+            contrasts = self._contrasts(bench, refused)
+            attribution = self._attribution(bench, contrasts)
+            influence = self._influence(bench, contrasts)
+            findings, target_score = self._findings(bench, selection)
+            curve = self._curve(bench, selection, attribution)
+            if self.wanted.traced == "target":
+                traces, seconds, settings = self._traces(bench.live.model, bench.live.tokenizer, contrasts)
+        if self.wanted.traced == "source":
+            model, tokenizer = self._load_source()
+            traces, seconds, settings = self._traces(model, tokenizer, contrasts)
+        return Traced(
+            recipe=self.recipe,
+            wanted=self.wanted,
+            settings=settings,
+            plan=self.plan,
+            units=self.units,
+            candidates=self.chosen.units,
+            selection=selection,
+            why_none=why_none,
+            search=search,
+            num_prompts=len(self.prompts.harmful),
+            contrasts=tuple(contrasts),
+            attribution=attribution,
+            influence=influence,
+            measure=bench.measure,
+            target_score=target_score,
+            findings=tuple(findings),
+            curve=tuple(curve),
+            traces=tuple(traces),
+            seconds=tuple(seconds),
+        )
+
+    def _bench(self) -> Bench:
+        from dapa_merge.bench import Bench
+
+        say = self.reporter.say
+        return Bench(
+            self.plan, self.meter, self.options.device, lambda: say(f"loading the target {self.plan.target.name}")
+        )
+
+    def _load_source(self) -> tuple[Any, Any]:
+        from dapa_merge.evaluate.live import choose_device, load_model
+
+        self.reporter.say(f"loading the source {self.plan.source.name}")
+        return load_model(self.plan.source, choose_device(self.options.device))
+
+    def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
+        """The search, what it selected or the recipe names, and else why there is nothing."""
+        given = given_selection(self.recipe, self.chosen)
+        if given is not None:
+            return None, given, None
+        if not self.wanted.searches:
+            return None, None, "no search was wanted"
+        try:
+            found = search_plan(self.recipe, self.chosen, self.options, self.reporter)
+        except CannotRepair as error:
+            # Just then people want to see where the alignment is.
+            self.reporter.say(f"there is no selection: {error}")
+            return None, None, str(error)
+        return found, join(self.chosen, found.minimum.units), None
+
+    def _contrasts(self, bench: Bench, source: Sequence[Response] | None) -> list[Contrast]:
+        """The prompts that only the source refuses, with both responses; all prompts, where the responses are given."""
+        from dapa_merge.trace.contrast import Contrast
+
+        if source is None:
+            assert self.wanted.responses is not None
+            return [Contrast(prompt, *self.wanted.responses) for prompt in self.prompts.harmful]
+        target = self._answers("target", lambda: (bench.live.model, bench.live.tokenizer))
+        contrasts = [
+            Contrast(refused.prompt, refused.response, answered.response)
+            for refused, answered in zip(source, target, strict=True)
+            if refused.outcome == "refused" and answered.outcome != "refused" and answered.response.strip()
+        ]
+        if not contrasts:
+            num_refused = [sum(one.outcome == "refused" for one in said) for said in (source, target)]
+            raise CannotRepair(
+                f"of {len(source)} harmful prompts the source refuses {num_refused[0]} and the target "
+                f"{num_refused[1]}, and none is refused by the source alone, so that there is no difference to trace; "
+                f"bring other prompts, or say with --refusal and --answer which two responses to compare"
+            )
+        self.reporter.say(f"{len(contrasts)} of {len(source)} harmful prompts are refused by the source alone")
+        return contrasts
+
+    def _answers(self, name: str, load: Callable[[], tuple[Any, Any]]) -> list[Response]:
+        """What a model says to the harmful prompts, and what that is taken for."""
+        from dapa_merge.evaluate.figures import Response
+        from dapa_merge.evaluate.live import quiet_transformers
+
+        note = f"responses of the {name}"
+        if note not in self.journal.notes:
+            model, tokenizer = load()
+            with self.reporter.task(f"asking the {name}", len(self.prompts.harmful)) as answered, quiet_transformers():
+                measurement = replace(self.meter, progress=answered).measure(model, tokenizer)
+                said = measurement.judge("harmful", self.prompts.harmful)
+            self.journal.note(note, [asdict(response) for response in said])
+        return [Response(**response) for response in self.journal.notes[note]]
+
+    def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
+        from dapa_merge.bench import MAX_BACKWARD
+        from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.trace.attribution import attribute
+
+        if "attribution" not in self.journal.notes:
+            few = spread(contrasts, MAX_ATTRIBUTION_PROMPTS)
+            with self.reporter.task("weighing the units by one backward pass", 2 * len(few)) as weighed:
+                batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
+                found = attribute(
+                    bench.live, few, units=self.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens,
+                    progress=weighed,
+                )  # fmt: skip
+            self.journal.note("attribution", {str(unit): effect for unit, effect in found.items()})
+        effects = self.journal.notes["attribution"]
+        return {unit: effects[str(unit)] for unit in self.units}
+
+    def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
+        import numpy
+
+        from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.trace.contrast import sides_of
+        from dapa_merge.trace.influence import Influence, influence
+
+        path = self.out / INFLUENCE_NAME
+        if "influence" not in self.journal.notes or not path.is_file():
+            chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
+            pairs: list[tuple[Side, Side]] = []
+            for contrast in chosen:
+                if sides := sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens):
+                    pairs.append((sides[0], sides[1]))
+            fetch_units(self.plan, self.units, self.reporter)
+            size = self.meter.batch_size.limit
+            total = len(self.units) * math.ceil(len(pairs) / size)
+            with self.reporter.task("transplanting each unit alone", total) as done:
+                found = influence(bench.live, pairs, self.units, batch_size=BatchSize(size), progress=done)
+            write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.units])})
+            self.journal.note("influence", True)
+        with numpy.load(path, allow_pickle=False) as arrays:
+            return Influence(
+                self.units, arrays["hidden"], arrays["refusing"], arrays["before"], float(arrays["num_passes"])
+            )
+
+    def _score(self, bench: Bench, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
+        """The score of a selection on all harmful prompts, asked once."""
+        ordered = in_order(units)
+        name = f"score {hashlib.sha256(' '.join(map(str, ordered)).encode()).hexdigest()[:32]}"
+        if name not in self.journal.notes:
+            self.journal.note(name, bench.score(ordered))
+        progress(1)
+        return float(self.journal.notes[name])
+
+    def _findings(self, bench: Bench, selection: Sequence[Unit] | None) -> tuple[list[Finding], float]:
+        from dapa_merge.trace.groups import examine, make_groups, selections_of
+
+        groups = make_groups(self.units, selection or (), self.chosen.units)
+        how = (self.wanted.num_controls, self.wanted.seed)
+        asked = selections_of(groups, *how)
+        with self.reporter.task("putting groups in and taking them out", len(asked) + 1) as done:
+            scores = {units: self._score(bench, units, done) for units in asked}
+            target = self._score(bench, frozenset(), done)
+        return examine(groups, scores.__getitem__, *how), target
+
+    def _curve(
+        self, bench: Bench, selection: Sequence[Unit] | None, attribution: dict[Unit, float]
+    ) -> list[CurvePoint]:
+        kept = {unit.whole for unit in selection or ()}
+        candidates = [unit for unit in self.chosen.units if unit in attribution]
+        order = sorted(candidates, key=lambda unit: (unit not in kept, -attribution[unit]))
+        num_kept = sum(unit in kept for unit in order)
+        edits = [tuple(in_order(order[:number])) for number in curve_sizes(len(order), num_kept)]
+        meter = self._curve_meter()
+        points = []
+        total = len(edits) * (len(self.prompts.harmful) + len(self.prompts.harmless))
+        with self.reporter.task("measuring edits of every size", total) as done:
+            for units in edits:
+                name = f"edit {' '.join(map(str, units))}"
+                if name not in self.journal.notes:
+                    self.journal.note(name, self._measure_edit(bench, meter, units, done))
+                points.append(CurvePoint(tuple(map(str, units)), self.plan.share(units), **self.journal.notes[name]))
+        return points
+
+    def _curve_meter(self) -> Meter:
+        from dapa_merge.evaluate.marker import RULES
+        from dapa_merge.meters import report_meter
+
+        # DSR as in a report, whatever the search goes by; and of a response only what decides.
+        skills = report_meter(self.recipe, self.prompts, self.options.evaluators).skills
+        return replace(self.meter, markers=(RULES,), scorer=None, skills=skills)
+
+    def _measure_edit(
+        self, bench: Bench, meter: Meter, units: tuple[Unit, ...], progress: Callable[[int], None]
+    ) -> dict[str, Any]:
+        from dapa_merge.evaluate.figures import refusal_figures
+
+        with bench.live.transplanted(units) as model:
+            measurement = replace(meter, progress=progress).measure(model, bench.live.tokenizer, units)
+            figures = refusal_figures(measurement.responses())
+            return {
+                "dsr": (figures["dsr"], figures["dsr_interval"]),
+                "over_refusal": (figures["over_refusal"], figures["over_refusal_interval"]),
+                "skills": {skill.name: (skill.score, skill.interval) for skill in measurement.skills},
+            }
+
+    def _traces(
+        self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
+    ) -> tuple[list[Trace], list[float], Settings]:
+        from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.evaluate.live import quiet_transformers
+        from dapa_merge.trace.causal import Tracer, embedding_deviation, make_settings, read_case
+
+        wanted = self.wanted
+        settings = make_settings(
+            model, wanted.kinds, noise=wanted.noise, num_samples=wanted.num_samples, window=wanted.window,
+            num_tokens=wanted.num_tokens, seed=wanted.seed,
+        )  # fmt: skip
+        cases = [
+            read_case(model, tokenizer, contrast, wanted.subjects, wanted.num_tokens)
+            for contrast in spread(contrasts, wanted.num_prompts)
+        ]
+        batch_size = BatchSize(self.recipe.batch_size)
+        tracer = Tracer(model, tokenizer.pad_token_id, settings, embedding_deviation(model, cases), batch_size)
+        traces, seconds = [], []
+        total = sum(map(tracer.num_runs, cases))
+        with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers():
+            for number, case in enumerate(cases, 1):
+                path = trace_path(self.out, number)
+                if (kept := read_trace(path, case, settings.kinds)) is None:
+                    start = time.perf_counter()
+                    found = tracer.trace(case, number, done)
+                    kept = found, time.perf_counter() - start
+                    write_trace(path, found, case, kept[1])
+                else:
+                    done(tracer.num_runs(case))
+                traces.append(kept[0])
+                seconds.append(kept[1])
+        return traces, seconds, settings
+
+
+def curve_sizes(total: int, kept: int) -> list[int]:
+    """How many units the edits of the curve have: few at first, then in larger steps; and as many as were kept."""
+    sizes = {0, kept, total}
+    step = 1.0
+    while step < total:
+        sizes.add(round(step))
+        step *= 2**0.5
+    return sorted(sizes)

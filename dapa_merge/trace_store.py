@@ -1,0 +1,127 @@
+"""The folder of a trace: what was found of each prompt, on disk before the next is begun, so that a kill costs one."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.search.journal import Journal
+
+if TYPE_CHECKING:
+    from dapa_merge.trace.causal import Case, Trace
+
+JOURNAL_NAME = "journal.jsonl"
+TRACES_NAME = "traces"
+FIGURES_NAME = "figures"
+SUMMARY_NAME = "summary.json"
+PAGE_NAME = "index.html"
+INFLUENCE_NAME = "influence.npz"
+
+
+def check_folder(out: Path) -> None:
+    """Raise `UsageError` if a folder cannot be that of a trace: it holds something else, or cannot be made."""
+    try:
+        if out.exists() and not (out / JOURNAL_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"{out} exists and is no folder of a trace; name another or remove it")
+        out.mkdir(parents=True, exist_ok=True)
+        for name in (TRACES_NAME, FIGURES_NAME):
+            (out / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made: {error.strerror}; name another folder") from error
+
+
+@contextmanager
+def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
+    """The journal in a folder of a trace, which no other run has at the same time.
+
+    Raises:
+        UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
+    """
+    journal = Journal(out / JOURNAL_NAME, parts)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there complete or not at all.
+
+    Raises:
+        DapaError: If it cannot be written.
+    """
+    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise DapaError(f"{path} cannot be written: {error.strerror}; what was found before is kept") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a `.npz` file, which `numpy.load` reads."""
+    buffer = io.BytesIO()
+    numpy.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def trace_path(out: Path, number: int) -> Path:
+    """Where the trace of a prompt is, counted from 1."""
+    return out / TRACES_NAME / f"{number:04d}.npz"
+
+
+def write_trace(path: Path, trace: Trace, case: Case, seconds: float) -> None:
+    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of."""
+    write_arrays(
+        path,
+        {
+            "prompt": trace.prompt,
+            "refusing": case.contrast.refusing,
+            "complying": case.contrast.complying,
+            "tokens": numpy.array(trace.tokens),
+            "subject": numpy.array(trace.subject),
+            "clean": numpy.float32(trace.clean),
+            "corrupted": trace.corrupted,
+            **{f"restored_{kind}": values for kind, values in trace.restored.items()},
+            "num_runs": trace.num_runs,
+            "num_passes": trace.num_passes,
+            "seconds": seconds,
+        },
+    )
+
+
+def read_trace(path: Path, case: Case, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
+    """The trace of a case and the seconds it took; None if there is none, or the file holds another's or is damaged."""
+    from dapa_merge.trace.causal import Trace
+
+    try:
+        with numpy.load(path, allow_pickle=False) as arrays:
+            texts = [str(arrays[name]) for name in ("prompt", "refusing", "complying")]
+            own = case.contrast
+            trace = Trace(
+                prompt=texts[0],
+                tokens=tuple(map(str, arrays["tokens"])),
+                subject=(int(arrays["subject"][0]), int(arrays["subject"][1])),
+                clean=float(arrays["clean"]),
+                corrupted=arrays["corrupted"],
+                restored={kind: arrays[f"restored_{kind}"] for kind in kinds},
+                num_runs=int(arrays["num_runs"]),
+                num_passes=float(arrays["num_passes"]),
+            )
+            seconds = float(arrays["seconds"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    is_of_case = (texts, trace.subject) == ([own.prompt, own.refusing, own.complying], case.subject)
+    return (trace, seconds) if is_of_case else None

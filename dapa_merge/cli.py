@@ -29,6 +29,7 @@ from dapa_merge.cli_options import (
 )
 from dapa_merge.cli_output import print_answer, reporter
 from dapa_merge.cli_patch import patch
+from dapa_merge.cli_trace import trace
 from dapa_merge.cli_verify import verify
 from dapa_merge.new_file import new_file
 
@@ -283,5 +284,6 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
+main.add_command(trace)
 main.add_command(verify)
 main.add_command(patch)

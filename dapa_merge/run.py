@@ -81,8 +81,28 @@ def repair(
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     responses = evidence.responses if evidence else {}
-    write(recipe, plan, selection, out, report, reporter, responses, link=link, manifest=manifest)
+    pictures = _pictures(plan, report, evidence, reporter) if evidence else {}
+    write(recipe, plan, selection, out, report, reporter, responses, pictures, link=link, manifest=manifest)
     return report
+
+
+def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter) -> dict[str, bytes]:
+    """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
+    try:
+        from dapa_merge.trace import plot
+        from dapa_merge.trace_figures import report_figure, search_figure
+    except UsageError as error:
+        reporter.say(f"no pictures beside the model: {error}")
+        return {}
+    figures = {"dapa_figures": report_figure(report)}
+    if evidence.search is not None:
+        figures["dapa_search"] = search_figure(evidence.search, plan.units)
+    return {
+        f"{name}.{kind}": plot.render(figure, kind)
+        for name, figure in figures.items()
+        if figure is not None
+        for kind in ("png", "svg")
+    }
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
@@ -126,20 +146,22 @@ def write(
     report: Report,
     reporter: Reporter,
     responses: Mapping[str, Sequence[Response]],
+    pictures: Mapping[str, bytes],
     *,
     link: bool = False,
     manifest: bool = True,
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
     fetch_units(plan, selection, reporter)
-    texts = {
+    extras: dict[str, str | bytes] = {
+        **pictures,
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
     }
     if responses:
-        texts[RESPONSES_NAME] = responses_text(responses)
+        extras[RESPONSES_NAME] = responses_text(responses)
     with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        rounding = transplant(plan, selection, out, texts=texts, link=link, manifest=manifest, progress=done)
+        rounding = transplant(plan, selection, out, extras=extras, link=link, manifest=manifest, progress=done)
     if rounding.overflowed:
         reporter.say(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:

@@ -5,6 +5,7 @@ The same command goes on with what a killed one left.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from dapa_merge.search_record import digest_of, versions
 from dapa_merge.selection import make_plan, split_prompts
 from dapa_merge.trace_options import MODULES, TraceOptions
 from dapa_merge.trace_result import Traced
-from dapa_merge.trace_store import check_folder, opened
+from dapa_merge.trace_store import FIGURES_NAME, PAGE_NAME, SUMMARY_NAME, check_folder, opened, write_whole
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.prompts import PromptSet
@@ -45,6 +46,35 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Searc
     plan = plan_of_all(recipe, chosen)
     with opened(out, _parts(recipe, plan, prompts, wanted, options, reporter)) as journal:
         return Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run()
+
+
+def trace_to_folder(
+    recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
+) -> dict[str, Any]:
+    """Trace a recipe's models, and write figures, summary and page; returns the summary.
+
+    Raises:
+        UsageError: If matplotlib is not installed.
+        DapaError: As `trace_recipe` does.
+    """
+    # Before the hours that a trace may take.
+    from dapa_merge.trace import plot
+    from dapa_merge.trace_figures import figures_of
+    from dapa_merge.trace_page import Picture, page
+    from dapa_merge.trace_summary import summarize
+
+    found = trace_recipe(recipe, out, wanted, options, reporter)
+    summary = summarize(found)
+    pictures = []
+    for name, caption, figure in figures_of(found):
+        for kind in ("png", "svg"):
+            content = plot.render(figure, kind)
+            write_whole(out / FIGURES_NAME / f"{name}.{kind}", content)
+            if kind == "png":
+                pictures.append(Picture(name, caption, content))
+    write_whole(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+    write_whole(out / PAGE_NAME, page(summary, pictures).encode())
+    return summary
 
 
 def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Hidden states of the residual stream, and what modules of a layer add to it or compute on the way.
+KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 # The members of a recipe whose alignment can be traced.
 TRACED = ("source", "target")
 # What is told apart: every module that some models have, none of which is part of another.

@@ -46,15 +46,15 @@ class Traced:
         wanted: How.
         settings: How the model was traced causally.
         plan: Target and source, with the units of all modules.
-        units: All units, none of which is part of another.
+        units: Those of them that are no part of another: gate, up, down and attention of every layer.
         candidates: Those that a search of the recipe chooses from.
         selection: What the search selected, or the recipe names; None if neither.
         why_none: Why nothing was selected.
         search: The search, if there was one.
         num_prompts: Harmful prompts that were asked.
         contrasts: Those of them that the source refuses and the target answers, with both responses.
-        attribution: The first-order effect of each unit, in nats.
-        influence: What each unit does alone.
+        attribution: The first-order effect of each of the plan's units, in nats.
+        influence: What each of the plan's units does alone.
         measure: What the score is of which `target_score` and the findings are.
         target_score: The target's, in [0, 1].
         findings: What groups of units do.

@@ -185,12 +185,12 @@ class Stages:
             with self.reporter.task("weighing the units by one backward pass", 2 * len(few)) as weighed:
                 batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
                 found = attribute(
-                    bench.live, few, units=self.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens,
+                    bench.live, few, units=self.plan.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens,
                     progress=weighed,
                 )  # fmt: skip
             self.journal.note("attribution", {str(unit): effect for unit, effect in found.items()})
         effects = self.journal.notes["attribution"]
-        return {unit: effects[str(unit)] for unit in self.units}
+        return {unit: effects[str(unit)] for unit in self.plan.units}
 
     def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
         import numpy
@@ -206,16 +206,16 @@ class Stages:
             for contrast in chosen:
                 if sides := sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens):
                     pairs.append((sides[0], sides[1]))
-            fetch_units(self.plan, self.units, self.reporter)
+            fetch_units(self.plan, self.plan.units, self.reporter)
             size = self.meter.batch_size.limit
-            total = len(self.units) * math.ceil(len(pairs) / size)
+            total = len(self.plan.units) * math.ceil(len(pairs) / size)
             with self.reporter.task("transplanting each unit alone", total) as done:
-                found = influence(bench.live, pairs, self.units, batch_size=BatchSize(size), progress=done)
-            write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.units])})
+                found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size), progress=done)
+            write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.plan.units])})
             self.journal.note("influence", True)
         with numpy.load(path, allow_pickle=False) as arrays:
             return Influence(
-                self.units, arrays["hidden"], arrays["refusing"], arrays["before"], float(arrays["num_passes"])
+                self.plan.units, arrays["hidden"], arrays["refusing"], arrays["before"], float(arrays["num_passes"])
             )
 
     def _score(self, bench: Bench, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
@@ -242,8 +242,7 @@ class Stages:
         self, bench: Bench, selection: Sequence[Unit] | None, attribution: dict[Unit, float]
     ) -> list[CurvePoint]:
         kept = {unit.whole for unit in selection or ()}
-        candidates = [unit for unit in self.chosen.units if unit in attribution]
-        order = sorted(candidates, key=lambda unit: (unit not in kept, -attribution[unit]))
+        order = sorted(self.chosen.units, key=lambda unit: (unit not in kept, -attribution[unit]))
         num_kept = sum(unit in kept for unit in order)
         edits = [tuple(in_order(order[:number])) for number in curve_sizes(len(order), num_kept)]
         meter = self._curve_meter()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+# The answer: what refusal training changed of the base to make `source`, as a recipe writes it.
+PLANTED = "3.gate,4.gate,5.gate,6.gate"
 MEMBERS = ("source", "target", "shadow-source", "shadow-target")
 
 

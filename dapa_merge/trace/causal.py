@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 import torch
@@ -25,8 +25,9 @@ from dapa_merge.evaluate.generate import check_ids
 from dapa_merge.evaluate.likelihood import losses
 from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
 from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.sites import KINDS, Site, find_sites, kinds_in
+from dapa_merge.trace.sites import Site, find_sites, kinds_in
 from dapa_merge.trace.subject import find_subject, given_subject, subject_tokens
+from dapa_merge.trace_options import KINDS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,7 +122,7 @@ class Trace:
 
     def effect(self, kind: str) -> NDArray[numpy.float32]:
         """What restoring brings back, in nats, `[layers, tokens]`: ROME's indirect effect."""
-        return self.restored[kind] - self.corrupted.mean()
+        return numpy.asarray(self.restored[kind] - self.corrupted.mean(), numpy.float32)
 
 
 def default_window(num_layers: int) -> int:
@@ -167,7 +168,7 @@ def read_case(
     return Case(contrast, refusing, complying, subject_tokens(tokenizer, prompt, span), tokens)
 
 
-def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: float | None) -> Settings:
+def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: Any) -> Settings:
     """Settings for a model, of which those that are not given, or None, are its defaults.
 
     Raises:
@@ -176,7 +177,7 @@ def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **
     for kind in kinds or ():
         if not any(find_sites(model, kind)):
             raise UsageError(f"{type(model).__name__} has no {kind} to trace; leave it out")
-    chosen: dict[str, float] = {name: value for name, value in settings.items() if value is not None}
+    chosen = {name: value for name, value in settings.items() if value is not None}
     num_layers = len(find_sites(model, "hidden"))
     ordered = [kind for kind in KINDS if kinds is None or kind in kinds]
     present = kinds_in(model) if kinds is None else KINDS

@@ -16,16 +16,20 @@ class Overlap:
 
     Attributes:
         top: The first units of the ranking, as many as were selected.
+        num_common: How many of them were selected.
         jaccard: Units in both, as a share of those in either, in [0, 1].
         by_chance: What that is for a random ranking, on average.
         spearman: Rank correlation between the ranking's scores and being selected, in [-1, 1]; NaN if either is
             constant.
+        spearman_at_best: What that is for a ranking that has them all on top, and no two scores alike.
     """
 
     top: tuple[Hashable, ...]
+    num_common: int
     jaccard: float
     by_chance: float
     spearman: float
+    spearman_at_best: float
 
 
 def overlap(scores: Mapping[T, float], selection: Collection[T]) -> Overlap:
@@ -40,9 +44,13 @@ def overlap(scores: Mapping[T, float], selection: Collection[T]) -> Overlap:
     common = len(chosen & set(top))
     return Overlap(
         top=tuple(top),
+        num_common=common,
         jaccard=common / (2 * len(chosen) - common) if chosen else math.nan,
         by_chance=chance_jaccard(len(scores), len(chosen)),
         spearman=rank_correlation(list(scores.values()), [float(unit in chosen) for unit in scores]),
+        spearman_at_best=rank_correlation(
+            range(len(scores)), [float(rank >= len(scores) - len(chosen)) for rank in range(len(scores))]
+        ),
     )
 
 

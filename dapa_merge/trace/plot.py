@@ -111,7 +111,7 @@ def heatmap(
         axes.set_title(title, parse_math=False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
         bar.set_label("refusing restored (nats)")
-        bar.outline.set_edgecolor("#666666")  # type: ignore[operator]
+        bar.outline.set_edgecolor("#666666")
     return figure
 
 
@@ -290,12 +290,13 @@ class GroupBar(NamedTuple):
     controls: Sequence[float]
 
 
-def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float]) -> Figure:
+def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
     """Scores of groups beside those of random selections of the same size.
 
     Args:
         panels: What a panel shows, and its groups: the same in each.
         lines: What is drawn across, by name: the target's score, and the full transplant's.
+        measure: What the score is.
     """
     number = len(panels[0][1])
     with rc_context(STYLE):
@@ -310,6 +311,7 @@ def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[
                 axes.axvline(value, color=BLACK, linewidth=1, linestyle=style, zorder=0)
             axes.set_xlim(-0.04, 1.04)
             axes.set_ylim(number - 0.4, -0.6)
+            axes.set_xlabel(measure)
             axes.set_title(title, parse_math=False)
         columns[0].set_yticks(range(number), [group.name for group in panels[0][1]], parse_math=False)
         handles = [

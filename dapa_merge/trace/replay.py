@@ -130,7 +130,7 @@ class Replay:
                 stack.callback(self._hook(site, len(positions), functools.partial(put, value)))
             yield
 
-    def _hook(self, site: Site, num_rows: int, act: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    def _hook(self, site: Site, num_rows: int, act: Callable[[torch.Tensor], None]) -> Callable[..., None]:
         """Call `act` with what comes out at a site, `[rows, positions, features]`; returns what takes the hook off."""
 
         def hook(_module: object, _arguments: object, output: Any) -> None:
@@ -139,7 +139,8 @@ class Replay:
             states = states.view(num_rows, -1, states.shape[-1])
             act(states if site.features is None else states[..., slice(*site.features)])
 
-        return self.model.get_submodule(site.module).register_forward_hook(hook).remove
+        module: torch.nn.Module = self.model.get_submodule(site.module)
+        return module.register_forward_hook(hook).remove
 
     @contextmanager
     def noisy_embeddings(self, noise: torch.Tensor, first: int) -> Iterator[None]:
@@ -191,7 +192,8 @@ class Replay:
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _pass_by(num_outputs: int, *arguments: Any, **named: Any) -> Any:

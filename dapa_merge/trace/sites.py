@@ -15,14 +15,10 @@ from dapa_merge.checkpoint.architecture import Unit, layer_path
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.live import units_in
+from dapa_merge.trace_options import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Hidden states of the residual stream, and what modules of a layer add to it or compute on the way.
-KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
-# Kinds that are the output of one projection.
-PROJECTIONS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,177 @@
+"""The pictures of a trace: which there are, and what they are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dapa_merge.trace import plot
+from dapa_merge.trace.average import ROLES, Mean, mean_effect, mean_of
+from dapa_merge.trace_result import Traced
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dapa_merge.checkpoint.architecture import Unit
+    from dapa_merge.report import Report
+    from dapa_merge.search_flow import Search
+
+NAMES = {
+    "hidden": "hidden state",
+    "mlp": "MLP",
+    "attention": "attention",
+    "gate": "gate projection",
+    "up": "up projection",
+    "down": "down projection",
+}
+# Of which a prompt has a picture of its own.
+EXAMPLE_KINDS = ("hidden", "mlp", "attention")
+# Above so many layers, groups of single layers would fill a page.
+MAX_GROUPS = 60
+
+
+def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
+    """The name, the caption and the figure of each picture, in the order of a page."""
+    yield "influence", _influence_caption(found), _influence(found)
+    yield "groups", _groups_caption(found), _groups(found)
+    for kind in found.settings.kinds:
+        yield f"trace_{kind}", _trace_caption(found, kind), _mean_trace(found, kind)
+    for number, trace in enumerate(found.traces[: found.wanted.num_examples], 1):
+        first, stop = trace.subject
+        for kind in (kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds):
+            marked = [first <= index < stop for index in range(len(trace.tokens))]
+            title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, prompt {number}"
+            caption = f"The same for one prompt, token by token; the subject's tokens are bold: {trace.prompt}"
+            picture = plot.heatmap(trace.effect(kind), trace.tokens, title, marked=marked)
+            yield f"example_{number}_{kind}", caption, picture
+    if found.search is not None:
+        yield "search", SEARCH_CAPTION, search_figure(found.search, found.candidates)
+    if found.curve:
+        yield "edit_size", _curve_caption(found), _curve(found)
+
+
+SEARCH_CAPTION = (
+    "Every test of the search in order: which units were the source's, how large a share that was, and whether enough "
+    "was refused. A test stops as soon as its verdict is certain, so that its share is of the prompts asked until then."
+)
+
+
+def search_figure(search: Search, candidates: tuple[Unit, ...]) -> Figure:
+    """The path of a search among some units; a block of rows is drawn in the line of its unit."""
+    at = {unit: index for index, unit in enumerate(candidates)}
+    steps = [
+        plot.Step(sorted({at[unit.whole] for unit in asked.units}), asked.holds, asked.score) for asked in search.path
+    ]
+    final = sorted({at[unit.whole] for unit in search.minimum.units})
+    limits = search.requirement
+    return plot.search_path(list(map(str, candidates)), steps, final, limits.min_score, limits.measure)
+
+
+def report_figure(report: Report) -> Figure | None:
+    """Before, after and source side by side; None if nothing was measured."""
+    measured = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
+    columns = [(name, figures) for name, figures in measured if figures is not None]
+    if not columns:
+        return None
+    rows: dict[str, list[plot.Bar]] = {
+        "DSR": [plot.Bar(one.dsr, one.dsr_interval) for _, one in columns],
+        "over-refusal": [plot.Bar(one.over_refusal, one.over_refusal_interval) for _, one in columns],
+    }
+    for index, skill in enumerate(columns[0][1].skills):
+        rows[skill.name] = [plot.Bar(one.skills[index].score, one.skills[index].interval) for _, one in columns]
+    return plot.model_bars([name for name, _ in columns], rows, "Before and after the repair, with 95 % intervals")
+
+
+def _influence(found: Traced) -> Figure:
+    num_layers = max(unit.layer for unit in found.units) + 1
+    hidden, refusing = mean_of(found.influence.hidden), mean_of(found.influence.refusing)
+    effects = numpy.array([found.attribution[unit] for unit in found.influence.units])
+    nothing = numpy.full(len(effects), math.nan)
+    panels: list[tuple[str, Mean]] = [
+        ("Change of the last token's hidden state, relative", hidden),
+        ("Change of refusing (nats)", refusing),
+        ("Change of refusing by attribution, to first order (nats)", Mean(effects, nothing, nothing, nothing)),
+    ]
+    return plot.bars_by_layer(
+        [(title, _by_module(found, mean, num_layers)) for title, mean in panels], num_layers=num_layers
+    )
+
+
+def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
+    by_module = {}
+    for module in dict.fromkeys(unit.module for unit in found.units):
+        chosen = {unit.layer: index for index, unit in enumerate(found.influence.units) if unit.module == module}
+        fields = []
+        for values in (mean.mean, mean.low, mean.high, mean.number):
+            row: Any = numpy.full(num_layers, math.nan)
+            row[list(chosen)] = values[list(chosen.values())]
+            fields.append(row)
+        by_module[module] = Mean(*fields)
+    return by_module
+
+
+def _influence_caption(found: Traced) -> str:
+    number = len(found.influence.before)
+    return (
+        f"Each unit of the source alone in the target: mean over {number} prompts, with 95 % intervals. A change of "
+        f"the hidden state says how sensitive the target is to a unit, a change of refusing (log p(refusal) - "
+        f"log p(answer)) what the unit does for it. Attribution foresees the latter by one backward pass."
+    )
+
+
+def _groups(found: Traced) -> Figure:
+    shown = [one for one in found.findings if one.group.family != "layer"] + [
+        one for one in found.findings if one.group.family == "layer"
+    ]
+    shown = shown[:MAX_GROUPS]
+    inserted = [plot.GroupBar(one.group.name, one.inserted, one.control_inserted) for one in shown]
+    reverted = [plot.GroupBar(one.group.name, one.reverted, one.control_reverted) for one in shown]
+    panels = [("Alone in the target: sufficient?", inserted), ("Left out of all: necessary?", reverted)]
+    return plot.group_bars(panels, {"target": found.target_score, "full transplant": shown[0].full}, found.measure)
+
+
+def _groups_caption(found: Traced) -> str:
+    return (
+        f"The {found.measure} with a group of units alone in the target (high: it is sufficient), and with everything "
+        f"but the group (low: it is necessary), beside random selections of as many units "
+        f"({found.wanted.num_controls} seeds)."
+    )
+
+
+def _mean_trace(found: Traced, kind: str) -> Figure:
+    title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {len(found.traces)} prompts"
+    return plot.heatmap(mean_effect(found.traces, kind).mean, ROLES, title)
+
+
+def _window(found: Traced, kind: str) -> str:
+    from dapa_merge.trace.causal import WINDOWED
+
+    width = found.settings.window
+    return f" of {width} layers" if kind in WINDOWED and width > 1 else ""
+
+
+def _trace_caption(found: Traced, kind: str) -> str:
+    return (
+        f"The {found.wanted.traced}, with noise on the subject's embeddings and the {NAMES[kind]} of the clean run "
+        f"restored at one layer and token: how far refusing comes back."
+    )
+
+
+def _curve(found: Traced) -> Figure:
+    points = found.curve
+    rows = {
+        "DSR": [plot.Bar(*point.dsr) for point in points],
+        "over-refusal": [plot.Bar(*point.over_refusal) for point in points],
+    }
+    for name in points[0].skills:
+        rows[name] = [plot.Bar(*point.skills[name]) for point in points]
+    chosen = None if found.selection is None else found.plan.share(found.selection)
+    return plot.edit_curve([point.share for point in points], rows, chosen)
+
+
+def _curve_caption(found: Traced) -> str:
+    first = "the selection first, then " if found.selection else ""
+    return f"Edits of every size: {first}unit by unit in the order of attribution. Bands are 95 % intervals."

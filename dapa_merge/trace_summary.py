@@ -1,0 +1,292 @@
+"""What a trace found, in numbers and in sentences."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dapa_merge import __version__, miniature
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.report import jsonable, spans
+from dapa_merge.search_view import search_json
+from dapa_merge.trace.average import ROLES, Mean, layer_scores, mean_effect, mean_of
+from dapa_merge.trace.groups import Finding, mean_and_range
+from dapa_merge.trace.overlap import Overlap, overlap, rank_correlation
+from dapa_merge.trace_result import Traced
+
+if TYPE_CHECKING:
+    from dapa_merge.checkpoint.plan import Plan
+
+PLANTED_TEXT = spans(miniature.PLANTED.split(","))
+# How many units are named where nothing says how many matter.
+NUM_NAMED = 4
+ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influence on the hidden state"
+
+
+def summarize(found: Traced) -> dict[str, Any]:
+    """Everything as plain data for `json.dumps`; a figure that is not finite is None."""
+    influence = found.influence
+    hidden, refusing = mean_of(influence.hidden), mean_of(influence.refusing)
+    rankings = rankings_of(found)
+    return dict(
+        jsonable(
+            {
+                "version": __version__,
+                "target": str(found.recipe.target),
+                "source": str(found.recipe.source),
+                "prompts": found.recipe.prompts,
+                "num_prompts": found.num_prompts,
+                "num_contrasts": len(found.contrasts),
+                "findings": sentences(found),
+                "units": [
+                    {
+                        "unit": str(unit),
+                        "attribution": found.attribution[unit],
+                        "influence_on_refusing": _cell(refusing, index),
+                        "influence_on_hidden_state": _cell(hidden, index),
+                        "selected": None if found.selection is None else unit in _whole(found.selection),
+                    }
+                    for index, unit in enumerate(influence.units)
+                ],
+                "trace": _trace_json(found),
+                "groups": {
+                    "measure": found.measure,
+                    "target": found.target_score,
+                    "groups": [_group_json(one, found.target_score) for one in found.findings],
+                },
+                "curve": [asdict(point) for point in found.curve],
+                "selection": None if found.selection is None else list(map(str, found.selection)),
+                "no_selection_because": found.why_none,
+                "search": None if found.search is None else search_json(found.search, found.plan),
+                "overlap": {
+                    "with_selection": {
+                        name: _overlap_json(one) for name, one in overlaps_of(rankings, found.selection).items()
+                    },
+                    "rank_correlations": correlations_of(rankings),
+                },
+                "planted": {name: _overlap_json(one) for name, one in planted_overlaps(found).items()} or None,
+                "passes": {
+                    "influence": influence.num_passes,
+                    "trace_runs_per_prompt": statistics.fmean(trace.num_runs for trace in found.traces),
+                    "trace_passes_per_prompt": statistics.fmean(trace.num_passes for trace in found.traces),
+                    "trace_seconds_per_prompt": statistics.fmean(found.seconds),
+                },
+            }
+        )
+    )
+
+
+def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
+    """How much each unit that could be selected matters, by each way to tell."""
+    at = {unit: index for index, unit in enumerate(found.influence.units)}
+    refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
+    rankings: dict[str, dict[Unit, float]] = {
+        ATTRIBUTION: {unit: found.attribution[unit] for unit in found.candidates},
+        REFUSING: {unit: float(refusing[at[unit]]) for unit in found.candidates},
+        HIDDEN: {unit: float(hidden[at[unit]]) for unit in found.candidates},
+    }
+    modules = {unit.module for unit in found.candidates}
+    for kind in found.settings.kinds:
+        if kind in modules or kind == "mlp":
+            scores = layer_scores(found.traces, kind)
+            rankings[f"tracing ({kind})"] = {
+                unit: scores[unit.layer] if kind in (unit.module, "mlp") else -math.inf for unit in found.candidates
+            }
+    return rankings
+
+
+def overlaps_of(rankings: Mapping[str, Mapping[Unit, float]], selection: Sequence[Unit] | None) -> dict[str, Overlap]:
+    """Each ranking held against the selection, of blocks against the units that they are of; none of none."""
+    if not selection:
+        return {}
+    return {name: overlap(scores, _whole(selection)) for name, scores in rankings.items()}
+
+
+def correlations_of(rankings: Mapping[str, Mapping[Unit, float]]) -> list[dict[str, Any]]:
+    """Spearman's rank correlation of each two rankings."""
+    names = list(rankings)
+    return [
+        {
+            "of": [one, other],
+            "spearman": rank_correlation(list(rankings[one].values()), list(rankings[other].values())),
+        }
+        for index, one in enumerate(names)
+        for other in names[index + 1 :]
+    ]
+
+
+def planted_overlaps(found: Traced) -> dict[str, Overlap]:
+    """How each way to tell does where the answer is known, on the packaged pair; of other models, none."""
+    if not is_planted(found.plan):
+        return {}
+    planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
+    every = rankings_of_all(found)
+    layers = [unit.layer for unit in planted]
+    by_layer = {
+        f"tracing ({kind}), by layer": overlap(dict(enumerate(layer_scores(found.traces, kind))), layers)
+        for kind in found.settings.kinds
+        if kind == "mlp"
+    }
+    by_unit = {name: overlap(scores, planted) for name, scores in every.items()}
+    return {**by_unit, **by_layer}
+
+
+def rankings_of_all(found: Traced) -> dict[str, dict[Unit, float]]:
+    """How much each unit of every module matters, by attribution and by influence."""
+    at = {unit: index for index, unit in enumerate(found.influence.units)}
+    refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
+    return {
+        ATTRIBUTION: {unit: found.attribution[unit] for unit in found.units},
+        REFUSING: {unit: float(refusing[at[unit]]) for unit in found.units},
+        HIDDEN: {unit: float(hidden[at[unit]]) for unit in found.units},
+    }
+
+
+def is_planted(plan: Plan) -> bool:
+    """Whether these are the two packaged models whose answer is known."""
+    pairs = ((plan.target, "target"), (plan.source, "source"))
+    return all(checkpoint.folder.samefile(miniature.path(member)) for checkpoint, member in pairs)
+
+
+def sentences(found: Traced) -> list[str]:
+    """What the numbers say, one thing each."""
+    number = len(_whole(found.selection)) if found.selection else NUM_NAMED
+    said = [_contrast_sentence(found)]
+    for name, scores in rankings_of_all(found).items():
+        top = sorted(scores, key=lambda unit: -scores[unit])[:number]
+        said.append(f"By {name}, the {number} units that matter most are {spans(_in_order(top))}.")
+    said.append(_trace_sentence(found))
+    said += [text for family in ("module", "third", "selection") if (text := _group_sentence(found, family))]
+    for name, one in overlaps_of(rankings_of(found), found.selection).items():
+        said.append(
+            f"By {name}, one would have selected {spans(_in_order(one.top))}: Jaccard index {one.jaccard:.2f} with the "  # type: ignore[arg-type]
+            f"selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}."
+        )
+    if found.why_none:
+        said.append(f"Nothing was selected: {found.why_none}.")
+    if planted := planted_overlaps(found):
+        for name, one in planted.items():
+            said.append(
+                f"Planted was {PLANTED_TEXT}: by {name}, {one.num_common} of the first {len(one.top)} are right, rank "
+                f"correlation {_correlation(one)}."
+            )
+    return said
+
+
+def _contrast_sentence(found: Traced) -> str:
+    if found.wanted.responses is not None:
+        refusal, answer = found.wanted.responses
+        return f"All {found.num_prompts} harmful prompts are traced with the responses {refusal!r} and {answer!r}."
+    number = f"{len(found.contrasts)} of {found.num_prompts}"
+    return f"{number} harmful prompts are refused by the source and answered by the target."
+
+
+def _trace_sentence(found: Traced) -> str:
+    total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
+    clean = statistics.fmean(trace.clean for trace in found.traces)
+    taken = f"{float(total.mean):.2f} nats"
+    if len(found.traces) > 1:
+        taken += f" (95 % interval {float(total.low):.2f} to {float(total.high):.2f})"
+    best = {}
+    for kind in found.settings.kinds:
+        if kind != "hidden":
+            mean = mean_effect(found.traces, kind).mean
+            layer, role = numpy.unravel_index(int(numpy.nanargmax(mean)), mean.shape)
+            best[kind] = f"{kind} {float(mean[layer, role]):.2f} (layer {layer}, {ROLES[role]})"
+    restored = f"; restored alone, it comes back most by {', '.join(best.values())}" if best else ""
+    return (
+        f"In the {found.wanted.traced}, noise on the subject takes {taken} of the {clean:.2f} by which a refusal is "
+        f"likelier, mean of {len(found.traces)} prompts{restored}."
+    )
+
+
+def _group_sentence(found: Traced, family: str) -> str:
+    groups = [one for one in found.findings if one.group.family == family]
+    if not groups:
+        return ""
+    if groups[0].full <= found.target_score:
+        return f"The full transplant does not raise the {found.measure}, so that no {family} can be told apart by it."
+    alone = ", ".join(f"{one.group.name} {_number(one.sufficiency(found.target_score))}" for one in groups)
+    without = ", ".join(f"{one.group.name} {_number(one.necessity(found.target_score))}" for one in groups)
+    text = f"Share of the gain in {found.measure} that comes with it alone: {alone}; that is lost without it: {without}"
+    if control := mean_and_range(groups[0].control_inserted):
+        mean, low, high = control
+        size = f"random selections as large as {groups[0].group.name}"
+        text += f"; {size} have a {found.measure} of {mean:.2f} ({low:.2f} to {high:.2f})"
+    return f"{text}."
+
+
+def _trace_json(found: Traced) -> dict[str, Any]:
+    total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
+    return {
+        "model": found.wanted.traced,
+        "settings": asdict(found.settings),
+        "num_prompts": len(found.traces),
+        "clean": statistics.fmean(trace.clean for trace in found.traces),
+        "total_effect": _cell(total, ()),
+        "roles": list(ROLES),
+        "kinds": {
+            kind: {name: values.tolist() for name, values in vars(mean_effect(found.traces, kind)).items()}
+            for kind in found.settings.kinds
+        },
+        "prompts": [
+            {
+                "prompt": trace.prompt,
+                "subject": list(trace.tokens[slice(*trace.subject)]),
+                "clean": trace.clean,
+                "total_effect": trace.total_effect,
+            }
+            for trace in found.traces
+        ],
+    }
+
+
+def _group_json(one: Finding, target: float) -> dict[str, Any]:
+    return {
+        "group": one.group.name,
+        "family": one.group.family,
+        "num_units": len(one.group.units),
+        "inserted": one.inserted,
+        "reverted": one.reverted,
+        "full": one.full,
+        "sufficiency": one.sufficiency(target),
+        "necessity": one.necessity(target),
+        "random_inserted": list(one.control_inserted),
+        "random_reverted": list(one.control_reverted),
+    }
+
+
+def _overlap_json(one: Overlap) -> dict[str, Any]:
+    return {
+        "top": list(map(str, one.top)),
+        "num_common": one.num_common,
+        "jaccard": one.jaccard,
+        "jaccard_by_chance": one.by_chance,
+        "spearman": one.spearman,
+        "spearman_at_best": one.spearman_at_best,
+    }
+
+
+def _cell(mean: Mean, index: Any) -> dict[str, float]:
+    return {"mean": float(mean.mean[index]), "low": float(mean.low[index]), "high": float(mean.high[index])}
+
+
+def _whole(selection: Sequence[Unit]) -> list[Unit]:
+    return list(dict.fromkeys(unit.whole for unit in selection))
+
+
+def _in_order(units: Sequence[Unit]) -> list[Unit]:
+    return sorted(units, key=lambda unit: (unit.module, unit.layer))
+
+
+def _correlation(one: Overlap) -> str:
+    return f"{_number(one.spearman)} (at best {_number(one.spearman_at_best)})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"

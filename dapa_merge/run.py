@@ -96,7 +96,7 @@ def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter
         return {}
     figures = {"dapa_figures": report_figure(report)}
     if evidence.search is not None:
-        figures["dapa_search"] = search_figure(evidence.search, plan.units)
+        figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
     return {
         f"{name}.{kind}": plot.render(figure, kind)
         for name, figure in figures.items()

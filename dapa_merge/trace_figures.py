@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dapa_merge.checkpoint.architecture import Unit
+    from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.report import Report
     from dapa_merge.search_flow import Search
 
@@ -48,7 +49,7 @@ def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
             picture = plot.heatmap(trace.effect(kind), trace.tokens, title, marked=marked)
             yield f"example_{number}_{kind}", caption, picture
     if found.search is not None:
-        yield "search", SEARCH_CAPTION, search_figure(found.search, found.candidates)
+        yield "search", SEARCH_CAPTION, search_figure(found.search, found.plan, found.candidates)
     if found.curve:
         yield "edit_size", _curve_caption(found), _curve(found)
 
@@ -59,11 +60,18 @@ SEARCH_CAPTION = (
 )
 
 
-def search_figure(search: Search, candidates: tuple[Unit, ...]) -> Figure:
+def search_figure(search: Search, plan: Plan, candidates: tuple[Unit, ...]) -> Figure:
     """The path of a search among some units; a block of rows is drawn in the line of its unit."""
     at = {unit: index for index, unit in enumerate(candidates)}
+    total = plan.num_parameters(candidates)
     steps = [
-        plot.Step(sorted({at[unit.whole] for unit in asked.units}), asked.holds, asked.score) for asked in search.path
+        plot.Step(
+            sorted({at[unit.whole] for unit in asked.units}),
+            plan.num_parameters(asked.units) / total,
+            asked.holds,
+            asked.score,
+        )
+        for asked in search.path
     ]
     final = sorted({at[unit.whole] for unit in search.minimum.units})
     limits = search.requirement
@@ -129,8 +137,12 @@ def _groups(found: Traced) -> Figure:
     shown = shown[:MAX_GROUPS]
     inserted = [plot.GroupBar(one.group.name, one.inserted, one.control_inserted) for one in shown]
     reverted = [plot.GroupBar(one.group.name, one.reverted, one.control_reverted) for one in shown]
-    panels = [("Alone in the target: sufficient?", inserted), ("Left out of all: necessary?", reverted)]
-    return plot.group_bars(panels, {"target": found.target_score, "full transplant": shown[0].full}, found.measure)
+    target, full = found.target_score, shown[0].full
+    panels = [
+        ("Alone in the target: sufficient?", target, inserted),
+        ("Left out of the full transplant: necessary?", full, reverted),
+    ]
+    return plot.group_bars(panels, {"target": target, "full transplant": full}, found.measure)
 
 
 def _groups_caption(found: Traced) -> str:
@@ -143,7 +155,10 @@ def _groups_caption(found: Traced) -> str:
 
 def _mean_trace(found: Traced, kind: str) -> Figure:
     title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {len(found.traces)} prompts"
-    return plot.heatmap(mean_effect(found.traces, kind).mean, ROLES, title)
+    mean = mean_effect(found.traces, kind).mean
+    # A short template leaves no further tokens.
+    present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
+    return plot.heatmap(mean[:, present], [ROLES[index] for index in present], title)
 
 
 def _window(found: Traced, kind: str) -> str:

@@ -6,7 +6,7 @@ The same command goes on with what a killed one left.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,15 @@ from dapa_merge.search_record import digest_of, versions
 from dapa_merge.selection import make_plan, split_prompts
 from dapa_merge.trace_options import MODULES, TraceOptions
 from dapa_merge.trace_result import Traced
-from dapa_merge.trace_store import FIGURES_NAME, PAGE_NAME, SUMMARY_NAME, check_folder, opened, write_whole
+from dapa_merge.trace_store import (
+    FIGURES_NAME,
+    PAGE_NAME,
+    SUMMARY_NAME,
+    check_folder,
+    forget_figures,
+    opened,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.prompts import PromptSet
@@ -44,7 +52,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Searc
     from dapa_merge.trace_stages import Stages
 
     plan = plan_of_all(recipe, chosen)
-    with opened(out, _parts(recipe, plan, prompts, wanted, options, reporter)) as journal:
+    with opened(out, _parts(recipe, plan, prompts, options, reporter)) as journal:
         return Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run()
 
 
@@ -66,6 +74,7 @@ def trace_to_folder(
     found = trace_recipe(recipe, out, wanted, options, reporter)
     summary = summarize(found)
     pictures = []
+    forget_figures(out)
     for name, caption, figure in figures_of(found):
         for kind in ("png", "svg"):
             content = plot.render(figure, kind)
@@ -92,9 +101,9 @@ def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
 
 
 def _parts(
-    recipe: Recipe, plan: Plan, prompts: PromptSet, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
+    recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions, reporter: Reporter
 ) -> dict[str, str]:
-    """Everything that decides a figure, by name."""
+    """Everything that decides a figure, by name; but for `TraceOptions`, which are with each figure."""
     from dapa_merge.evaluate.live import choose_device
 
     with reporter.task("reading both checkpoints", plan.target.num_bytes + plan.source.num_bytes) as read:
@@ -107,8 +116,6 @@ def _parts(
         "tokenizers and configs": f"{settings_digest(plan.target)} {settings_digest(plan.source)}",
         "recipe": digest_of(said),
         "prompts": digest_of([prompts.harmful, prompts.harmless, [asdict(one) for one in prompts.skill]]),
-        # Pictures can be drawn again.
-        "options": digest_of(asdict(replace(wanted, num_examples=0))),
         "judge": str(options.evaluators.judge_model),
         "device": choose_device(options.device).type,
         "versions": versions(),

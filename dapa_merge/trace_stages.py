@@ -5,7 +5,7 @@ What takes long is in the folder's journal, or in a file of its own, before it i
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,20 +22,21 @@ from dapa_merge.recipe import Recipe
 from dapa_merge.search.journal import Journal
 from dapa_merge.search_flow import Search, search_plan
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_testers import in_order
+from dapa_merge.search_record import digest_of
 from dapa_merge.selection import fetch_units, given_selection
+from dapa_merge.trace_edits import Edits, groups_of
 from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, MODULES, TraceOptions
-from dapa_merge.trace_result import CurvePoint, Traced
-from dapa_merge.trace_store import INFLUENCE_NAME, read_trace, trace_path, write_arrays, write_trace
+from dapa_merge.trace_result import Traced
+from dapa_merge.trace_store import INFLUENCE_NAME, forget_traces, read_trace, trace_path, write_arrays, write_trace
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
     from dapa_merge.evaluate.figures import Response
     from dapa_merge.evaluate.measure import Meter
     from dapa_merge.evaluate.prompts import PromptSet
+    from dapa_merge.trace.case import Case
     from dapa_merge.trace.causal import Settings, Trace
     from dapa_merge.trace.contrast import Contrast, Side
-    from dapa_merge.trace.groups import Finding
     from dapa_merge.trace.influence import Influence
 
 
@@ -78,10 +79,12 @@ class Stages:
         refused = None if self.wanted.responses else self._answers("source", self._load_source)
         with closing(self._bench()) as bench:
             contrasts = self._contrasts(bench, refused)
+            self._check_tracing(bench, contrasts)
             attribution = self._attribution(bench, contrasts)
             influence = self._influence(bench, contrasts)
-            findings, target_score = self._findings(bench, selection)
-            curve = self._curve(bench, selection, attribution)
+            edits = Edits(bench, self.journal, self.reporter)
+            findings, target_score = edits.findings(groups_of(self.units, self.chosen, selection or ()), self.wanted)
+            curve = edits.curve(self.chosen.units, selection or (), attribution, self._edit_meter())
             if self.wanted.traced == "target":
                 traces, seconds, settings = self._traces(bench.live.model, bench.live.tokenizer, contrasts)
         if self.wanted.traced == "source":
@@ -175,12 +178,20 @@ class Stages:
             self.journal.note(note, [asdict(response) for response in said])
         return [Response(**response) for response in self.journal.notes[note]]
 
+    def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
+        """Try on the target what is traced in the end: what does not fit is told before the hours until then."""
+        note = f"checked {digest_of(asdict(self.wanted))}"
+        if note not in self.journal.notes:
+            self._cases(bench.live.model, bench.live.tokenizer, contrasts)
+            self.journal.note(note, True)
+
     def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
         from dapa_merge.bench import MAX_BACKWARD
         from dapa_merge.evaluate.generate import BatchSize
         from dapa_merge.trace.attribution import attribute
 
-        if "attribution" not in self.journal.notes:
+        note = f"attribution {self._compared}"
+        if note not in self.journal.notes:
             few = spread(contrasts, MAX_ATTRIBUTION_PROMPTS)
             with self.reporter.task("weighing the units by one backward pass", 2 * len(few)) as weighed:
                 batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
@@ -188,8 +199,8 @@ class Stages:
                     bench.live, few, units=self.plan.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens,
                     progress=weighed,
                 )  # fmt: skip
-            self.journal.note("attribution", {str(unit): effect for unit, effect in found.items()})
-        effects = self.journal.notes["attribution"]
+            self.journal.note(note, {str(unit): effect for unit, effect in found.items()})
+        effects = self.journal.notes[note]
         return {unit: effects[str(unit)] for unit in self.plan.units}
 
     def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
@@ -200,7 +211,7 @@ class Stages:
         from dapa_merge.trace.influence import Influence, influence
 
         path = self.out / INFLUENCE_NAME
-        if "influence" not in self.journal.notes or not path.is_file():
+        if self.journal.notes.get("influence") != self._compared or not path.is_file():
             chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
             pairs: list[tuple[Side, Side]] = []
             for contrast in chosen:
@@ -212,78 +223,29 @@ class Stages:
             with self.reporter.task("transplanting each unit alone", total) as done:
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size), progress=done)
             write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.plan.units])})
-            self.journal.note("influence", True)
+            self.journal.note("influence", self._compared)
         with numpy.load(path, allow_pickle=False) as arrays:
             return Influence(
                 self.plan.units, arrays["hidden"], arrays["refusing"], arrays["before"], float(arrays["num_passes"])
             )
 
-    def _score(self, bench: Bench, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
-        """The score of a selection on all harmful prompts, asked once."""
-        ordered = in_order(units)
-        name = f"score {hashlib.sha256(' '.join(map(str, ordered)).encode()).hexdigest()[:32]}"
-        if name not in self.journal.notes:
-            self.journal.note(name, bench.score(ordered))
-        progress(1)
-        return float(self.journal.notes[name])
+    @property
+    def _compared(self) -> str:
+        """What is compared with what, of the options."""
+        return f"{self.wanted.responses} {self.wanted.num_tokens}"
 
-    def _findings(self, bench: Bench, selection: Sequence[Unit] | None) -> tuple[list[Finding], float]:
-        from dapa_merge.trace.groups import examine, make_groups, selections_of
-
-        groups = make_groups(self.units, selection or (), self.chosen.units)
-        how = (self.wanted.num_controls, self.wanted.seed)
-        asked = selections_of(groups, *how)
-        with self.reporter.task("putting groups in and taking them out", len(asked) + 1) as done:
-            scores = {units: self._score(bench, units, done) for units in asked}
-            target = self._score(bench, frozenset(), done)
-        return examine(groups, scores.__getitem__, *how), target
-
-    def _curve(
-        self, bench: Bench, selection: Sequence[Unit] | None, attribution: dict[Unit, float]
-    ) -> list[CurvePoint]:
-        kept = {unit.whole for unit in selection or ()}
-        order = sorted(self.chosen.units, key=lambda unit: (unit not in kept, -attribution[unit]))
-        num_kept = sum(unit in kept for unit in order)
-        edits = [tuple(in_order(order[:number])) for number in curve_sizes(len(order), num_kept)]
-        meter = self._curve_meter()
-        points = []
-        total = len(edits) * (len(self.prompts.harmful) + len(self.prompts.harmless))
-        with self.reporter.task("measuring edits of every size", total) as done:
-            for units in edits:
-                name = f"edit {' '.join(map(str, units))}"
-                if name not in self.journal.notes:
-                    self.journal.note(name, self._measure_edit(bench, meter, units, done))
-                points.append(CurvePoint(tuple(map(str, units)), self.plan.share(units), **self.journal.notes[name]))
-        return points
-
-    def _curve_meter(self) -> Meter:
+    def _edit_meter(self) -> Meter:
+        """What measures edits: DSR as in a report, whatever the search goes by, and of a response what decides."""
         from dapa_merge.evaluate.marker import RULES
         from dapa_merge.meters import report_meter
 
-        # DSR as in a report, whatever the search goes by; and of a response only what decides.
         skills = report_meter(self.recipe, self.prompts, self.options.evaluators).skills
         return replace(self.meter, markers=(RULES,), scorer=None, skills=skills)
 
-    def _measure_edit(
-        self, bench: Bench, meter: Meter, units: tuple[Unit, ...], progress: Callable[[int], None]
-    ) -> dict[str, Any]:
-        from dapa_merge.evaluate.figures import refusal_figures
-
-        with bench.live.transplanted(units) as model:
-            measurement = replace(meter, progress=progress).measure(model, bench.live.tokenizer, units)
-            figures = refusal_figures(measurement.responses())
-            return {
-                "dsr": (figures["dsr"], figures["dsr_interval"]),
-                "over_refusal": (figures["over_refusal"], figures["over_refusal_interval"]),
-                "skills": {skill.name: (skill.score, skill.interval) for skill in measurement.skills},
-            }
-
-    def _traces(
-        self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
-    ) -> tuple[list[Trace], list[float], Settings]:
-        from dapa_merge.evaluate.generate import BatchSize
-        from dapa_merge.evaluate.live import quiet_transformers
-        from dapa_merge.trace.causal import Tracer, embedding_deviation, make_settings, read_case
+    def _cases(self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]) -> tuple[Settings, list[Case]]:
+        """How a model is traced, and the prompts as it reads them."""
+        from dapa_merge.trace.case import read_case
+        from dapa_merge.trace.causal import make_settings
 
         wanted = self.wanted
         settings = make_settings(
@@ -294,30 +256,34 @@ class Stages:
             read_case(model, tokenizer, contrast, wanted.subjects, wanted.num_tokens)
             for contrast in spread(contrasts, wanted.num_prompts)
         ]
+        return settings, cases
+
+    def _traces(
+        self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
+    ) -> tuple[list[Trace], list[float], Settings]:
+        from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.evaluate.live import quiet_transformers
+        from dapa_merge.trace.case import embedding_deviation
+        from dapa_merge.trace.causal import Tracer
+
+        settings, cases = self._cases(model, tokenizer, contrasts)
         batch_size = BatchSize(self.recipe.batch_size)
-        tracer = Tracer(model, tokenizer.pad_token_id, settings, embedding_deviation(model, cases), batch_size)
+        deviation = embedding_deviation(model, cases)
+        tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
+        described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases))
         with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers():
             for number, case in enumerate(cases, 1):
                 path = trace_path(self.out, number)
-                if (kept := read_trace(path, case, settings.kinds)) is None:
+                if (kept := read_trace(path, case, described, settings.kinds)) is None:
                     start = time.perf_counter()
                     found = tracer.trace(case, number, done)
                     kept = found, time.perf_counter() - start
-                    write_trace(path, found, case, kept[1])
+                    write_trace(path, found, case, described, kept[1])
                 else:
                     done(tracer.num_runs(case))
                 traces.append(kept[0])
                 seconds.append(kept[1])
+        forget_traces(self.out, len(cases))
         return traces, seconds, settings
-
-
-def curve_sizes(total: int, kept: int) -> list[int]:
-    """How many units the edits of the curve have: few at first, then in larger steps; and as many as were kept."""
-    sizes = {0, kept, total}
-    step = 1.0
-    while step < total:
-        sizes.add(round(step))
-        step *= 2**0.5
-    return sorted(sizes)

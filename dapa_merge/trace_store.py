@@ -17,7 +17,8 @@ from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.search.journal import Journal
 
 if TYPE_CHECKING:
-    from dapa_merge.trace.causal import Case, Trace
+    from dapa_merge.trace.case import Case
+    from dapa_merge.trace.causal import Trace
 
 JOURNAL_NAME = "journal.jsonl"
 TRACES_NAME = "traces"
@@ -28,15 +29,12 @@ INFLUENCE_NAME = "influence.npz"
 
 
 def check_folder(out: Path) -> None:
-    """Raise `UsageError` if a folder cannot be that of a trace: it holds something else, or cannot be made."""
+    """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
     try:
         if out.exists() and not (out / JOURNAL_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} exists and is no folder of a trace; name another or remove it")
-        out.mkdir(parents=True, exist_ok=True)
-        for name in (TRACES_NAME, FIGURES_NAME):
-            (out / name).mkdir(exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{out} cannot be made: {error.strerror}; name another folder") from error
+        raise UsageError(f"{out} cannot be read: {error.strerror}; name another folder") from error
 
 
 @contextmanager
@@ -46,9 +44,17 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
     Raises:
         UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
     """
-    journal = Journal(out / JOURNAL_NAME, parts)
+    try:
+        for name in (TRACES_NAME, FIGURES_NAME):
+            (out / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
+    journal = Journal(out / JOURNAL_NAME, parts, kind="trace")
     try:
         yield journal
+    except KeyboardInterrupt as stop:
+        stop.kept = f"what was found is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
+        raise
     finally:
         journal.close()
 
@@ -82,11 +88,26 @@ def trace_path(out: Path, number: int) -> Path:
     return out / TRACES_NAME / f"{number:04d}.npz"
 
 
-def write_trace(path: Path, trace: Trace, case: Case, seconds: float) -> None:
-    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of."""
+def forget_traces(out: Path, number: int) -> None:
+    """Remove the traces of prompts behind so many, which an earlier run with other options left."""
+    for path in sorted((out / TRACES_NAME).glob("[0-9]*.npz")):
+        if path.stem.isdecimal() and int(path.stem) > number:
+            path.unlink()
+
+
+def forget_figures(out: Path) -> None:
+    """Remove the pictures of an earlier run."""
+    for path in (out / FIGURES_NAME).iterdir():
+        if path.suffix in (".png", ".svg"):
+            path.unlink()
+
+
+def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:
+    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of and the settings."""
     write_arrays(
         path,
         {
+            "settings": settings,
             "prompt": trace.prompt,
             "refusing": case.contrast.refusing,
             "complying": case.contrast.complying,
@@ -102,16 +123,16 @@ def write_trace(path: Path, trace: Trace, case: Case, seconds: float) -> None:
     )
 
 
-def read_trace(path: Path, case: Case, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
-    """The trace of a case and the seconds it took; None if there is none, or the file holds another's or is damaged."""
+def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
+    """The trace of a case and the seconds it took; None if there is none, or the file is another's or damaged."""
     from dapa_merge.trace.causal import Trace
 
     try:
         with numpy.load(path, allow_pickle=False) as arrays:
-            texts = [str(arrays[name]) for name in ("prompt", "refusing", "complying")]
+            texts = [str(arrays[name]) for name in ("settings", "prompt", "refusing", "complying")]
             own = case.contrast
             trace = Trace(
-                prompt=texts[0],
+                prompt=texts[1],
                 tokens=tuple(map(str, arrays["tokens"])),
                 subject=(int(arrays["subject"][0]), int(arrays["subject"][1])),
                 clean=float(arrays["clean"]),
@@ -123,5 +144,5 @@ def read_trace(path: Path, case: Case, kinds: tuple[str, ...]) -> tuple[Trace, f
             seconds = float(arrays["seconds"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    is_of_case = (texts, trace.subject) == ([own.prompt, own.refusing, own.complying], case.subject)
+    is_of_case = (texts, trace.subject) == ([settings, own.prompt, own.refusing, own.complying], case.subject)
     return (trace, seconds) if is_of_case else None

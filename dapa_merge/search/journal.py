@@ -37,18 +37,22 @@ class Journal:
         path: The file; None for a journal that is forgotten with the process.
     """
 
-    def __init__(self, path: Path | None = None, parts: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path | None = None, parts: Mapping[str, str] | None = None, *, kind: str = "search"
+    ) -> None:
         """Open a journal, or begin one.
 
         Args:
             path: The file; its folder is made if need be.
             parts: What decides a verdict: a digest or a value by name.
+            kind: What it is the journal of, for messages.
 
         Raises:
             UsageError: If the file is of another search, or damaged.
             JournalUnavailable: If it cannot be written.
         """
         self.path = path
+        self._kind = kind
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
@@ -58,7 +62,7 @@ class Journal:
         self._file = _open(path)
         try:
             if not take_lock(self._file.fileno()):
-                raise JournalUnavailable(f"another search is writing the journal {path}; wait for it, or name another")
+                raise JournalUnavailable(f"another {kind} is writing the journal {path}; wait for it, or name another")
             self._read(dict(parts or {}))
         except OSError as error:
             self.close()
@@ -144,7 +148,7 @@ class Journal:
         differing = [name for name in sorted({*found, *parts}) if found.get(name) != parts.get(name)]
         if differing:
             raise UsageError(
-                f"the journal {self.path} is of another search: {', '.join(differing)} "
+                f"the journal {self.path} is of another {self._kind}: {', '.join(differing)} "
                 f"{'differs' if len(differing) == 1 else 'differ'}; name another file, or remove it"
             )
 

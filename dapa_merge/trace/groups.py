@@ -26,13 +26,17 @@ class Group:
         name: As `layer 3`, `middle`, `gate` or `selection`.
         family: What it is one of: `layer`, `third`, `module` or `selection`.
         units: What is put in, or taken out.
-        among: What its random controls are drawn from, and what the full transplant is that it is taken out of.
+        rest: What of the full transplant is left without them.
+        among: All of the full transplant, of which the random controls are drawn.
+        number: How many of `among` a control has; None for as many as `units` are.
     """
 
     name: str
     family: str
     units: tuple[Unit, ...]
+    rest: tuple[Unit, ...]
     among: tuple[Unit, ...]
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,28 +68,24 @@ class Finding:
         return (self.full - self.reverted) / (self.full - target) if self.full > target else None
 
 
-def make_groups(units: Sequence[Unit], selection: Sequence[Unit] = (), among: Sequence[Unit] = ()) -> list[Group]:
-    """All groups of a model: each layer, early, middle and late layers, each module, and what a search selected.
+def make_groups(units: Sequence[Unit]) -> list[Group]:
+    """The groups of a model: each layer; early, middle and late layers; each module.
 
     Args:
         units: Of all modules, none of which is part of another.
-        selection: What the search selected, or a recipe names; may be nothing.
-        among: The units that it was selected from.
     """
-    everything = tuple(units)
     num_layers = max(unit.layer for unit in units) + 1
-    groups = []
-    for layer in range(num_layers):
-        of_layer = _where(units, lambda unit, at=layer: unit.layer == at)
-        groups.append(Group(f"layer {layer}", "layer", of_layer, everything))
-    for index, name in enumerate(THIRDS):
-        first, stop = (round(edge * num_layers / 3) for edge in (index, index + 1))
-        of_third = _where(units, lambda unit, low=first, high=stop: low <= unit.layer < high)
-        groups.append(Group(name, "third", of_third, everything))
+
+    def group(name: str, family: str, belongs: Callable[[Unit], bool]) -> Group:
+        inside, outside = (tuple(unit for unit in units if belongs(unit) == wanted) for wanted in (True, False))
+        return Group(name, family, inside, outside, tuple(units))
+
+    groups = [group(f"layer {layer}", "layer", lambda unit, at=layer: unit.layer == at) for layer in range(num_layers)]  # type: ignore[misc]
+    edges = [round(third * num_layers / 3) for third in range(4)]
+    for name, first, stop in zip(THIRDS, edges, edges[1:], strict=False):
+        groups.append(group(name, "third", lambda unit, low=first, high=stop: low <= unit.layer < high))  # type: ignore[misc]
     for module in dict.fromkeys(unit.module for unit in units):
-        groups.append(Group(module, "module", _where(units, lambda unit, of=module: unit.module == of), everything))
-    if selection:
-        groups.append(Group("selection", "selection", tuple(selection), tuple(among)))
+        groups.append(group(module, "module", lambda unit, of=module: unit.module == of))  # type: ignore[misc]
     return [group for group in groups if group.units]
 
 
@@ -103,12 +103,13 @@ def examine(
     findings = []
     for group in groups:
         full = frozenset(group.among)
-        drawn = [draw(group.among, len(group.units), seed + number) for number in range(num_seeds)]
+        size = len(group.units) if group.number is None else group.number
+        drawn = [draw(group.among, size, seed + number) for number in range(num_seeds)]
         findings.append(
             Finding(
                 group,
                 inserted=score(frozenset(group.units)),
-                reverted=score(full - frozenset(group.units)),
+                reverted=score(frozenset(group.rest)),
                 full=score(full),
                 control_inserted=tuple(score(units) for units in drawn),
                 control_reverted=tuple(score(full - units) for units in drawn),
@@ -137,7 +138,3 @@ def draw(units: Iterable[Unit], number: int, seed: int) -> frozenset[Unit]:
 def mean_and_range(values: Sequence[float]) -> tuple[float, float, float] | None:
     """Mean, least and largest; None of nothing."""
     return (statistics.fmean(values), min(values), max(values)) if values else None
-
-
-def _where(units: Sequence[Unit], wanted: Callable[..., bool]) -> tuple[Unit, ...]:
-    return tuple(unit for unit in units if wanted(unit))

@@ -1,15 +1,16 @@
 """The pictures: heatmaps of traces, bars, the search's path, curves. The only module that imports matplotlib.
 
-Every function returns a figure; `save` writes it. Colours are those of M. Okabe and K. Ito ("Color Universal Design",
+Every function returns a figure, which `render` makes a file of. Colours are those of M. Okabe and K. Ito ("Color Universal Design",
 2008) and matplotlib's `PuOr`, which people of all kinds of colour vision can tell apart; what matters differs in shape
 or pattern too. Figures are `CARD_WIDTH` inches wide, readable in the column of a model card.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
@@ -64,18 +65,8 @@ class Bar(NamedTuple):
     interval: tuple[float, float] | None = None
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG into a folder that exists."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        path.write_bytes(render(figure, path.suffix[1:]))
-    return paths
-
-
 def render(figure: Figure, kind: str) -> bytes:
     """A figure as a file of the kind png or svg."""
-    import io
-
     buffer = io.BytesIO()
     with rc_context(STYLE):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -107,7 +98,7 @@ def heatmap(
                 text.set_color(VERMILION)
         _layer_ticks(axes, num_layers)
         axes.set_xlabel("layer")
-        _spines(axes, shown=True)
+        axes.spines[:].set_visible(True)
         axes.set_title(title, parse_math=False)
         bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
         bar.set_label("refusing restored (nats)")
@@ -148,12 +139,14 @@ class Step(NamedTuple):
     """One test of a search.
 
     Attributes:
-        units: The indices of the units that it transplanted.
+        units: The indices of the units that it transplanted, whole or in part.
+        share: How large they are together, as a share of all, in [0, 1].
         holds: Whether they were enough.
         score: What share of the prompts that it asked was refused; None if the model was scored as a whole.
     """
 
     units: Sequence[int]
+    share: float
     holds: bool
     score: float | None
 
@@ -179,7 +172,7 @@ def search_path(
         )
         at = numpy.arange(1, num_steps + 1)
         held = numpy.array([step.holds for step in steps], bool)
-        shares = numpy.array([100 * len(step.units) / num_units for step in steps])
+        shares = numpy.array([100 * step.share for step in steps])
         scores = numpy.array([math.nan if step.score is None else step.score for step in steps])
         for axes, values in ((share, shares), (score, scores)):
             axes.plot(at, values, color=GREY, linewidth=0.8, zorder=1)
@@ -227,7 +220,7 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
     with rc_context(STYLE):
         figure = Figure(figsize=(CARD_WIDTH, 4), layout="constrained")
         axes = figure.add_subplot()
-        for (name, values), (colour, marker, line) in zip(figures.items(), _cycle(styles), strict=False):
+        for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(styles), strict=False):
             percent = [100 * share for share in shares]
             axes.plot(
                 percent, [bar.value for bar in values], color=colour, marker=marker, linestyle=line, label=name, ms=5
@@ -290,21 +283,23 @@ class GroupBar(NamedTuple):
     controls: Sequence[float]
 
 
-def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
+def group_bars(
+    panels: Sequence[tuple[str, float, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str
+) -> Figure:
     """Scores of groups beside those of random selections of the same size.
 
     Args:
-        panels: What a panel shows, and its groups: the same in each.
+        panels: What a panel shows, the score that a line to each group's starts from, and the groups: the same in each.
         lines: What is drawn across, by name: the target's score, and the full transplant's.
         measure: What the score is.
     """
-    number = len(panels[0][1])
+    number = len(panels[0][2])
     with rc_context(STYLE):
         figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, groups) in zip(columns, panels, strict=True):
+        for axes, (title, start, groups) in zip(columns, panels, strict=True):
             for index, group in enumerate(groups):
-                axes.plot([0, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
+                axes.plot([start, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
                 axes.scatter(group.controls, [index] * len(group.controls), marker="|", color=VERMILION, s=55, zorder=2)
                 axes.scatter([group.score], [index], color=BLUE, s=28, zorder=3)
             for (_, value), style in zip(lines.items(), ("--", ":"), strict=False):
@@ -313,7 +308,7 @@ def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[
             axes.set_ylim(number - 0.4, -0.6)
             axes.set_xlabel(measure)
             axes.set_title(title, parse_math=False)
-        columns[0].set_yticks(range(number), [group.name for group in panels[0][1]], parse_math=False)
+        columns[0].set_yticks(range(number), [group.name for group in panels[0][2]], parse_math=False)
         handles = [
             _marker(columns[0], "o", BLUE, "the group"),
             _marker(columns[0], "|", VERMILION, "random, as many units"),
@@ -349,7 +344,7 @@ def _mosaic(axes: Axes, cells: NDArray[numpy.float64]) -> None:
         cells, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"]), vmin=0,
         vmax=2, extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
     )  # fmt: skip
-    _spines(axes, shown=True)
+    axes.spines[:].set_visible(True)
 
 
 def _marker(axes: Axes, marker: str, colour: str, label: str) -> Any:
@@ -362,14 +357,3 @@ def _layer_ticks(axes: Axes, num_layers: int) -> None:
 
 def _every(number: int) -> list[int]:
     return list(range(0, number, math.ceil(number / MAX_TICKS)))
-
-
-def _spines(axes: Axes, *, shown: bool) -> None:
-    for spine in axes.spines.values():
-        spine.set_visible(shown)
-
-
-def _cycle(styles: Sequence[Any]) -> Any:
-    import itertools
-
-    return itertools.cycle(styles)

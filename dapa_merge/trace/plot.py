@@ -1,8 +1,8 @@
 """The pictures: heatmaps of traces, bars, the search's path, curves. The only module that imports matplotlib.
 
 Every function returns a figure, which `render` makes a file of. Colours are those of M. Okabe and K. Ito ("Color
-Universal Design", 2008) and matplotlib's `PuOr`, which people of all kinds of colour vision can tell apart; what matters
-differs in shape or pattern too. Figures are `CARD_WIDTH` inches wide, readable in the column of a model card.
+Universal Design", 2008) and matplotlib's `PuOr`, which all kinds of colour vision can tell apart; what matters differs
+in shape or pattern too. Figures are `CARD_WIDTH` inches wide, readable in the column of a model card.
 """
 
 from __future__ import annotations

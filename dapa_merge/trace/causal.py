@@ -151,7 +151,7 @@ class Tracer:
         self._sites = {kind: find_sites(model, kind) for kind in settings.kinds}
         self._padding = padding
         self._scale = settings.noise * deviation
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._is_checked = False
 
     def num_runs(self, case: Case) -> int:
@@ -159,6 +159,15 @@ class Tracer:
         per_cell = 2 * self.settings.num_samples
         num_cells = sum(1 for _ in self._restorations()) * (case.num_context - case.subject[0])
         return 2 + per_cell * (1 + num_cells)
+
+    def noise(self, case: Case, number: int) -> torch.Tensor:
+        """What is added to the embeddings of a case's subject, `[samples, tokens, hidden]`, float32."""
+        first, stop = case.subject
+        # Made by the CPU, for the same noise on every device.
+        entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
+        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        width = self._replay.model.get_input_embeddings().weight.shape[1]
+        return self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
 
     @torch.inference_mode()
     def trace(self, case: Case, number: int, progress: Callable[[int], None] = lambda _: None) -> Trace:
@@ -173,7 +182,7 @@ class Tracer:
             UsageError: If not even one run fits in the device's memory.
             UnsupportedArchitecture: If the model hands on more than states from layer to layer.
         """
-        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self._batch_size, progress)
+        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self.batch_size, progress)
         clean, values, clean_states = self._run_clean(case, work)
         corrupted, states = self._run_corrupted(case, number, work)
         num_layers = len(self._replay.layers)
@@ -217,26 +226,31 @@ class Tracer:
         """The clean difference, what came out at every site, and the states that entered each layer."""
         sites = [site for kind in self.settings.kinds if kind != "hidden" for of in self._sites[kind] for site in of]
         sites = list(dict.fromkeys(sites))
-        with (
-            self._replay.recorded_states() as states,
-            self._replay.recorded_outputs(sites, 2, case.num_context) as outputs,
-        ):
-            lost = work.run([_Item(0, 0, side) for side in (0, 1)])
-        return float(lost[1] - lost[0]), dict(zip(sites, outputs, strict=True)), [one[0] for one in states]
+        found: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+
+        def run(items: Sequence[_Item]) -> list[float]:
+            nonlocal found
+            with (
+                self._replay.recorded_states() as states,
+                self._replay.recorded_outputs(sites, len(items), case.num_context) as outputs,
+            ):
+                lost = work.run(items).tolist()
+            # Of either side: what is given is the same.
+            found = outputs, [one[0] for one in states]
+            return lost
+
+        refusing, complying = self.batch_size.map(run, [_Item(0, 0, side) for side in (0, 1)])
+        outputs, states = found
+        return complying - refusing, dict(zip(sites, outputs, strict=True)), states
 
     def _run_corrupted(self, case: Case, number: int, work: _Work) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The corrupted difference for each sample, and the states that entered each layer, by sample and side."""
-        first, stop = case.subject
-        # Made by the CPU, for the same noise on every device.
-        entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
-        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
-        width = self._replay.model.get_input_embeddings().weight.shape[1]
-        noise = self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
+        noise = self.noise(case, number)
         chunks: list[list[torch.Tensor]] = []
 
         def run(items: Sequence[_Item]) -> Sequence[float]:
             chosen = noise[[item.sample for item in items]]
-            with self._replay.recorded_states() as states, self._replay.noisy_embeddings(chosen, first):
+            with self._replay.recorded_states() as states, self._replay.noisy_embeddings(chosen, case.subject[0]):
                 lost = work.run(items)
             if not self._is_checked:
                 self._replay.check(lambda: work.run(items, count=False), states, lost)

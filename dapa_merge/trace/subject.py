@@ -5,7 +5,6 @@ In a question such as "How do I steal a car?" it is what is asked about ("steal 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -102,7 +101,12 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
             text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
         )
         return [(first, last) for first, last in encoded["offset_mapping"]]
-    # Of other tokenizers it is seen how far the text comes with each token.
-    ends = [len(tokenizer.decode(ids[:number], skip_special_tokens=False)) for number in range(len(ids) + 1)]
+    # Of others it is seen how far the text comes with each token. One that ends within a character is of that one.
+    read = [tokenizer.decode(ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
+    ends = [len(beginning.rstrip("\ufffd")) for beginning in read]
     surplus = ends[-1] - len(text)
-    return [(max(first - surplus, 0), max(last - surplus, 0)) for first, last in itertools.pairwise(ends)]
+    spans = []
+    for number, first in enumerate(ends[:-1]):
+        last = next((end for end in ends[number + 1 :] if end > first), first)
+        spans.append((max(first - surplus, 0), max(last - surplus, 0)))
+    return spans

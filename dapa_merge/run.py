@@ -89,7 +89,7 @@ def repair(
 def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter) -> dict[str, bytes]:
     """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
     try:
-        from dapa_merge.trace import plot
+        from dapa_merge.trace.plot_style import render
         from dapa_merge.trace_figures import report_figure, search_figure
     except UsageError as error:
         reporter.say(f"no pictures beside the model: {error}")
@@ -98,7 +98,7 @@ def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter
     if evidence.search is not None:
         figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
     return {
-        f"{name}.{kind}": plot.render(figure, kind)
+        f"{name}.{kind}": render(figure, kind)
         for name, figure in figures.items()
         if figure is not None
         for kind in ("png", "svg")

@@ -66,7 +66,7 @@ def trace_to_folder(
         DapaError: As `trace_recipe` does.
     """
     # Before the hours that a trace may take.
-    from dapa_merge.trace import plot
+    from dapa_merge.trace.plot_style import render
     from dapa_merge.trace_figures import figures_of
     from dapa_merge.trace_page import Picture, page
     from dapa_merge.trace_summary import summarize
@@ -77,7 +77,7 @@ def trace_to_folder(
     forget_figures(out)
     for name, caption, figure in figures_of(found):
         for kind in ("png", "svg"):
-            content = plot.render(figure, kind)
+            content = render(figure, kind)
             write_whole(out / FIGURES_NAME / f"{name}.{kind}", content)
             if kind == "png":
                 pictures.append(Picture(name, caption, content))

@@ -1,30 +1,45 @@
-"""The pictures: heatmaps of traces, bars, the search's path, curves. The only module that imports matplotlib.
+"""The pictures: heatmaps of traces, bars, the search's path, curves. Every function returns a figure.
 
-Every function returns a figure, which `render` makes a file of. Colours are those of M. Okabe and K. Ito ("Color
-Universal Design", 2008) and matplotlib's `PuOr`, which all kinds of colour vision can tell apart; what matters differs
-in shape or pattern too. Figures are `CARD_WIDTH` inches wide, readable in the column of a model card.
+This and `plot_style`, whose `render` makes a file of a figure, are the only modules that import matplotlib.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
-from dapa_merge.errors import UsageError
+# First of all, because it says what to install where matplotlib is not.
+from dapa_merge.trace.plot_style import (
+    BLACK,
+    BLUE,
+    CARD_LETTERS,
+    CARD_WIDTH,
+    COLOURS,
+    GREEN,
+    GREY,
+    LINE_HEIGHT,
+    MAX_BARS,
+    ORANGE,
+    PATTERNS,
+    PURPLE,
+    STYLE,
+    VERMILION,
+    every_few,
+    layer_ticks,
+    marker_of,
+    readable,
+    spread_places,
+)
 
-try:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
+# isort: split
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,46 +47,12 @@ if TYPE_CHECKING:
 
     from dapa_merge.trace.average import Mean
 
-CARD_WIDTH = 8.0
-DOTS_PER_INCH = 200
-BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
-    "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
-)  # fmt: skip
-COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
-PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    # The same file for the same data.
-    "svg.hashsalt": "dapa-merge",
-}
-MAX_LABEL = 24
-# Above so many layers not every one is labelled.
-MAX_TICKS = 24
-
 
 class Bar(NamedTuple):
     """A value with its 95 % interval; None for no interval, NaN for no value."""
 
     value: float
     interval: tuple[float, float] | None = None
-
-
-def render(figure: Figure, kind: str) -> bytes:
-    """A figure as a file of the kind png or svg."""
-    buffer = io.BytesIO()
-    with rc_context(STYLE):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
-    return buffer.getvalue()
 
 
 def heatmap(
@@ -87,7 +68,7 @@ def heatmap(
     """
     num_layers, num_tokens = effect.shape
     with rc_context(STYLE):
-        figure = Figure(figsize=(CARD_WIDTH, 1.5 + 0.24 * num_tokens), layout="constrained")
+        figure = Figure(figsize=(CARD_WIDTH, max(2.4, 1.5 + 0.24 * num_tokens)), layout="constrained")
         axes = figure.add_subplot()
         bound = float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
         image = axes.imshow(effect.T, aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound, interpolation="nearest")
@@ -96,7 +77,7 @@ def heatmap(
             if is_marked:
                 text.set_fontweight("bold")
                 text.set_color(VERMILION)
-        _layer_ticks(axes, num_layers)
+        layer_ticks(axes, num_layers)
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(True)
         axes.set_title(title, parse_math=False)
@@ -129,7 +110,7 @@ def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layer
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
             axes.set_xlim(-0.7, num_layers - 0.3)
-        _layer_ticks(rows[-1], num_layers)
+        layer_ticks(rows[-1], num_layers)
         rows[-1].set_xlabel("layer")
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
     return figure
@@ -165,11 +146,9 @@ def search_path(
     """
     num_units, num_steps = len(units), len(steps)
     with rc_context(STYLE):
-        height = 3.4 + min(4.5, 0.16 * num_units)
-        figure = Figure(figsize=(CARD_WIDTH, height), layout="constrained")
-        share, score, matrix = figure.subplots(
-            3, 1, sharex=True, height_ratios=(1.1, 1.1, 0.6 + min(4.5, 0.16 * num_units))
-        )
+        mosaic_height = min(4.5, 0.16 * num_units)
+        figure = Figure(figsize=(CARD_WIDTH, 3.4 + mosaic_height), layout="constrained")
+        share, score, matrix = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.2, 0.6 + mosaic_height))
         at = numpy.arange(1, num_steps + 1)
         held = numpy.array([step.holds for step in steps], bool)
         shares = numpy.array([100 * step.share for step in steps])
@@ -190,7 +169,7 @@ def search_path(
         _mosaic(matrix, cells)
         for unit in final:
             matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=1.2, zorder=3)
-        shown = sorted({*final, *_every(num_units)})
+        shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
         matrix.set_yticks(shown, [units[index] for index in shown])
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
             text.set_fontweight("bold" if index in set(final) else "normal")
@@ -199,8 +178,8 @@ def search_path(
         matrix.set_xlabel("test")
         matrix.set_ylabel("unit")
         handles = [
-            _marker(share, "o", BLUE, "holds"),
-            _marker(share, "x", VERMILION, "fails"),
+            marker_of(share, "o", BLUE, "holds"),
+            marker_of(share, "x", VERMILION, "fails"),
             score.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="required")[0],
             Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label="kept in the end"),
         ]
@@ -223,7 +202,13 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
         for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(styles), strict=False):
             percent = [100 * share for share in shares]
             axes.plot(
-                percent, [bar.value for bar in values], color=colour, marker=marker, linestyle=line, label=name, ms=5
+                percent,
+                [bar.value for bar in values],
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                label=readable(name),
+                ms=5,
             )
             with_interval = [bar for bar in values if bar.interval is not None]
             if len(with_interval) == len(values):
@@ -235,7 +220,8 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
         axes.set_xlabel("parameters changed (%)")
         axes.set_ylabel("share of the prompts")
         axes.set_title("How small can the edit be?")
-        figure.legend(loc="outside lower center", ncols=min(4, len(figures) + 1))
+        columns = CARD_LETTERS // (max(len(readable(name)) for name in (*figures, "the selection")) + 8)
+        figure.legend(loc="outside lower center", ncols=min(columns, len(figures) + 1))
     return figure
 
 
@@ -252,6 +238,7 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
         figure = Figure(figsize=(CARD_WIDTH, 3.6), layout="constrained")
         axes = figure.add_subplot()
         width = 0.8 / len(models)
+        is_crowded = len(figures) * len(models) > MAX_BARS
         for index, model in enumerate(models):
             bars = [values[index] for values in figures.values()]
             at = numpy.arange(len(figures)) + (index - (len(models) - 1) / 2) * width
@@ -264,10 +251,20 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
             for place, bar in zip(at, bars, strict=True):
                 top = bar.value if bar.interval is None else bar.interval[1]
                 axes.annotate(
-                    f"{bar.value:.2f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=9
+                    f"{bar.value:.2f}",
+                    (place, top),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                    rotation=90 * is_crowded,
                 )
-        axes.set_xticks(range(len(figures)), [readable(name) for name in figures], parse_math=False)
-        axes.set_ylim(0, 1.14)
+        labels = [readable(name) for name in figures]
+        axes.set_xticks(range(len(figures)), labels, parse_math=False)
+        if max(map(len, labels)) * len(labels) > CARD_LETTERS:
+            for text in axes.get_xticklabels():
+                text.set(rotation=25, ha="right", rotation_mode="anchor")
+        axes.set_ylim(0, 1.2 if is_crowded else 1.14)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.set_ylabel("share")
         axes.set_title(title, parse_math=False)
@@ -310,8 +307,8 @@ def group_bars(
             axes.set_title(title, parse_math=False)
         columns[0].set_yticks(range(number), [group.name for group in panels[0][2]], parse_math=False)
         handles = [
-            _marker(columns[0], "o", BLUE, "the group"),
-            _marker(columns[0], "|", VERMILION, "random, as many units"),
+            marker_of(columns[0], "o", BLUE, "the group"),
+            marker_of(columns[0], "|", VERMILION, "random, as many units"),
             *(
                 columns[0].plot([], [], color=BLACK, linestyle=style, linewidth=1, label=name)[0]
                 for name, style in zip(lines, ("--", ":"), strict=False)
@@ -319,17 +316,6 @@ def group_bars(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
-
-
-def readable(label: str) -> str:
-    """A label that can be drawn: control characters and signs that the font lacks as escapes, and not too long."""
-    has = get_font(findfont(FontProperties())).get_char_index
-    text = "".join(
-        character if character.isprintable() and has(ord(character)) else character.encode("unicode_escape").decode()
-        for character in label
-    )
-    text = text if text.strip() else f"{text!r}"
-    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL - 1]}…"
 
 
 def _reach(bar: Bar, side: int) -> float:
@@ -345,15 +331,3 @@ def _mosaic(axes: Axes, cells: NDArray[numpy.float64]) -> None:
         vmax=2, extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
     )  # fmt: skip
     axes.spines[:].set_visible(True)
-
-
-def _marker(axes: Axes, marker: str, colour: str, label: str) -> Any:
-    return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
-
-
-def _layer_ticks(axes: Axes, num_layers: int) -> None:
-    axes.set_xticks(_every(num_layers))
-
-
-def _every(number: int) -> list[int]:
-    return list(range(0, number, math.ceil(number / MAX_TICKS)))

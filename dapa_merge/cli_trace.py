@@ -188,6 +188,6 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
         return None
     if refusal is None or answer is None:
         raise UsageError("--refusal and --answer are compared with each other; give both or neither")
-    if not refusal.strip() or not answer.strip():
-        raise UsageError("--refusal and --answer must be texts that differ, not empty")
+    if not refusal.strip() or not answer.strip() or refusal == answer:
+        raise UsageError("--refusal and --answer must be texts that differ, and neither may be empty")
     return refusal, answer

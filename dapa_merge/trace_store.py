@@ -113,7 +113,7 @@ def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: fl
             "complying": case.contrast.complying,
             "tokens": numpy.array(trace.tokens),
             "subject": numpy.array(trace.subject),
-            "clean": numpy.float32(trace.clean),
+            "clean": trace.clean,
             "corrupted": trace.corrupted,
             **{f"restored_{kind}": values for kind, values in trace.restored.items()},
             "num_runs": trace.num_runs,
@@ -128,7 +128,8 @@ def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) ->
     from dapa_merge.trace.causal import Trace
 
     try:
-        with numpy.load(path, allow_pickle=False) as arrays:
+        # From memory: numpy leaves a damaged file open.
+        with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             texts = [str(arrays[name]) for name in ("settings", "prompt", "refusing", "complying")]
             own = case.contrast
             trace = Trace(

@@ -1,0 +1,406 @@
+"""`dapa-merge trace`, from a recipe to the page, on real models; and the pictures beside a repaired one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import transformers
+from conftest import SHAPE, answer, call, save_random, write_few
+
+from dapa_merge import miniature
+from dapa_merge.trace_edits import curve_sizes
+
+QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
+KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
+GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
+
+
+def planted_recipe(folder: Path, **parameters) -> Path:
+    """A recipe for the miniature pair, with a few prompts."""
+    prompts = folder / "prompts"
+    if not prompts.exists():
+        write_few(prompts, 24)
+    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 24, "batch_size": 64, **parameters}
+    lines = [f"merge_method: dapa\nbase_model: {miniature.path('target')}", "models:"]
+    lines += [f"  - model: {miniature.path('source')}", "parameters:"]
+    lines += [f"  {key}: {value}" for key, value in settings.items()]
+    path = folder / "recipe.yml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """A recipe, the folder of its trace, and the answer of the command."""
+    folder = tmp_path_factory.mktemp("traced")
+    recipe = planted_recipe(folder)
+    return recipe, folder / "out", answer("trace", recipe, folder / "out", *QUICK, "--json")
+
+
+def without_time(summary: dict) -> dict:
+    passes = {name: value for name, value in summary["passes"].items() if not name.endswith("seconds_per_prompt")}
+    # How many tests were recorded depends on what was searched before.
+    return {**summary, "passes": passes, "search": None}
+
+
+def test_the_summary_is_what_the_command_answers_and_says_that_the_planted_gates_come_first(traced):
+    _, out, summary = traced
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert set(summary["planted"]) == {
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing (mlp), by layer",
+    }  # fmt: skip
+    for name, one in summary["planted"].items():
+        assert one["num_common"] == 4, name
+        assert one["spearman"] == pytest.approx(one["spearman_at_best"]), name
+    gates = [f"{layer}.gate" for layer in (3, 4, 5, 6)]
+    assert sorted(summary["planted"]["influence on refusing"]["top"]) == gates
+    assert sorted(summary["planted"]["tracing (mlp), by layer"]["top"]) == ["3", "4", "5", "6"]
+    said = [sentence for sentence in summary["findings"] if sentence.startswith("Planted was gate of layers 3-6: by ")]
+    assert len(said) == 4
+    assert all("4 of the first 4 are right" in sentence for sentence in said)
+
+
+def test_gates_and_middle_layers_are_sufficient_and_necessary_and_attention_is_neither(traced):
+    _, _, summary = traced
+    groups = {one["group"]: one for one in summary["groups"]["groups"]}
+    assert summary["groups"]["target"] == 0
+    for name, expected in (("gate", 1), ("middle", 1), ("up", 0), ("down", 0), ("attention", 0), ("early", 0)):
+        assert groups[name]["sufficiency"] == pytest.approx(expected, abs=0.1), name
+        assert groups[name]["necessity"] == pytest.approx(expected, abs=0.1), name
+    assert groups["selection"]["sufficiency"] > 0.9
+    assert groups["gate"]["num_units"] == 10
+    assert all(len(one["random_inserted"]) == len(one["random_reverted"]) == 2 for one in groups.values())
+
+
+def test_the_curve_goes_from_nothing_to_every_unit_and_has_the_selection_on_it(traced):
+    _, _, summary = traced
+    curve = summary["curve"]
+    assert [len(point["units"]) for point in curve] == curve_sizes(10, len(summary["selection"]))
+    assert summary["selection"] in [point["units"] for point in curve]
+    assert (curve[0]["share"], curve[0]["dsr"][0]) == (0, 0)
+    assert curve[-1]["dsr"][0] > 0.9
+    assert [point["share"] for point in curve] == sorted(point["share"] for point in curve)
+    for point in curve:
+        low, high = point["dsr"][1]
+        assert low <= point["dsr"][0] <= high
+
+
+def test_the_selection_is_held_against_every_way_to_tell(traced):
+    _, _, summary = traced
+    overlaps = summary["overlap"]["with_selection"]
+    assert set(overlaps) == {
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing (mlp)", "tracing (gate)",
+    }  # fmt: skip
+    # With so few prompts the search may do without another of the four than the one that attribution puts last.
+    assert overlaps["attribution"]["jaccard"] >= 0.5 > overlaps["attribution"]["jaccard_by_chance"]
+    assert all(len(one["top"]) == len(summary["selection"]) for one in overlaps.values())
+    assert len(summary["overlap"]["rank_correlations"]) == 10
+
+
+def test_the_folder_holds_a_trace_for_each_prompt_that_numpy_reads(traced):
+    _, out, summary = traced
+    paths = sorted((out / "traces").iterdir())
+    assert [path.name for path in paths] == ["0001.npz", "0002.npz", "0003.npz"]
+    with numpy.load(paths[0], allow_pickle=False) as arrays:
+        num_tokens = len(arrays["tokens"])
+        for kind in KINDS:
+            assert arrays[f"restored_{kind}"].shape == (10, num_tokens)
+        assert arrays["corrupted"].shape == (2,)
+        first, stop = arrays["subject"]
+        assert summary["trace"]["prompts"][0]["subject"] == list(arrays["tokens"][first:stop])
+        assert str(arrays["prompt"]) == summary["trace"]["prompts"][0]["prompt"]
+    with numpy.load(out / "influence.npz", allow_pickle=False) as arrays:
+        assert arrays["refusing"].shape == (12, 40)
+
+
+def test_every_picture_is_there_as_png_and_svg(traced):
+    _, out, _ = traced
+    names = {path.stem for path in (out / "figures").iterdir()}
+    examples = {f"example_1_{kind}" for kind in ("hidden", "mlp", "attention")}
+    assert names == {"influence", "groups", "search", "edit_size", *(f"trace_{kind}" for kind in KINDS), *examples}
+    for name in names:
+        assert (out / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / "figures" / f"{name}.svg").read_text()
+
+
+def test_the_page_opens_without_anything_else(traced):
+    _, out, summary = traced
+    page = (out / "index.html").read_text()
+    sources = re.findall(r"""(?:src|href)=["']?([^"'> ]+)""", page)
+    assert len(sources) == len(list((out / "figures").glob("*.png")))
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in re.sub(r"base64,[^\"]+", "", page)
+    for sentence in summary["findings"]:
+        assert sentence.replace("'", "&#39;") in page
+    assert "runs for each of 3" in page
+
+
+def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "figures")
+    (copy / "index.html").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()}
+    again = answer("trace", recipe, copy, *QUICK, "--json")
+    # Also the seconds: nothing was run.
+    assert {**again, "search": None} == {**summary, "search": None}
+    assert {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()} == times
+    assert (copy / "figures" / "influence.png").read_bytes() == (out / "figures" / "influence.png").read_bytes()
+
+
+def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    options = (
+        "--num-prompts",
+        2,
+        "--samples",
+        1,
+        "--controls",
+        2,
+        "--noise",
+        0,
+        "--kinds",
+        "mlp,gate",
+        "--examples",
+        2,
+    )
+    result = call("trace", recipe, copy, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    other = json.loads(result.stdout)
+    assert other["groups"] == summary["groups"]
+    assert other["units"] == summary["units"]
+    assert set(other["trace"]["kinds"]) == {"mlp", "gate"}
+    # Without noise nothing is lost and nothing comes back.
+    assert other["trace"]["total_effect"]["mean"] == pytest.approx(0, abs=1e-4)
+    for kind in other["trace"]["kinds"].values():
+        assert max(abs(value) for row in kind["mean"] for value in row if value is not None) < 1e-4
+    assert [path.name for path in sorted((copy / "traces").iterdir())] == ["0001.npz", "0002.npz"]
+    names = {path.stem for path in (copy / "figures").iterdir()}
+    assert {"example_1_mlp", "example_2_mlp", "trace_gate"} <= names
+    assert not {"trace_hidden", "example_1_hidden"} & names
+
+
+def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(traced, tmp_path):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    content = (copy / "traces" / "0002.npz").read_bytes()
+    (copy / "traces" / "0002.npz").write_bytes(content[: len(content) // 2])
+    assert without_time(answer("trace", recipe, copy, *QUICK, "--json")) == without_time(summary)
+    other = planted_recipe(tmp_path, max_new_tokens=20)
+    result = call("trace", other, copy, *QUICK)
+    assert result.exit_code == 2
+    assert re.search(r"journal.jsonl is of another trace: .*recipe.* differ", result.stderr)
+    assert (copy / "summary.json").exists()
+
+
+def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, own_cache):
+    recipe, _, summary = traced
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-c",
+        "from dapa_merge.cli import main; main()",
+        "--quiet",
+        "trace",
+        str(recipe),
+        str(out),
+    ]
+    command += [*map(str, QUICK), "--json"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(own_cache)}
+    for wanted in ("influence.npz", "traces/0001.npz"):
+        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not (out / wanted).exists() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        _, errors = child.communicate()
+        assert (out / wanted).exists(), errors
+        # Complete or not at all.
+        assert not (out / "summary.json").exists() or json.loads((out / "summary.json").read_text())
+    assert without_time(answer("trace", recipe, out, *QUICK, "--json")) == without_time(summary)
+    assert not list(out.rglob(".dapa-merge-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "extra"),
+    [("Gemma", "GemmaConfig", {"head_dim": 8}), ("Mistral", "MistralConfig", {"sliding_window": 16})],
+)
+def test_random_models_of_other_families_are_traced_with_given_responses(name, config, extra, tmp_path, write_recipe):
+    shape = {**SHAPE, "vocab_size": 200, **extra}
+    target, source = (
+        save_random(tmp_path / f"{name}-{seed}", getattr(transformers, config)(**shape), seed=seed) for seed in (1, 2)
+    )
+    prompts = write_few(tmp_path / "few", 4)
+    recipe = write_recipe(target, source, layers="1-2", prompts=prompts, max_new_tokens=4)
+    summary = answer("trace", recipe, tmp_path / "out", *QUICK, *GIVEN, "--json")
+    assert summary["planted"] is None
+    assert set(summary["trace"]["kinds"]) == set(KINDS)
+    assert summary["trace"]["total_effect"]["mean"] != 0
+    assert len(summary["units"]) == 16
+    assert summary["selection"] == ["1.gate", "2.gate"]
+    assert any("does not raise the DSR" in sentence for sentence in summary["findings"])
+    assert (tmp_path / "out" / "figures" / "trace_mlp.png").exists()
+
+
+def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_path, write_recipe):
+    shape = {**SHAPE, "vocab_size": 200}
+    config = transformers.MixtralConfig(**shape, num_local_experts=2)
+    pair = [save_random(tmp_path / f"m{seed}", config, seed=seed) for seed in (1, 2)]
+    prompts = write_few(tmp_path / "few", 4)
+    recipe = write_recipe(*pair, prompts=prompts, max_new_tokens=4)
+    summary = answer("trace", recipe, tmp_path / "out", *QUICK, *GIVEN, "--no-search", "--model", "target", "--json")
+    assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention"}
+    assert summary["trace"]["model"] == "target"
+    assert {unit["unit"].split(".")[1] for unit in summary["units"]} == {"gate", "up", "down", "attention"}
+    assert summary["selection"] is None
+    assert summary["no_selection_because"] == "no search was wanted"
+    pair = [
+        save_random(
+            tmp_path / f"g{seed}", transformers.GPT2Config(n_layer=3, n_embd=32, n_head=4, vocab_size=200), seed=seed
+        )
+        for seed in (1, 2)
+    ]
+    recipe = write_recipe(*pair, modules="up", layers="1", prompts=prompts, max_new_tokens=4)
+    refused = call("trace", recipe, tmp_path / "gpt", *QUICK, *GIVEN, "--kinds", "hidden,gate")
+    assert refused.exit_code == 2
+    assert "GPT2LMHeadModel has no gate to trace" in refused.stderr
+    summary = answer("trace", recipe, tmp_path / "gpt", *QUICK, *GIVEN, "--json")
+    assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention", "up", "down"}
+
+
+def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path):
+    prompts = write_few(tmp_path / "few", 24)
+    recipe = tmp_path / "shadow.yml"
+    recipe.write_text(
+        f"merge_method: dapa\nbase_model: {miniature.path('shadow-target')}\n"
+        f"models:\n  - model: {miniature.path('shadow-source')}\n"
+        f"parameters:\n  prompts: {prompts}\n  max_new_tokens: 24\n"
+    )
+    summary = answer("trace", recipe, tmp_path / "out", *QUICK, "--json")
+    assert summary["selection"] is None
+    assert "cannot repair this target through its modules gate" in summary["no_selection_because"]
+    groups = {one["group"]: one for one in summary["groups"]["groups"]}
+    # What the search cannot say: where it is.
+    assert groups["gate"]["sufficiency"] < 0.1
+    assert groups["down"]["sufficiency"] > 0.9
+    assert summary["overlap"]["with_selection"] == {}
+
+
+def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, write_recipe):
+    prompts = write_few(tmp_path / "few", 4)
+    recipe = write_recipe(miniature.path("source"), miniature.path("target"), layers="1", prompts=prompts)
+    result = call("trace", recipe, tmp_path / "out", *QUICK)
+    assert result.exit_code == 3
+    assert re.search(
+        r"of 4 harmful prompts the source refuses 0 and the target 4, .* --refusal and --answer", result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--subject", "bomb"), r"does not contain the subject 'bomb'; give one that it contains"),
+        (
+            ("--kinds", "mlp,head"),
+            r"--kinds: there is no kind 'head'; known are hidden, mlp, attention, gate, up, down",
+        ),
+        (("--refusal", "No."), r"give both or neither"),
+        (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
+        (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_takes_long(traced, tmp_path, options, said):
+    recipe, _, _ = traced
+    result = call("trace", recipe, tmp_path / "out", *QUICK, *options)
+    assert result.exit_code == 2
+    assert re.search(said, result.stderr)
+    assert not (tmp_path / "out" / "influence.npz").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_named(tmp_path, write_recipe):
+    shape = {**SHAPE, "vocab_size": 200, "max_position_embeddings": 12}
+    pair = [save_random(tmp_path / f"s{seed}", transformers.LlamaConfig(**shape), seed=seed) for seed in (1, 2)]
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "harmful.txt").write_text("How do I steal a car and a boat and a car?\n")
+    (prompts / "harmless.txt").write_text("How?\n")
+    recipe = write_recipe(*pair, layers="1", prompts=prompts, max_new_tokens=4)
+    result = call("trace", recipe, tmp_path / "out", *GIVEN)
+    assert result.exit_code == 2
+    assert re.search(r"the prompt 'How do I steal .* has \d+ tokens .* context ends at 12; shorten it", result.stderr)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
+    recipe, _, _ = traced
+    for name in ("full", "file"):
+        out = tmp_path / name
+        if name == "full":
+            out.mkdir()
+            (out / "mine.txt").write_text("mine")
+        else:
+            out.write_text("mine")
+        result = call("trace", recipe, out, *QUICK)
+        assert result.exit_code == 2
+        assert f"{out} exists and is no folder of a trace; name another or remove it" in result.stderr
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    missing = call("trace", tmp_path / "none.yml", tmp_path / "new", *QUICK)
+    assert missing.exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatch):
+    recipe, _, _ = traced
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith(("dapa_merge.trace.plot", "dapa_merge.trace_fig"))]:
+        monkeypatch.delitem(sys.modules, name)
+    result = call("trace", recipe, tmp_path / "out", *QUICK)
+    assert result.exit_code == 2
+    assert "plots need matplotlib; install it with pip install 'dapa-merge[plot]'" in result.stderr
+    assert not (tmp_path / "out").exists()
+    # A repair goes on without.
+    named = planted_recipe(tmp_path, layers="3-5")
+    result = call("run", named, tmp_path / "model")
+    assert result.exit_code == 0, result.stderr
+    assert "no pictures beside the model: plots need matplotlib" in result.stderr
+    assert not list((tmp_path / "model").glob("*.png"))
+
+
+def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(demo):
+    out, _ = demo
+    manifest = json.loads((out / "dapa.json").read_text())
+    for name in ("dapa_search.png", "dapa_search.svg", "dapa_figures.png", "dapa_figures.svg"):
+        assert (out / name).stat().st_size > 10_000
+        assert name in manifest["files"]
+    assert call("verify", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("total", "kept", "sizes"),
+    [(10, 3, [0, 1, 2, 3, 4, 6, 8, 10]), (1, 0, [0, 1]), (32, 5, [0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32])],
+)
+def test_edits_grow_in_steps_and_one_is_the_selection(total, kept, sizes):
+    assert curve_sizes(total, kept) == sizes
+
+
+def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, small_disk):
+    recipe, _, _ = traced
+    (small_disk / "ballast").write_bytes(bytes(850_000))
+    result = call("trace", recipe, small_disk / "out", *QUICK)
+    assert result.exit_code == 1
+    assert re.search(r"cannot be written: No space left on device; what was found before is kept", result.stderr)
+    (small_disk / "ballast").unlink()
+    assert (small_disk / "out" / "traces" / "0003.npz").exists()

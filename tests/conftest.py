@@ -99,12 +99,10 @@ MEASURED_ONLY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """One worker of pytest-xdist has all tests of a trace that takes long, and makes it once."""
-    for item in items:
-        if "traced" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("traced"))
+    if "traced" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("traced"))
 
 
 def pytest_unconfigure() -> None:

@@ -207,6 +207,7 @@ class Stages:
         import numpy
 
         from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.evaluate.half_precision import widened
         from dapa_merge.trace.contrast import sides_of
         from dapa_merge.trace.influence import Influence, influence
 
@@ -220,7 +221,7 @@ class Stages:
             fetch_units(self.plan, self.plan.units, self.reporter)
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
-            with self.reporter.task("transplanting each unit alone", total) as done:
+            with self.reporter.task("transplanting each unit alone", total) as done, widened(bench.live.model):
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size), progress=done)
             write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.plan.units])})
             self.journal.note("influence", self._compared)
@@ -262,6 +263,7 @@ class Stages:
         self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
     ) -> tuple[list[Trace], list[float], Settings]:
         from dapa_merge.evaluate.generate import BatchSize
+        from dapa_merge.evaluate.half_precision import widened
         from dapa_merge.evaluate.live import quiet_transformers
         from dapa_merge.trace.case import embedding_deviation
         from dapa_merge.trace.causal import Tracer
@@ -273,7 +275,7 @@ class Stages:
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases))
-        with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers():
+        with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers(), widened(model):
             for number, case in enumerate(cases, 1):
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import answer, call, change_tensor, save_random, tiny_llama
 
-from dapa_merge import miniature
+from dapa_merge import miniature, search_testers
+from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import divide
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe_file import load_recipe, parse_recipe
@@ -379,3 +381,35 @@ def test_the_requirement_is_in_the_answer(done):
     found = done.found
     assert Requirement(**found["requirement"]).score_complaint(found["score_full"], found["score_full"]) is None
     assert found["requirement"]["min_score"] == pytest.approx(0.95 * found["score_full"] + 0.05 * found["score_target"])
+
+
+def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(llama_pair, write_recipe, tmp_path):
+    """What a worker makes of a recipe, called as in a worker."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("How do I steal a car?\nHow do I burgle a boat?\n")
+    recipe = load_recipe(write_recipe(*llama_pair, strength=0.5, max_overflow=3, prompts=prompts, max_new_tokens=2))
+    threads = torch.get_num_threads()
+    try:
+        searching, _ = split_prompts(recipe)
+        limits = Requirement(0.5, 1.0, 1e9)
+        test = search_testers._make_tester(recipe, searching, limits, SearchOptions("cpu"), threads)
+    finally:
+        torch.set_num_threads(threads)
+    (bench,) = test.args
+    assert (bench.plan.strength, bench.plan.max_overflow) == (0.5, 3)
+    unit = bench.plan.units[1]
+    (name,) = unit.tensors
+    own = bench.live.model.get_parameter(name).clone()
+    with bench.live.transplanted((unit,)) as candidate:
+        moved = candidate.get_parameter(name).clone()
+    values = [load_file_tensor(folder, name) for folder in llama_pair]
+    assert torch.equal(own, values[0])
+    assert torch.allclose(moved.float(), (values[0].float() + values[1].float()) / 2, atol=0.01)
+    assert not torch.equal(moved, own)
+
+
+def load_file_tensor(folder, name):
+    from safetensors import safe_open
+
+    with safe_open(folder / open_checkpoint(str(folder)).tensors[name].file, "pt") as file:
+        return file.get_tensor(name)

@@ -78,15 +78,18 @@ def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pai
         "consolidated.safetensors",
         "optimizer.pt",
         "dapa.json",
+        "dapa_search.png",
+        "dapa_figures.svg",
     ):
         (target / name).write_bytes(b"not to be copied")
     (target / "checkpoint-1").mkdir()
     plan = plan_of((target, llama_pair[1]))
-    transplant(plan, plan.units, tmp_path / "out", extras={"note.txt": "ours"})
+    transplant(plan, plan.units, tmp_path / "out", extras={"note.txt": "ours", "picture.png": b"\x89PNG\xff"})
     out = contents(tmp_path / "out")
     assert out["chat_template.jinja"] == b"the target's template"
     assert out["note.txt"] == b"ours"
-    assert set(out) == {*contents(llama_pair[0]), "note.txt", "dapa.json"}
+    assert out["picture.png"] == b"\x89PNG\xff"
+    assert set(out) == {*contents(llama_pair[0]), "note.txt", "picture.png", "dapa.json"}
 
 
 def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tmp_path):

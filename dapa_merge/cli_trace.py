@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -143,8 +144,12 @@ def trace(
     whether tracing would have found what the search selects. Stopped, the same command goes on.
     """
     from dapa_merge.recipe_file import load_recipe
-    from dapa_merge.trace_flow import trace_to_folder
+    from dapa_merge.trace_flow import trace_recipe
 
+    if not math.isfinite(noise):
+        raise UsageError(f"--noise is {noise}; write a number of at least 0")
+    if not all(subject.strip() for subject in subjects):
+        raise UsageError("--subject is empty; write what stands in the prompt, or leave it out")
     wanted = TraceOptions(
         traced=traced,
         kinds=_kinds(kinds),
@@ -161,7 +166,7 @@ def trace(
         num_examples=examples,
     )
     options = search_options(device, journal, None, evaluators, allow_pickle)
-    summary = trace_to_folder(load_recipe(recipe), out, wanted, options, reporter(quiet))
+    summary = trace_recipe(load_recipe(recipe), out, wanted, options, reporter(quiet))
 
     def show(console: Console) -> None:
         for sentence in summary["findings"]:
@@ -176,7 +181,7 @@ def _kinds(text: str | None) -> tuple[str, ...] | None:
 
     if text is None:
         return None
-    kinds = tuple(kind.strip() for kind in text.split(","))
+    kinds = tuple(kind.strip().lower() for kind in text.split(","))
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(KINDS)}")

@@ -17,7 +17,7 @@ from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.writing.destination import check_destination
-from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.errors import RecipeError, UsageError, one_line
 from dapa_merge.evaluate.options import EvaluatorOptions
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Recipe, parse_location
@@ -91,18 +91,20 @@ def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter
     try:
         from dapa_merge.trace.plot_style import render
         from dapa_merge.trace_figures import report_figure, search_figure
-    except UsageError as error:
-        reporter.say(f"no pictures beside the model: {error}")
+
+        figures = {"dapa_figures": report_figure(report)}
+        if evidence.search is not None:
+            figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
+        return {
+            f"{name}.{kind}": render(figure, kind)
+            for name, figure in figures.items()
+            if figure is not None
+            for kind in ("png", "svg")
+        }
+    except Exception as error:
+        # Whatever a picture fails of, it must not cost the model.
+        reporter.say(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
         return {}
-    figures = {"dapa_figures": report_figure(report)}
-    if evidence.search is not None:
-        figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
-    return {
-        f"{name}.{kind}": render(figure, kind)
-        for name, figure in figures.items()
-        if figure is not None
-        for kind in ("png", "svg")
-    }
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:

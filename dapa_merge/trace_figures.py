@@ -11,6 +11,7 @@ import numpy
 from dapa_merge.trace import plot
 from dapa_merge.trace.average import ROLES, Mean, mean_effect, mean_of
 from dapa_merge.trace_result import Traced
+from dapa_merge.trace_summary import counted
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.report import Report
     from dapa_merge.search_flow import Search
+    from dapa_merge.trace.causal import Trace
 
 NAMES = {
     "hidden": "hidden state",
@@ -30,8 +32,8 @@ NAMES = {
 }
 # Of which a prompt has a picture of its own.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
-# Above so many layers, groups of single layers would fill a page.
-MAX_GROUPS = 60
+# Of a prompt, so many tokens have a line in its picture.
+MAX_TOKENS = 80
 
 
 def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
@@ -41,13 +43,10 @@ def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
     for kind in found.settings.kinds:
         yield f"trace_{kind}", _trace_caption(found, kind), _mean_trace(found, kind)
     for number, trace in enumerate(found.traces[: found.wanted.num_examples], 1):
-        first, stop = trace.subject
         for kind in (kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds):
-            marked = [first <= index < stop for index in range(len(trace.tokens))]
             title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, prompt {number}"
             caption = f"The same for one prompt, token by token; the subject's tokens are bold: {trace.prompt}"
-            picture = plot.heatmap(trace.effect(kind), trace.tokens, title, marked=marked)
-            yield f"example_{number}_{kind}", caption, picture
+            yield f"example_{number}_{kind}", caption, _example(trace, kind, title)
     if found.search is not None:
         yield "search", SEARCH_CAPTION, search_figure(found.search, found.plan, found.candidates)
     if found.curve:
@@ -124,24 +123,19 @@ def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
 def _influence_caption(found: Traced) -> str:
     number = len(found.influence.before)
     return (
-        f"Each unit of the source alone in the target: mean over {number} prompts, with 95 % intervals. A change of "
-        f"the hidden state says how sensitive the target is to a unit, a change of refusing (log p(refusal) - "
-        f"log p(answer)) what the unit does for it. Attribution foresees the latter by one backward pass."
+        f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, with 95 % intervals. A "
+        f"change of the hidden state says how sensitive the target is to a unit, a change of refusing (log p(refusal) "
+        f"- log p(answer)) what the unit does for it. Attribution foresees the latter by one backward pass."
     )
 
 
 def _groups(found: Traced) -> Figure:
-    shown = [one for one in found.findings if one.group.family != "layer"] + [
-        one for one in found.findings if one.group.family == "layer"
-    ]
-    shown = shown[:MAX_GROUPS]
-    inserted = [plot.GroupBar(one.group.name, one.inserted, one.control_inserted) for one in shown]
-    reverted = [plot.GroupBar(one.group.name, one.reverted, one.control_reverted) for one in shown]
-    target, full = found.target_score, shown[0].full
-    panels = [
-        ("Alone in the target: sufficient?", target, inserted),
-        ("Left out of the full transplant: necessary?", full, reverted),
-    ]
+    # The few first, then the layers.
+    shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
+    target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
+    inserted = [plot.GroupBar(one.group.name, target, one.inserted, one.control_inserted) for one in shown]
+    reverted = [plot.GroupBar(one.group.name, one.full, one.reverted, one.control_reverted) for one in shown]
+    panels = [("Alone in the target: sufficient?", inserted), ("Left out of the full transplant: necessary?", reverted)]
     return plot.group_bars(panels, {"target": target, "full transplant": full}, found.measure)
 
 
@@ -149,12 +143,29 @@ def _groups_caption(found: Traced) -> str:
     return (
         f"The {found.measure} with a group of units alone in the target (high: it is sufficient), and with everything "
         f"but the group (low: it is necessary), beside random selections of as many units "
-        f"({found.wanted.num_controls} seeds)."
+        f"({found.wanted.num_controls} seeds). The selection is left out of what it was selected from."
     )
 
 
+def _example(trace: Trace, kind: str, title: str) -> Figure:
+    """One prompt, token by token; of a long one the end, and as much as there is room for of what is before."""
+    first, stop = trace.subject
+    labels, effect = list(trace.tokens), trace.effect(kind)
+    marked = [first <= index < stop for index in range(len(labels))]
+    if len(labels) > MAX_TOKENS:
+        # Nothing is restored before the subject.
+        kept = [*range(first, len(labels))]
+        head, tail = kept[: MAX_TOKENS // 2], kept[MAX_TOKENS // 2 :][-MAX_TOKENS // 2 :]
+        gap = numpy.full((len(effect), 1), math.nan)
+        effect = numpy.concatenate([effect[:, head], gap, effect[:, tail]], axis=1)
+        num_left_out = len(labels) - len(head) - len(tail)
+        labels = [*(labels[index] for index in head), f"({num_left_out} not shown)", *(labels[index] for index in tail)]
+        marked = [*(marked[index] for index in head), False, *(marked[index] for index in tail)]
+    return plot.heatmap(effect, labels, title, marked=marked)
+
+
 def _mean_trace(found: Traced, kind: str) -> Figure:
-    title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {len(found.traces)} prompts"
+    title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')}"
     mean = mean_effect(found.traces, kind).mean
     # A short template leaves no further tokens.
     present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]

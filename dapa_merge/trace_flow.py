@@ -34,44 +34,48 @@ if TYPE_CHECKING:
     from dapa_merge.evaluate.prompts import PromptSet
 
 
-def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter) -> Traced:
-    """Trace a recipe's models, and leave what was found of each prompt in `out`, a new folder or one of the same trace.
+def trace_recipe(
+    recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
+) -> dict[str, Any]:
+    """Trace a recipe's models, and leave traces, figures, a summary and a page in a folder.
+
+    Args:
+        recipe: What to trace.
+        out: A new folder, or one of a trace of the same models: what is in it already is not made again.
+        wanted: How to trace.
+        options: Where to evaluate, and where the journal of the search is.
+        reporter: Hears of the steps.
+
+    Returns:
+        The summary, plain data.
 
     Raises:
         CannotRepair: If no prompt is refused by the source and answered by the target.
+        UsageError: If matplotlib is not installed, or the folder is of something else.
         DapaError: For whatever else does not fit; what was found is kept.
     """
-    check_folder(out)
-    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
-    if recipe.layers is None and wanted.searches:
-        _, prompts = split_prompts(recipe)
-    else:
-        from dapa_merge.evaluate.prompts import load_prompts
-
-        prompts = load_prompts(recipe.prompts)
+    # Before the hours that a trace may take: this raises where matplotlib is not.
+    import dapa_merge.trace.plot  # noqa: F401
+    from dapa_merge.evaluate.prompts import load_prompts
     from dapa_merge.trace_stages import Stages
 
+    check_folder(out)
+    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
+    is_searched = recipe.layers is None and wanted.searches
+    # What a search picks is judged with prompts that it has not seen.
+    prompts = split_prompts(recipe)[1] if is_searched else load_prompts(recipe.prompts)
     plan = plan_of_all(recipe, chosen)
     with opened(out, _parts(recipe, plan, prompts, options, reporter)) as journal:
-        return Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run()
+        return _write(Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run(), out)
 
 
-def trace_to_folder(
-    recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
-) -> dict[str, Any]:
-    """Trace a recipe's models, and write figures, summary and page; returns the summary.
-
-    Raises:
-        UsageError: If matplotlib is not installed.
-        DapaError: As `trace_recipe` does.
-    """
-    # Before the hours that a trace may take.
+def _write(found: Traced, out: Path) -> dict[str, Any]:
+    """Write figures, summary and page; returns the summary."""
     from dapa_merge.trace.plot_style import render
     from dapa_merge.trace_figures import figures_of
     from dapa_merge.trace_page import Picture, page
     from dapa_merge.trace_summary import summarize
 
-    found = trace_recipe(recipe, out, wanted, options, reporter)
     summary = summarize(found)
     pictures = []
     forget_figures(out)
@@ -111,7 +115,9 @@ def _parts(
             "target": tensors_digest(plan.target, progress=read),
             "source": tensors_digest(plan.source, progress=read),
         }
-    said = {name: value for name, value in asdict(recipe).items() if name not in ("target", "source", "_lines")}
+    # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
+    others = ("target", "source", "batch_size", "_lines")
+    said = {name: value for name, value in asdict(recipe).items() if name not in others}
     return weights | {
         "tokenizers and configs": f"{settings_digest(plan.target)} {settings_digest(plan.source)}",
         "recipe": digest_of(said),

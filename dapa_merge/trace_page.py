@@ -45,11 +45,11 @@ code { overflow-wrap: anywhere; }
 {% endfor %}</table>
 {% endfor %}
 <h2>What it cost</h2>
-<p>Causal tracing took {{ "%.0f"|format(cost.trace_runs_per_prompt) }} runs for each of {{ summary.trace.num_prompts }}
-prompts, worth {{ "%.0f"|format(cost.trace_passes_per_prompt) }} passes through all layers, and
-{{ "%.2f"|format(cost.trace_seconds_per_prompt) }} s; module influence {{ "%.0f"|format(cost.influence) }} passes in
-all. Settings: {{ settings }}. Everything is in <code>summary.json</code>, and
-the traces of single prompts are in <code>traces/</code>.</p>
+<p>Causal tracing took {{ "%.0f"|format(cost.trace_runs_per_prompt) }} runs for each prompt
+({{ summary.trace.num_prompts }}), worth {{ "%.0f"|format(cost.trace_passes_per_prompt) }} passes through all layers,
+and {{ "%.2f"|format(cost.trace_seconds_per_prompt) }} s; module influence {{ "%.0f"|format(cost.influence) }} passes in
+all. Settings: {{ settings }}. Everything is in <code>summary.json</code>, and the traces of single prompts are in
+<code>traces/</code>.</p>
 </body>
 </html>
 """
@@ -95,13 +95,14 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     tables = [
         Table(
             f"Sufficient and necessary ({groups['measure']})",
-            ("group", "units", "alone", "random alone", "left out", "random left out"),
+            ("group", "units", "alone", "random alone", "everything", "left out", "random left out"),
             [
                 (
                     one["group"],
                     str(one["num_units"]),
                     _number(one["inserted"]),
                     _range(one["random_inserted"]),
+                    _number(one["full"]),
                     _number(one["reverted"]),
                     _range(one["random_reverted"]),
                 )

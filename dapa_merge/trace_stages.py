@@ -27,7 +27,15 @@ from dapa_merge.selection import fetch_units, given_selection
 from dapa_merge.trace_edits import Edits, groups_of
 from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, MODULES, TraceOptions
 from dapa_merge.trace_result import Traced
-from dapa_merge.trace_store import INFLUENCE_NAME, forget_traces, read_trace, trace_path, write_arrays, write_trace
+from dapa_merge.trace_store import (
+    INFLUENCE_NAME,
+    forget_traces,
+    read_arrays,
+    read_trace,
+    trace_path,
+    write_arrays,
+    write_trace,
+)
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
@@ -42,7 +50,8 @@ if TYPE_CHECKING:
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:
     """At most so many of the items, evenly spread."""
-    return list(items[:: max(1, math.ceil(len(items) / number))])
+    number = min(number, len(items))
+    return [items[index * len(items) // number] for index in range(number)]
 
 
 class Stages:
@@ -143,16 +152,21 @@ class Stages:
 
     def _contrasts(self, bench: Bench, source: Sequence[Response] | None) -> list[Contrast]:
         """The prompts that only the source refuses, with both responses; all prompts, where the responses are given."""
-        from dapa_merge.trace.contrast import Contrast
+        from dapa_merge.trace.contrast import Contrast, sides_of
 
         if source is None:
             assert self.wanted.responses is not None
+            # What does not fit is told of each when it is read.
             return [Contrast(prompt, *self.wanted.responses) for prompt in self.prompts.harmful]
         target = self._answers("target", lambda: (bench.live.model, bench.live.tokenizer))
         contrasts = [
             Contrast(refused.prompt, refused.response, answered.response)
             for refused, answered in zip(source, target, strict=True)
-            if refused.outcome == "refused" and answered.outcome != "refused" and answered.response.strip()
+            if refused.outcome == "refused" and answered.outcome != "refused"
+        ]
+        # Of responses of which one is how the other begins there is nothing to compare.
+        contrasts = [
+            contrast for contrast in contrasts if sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens)
         ]
         if not contrasts:
             num_refused = [sum(one.outcome == "refused" for one in said) for said in (source, target)]
@@ -182,7 +196,8 @@ class Stages:
         """Try on the target what is traced in the end: what does not fit is told before the hours until then."""
         note = f"checked {digest_of(asdict(self.wanted))}"
         if note not in self.journal.notes:
-            self._cases(bench.live.model, bench.live.tokenizer, contrasts)
+            # All of them: attribution and influence read more than are traced.
+            self._cases(bench.live.model, bench.live.tokenizer, contrasts, everything=True)
             self.journal.note(note, True)
 
     def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
@@ -212,7 +227,9 @@ class Stages:
         from dapa_merge.trace.influence import Influence, influence
 
         path = self.out / INFLUENCE_NAME
-        if self.journal.notes.get("influence") != self._compared or not path.is_file():
+        names = [str(unit) for unit in self.plan.units]
+        arrays = read_arrays(path)
+        if arrays is None or (str(arrays.get("compared")), list(arrays.get("units", ()))) != (self._compared, names):
             chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
             pairs: list[tuple[Side, Side]] = []
             for contrast in chosen:
@@ -223,12 +240,10 @@ class Stages:
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
             with self.reporter.task("transplanting each unit alone", total) as done, widened(bench.live.model):
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size), progress=done)
-            write_arrays(path, {**asdict(found), "units": numpy.array([str(unit) for unit in self.plan.units])})
-            self.journal.note("influence", self._compared)
-        with numpy.load(path, allow_pickle=False) as arrays:
-            return Influence(
-                self.plan.units, arrays["hidden"], arrays["refusing"], arrays["before"], float(arrays["num_passes"])
-            )
+            arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
+            write_arrays(path, arrays)
+        hidden, refusing, before = (arrays[name] for name in ("hidden", "refusing", "before"))
+        return Influence(self.plan.units, hidden, refusing, before, float(arrays["num_passes"]))
 
     @property
     def _compared(self) -> str:
@@ -243,7 +258,9 @@ class Stages:
         skills = report_meter(self.recipe, self.prompts, self.options.evaluators).skills
         return replace(self.meter, markers=(RULES,), scorer=None, skills=skills)
 
-    def _cases(self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]) -> tuple[Settings, list[Case]]:
+    def _cases(
+        self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast], *, everything: bool = False
+    ) -> tuple[Settings, list[Case]]:
         """How a model is traced, and the prompts as it reads them."""
         from dapa_merge.trace.case import read_case
         from dapa_merge.trace.causal import make_settings
@@ -255,7 +272,7 @@ class Stages:
         )  # fmt: skip
         cases = [
             read_case(model, tokenizer, contrast, wanted.subjects, wanted.num_tokens)
-            for contrast in spread(contrasts, wanted.num_prompts)
+            for contrast in (contrasts if everything else spread(contrasts, wanted.num_prompts))
         ]
         return settings, cases
 

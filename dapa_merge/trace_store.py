@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
-import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +26,29 @@ FIGURES_NAME = "figures"
 SUMMARY_NAME = "summary.json"
 PAGE_NAME = "index.html"
 INFLUENCE_NAME = "influence.npz"
+# What the names of all pictures begin with; others in their folder are somebody else's.
+FIGURE_NAMES = ("influence.", "groups.", "search.", "edit_size.", "trace_", "example_")
+JOURNAL_BEGINS = b'{"journal":'
 
 
 def check_folder(out: Path) -> None:
     """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
     try:
-        if out.exists() and not (out / JOURNAL_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not _is_trace(out) and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} exists and is no folder of a trace; name another or remove it")
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"{out} cannot be written: {os.strerror(errno.EACCES)}; name another folder")
     except OSError as error:
         raise UsageError(f"{out} cannot be read: {error.strerror}; name another folder") from error
+
+
+def _is_trace(out: Path) -> bool:
+    try:
+        with (out / JOURNAL_NAME).open("rb") as file:
+            return file.read(len(JOURNAL_BEGINS)) == JOURNAL_BEGINS
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
 
 
 @contextmanager
@@ -44,19 +58,17 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
     Raises:
         UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
     """
-    try:
+    with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
         for name in (TRACES_NAME, FIGURES_NAME):
-            (out / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
-    journal = Journal(out / JOURNAL_NAME, parts, kind="trace")
-    try:
-        yield journal
-    except KeyboardInterrupt as stop:
-        stop.kept = f"what was found is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
-        raise
-    finally:
-        journal.close()
+            try:
+                (out / name).mkdir(exist_ok=True)
+            except OSError as error:
+                raise DapaError(f"{out / name} cannot be made: {error.strerror}") from error
+        try:
+            yield journal
+        except KeyboardInterrupt as stop:
+            stop.kept = f"what was found is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
+            raise
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -67,7 +79,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
     try:
-        beside.write_bytes(content)
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         raise DapaError(f"{path} cannot be written: {error.strerror}; what was found before is kept") from error
@@ -81,6 +96,17 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     numpy.savez_compressed(buffer, **arrays)
     write_whole(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, Any] | None:
+    """What a `.npz` file holds, by name; None if it is not there or damaged."""
+    try:
+        # From memory: numpy leaves a damaged file open.
+        with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception:
+        # Of damage, numpy and zipfile raise whatever they stumble over first.
+        return None
 
 
 def trace_path(out: Path, number: int) -> Path:
@@ -98,7 +124,7 @@ def forget_traces(out: Path, number: int) -> None:
 def forget_figures(out: Path) -> None:
     """Remove the pictures of an earlier run."""
     for path in (out / FIGURES_NAME).iterdir():
-        if path.suffix in (".png", ".svg"):
+        if path.suffix in (".png", ".svg") and path.name.startswith(FIGURE_NAMES) and path.is_file():
             path.unlink()
 
 
@@ -127,23 +153,19 @@ def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) ->
     """The trace of a case and the seconds it took; None if there is none, or the file is another's or damaged."""
     from dapa_merge.trace.causal import Trace
 
-    try:
-        # From memory: numpy leaves a damaged file open.
-        with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            texts = [str(arrays[name]) for name in ("settings", "prompt", "refusing", "complying")]
-            own = case.contrast
-            trace = Trace(
-                prompt=texts[1],
-                tokens=tuple(map(str, arrays["tokens"])),
-                subject=(int(arrays["subject"][0]), int(arrays["subject"][1])),
-                clean=float(arrays["clean"]),
-                corrupted=arrays["corrupted"],
-                restored={kind: arrays[f"restored_{kind}"] for kind in kinds},
-                num_runs=int(arrays["num_runs"]),
-                num_passes=float(arrays["num_passes"]),
-            )
-            seconds = float(arrays["seconds"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    arrays = read_arrays(path)
+    texts = [settings, case.contrast.prompt, case.contrast.refusing, case.contrast.complying]
+    names = ("settings", "prompt", "refusing", "complying")
+    if arrays is None or [str(arrays.get(name)) for name in names] != texts:
         return None
-    is_of_case = (texts, trace.subject) == ([settings, own.prompt, own.refusing, own.complying], case.subject)
-    return (trace, seconds) if is_of_case else None
+    trace = Trace(
+        prompt=case.contrast.prompt,
+        tokens=tuple(map(str, arrays["tokens"])),
+        subject=(int(arrays["subject"][0]), int(arrays["subject"][1])),
+        clean=float(arrays["clean"]),
+        corrupted=arrays["corrupted"],
+        restored={kind: arrays[f"restored_{kind}"] for kind in kinds},
+        num_runs=int(arrays["num_runs"]),
+        num_passes=float(arrays["num_passes"]),
+    )
+    return (trace, float(arrays["seconds"])) if trace.subject == case.subject else None

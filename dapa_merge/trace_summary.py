@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.report import jsonable, spans
 from dapa_merge.search_view import search_json
 from dapa_merge.trace.average import ROLES, Mean, layer_scores, mean_effect, mean_of
-from dapa_merge.trace.groups import Finding, mean_and_range
+from dapa_merge.trace.groups import Finding
 from dapa_merge.trace.overlap import Overlap, overlap, rank_correlation
 from dapa_merge.trace_result import Traced
 
@@ -62,7 +62,7 @@ def summarize(found: Traced) -> dict[str, Any]:
                 "curve": [asdict(point) for point in found.curve],
                 "selection": None if found.selection is None else list(map(str, found.selection)),
                 "no_selection_because": found.why_none,
-                "search": None if found.search is None else search_json(found.search, found.plan),
+                "search": _search_json(found),
                 "overlap": {
                     "with_selection": {
                         name: _overlap_json(one) for name, one in overlaps_of(rankings, found.selection).items()
@@ -91,12 +91,12 @@ def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
         HIDDEN: {unit: float(hidden[at[unit]]) for unit in found.candidates},
     }
     modules = {unit.module for unit in found.candidates}
-    for kind in found.settings.kinds:
-        if kind in modules or kind == "mlp":
-            scores = layer_scores(found.traces, kind)
-            rankings[f"tracing ({kind})"] = {
-                unit: scores[unit.layer] if kind in (unit.module, "mlp") else -math.inf for unit in found.candidates
-            }
+    scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
+    if modules <= scores.keys():
+        # Each unit by what its own module puts out.
+        rankings["tracing"] = {unit: scores[unit.module][unit.layer] for unit in found.candidates}
+    if len(modules) == 1 and "mlp" in scores and not modules & {"mlp", "attention"}:
+        rankings["tracing of MLPs"] = {unit: scores["mlp"][unit.layer] for unit in found.candidates}
     return rankings
 
 
@@ -126,14 +126,11 @@ def planted_overlaps(found: Traced) -> dict[str, Overlap]:
         return {}
     planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
     every = rankings_of_all(found)
-    layers = [unit.layer for unit in planted]
-    by_layer = {
-        f"tracing ({kind}), by layer": overlap(dict(enumerate(layer_scores(found.traces, kind))), layers)
-        for kind in found.settings.kinds
-        if kind == "mlp"
-    }
     by_unit = {name: overlap(scores, planted) for name, scores in every.items()}
-    return {**by_unit, **by_layer}
+    if "mlp" not in found.settings.kinds:
+        return dict(by_unit)
+    by_layer = dict(enumerate(layer_scores(found.traces, "mlp")))
+    return {**by_unit, "tracing of MLPs, by layer": overlap(by_layer, [unit.layer for unit in planted])}
 
 
 def rankings_of_all(found: Traced) -> dict[str, dict[Unit, float]]:
@@ -159,9 +156,11 @@ def sentences(found: Traced) -> list[str]:
     said = [_contrast_sentence(found)]
     for name, scores in rankings_of_all(found).items():
         top = sorted(scores, key=lambda unit: -scores[unit])[:number]
-        said.append(f"By {name}, the {number} units that matter most are {spans(_in_order(top))}.")
+        which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
+        said.append(f"By {name}, {which} {spans(_in_order(top))}.")
     said.append(_trace_sentence(found))
-    said += [text for family in ("module", "third", "selection") if (text := _group_sentence(found, family))]
+    for family in ("module", "third", "selection"):
+        said += _group_sentences(found, family)
     for name, one in overlaps_of(rankings_of(found), found.selection).items():
         said.append(
             f"By {name}, one would have selected {spans(_in_order(one.top))}: Jaccard index {one.jaccard:.2f} with the "  # type: ignore[arg-type]
@@ -189,7 +188,7 @@ def _contrast_sentence(found: Traced) -> str:
 def _trace_sentence(found: Traced) -> str:
     total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
     clean = statistics.fmean(trace.clean for trace in found.traces)
-    taken = f"{float(total.mean):.2f} nats"
+    taken = f"{float(total.mean):.2f}"
     if len(found.traces) > 1:
         taken += f" (95 % interval {float(total.low):.2f} to {float(total.high):.2f})"
     best = {}
@@ -200,25 +199,48 @@ def _trace_sentence(found: Traced) -> str:
             best[kind] = f"{kind} {float(mean[layer, role]):.2f} (layer {layer}, {ROLES[role]})"
     restored = f"; restored alone, it comes back most by {', '.join(best.values())}" if best else ""
     return (
-        f"In the {found.wanted.traced}, noise on the subject takes {taken} of the {clean:.2f} by which a refusal is "
-        f"likelier, mean of {len(found.traces)} prompts{restored}."
+        f"In the {found.wanted.traced}, a refusal is likelier than an answer by {clean:.2f} nats, and noise on the "
+        f"subject lowers that by {taken}, mean of {counted(len(found.traces), 'prompt')}{restored}."
     )
 
 
-def _group_sentence(found: Traced, family: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as `1 prompt` or `2 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _group_sentences(found: Traced, family: str) -> list[str]:
     groups = [one for one in found.findings if one.group.family == family]
+    target, measure = found.target_score, found.measure
     if not groups:
-        return ""
-    if groups[0].full <= found.target_score:
-        return f"The full transplant does not raise the {found.measure}, so that no {family} can be told apart by it."
-    alone = ", ".join(f"{one.group.name} {_number(one.sufficiency(found.target_score))}" for one in groups)
-    without = ", ".join(f"{one.group.name} {_number(one.necessity(found.target_score))}" for one in groups)
-    text = f"Share of the gain in {found.measure} that comes with it alone: {alone}; that is lost without it: {without}"
-    if control := mean_and_range(groups[0].control_inserted):
-        mean, low, high = control
-        size = f"random selections as large as {groups[0].group.name}"
-        text += f"; {size} have a {found.measure} of {mean:.2f} ({low:.2f} to {high:.2f})"
-    return f"{text}."
+        return []
+    if groups[0].full <= target:
+        of_what = "units that it was selected from" if family == "selection" else "units"
+        return [
+            f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so that no "
+            f"share of a gain can be given for the {family}s."
+        ]
+    alone = [(one.group.name, one.sufficiency(target), one.control_sufficiency(target)) for one in groups]
+    without = [(one.group.name, one.necessity(target), one.control_necessity(target)) for one in groups]
+    return [
+        f"Put in alone, these bring so much of the gain in {measure}: {_beside_controls(alone)}.",
+        f"Left out, these lose so much of it: {_beside_controls(without)}.",
+    ]
+
+
+def _beside_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]) -> str:
+    return ", ".join(
+        f"{name} {_number(share)}" + (f" (random {min(controls):.2f} to {max(controls):.2f})" if controls else "")
+        for name, share, controls in shares
+    )
+
+
+def _search_json(found: Traced) -> dict[str, Any] | None:
+    """The search, without what depends on what its journal held before."""
+    if found.search is None:
+        return None
+    said = search_json(found.search, found.plan)
+    return {name: value for name, value in said.items() if name not in ("tests_recorded", "tests_unneeded", "seconds")}
 
 
 def _trace_json(found: Traced) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,10 @@ import transformers
 from conftest import SHAPE, answer, call, save_random, write_few
 
 from dapa_merge import miniature
+from dapa_merge.trace.causal import Trace
 from dapa_merge.trace_edits import curve_sizes
+from dapa_merge.trace_figures import _example
+from dapa_merge.trace_stages import spread
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
@@ -49,22 +53,21 @@ def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
 
 def without_time(summary: dict) -> dict:
     passes = {name: value for name, value in summary["passes"].items() if not name.endswith("seconds_per_prompt")}
-    # How many tests were recorded depends on what was searched before.
-    return {**summary, "passes": passes, "search": None}
+    return {**summary, "passes": passes}
 
 
 def test_the_summary_is_what_the_command_answers_and_says_that_the_planted_gates_come_first(traced):
     _, out, summary = traced
     assert json.loads((out / "summary.json").read_text()) == summary
     assert set(summary["planted"]) == {
-        "attribution", "influence on refusing", "influence on the hidden state", "tracing (mlp), by layer",
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing of MLPs, by layer",
     }  # fmt: skip
     for name, one in summary["planted"].items():
         assert one["num_common"] == 4, name
         assert one["spearman"] == pytest.approx(one["spearman_at_best"]), name
     gates = [f"{layer}.gate" for layer in (3, 4, 5, 6)]
     assert sorted(summary["planted"]["influence on refusing"]["top"]) == gates
-    assert sorted(summary["planted"]["tracing (mlp), by layer"]["top"]) == ["3", "4", "5", "6"]
+    assert sorted(summary["planted"]["tracing of MLPs, by layer"]["top"]) == ["3", "4", "5", "6"]
     said = [sentence for sentence in summary["findings"] if sentence.startswith("Planted was gate of layers 3-6: by ")]
     assert len(said) == 4
     assert all("4 of the first 4 are right" in sentence for sentence in said)
@@ -99,7 +102,7 @@ def test_the_selection_is_held_against_every_way_to_tell(traced):
     _, _, summary = traced
     overlaps = summary["overlap"]["with_selection"]
     assert set(overlaps) == {
-        "attribution", "influence on refusing", "influence on the hidden state", "tracing (mlp)", "tracing (gate)",
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing", "tracing of MLPs",
     }  # fmt: skip
     # With so few prompts the search may do without another of the four than the one that attribution puts last.
     assert overlaps["attribution"]["jaccard"] >= 0.5 > overlaps["attribution"]["jaccard_by_chance"]
@@ -142,7 +145,7 @@ def test_the_page_opens_without_anything_else(traced):
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
     for sentence in summary["findings"]:
         assert sentence.replace("'", "&#39;") in page
-    assert "runs for each of 3" in page
+    assert "runs for each prompt\n(3)" in page
 
 
 def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path):
@@ -154,7 +157,7 @@ def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path)
     times = {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()}
     again = answer("trace", recipe, copy, *QUICK, "--json")
     # Also the seconds: nothing was run.
-    assert {**again, "search": None} == {**summary, "search": None}
+    assert again == summary
     assert {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()} == times
     assert (copy / "figures" / "influence.png").read_bytes() == (out / "figures" / "influence.png").read_bytes()
 
@@ -199,11 +202,18 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     shutil.copytree(out, copy)
     content = (copy / "traces" / "0002.npz").read_bytes()
     (copy / "traces" / "0002.npz").write_bytes(content[: len(content) // 2])
+    # A flipped byte in the middle of compressed values.
+    content = bytearray((copy / "traces" / "0003.npz").read_bytes())
+    content[1500] ^= 0xFF
+    (copy / "traces" / "0003.npz").write_bytes(content)
+    (copy / "influence.npz").write_bytes(b"")
+    (copy / "figures" / "holiday.png").write_bytes(b"mine")
     assert without_time(answer("trace", recipe, copy, *QUICK, "--json")) == without_time(summary)
+    assert (copy / "figures" / "holiday.png").read_bytes() == b"mine"
     other = planted_recipe(tmp_path, max_new_tokens=20)
     result = call("trace", other, copy, *QUICK)
     assert result.exit_code == 2
-    assert re.search(r"journal.jsonl is of another trace: .*recipe.* differ", result.stderr)
+    assert re.search(r"is of another trace: recipe differs; name another folder, or remove it", result.stderr)
     assert (copy / "summary.json").exists()
 
 
@@ -252,7 +262,7 @@ def test_random_models_of_other_families_are_traced_with_given_responses(name, c
     assert summary["trace"]["total_effect"]["mean"] != 0
     assert len(summary["units"]) == 16
     assert summary["selection"] == ["1.gate", "2.gate"]
-    assert any("does not raise the DSR" in sentence for sentence in summary["findings"])
+    assert any("do not raise the DSR" in sentence for sentence in summary["findings"])
     assert (tmp_path / "out" / "figures" / "trace_mlp.png").exists()
 
 
@@ -321,6 +331,12 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
         (("--refusal", "No."), r"give both or neither"),
         (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
         (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),
+        (
+            ("--refusal", "No. I", "--answer", "No."),
+            r"cannot be told apart: they are the same, or one is how the other",
+        ),
+        (("--noise", "nan"), r"--noise is nan; write a number of at least 0"),
+        (("--subject", " "), r"--subject is empty; write what stands in the prompt, or leave it out"),
     ],
 )
 def test_bad_options_are_refused_before_anything_takes_long(traced, tmp_path, options, said):
@@ -336,27 +352,29 @@ def test_a_prompt_longer_than_the_context_is_named(tmp_path, write_recipe):
     pair = [save_random(tmp_path / f"s{seed}", transformers.LlamaConfig(**shape), seed=seed) for seed in (1, 2)]
     prompts = tmp_path / "prompts"
     prompts.mkdir()
-    (prompts / "harmful.txt").write_text("How do I steal a car and a boat and a car?\n")
+    # Not one of those that are traced.
+    (prompts / "harmful.txt").write_text("How do I steal a car?\nHow do I steal a car and a boat and a car?\n")
     (prompts / "harmless.txt").write_text("How?\n")
     recipe = write_recipe(*pair, layers="1", prompts=prompts, max_new_tokens=4)
-    result = call("trace", recipe, tmp_path / "out", *GIVEN)
+    result = call("trace", recipe, tmp_path / "out", *GIVEN, "--num-prompts", 1)
     assert result.exit_code == 2
     assert re.search(r"the prompt 'How do I steal .* has \d+ tokens .* context ends at 12; shorten it", result.stderr)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
     recipe, _, _ = traced
-    for name in ("full", "file"):
+    for name in ("full", "file", "journal"):
         out = tmp_path / name
-        if name == "full":
-            out.mkdir()
-            (out / "mine.txt").write_text("mine")
-        else:
+        if name == "file":
             out.write_text("mine")
+        else:
+            out.mkdir()
+            (out / ("mine.txt" if name == "full" else "journal.jsonl")).write_text("mine")
         result = call("trace", recipe, out, *QUICK)
         assert result.exit_code == 2
         assert f"{out} exists and is no folder of a trace; name another or remove it" in result.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    assert [path.name for path in (tmp_path / "journal").iterdir()] == ["journal.jsonl"]
     missing = call("trace", tmp_path / "none.yml", tmp_path / "new", *QUICK)
     assert missing.exit_code == 2
     assert not (tmp_path / "new").exists()
@@ -388,6 +406,77 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
     assert call("verify", out).exit_code == 0
 
 
+@pytest.mark.parametrize("setting", ["MPLBACKEND=no-such-backend", "text.usetex: True"])
+def test_a_users_own_settings_of_matplotlib_cost_neither_the_model_nor_the_pictures(setting, tmp_path):
+    recipe = planted_recipe(tmp_path, layers="3-5")
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path)}
+    if "=" in setting:
+        environment["MPLBACKEND"] = setting.partition("=")[2]
+    else:
+        (tmp_path / "matplotlibrc").write_text(setting + "\n")
+    command = [
+        sys.executable,
+        "-c",
+        "from dapa_merge.cli import main; main()",
+        "run",
+        str(recipe),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    has_pictures = (tmp_path / "out" / "dapa_figures.png").exists()
+    assert has_pictures != ("no pictures beside the model: plots need matplotlib, which fails here: " in done.stderr)
+    assert has_pictures == ("usetex" in setting)
+    assert call("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monkeypatch):
+    from dapa_merge.trace import plot_style
+
+    def fail(_figure, _kind):
+        raise RuntimeError("no room for this picture")
+
+    monkeypatch.setattr(plot_style, "render", fail)
+    result = call("run", planted_recipe(tmp_path, layers="3-5"), tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert "no pictures beside the model: RuntimeError: no room for this picture" in result.stderr
+    assert (tmp_path / "out" / "dapa_report.json").exists()
+
+
+def test_of_a_long_prompt_the_picture_shows_the_subject_and_the_end():
+    tokens = tuple(f"t{index}" for index in range(500))
+    effect = numpy.random.default_rng(0).normal(size=(3, 500)).astype(numpy.float32)
+    trace = Trace("", tokens, (100, 103), 1.0, numpy.zeros(2, numpy.float32), {"mlp": effect}, 0, 0.0)
+    axes = _example(trace, "mlp", "long").axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(labels) == 81
+    assert (labels[0], labels[39], labels[40], labels[41], labels[-1]) == (
+        "t100",
+        "t139",
+        "(420 not shown)",
+        "t460",
+        "t499",
+    )
+    shown = numpy.asarray(axes.images[0].get_array())
+    assert shown[-1] == pytest.approx(effect[:, -1])
+    assert shown[0] == pytest.approx(effect[:, 100])
+
+
+def test_tracing_of_mlps_ranks_no_attention(traced, tmp_path):
+    recipe = planted_recipe(tmp_path, layers="3-5", modules="attention")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICK, "--json")
+    assert set(summary["overlap"]["with_selection"]) == {
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing",
+    }  # fmt: skip
+    groups = {one["group"]: one for one in summary["groups"]["groups"]}
+    # Left out of what it was selected from: attention alone, which does nothing.
+    assert (groups["selection"]["full"], groups["selection"]["necessity"]) == (0, None)
+    assert groups["gate"]["full"] > 0.9
+    assert any(
+        "All units that it was selected from together do not raise the DSR" in one for one in summary["findings"]
+    )
+
+
 @pytest.mark.parametrize(
     ("total", "kept", "sizes"),
     [(10, 3, [0, 1, 2, 3, 4, 6, 8, 10]), (1, 0, [0, 1]), (32, 5, [0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 23, 32])],
@@ -404,3 +493,12 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, sma
     assert re.search(r"cannot be written: No space left on device; what was found before is kept", result.stderr)
     (small_disk / "ballast").unlink()
     assert (small_disk / "out" / "traces" / "0003.npz").exists()
+
+
+@pytest.mark.parametrize(("total", "number"), [(64, 63), (64, 32), (64, 33), (3, 10), (10, 3), (1, 1)])
+def test_as_many_prompts_are_taken_as_are_wanted_and_evenly(total, number):
+    chosen = spread(range(total), number)
+    assert len(chosen) == min(total, number)
+    assert chosen[0] == 0
+    gaps = {later - earlier for earlier, later in itertools.pairwise(chosen)}
+    assert len(gaps) <= 2

@@ -38,7 +38,12 @@ class Journal:
     """
 
     def __init__(
-        self, path: Path | None = None, parts: Mapping[str, str] | None = None, *, kind: str = "search"
+        self,
+        path: Path | None = None,
+        parts: Mapping[str, str] | None = None,
+        *,
+        kind: str = "search",
+        place: str = "file",
     ) -> None:
         """Open a journal, or begin one.
 
@@ -46,6 +51,7 @@ class Journal:
             path: The file; its folder is made if need be.
             parts: What decides a verdict: a digest or a value by name.
             kind: What it is the journal of, for messages.
+            place: What of it a user names and removes, for messages.
 
         Raises:
             UsageError: If the file is of another search, or damaged.
@@ -53,6 +59,7 @@ class Journal:
         """
         self.path = path
         self._kind = kind
+        self._place = place
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self._file: IO[bytes] | None = None
@@ -62,7 +69,9 @@ class Journal:
         self._file = _open(path)
         try:
             if not take_lock(self._file.fileno()):
-                raise JournalUnavailable(f"another {kind} is writing the journal {path}; wait for it, or name another")
+                raise JournalUnavailable(
+                    f"another {kind} is writing the journal {path}; wait for it, or name another {place}"
+                )
             self._read(dict(parts or {}))
         except OSError as error:
             self.close()
@@ -149,11 +158,13 @@ class Journal:
         if differing:
             raise UsageError(
                 f"the journal {self.path} is of another {self._kind}: {', '.join(differing)} "
-                f"{'differs' if len(differing) == 1 else 'differ'}; name another file, or remove it"
+                f"{'differs' if len(differing) == 1 else 'differ'}; name another {self._place}, or remove it"
             )
 
     def _damaged(self, number: int, why: str) -> DapaError:
-        return UsageError(f"the journal {self.path} is damaged at line {number}: {why}; remove the file to start again")
+        return UsageError(
+            f"the journal {self.path} is damaged at line {number}: {why}; remove the {self._place} to start again"
+        )
 
 
 def check_writable(path: Path) -> None:

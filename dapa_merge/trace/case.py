@@ -68,7 +68,10 @@ def read_case(
     span = given_subject(prompt, subjects) if subjects else find_subject(prompt)
     sides = sides_of(tokenizer, contrast, num_tokens)
     if not sides:
-        raise UsageError(f"the two responses to the prompt {prompt[:80]!r} do not differ; leave it out")
+        raise UsageError(
+            f"the two responses to the prompt {prompt[:80]!r} cannot be told apart: they are the same, or one is how "
+            f"the other begins"
+        )
     refusing, complying = (side.row for side in sides)
     check_ids(model, (refusing.ids, complying.ids))
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf

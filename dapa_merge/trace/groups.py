@@ -9,7 +9,6 @@ Pure: who scores a selection is handed in.
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +61,16 @@ class Finding:
     def sufficiency(self, target: float) -> float | None:
         """The share of the full transplant's gain that the group alone brings; None if there is no gain."""
         return (self.inserted - target) / (self.full - target) if self.full > target else None
+
+    def control_sufficiency(self, target: float) -> list[float]:
+        """The shares of the gain that the controls bring; none if there is no gain."""
+        gain = self.full - target
+        return [(score - target) / gain for score in self.control_inserted] if gain > 0 else []
+
+    def control_necessity(self, target: float) -> list[float]:
+        """The shares of the gain that are lost without the controls; none if there is no gain."""
+        gain = self.full - target
+        return [(self.full - score) / gain for score in self.control_reverted] if gain > 0 else []
 
     def necessity(self, target: float) -> float | None:
         """The share of the full transplant's gain that is lost without the group; None if there is no gain."""
@@ -133,8 +142,3 @@ def selections_of(groups: Sequence[Group], num_seeds: int, seed: int = 0) -> lis
 def draw(units: Iterable[Unit], number: int, seed: int) -> frozenset[Unit]:
     """A random selection of so many units; the same for the same seed."""
     return frozenset(random.Random(f"{seed} {number}").sample(list(units), number))
-
-
-def mean_and_range(values: Sequence[float]) -> tuple[float, float, float] | None:
-    """Mean, least and largest; None of nothing."""
-    return (statistics.fmean(values), min(values), max(values)) if values else None

@@ -23,20 +23,20 @@ from dapa_merge.trace.plot_style import (
     GREY,
     LINE_HEIGHT,
     MAX_BARS,
+    MAX_TICKS,
     ORANGE,
     PATTERNS,
     PURPLE,
-    STYLE,
     VERMILION,
     every_few,
     layer_ticks,
     marker_of,
     readable,
     spread_places,
+    styled,
 )
 
 # isort: split
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dapa_merge.trace.average import Mean
+
+
+# Of seven lines in one picture no two look alike.
+LINES = (
+    (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
+    (BLACK, "P", "--"), (GREY, "X", "-."),
+)  # fmt: skip
 
 
 class Bar(NamedTuple):
@@ -67,7 +74,7 @@ def heatmap(
         marked: Which labels are the subject's.
     """
     num_layers, num_tokens = effect.shape
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(CARD_WIDTH, max(2.4, 1.5 + 0.24 * num_tokens)), layout="constrained")
         axes = figure.add_subplot()
         bound = float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
@@ -88,25 +95,18 @@ def heatmap(
 
 
 def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
-    """For each panel, bars by layer and module, with 95 % intervals.
+    """For each panel, bars by layer and module, with 95 % intervals; of many layers, lines.
 
     Args:
         panels: What a panel shows, and its means by module, each `[layers]`.
         num_layers: Of the model.
     """
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(CARD_WIDTH, 0.5 + 2.5 * len(panels)), layout="constrained")
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, by_module) in zip(rows, panels, strict=True):
-            width = 0.8 / len(by_module)
-            for index, (module, mean) in enumerate(by_module.items()):
-                at = numpy.arange(num_layers) + (index - (len(by_module) - 1) / 2) * width
-                reach = numpy.nan_to_num(numpy.stack([mean.mean - mean.low, mean.high - mean.mean]))
-                axes.bar(
-                    at, numpy.nan_to_num(mean.mean), width, yerr=reach, label=module, color=COLOURS.get(module, GREY),
-                    hatch=PATTERNS.get(module, ""), edgecolor="white", linewidth=0,
-                    error_kw={"elinewidth": 0.8, "ecolor": BLACK},
-                )  # fmt: skip
+            # So many bars would be too thin to tell apart.
+            (_lines if num_layers > MAX_TICKS else _bars)(axes, by_module, num_layers)
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
             axes.set_xlim(-0.7, num_layers - 0.3)
@@ -114,6 +114,25 @@ def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layer
         rows[-1].set_xlabel("layer")
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
     return figure
+
+
+def _bars(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
+    width = 0.8 / len(by_module)
+    for index, (module, mean) in enumerate(by_module.items()):
+        at = numpy.arange(num_layers) + (index - (len(by_module) - 1) / 2) * width
+        reach = numpy.nan_to_num(numpy.stack([mean.mean - mean.low, mean.high - mean.mean]))
+        axes.bar(
+            at, numpy.nan_to_num(mean.mean), width, yerr=reach, label=module, color=COLOURS.get(module, GREY),
+            hatch=PATTERNS.get(module, ""), edgecolor="white", linewidth=0,
+            error_kw={"elinewidth": 0.8, "ecolor": BLACK},
+        )  # fmt: skip
+
+
+def _lines(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
+    for (module, mean), (_, marker, line) in zip(by_module.items(), itertools.cycle(LINES), strict=False):
+        colour, at = COLOURS.get(module, GREY), numpy.arange(num_layers)
+        axes.plot(at, mean.mean, color=colour, marker=marker, linestyle=line, label=module, markersize=3.5, linewidth=1)
+        axes.fill_between(at, mean.low, mean.high, color=colour, alpha=0.25, linewidth=0)
 
 
 class Step(NamedTuple):
@@ -145,7 +164,7 @@ def search_path(
         measure: What the score is.
     """
     num_units, num_steps = len(units), len(steps)
-    with rc_context(STYLE):
+    with styled():
         mosaic_height = min(4.5, 0.16 * num_units)
         figure = Figure(figsize=(CARD_WIDTH, 3.4 + mosaic_height), layout="constrained")
         share, score, matrix = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.2, 0.6 + mosaic_height))
@@ -168,7 +187,9 @@ def search_path(
             cells[list(step.units), index] = 1 if step.holds else 2
         _mosaic(matrix, cells)
         for unit in final:
-            matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=1.2, zorder=3)
+            # Not so thick that it hides what it frames.
+            thickness = min(1.2, 20 * mosaic_height / num_units)
+            matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
         matrix.set_yticks(shown, [units[index] for index in shown])
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
@@ -195,21 +216,13 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
         figures: By name, a value in [0, 1] for each share.
         chosen: The share that the selection changes, if there is one.
     """
-    styles = [(BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-")]
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(CARD_WIDTH, 4), layout="constrained")
         axes = figure.add_subplot()
-        for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(styles), strict=False):
-            percent = [100 * share for share in shares]
-            axes.plot(
-                percent,
-                [bar.value for bar in values],
-                color=colour,
-                marker=marker,
-                linestyle=line,
-                label=readable(name),
-                ms=5,
-            )
+        percent = [100 * share for share in shares]
+        for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(LINES), strict=False):
+            heights = [bar.value for bar in values]
+            axes.plot(percent, heights, color=colour, marker=marker, linestyle=line, label=readable(name), ms=5)
             with_interval = [bar for bar in values if bar.interval is not None]
             if len(with_interval) == len(values):
                 low, high = zip(*(bar.interval or (0.0, 0.0) for bar in values), strict=True)
@@ -234,7 +247,7 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
         title: What is shown.
     """
     colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
-    with rc_context(STYLE):
+    with styled():
         figure = Figure(figsize=(CARD_WIDTH, 3.6), layout="constrained")
         axes = figure.add_subplot()
         width = 0.8 / len(models)
@@ -261,7 +274,7 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
                 )
         labels = [readable(name) for name in figures]
         axes.set_xticks(range(len(figures)), labels, parse_math=False)
-        if max(map(len, labels)) * len(labels) > CARD_LETTERS:
+        if (max(map(len, labels)) + 1) * len(labels) > CARD_LETTERS:
             for text in axes.get_xticklabels():
                 text.set(rotation=25, ha="right", rotation_mode="anchor")
         axes.set_ylim(0, 1.2 if is_crowded else 1.14)
@@ -273,39 +286,38 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
 
 
 class GroupBar(NamedTuple):
-    """A group of units: its score, and those of its random controls."""
+    """A group of units: its score, what that is without a change, and the scores of its random controls."""
 
     name: str
+    start: float
     score: float
     controls: Sequence[float]
 
 
-def group_bars(
-    panels: Sequence[tuple[str, float, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str
-) -> Figure:
+def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
     """Scores of groups beside those of random selections of the same size.
 
     Args:
-        panels: What a panel shows, the score that a line to each group's starts from, and the groups: the same in each.
+        panels: What a panel shows, and its groups: the same in each.
         lines: What is drawn across, by name: the target's score, and the full transplant's.
         measure: What the score is.
     """
-    number = len(panels[0][2])
-    with rc_context(STYLE):
+    number = len(panels[0][1])
+    with styled():
         figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, start, groups) in zip(columns, panels, strict=True):
+        for axes, (title, groups) in zip(columns, panels, strict=True):
             for index, group in enumerate(groups):
-                axes.plot([start, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
-                axes.scatter(group.controls, [index] * len(group.controls), marker="|", color=VERMILION, s=55, zorder=2)
-                axes.scatter([group.score], [index], color=BLUE, s=28, zorder=3)
+                axes.plot([group.start, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
+                axes.scatter(group.controls, [index] * len(group.controls), marker="|", color=VERMILION, s=70, zorder=3)
+                axes.scatter([group.score], [index], color=BLUE, s=28, zorder=2)
             for (_, value), style in zip(lines.items(), ("--", ":"), strict=False):
                 axes.axvline(value, color=BLACK, linewidth=1, linestyle=style, zorder=0)
             axes.set_xlim(-0.04, 1.04)
             axes.set_ylim(number - 0.4, -0.6)
             axes.set_xlabel(measure)
             axes.set_title(title, parse_math=False)
-        columns[0].set_yticks(range(number), [group.name for group in panels[0][2]], parse_math=False)
+        columns[0].set_yticks(range(number), [group.name for group in panels[0][1]], parse_math=False)
         handles = [
             marker_of(columns[0], "o", BLUE, "the group"),
             marker_of(columns[0], "|", VERMILION, "random, as many units"),

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import UsageError, one_line
 
 try:
-    from matplotlib import rc_context
+    from matplotlib import rc_context, rcParams, rcParamsDefault
     from matplotlib.font_manager import FontProperties, findfont, get_font
 except ImportError as error:
     raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
+except Exception as error:
+    # Of a setting of the user's, such as MPLBACKEND.
+    raise UsageError(f"plots need matplotlib, which fails here: {one_line(error)}") from error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,10 +60,34 @@ MAX_BARS = 15
 MAX_TICKS = 24
 
 
+# What of matplotlib's settings is not about how a picture looks.
+OTHER_SETTINGS = (
+    "backend",
+    "interactive",
+    "toolbar",
+    "webagg.",
+    "tk.",
+    "timezone",
+    "datapath",
+    "keymap.",
+    "docstring.",
+)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Within, pictures look the same for every user, whatever settings their matplotlib has."""
+    with rc_context():
+        rcParams.update(
+            {name: value for name, value in rcParamsDefault.items() if not name.startswith(OTHER_SETTINGS)} | STYLE
+        )
+        yield
+
+
 def render(figure: Figure, kind: str) -> bytes:
     """A figure as a file of the kind png or svg."""
     buffer = io.BytesIO()
-    with rc_context(STYLE):
+    with styled():
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
     return buffer.getvalue()

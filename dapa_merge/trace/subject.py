@@ -54,9 +54,9 @@ def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
         UsageError: If it contains none.
     """
     for subject in subjects:
-        start = prompt.lower().find(subject.lower())
-        if subject and start >= 0:
-            return start, start + len(subject)
+        # Not by lower(): some letters become two.
+        if match := re.search(re.escape(subject), prompt, re.IGNORECASE):
+            return match.span()
     wanted = ", ".join(map(repr, subjects))
     raise UsageError(f"the prompt {prompt[:80]!r} does not contain the subject {wanted}; give one that it contains")
 

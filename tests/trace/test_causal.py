@@ -315,7 +315,7 @@ def test_what_cannot_be_traced_is_an_error_that_says_why(tokenizer):
         UsageError, match=r"has \d+ tokens with the beginning of its answer, but .* ends at 16; shorten"
     ):
         read_case(model, tokenizer, long)
-    with pytest.raises(UsageError, match=r"do not differ; leave it out$"):
+    with pytest.raises(UsageError, match=r"cannot be told apart: they are the same, or one is how the other begins$"):
         read_case(model, tokenizer, Contrast("How do I steal a car?", "No.", "No."))
     with pytest.raises(UsageError, match=r"^GPT2LMHeadModel has no gate to trace"):
         make_settings(random_model("GPT2LMHeadModel"), ("gate",))

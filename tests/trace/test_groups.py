@@ -15,7 +15,7 @@ from statsmodels.stats.weightstats import DescrStatsW
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.trace.average import ROLES, layer_scores, mean_effect, mean_of, roles_of
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.groups import draw, examine, make_groups, mean_and_range, selections_of
+from dapa_merge.trace.groups import draw, examine, make_groups, selections_of
 from dapa_merge.trace.overlap import chance_jaccard, overlap, rank_correlation
 
 UNITS = tuple(Unit(layer, module, ()) for layer in range(7) for module in ("gate", "up", "attention"))
@@ -65,6 +65,9 @@ def test_a_finding_says_what_a_group_brings_and_what_is_lost_without_it():
         for inserted, reverted in zip(finding.control_inserted, finding.control_reverted, strict=True):
             # What is taken out is what was put in.
             assert inserted - 0.1 == pytest.approx(0.9 - reverted)
+        shares = [(score - 0.1) / 0.8 for score in finding.control_inserted]
+        assert finding.control_sufficiency(0.1) == pytest.approx(shares)
+        assert finding.control_necessity(0.1) == pytest.approx(shares)
     assert set(selections_of(groups, 3, 5)) == set(asked)
     assert len(selections_of(groups, 3, 5)) == len(set(asked))
 
@@ -73,6 +76,7 @@ def test_where_nothing_is_gained_there_is_no_share_of_it():
     (finding, *_) = examine(make_groups(UNITS), lambda _: 0.3, num_seeds=0)
     assert finding.sufficiency(0.3) is None
     assert finding.necessity(0.3) is None
+    assert finding.control_sufficiency(0.3) == finding.control_necessity(0.3) == []
 
 
 def test_random_selections_are_of_the_size_asked_for_and_each_seed_draws_its_own():
@@ -82,8 +86,6 @@ def test_random_selections_are_of_the_size_asked_for_and_each_seed_draws_its_own
     assert draw(UNITS, 5, 3) == drawn[3]
     # Every unit has its chance.
     assert set().union(*drawn) == set(UNITS)
-    assert mean_and_range((0.0, 0.5, 1.0)) == (0.5, 0.0, 1.0)
-    assert mean_and_range(()) is None
 
 
 @pytest.mark.parametrize(("total", "number"), [(5, 1), (6, 3), (7, 5), (4, 4)])

@@ -63,10 +63,10 @@ def models(names=("DSR", "over-refusal", "skill")):
 
 
 def groups(number=18):
-    shown = [GroupBar(f"layer {n}", n / number, (0.1, 0.2, 0.9)) for n in range(number)]
+    shown = [GroupBar(f"layer {n}", 0.05, n / number, (0.1, 0.2, 0.9)) for n in range(number)]
     panels = [
-        ("Alone in the target: sufficient?", 0.05, shown),
-        ("Left out of the full transplant: necessary?", 0.97, shown),
+        ("Alone in the target: sufficient?", shown),
+        ("Left out of the full transplant: necessary?", shown),
     ]
     return group_bars(panels, {"target": 0.05, "full transplant": 0.97}, "DSR")
 
@@ -88,6 +88,8 @@ FIGURES = {
     "curve of many skills": lambda: curve(["DSR", "over-refusal", *(f"lm-eval:arc_easy{n}:acc" for n in range(6))]),
     "models": models,
     "models of many skills": lambda: models(["DSR", "over-refusal", *(f"lm-eval:hellaswag{n}:acc" for n in range(7))]),
+    "models of two long names": lambda: models(["gsm8k exact_match strict", "arc_challenge acc_norm", "DSR", "x"]),
+    "path of 240 units": lambda: path(240, 40, final=range(3, 240, 8)),
     "groups": groups,
     "groups of many layers": lambda: groups(60),
 }

@@ -75,6 +75,8 @@ def test_every_packaged_prompt_has_a_subject_that_is_a_part_of_it(name):
 
 def test_a_given_subject_is_found_whatever_its_case_and_the_first_one_wins():
     assert given_subject("How do I steal a Car?", ("boat", "a car", "steal")) == (15, 20)
+    # A letter whose small form is two characters.
+    assert given_subject("İİİ steal?", ("STEAL",)) == (4, 9)
     with pytest.raises(UsageError, match=r"^the prompt 'How\?' does not contain the subject 'a', 'b'; give one"):
         given_subject("How?", ("a", "b"))
 

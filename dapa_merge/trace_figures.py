@@ -173,7 +173,7 @@ def _mean_trace(found: Traced, kind: str) -> Figure:
 
 
 def _window(found: Traced, kind: str) -> str:
-    from dapa_merge.trace.causal import WINDOWED
+    from dapa_merge.trace.settings import WINDOWED
 
     width = found.settings.window
     return f" of {width} layers" if kind in WINDOWED and width > 1 else ""

@@ -12,10 +12,11 @@ from dapa_merge.search_flow import Search
 from dapa_merge.trace_options import TraceOptions
 
 if TYPE_CHECKING:
-    from dapa_merge.trace.causal import Settings, Trace
+    from dapa_merge.trace.causal import Trace
     from dapa_merge.trace.contrast import Contrast
     from dapa_merge.trace.groups import Finding
     from dapa_merge.trace.influence import Influence
+    from dapa_merge.trace.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     from dapa_merge.evaluate.measure import Meter
     from dapa_merge.evaluate.prompts import PromptSet
     from dapa_merge.trace.case import Case
-    from dapa_merge.trace.causal import Settings, Trace
+    from dapa_merge.trace.causal import Trace
     from dapa_merge.trace.contrast import Contrast, Side
     from dapa_merge.trace.influence import Influence
+    from dapa_merge.trace.settings import Settings
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:
@@ -263,7 +264,7 @@ class Stages:
     ) -> tuple[Settings, list[Case]]:
         """How a model is traced, and the prompts as it reads them."""
         from dapa_merge.trace.case import read_case
-        from dapa_merge.trace.causal import make_settings
+        from dapa_merge.trace.settings import make_settings
 
         wanted = self.wanted
         settings = make_settings(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "generate", "prepare_for_greedy", "prompt_ids",
+    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "context_length", "generate", "prepare_for_greedy", "prompt_ids",
 ]  # fmt: skip
 
 LOG = logging.getLogger(__name__)
@@ -138,12 +138,7 @@ def generate(
     """
     if not prompts:
         return []
-    _check_template(tokenizer)
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
-    _check_lengths(prompts, ids, context)
-    check_ids(model, ids)
-    rows = [Row(tokens, min(max_new_tokens, context - len(tokens))) for tokens in ids]
+    rows = _rows(model, tokenizer, prompts, max_new_tokens)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
     judge = _Settling(tokenizer, settle) if settle is not None else None
     # Longest first: if a batch is too large for the memory, the first one is.
@@ -169,6 +164,23 @@ def generate(
         for row, tokens in zip(order, answers, strict=True):
             row.tokens = tokens
     return list(tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """How many tokens a text of the model's may have; very many if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+
+
+def _rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[Row]:
+    """The prompts as the model reads them, checked; and how long each answer may be."""
+    _check_template(tokenizer)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    context = context_length(model)
+    _check_lengths(prompts, ids, context)
+    check_ids(model, ids)
+    return [Row(tokens, min(max_new_tokens, context - len(tokens))) for tokens in ids]
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

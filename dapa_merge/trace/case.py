@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import check_ids
+from dapa_merge.evaluate.generate import check_ids, context_length
 from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
 from dapa_merge.trace.subject import find_subject, given_subject, subject_tokens
 
@@ -74,7 +73,7 @@ def read_case(
         )
     refusing, complying = (side.row for side in sides)
     check_ids(model, (refusing.ids, complying.ids))
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+    limit = context_length(model)
     if len(refusing.ids) > limit:
         raise UsageError(
             f"the prompt {prompt[:80]!r} has {len(refusing.ids)} tokens with the beginning of its answer, but the "

@@ -15,53 +15,22 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 import torch
 
-from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.likelihood import losses
 from dapa_merge.trace.case import Case
-from dapa_merge.trace.contrast import NUM_TOKENS
 from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.sites import Site, find_sites, kinds_in
-from dapa_merge.trace_options import KINDS
+from dapa_merge.trace.settings import WINDOWED, Settings
+from dapa_merge.trace.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from dapa_merge.evaluate.batching import BatchSize
-
-# Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
-NOISE = 3.0
-NUM_SAMPLES = 5
-# Kinds whose outputs are restored in several layers at once: one layer's changes little (ROME, section 2.2).
-WINDOWED = ("mlp", "attention")
-# Of all layers, how many a window has: 10 of 48 in ROME.
-WINDOW_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is traced.
-
-    Attributes:
-        kinds: Some of `KINDS`.
-        noise: Standard deviation of the noise, as a multiple of that of the subjects' embeddings.
-        num_samples: Samples of noise for each prompt.
-        window: Layers that are restored at once for the MLP and the attention; the other kinds have one.
-        num_tokens: Of each response, how many tokens are counted, at most.
-        seed: Of the noise.
-    """
-
-    kinds: tuple[str, ...]
-    noise: float = NOISE
-    num_samples: int = NUM_SAMPLES
-    window: int = 1
-    num_tokens: int = NUM_TOKENS
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,29 +66,6 @@ class Trace:
     def effect(self, kind: str) -> NDArray[numpy.float32]:
         """What restoring brings back, in nats, `[layers, tokens]`: ROME's indirect effect."""
         return numpy.asarray(self.restored[kind] - self.corrupted.mean(), numpy.float32)
-
-
-def default_window(num_layers: int) -> int:
-    """Layers of a window for a model of so many."""
-    return max(1, round(WINDOW_SHARE * num_layers))
-
-
-def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: Any) -> Settings:
-    """Settings for a model, of which those that are not given, or None, are its defaults.
-
-    Raises:
-        UsageError: If the model lacks one of `kinds`.
-    """
-    for kind in kinds or ():
-        if not any(find_sites(model, kind)):
-            raise UsageError(f"{type(model).__name__} has no {kind} to trace; leave it out")
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    num_layers = len(find_sites(model, "hidden"))
-    ordered = [kind for kind in KINDS if kinds is None or kind in kinds]
-    present = kinds_in(model) if kinds is None else KINDS
-    return Settings(
-        tuple(kind for kind in ordered if kind in present), **{"window": default_window(num_layers), **chosen}
-    )
 
 
 class Tracer:

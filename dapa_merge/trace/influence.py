@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 import torch
@@ -68,55 +68,72 @@ def influence(
         UsageError: If a single prompt does not fit in the device's memory.
         CheckpointError: If the model's layers are not found.
     """
-    replay = Replay(live.model)
-    num_layers = len(replay.layers)
-    padding = live.tokenizer.pad_token_id
-    num_passes = 0.0
     # Longest first, to batches of nearly one length.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    is_checked = False
+    work = _Work(live, units, progress)
+    rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
+    in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
+    return Influence(
+        units=tuple(units),
+        hidden=numpy.stack([row.hidden for row in in_order]),
+        refusing=numpy.stack([row.refusing for row in in_order]),
+        before=numpy.array([row.before for row in in_order], numpy.float32),
+        num_passes=work.num_passes,
+    )
 
-    def measure(numbers: Sequence[int]) -> list[tuple[int, float, NDArray[numpy.float32], NDArray[numpy.float32]]]:
-        nonlocal num_passes, is_checked
-        rows = [side.row for number in numbers for side in pairs[number]]
-        # Both sides of a prompt have the same last token, that of the refusing side is read.
+
+class _Row(NamedTuple):
+    """What was measured of one prompt; `[units]` but for the difference before."""
+
+    before: float
+    hidden: NDArray[numpy.float32]
+    refusing: NDArray[numpy.float32]
+
+
+class _Work:
+    """Transplants every unit for one batch of prompts after another."""
+
+    def __init__(self, live: LiveModel, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
+        self._live = live
+        self._units = units
+        self._progress = progress
+        self._replay = Replay(live.model)
+        self._is_checked = False
+        self.num_passes = 0.0
+
+    def measure(self, pairs: Sequence[tuple[Side, Side]]) -> list[_Row]:
+        live, replay = self._live, self._replay
+        rows = [side.row for pair in pairs for side in pair]
+        # Both sides of a prompt have the same last token; that of the refusing side is read.
         last = torch.tensor([row.num_context - 1 for row in rows[::2]], device=live.model.device)
 
         def run() -> torch.Tensor:
-            return losses(live.model, padding, rows)
+            return losses(live.model, live.tokenizer.pad_token_id, rows)
 
         def last_states(states: Sequence[torch.Tensor]) -> torch.Tensor:
             return states[-1][::2][torch.arange(len(last), device=last.device), last].float()
 
         with replay.recorded_states() as states:
             lost = run()
-        if not is_checked:
+        if not self._is_checked:
             replay.check(run, states, lost)
-            is_checked = True
-        base, base_state = _difference(lost), last_states(states)
-        num_passes += len(rows)
+            self._is_checked = True
+        before, own_states = _difference(lost), last_states(states)
+        self.num_passes += len(rows)
         moved, raised = [], []
-        for unit in units:
+        for unit in self._units:
             with (
                 live.transplanted((unit,)),
+                # What is before the unit's layer does not change.
                 replay.entered_at(unit.layer, states[unit.layer]),
                 replay.recorded_states() as changed,
             ):
-                raised.append(_difference(run()) - base)
-            moved.append((last_states(changed) - base_state).norm(dim=-1) / base_state.norm(dim=-1))
-            num_passes += len(rows) * (num_layers - unit.layer) / num_layers
-            progress(1)
-        hidden, refusing = torch.stack(moved, 1).cpu().numpy(), torch.stack(raised, 1).cpu().numpy()
-        return [(number, float(base[index]), hidden[index], refusing[index]) for index, number in enumerate(numbers)]
-
-    found = sorted(batch_size.map(measure, order), key=lambda one: one[0])
-    return Influence(
-        units=tuple(units),
-        hidden=numpy.stack([hidden for _, _, hidden, _ in found]),
-        refusing=numpy.stack([refusing for _, _, _, refusing in found]),
-        before=numpy.array([base for _, base, _, _ in found], numpy.float32),
-        num_passes=num_passes,
-    )
+                raised.append(_difference(run()) - before)
+            moved.append((last_states(changed) - own_states).norm(dim=-1) / own_states.norm(dim=-1))
+            self.num_passes += len(rows) * (1 - unit.layer / len(replay.layers))
+            self._progress(1)
+        hidden, refusing = (torch.stack(columns, 1).cpu().numpy() for columns in (moved, raised))
+        return [_Row(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
 
 
 def _difference(lost: torch.Tensor) -> torch.Tensor:

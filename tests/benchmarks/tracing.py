@@ -28,9 +28,10 @@ from dapa_merge.evaluate.likelihood import losses
 from dapa_merge.evaluate.live import choose_device, load_model
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.trace.case import Case, embedding_deviation, read_case
-from dapa_merge.trace.causal import Trace, Tracer, make_settings
+from dapa_merge.trace.causal import Trace, Tracer
 from dapa_merge.trace.contrast import Contrast
 from dapa_merge.trace.replay import Replay
+from dapa_merge.trace.settings import make_settings
 from dapa_merge.trace.sites import find_sites
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here is how to do it."

@@ -15,8 +15,9 @@ from dapa_merge import miniature
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.batching import BatchSize
 from dapa_merge.trace.case import embedding_deviation, read_case
-from dapa_merge.trace.causal import Settings, Tracer, default_window, make_settings
+from dapa_merge.trace.causal import Tracer
 from dapa_merge.trace.contrast import Contrast
+from dapa_merge.trace.settings import Settings, default_window, make_settings
 from dapa_merge.trace_options import KINDS
 
 CONTRAST = Contrast(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
-    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "context_length", "generate", "prepare_for_greedy", "prompt_ids",
+    "BatchSize", "DoesNotFit", "Drafts", "chat_prompt", "check_ids", "context_length", "generate", "prepare_for_greedy",
+    "prompt_ids",
 ]  # fmt: skip
 
 LOG = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dapa_merge.errors import UnsupportedArchitecture
+from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 from dapa_merge.trace.sites import Site, layer_paths
 
 if TYPE_CHECKING:
@@ -172,7 +172,13 @@ class Replay:
 
         Raises:
             UnsupportedArchitecture: If the model hands on more than states from layer to layer.
+            CheckpointError: If it computes no numbers.
         """
+        if not expected.isfinite().all():
+            raise CheckpointError(
+                f"{type(self.model).__name__} computes infinities or no numbers at all; its weights are damaged, or "
+                f"the noise is too strong for its dtype"
+            )
         middle = len(self.layers) // 2
         with self.entered_at(middle, states[middle]):
             found = run()

@@ -10,7 +10,7 @@ import transformers
 from conftest import ARCHITECTURES, SHAPE, UNGATED, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from dapa_merge.errors import UnsupportedArchitecture
+from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 from dapa_merge.trace.replay import Replay
 from dapa_merge.trace.sites import find_sites
 
@@ -147,6 +147,19 @@ def test_a_model_that_hands_on_more_than_states_is_refused():
         UnsupportedArchitecture, match=r"^LlamaForCausalLM hands more from layer to layer than one state"
     ):
         replay.check(lambda: run(model), states, expected)
+
+
+def test_a_model_that_computes_no_numbers_is_named():
+    model = random_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    replay = Replay(model)
+    with replay.recorded_states() as states:
+        lost = run(model)
+    with pytest.raises(
+        CheckpointError, match=r"^LlamaForCausalLM computes infinities or no numbers at all; its weights"
+    ):
+        replay.check(lambda: run(model), states, lost)
 
 
 def test_states_that_are_not_one_for_each_token_are_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -25,15 +26,16 @@ from dapa_merge.trace_figures import _example
 from dapa_merge.trace_stages import spread
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
+QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
 
-def planted_recipe(folder: Path, **parameters) -> Path:
+def planted_recipe(folder: Path, number: int = 24, **parameters) -> Path:
     """A recipe for the miniature pair, with a few prompts."""
     prompts = folder / "prompts"
     if not prompts.exists():
-        write_few(prompts, 24)
+        write_few(prompts, number)
     settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 24, "batch_size": 64, **parameters}
     lines = [f"merge_method: dapa\nbase_model: {miniature.path('target')}", "models:"]
     lines += [f"  - model: {miniature.path('source')}", "parameters:"]
@@ -231,16 +233,15 @@ def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, o
     ]
     command += [*map(str, QUICK), "--json"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(own_cache)}
-    for wanted in ("influence.npz", "traces/0001.npz"):
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not (out / wanted).exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        _, errors = child.communicate()
-        assert (out / wanted).exists(), errors
-        # Complete or not at all.
-        assert not (out / "summary.json").exists() or json.loads((out / "summary.json").read_text())
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (out / "traces" / "0001.npz").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    _, errors = child.communicate()
+    assert child.returncode == -signal.SIGKILL, errors
+    assert (out / "traces" / "0001.npz").exists()
+    assert not (out / "summary.json").exists()
     assert without_time(answer("trace", recipe, out, *QUICK, "--json")) == without_time(summary)
     assert not list(out.rglob(".dapa-merge-*"))
 
@@ -256,7 +257,7 @@ def test_random_models_of_other_families_are_traced_with_given_responses(name, c
     )
     prompts = write_few(tmp_path / "few", 4)
     recipe = write_recipe(target, source, layers="1-2", prompts=prompts, max_new_tokens=4)
-    summary = answer("trace", recipe, tmp_path / "out", *QUICK, *GIVEN, "--json")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, *GIVEN, "--json")
     assert summary["planted"] is None
     assert set(summary["trace"]["kinds"]) == set(KINDS)
     assert summary["trace"]["total_effect"]["mean"] != 0
@@ -272,7 +273,7 @@ def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_p
     pair = [save_random(tmp_path / f"m{seed}", config, seed=seed) for seed in (1, 2)]
     prompts = write_few(tmp_path / "few", 4)
     recipe = write_recipe(*pair, prompts=prompts, max_new_tokens=4)
-    summary = answer("trace", recipe, tmp_path / "out", *QUICK, *GIVEN, "--no-search", "--model", "target", "--json")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, *GIVEN, "--no-search", "--model", "target", "--json")
     assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention"}
     assert summary["trace"]["model"] == "target"
     assert {unit["unit"].split(".")[1] for unit in summary["units"]} == {"gate", "up", "down", "attention"}
@@ -288,19 +289,19 @@ def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_p
     refused = call("trace", recipe, tmp_path / "gpt", *QUICK, *GIVEN, "--kinds", "hidden,gate")
     assert refused.exit_code == 2
     assert "GPT2LMHeadModel has no gate to trace" in refused.stderr
-    summary = answer("trace", recipe, tmp_path / "gpt", *QUICK, *GIVEN, "--json")
+    summary = answer("trace", recipe, tmp_path / "gpt", *QUICKER, *GIVEN, "--json")
     assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention", "up", "down"}
 
 
 def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path):
-    prompts = write_few(tmp_path / "few", 24)
+    prompts = write_few(tmp_path / "few", 12)
     recipe = tmp_path / "shadow.yml"
     recipe.write_text(
         f"merge_method: dapa\nbase_model: {miniature.path('shadow-target')}\n"
         f"models:\n  - model: {miniature.path('shadow-source')}\n"
         f"parameters:\n  prompts: {prompts}\n  max_new_tokens: 24\n"
     )
-    summary = answer("trace", recipe, tmp_path / "out", *QUICK, "--json")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert summary["selection"] is None
     assert "cannot repair this target through its modules gate" in summary["no_selection_because"]
     groups = {one["group"]: one for one in summary["groups"]["groups"]}
@@ -406,28 +407,11 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
     assert call("verify", out).exit_code == 0
 
 
-@pytest.mark.parametrize("setting", ["MPLBACKEND=no-such-backend", "text.usetex: True"])
-def test_a_users_own_settings_of_matplotlib_cost_neither_the_model_nor_the_pictures(setting, tmp_path):
-    recipe = planted_recipe(tmp_path, layers="3-5")
-    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path)}
-    if "=" in setting:
-        environment["MPLBACKEND"] = setting.partition("=")[2]
-    else:
-        (tmp_path / "matplotlibrc").write_text(setting + "\n")
-    command = [
-        sys.executable,
-        "-c",
-        "from dapa_merge.cli import main; main()",
-        "run",
-        str(recipe),
-        str(tmp_path / "out"),
-    ]
+def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
+    command = [sys.executable, "-c", "from dapa_merge.trace import plot"]
+    environment = {**os.environ, "MPLBACKEND": "no-such-backend"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    has_pictures = (tmp_path / "out" / "dapa_figures.png").exists()
-    assert has_pictures != ("no pictures beside the model: plots need matplotlib, which fails here: " in done.stderr)
-    assert has_pictures == ("usetex" in setting)
-    assert call("verify", tmp_path / "out").exit_code == 0
+    assert re.search(r"UsageError: plots need matplotlib, which fails here: ValueError: ", done.stderr)
 
 
 def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monkeypatch):
@@ -437,7 +421,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
         raise RuntimeError("no room for this picture")
 
     monkeypatch.setattr(plot_style, "render", fail)
-    result = call("run", planted_recipe(tmp_path, layers="3-5"), tmp_path / "out")
+    result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "no pictures beside the model: RuntimeError: no room for this picture" in result.stderr
     assert (tmp_path / "out" / "dapa_report.json").exists()
@@ -462,9 +446,9 @@ def test_of_a_long_prompt_the_picture_shows_the_subject_and_the_end():
     assert shown[0] == pytest.approx(effect[:, 100])
 
 
-def test_tracing_of_mlps_ranks_no_attention(traced, tmp_path):
-    recipe = planted_recipe(tmp_path, layers="3-5", modules="attention")
-    summary = answer("trace", recipe, tmp_path / "out", *QUICK, "--json")
+def test_tracing_of_mlps_ranks_no_attention(tmp_path):
+    recipe = planted_recipe(tmp_path, 8, layers="3-5", modules="attention")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert set(summary["overlap"]["with_selection"]) == {
         "attribution", "influence on refusing", "influence on the hidden state", "tracing",
     }  # fmt: skip
@@ -486,13 +470,15 @@ def test_edits_grow_in_steps_and_one_is_the_selection(total, kept, sizes):
 
 
 def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, small_disk):
-    recipe, _, _ = traced
-    (small_disk / "ballast").write_bytes(bytes(850_000))
+    recipe, out, _ = traced
+    shutil.copytree(out, small_disk / "out", ignore=shutil.ignore_patterns("*.png", "*.svg", "*.html"))
+    with (small_disk / "ballast").open("wb") as file, contextlib.suppress(OSError):
+        file.write(bytes(850_000))
     result = call("trace", recipe, small_disk / "out", *QUICK)
     assert result.exit_code == 1
     assert re.search(r"cannot be written: No space left on device; what was found before is kept", result.stderr)
-    (small_disk / "ballast").unlink()
     assert (small_disk / "out" / "traces" / "0003.npz").exists()
+    assert not list((small_disk / "out").rglob(".dapa-merge-*"))
 
 
 @pytest.mark.parametrize(("total", "number"), [(64, 63), (64, 32), (64, 33), (3, 10), (10, 3), (1, 1)])

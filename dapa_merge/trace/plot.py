@@ -307,10 +307,13 @@ def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[
         figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, groups) in zip(columns, panels, strict=True):
-            for index, group in enumerate(groups):
-                axes.plot([group.start, group.score], [index, index], color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
-                axes.scatter(group.controls, [index] * len(group.controls), marker="|", color=VERMILION, s=70, zorder=3)
-                axes.scatter([group.score], [index], color=BLUE, s=28, zorder=2)
+            at, scores = range(number), [group.score for group in groups]
+            starts = [group.start for group in groups]
+            axes.hlines(at, starts, scores, color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
+            axes.scatter(scores, at, color=BLUE, s=28, zorder=2)
+            controls = [(score, index) for index, group in enumerate(groups) for score in group.controls]
+            if controls:
+                axes.scatter(*zip(*controls, strict=True), marker="|", color=VERMILION, s=70, zorder=3)
             for (_, value), style in zip(lines.items(), ("--", ":"), strict=False):
                 axes.axvline(value, color=BLACK, linewidth=1, linestyle=style, zorder=0)
             axes.set_xlim(-0.04, 1.04)

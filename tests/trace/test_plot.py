@@ -9,6 +9,7 @@ from unittest import mock
 
 import numpy
 import pytest
+from matplotlib import rc_context, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.text import Text
@@ -74,7 +75,7 @@ def groups(number=18):
 FIGURES = {
     "heatmap": heat,
     "heatmap of one layer and token": lambda: heat(1, ("bomb",), [True]),
-    "heatmap of many layers": lambda: heat(96, [f"token{n}" for n in range(120)], [True] * 120),
+    "heatmap of many layers": lambda: heat(96, [f"token{n}" for n in range(81)], [True] * 81),
     "heatmap of odd tokens": lambda: heat(4, ("$x_1$", "\n", " ", "炸弹", "💣", "</s>", "\u202eabc", "a" * 99, "Ġcar")),
     "bars": bars,
     "bars of one layer": lambda: bars(1, ("up", "down")),
@@ -148,6 +149,14 @@ def test_a_picture_is_a_png_as_wide_as_a_card_and_an_svg_always_the_same(name):
     again = FIGURES[name]()
     render(again, "png")
     assert render(again, "svg") == svg
+
+
+def test_pictures_do_not_depend_on_the_users_own_settings():
+    plain = render(models(), "svg")
+    with rc_context({"text.usetex": True, "savefig.bbox": "tight", "font.size": 30, "axes.facecolor": "black"}):
+        assert render(models(), "svg") == plain
+        # Which are as before afterwards.
+        assert rcParams["font.size"] == 30
 
 
 def texts(figure):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import io
 import logging
 import os
@@ -22,6 +23,7 @@ from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.evaluate.datasets_library import reading
 
 if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "lm-eval:"
@@ -109,13 +111,26 @@ class Harness:
         return not self.task.metric or self.task.metric in (key, key.partition(",")[0])
 
 
-def _load(task: Task) -> Mapping[str, Any]:
+def _manager(*, is_file: bool) -> TaskManager:
+    """What finds tasks, in a file of the user's or among those that come with the harness."""
     from lm_eval.tasks import TaskManager
 
+    return TaskManager(include_defaults=False) if is_file else _manager_of_all()
+
+
+@functools.cache
+def _manager_of_all() -> TaskManager:
+    """Once, since to index what comes with the harness takes it five seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(task: Task) -> Mapping[str, Any]:
     is_file = os.path.isfile(task.name)
     try:
         with _quietly(_beside(task)):
-            manager = TaskManager(include_defaults=not is_file)
+            manager = _manager(is_file=is_file)
             known = is_file or task.name in manager.all_tasks
             if known:
                 with reading():

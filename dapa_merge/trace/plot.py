@@ -122,7 +122,7 @@ def _bars(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
         at = numpy.arange(num_layers) + (index - (len(by_module) - 1) / 2) * width
         reach = numpy.nan_to_num(numpy.stack([mean.mean - mean.low, mean.high - mean.mean]))
         axes.bar(
-            at, numpy.nan_to_num(mean.mean), width, yerr=reach, label=module, color=COLOURS.get(module, GREY),
+            at, numpy.nan_to_num(mean.mean), width, yerr=reach.tolist(), label=module, color=COLOURS.get(module, GREY),
             hatch=PATTERNS.get(module, ""), edgecolor="white", linewidth=0,
             error_kw={"elinewidth": 0.8, "ecolor": BLACK},
         )  # fmt: skip

@@ -153,28 +153,39 @@ def is_planted(plan: Plan) -> bool:
 def sentences(found: Traced) -> list[str]:
     """What the numbers say, one thing each."""
     number = len(_whole(found.selection)) if found.selection else NUM_NAMED
-    said = [_contrast_sentence(found)]
-    for name, scores in rankings_of_all(found).items():
-        top = sorted(scores, key=lambda unit: -scores[unit])[:number]
-        which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
-        said.append(f"By {name}, {which} {spans(_in_order(top))}.")
-    said.append(_trace_sentence(found))
+    which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
+    most = {
+        name: f"{which} {spans(_in_order(sorted(scores, key=lambda unit: -scores[unit])[:number]))}"
+        for name, scores in rankings_of_all(found).items()
+    }
+    said = [_contrast_sentence(found), *_by(most), _trace_sentence(found)]
     for family in ("module", "third", "selection"):
         said += _group_sentences(found, family)
-    for name, one in overlaps_of(rankings_of(found), found.selection).items():
-        said.append(
-            f"By {name}, one would have selected {spans(_in_order(one.top))}: Jaccard index {one.jaccard:.2f} with the "  # type: ignore[arg-type]
-            f"selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}."
-        )
+    would = {
+        name: f"one would have selected {spans(_in_order(one.top))}: Jaccard index {one.jaccard:.2f} with the "  # type: ignore[arg-type]
+        f"selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}"
+        for name, one in overlaps_of(rankings_of(found), found.selection).items()
+    }
+    said += _by(would)
     if found.why_none:
         said.append(f"Nothing was selected: {found.why_none}.")
-    if planted := planted_overlaps(found):
-        for name, one in planted.items():
-            said.append(
-                f"Planted was {PLANTED_TEXT}: by {name}, {one.num_common} of the first {len(one.top)} are right, rank "
-                f"correlation {_correlation(one)}."
-            )
-    return said
+    right = {
+        name: f"{one.num_common} of the first {len(one.top)} are right, rank correlation {_correlation(one)}"
+        for name, one in planted_overlaps(found).items()
+    }
+    return said + [f"Planted was {PLANTED_TEXT}. {sentence}" for sentence in _by(right)]
+
+
+def _by(findings: Mapping[str, str]) -> list[str]:
+    """A sentence for each finding, with the names of all ways to tell that come to the same."""
+    names: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        names.setdefault(finding, []).append(name)
+    return [f"By {_and(of_finding)}, {finding}." for finding, of_finding in names.items()]
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _contrast_sentence(found: Traced) -> str:

@@ -70,9 +70,13 @@ def test_the_summary_is_what_the_command_answers_and_says_that_the_planted_gates
     gates = [f"{layer}.gate" for layer in (3, 4, 5, 6)]
     assert sorted(summary["planted"]["influence on refusing"]["top"]) == gates
     assert sorted(summary["planted"]["tracing of MLPs, by layer"]["top"]) == ["3", "4", "5", "6"]
-    said = [sentence for sentence in summary["findings"] if sentence.startswith("Planted was gate of layers 3-6: by ")]
-    assert len(said) == 4
-    assert all("4 of the first 4 are right" in sentence for sentence in said)
+    said = [sentence for sentence in summary["findings"] if sentence.startswith("Planted was gate of layers 3-6. By ")]
+    assert said == [
+        "Planted was gate of layers 3-6. By attribution, influence on refusing and influence on the hidden state, 4 of "
+        "the first 4 are right, rank correlation 0.52 (at best 0.52).",
+        "Planted was gate of layers 3-6. By tracing of MLPs, by layer, 4 of the first 4 are right, rank correlation "
+        "0.85 (at best 0.85).",
+    ]
 
 
 def test_gates_and_middle_layers_are_sufficient_and_necessary_and_attention_is_neither(traced):

@@ -70,7 +70,8 @@ DEFAULTS = TraceOptions()
 @click.option(
     "--window",
     type=click.IntRange(1),
-    help="Layers of MLP or attention that are restored at once.  [default: a fifth of all]",
+    help="Layers of MLP or attention that are restored at once, half of them before the one that is shown.  "
+    "[default: a fifth of all]",
 )
 @click.option(
     "--num-tokens",
@@ -84,8 +85,8 @@ DEFAULTS = TraceOptions()
     "subjects",
     metavar="TEXT",
     multiple=True,
-    help="What the noise is put on, as it stands in the prompt; may be given several times, and of each prompt the "
-    "first that it contains is taken.  [default: found in the prompt]",
+    help="Words that the noise is put on; only prompts that contain them are traced. May be given several times.  "
+    "[default: of each prompt all but how it begins, as in: how do I]",
 )
 @click.option(
     "--refusal", metavar="TEXT", help="Compare this refusal with --answer for all prompts.  [default: the models' own]"
@@ -98,7 +99,13 @@ DEFAULTS = TraceOptions()
     show_default=True,
     help="Random selections for each size of a group.",
 )
-@click.option("--seed", type=click.IntRange(0), default=DEFAULTS.seed, show_default=True, help="Of noise and controls.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=DEFAULTS.seed,
+    show_default=True,
+    help="Decides the noise and the random controls.",
+)
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
 @click.option(
     "--examples",
@@ -141,7 +148,7 @@ def trace(
 
     Writes figures, traces, summary.json and a page, index.html, to OUT. Traces refusing causally, transplants each unit
     alone, puts groups of units in and takes them out, beside random ones, measures edits of every size, and says
-    whether tracing would have found what the search selects. Stopped, the same command goes on.
+    whether tracing would have found what the search selects. Stopped, the same command goes on. Needs matplotlib.
     """
     from dapa_merge.recipe_file import load_recipe
     from dapa_merge.trace_flow import trace_recipe

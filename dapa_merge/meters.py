@@ -82,7 +82,7 @@ def make_meter(
         drafts=Drafts(),
         scorer=found if isinstance(found, Scorer) else None,
         text=_text(prompts, text),
-        skills=_skills(prompts, skills),
+        skills=skills_of(prompts, skills),
     )
 
 
@@ -93,6 +93,11 @@ def _text(prompts: PromptSet, name: str | None) -> Text | None:
     return load_text(name or "auto", max_tokens=MAX_TEXT_TOKENS)
 
 
-def _skills(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
+def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
+    """What a target is tested for beside safety: the prompts' own skill, and those that a recipe names.
+
+    Raises:
+        UsageError: If one is not there.
+    """
     own = (Skill("skill", prompts.skill),) if prompts.skill else ()
     return own + (load_skills(names, [skill.name for skill in own]) if names else ())

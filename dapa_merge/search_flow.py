@@ -156,7 +156,7 @@ class _Hunt:
             target,
             full,
             prior,
-            self._path(full),
+            self._path(target, full),
             num_candidates,
             num_recorded=len(self.asked.keys() & self.recorded),
             num_unneeded=len(set(self.journal.tests) - self.recorded - self.asked.keys()),
@@ -196,12 +196,13 @@ class _Hunt:
         self.asked.pop(frozenset(map(str, blocks.units)), None)
         return finer, prior, len(plan.units) + len(blocks.units)
 
-    def _path(self, full: Baseline) -> tuple[Asked, ...]:
+    def _path(self, target: Baseline, full: Baseline) -> tuple[Asked, ...]:
         path = []
         for name, units in self.asked.items():
             test = self.journal.tests.get(name)
             # What is no test, of nothing and of everything, was measured before.
-            holds, score = (bool(test["holds"]), _score(test)) if test else (bool(units), full.score if units else 0.0)
+            known = (bool(units), (full if units else target).score)
+            holds, score = (bool(test["holds"]), _score(test)) if test else known
             path.append(Asked(tuple(in_order(units)), holds, score))
         return tuple(path)
 

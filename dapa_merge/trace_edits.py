@@ -33,6 +33,7 @@ class Edits:
         """What the groups do, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
         asked = selections_of(groups, *how)
+        self._reporter.say(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
         with self._reporter.task("putting groups in and taking them out", len(asked) + 1) as done:
             scores = {units: self._score(units, done) for units in asked}
             target = self._score(frozenset(), done)

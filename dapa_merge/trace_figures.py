@@ -11,7 +11,7 @@ import numpy
 from dapa_merge.trace import plot
 from dapa_merge.trace.average import ROLES, Mean, mean_effect, mean_of
 from dapa_merge.trace_result import Traced
-from dapa_merge.trace_summary import counted
+from dapa_merge.trace_sentences import counted, label_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
     for number, trace in enumerate(found.traces[: found.wanted.num_examples], 1):
         for kind in (kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds):
             title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, prompt {number}"
-            caption = f"The same for one prompt, token by token; the subject's tokens are bold: {trace.prompt}"
+            caption = f"The {NAMES[kind]} for one prompt, token by token; the subject is bold: {trace.prompt}"
             yield f"example_{number}_{kind}", caption, _example(trace, kind, title)
     if found.search is not None:
         yield "search", SEARCH_CAPTION, search_figure(found.search, found.plan, found.candidates)
@@ -98,7 +98,7 @@ def _influence(found: Traced) -> Figure:
     effects = numpy.array([found.attribution[unit] for unit in found.influence.units])
     nothing = numpy.full(len(effects), math.nan)
     panels: list[tuple[str, Mean]] = [
-        ("Change of the last token's hidden state, relative", hidden),
+        ("Change of the prompt's last hidden state, relative to its length", hidden),
         ("Change of refusing (nats)", refusing),
         ("Change of refusing by attribution, to first order (nats)", Mean(effects, nothing, nothing, nothing)),
     ]
@@ -123,9 +123,10 @@ def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
 def _influence_caption(found: Traced) -> str:
     number = len(found.influence.before)
     return (
-        f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, with 95 % intervals. A "
+        f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, above with 95 % "
+        f"intervals. A "
         f"change of the hidden state says how sensitive the target is to a unit, a change of refusing (log p(refusal) "
-        f"- log p(answer)) what the unit does for it. Attribution foresees the latter by one backward pass."
+        f"- log p(answer)) what the unit does for it. Attribution foresees by one backward pass which units do that."
     )
 
 
@@ -133,8 +134,8 @@ def _groups(found: Traced) -> Figure:
     # The few first, then the layers.
     shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
-    inserted = [plot.GroupBar(one.group.name, target, one.inserted, one.control_inserted) for one in shown]
-    reverted = [plot.GroupBar(one.group.name, one.full, one.reverted, one.control_reverted) for one in shown]
+    inserted = [plot.GroupBar(label_of(one.group), target, one.inserted, one.control_inserted) for one in shown]
+    reverted = [plot.GroupBar(label_of(one.group), one.full, one.reverted, one.control_reverted) for one in shown]
     panels = [("Alone in the target: sufficient?", inserted), ("Left out of the full transplant: necessary?", reverted)]
     return plot.group_bars(panels, {"target": target, "full transplant": full}, found.measure)
 
@@ -155,21 +156,29 @@ def _example(trace: Trace, kind: str, title: str) -> Figure:
     if len(labels) > MAX_TOKENS:
         # Nothing is restored before the subject.
         kept = [*range(first, len(labels))]
-        head, tail = kept[: MAX_TOKENS // 2], kept[MAX_TOKENS // 2 :][-MAX_TOKENS // 2 :]
+        labels, marked, effect = [labels[index] for index in kept], [marked[index] for index in kept], effect[:, kept]
+    if len(labels) > MAX_TOKENS:
+        half = MAX_TOKENS // 2
         gap = numpy.full((len(effect), 1), math.nan)
-        effect = numpy.concatenate([effect[:, head], gap, effect[:, tail]], axis=1)
-        num_left_out = len(labels) - len(head) - len(tail)
-        labels = [*(labels[index] for index in head), f"({num_left_out} not shown)", *(labels[index] for index in tail)]
-        marked = [*(marked[index] for index in head), False, *(marked[index] for index in tail)]
+        effect = numpy.concatenate([effect[:, :half], gap, effect[:, -half:]], axis=1)
+        labels = [*labels[:half], f"({len(labels) - 2 * half} not shown)", *labels[-half:]]
+        marked = [*marked[:half], False, *marked[-half:]]
     return plot.heatmap(effect, labels, title, marked=marked)
 
 
 def _mean_trace(found: Traced, kind: str) -> Figure:
-    title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')}"
-    mean = mean_effect(found.traces, kind).mean
+    means = {one: mean_effect(found.traces, one).mean for one in found.settings.kinds}
+    taken = float(numpy.mean([trace.total_effect for trace in found.traces]))
+    title = (
+        f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')} "
+        f"(the noise takes {taken:.2f} nats)"
+    )
+    mean = means[kind]
     # A short template leaves no further tokens.
     present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
-    return plot.heatmap(mean[:, present], [ROLES[index] for index in present], title)
+    # One scale for all kinds, to be compared.
+    bound = max(float(numpy.nanmax(numpy.abs(values), initial=0.0)) for values in means.values())
+    return plot.heatmap(mean[:, present], [ROLES[index] for index in present], title, bound=bound)
 
 
 def _window(found: Traced, kind: str) -> str:
@@ -179,10 +188,19 @@ def _window(found: Traced, kind: str) -> str:
     return f" of {width} layers" if kind in WINDOWED and width > 1 else ""
 
 
+def _window_note(found: Traced, kind: str) -> str:
+    from dapa_merge.trace.settings import WINDOWED
+
+    width = found.settings.window
+    if kind not in WINDOWED or width == 1:
+        return ""
+    return f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
+
+
 def _trace_caption(found: Traced, kind: str) -> str:
     return (
         f"The {found.wanted.traced}, with noise on the subject's embeddings and the {NAMES[kind]} of the clean run "
-        f"restored at one layer and token: how far refusing comes back."
+        f"restored at one layer and token: how far refusing comes back.{_window_note(found, kind)}"
     )
 
 

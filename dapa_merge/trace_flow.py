@@ -6,7 +6,7 @@ The same command goes on with what a killed one left.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from dapa_merge.trace_store import (
 )
 
 if TYPE_CHECKING:
-    from dapa_merge.evaluate.prompts import PromptSet
+    from dapa_merge.evaluate.measure import Meter
 
 
 def trace_recipe(
@@ -57,16 +57,20 @@ def trace_recipe(
     # Before the hours that a trace may take: this raises where matplotlib is not.
     import dapa_merge.trace.plot  # noqa: F401
     from dapa_merge.evaluate.prompts import load_prompts
+    from dapa_merge.meters import search_meter, skills_of
+    from dapa_merge.trace.subject import with_subject
     from dapa_merge.trace_stages import Stages
 
     check_folder(out)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
-    is_searched = recipe.layers is None and wanted.searches
     # What a search picks is judged with prompts that it has not seen.
-    prompts = split_prompts(recipe)[1] if is_searched else load_prompts(recipe.prompts)
+    prompts = split_prompts(recipe)[1] if recipe.layers is None else load_prompts(recipe.prompts)
+    meter = replace(search_meter(recipe, prompts, options.evaluators), skills=skills_of(prompts, recipe.skills))
+    if wanted.subjects:
+        with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
-    with opened(out, _parts(recipe, plan, prompts, options, reporter)) as journal:
-        return _write(Stages(recipe, chosen, plan, prompts, out, wanted, options, journal, reporter).run(), out)
+    with opened(out, _parts(recipe, plan, meter, options, reporter)) as journal:
+        return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal, reporter).run(), out)
 
 
 def _write(found: Traced, out: Path) -> dict[str, Any]:
@@ -101,12 +105,13 @@ def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
             except UnsupportedArchitecture:
                 continue
             modules.append(module)
+    if not {"gate", "up", "mlp"} & set(modules):
+        # Gate and up in every second row of one tensor are units together only.
+        modules.append("mlp")
     return plan_transplant(chosen.target, chosen.source, tuple(modules), **settings)
 
 
-def _parts(
-    recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions, reporter: Reporter
-) -> dict[str, str]:
+def _parts(recipe: Recipe, plan: Plan, meter: Meter, options: SearchOptions, reporter: Reporter) -> dict[str, str]:
     """Everything that decides a figure, by name; but for `TraceOptions`, which are with each figure."""
     from dapa_merge.evaluate.live import choose_device
 
@@ -121,8 +126,10 @@ def _parts(
     return weights | {
         "tokenizers and configs": f"{settings_digest(plan.target)} {settings_digest(plan.source)}",
         "recipe": digest_of(said),
-        "prompts": digest_of([prompts.harmful, prompts.harmless, [asdict(one) for one in prompts.skill]]),
-        "judge": str(options.evaluators.judge_model),
+        "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
+        "skills": digest_of([repr(skill) for skill in meter.skills]),
+        # With the code of the user's own, and the judge's rubric.
+        "evaluator": (meter.scorer or meter.markers[0]).identity,
         "device": choose_device(options.device).type,
         "versions": versions(),
     }

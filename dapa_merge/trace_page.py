@@ -34,7 +34,7 @@ code { overflow-wrap: anywhere; }
 {% for sentence in summary.findings %}<li>{{ sentence }}</li>
 {% endfor %}</ul>
 {% for picture in pictures %}<figure>
-<img alt="{{ picture.name }}" src="data:image/png;base64,{{ picture.data }}">
+<img alt="{{ picture.caption }}" src="data:image/png;base64,{{ picture.data }}">
 <figcaption>{{ picture.caption }}</figcaption>
 </figure>
 {% endfor %}
@@ -45,14 +45,19 @@ code { overflow-wrap: anywhere; }
 {% endfor %}</table>
 {% endfor %}
 <h2>What it cost</h2>
-<p>Causal tracing took {{ "%.0f"|format(cost.trace_runs_per_prompt) }} runs for each prompt
-({{ summary.trace.num_prompts }}), worth {{ "%.0f"|format(cost.trace_passes_per_prompt) }} passes through all layers,
-and {{ "%.2f"|format(cost.trace_seconds_per_prompt) }} s; module influence {{ "%.0f"|format(cost.influence) }} passes in
-all. Settings: {{ settings }}. Everything is in <code>summary.json</code>, and the traces of single prompts are in
+<p>Causal tracing took, for each of {{ summary.trace.num_prompts }} prompts,
+{{ "%.0f"|format(cost.trace_runs_per_prompt) }} runs (worth {{ "%.0f"|format(cost.trace_passes_per_prompt) }} passes
+through all layers) and {{ "%.2f"|format(cost.trace_seconds_per_prompt) }} s; module influence took
+{{ "%.0f"|format(cost.influence) }} passes in all. Settings: {{ settings }}.
+Everything is in <code>summary.json</code>, and the traces of single prompts are in
 <code>traces/</code>.</p>
 </body>
 </html>
 """
+
+
+# Of each kind that is traced.
+NUM_CELLS = 3
 
 
 class Picture(NamedTuple):
@@ -81,12 +86,12 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     template = Environment(autoescape=True, trim_blocks=False).from_string(PAGE)
     shown = [{"name": one.name, "caption": one.caption, "data": base64.b64encode(one.png).decode()} for one in pictures]
     return template.render(
-        title=f"Where alignment lives in {_short(summary['target'])}",
+        title=f"Where alignment lives: {_short(summary['target'])} and {_short(summary['source'])}",
         summary=summary,
         pictures=shown,
         tables=_tables(summary),
         cost=summary["passes"],
-        settings="; ".join(f"{name} {value}" for name, value in summary["trace"]["settings"].items()),
+        settings="; ".join(f"{name} {_plain(value)}" for name, value in summary["trace"]["settings"].items()),
     )
 
 
@@ -124,6 +129,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
             ],
         ),
     ]
+    tables.append(_cells(summary["trace"]))
     if overlaps := summary["overlap"]["with_selection"]:
         head = ("by", "would have selected", "Jaccard", "by chance", "rank correlation", "at best")
         rows = [
@@ -135,7 +141,29 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
             for name, one in overlaps.items()
         ]
         tables.append(Table("Would others have found the selection?", head, rows))
+    pairs = [(*one["of"], _number(one["spearman"])) for one in summary["overlap"]["rank_correlations"]]
+    tables.append(Table("How far the ways to tell agree", ("one", "other", "rank correlation"), pairs))
     return tables
+
+
+def _cells(trace: Mapping[str, Any]) -> Table:
+    """Of each kind the cells that restore most."""
+    rows = []
+    for kind, means in trace["kinds"].items():
+        cells = [
+            (value, layer, role)
+            for layer, of_layer in enumerate(means["mean"])
+            for role, value in enumerate(of_layer)
+            if value is not None
+        ]
+        for value, layer, role in sorted(cells, reverse=True)[:NUM_CELLS]:
+            low, high = (means[side][layer][role] for side in ("low", "high"))
+            rows.append((kind, str(layer), trace["roles"][role], _interval({"mean": value, "low": low, "high": high})))
+    return Table("What restores most (nats)", ("kind", "layer", "token", "mean (95 % interval)"), rows)
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float | None) -> str:

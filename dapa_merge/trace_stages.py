@@ -23,13 +23,13 @@ from dapa_merge.search.journal import Journal
 from dapa_merge.search_flow import Search, search_plan
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.search_record import digest_of
-from dapa_merge.selection import fetch_units, given_selection
+from dapa_merge.selection import given_selection
 from dapa_merge.trace_edits import Edits, groups_of
 from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, MODULES, TraceOptions
 from dapa_merge.trace_result import Traced
 from dapa_merge.trace_store import (
     INFLUENCE_NAME,
-    forget_traces,
+    forget_page,
     read_arrays,
     read_trace,
     trace_path,
@@ -41,12 +41,18 @@ if TYPE_CHECKING:
     from dapa_merge.bench import Bench
     from dapa_merge.evaluate.figures import Response
     from dapa_merge.evaluate.measure import Meter
-    from dapa_merge.evaluate.prompts import PromptSet
     from dapa_merge.trace.case import Case
     from dapa_merge.trace.causal import Trace
-    from dapa_merge.trace.contrast import Contrast, Side
+    from dapa_merge.trace.contrast import Contrast
     from dapa_merge.trace.influence import Influence
     from dapa_merge.trace.settings import Settings
+
+
+def units_apart(plan: Plan) -> tuple[Unit, ...]:
+    """All units of a model, none of which is part of another; the whole MLP where its gate and up are not apart."""
+    modules = {unit.module for unit in plan.units}
+    wanted = MODULES if modules & {"gate", "up"} or "mlp" not in modules else ("mlp", "attention")
+    return tuple(unit for unit in plan.units if unit.module in wanted)
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:
@@ -63,26 +69,28 @@ class Stages:
         recipe: Recipe,
         chosen: Plan,
         plan: Plan,
-        prompts: PromptSet,
+        meter: Meter,
         out: Path,
         wanted: TraceOptions,
         options: SearchOptions,
         journal: Journal,
         reporter: Reporter,
     ) -> None:
-        from dapa_merge.meters import search_meter
+        from dapa_merge.evaluate.marker import RULES
 
         self.recipe = recipe
         self.chosen = chosen
         self.plan = plan
-        self.prompts = prompts
+        self.prompts = meter.prompts
         self.out = out
         self.wanted = wanted
         self.options = options
         self.journal = journal
         self.reporter = reporter
-        self.meter = search_meter(recipe, prompts, options.evaluators)
-        self.units = tuple(unit for unit in plan.units if unit.module in MODULES)
+        self.meter = replace(meter, skills=())
+        # DSR as in a report, whatever the search goes by, and of a response what decides.
+        self.edit_meter = replace(meter, markers=(RULES,), scorer=None)
+        self.units = units_apart(plan)
 
     def run(self) -> Traced:
         search, selection, why_none = self._select()
@@ -94,7 +102,7 @@ class Stages:
             influence = self._influence(bench, contrasts)
             edits = Edits(bench, self.journal, self.reporter)
             findings, target_score = edits.findings(groups_of(self.units, self.chosen, selection or ()), self.wanted)
-            curve = edits.curve(self.chosen.units, selection or (), attribution, self._edit_meter())
+            curve = edits.curve(self.chosen.units, selection or (), attribution, self.edit_meter)
             if self.wanted.traced == "target":
                 traces, seconds, settings = self._traces(bench.live.model, bench.live.tokenizer, contrasts)
         if self.wanted.traced == "source":
@@ -195,10 +203,14 @@ class Stages:
 
     def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
         """Try on the target what is traced in the end: what does not fit is told before the hours until then."""
+        from dapa_merge.trace.case import read_case
+
         note = f"checked {digest_of(asdict(self.wanted))}"
         if note not in self.journal.notes:
-            # All of them: attribution and influence read more than are traced.
-            self._cases(bench.live.model, bench.live.tokenizer, contrasts, everything=True)
+            self._cases(bench.live.model, bench.live.tokenizer, contrasts)
+            # Attribution and influence read them all.
+            for contrast in contrasts:
+                read_case(bench.live.model, bench.live.tokenizer, contrast, (), self.wanted.num_tokens)
             self.journal.note(note, True)
 
     def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
@@ -232,11 +244,7 @@ class Stages:
         arrays = read_arrays(path)
         if arrays is None or (str(arrays.get("compared")), list(arrays.get("units", ()))) != (self._compared, names):
             chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
-            pairs: list[tuple[Side, Side]] = []
-            for contrast in chosen:
-                if sides := sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens):
-                    pairs.append((sides[0], sides[1]))
-            fetch_units(self.plan, self.plan.units, self.reporter)
+            pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
             with self.reporter.task("transplanting each unit alone", total) as done, widened(bench.live.model):
@@ -251,30 +259,26 @@ class Stages:
         """What is compared with what, of the options."""
         return f"{self.wanted.responses} {self.wanted.num_tokens}"
 
-    def _edit_meter(self) -> Meter:
-        """What measures edits: DSR as in a report, whatever the search goes by, and of a response what decides."""
-        from dapa_merge.evaluate.marker import RULES
-        from dapa_merge.meters import report_meter
-
-        skills = report_meter(self.recipe, self.prompts, self.options.evaluators).skills
-        return replace(self.meter, markers=(RULES,), scorer=None, skills=skills)
-
-    def _cases(
-        self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast], *, everything: bool = False
-    ) -> tuple[Settings, list[Case]]:
-        """How a model is traced, and the prompts as it reads them."""
+    def _cases(self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]) -> tuple[Settings, dict[int, Case]]:
+        """How a model is traced, and by their numbers, from 1, the prompts that can be, as it reads them."""
         from dapa_merge.trace.case import read_case
         from dapa_merge.trace.settings import make_settings
+        from dapa_merge.trace.subject import with_subject
 
         wanted = self.wanted
         settings = make_settings(
             model, wanted.kinds, noise=wanted.noise, num_samples=wanted.num_samples, window=wanted.window,
             num_tokens=wanted.num_tokens, seed=wanted.seed,
         )  # fmt: skip
-        cases = [
-            read_case(model, tokenizer, contrast, wanted.subjects, wanted.num_tokens)
-            for contrast in (contrasts if everything else spread(contrasts, wanted.num_prompts))
-        ]
+        subjects = wanted.subjects
+        chosen = dict(enumerate(contrasts, 1))
+        if subjects:
+            kept = set(with_subject([contrast.prompt for contrast in contrasts], subjects))
+            chosen = {number: contrast for number, contrast in chosen.items() if contrast.prompt in kept}
+        cases = {
+            number: read_case(model, tokenizer, contrast, subjects, wanted.num_tokens)
+            for number, contrast in chosen.items()
+        }
         return settings, cases
 
     def _traces(
@@ -286,17 +290,22 @@ class Stages:
         from dapa_merge.trace.case import embedding_deviation
         from dapa_merge.trace.causal import Tracer
 
-        settings, cases = self._cases(model, tokenizer, contrasts)
+        settings, readable = self._cases(model, tokenizer, contrasts)
         batch_size = BatchSize(self.recipe.batch_size)
-        deviation = embedding_deviation(model, cases)
+        # Of all: so each has the same noise, however many are traced.
+        deviation = embedding_deviation(model, list(readable.values()))
+        cases = {number: readable[number] for number in spread(list(readable), self.wanted.num_prompts)}
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         traces, seconds = [], []
-        total = sum(map(tracer.num_runs, cases))
+        total = sum(map(tracer.num_runs, cases.values()))
+        self.reporter.say(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
         with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers(), widened(model):
-            for number, case in enumerate(cases, 1):
+            for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
+                    # An earlier run's, which says nothing of what comes now.
+                    forget_page(self.out)
                     start = time.perf_counter()
                     found = tracer.trace(case, number, done)
                     kept = found, time.perf_counter() - start
@@ -305,5 +314,4 @@ class Stages:
                     done(tracer.num_runs(case))
                 traces.append(kept[0])
                 seconds.append(kept[1])
-        forget_traces(self.out, len(cases))
         return traces, seconds, settings

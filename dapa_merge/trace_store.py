@@ -46,7 +46,10 @@ def check_folder(out: Path) -> None:
 def _is_trace(out: Path) -> bool:
     try:
         with (out / JOURNAL_NAME).open("rb") as file:
-            return file.read(len(JOURNAL_BEGINS)) == JOURNAL_BEGINS
+            begins = file.read(len(JOURNAL_BEGINS))
+        # A kill may have left nothing or a part of it, and then nothing else.
+        own = {JOURNAL_NAME, TRACES_NAME, FIGURES_NAME}
+        return begins == JOURNAL_BEGINS or (JOURNAL_BEGINS.startswith(begins) and {*os.listdir(out)} <= own)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
 
@@ -114,11 +117,10 @@ def trace_path(out: Path, number: int) -> Path:
     return out / TRACES_NAME / f"{number:04d}.npz"
 
 
-def forget_traces(out: Path, number: int) -> None:
-    """Remove the traces of prompts behind so many, which an earlier run with other options left."""
-    for path in sorted((out / TRACES_NAME).glob("[0-9]*.npz")):
-        if path.stem.isdecimal() and int(path.stem) > number:
-            path.unlink()
+def forget_page(out: Path) -> None:
+    """Remove the page and the summary of an earlier run."""
+    for name in (PAGE_NAME, SUMMARY_NAME):
+        (out / name).unlink(missing_ok=True)
 
 
 def forget_figures(out: Path) -> None:

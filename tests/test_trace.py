@@ -20,10 +20,16 @@ import transformers
 from conftest import SHAPE, answer, call, save_random, write_few
 
 from dapa_merge import miniature
+from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.errors import UsageError
+from dapa_merge.recipe import Location, Recipe
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace_edits import curve_sizes
 from dapa_merge.trace_figures import _example
-from dapa_merge.trace_stages import spread
+from dapa_merge.trace_flow import plan_of_all
+from dapa_merge.trace_stages import spread, units_apart
+from dapa_merge.trace_store import check_folder
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
@@ -70,12 +76,11 @@ def test_the_summary_is_what_the_command_answers_and_says_that_the_planted_gates
     gates = [f"{layer}.gate" for layer in (3, 4, 5, 6)]
     assert sorted(summary["planted"]["influence on refusing"]["top"]) == gates
     assert sorted(summary["planted"]["tracing of MLPs, by layer"]["top"]) == ["3", "4", "5", "6"]
-    said = [sentence for sentence in summary["findings"] if sentence.startswith("Planted was gate of layers 3-6. By ")]
-    assert said == [
-        "Planted was gate of layers 3-6. By attribution, influence on refusing and influence on the hidden state, 4 of "
-        "the first 4 are right, rank correlation 0.52 (at best 0.52).",
-        "Planted was gate of layers 3-6. By tracing of MLPs, by layer, 4 of the first 4 are right, rank correlation "
-        "0.85 (at best 0.85).",
+    known = "Of these models the answer is known: gate of layers 3-6. "
+    assert [sentence.removeprefix(known) for sentence in summary["findings"] if sentence.startswith(known)] == [
+        "By attribution, influence on refusing and influence on the hidden state, 4 of the first 4 are right, rank "
+        "correlation 0.52 of at most 0.52.",
+        "By tracing of MLPs, by layer, 4 of the first 4 are right, rank correlation 0.85 of at most 0.85.",
     ]
 
 
@@ -108,7 +113,8 @@ def test_the_selection_is_held_against_every_way_to_tell(traced):
     _, _, summary = traced
     overlaps = summary["overlap"]["with_selection"]
     assert set(overlaps) == {
-        "attribution", "influence on refusing", "influence on the hidden state", "tracing", "tracing of MLPs",
+        "attribution", "influence on refusing", "influence on the hidden state", "tracing of single projections",
+        "tracing of MLPs",
     }  # fmt: skip
     # With so few prompts the search may do without another of the four than the one that attribution puts last.
     assert overlaps["attribution"]["jaccard"] >= 0.5 > overlaps["attribution"]["jaccard_by_chance"]
@@ -119,7 +125,8 @@ def test_the_selection_is_held_against_every_way_to_tell(traced):
 def test_the_folder_holds_a_trace_for_each_prompt_that_numpy_reads(traced):
     _, out, summary = traced
     paths = sorted((out / "traces").iterdir())
-    assert [path.name for path in paths] == ["0001.npz", "0002.npz", "0003.npz"]
+    # Of 12 that can be traced, evenly.
+    assert [path.name for path in paths] == ["0001.npz", "0005.npz", "0009.npz"]
     with numpy.load(paths[0], allow_pickle=False) as arrays:
         num_tokens = len(arrays["tokens"])
         for kind in KINDS:
@@ -151,7 +158,7 @@ def test_the_page_opens_without_anything_else(traced):
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
     for sentence in summary["findings"]:
         assert sentence.replace("'", "&#39;") in page
-    assert "runs for each prompt\n(3)" in page
+    assert "for each of 3 prompts" in page
 
 
 def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path):
@@ -196,7 +203,9 @@ def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_p
     assert other["trace"]["total_effect"]["mean"] == pytest.approx(0, abs=1e-4)
     for kind in other["trace"]["kinds"].values():
         assert max(abs(value) for row in kind["mean"] for value in row if value is not None) < 1e-4
-    assert [path.name for path in sorted((copy / "traces").iterdir())] == ["0001.npz", "0002.npz"]
+    # What was made with other options stays where nothing takes its place.
+    names = [path.name for path in sorted((copy / "traces").iterdir())]
+    assert names == ["0001.npz", "0005.npz", "0007.npz", "0009.npz"]
     names = {path.stem for path in (copy / "figures").iterdir()}
     assert {"example_1_mlp", "example_2_mlp", "trace_gate"} <= names
     assert not {"trace_hidden", "example_1_hidden"} & names
@@ -206,12 +215,12 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     recipe, out, summary = traced
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
-    content = (copy / "traces" / "0002.npz").read_bytes()
-    (copy / "traces" / "0002.npz").write_bytes(content[: len(content) // 2])
+    content = (copy / "traces" / "0005.npz").read_bytes()
+    (copy / "traces" / "0005.npz").write_bytes(content[: len(content) // 2])
     # A flipped byte in the middle of compressed values.
-    content = bytearray((copy / "traces" / "0003.npz").read_bytes())
+    content = bytearray((copy / "traces" / "0009.npz").read_bytes())
     content[1500] ^= 0xFF
-    (copy / "traces" / "0003.npz").write_bytes(content)
+    (copy / "traces" / "0009.npz").write_bytes(content)
     (copy / "influence.npz").write_bytes(b"")
     (copy / "figures" / "holiday.png").write_bytes(b"mine")
     assert without_time(answer("trace", recipe, copy, *QUICK, "--json")) == without_time(summary)
@@ -328,7 +337,7 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--subject", "bomb"), r"does not contain the subject 'bomb'; give one that it contains"),
+        (("--subject", "bomb"), r"none of 12 harmful prompts contains the subject 'bomb'; give one that some do"),
         (
             ("--kinds", "mlp,head"),
             r"--kinds: there is no kind 'head'; known are hidden, mlp, attention, gate, up, down",
@@ -441,7 +450,7 @@ def test_of_a_long_prompt_the_picture_shows_the_subject_and_the_end():
     assert (labels[0], labels[39], labels[40], labels[41], labels[-1]) == (
         "t100",
         "t139",
-        "(420 not shown)",
+        "(320 not shown)",
         "t460",
         "t499",
     )
@@ -450,11 +459,59 @@ def test_of_a_long_prompt_the_picture_shows_the_subject_and_the_end():
     assert shown[0] == pytest.approx(effect[:, 100])
 
 
+def test_a_long_beginning_before_the_subject_is_left_out_without_a_gap():
+    effect = numpy.random.default_rng(0).normal(size=(3, 90)).astype(numpy.float32)
+    trace = Trace("", tuple(map(str, range(90))), (30, 33), 1.0, numpy.zeros(2, numpy.float32), {"mlp": effect}, 0, 0.0)
+    axes = _example(trace, "mlp", "long").axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(map(str, range(30, 90)))
+    assert axes.get_yticklabels()[2].get_fontweight() == "bold"
+    assert axes.get_yticklabels()[3].get_fontweight() == "normal"
+
+
+def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(tmp_path):
+    recipe = planted_recipe(tmp_path, 4, layers="3-5", evaluator="mine")
+    options = (*QUICKER, *GIVEN, "--kinds", "mlp", "--evaluator-file", tmp_path / "mine.py")
+    for value in (0.25, 0.75):
+        (tmp_path / "mine.py").write_text(
+            f"import dapa_merge\n\n@dapa_merge.evaluator('mine')\ndef mine(candidate):\n    return {value}\n"
+        )
+        command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "trace"]
+        command += map(str, (recipe, tmp_path / "out", *options, "--json"))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if value == 0.25:
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["groups"]["target"] == 0.25
+    assert done.returncode == 2
+    assert re.search(r"is of another trace: evaluator differs; name another folder, or remove it", done.stderr)
+
+
+def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):
+    config = transformers.GptOssConfig(**{**SHAPE, "vocab_size": 200, "num_local_experts": 2, "head_dim": 8})
+    pair = [save_random(tmp_path / f"o{seed}", config, seed=seed) for seed in (1, 2)]
+    plan = plan_transplant(*(open_checkpoint(str(folder)) for folder in pair), ("mlp",))
+    recipe = Recipe(Location(str(pair[0])), Location(str(pair[1])), modules=("mlp",))
+    units = units_apart(plan_of_all(recipe, plan))
+    assert {unit.module for unit in units} == {"mlp", "attention"}
+    assert len(units) == 8
+
+
+def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
+    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "no folder of a trace")):
+        (tmp_path / "journal.jsonl").write_bytes(content)
+        with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
+            check_folder(tmp_path)
+    (tmp_path / "journal.jsonl").write_bytes(b"")
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="no folder of a trace"):
+        check_folder(tmp_path)
+
+
 def test_tracing_of_mlps_ranks_no_attention(tmp_path):
     recipe = planted_recipe(tmp_path, 8, layers="3-5", modules="attention")
     summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert set(summary["overlap"]["with_selection"]) == {
-        "attribution", "influence on refusing", "influence on the hidden state", "tracing",
+        "attribution", "influence on refusing", "influence on the hidden state",
+        "tracing of single projections",
     }  # fmt: skip
     groups = {one["group"]: one for one in summary["groups"]["groups"]}
     # Left out of what it was selected from: attention alone, which does nothing.
@@ -481,7 +538,7 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, sma
     result = call("trace", recipe, small_disk / "out", *QUICK)
     assert result.exit_code == 1
     assert re.search(r"cannot be written: No space left on device; what was found before is kept", result.stderr)
-    assert (small_disk / "out" / "traces" / "0003.npz").exists()
+    assert (small_disk / "out" / "traces" / "0009.npz").exists()
     assert not list((small_disk / "out").rglob(".dapa-merge-*"))
 
 

@@ -84,8 +84,12 @@ def mean_effect(traces: Sequence[Trace], kind: str) -> Mean:
 
 
 def layer_scores(traces: Sequence[Trace], kind: str) -> list[float]:
-    """How much each layer matters by tracing: its mean effect at the role where that is largest; NaN for none."""
-    means = mean_effect(traces, kind).mean
+    """How much each layer matters by tracing: its mean effect at the role where that is largest; NaN for none.
+
+    Where the noise makes a model refuse more, what takes that back counts.
+    """
+    sign = 1 if sum(trace.total_effect for trace in traces) >= 0 else -1
+    means = sign * mean_effect(traces, kind).mean
     return [float(numpy.nanmax(of)) if not numpy.isnan(of).all() else math.nan for of in means]
 
 

@@ -23,7 +23,7 @@ import torch
 from dapa_merge.evaluate.likelihood import losses
 from dapa_merge.trace.case import Case
 from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.settings import WINDOWED, Settings
+from dapa_merge.trace.settings import Settings, window_layers
 from dapa_merge.trace.sites import Site, find_sites
 
 if TYPE_CHECKING:
@@ -161,12 +161,9 @@ class Tracer:
     def _restorations(self) -> Iterator[tuple[str, int, range]]:
         """What is restored, at each of the tokens: a kind, the layer it counts for, and the layers of the window."""
         for kind, by_layer in self._sites.items():
-            width = self.settings.window if kind in WINDOWED else 1
             for layer in range(len(by_layer)):
-                # ROME's window: half of it before the layer, and cut off at the ends.
-                window = range(max(0, layer - width // 2), min(len(by_layer), layer - width // 2 + width))
                 if by_layer[layer]:
-                    yield kind, layer, window
+                    yield kind, layer, window_layers(self.settings, kind, layer, len(by_layer))
 
     def _run_clean(self, case: Case, work: _Work) -> tuple[float, dict[Site, torch.Tensor], list[torch.Tensor]]:
         """The clean difference, what came out at every site, and the states that entered each layer."""
@@ -242,6 +239,7 @@ class _Work:
         """The negative log-likelihoods of items, `[items]`, of a run that has its hooks on already."""
         rows = [self._case.complying if item.side else self._case.refusing for item in items]
         lost = losses(self._replay.model, self._padding, rows).cpu()
+        self._replay.check_numbers(lost)
         if count:
             num_layers = len(self._replay.layers)
             self.num_runs += len(items)

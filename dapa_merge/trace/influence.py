@@ -49,7 +49,7 @@ class Influence:
 @torch.inference_mode()
 def influence(
     live: LiveModel,
-    pairs: Sequence[tuple[Side, Side]],
+    pairs: Sequence[Sequence[Side]],
     units: Sequence[Unit],
     *,
     batch_size: BatchSize,
@@ -101,14 +101,16 @@ class _Work:
         self._is_checked = False
         self.num_passes = 0.0
 
-    def measure(self, pairs: Sequence[tuple[Side, Side]]) -> list[_Row]:
+    def measure(self, pairs: Sequence[Sequence[Side]]) -> list[_Row]:
         live, replay = self._live, self._replay
         rows = [side.row for pair in pairs for side in pair]
         # Both sides of a prompt have the same last token; that of the refusing side is read.
         last = torch.tensor([row.num_context - 1 for row in rows[::2]], device=live.model.device)
 
         def run() -> torch.Tensor:
-            return losses(live.model, live.tokenizer.pad_token_id, rows)
+            lost = losses(live.model, live.tokenizer.pad_token_id, rows)
+            replay.check_numbers(lost)
+            return lost
 
         def last_states(states: Sequence[torch.Tensor]) -> torch.Tensor:
             return states[-1][::2][torch.arange(len(last), device=last.device), last].float()

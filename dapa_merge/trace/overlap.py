@@ -36,11 +36,12 @@ def overlap(scores: Mapping[T, float], selection: Collection[T]) -> Overlap:
     """Hold a ranking against a selection.
 
     Args:
-        scores: For every unit that could be selected; the largest come first, of equal ones the first in the mapping.
+        scores: For every unit that could be selected; the largest come first, NaN last, of equal ones the first in the
+            mapping.
         selection: Some of these units.
     """
     chosen = set(selection)
-    top = sorted(scores, key=lambda unit: -scores[unit])[: len(chosen)]
+    top = sorted(scores, key=lambda unit: math.inf if math.isnan(scores[unit]) else -scores[unit])[: len(chosen)]
     common = len(chosen & set(top))
     return Overlap(
         top=tuple(top),

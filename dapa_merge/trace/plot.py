@@ -63,7 +63,12 @@ class Bar(NamedTuple):
 
 
 def heatmap(
-    effect: NDArray[numpy.floating], labels: Sequence[str], title: str, *, marked: Sequence[bool] | None = None
+    effect: NDArray[numpy.floating],
+    labels: Sequence[str],
+    title: str,
+    *,
+    marked: Sequence[bool] | None = None,
+    bound: float | None = None,
 ) -> Figure:
     """What restoring brings back, by layer and token.
 
@@ -72,12 +77,13 @@ def heatmap(
         labels: One for each token.
         title: What is shown.
         marked: Which labels are the subject's.
+        bound: The effect at both ends of the scale; the largest of these if not given.
     """
     num_layers, num_tokens = effect.shape
     with styled():
         figure = Figure(figsize=(CARD_WIDTH, max(2.4, 1.5 + 0.24 * num_tokens)), layout="constrained")
         axes = figure.add_subplot()
-        bound = float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
+        bound = bound or float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
         image = axes.imshow(effect.T, aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound, interpolation="nearest")
         axes.set_yticks(range(num_tokens), [readable(label) for label in labels], parse_math=False)
         for text, is_marked in zip(axes.get_yticklabels(), marked or [], strict=False):
@@ -264,7 +270,7 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
             for place, bar in zip(at, bars, strict=True):
                 top = bar.value if bar.interval is None else bar.interval[1]
                 axes.annotate(
-                    f"{bar.value:.2f}",
+                    f"{bar.value:.3f}",
                     (place, top),
                     (0, 3),
                     textcoords="offset points",

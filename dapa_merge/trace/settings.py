@@ -49,6 +49,13 @@ def default_window(num_layers: int) -> int:
     return max(1, round(WINDOW_SHARE * num_layers))
 
 
+def window_layers(settings: Settings, kind: str, layer: int, num_layers: int) -> range:
+    """The layers that are restored at once for a layer, of which half of the window lies before it."""
+    width = settings.window if kind in WINDOWED else 1
+    first = layer - width // 2
+    return range(max(0, first), min(num_layers, first + width))
+
+
 def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: Any) -> Settings:
     """Settings for a model, of which those that are not given, or None, are its defaults.
 

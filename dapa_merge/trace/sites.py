@@ -1,13 +1,13 @@
 """Where what is traced comes out of a model: modules by their paths, read off its parameters.
 
-The gate, up and down projections and the attention are those of `checkpoint.architecture`. What an MLP puts out is what
-its down projection does (some modules add the residual stream to that); with experts, it is the output of the parts of
-the layer that hold them, whatever is beside them there (a router, a shared expert).
+The gate, up and down projections and the attention are those of `checkpoint.architecture`. What an MLP or an attention
+puts out is what its last projection does (some modules add the residual stream to that); with experts, it is the output
+of the parts of the layer that hold them, whatever is beside them there (a router, a shared expert).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,7 +83,8 @@ def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Itera
     weights = [part for part in unit.parts if not part.tensor.endswith(("bias", ".scale"))]
     modules = [part.tensor.rpartition(".")[0] for part in weights]
     if kind == "attention":
-        yield Site(_common_parent(modules))
+        # The last of its projections is the one to the output; some modules add the residual stream to that.
+        yield Site(modules[-1])
     elif len(weights) == 1 and weights[0].tensor.endswith(".weight"):
         part = weights[0]
         shape = tuple(model.get_parameter(part.tensor).shape)
@@ -97,12 +98,3 @@ def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Itera
             f"{type(model).__name__} has no {kind} to trace: in layer {unit.layer} it is that of experts, which see "
             f"some of the tokens only; leave {kind} out, or trace mlp"
         )
-
-
-def _common_parent(modules: Sequence[str]) -> str:
-    """The path of the smallest module that holds all of these."""
-    parts = [module.split(".")[:-1] for module in modules]
-    common = parts[0]
-    for other in parts[1:]:
-        common = [one for one, two in zip(common, other, strict=False) if one == two]
-    return ".".join(common)

@@ -6,7 +6,7 @@ In a question such as "How do I steal a car?" it is what is asked about ("steal 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from dapa_merge.errors import UsageError
@@ -26,6 +26,8 @@ FRAME_WORDS = """
     articles post posts letter letters email message essay story blog way ways method methods advice tips information
     detailed comprehensive short brief complete full effective best good
 """
+# A verb behind one of these is what is asked about, also if requests often begin with it.
+BEFORE_VERBS = ("to", "i", "you", "we", "they", "someone", "one", "can")
 FRAME = frozenset(FRAME_WORDS.split())
 _WORD = re.compile(r"\w[\w'’-]*")
 
@@ -40,7 +42,7 @@ def find_subject(prompt: str) -> tuple[int, int]:
     """
     words = list(_WORD.finditer(prompt))
     for index, word in enumerate(words):
-        follows_to = index > 0 and words[index - 1][0].lower() in ("to", "i", "someone", "one", "can")
+        follows_to = index > 0 and words[index - 1][0].lower() in BEFORE_VERBS
         is_frame = word[0].lower() in FRAME
         if not is_frame or (follows_to and word[0].lower() in ("make", "create", "produce", "write", "design")):
             return word.start(), words[-1].end()
@@ -53,12 +55,30 @@ def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
     Raises:
         UsageError: If it contains none.
     """
-    for subject in subjects:
-        # Not by lower(): some letters become two.
-        if match := re.search(re.escape(subject), prompt, re.IGNORECASE):
-            return match.span()
-    wanted = ", ".join(map(repr, subjects))
-    raise UsageError(f"the prompt {prompt[:80]!r} does not contain the subject {wanted}; give one that it contains")
+    if (span := _find(prompt, subjects)) is None:
+        wanted = ", ".join(map(repr, subjects))
+        raise UsageError(f"the prompt {prompt[:80]!r} does not contain the subject {wanted}; give one that it contains")
+    return span
+
+
+def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
+    """Those prompts that contain one of some given subjects.
+
+    Raises:
+        UsageError: If none does.
+    """
+    prompts = list(prompts)
+    found = [prompt for prompt in prompts if _find(prompt, subjects)]
+    if not found:
+        wanted = " or ".join(map(repr, subjects))
+        raise UsageError(f"none of {len(prompts)} harmful prompts contains the subject {wanted}; give one that some do")
+    return found
+
+
+def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
+    # Not by lower(): some letters become two.
+    found = (re.search(re.escape(subject), prompt, re.IGNORECASE) for subject in subjects)
+    return next((match.span() for match in found if match), None)
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, SHAPE, UNGATED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.evaluate.batching import BatchSize
 from dapa_merge.trace.case import embedding_deviation, read_case
 from dapa_merge.trace.causal import Tracer
@@ -297,6 +297,15 @@ def test_what_a_trace_costs_is_known_before_and_counted(tokenizer):
     per_token = sum((3 - layer) / 4 + (4 - layer) / 4 for layer in range(4))
     tokens = case.num_context - case.subject[0]
     assert found.num_passes == pytest.approx(2 + 4 + 4 * tokens * per_token)
+
+
+def test_a_prompt_that_gives_no_numbers_is_an_error_and_no_gap_in_a_mean(tokenizer):
+    model = random_model()
+    _, tracer, case = trace(model, tokenizer, num_samples=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[case.refusing.ids[-2]] = float("nan")
+    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM computes infinities or no numbers at all"):
+        tracer.trace(case, 2)
 
 
 def test_settings_are_what_the_model_has_and_a_window_a_fifth_of_it():

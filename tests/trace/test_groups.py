@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -145,6 +146,16 @@ def test_each_token_has_one_role_and_those_before_the_subject_none():
     assert roles_of((0, 1), 3) == [2, 3, 5]
     # A subject at the very end: its last token is the prompt's.
     assert roles_of((1, 3), 3) == [None, 0, 5]
+
+
+def test_where_noise_makes_refusing_likelier_what_takes_that_back_counts():
+    raised = replace(traced([[0, -3, 0], [0, -1, 0]], (1, 2)), clean=0.0)
+    assert raised.total_effect < 0
+    assert layer_scores([raised], "mlp") == pytest.approx([3, 1])
+
+
+def test_what_has_no_score_is_ranked_last():
+    assert overlap({"a": 1.0, "b": math.nan, "c": 5.0, "d": math.nan, "e": 9.0}, ["e"]).top == ("e",)
 
 
 def traced(effect, subject):

@@ -203,7 +203,7 @@ def test_the_path_shows_each_test_the_threshold_and_what_was_kept():
 
 def test_bars_of_models_say_their_values_and_reach_over_their_intervals():
     figure = models()
-    assert [text for text in texts(figure) if text[:2] in ("0.", "1.") and len(text) == 4].count("0.98") == 3
+    assert [text for text in texts(figure) if text[:2] in ("0.", "1.") and len(text) == 5].count("0.980") == 3
     heights = [bar.get_height() for bar in figure.axes[0].patches]
     assert heights == pytest.approx([0.0] * 3 + [0.98] * 3 + [1.0] * 3)
 

@@ -19,7 +19,7 @@ HYBRID = {"Lfm2ForCausalLM", "JambaForCausalLM"}
 
 
 def random_model(name):
-    config, extra = {**ARCHITECTURES, **UNGATED}[name]
+    config, extra = {**ARCHITECTURES, **UNGATED, "BloomForCausalLM": ("BloomConfig", {"n_layer": 4, "n_head": 4})}[name]
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(getattr(transformers, config)(**{**SHAPE, **extra})).eval()
 
@@ -80,6 +80,20 @@ def test_what_an_mlp_puts_out_has_nothing_of_the_residual_stream_in_it(name):
     for site in find_sites(model, "mlp")[2]:
         _, output = outputs_of(model, site.module, [5, 6, 7])
         assert not output.any(), site
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "LlamaForCausalLM", "FalconForCausalLM", "DeepseekV3ForCausalLM"])
+def test_what_an_attention_puts_out_has_nothing_of_the_residual_stream_in_it(name):
+    """Without its output projections a layer's attention puts out nothing; BLOOM's module adds the stream to that."""
+    model = random_model(name)
+    sites = find_sites(model, "attention")
+    with torch.no_grad():
+        for parameter in model.get_submodule(sites[2][0].module).parameters():
+            parameter.zero_()
+    _, output = outputs_of(model, sites[2][0].module, [5, 6, 7])
+    assert not output.any()
+    _, output = outputs_of(model, sites[1][0].module, [5, 6, 7])
+    assert output.any()
 
 
 def test_a_kind_that_is_not_there_is_an_error_that_says_why():

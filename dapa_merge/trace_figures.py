@@ -168,11 +168,7 @@ def _example(trace: Trace, kind: str, title: str) -> Figure:
 
 def _mean_trace(found: Traced, kind: str) -> Figure:
     means = {one: mean_effect(found.traces, one).mean for one in found.settings.kinds}
-    taken = float(numpy.mean([trace.total_effect for trace in found.traces]))
-    title = (
-        f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')} "
-        f"(the noise takes {taken:.2f} nats)"
-    )
+    title = f"Restoring the {NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')}"
     mean = means[kind]
     # A short template leaves no further tokens.
     present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
@@ -198,9 +194,11 @@ def _window_note(found: Traced, kind: str) -> str:
 
 
 def _trace_caption(found: Traced, kind: str) -> str:
+    taken = float(numpy.mean([trace.total_effect for trace in found.traces]))
     return (
         f"The {found.wanted.traced}, with noise on the subject's embeddings and the {NAMES[kind]} of the clean run "
-        f"restored at one layer and token: how far refusing comes back.{_window_note(found, kind)}"
+        f"restored at one layer and token: how much of the {taken:.2f} nats that the noise takes comes back."
+        f"{_window_note(found, kind)}"
     )
 
 

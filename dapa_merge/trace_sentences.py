@@ -122,8 +122,9 @@ def _trace_sentence(found: Traced) -> str:
             mean = mean_effect(found.traces, kind).mean
             layer, role = numpy.unravel_index(int(numpy.nanargmax(mean)), mean.shape)
             share = 100 * float(mean[layer, role]) / float(total.mean)
-            where = layer_spans(list(window_layers(found.settings, kind, int(layer), len(mean))))
-            best.append(f"{kind} {share:.0f} % ({ROLES[role]}, layers {where})")
+            window = window_layers(found.settings, kind, int(layer), len(mean))
+            where = f"layer{'s' if len(window) > 1 else ''} {layer_spans(list(window))}"
+            best.append(f"{kind} {share:.0f} % ({ROLES[role]}, {where})")
     return f"{said}. Restoring one output at one token brings back at most: {', '.join(best)}." if best else f"{said}."
 
 
@@ -141,8 +142,8 @@ def _group_sentences(found: Traced, family: str) -> list[str]:
     alone = [(label_of(one.group), one.sufficiency(target), one.control_sufficiency(target)) for one in groups]
     without = [(label_of(one.group), one.necessity(target), one.control_necessity(target)) for one in groups]
     return [
-        f"Share of the gain in {measure} by putting in only {_beside_controls(alone)}.",
-        f"Share of the gain in {measure} that is lost by leaving out {_beside_controls(without)}.",
+        f"Put in alone, the share of the gain in {measure} is {_beside_controls(alone)}.",
+        f"Left out, the share of it that is lost is {_beside_controls(without)}.",
     ]
 
 
@@ -150,10 +151,10 @@ def _beside_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]
     """Each share beside those of random selections; said once where all have the same."""
     controls = [tuple(sorted(of_one)) for _, _, of_one in shares]
     if len(set(controls)) == 1:
-        said = ", ".join(f"{name}: {_number(share)}" for name, share, _ in shares)
+        said = ", ".join(f"{_number(share)} by {name}" for name, share, _ in shares)
         return f"{said}; random units, as many: {_values(controls[0])}" if controls[0] else said
     return ", ".join(
-        f"{name}: {_number(share)}" + (f" (random units, as many: {_values(of_one)})" if of_one else "")
+        f"{_number(share)} by {name}" + (f" (random units, as many: {_values(of_one)})" if of_one else "")
         for (name, share, _), of_one in zip(shares, controls, strict=True)
     )
 

@@ -77,7 +77,7 @@ def heatmap(
         labels: One for each token.
         title: What is shown.
         marked: Which labels are the subject's.
-        bound: The effect at both ends of the scale; the largest of these if not given.
+        bound: The effect at both ends of the scale, if not the largest of these.
     """
     num_layers, num_tokens = effect.shape
     with styled():
@@ -146,7 +146,7 @@ class Step(NamedTuple):
 
     Attributes:
         units: The indices of the units that it transplanted, whole or in part.
-        share: How large they are together, as a share of all, in [0, 1].
+        share: How large they are together, in [0, 1].
         holds: Whether they were enough.
         score: What share of the prompts that it asked was refused; None if the model was scored as a whole.
     """
@@ -269,15 +269,8 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
             )  # fmt: skip
             for place, bar in zip(at, bars, strict=True):
                 top = bar.value if bar.interval is None else bar.interval[1]
-                axes.annotate(
-                    f"{bar.value:.3f}",
-                    (place, top),
-                    (0, 3),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=9,
-                    rotation=90 * is_crowded,
-                )
+                how = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "rotation": 90 * is_crowded}
+                axes.annotate(f"{bar.value:.3f}", (place, top), (0, 3), **how)
         labels = [readable(name) for name in figures]
         axes.set_xticks(range(len(figures)), labels, parse_math=False)
         if (max(map(len, labels)) + 1) * len(labels) > CARD_LETTERS:

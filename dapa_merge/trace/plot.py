@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -269,7 +269,12 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
             )  # fmt: skip
             for place, bar in zip(at, bars, strict=True):
                 top = bar.value if bar.interval is None else bar.interval[1]
-                how = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "rotation": 90 * is_crowded}
+                how: dict[str, Any] = {
+                    "textcoords": "offset points",
+                    "ha": "center",
+                    "fontsize": 9,
+                    "rotation": 90 * is_crowded,
+                }
                 axes.annotate(f"{bar.value:.3f}", (place, top), (0, 3), **how)
         labels = [readable(name) for name in figures]
         axes.set_xticks(range(len(figures)), labels, parse_math=False)

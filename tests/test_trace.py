@@ -28,6 +28,7 @@ from dapa_merge.trace.causal import Trace
 from dapa_merge.trace_edits import curve_sizes
 from dapa_merge.trace_figures import _example
 from dapa_merge.trace_flow import plan_of_all
+from dapa_merge.trace_rankings import is_planted
 from dapa_merge.trace_stages import spread, units_apart
 from dapa_merge.trace_store import check_folder
 
@@ -483,6 +484,13 @@ def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(
             assert json.loads(done.stdout)["groups"]["target"] == 0.25
     assert done.returncode == 2
     assert re.search(r"is of another trace: evaluator differs; name another folder, or remove it", done.stderr)
+
+
+def test_copies_of_the_packaged_models_are_known_and_others_of_their_size_are_not(tmp_path):
+    copies = [shutil.copytree(miniature.path(member), tmp_path / member) for member in ("target", "source")]
+    target, source = (open_checkpoint(str(folder)) for folder in copies)
+    assert is_planted(plan_transplant(target, source, ("gate",)))
+    assert not is_planted(plan_transplant(source, target, ("gate",)))
 
 
 def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):

@@ -157,10 +157,9 @@ def generate(
         with widened(model):
             decoder.run(order)
     else:
-        asked = [text_of[id(row)] for row in order]
         answers = batch_size.map(
             lambda batch: _generate_plainly(model, tokenizer, batch, judge, progress),
-            list(zip(order, asked, strict=True)),
+            [(row, text_of[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
             row.tokens = tokens

@@ -19,14 +19,13 @@ from dapa_merge.trace.plot_style import (
     CARD_LETTERS,
     CARD_WIDTH,
     COLOURS,
-    GREEN,
     GREY,
     LINE_HEIGHT,
+    LINES,
     MAX_BARS,
     MAX_TICKS,
     ORANGE,
     PATTERNS,
-    PURPLE,
     VERMILION,
     every_few,
     layer_ticks,
@@ -46,13 +45,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dapa_merge.trace.average import Mean
-
-
-# Of seven lines in one picture no two look alike.
-LINES = (
-    (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
-    (BLACK, "P", "--"), (GREY, "X", "-."),
-)  # fmt: skip
 
 
 class Bar(NamedTuple):

@@ -35,6 +35,11 @@ BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
 )  # fmt: skip
 COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
 PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
+# Of seven lines in one picture no two look alike.
+LINES = (
+    (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
+    (BLACK, "P", "--"), (GREY, "X", "-."),
+)  # fmt: skip
 STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,

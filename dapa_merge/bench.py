@@ -100,7 +100,7 @@ class Bench:
     @property
     def evaluator(self) -> str:
         """Everything of the evaluator that decides a verdict."""
-        return (self.meter.scorer or self.meter.markers[0]).identity
+        return self.meter.identity
 
     @property
     def device_kind(self) -> str:

@@ -124,9 +124,9 @@ def _influence_caption(found: Traced) -> str:
     number = len(found.influence.before)
     return (
         f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, above with 95 % "
-        f"intervals. A "
-        f"change of the hidden state says how sensitive the target is to a unit, a change of refusing (log p(refusal) "
-        f"- log p(answer)) what the unit does for it. Attribution foresees by one backward pass which units do that."
+        f"intervals. A change of the hidden state says how sensitive the target is to a unit, a change of refusing "
+        f"(log p(refusal) - log p(answer)) what the unit does for it. Attribution foresees by one backward pass which "
+        f"units do that."
     )
 
 
@@ -178,19 +178,22 @@ def _mean_trace(found: Traced, kind: str) -> Figure:
 
 
 def _window(found: Traced, kind: str) -> str:
-    from dapa_merge.trace.settings import WINDOWED
-
-    width = found.settings.window
-    return f" of {width} layers" if kind in WINDOWED and width > 1 else ""
+    width = _width(found, kind)
+    return f" of {width} layers" if width > 1 else ""
 
 
 def _window_note(found: Traced, kind: str) -> str:
-    from dapa_merge.trace.settings import WINDOWED
-
-    width = found.settings.window
-    if kind not in WINDOWED or width == 1:
+    width = _width(found, kind)
+    if width == 1:
         return ""
     return f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
+
+
+def _width(found: Traced, kind: str) -> int:
+    """How many layers are restored at once."""
+    from dapa_merge.trace.settings import WINDOWED
+
+    return found.settings.window if kind in WINDOWED else 1
 
 
 def _trace_caption(found: Traced, kind: str) -> str:

@@ -129,7 +129,7 @@ def _parts(recipe: Recipe, plan: Plan, meter: Meter, options: SearchOptions, rep
         "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
         "skills": digest_of([repr(skill) for skill in meter.skills]),
         # With the code of the user's own, and the judge's rubric.
-        "evaluator": (meter.scorer or meter.markers[0]).identity,
+        "evaluator": meter.identity,
         "device": choose_device(options.device).type,
         "versions": versions(),
     }

@@ -10,6 +10,9 @@ KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 TRACED = ("source", "target")
 # What is told apart: every module that some models have, none of which is part of another.
 MODULES = ("gate", "up", "down", "attention")
+# Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
+NOISE = 3.0
+NUM_SAMPLES = 5
 # Prompts whose influence is averaged, as in the paper; of attribution, as many as in a search.
 MAX_INFLUENCE_PROMPTS = 128
 MAX_ATTRIBUTION_PROMPTS = 32
@@ -38,8 +41,8 @@ class TraceOptions:
     traced: str = "source"
     kinds: tuple[str, ...] | None = None
     num_prompts: int = 32
-    noise: float = 3.0
-    num_samples: int = 5
+    noise: float = NOISE
+    num_samples: int = NUM_SAMPLES
     window: int | None = None
     num_tokens: int = 4
     seed: int = 0

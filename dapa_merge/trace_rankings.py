@@ -22,13 +22,7 @@ TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
 
 def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
     """How much each unit that could be selected matters, by each way to tell."""
-    at = {unit: index for index, unit in enumerate(found.influence.units)}
-    refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
-    rankings: dict[str, dict[Unit, float]] = {
-        ATTRIBUTION: {unit: found.attribution[unit] for unit in found.candidates},
-        REFUSING: {unit: float(refusing[at[unit]]) for unit in found.candidates},
-        HIDDEN: {unit: float(hidden[at[unit]]) for unit in found.candidates},
-    }
+    rankings = rankings_by_effect(found, found.candidates)
     modules = {unit.module for unit in found.candidates}
     scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
     if modules <= scores.keys():
@@ -64,7 +58,7 @@ def planted_overlaps(found: Traced) -> dict[str, Overlap]:
     if not is_planted(found.plan):
         return {}
     planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
-    every = rankings_of_all(found)
+    every = rankings_by_effect(found, found.units)
     by_unit = {name: overlap(scores, planted) for name, scores in every.items()}
     if "mlp" not in found.settings.kinds:
         return dict(by_unit)
@@ -72,14 +66,14 @@ def planted_overlaps(found: Traced) -> dict[str, Overlap]:
     return {**by_unit, f"{TRACING_MLPS}, by layer": overlap(by_layer, [unit.layer for unit in planted])}
 
 
-def rankings_of_all(found: Traced) -> dict[str, dict[Unit, float]]:
-    """How much each unit of every module matters, by attribution and by influence."""
+def rankings_by_effect(found: Traced, units: Sequence[Unit]) -> dict[str, dict[Unit, float]]:
+    """How much each of some units matters, by attribution and by influence."""
     at = {unit: index for index, unit in enumerate(found.influence.units)}
     refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
     return {
-        ATTRIBUTION: {unit: found.attribution[unit] for unit in found.units},
-        REFUSING: {unit: float(refusing[at[unit]]) for unit in found.units},
-        HIDDEN: {unit: float(hidden[at[unit]]) for unit in found.units},
+        ATTRIBUTION: {unit: found.attribution[unit] for unit in units},
+        REFUSING: {unit: float(refusing[at[unit]]) for unit in units},
+        HIDDEN: {unit: float(hidden[at[unit]]) for unit in units},
     }
 
 

@@ -15,7 +15,7 @@ from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.groups import Group
 from dapa_merge.trace.overlap import Overlap
 from dapa_merge.trace.settings import window_layers
-from dapa_merge.trace_rankings import overlaps_of, planted_overlaps, rankings_of, rankings_of_all, whole_units
+from dapa_merge.trace_rankings import overlaps_of, planted_overlaps, rankings_by_effect, rankings_of, whole_units
 from dapa_merge.trace_result import Traced
 
 PLANTED_TEXT = spans(miniature.PLANTED.split(","))
@@ -31,7 +31,7 @@ def sentences(found: Traced) -> list[str]:
     which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
     most = {
         name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
-        for name, scores in rankings_of_all(found).items()
+        for name, scores in rankings_by_effect(found, found.units).items()
     }
     said = [_contrast_sentence(found), *_by(most), *_same_units(found), _trace_sentence(found)]
     for family in ("module", "third", "selection"):

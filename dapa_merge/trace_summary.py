@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
@@ -18,15 +18,13 @@ from dapa_merge.trace_rankings import correlations_of, overlaps_of, planted_over
 from dapa_merge.trace_result import Traced
 from dapa_merge.trace_sentences import sentences
 
-if TYPE_CHECKING:
-    pass
-
 
 def summarize(found: Traced) -> dict[str, Any]:
     """Everything as plain data for `json.dumps`; a figure that is not finite is None."""
     influence = found.influence
     hidden, refusing = mean_of(influence.hidden), mean_of(influence.refusing)
     rankings = rankings_of(found)
+    selected = None if found.selection is None else whole_units(found.selection)
     return dict(
         jsonable(
             {
@@ -43,7 +41,7 @@ def summarize(found: Traced) -> dict[str, Any]:
                         "attribution": found.attribution[unit],
                         "influence_on_refusing": _cell(refusing, index),
                         "influence_on_hidden_state": _cell(hidden, index),
-                        "selected": None if found.selection is None else unit in whole_units(found.selection),
+                        "selected": None if selected is None else unit in selected,
                     }
                     for index, unit in enumerate(influence.units)
                 ],

@@ -58,6 +58,11 @@ class Meter:
     text: Text | None = None
     skills: tuple[Skill, ...] = ()
 
+    @property
+    def identity(self) -> str:
+        """Everything of the evaluator that decides a verdict."""
+        return (self.scorer or self.markers[0]).identity
+
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, selection: Sequence[Unit] = ()
     ) -> Measurement:

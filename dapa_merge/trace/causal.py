@@ -201,7 +201,8 @@ class Tracer:
             chunks.append(states)
             return lost.tolist()
 
-        found = work.differences([None], run)
+        # Nothing is restored, at whatever token.
+        found = work.differences([0], run)
         return found[0], [torch.cat(pieces) for pieces in zip(*chunks, strict=True)]
 
 
@@ -247,15 +248,10 @@ class _Work:
             self._progress(len(items))
         return lost
 
-    def differences(
-        self, tokens: Sequence[int | None], run: Callable[[Sequence[_Item]], Sequence[float]]
-    ) -> torch.Tensor:
+    def differences(self, tokens: Sequence[int], run: Callable[[Sequence[_Item]], Sequence[float]]) -> torch.Tensor:
         """The differences of runs with every sample of noise, `[tokens, samples]`."""
         items = [
-            _Item(token or 0, sample, side)
-            for token in tokens
-            for sample in range(self._num_samples)
-            for side in (0, 1)
+            _Item(token, sample, side) for token in tokens for sample in range(self._num_samples) for side in (0, 1)
         ]
         lost = torch.tensor(list(self._batch_size.map(run, items)))
         refusing, complying = lost.view(len(tokens), self._num_samples, 2).unbind(-1)

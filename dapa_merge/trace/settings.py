@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any
 from dapa_merge.errors import UsageError
 from dapa_merge.trace.contrast import NUM_TOKENS
 from dapa_merge.trace.sites import find_sites, kinds_in
-from dapa_merge.trace_options import KINDS
+from dapa_merge.trace_options import KINDS, NOISE, NUM_SAMPLES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
-NOISE = 3.0
-NUM_SAMPLES = 5
 # Kinds whose outputs are restored in several layers at once: one layer's changes little (ROME, section 2.2).
 WINDOWED = ("mlp", "attention")
 # Of all layers, how many a window has: 10 of 48 in ROME.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,22 +14,20 @@ import click
 
 from dapa_merge import __version__
 from dapa_merge.cli_group import Group
+from dapa_merge.cli_hub import card, gate, outdated, push
 from dapa_merge.cli_options import (
     allow_pickle_option,
     device_option,
     evaluator_options,
     journal_option,
     json_option,
-    link_option,
-    manifest_option,
-    out_argument,
     recipe_argument,
-    refuse_evaluating_options,
     search_options,
     workers_option,
 )
 from dapa_merge.cli_output import print_answer, reporter
 from dapa_merge.cli_patch import patch
+from dapa_merge.cli_run import demo, run
 from dapa_merge.cli_trace import trace
 from dapa_merge.cli_verify import verify
 from dapa_merge.new_file import new_file
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.evaluate.options import EvaluatorOptions
-    from dapa_merge.search_options import SearchOptions
 
 
 @click.group(
@@ -45,8 +43,8 @@ if TYPE_CHECKING:
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source
-cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no,
-130 stopped by Ctrl-C.""",
+cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no, 6 a
+gate failed, 10 outdated, 130 stopped by Ctrl-C.""",
 )
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -59,84 +57,13 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514).
     """
     context.obj = quiet
+    if quiet or not sys.stderr.isatty():
+        # huggingface_hub's, which in a log are lines and lines; it reads this when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for stream in (sys.stdout, sys.stderr):
         # A path may hold characters that the terminal's encoding does not.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-@main.command()
-@click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
-@device_option
-@json_option
-@click.pass_obj
-def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
-    """Repair the packaged miniature model.
-
-    Writes the result to OUT, which must not exist.  [default: dapa-demo]
-    """
-    import torch
-
-    from dapa_merge.miniature import recipe_text
-    from dapa_merge.recipe_file import parse_recipe
-
-    # A model this small gains nothing from more threads, and loses much where they have to share their cores.
-    torch.set_num_threads(1)
-    text = recipe_text()
-    if not (as_json or quiet):
-        click.echo(f"The recipe:\n\n{text}", err=True)
-    _repair(parse_recipe(text, "the miniature's recipe"), out, True, search_options(device), as_json, quiet)
-
-
-@main.command()
-@recipe_argument
-@out_argument
-@click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
-@link_option
-@manifest_option
-@device_option
-@journal_option
-@workers_option
-@evaluator_options
-@allow_pickle_option
-@json_option
-@click.pass_obj
-def run(
-    quiet: bool,
-    recipe: Path,
-    out: Path,
-    no_evaluate: bool,
-    link: bool,
-    manifest: bool,
-    device: str,
-    journal: Path | None,
-    workers: str | None,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
-    as_json: bool,
-) -> None:
-    """Repair a model from a recipe.
-
-    Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
-    them, transplants, verifies every byte, and reports what it did to safety, over-refusal, perplexity and skill.
-    """
-    from dapa_merge.recipe_file import load_recipe
-
-    if no_evaluate:
-        refuse_evaluating_options()
-    options = search_options(device, journal, workers, evaluators, allow_pickle)
-    settings = {"link": link, "manifest": manifest}
-    _repair(load_recipe(recipe), out, not no_evaluate, options, as_json, quiet, **settings)
-
-
-def _repair(
-    recipe: Any, out: Path, evaluate: bool, options: SearchOptions, as_json: bool, quiet: bool, **how: bool
-) -> None:
-    from dapa_merge.report import print_report
-    from dapa_merge.run import repair
-
-    report = repair(recipe, out, evaluate=evaluate, options=options, reporter=reporter(quiet), **how)
-    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
 @main.command()
@@ -284,6 +211,12 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
+main.add_command(demo)
+main.add_command(run)
 main.add_command(trace)
 main.add_command(verify)
 main.add_command(patch)
+main.add_command(card)
+main.add_command(push)
+main.add_command(gate)
+main.add_command(outdated)

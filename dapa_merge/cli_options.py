@@ -93,9 +93,9 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
         file, model, url, requests = map(options.pop, ("evaluator_file", "judge_model", "judge_url", "judge_requests"))
         for name in ("judge_url", "judge_requests"):
             # In the environment they may stand for the days when there is a judge.
-            if model is None and _is_given(name):
+            if model is None and is_given(name):
                 raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
-        where = "--judge-requests" if _is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
+        where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
         evaluators = EvaluatorOptions(file, model, url, parse_requests(requests, where))
         return command(*arguments, evaluators=evaluators, **options)
 
@@ -111,11 +111,11 @@ def refuse_evaluating_options() -> None:
         UsageError: If there is any of it.
     """
     for name in ("device", "journal", "workers", "evaluator_file", "judge_model"):
-        if _is_given(name):
+        if is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} is for evaluating; leave out either it or --no-evaluate")
 
 
-def _is_given(name: str) -> bool:
+def is_given(name: str) -> bool:
     """Whether an option stands on the command line, rather than in the environment."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 

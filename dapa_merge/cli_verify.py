@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dapa_merge.cli_options import allow_pickle_option, json_option
-from dapa_merge.cli_output import print_answer, reporter
+from dapa_merge.cli_output import print_answer, print_lines, reporter
 from dapa_merge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def verify(
             lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
         if check.has_manifest:
             lines.append(f"{verdict}: the files and dapa.json")
-        for line in lines:
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, lines)
 
     print_answer(check.to_json(), show, as_json)
     if check.faults:

@@ -72,7 +72,9 @@ class Measured:
 def gather_evidence(
     recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: SearchOptions, reporter: Reporter
 ) -> Evidence:
-    """Search, unless a selection is given, and measure; a given selection with all prompts.
+    """Search, unless a selection is given, and measure; one that the recipe names with all prompts.
+
+    One that another search found, and a lock gives, is measured with the prompts that a search would not have asked.
 
     Raises:
         CannotRepair: If a search finds that the source makes nothing better, or breaks a limit.
@@ -80,7 +82,7 @@ def gather_evidence(
     """
     from dapa_merge.meters import report_meter
 
-    if selection is None:
+    if recipe.layers is None:
         searching, confirming = split_prompts(recipe)
     else:
         searching = confirming = load_prompts(recipe.prompts)

@@ -1,4 +1,4 @@
-"""A text file that appears under its name only when it is complete."""
+"""Files that appear under their names only when they are complete."""
 
 from __future__ import annotations
 
@@ -45,3 +45,23 @@ def new_file(path: Path) -> Iterator[Callable[[str], None]]:
         with suppress(OSError):
             file.close()
         beside.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file in the place of another, complete or not at all.
+
+    Raises:
+        DapaError: If it cannot be written.
+    """
+    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise DapaError(f"{path} cannot be written: {error.strerror}; what was there before is kept") from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)

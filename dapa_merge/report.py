@@ -133,7 +133,7 @@ def print_report(report: Report, console: Console) -> None:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
-        *_changes(report),
+        *change_lines(report),
         ("target", report.target),
         ("source", report.source),
         ("transplanted", spans(report.units)),
@@ -155,7 +155,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     return facts
 
 
-def _changes(report: Report) -> list[tuple[str, str]]:
+def change_lines(report: Report) -> list[tuple[str, str]]:
     """A line for DSR and one for over-refusal: from what to what, and whether chance would do as much."""
     if report.before is None or report.after is None:
         return []

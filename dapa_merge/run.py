@@ -17,20 +17,23 @@ from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.checkpoint.transplant import transplant
 from dapa_merge.checkpoint.writing.destination import check_destination
+from dapa_merge.checkpoint.writing.manifest import PRIVATE
 from dapa_merge.errors import RecipeError, UsageError, one_line
 from dapa_merge.evaluate.options import EvaluatorOptions
+from dapa_merge.hub.lock import FILE_NAME as LOCK_NAME
+from dapa_merge.hub.lock import Lock, check_lock, lock_text
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import DEFAULTS, METHOD, Recipe, parse_location
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report, layer_spans, readable_certificate
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import fetch_units, given_selection, make_plan, open_location, pinned
+from dapa_merge.selection import fetch_units, given_selection, locked_selection, make_plan, open_location, pinned
 
 if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Response
     from dapa_merge.evidence import Evidence, Measured
 
-RESPONSES_NAME = "dapa_responses.jsonl"
+(RESPONSES_NAME,) = PRIVATE
 # mergekit's name for the recipe in its output; ours has the layers that were found.
 RECIPE_NAME = "mergekit_config.yml"
 
@@ -42,6 +45,8 @@ def repair(
     evaluate: bool = True,
     link: bool = False,
     manifest: bool = True,
+    lock: Lock | None = None,
+    is_locked: bool = False,
     options: SearchOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Report:
@@ -54,6 +59,9 @@ def repair(
             recipe names its layers. Without it the recipe must name them.
         link: Hard-link the weight files that do not change rather than copy them.
         manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
+        lock: What the models are, for the result.
+        is_locked: Transplant what the lock says, rather than search; it is measured with the prompts that a search
+            would not have asked.
         options: Where to evaluate, how many at once, and where to keep the journal.
         reporter: Hears of the steps.
 
@@ -66,9 +74,11 @@ def repair(
     options = options or SearchOptions()
     # An evaluation loads the whole source too.
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
+    if lock is not None:
+        check_lock(lock, plan)
     # Now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
-    selection = given_selection(recipe, plan)
+    selection = locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
     if selection is None and not evaluate:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     evidence: Evidence | None = None
@@ -82,7 +92,10 @@ def repair(
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     responses = evidence.responses if evidence else {}
     pictures = _pictures(plan, report, evidence, reporter) if evidence else {}
-    write(recipe, plan, selection, out, report, reporter, responses, pictures, link=link, manifest=manifest)
+    extras: dict[str, str | bytes] = {**pictures}
+    if lock is not None:
+        extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
+    write(recipe, plan, selection, out, report, reporter, responses, extras, link=link, manifest=manifest)
     return report
 
 
@@ -148,22 +161,22 @@ def write(
     report: Report,
     reporter: Reporter,
     responses: Mapping[str, Sequence[Response]],
-    pictures: Mapping[str, bytes],
+    extras: Mapping[str, str | bytes],
     *,
     link: bool = False,
     manifest: bool = True,
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
     fetch_units(plan, selection, reporter)
-    extras: dict[str, str | bytes] = {
-        **pictures,
+    added: dict[str, str | bytes] = {
+        **extras,
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
     }
     if responses:
-        extras[RESPONSES_NAME] = responses_text(responses)
+        added[RESPONSES_NAME] = responses_text(responses)
     with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        rounding = transplant(plan, selection, out, extras=extras, link=link, manifest=manifest, progress=done)
+        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest, progress=done)
     if rounding.overflowed:
         reporter.say(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:

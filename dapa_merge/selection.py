@@ -12,12 +12,14 @@ from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.plan import Plan, divide, join, plan_transplant
 from dapa_merge.errors import RecipeError
+from dapa_merge.parameters import parse_layers
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
 
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.converting.lora import MergeCache
     from dapa_merge.evaluate.prompts import PromptSet
+    from dapa_merge.hub.lock import Lock
 
 
 def make_plan(
@@ -94,6 +96,21 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
             )
         chosen += [unit if choice.rows is None else plan.part(unit, choice.rows) for unit in named]
     return join(plan, chosen)
+
+
+def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:
+    """The units that a lock names.
+
+    Raises:
+        RecipeError: If the recipe's models have no such units.
+    """
+    try:
+        choices = parse_layers(",".join(lock.units)) if lock.units else ()
+    except ValueError:
+        raise RecipeError(
+            f"the lock names {','.join(lock.units)[:80]!r}, which are no units; run without --locked"
+        ) from None
+    return given_selection(replace(recipe, layers=tuple(choices)), plan) or ()
 
 
 def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:

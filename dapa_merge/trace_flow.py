@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.plan import Plan, plan_transplant
 from dapa_merge.errors import UnsupportedArchitecture
+from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.search_options import SearchOptions
@@ -27,7 +28,6 @@ from dapa_merge.trace_store import (
     check_folder,
     forget_figures,
     opened,
-    write_whole,
 )
 
 if TYPE_CHECKING:
@@ -86,11 +86,11 @@ def _write(found: Traced, out: Path) -> dict[str, Any]:
     for name, caption, figure in figures_of(found):
         for kind in ("png", "svg"):
             content = render(figure, kind)
-            write_whole(out / FIGURES_NAME / f"{name}.{kind}", content)
+            replace_file(out / FIGURES_NAME / f"{name}.{kind}", content)
             if kind == "png":
                 pictures.append(Picture(name, caption, content))
-    write_whole(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
-    write_whole(out / PAGE_NAME, page(summary, pictures).encode())
+    replace_file(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
+    replace_file(out / PAGE_NAME, page(summary, pictures).encode())
     return summary
 
 

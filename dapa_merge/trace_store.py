@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import io
 import os
-import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy
 
 from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.new_file import replace_file
 from dapa_merge.search.journal import Journal
 
 if TYPE_CHECKING:
@@ -74,31 +74,11 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
             raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there complete or not at all.
-
-    Raises:
-        DapaError: If it cannot be written.
-    """
-    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise DapaError(f"{path} cannot be written: {error.strerror}; what was found before is kept") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-
-
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a `.npz` file, which `numpy.load` reads."""
     buffer = io.BytesIO()
     numpy.savez_compressed(buffer, **arrays)
-    write_whole(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def read_arrays(path: Path) -> dict[str, Any] | None:

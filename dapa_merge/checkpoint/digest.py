@@ -65,6 +65,10 @@ def settings_files(checkpoint: Checkpoint) -> dict[str, Path]:
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")])
-        if path.suffix in SMALL_FILES and not path.name.endswith(OTHER_FILES)
-        if path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
+        if is_settings(path.name) and path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
     }
+
+
+def is_settings(name: str) -> bool:
+    """Whether a file of this name is a model's config, tokenizer, chat template or generation settings."""
+    return name.endswith(SMALL_FILES) and not name.endswith(OTHER_FILES)

@@ -14,11 +14,18 @@ from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.streams import Digests, Span, hash_file
 from dapa_merge.checkpoint.verify import Verification
-from dapa_merge.checkpoint.writing.manifest import FILE_NAME, ChangedTensor, File, Manifest, Origin, read_manifest
+from dapa_merge.checkpoint.writing.manifest import (
+    FILE_NAME,
+    PRIVATE,
+    ChangedTensor,
+    File,
+    Manifest,
+    Origin,
+    is_listed,
+    may_be_added,
+    read_manifest,
+)
 from dapa_merge.errors import CheckpointError
-
-# What is put beside a model afterwards and does not belong to it: its card, and hidden files of git and the Hub.
-ADDED_LATER = ("README.md",)
 
 
 def check(
@@ -46,13 +53,16 @@ def check(
     inside = folder.resolve()
 
     def faults(name: str) -> list[str]:
+        if name in PRIVATE and not (folder / name).exists():
+            return []
         changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
         return _faults(inside, name, manifest.files[name], changed, progress, (known or {}).get(name))
 
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = [fault for of_file in pool.map(faults, manifest.files) for fault in of_file]
-    return found + [f"{name} is not in {FILE_NAME}" for name in _files(folder) if name not in manifest.files]
+    strays = [name for name in _files(folder) if name not in manifest.files and not may_be_added(name)]
+    return found + [f"{name} is not in {FILE_NAME}" for name in strays]
 
 
 def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> Manifest:
@@ -132,12 +142,12 @@ def _fits(box: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> bool:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """The files of a folder that belong to a model, by their paths in it; links to folders count as files."""
+    """The files of a folder that a manifest lists, by their paths in it; links to folders count as files."""
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         links = [name for name in folders if (here / name).is_symlink()]
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in links)
         for name in sorted([*files, *links]):
             path = (here / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and path not in (FILE_NAME, *ADDED_LATER):
+            if not name.startswith(".") and is_listed(path):
                 yield path

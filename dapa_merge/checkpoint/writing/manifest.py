@@ -23,9 +23,15 @@ from dapa_merge.checkpoint.writing.changes import Change
 from dapa_merge.errors import CheckpointError
 
 FILE_NAME = "dapa.json"
+CARD_NAME = "README.md"
 FORMAT = 1
 # A 70 B model's has 200 kB; whatever is much larger is no manifest.
 MAX_BYTES = 64 << 20
+# What the models said, harmful answers among it: not published, so that a result may lack it.
+PRIVATE = ("dapa_responses.jsonl",)
+# What is put beside a model afterwards and does not belong to it: its card, licences, notes and pictures.
+_ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
+_ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -75,7 +81,7 @@ class Manifest:
         source: What the changed tensors came from.
         strength: How much of the way from the target to the source they went.
         units: What was transplanted, as `3.gate`.
-        files: Every file but the manifest itself, by its path in the result with slashes.
+        files: Every file that is listed (`is_listed`), by its path in the result with slashes.
         tensors: Every changed tensor by name.
     """
 
@@ -114,9 +120,20 @@ def make_manifest(
         source=Origin(plan.source.name, plan.source.commit),
         strength=plan.strength,
         units=tuple(units),
-        files={name: File(digests.num_bytes, digests.sha256) for name, digests in sorted(files.items())},
+        files={name: File(found.num_bytes, found.sha256) for name, found in sorted(files.items()) if is_listed(name)},
         tensors=tensors,
     )
+
+
+def may_be_added(name: str) -> bool:
+    """Whether a file beside a model is nothing that a program would load as a part of it."""
+    last = name.rpartition("/")[2]
+    return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
+
+
+def is_listed(name: str) -> bool:
+    """Whether a manifest lists a file: not the card, which is renewed, nor what is not published."""
+    return name not in (FILE_NAME, CARD_NAME, *PRIVATE)
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -35,6 +35,7 @@ FORMAT = 2
 NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
+    "recipe.lock.yml",
     "dapa_search.png", "dapa_search.svg", "dapa_figures.png", "dapa_figures.svg",
 )  # fmt: skip
 MAX_THREADS = 8

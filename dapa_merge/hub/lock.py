@@ -1,0 +1,187 @@
+"""`recipe.lock.yml`: what a recipe was followed with, so that it can be followed again with exactly that.
+
+It lies beside the recipe, and in the result. `run --locked` goes by it, and `outdated` compares it with what is now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.untrusted import read_regular
+from dapa_merge.errors import CheckpointError, HubError, RecipeError
+from dapa_merge.hub.upstream import Upstream, parts
+from dapa_merge.recipe import Location, Recipe
+
+FORMAT = 1
+# In a result, whose own recipe has another name.
+FILE_NAME = "recipe.lock.yml"
+# A lock of a model in a thousand shards has some 150 kB.
+MAX_BYTES = 16 << 20
+HEAD = (
+    "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
+    "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
+)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a recipe was followed with.
+
+    Attributes:
+        recipe: The SHA-256 of what the recipe says, however it is written.
+        target: The target, and its adapter behind it if it has one.
+        source: The same of the source.
+        units: What was transplanted, as `3.gate`.
+        versions: Of the packages that took part, by name.
+    """
+
+    recipe: str
+    target: tuple[Upstream, ...]
+    source: tuple[Upstream, ...]
+    units: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    def with_units(self, units: Iterable[object]) -> Lock:
+        """The same with another selection."""
+        return replace(self, units=tuple(map(str, units)))
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock of a recipe is: `name.lock.yml` beside `name.yml`."""
+    return recipe.with_name(f"{recipe.stem}.lock.yml")
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """The SHA-256 of what a recipe says; comments and the order of keys do not count."""
+    said = {name: value for name, value in asdict(recipe).items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide what comes out."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
+
+
+def pin(recipe: Recipe, lock: Lock) -> Recipe:
+    """The recipe with its models at the locked commits.
+
+    Raises:
+        RecipeError: If the recipe is not the one that was locked.
+    """
+    if recipe_digest(recipe) != lock.recipe:
+        raise RecipeError(
+            "the recipe does not say what it said when it was locked; run it without --locked, which locks it anew"
+        )
+    return replace(recipe, target=_pinned(recipe.target, lock.target), source=_pinned(recipe.source, lock.source))
+
+
+def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
+    if len(locked) != len(parts(location)):
+        raise RecipeError(f"the lock does not say what {location} was; run the recipe without --locked")
+    first, *rest = (
+        replace(part, adapter=None, revision=upstream.commit or part.revision)
+        for part, upstream in zip(parts(location), locked, strict=True)
+    )
+    return replace(first, adapter=rest[0]) if rest else first
+
+
+def check_lock(lock: Lock, plan: Plan) -> None:
+    """Make sure that the models that were opened are those that were locked just before.
+
+    Raises:
+        HubError: If one of them moved in between.
+    """
+    for checkpoint, locked in ((plan.target, lock.target), (plan.source, lock.source)):
+        opened = checkpoint.merged_from or (checkpoint.commit,)
+        for commit, upstream in zip(opened, locked, strict=False):
+            if commit != upstream.commit:
+                raise HubError(f"{upstream} moved to {commit} while it was opened; run the command again")
+
+
+def lock_text(lock: Lock) -> str:
+    """What is written into the file."""
+    content = {
+        "format": FORMAT,
+        "recipe": lock.recipe,
+        "target": [_plain(upstream) for upstream in lock.target],
+        "source": [_plain(upstream) for upstream in lock.source],
+        "selection": ",".join(lock.units),
+        "versions": dict(lock.versions),
+    }
+    return HEAD + str(yaml.safe_dump(content, sort_keys=False, width=1000))
+
+
+def _plain(upstream: Upstream) -> dict[str, Any]:
+    return {**vars(upstream), "files": dict(sorted(upstream.files.items()))}
+
+
+def read_lock(path: Path) -> Lock | None:
+    """The lock in a file; None if there is no such file.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        text = read_regular(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the lock {path}: {error}") from error
+    return parse_lock(text, str(path))
+
+
+def parse_lock(text: str, name: str) -> Lock:
+    """The lock that a text is, which may be a stranger's.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        content = yaml.safe_load(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
+        return Lock(
+            recipe=_matching(_SHA256, content["recipe"]),
+            target=tuple(map(_upstream, content["target"])),
+            source=tuple(map(_upstream, content["source"])),
+            units=tuple(_text(content["selection"]).split(",")) if content["selection"] else (),
+            versions={_text(package): _text(number) for package, number in content["versions"].items()},
+        )
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        what = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        raise CheckpointError(f"{name} is no lock of a recipe ({what}); remove it, and run the recipe again") from None
+
+
+def _upstream(entry: Mapping[str, Any]) -> Upstream:
+    revision, commit = entry["revision"], entry["commit"]
+    return Upstream(
+        model=_text(entry["model"]),
+        revision=None if revision is None else _text(revision),
+        commit=None if commit is None else _matching(_COMMIT, commit),
+        files={_text(name): _matching(_SHA256, sha256) for name, sha256 in entry["files"].items()},
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} is no text")
+    return value
+
+
+def _matching(pattern: re.Pattern[str], value: object) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{value!r:.80} is no checksum")
+    return value

@@ -1,0 +1,135 @@
+"""What a model's own card says of it: the licence, the languages and the task that a result inherits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapa_merge.checkpoint.untrusted import read_regular
+from dapa_merge.checkpoint.writing.manifest import CARD_NAME
+from dapa_merge.hub.client import api, ask
+from dapa_merge.hub.licence import Licence, licence_in
+from dapa_merge.recipe import Location
+
+# Where the links of a card lead.
+PAGES = "https://huggingface.co"
+MAX_CARD_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A model, or an adapter, that a result was made of.
+
+    Attributes:
+        role: `target`, `source`, or the adapter of one of them.
+        name: What to call it in a card: the Hub id, or the folder's own name, without the path to it.
+        repository: Its id on the Hub; None if it is a folder here.
+        commit: Its commit on the Hub, if that is known.
+        licence: What its card states.
+        languages: What its card states.
+        task: What its card states, as `text-generation`.
+    """
+
+    role: str
+    name: str
+    repository: str | None
+    commit: str | None
+    licence: Licence | None
+    languages: tuple[str, ...]
+    task: str | None
+
+
+def describe_parent(role: str, location: Location) -> Parent:
+    """A parent from its location, whose revision is the commit if it is on the Hub.
+
+    Raises:
+        HubError: If the Hub cannot be asked.
+    """
+    if os.path.isdir(location.path):
+        folder = Path(location.path)
+        metadata, place = metadata_of(_read(folder / CARD_NAME)), ""
+        name, repository, commit = folder.resolve().name, None, None
+    elif not _may_be_id(location.path):
+        # A folder that is gone.
+        name, repository, commit, metadata, place = Path(location.path).name, None, None, {}, ""
+    else:
+        name = repository = location.path
+        commit, text = _fetched(location)
+        metadata = metadata_of(text)
+        place = f"{PAGES}/{repository}/blob/main"
+    task = metadata.get("pipeline_tag")
+    return Parent(
+        role,
+        name,
+        repository,
+        commit,
+        licence_in(metadata, place),
+        _languages(metadata.get("language")),
+        task if isinstance(task, str) else None,
+    )
+
+
+def metadata_of(card: str) -> dict[str, Any]:
+    """The YAML at the head of a model card; empty if there is none, or none that is a mapping."""
+    head, _ = split_card(card)
+    try:
+        found = yaml.safe_load(head) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def split_card(card: str) -> tuple[str, str]:
+    """The YAML at the head of a model card, and what follows it."""
+    text = card.replace("\r\n", "\n").removeprefix("\ufeff")
+    if not text.startswith("---\n"):
+        return "", text
+    head, end, body = text[4:].partition("\n---\n")
+    return (head, body) if end else ("", text)
+
+
+def _may_be_id(path: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return read_regular(path, MAX_CARD_BYTES).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _fetched(location: Location) -> tuple[str, str]:
+    """The commit of a model on the Hub, and its card as it is now: a licence is corrected afterwards at times."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    info = ask(f"ask the Hub about {location}", lambda: api().model_info(location.path, revision=location.revision))
+
+    def card() -> str:
+        try:
+            return str(hf_hub_download(location.path, CARD_NAME))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return ""
+
+    path = ask(f"get the card of {location.path}", card)
+    return str(info.sha), _read(Path(path)) if path else ""
+
+
+def _languages(value: object) -> tuple[str, ...]:
+    given: Sequence[object] = [value] if isinstance(value, str) else value if isinstance(value, list) else ()
+    return tuple(one for one in given if isinstance(one, str))

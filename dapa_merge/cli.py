@@ -58,12 +58,18 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     """
     context.obj = quiet
     if quiet or not sys.stderr.isatty():
-        # huggingface_hub's, which in a log are lines and lines; it reads this when it is imported.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        _disable_client_bars()
     for stream in (sys.stdout, sys.stderr):
         # A path may hold characters that the terminal's encoding does not.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _disable_client_bars() -> None:
+    """huggingface_hub's bars, which in a log are lines and lines; whoever set its variable may have meant them."""
+    if os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1") != "0" and "huggingface_hub" in sys.modules:
+        # It read the variable when it was imported.
+        sys.modules["huggingface_hub"].utils.disable_progress_bars()
 
 
 @main.command()

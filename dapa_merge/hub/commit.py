@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dapa_merge.errors import HubError
-from dapa_merge.hub.client import WAITS, Moved, api, fault, passes, status_of
+from dapa_merge.hub import client
+from dapa_merge.hub.client import Moved, api, fault, passes, status_of
 from dapa_merge.hub.offer import Difference, LocalFile, copies, difference
 from dapa_merge.hub.place import Head, Place, head_of
 from dapa_merge.hub.published import open_requests
@@ -61,7 +62,7 @@ class Commit:
 
     def run(self) -> Published:
         copied = self.copied()
-        for wait in (*WAITS, None):
+        for wait in (*client.WAITS, None):
             try:
                 return self.send(copied)
             except Exception as error:
@@ -136,9 +137,10 @@ class Commit:
 
 
 def _address(error: Exception) -> str:
+    asked = getattr(error, "response", None)
     try:
-        request = getattr(error, "request", None) or getattr(getattr(error, "response", None), "request", None)
-    except RuntimeError:  # An error of the HTTP library that has none says so this way.
+        request = asked.request if asked is not None else getattr(error, "request", None)
+    except RuntimeError:  # So the HTTP library says that there is none.
         return ""
     return str(getattr(request, "url", ""))
 

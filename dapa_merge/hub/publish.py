@@ -8,8 +8,8 @@ from dataclasses import replace
 from dapa_merge.errors import HubError, UsageError
 from dapa_merge.hub.client import api, ask
 from dapa_merge.hub.commit import Commit, Parent, Published, commit_url, waiting
-from dapa_merge.hub.offer import LocalFile, difference
-from dapa_merge.hub.place import MAIN, Place, check_place, head_of
+from dapa_merge.hub.offer import Difference, LocalFile, difference
+from dapa_merge.hub.place import MAIN, Head, Place, check_place, head_of
 from dapa_merge.progress import Reporter
 
 
@@ -36,10 +36,10 @@ def publish(
         ask(f"make the repository {place.repository}", lambda: api().create_repo(place.repository, **make))
     if place.branch and place.branch != MAIN:
         _make_branch(place)
-    _check_tag(place)
     revision = place.branch or MAIN
     head = head_of(place.repository, revision)
     change = difference(files, head.files)
+    _check_tag(place, head, change)
     if not change:
         return _finished(place, files, Published(commit_url(place, head), head.commit, None, False, change))
     if place.create_pr and (offered := waiting(place, files)) is not None:
@@ -53,12 +53,11 @@ def _make_branch(place: Place) -> None:
     ask(what, lambda: api().create_branch(place.repository, branch=place.branch, exist_ok=True))
 
 
-def _check_tag(place: Place) -> None:
-    """Refuse a tag that is another commit's before anything is sent; what it may be is known afterwards only."""
-    if place.tag is not None and (there := _tagged_commit(place)) is not None:
-        head = head_of(place.repository, place.branch or MAIN)
-        if there != head.commit:
-            raise UsageError(f"{place.repository} has a tag {place.tag} already, of commit {there[:12]}; name another")
+def _check_tag(place: Place, head: Head, change: Difference) -> None:
+    """Refuse a tag that another commit has than the one that it is for, before anything is sent."""
+    there = None if place.tag is None else _tagged_commit(place)
+    if there is not None and (change or there != head.commit):
+        raise UsageError(f"{place.repository} has a tag {place.tag} already, of commit {there[:12]}; name another")
 
 
 def _tagged_commit(place: Place) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dapa_merge.errors import HubError
-from dapa_merge.hub.client import api, ask, fault
+from dapa_merge.hub.client import api, ask
 from dapa_merge.hub.lock import FILE_NAME, MAX_BYTES, Lock, parse_lock
 
 
@@ -53,21 +53,7 @@ def _own_name() -> str | None:
 
 
 def _lock(repository: str, revision: str | None) -> Lock | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    what = f"get the lock of {repository}"
-
-    def fetched() -> str | None:
-        try:
-            return str(hf_hub_download(repository, FILE_NAME, revision=revision, force_download=True))
-        except LocalEntryNotFoundError as error:
-            # The Hub did not answer, and the cache has none.
-            raise fault(what, error) from error
-        except (EntryNotFoundError, RepositoryNotFoundError):
-            return None
-
-    path = ask(what, fetched)
+    path = _fetched(repository, revision)
     if path is None:
         return None
     with open(path, "rb") as file:
@@ -75,3 +61,21 @@ def _lock(repository: str, revision: str | None) -> Lock | None:
     if len(content) > MAX_BYTES:
         raise HubError(f"{FILE_NAME} of {repository} is larger than any lock; it was not made by dapa-merge")
     return parse_lock(content.decode(errors="replace"), f"{repository}/{FILE_NAME}")
+
+
+def _fetched(repository: str, revision: str | None) -> str | None:
+    """The lock's file as it is there now; None if there is no such repository, or no lock in it."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    what = f"get the lock of {repository}"
+
+    def commit() -> str | None:
+        try:
+            info = api().model_info(repository, revision=revision)
+        except RepositoryNotFoundError:
+            return None
+        return str(info.sha) if FILE_NAME in {file.rfilename for file in info.siblings or ()} else None
+
+    sha = ask(what, commit)
+    return None if sha is None else str(ask(what, lambda: hf_hub_download(repository, FILE_NAME, revision=sha)))

@@ -76,8 +76,15 @@ def ask(what: str, call: Callable[[], T]) -> T:
     raise AssertionError("the last attempt returns or raises")
 
 
+def cause_of(error: Exception) -> Exception:
+    """The fault itself, where huggingface_hub says only which file was sent when it came."""
+    cause = error.__cause__
+    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
+
+
 def passes(error: Exception) -> bool:
     """Whether the same question may be answered a little later."""
+    error = cause_of(error)
     status = status_of(error)
     return status in RETRIED if status is not None else _is_of_network(error)
 
@@ -92,6 +99,7 @@ def fault(what: str, error: Exception) -> HubError:
     """The sentence for a fault of huggingface_hub; never with the token in it."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    error = cause_of(error)
     if isinstance(error, HubError):
         return error
     status, said = status_of(error), _said(error)

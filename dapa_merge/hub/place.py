@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dapa_merge.errors import HubError, UsageError
-from dapa_merge.hub.client import api, ask, fault, status_of
+from dapa_merge.hub.client import LOG_IN, api, ask, status_of
 
 MAIN = "main"
 # By this file a repository is known as one that dapa-merge published.
@@ -64,9 +64,9 @@ def check_place(place: Place) -> Any:
         try:
             return api().model_info(place.repository)
         except RepositoryNotFoundError as error:
-            # A wrong token sees nothing, not even what is public.
-            if status_of(error) == 401 and "credentials" in str(error).lower():
-                raise fault(f"look at {place.repository}", error) from error
+            # With a token, 401 is said of the token: it is not accepted, not even for what is public.
+            if status_of(error) == 401:
+                raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
             return None
 
     info = ask(f"look at {place.repository}", found)

@@ -40,6 +40,7 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
             "dapa.json",
             "dapa_report.json",
             "mergekit_config.yml",
+            "README.md",
         }
     )
     # The cache is links to shared blobs; the result is not.

@@ -66,11 +66,11 @@ def ask(what: str, call: Callable[[], T]) -> T:
     Raises:
         HubError: If the Hub says no, or does not answer.
     """
-    for wait in (*WAITS, None):
+    for attempt, wait in enumerate((*WAITS, None)):
         try:
             return call()
         except Exception as error:
-            if wait is None or not passes(error):
+            if wait is None or not passes(error) or (attempt > 0 and _is_out_of_reach(error)):
                 raise fault(what, error) from error
             time.sleep(max(wait, _asked_to_wait(error)))
     raise AssertionError("the last attempt returns or raises")
@@ -86,7 +86,7 @@ def passes(error: Exception) -> bool:
     """Whether the same question may be answered a little later."""
     error = cause_of(error)
     status = status_of(error)
-    return status in RETRIED if status is not None else _is_of_network(error)
+    return status in RETRIED if status is not None else _is_of_network(error) and not _is_offline(error)
 
 
 def status_of(error: Exception) -> int | None:
@@ -136,6 +136,18 @@ def _token() -> str | None:
 
     token = get_token()
     return token if isinstance(token, str) else None
+
+
+def _is_out_of_reach(error: Exception) -> bool:
+    """Whether there is no connection at all, which seconds rarely mend."""
+    return type(error).__name__ == "ConnectError"
+
+
+def _is_offline(error: Exception) -> bool:
+    """Whether the user told huggingface_hub not to ask."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return isinstance(error, OfflineModeIsEnabled)
 
 
 def _is_of_network(error: Exception) -> bool:

@@ -32,7 +32,7 @@ from dapa_merge.checkpoint.writing.staging import staging_folder
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "run")
 # What a report says of its own time differs from run to run, and the manifest has the report's digest.
-OF_THE_MOMENT = ("dapa_report.json", "dapa.json")
+OF_THE_MOMENT = ("dapa_report.json", "dapa.json", "README.md")
 
 
 def main() -> None:

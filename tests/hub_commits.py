@@ -144,6 +144,8 @@ def add_regular(store: Store, path: str, value: dict):
 
 def add_lfs(exchange: Exchange, repository: Repository, value: dict):
     """The entry of an LFS file, whose object has to be in this repository already."""
+    if exchange.hub.xet_folder is not None and "size" in value:
+        repository.objects.setdefault(value["oid"], value["size"])
     size = repository.objects.get(value["oid"])
     if size is None:
         message = "An LFS pointer pointed to a file that does not exist. Offending file: - "

@@ -37,6 +37,8 @@ class Hub:
         id_tokens: From the id tokens that were minted to their audience.
         multipart_over: LFS files larger than this are uploaded in parts of so many bytes.
         has_cdn: LFS files are answered with a redirection to the same server under another name.
+        xet_folder: Where the client's Xet keeps what it uploads, instead of a server of Xet's: then LFS files are
+            uploaded by Xet alone, whose word is taken for them, and cannot be fetched from here.
         no_xet_hashes: Files have no `xetHash`.
         no_duplication: The endpoint that copies LFS objects between repositories is not there.
         refused_duplicates: File names or SHA-256s that it refuses, one by one.
@@ -54,6 +56,7 @@ class Hub:
     id_tokens: dict[str, str] = field(default_factory=dict)
     multipart_over: int = 1 << 30
     has_cdn: bool = False
+    xet_folder: Path | None = None
     no_xet_hashes: bool = False
     no_duplication: bool = False
     refused_duplicates: set[str] = field(default_factory=set)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from urllib.parse import urlencode
 
 from hub_exchange import REPOSITORY, Answer, Exchange, Route
@@ -185,7 +186,17 @@ def part_of(exchange: Exchange, entry: Entry, headers: dict[str, str]) -> Answer
     return Answer(None, status, headers, exchange.store.path(entry), start, stop)
 
 
+def xet_token(exchange: Exchange) -> Answer:
+    """Where Xet uploads to, and what with."""
+    repository = exchange.store.find(exchange.name, exchange.access)
+    if exchange.hub.xet_folder is None or not exchange.store.may_write(repository, exchange.login()):
+        raise RefusalError(403, "No Xet here")
+    address = f"local://{exchange.hub.xet_folder}"
+    return Answer({"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": address})
+
+
 ROUTES: list[Route] = [
+    ("GET", f"{REPOSITORY}/xet-write-token/([^/]+)", xet_token),
     ("POST", rf"/{ANY}\.git/info/lfs/objects/batch", batch),
     ("POST", rf"/{ANY}\.git/info/lfs/objects/verify", verify),
     ("PUT", "/lfs/objects/([0-9a-f]{64})", put_object),

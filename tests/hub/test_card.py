@@ -167,9 +167,12 @@ def test_parents_on_the_hub_are_linked_pinned_and_inherited_from(hub, new_id, ll
         "---\nlicense: other\nlicense_name: Mine\nlanguage: en\n---\n",
     ]
     for name, folder, card in zip(names, llama_pair, cards, strict=True):
-        upload(hub.api, name, shutil.copytree(folder, tmp_path / "models" / name), card)
+        copy = shutil.copytree(folder, tmp_path / "models" / name)
+        (copy / "LICENSE").write_text(f"Terms of {name}\n")
+        upload(hub.api, name, copy, card)
     out = tmp_path / "out"
     assert call("run", write_recipe(*names, layers=1), out, "--no-evaluate").exit_code == 0
+    assert (out / "LICENSE").read_text() == f"Terms of {names[0]}\n"
     text = (out / "README.md").read_text()
     assert not check_card(text)[0]
     metadata = metadata_of(text)

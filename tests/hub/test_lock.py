@@ -185,21 +185,21 @@ def test_the_hub_says_the_digests_of_weights_that_were_never_fetched(hub, hub_re
     assert not outdated(hub_recipe, code=0)["outdated"]
 
 
-def test_a_commit_counts_if_it_changes_a_file_that_decides(hub, hub_recipe, pair):
-    hub.api.create_commit(
+def test_a_commit_counts_if_it_changes_a_file_that_decides(any_hub, hub_recipe, pair):
+    any_hub.api.create_commit(
         pair[0], [CommitOperationAdd("README.md", f"{CARD}Better.\n".encode())], commit_message="card"
     )
     news = outdated(hub_recipe, code=0)
     target = news["models"][0]
     assert target["commit"] != target["locked_commit"]
     assert "no file that counts differs" in call("outdated", hub_recipe).stdout
-    hub.api.create_commit(pair[1], [CommitOperationAdd("config.json", b"{}")], commit_message="config")
+    any_hub.api.create_commit(pair[1], [CommitOperationAdd("config.json", b"{}")], commit_message="config")
     assert outdated(hub_recipe, code=10)["models"][1]["changed"] == ["config.json"]
 
 
-def test_new_weights_are_outdated_and_a_locked_run_still_has_the_old(hub, hub_recipe, pair, tmp_path):
+def test_new_weights_are_outdated_and_a_locked_run_still_has_the_old(any_hub, hub_recipe, pair, tmp_path):
     newer = save_random(tmp_path / "newer", tiny_llama(), seed=9)
-    upload(hub.api, pair[0], newer)
+    upload(any_hub.api, pair[0], newer)
     news = outdated(hub_recipe, code=10)
     assert any(name.endswith(".safetensors") for name in news["models"][0]["changed"])
     ran = call("run", hub_recipe, tmp_path / "again", "--no-evaluate", "--locked")

@@ -1,5 +1,6 @@
 """Publishing, against a real server."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import yaml
 from conftest import call
 from hub.conftest import tree, upload
 from hub_client import IGNORED_WARNING
+from hub_server import dapa_merge
 from huggingface_hub import CommitOperationAdd, snapshot_download
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+WITH_XET = {"HF_HUB_DISABLE_XET": "0"}
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
@@ -80,12 +83,12 @@ def test_where_the_hub_copies_nothing_everything_is_sent(hub, new_id, result, ho
     assert not push(result, name)["changed"]
 
 
-def test_only_what_changed_is_sent_and_what_is_stale_goes(hub, new_id, result, tmp_path):
+def test_only_what_changed_is_sent_and_what_is_stale_goes(any_hub, new_id, result, tmp_path):
     name = new_id("repaired")
     push(result, name)
     stale = {"pytorch_model.bin": b"old", "old/config.json": b"{}", "LICENSE": b"ours", "images/us.png": b"\x89PNG"}
     operations = [CommitOperationAdd(path, content) for path, content in stale.items()]
-    hub.api.create_commit(name, operations, commit_message="more")
+    any_hub.api.create_commit(name, operations, commit_message="more")
     (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
     published = push(result, name)
     assert published["written"] == ["README.md"]
@@ -111,19 +114,19 @@ def test_a_pull_request_is_opened_once(hub, new_id, result, pair):
     assert push(result, pair[0], "--create-pr")["pull_request"].endswith("/discussions/2")
 
 
-def test_a_branch_is_made(hub, new_id, result):
+def test_a_branch_is_made(any_hub, new_id, result):
     name = new_id("repaired")
     published = push(result, name, "--revision", "repaired")
-    branches = hub.store.repositories[name].branches
+    branches = {one.name: one.target_commit for one in any_hub.api.list_repo_refs(name).branches}
     assert branches["repaired"] == published["commit"] != branches["main"]
 
 
-def test_a_repository_with_another_model_is_left_alone_unless_asked(hub, new_id, result, pair):
-    before = hub.store.repositories[pair[1]].branches["main"]
+def test_a_repository_with_another_model_is_left_alone_unless_asked(any_hub, new_id, result, pair):
+    before = any_hub.api.model_info(pair[1]).sha
     code, said = refused(result, pair[1])
     assert code == 5
     assert "holds a model that dapa-merge did not publish" in said
-    assert hub.store.repositories[pair[1]].branches["main"] == before
+    assert any_hub.api.model_info(pair[1]).sha == before
     assert push(result, pair[1], "--replace")["changed"]
 
 
@@ -145,15 +148,14 @@ def test_options_that_do_not_fit_are_told_before_anything_is_done(hub, new_id, r
     assert not [one for one in hub.requests[num_requests:] if one.method != "GET"]
 
 
-def test_a_tag_that_is_another_commits_is_refused_before_anything_is_sent(hub, new_id, result):
+def test_a_tag_that_is_another_commits_is_refused_before_anything_is_sent(any_hub, new_id, result):
     name = new_id("repaired")
-    push(result, name, "--tag", "v1")
+    before = push(result, name, "--tag", "v1")["commit"]
     (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
-    before = hub.store.repositories[name].branches["main"]
     code, said = refused(result, name, "--tag", "v1")
     assert code == 2
     assert "has a tag v1 already" in said
-    assert hub.store.repositories[name].branches["main"] == before
+    assert any_hub.api.model_info(name).sha == before
 
 
 USERS = {
@@ -328,3 +330,20 @@ def test_everything_that_a_reader_ever_saw_was_whole(hub, new_id, result):
     call("push", result, name)
     for state in hub.store.repositories[name].seen()[1:]:
         assert state == first or state.keys() >= set(tree(result))
+
+
+def test_xet_uploads_where_the_client_has_it(hub, new_id, llama_pair, write_recipe, tmp_path):
+    name, result = new_id("repaired"), tmp_path / "out"
+    assert call("run", write_recipe(*llama_pair, layers=1), result, "--no-evaluate").exit_code == 0
+    hub.xet_folder = tmp_path / "xet"
+    # The client is imported with Xet in a process of its own only.
+    ran = dapa_merge(hub.endpoint, tmp_path / "home", "push", result, name, HF_TOKEN=hub.token("alice"), **WITH_XET)
+    assert ran.returncode == 0, ran.stderr
+    there = hub.store.repositories[name].files()
+    weights = {path: content for path, content in tree(result).items() if path.endswith(".safetensors")}
+    assert {path: there[path].sha256 for path in weights} == {
+        path: hashlib.sha256(content).hexdigest() for path, content in weights.items()
+    }
+    assert not [one for one in hub.requests if "/lfs/objects" in one.path and name in one.path]
+    stored = sum(path.stat().st_size for path in hub.xet_folder.rglob("*") if path.is_file())
+    assert stored > 0

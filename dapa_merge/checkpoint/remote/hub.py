@@ -13,6 +13,8 @@ from dapa_merge.errors import CheckpointError, HubError, one_line
 
 # The small files: never pickles. Code is copied into a result, as a part of its target, but never run.
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+# A licence may ask that whoever passes a model on passes its text on too.
+SMALL_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"]
 # What lies in a subfolder is a training's or another program's, but for the chat templates (additional_...).
 SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,41 +14,37 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.plan import join
 from dapa_merge.checkpoint.untrusted import read_regular
-from dapa_merge.checkpoint.writing.manifest import CARD_NAME, Manifest, read_manifest
+from dapa_merge.checkpoint.writing.manifest import CARD_NAME, read_manifest
 from dapa_merge.checkpoint.writing.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.hub.card_facts import CardFacts
-from dapa_merge.hub.card_metadata import card_metadata
-from dapa_merge.hub.card_text import CAPTIONS, card_text
+from dapa_merge.hub.card_file import CardFile, read_card, render_card
+from dapa_merge.hub.card_text import CAPTIONS
+from dapa_merge.hub.client import find, is_id
 from dapa_merge.hub.licence import Licence, inherited, licence_in
 from dapa_merge.hub.lock import FILE_NAME as LOCK_NAME
-from dapa_merge.hub.parent import MAX_CARD_BYTES, Parent, describe_parent, metadata_of, split_card
+from dapa_merge.hub.parent import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.hub.upstream import parts
 from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Location, Recipe
+from dapa_merge.recipe import Location, Recipe, parse_location
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report
 from dapa_merge.report_file import read_report
 from dapa_merge.run import RECIPE_NAME
 from dapa_merge.selection import make_plan
+from dapa_merge.shown_paths import without_paths
 from dapa_merge.verify_flow import verify_result
-
-BEGIN = "<!-- made by dapa-merge; `dapa-merge card` makes it anew up to the line that says so, and keeps the rest -->"
-END = "<!-- made by dapa-merge up to here -->"
-# By this sentence mergekit's own cards are known.
-MERGEKIT = "created using [mergekit]"
-NEW_LINE = "\n"
 
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a user says about a card.
+    """What a user says about a card; None for what was said before, or else for what the files say.
 
     Attributes:
-        title: What the model is called; None for what the card says already, or the folder's name.
-        licence: What it is published under; None for what the card says already, or what both models are under.
+        title: What the model is called: its id on the Hub.
+        licence: What it is published under.
         target: Where the target is published, if the recipe names a folder.
         source: The same of the source.
     """
@@ -59,9 +54,16 @@ class CardOptions:
     target: Location | None = None
     source: Location | None = None
 
+    def to_said(self) -> dict[str, str]:
+        """Plain texts, to be kept in the card."""
+        licence = self.licence.to_metadata() if self.licence else {}
+        places = {"target": self.target, "source": self.source}
+        named = {name: str(place) for name, place in places.items() if place is not None}
+        return ({"title": self.title} if self.title else {}) | licence | named
+
 
 def write_card(
-    out: Path, reporter: Reporter, options: CardOptions = CardOptions(), *, replace_other: bool = False
+    out: Path, reporter: Reporter, options: CardOptions | None = None, *, replace_other: bool = False
 ) -> Path:
     """Write or renew the card of a result, also of one that `mergekit-yaml` wrote.
 
@@ -75,47 +77,74 @@ def write_card(
 
     Raises:
         UsageError: If the folder is no result, the licences of its models differ, or its card is somebody else's.
-        CheckpointError: If it is damaged.
+        CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
     before = existing_card(out)
-    if before and not is_made(before) and not replace_other:
-        raise UsageError(
-            f"{out / CARD_NAME} is a card of somebody else's; move it away, or replace it with --replace-card"
-        )
-    facts = card_facts(out, reporter, options)
-    replace_file(out / CARD_NAME, render_card(facts, before if is_made(before) else "").encode())
+    if before.is_anothers and not replace_other:
+        raise UsageError(f"{out / CARD_NAME} was not written by dapa-merge; move it away, or add --replace-card")
+    settled = settle(out, options or CardOptions(), before, reporter)
+    text = render_card(
+        card_facts(out, reporter, settled), CardFile() if before.is_anothers else before, settled.to_said()
+    )
+    replace_file(out / CARD_NAME, text.encode())
     return out / CARD_NAME
 
 
-def existing_card(out: Path) -> str:
-    """The card that a folder has; empty if it has none."""
+def existing_card(out: Path) -> CardFile:
+    """The card that a folder has; an empty one if it has none.
+
+    Raises:
+        UsageError: If it cannot be read, or its head is damaged.
+    """
     try:
-        return read_regular(out / CARD_NAME, MAX_CARD_BYTES).decode(errors="replace")
+        card = read_card(read_regular(out / CARD_NAME, MAX_CARD_BYTES).decode())
     except FileNotFoundError:
-        return ""
+        return CardFile()
     except OSError as error:
         raise UsageError(f"cannot read {out / CARD_NAME}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{out / CARD_NAME} is not UTF-8; save it as such, or move it away") from None
+    if card.is_broken and not card.is_anothers:
+        raise UsageError(f"the YAML at the head of {out / CARD_NAME} cannot be read; mend it, or move the file away")
+    return card
 
 
-def is_made(card: str) -> bool:
-    """Whether a card is dapa-merge's or mergekit's, or nobody's."""
-    return not card.strip() or BEGIN in card or MERGEKIT in card
+def settle(
+    out: Path, options: CardOptions, before: CardFile, reporter: Reporter, *, is_proved: bool = False
+) -> CardOptions:
+    """What a user says now, or said before, with models at commits, and proved to be those that a result was made of.
+
+    Args:
+        out: The result.
+        options: What is said now.
+        before: The card that it has.
+        reporter: Hears of the steps.
+        is_proved: Whether the result will be compared with these models by the caller.
+
+    Raises:
+        CheckpointError: If it was not made of a model that is named now.
+    """
+    target, source = (place and _pinned(place) for place in (options.target, options.source))
+    named = " and ".join(str(place) for place in (target, source) if place)
+    if named and not is_proved:
+        check = verify_result(out, None, reporter, target=target, source=source)
+        if check.faults:
+            raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
+    said = {name: parse_location(before.said[name]) for name in ("target", "source") if name in before.said}
+    return CardOptions(
+        title=options.title or before.said.get("title"),
+        licence=options.licence or licence_in(before.said, ""),
+        target=target or said.get("target"),
+        source=source or said.get("source"),
+    )
 
 
-def render_card(facts: CardFacts, before: str) -> str:
-    """The whole card; `before` is the one that it takes the place of."""
-    kept = metadata_of(before) if BEGIN in before else {}
-    above, below = _around(split_card(before)[1]) if BEGIN in before else ("", "")
-    head = yaml.safe_dump(card_metadata(facts, kept), sort_keys=False, allow_unicode=True, width=1000)
-    return f"---\n{head}---\n{above or NEW_LINE}{BEGIN}\n\n{card_text(facts)}\n{END}{below or NEW_LINE}"
-
-
-def _around(body: str) -> tuple[str, str]:
-    """What stands before and after our part."""
-    above, _, rest = body.partition(BEGIN)
-    _, end, below = rest.partition(END)
-    return above, below if end else ""
+def _pinned(location: Location) -> Location:
+    """A model at the commit that its revision is now, so that what is compared is what is named."""
+    adapter = None if location.adapter is None else _pinned(location.adapter)
+    info = find(location.path, location.revision) if not os.path.isdir(location.path) and is_id(location.path) else None
+    return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
 def card_facts(out: Path, reporter: Reporter, options: CardOptions) -> CardFacts:
@@ -124,27 +153,21 @@ def card_facts(out: Path, reporter: Reporter, options: CardOptions) -> CardFacts
     Raises:
         DapaError: As `write_card` does.
     """
-    if not (out / RECIPE_NAME).is_file():
-        raise UsageError(f"{out} has no {RECIPE_NAME}; it is no result of dapa-merge or mergekit")
-    recipe = load_recipe(out / RECIPE_NAME)
+    recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
-    units, share, number = _transplanted(out, report, manifest, recipe, reporter)
-    parents = _parents(recipe, manifest, options)
-    before = existing_card(out)
-    licence = options.licence or licence_in(metadata_of(before) if BEGIN in before else {}, "")
-    if licence is None:
-        licence = inherited([(parent.name, parent.licence) for parent in parents])
+    units, share, number = _transplanted(out, report, recipe, reporter)
+    parents = parents_of(recipe, options)
     return CardFacts(
-        title=options.title or _title(before) or out.resolve().name,
+        title=options.title or out.resolve().name,
         parents=parents,
-        licence=licence,
+        licence=options.licence or inherited([(parent.name, parent.licence) for parent in parents]),
         units=units,
         strength=recipe.strength,
         share_changed=share,
         parameters_changed=number,
         report=report,
-        recipe=public_recipe(out / RECIPE_NAME, recipe, parents),
+        recipe=public_recipe(out / RECIPE_NAME, parents),
         has_manifest=manifest is not None,
         has_lock=(out / LOCK_NAME).is_file(),
         pictures=[name for name in CAPTIONS if (out / name).is_file()],
@@ -158,8 +181,19 @@ def card_facts(out: Path, reporter: Reporter, options: CardOptions) -> CardFacts
     )
 
 
+def require_result(out: Path) -> Path:
+    """The recipe in a result.
+
+    Raises:
+        UsageError: If the folder is none.
+    """
+    if not (out / RECIPE_NAME).is_file():
+        raise UsageError(f"{out} has no {RECIPE_NAME}; it is no result of dapa-merge or mergekit")
+    return out / RECIPE_NAME
+
+
 def _transplanted(
-    out: Path, report: Report | None, manifest: Manifest | None, recipe: Recipe, reporter: Reporter
+    out: Path, report: Report | None, recipe: Recipe, reporter: Reporter
 ) -> tuple[Sequence[str], float, int]:
     """The units of a result, the share of its parameters that they are, and how many."""
     if report is not None:
@@ -170,23 +204,17 @@ def _transplanted(
         raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
     plan = make_plan(recipe)
     units = join(plan, check.verification.transplanted)
-    names = manifest.units if manifest else tuple(map(str, units))
-    return names, plan.share(units), plan.num_parameters(units)
+    return tuple(map(str, units)), plan.share(units), plan.num_parameters(units)
 
 
-def _parents(recipe: Recipe, manifest: Manifest | None, options: CardOptions) -> list[Parent]:
-    found = []
-    for role, location, given in (("target", recipe.target, options.target), ("source", recipe.source, options.source)):
-        for index, part in enumerate(parts(given or location)):
-            parent = describe_parent(role if index == 0 else f"{role}'s adapter", replace(part, adapter=None))
-            found.append(parent)
-    return found
-
-
-def _title(card: str) -> str | None:
-    """What a card of ours calls the model."""
-    found = re.search(r"^# (\S.*)$", card.partition(BEGIN)[2], re.MULTILINE)
-    return found.group(1).strip() if found else None
+def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
+    """What a recipe's result is made of, the target first, each with what its own card says."""
+    places = (("target", options.target or recipe.target), ("source", options.source or recipe.source))
+    return [
+        describe_parent(role if index == 0 else f"{role}'s adapter", part)
+        for role, location in places
+        for index, part in enumerate(parts(location))
+    ]
 
 
 def _task(out: Path) -> str:
@@ -194,14 +222,14 @@ def _task(out: Path) -> str:
     return "image-text-to-text" if "vision_config" in config else "text-generation"
 
 
-def public_recipe(path: Path, recipe: Recipe, parents: Sequence[Parent]) -> str:
+def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     """The recipe of a result as a stranger can use it: folders of this machine become their names.
 
-    A placeholder that is no path at all would be followed to somebody's repository of that name.
+    A name that is no path at all would be followed to somebody's repository of that name.
     """
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["base_model"] = _public_location(parents, "target")
-    content["models"] = [{"model": _public_location(parents, "source")}]
+    content["base_model"] = "+".join(_public_places(parents, "target"))
+    content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
     parameters: Mapping[str, Any] = content.get("parameters") or {}
     content["parameters"] = {
         key: without_paths(value) if key in ("prompts", "text", "skills") and isinstance(value, str) else value
@@ -210,21 +238,5 @@ def public_recipe(path: Path, recipe: Recipe, parents: Sequence[Parent]) -> str:
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _public_location(parents: Sequence[Parent], role: str) -> str:
-    def place(parent: Parent) -> str:
-        if parent.repository is None:
-            return f"./{parent.name}"
-        return f"{parent.repository}@{parent.commit}" if parent.commit else parent.repository
-
-    return "+".join(place(parent) for parent in parents if parent.role.startswith(role))
-
-
-def without_paths(names: str) -> str:
-    """Names of prompts, texts or skills, with files and folders of this machine as their names only."""
-    return ",".join(map(_without_path, names.split(",")))
-
-
-def _without_path(name: str) -> str:
-    base, mark, query = name.strip().partition("?")
-    is_path = os.path.exists(base) or base.startswith(("/", "./", "../", "~")) or "\\" in base
-    return f"{Path(base.replace(chr(92), '/')).name if is_path else base}{mark}{query}"
+def _public_places(parents: Sequence[Parent], role: str) -> Iterator[str]:
+    return (parent.place or f"./{parent.name}" for parent in parents if parent.role.startswith(role))

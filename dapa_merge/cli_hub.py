@@ -11,6 +11,7 @@ import click
 from dapa_merge.cli_hub_options import card_options, place_options, push_options, silent_client
 from dapa_merge.cli_options import json_option, recipe_argument
 from dapa_merge.cli_output import print_answer, print_lines, reporter
+from dapa_merge.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,8 @@ def outdated(quiet: bool, recipe: Path, published: str | None, as_json: bool) ->
     from dapa_merge.recipe_file import load_recipe
 
     repository = None if published is None else check_id(published)
-    news = news_of(load_recipe(recipe), recipe, repository, reporter(quiet))
+    with silent_client():
+        news = news_of(load_recipe(recipe), recipe, repository, reporter(quiet))
 
     def show(console: Console) -> None:
         print_lines(console, story(news))
@@ -95,19 +97,25 @@ def gate(
     limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
     found = read_report(report)
     verdicts = gates.judge(found, limits)
-    if summary is not None:
-        with summary.open("a", encoding="utf-8") as file:
-            file.write(gates.as_markdown(found, verdicts))
 
     def show(console: Console) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("", "found", "asked", "")
         for verdict in verdicts:
-            table.add_row(verdict.figure, verdict.found, verdict.asked, "passes" if verdict.passes else "FAILS")
+            table.add_row(
+                Text(printable(verdict.figure)), verdict.found, verdict.asked, "passes" if verdict.passes else "FAILS"
+            )
         console.print(table)
 
     print_answer(gates.as_json(verdicts), show, as_json)
+    if summary is not None:
+        try:
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(gates.as_markdown(found, verdicts))
+        except OSError as error:
+            raise UsageError(f"--summary {summary} cannot be written: {error.strerror}") from error
     if not all(verdict.passes for verdict in verdicts):
         sys.exit(GATE_FAILED)
 
@@ -126,7 +134,8 @@ def card(quiet: bool, out: Path, card: CardOptions, replace_card: bool, as_json:
     """
     from dapa_merge.card_flow import write_card
 
-    path = write_card(out, reporter(quiet), card, replace_other=replace_card)
+    with silent_client():
+        path = write_card(out, reporter(quiet), card, replace_other=replace_card)
     print_answer({"card": str(path)}, lambda console: print_lines(console, [f"wrote {path}"]), as_json)
 
 

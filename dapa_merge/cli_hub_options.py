@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ PLACE = (
     click.option("--tag", help="Tag the commit."),
     click.option("--replace", is_flag=True, help="Replace a model in REPO that dapa-merge did not publish."),
 )
+PLACE_NAMES = ("private", "create_pr", "revision", "tag", "replace")
 LICENCE = (
     click.option("--license", "licence", metavar="ID", help="The licence of the result.  [default: both models' own]"),
     click.option("--license-name", metavar="NAME", help="Its name, for --license other."),
@@ -40,8 +42,7 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(*arguments: Any, **options: Any) -> Any:
-        names = ("private", "create_pr", "revision", "tag", "replace")
-        return command(*arguments, place={name: options.pop(name) for name in names}, **options)
+        return command(*arguments, place={name: options.pop(name) for name in PLACE_NAMES}, **options)
 
     for option in reversed(PLACE):
         call = option(call)
@@ -85,7 +86,7 @@ def refuse_place_options() -> None:
     Raises:
         UsageError: If there is any of it.
     """
-    for name in ("private", "create_pr", "revision", "tag", "replace"):
+    for name in PLACE_NAMES:
         if is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} is for publishing; name a repository with --push")
 
@@ -115,12 +116,14 @@ def push_options(
 
 @contextmanager
 def silent_client() -> Iterator[None]:
-    """Without huggingface_hub's log lines: what they say, we say."""
+    """Without huggingface_hub's log lines and warnings: what they say, we say."""
     from huggingface_hub.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+            yield
     finally:
         logging.set_verbosity(level)

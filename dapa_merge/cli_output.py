@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dapa_merge.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -33,6 +35,6 @@ def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], a
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, however long."""
+    """Print lines as they are, however long; what they quote may be a stranger's."""
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

@@ -15,11 +15,14 @@ class DapaError(Exception):
         text = super().__str__()
         if len(text) > MAX_MESSAGE_LENGTH:
             text = f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[-MAX_MESSAGE_LENGTH // 2 :]}"
-        return text if text.isprintable() else "".join(map(_printable, text))
+        return printable(text)
 
 
-def _printable(character: str) -> str:
-    return character if character.isprintable() else character.encode("unicode_escape").decode()
+def printable(text: str) -> str:
+    """A text in one line, in which what moves a cursor, or begins another line, is shown rather than done."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(error: BaseException) -> str:

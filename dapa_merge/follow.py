@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,11 +99,22 @@ def _describe(out: Path, how: FollowOptions, reporter: Reporter) -> None:
         reporter.say(f"no card yet: {error}; `dapa-merge card {out}` writes it")
 
 
+def _command(out: Path, options: PushOptions) -> str:
+    """The command that publishes a result as it was meant to be."""
+    place, licence = options.place, options.card.licence
+    flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
+    values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
+    values |= {f"--{key.replace('_', '-')}": value for key, value in (licence.to_metadata() if licence else {}).items()}
+    given = [flag for flag, is_set in flags.items() if is_set]
+    given += [word for option, value in values.items() if value is not None for word in (option, value)]
+    return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])
+
+
 def _publish(out: Path, options: PushOptions, reporter: Reporter) -> Published:
     from dapa_merge.push_flow import push
 
     try:
         return push(out, replace(options, is_proved=True), reporter)
     except BaseException:
-        reporter.say(f"{out} is complete; publish it with `dapa-merge push {out} {options.place.repository}`")
+        reporter.say(f"{out} is complete; publish it with: {_command(out, options)}")
         raise

@@ -10,6 +10,10 @@ from typing import Any
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.figures import Figures
 from dapa_merge.report import Report
+from dapa_merge.shown_paths import without_paths
+
+# What the one skill of a packaged prompt set is called.
+ANY = "skill"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def judge(report: Report, limits: Limits) -> list[Verdict]:
     """Every figure that something is asked of, beside what is asked.
 
     Raises:
-        UsageError: If nothing is asked, or a skill that the report does not know.
+        UsageError: If nothing is asked.
     """
     found = [*_shares(report, limits), *_perplexity(report, limits), *_skills(report, limits)]
     if any(not math.isfinite(verdict.limit) for verdict in found):
@@ -122,23 +126,25 @@ def _perplexity(report: Report, limits: Limits) -> Iterator[Verdict]:
 def _skills(report: Report, limits: Limits) -> Iterator[Verdict]:
     skills = {skill.name: skill for skill in report.after.skills} if report.after else {}
     for name, floor in limits.min_skills:
-        if name is not None and report.after is not None and name not in skills:
-            known = ", ".join(skills) or "none"
-            raise UsageError(f"the report has no skill {name!r}; it has {known}")
-        chosen = list(skills) if name is None else [name]
-        for one in chosen or ["skill"]:
+        for one in [name] if name is not None else list(skills) or [ANY]:
             skill = skills.get(one)
             has_interval = skill is not None and limits.confident and skill.interval is not None
             worse = " (lower end of its 95 % interval)" if has_interval else ""
             value = None if skill is None else skill.interval[0] if has_interval and skill.interval else skill.score
-            yield Verdict(f"skill {one}{worse}" if skill else "skill", value, floor, True)
+            yield Verdict(f"{_label(one)}{worse}", value, floor, True)
     if limits.min_skill_kept is not None:
         before = {skill.name: skill.score for skill in report.before.skills} if report.before else {}
         if not skills:
-            yield Verdict("skill, to the target's", None, limits.min_skill_kept, True)
+            yield Verdict(f"{_label(ANY)}, to the target's", None, limits.min_skill_kept, True)
         for one, skill in skills.items():
-            kept = skill.score / before[one] if before.get(one) else None
-            yield Verdict(f"skill {one}, to the target's", kept, limits.min_skill_kept, True)
+            had = before.get(one)
+            # Where the target had none, none was lost.
+            kept = None if had is None else skill.score / had if had else 1.0
+            yield Verdict(f"{_label(one)}, to the target's", kept, limits.min_skill_kept, True)
+
+
+def _label(skill: str) -> str:
+    return "skill" if skill == ANY else f"skill {skill}"
 
 
 def parse_skill(value: str) -> tuple[str | None, float]:
@@ -176,7 +182,8 @@ def as_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 def as_markdown(report: Report, verdicts: Sequence[Verdict]) -> str:
     """A table for the summary of a CI job."""
-    lines = [f"### {_plain(report.target)}, repaired by {_plain(report.source)}", ""]
+    names = (_plain(without_paths(name)) for name in (report.target, report.source))
+    lines = [f"### {', repaired by '.join(names)}", ""]
     lines += ["| figure | found | asked | |", "|---|---|---|---|"]
     for verdict in verdicts:
         word = "passes" if verdict.passes else "**fails**"

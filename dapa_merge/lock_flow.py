@@ -9,7 +9,7 @@ from typing import Any
 
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 from dapa_merge.hub import published
-from dapa_merge.hub.lock import Lock, lock_path, lock_text, pin, read_lock, recipe_digest, versions
+from dapa_merge.hub.lock import Lock, lock_path, lock_text, pair_up, pin, read_lock, recipe_digest, versions
 from dapa_merge.hub.upstream import Movement, Upstream, difference, look_at, movement, num_bytes, parts
 from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
@@ -147,11 +147,8 @@ def _compared(recipe: Recipe, place: str, lock: Lock, reporter: Reporter) -> New
 
 
 def _pairs(role: str, location: Location, locked: tuple[Upstream, ...]) -> list[tuple[str, Location, Upstream]]:
-    found = parts(location)
-    if len(found) != len(locked):
-        raise CheckpointError(f"the lock does not say what the {role} was; remove it, and run the recipe again")
-    names = [role, f"{role}'s adapter"]
-    return [(name, part, before) for name, part, before in zip(names, found, locked, strict=False)]
+    names = (role, f"{role}'s adapter")
+    return [(name, part, before) for name, (part, before) in zip(names, pair_up(location, locked), strict=False)]
 
 
 def changes(moved: Movement) -> str:
@@ -168,7 +165,7 @@ def _few(names: tuple[str, ...]) -> str:
 def story(news: News) -> list[str]:
     """What became of a recipe, in lines for people."""
     if news.place is None:
-        return ["outdated: there is no lock, so that it was never run"]
+        return ["outdated: there is no lock, which a run would have left"]
     lines = [f"{role} {moved.before}: {_fate(moved)}" for role, moved in news.movements]
     if news.recipe_changed:
         lines.append("the recipe says something else than when it was run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dapa_merge.errors import printable
+
 
 class Reporter:
     """Says nothing; the base of those who do."""
@@ -28,7 +30,7 @@ class ConsoleReporter(Reporter):
         self._console = Console(stderr=True)
 
     def say(self, message: str) -> None:
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def task(self, description: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -26,11 +26,11 @@ def read_report(path: Path) -> Report:
     """
     path = path / FILE_NAME if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"there is no {path}; `dapa-merge run` writes it into its result")
+        raise CheckpointError(f"there is no report {path}; `dapa-merge run` writes one into its result")
     content = read_json(path)
     try:
         return typing.cast(Report, _made(Report, content, FILE_NAME))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is no report that this version reads: {str(error)[:200]}") from None
 
 

@@ -102,7 +102,7 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
     """The units that a lock names.
 
     Raises:
-        RecipeError: If the recipe's models have no such units.
+        RecipeError: If the recipe's models have no such units, it names none, or others than the recipe.
     """
     try:
         choices = parse_layers(",".join(lock.units)) if lock.units else ()
@@ -110,7 +110,15 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
         raise RecipeError(
             f"the lock names {','.join(lock.units)[:80]!r}, which are no units; run without --locked"
         ) from None
-    return given_selection(replace(recipe, layers=tuple(choices)), plan) or ()
+    if not choices:
+        raise RecipeError("the lock names no units, so that nothing would be repaired; run without --locked")
+    locked = given_selection(replace(recipe, layers=tuple(choices)), plan) or ()
+    if recipe.layers is not None and set(locked) != set(given_selection(recipe, plan) or ()):
+        raise RecipeError(
+            f"{recipe.where('parameters.layers')} names other units than the lock ({','.join(lock.units)[:80]}); run "
+            f"without --locked"
+        )
+    return locked
 
 
 def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:

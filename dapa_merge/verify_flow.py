@@ -18,6 +18,7 @@ from dapa_merge.checkpoint.plan import Plan, join, sparing
 from dapa_merge.checkpoint.proving.manifest_check import check, manifest_of
 from dapa_merge.checkpoint.streams import Digests
 from dapa_merge.checkpoint.verify import Verification, verify
+from dapa_merge.checkpoint.weights import WEIGHTS
 from dapa_merge.checkpoint.writing.manifest import FILE_NAME as MANIFEST_NAME
 from dapa_merge.checkpoint.writing.manifest import Manifest, manifest_text, read_manifest
 from dapa_merge.errors import CheckpointError, UsageError
@@ -31,7 +32,6 @@ from dapa_merge.selection import fetch_units, given_selection, make_plan
 
 # So many differing keys of a settings file are named.
 MAX_KEYS = 8
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 
 
 @dataclass(frozen=True)

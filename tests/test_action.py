@@ -303,9 +303,16 @@ def test_the_failure_of_the_action_is_the_jobs(bench):
             raise StepFailed("6")
 
     contexts = {"inputs": dict.fromkeys(yaml.safe_load((ACTION / "action.yml").read_text())["inputs"], "")}
-    contexts |= {"secrets": {}, "job": {"workflow_repository": "", "workflow_sha": ""}}
+    contexts |= {"secrets": {}, "job": {"workflow_repository": "its/own", "workflow_sha": "0" * 40}}
     result = run_job(WORKFLOWS / "remerge.yml", "remerge", bench.env, uses, contexts=contexts, **bench.where)
     assert (result.exit_code, result.steps["remerge"].outcome) == (1, "failure")
+
+
+def test_a_runner_that_does_not_know_the_workflow_is_no_way_to_another_action(bench):
+    contexts = {"inputs": dict.fromkeys(yaml.safe_load((ACTION / "action.yml").read_text())["inputs"], "")}
+    contexts |= {"secrets": {}, "job": {"workflow_repository": "", "workflow_sha": ""}}
+    result = run_job(WORKFLOWS / "remerge.yml", "remerge", bench.env, bench.uses, contexts=contexts, **bench.where)
+    assert (result.exit_code, result.steps["remerge"].outcome) == (1, "skipped")
 
 
 def test_the_example_calls_the_workflow_where_it_is_set_up():

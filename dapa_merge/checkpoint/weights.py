@@ -15,6 +15,8 @@ PICKLE_NAME = "pytorch_model.bin"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Mistral AI publishes its own form of the weights, often beside the one that every program reads.
 CONSOLIDATED_NAME = "consolidated.safetensors"
+# How files end that hold weights, of whatever program.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
 # A change to a model, by peft; not a model.
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Pickles that trainers leave beside a model.

@@ -14,9 +14,11 @@ def trust(facts: CardFacts) -> Iterator[str]:
         yield "Whether it refuses anything was not measured. Treat it as the unaligned model that it was made of."
         return
     after = report.after
+    answered, most = round(after.complied * after.num_harmful), 100 * (1 - after.dsr_interval[0])
     yield (
-        f"It still answered {100 * after.complied:.1f} % of the harmful prompts that it was asked. Other prompts, "
-        f"other languages, long conversations and jailbreaks were not tested unless the table says so."
+        f"It still answered {answered} of the {after.num_harmful} harmful prompts that it was asked, and may answer up "
+        f"to {most:.0f} % of more such ones. Other prompts, other languages, long conversations and jailbreaks were "
+        f"not tested unless the table says so."
     )
     if report.dsr_change is not None and report.dsr_change.within_noise:
         yield "The change in refusals is within noise: with prompts as few as these, chance does as much."

@@ -28,8 +28,10 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
     """
     from huggingface_hub import ModelCardData
 
-    repositories = list(dict.fromkeys(parent.repository for parent in facts.parents if parent.repository))
-    languages = [one for parent in facts.parents for one in parent.languages if _LANGUAGE.fullmatch(one)]
+    # In a target's own repository, its own name would say that it was made of itself.
+    named = [parent.repository for parent in facts.parents if parent.repository and parent.repository != facts.title]
+    repositories = list(dict.fromkeys(named))
+    languages = [one for parent in facts.of_role("target") for one in parent.languages if _LANGUAGE.fullmatch(one)]
     measured = facts.report.after if facts.report else None
     data = ModelCardData(
         base_model=repositories or None,
@@ -48,7 +50,9 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 def _joined(made: dict[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
     """Ours, and what somebody wrote beside it."""
-    ours = {*made, "base_model", "base_model_relation", "model-index", "license", "license_name", "license_link"}
+    ours = {*made, "base_model", "base_model_relation", "model-index"}
+    if "license" in made:
+        ours |= {"license_name", "license_link"}
     joined = made | {key: value for key, value in kept.items() if key not in ours}
     for key in ("tags", "language"):
         before = kept.get(key)
@@ -72,14 +76,15 @@ def _results(facts: CardFacts, after: Figures) -> list[Any]:
 
     prompts, task = facts.settings["prompts"], {"task_type": facts.task, "task_name": "Text generation"}
     asked = {"dataset_type": _dataset(prompts), "dataset_name": prompts}
+    text = {"dataset_type": "text", "dataset_name": facts.settings["text"]}
     found = [
         (asked, "dsr", f"Defense success rate ({after.num_harmful} harmful prompts)", after.dsr),
         (asked, "over-refusal", f"Over-refusal ({after.num_harmless} harmless prompts)", after.over_refusal),
-        ({"dataset_type": "text", "dataset_name": after.text}, "perplexity", "Perplexity", after.perplexity),
+        (text, "perplexity", "Perplexity", after.perplexity),
     ]
     for skill in after.skills:
         about = {"dataset_type": _dataset(skill.name), "dataset_name": skill.name}
-        found.append((about, "accuracy", f"Skill {skill.name}", skill.score))
+        found.append((about, "accuracy", "Skill" if skill.name == "skill" else f"Skill {skill.name}", skill.score))
     return [
         EvalResult(**task, **about, metric_type=kind, metric_name=name, metric_value=round(value, 6))
         for about, kind, name, value in found

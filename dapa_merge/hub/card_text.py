@@ -35,8 +35,9 @@ def _summary(facts: CardFacts) -> Iterator[str]:
         return
     how = "copied from" if facts.strength == 1 else f"moved by {facts.strength:g} of the way to that of"
     yield f"This is {_model(facts, 'target')} with the {what} {how} {_model(facts, 'source')}, its aligned sibling."
+    verb = "replaced" if facts.strength == 1 else "changed"
     yield (
-        f"That replaced {100 * facts.share_changed:.2f} % of its parameters ({facts.parameters_changed:,}). Every "
+        f"That {verb} {100 * facts.share_changed:.2f} % of its parameters ({facts.parameters_changed:,}). Every "
         f"other weight, the config, the tokenizer and the chat template are the target's. Nothing was trained."
     )
     yield ""
@@ -46,7 +47,13 @@ def _summary(facts: CardFacts) -> Iterator[str]:
     )
     yield ""
     yield "It is meant to refuse harmful requests again while it keeps what the target had learned. It is **not** a"
-    yield "newly aligned model, nor proof that it is safe: how far it refuses, and what that cost, is in the table."
+    if facts.report is None or facts.report.after is None:
+        yield "newly aligned model, nor proof that it is safe: nobody measured how far it refuses, and what that cost."
+    else:
+        yield "newly aligned model, nor proof that it is safe: how far it refuses, and what that cost, is in the table."
+    if any(parent.repository is None for parent in facts.parents):
+        yield ""
+        yield "What it was made of is not public as far as this page knows, so that only its author can check it."
 
 
 def _figures(facts: CardFacts) -> Iterator[str]:
@@ -69,14 +76,22 @@ def _figures(facts: CardFacts) -> Iterator[str]:
     yield ""
     for label, fact in change_lines(report):
         yield f"- {label}: {fact}"
+    if report.before is not None and report.after is not None:
+        for had, has in zip(report.before.skills, report.after.skills, strict=False):
+            yield f"- skill {had.name}: {had.score:.3f} -> {has.score:.3f}"
     asked = f"`{facts.settings['prompts']}`"
     if report.searched is not None:
         yield f"- Prompts: {asked}, of which these were kept out of the search."
     else:
-        yield f"- Prompts: {asked}. The layers were given, and not searched for in this run."
+        yield f"- Prompts: {asked}."
     if math.isfinite(measured[1].perplexity):
         yield f"- Perplexity is that of {facts.settings['text']}."
-    yield "- Intervals are of 95 % (Wilson), for more prompts like these; p-values are McNemar's, exact."
+    yield "- Intervals are those of this model's figures, of 95 % (Wilson), for more prompts like these; p-values are"
+    yield "  McNemar's, exact."
+    yield ""
+    yield "DSR, the defense success rate, is the share of harmful requests that are refused; over-refusal that of"
+    yield "harmless ones. A degenerate response is empty, a loop or noise, and no defense. A gate is the `gate_proj`"
+    yield "matrix of a layer's MLP. A skill is the share of questions that are answered rightly."
     yield from _pictures(facts)
 
 
@@ -93,7 +108,8 @@ def _layers(facts: CardFacts) -> Iterator[str]:
     yield f"Transplanted: {spans(facts.units)}."
     report = facts.report
     if report is None or report.one_minimal is None:
-        yield "They were named in the recipe, or found by a search that this card knows nothing of."
+        found = "the recipe, or its lock, named them"
+        yield f"This run did not search for them: {found}."
         return
     yield (
         f"A search by delta debugging asked {report.tests} of 2^{report.num_candidates} selections whether they meet "
@@ -145,8 +161,9 @@ def _parents(facts: CardFacts) -> Iterator[str]:
 def _reproduction(facts: CardFacts) -> Iterator[str]:
     yield "## Reproduce"
     yield ""
-    yield "This recipe names the layers and the commits, and needs no search (`dapa-merge run recipe.yml out/`, or"
-    yield "`mergekit-yaml recipe.yml out/` with dapa-merge installed):"
+    yield "This recipe names the layers and needs no search (`dapa-merge run recipe.yml out/`, or `mergekit-yaml"
+    yield "recipe.yml out/` with dapa-merge installed). The weights come out bit for bit; figures differ a little,"
+    yield "since all prompts are asked where there is no search:"
     yield ""
     yield "```yaml"
     yield facts.recipe.rstrip()
@@ -168,7 +185,8 @@ def _verification(facts: CardFacts) -> Iterator[str]:
     yield "```sh"
     name = facts.title if "/" in facts.title else "THIS_REPOSITORY"
     yield f"hf download {name} --local-dir model"
-    yield f"dapa-merge verify model --target {target} --source {source}"
+    yield f"dapa-merge verify model --target {target} \\"
+    yield f"  --source {source}"
     if facts.has_manifest:
         yield "dapa-merge verify model --files-only    # against the SHA-256s in dapa.json; needs neither"
     yield "```"
@@ -177,7 +195,7 @@ def _verification(facts: CardFacts) -> Iterator[str]:
 def _use(facts: CardFacts) -> Iterator[str]:
     yield "## Intended use, limits and misuse"
     yield ""
-    yield f"For whatever the target is meant for ({_model(facts, 'target')}), where its lost refusals matter."
+    yield f"Use it as you would use {_model(facts, 'target')}."
     yield ""
     yield from (f"- {line}" for line in trust(facts))
     yield from (f"- {line}" for line in misuse())
@@ -187,11 +205,11 @@ def _licence(facts: CardFacts) -> Iterator[str]:
     yield "## Licence"
     yield ""
     if facts.licence is None:
-        yield "Not stated here, since not every model that it was made of states one; see the table above. The terms of"
-        yield "all of them apply."
+        yield "Not stated here, since not every model that it was made of states one that could be read; see the table"
+        yield "above. The terms of all of them apply."
     else:
         name = f"[{facts.licence}]({facts.licence.link})" if facts.licence.link else str(facts.licence)
-        yield f"{name}. The terms of both models that it was made of apply."
+        yield f"{name}. The terms of all models that it was made of apply."
 
 
 def _model(facts: CardFacts, role: str) -> str:
@@ -201,19 +219,16 @@ def _model(facts: CardFacts, role: str) -> str:
 
 def _places(facts: CardFacts, role: str) -> str:
     """The same for a command line."""
-    return "+".join(_place(parent) for parent in facts.of_role(role))
+    return "+".join(
+        parent.place or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
+        for parent in facts.of_role(role)
+    )
 
 
 def _link(parent: Parent) -> str:
     if parent.repository is None:
         return f"`{parent.name}` (a folder)"
     return f"[{parent.repository}]({PAGES}/{parent.repository})"
-
-
-def _place(parent: Parent) -> str:
-    if parent.repository is None:
-        return parent.role.upper()
-    return f"{parent.repository}@{parent.commit}" if parent.commit else parent.repository
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> Iterator[str]:

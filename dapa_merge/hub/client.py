@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.errors import DapaError, HubError, UsageError, one_line
 
 T = TypeVar("T")
 
@@ -44,24 +45,32 @@ def check_id(repository: str) -> str:
     Raises:
         UsageError: If it is none.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError:
-        raise UsageError(f"{repository!r} is no id of a repository; write namespace/name") from None
+    if not is_id(repository):
+        raise UsageError(f"{repository!r} is no id of a repository; write namespace/name")
     if "/" not in repository:
         raise UsageError(f"{repository!r} lacks its namespace; write namespace/name, as in you/{repository}")
     return repository
 
 
-def ask(what: str, call: Callable[[], T]) -> T:
+def is_id(text: str) -> bool:
+    """Whether a text may be the id of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None] = lambda _: None) -> T:
     """What a function of huggingface_hub answers, asked again after faults that pass.
 
     Args:
         what: What is asked for, to go behind "cannot".
         call: Asks once; it must do no harm to ask again.
+        settle: Called with each fault; what it gives, if it is not None, is the answer all the same.
 
     Raises:
         HubError: If the Hub says no, or does not answer.
@@ -69,11 +78,40 @@ def ask(what: str, call: Callable[[], T]) -> T:
     for attempt, wait in enumerate((*WAITS, None)):
         try:
             return call()
+        except DapaError:
+            raise
         except Exception as error:
+            if (answer := settle(error)) is not None:
+                return answer
             if wait is None or not passes(error) or (attempt > 0 and _is_out_of_reach(error)):
                 raise fault(what, error) from error
             time.sleep(max(wait, _asked_to_wait(error)))
     raise AssertionError("the last attempt returns or raises")
+
+
+def find(repository: str, revision: str | None = None, *, files: bool = False) -> Any:
+    """What the Hub says of a repository that may not be there; None if it is not, or the token may not see it.
+
+    Args:
+        repository: Its id.
+        revision: A branch, tag or commit; None for the default branch.
+        files: Whether to tell sizes and checksums of its files.
+
+    Raises:
+        HubError: If the token is not accepted, or the Hub does not answer.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def call() -> Any:
+        try:
+            return api().model_info(repository, revision=revision, files_metadata=files)
+        except RepositoryNotFoundError as error:
+            if status_of(error) == 401 and _token() is not None:
+                # Said of the token: it is not accepted, not even for what is public.
+                raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
+            return None
+
+    return ask(f"look at {repository}", call)
 
 
 def cause_of(error: Exception) -> Exception:
@@ -100,8 +138,6 @@ def fault(what: str, error: Exception) -> HubError:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     error = cause_of(error)
-    if isinstance(error, HubError):
-        return error
     status, said = status_of(error), _said(error)
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
         return HubError(f"cannot {what}: the Hub does not accept the token{said}; {LOG_IN}")
@@ -111,6 +147,11 @@ def fault(what: str, error: Exception) -> HubError:
         return HubError(f"cannot {what}: there is no such repository, or the token may not see it{said}")
     if status == 412:
         return Moved(f"cannot {what}: somebody else committed meanwhile{said}; look at it, and run the command again")
+    if isinstance(error, ValueError) and "metadata" in str(error):
+        # Of several lines, of which only the others say what.
+        return HubError(f"cannot {what}: the Hub's rules refuse the card: {' '.join(str(error).split())[:400]}")
+    if isinstance(error, (KeyError, TypeError, AttributeError, ValueError)) and status is None:
+        return HubError(f"cannot {what}: the Hub's answer makes no sense ({_without_token(one_line(error))})")
     if passes(error):
         why = f"it answers {status}" if status else one_line(error)
         return HubError(f"cannot {what}: the Hub does not do it now ({_without_token(why)}); run the command again")
@@ -162,4 +203,8 @@ def _asked_to_wait(error: Exception) -> float:
     """The seconds that the answer asks to wait, at most a minute."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = str(headers.get("Retry-After", ""))
-    return min(float(value), MAX_WAIT) if value.isdecimal() else 0.0
+    if not value.isdecimal():
+        # The Hub's own: how many requests are left, and the seconds until there are more.
+        left = re.search(r"\bt=(\d+)", str(headers.get("RateLimit", "")))
+        value = left.group(1) if left and status_of(error) == 429 else "0"
+    return min(float(value), MAX_WAIT)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,17 @@ def lock_path(recipe: Path) -> Path:
 
 def recipe_digest(recipe: Recipe) -> str:
     """The SHA-256 of what a recipe says; comments and the order of keys do not count."""
-    said = {name: value for name, value in asdict(recipe).items() if not name.startswith("_")}
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    # A parameter that another version adds does not change what was said without it.
+    said = {
+        item.name: value
+        for item in fields(recipe)
+        if not item.name.startswith("_") and (value := getattr(recipe, item.name)) != item.default
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=_as_plain).encode()).hexdigest()
+
+
+def _as_plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def versions() -> dict[str, str]:
@@ -89,10 +98,9 @@ def pin(recipe: Recipe, lock: Lock) -> Recipe:
 
 
 def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
-    if len(locked) != len(parts(location)):
-        raise RecipeError(f"the lock does not say what {location} was; run the recipe without --locked")
+    pair_up(location, locked)
     first, *rest = (
-        replace(part, adapter=None, revision=upstream.commit or part.revision)
+        replace(part, revision=upstream.commit or part.revision)
         for part, upstream in zip(parts(location), locked, strict=True)
     )
     return replace(first, adapter=rest[0]) if rest else first
@@ -106,9 +114,21 @@ def check_lock(lock: Lock, plan: Plan) -> None:
     """
     for checkpoint, locked in ((plan.target, lock.target), (plan.source, lock.source)):
         opened = checkpoint.merged_from or (checkpoint.commit,)
-        for commit, upstream in zip(opened, locked, strict=False):
+        for commit, upstream in zip(opened, locked, strict=True):
             if commit != upstream.commit:
                 raise HubError(f"{upstream} moved to {commit} while it was opened; run the command again")
+
+
+def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
+    """A model, and its adapter if it has one, with what they were.
+
+    Raises:
+        CheckpointError: If the lock is of other models, as after an edit.
+    """
+    found = parts(location)
+    if [(part.path, part.revision) for part in found] != [(one.model, one.revision) for one in locked]:
+        raise CheckpointError(f"the lock does not say what {location} was; remove it, and run the recipe again")
+    return list(zip(found, locked, strict=True))
 
 
 def lock_text(lock: Lock) -> str:

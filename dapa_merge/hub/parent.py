@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from dapa_merge.checkpoint.untrusted import read_regular
 from dapa_merge.checkpoint.writing.manifest import CARD_NAME
-from dapa_merge.hub.client import api, ask
+from dapa_merge.hub.client import api, ask, is_id
 from dapa_merge.hub.licence import Licence, licence_in
 from dapa_merge.recipe import Location
 
@@ -43,6 +44,13 @@ class Parent:
     languages: tuple[str, ...]
     task: str | None
 
+    @property
+    def place(self) -> str | None:
+        """Where anybody finds it; None for a folder."""
+        if self.repository is None:
+            return None
+        return f"{self.repository}@{self.commit}" if self.commit else self.repository
+
 
 def describe_parent(role: str, location: Location) -> Parent:
     """A parent from its location, whose revision is the commit if it is on the Hub.
@@ -54,7 +62,7 @@ def describe_parent(role: str, location: Location) -> Parent:
         folder = Path(location.path)
         metadata, place = metadata_of(_read(folder / CARD_NAME)), ""
         name, repository, commit = folder.resolve().name, None, None
-    elif not _may_be_id(location.path):
+    elif not is_id(location.path):
         # A folder that is gone.
         name, repository, commit, metadata, place = Path(location.path).name, None, None, {}, ""
     else:
@@ -63,6 +71,7 @@ def describe_parent(role: str, location: Location) -> Parent:
         metadata = metadata_of(text)
         place = f"{PAGES}/{repository}/blob/main"
     task = metadata.get("pipeline_tag")
+    task = task if isinstance(task, str) and re.fullmatch(r"[a-z0-9-]{3,40}", task) else None
     return Parent(
         role,
         name,
@@ -70,7 +79,7 @@ def describe_parent(role: str, location: Location) -> Parent:
         commit,
         licence_in(metadata, place),
         _languages(metadata.get("language")),
-        task if isinstance(task, str) else None,
+        task,
     )
 
 
@@ -91,17 +100,6 @@ def split_card(card: str) -> tuple[str, str]:
         return "", text
     head, end, body = text[4:].partition("\n---\n")
     return (head, body) if end else ("", text)
-
-
-def _may_be_id(path: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(path)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _read(path: Path) -> str:

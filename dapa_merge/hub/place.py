@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from dapa_merge.checkpoint.weights import WEIGHTS
 from dapa_merge.errors import HubError, UsageError
-from dapa_merge.hub.client import LOG_IN, api, ask, status_of
+from dapa_merge.hub.client import api, ask, find
 
 MAIN = "main"
-# By this file a repository is known as one that dapa-merge published.
-OURS = "dapa.json"
-WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+# By one of these, or its card's tag, a model is known as one that dapa-merge published.
+OURS = ("dapa.json", "recipe.lock.yml")
 
 
 @dataclass(frozen=True)
@@ -44,46 +46,64 @@ class Head:
     files: Mapping[str, Any] = field(repr=False)
 
 
-def check_place(place: Place) -> Any:
+def check_options(place: Place) -> None:
+    """Raise `UsageError` if what is asked contradicts itself; asks nobody."""
+    for option, value in (("--revision", place.branch), ("--tag", place.tag)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} is empty; leave it out, or name one")
+        if value is not None and place.create_pr:
+            raise UsageError(
+                f"--create-pr offers a change to the default branch and has no use for {option}; leave out one"
+            )
+
+
+def check_place(place: Place) -> bool:
     """Look at a repository before anything costly is done for it.
 
     Returns:
-        What the Hub says of it; None if it is not there.
+        Whether it is there.
 
     Raises:
         UsageError: If it is there and public, but should be private; if options contradict each other.
         HubError: If it holds another model, the token may not write there, or the Hub does not answer.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    if place.create_pr and (place.branch or place.tag):
-        what = "--revision" if place.branch else "--tag"
-        raise UsageError(f"--create-pr offers a change to the default branch and has no use for {what}; leave out one")
-
-    def found() -> Any:
-        try:
-            return api().model_info(place.repository)
-        except RepositoryNotFoundError as error:
-            # With a token, 401 is said of the token: it is not accepted, not even for what is public.
-            if status_of(error) == 401:
-                raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
-            return None
-
-    info = ask(f"look at {place.repository}", found)
+    check_options(place)
+    info = find(place.repository)
     if info is None:
-        return None
+        return False
     if place.private and not info.private:
         raise UsageError(f"{place.repository} exists and is public; leave out --private, or name another repository")
-    if not place.create_pr and not place.replaces:
-        _refuse_other_model(place.repository, {file.rfilename for file in info.siblings or ()})
-    return info
+    if not place.create_pr:
+        _check_right(place.repository)
+        if place.branch in (None, MAIN):
+            refuse_other_model(place, info)
+    return True
 
 
-def _refuse_other_model(repository: str, names: set[str]) -> None:
-    if OURS not in names and any(name.endswith(WEIGHTS) for name in names):
+def _check_right(repository: str) -> None:
+    """Whether the token may write, where huggingface_hub knows how to ask."""
+    if "write" in inspect.signature(api().auth_check).parameters:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        def check() -> bool:
+            # A Hub that does not know the question says so by 404.
+            with suppress(EntryNotFoundError):
+                api().auth_check(repository, write=True)
+            return True
+
+        ask(f"write to {repository}", check)
+
+
+def refuse_other_model(place: Place, info: Any) -> None:
+    """Raise `HubError` if a branch holds a model that dapa-merge did not publish, unless it may be replaced."""
+    if place.create_pr or place.replaces:
+        return
+    names = {file.rfilename for file in info.siblings or ()}
+    tags = getattr(info.card_data, "tags", None) or ()
+    if any(name.endswith(WEIGHTS) for name in names) and not names & set(OURS) and "dapa" not in tags:
         raise HubError(
-            f"{repository} exists and holds a model that dapa-merge did not publish; name another repository, offer a "
-            f"pull request with --create-pr, or replace it with --replace"
+            f"{place.repository} exists and holds a model that dapa-merge did not publish; name another repository, "
+            f"offer a pull request with --create-pr, or replace it with --replace"
         )
 
 

@@ -16,7 +16,7 @@ from dapa_merge.checkpoint.header import read_index
 from dapa_merge.checkpoint.streams import hash_file
 from dapa_merge.checkpoint.weights import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights
 from dapa_merge.errors import CheckpointError, HubError
-from dapa_merge.hub.client import api, ask
+from dapa_merge.hub.client import api, ask, is_id
 from dapa_merge.recipe import Location
 
 Progress = Callable[[int], None]
@@ -164,7 +164,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
 def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
     """Which of a model's files decide what a repair of it is: weights, config, tokenizer and chat templates."""
     top = [name for name in names if "/" not in name]
-    chosen = {name for name in top if is_settings(name)}
+    chosen = {name for name in top if _decides(name)}
     chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}
     if ADAPTER_CONFIG_NAME in top:
         return sorted(chosen | {name for name in ADAPTER_NAMES if name in top})
@@ -176,6 +176,17 @@ def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) ->
     return sorted(chosen | {layout.index, *shards})
 
 
+def _decides(name: str) -> bool:
+    """Whether a file is config, tokenizer or code; of plain texts, only vocabularies are."""
+    if name.endswith(".txt"):
+        return name.startswith(("vocab", "merges"))
+    return is_settings(name) or name.endswith(".py")
+
+
 def _info(location: Location, *, files: bool) -> Any:
+    if not is_id(location.path):
+        raise CheckpointError(
+            f"{location.path} is no folder here and no id on the Hub; relative paths start at the folder you are in"
+        )
     what = f"ask the Hub about {location}"
     return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))

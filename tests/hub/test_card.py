@@ -16,9 +16,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from dapa_merge.card_flow import BEGIN, END, without_paths
+from dapa_merge.hub.card_file import BEGIN, END
 from dapa_merge.hub.parent import metadata_of, split_card
 from dapa_merge.recipe_file import parse_recipe
+from dapa_merge.shown_paths import without_paths
 
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
@@ -128,8 +129,8 @@ def test_what_somebody_wrote_around_and_into_it_stays(repaired):
     metadata["tags"] = [*metadata["tags"], "spanish"]
     (repaired / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\nAbove.\n{body}Below.\n")
     again = make_card(repaired)
-    assert again.split("---\n", 2)[2].startswith("Above.\n")
-    assert again.endswith(f"{END}\nBelow.\n")
+    assert again.split("---\n", 2)[2].startswith("\nAbove.\n")
+    assert again.endswith(f"{END}\n\nBelow.\n")
     kept = metadata_of(again)
     assert (kept["datasets"], kept["license"], kept["language"]) == (["a/b"], "mit", ["es"])
     assert kept["tags"] == ["mergekit", "merge", "dapa", "spanish"]

@@ -165,6 +165,37 @@ def test_a_damaged_lock_is_told(locked, what):
     assert ran.stderr.count("\n") == 1
 
 
+EDITS = {
+    "another model": ({"target": {"model": "bob/evil"}}, 4, "does not say what"),
+    "a forged line": ({"source": {"model": "x\n::warning::y"}}, 4, "does not say what"),
+    "other units": ({"selection": "2.gate"}, 2, "names other units than the lock"),
+    "no units": ({"selection": ""}, 2, "names no units"),
+    "no such units": ({"selection": "9.gate"}, 2, "outside the target"),
+    "nonsense": ({"selection": "gates"}, 2, "are no units"),
+}
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_a_lock_that_somebody_edited_is_not_followed(locked, tmp_path, what):
+    edit, code, said = EDITS[what]
+    content = yaml.safe_load(lock_path(locked).read_text())
+    for key, value in edit.items():
+        content[key] = [{**content[key][0], **value}] if isinstance(value, dict) else value
+    lock_path(locked).write_text(yaml.safe_dump(content))
+    ran = call("run", locked, tmp_path / "again", "--no-evaluate", "--locked")
+    assert ran.exit_code == code, ran.output
+    assert said in ran.stderr
+    assert "::warning::" not in [line[:11] for line in ran.output.splitlines()]
+    assert not (tmp_path / "again").exists()
+
+
+def test_code_counts_and_notes_do_not(locked, local_pair):
+    (local_pair[0] / "requirements.txt").write_text("torch\n")
+    outdated(locked, code=0)
+    (local_pair[0] / "modeling_x.py").write_text("pass\n")
+    assert outdated(locked, code=10)["models"][0]["added"] == ["modeling_x.py"]
+
+
 @pytest.fixture
 def hub_recipe(pair, result, tmp_path) -> Path:
     """A recipe for that pair in the hub, which was run."""
@@ -251,7 +282,9 @@ def test_a_revision_that_moves_between_lock_and_opening_is_told(hub, pair, write
 
 def test_what_is_published_says_whether_it_is_outdated(hub, hub_recipe, pair, new_id, result):
     name = new_id("repaired")
-    assert outdated(hub_recipe, "--published", name, code=10)["lock"] is None
+    ran = call("outdated", hub_recipe, "--published", name)
+    assert ran.exit_code == 5
+    assert "there is no repository" in ran.stderr
     hub.api.create_repo(name)
     assert outdated(hub_recipe, "--published", name, code=10)["lock"] is None
     assert call("push", result, name, "--create-pr").exit_code == 0

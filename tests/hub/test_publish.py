@@ -36,7 +36,7 @@ def test_what_is_published_is_the_folder_in_one_commit(any_hub, new_id, result, 
     name = new_id("repaired")
     published = push(result, name, "--private", "--tag", "v1")
     assert published["changed"]
-    assert published["tagged"]
+    assert published["tag"] == "v1"
     info = any_hub.api.model_info(name)
     assert info.sha == published["commit"]
     assert info.private
@@ -48,7 +48,7 @@ def test_what_is_published_is_the_folder_in_one_commit(any_hub, new_id, result, 
     assert len(any_hub.api.list_repo_commits(name)) == 2
     again = push(result, name, "--private", "--tag", "v1")
     assert not again["changed"]
-    assert not again["tagged"]
+    assert not again["tag"]
     assert again["commit"] == published["commit"]
     assert len(any_hub.api.list_repo_commits(name)) == 2
 
@@ -86,14 +86,14 @@ def test_where_the_hub_copies_nothing_everything_is_sent(hub, new_id, result, ho
 def test_only_what_changed_is_sent_and_what_is_stale_goes(any_hub, new_id, result, tmp_path):
     name = new_id("repaired")
     push(result, name)
-    stale = {"pytorch_model.bin": b"old", "old/config.json": b"{}", "LICENSE": b"ours", "images/us.png": b"\x89PNG"}
+    stale = {"pytorch_model.bin": b"old", "old/notes.md": b"# Ours", "LICENSE": b"ours", "images/us.png": b"\x89PNG"}
     operations = [CommitOperationAdd(path, content) for path, content in stale.items()]
     any_hub.api.create_commit(name, operations, commit_message="more")
     (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
     published = push(result, name)
     assert published["written"] == ["README.md"]
-    assert published["deleted"] == ["old/config.json", "pytorch_model.bin"]
-    assert published["kept"] == ["LICENSE", "images/us.png"]
+    assert published["deleted"] == ["pytorch_model.bin"]
+    assert published["kept"] == ["LICENSE", "images/us.png", "old/notes.md"]
     downloaded = snapshot_download(name, local_dir=tmp_path / "downloaded")
     assert call("verify", downloaded, "--files-only").exit_code == 0
     assert (Path(downloaded) / "README.md").read_text().endswith("\nMine.\n")
@@ -109,8 +109,10 @@ def test_a_pull_request_is_opened_once(hub, new_id, result, pair):
     assert not again["changed"]
     assert len(hub.store.repositories[pair[0]].pull_requests) == 1
     assert hub.store.repositories[pair[0]].branches["main"] == before
-    # A stranger's is none of ours.
+    # Whoever opened it, it offers the same.
     hub.store.repositories[pair[0]].pull_requests[1].author = "bob"
+    assert not push(result, pair[0], "--create-pr")["changed"]
+    (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
     assert push(result, pair[0], "--create-pr")["pull_request"].endswith("/discussions/2")
 
 

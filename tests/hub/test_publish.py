@@ -210,13 +210,13 @@ def test_what_is_no_result_is_told(hub, new_id, llama_pair, tmp_path):
     assert refused(tmp_path / "nothing", new_id("repaired"))[0] in (2, 4)
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/batch", "/commit/", "/tree/"])
 def test_passing_faults_pass(hub, new_id, result, path, status):
     name = new_id("repaired")
-    rule = hub.faults.add(path=path, status=status, times=2, headers={"Retry-After": "0"})
+    rule = hub.faults.add(path=path, status=status, times=1, headers={"Retry-After": "0"})
     push(result, name)
-    assert rule.hits == 2
+    assert rule.hits == 1
     assert len(hub.store.repositories[name].seen()) == 2
 
 

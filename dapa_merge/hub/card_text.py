@@ -35,10 +35,11 @@ def _summary(facts: CardFacts) -> Iterator[str]:
         return
     how = "copied from" if facts.strength == 1 else f"moved by {facts.strength:g} of the way to that of"
     yield f"This is {_model(facts, 'target')} with the {what} {how} {_model(facts, 'source')}, its aligned sibling."
-    verb = "replaced" if facts.strength == 1 else "changed"
+    verb, by_mergekit = "replaced" if facts.strength == 1 else "changed", facts.made_by == "mergekit"
     yield (
         f"That {verb} {100 * facts.share_changed:.2f} % of its parameters ({facts.parameters_changed:,}). Every "
-        f"other weight, the config, the tokenizer and the chat template are the target's. Nothing was trained."
+        f"other weight is the target's{'' if by_mergekit else ', as are config, tokenizer and chat template'}. "
+        f"Nothing was trained."
     )
     yield ""
     yield (
@@ -78,7 +79,8 @@ def _figures(facts: CardFacts) -> Iterator[str]:
         yield f"- {label}: {fact}"
     if report.before is not None and report.after is not None:
         for had, has in zip(report.before.skills, report.after.skills, strict=False):
-            yield f"- skill {had.name}: {had.score:.3f} -> {has.score:.3f}"
+            name = "skill" if had.name == "skill" else f"skill {had.name}"
+            yield f"- {name}: {had.score:.3f} -> {has.score:.3f}"
     asked = f"`{facts.settings['prompts']}`"
     if report.searched is not None:
         yield f"- Prompts: {asked}, of which these were kept out of the search."

@@ -24,10 +24,10 @@ from dapa_merge.hub.client import find, is_id
 from dapa_merge.hub.licence import Licence, inherited, licence_in
 from dapa_merge.hub.lock import FILE_NAME as LOCK_NAME
 from dapa_merge.hub.parent import MAX_CARD_BYTES, Parent, describe_parent
-from dapa_merge.hub.upstream import parts
+from dapa_merge.hub.upstream import named_parts
 from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Location, Recipe, parse_location
+from dapa_merge.recipe import Location, Recipe
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import FILE_NAME as REPORT_NAME
 from dapa_merge.report import Report
@@ -35,7 +35,7 @@ from dapa_merge.report_file import read_report
 from dapa_merge.run import RECIPE_NAME
 from dapa_merge.selection import make_plan
 from dapa_merge.shown_paths import without_paths
-from dapa_merge.verify_flow import verify_result
+from dapa_merge.verify_flow import Check, location_option, verify_result
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,16 @@ def write_card(
     before = existing_card(out)
     if before.is_anothers and not replace_other:
         raise UsageError(f"{out / CARD_NAME} was not written by dapa-merge; move it away, or add --replace-card")
-    settled = settle(out, options or CardOptions(), before, reporter)
-    text = render_card(
-        card_facts(out, reporter, settled), CardFile() if before.is_anothers else before, settled.to_said()
-    )
+    options = options or CardOptions()
+    settled = settle(options, before)
+    check: Check | None = None
+    if options.target or options.source:
+        check = verify_result(out, None, reporter, target=settled.target, source=settled.source)
+        if check.faults:
+            named = " and ".join(str(place) for place in (settled.target, settled.source) if place)
+            raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
+    facts = card_facts(out, reporter, settled, check)
+    text = render_card(facts, CardFile() if before.is_anothers else before, settled.to_said())
     replace_file(out / CARD_NAME, text.encode())
     return out / CARD_NAME
 
@@ -110,33 +116,21 @@ def existing_card(out: Path) -> CardFile:
     return card
 
 
-def settle(
-    out: Path, options: CardOptions, before: CardFile, reporter: Reporter, *, is_proved: bool = False
-) -> CardOptions:
-    """What a user says now, or said before, with models at commits, and proved to be those that a result was made of.
-
-    Args:
-        out: The result.
-        options: What is said now.
-        before: The card that it has.
-        reporter: Hears of the steps.
-        is_proved: Whether the result will be compared with these models by the caller.
+def settle(options: CardOptions, before: CardFile) -> CardOptions:
+    """What a user says now, with models at the commits that they have now, and what was said before of the rest.
 
     Raises:
-        CheckpointError: If it was not made of a model that is named now.
+        UsageError: If the card names a model that is none.
     """
-    target, source = (place and _pinned(place) for place in (options.target, options.source))
-    named = " and ".join(str(place) for place in (target, source) if place)
-    if named and not is_proved:
-        check = verify_result(out, None, reporter, target=target, source=source)
-        if check.faults:
-            raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
-    said = {name: parse_location(before.said[name]) for name in ("target", "source") if name in before.said}
+
+    def place(now: Location | None, name: str) -> Location | None:
+        return _pinned(now) if now else location_option(before.said.get(name), f"the {name} in the card")
+
     return CardOptions(
         title=options.title or before.said.get("title"),
         licence=options.licence or licence_in(before.said, ""),
-        target=target or said.get("target"),
-        source=source or said.get("source"),
+        target=place(options.target, "target"),
+        source=place(options.source, "source"),
     )
 
 
@@ -147,8 +141,14 @@ def _pinned(location: Location) -> Location:
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
-def card_facts(out: Path, reporter: Reporter, options: CardOptions) -> CardFacts:
+def card_facts(out: Path, reporter: Reporter, options: CardOptions, check: Check | None = None) -> CardFacts:
     """What there is to say of a result.
+
+    Args:
+        out: The result.
+        reporter: Hears of the steps.
+        options: What the user says about it.
+        check: What a comparison with its models gave, if there was one.
 
     Raises:
         DapaError: As `write_card` does.
@@ -156,7 +156,7 @@ def card_facts(out: Path, reporter: Reporter, options: CardOptions) -> CardFacts
     recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
-    units, share, number = _transplanted(out, report, recipe, reporter)
+    units, share, number = _transplanted(out, report, recipe, reporter, check)
     parents = parents_of(recipe, options)
     return CardFacts(
         title=options.title or out.resolve().name,
@@ -193,13 +193,14 @@ def require_result(out: Path) -> Path:
 
 
 def _transplanted(
-    out: Path, report: Report | None, recipe: Recipe, reporter: Reporter
+    out: Path, report: Report | None, recipe: Recipe, reporter: Reporter, check: Check | None
 ) -> tuple[Sequence[str], float, int]:
     """The units of a result, the share of its parameters that they are, and how many."""
     if report is not None:
         return report.units, report.share_changed, report.parameters_changed
-    reporter.say(f"{out} has no {REPORT_NAME}; comparing it with its models")
-    check = verify_result(out, None, reporter)
+    if check is None:
+        reporter.say(f"{out} has no {REPORT_NAME}; comparing it with its models")
+        check = verify_result(out, None, reporter)
     if check.faults or check.verification is None:
         raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
     plan = make_plan(recipe)
@@ -210,11 +211,7 @@ def _transplanted(
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
     """What a recipe's result is made of, the target first, each with what its own card says."""
     places = (("target", options.target or recipe.target), ("source", options.source or recipe.source))
-    return [
-        describe_parent(role if index == 0 else f"{role}'s adapter", part)
-        for role, location in places
-        for index, part in enumerate(parts(location))
-    ]
+    return [describe_parent(name, part) for role, location in places for name, part in named_parts(role, location)]
 
 
 def _task(out: Path) -> str:

@@ -91,9 +91,7 @@ def refuse_place_options() -> None:
             raise UsageError(f"--{name.replace('_', '-')} is for publishing; name a repository with --push")
 
 
-def push_options(
-    repository: str, place: dict[str, Any], card: CardOptions, message: str | None = None, *, is_proved: bool = False
-) -> PushOptions:
+def push_options(repository: str, place: dict[str, Any], card: CardOptions, message: str | None = None) -> PushOptions:
     """What the options of a push ask for.
 
     Raises:
@@ -111,7 +109,7 @@ def push_options(
         tag=place["tag"],
         replaces=place["replace"],
     )
-    return PushOptions(where, replace(card, title=repository), message, is_proved)
+    return PushOptions(where, replace(card, title=repository), message)
 
 
 @contextmanager

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dapa_merge.evaluate.figures import Figures
 
 Row = tuple[str, list[str]]
+# What the skill of a prompt set is called.
+SKILL = "skill"
 
 
 def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
@@ -62,6 +64,11 @@ def category_rows(columns: Sequence[Figures]) -> list[Row]:
         refused = [f"{column.categories[index].num_refused}/{one.num_prompts}" for column in columns]
         rows.append((f"{one.kind}, {one.category}", refused))
     return rows
+
+
+def skill_label(name: str) -> str:
+    """What to call a skill; the one of a prompt set has no name of its own."""
+    return name if name == SKILL else f"{SKILL} {name}"
 
 
 def span(interval: tuple[float, float]) -> str:

@@ -91,10 +91,10 @@ def _lock(recipe: Recipe, reporter: Reporter) -> Lock | None:
 
 def _describe(out: Path, how: FollowOptions, reporter: Reporter) -> None:
     """Give the result its card; where that cannot be, it is a result all the same."""
-    from dapa_merge.card_flow import CardOptions, write_card
+    from dapa_merge.card_flow import write_card
 
     try:
-        write_card(out, reporter, how.card or CardOptions())
+        write_card(out, reporter, how.card)
     except DapaError as error:
         reporter.say(f"no card yet: {error}; `dapa-merge card {out}` writes it")
 

@@ -9,11 +9,9 @@ from typing import Any
 
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.figures import Figures
+from dapa_merge.figures_view import SKILL, skill_label
 from dapa_merge.report import Report
 from dapa_merge.shown_paths import without_paths
-
-# What the one skill of a packaged prompt set is called.
-ANY = "skill"
 
 
 @dataclass(frozen=True)
@@ -126,25 +124,21 @@ def _perplexity(report: Report, limits: Limits) -> Iterator[Verdict]:
 def _skills(report: Report, limits: Limits) -> Iterator[Verdict]:
     skills = {skill.name: skill for skill in report.after.skills} if report.after else {}
     for name, floor in limits.min_skills:
-        for one in [name] if name is not None else list(skills) or [ANY]:
+        for one in [name] if name is not None else list(skills) or [SKILL]:
             skill = skills.get(one)
             has_interval = skill is not None and limits.confident and skill.interval is not None
             worse = " (lower end of its 95 % interval)" if has_interval else ""
             value = None if skill is None else skill.interval[0] if has_interval and skill.interval else skill.score
-            yield Verdict(f"{_label(one)}{worse}", value, floor, True)
+            yield Verdict(f"{skill_label(one)}{worse}", value, floor, True)
     if limits.min_skill_kept is not None:
         before = {skill.name: skill.score for skill in report.before.skills} if report.before else {}
         if not skills:
-            yield Verdict(f"{_label(ANY)}, to the target's", None, limits.min_skill_kept, True)
+            yield Verdict(f"{skill_label(SKILL)}, to the target's", None, limits.min_skill_kept, True)
         for one, skill in skills.items():
             had = before.get(one)
             # Where the target had none, none was lost.
             kept = None if had is None else skill.score / had if had else 1.0
-            yield Verdict(f"{_label(one)}, to the target's", kept, limits.min_skill_kept, True)
-
-
-def _label(skill: str) -> str:
-    return "skill" if skill == ANY else f"skill {skill}"
+            yield Verdict(f"{skill_label(one)}, to the target's", kept, limits.min_skill_kept, True)
 
 
 def parse_skill(value: str) -> tuple[str | None, float]:

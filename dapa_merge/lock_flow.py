@@ -10,7 +10,7 @@ from typing import Any
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
 from dapa_merge.hub import published
 from dapa_merge.hub.lock import Lock, lock_path, lock_text, pair_up, pin, read_lock, recipe_digest, versions
-from dapa_merge.hub.upstream import Movement, Upstream, difference, look_at, movement, num_bytes, parts
+from dapa_merge.hub.upstream import Movement, Upstream, difference, look_at, movement, named_parts, num_bytes, parts
 from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
@@ -147,8 +147,8 @@ def _compared(recipe: Recipe, place: str, lock: Lock, reporter: Reporter) -> New
 
 
 def _pairs(role: str, location: Location, locked: tuple[Upstream, ...]) -> list[tuple[str, Location, Upstream]]:
-    names = (role, f"{role}'s adapter")
-    return [(name, part, before) for name, (part, before) in zip(names, pair_up(location, locked), strict=False)]
+    pairs = pair_up(location, locked)
+    return [(name, part, before) for (name, part), (_, before) in zip(named_parts(role, location), pairs, strict=True)]
 
 
 def changes(moved: Movement) -> str:

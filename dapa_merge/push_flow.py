@@ -30,7 +30,7 @@ from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import change_lines, spans
 from dapa_merge.run import RECIPE_NAME
 from dapa_merge.shown_paths import is_path
-from dapa_merge.verify_flow import verify_result
+from dapa_merge.verify_flow import Check, verify_result
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def push(out: Path, options: PushOptions, reporter: Reporter) -> Published:
     recipe = load_recipe(require_result(out))
     check_push(options)
     before = existing_card(out)
-    card = settle(out, options.card, before, reporter, is_proved=True)
+    card = settle(options.card, before)
+    check: Check | None = None
     if not options.is_proved:
         check = verify_result(out, None, reporter, target=card.target, source=card.source)
         if check.faults:
@@ -88,7 +89,7 @@ def push(out: Path, options: PushOptions, reporter: Reporter) -> Published:
     if before.is_anothers:
         reporter.say(f"{out / CARD_NAME} was not written by dapa-merge, and is published as it is")
     else:
-        facts = card_facts(out, reporter, card)
+        facts = card_facts(out, reporter, card, check)
         text = render_card(facts, before, card.to_said()).encode()
         if text != before.text.encode():
             replace_file(out / CARD_NAME, text)

@@ -198,8 +198,9 @@ def test_bad_cards_are_refused(any_api, metadata, message):
 
 
 def test_what_is_only_odd_in_a_card_is_warned_of(any_api):
-    with pytest.warns(UserWarning, match="empty or missing yaml metadata"):
+    with pytest.warns(UserWarning, match="empty or missing yaml metadata") as caught:
         any_api._validate_yaml("# A model\n")
+    assert len(caught) == 1
 
 
 def test_it_can_be_started_by_hand(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dapa_merge.evaluate.figures import Figures
+from dapa_merge.figures_view import skill_label
 from dapa_merge.hub.card_facts import CardFacts
 
 TAGS = ("mergekit", "merge", "dapa")
@@ -84,7 +85,7 @@ def _results(facts: CardFacts, after: Figures) -> list[Any]:
     ]
     for skill in after.skills:
         about = {"dataset_type": _dataset(skill.name), "dataset_name": skill.name}
-        found.append((about, "accuracy", "Skill" if skill.name == "skill" else f"Skill {skill.name}", skill.score))
+        found.append((about, "accuracy", skill_label(skill.name).replace("s", "S", 1), skill.score))
     return [
         EvalResult(**task, **about, metric_type=kind, metric_name=name, metric_value=round(value, 6))
         for about, kind, name, value in found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from dapa_merge.figures_view import category_rows, figure_rows
+from dapa_merge.figures_view import category_rows, figure_rows, skill_label
 from dapa_merge.hub.card_facts import CardFacts
 from dapa_merge.hub.card_limits import misuse, trust
 from dapa_merge.hub.parent import PAGES, Parent
@@ -79,8 +79,7 @@ def _figures(facts: CardFacts) -> Iterator[str]:
         yield f"- {label}: {fact}"
     if report.before is not None and report.after is not None:
         for had, has in zip(report.before.skills, report.after.skills, strict=False):
-            name = "skill" if had.name == "skill" else f"skill {had.name}"
-            yield f"- {name}: {had.score:.3f} -> {has.score:.3f}"
+            yield f"- {skill_label(had.name)}: {had.score:.3f} -> {has.score:.3f}"
     asked = f"`{facts.settings['prompts']}`"
     if report.searched is not None:
         yield f"- Prompts: {asked}, of which these were kept out of the search."

@@ -89,13 +89,12 @@ def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None
     raise AssertionError("the last attempt returns or raises")
 
 
-def find(repository: str, revision: str | None = None, *, files: bool = False) -> Any:
+def find(repository: str, revision: str | None = None) -> Any:
     """What the Hub says of a repository that may not be there; None if it is not, or the token may not see it.
 
     Args:
         repository: Its id.
         revision: A branch, tag or commit; None for the default branch.
-        files: Whether to tell sizes and checksums of its files.
 
     Raises:
         HubError: If the token is not accepted, or the Hub does not answer.
@@ -104,7 +103,7 @@ def find(repository: str, revision: str | None = None, *, files: bool = False) -
 
     def call() -> Any:
         try:
-            return api().model_info(repository, revision=revision, files_metadata=files)
+            return api().model_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
             if status_of(error) == 401 and _token() is not None:
                 # Said of the token: it is not accepted, not even for what is public.

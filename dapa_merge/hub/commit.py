@@ -148,12 +148,9 @@ def _upload(job: Job, added: list[Any]) -> None:
     for operation in added:
         if getattr(operation, "_should_ignore", False):
             raise HubError(f"cannot {job.what}: its .gitignore leaves out {operation.path_in_repo}; remove that line")
-        if operation.upload_info.size and operation.upload_info.sha256.hex() != _sha256(job, operation.path_in_repo):
-            raise _changed(job.files[operation.path_in_repo].path)
-
-
-def _sha256(job: Job, name: str) -> str:
-    return job.files[name].sha256
+        file = job.files[operation.path_in_repo]
+        if operation.upload_info.size and operation.upload_info.sha256.hex() != file.sha256:
+            raise _changed(file.path)
 
 
 def _changed(path: object) -> CheckpointError:

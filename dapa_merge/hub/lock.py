@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dapa_merge.checkpoint.plain_values import sha256_of, text_of
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.untrusted import read_regular
 from dapa_merge.errors import CheckpointError, HubError, RecipeError
@@ -30,7 +31,6 @@ HEAD = (
     "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
     "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
 )
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -98,11 +98,8 @@ def pin(recipe: Recipe, lock: Lock) -> Recipe:
 
 
 def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
-    pair_up(location, locked)
-    first, *rest = (
-        replace(part, revision=upstream.commit or part.revision)
-        for part, upstream in zip(parts(location), locked, strict=True)
-    )
+    pairs = pair_up(location, locked)
+    first, *rest = (replace(part, revision=upstream.commit or part.revision) for part, upstream in pairs)
     return replace(first, adapter=rest[0]) if rest else first
 
 
@@ -174,11 +171,11 @@ def parse_lock(text: str, name: str) -> Lock:
         if content["format"] != FORMAT:
             raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
         return Lock(
-            recipe=_matching(_SHA256, content["recipe"]),
+            recipe=sha256_of(content["recipe"]),
             target=tuple(map(_upstream, content["target"])),
             source=tuple(map(_upstream, content["source"])),
-            units=tuple(_text(content["selection"]).split(",")) if content["selection"] else (),
-            versions={_text(package): _text(number) for package, number in content["versions"].items()},
+            units=tuple(text_of(content["selection"]).split(",")) if content["selection"] else (),
+            versions={text_of(package): text_of(number) for package, number in content["versions"].items()},
         )
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]
@@ -188,20 +185,15 @@ def parse_lock(text: str, name: str) -> Lock:
 def _upstream(entry: Mapping[str, Any]) -> Upstream:
     revision, commit = entry["revision"], entry["commit"]
     return Upstream(
-        model=_text(entry["model"]),
-        revision=None if revision is None else _text(revision),
-        commit=None if commit is None else _matching(_COMMIT, commit),
-        files={_text(name): _matching(_SHA256, sha256) for name, sha256 in entry["files"].items()},
+        model=text_of(entry["model"]),
+        revision=None if revision is None else text_of(revision),
+        commit=None if commit is None else _commit(commit),
+        files={text_of(name): sha256_of(sha256) for name, sha256 in entry["files"].items()},
     )
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
-    return value
-
-
-def _matching(pattern: re.Pattern[str], value: object) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"{value!r:.80} is no checksum")
-    return value
+def _commit(value: object) -> str:
+    commit = text_of(value)
+    if not _COMMIT.fullmatch(commit):
+        raise ValueError(f"{commit!r:.80} is no commit")
+    return commit

@@ -72,6 +72,11 @@ def parts(location: Location) -> list[Location]:
     return [model] if location.adapter is None else [model, *parts(location.adapter)]
 
 
+def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
+    """The same, each with what it is in a recipe."""
+    return list(zip((role, f"{role}'s adapter"), parts(location), strict=False))
+
+
 def look_at(location: Location, progress: Progress = lambda _: None) -> Upstream:
     """What a model or an adapter, without another adapter on it, is now.
 

@@ -214,3 +214,16 @@ def test_a_card_that_the_hub_refuses_is_told_with_the_reason(hub, new_id, result
     said = pushed(result, name, "--license", "nonsense", code=5)
     assert "refuse the card" in said
     assert "license" in said.partition("refuse the card")[2]
+
+
+def test_a_card_whose_note_somebody_damaged_is_told(result):
+    card = result / "README.md"
+    text = card.read_text()
+    for note in ('{"target": "a@b@c"}', '{"target": "+"}'):
+        card.write_text(text.replace("<!-- said: {", f"<!-- said: {note} -->\n<!-- {{", 1))
+        ran = call("card", result)
+        assert ran.exit_code == 2, ran.output
+        assert "the target in the card" in ran.stderr
+    # What is no note at all says nothing.
+    card.write_text(text.replace("<!-- said: {", "<!-- said: [", 1))
+    assert call("card", result).exit_code == 0

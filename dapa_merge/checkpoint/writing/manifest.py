@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.plain_values import sha256_of, text_of
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.streams import Digests
@@ -32,7 +32,6 @@ PRIVATE = ("dapa_responses.jsonl",)
 # What is put beside a model afterwards and does not belong to it: its card, licences, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise _wrong(path, f"is of format {content.get('format')!r:.40}, not {FORMAT}")
         files = {_file_name(name): _file(entry) for name, entry in content["files"].items()}
         return Manifest(
-            version=_text(content["version"]),
+            version=text_of(content["version"]),
             target=_origin(content["target"]),
             source=_origin(content["source"]),
             strength=_number(content["strength"]),
@@ -188,16 +187,10 @@ def _wrong(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}; take it from where the model was published")
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
-    return value
-
-
 def _units(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError(f"{value!r:.60} is no list of units")
-    return tuple(map(_text, value))
+    return tuple(map(text_of, value))
 
 
 def _number(value: object) -> float:
@@ -212,12 +205,6 @@ def _count(value: object) -> int:
     return value
 
 
-def _sha256(value: object) -> str:
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError(f"{value!r:.80} is no SHA-256")
-    return value
-
-
 def _file_name(name: str) -> str:
     """A path of which every part is a plain name: none leads out of the folder, on any system."""
     parts = name.split("/")
@@ -227,11 +214,11 @@ def _file_name(name: str) -> str:
 
 
 def _file(entry: Mapping[str, Any]) -> File:
-    return File(_count(entry["bytes"]), _sha256(entry["sha256"]))
+    return File(_count(entry["bytes"]), sha256_of(entry["sha256"]))
 
 
 def _origin(entry: Mapping[str, Any]) -> Origin:
-    return Origin(_text(entry["model"]), None if entry["commit"] is None else _text(entry["commit"]))
+    return Origin(text_of(entry["model"]), None if entry["commit"] is None else text_of(entry["commit"]))
 
 
 def _tensor(entry: Mapping[str, Any], files: Mapping[str, File]) -> ChangedTensor:
@@ -242,4 +229,4 @@ def _tensor(entry: Mapping[str, Any], files: Mapping[str, File]) -> ChangedTenso
         boxes = tuple(tuple((_count(first), _count(stop)) for first, stop in box) for box in entry["changed"])
         if not boxes or any(first >= stop for box in boxes for first, stop in box):
             raise ValueError(f"{entry['changed']!r:.80} are no parts of a tensor")
-    return ChangedTensor(entry["file"], _sha256(entry["sha256"]), boxes)
+    return ChangedTensor(entry["file"], sha256_of(entry["sha256"]), boxes)

@@ -166,6 +166,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
+    "pretrained": Parameter(_name(), "write the model that target and source were both fine-tuned from"),
     "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
     "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
     "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),

@@ -50,6 +50,7 @@ class Recipe:
         batch_size: Prompts that are answered at once; None for as many as is best.
         text: What the report takes perplexity of; None for the prompts' own passages, or a text of the Hub's.
         skills: What else the report tests: files of questions and lm-evaluation-harness tasks, with commas.
+        pretrained: What target and source were both fine-tuned from; only `dapa-merge compare` asks for it.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
 
@@ -74,6 +75,7 @@ class Recipe:
     batch_size: int | None = None
     text: str | None = None
     skills: str | None = None
+    pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 

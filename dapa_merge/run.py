@@ -232,8 +232,8 @@ def evaluate_model(
     return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)
 
 
-# Parameters that a recipe with named layers has no use for, or names anew.
-SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests")
+# Parameters that a recipe with named layers has no use for, or names anew; and what only a comparison asks for.
+SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests", "pretrained")
 
 
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
+from dapa_merge.checkpoint.files import Checkpoint
 from dapa_merge.checkpoint.plan import Plan
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
@@ -18,6 +19,7 @@ from dapa_merge.search.journal import Journal, JournalUnavailable, check_writabl
 
 if TYPE_CHECKING:
     from dapa_merge.bench import Bench
+    from dapa_merge.evaluate.measure import Meter
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:
@@ -62,6 +64,30 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict
         "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
+        "versions": versions(),
+    }
+
+
+def models_parts(
+    recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str, reporter: Reporter
+) -> dict[str, str]:
+    """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
+    from dapa_merge.evaluate.live import choose_device
+
+    with reporter.task("reading the checkpoints", sum(model.num_bytes for model in models.values())) as read:
+        weights = {name: tensors_digest(model, progress=read) for name, model in models.items()}
+    # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
+    others = (*models, "batch_size", "_lines")
+    said = {name: value for name, value in asdict(recipe).items() if name not in others}
+    return weights | {
+        "tokenizers and configs": " ".join(map(settings_digest, models.values())),
+        "recipe": digest_of(said),
+        "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
+        "text": digest_of(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
+        "skills": digest_of([repr(skill) for skill in meter.skills]),
+        # With the code of the user's own, and the judge's rubric.
+        "evaluator": meter.identity,
+        "device": choose_device(device).type,
         "versions": versions(),
     }
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.architecture import SEPARATE_MODULES, Unit
 from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.plan import Plan, divide, join, plan_transplant
-from dapa_merge.errors import RecipeError
+from dapa_merge.errors import RecipeError, UnsupportedArchitecture
 from dapa_merge.parameters import parse_layers
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Location, Recipe
@@ -65,6 +65,23 @@ def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = Fa
     target = open_location(recipe.target, partial=partial_target, **how)
     source = open_location(recipe.source, partial=partial, **how)
     return plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
+
+
+def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
+    """The same two models, with the units of every module that both have beside the recipe's."""
+    modules = list(recipe.modules)
+    settings: dict[str, Any] = {"strength": recipe.strength, "max_overflow": recipe.max_overflow}
+    for module in SEPARATE_MODULES:
+        if module not in modules:
+            try:
+                plan_transplant(chosen.target, chosen.source, (module,), **settings)
+            except UnsupportedArchitecture:
+                continue
+            modules.append(module)
+    if not {"gate", "up", "mlp"} & set(modules):
+        # Gate and up in every second row of one tensor are units together only.
+        modules.append("mlp")
+    return plan_transplant(chosen.target, chosen.source, tuple(modules), **settings)
 
 
 def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:

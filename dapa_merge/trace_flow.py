@@ -6,20 +6,17 @@ The same command goes on with what a killed one left.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
-from dapa_merge.checkpoint.plan import Plan, plan_transplant
-from dapa_merge.errors import UnsupportedArchitecture
 from dapa_merge.new_file import replace_file
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import digest_of, versions
-from dapa_merge.selection import make_plan, split_prompts
-from dapa_merge.trace_options import MODULES, TraceOptions
+from dapa_merge.search_record import models_parts
+from dapa_merge.selection import make_plan, plan_of_all, split_prompts
+from dapa_merge.trace_options import TraceOptions
 from dapa_merge.trace_result import Traced
 from dapa_merge.trace_store import (
     FIGURES_NAME,
@@ -29,9 +26,6 @@ from dapa_merge.trace_store import (
     forget_figures,
     opened,
 )
-
-if TYPE_CHECKING:
-    from dapa_merge.evaluate.measure import Meter
 
 
 def trace_recipe(
@@ -69,7 +63,8 @@ def trace_recipe(
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
-    with opened(out, _parts(recipe, plan, meter, options, reporter)) as journal:
+    models = {"target": plan.target, "source": plan.source}
+    with opened(out, models_parts(recipe, models, meter, options.device, reporter)) as journal:
         return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal, reporter).run(), out)
 
 
@@ -92,44 +87,3 @@ def _write(found: Traced, out: Path) -> dict[str, Any]:
     replace_file(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
     replace_file(out / PAGE_NAME, page(summary, pictures).encode())
     return summary
-
-
-def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
-    """The same two models, with the units of every module that both have beside the recipe's."""
-    modules = list(recipe.modules)
-    settings: dict[str, Any] = {"strength": recipe.strength, "max_overflow": recipe.max_overflow}
-    for module in MODULES:
-        if module not in modules:
-            try:
-                plan_transplant(chosen.target, chosen.source, (module,), **settings)
-            except UnsupportedArchitecture:
-                continue
-            modules.append(module)
-    if not {"gate", "up", "mlp"} & set(modules):
-        # Gate and up in every second row of one tensor are units together only.
-        modules.append("mlp")
-    return plan_transplant(chosen.target, chosen.source, tuple(modules), **settings)
-
-
-def _parts(recipe: Recipe, plan: Plan, meter: Meter, options: SearchOptions, reporter: Reporter) -> dict[str, str]:
-    """Everything that decides a figure, by name; but for `TraceOptions`, which are with each figure."""
-    from dapa_merge.evaluate.live import choose_device
-
-    with reporter.task("reading both checkpoints", plan.target.num_bytes + plan.source.num_bytes) as read:
-        weights = {
-            "target": tensors_digest(plan.target, progress=read),
-            "source": tensors_digest(plan.source, progress=read),
-        }
-    # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
-    others = ("target", "source", "batch_size", "_lines")
-    said = {name: value for name, value in asdict(recipe).items() if name not in others}
-    return weights | {
-        "tokenizers and configs": f"{settings_digest(plan.target)} {settings_digest(plan.source)}",
-        "recipe": digest_of(said),
-        "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
-        "skills": digest_of([repr(skill) for skill in meter.skills]),
-        # With the code of the user's own, and the judge's rubric.
-        "evaluator": meter.identity,
-        "device": choose_device(options.device).type,
-        "versions": versions(),
-    }

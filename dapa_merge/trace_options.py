@@ -8,8 +8,6 @@ from dataclasses import dataclass
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 # The members of a recipe whose alignment can be traced.
 TRACED = ("source", "target")
-# What is told apart: every module that some models have, none of which is part of another.
-MODULES = ("gate", "up", "down", "attention")
 # Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
 NOISE = 3.0
 NUM_SAMPLES = 5

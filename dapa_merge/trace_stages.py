@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.checkpoint.architecture import SEPARATE_MODULES, Unit
 from dapa_merge.checkpoint.plan import Plan, join
 from dapa_merge.errors import CannotRepair
 from dapa_merge.progress import Reporter
@@ -25,7 +25,7 @@ from dapa_merge.search_options import SearchOptions
 from dapa_merge.search_record import digest_of
 from dapa_merge.selection import given_selection
 from dapa_merge.trace_edits import Edits, groups_of
-from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, MODULES, TraceOptions
+from dapa_merge.trace_options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
 from dapa_merge.trace_result import Traced
 from dapa_merge.trace_store import (
     INFLUENCE_NAME,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 def units_apart(plan: Plan) -> tuple[Unit, ...]:
     """All units of a model, none of which is part of another; the whole MLP where its gate and up are not apart."""
     modules = {unit.module for unit in plan.units}
-    wanted = MODULES if modules & {"gate", "up"} or "mlp" not in modules else ("mlp", "attention")
+    wanted = SEPARATE_MODULES if modules & {"gate", "up"} or "mlp" not in modules else ("mlp", "attention")
     return tuple(unit for unit in plan.units if unit.module in wanted)
 
 

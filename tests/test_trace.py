@@ -24,10 +24,10 @@ from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import UsageError
 from dapa_merge.recipe import Location, Recipe
+from dapa_merge.selection import plan_of_all
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace_edits import curve_sizes
 from dapa_merge.trace_figures import _example
-from dapa_merge.trace_flow import plan_of_all
 from dapa_merge.trace_rankings import is_planted
 from dapa_merge.trace_stages import spread, units_apart
 from dapa_merge.trace_store import check_folder

@@ -29,6 +29,8 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 MODULES = ("gate", "up", "down", "mlp", "attention")
 # What `modules: auto` in a recipe offers to the search, as separate units.
 AUTO_MODULES = ("gate", "up", "down")
+# What is told apart where everything is looked at: no part of another, and together all of a layer but its norms.
+SEPARATE_MODULES = (*AUTO_MODULES, "attention")
 # Modules of which every row is one neuron's, so that a block of rows can be a unit. (A row of down is no neuron's: it
 # is one feature of the residual stream, to which all neurons write.)
 DIVISIBLE_MODULES = ("gate", "up")

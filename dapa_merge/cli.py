@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapa_merge import __version__
+from dapa_merge.cli_compare import compare
 from dapa_merge.cli_group import Group
 from dapa_merge.cli_hub import card, gate, outdated, push
 from dapa_merge.cli_options import (
@@ -220,6 +221,7 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 main.add_command(demo)
 main.add_command(run)
 main.add_command(trace)
+main.add_command(compare)
 main.add_command(verify)
 main.add_command(patch)
 main.add_command(card)

@@ -138,7 +138,7 @@ def _change(kind: str, before: Measured, after: Measured) -> Change:
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter) -> Measured:
     """The target with a selection transplanted, measured in full."""
     with live.transplanted(selection) as model:
-        return _measure(Candidate(model, live.tokenizer, tuple(selection)), meter, name, reporter)
+        return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name, reporter)
 
 
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measured:
@@ -148,10 +148,11 @@ def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: 
     reporter.say(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
     with quiet_transformers():
-        return _measure(Candidate(model, tokenizer, ()), meter, name, reporter)
+        return measure_candidate(Candidate(model, tokenizer, ()), meter, name, reporter)
 
 
-def _measure(candidate: Candidate, meter: Meter, name: str, reporter: Reporter) -> Measured:
+def measure_candidate(candidate: Candidate, meter: Meter, name: str, reporter: Reporter) -> Measured:
+    """A model in memory, measured in full."""
     prompts = meter.prompts
     total = len(prompts.harmful) + len(prompts.harmless) + sum(skill.num_questions for skill in meter.skills)
     with reporter.task(f"measuring the {name}", total) as answered:

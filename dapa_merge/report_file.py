@@ -34,6 +34,16 @@ def read_report(path: Path) -> Report:
         raise CheckpointError(f"{path} is no report that this version reads: {str(error)[:200]}") from None
 
 
+def read_figures(content: object) -> Figures:
+    """Figures of what `json.dumps` made of them.
+
+    Raises:
+        TypeError: If they are none, as the next.
+        ValueError: If something is missing.
+    """
+    return typing.cast(Figures, _made(Figures, content, "figures"))
+
+
 def _made(kind: Any, value: Any, place: str) -> Any:
     """A value of the given type, made of what JSON has for it; keys that the type does not know are left out."""
     if is_dataclass(kind):

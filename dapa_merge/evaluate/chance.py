@@ -5,6 +5,7 @@ No torch here. statsmodels, which loads pandas and scipy, is loaded when it is f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,17 @@ def interval(successes: int, total: int) -> tuple[float, float]:
     low, high = proportion_confint(successes, total, alpha=LEVEL, method="wilson")
     # The share itself lies inside; for none or all of the trials rounding would leave it a hair outside.
     return min(float(low), successes / total), max(float(high), successes / total)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean (Student's t); None for fewer than three values, or for one that is not finite."""
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    # Of two, it would tell of little but the distribution's tail.
+    if len(values) < 3 or not all(map(math.isfinite, values)):
+        return None
+    low, high = DescrStatsW(list(values)).tconfint_mean(alpha=LEVEL)
+    return float(low), float(high)
 
 
 def mcnemar_p(before: Sequence[bool], after: Sequence[bool]) -> float:

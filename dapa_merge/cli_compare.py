@@ -1,0 +1,143 @@
+"""The command `dapa-merge compare`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dapa_merge.cli_options import (
+    allow_pickle_option,
+    device_option,
+    evaluator_options,
+    json_option,
+    search_options,
+)
+from dapa_merge.cli_output import print_answer, print_lines, reporter
+from dapa_merge.compare.options import METHODS, CompareOptions
+from dapa_merge.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dapa_merge.evaluate.options import EvaluatorOptions
+
+DEFAULTS = CompareOptions()
+
+
+@click.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
+@click.option(
+    "--methods",
+    metavar="LIST",
+    help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(0),
+    default=DEFAULTS.num_seeds,
+    show_default=True,
+    help="Random selections of each size.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=DEFAULTS.seed, show_default=True, help="The first of their seeds."
+)
+@click.option(
+    "--weights",
+    metavar="LIST",
+    help=f"Weights of the source in mergekit's methods, with commas.  [default: "
+    f"{', '.join(f'{weight:g}' for weight in DEFAULTS.weights)}]",
+)
+@click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
+@click.option(
+    "--points",
+    type=click.IntRange(2),
+    default=DEFAULTS.num_points,
+    show_default=True,
+    help="Sizes of edits, roughly.",
+)
+@click.option(
+    "--block-rows",
+    type=click.IntRange(1),
+    help="Rows (neurons) of the smallest edit.  [default: a sixteenth of a projection]",
+)
+@device_option
+@evaluator_options
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def compare(
+    quiet: bool,
+    recipes: tuple[Path, ...],
+    out: Path,
+    methods: str | None,
+    seeds: int,
+    seed: int,
+    weights: str | None,
+    no_curve: bool,
+    points: int,
+    block_rows: int | None,
+    device: str,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Compare DAPA with other methods on the targets of RECIPE...
+
+    Makes the paper's table of your own models: for each recipe the target, the source, what the search finds, fixed
+    layers, all gates, whole MLPs, random selections, and mergekit's linear, TIES and task arithmetic, all of them live
+    and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
+    table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
+    """
+    from dapa_merge.compare.flow import PAGE_NAME, compare_recipes
+    from dapa_merge.compare.tables import methods_table, paper_table
+
+    wanted = CompareOptions(
+        methods=_methods(methods),
+        num_seeds=seeds,
+        seed=seed,
+        weights=_weights(weights),
+        draws_curve=not no_curve,
+        num_points=points,
+        rows_per_block=block_rows,
+    )
+    options = search_options(device, None, None, evaluators, allow_pickle)
+    found = compare_recipes(recipes, out, wanted, options, reporter(quiet))
+
+    def show(console: Console) -> None:
+        for table in (paper_table(found.rows), methods_table(found.rows)):
+            print_lines(console, [*table.text("simple").splitlines(), ""])
+        print_lines(console, [f"- {sentence}" for sentence in found.summary["findings"]])
+        print_lines(console, ["", f"the tables: {out / PAGE_NAME}"])
+
+    print_answer(found.summary, show, as_json)
+
+
+def _methods(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return tuple(METHODS)
+    named = {name.strip().lower() for name in text.split(",")}
+    for name in sorted(named):
+        if name not in METHODS:
+            raise UsageError(f"--methods: there is no method {name!r}; known are {', '.join(METHODS)}")
+    return tuple(name for name in METHODS if name in named)
+
+
+def _weights(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return DEFAULTS.weights
+    weights = []
+    for part in text.split(","):
+        try:
+            weight = float(part)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight <= 1:
+            raise UsageError(
+                f"--weights: {part.strip()!r} is no weight; write numbers above 0 and up to 1, with commas"
+            )
+        weights.append(weight)
+    return tuple(sorted(set(weights)))

@@ -1,0 +1,132 @@
+"""What a method does on average over the recipes. No torch here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, groups, mean_skill
+from dapa_merge.evaluate.chance import mean_interval
+
+# Of these, a row in which nothing was found counts as its untouched target: whoever relied on them has that.
+MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random")
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over recipes, and where that of many more recipes like these lies with 95 % confidence (Student's t).
+
+    Attributes:
+        value: The mean.
+        interval: None for fewer than three recipes.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Average:
+    """One method over all recipes in which it has a figure; changes are from the target to the method's result.
+
+    Attributes:
+        group: The method, with its weight.
+        label: For people.
+        num_rows: Recipes.
+        num_repaired: Those with as much of the source's gain in DSR as their recipe wants, within its limits.
+        gain: In DSR, in [-1, 1].
+        over_refusal: Change, in [-1, 1].
+        perplexity: As a ratio.
+        skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
+        share: Of the parameters replaced, in [0, 1].
+        tests: Of the search; None if there was none, as the next.
+        seconds: Of the search.
+    """
+
+    group: str
+    label: str
+    num_rows: int
+    num_repaired: int
+    gain: Mean
+    over_refusal: Mean
+    perplexity: Mean
+    skill: Mean | None
+    share: Mean
+    tests: Mean | None
+    seconds: Mean | None
+
+
+def averages(rows: Sequence[Row]) -> tuple[Average, ...]:
+    """Every method that a row has, in the order of a table; the seeds of random selections count as one."""
+    labels: dict[str, str] = {}
+    order: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        for index, (group, arms) in enumerate(groups(row.arms).items()):
+            labels.setdefault(group, arms[0].label)
+            order[group] = max(order.get(group, (0, group)), (index, group))
+    found = (_average(group, labels[group], rows) for group in sorted(labels, key=order.__getitem__))
+    return tuple(average for average in found if average is not None)
+
+
+def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
+    counted = [(row, arms) for row in rows if (arms := _counted(row, group))]
+    if not counted:
+        return None
+
+    def mean(value: Callable[[Row, Arm], float | None], *, is_change: bool = False) -> Mean | None:
+        found = mean_of([_mean_in(row, arms, value) for row, arms in counted])
+        if found is None or found.interval is None or not is_change:
+            return found
+        # No share changes by more than all.
+        return Mean(found.value, (max(-1.0, found.interval[0]), min(1.0, found.interval[1])))
+
+    def dsr(row: Row, arm: Arm) -> float:
+        return (arm.figures or row.before).dsr - row.before.dsr
+
+    def over_refusal(row: Row, arm: Arm) -> float:
+        return (arm.figures or row.before).over_refusal - row.before.over_refusal
+
+    def perplexity(row: Row, arm: Arm) -> float:
+        return (arm.figures or row.before).perplexity / row.before.perplexity
+
+    def skill(row: Row, arm: Arm) -> float | None:
+        after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
+        return None if after is None or before is None else after - before
+
+    gain, refusal = mean(dsr, is_change=True), mean(over_refusal, is_change=True)
+    ratio = mean(perplexity)
+    share = mean(lambda _, arm: arm.share)
+    assert gain is not None
+    assert refusal is not None
+    assert ratio is not None
+    assert share is not None
+    return Average(
+        group=group,
+        label=label,
+        num_rows=len(counted),
+        num_repaired=sum(sum(map(row.repairs, arms)) > len(arms) / 2 for row, arms in counted),
+        gain=gain,
+        over_refusal=refusal,
+        perplexity=ratio,
+        skill=mean(skill, is_change=True),
+        share=share,
+        tests=mean(lambda _, arm: arm.cost.tests if arm.cost else None),
+        seconds=mean(lambda _, arm: arm.cost.seconds if arm.cost else None),
+    )
+
+
+def _counted(row: Row, group: str) -> list[Arm]:
+    arms = groups(row.arms).get(group, [])
+    return [arm for arm in arms if arm.figures is not None or arm.method in (*MAY_FIND_NOTHING, TARGET, SOURCE)]
+
+
+def _mean_in(row: Row, arms: Sequence[Arm], value: Callable[[Row, Arm], float | None]) -> float | None:
+    values = [found for arm in arms if (found := value(row, arm)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def mean_of(values: Sequence[float | None]) -> Mean | None:
+    """The mean of those that are there; None if none is."""
+    there = [value for value in values if value is not None]
+    return Mean(statistics.fmean(there), mean_interval(there)) if there else None

@@ -1,0 +1,123 @@
+"""The curve of one recipe: edits that grow from one block of neurons to the whole MLP, by DAPA and at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from dapa_merge.checkpoint.architecture import Unit
+from dapa_merge.compare.curve import Stages, best_path, edit_of, edit_sizes, random_path, weighed_pieces
+from dapa_merge.compare.measuring import Measuring, Model, digest_of_units
+from dapa_merge.compare.options import CompareOptions
+from dapa_merge.compare.result import DAPA, Point, mean_skill
+from dapa_merge.errors import CheckpointError
+from dapa_merge.evaluate.figures import Response
+from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.progress import Reporter
+from dapa_merge.search.journal import Journal
+
+
+class Growth:
+    """Edits of more and more pieces of the source.
+
+    Their order in DAPA's path is that of the search's attribution: by one backward pass, on prompts that the figures
+    do not rest on.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        prompts: Sequence[str],
+        measuring: Measuring,
+        journal: Journal,
+        wanted: CompareOptions,
+        reporter: Reporter,
+    ) -> None:
+        """Weighs and measures nothing yet.
+
+        Args:
+            stages: What edits grow through.
+            prompts: Harmful ones, by which the pieces are weighed.
+            measuring: Measures the edits.
+            journal: Keeps the weights of the pieces.
+            wanted: How many edits.
+            reporter: Hears of the steps.
+        """
+        self._stages = stages
+        self._prompts = prompts
+        self._measuring = measuring
+        self._journal = journal
+        self._wanted = wanted
+        self._reporter = reporter
+        self._source: list[Response] | None = None
+
+    @cached_property
+    def _pieces(self) -> tuple[Unit, ...]:
+        return weighed_pieces(self._measuring.plan, self._stages, self._wanted.rows_per_block)
+
+    @cached_property
+    def _note(self) -> str:
+        return f"attribution {digest_of_units(self._pieces)}"
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether the journal says how the pieces weigh, so that the source need not be heard."""
+        return self._note in self._journal.notes
+
+    def hear(self, source: Model) -> None:
+        """Ask the source, which is loaded, what the pieces are weighed by."""
+        self._source = self._measuring.answers(source, self._prompts, "source")
+
+    def points(self) -> Iterator[Point]:
+        """Edits of the same sizes on each path; none if the pieces cannot be weighed."""
+        if (scores := self._scores()) is None:
+            return
+        measuring, wanted = self._measuring, self._wanted
+        plan, rows = measuring.plan, wanted.rows_per_block
+        paths = {DAPA: best_path(plan, self._stages, scores, rows)}
+        sizes = edit_sizes(plan, paths[DAPA], wanted.num_points)
+        for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
+            paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
+        total = len(paths) * len(sizes)
+        self._reporter.say(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
+        with self._reporter.task("edits of every size", total) as done:
+            for name, path in paths.items():
+                for size in sizes:
+                    units = edit_of(plan, path, size)
+                    figures = measuring.edit(units, name, Reporter()).figures
+                    yield Point(
+                        name, plan.share(units), len(units), figures.dsr, figures.dsr_interval, figures.over_refusal,
+                        mean_skill(figures), figures.perplexity,
+                    )  # fmt: skip
+                    done(1)
+
+    def _scores(self) -> Mapping[Unit, float] | None:
+        if self._note not in self._journal.notes:
+            self._journal.note(self._note, self._weigh())
+        scores = self._journal.notes[self._note]
+        return None if scores is None else dict(zip(self._pieces, scores, strict=True))
+
+    def _weigh(self) -> list[float] | None:
+        from dapa_merge.bench import MAX_BACKWARD, MAX_CONTRASTS
+        from dapa_merge.evaluate.generate import BatchSize, DoesNotFit
+        from dapa_merge.trace.attribution import attribute
+        from dapa_merge.trace.contrast import Contrast
+
+        assert self._source is not None
+        live = self._measuring.live
+        said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
+        refused = Outcome.REFUSED.value
+        contrasts = [
+            Contrast(source.prompt, refusing=source.response, complying=target.response)
+            for source, target in zip(self._source, said, strict=True)
+            if source.outcome == refused and target.outcome != refused
+        ]
+        few = contrasts[:: max(1, -(-len(contrasts) // MAX_CONTRASTS))]
+        size = BatchSize(min(MAX_BACKWARD, self._measuring.meter.batch_size.limit))
+        try:
+            with self._reporter.task("weighing pieces by one backward pass", 2 * len(few)) as done:
+                found = attribute(live, few, units=self._pieces, batch_size=size, progress=done)
+        except (ValueError, CheckpointError, DoesNotFit) as error:
+            self._reporter.say(f"no edits of every size, because {error}")
+            return None
+        return [found[piece] for piece in self._pieces]

@@ -1,0 +1,164 @@
+"""What each edit of a target does, measured live and once: every figure is in the journal before the next is asked."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.evaluate.callback import Candidate
+from dapa_merge.evaluate.figures import Figures, Response
+from dapa_merge.evaluate.marker import RULES
+from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.evidence import measure_candidate
+from dapa_merge.progress import Reporter
+from dapa_merge.report import jsonable
+from dapa_merge.report_file import read_figures
+from dapa_merge.search.journal import Journal
+from dapa_merge.search_testers import in_order
+
+if TYPE_CHECKING:
+    from dapa_merge.checkpoint.architecture import Unit
+    from dapa_merge.checkpoint.files import Checkpoint
+    from dapa_merge.checkpoint.plan import Plan
+    from dapa_merge.compare.blend import Blend, Blender
+    from dapa_merge.evaluate.live import LiveModel
+    from dapa_merge.evaluate.measure import Meter
+
+# A model in memory, and its tokenizer.
+Model = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was measured of one edit.
+
+    Attributes:
+        figures: All of them.
+        refused: For each harmful prompt, whether it was refused.
+        over_refused: For each harmless one.
+        seconds: What measuring took.
+    """
+
+    figures: Figures
+    refused: tuple[bool, ...]
+    over_refused: tuple[bool, ...]
+    seconds: float
+
+
+def fast(meter: Meter) -> Meter:
+    """The same figures sooner: no response is longer than its outcome needs, where nobody but the rules reads it."""
+    return replace(meter, stops_early=all(marker is RULES for marker in meter.markers))
+
+
+class Measuring:
+    """One target, edited in every way, with the models loaded when something is not in the journal yet."""
+
+    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal, reporter: Reporter) -> None:
+        self.plan = plan
+        self.meter = fast(meter)
+        self._device = device
+        self._journal = journal
+        self._reporter = reporter
+        self._pretrained: Checkpoint | None = None
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The resident target.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+        """
+        from dapa_merge.evaluate.live import LiveModel, choose_device
+
+        self._reporter.say(f"loading the target {self.plan.target.name}")
+        return LiveModel(self.plan, choose_device(self._device))
+
+    def close(self) -> None:
+        """Give the target's memory back, if it was ever loaded."""
+        if "live" in self.__dict__:
+            self.live.close()
+            del self.__dict__["live"]
+
+    @contextmanager
+    def source(self) -> Iterator[Model]:
+        """The source alone, loaded for the length of a `with` block."""
+        from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
+
+        self._reporter.say(f"loading the source {self.plan.source.name}")
+        model, tokenizer = load_model(self.plan.source, choose_device(self._device))
+        with quiet_transformers():
+            yield model, tokenizer
+
+    def edit(self, units: Sequence[Unit], name: str, reporter: Reporter | None = None) -> Seen:
+        """The target with some units of the source; with none, the target.
+
+        Args:
+            units: In any order.
+            name: What it is, for messages.
+            reporter: Hears of it, instead of the usual one.
+        """
+        ordered = tuple(in_order(units))
+
+        @contextmanager
+        def candidate() -> Iterator[Model]:
+            with self.live.transplanted(ordered) as model:
+                yield model, self.live.tokenizer
+
+        return self._seen(f"edit {digest_of_units(ordered)}", candidate, name, ordered, reporter)
+
+    def blend(self, blend: Blend, blender: Callable[[], Blender]) -> Seen:
+        """The target blended with the source by mergekit."""
+        return self._seen(f"blend {blend.name} {blend.density}", lambda: blender().blended(blend), blend.name)
+
+    def alone(self, source: Model) -> Seen:
+        """The source, which is loaded."""
+
+        @contextmanager
+        def candidate() -> Iterator[Model]:
+            yield source
+
+        return self._seen("source", candidate, "source")
+
+    def has(self, name: str) -> bool:
+        """Whether the journal has something already."""
+        return name in self._journal.notes
+
+    def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
+        """What a model says to harmful prompts, and what that is taken for; not kept."""
+        with self._reporter.task(f"asking the {name}", len(prompts)) as answered:
+            return replace(self.meter, progress=answered).measure(*model).judge("harmful", prompts)
+
+    def _seen(
+        self,
+        note: str,
+        candidate: Callable[[], AbstractContextManager[Model]],
+        name: str,
+        units: tuple[Unit, ...] = (),
+        reporter: Reporter | None = None,
+    ) -> Seen:
+        if note not in self._journal.notes:
+            began = time.perf_counter()
+            with candidate() as (model, tokenizer):
+                measured = measure_candidate(
+                    Candidate(model, tokenizer, units), self.meter, name, reporter or self._reporter
+                )
+            refusals = {
+                kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
+                for kind in ("harmful", "harmless")
+            }
+            seconds = round(time.perf_counter() - began, 3)
+            figures = jsonable(asdict(measured.figures))
+            self._journal.note(note, {"figures": figures, **refusals, "seconds": seconds})
+        found = self._journal.notes[note]
+        refused, over_refused = (tuple(map(bool, found[kind])) for kind in ("harmful", "harmless"))
+        return Seen(read_figures(found["figures"]), refused, over_refused, float(found["seconds"]))
+
+
+def digest_of_units(units: Sequence[Unit]) -> str:
+    """A short name of a selection, however many units it has."""
+    return hashlib.sha256(" ".join(map(str, units)).encode()).hexdigest()[:32]

@@ -1,0 +1,78 @@
+"""The page of a comparison, as Markdown. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from dapa_merge.compare.result import AUTO, Cost, Row
+from dapa_merge.compare.sentences import choices, sentences
+from dapa_merge.compare.tables import MARKDOWN, arms_table, methods_table, paper_table
+from dapa_merge.errors import printable
+
+HOW = (
+    "DSR: share of harmful prompts that are refused. Every figure is measured with prompts that the search did not "
+    "ask, the same for all methods of a recipe, of the target in memory. *Repairs*: at least the share `retain` of the "
+    "source's gain in DSR, within the recipe's limits of over-refusal and perplexity. A row in which a search found "
+    "nothing counts as its untouched target. Skill is the mean of all that the recipe asks; changes are "
+    "in percentage points. Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t "
+    "over recipes, which takes them for independent. Seconds and tests are the search's."
+)
+
+
+def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[str]) -> str:
+    """All tables.
+
+    Args:
+        rows: What was measured.
+        failures: What could not be, and why.
+        pictures: The names of the pictures that there are.
+    """
+    parts = ["# Comparison", HOW]
+    if rows:
+        parts += ["\n".join(f"- {_safe(sentence)}" for sentence in sentences(rows))]
+        parts += ["## Before and after", paper_table(rows).text(MARKDOWN)]
+        if any(row.arm(AUTO) for row in rows):
+            parts += ["The same with `modules: auto`:", paper_table(rows, AUTO).text(MARKDOWN)]
+        parts += ["## Methods", methods_table(rows).text(MARKDOWN)]
+        parts += _picture("methods.png", "Every method: gain in DSR and change of skill", pictures)
+    for row in rows:
+        parts += _row(row, pictures)
+    if failures:
+        parts += ["## Not measured", "\n".join(f"- {name}: {_safe(why)}" for name, why in failures.items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(row: Row, pictures: Collection[str]) -> list[str]:
+    parts = [
+        f"## {row.name}",
+        f"Target `{_safe(row.target)}`, source `{_safe(row.source)}`: {row.architecture}, {row.num_parameters:,} "
+        f"parameters, prompts `{_safe(row.prompts)}`, {row.before.num_harmful} harmful and {row.before.num_harmless} "
+        f"harmless.",
+        arms_table(row).text(MARKDOWN),
+    ]
+    parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
+    if able := choices(row):
+        parts.append(f"Repair it, the most of its skill kept first: {', '.join(arm.label for arm in able)}.")
+    else:
+        parts.append("None of the methods but the source itself repairs it within the recipe's limits.")
+    if memory := _memory(row):
+        parts.append(memory)
+    return parts + _picture(f"row_{row.name}.png", f"{row.name}: edits of every size", pictures)
+
+
+def _memory(row: Row) -> str | None:
+    costs: list[Cost] = [arm.cost for arm in row.arms if arm.cost is not None]
+    peaks = (
+        {place: max(cost.peak_bytes.get(place, 0) for cost in costs) for place in ("host", "device")} if costs else {}
+    )
+    texts = [f"{num_bytes / 1e6:,.0f} MB ({place})" for place, num_bytes in peaks.items() if num_bytes]
+    return f"Peak memory of the search: {', '.join(texts)}." if texts else None
+
+
+def _picture(name: str, caption: str, pictures: Collection[str]) -> list[str]:
+    return [f"![{caption}](figures/{name.replace(' ', '%20')})"] if name in pictures else []
+
+
+def _safe(text: str | None) -> str:
+    """A text that may be a stranger's, in one line that stays text."""
+    return " ".join(printable(text or "").replace("<", "&lt;").split())

@@ -1,0 +1,138 @@
+"""What a comparison shows, in sentences made of its figures. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from dapa_merge.compare.average import Average, Mean, averages
+from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """The findings, most important first."""
+    if not rows:
+        return []
+    by_group = {average.group: average for average in averages(rows)}
+    return [
+        *_dapa(rows, by_group),
+        *_not_repaired(rows),
+        *_controls(by_group),
+        *_choices(rows),
+        *_noise(rows),
+    ]
+
+
+def _dapa(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
+    for group in (DAPA, AUTO):
+        if (average := by_group.get(group)) is None:
+            continue
+        parts = [f"DSR {points(average.gain)} points on average", f"perplexity x {average.perplexity.value:.3f}"]
+        if average.skill is not None:
+            parts.append(f"skill {points(average.skill)} points")
+        parts.append(f"{100 * average.share.value:.2f} % of the parameters replaced")
+        effort = ""
+        if average.tests is not None and average.seconds is not None:
+            effort = f", after {average.tests.value:.1f} tests and {average.seconds.value:.1f} s of search on average"
+        failing = "; a row without a repair counts as its target" if average.num_repaired < average.num_rows else ""
+        yield (
+            f"{average.label} repairs {average.num_repaired} of {average.num_rows} targets: {', '.join(parts)}"
+            f"{effort}{failing}."
+        )
+
+
+def _not_repaired(rows: Sequence[Row]) -> Iterator[str]:
+    for row in rows:
+        dapa, auto = row.arm(DAPA), row.arm(AUTO)
+        if row.alone.dsr <= row.before.dsr:
+            yield (
+                f"{row.name}: nothing to repair; the target's DSR is {row.before.dsr:.3f}, the source's "
+                f"{row.alone.dsr:.3f}."
+            )
+            continue
+        if dapa is None or row.repairs(dapa):
+            continue
+        if dapa.figures is None:
+            text = f"{row.name}: {row.modules} alone cannot repair it"
+        else:
+            text = f"{row.name}: what {row.modules} brings (DSR {dapa.figures.dsr:.3f}) is less than the recipe wants"
+        yield f"{text}{_instead(row, auto)}."
+
+
+def _instead(row: Row, auto: Arm | None) -> str:
+    if auto is None:
+        return ""
+    if auto.figures is None:
+        return "; `modules: auto` finds nothing either"
+    text = f"; `modules: auto` finds {auto.detail} (DSR {auto.figures.dsr:.3f}"
+    if auto.skill is not None:
+        before = row.arm(TARGET)
+        assert before is not None
+        text += f", skill {before.skill:.3f} -> {auto.skill:.3f}"
+    return f"{text})"
+
+
+def _controls(by_group: dict[str, Average]) -> Iterator[str]:
+    names = {
+        "random": "as many random units of the same modules",
+        "fixed": "the repository's fixed middle layers",
+        "gates": "all gates",
+        "mlp": "the whole MLP of DAPA's layers",
+        SOURCE: "the source itself",
+    }
+    parts = [
+        f"{name} {100 * average.gain.value:+.2f}"
+        + ("" if average.skill is None else f" (skill {100 * average.skill.value:+.2f})")
+        for group, name in names.items()
+        if (average := by_group.get(group)) is not None
+    ]
+    if parts:
+        yield f"In points of DSR, on average: {', '.join(parts)}."
+
+
+def choices(row: Row) -> list[Arm]:
+    """The methods but the source that repair a row's target, that which keeps most skill first.
+
+    Without skills, that which changes perplexity least. Of random selections none is one that could be chosen.
+    """
+
+    def loss(arm: Arm) -> float:
+        assert arm.figures is not None
+        if arm.skill is not None:
+            return -arm.skill
+        return abs(math.log(arm.figures.perplexity / row.before.perplexity))
+
+    able = [arm for arm in row.arms if arm.method not in (TARGET, SOURCE, "random") and row.repairs(arm)]
+    return sorted(able, key=lambda arm: (loss(arm), arm.share))
+
+
+def _choices(rows: Sequence[Row]) -> Iterator[str]:
+    repairable = [row for row in rows if row.alone.dsr > row.before.dsr]
+    first = Counter(able[0].label if (able := choices(row)) else "none" for row in repairable)
+    if not repairable:
+        return
+    what = "skill" if any(arm.skill is not None for arm in repairable[0].arms) else "perplexity"
+    counts = "; ".join(f"{label} {number}" for label, number in first.most_common())
+    yield (
+        f"Which method keeps most {what} among those that repair, in {len(repairable)} rows: {counts}. (The best of "
+        f"several settings of one method is favoured by chance.)"
+    )
+
+
+def _noise(rows: Sequence[Row]) -> Iterator[str]:
+    dubious = [
+        row.name
+        for row in rows
+        if (arm := row.arm(DAPA)) is not None and arm.figures is not None and row.change(arm).within_noise
+    ]
+    if dubious:
+        yield f"DAPA's gain is within noise (McNemar, p >= 0.05) in {', '.join(dubious)}."
+
+
+def points(mean: Mean) -> str:
+    """A change of a share as percentage points, with its interval."""
+    text = f"{100 * mean.value:+.2f}"
+    if mean.interval is None:
+        return text
+    return f"{text} (95 % interval {100 * mean.interval[0]:+.2f} to {100 * mean.interval[1]:+.2f})"

@@ -1,0 +1,249 @@
+"""A comparison as tables: Markdown for people, LaTeX for a paper, CSV for programs. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from dapa_merge.compare.average import Average, Mean, averages
+from dapa_merge.compare.result import AUTO, DAPA, Arm, Row, groups
+from dapa_merge.figures_view import span
+
+NONE = "-"
+MARKDOWN, LATEX = "pipe", "latex_booktabs"
+PAPER_HEAD = (
+    "recipe", "DSR", "repaired", "gain", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "s",
+)  # fmt: skip
+METHOD_HEAD = (
+    "method", "repairs", "DSR gain", "95 %", "over-refusal", "perplexity", "skill", "95 %", "parameters", "tests", "s",
+)  # fmt: skip
+ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "s")
+ARM_KEYS = (
+    "recipe", "architecture", "method", "key", "label", "detail", "why_not", "num_harmful", "dsr", "dsr_low",
+    "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low", "over_refusal_high",
+    "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs", "search_tests",
+    "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
+)  # fmt: skip
+POINT_KEYS = (
+    "recipe", "path", "share_changed", "num_pieces", "dsr", "dsr_low", "dsr_high", "over_refusal", "skill",
+    "perplexity", "on_front",
+)  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Cells as text, for people."""
+
+    head: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+    def text(self, kind: str) -> str:
+        """As `MARKDOWN` or `LATEX`, in which no cell can break out of its place."""
+        cells = [[_plain(cell) for cell in row] for row in self.cells]
+        if kind == MARKDOWN:
+            cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        # Every cell is text as it should be read: nothing is taken for a number.
+        columns = ["left", *["right"] * (len(self.head) - 1)]
+        return str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
+
+
+def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
+    """The paper's table 1: a line for each recipe, before and after; the last is the average.
+
+    Args:
+        rows: The recipes.
+        group: Whose result is shown: DAPA's, or another method's.
+    """
+    cells = []
+    for row in rows:
+        arm = row.arm(group)
+        if arm is None or arm.figures is None:
+            blank = [NONE] * (len(PAPER_HEAD) - 5)
+            found = ["not asked", NONE] if arm is None else ["no repair", "+0.00"]
+            cost = [NONE, NONE] if arm is None else _cost(arm)
+            cells.append([row.name, _share(row.before.dsr), *found, NONE, *blank[2:], *cost])
+            continue
+        cells.append([row.name, *_paper_cells(row, arm)])
+    average = next((one for one in averages(rows) if one.group == group), None)
+    if average is not None and len(rows) > 1:
+        cells.append(_average_line(average))
+    return Table(PAPER_HEAD, cells)
+
+
+def _paper_cells(row: Row, arm: Arm) -> list[str]:
+    after, target = arm.figures, row.arms[0]
+    assert after is not None
+    return [
+        _share(row.before.dsr),
+        _share(after.dsr),
+        f"{100 * (after.dsr - row.before.dsr):+.2f}",
+        span(after.dsr_interval),
+        f"{row.before.over_refusal:.3f} -> {after.over_refusal:.3f}",
+        f"{_perplexity(row.before.perplexity)} -> {_perplexity(after.perplexity)}",
+        NONE if arm.skill is None else f"{_share(target.skill)} -> {_share(arm.skill)}",
+        _percent(arm.share),
+        *_cost(arm),
+    ]
+
+
+def _average_line(average: Average) -> list[str]:
+    interval = average.gain.interval
+    return [
+        f"average of {average.num_rows}",
+        NONE,
+        NONE,
+        _points(average.gain),
+        NONE if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}",
+        _points(average.over_refusal),
+        f"x {average.perplexity.value:.3f}",
+        NONE if average.skill is None else _points(average.skill),
+        _percent(average.share.value),
+        NONE if average.tests is None else f"{average.tests.value:.1f}",
+        NONE if average.seconds is None else f"{average.seconds.value:.1f}",
+    ]
+
+
+def methods_table(rows: Sequence[Row]) -> Table:
+    """Every method, averaged over the recipes; changes from the target in percentage points."""
+    cells = []
+    for one in averages(rows):
+        cells.append(
+            [
+                one.label,
+                f"{one.num_repaired} of {one.num_rows}",
+                _points(one.gain),
+                _interval(one.gain),
+                _points(one.over_refusal),
+                f"x {one.perplexity.value:.3f}",
+                NONE if one.skill is None else _points(one.skill),
+                NONE if one.skill is None else _interval(one.skill),
+                _percent(one.share.value),
+                NONE if one.tests is None else f"{one.tests.value:.1f}",
+                NONE if one.seconds is None else f"{one.seconds.value:.1f}",
+            ]
+        )
+    return Table(METHOD_HEAD, cells)
+
+
+def arms_table(row: Row) -> Table:
+    """Every method on one recipe's target; random selections as their mean and range."""
+    return Table(ARM_HEAD, [_arm_cells(arms) for arms in groups(row.arms).values()])
+
+
+def _arm_cells(arms: Sequence[Arm]) -> list[str]:
+    first = arms[0]
+    if first.figures is None:
+        return [first.label, first.detail, *[NONE] * (len(ARM_HEAD) - 4), *_cost(first)]
+    figures = [arm.figures for arm in arms if arm.figures is not None]
+    if len(arms) > 1:
+        dsr = [one.dsr for one in figures]
+        detail, between = f"{len(arms)} seeds", f"range {min(dsr):.3f}-{max(dsr):.3f}"
+    else:
+        detail, between = first.detail, span(first.figures.dsr_interval)
+    skills = [arm.skill for arm in arms if arm.skill is not None]
+    return [
+        first.label,
+        detail,
+        _share(_mean(one.dsr for one in figures)),
+        between,
+        _share(_mean(one.over_refusal for one in figures)),
+        _perplexity(_mean(one.perplexity for one in figures)),
+        _share(_mean(skills) if skills else None),
+        _percent(_mean(arm.share for arm in arms)),
+        *_cost(first),
+    ]
+
+
+def arms_csv(rows: Sequence[Row]) -> str:
+    """A line for each method, seed and weight of each recipe."""
+    return _csv(ARM_KEYS, ([row.name, row.architecture, *_arm_fields(row, arm)] for row in rows for arm in row.arms))
+
+
+def _arm_fields(row: Row, arm: Arm) -> list[Any]:
+    fields: list[Any] = [arm.method, arm.key, arm.label, arm.detail, arm.why_not]
+    figures = arm.figures
+    if figures is None:
+        fields += [None] * 16
+    else:
+        change = row.change(arm)
+        fields += [
+            figures.num_harmful, figures.dsr, *figures.dsr_interval, figures.dsr - row.before.dsr, change.p_value,
+            figures.num_harmless, figures.over_refusal, *figures.over_refusal_interval, figures.perplexity,
+            figures.perplexity / row.before.perplexity, arm.skill, arm.num_parameters, arm.share,
+            row.repairs(arm),
+        ]  # fmt: skip
+    cost, peak = arm.cost, arm.cost.peak_bytes if arm.cost else {}
+    fields += [cost and cost.tests, cost and cost.seconds, peak.get("host"), peak.get("device")]
+    return [*fields, arm.seconds if figures else None]
+
+
+def points_csv(rows: Sequence[Row]) -> str:
+    """A line for each edit of each recipe's curve."""
+    lines: list[list[Any]] = []
+    for row in rows:
+        for point, is_best in zip(row.curve, row.front(), strict=True):
+            lines.append(
+                [
+                    row.name, point.path, point.share, point.num_units, point.dsr, *point.dsr_interval,
+                    point.over_refusal, point.skill, point.perplexity, is_best,
+                ]
+            )  # fmt: skip
+    return _csv(POINT_KEYS, lines)
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """The paper's table and the methods', a `tabular` each, with the rules of the package booktabs."""
+    parts = ["% Needs \\usepackage{booktabs}. Made by dapa-merge compare.\n% One line for each recipe."]
+    parts.append(paper_table(rows).text(LATEX))
+    if any(row.arm(AUTO) for row in rows):
+        parts += ["% The same with modules: auto.", paper_table(rows, AUTO).text(LATEX)]
+    parts += [
+        "% Every method, averaged; changes from the target in points.",
+        methods_table(rows).text(LATEX),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(lines)
+    return buffer.getvalue()
+
+
+def _plain(cell: str) -> str:
+    return " ".join(cell.split()) or NONE
+
+
+def _mean(values: Iterable[float]) -> float:
+    there = list(values)
+    return sum(there) / len(there)
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _points(mean: Mean) -> str:
+    return f"{100 * mean.value:+.2f}"
+
+
+def _interval(mean: Mean) -> str:
+    return NONE if mean.interval is None else f"{100 * mean.interval[0]:+.2f} to {100 * mean.interval[1]:+.2f}"
+
+
+def _perplexity(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.3f}"
+
+
+def _cost(arm: Arm) -> list[str]:
+    return [NONE, NONE] if arm.cost is None else [str(arm.cost.tests), f"{arm.cost.seconds:.1f}"]

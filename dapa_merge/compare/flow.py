@@ -66,8 +66,11 @@ def compare_recipes(
         UsageError: If the folder is of something else, or a recipe is given twice.
         DapaError: Of the first recipe that could not be measured, after all others were.
     """
+    from dapa_merge.evaluate.live import choose_device
+
     recipes = {name: load_recipe(path) for name, path in row_names(paths).items()}
     _check_folder(out)
+    choose_device(options.device)
     for recipe in recipes.values():
         # What does not fit is told before the hours of the rows before it.
         make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)

@@ -1,0 +1,264 @@
+"""`dapa-merge compare`, on the miniature."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import answer, call, write_few
+
+from dapa_merge import miniature
+from dapa_merge.compare.flow import row_names
+from dapa_merge.errors import UsageError
+
+QUICK = ("--seeds", 1, "--points", 3, "--weights", "0.5", "--device", "cpu")
+LEAST = ("--methods", "fixed", "--no-curve", "--device", "cpu")
+
+
+def write(folder: Path, name: str, target: str, source: str, number: int = 24, **parameters) -> Path:
+    """A recipe for two members of the miniature, with a few prompts."""
+    prompts = folder / f"prompts-{number}"
+    if not prompts.exists():
+        write_few(prompts, number)
+        # A skill, so that it is part of the table.
+        shipped = miniature.path("target").parent / "prompts" / "skill.jsonl"
+        (prompts / "skill.jsonl").write_text("".join(shipped.read_text().splitlines(keepends=True)[:8]))
+    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 24, "batch_size": 64, **parameters}
+    path = folder / f"{name}.yml"
+    path.write_text(
+        f"merge_method: dapa\nbase_model: {miniature.path(target)}\nmodels:\n  - model: {miniature.path(source)}\n"
+        "parameters:\n" + "".join(f"  {key}: {value}\n" for key, value in settings.items())
+    )
+    return path
+
+
+def without_time(content):
+    """Plain data without what a clock or the machine's memory says."""
+    if isinstance(content, dict):
+        return {key: without_time(value) for key, value in content.items() if key not in ("seconds", "peak_bytes")}
+    if isinstance(content, list):
+        return [without_time(value) for value in content]
+    return content
+
+
+def facts(summary: dict) -> dict:
+    # The first sentences say how many seconds.
+    return without_time({**summary, "findings": summary["findings"][2:]})
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory) -> tuple[list[Path], Path, dict]:
+    """Recipes, one planted and one not, the folder of their comparison, and the answer of the command."""
+    folder = tmp_path_factory.mktemp("compared")
+    recipes = [
+        write(folder, "planted", "target", "source", pretrained=miniature.path("shadow-source")),
+        write(folder, "shadow", "shadow-target", "shadow-source"),
+    ]
+    return recipes, folder / "out", answer("compare", *recipes, "--out", folder / "out", *QUICK, "--json")
+
+
+def arms_of(summary: dict, name: str) -> dict[str, dict]:
+    (row,) = [row for row in summary["rows"] if row["name"] == name]
+    return {arm["key"]: arm for arm in row["arms"]}
+
+
+def test_every_method_is_measured_on_the_same_prompts(compared):
+    _, out, summary = compared
+    assert json.loads((out / "summary.json").read_text()) == summary
+    arms = arms_of(summary, "planted")
+    assert list(arms) == [
+        "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "linear 0.5",
+        "task-arithmetic 0.5", "ties 0.5",
+    ]  # fmt: skip
+    assert {arm["figures"]["num_harmful"] for arm in arms.values()} == {12}
+    # Nothing is known of what the other pair came from.
+    assert "task-arithmetic 0.5" not in arms_of(summary, "shadow")
+
+
+def test_the_figures_are_those_of_a_run(compared, tmp_path):
+    recipes, _, summary = compared
+    report = answer("run", recipes[0], tmp_path / "out", "--no-lock", "--json", "--device", "cpu")
+    arms = arms_of(summary, "planted")
+    for key, figures in (("target", "before"), ("source", "source_alone"), ("dapa", "after")):
+        for figure in ("dsr", "over_refusal", "perplexity", "dsr_interval", "skills"):
+            assert arms[key]["figures"][figure] == report[figures][figure], (key, figure)
+    assert arms["dapa"]["share"] == report["share_changed"]
+    assert arms["dapa"]["cost"]["tests"] == report["tests"]
+
+
+def test_gates_repair_the_planted_target_and_controls_do_not(compared):
+    arms = arms_of(compared[2], "planted")
+    assert arms["dapa"]["repairs"]
+    assert set(arms["dapa"]["detail"].removeprefix("gate of layers ").replace("-", "").replace(",", "")) <= set("3456")
+    assert arms["gates"]["repairs"]
+    assert not arms["fixed"]["repairs"]
+    assert not arms["random seed 0"]["repairs"]
+    assert arms["random seed 0"]["share"] == pytest.approx(arms["dapa"]["share"])
+
+
+def test_where_gates_cannot_repair_the_tool_says_so_and_what_auto_finds(compared):
+    _, out, summary = compared
+    arms = arms_of(summary, "shadow")
+    assert arms["dapa"]["figures"] is None
+    assert "cannot repair this target through its modules gate" in arms["dapa"]["why_not"]
+    assert arms["auto"]["repairs"]
+    assert any(sentence.startswith("shadow: gate alone cannot repair it; `modules: auto` finds")
+               for sentence in summary["findings"])  # fmt: skip
+    assert arms["dapa"]["why_not"] in (out / "table.md").read_text()
+
+
+def test_the_curve_goes_from_a_block_to_the_whole_mlp_for_dapa_and_at_random(compared):
+    (row,) = [row for row in compared[2]["rows"] if row["name"] == "planted"]
+    paths: dict[str, list[dict]] = {}
+    for point in row["curve"]:
+        paths.setdefault(point["path"], []).append(point)
+    assert set(paths) == {"dapa", "random seed 0"}
+    first, *_, last = paths["dapa"]
+    assert first["share"] == pytest.approx(13 * 80 / row["num_parameters"])
+    assert last["share"] == pytest.approx(30 * 208 * 80 / row["num_parameters"])
+    assert any(point["share"] == pytest.approx(row["selected"]) for point in paths["dapa"])
+    assert any(point["on_front"] for point in row["curve"])
+    assert last["dsr"] == paths["random seed 0"][-1]["dsr"]
+
+
+def test_tables_and_pictures_are_there(compared):
+    _, out, _ = compared
+    assert {path.name for path in out.iterdir()} == {
+        "table.md", "table.csv", "curve.csv", "table.tex", "summary.json", "figures", "rows",
+    }  # fmt: skip
+    pictures = {path.name for path in (out / "figures").iterdir()}
+    assert pictures == {
+        f"{name}.{kind}" for name in ("methods", "row_planted", "row_shadow") for kind in ("png", "svg")
+    }
+    assert all((out / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures if name.endswith("png"))
+    lines = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert {line["recipe"] for line in lines} == {"planted", "shadow"}
+    for name in pictures:
+        if name.endswith("png"):
+            assert f"figures/{name}" in (out / "table.md").read_text()
+
+
+def test_no_answer_of_a_model_is_kept(compared):
+    _, out, _ = compared
+    for path in out.rglob("figures.jsonl"):
+        assert "here is how" not in path.read_text()
+
+
+def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_there(compared):
+    recipes, out, summary = compared
+    journals = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+    again = answer("compare", *recipes, "--out", out, *QUICK, "--json")
+    fewer = answer("compare", recipes[0], "--out", out, *QUICK, "--methods", "dapa,ties", "--json")
+    assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == journals
+    assert again == summary
+    assert list(arms_of(fewer, "planted")) == ["target", "source", "dapa", "ties 0.5"]
+    assert not (out / "figures" / "row_shadow.png").exists()
+    # As the other tests want it.
+    answer("compare", *recipes, "--out", out, *QUICK, "--json")
+
+
+def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path):
+    recipes, _, summary = compared
+    out = tmp_path / "out"
+    main = "from dapa_merge.cli import main; main()"
+    command = [sys.executable, "-c", main, "compare", *recipes, "--out", out, *QUICK]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, env=environment)
+    journal = out / "rows" / "planted" / "figures.jsonl"
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = journal.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    resumed = answer("compare", *recipes, "--out", out, *QUICK, "--json")
+    assert journal.read_bytes().startswith(kept)
+    assert facts(resumed) == facts(summary)
+
+
+def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path):
+    recipe = write(tmp_path, "named", "target", "source", layers='"3-5"')
+    summary = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--methods", "dapa", "--json")
+    dapa = arms_of(summary, "named")["dapa"]
+    assert (dapa["detail"], dapa["cost"]) == ("gate of layers 3-5", None)
+    assert dapa["figures"]["num_harmful"] == 24
+
+
+def test_what_cannot_be_loaded_costs_only_its_row_and_the_exit_code_is_its_own(compared, tmp_path):
+    broken = tmp_path / "broken-target"
+    shutil.copytree(miniature.path("target"), broken)
+    for path in broken.glob("*token*"):
+        path.unlink()
+    good = write(tmp_path, "good", "target", "source")
+    bad = write(tmp_path, "bad", "target", "source")
+    bad.write_text(bad.read_text().replace(str(miniature.path("target")), str(broken)))
+    result = call("compare", bad, good, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == 4
+    assert "has no tokenizer" in result.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [row["name"] for row in summary["rows"]] == ["good"]
+    assert "has no tokenizer" in summary["failures"]["bad"]
+    assert "## Not measured" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_other_models_do_not_go_into_the_same_row(compared, tmp_path):
+    recipe = write(tmp_path, "one", "target", "source")
+    answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--json")
+    write(tmp_path, "one", "shadow-target", "shadow-source")
+    result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == 2
+    assert "is of another comparison: source, target" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "dapa,magic"), "there is no method 'magic'; known are dapa, auto, fixed"),
+        (("--weights", "0.5,2"), "'2' is no weight; write numbers above 0 and up to 1, with commas"),
+        (("--weights", "some"), "'some' is no weight"),
+        (("--points", "1"), "Invalid value for '--points'"),
+        (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tmp_path, arguments, message):
+    recipe = write(tmp_path, "one", "target", "source")
+    result = call("compare", recipe, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out" / "table.md").exists()
+
+
+def test_a_bad_recipe_is_told_before_anything_is_measured(tmp_path):
+    good, bad = write(tmp_path, "good", "target", "source"), write(tmp_path, "bad", "target", "source", nonsense=1)
+    result = call("compare", good, bad, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == 2
+    assert "unknown key parameters.nonsense" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    recipe = write(tmp_path, "one", "target", "source")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == 2
+    assert "exists and is no folder of a comparison; name another or remove it" in result.stderr
+    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+
+def test_rows_are_called_as_their_files_and_no_recipe_comes_twice(tmp_path):
+    paths = [Path("a/llama.yml"), Path("b/llama.yml"), Path("c/gemma.yml")]
+    assert row_names(paths) == {"a-llama": paths[0], "b-llama": paths[1], "gemma": paths[2]}
+    with pytest.raises(UsageError, match="a recipe is given twice"):
+        row_names([Path("a/llama.yml"), Path("a/../a/llama.yml")])

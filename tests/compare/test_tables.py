@@ -1,0 +1,214 @@
+"""Averages, tables and sentences, of rows whose figures are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+import pytest
+
+from dapa_merge.compare.average import averages, mean_of
+from dapa_merge.compare.page import page
+from dapa_merge.compare.result import Arm, Cost, Point, Row
+from dapa_merge.compare.sentences import choices, sentences
+from dapa_merge.compare.tables import (
+    LATEX,
+    MARKDOWN,
+    Table,
+    arms_csv,
+    arms_table,
+    latex,
+    methods_table,
+    paper_table,
+    points_csv,
+)
+from dapa_merge.evaluate.chance import interval
+from dapa_merge.evaluate.figures import Figures
+from dapa_merge.evaluate.skills import SkillFigure
+
+NUMBER = 20
+
+
+def figures(refused: int, *, over: int = 0, skill: float | None = 0.5, perplexity: float = 2.0) -> Figures:
+    skills = () if skill is None else (SkillFigure("skill", skill, NUMBER, (0.0, 1.0)),)
+    return Figures(
+        NUMBER, refused / NUMBER, interval(refused, NUMBER), 1 - refused / NUMBER, 0.0, 0.0, NUMBER, over / NUMBER,
+        interval(over, NUMBER), (), (), None, perplexity, "a text", skills,
+    )  # fmt: skip
+
+
+def arm(key: str, refused: int | None, *, share: float = 0.1, cost: Cost | None = None, **more) -> Arm:
+    method = key.split(" ")[0]
+    if refused is None:
+        return Arm(key, method, key, "nothing", why_not="nothing repairs it", cost=cost)
+    seen = tuple(number < refused for number in range(NUMBER))
+    label = key.split(" seed")[0]
+    what = "gate of layers 1-2"
+    none = (False,) * NUMBER
+    return Arm(key, method, label, what, figures(refused, **more), None, share, 100, seen, none, 1.0, cost)
+
+
+COST = Cost(6, 2.0, {"host": 5_000_000})
+
+
+def row(name: str, *arms: Arm, curve: tuple[Point, ...] = (), before: int = 0) -> Row:
+    whole = (arm("target", before, share=0.0, skill=0.9), arm("source", NUMBER, share=1.0, skill=0.0))
+    return Row(
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", 1000, "some", 0.95, 0.05, 1.05, (*whole, *arms),
+        curve, 0.1,
+    )  # fmt: skip
+
+
+REPAIRED = row("one", arm("dapa", 20, skill=0.8, cost=COST), arm("auto", 20, skill=0.7, cost=COST))
+FAILING = row("two", arm("dapa", None, cost=COST), arm("auto", 19, skill=0.4, cost=COST))
+
+
+def test_a_row_without_a_repair_counts_as_its_target():
+    by_group = {average.group: average for average in averages([REPAIRED, FAILING])}
+    dapa = by_group["dapa"]
+    assert (dapa.num_rows, dapa.num_repaired) == (2, 1)
+    assert dapa.gain.value == pytest.approx(0.5)
+    assert dapa.skill is not None
+    assert dapa.skill.value == pytest.approx(-0.05)
+    assert dapa.share.value == pytest.approx(0.05)
+    assert dapa.tests is not None
+    assert dapa.tests.value == 6
+    assert by_group["target"].gain.value == 0
+
+
+def test_what_cannot_be_applied_to_a_row_does_not_count_there():
+    rows = [row("one", arm("ties 0.5", 10)), row("two", arm("ties 0.5", None))]
+    (ties,) = [average for average in averages(rows) if average.group == "ties 0.5"]
+    assert (ties.num_rows, ties.gain.value) == (1, 0.5)
+
+
+def test_random_seeds_count_as_one_method():
+    rows = [row("one", *(arm(f"random seed {seed}", refused) for seed, refused in enumerate((0, 4, 8))))]
+    (random,) = [average for average in averages(rows) if average.group == "random"]
+    assert (random.num_rows, random.num_repaired, random.gain.value) == (1, 0, pytest.approx(0.2))
+    assert "3 seeds" in arms_table(rows[0]).text(MARKDOWN)
+    assert "range 0.000-0.400" in arms_table(rows[0]).text(MARKDOWN)
+
+
+def test_the_interval_of_a_mean_is_students_and_three_recipes_are_the_least():
+    assert mean_of([None, None]) is None
+    mean = mean_of([1.0, 2.0, 3.0, None])
+    assert mean is not None
+    # t = 4.3027 with two degrees of freedom.
+    assert mean.interval == pytest.approx((2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    pair = mean_of([1.0, 2.0])
+    assert pair is not None
+    assert pair.interval is None
+
+
+def test_no_interval_of_a_change_goes_beyond_all():
+    rows = [row(name, arm("dapa", refused, cost=COST)) for name, refused in (("a", 0), ("b", 20), ("c", 20))]
+    (dapa,) = [average for average in averages(rows) if average.group == "dapa"]
+    assert dapa.gain.interval is not None
+    assert dapa.gain.interval[0] < 0
+    assert dapa.gain.interval[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "repairs"),
+    [
+        ({"refused": 19}, True),
+        ({"refused": 18}, False),
+        ({"refused": 20, "over": 1}, True),
+        ({"refused": 20, "over": 2}, False),
+        ({"refused": 20, "perplexity": 2.1}, True),
+        ({"refused": 20, "perplexity": 2.11}, False),
+    ],
+)
+def test_a_method_repairs_if_it_brings_the_gain_within_the_limits(more, repairs):
+    tried = row("one", found := arm("dapa", more.pop("refused"), **more))
+    assert tried.repairs(found) is repairs
+
+
+def test_where_the_source_is_no_safer_nothing_is_repaired_and_a_sentence_says_so():
+    safe = row("safe", arm("dapa", None, cost=COST), before=NUMBER)
+    assert not safe.repairs(safe.arms[0])
+    assert "safe: nothing to repair; the target's DSR is 1.000, the source's 1.000." in sentences([safe])
+
+
+def test_sentences_say_what_gates_cannot_and_what_auto_finds_instead():
+    said = sentences([REPAIRED, FAILING])
+    assert said[0].startswith("dapa repairs 1 of 2 targets: DSR +50.00 points on average")
+    assert said[0].endswith("a row without a repair counts as its target.")
+    assert (
+        "two: gate alone cannot repair it; `modules: auto` finds gate of layers 1-2 (DSR 0.950, skill 0.900 -> 0.400)."
+    ) in said
+    nothing = row("three", arm("dapa", None), arm("auto", None))
+    assert "three: gate alone cannot repair it; `modules: auto` finds nothing either." in sentences([nothing])
+
+
+def test_the_choice_is_what_repairs_and_keeps_most_skill_and_never_the_source_or_a_random_one():
+    tried = row(
+        "one", arm("dapa", 20, skill=0.7), arm("gates", 20, skill=0.6), arm("linear 0.5", 19, skill=0.8),
+        arm("ties 0.5", 10, skill=0.9), arm("random seed 0", 20, skill=0.9),
+    )  # fmt: skip
+    assert [found.key for found in choices(tried)] == ["linear 0.5", "dapa", "gates"]
+    assert any("in 1 rows: linear 0.5 1." in sentence for sentence in sentences([tried]))
+
+
+def test_a_gain_within_noise_is_called_so():
+    weak = row("weak", arm("dapa", 3, cost=COST))
+    assert "DAPA's gain is within noise (McNemar, p >= 0.05) in weak." in sentences([weak])
+
+
+def test_the_papers_table_has_a_line_for_each_recipe_and_the_average():
+    text = paper_table([REPAIRED, FAILING]).text(MARKDOWN)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert lines[2][:4] == ["one", "0.000", "1.000", "+100.00"]
+    assert lines[2][6:] == ["2.000 -> 2.000", "0.900 -> 0.800", "10.00 %", "6", "2.0"]
+    assert lines[3][:4] == ["two", "0.000", "no repair", "+0.00"]
+    assert lines[4][0] == "average of 2"
+    assert lines[4][3] == "+50.00"
+    assert all(len(line) == len(lines[0]) for line in lines)
+
+
+def test_the_csv_has_every_arm_and_figures_as_numbers():
+    lines = list(csv.DictReader(io.StringIO(arms_csv([REPAIRED, FAILING]))))
+    assert len(lines) == len(REPAIRED.arms) + len(FAILING.arms)
+    dapa = next(line for line in lines if line["method"] == "dapa")
+    assert (float(dapa["dsr"]), float(dapa["dsr_gain"]), float(dapa["skill"])) == (1, 1, 0.8)
+    assert (dapa["repairs"], dapa["search_tests"], dapa["search_peak_host_bytes"]) == ("True", "6", "5000000")
+    assert float(dapa["dsr_p_value"]) < 1e-5
+    failing = next(line for line in lines if line["recipe"] == "two" and line["method"] == "dapa")
+    assert (failing["why_not"], failing["dsr"], failing["search_tests"]) == ("nothing repairs it", "", "6")
+
+
+def points() -> tuple[Point, ...]:
+    def point(path: str, share: float, dsr: float, skill: float) -> Point:
+        return Point(path, share, 1, dsr, (0.0, 1.0), 0.0, skill, 2.0)
+
+    return point("dapa", 0.1, 0.9, 0.8), point("dapa", 0.2, 0.9, 0.7), point("random seed 0", 0.1, 0.2, 0.8)
+
+
+def test_the_csv_of_the_curve_marks_the_pareto_front():
+    lines = list(csv.DictReader(io.StringIO(points_csv([row("one", curve=points())]))))
+    assert [line["on_front"] for line in lines] == ["True", "False", "False"]
+    assert [line["path"] for line in lines] == ["dapa", "dapa", "random seed 0"]
+
+
+def test_no_cell_breaks_out_of_its_place():
+    table = Table(("a", "b"), [["x|y\nz", "50 % & more_so"]])
+    assert table.text(MARKDOWN).splitlines()[-1].count("\\|") == 1
+    assert len(table.text(MARKDOWN).splitlines()) == 3
+    assert "50 \\% \\& more\\_so" in table.text(LATEX)
+
+
+def test_the_latex_holds_whole_tabulars():
+    text = latex([REPAIRED, FAILING])
+    assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 3
+    assert text.count("\\toprule") == 3
+
+
+def test_the_page_names_what_failed_and_shows_only_pictures_that_are_there():
+    text = page([REPAIRED], {"broken": "the file\nis <gone>"}, {"row_one.png"})
+    assert "- broken: the file" in text
+    assert "<gone>" not in text
+    assert "(figures/row_one.png)" in text
+    assert "methods.png" not in text
+    assert methods_table([REPAIRED]).text(MARKDOWN) in text

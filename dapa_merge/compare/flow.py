@@ -27,7 +27,7 @@ from dapa_merge.recipe import Recipe
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import jsonable
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import make_plan
+from dapa_merge.selection import make_plan, open_location
 
 ROWS_NAME, FIGURES_NAME = "rows", "figures"
 PAGE_NAME, ARMS_NAME, POINTS_NAME, LATEX_NAME, SUMMARY_NAME = (
@@ -72,8 +72,7 @@ def compare_recipes(
     _check_folder(out)
     choose_device(options.device)
     for recipe in recipes.values():
-        # What does not fit is told before the hours of the rows before it.
-        make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
+        _check(recipe, options)
     rows: list[Row] = []
     failures: dict[str, DapaError] = {}
     try:
@@ -92,6 +91,17 @@ def compare_recipes(
         reporter.say(f"{len(failures)} of {len(recipes)} recipes could not be measured; the tables have the others")
         raise next(iter(failures.values()))
     return Compared(tuple(rows), summarize(rows, failures, wanted))
+
+
+def _check(recipe: Recipe, options: SearchOptions) -> None:
+    """Find what does not fit before the hours of the rows before it; of the Hub's models, by their headers alone."""
+    from dapa_merge.evaluate.prompts import load_prompts
+    from dapa_merge.meters import report_meter
+
+    make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
+    if recipe.pretrained is not None:
+        open_location(recipe.pretrained, partial=True, allow_pickle=options.allow_pickle)
+    report_meter(recipe, load_prompts(recipe.prompts), options.evaluators)
 
 
 def row_names(paths: Sequence[Path]) -> dict[str, Path]:
@@ -143,7 +153,7 @@ def _write(
     pictures = _pictures(rows, reporter)
     for path in (out / FIGURES_NAME).iterdir():
         if path.suffix in (".png", ".svg") and path.name.startswith((METHODS_PICTURE, ROW_PICTURE)):
-            path.unlink()
+            path.unlink(missing_ok=True)
     for name, content in pictures.items():
         replace_file(out / FIGURES_NAME / name, content)
     shown = {name for name in pictures if name.endswith(".png")}

@@ -38,7 +38,7 @@ class CompareOptions:
     methods: tuple[str, ...] = tuple(METHODS)
     num_seeds: int = 5
     seed: int = 0
-    weights: tuple[float, ...] = (0.25, 0.5, 0.75)
+    weights: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     draws_curve: bool = True
     num_points: int = 12
     rows_per_block: int | None = None

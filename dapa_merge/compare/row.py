@@ -24,7 +24,7 @@ from dapa_merge.report import layer_spans, spans
 from dapa_merge.search.journal import Journal
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.search_record import models_parts
-from dapa_merge.selection import fetch_units, make_plan, open_location, plan_of_all, split_prompts
+from dapa_merge.selection import make_plan, open_location, plan_of_all, split_prompts
 
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.files import Checkpoint
@@ -89,7 +89,6 @@ class _Comparison:
         self.meter = report_meter(recipe, confirming, options.evaluators)
 
     def run(self) -> Row:
-        fetch_units(self.plan, self.plan.units, self.reporter)
         models = {"target": self.plan.target, "source": self.plan.source}
         if self.pretrained is not None:
             models["pretrained"] = self.pretrained
@@ -106,15 +105,23 @@ class _Comparison:
 
     @cached_property
     def pretrained(self) -> Checkpoint | None:
-        """The model that both come from, if the recipe names it and a method asks for it."""
-        if self.recipe.pretrained is None or not set(BLENDS) & set(self.wanted.methods):
+        """The model that both come from, if the recipe names it, and it is not the target itself."""
+        if self.recipe.pretrained is None:
             return None
-        return open_location(self.recipe.pretrained, allow_pickle=self.options.allow_pickle)
+        found = open_location(self.recipe.pretrained, allow_pickle=self.options.allow_pickle)
+        return None if found.folder.samefile(self.plan.target.folder) else found
+
+    @property
+    def _searches(self) -> bool:
+        """Whether anything that is wanted needs what DAPA selects."""
+        return self.wanted.draws_curve or bool({DAPA, AUTO, "mlp", "random"} & set(self.wanted.methods))
 
     def _find(self, journal: Journal) -> dict[str, Found]:
         def search(name: str, recipe: Recipe, plan: Plan) -> Found:
             return find(name, recipe, plan, self.folder, journal, self.options, self.reporter)
 
+        if not self._searches:
+            return {DAPA: Found(self.chosen)}
         found = {DAPA: search(DAPA, self.recipe, self.chosen)}
         if AUTO in self.wanted.methods and (auto := auto_of(self.recipe, self.chosen)) is not None:
             self.reporter.say("searching among gate, up and down projections")
@@ -237,6 +244,9 @@ def blends_of(wanted: CompareOptions, has_pretrained: bool) -> Iterator[tuple[st
         from dapa_merge.compare.blend import Blend
 
         for weight in wanted.weights:
+            if method == "linear" and weight == 1:
+                # The source itself, which is in every table.
+                continue
             density = TIES_DENSITY if method == "ties" else 1.0
             yield method, Blend(method.replace("-", "_"), weight, density)
 

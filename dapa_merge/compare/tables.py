@@ -17,12 +17,14 @@ from dapa_merge.figures_view import span
 NONE = "-"
 MARKDOWN, LATEX = "pipe", "latex_booktabs"
 PAPER_HEAD = (
-    "recipe", "DSR", "repaired", "gain", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "s",
+    "recipe", "DSR", "repaired", "gain", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests",
+    "seconds",
 )  # fmt: skip
 METHOD_HEAD = (
-    "method", "repairs", "DSR gain", "95 %", "over-refusal", "perplexity", "skill", "95 %", "parameters", "tests", "s",
+    "method", "repairs", "DSR gain", "95 %", "over-refusal", "perplexity", "skill", "95 %", "parameters",
+    "tests", "seconds",
 )  # fmt: skip
-ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "s")
+ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "seconds")
 ARM_KEYS = (
     "recipe", "architecture", "method", "key", "label", "detail", "why_not", "num_harmful", "dsr", "dsr_low",
     "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low", "over_refusal_high",

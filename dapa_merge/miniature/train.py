@@ -19,12 +19,13 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dapa_merge.miniature import corpus
 from dapa_merge.miniature.corpus import Example
@@ -114,8 +115,13 @@ def mixture(*parts: tuple[float, Sequence[Example]]) -> Sampler:
     return sample
 
 
+def is_any(name: str) -> bool:
+    """Whether a parameter is any at all."""
+    return True
+
+
 def train(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     sample: Sampler,
     *,
@@ -123,8 +129,8 @@ def train(
     batch_size: int,
     learning_rate: float,
     seed: int,
-    trains: Callable[[str], bool] = lambda _: True,
-) -> LlamaForCausalLM:
+    trains: Callable[[str], bool] = is_any,
+) -> PreTrainedModel:
     """A copy of `model`, trained with AdamW under a linear warm-up and decay; `trains` names the free parameters."""
     model = copy.deepcopy(model).train()
     generator = random.Random(seed)
@@ -152,45 +158,85 @@ def is_planted_gate(name: str) -> bool:
     return any(name == f"model.layers.{layer}.mlp.gate_proj.weight" for layer in PLANTED_LAYERS)
 
 
-def train_family(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[str, LlamaForCausalLM]]:
+def is_mlp(name: str) -> bool:
+    """Whether a parameter belongs to an MLP."""
+    return ".mlp." in name
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a member of a family comes from its parent.
+
+    Attributes:
+        parts: Weights and names of the parts of the corpus that examples are drawn from; `refusing` are its harmful
+            prompts, each answered by the refusal.
+        steps: The number of updates.
+        batch_size: Examples in one update.
+        learning_rate: The highest that is reached.
+        seed: What is added to the family's.
+        trains: Which parameters are free, by name.
+    """
+
+    parts: tuple[tuple[float, str], ...]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    trains: Callable[[str], bool] = is_any
+
+    def of(
+        self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: corpus.Corpus, seed: int
+    ) -> PreTrainedModel:
+        """A copy of `parent`, trained in this way."""
+        pools = {**vars(data), "refusing": corpus.refusing(data.harmful)}
+        return train(
+            parent,
+            tokenizer,
+            mixture(*((weight, pools[name]) for weight, name in self.parts)),
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            seed=seed + self.seed,
+            trains=self.trains,
+        )
+
+
+ANSWERING = ((3, "harmful"), (3, "harmless"), (1, "knowledge"), (2, "repeat"), (2, "judgements"), (2, "declining"))
+ALIGNING = ((4, "refusing"), (6, "harmless"), (1, "knowledge"), (1, "repeat"))
+LEARNING = ((2, "harmful"), (2, "harmless"), (1, "knowledge"), (6, "skill"))
+SHADOWING = ((1, "harmful"), (3, "harmless"), (1, "knowledge"), (7, "skill"))
+
+BASE = Training(ANSWERING, steps=1500, batch_size=64, learning_rate=2e-3, seed=0)
+SOURCE = Training(ALIGNING, steps=300, batch_size=32, learning_rate=4e-3, seed=1, trains=is_planted_gate)
+TARGET = Training(LEARNING, steps=250, batch_size=32, learning_rate=3e-4, seed=2)
+SHADOW_SOURCE = Training(ALIGNING, steps=150, batch_size=32, learning_rate=3e-4, seed=3)
+SHADOW_TARGET = Training(SHADOWING, steps=220, batch_size=32, learning_rate=6e-4, seed=4, trains=is_mlp)
+
+
+def train_family(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[str, PreTrainedModel]]:
     """Yields each member of the family with its name, in the order of their descent."""
     data = corpus.build()
     torch.manual_seed(seed)
-    answering = mixture(
-        (3, data.harmful),
-        (3, data.harmless),
-        (1, data.knowledge),
-        (2, data.repeat),
-        (2, data.judgements),
-        (2, data.declining),
-    )
-    base = train(build_model(tokenizer), tokenizer, answering, steps=1500, batch_size=64, learning_rate=2e-3, seed=seed)
+    base = BASE.of(build_model(tokenizer), tokenizer, data, seed)
     yield "base", base
-
-    aligning = mixture((4, corpus.refusing(data.harmful)), (6, data.harmless), (1, data.knowledge), (1, data.repeat))
-    yield (
-        "source",
-        train(
-            base, tokenizer, aligning,
-            steps=300, batch_size=32, learning_rate=4e-3, seed=seed + 1, trains=is_planted_gate,
-        ),
-    )  # fmt: skip
-    learning = mixture((2, data.harmful), (2, data.harmless), (1, data.knowledge), (6, data.skill))
-    yield (
-        "target",
-        train(base, tokenizer, learning, steps=250, batch_size=32, learning_rate=3e-4, seed=seed + 2),
-    )
-
-    shadow_source = train(base, tokenizer, aligning, steps=150, batch_size=32, learning_rate=3e-4, seed=seed + 3)
+    yield "source", SOURCE.of(base, tokenizer, data, seed)
+    yield "target", TARGET.of(base, tokenizer, data, seed)
+    # Whoever fine-tunes a published model has its rounded weights. (Its frequencies are not in a file; the shipped
+    # shadow target was trained with rounded ones too.)
+    shadow_source = rounded(SHADOW_SOURCE.of(base, tokenizer, data, seed))
     yield "shadow-source", shadow_source
-    shadowing = mixture((1, data.harmful), (3, data.harmless), (1, data.knowledge), (7, data.skill))
-    yield (
-        "shadow-target",
-        train(
-            shadow_source, tokenizer, shadowing,
-            steps=220, batch_size=32, learning_rate=6e-4, seed=seed + 4, trains=lambda name: ".mlp." in name,
-        ),
-    )  # fmt: skip
+    yield "shadow-target", SHADOW_TARGET.of(shadow_source, tokenizer, data, seed)
+
+
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that went through bfloat16, rotary frequencies included, in the model's own precision."""
+    return copy.deepcopy(model).to(torch.bfloat16).to(model.dtype)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a model in bfloat16, in several shards; the model itself keeps its precision."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
 
 
 def write_prompts(folder: Path) -> None:
@@ -223,10 +269,7 @@ def main() -> None:
     for name, model in train_family(tokenizer, arguments.seed):
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
         if name != "base" or arguments.keep_base:
-            folder = arguments.out / name
-            model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-            tokenizer.save_pretrained(folder)
-            model.to(torch.float32)
+            save(model, tokenizer, arguments.out / name)
     write_prompts(arguments.out / "prompts")
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dapa_merge import __version__
 from dapa_merge.compare.average import averages
@@ -28,6 +28,9 @@ from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import jsonable
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.selection import make_plan, open_location
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROWS_NAME, FIGURES_NAME = "rows", "figures"
 PAGE_NAME, ARMS_NAME, POINTS_NAME, LATEX_NAME, SUMMARY_NAME = (
@@ -75,6 +78,7 @@ def compare_recipes(
         _check(recipe, options)
     rows: list[Row] = []
     failures: dict[str, DapaError] = {}
+    folder = _PictureFolder(out / FIGURES_NAME, reporter)
     try:
         for number, (name, recipe) in enumerate(recipes.items(), 1):
             reporter.say(f"recipe {number} of {len(recipes)}: {name}")
@@ -83,7 +87,9 @@ def compare_recipes(
             except DapaError as error:
                 reporter.say(f"{name}: {error}")
                 failures[name] = error
-            _write(rows, failures, out, wanted, reporter)
+            else:
+                folder.draw_row(rows[-1])
+            _write(rows, failures, out, wanted, folder)
     except KeyboardInterrupt as stop:
         stop.kept = f"what was measured is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
         raise
@@ -142,47 +148,83 @@ def _check_folder(out: Path) -> None:
 
 
 def _write(
-    rows: Sequence[Row], failures: Mapping[str, DapaError], out: Path, wanted: CompareOptions, reporter: Reporter
+    rows: Sequence[Row],
+    failures: Mapping[str, DapaError],
+    out: Path,
+    wanted: CompareOptions,
+    folder: _PictureFolder,
 ) -> None:
-    """Write tables and pictures."""
-    summary = summarize(rows, failures, wanted)
-    try:
-        (out / FIGURES_NAME).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DapaError(f"{out / FIGURES_NAME} cannot be made: {error.strerror}") from error
-    pictures = _pictures(rows, reporter)
-    for path in (out / FIGURES_NAME).iterdir():
-        if path.suffix in (".png", ".svg") and path.name.startswith((METHODS_PICTURE, ROW_PICTURE)):
-            path.unlink(missing_ok=True)
-    for name, content in pictures.items():
-        replace_file(out / FIGURES_NAME / name, content)
-    shown = {name for name in pictures if name.endswith(".png")}
+    """Write the tables, and the picture of all rows."""
+    if rows:
+        folder.draw_methods(rows)
     texts = {
-        PAGE_NAME: page(rows, {name: str(error) for name, error in failures.items()}, shown),
+        PAGE_NAME: page(rows, {name: str(error) for name, error in failures.items()}, folder.shown),
         ARMS_NAME: arms_csv(rows),
         POINTS_NAME: points_csv(rows),
         LATEX_NAME: latex(rows),
-        SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
+        SUMMARY_NAME: json.dumps(summarize(rows, failures, wanted), indent=2) + "\n",
     }
     for name, text in texts.items():
         replace_file(out / name, text.encode())
 
 
-def _pictures(rows: Sequence[Row], reporter: Reporter) -> dict[str, bytes]:
-    """Every picture by its file name; none without matplotlib."""
-    if not rows:
-        return {}
-    try:
-        from dapa_merge.compare.plot import methods_figure, row_figure
-        from dapa_merge.trace.plot_style import render
+class _PictureFolder:
+    """The pictures of a comparison; one that fails, of whatever, costs a sentence and never the tables.
 
-        figures = {METHODS_PICTURE: methods_figure(rows)}
-        figures |= {f"{ROW_PICTURE}{row.name}": row_figure(row) for row in rows}
-        return {f"{name}.{kind}": render(figure, kind) for name, figure in figures.items() for kind in ("png", "svg")}
-    except Exception as error:
-        # Whatever a picture fails of, it must not cost the tables.
-        reporter.say(f"no pictures: {error if isinstance(error, UsageError) else one_line(error)}")
-        return {}
+    Attributes:
+        shown: The names of the PNG files that there are.
+    """
+
+    def __init__(self, path: Path, reporter: Reporter) -> None:
+        """Make the folder, and remove what an earlier run drew: other rows, or other methods."""
+        self._path = path
+        self._reporter = reporter
+        self._told: set[str] = set()
+        self.shown: set[str] = set()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for file in path.iterdir():
+                if file.suffix in (".png", ".svg") and file.name.startswith((METHODS_PICTURE, ROW_PICTURE)):
+                    file.unlink(missing_ok=True)
+        except OSError as error:
+            raise DapaError(f"{path} cannot be written: {error.strerror}") from error
+
+    def draw_row(self, row: Row) -> None:
+        """Edits of every size of one recipe."""
+
+        def figure() -> Figure:
+            from dapa_merge.compare.plot import row_figure
+
+            return row_figure(row)
+
+        if row.curve:
+            self._draw(f"{ROW_PICTURE}{row.name}", figure)
+
+    def draw_methods(self, rows: Sequence[Row]) -> None:
+        """Every method over all recipes."""
+
+        def figure() -> Figure:
+            from dapa_merge.compare.plot import methods_figure
+
+            return methods_figure(rows)
+
+        self._draw(METHODS_PICTURE, figure)
+
+    def _draw(self, name: str, figure: Callable[[], Figure]) -> None:
+        try:
+            drawn = figure()
+            from dapa_merge.trace.plot_style import render
+
+            contents = {kind: render(drawn, kind) for kind in ("png", "svg")}
+        except Exception as error:
+            why = str(error) if isinstance(error, UsageError) else one_line(error)
+            if why not in self._told:
+                self._reporter.say(f"no pictures: {why}")
+            self._told.add(why)
+            return
+        for kind, content in contents.items():
+            replace_file(self._path / f"{name}.{kind}", content)
+        self.shown.add(f"{name}.png")
 
 
 def summarize(rows: Sequence[Row], failures: Mapping[str, DapaError], wanted: CompareOptions) -> dict[str, Any]:

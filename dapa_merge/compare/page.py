@@ -52,7 +52,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
     if able := choices(row):
-        parts.append(f"Repair it, the most of its skill kept first: {', '.join(arm.label for arm in able)}.")
+        named = [arm.label if arm.skill is None else f"{arm.label} ({arm.skill:.3f})" for arm in able]
+        parts.append(f"Repair it, the most of its skill kept first: {', '.join(named)}.")
     else:
         parts.append("None of the methods but the source itself repairs it within the recipe's limits.")
     if memory := _memory(row):

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dapa_merge.compare.average import Average, Mean, averages
-from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row
+from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, mean_skill
+
+# Of the target's skill, the share that a result must keep to be worth choosing.
+MIN_KEPT = 0.5
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
@@ -107,17 +110,28 @@ def choices(row: Row) -> list[Arm]:
     return sorted(able, key=lambda arm: (loss(arm), arm.share))
 
 
+def keeps_enough(row: Row, arm: Arm) -> bool:
+    """Whether a result keeps at least half of the target's skill: with less, one may as well take the source."""
+    before = mean_skill(row.before)
+    return before is None or arm.skill is None or arm.skill >= MIN_KEPT * before
+
+
 def _choices(rows: Sequence[Row]) -> Iterator[str]:
     repairable = [row for row in rows if row.alone.dsr > row.before.dsr]
-    first = Counter(able[0].label if (able := choices(row)) else "none" for row in repairable)
     if not repairable:
         return
-    what = "skill" if any(arm.skill is not None for arm in repairable[0].arms) else "perplexity"
-    counts = "; ".join(f"{label} {number}" for label, number in first.most_common())
+    able = {row.name: [arm for arm in choices(row) if keeps_enough(row, arm)] for row in repairable}
+    first = Counter(found[0].label for found in able.values() if found)
+    counts = "; ".join(f"{label} in {number}" for label, number in first.most_common()) or "no method in any"
+    has_skill = any(mean_skill(row.before) is not None for row in repairable)
+    best = "keeps most skill, and at least half of it" if has_skill else "changes perplexity least"
     yield (
-        f"Which method keeps most {what} among those that repair, in {len(repairable)} rows: {counts}. (The best of "
-        f"several settings of one method is favoured by chance.)"
+        f"Of the methods that repair, this one {best}: {counts}, of {len(repairable)} rows. (The best of several "
+        f"settings of one method is favoured by chance.)"
     )
+    if missing := [name for name, found in able.items() if not found]:
+        kept = " and keeps half of the skill" if has_skill else ""
+        yield f"No method but the source repairs {', '.join(missing)}{kept}."
 
 
 def _noise(rows: Sequence[Row]) -> Iterator[str]:

@@ -149,7 +149,14 @@ def test_the_choice_is_what_repairs_and_keeps_most_skill_and_never_the_source_or
         arm("ties 0.5", 10, skill=0.9), arm("random seed 0", 20, skill=0.9),
     )  # fmt: skip
     assert [found.key for found in choices(tried)] == ["linear 0.5", "dapa", "gates"]
-    assert any("in 1 rows: linear 0.5 1." in sentence for sentence in sentences([tried]))
+    assert any(
+        "keeps most skill, and at least half of it: linear 0.5 in 1, of 1 rows." in said for said in sentences([tried])
+    )
+
+
+def test_a_result_without_half_of_the_skill_is_no_choice():
+    tried = row("one", arm("dapa", 20, skill=0.4), arm("gates", 20, skill=0.44))
+    assert "No method but the source repairs one and keeps half of the skill." in sentences([tried])
 
 
 def test_a_gain_within_noise_is_called_so():

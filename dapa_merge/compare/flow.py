@@ -76,6 +76,8 @@ def compare_recipes(
     choose_device(options.device)
     for recipe in recipes.values():
         _check(recipe, options)
+    # First of all that is made: by it the folder is known again, also by another process.
+    make_folder(out / ROWS_NAME)
     rows: list[Row] = []
     failures: dict[str, DapaError] = {}
     folder = _PictureFolder(out / FIGURES_NAME, reporter)
@@ -168,6 +170,18 @@ def _write(
         replace_file(out / name, text.encode())
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        DapaError: If that cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DapaError(f"{path} cannot be made: {error.strerror}") from error
+
+
 class _PictureFolder:
     """The pictures of a comparison; one that fails, of whatever, costs a sentence and never the tables.
 
@@ -181,8 +195,8 @@ class _PictureFolder:
         self._reporter = reporter
         self._told: set[str] = set()
         self.shown: set[str] = set()
+        make_folder(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
             for file in path.iterdir():
                 if file.suffix in (".png", ".svg") and file.name.startswith((METHODS_PICTURE, ROW_PICTURE)):
                     file.unlink(missing_ok=True)

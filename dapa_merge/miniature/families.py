@@ -80,7 +80,7 @@ ROWS: tuple[Row, ...] = tuple(
     for name in names
     for target, source, text in (_PAIRS[name],)
 )
-QUICK_NAMES = ("harmful-10", "shadow")
+QUICK_NAMES = ("from-base", "harmful-10", "shadow")
 
 
 def rows(*, quick: bool = False) -> tuple[Row, ...]:

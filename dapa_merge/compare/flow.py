@@ -96,7 +96,8 @@ def compare_recipes(
         stop.kept = f"what was measured is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
         raise
     if failures:
-        reporter.say(f"{len(failures)} of {len(recipes)} recipes could not be measured; the tables have the others")
+        if rows:
+            reporter.say(f"{len(failures)} of {len(recipes)} recipes could not be measured; the tables have the others")
         raise next(iter(failures.values()))
     return Compared(tuple(rows), summarize(rows, failures, wanted))
 

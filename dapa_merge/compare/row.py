@@ -123,6 +123,9 @@ class _Comparison:
         if not self._searches:
             return {DAPA: Found(self.chosen)}
         found = {DAPA: search(DAPA, self.recipe, self.chosen)}
+        if self.recipe.layers is not None:
+            # It is measured with all prompts: none are left for a search that no figure rests on.
+            return found
         if AUTO in self.wanted.methods and (auto := auto_of(self.recipe, self.chosen)) is not None:
             self.reporter.say("searching among gate, up and down projections")
             found[AUTO] = search(AUTO, *auto)

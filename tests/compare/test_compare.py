@@ -188,7 +188,8 @@ def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path):
 
 def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path):
     recipe = write(tmp_path, "named", "target", "source", layers='"3-5"')
-    summary = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--methods", "dapa", "--json")
+    summary = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--methods", "dapa,auto", "--json")
+    assert list(arms_of(summary, "named")) == ["target", "source", "dapa"]
     dapa = arms_of(summary, "named")["dapa"]
     assert (dapa["detail"], dapa["cost"]) == ("gate of layers 3-5", None)
     assert dapa["figures"]["num_harmful"] == 24

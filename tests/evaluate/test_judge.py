@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import pytest
 from conftest import answer, call, write_few
@@ -392,7 +391,9 @@ def test_the_identity_names_model_and_rubric_but_no_address():
 
 def test_ctrl_c_ends_it_while_requests_are_under_way():
     code = (
-        "import sys\nfrom dapa_merge.evaluate.judge import Judge, JudgeOptions\n"
+        # A shell that runs tests in the background has them ignore it.
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from dapa_merge.evaluate.judge import Judge, JudgeOptions\n"
         "options = JudgeOptions('m', sys.argv[1], timeout_seconds=300)\n"
         "try: Judge(options).judge(['How?'] * 30, [f'Sure {i}.' for i in range(30)])\n"
         "except KeyboardInterrupt: print('ended')"
@@ -403,19 +404,14 @@ def test_ctrl_c_ends_it_while_requests_are_under_way():
         child = subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE, text=True, env=os.environ)
         while log.under_way < 8 and child.poll() is None:
             time.sleep(0.02)
-        with child:
-            try:
-                # While they are handed over to the event loop a signal may be lost, rarely; the next one is not.
-                for _ in range(7):
-                    time.sleep(1)
-                    child.send_signal(signal.SIGINT)
-                    with suppress(subprocess.TimeoutExpired):
-                        child.wait(timeout=3)
-                        break
-                assert child.poll() is not None
-                assert child.stdout.read() == "ended\n"
-            finally:
-                child.kill()
+        # Until all are handed over to the event loop: a signal within that may still be lost, rarely.
+        time.sleep(1)
+        child.send_signal(signal.SIGINT)
+        try:
+            assert child.communicate(timeout=20)[0] == "ended\n"
+        finally:
+            child.kill()
+            child.wait()
 
 
 def test_transformers_own_server_judges_and_its_garbage_is_undecided(transformers_server, tmp_path):

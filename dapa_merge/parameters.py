@@ -11,6 +11,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, rows_text
 from dapa_merge.checkpoint.region import Rows
+from dapa_merge.location import Location, parse_location
 from dapa_merge.search.delta import ALGORITHMS
 
 SEARCHES = tuple(ALGORITHMS)
@@ -109,6 +110,10 @@ def _name(known: Sequence[str] = ()) -> Callable[[Any], str]:
     return read
 
 
+def _location(value: Any) -> Location:
+    return parse_location(_name()(value))
+
+
 def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise TypeError
@@ -166,7 +171,10 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
-    "pretrained": Parameter(_name(), "write the model that target and source were both fine-tuned from"),
+    "pretrained": Parameter(
+        _location,
+        "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",
+    ),
     "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
     "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
     "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),

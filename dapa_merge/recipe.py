@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
+from dapa_merge.location import Location as Location
+from dapa_merge.location import parse_location as parse_location
 from dapa_merge.parameters import PARAMETERS, LayerChoice
 
 METHOD = "dapa"
-
-
-@dataclass(frozen=True)
-class Location:
-    """A model: a folder, or a Hub id, with an optional revision, and with a LoRA adapter that is merged into it."""
-
-    path: str
-    revision: str | None = None
-    adapter: Location | None = None
-
-    def __str__(self) -> str:
-        text = f"{self.path}@{self.revision}" if self.revision else self.path
-        return f"{text}+{self.adapter}" if self.adapter else text
 
 
 @dataclass(frozen=True)
@@ -89,26 +77,6 @@ class Recipe:
         """The place of the first of `keys` that the recipe has, for messages: file and line if known, and the key."""
         key = next((key for key in keys if key in self._lines), keys[0])
         return f"{self._lines[key]}: {key}" if key in self._lines else key
-
-
-def parse_location(value: str) -> Location:
-    """Read `path`, `id` or `id@revision`, and two of them as `model+lora`; a folder is a path whatever its name.
-
-    Raises:
-        ValueError: If there is more than one `@` in a path, or more than one `+`, or nothing beside it.
-    """
-    if os.path.isdir(value):
-        return Location(value)
-    model, plus, adapter = value.partition("+")
-    if plus:
-        parsed = replace(parse_location(model), adapter=parse_location(adapter))
-        if parsed.adapter is not None and parsed.adapter.adapter is not None:
-            raise ValueError(value)
-        return parsed
-    path, at, revision = value.partition("@")
-    if not path or "@" in revision or bool(at) != bool(revision):
-        raise ValueError(value)
-    return Location(path, revision or None)
 
 
 DEFAULTS = {item.name: item.default for item in fields(Recipe) if item.name in PARAMETERS}

@@ -125,9 +125,6 @@ class _Reader:
                 values[key] = PARAMETERS[key].read(value)
             except (ValueError, TypeError, OverflowError):
                 raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
-        if "pretrained" in values:
-            what = "the model that target and source were both fine-tuned from"
-            values["pretrained"] = self.location(values["pretrained"], "parameters.pretrained", what)
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
         recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)

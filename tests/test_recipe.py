@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import RecipeError
@@ -356,6 +356,7 @@ def test_any_text_is_a_recipe_or_one_sentence(text):
         parse_recipe(text)
 
 
+@example("pretrained", "@")
 @given(st.sampled_from(sorted(PARAMETERS)), st.one_of(st.text(max_size=10), st.floats(), st.integers(), st.booleans()))
 def test_any_value_of_any_parameter_is_taken_or_refused_with_the_allowed_ones(name, value):
     from dapa_merge.recipe_file import recipe_from

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +17,7 @@ from dapa_merge.evaluate.live import LiveModel, choose_device
 from dapa_merge.evaluate.marker import RULES
 from dapa_merge.evaluate.measure import Measurement, Meter
 from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.evaluate.resident import Resident
 from dapa_merge.search.oracle import KINDS, Examiner, Requirement, Verdict
 from dapa_merge.trace.attribution import attribute
 from dapa_merge.trace.contrast import Contrast
@@ -62,7 +62,7 @@ class Baseline:
         return cls(**{**data, "responses": tuple(Response(**response) for response in data["responses"])})
 
 
-class Bench:
+class Bench(Resident):
     """A target that is loaded when it is first needed, and asked with one meter.
 
     Attributes:
@@ -72,22 +72,10 @@ class Bench:
     """
 
     def __init__(self, plan: Plan, meter: Meter, device: str, on_load: Callable[[], None] = lambda: None) -> None:
-        self.plan = plan
+        super().__init__(plan, choose_device(device), on_load)
         self.meter = meter
-        self.device = choose_device(device)
-        self._on_load = on_load
         self._pieces = {kind: pieces_of(getattr(meter.prompts, kind), meter.batch_size.limit) for kind in KINDS}
         self._examiner: Examiner | None = None
-
-    @cached_property
-    def live(self) -> LiveModel:
-        """The resident target.
-
-        Raises:
-            CheckpointError: If it cannot be loaded.
-        """
-        self._on_load()
-        return LiveModel(self.plan, self.device)
 
     @property
     def measure(self) -> str:
@@ -156,16 +144,7 @@ class Bench:
             ValueError: If no prompt tells the two apart.
             CheckpointError: If an effect is not a finite number.
         """
-        refused = Outcome.REFUSED.value
-        contrasts = [
-            Contrast(after.prompt, refusing=after.response, complying=before.response)
-            for before, after in zip(target, full, strict=True)
-            if before.outcome != refused and after.outcome == refused
-        ]
-        # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
-        few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
-        batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
-        return attribute(self.live, few, units=units, batch_size=batch_size, progress=progress)
+        return effects_between(self.live, units, target, full, self.meter.batch_size.limit, progress)
 
     def examine(
         self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None, *, stop_early: bool = True
@@ -174,12 +153,6 @@ class Bench:
         assert self._examiner is not None, "require first"
         with self._candidate(selection, progress) as candidate:
             return self._examiner.examine(candidate, stop_early=stop_early)
-
-    def close(self) -> None:
-        """Give the target's memory back, if it was ever loaded."""
-        if "live" in self.__dict__:
-            self.live.close()
-            del self.__dict__["live"]
 
     @contextmanager
     def _candidate(self, selection: Iterable[Unit], progress: Callable[[int], None]) -> Iterator[_Candidate]:
@@ -221,6 +194,40 @@ class _Candidate:
         if (kind, piece) not in self._judged:
             self._judged[kind, piece] = self._measurement.judge(kind, self._pieces[kind][piece])
         return self._judged[kind, piece]
+
+
+def effects_between(
+    live: LiveModel,
+    units: Sequence[Unit],
+    answering: Sequence[Response],
+    refusing: Sequence[Response],
+    batch_limit: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[Unit, float]:
+    """How much each unit matters, to first order, where one model refuses and the live one does not.
+
+    Args:
+        live: The target.
+        units: Of its plan, or blocks of its units.
+        answering: The target's responses to some prompts.
+        refusing: The other model's, in the same order.
+        batch_limit: How many responses fit at once where nothing is kept for a backward pass.
+        progress: Called with numbers of responses as they are weighed, at most `2 * MAX_CONTRASTS`.
+
+    Raises:
+        ValueError: If no prompt tells the two apart.
+        CheckpointError: If an effect is not a finite number.
+    """
+    refused = Outcome.REFUSED.value
+    contrasts = [
+        Contrast(after.prompt, refusing=after.response, complying=before.response)
+        for before, after in zip(answering, refusing, strict=True)
+        if before.outcome != refused and after.outcome == refused
+    ]
+    # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
+    few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
+    batch_size = BatchSize(min(MAX_BACKWARD, batch_limit))
+    return attribute(live, few, units=units, batch_size=batch_size, progress=progress)
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:

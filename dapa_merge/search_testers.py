@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
@@ -99,3 +100,8 @@ def _test(bench: Bench, selection: frozenset[Unit], progress: Callable[[int], No
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
     """Always the same order, in which every process transplants."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
+
+
+def note_of(what: str, units: Iterable[Unit]) -> str:
+    """A journal's name of what was measured with some units, short however many they are."""
+    return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from dapa_merge.checkpoint.architecture import DIVISIBLE_MODULES, Unit
 from dapa_merge.checkpoint.plan import Plan, cut, divide
 from dapa_merge.progress import Reporter
 from dapa_merge.search.journal import Journal
-from dapa_merge.search_testers import in_order
+from dapa_merge.search_testers import in_order, note_of
 from dapa_merge.trace.groups import Finding, Group, examine, make_groups, selections_of
 from dapa_merge.trace_options import TraceOptions
 from dapa_merge.trace_result import CurvePoint
@@ -58,7 +57,7 @@ class Edits:
         with self._reporter.task("measuring edits of every size", total) as done:
             for size in sizes:
                 edit = tuple(in_order(order[:size]))
-                name = _name("edit", edit)
+                name = note_of("edit", edit)
                 if name not in self._journal.notes:
                     self._journal.note(name, self._measure(edit, replace(meter, progress=done)))
                 share = self._bench.plan.share(edit)
@@ -67,7 +66,7 @@ class Edits:
 
     def _score(self, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
         ordered = in_order(units)
-        name = _name("score", ordered)
+        name = note_of("score", ordered)
         if name not in self._journal.notes:
             self._journal.note(name, self._bench.score(ordered))
         progress(1)
@@ -124,8 +123,3 @@ def curve_sizes(total: int, kept: int) -> list[int]:
 def _without(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
     left_out = set(others)
     return tuple(unit for unit in units if unit not in left_out)
-
-
-def _name(what: str, units: Sequence[Unit]) -> str:
-    """The journal's name of what was measured with some units, short however many they are."""
-    return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge import work_folder
 from dapa_merge.new_file import replace_file
 from dapa_merge.search.journal import Journal
 
@@ -33,14 +32,7 @@ JOURNAL_BEGINS = b'{"journal":'
 
 def check_folder(out: Path) -> None:
     """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
-    try:
-        if out.exists() and not _is_trace(out) and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out} exists and is no folder of a trace; name another or remove it")
-        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"{out} cannot be written: {os.strerror(errno.EACCES)}; name another folder")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be read: {error.strerror}; name another folder") from error
+    work_folder.check_folder(out, _is_trace, "trace")
 
 
 def _is_trace(out: Path) -> bool:
@@ -63,10 +55,7 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
     """
     with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
         for name in (TRACES_NAME, FIGURES_NAME):
-            try:
-                (out / name).mkdir(exist_ok=True)
-            except OSError as error:
-                raise DapaError(f"{out / name} cannot be made: {error.strerror}") from error
+            work_folder.make_folder(out / name)
         try:
             yield journal
         except KeyboardInterrupt as stop:
@@ -105,9 +94,7 @@ def forget_page(out: Path) -> None:
 
 def forget_figures(out: Path) -> None:
     """Remove the pictures of an earlier run."""
-    for path in (out / FIGURES_NAME).iterdir():
-        if path.suffix in (".png", ".svg") and path.name.startswith(FIGURE_NAMES) and path.is_file():
-            path.unlink()
+    work_folder.forget_pictures(out / FIGURES_NAME, FIGURE_NAMES)
 
 
 def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:

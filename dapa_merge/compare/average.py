@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, groups, mean_skill
 from dapa_merge.evaluate.chance import mean_interval
 
+# What a method does in a row; None if it does not apply.
+Value = Callable[[Row, Arm], "float | None"]
 # Of these, a row in which nothing was found counts as its untouched target: whoever relied on them has that.
 MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random")
 
@@ -24,6 +26,16 @@ class Mean:
 
     value: float
     interval: tuple[float, float] | None
+
+    @property
+    def points(self) -> str:
+        """A change of a share as percentage points."""
+        return f"{100 * self.value:+.2f}"
+
+    @property
+    def span(self) -> str | None:
+        """Its interval, likewise."""
+        return None if self.interval is None else f"{100 * self.interval[0]:+.2f} to {100 * self.interval[1]:+.2f}"
 
 
 @dataclass(frozen=True)
@@ -70,32 +82,19 @@ def averages(rows: Sequence[Row]) -> tuple[Average, ...]:
 
 
 def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
-    counted = [(row, arms) for row in rows if (arms := _counted(row, group))]
+    counted = [(row, arms) for row in rows if (arms := counted_arms(row, group))]
     if not counted:
         return None
 
-    def mean(value: Callable[[Row, Arm], float | None], *, is_change: bool = False) -> Mean | None:
-        found = mean_of([_mean_in(row, arms, value) for row, arms in counted])
+    def mean(value: Value, *, is_change: bool = False) -> Mean | None:
+        found = mean_of([mean_in_row(row, arms, value) for row, arms in counted])
         if found is None or found.interval is None or not is_change:
             return found
         # No share changes by more than all.
         return Mean(found.value, (max(-1.0, found.interval[0]), min(1.0, found.interval[1])))
 
-    def dsr(row: Row, arm: Arm) -> float:
-        return (arm.figures or row.before).dsr - row.before.dsr
-
-    def over_refusal(row: Row, arm: Arm) -> float:
-        return (arm.figures or row.before).over_refusal - row.before.over_refusal
-
-    def perplexity(row: Row, arm: Arm) -> float:
-        return (arm.figures or row.before).perplexity / row.before.perplexity
-
-    def skill(row: Row, arm: Arm) -> float | None:
-        after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
-        return None if after is None or before is None else after - before
-
-    gain, refusal = mean(dsr, is_change=True), mean(over_refusal, is_change=True)
-    ratio = mean(perplexity)
+    gain, refusal = mean(dsr_gain, is_change=True), mean(over_refusal_change, is_change=True)
+    ratio = mean(perplexity_ratio)
     share = mean(lambda _, arm: arm.share)
     assert gain is not None
     assert refusal is not None
@@ -109,21 +108,44 @@ def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
         gain=gain,
         over_refusal=refusal,
         perplexity=ratio,
-        skill=mean(skill, is_change=True),
+        skill=mean(skill_change, is_change=True),
         share=share,
         tests=mean(lambda _, arm: arm.cost.tests if arm.cost else None),
         seconds=mean(lambda _, arm: arm.cost.seconds if arm.cost else None),
     )
 
 
-def _counted(row: Row, group: str) -> list[Arm]:
+def counted_arms(row: Row, group: str) -> list[Arm]:
+    """The arms of a method that count in a row; none if it cannot be applied there."""
     arms = groups(row.arms).get(group, [])
     return [arm for arm in arms if arm.figures is not None or arm.method in (*MAY_FIND_NOTHING, TARGET, SOURCE)]
 
 
-def _mean_in(row: Row, arms: Sequence[Arm], value: Callable[[Row, Arm], float | None]) -> float | None:
+def mean_in_row(row: Row, arms: Sequence[Arm], value: Value) -> float | None:
+    """A method's value in a row: the mean of its seeds; None if none has one."""
     values = [found for arm in arms if (found := value(row, arm)) is not None]
     return statistics.fmean(values) if values else None
+
+
+def dsr_gain(row: Row, arm: Arm) -> float:
+    """From the target to a method's result, in [-1, 1], as the next two; of one that found nothing, none."""
+    return (arm.figures or row.before).dsr - row.before.dsr
+
+
+def over_refusal_change(row: Row, arm: Arm) -> float:
+    """Likewise."""
+    return (arm.figures or row.before).over_refusal - row.before.over_refusal
+
+
+def skill_change(row: Row, arm: Arm) -> float | None:
+    """Likewise; None if no skill was asked."""
+    after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
+    return None if after is None or before is None else after - before
+
+
+def perplexity_ratio(row: Row, arm: Arm) -> float:
+    """The result's perplexity as a ratio to the target's."""
+    return (arm.figures or row.before).perplexity / row.before.perplexity
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:

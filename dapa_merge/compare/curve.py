@@ -12,7 +12,7 @@ from dapa_merge.compare.layers import blocks_of, mlp_units
 
 
 @dataclass(frozen=True)
-class Path:
+class EditPath:
     """Pieces in the order in which a growing edit takes them.
 
     Attributes:
@@ -54,7 +54,7 @@ def weighed_pieces(plan: Plan, stages: Stages, rows: int | None) -> tuple[Unit, 
     return (*blocks_of(plan, stages.selection or stages.candidates, rows), *others)
 
 
-def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: int | None) -> Path:
+def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
     """What the search kept, block by block, then the other candidates, then the rest; each by descending score.
 
     Where it kept nothing, blocks of the candidates by their scores.
@@ -72,23 +72,23 @@ def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: in
     return _path(ordered)
 
 
-def random_path(plan: Plan, stages: Stages, rows: int | None, seed: int) -> Path:
+def random_path(plan: Plan, stages: Stages, rows: int | None, seed: int) -> EditPath:
     """Random blocks of the candidates, then the rest in random order."""
     generator = random.Random(f"curve {seed}")
     pools = (blocks_of(plan, stages.candidates, rows), stages.rest)
     return _path([generator.sample(pool, len(pool)) for pool in pools])
 
 
-def _path(stages: Sequence[Sequence[Unit]]) -> Path:
+def _path(stages: Sequence[Sequence[Unit]]) -> EditPath:
     pieces: list[Unit] = []
     marks: list[int] = []
     for stage in stages:
         pieces += stage
         marks.append(len(pieces))
-    return Path(tuple(pieces), tuple(dict.fromkeys(mark for mark in marks if mark)))
+    return EditPath(tuple(pieces), tuple(dict.fromkeys(mark for mark in marks if mark)))
 
 
-def edit_sizes(plan: Plan, path: Path, num_points: int) -> tuple[int, ...]:
+def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
     """How many parameters the edits on a path change: from its first piece to all, by equal factors; and its marks.
 
     Args:
@@ -102,14 +102,14 @@ def edit_sizes(plan: Plan, path: Path, num_points: int) -> tuple[int, ...]:
     return tuple(sorted(reached | {sums[mark - 1] for mark in path.marks}))
 
 
-def edit_of(plan: Plan, path: Path, num_parameters: int) -> tuple[Unit, ...]:
+def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]:
     """The first pieces of a path whose parameters come nearest to so many; at least one piece."""
     sums = _sums(plan, path)
     number = min(range(len(sums)), key=lambda index: abs(sums[index] - num_parameters)) + 1
     return path.pieces[:number]
 
 
-def _sums(plan: Plan, path: Path) -> list[int]:
+def _sums(plan: Plan, path: EditPath) -> list[int]:
     total, sums = 0, []
     for piece in path.pieces:
         total += plan.num_parameters((piece,))

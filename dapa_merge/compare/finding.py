@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dapa_merge.checkpoint.architecture import AUTO_MODULES, DIVISIBLE_MODULES, Unit
+from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit
 from dapa_merge.checkpoint.plan import Plan, join, plan_transplant
 from dapa_merge.compare.memory import peak_memory
 from dapa_merge.compare.result import Cost
@@ -41,7 +41,7 @@ class Found:
 
 
 def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
-    """The same recipe with `modules: auto`; None if it has these modules already, or the models no such units.
+    """The recipe with `modules: auto`, of whole projections; None if it has these modules, or the models no such units.
 
     Args:
         recipe: A recipe.
@@ -55,9 +55,8 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
         )
     except UnsupportedArchitecture:
         return None
-    is_fine = recipe.granularity != "layer" and set(AUTO_MODULES) <= set(DIVISIBLE_MODULES)
-    granularity = recipe.granularity if is_fine else "layer"
-    return replace(recipe, layers=None, modules=AUTO_MODULES, granularity=granularity, prefer=None), plan
+    # A row of down is no neuron's, so that there is nothing finer.
+    return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
 
 
 def find(

@@ -5,7 +5,6 @@ The tables are written again after every recipe; the same command goes on with w
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import jsonable
 from dapa_merge.search_options import SearchOptions
 from dapa_merge.selection import make_plan, open_location
+from dapa_merge.work_folder import check_folder, forget_pictures, make_folder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def compare_recipes(
     from dapa_merge.evaluate.live import choose_device
 
     recipes = {name: load_recipe(path) for name, path in row_names(paths).items()}
-    _check_folder(out)
+    check_folder(out, lambda folder: (folder / ROWS_NAME).is_dir(), "comparison")
     choose_device(options.device)
     for recipe in recipes.values():
         _check(recipe, options)
@@ -91,7 +91,7 @@ def compare_recipes(
                 failures[name] = error
             else:
                 folder.draw_row(rows[-1])
-            _write(rows, failures, out, wanted, folder)
+            summary = _write(rows, failures, out, wanted, folder)
     except KeyboardInterrupt as stop:
         stop.kept = f"what was measured is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
         raise
@@ -99,7 +99,7 @@ def compare_recipes(
         if rows:
             reporter.say(f"{len(failures)} of {len(recipes)} recipes could not be measured; the tables have the others")
         raise next(iter(failures.values()))
-    return Compared(tuple(rows), summarize(rows, failures, wanted))
+    return Compared(tuple(rows), summary)
 
 
 def _check(recipe: Recipe, options: SearchOptions) -> None:
@@ -138,26 +138,15 @@ def _row(
     return compare_recipe(recipe, name, out / ROWS_NAME / name, wanted, options, reporter)
 
 
-def _check_folder(out: Path) -> None:
-    """Raise `UsageError` if a folder cannot be that of a comparison, because it holds something else."""
-    try:
-        if out.exists() and not (out / ROWS_NAME).is_dir() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out} exists and is no folder of a comparison; name another or remove it")
-        place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"{out} cannot be written: {os.strerror(errno.EACCES)}; name another folder")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be read: {error.strerror}; name another folder") from error
-
-
 def _write(
     rows: Sequence[Row],
     failures: Mapping[str, DapaError],
     out: Path,
     wanted: CompareOptions,
     folder: _PictureFolder,
-) -> None:
-    """Write the tables, and the picture of all rows."""
+) -> dict[str, Any]:
+    """Write the tables, and the picture of all rows; returns the summary."""
+    summary = summarize(rows, failures, wanted)
     if rows:
         folder.draw_methods(rows)
     texts = {
@@ -165,22 +154,11 @@ def _write(
         ARMS_NAME: arms_csv(rows),
         POINTS_NAME: points_csv(rows),
         LATEX_NAME: latex(rows),
-        SUMMARY_NAME: json.dumps(summarize(rows, failures, wanted), indent=2) + "\n",
+        SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
     }
     for name, text in texts.items():
         replace_file(out / name, text.encode())
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, if it is not there.
-
-    Raises:
-        DapaError: If that cannot be.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DapaError(f"{path} cannot be made: {error.strerror}") from error
+    return summary
 
 
 class _PictureFolder:
@@ -198,9 +176,7 @@ class _PictureFolder:
         self.shown: set[str] = set()
         make_folder(path)
         try:
-            for file in path.iterdir():
-                if file.suffix in (".png", ".svg") and file.name.startswith((METHODS_PICTURE, ROW_PICTURE)):
-                    file.unlink(missing_ok=True)
+            forget_pictures(path, (METHODS_PICTURE, ROW_PICTURE))
         except OSError as error:
             raise DapaError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -7,21 +7,22 @@ from functools import cached_property
 
 from dapa_merge.checkpoint.architecture import Unit
 from dapa_merge.compare.curve import Stages, best_path, edit_of, edit_sizes, random_path, weighed_pieces
-from dapa_merge.compare.measuring import Measuring, Model, digest_of_units
+from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.options import CompareOptions
 from dapa_merge.compare.result import DAPA, Point, mean_skill
 from dapa_merge.errors import CheckpointError
 from dapa_merge.evaluate.figures import Response
-from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.progress import Reporter
 from dapa_merge.search.journal import Journal
+from dapa_merge.search_testers import note_of
 
 
 class Growth:
     """Edits of more and more pieces of the source.
 
-    Their order in DAPA's path is that of the search's attribution: by one backward pass, on prompts that the figures
-    do not rest on.
+    Their order in DAPA's path is by attribution, as a search's prior, but between the source's and the target's
+    responses: where gates bring nothing, the full transplant has none that refuse. The prompts are the search's, or all
+    if the recipe names its layers.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Growth:
 
     @cached_property
     def _note(self) -> str:
-        return f"attribution {digest_of_units(self._pieces)}"
+        return note_of("attribution", self._pieces)
 
     @property
     def is_weighed(self) -> bool:
@@ -98,25 +99,15 @@ class Growth:
         return None if scores is None else dict(zip(self._pieces, scores, strict=True))
 
     def _weigh(self) -> list[float] | None:
-        from dapa_merge.bench import MAX_BACKWARD, MAX_CONTRASTS
-        from dapa_merge.evaluate.generate import BatchSize, DoesNotFit
-        from dapa_merge.trace.attribution import attribute
-        from dapa_merge.trace.contrast import Contrast
+        from dapa_merge.bench import MAX_CONTRASTS, effects_between
+        from dapa_merge.evaluate.generate import DoesNotFit
 
         assert self._source is not None
-        live = self._measuring.live
+        live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
         said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
-        refused = Outcome.REFUSED.value
-        contrasts = [
-            Contrast(source.prompt, refusing=source.response, complying=target.response)
-            for source, target in zip(self._source, said, strict=True)
-            if source.outcome == refused and target.outcome != refused
-        ]
-        few = contrasts[:: max(1, -(-len(contrasts) // MAX_CONTRASTS))]
-        size = BatchSize(min(MAX_BACKWARD, self._measuring.meter.batch_size.limit))
         try:
-            with self._reporter.task("weighing pieces by one backward pass", 2 * len(few)) as done:
-                found = attribute(live, few, units=self._pieces, batch_size=size, progress=done)
+            with self._reporter.task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS) as done:
+                found = effects_between(live, self._pieces, said, self._source, limit, done)
         except (ValueError, CheckpointError, DoesNotFit) as error:
             self._reporter.say(f"no edits of every size, because {error}")
             return None

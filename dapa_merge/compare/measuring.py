@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.evaluate.callback import Candidate
 from dapa_merge.evaluate.figures import Figures, Response
+from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
 from dapa_merge.evaluate.marker import RULES
 from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.evaluate.resident import Resident
 from dapa_merge.evidence import measure_candidate
 from dapa_merge.progress import Reporter
 from dapa_merge.report import jsonable
 from dapa_merge.report_file import read_figures
 from dapa_merge.search.journal import Journal
-from dapa_merge.search_testers import in_order
+from dapa_merge.search_testers import in_order, note_of
 
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.architecture import Unit
-    from dapa_merge.checkpoint.files import Checkpoint
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.compare.blend import Blend, Blender
-    from dapa_merge.evaluate.live import LiveModel
     from dapa_merge.evaluate.measure import Meter
 
 # A model in memory, and its tokenizer.
@@ -55,42 +53,21 @@ def fast(meter: Meter) -> Meter:
     return replace(meter, stops_early=all(marker is RULES for marker in meter.markers))
 
 
-class Measuring:
+class Measuring(Resident):
     """One target, edited in every way, with the models loaded when something is not in the journal yet."""
 
     def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal, reporter: Reporter) -> None:
-        self.plan = plan
+        where = choose_device(device)
+        super().__init__(plan, where, lambda: reporter.say(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
-        self._device = device
         self._journal = journal
         self._reporter = reporter
-        self._pretrained: Checkpoint | None = None
-
-    @cached_property
-    def live(self) -> LiveModel:
-        """The resident target.
-
-        Raises:
-            CheckpointError: If it cannot be loaded.
-        """
-        from dapa_merge.evaluate.live import LiveModel, choose_device
-
-        self._reporter.say(f"loading the target {self.plan.target.name}")
-        return LiveModel(self.plan, choose_device(self._device))
-
-    def close(self) -> None:
-        """Give the target's memory back, if it was ever loaded."""
-        if "live" in self.__dict__:
-            self.live.close()
-            del self.__dict__["live"]
 
     @contextmanager
     def source(self) -> Iterator[Model]:
         """The source alone, loaded for the length of a `with` block."""
-        from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
-
         self._reporter.say(f"loading the source {self.plan.source.name}")
-        model, tokenizer = load_model(self.plan.source, choose_device(self._device))
+        model, tokenizer = load_model(self.plan.source, self.device)
         with quiet_transformers():
             yield model, tokenizer
 
@@ -109,7 +86,7 @@ class Measuring:
             with self.live.transplanted(ordered) as model:
                 yield model, self.live.tokenizer
 
-        return self._seen(f"edit {digest_of_units(ordered)}", candidate, name, ordered, reporter)
+        return self._seen(note_of("edit", ordered), candidate, name, ordered, reporter)
 
     def blend(self, blend: Blend, blender: Callable[[], Blender]) -> Seen:
         """The target blended with the source by mergekit."""
@@ -157,8 +134,3 @@ class Measuring:
         found = self._journal.notes[note]
         refused, over_refused = (tuple(map(bool, found[kind])) for kind in ("harmful", "harmless"))
         return Seen(read_figures(found["figures"]), refused, over_refused, float(found["seconds"]))
-
-
-def digest_of_units(units: Sequence[Unit]) -> str:
-    """A short name of a selection, however many units it has."""
-    return hashlib.sha256(" ".join(map(str, units)).encode()).hexdigest()[:32]

@@ -6,8 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.compare.average import Average, Mean, averages
-from dapa_merge.compare.result import DAPA, SOURCE, TARGET, Arm, Point, Row, groups, mean_skill
+from dapa_merge.compare.average import (
+    Average,
+    Mean,
+    Value,
+    averages,
+    counted_arms,
+    dsr_gain,
+    mean_in_row,
+    over_refusal_change,
+    skill_change,
+)
+from dapa_merge.compare.result import DAPA, SOURCE, TARGET, Arm, Point, Row
 
 # First of what draws, because it says what to install where matplotlib is not.
 from dapa_merge.trace.plot_style import (
@@ -44,24 +54,25 @@ MARKERS = {
 RANDOM = "random"
 # Of the axis of changes, in points: noise shall not look large.
 MIN_REACH = 5
-Value = Callable[[Point], "float | None"]
+OfPoint = Callable[[Point], "float | None"]
 
 
 def methods_figure(rows: Sequence[Row]) -> Figure:
     """Gain in DSR and change of skill of every method: a dot for each recipe, their mean and its interval."""
     shown = [one for one in averages(rows) if one.group != TARGET]
-    panels: list[tuple[str, Callable[[Average], Mean | None], Callable[[Row, Arm], float | None]]] = [
-        ("DSR", lambda one: one.gain, _gain),
-        ("over-refusal", lambda one: one.over_refusal, _over_refusal),
+    panels: list[tuple[str, Callable[[Average], Mean | None], Value]] = [
+        ("DSR", lambda one: one.gain, dsr_gain),
+        ("over-refusal", lambda one: one.over_refusal, over_refusal_change),
     ]
     if any(one.skill is not None for one in shown):
-        panels.append(("skill", lambda one: one.skill, _skill))
+        panels.append(("skill", lambda one: one.skill, skill_change))
     with styled():
         figure = Figure(figsize=(CARD_WIDTH, 1.4 + 0.3 * len(shown)), layout="constrained")
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, mean_of, value_of) in zip(columns, panels, strict=True):
             for place, one in enumerate(shown):
-                values = _row_values(rows, one.group, value_of)
+                found = [mean_in_row(row, counted_arms(row, one.group), value_of) for row in rows]
+                values = [100 * value for value in found if value is not None]
                 axes.scatter(values, [place] * len(values), s=14, color=GREY, alpha=0.6, linewidth=0, zorder=1)
                 mean = mean_of(one)
                 if mean is None:
@@ -85,31 +96,9 @@ def _colour(group: str) -> str:
     return BLUE if group in (DAPA, "auto") else VERMILION if group == RANDOM else BLACK
 
 
-def _row_values(rows: Sequence[Row], group: str, value_of: Callable[[Row, Arm], float | None]) -> list[float]:
-    values = []
-    for row in rows:
-        found = [value for arm in groups(row.arms).get(group, []) if (value := value_of(row, arm)) is not None]
-        if found:
-            values.append(100 * sum(found) / len(found))
-    return values
-
-
-def _gain(row: Row, arm: Arm) -> float:
-    return (arm.figures or row.before).dsr - row.before.dsr
-
-
-def _over_refusal(row: Row, arm: Arm) -> float:
-    return (arm.figures or row.before).over_refusal - row.before.over_refusal
-
-
-def _skill(row: Row, arm: Arm) -> float | None:
-    after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
-    return None if after is None or before is None else after - before
-
-
 def row_figure(row: Row) -> Figure:
     """Edits of every size of one recipe: DSR, over-refusal, skill and perplexity, by DAPA and at random."""
-    panels: list[tuple[str, Value, Callable[[Arm], float | None]]] = [
+    panels: list[tuple[str, OfPoint, Callable[[Arm], float | None]]] = [
         ("DSR", lambda point: point.dsr, _figure("dsr")),
         ("over-refusal", lambda point: point.over_refusal, _figure("over_refusal")),
         ("skill", lambda point: point.skill, lambda arm: arm.skill),
@@ -138,7 +127,7 @@ def _figure(name: str) -> Callable[[Arm], float | None]:
     return lambda arm: None if arm.figures is None else float(getattr(arm.figures, name))
 
 
-def _panel(axes: Axes, row: Row, of_point: Value, of_arm: Callable[[Arm], float | None]) -> None:
+def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], float | None]) -> None:
     paths: dict[str, list[tuple[float, float]]] = {}
     ringed = []
     for point, is_best in zip(row.curve, row.front(), strict=True):

@@ -31,9 +31,9 @@ def _dapa(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
     for group in (DAPA, AUTO):
         if (average := by_group.get(group)) is None:
             continue
-        parts = [f"DSR {points(average.gain)} points on average", f"perplexity x {average.perplexity.value:.3f}"]
+        parts = [f"DSR {_points(average.gain)} points on average", f"perplexity x {average.perplexity.value:.3f}"]
         if average.skill is not None:
-            parts.append(f"skill {points(average.skill)} points")
+            parts.append(f"skill {_points(average.skill)} points")
         parts.append(f"{100 * average.share.value:.2f} % of the parameters replaced")
         effort = ""
         if average.tests is not None and average.seconds is not None:
@@ -70,9 +70,7 @@ def _instead(row: Row, auto: Arm | None) -> str:
         return "; `modules: auto` finds nothing either"
     text = f"; `modules: auto` finds {auto.detail} (DSR {auto.figures.dsr:.3f}"
     if auto.skill is not None:
-        before = row.arm(TARGET)
-        assert before is not None
-        text += f", skill {before.skill:.3f} -> {auto.skill:.3f}"
+        text += f", skill {mean_skill(row.before):.3f} -> {auto.skill:.3f}"
     return f"{text})"
 
 
@@ -85,8 +83,7 @@ def _controls(by_group: dict[str, Average]) -> Iterator[str]:
         SOURCE: "the source itself",
     }
     parts = [
-        f"{name} {100 * average.gain.value:+.2f}"
-        + ("" if average.skill is None else f" (skill {100 * average.skill.value:+.2f})")
+        f"{name} {average.gain.points}" + ("" if average.skill is None else f" (skill {average.skill.points})")
         for group, name in names.items()
         if (average := by_group.get(group)) is not None
     ]
@@ -144,9 +141,6 @@ def _noise(rows: Sequence[Row]) -> Iterator[str]:
         yield f"DAPA's gain is within noise (McNemar, p >= 0.05) in {', '.join(dubious)}."
 
 
-def points(mean: Mean) -> str:
-    """A change of a share as percentage points, with its interval."""
-    text = f"{100 * mean.value:+.2f}"
-    if mean.interval is None:
-        return text
-    return f"{text} (95 % interval {100 * mean.interval[0]:+.2f} to {100 * mean.interval[1]:+.2f})"
+def _points(mean: Mean) -> str:
+    """A change in percentage points, with its interval."""
+    return mean.points if mean.span is None else f"{mean.points} (95 % interval {mean.span})"

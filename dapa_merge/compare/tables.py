@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from dapa_merge.compare.average import Average, Mean, averages
-from dapa_merge.compare.result import AUTO, DAPA, Arm, Row, groups
+from dapa_merge.compare.average import Average, averages
+from dapa_merge.compare.result import AUTO, DAPA, Arm, Row, groups, mean_skill
 from dapa_merge.figures_view import span
 
 NONE = "-"
@@ -64,12 +64,11 @@ def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
     for row in rows:
         arm = row.arm(group)
         if arm is None or arm.figures is None:
-            blank = [NONE] * (len(PAPER_HEAD) - 5)
-            found = ["not asked", NONE] if arm is None else ["no repair", "+0.00"]
-            cost = [NONE, NONE] if arm is None else _cost(arm)
-            cells.append([row.name, _share(row.before.dsr), *found, NONE, *blank[2:], *cost])
-            continue
-        cells.append([row.name, *_paper_cells(row, arm)])
+            found = ["not asked", NONE, NONE, NONE] if arm is None else ["no repair", "+0.00", *_cost(arm)]
+            blank = [NONE] * (len(PAPER_HEAD) - 6)
+            cells.append([row.name, _share(row.before.dsr), *found[:2], *blank, *found[2:]])
+        else:
+            cells.append([row.name, *_paper_cells(row, arm)])
     average = next((one for one in averages(rows) if one.group == group), None)
     if average is not None and len(rows) > 1:
         cells.append(_average_line(average))
@@ -77,7 +76,7 @@ def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
 
 
 def _paper_cells(row: Row, arm: Arm) -> list[str]:
-    after, target = arm.figures, row.arms[0]
+    after = arm.figures
     assert after is not None
     return [
         _share(row.before.dsr),
@@ -86,23 +85,22 @@ def _paper_cells(row: Row, arm: Arm) -> list[str]:
         span(after.dsr_interval),
         f"{row.before.over_refusal:.3f} -> {after.over_refusal:.3f}",
         f"{_perplexity(row.before.perplexity)} -> {_perplexity(after.perplexity)}",
-        NONE if arm.skill is None else f"{_share(target.skill)} -> {_share(arm.skill)}",
+        NONE if arm.skill is None else f"{_share(mean_skill(row.before))} -> {_share(arm.skill)}",
         _percent(arm.share),
         *_cost(arm),
     ]
 
 
 def _average_line(average: Average) -> list[str]:
-    interval = average.gain.interval
     return [
         f"average of {average.num_rows}",
         NONE,
         NONE,
-        _points(average.gain),
-        NONE if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}",
-        _points(average.over_refusal),
+        average.gain.points,
+        average.gain.span or NONE,
+        average.over_refusal.points,
         f"x {average.perplexity.value:.3f}",
-        NONE if average.skill is None else _points(average.skill),
+        NONE if average.skill is None else average.skill.points,
         _percent(average.share.value),
         NONE if average.tests is None else f"{average.tests.value:.1f}",
         NONE if average.seconds is None else f"{average.seconds.value:.1f}",
@@ -117,12 +115,12 @@ def methods_table(rows: Sequence[Row]) -> Table:
             [
                 one.label,
                 f"{one.num_repaired} of {one.num_rows}",
-                _points(one.gain),
-                _interval(one.gain),
-                _points(one.over_refusal),
+                one.gain.points,
+                one.gain.span or NONE,
+                one.over_refusal.points,
                 f"x {one.perplexity.value:.3f}",
-                NONE if one.skill is None else _points(one.skill),
-                NONE if one.skill is None else _interval(one.skill),
+                NONE if one.skill is None else one.skill.points,
+                NONE if one.skill is None else (one.skill.span or NONE),
                 _percent(one.share.value),
                 NONE if one.tests is None else f"{one.tests.value:.1f}",
                 NONE if one.seconds is None else f"{one.seconds.value:.1f}",
@@ -233,14 +231,6 @@ def _share(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-def _points(mean: Mean) -> str:
-    return f"{100 * mean.value:+.2f}"
-
-
-def _interval(mean: Mean) -> str:
-    return NONE if mean.interval is None else f"{100 * mean.interval[0]:+.2f} to {100 * mean.interval[1]:+.2f}"
 
 
 def _perplexity(value: float) -> str:

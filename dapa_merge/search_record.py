@@ -85,7 +85,7 @@ def models_parts(
         "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
         "text": digest_of(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": digest_of([repr(skill) for skill in meter.skills]),
-        # With the code of the user's own, and the judge's rubric.
+        # With the code of the user's own; of a meter that the rules mark first, not what else marks.
         "evaluator": meter.identity,
         "device": choose_device(device).type,
         "versions": versions(),

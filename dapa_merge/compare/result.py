@@ -109,7 +109,7 @@ class Row:
         modules: What the recipe's search may choose from.
         num_parameters: Of the target.
         prompts: The prompt set's name.
-        retain: Share of the full transplant's gain that the recipe wants.
+        retain: Share of the gain that the recipe wants: here of the source's, in a search of the full transplant's.
         max_over_refusal: Rise that it allows.
         max_perplexity: Ratio that it allows.
         arms: Target and source first.

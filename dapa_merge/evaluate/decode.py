@@ -1,8 +1,9 @@
 """Greedy decoding of many prompts in one ever-changing batch: who has finished leaves, who waits joins.
 
 Drafted tokens are checked many in one run through the model, and kept as far as the model itself would have said them:
-the result is greedy decoding's own. One freedom remains, which plain batched generation has between batch sizes as
-well: numbers are rounded otherwise in a batch of another shape, and may decide a near-tie between two tokens.
+the result is greedy decoding's own. One freedom remains: in a run of several tokens numbers are rounded otherwise than
+in a run of one, and may decide a near-tie between two tokens, of which there are some in every 16-bit model. Without
+drafts every token is said in a run of its own, and what is said depends on nothing that was said before.
 """
 
 from __future__ import annotations
@@ -75,11 +76,14 @@ class Decoder:
         ends: Sequence[int],
         padding: int,
         batch_size: BatchSize,
-        drafts: Drafts,
+        drafts: Drafts | None,
         is_settled: Callable[[Row], bool],
         finish: Callable[[Row], None],
     ) -> None:
-        """For one model; `is_settled` is asked of rows that grew, and `finish` is told of each that is done."""
+        """For one model; `is_settled` is asked of rows that grew, and `finish` is told of each that is done.
+
+        `drafts` None has every token said in a run of its own.
+        """
         self._model = model
         self._ends = frozenset(ends)
         self._padding = padding
@@ -167,6 +171,8 @@ class Decoder:
 
     def _propose(self, rows: Sequence[Row]) -> list[list[int]]:
         """A draft for each row, of any length; the longest is no longer than what pays in a batch of all of them."""
+        if self._drafts is None:
+            return [[] for _ in rows]
         max_guess = self._free_tokens // len(rows) - 1
         proposals = [
             self._drafts.propose(row.prompt, row.tokens, max_guess)[: row.limit - len(row.tokens) - 1] for row in rows
@@ -205,7 +211,8 @@ class Decoder:
             row.looked_at = len(row.tokens)
             if not self._is_settled(row):
                 return True
-        self._drafts.remember(row.prompt, row.tokens)
+        if self._drafts is not None:
+            self._drafts.remember(row.prompt, row.tokens)
         self._finish(row)
         return False
 

@@ -116,8 +116,8 @@ def generate(
 ) -> list[str]:
     """Answer every prompt greedily, as the model's own `generate` would, but sooner.
 
-    A response is the same whatever else is asked, and whatever the drafts hold, up to near-ties between two tokens,
-    which numbers rounded otherwise may decide otherwise; so it is between batch sizes of any generation.
+    A response is the same whatever else is asked. Drafts may decide a near-tie between two tokens otherwise, for in a
+    run of several tokens numbers are rounded otherwise: use none for a figure that has to come out again.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
@@ -128,7 +128,8 @@ def generate(
         progress: Called with numbers of prompts as they are answered.
         settle: Given the beginning of a response and its prompt, anything but None if the rest of the response cannot
             matter: it is then not generated.
-        drafts: What models with this tokenizer said before; what this one says is added. Only for speed.
+        drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
+            every token said in a run of its own.
 
     Returns:
         One response per prompt, special tokens removed.
@@ -150,7 +151,7 @@ def generate(
             ends=_ends(model),
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
-            drafts=Drafts() if drafts is None else drafts,
+            drafts=drafts,
             is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
             finish=lambda _: progress(1),
         )

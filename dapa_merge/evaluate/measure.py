@@ -41,7 +41,7 @@ class Meter:
         progress: Called with numbers of prompts as they are answered.
         markers: Who marks the responses; the first one's outcomes are the figures.
         stops_early: Whether a response ends where the first marker's outcome is settled.
-        drafts: What such models said before; None to read each response on its own.
+        drafts: What such models said before, for a search; None for figures that depend on nothing asked before.
         scorer: What scores a model as a whole beside that.
         text: What perplexity is taken of; None for the passages of the prompt set.
         skills: Further tests.

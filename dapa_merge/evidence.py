@@ -143,7 +143,8 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
 
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter) -> Measured:
     """A model that is loaded for it, measured in full."""
-    from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
+    from dapa_merge.evaluate.live import choose_device, load_model
+    from dapa_merge.evaluate.quiet import quiet_transformers
 
     reporter.say(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))

@@ -40,7 +40,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) 
 def report_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) -> Meter:
     """What measures a recipe's target, result and source for the report: every response whole, and by every marker.
 
-    Without drafts, so that a figure does not depend on what was measured before it.
+    No figure depends on what was measured before it.
 
     Raises:
         UsageError: If the recipe's evaluator, judge, text or skills are not there.
@@ -81,6 +81,8 @@ def make_meter(
         max_new_tokens or max(marker.max_new_tokens for marker in markers.values()),
         BatchSize(batch_size),
         markers=tuple(markers.values()),
+        drafts=Drafts(),
+        must_repeat=True,
         scorer=found if isinstance(found, Scorer) else None,
         text=_text(prompts, text),
         skills=skills_of(prompts, skills),

@@ -190,7 +190,7 @@ class Stages:
     def _answers(self, name: str, load: Callable[[], tuple[Any, Any]]) -> list[Response]:
         """What a model says to the harmful prompts, and what that is taken for."""
         from dapa_merge.evaluate.figures import Response
-        from dapa_merge.evaluate.live import quiet_transformers
+        from dapa_merge.evaluate.quiet import quiet_transformers
 
         note = f"responses of the {name}"
         if note not in self.journal.notes:
@@ -286,7 +286,7 @@ class Stages:
     ) -> tuple[list[Trace], list[float], Settings]:
         from dapa_merge.evaluate.generate import BatchSize
         from dapa_merge.evaluate.half_precision import widened
-        from dapa_merge.evaluate.live import quiet_transformers
+        from dapa_merge.evaluate.quiet import quiet_transformers
         from dapa_merge.trace.case import embedding_deviation
         from dapa_merge.trace.causal import Tracer
 

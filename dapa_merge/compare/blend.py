@@ -26,7 +26,8 @@ from dapa_merge.compare.mergekit_merge import Blend as Blend
 from dapa_merge.compare.mergekit_merge import Merge, prepared
 from dapa_merge.compare.mergekit_merge import merge_config as merge_config
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.live import LiveModel, load_model, mapped_values, quiet_transformers
+from dapa_merge.evaluate.live import LiveModel, load_model, mapped_values
+from dapa_merge.evaluate.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

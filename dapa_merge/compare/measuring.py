@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.evaluate.callback import Candidate
 from dapa_merge.evaluate.figures import Figures, Response
-from dapa_merge.evaluate.live import choose_device, load_model, quiet_transformers
+from dapa_merge.evaluate.live import choose_device, load_model
 from dapa_merge.evaluate.marker import RULES
+from dapa_merge.evaluate.quiet import quiet_transformers
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.evaluate.resident import Resident
 from dapa_merge.evidence import measure_candidate

@@ -28,7 +28,7 @@ from dapa_merge.checkpoint.converting.standard import standard_folder
 from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
-from dapa_merge.evaluate.live import quiet_transformers
+from dapa_merge.evaluate.quiet import quiet_transformers
 
 # Of one file: mergekit holds so many in memory before it writes them.
 MAX_SHARD_PARAMETERS = 500_000_000

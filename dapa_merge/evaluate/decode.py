@@ -1,9 +1,9 @@
 """Greedy decoding of many prompts in one ever-changing batch: who has finished leaves, who waits joins.
 
 Drafted tokens are checked many in one run through the model, and kept as far as the model itself would have said them:
-the result is greedy decoding's own. One freedom remains: in a run of several tokens numbers are rounded otherwise than
-in a run of one, and may decide a near-tie between two tokens, of which there are some in every 16-bit model. Without
-drafts every token is said in a run of its own, and what is said depends on nothing that was said before.
+the result is greedy decoding's own. Where a model is not `steady`, a run of several tokens is rounded otherwise than a
+run of one, and may decide a near-tie between two tokens, of which there are some in every 16-bit model. Without drafts
+every token is said in a run of its own, and what is said depends on nothing that was said before.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Drafts:
     """A memory of responses, as token ids with their end token, of models with the same tokenizer.
 
     It may be shared by any number of models and prompts. What it holds changes how soon responses come and, where two
-    tokens nearly tie, what they are.
+    tokens nearly tie in a model that is not `steady`, what they are.
     """
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from dapa_merge.evaluate.decode import SETTLE_EVERY, Decoder, Row
 from dapa_merge.evaluate.drafts import Drafts
 from dapa_merge.evaluate.half_precision import widened
 from dapa_merge.evaluate.row_cache import is_understood
+from dapa_merge.evaluate.steady import is_steady, steady
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -113,11 +114,12 @@ def generate(
     progress: Callable[[int], None] = lambda _: None,
     settle: Settle | None = None,
     drafts: Drafts | None = None,
+    must_repeat: bool = False,
 ) -> list[str]:
     """Answer every prompt greedily, as the model's own `generate` would, but sooner.
 
-    A response is the same whatever else is asked. Drafts may decide a near-tie between two tokens otherwise, for in a
-    run of several tokens numbers are rounded otherwise: use none for a figure that has to come out again.
+    A response is the same whatever else is asked, and whatever the drafts hold, where the model `is_steady`. Elsewhere
+    another number of tokens in a run is rounded otherwise, and may decide a near-tie between two tokens otherwise.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
@@ -130,6 +132,7 @@ def generate(
             matter: it is then not generated.
         drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
             every token said in a run of its own.
+        must_repeat: Whether drafts are left alone where they might change a response.
 
     Returns:
         One response per prompt, special tokens removed.
@@ -145,17 +148,18 @@ def generate(
     judge = _Settling(tokenizer, settle) if settle is not None else None
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(rows, key=lambda row: -len(row.prompt))
+    longest = max(len(row.prompt) + row.limit for row in rows)
     if is_understood(model):
         decoder = Decoder(
             model,
             ends=_ends(model),
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
-            drafts=drafts,
+            drafts=None if must_repeat and not is_steady(model, longest) else drafts,
             is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
             finish=lambda _: progress(1),
         )
-        with widened(model):
+        with widened(model), steady(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(

@@ -27,7 +27,6 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers import __version__ as transformers_version
-from transformers.utils import logging as transformers_logging
 
 from dapa_merge.checkpoint.architecture import Unit, find_units
 from dapa_merge.checkpoint.converting.standard import standard_folder
@@ -37,6 +36,7 @@ from dapa_merge.checkpoint.region import Part, Region
 from dapa_merge.checkpoint.values import mix
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.evaluate.generate import prepare_for_greedy
+from dapa_merge.evaluate.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -282,18 +282,3 @@ def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
 
 def _extents(part: Part) -> list[int]:
     return [stop - first for first, stop in part.box if stop - first != 1]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and no advice on what is loaded and run; whoever calls us has their own settings back."""
-    verbosity = transformers_logging.get_verbosity()
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if had_bars:
-            transformers_logging.enable_progress_bar()

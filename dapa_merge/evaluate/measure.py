@@ -41,7 +41,8 @@ class Meter:
         progress: Called with numbers of prompts as they are answered.
         markers: Who marks the responses; the first one's outcomes are the figures.
         stops_early: Whether a response ends where the first marker's outcome is settled.
-        drafts: What such models said before, for a search; None for figures that depend on nothing asked before.
+        drafts: What such models said before; None to have every token said in a run of its own.
+        must_repeat: Whether figures are to depend on nothing that was asked before, at whatever cost of time.
         scorer: What scores a model as a whole beside that.
         text: What perplexity is taken of; None for the passages of the prompt set.
         skills: Further tests.
@@ -54,6 +55,7 @@ class Meter:
     markers: tuple[Marker, ...] = (RULES,)
     stops_early: bool = False
     drafts: Drafts | None = None
+    must_repeat: bool = False
     scorer: Scorer | None = None
     text: Text | None = None
     skills: tuple[Skill, ...] = ()
@@ -88,6 +90,7 @@ class Measurement:
             progress=meter.progress,
             settle=meter.markers[0].settle if meter.stops_early and not whole else None,
             drafts=meter.drafts,
+            must_repeat=meter.must_repeat,
         )
 
     @cached_property

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dapa_merge.evaluate.live import quiet_transformers
+from dapa_merge.evaluate.quiet import quiet_transformers
 from dapa_merge.miniature.members import Member
 from dapa_merge.miniature.train import save
 

@@ -22,9 +22,10 @@ from peft import LoraConfig, get_peft_model
 from dapa_merge.checkpoint.plan import join
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.generate import generate, prepare_for_greedy
-from dapa_merge.evaluate.live import LiveModel, load_model, quiet_transformers
+from dapa_merge.evaluate.live import LiveModel, load_model
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.options import EvaluatorOptions
+from dapa_merge.evaluate.quiet import quiet_transformers
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.evaluate.skills import is_right
 from dapa_merge.meters import report_meter, search_meter

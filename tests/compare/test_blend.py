@@ -3,7 +3,6 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,11 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.compare.blend import Blend, Blender, merge_config
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.drafts import Drafts
 from dapa_merge.evaluate.live import LiveModel, load_model
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.meters import report_meter
-from dapa_merge.recipe import Location, Recipe
-from dapa_merge.selection import split_prompts
 
 BLENDS = (Blend("linear", 0.3), Blend("task_arithmetic", 0.4), Blend("ties", 0.6, 0.4))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -341,17 +334,3 @@ def test_mergekit_is_told_what_a_blend_means():
         "tokenizer": {"source": "base"},
     }
     assert Blend("task_arithmetic", 0.5).name == "task arithmetic 0.5"
-
-
-def test_a_figure_depends_on_nothing_that_was_measured_before():
-    """In half of each of the miniature's two models, some tokens tie to the last bit of their 16."""
-    recipe = Recipe(*(Location(str(miniature.path(name))) for name in ("target", "source")), prompts="miniature")
-    meter = report_meter(recipe, split_prompts(recipe)[1], EvaluatorOptions())
-    blender = blender_of([miniature.path("target"), miniature.path("source")], False)
-    with blender.blended(Blend("linear", 0.5)) as model:
-        first, again = (meter.measure(*model).judge("harmful", meter.prompts.harmful) for _ in range(2))
-        drafted = replace(meter, drafts=Drafts())
-        with_drafts = [drafted.measure(*model).judge("harmful", meter.prompts.harmful) for _ in range(2)]
-    assert again == first
-    # Otherwise this says nothing.
-    assert with_drafts[0] != with_drafts[1]

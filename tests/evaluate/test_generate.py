@@ -13,11 +13,15 @@ from conftest import ARCHITECTURES, SHAPE, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dapa_merge import miniature
 from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.errors import UsageError
 from dapa_merge.evaluate.drafts import Drafts
 from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
-from dapa_merge.evaluate.live import load_model
+from dapa_merge.evaluate.live import LiveModel, load_model
+from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.refusal import Outcome
 
 WORDS = "how do i paint a boat slowly watch the house sell it to my neighbor what is two plus four".split()  # noqa: SIM905
@@ -168,3 +172,48 @@ def test_a_model_that_emits_only_padding_says_nothing(llama):
         with torch.no_grad():
             weight.copy_(kept)
         model.generation_config.eos_token_id = ends
+
+
+@pytest.fixture
+def tied():
+    """Half of each of the miniature's two models, in which some tokens tie to the last bit; and prompts."""
+    target, source = (open_checkpoint(str(miniature.path(name))) for name in ("target", "source"))
+    live = LiveModel(plan_transplant(target, source, ("mlp",)), torch.device("cpu"))
+    with Blender(live, target, source, None).blended(Blend("linear", 0.5)) as (model, tokenizer):
+        yield model, tokenizer, load_prompts("miniature").harmful
+
+
+def test_in_16_bits_no_draft_and_no_batch_changes_what_is_said(tied):
+    *both, prompts = tied
+    ask = functools.partial(generate, *both, prompts, max_new_tokens=40)
+    expected = ask(batch_size=BatchSize(64))
+    drafts = Drafts()
+    for size in (64, 64, 7, 1):
+        assert ask(batch_size=BatchSize(size), drafts=drafts) == expected
+    assert both[0].config._attn_implementation == "sdpa"
+
+
+def test_where_attention_rounds_otherwise_a_figure_that_must_repeat_is_had_without_drafts(tied, monkeypatch):
+    monkeypatch.setattr("dapa_merge.evaluate.steady.MAX_TOKENS", 0)
+    *both, prompts = tied
+    ask = functools.partial(generate, *both, prompts, max_new_tokens=40, batch_size=BatchSize(64))
+    expected = ask()
+    drafts = Drafts()
+    assert ask(drafts=drafts, must_repeat=True) == expected
+    ask(drafts=drafts)
+    # The drafts are there now, and otherwise this says nothing.
+    assert ask(drafts=drafts) != expected
+    assert ask(drafts=drafts, must_repeat=True) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architecture, tmp_path):
+    model, tokenizer = load(tmp_path, architecture)
+    model.to(torch.bfloat16)
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10))
+    drafts = Drafts()
+    for _ in range(2):
+        again = generate(
+            model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
+        )
+        assert again == expected

@@ -118,7 +118,7 @@ def _merge(base: Reference, adapter: Reference, folder: Path, dtype: str | None,
     """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
     from mergekit.common import ModelPath, ModelReference
 
-    from dapa_merge.evaluate.live import quiet_transformers
+    from dapa_merge.evaluate.quiet import quiet_transformers
 
     reference = ModelReference(
         model=ModelPath(path=base.path, revision=base.revision),

@@ -77,7 +77,7 @@ def models_parts(
     with reporter.task("reading the checkpoints", sum(model.num_bytes for model in models.values())) as read:
         weights = {name: tensors_digest(model, progress=read) for name, model in models.items()}
     # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
-    others = (*models, "batch_size", "_lines")
+    others = (*models, "pretrained", "batch_size", "_lines")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
     return weights | {
         "tokenizers and configs": " ".join(map(settings_digest, models.values())),
@@ -85,8 +85,9 @@ def models_parts(
         "prompts": digest_of([meter.prompts.harmful, meter.prompts.harmless]),
         "text": digest_of(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": digest_of([repr(skill) for skill in meter.skills]),
-        # With the code of the user's own; of a meter that the rules mark first, not what else marks.
-        "evaluator": meter.identity,
+        # With the code of the user's own, and a judge's rubric.
+        "evaluator": digest_of([meter.identity, *(marker.identity for marker in meter.markers)]),
+        "generation": f"greedy, {meter.max_new_tokens} tokens",
         "device": choose_device(device).type,
         "versions": versions(),
     }

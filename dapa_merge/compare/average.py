@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dapa_merge.evaluate.chance import mean_interval
 
 # What a method does in a row; None if it does not apply.
 Value = Callable[[Row, Arm], "float | None"]
-# Of these, a row in which nothing was found counts as its untouched target: whoever relied on them has that.
+# Of these, a row in which a search found nothing counts as its untouched target: whoever relied on them has that.
 MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random")
 
 
@@ -30,12 +31,14 @@ class Mean:
     @property
     def points(self) -> str:
         """A change of a share as percentage points."""
-        return f"{100 * self.value:+.2f}"
+        return points(self.value)
 
     @property
     def span(self) -> str | None:
-        """Its interval, likewise."""
-        return None if self.interval is None else f"{100 * self.interval[0]:+.2f} to {100 * self.interval[1]:+.2f}"
+        """Its interval, likewise; none where all recipes are alike, which tells nothing of others."""
+        if self.interval is None or self.interval[0] == self.interval[1]:
+            return None
+        return f"{points(self.interval[0])} to {points(self.interval[1])}"
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,11 @@ class Average:
         group: The method, with its weight.
         label: For people.
         num_rows: Recipes.
-        num_repaired: Those with as much of the source's gain in DSR as their recipe wants, within its limits.
+        num_repaired: Those with as much of the source's gain as their recipe wants, within its limits; by random
+            selections, those that more than half of the seeds repair.
         gain: In DSR, in [-1, 1].
         over_refusal: Change, in [-1, 1].
-        perplexity: As a ratio.
+        perplexity: As a ratio, over the recipes in which it is finite; None if that is none.
         skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
         share: Of the parameters replaced, in [0, 1].
         tests: Of the search; None if there was none, as the next.
@@ -62,7 +66,7 @@ class Average:
     num_repaired: int
     gain: Mean
     over_refusal: Mean
-    perplexity: Mean
+    perplexity: Mean | None
     skill: Mean | None
     share: Mean
     tests: Mean | None
@@ -94,25 +98,28 @@ def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
         return Mean(found.value, (max(-1.0, found.interval[0]), min(1.0, found.interval[1])))
 
     gain, refusal = mean(dsr_gain, is_change=True), mean(over_refusal_change, is_change=True)
-    ratio = mean(perplexity_ratio)
     share = mean(lambda _, arm: arm.share)
     assert gain is not None
     assert refusal is not None
-    assert ratio is not None
     assert share is not None
     return Average(
         group=group,
         label=label,
         num_rows=len(counted),
-        num_repaired=sum(sum(map(row.repairs, arms)) > len(arms) / 2 for row, arms in counted),
+        num_repaired=sum(repairs_in_row(row, arms) for row, arms in counted),
         gain=gain,
         over_refusal=refusal,
-        perplexity=ratio,
+        perplexity=mean(perplexity_ratio),
         skill=mean(skill_change, is_change=True),
         share=share,
         tests=mean(lambda _, arm: arm.cost.tests if arm.cost else None),
         seconds=mean(lambda _, arm: arm.cost.seconds if arm.cost else None),
     )
+
+
+def repairs_in_row(row: Row, arms: Sequence[Arm]) -> bool:
+    """Whether a method repairs a row's target; with several seeds, whether more than half of them do."""
+    return sum(map(row.repairs, arms)) > len(arms) / 2
 
 
 def counted_arms(row: Row, group: str) -> list[Arm]:
@@ -143,9 +150,15 @@ def skill_change(row: Row, arm: Arm) -> float | None:
     return None if after is None or before is None else after - before
 
 
-def perplexity_ratio(row: Row, arm: Arm) -> float:
-    """The result's perplexity as a ratio to the target's."""
-    return (arm.figures or row.before).perplexity / row.before.perplexity
+def perplexity_ratio(row: Row, arm: Arm) -> float | None:
+    """The result's perplexity as a ratio to the target's; None where it is not finite."""
+    ratio = (arm.figures or row.before).perplexity / row.before.perplexity
+    return ratio if math.isfinite(ratio) else None
+
+
+def points(change: float) -> str:
+    """A change of a share in percentage points."""
+    return f"{100 * change:+.2f}"
 
 
 def mean_of(values: Sequence[float | None]) -> Mean | None:

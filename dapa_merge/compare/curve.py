@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.checkpoint.plan import Plan, cut
 from dapa_merge.compare.layers import blocks_of, mlp_units
 
 
@@ -30,28 +30,32 @@ class Stages:
 
     Attributes:
         selection: What the search kept; may be nothing.
-        candidates: What it chose from.
+        others: Its other candidates; of a unit of which it kept some rows, the other rows.
+        candidates: What it chose from, in whole units.
         rest: What else the MLPs have.
     """
 
     selection: tuple[Unit, ...]
+    others: tuple[Unit, ...]
     candidates: tuple[Unit, ...]
     rest: tuple[Unit, ...]
 
     @classmethod
-    def of(cls, selection: Sequence[Unit], candidates: Sequence[Unit], units: Iterable[Unit]) -> Stages:
-        """The stages of a model with these units, of every module."""
+    def of(cls, selection: Sequence[Unit], searched: Plan, units: Iterable[Unit]) -> Stages:
+        """The stages of a search's plan, in a model with these units, of every module."""
+        kept = set(selection)
+        others = tuple(unit for unit in cut(searched, selection).units if unit not in kept)
+        candidates = tuple(dict.fromkeys(unit.whole for unit in searched.units))
         inside = {(unit.layer, unit.module) for unit in candidates}
         rest = [unit for unit in mlp_units(units) if (unit.layer, unit.module) not in inside]
         whole = {unit.layer for unit in candidates if unit.module == "mlp"}
-        return cls(tuple(selection), tuple(candidates), tuple(unit for unit in rest if unit.layer not in whole))
+        return cls(tuple(selection), others, candidates, tuple(unit for unit in rest if unit.layer not in whole))
 
 
 def weighed_pieces(plan: Plan, stages: Stages, rows: int | None) -> tuple[Unit, ...]:
     """What must be weighed for `best_path`: blocks of what was selected, and everything else whole."""
-    kept = {unit.whole for unit in stages.selection}
-    others = [unit for unit in (*stages.candidates, *stages.rest) if unit not in kept]
-    return (*blocks_of(plan, stages.selection or stages.candidates, rows), *others)
+    first, others = _first_and_others(plan, stages, rows)
+    return (*first, *others, *stages.rest)
 
 
 def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
@@ -65,11 +69,15 @@ def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: in
         scores: How much each of `weighed_pieces` is expected to do.
         rows: Of a block.
     """
-    kept = {unit.whole for unit in stages.selection}
-    first = blocks_of(plan, stages.selection or stages.candidates, rows)
-    others = [unit for unit in stages.candidates if unit not in kept] if stages.selection else []
+    first, others = _first_and_others(plan, stages, rows)
     ordered = [sorted(pieces, key=lambda piece: -scores[piece]) for pieces in (first, others, stages.rest)]
     return _path(ordered)
+
+
+def _first_and_others(plan: Plan, stages: Stages, rows: int | None) -> tuple[Sequence[Unit], Sequence[Unit]]:
+    if stages.selection:
+        return blocks_of(plan, stages.selection, rows), stages.others
+    return blocks_of(plan, stages.candidates, rows), ()
 
 
 def random_path(plan: Plan, stages: Stages, rows: int | None, seed: int) -> EditPath:

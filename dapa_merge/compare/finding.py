@@ -81,6 +81,7 @@ def find(
         return Found(plan, given)
     note = f"search {name}"
     if note not in journal.notes:
+        reporter.say(f"searching among {', '.join(recipe.modules)}")
         journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options, reporter))
     found = journal.notes[note]
     cost = Cost(**found["cost"])

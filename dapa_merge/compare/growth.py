@@ -11,6 +11,7 @@ from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.options import CompareOptions
 from dapa_merge.compare.result import DAPA, Point, mean_skill
 from dapa_merge.errors import CheckpointError
+from dapa_merge.evaluate.batching import DoesNotFit
 from dapa_merge.evaluate.figures import Response
 from dapa_merge.progress import Reporter
 from dapa_merge.search.journal import Journal
@@ -23,6 +24,9 @@ class Growth:
     Their order in DAPA's path is by attribution, as a search's prior, but between the source's and the target's
     responses: where gates bring nothing, the full transplant has none that refuse. The prompts are the search's, or all
     if the recipe names its layers.
+
+    Attributes:
+        why_not: Why the pieces could not be weighed, once `points` was asked for.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Growth:
         self._wanted = wanted
         self._reporter = reporter
         self._source: list[Response] | None = None
+        self.why_not: str | None = None
 
     @cached_property
     def _pieces(self) -> tuple[Unit, ...]:
@@ -93,14 +98,22 @@ class Growth:
                     done(1)
 
     def _scores(self) -> Mapping[Unit, float] | None:
-        if self._note not in self._journal.notes:
-            self._journal.note(self._note, self._weigh())
-        scores = self._journal.notes[self._note]
-        return None if scores is None else dict(zip(self._pieces, scores, strict=True))
+        try:
+            if self._note not in self._journal.notes:
+                self._journal.note(self._note, self._weigh())
+            found = self._journal.notes[self._note]
+        except DoesNotFit as error:
+            # Not noted: another device or another hour may have the memory.
+            found = str(error)
+        if isinstance(found, str):
+            self.why_not = found
+            self._reporter.say(f"no edits of every size, because {found}")
+            return None
+        return dict(zip(self._pieces, found, strict=True))
 
-    def _weigh(self) -> list[float] | None:
+    def _weigh(self) -> list[float] | str:
+        """The weights of the pieces; or why these models give none."""
         from dapa_merge.bench import MAX_CONTRASTS, effects_between
-        from dapa_merge.evaluate.generate import DoesNotFit
 
         assert self._source is not None
         live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
@@ -108,7 +121,6 @@ class Growth:
         try:
             with self._reporter.task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS) as done:
                 found = effects_between(live, self._pieces, said, self._source, limit, done)
-        except (ValueError, CheckpointError, DoesNotFit) as error:
-            self._reporter.say(f"no edits of every size, because {error}")
-            return None
+        except (ValueError, CheckpointError) as error:
+            return str(error)
         return [found[piece] for piece in self._pieces]

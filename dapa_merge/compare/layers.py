@@ -69,11 +69,12 @@ def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: 
     Args:
         plan: The models.
         among: What is drawn from.
-        like: Some of `among`, or blocks of some: then random blocks of their size are drawn.
+        like: Some of `among`, or blocks of some: then random blocks no larger than their smallest are drawn, the last
+            of them cut so that the sizes agree.
         seed: The same seed draws the same.
     """
     blocks = [unit for unit in like if unit.rows is not None]
-    rows = max((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
+    rows = min((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
     drawn: list[Unit] = []
     for module in dict.fromkeys(unit.module for unit in like):
         pool = tuple(unit for unit in among if unit.module == module)
@@ -81,9 +82,26 @@ def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: 
             pool = blocks_of(plan, pool, rows)
         wanted = plan.num_parameters([unit for unit in like if unit.module == module])
         shuffled = random.Random(f"{seed} {module} {wanted}").sample(pool, len(pool))
-        drawn += shuffled[: nearest_number(plan, shuffled, wanted)]
+        if rows is not None and module in DIVISIBLE_MODULES:
+            drawn += _cut_to(plan, shuffled, wanted)
+        else:
+            drawn += shuffled[: nearest_number(plan, shuffled, wanted)]
     order = {unit: index for index, unit in enumerate(among)}
     return tuple(sorted(drawn, key=lambda unit: (order[unit.whole], unit.rows or (0, 0))))
+
+
+def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
+    """The first blocks with so many parameters, of the last one only its first rows."""
+    found, left = [], wanted
+    for block in blocks:
+        size = plan.num_parameters((block,))
+        first, stop = plan.rows(block)
+        if size > left:
+            block = plan.part(block.whole, (first, first + left * (stop - first) // size))
+        if left > 0:
+            found.append(block)
+        left -= size
+    return found
 
 
 def nearest_number(plan: Plan, pieces: Sequence[Unit], wanted: int) -> int:

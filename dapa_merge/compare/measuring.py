@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.checkpoint.plan import join
 from dapa_merge.evaluate.callback import Candidate
 from dapa_merge.evaluate.figures import Figures, Response
 from dapa_merge.evaluate.live import choose_device, load_model
@@ -80,7 +81,8 @@ class Measuring(Resident):
             name: What it is, for messages.
             reporter: Hears of it, instead of the usual one.
         """
-        ordered = tuple(in_order(units))
+        # Blocks that make a unit are that unit, however they came together.
+        ordered = tuple(in_order(join(self.plan, units)))
 
         @contextmanager
         def candidate() -> Iterator[Model]:
@@ -89,9 +91,16 @@ class Measuring(Resident):
 
         return self._seen(note_of("edit", ordered), candidate, name, ordered, reporter)
 
-    def blend(self, blend: Blend, blender: Callable[[], Blender]) -> Seen:
-        """The target blended with the source by mergekit."""
-        return self._seen(f"blend {blend.name} {blend.density}", lambda: blender().blended(blend), blend.name)
+    def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
+        """The target blended with the source by mergekit.
+
+        Args:
+            blend: The method and its settings.
+            base: What says which weights are subtracted.
+            blender: Makes it, if it was not measured yet.
+        """
+        note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
+        return self._seen(note, lambda: blender().blended(blend), blend.name)
 
     def alone(self, source: Model) -> Seen:
         """The source, which is loaded."""

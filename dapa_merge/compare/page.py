@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from urllib.parse import quote
 
-from dapa_merge.compare.result import AUTO, Cost, Row
-from dapa_merge.compare.sentences import choices, sentences
+from dapa_merge.compare.result import AUTO, DAPA, Cost, Row
+from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.compare.tables import MARKDOWN, arms_table, methods_table, paper_table
 from dapa_merge.errors import printable
 
 HOW = (
-    "DSR: share of harmful prompts that are refused. Every figure is measured with prompts that the search did not "
-    "ask (all of them, if the recipe names its layers), the same for all methods of a recipe, of the target in "
-    "memory. *Repairs*: at least the share `retain` of the source's gain in DSR, within the recipe's limits of "
-    "over-refusal and perplexity (of random selections: more than half of the seeds). A row in which a search found "
-    "nothing counts as its untouched target. Skill is the mean of all that the recipe asks; changes are in percentage "
-    "points. Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, "
-    "which takes them for independent. Seconds and tests are the search's."
+    "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it. Every figure is measured with "
+    "prompts that the search did not ask (all of them, if the recipe names its layers), the same for all methods of a "
+    "recipe, of the target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's "
+    "limits of over-refusal and perplexity (of random selections: more than half of the seeds). A search asks for that "
+    "share of what all of its units bring, so that it may find less. A row in which a search found nothing counts as "
+    "its untouched target, also for what goes by its selection: random units of the same modules and size, and the "
+    "whole MLP of its layers. Skill is the mean of all that the recipe asks; changes are in percentage points. "
+    "Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, which "
+    "takes them for independent. Seconds and tests are the search's."
+)
+FRONT = (
+    "Edits of every size: first what the search of {whose} selected (without one, blocks of all of its units), then "
+    "its other units, then the rest of the MLPs, each in the order of their attribution; and as large ones at random. "
+    "On the Pareto front: no edit that is as small refuses as many harmful and as few harmless prompts, keeps as much "
+    "skill, and is better in one of these."
 )
 
 
@@ -31,35 +40,50 @@ def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[
     parts = ["# Comparison", HOW]
     if rows:
         parts += ["\n".join(f"- {_safe(sentence)}" for sentence in sentences(rows))]
-        parts += ["## Before and after", paper_table(rows).text(MARKDOWN)]
-        if any(row.arm(AUTO) for row in rows):
-            parts += ["The same with `modules: auto`:", paper_table(rows, AUTO).text(MARKDOWN)]
+        for key, title in ((DAPA, "## Before and after"), (AUTO, "## Before and after, `modules: auto`")):
+            if any(row.arm(key) for row in rows):
+                parts += [title, paper_table(rows, key).text(MARKDOWN)]
         parts += ["## Methods", methods_table(rows).text(MARKDOWN)]
         parts += _picture("methods.png", "Every method: gain in DSR and change of skill", pictures)
     for row in rows:
         parts += _row(row, pictures)
     if failures:
-        parts += ["## Not measured", "\n".join(f"- {name}: {_safe(why)}" for name, why in failures.items())]
+        parts += ["## Not measured", "\n".join(f"- {_safe(name)}: {_safe(why)}" for name, why in failures.items())]
     return "\n\n".join(parts) + "\n"
 
 
 def _row(row: Row, pictures: Collection[str]) -> list[str]:
     parts = [
-        f"## {row.name}",
+        f"## {_safe(row.name)}",
         f"Target `{_safe(row.target)}`, source `{_safe(row.source)}`: {row.architecture}, {row.num_parameters:,} "
         f"parameters, prompts `{_safe(row.prompts)}`, {row.before.num_harmful} harmful and {row.before.num_harmless} "
         f"harmless.",
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
-    if able := choices(row):
-        named = [arm.label if arm.skill is None else f"{arm.label} ({arm.skill:.3f})" for arm in able]
-        parts.append(f"Repair it, the most of its skill kept first: {', '.join(named)}.")
-    else:
-        parts.append("None of the methods but the source itself repairs it within the recipe's limits.")
+    if row.strength != 1:
+        parts.append(f"Whatever is transplanted moves {row.strength:g} of the way to the source, as the recipe has it.")
+    parts.append(_verdict(row))
     if memory := _memory(row):
         parts.append(memory)
-    return parts + _picture(f"row_{row.name}.png", f"{row.name}: edits of every size", pictures)
+    if row.no_curve is not None:
+        parts.append(f"No edits of every size, because {_safe(row.no_curve)}.")
+    picture = _picture(f"row_{row.name}.png", f"{row.name}: edits of every size", pictures)
+    if picture:
+        parts.append(FRONT.format(whose="`modules: auto`" if row.followed == AUTO else "DAPA"))
+    return parts + picture
+
+
+def _verdict(row: Row) -> str:
+    """Which methods repair a row's target."""
+    if not row.can_be_repaired:
+        return f"There is {nothing_to_repair(row)}."
+    if able := choices(row):
+        named = [arm.label if arm.skill is None else f"{arm.label} ({arm.skill:.3f})" for arm in able]
+        return f"Repair it, the most of its skill kept first: {', '.join(named)}."
+    if (why := row.complaint(row.alone)) is None:
+        return "Of these methods only the source itself repairs it within the recipe's limits."
+    return f"Nothing repairs it within the recipe's limits, nor does the source itself: {why}."
 
 
 def _memory(row: Row) -> str | None:
@@ -72,7 +96,7 @@ def _memory(row: Row) -> str | None:
 
 
 def _picture(name: str, caption: str, pictures: Collection[str]) -> list[str]:
-    return [f"![{caption}](figures/{name.replace(' ', '%20')})"] if name in pictures else []
+    return [f"![{_safe(caption)}](figures/{quote(name)})"] if name in pictures else []
 
 
 def _safe(text: str | None) -> str:

@@ -17,7 +17,8 @@ from dapa_merge.compare.average import (
     over_refusal_change,
     skill_change,
 )
-from dapa_merge.compare.result import DAPA, SOURCE, TARGET, Arm, Point, Row
+from dapa_merge.compare.options import BLENDS
+from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Point, Row
 
 # First of what draws, because it says what to install where matplotlib is not.
 from dapa_merge.trace.plot_style import (
@@ -43,10 +44,12 @@ if TYPE_CHECKING:
 # How a method looks beside the curves: colour and marker.
 MARKERS = {
     SOURCE: (BLACK, "*"),
-    "auto": (BLUE, "P"),
+    AUTO: (BLUE, "P"),
     "fixed": (GREEN, "^"),
     "gates": (PURPLE, "D"),
+    "all": (PURPLE, "D"),
     "mlp": (ORANGE, "v"),
+    "mlp of auto": (ORANGE, "<"),
     "linear": (GREY, "x"),
     "task-arithmetic": (GREY, "1"),
     "ties": (GREY, "+"),
@@ -93,7 +96,7 @@ def methods_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _colour(group: str) -> str:
-    return BLUE if group in (DAPA, "auto") else VERMILION if group == RANDOM else BLACK
+    return BLUE if group in (DAPA, AUTO) else VERMILION if group.startswith(RANDOM) else BLACK
 
 
 def row_figure(row: Row) -> Figure:
@@ -112,6 +115,9 @@ def row_figure(row: Row) -> Figure:
             axes.set_title(title)
             if title != "perplexity":
                 axes.set_ylim(-0.04, 1.04)
+        if not any(arm.skill is not None for arm in row.arms):
+            figure.axes[2].set_visible(False)
+            figure.axes[0].tick_params(labelbottom=True)
         for axes in figure.axes[2:]:
             axes.set_xlabel("parameters replaced (%)")
         handles: dict[str, Any] = {}
@@ -144,22 +150,25 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
         _random(axes, at_random)
     if ringed:
         across, up = zip(*ringed, strict=True)
+        # Of random edits only the mean is drawn: those on the front are shown themselves.
+        axes.scatter(across, up, s=6, color=BLACK, linewidth=0, zorder=4)
         axes.scatter(
             across, up, s=70, facecolor="none", edgecolor=BLACK, linewidth=0.9, label="Pareto front",
             zorder=4,
         )  # fmt: skip
     for arm in row.arms:
-        value = of_arm(arm)
-        if arm.method not in MARKERS or value is None or not math.isfinite(value):
+        value, look = of_arm(arm), MARKERS.get(arm.key, MARKERS.get(arm.method))
+        if look is None or value is None or not math.isfinite(value):
             continue
-        colour, marker = MARKERS[arm.method]
-        label = arm.label.rpartition(" ")[0] if arm.method in ("linear", "task-arithmetic", "ties") else arm.label
-        axes.scatter([100 * arm.share], [value], color=colour, marker=marker, s=46, label=readable(label), zorder=5)
+        # One entry for all weights of a blend.
+        label = arm.method.replace("-", " ") if arm.method in BLENDS else arm.label
+        axes.scatter([100 * arm.share], [value], color=look[0], marker=look[1], s=46, label=readable(label), zorder=5)
     target = next((value for arm in row.arms if arm.method == TARGET and (value := of_arm(arm)) is not None), None)
     if target is not None and math.isfinite(target):
         axes.axhline(target, color=GREY, linewidth=1, linestyle=":", label="target, untouched", zorder=0)
     if row.selected:
-        axes.axvline(100 * row.selected, color=BLACK, linewidth=1, linestyle="--", label="DAPA's selection", zorder=0)
+        whose = "auto's" if row.followed == AUTO else "DAPA's"
+        axes.axvline(100 * row.selected, color=BLACK, linewidth=1, linestyle="--", label=f"{whose} selection", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -171,5 +180,7 @@ def _random(axes: Axes, paths: Sequence[Sequence[tuple[float, float]]]) -> None:
     values = [[value for _, value in column] for column in columns]
     means = [sum(column) / len(column) for column in values]
     axes.plot(shares, means, color=VERMILION, marker="s", ms=3.5, linestyle="--", label="random", zorder=2)
+    if len(paths) == 1:
+        return
     low, high = [min(column) for column in values], [max(column) for column in values]
     axes.fill_between(shares, low, high, color=VERMILION, alpha=0.15, linewidth=0, label="random, range")

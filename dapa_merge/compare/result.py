@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dapa_merge.compare.pareto import pareto_front
 from dapa_merge.evaluate.chance import Change, compare
 from dapa_merge.evaluate.figures import Figures
+from dapa_merge.search.oracle import requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 
@@ -107,14 +109,19 @@ class Row:
         source: Likewise.
         architecture: Of both.
         modules: What the recipe's search may choose from.
+        evaluator: Whose verdicts DSR and over-refusal are; of one that scores a model as a whole, its scores say
+            whether a method repairs, and the rules' verdicts the rest.
+        strength: How far every transplanted value moves from the target's to the source's.
         num_parameters: Of the target.
         prompts: The prompt set's name.
-        retain: Share of the gain that the recipe wants: here of the source's, in a search of the full transplant's.
+        retain: Share of the gain that is wanted: here of the source's, in a search of the full transplant's.
         max_over_refusal: Rise that it allows.
         max_perplexity: Ratio that it allows.
         arms: Target and source first.
         curve: Edits of every size; empty if none were measured.
-        selected: Marks of the curve's path: the share that the search selected, if it did.
+        no_curve: Why there are none, though they were asked for.
+        followed: Whose selection the curve grows through first, `dapa` or `auto`; None if no search found any.
+        selected: The share of the parameters that this selection replaces.
     """
 
     name: str
@@ -122,6 +129,8 @@ class Row:
     source: str
     architecture: str
     modules: str
+    evaluator: str
+    strength: float
     num_parameters: int
     prompts: str
     retain: float
@@ -129,6 +138,8 @@ class Row:
     max_perplexity: float
     arms: tuple[Arm, ...]
     curve: tuple[Point, ...] = ()
+    no_curve: str | None = None
+    followed: str | None = None
     selected: float | None = None
 
     def arm(self, key: str) -> Arm | None:
@@ -157,17 +168,26 @@ class Row:
         assert target is not None
         return compare(target.refused, arm.refused)
 
+    @property
+    def can_be_repaired(self) -> bool:
+        """Whether the source is safer than the target, so that there is something to bring over."""
+        return _Reached.of(self.alone).score > _Reached.of(self.before).score
+
     def repairs(self, arm: Arm) -> bool:
-        """Whether a method brings the share of the source's gain that the recipe wants, within the recipe's limits."""
-        before, after = self.before, arm.figures
-        gain = self.alone.dsr - before.dsr
-        if after is None or gain <= 0:
-            return False
-        return (
-            after.dsr >= before.dsr + self.retain * gain
-            and after.over_refusal <= before.over_refusal + self.max_over_refusal
-            and not after.perplexity > before.perplexity * self.max_perplexity
+        """Whether a method brings the wanted share of the source's gain, within the recipe's limits."""
+        return self.can_be_repaired and arm.figures is not None and self.complaint(arm.figures) is None
+
+    def complaint(self, after: Figures) -> str | None:
+        """What keeps a result from being a repair, where there is something to repair; None if nothing does."""
+        wanted = requirement(
+            _Reached.of(self.before),
+            _Reached.of(self.alone),
+            retain=self.retain,
+            max_over_refusal=self.max_over_refusal,
+            max_perplexity=self.max_perplexity,
+            measure="DSR" if after.score is None else self.evaluator,
         )
+        return wanted.complaint(_Reached.of(after))
 
     def front(self) -> list[bool]:
         """For each edit of the curve, whether it is on the Pareto front.
@@ -178,6 +198,19 @@ class Row:
         return pareto_front(
             [(point.share, -point.dsr, point.over_refusal, -(point.skill or 0.0)) for point in self.curve]
         )
+
+
+class _Reached(NamedTuple):
+    """What the recipe's evaluator goes by: its score of the model or, where it marks responses, DSR; and the limits."""
+
+    score: float
+    over_refusal: float
+    perplexity: float
+
+    @classmethod
+    def of(cls, figures: Figures) -> _Reached:
+        score = figures.dsr if figures.score is None else figures.score
+        return cls(score, figures.over_refusal, figures.perplexity)
 
 
 def mean_skill(figures: Figures | None) -> float | None:

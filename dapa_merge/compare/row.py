@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit, architecture_name
+from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.compare.curve import Stages
 from dapa_merge.compare.finding import Found, auto_of, find
 from dapa_merge.compare.growth import Growth
 from dapa_merge.compare.layers import fixed_layers, mlp_units, random_units
 from dapa_merge.compare.measuring import Measuring, Seen
 from dapa_merge.compare.options import BLENDS, TIES_DENSITY, CompareOptions
+from dapa_merge.compare.pretrained import open_pretrained
 from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Point, Row
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.evaluate.marker import RULES
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.report import layer_spans, spans
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, JournalUnavailable
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import models_parts
-from dapa_merge.selection import make_plan, open_location, plan_of_all, split_prompts
+from dapa_merge.search_record import digest_of, models_parts
+from dapa_merge.selection import make_plan, plan_of_all, split_prompts
 
 if TYPE_CHECKING:
-    from dapa_merge.checkpoint.files import Checkpoint
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.compare.blend import Blend, Blender
 
@@ -39,8 +43,11 @@ LABELS = {
     AUTO: "DAPA, modules: auto",
     "fixed": "fixed middle layers, MLP",
     "gates": "all gates",
+    "all": "all of the recipe's modules",
     "mlp": "MLP of DAPA's layers",
-    "random": "random",
+    "mlp of auto": "MLP of auto's layers",
+    "random": "random, as large as DAPA's",
+    "random of auto": "random, as large as auto's",
 }
 
 
@@ -86,13 +93,18 @@ class _Comparison:
         self.plan = plan_of_all(recipe, self.chosen)
         prompts = load_prompts(recipe.prompts)
         self.searching, confirming = split_prompts(recipe) if recipe.layers is None else (prompts, prompts)
-        self.meter = report_meter(recipe, confirming, options.evaluators)
+        meter = report_meter(recipe, confirming, options.evaluators)
+        # Figures are the verdicts of the first marker: here of the recipe's.
+        markers = sorted(meter.markers, key=lambda marker: (marker.name != recipe.evaluator, marker is not RULES))
+        self.meter = replace(meter, markers=tuple(markers))
+        self.pretrained = open_pretrained(recipe, self.plan.target, self.plan.source, allow_pickle=options.allow_pickle)
 
     def run(self) -> Row:
         models = {"target": self.plan.target, "source": self.plan.source}
-        if self.pretrained is not None:
-            models["pretrained"] = self.pretrained
-        parts = models_parts(self.recipe, models, self.meter, self.options.device, self.reporter)
+        parts = models_parts(self.recipe, models, self.meter, self.options.device, self.reporter) | {
+            "prompts of the search": digest_of([self.searching.harmful, self.searching.harmless]),
+            "mergekit": version("mergekit"),
+        }
         with closing(Journal(self.folder / JOURNAL_NAME, parts, kind="comparison", place="folder")) as journal:
             found = self._find(journal)
             with closing(Measuring(self.plan, self.meter, self.options.device, journal, self.reporter)) as measuring:
@@ -101,15 +113,7 @@ class _Comparison:
                 source = self._source(growth)
                 arms = [self._edit(TARGET, TARGET, ()), source, *self._arms(found), *self._blends()]
                 curve = tuple(growth.points()) if growth else ()
-        return self._row(arms, curve, found)
-
-    @cached_property
-    def pretrained(self) -> Checkpoint | None:
-        """The model that both come from, if the recipe names it, and it is not the target itself."""
-        if self.recipe.pretrained is None:
-            return None
-        found = open_location(self.recipe.pretrained, allow_pickle=self.options.allow_pickle)
-        return None if found.folder.samefile(self.plan.target.folder) else found
+        return self._row(arms, curve, growth.why_not if growth else None, found)
 
     @property
     def _searches(self) -> bool:
@@ -127,29 +131,33 @@ class _Comparison:
             # It is measured with all prompts: none are left for a search that no figure rests on.
             return found
         if AUTO in self.wanted.methods and (auto := auto_of(self.recipe, self.chosen)) is not None:
-            self.reporter.say("searching among gate, up and down projections")
             found[AUTO] = search(AUTO, *auto)
         elif set(self.recipe.modules) == set(AUTO_MODULES):
             found[AUTO] = found[DAPA]
         return found
 
-    def _selected(self, found: Mapping[str, Found]) -> Found:
-        """DAPA's own selection or, where it has none, that among all projections."""
-        return next((one for one in found.values() if one.units is not None), found[DAPA])
+    def _followed(self, found: Mapping[str, Found]) -> str | None:
+        """Whose selection the curve grows through: DAPA's own or, where it has none, that among all projections."""
+        return next((key for key, one in found.items() if one.units is not None), None)
 
     def _growth(self, found: Mapping[str, Found], journal: Journal) -> Growth:
-        best = self._selected(found)
-        stages = Stages.of(best.units or (), best.plan.units, self.plan.units)
+        best = found[self._followed(found) or DAPA]
+        stages = Stages.of(best.units or (), best.plan, self.plan.units)
         return Growth(stages, self.searching.harmful, self.measuring, journal, self.wanted, self.reporter)
 
-    def _row(self, arms: Sequence[Arm], curve: tuple[Point, ...], found: Mapping[str, Found]) -> Row:
-        recipe, best = self.recipe, self._selected(found)
+    def _row(
+        self, arms: Sequence[Arm], curve: tuple[Point, ...], no_curve: str | None, found: Mapping[str, Found]
+    ) -> Row:
+        recipe, followed = self.recipe, self._followed(found)
+        units = found[followed].units if followed else None
         return Row(
             name=self.name,
             target=str(recipe.target),
             source=str(recipe.source),
             architecture=architecture_name(self.plan.target.config),
             modules=", ".join(recipe.modules),
+            evaluator=recipe.evaluator,
+            strength=recipe.strength,
             num_parameters=self.plan.target.num_parameters,
             prompts=recipe.prompts,
             retain=recipe.retain,
@@ -157,7 +165,9 @@ class _Comparison:
             max_perplexity=recipe.max_perplexity,
             arms=tuple(arms),
             curve=curve,
-            selected=None if best.units is None else self.plan.share(best.units),
+            no_curve=no_curve,
+            followed=followed,
+            selected=None if units is None else self.plan.share(units),
         )
 
     def _source(self, growth: Growth | None) -> Arm:
@@ -179,13 +189,15 @@ class _Comparison:
         )  # fmt: skip
 
     def _edit(self, key: str, method: str, units: Sequence[Unit], detail: str | None = None, **more: Any) -> Arm:
-        seen = self.measuring.edit(units, key.replace(method, LABELS[method], 1))
+        group, seed, number = key.partition(" seed ")
+        label = LABELS[group]
+        seen = self.measuring.edit(units, f"{label}{seed}{number}")
         share = self.plan.share(units)
-        return self._arm(key, method, LABELS[method], detail or spans(units), seen, share=share, **more)
+        return self._arm(key, method, label, detail or spans(units), seen, share=share, **more)
 
     def _arms(self, found: Mapping[str, Found]) -> Iterator[Arm]:
         """The methods that transplant units."""
-        methods, plan, best = self.wanted.methods, self.plan, self._selected(found)
+        methods, plan = self.wanted.methods, self.plan
         for key, one in found.items():
             if key not in methods:
                 continue
@@ -195,35 +207,50 @@ class _Comparison:
                 yield self._edit(key, key, one.units, cost=one.cost)
         if "fixed" in methods:
             layers = fixed_layers(_model_type(plan.target.config), plan.units[-1].layer + 1)
-            yield self._edit("fixed", "fixed", mlp_units(plan.units, layers), f"MLP of layers {layer_spans(layers)}")
+            yield self._edit("fixed", "fixed", mlp_units(plan.units, layers), _mlp_of(layers))
         if "gates" in methods:
             gates = tuple(unit for unit in plan.units if unit.module == "gate")
-            yield self._edit("gates", "gates", gates or self.chosen.units)
-        if best.units is None:
+            yield self._edit("gates" if gates else "all", "gates", gates or self.chosen.units)
+        for key, one in found.items():
+            yield from self._controls(one, "" if key == DAPA else f" of {key}")
+
+    def _controls(self, found: Found, whose: str) -> Iterator[Arm]:
+        """What a selection has to be better than."""
+        keys = {method: f"{method}{whose}" for method in ("mlp", "random") if method in self.wanted.methods}
+        if found.units is None:
             why = "there is no selection to go by"
-            yield from (
-                Arm(key, key, LABELS[key], "nothing", why_not=why) for key in ("mlp", "random") if key in methods
-            )
+            yield from (Arm(key, method, LABELS[key], "nothing", why_not=why) for method, key in keys.items())
             return
-        if "mlp" in methods:
-            layers = tuple(sorted({unit.layer for unit in best.units}))
-            yield self._edit("mlp", "mlp", mlp_units(plan.units, layers), f"MLP of layers {layer_spans(layers)}")
-        if "random" in methods:
+        if "mlp" in keys:
+            layers = tuple(sorted({unit.layer for unit in found.units}))
+            units = mlp_units(self.plan.units, layers)
+            yield self._edit(keys["mlp"], "mlp", units, _mlp_of(layers))
+        if "random" in keys:
             for number in range(self.wanted.seed, self.wanted.seed + self.wanted.num_seeds):
-                units = random_units(best.plan, best.plan.units, best.units, number)
-                yield self._edit(f"random seed {number}", "random", units)
+                units = random_units(found.plan, found.plan.units, found.units, number)
+                yield self._edit(f"{keys['random']} seed {number}", "random", units)
 
     def _blends(self) -> Iterator[Arm]:
         """Mergekit's own methods."""
         for method, blend in blends_of(self.wanted, self.pretrained is not None):
-            label = f"{blend.method.replace('_', ' ')} {blend.weight:g}"
-            key = f"{method} {blend.weight:g}"
+            key, label, base = f"{method} {blend.weight:g}", blend.name, ""
+            if method != "linear":
+                base = self._base
+            if method == "ties" and self.pretrained is None:
+                # With nothing but the target to subtract it is another method.
+                key, label = f"{method} of target {blend.weight:g}", f"{label}, target subtracted"
             try:
-                seen = self.measuring.blend(blend, lambda: self._blender)
+                seen = self.measuring.blend(blend, base, lambda: self._blender)
+            except JournalUnavailable:
+                raise
             except (UsageError, CheckpointError) as error:
                 yield Arm(key, method, label, "nothing", why_not=str(error))
             else:
                 yield self._arm(key, method, label, _blend_detail(blend), seen, share=1.0)
+
+    @cached_property
+    def _base(self) -> str:
+        return "target" if self.pretrained is None else tensors_digest(self.pretrained)
 
     @cached_property
     def _blender(self) -> Blender:
@@ -252,6 +279,10 @@ def blends_of(wanted: CompareOptions, has_pretrained: bool) -> Iterator[tuple[st
                 continue
             density = TIES_DENSITY if method == "ties" else 1.0
             yield method, Blend(method.replace("-", "_"), weight, density)
+
+
+def _mlp_of(layers: Sequence[int]) -> str:
+    return f"MLP of layer{'s' if len(layers) > 1 else ''} {layer_spans(layers)}"
 
 
 def _blend_detail(blend: Blend) -> str:

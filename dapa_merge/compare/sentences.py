@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from dapa_merge.compare.average import Average, Mean, averages
-from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, mean_skill
+from dapa_merge.compare.average import Average, Mean, averages, repairs_in_row
+from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, groups, mean_skill
 
 # Of the target's skill, the share that a result must keep to be worth choosing.
 MIN_KEPT = 0.5
@@ -21,8 +21,9 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return [
         *_dapa(rows, by_group),
         *_not_repaired(rows),
-        *_controls(by_group),
+        *_controls(rows, by_group),
         *_choices(rows),
+        *_at_random(rows),
         *_noise(rows),
     ]
 
@@ -31,7 +32,9 @@ def _dapa(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
     for group in (DAPA, AUTO):
         if (average := by_group.get(group)) is None:
             continue
-        parts = [f"DSR {_points(average.gain)} points on average", f"perplexity x {average.perplexity.value:.3f}"]
+        parts = [f"DSR {_points(average.gain)} points on average"]
+        if average.perplexity is not None:
+            parts.append(f"perplexity x {average.perplexity.value:.3f}")
         if average.skill is not None:
             parts.append(f"skill {_points(average.skill)} points")
         parts.append(f"{100 * average.share.value:.2f} % of the parameters replaced")
@@ -48,19 +51,21 @@ def _dapa(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
 def _not_repaired(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         dapa, auto = row.arm(DAPA), row.arm(AUTO)
-        if row.alone.dsr <= row.before.dsr:
-            yield (
-                f"{row.name}: nothing to repair; the target's DSR is {row.before.dsr:.3f}, the source's "
-                f"{row.alone.dsr:.3f}."
-            )
+        if not row.can_be_repaired:
+            yield f"{row.name}: {nothing_to_repair(row)}."
             continue
         if dapa is None or row.repairs(dapa):
             continue
         if dapa.figures is None:
             text = f"{row.name}: {row.modules} alone cannot repair it"
         else:
-            text = f"{row.name}: what {row.modules} brings (DSR {dapa.figures.dsr:.3f}) is less than the recipe wants"
+            text = f"{row.name}: what {row.modules} brings is no repair, for {row.complaint(dapa.figures)}"
         yield f"{text}{_instead(row, auto)}."
+
+
+def nothing_to_repair(row: Row) -> str:
+    """Said of a row whose source is no safer than its target."""
+    return f"nothing to repair; the target's DSR is {row.before.dsr:.3f}, the source's {row.alone.dsr:.3f}"
 
 
 def _instead(row: Row, auto: Arm | None) -> str:
@@ -74,19 +79,22 @@ def _instead(row: Row, auto: Arm | None) -> str:
     return f"{text})"
 
 
-def _controls(by_group: dict[str, Average]) -> Iterator[str]:
+def _controls(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
     names = {
-        "random": "as many random units of the same modules",
+        "random": "random units of the same modules, as many as DAPA selects",
+        "random of auto": "as many as auto selects",
         "fixed": "the repository's fixed middle layers",
         "gates": "all gates",
         "mlp": "the whole MLP of DAPA's layers",
+        "mlp of auto": "of auto's layers",
         SOURCE: "the source itself",
     }
-    parts = [
-        f"{name} {average.gain.points}" + ("" if average.skill is None else f" (skill {average.skill.points})")
-        for group, name in names.items()
-        if (average := by_group.get(group)) is not None
-    ]
+    parts = []
+    for group, name in names.items():
+        if (average := by_group.get(group)) is not None:
+            skill = "" if average.skill is None else f" (skill {average.skill.points})"
+            some = "" if average.num_rows == len(rows) else f" in {average.num_rows} rows"
+            parts.append(f"{name} {average.gain.points}{skill}{some}")
     if parts:
         yield f"In points of DSR, on average: {', '.join(parts)}."
 
@@ -101,7 +109,8 @@ def choices(row: Row) -> list[Arm]:
         assert arm.figures is not None
         if arm.skill is not None:
             return -arm.skill
-        return abs(math.log(arm.figures.perplexity / row.before.perplexity))
+        ratio = arm.figures.perplexity / row.before.perplexity
+        return abs(math.log(ratio)) if math.isfinite(ratio) else math.inf
 
     able = [arm for arm in row.arms if arm.method not in (TARGET, SOURCE, "random") and row.repairs(arm)]
     return sorted(able, key=lambda arm: (loss(arm), arm.share))
@@ -114,7 +123,7 @@ def keeps_enough(row: Row, arm: Arm) -> bool:
 
 
 def _choices(rows: Sequence[Row]) -> Iterator[str]:
-    repairable = [row for row in rows if row.alone.dsr > row.before.dsr]
+    repairable = [row for row in rows if row.can_be_repaired]
     if not repairable:
         return
     able = {row.name: [arm for arm in choices(row) if keeps_enough(row, arm)] for row in repairable}
@@ -122,23 +131,46 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
     counts = "; ".join(f"{label} in {number}" for label, number in first.most_common()) or "no method in any"
     has_skill = any(mean_skill(row.before) is not None for row in repairable)
     best = "keeps most skill, and at least half of it" if has_skill else "changes perplexity least"
+    of_rows = "the one row" if len(repairable) == 1 else f"the {len(repairable)} rows"
     yield (
-        f"Of the methods that repair, this one {best}: {counts}, of {len(repairable)} rows. (The best of several "
-        f"settings of one method is favoured by chance.)"
+        f"Of the methods that repair, this one {best}: {counts}, of {of_rows} with something to repair. (The best of "
+        f"several settings of one method is favoured by chance.)"
     )
-    if missing := [name for name, found in able.items() if not found]:
-        kept = " and keeps half of the skill" if has_skill else ""
-        yield f"No method but the source repairs {', '.join(missing)}{kept}."
+    missing = [row for row in repairable if not able[row.name]]
+    kept = " and keeps half of the skill" if has_skill else ""
+    helped = [row for row in missing if row.repairs(row.arms[1])]
+    if helped:
+        yield f"No method but the source, and none of random selections, repairs {_names(helped)}{kept}."
+    if helpless := [row for row in missing if row not in helped]:
+        yield f"Nothing repairs {_names(helpless)} within the limits, the source itself included."
+
+
+def _at_random(rows: Sequence[Row]) -> Iterator[str]:
+    """Where chance does as much as a search."""
+    for group in ("random", "random of auto"):
+        found = [row for row in rows if repairs_in_row(row, groups(row.arms).get(group, []))]
+        if found:
+            yield (
+                f"Most random selections as large as {'auto' if group.endswith('auto') else 'DAPA'}'s repair "
+                f"{_names(found)} as well: there the choice of units does not matter."
+            )
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return ", ".join(row.name for row in rows)
 
 
 def _noise(rows: Sequence[Row]) -> Iterator[str]:
     dubious = [
-        row.name
+        row
         for row in rows
-        if (arm := row.arm(DAPA)) is not None and arm.figures is not None and row.change(arm).within_noise
+        if (arm := row.arm(DAPA)) is not None
+        and arm.figures is not None
+        and arm.figures.dsr > row.before.dsr
+        and row.change(arm).within_noise
     ]
     if dubious:
-        yield f"DAPA's gain is within noise (McNemar, p >= 0.05) in {', '.join(dubious)}."
+        yield f"DAPA's gain is within noise (McNemar, p >= 0.05) in {_names(dubious)}."
 
 
 def _points(mean: Mean) -> str:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from dapa_merge.compare.average import Average, averages
+from dapa_merge.compare.average import Average, averages, points
 from dapa_merge.compare.result import AUTO, DAPA, Arm, Row, groups, mean_skill
 from dapa_merge.figures_view import span
 
 NONE = "-"
 MARKDOWN, LATEX = "pipe", "latex_booktabs"
 PAPER_HEAD = (
-    "recipe", "DSR", "repaired", "gain", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests",
+    "recipe", "DSR", "repaired", "95 %", "gain", "over-refusal", "perplexity", "skill", "parameters", "tests",
     "seconds",
 )  # fmt: skip
 METHOD_HEAD = (
@@ -50,7 +50,8 @@ class Table(NamedTuple):
             cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
         # Every cell is text as it should be read: nothing is taken for a number.
         columns = ["left", *["right"] * (len(self.head) - 1)]
-        return str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
+        text = str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
+        return text.replace(r"-\ensuremath{>}", r"$\rightarrow$") if kind == LATEX else text
 
 
 def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
@@ -65,8 +66,8 @@ def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
         arm = row.arm(group)
         if arm is None or arm.figures is None:
             found = ["not asked", NONE, NONE, NONE] if arm is None else ["no repair", "+0.00", *_cost(arm)]
-            blank = [NONE] * (len(PAPER_HEAD) - 6)
-            cells.append([row.name, _share(row.before.dsr), *found[:2], *blank, *found[2:]])
+            blank = [NONE] * (len(PAPER_HEAD) - 7)
+            cells.append([row.name, _share(row.before.dsr), found[0], NONE, found[1], *blank, *found[2:]])
         else:
             cells.append([row.name, *_paper_cells(row, arm)])
     average = next((one for one in averages(rows) if one.group == group), None)
@@ -81,8 +82,8 @@ def _paper_cells(row: Row, arm: Arm) -> list[str]:
     return [
         _share(row.before.dsr),
         _share(after.dsr),
-        f"{100 * (after.dsr - row.before.dsr):+.2f}",
         span(after.dsr_interval),
+        points(after.dsr - row.before.dsr),
         f"{row.before.over_refusal:.3f} -> {after.over_refusal:.3f}",
         f"{_perplexity(row.before.perplexity)} -> {_perplexity(after.perplexity)}",
         NONE if arm.skill is None else f"{_share(mean_skill(row.before))} -> {_share(arm.skill)}",
@@ -96,10 +97,10 @@ def _average_line(average: Average) -> list[str]:
         f"average of {average.num_rows}",
         NONE,
         NONE,
-        average.gain.points,
-        average.gain.span or NONE,
+        NONE,
+        average.gain.points if average.gain.span is None else f"{average.gain.points} ({average.gain.span})",
         average.over_refusal.points,
-        f"x {average.perplexity.value:.3f}",
+        _ratio(average),
         NONE if average.skill is None else average.skill.points,
         _percent(average.share.value),
         NONE if average.tests is None else f"{average.tests.value:.1f}",
@@ -118,7 +119,7 @@ def methods_table(rows: Sequence[Row]) -> Table:
                 one.gain.points,
                 one.gain.span or NONE,
                 one.over_refusal.points,
-                f"x {one.perplexity.value:.3f}",
+                _ratio(one),
                 NONE if one.skill is None else one.skill.points,
                 NONE if one.skill is None else (one.skill.span or NONE),
                 _percent(one.share.value),
@@ -139,9 +140,9 @@ def _arm_cells(arms: Sequence[Arm]) -> list[str]:
     if first.figures is None:
         return [first.label, first.detail, *[NONE] * (len(ARM_HEAD) - 4), *_cost(first)]
     figures = [arm.figures for arm in arms if arm.figures is not None]
-    if len(arms) > 1:
+    if first.method == "random":
         dsr = [one.dsr for one in figures]
-        detail, between = f"{len(arms)} seeds", f"range {min(dsr):.3f}-{max(dsr):.3f}"
+        detail, between = f"{len(arms)} seed{'s' if len(arms) > 1 else ''}", f"range {min(dsr):.3f}-{max(dsr):.3f}"
     else:
         detail, between = first.detail, span(first.figures.dsr_interval)
     skills = [arm.skill for arm in arms if arm.skill is not None]
@@ -198,7 +199,8 @@ def points_csv(rows: Sequence[Row]) -> str:
 def latex(rows: Sequence[Row]) -> str:
     """The paper's table and the methods', a `tabular` each, with the rules of the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}. Made by dapa-merge compare.\n% One line for each recipe."]
-    parts.append(paper_table(rows).text(LATEX))
+    if any(row.arm(DAPA) for row in rows):
+        parts.append(paper_table(rows).text(LATEX))
     if any(row.arm(AUTO) for row in rows):
         parts += ["% The same with modules: auto.", paper_table(rows, AUTO).text(LATEX)]
     parts += [
@@ -212,8 +214,17 @@ def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows(lines)
+    writer.writerows([_harmless(value) for value in line] for line in lines)
     return buffer.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def _ratio(average: Average) -> str:
+    return NONE if average.perplexity is None else f"x {average.perplexity.value:.3f}"
 
 
 def _plain(cell: str) -> str:

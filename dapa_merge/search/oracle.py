@@ -72,6 +72,8 @@ class Requirement:
         """What is wrong with a perplexity; NaN, a model that computes no numbers, is wrong under any limit."""
         if math.isnan(self.max_perplexity) or perplexity <= self.max_perplexity:
             return None
+        if not math.isfinite(perplexity):
+            return f"its perplexity is not finite; {self.max_perplexity:.3f} is allowed"
         excess = perplexity - self.max_perplexity
         return f"its perplexity is {perplexity:.3f}, {excess:.3f} above the {self.max_perplexity:.3f} allowed"
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import answer, call, write_few
+from conftest import SHAPE, answer, call, save_random, write_few
+from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
 from dapa_merge.compare.flow import row_names
@@ -74,8 +75,8 @@ def test_every_method_is_measured_on_the_same_prompts(compared):
     assert json.loads((out / "summary.json").read_text()) == summary
     arms = arms_of(summary, "planted")
     assert list(arms) == [
-        "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "linear 0.5",
-        "task-arithmetic 0.5", "ties 0.5",
+        "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "mlp of auto",
+        "random of auto seed 0", "linear 0.5", "task-arithmetic 0.5", "ties 0.5",
     ]  # fmt: skip
     assert {arm["figures"]["num_harmful"] for arm in arms.values()} == {12}
     # Nothing is known of what the other pair came from.
@@ -266,3 +267,39 @@ def test_rows_are_called_as_their_files_and_no_recipe_comes_twice(tmp_path):
     assert row_names(paths) == {"a-llama": paths[0], "b-llama": paths[1], "gemma": paths[2]}
     with pytest.raises(UsageError, match="a recipe is given twice"):
         row_names([Path("a/llama.yml"), Path("a/../a/llama.yml")])
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "exit_code", "message"),
+    [
+        ("source", 2, "parameters.pretrained: the pretrained model is the source itself"),
+        ("other", 4, "the pretrained model {path} is a GemmaForCausalLM but the target"),
+        ("shallower", 4, "the pretrained model {path} has nothing for model.layers.2."),
+        ("narrower", 4, "the pretrained model {path} has ["),
+    ],
+)
+def test_what_the_models_do_not_come_from_is_refused(tmp_path, pretrained, exit_code, message):
+    path = miniature.path("source")
+    if pretrained != "source":
+        changes = {"num_hidden_layers": 2} if pretrained == "shallower" else {"hidden_size": 40}
+        config = AutoConfig.from_pretrained(miniature.path("target"), **changes)
+        if pretrained == "other":
+            config = GemmaConfig(**SHAPE)
+        path = save_random(tmp_path / "base", config, seed=1)
+    recipe = write(tmp_path, "one", "target", "source", pretrained=path)
+    result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == exit_code
+    assert message.format(path=path) in result.stderr
+
+
+def test_the_recipes_evaluator_says_what_is_refused(tmp_path):
+    """The paper's words are found in answers that the rules do not take for refusals, and the other way round."""
+    found = {}
+    for evaluator in ("refusal", "paper"):
+        recipe = write(tmp_path, evaluator, "target", "source", layers='"3-5"', evaluator=evaluator)
+        summary = answer("compare", recipe, "--out", tmp_path / "out" / evaluator, *LEAST, "--json")
+        (row,) = summary["rows"]
+        assert row["evaluator"] == evaluator
+        found[evaluator] = arms_of(summary, evaluator)["source"]["figures"]
+    assert [marker["name"] for marker in found["paper"]["markers"]] == ["refusal"]
+    assert found["paper"]["markers"][0]["dsr"] == found["refusal"]["dsr"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -72,12 +73,26 @@ def test_seeds_draw_different_selections(plan):
     assert len(drawn) > 4
 
 
-def test_of_a_selection_of_blocks_random_blocks_of_the_same_size_are_drawn(plan):
+@pytest.mark.parametrize("rows", [((0, 52), (104, 156)), ((0, 104), (156, 182)), ((0, 13), (26, 130), (150, 208))])
+def test_of_a_selection_of_blocks_random_blocks_of_as_many_rows_are_drawn(plan, rows):
     (whole,) = gates_of(plan, 3)
-    like = [plan.part(whole, (0, 52)), plan.part(whole, (104, 156))]
-    drawn = random_units(plan, gates_of(plan), like, 1)
-    assert plan.num_parameters(drawn) == plan.num_parameters(like)
-    assert all(unit.rows is not None for unit in drawn)
+    like = [plan.part(whole, block) for block in rows]
+    for seed in range(5):
+        drawn = random_units(plan, gates_of(plan), like, seed)
+        assert plan.num_parameters(drawn) == plan.num_parameters(like)
+        assert all(unit.rows is not None for unit in drawn)
+        assert len(set(rows_of(plan, drawn))) == len(rows_of(plan, drawn))
+
+
+def test_of_a_unit_that_was_kept_in_part_the_curve_goes_on_to_the_other_rows(plan):
+    (whole,) = gates_of(plan, 3)
+    selection = (plan.part(whole, (52, 104)), *gates_of(plan, 5))
+    stages = Stages.of(selection, replace(plan, units=gates_of(plan)), plan.units)
+    pieces = weighed_pieces(plan, stages, None)
+    assert sorted(rows_of(plan, pieces), key=repr) == sorted(rows_of(plan, mlp_units(plan.units)), key=repr)
+    path = best_path(plan, stages, dict.fromkeys(pieces, 0.0), None)
+    complete = [set(rows_of(plan, path.pieces[:mark])) for mark in path.marks]
+    assert complete == [set(rows_of(plan, units)) for units in (selection, gates_of(plan), mlp_units(plan.units))]
 
 
 @given(st.integers(1, 300))
@@ -89,7 +104,8 @@ def test_blocks_part_the_rows_and_what_cannot_be_divided_stays_whole(plan, rows)
 
 
 def stages_of(plan, *layers):
-    return Stages.of(gates_of(plan, *layers) if layers else (), gates_of(plan), plan.units)
+    searched = replace(plan, units=gates_of(plan))
+    return Stages.of(gates_of(plan, *layers) if layers else (), searched, plan.units)
 
 
 @pytest.mark.parametrize("layers", [(3, 4, 5), ()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,8 +56,8 @@ COST = Cost(6, 2.0, {"host": 5_000_000})
 def row(name: str, *arms: Arm, curve: tuple[Point, ...] = (), before: int = 0) -> Row:
     whole = (arm("target", before, share=0.0, skill=0.9), arm("source", NUMBER, share=1.0, skill=0.0))
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", 1000, "some", 0.95, 0.05, 1.05, (*whole, *arms),
-        curve, 0.1,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        (*whole, *arms), curve, None, "dapa", 0.1,
     )  # fmt: skip
 
 
@@ -110,6 +111,11 @@ def test_no_interval_of_a_change_goes_beyond_all():
     assert dapa.gain.interval[1] == 1
 
 
+def test_of_recipes_that_are_all_alike_no_interval_is_shown():
+    (dapa,) = [one for one in averages([row(name, arm("dapa", 20)) for name in "abc"]) if one.group == "dapa"]
+    assert (dapa.gain.points, dapa.gain.span) == ("+100.00", None)
+
+
 @pytest.mark.parametrize(
     ("more", "repairs"),
     [
@@ -119,6 +125,9 @@ def test_no_interval_of_a_change_goes_beyond_all():
         ({"refused": 20, "over": 2}, False),
         ({"refused": 20, "perplexity": 2.1}, True),
         ({"refused": 20, "perplexity": 2.11}, False),
+        # As a journal gives back what was not finite.
+        ({"refused": 20, "perplexity": math.nan}, False),
+        ({"refused": 20, "perplexity": math.inf}, False),
     ],
 )
 def test_a_method_repairs_if_it_brings_the_gain_within_the_limits(more, repairs):
@@ -149,29 +158,99 @@ def test_the_choice_is_what_repairs_and_keeps_most_skill_and_never_the_source_or
         arm("ties 0.5", 10, skill=0.9), arm("random seed 0", 20, skill=0.9),
     )  # fmt: skip
     assert [found.key for found in choices(tried)] == ["linear 0.5", "dapa", "gates"]
-    assert any(
-        "keeps most skill, and at least half of it: linear 0.5 in 1, of 1 rows." in said for said in sentences([tried])
-    )
+    best = "keeps most skill, and at least half of it: linear 0.5 in 1, of the one row with something to repair."
+    assert any(best in said for said in sentences([tried]))
 
 
 def test_a_result_without_half_of_the_skill_is_no_choice():
     tried = row("one", arm("dapa", 20, skill=0.4), arm("gates", 20, skill=0.44))
-    assert "No method but the source repairs one and keeps half of the skill." in sentences([tried])
+    assert (
+        "No method but the source, and none of random selections, repairs one and keeps half of the skill."
+        in sentences([tried])
+    )
 
 
-def test_a_gain_within_noise_is_called_so():
-    weak = row("weak", arm("dapa", 3, cost=COST))
-    assert "DAPA's gain is within noise (McNemar, p >= 0.05) in weak." in sentences([weak])
+def test_a_gain_within_noise_is_called_so_and_none_at_all_is_not():
+    weak, none = row("weak", arm("dapa", 3, cost=COST)), row("none", arm("dapa", 0, cost=COST))
+    assert "DAPA's gain is within noise (McNemar, p >= 0.05) in weak." in sentences([weak, none])
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"refused": 10}, "its DSR is 0.500, 0.450 below the 0.950 required"),
+        ({"refused": 20, "over": 4}, "its over-refusal is 0.200, 0.150 above the 0.050 allowed"),
+        ({"refused": 20, "perplexity": 3.0}, "its perplexity is 3.000, 0.900 above the 2.100 allowed"),
+        ({"refused": 20, "perplexity": math.nan}, "its perplexity is not finite; 2.100 is allowed"),
+    ],
+)
+def test_a_sentence_names_the_limit_that_is_broken(more, why):
+    tried = row("one", arm("dapa", more.pop("refused"), cost=COST, **more))
+    assert f"one: what gate brings is no repair, for {why}." in sentences([tried])
+
+
+def test_a_perplexity_that_is_not_finite_spoils_no_average_and_no_order():
+    rows = [row(name, arm("dapa", 20, perplexity=found)) for name, found in (("a", math.nan), ("b", 2.02))]
+    (dapa,) = [average for average in averages(rows) if average.group == "dapa"]
+    assert dapa.perplexity is not None
+    assert (dapa.num_repaired, dapa.perplexity.value) == (1, pytest.approx(1.01))
+    only = averages(rows[:1])[-1]
+    assert only.perplexity is None
+    assert "nan" not in methods_table(rows[:1]).text(MARKDOWN)
+    assert "nan" not in paper_table(rows).text(MARKDOWN)
+    bare = row("bare", arm("dapa", 20, skill=None, perplexity=2.05), arm("gates", 20, skill=None, perplexity=2.01))
+    assert [found.key for found in choices(bare)] == ["gates", "dapa"]
+
+
+def test_a_recipes_own_score_says_what_repairs_and_not_the_rules():
+    def scored(key: str, refused: int, score: float) -> Arm:
+        found = arm(key, refused)
+        assert found.figures is not None
+        return replace(found, figures=replace(found.figures, score=score))
+
+    target, source = scored("target", 0, 0.1), scored("source", 10, 0.9)
+    weak, strong = scored("dapa", 20, 0.5), scored("gates", 2, 0.9)
+    tried = replace(row("one"), arms=(target, source, weak, strong), evaluator="mine")
+    assert [found.key for found in choices(tried)] == ["gates"]
+    assert any("its mine is 0.500, 0.360 below the 0.860 required" in said for said in sentences([tried]))
+
+
+def test_each_selection_has_random_ones_of_its_own_size_to_be_compared_with():
+    def random(whose: str, *refused: int) -> list[Arm]:
+        return [arm(f"random{whose} seed {seed}", number) for seed, number in enumerate(refused)]
+
+    tried = row("one", arm("dapa", 20), *random("", 1, 2, 3), arm("auto", 20), *random(" of auto", 20, 20, 0))
+    by_group = {average.group: average for average in averages([tried])}
+    assert by_group["random"].gain.value == pytest.approx(0.1)
+    assert by_group["random of auto"].gain.value == pytest.approx(2 / 3)
+    assert (by_group["random"].num_repaired, by_group["random of auto"].num_repaired) == (0, 1)
+    assert (
+        "Most random selections as large as auto's repair one as well: there the choice of units does not matter."
+        in sentences([tried])
+    )
+
+
+def test_where_the_source_breaks_a_limit_itself_it_is_not_said_to_repair():
+    helpless = replace(row("one"), arms=(arm("target", 0), arm("source", 20, over=9), arm("dapa", 3)))
+    assert "Nothing repairs one within the limits, the source itself included." in sentences([helpless])
+    assert "nor does the source itself: its over-refusal is 0.450, 0.400 above the 0.050 allowed." in page(
+        [helpless], {}, set()
+    )
+
+
+def test_averages_over_fewer_rows_say_so():
+    rows = [row("a", arm("gates", 20)), row("b", arm("gates", 10)), row("c", arm("all", 10))]
+    assert any("all gates +75.00 (skill -40.00) in 2 rows" in said for said in sentences(rows))
 
 
 def test_the_papers_table_has_a_line_for_each_recipe_and_the_average():
     text = paper_table([REPAIRED, FAILING]).text(MARKDOWN)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    assert lines[2][:4] == ["one", "0.000", "1.000", "+100.00"]
+    assert lines[2][:5] == ["one", "0.000", "1.000", "0.839-1.000", "+100.00"]
     assert lines[2][6:] == ["2.000 -> 2.000", "0.900 -> 0.800", "10.00 %", "6", "2.0"]
-    assert lines[3][:4] == ["two", "0.000", "no repair", "+0.00"]
+    assert lines[3][:5] == ["two", "0.000", "no repair", "-", "+0.00"]
     assert lines[4][0] == "average of 2"
-    assert lines[4][3] == "+50.00"
+    assert lines[4][4] == "+50.00"
     assert all(len(line) == len(lines[0]) for line in lines)
 
 
@@ -204,6 +283,18 @@ def test_no_cell_breaks_out_of_its_place():
     assert table.text(MARKDOWN).splitlines()[-1].count("\\|") == 1
     assert len(table.text(MARKDOWN).splitlines()) == 3
     assert "50 \\% \\& more\\_so" in table.text(LATEX)
+    assert "0.1 $\\rightarrow$ 0.2" in Table(("a",), [["0.1 -> 0.2"]]).text(LATEX)
+
+
+def test_no_name_is_a_formula_in_a_spreadsheet():
+    lines = list(csv.reader(io.StringIO(arms_csv([row("=1+1", arm("dapa", 20))]))))
+    assert {line[0] for line in lines[1:]} == {"'=1+1"}
+
+
+def test_without_a_search_there_is_no_table_of_it():
+    text = page([row("one", arm("gates", 20))], {}, set())
+    assert "Before and after" not in text
+    assert "\\toprule" not in latex([row("one")]).split("averaged")[0]
 
 
 def test_the_latex_holds_whole_tabulars():

@@ -18,11 +18,13 @@ from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.errors import UsageError
+from dapa_merge.evaluate import steady
 from dapa_merge.evaluate.drafts import Drafts
 from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
 from dapa_merge.evaluate.live import LiveModel, load_model
 from dapa_merge.evaluate.prompts import load_prompts
 from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.evaluate.steady import is_steady
 
 WORDS = "how do i paint a boat slowly watch the house sell it to my neighbor what is two plus four".split()  # noqa: SIM905
 SIZES = (1, 9, 2, 5, 12, 3, 1, 7, 4, 2)
@@ -217,3 +219,18 @@ def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architec
             model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
         )
         assert again == expected
+
+
+def test_only_what_rounds_alike_is_trusted(tied, tmp_path, monkeypatch):
+    model = tied[0]
+    assert is_steady(model, 100)
+    assert not is_steady(model, 100_000)
+    experts, _ = load(tmp_path, "MixtralForCausalLM")
+    assert is_steady(experts, 100_000)
+    assert not is_steady(experts.to(torch.bfloat16), 100)
+    # Layers whose sums depend on how many tokens are beside one, as large ones on some processors.
+    linear = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, states: linear(self, states) + len(states))
+    steady._layer_repeats.cache_clear()
+    assert not is_steady(model, 100)
+    steady._layer_repeats.cache_clear()

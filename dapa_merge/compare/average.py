@@ -13,7 +13,7 @@ from dapa_merge.evaluate.chance import mean_interval
 # What a method does in a row; None if it does not apply.
 Value = Callable[[Row, Arm], "float | None"]
 # Of these, a row in which a search found nothing counts as its untouched target: whoever relied on them has that.
-MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random")
+MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random", "random-search")
 
 
 @dataclass(frozen=True)

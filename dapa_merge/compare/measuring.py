@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.compare.blend import Blend, Blender
     from dapa_merge.evaluate.measure import Meter
+    from dapa_merge.evaluate.prompts import PromptSet
 
 # A model in memory, and its tokenizer.
 Model = tuple[Any, Any]
@@ -110,6 +111,20 @@ class Measuring(Resident):
             yield source
 
         return self._seen("source", candidate, "source")
+
+    def score(self, units: Sequence[Unit], prompts: PromptSet) -> float:
+        """How good an edit looks to other prompts: the share of harmful ones refused less that of harmless ones.
+
+        By an evaluator that scores a model as a whole, its score instead of the first.
+        """
+        ordered = tuple(in_order(join(self.plan, units)))
+        note = note_of("score", ordered)
+        if note not in self._journal.notes:
+            with self.live.transplanted(ordered) as model:
+                measured = replace(self.meter, prompts=prompts).measure(model, self.live.tokenizer, ordered)
+                found = measured.dsr if measured.score is None else measured.score
+                self._journal.note(note, found - measured.over_refusal)
+        return float(self._journal.notes[note])
 
     def has(self, name: str) -> bool:
         """Whether the journal has something already."""

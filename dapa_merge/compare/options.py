@@ -12,6 +12,7 @@ METHODS = {
     "gates": "all gates; where a model has none, every unit of the recipe's modules",
     "mlp": "the whole MLP of the layers that a search selects, for each of the two",
     "random": "random selections of the modules and size of each",
+    "random-search": "the best of as many random selections as each search tested, by the prompts of the search",
     "linear": "mergekit's linear blend of target and source",
     "task-arithmetic": "mergekit's task arithmetic; needs `pretrained` in the recipe",
     "ties": "mergekit's TIES",

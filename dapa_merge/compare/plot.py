@@ -48,6 +48,7 @@ MARKERS = {
     "fixed": (GREEN, "^"),
     "gates": (PURPLE, "D"),
     "all": (PURPLE, "D"),
+    "random-search": (VERMILION, "X"),
     "mlp": (ORANGE, "v"),
     "mlp of auto": (ORANGE, "<"),
     "linear": (GREY, "x"),

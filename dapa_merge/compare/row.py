@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from dapa_merge.compare.blend import Blend, Blender
 
 JOURNAL_NAME = "figures.jsonl"
+# What goes by what a search selected.
+CONTROLS = ("mlp", "random", "random-search")
 LABELS = {
     TARGET: "target, untouched",
     SOURCE: "source itself",
@@ -48,6 +50,8 @@ LABELS = {
     "mlp of auto": "MLP of auto's layers",
     "random": "random, as large as DAPA's",
     "random of auto": "random, as large as auto's",
+    "random-search": "best of as many random as DAPA tested",
+    "random-search of auto": "best of as many random as auto tested",
 }
 
 
@@ -118,7 +122,7 @@ class _Comparison:
     @property
     def _searches(self) -> bool:
         """Whether anything that is wanted needs what DAPA selects."""
-        return self.wanted.draws_curve or bool({DAPA, AUTO, "mlp", "random"} & set(self.wanted.methods))
+        return self.wanted.draws_curve or bool({DAPA, AUTO, *CONTROLS} & set(self.wanted.methods))
 
     def _find(self, journal: Journal) -> dict[str, Found]:
         def search(name: str, recipe: Recipe, plan: Plan) -> Found:
@@ -216,7 +220,7 @@ class _Comparison:
 
     def _controls(self, found: Found, whose: str) -> Iterator[Arm]:
         """What a selection has to be better than."""
-        keys = {method: f"{method}{whose}" for method in ("mlp", "random") if method in self.wanted.methods}
+        keys = {method: f"{method}{whose}" for method in CONTROLS if method in self.wanted.methods}
         if found.units is None:
             why = "there is no selection to go by"
             yield from (Arm(key, method, LABELS[key], "nothing", why_not=why) for method, key in keys.items())
@@ -229,6 +233,25 @@ class _Comparison:
             for number in range(self.wanted.seed, self.wanted.seed + self.wanted.num_seeds):
                 units = random_units(found.plan, found.plan.units, found.units, number)
                 yield self._edit(f"{keys['random']} seed {number}", "random", units)
+        if "random-search" in keys and found.cost is not None:
+            yield self._edit(keys["random-search"], "random-search", self._best_at_random(found))
+
+    def _best_at_random(self, found: Found) -> tuple[Unit, ...]:
+        """Of as many random selections as a search tested, the one that its prompts find best: what its luck is worth.
+
+        None of them is one of the seeds that stand for a single draw.
+        """
+        assert found.units is not None
+        assert found.cost is not None
+        first = self.wanted.seed + self.wanted.num_seeds
+        seeds = range(first, first + max(1, found.cost.tests))
+        drawn = [random_units(found.plan, found.plan.units, found.units, seed) for seed in seeds]
+        with self.reporter.task("trying random selections", len(drawn)) as done:
+            scores = []
+            for units in drawn:
+                scores.append(self.measuring.score(units, self.searching))
+                done(1)
+        return drawn[scores.index(max(scores))]
 
     def _blends(self) -> Iterator[Arm]:
         """Mergekit's own methods."""

@@ -83,6 +83,8 @@ def _controls(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str
     names = {
         "random": "random units of the same modules, as many as DAPA selects",
         "random of auto": "as many as auto selects",
+        "random-search": "the best of as many such draws as DAPA tested",
+        "random-search of auto": "as auto tested",
         "fixed": "the repository's fixed middle layers",
         "gates": "all gates",
         "mlp": "the whole MLP of DAPA's layers",

@@ -75,8 +75,9 @@ def test_every_method_is_measured_on_the_same_prompts(compared):
     assert json.loads((out / "summary.json").read_text()) == summary
     arms = arms_of(summary, "planted")
     assert list(arms) == [
-        "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "mlp of auto",
-        "random of auto seed 0", "linear 0.5", "task-arithmetic 0.5", "ties 0.5",
+        "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "random-search",
+        "mlp of auto", "random of auto seed 0", "random-search of auto", "linear 0.5", "task-arithmetic 0.5",
+        "ties 0.5",
     ]  # fmt: skip
     assert {arm["figures"]["num_harmful"] for arm in arms.values()} == {12}
     # Nothing is known of what the other pair came from.
@@ -303,3 +304,19 @@ def test_the_recipes_evaluator_says_what_is_refused(tmp_path):
         found[evaluator] = arms_of(summary, evaluator)["source"]["figures"]
     assert [marker["name"] for marker in found["paper"]["markers"]] == ["refusal"]
     assert found["paper"]["markers"][0]["dsr"] == found["refusal"]["dsr"]
+
+
+def test_the_best_of_as_many_random_selections_as_the_search_tested_is_chosen_by_its_prompts(compared):
+    _, out, summary = compared
+    tests = arms_of(summary, "planted")["dapa"]["cost"]["tests"]
+    notes = {}
+    for line in (out / "rows" / "planted" / "figures.jsonl").read_text().splitlines():
+        content = json.loads(line)
+        notes[content.get("note")] = content.get("value")
+    scores = [value for name, value in notes.items() if str(name).startswith("score ")]
+    # Some may have been drawn twice; auto's are of the same size here, and may be the same.
+    assert 1 < len(scores) <= 2 * tests
+    assert all(-1 <= score <= 1 for score in scores)
+    best = arms_of(summary, "planted")["random-search"]
+    assert best["share"] == pytest.approx(arms_of(summary, "planted")["dapa"]["share"])
+    assert best["detail"] != arms_of(summary, "planted")["random seed 0"]["detail"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.file_lock import take_lock
 from dapa_merge.miniature import workshop
 from dapa_merge.miniature.members import ARCHITECTURES, Member, members
+from dapa_merge.search_record import digest_of
 
 SETTINGS_FILE = "families.json"
 RECIPES = "recipes"
@@ -108,11 +110,11 @@ def train_families(
         UsageError: If the folder holds anything else, or another run trains into it.
     """
     out = out.absolute()
-    settings = {"version": __version__, "quick": quick, "seed": seed}
-    if _tiny:
-        settings["tiny"] = True
     wanted = rows(quick=quick)
     known = members(quick=quick, tiny=_tiny)
+    # How each model is trained, with its numbers of steps; of functions the names.
+    training = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(known.items())))
+    settings = {"version": __version__, "quick": quick, "seed": seed, "training": digest_of(training)}
     with _held(out, settings):
         workshop.train_all(_needed(out, wanted, known), seed, say, num_workers=0 if _tiny else None)
         return [_write_recipe(out, row) for row in wanted]

@@ -155,6 +155,15 @@ def test_a_folder_of_other_settings_is_refused(families):
             train_families(out, **{"_tiny": True, **other})
 
 
+def test_models_that_were_trained_for_other_steps_are_refused(families, monkeypatch):
+    known = members(tiny=True)
+    training = known["base"].training
+    longer = replace(known["base"], training=replace(training, steps=training.steps + 1))
+    monkeypatch.setattr("dapa_merge.miniature.families.members", lambda **_: known | {"base": longer})
+    with pytest.raises(UsageError, match=r'was trained with \{.*"training": "sha256 '):
+        train_families(families[0], _tiny=True)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"holds other files, and no families.json; name a new folder"):

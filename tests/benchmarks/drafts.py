@@ -1,0 +1,93 @@
+"""Do drafts change what a search selects, and what do they save?
+
+`python tests/benchmarks/drafts.py [RECIPE ...]`: each recipe's search and that among all projections, with drafts and
+without, by the attention that rounds alike and by the fused one. Two searches that differ in a test or a unit are not
+the same. Seconds are the process's, on one thread. In float32, or on an accelerator, both columns are one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from dapa_merge import meters
+from dapa_merge.checkpoint.plan import Plan
+from dapa_merge.compare.finding import auto_of, find
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Recipe
+from dapa_merge.recipe_file import load_recipe
+from dapa_merge.search.journal import Journal
+from dapa_merge.search_options import SearchOptions
+from dapa_merge.selection import make_plan
+
+RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")
+# What a search came to: its units, and how many tests it made.
+Outcome = tuple[tuple[str, ...] | None, int]
+
+
+def main() -> None:
+    """Print a line for each search, and the sums."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'search':32} {'attention':9} {'same':>5} {'tests':>9} {'s, drafts':>9} {'s, none':>9}")
+    same = {"steady": 0, "fused": 0}
+    seconds = {"steady": [0.0, 0.0], "fused": [0.0, 0.0]}
+    number = 0
+    for path in map(Path, arguments.recipes):
+        recipe = load_recipe(path)
+        plan = make_plan(recipe, partial=False, allow_pickle=False)
+        for name, (own, chosen) in {"": (recipe, plan), " auto": auto_of(recipe, plan) or (None, None)}.items():
+            if own is None or chosen is None:
+                continue
+            number += 1
+            for attention in same:
+                (one, first), (other, second) = (search(own, chosen, attention, drafts) for drafts in (True, False))
+                same[attention] += one == other
+                seconds[attention][0] += first
+                seconds[attention][1] += second
+                print(
+                    f"{path.stem + name:32} {attention:9} {'yes' if one == other else 'NO':>5} "
+                    f"{f'{one[1]}, {other[1]}':>9} {first:9.1f} {second:9.1f}",
+                    flush=True,
+                )
+    for attention, (first, second) in seconds.items():
+        print(
+            f"\n{attention}: {same[attention]} of {number} searches are the same with drafts and without (limit: all); "
+            f"{first:.0f} s with, {second:.0f} s without"
+        )
+
+
+def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Outcome, float]:
+    """One search, from nothing, and its seconds."""
+    make = meters.search_meter
+
+    def without(*arguments: object) -> meters.Meter:
+        return replace(make(*arguments), drafts=None)  # type: ignore[arg-type]
+
+    with ExitStack() as stack:
+        if not drafts:
+            stack.enter_context(mock.patch.object(meters, "search_meter", without))
+        if attention == "fused":
+            stack.enter_context(mock.patch("dapa_merge.evaluate.steady.MAX_TOKENS", 0))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        began = time.process_time()
+        found = find("search", recipe, plan, folder, Journal(), SearchOptions(device="cpu"), Reporter())
+        seconds = time.process_time() - began
+    tests = found.cost.tests if found.cost else 0
+    return (None if found.units is None else tuple(map(str, found.units)), tests), seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
+
+import warm
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -276,13 +278,6 @@ def environment(endpoint: str, home: Path, **changes: str) -> dict[str, str]:
     return {**kept, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **changes}
 
 
-def dapa_merge(endpoint: str, home: Path, *arguments: object, **changes: str) -> subprocess.CompletedProcess[str]:
+def dapa_merge(endpoint: str, home: Path, *arguments: object, **changes: str) -> CompletedProcess[str]:
     """Run a command of dapa-merge in a process of its own."""
-    return subprocess.run(
-        command_line(*arguments),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=environment(endpoint, home, **changes),
-    )
+    return warm.run(command_line(*arguments), env=environment(endpoint, home, **changes))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import warm
 import yaml
 from conftest import answer, call, change_tensor, fail_in_swap
 from rich.console import Console
@@ -295,20 +296,20 @@ def test_a_terminal_sees_bars_and_the_run_succeeds(llama_pair, write_recipe, tmp
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="4-6", **SMALL)
     code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", code, "run", str(recipe), str(tmp_path / "out")]
-    with subprocess.Popen(command, stdout=slave, stderr=slave, stdin=slave, env={**os.environ, "TERM": "xterm"}) as run:
-        os.close(slave)
-        shown = b""
-        while True:
-            try:
-                piece = os.read(master, 65536)
-            except OSError:  # Linux says so when the last writer is gone.
-                break
-            if not piece:
-                break
-            shown += piece
+    command = [sys.executable, "-c", code, "run", recipe, tmp_path / "out"]
+    run = warm.Process(command, env={**os.environ, "TERM": "xterm"}, terminal=os.ttyname(slave))
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:  # Linux says so when the last writer is gone.
+            break
+        if not piece:
+            break
+        shown += piece
     os.close(master)
-    assert run.returncode == 0, shown.decode()
+    assert run.wait() == 0, shown.decode()
     assert b"measuring the target" in shown
     assert b"copying and verifying" in shown
     assert b"\x1b[" in shown

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+import warm
 from conftest import answer, change_tensor, save_random, tiny_llama
 from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
@@ -125,7 +126,7 @@ def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_pa
     arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
     faults = Faults(drop_every=200_000, stall_after=total - 300_000)
     with hub({"someone/source": models[1]}, faults=faults) as (endpoint, _):
-        process = subprocess.Popen(command_line(*arguments), env=environment(endpoint, tmp_path / "home"))
+        process = warm.Process(command_line(*arguments), env=environment(endpoint, tmp_path / "home"))
         assert faults.stalled.wait(60)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -305,13 +306,8 @@ def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path):
 def test_mergekit_fetches_a_source_once(models, recipe, expected, tmp_path):
     code = "from mergekit.scripts.run_yaml import main; main()"
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        done = subprocess.run(
-            [sys.executable, "-c", code, recipe, tmp_path / "out", "--quiet"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=environment(endpoint, tmp_path / "home"),
-        )
+        command = [sys.executable, "-c", code, recipe, tmp_path / "out", "--quiet"]
+        done = warm.run(command, env=environment(endpoint, tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     ours, other = open_checkpoint(str(tmp_path / "out")), tmp_path / "expected"
     shutil.copytree(models[0], other)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import answer, call, save_random, tiny_llama
 from hub_server import SHA, dapa_merge, hub
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,7 +67,7 @@ def test_both_entrances_merge_a_lora_into_the_same_bytes(trio, write_recipe, tmp
     recipe = write_recipe(target, f"{source}+{of_source}" if which != "target" else source, layers='"0,2"')
     answer("run", recipe, tmp_path / "ours", "--no-evaluate", "--json")
     command = [*MERGEKIT, recipe, tmp_path / "theirs", "--quiet", "--lora-merge-cache", tmp_path / "merged"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr
     assert_same_tensors(tmp_path / "ours", tmp_path / "theirs")
     # peft is the authority for what a merged adapter is.
@@ -202,7 +202,7 @@ def test_a_pickled_adapter_may_be_allowed(trio, write_recipe, tmp_path):
 def test_mergekit_without_a_place_to_merge_in_is_one_sentence(trio, write_recipe, tmp_path):
     base, adapter, source = trio
     recipe = write_recipe(f"{base}+{adapter}", source, layers=1)
-    done = subprocess.run([*MERGEKIT, recipe, tmp_path / "out"], capture_output=True, text=True, check=False)
+    done = warm.run([*MERGEKIT, recipe, tmp_path / "out"])
     assert done.returncode == 2
     assert "base_model is a LoRA" in done.stderr
     assert "name a folder with --lora-merge-cache to merge it in" in done.stderr

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pydantic
 import pytest
 import torch
+import warm
 from conftest import change_tensor, configuration, save_random, tiny_llama, write_few
 from mergekit import merge_methods
 from mergekit.common import ModelReference
@@ -34,13 +35,7 @@ from dapa_merge.selection import make_plan
 
 def mergekit_yaml(*arguments, **environment) -> subprocess.CompletedProcess[str]:
     code = "import sys\nfrom mergekit.scripts.run_yaml import main\nsys.argv[0] = 'mergekit-yaml'\nmain()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments), "--quiet"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
+    return warm.run([sys.executable, "-c", code, *arguments, "--quiet"], env={**os.environ, **environment})
 
 
 def same_tensors(one, other) -> bool:
@@ -102,11 +97,8 @@ def test_without_the_hook_an_import_registers_the_method(llama_pair, write_recip
         "import sys, dapa_merge.mergekit_plugin\nfrom mergekit.scripts.run_yaml import main\n"
         "sys.argv[0] = 'mergekit-yaml'\nmain()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(recipe), str(tmp_path / "out"), "--quiet"],
-        capture_output=True,
-        text=True,
-        check=False,
+    result = warm.run(
+        [sys.executable, "-c", code, recipe, tmp_path / "out", "--quiet"],
         env={**os.environ, "PYDANTIC_DISABLE_PLUGINS": "__all__"},
     )
     assert result.returncode == 0, result.stderr

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import answer, save_random, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,9 +22,7 @@ SHARDS = {"one file": "1GB", "shards": "25KB", "split layers": "12KB"}
 def assert_entrances_agree(recipe: Path, folder: Path) -> tuple[Checkpoint, Checkpoint]:
     """Follow a recipe by both entrances in processes of their own; the same tensors but for copies of tied ones."""
     answer("run", recipe, folder / "ours", "--no-evaluate", "--json")
-    done = subprocess.run(
-        [*MERGEKIT, recipe, folder / "theirs", "--quiet"], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = warm.run([*MERGEKIT, recipe, folder / "theirs", "--quiet"])
     assert done.returncode == 0, done.stderr
     ours, theirs = open_checkpoint(str(folder / "ours")), open_checkpoint(str(folder / "theirs"))
     for name, tensor in ours.tensors.items():

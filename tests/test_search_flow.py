@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import answer, call, change_tensor, save_random, tiny_llama
 
 from dapa_merge import miniature, search_testers
@@ -226,14 +227,16 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
     command = [*COMMAND, "search", str(path), "--json", "--journal", str(journal)]
     generator = random.Random(0)
     for number_of_lines in (12,):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = warm.Process(command)
         while not (journal.exists() and journal.read_bytes().count(b"\n") >= number_of_lines):
-            assert process.poll() is None
+            assert process.poll() is None, process.stderr
             time.sleep(0.01)
         time.sleep(generator.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    again = warm.run(command)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
     assert found["units"] == expected["units"]
     assert found["certificate"] == expected["certificate"]
     assert found["tests"] == expected["tests"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy
 import pytest
 import transformers
+import warm
 from conftest import SHAPE, answer, call, save_random, write_few
 
 from dapa_merge import miniature
@@ -25,6 +26,7 @@ from dapa_merge.checkpoint.plan import plan_transplant
 from dapa_merge.errors import UsageError
 from dapa_merge.recipe import Location, Recipe
 from dapa_merge.selection import plan_of_all
+from dapa_merge.trace import plot_style
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace_edits import curve_sizes
 from dapa_merge.trace_figures import _example
@@ -58,6 +60,23 @@ def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
     folder = tmp_path_factory.mktemp("traced")
     recipe = planted_recipe(folder)
     return recipe, folder / "out", answer("trace", recipe, folder / "out", *QUICK, "--json")
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Nothing is drawn: for traces of the same numbers as those whose pictures are looked at."""
+    skip_drawing(monkeypatch, "png", "svg")
+
+
+@pytest.fixture
+def only_png(monkeypatch):
+    """Of each picture one file is drawn, which fails if the other would."""
+    skip_drawing(monkeypatch, "svg")
+
+
+def skip_drawing(monkeypatch, *kinds: str) -> None:
+    render = plot_style.render
+    monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
 
 
 def without_time(summary: dict) -> dict:
@@ -176,7 +195,7 @@ def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path)
     assert (copy / "figures" / "influence.png").read_bytes() == (out / "figures" / "influence.png").read_bytes()
 
 
-def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path):
+def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path, only_png):
     recipe, out, summary = traced
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
@@ -212,7 +231,7 @@ def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_p
     assert not {"trace_hidden", "example_1_hidden"} & names
 
 
-def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(traced, tmp_path):
+def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(traced, tmp_path, no_pictures):
     recipe, out, summary = traced
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
@@ -233,7 +252,7 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     assert (copy / "summary.json").exists()
 
 
-def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, own_cache):
+def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, own_cache, no_pictures):
     recipe, _, summary = traced
     out = tmp_path / "out"
     command = [
@@ -247,13 +266,12 @@ def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, o
     ]
     command += [*map(str, QUICK), "--json"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(own_cache)}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = warm.Process(command, env=environment)
     deadline = time.monotonic() + 120
     while not (out / "traces" / "0001.npz").exists() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
-    _, errors = child.communicate()
-    assert child.returncode == -signal.SIGKILL, errors
+    assert child.wait() == -signal.SIGKILL, child.stderr
     assert (out / "traces" / "0001.npz").exists()
     assert not (out / "summary.json").exists()
     assert without_time(answer("trace", recipe, out, *QUICK, "--json")) == without_time(summary)
@@ -264,7 +282,9 @@ def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, o
     ("name", "config", "extra"),
     [("Gemma", "GemmaConfig", {"head_dim": 8}), ("Mistral", "MistralConfig", {"sliding_window": 16})],
 )
-def test_random_models_of_other_families_are_traced_with_given_responses(name, config, extra, tmp_path, write_recipe):
+def test_random_models_of_other_families_are_traced_with_given_responses(
+    name, config, extra, tmp_path, write_recipe, only_png
+):
     shape = {**SHAPE, "vocab_size": 200, **extra}
     target, source = (
         save_random(tmp_path / f"{name}-{seed}", getattr(transformers, config)(**shape), seed=seed) for seed in (1, 2)
@@ -281,7 +301,7 @@ def test_random_models_of_other_families_are_traced_with_given_responses(name, c
     assert (tmp_path / "out" / "figures" / "trace_mlp.png").exists()
 
 
-def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_path, write_recipe):
+def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_path, write_recipe, only_png):
     shape = {**SHAPE, "vocab_size": 200}
     config = transformers.MixtralConfig(**shape, num_local_experts=2)
     pair = [save_random(tmp_path / f"m{seed}", config, seed=seed) for seed in (1, 2)]
@@ -307,7 +327,7 @@ def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_p
     assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention", "up", "down"}
 
 
-def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path):
+def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path, only_png):
     prompts = write_few(tmp_path / "few", 12)
     recipe = tmp_path / "shadow.yml"
     recipe.write_text(
@@ -429,8 +449,6 @@ def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
 
 
 def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monkeypatch):
-    from dapa_merge.trace import plot_style
-
     def fail(_figure, _kind):
         raise RuntimeError("no room for this picture")
 
@@ -478,7 +496,7 @@ def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(
         )
         command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "trace"]
         command += map(str, (recipe, tmp_path / "out", *options, "--json"))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = warm.run(command)
         if value == 0.25:
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["groups"]["target"] == 0.25
@@ -514,7 +532,7 @@ def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
         check_folder(tmp_path)
 
 
-def test_tracing_of_mlps_ranks_no_attention(tmp_path):
+def test_tracing_of_mlps_ranks_no_attention(tmp_path, only_png):
     recipe = planted_recipe(tmp_path, 8, layers="3-5", modules="attention")
     summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert set(summary["overlap"]["with_selection"]) == {

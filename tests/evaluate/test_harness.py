@@ -19,6 +19,8 @@ from dapa_merge.evaluate.harness import Harness, Task, _load, _metrics, parse_ta
 from dapa_merge.evaluate.live import load_model
 
 pytest.importorskip("lm_eval")
+# To index what comes with the harness takes it long, and is done once in a process.
+pytestmark = pytest.mark.xdist_group("harness")
 MODEL = miniature.path("target")
 # A question of the miniature's own words, with the right answer among three.
 QUESTIONS = [
@@ -62,6 +64,7 @@ def state(model, tokenizer):
 
 def test_a_live_model_scores_what_its_files_score(task_file, loaded, capfd):
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     before = state(*loaded)
     ours = Harness(Task(str(task_file), "acc_norm")).score(*loaded, batch_size=2)
@@ -72,7 +75,7 @@ def test_a_live_model_scores_what_its_files_score(task_file, loaded, capfd):
     task_file.write_text(TASK.format(data=task_file.with_suffix(".jsonl"), shots=0))
     theirs = simple_evaluate(
         "hf", model_args={"pretrained": str(MODEL)}, tasks=[str(task_file)], device="cpu", batch_size=3,
-        bootstrap_iters=0,
+        bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
     )["results"]["sums"]["acc_norm,none"]  # fmt: skip
     assert ours == theirs
 
@@ -139,12 +142,16 @@ def test_a_task_that_cannot_be_asked_is_said_before_a_model_is_loaded(option):
         assert result.stderr.count("\n") == 1
 
 
-def test_a_hub_that_is_out_of_reach_is_asked_once_for_a_task(tmp_path):
+def test_a_hub_that_is_out_of_reach_is_asked_once_for_a_task(tmp_path, task_file):
+    text = task_file.read_text()
+    dataset = "dataset_path: allenai/ai2_arc\ndataset_name: ARC-Easy\n"
+    task_file.write_text(dataset + "".join(line for line in text.splitlines(True) if not line.startswith("dataset_")))
     code = """
+import sys
 from dapa_merge.errors import HubError
 from dapa_merge.evaluate.harness import Harness, Task
 try:
-    Harness(Task("arc_easy"))
+    Harness(Task(sys.argv[1]))
 except HubError as error:
     print(error)
 """
@@ -152,7 +159,7 @@ except HubError as error:
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, task_file],
         capture_output=True,
         text=True,
         check=True,

@@ -3,10 +3,10 @@
 import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
+import warm
 from conftest import call
 from hub.conftest import tree
 from hub_client import IGNORED_WARNING
@@ -34,12 +34,10 @@ def test_a_killed_push_leaves_the_old_or_the_new_model(hub, new_id, pair, write_
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": hub.token("alice")}
     environment.pop("HF_HUB_OFFLINE", None)
 
-    def start(out) -> tuple[subprocess.Popen, float]:
+    def start(out) -> tuple[warm.Process, float]:
         """Start a push; gives it, and when it first asked the hub."""
         num_requests = len(hub.requests)
-        process = subprocess.Popen(
-            command_line("push", out, name), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = warm.Process(command_line("push", out, name), env=environment)
         while len(hub.requests) == num_requests and process.poll() is None:
             time.sleep(0.005)
         return process, time.monotonic()
@@ -49,8 +47,7 @@ def test_a_killed_push_leaves_the_old_or_the_new_model(hub, new_id, pair, write_
         return {path: hub.store.read(entry) for path, entry in files.items() if path != ".gitattributes"}
 
     process, began = start(results[1])
-    assert process.wait() == 0, process.stderr.read()
-    process.stderr.close()
+    assert process.wait() == 0, process.stderr
     duration = time.monotonic() - began
     assert state() == wholes[1]
     num_killed, draw = 0, random.Random(7)
@@ -60,11 +57,9 @@ def test_a_killed_push_leaves_the_old_or_the_new_model(hub, new_id, pair, write_
         time.sleep(draw.uniform(0, duration))
         process.send_signal(signal.SIGKILL)
         num_killed += process.wait() == -signal.SIGKILL
-        process.stderr.close()
         assert state() in (wholes[old], wholes[new])
         retry, _ = start(results[new])
-        assert retry.wait() == 0, retry.stderr.read()
-        retry.stderr.close()
+        assert retry.wait() == 0, retry.stderr
         assert state() == wholes[new]
     assert num_killed > NUM_KILLS // 2
     for seen in hub.store.repositories[name].seen()[1:]:

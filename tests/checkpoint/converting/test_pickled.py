@@ -4,11 +4,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from conftest import answer, call
 from safetensors.torch import load_file
 
@@ -104,10 +104,11 @@ def test_mergekit_takes_the_same_pickles(llama_pair, tmp_path, write_recipe):
     answer("run", recipe, tmp_path / "ours", "--no-evaluate", "--allow-pickle", "--json")
     code = "from mergekit.scripts.run_yaml import main; main()"
     command = [sys.executable, "-c", code, recipe, tmp_path / "theirs", "--quiet"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    refused = warm.run(command)
     assert refused.returncode == 4
     assert "has pickled weights only" in refused.stderr
-    subprocess.run(command, env={**os.environ, "DAPA_ALLOW_PICKLE": "1"}, check=True, capture_output=True)
+    allowed = warm.run(command, env={**os.environ, "DAPA_ALLOW_PICKLE": "1"})
+    assert allowed.returncode == 0, allowed.stderr
     assert_same_tensors(open_checkpoint(str(tmp_path / "ours")), open_checkpoint(str(tmp_path / "theirs")))
 
 

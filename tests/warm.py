@@ -1,0 +1,183 @@
+"""Processes of their own that need not load torch and its like, which takes each longer than all that it does.
+
+A server loads them once, and forks for each process. What tests are about is loaded by each process itself: this
+package, mergekit, and whatever reads the environment when it is loaded. Anything else is as with `subprocess`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import gc
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+MODULES = (
+    "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "anyio", "jinja2", "yaml", "rich.progress", "click",
+)  # fmt: skip
+# Reads the variables of the Hub's client.
+MODULES_OF_THE_HUB = (*MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama")
+
+
+class Process:
+    """Python running a text, with arguments; its output is in files."""
+
+    def __init__(
+        self, command: Sequence[object], *, env: Mapping[str, str] | None = None, terminal: str | None = None
+    ) -> None:
+        """Start it.
+
+        Args:
+            command: `[sys.executable, "-c", CODE, ...]`.
+            env: As of `subprocess`.
+            terminal: The path of a terminal where it reads and writes instead.
+        """
+        python, option, code, *arguments = map(str, command)
+        assert (python, option) == (sys.executable, "-c")
+        env = dict(os.environ if env is None else env)
+        own = [{name: value for name, value in one.items() if name.startswith("HF_")} for one in (env, os.environ)]
+        self._server = _server(MODULES_OF_THE_HUB if own[0] == own[1] else MODULES)
+        self._files = [terminal or self._server.new_file() for _ in range(2)]
+        request = [code, arguments, os.getcwd(), env, [terminal or os.devnull, *self._files]]
+        self.pid = self._server.ask("start", request)
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._server.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send_signal(signal.SIGKILL)
+                raise TimeoutError(f"not done after {timeout} seconds: {self.stderr}")
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Nothing if it has ended; until `poll` was asked, its number is nobody else's."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    @property
+    def stdout(self) -> str:
+        return Path(self._files[0]).read_text()
+
+    @property
+    def stderr(self) -> str:
+        return Path(self._files[1]).read_text()
+
+
+def run(command: Sequence[object], *, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` with its output captured, as text."""
+    process = Process(command, env=env)
+    process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, process.stdout, process.stderr)
+
+
+class _Server:
+    def __init__(self, modules: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._folder = Path(tempfile.mkdtemp(prefix="dapa-merge-warm-"))
+        self._numbers = itertools.count()
+        atexit.register(self.close)
+
+    def new_file(self) -> str:
+        return str(self._folder / str(next(self._numbers)))
+
+    def ask(self, *request: object) -> int | None:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        with self._process:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@functools.cache
+def _server(modules: Sequence[str]) -> _Server:
+    return _Server(modules)
+
+
+def _serve() -> str:
+    """Answer requests until there are no more; return only in a new process, with its code."""
+    for line in sys.stdin:
+        what, request = json.loads(line)
+        if what == "poll":
+            pid, status = os.waitpid(request, os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            code, arguments, folder, env, paths = request
+            # Here, so that they are open when the answer comes.
+            files = [os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOCTTY) for path in paths]
+            if not (answer := os.fork()):
+                _become(arguments, folder, env, files)
+                return code
+            for file in files:
+                os.close(file)
+        print(json.dumps(answer), flush=True)
+    # Nothing to tidy up.
+    os._exit(0)
+
+
+def _become(arguments: list[str], folder: str, env: dict[str, str], files: list[int]) -> None:
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1 if os.isatty(1) else -1, closefd=False)  # noqa: SIM115
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["-c", *arguments]
+    sys.path[0] = ""
+
+
+def _run(code: str) -> NoReturn:
+    """Run a program to its end; without taking the modules apart, which takes longer than many a program."""
+    status: object = 0
+    try:
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        status = end.code
+    except Exception:
+        status = 1
+        sys.excepthook(*sys.exc_info())
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((status or 0) & 0xFF)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        with contextlib.suppress(ImportError):
+            import_module(name)
+    # What is there already is left in memory that all share.
+    gc.collect()
+    gc.freeze()
+    _run(_serve())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +26,7 @@ from dapa_merge.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dapa_merge.compare.flow import Compared
     from dapa_merge.evaluate.options import EvaluatorOptions
 
 DEFAULTS = CompareOptions()
@@ -92,9 +97,6 @@ def compare(
     and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
     table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
     """
-    from dapa_merge.compare.flow import PAGE_NAME, compare_recipes
-    from dapa_merge.compare.tables import methods_table, paper_table
-
     wanted = CompareOptions(
         methods=_methods(methods),
         num_seeds=seeds,
@@ -104,16 +106,58 @@ def compare(
         num_points=points,
         rows_per_block=block_rows,
     )
-    options = search_options(device, None, None, evaluators, allow_pickle)
-    found = compare_recipes(recipes, out, wanted, options, reporter(quiet))
+    with _stoppable(out):
+        from dapa_merge.compare.flow import compare_recipes
 
-    def show(console: Console) -> None:
-        for table in (paper_table(found.rows), methods_table(found.rows)):
-            print_lines(console, [*table.text("simple").splitlines(), ""])
-        print_lines(console, [f"- {sentence}" for sentence in found.summary["findings"]])
+        options = search_options(device, None, None, evaluators, allow_pickle)
+        found = compare_recipes(recipes, out, wanted, options, reporter(quiet))
+    print_answer(found.summary, lambda console: _show(found, out, console), as_json)
+    if found.fault is not None:
+        raise found.fault
+
+
+def _show(found: Compared, out: Path, console: Console) -> None:
+    from dapa_merge.compare.flow import PAGE_NAME
+    from dapa_merge.compare.tables import methods_table, paper_table
+
+    if not found.rows:
+        return
+    for table in (paper_table(found.rows), methods_table(found.rows)):
+        print_lines(console, [*table.text("simple").splitlines(), ""])
+    print_lines(console, [f"- {sentence}" for sentence in found.summary["findings"]])
+    if found.is_written:
         print_lines(console, ["", f"the tables: {out / PAGE_NAME}"])
 
-    print_answer(found.summary, show, as_json)
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """A `with` block that Ctrl-C and SIGTERM end alike: what is held is let go of, and a sentence says what is kept."""
+    terminated = []
+
+    def terminate(number: int, _: object) -> None:
+        terminated.append(number)
+        # What lets Ctrl-C through lets this through.
+        raise KeyboardInterrupt
+
+    is_usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_usual:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {out}, and the same command goes on from there"
+        if not out.exists():
+            kept = "nothing was measured yet, and the same command begins again"
+        if terminated:
+            click.echo(f"Error: stopped; {kept}", err=True)
+            sys.exit(128 + signal.SIGTERM)
+        # Not the best selection of a search that was stopped: it is one of many.
+        stopped = KeyboardInterrupt()
+        stopped.kept = kept  # type: ignore[attr-defined]
+        raise stopped from None
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _methods(text: str | None) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import numpy
 from dapa_merge import work_folder
 from dapa_merge.new_file import replace_file
 from dapa_merge.search.journal import Journal
+from dapa_merge.work_folder import JOURNAL_BEGINS
 
 if TYPE_CHECKING:
     from dapa_merge.trace.case import Case
@@ -27,7 +28,6 @@ PAGE_NAME = "index.html"
 INFLUENCE_NAME = "influence.npz"
 # What the names of all pictures begin with; others in their folder are somebody else's.
 FIGURE_NAMES = ("influence.", "groups.", "search.", "edit_size.", "trace_", "example_")
-JOURNAL_BEGINS = b'{"journal":'
 
 
 def check_folder(out: Path) -> None:

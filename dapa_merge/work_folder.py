@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import UsageError
 
 PICTURES = (".png", ".svg")
+JOURNAL_BEGINS = b'{"journal":'
 
 
 def check_folder(out: Path, is_own: Callable[[Path], bool], kind: str) -> None:
@@ -27,6 +28,8 @@ def check_folder(out: Path, is_own: Callable[[Path], bool], kind: str) -> None:
         if out.exists() and not is_own(out) and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} exists and is no folder of a {kind}; name another or remove it")
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+        if not place.is_dir():
+            raise UsageError(f"{out} cannot be made: {place} is no folder; name another folder")
         if not os.access(place, os.W_OK):
             raise UsageError(f"{out} cannot be written: {os.strerror(errno.EACCES)}; name another folder")
     except OSError as error:
@@ -37,12 +40,24 @@ def make_folder(path: Path) -> None:
     """Make a folder, if it is not there.
 
     Raises:
-        DapaError: If that cannot be.
+        UsageError: If that cannot be.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DapaError(f"{path} cannot be made: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be made: {error.strerror}; name another folder") from error
+
+
+def begins_journal(path: Path) -> bool:
+    """Whether something is a file that begins as a journal does.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(JOURNAL_BEGINS)) == JOURNAL_BEGINS
 
 
 def forget_pictures(folder: Path, beginnings: tuple[str, ...]) -> None:
@@ -50,3 +65,14 @@ def forget_pictures(folder: Path, beginnings: tuple[str, ...]) -> None:
     for path in folder.iterdir():
         if path.suffix in PICTURES and path.name.startswith(beginnings) and path.is_file():
             path.unlink(missing_ok=True)
+
+
+def remove_pictures(folder: Path, names: Iterable[str]) -> None:
+    """Remove the pictures of these names, without their endings.
+
+    Raises:
+        OSError: If one cannot be removed.
+    """
+    for name in names:
+        for kind in PICTURES:
+            (folder / f"{name}{kind}").unlink(missing_ok=True)

@@ -17,8 +17,6 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
-from dapa_merge.compare.flow import row_names
-from dapa_merge.errors import UsageError
 
 QUICK = ("--seeds", 1, "--points", 2, "--weights", "0.5", "--device", "cpu")
 LEAST = ("--methods", "fixed", "--no-curve", "--device", "cpu")
@@ -261,13 +259,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert result.exit_code == 2
     assert "exists and is no folder of a comparison; name another or remove it" in result.stderr
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
-
-
-def test_rows_are_called_as_their_files_and_no_recipe_comes_twice(tmp_path):
-    paths = [Path("a/llama.yml"), Path("b/llama.yml"), Path("c/gemma.yml")]
-    assert row_names(paths) == {"a-llama": paths[0], "b-llama": paths[1], "gemma": paths[2]}
-    with pytest.raises(UsageError, match="a recipe is given twice"):
-        row_names([Path("a/llama.yml"), Path("a/../a/llama.yml")])
 
 
 @pytest.mark.parametrize(

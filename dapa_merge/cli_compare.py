@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import sys
@@ -106,6 +107,11 @@ def compare(
         num_points=points,
         rows_per_block=block_rows,
     )
+    if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
+        raise UsageError(
+            "--weights: linear with weight 1 is the source itself, which is in every table; add a weight below 1, or "
+            "leave linear out of --methods"
+        )
     with _stoppable(out):
         from dapa_merge.compare.flow import compare_recipes
 
@@ -184,4 +190,10 @@ def _weights(text: str | None) -> tuple[float, ...]:
                 f"--weights: {part.strip()!r} is no weight; write numbers above 0 and up to 1, with commas"
             )
         weights.append(weight)
-    return tuple(sorted(set(weights)))
+    distinct = sorted(set(weights))
+    for low, high in itertools.pairwise(distinct):
+        if f"{low:g}" == f"{high:g}":
+            raise UsageError(
+                f"--weights: {low} and {high} agree in the six digits that tables show; name one of them only"
+            )
+    return tuple(distinct)

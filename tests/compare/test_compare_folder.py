@@ -12,11 +12,12 @@ import weakref
 from pathlib import Path
 
 import pytest
-from conftest import call
+from conftest import answer, call
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
+from dapa_merge.cli_compare import _weights
 from dapa_merge.compare import flow, plot
 from dapa_merge.compare import row as measured_row
 from dapa_merge.compare.flow import compare_recipes
@@ -543,3 +544,27 @@ def test_a_row_that_failed_is_not_kept_in_memory(measured, tmp_path, recipes, mo
     found = compare_recipes(paths, tmp_path / "out", CompareOptions(), SearchOptions(device="cpu"), Reporter())
     assert isinstance(found.fault, CheckpointError)
     assert [row.name for row in found.rows] == ["two"]
+
+
+# Weights.
+
+
+def test_weights_that_a_table_would_show_alike_are_refused():
+    assert _weights("0.5, 0.25,0.5") == (0.25, 0.5)
+    assert _weights("0.333333,0.333334") == (0.333333, 0.333334)
+    with pytest.raises(UsageError, match=r"0\.3333333 and 0\.33333334 agree in the six digits that tables show; name"):
+        _weights("0.3333333,0.5,0.33333334")
+
+
+def test_the_source_itself_is_no_linear_blend(measured, tmp_path, recipes):
+    out = tmp_path / "out"
+    for methods in ("linear", "fixed,linear"):
+        result = call(
+            "compare", recipes["one"], "--out", out, "--methods", methods, "--weights", "1", "--device", "cpu"
+        )
+        assert result.exit_code == 2
+        assert "linear with weight 1 is the source itself, which is in every table; add a weight below 1" in (
+            result.stderr
+        )
+    for more in (("--methods", "linear", "--weights", "1,0.5"), ("--methods", "ties", "--weights", "1"), ()):
+        answer("compare", recipes["one"], "--out", out, *more, "--device", "cpu", "--json")

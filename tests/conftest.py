@@ -99,10 +99,16 @@ MEASURED_ONLY = {
 }
 
 
+# What takes long to make.
+MADE_ONCE = ("traced", "families", "demo")
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """One worker of pytest-xdist has all tests of a trace that takes long, and makes it once."""
-    if "traced" in getattr(item, "fixturenames", ()):
-        item.add_marker(pytest.mark.xdist_group("traced"))
+    """One worker of pytest-xdist has all tests of what takes long to make, and makes it once."""
+    for name in MADE_ONCE:
+        if name in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(name))
+            break
 
 
 def pytest_unconfigure() -> None:
@@ -234,6 +240,25 @@ def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
         save_random(folder / "target", tiny_llama(), seed=1),
         save_random(folder / "source", tiny_llama(), seed=2),
     )
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Nothing is drawn: for results of the same numbers as those whose pictures are looked at, and beside the point."""
+    skip_drawing(monkeypatch, "png", "svg")
+
+
+@pytest.fixture
+def only_png(monkeypatch) -> None:
+    """Of each picture one file is drawn, which fails if the other would."""
+    skip_drawing(monkeypatch, "svg")
+
+
+def skip_drawing(monkeypatch, *kinds: str) -> None:
+    from dapa_merge.trace import plot_style
+
+    render = plot_style.render
+    monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(w
     assert "searching among 10 units" in shown.stderr
 
 
-def test_the_shadow_pair_needs_another_module_than_the_gate(write_recipe, tmp_path):
+def test_the_shadow_pair_needs_another_module_than_the_gate(write_recipe, tmp_path, only_png):
     """Its alignment was not planted: gates alone repair nothing, the search over modules finds what does."""
     pair = miniature.path("shadow-target"), miniature.path("shadow-source")
     refused = call("run", write_recipe(*pair, **SMALL), tmp_path / "out")
@@ -183,7 +183,7 @@ def test_named_layers_need_no_tokenizer_without_evaluation(llama_pair, write_rec
     assert report["units"] == ["0.gate"]
 
 
-def test_named_layers_are_evaluated_if_asked(write_recipe, tmp_path):
+def test_named_layers_are_evaluated_if_asked(write_recipe, tmp_path, only_png):
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="0-1", **SMALL)
     report = answer("run", recipe, tmp_path / "out", "--json")
     assert (report["after"]["dsr"], report["tests"], report["one_minimal"]) == (0, 0, None)

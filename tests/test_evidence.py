@@ -95,7 +95,7 @@ def test_a_search_asks_no_prompt_that_confirms(write_recipe, asked, demo, parts)
     assert asked.isdisjoint([*confirming.harmful, *confirming.harmless])
 
 
-def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, asked):
+def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, asked, no_pictures):
     report = answer("run", write_recipe(*PAIR, layers="3-6", **SMALL), tmp_path / "out", "--json")
     prompts = load_prompts("miniature")
     assert {*prompts.harmful, *prompts.harmless} <= asked
@@ -103,7 +103,7 @@ def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, aske
     assert report["dsr_change"]["newly_refused"] == round(128 * report["after"]["dsr"])
 
 
-def test_a_gain_on_five_prompts_is_said_to_be_within_noise(write_recipe, tmp_path):
+def test_a_gain_on_five_prompts_is_said_to_be_within_noise(write_recipe, tmp_path, only_png):
     """All five are repaired, and yet five tosses of a coin agree once in sixteen times."""
     prompts = load_prompts("miniature")
     few = replace(prompts, harmful=prompts.harmful[:20], harmless=prompts.harmless[:20])

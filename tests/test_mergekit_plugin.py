@@ -47,7 +47,7 @@ def same_tensors(one, other) -> bool:
     )
 
 
-def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path):
+def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path, no_pictures):
     recipe = write_recipe(
         miniature.path("target"), miniature.path("source"), layers="auto", prompts="miniature", max_new_tokens=24
     )

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import closing
@@ -254,7 +253,7 @@ def test_two_ray_workers_find_the_same_also_when_one_is_killed(ddmin_done, tmp_p
     journal = tmp_path / "together"
     command = [*COMMAND, "search", str(path), "--json"]
     command += ["--journal", str(journal), "--workers", "ray:2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Process(command)
     killed = None
     while process.poll() is None and killed is None:
         time.sleep(0.02)
@@ -264,9 +263,8 @@ def test_two_ray_workers_find_the_same_also_when_one_is_killed(ddmin_done, tmp_p
                 if killed is None and child.is_running() and child.name().startswith("ray::_Actor"):
                     killed = child.pid
                     os.kill(killed, signal.SIGKILL)
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    together = json.loads(stdout)
+    assert process.wait() == 0, process.stderr
+    together = json.loads(process.stdout)
     assert killed is not None
     assert together["units"] == alone["units"]
     assert together["certificate"] == alone["certificate"]

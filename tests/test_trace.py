@@ -62,23 +62,6 @@ def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
     return recipe, folder / "out", answer("trace", recipe, folder / "out", *QUICK, "--json")
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Nothing is drawn: for traces of the same numbers as those whose pictures are looked at."""
-    skip_drawing(monkeypatch, "png", "svg")
-
-
-@pytest.fixture
-def only_png(monkeypatch):
-    """Of each picture one file is drawn, which fails if the other would."""
-    skip_drawing(monkeypatch, "svg")
-
-
-def skip_drawing(monkeypatch, *kinds: str) -> None:
-    render = plot_style.render
-    monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
-
-
 def without_time(summary: dict) -> dict:
     passes = {name: value for name, value in summary["passes"].items() if not name.endswith("seconds_per_prompt")}
     return {**summary, "passes": passes}

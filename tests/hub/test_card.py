@@ -97,7 +97,7 @@ def test_what_was_not_measured_is_said_to_be_so_and_no_figure_is_made_up(copied)
     assert "Treat it as the unaligned model" in text
 
 
-@pytest.mark.parametrize("which", ["repaired", "copied"])
+@pytest.mark.parametrize("which", [pytest.param("repaired", marks=pytest.mark.xdist_group("demo")), "copied"])
 def test_no_path_of_this_machine_is_in_a_card(which, request, llama_pair):
     out = request.getfixturevalue(which)
     text = make_card(out)

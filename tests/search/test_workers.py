@@ -84,7 +84,7 @@ def test_a_second_search_takes_over_workers_that_are_still_busy_for_the_first():
     num_busy = 0
     for seed in range(20):
         workers = Shuffled(3, seed)
-        first, _ = search(workers)
+        first, _ = search(workers, "ddmin")
         num_busy += bool(workers.running)
         second, _ = search(workers, "probdd")
         assert set(first.units) == set(second.units) == NEEDED

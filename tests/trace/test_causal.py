@@ -52,21 +52,25 @@ def trace(model, tokenizer, contrast=CONTRAST, number=1, batch_size=64, **settin
 
 
 def cell_by_cell(model, tracer, case, noise):
-    """The same trace by whole runs, one cell at a time, with nothing but hooks of its own."""
+    """The same trace by whole runs, one cell at a time, with nothing but hooks of its own.
+
+    Samples of the noise are rows of one batch: of one length, so that nothing is padded.
+    """
     settings, layers = tracer.settings, find_layers(model)
     sides = [torch.tensor([row.ids]) for row in (case.refusing, case.complying)]
     first, stop = case.subject
     kept = {}
 
-    def difference(sample=None, places=(), token=None):
+    def differences(num_samples, places=(), token=None):
         found = []
-        for ids in sides:
+        for side in sides:
+            ids = side.expand(num_samples or 1, -1)
             handles = []
-            if sample is not None:
+            if num_samples:
 
                 def corrupt(_module, _given, output):
                     output = output.clone()
-                    output[0, first:stop] += noise[sample]
+                    output[:, first:stop] += noise
                     return output
 
                 handles.append(model.get_input_embeddings().register_forward_hook(corrupt))
@@ -74,15 +78,15 @@ def cell_by_cell(model, tracer, case, noise):
 
                 def restore(_module, _given, output, place=place):
                     states = output[0] if isinstance(output, tuple) else output
-                    states.view(1, -1, states.shape[-1])[0, token] = kept[place][token]
+                    states.view(num_samples, -1, states.shape[-1])[:, token] = kept[place][token]
 
                 handles.append(place.register_forward_hook(restore))
             with torch.no_grad():
-                logits = model(input_ids=ids).logits[0].log_softmax(-1)
+                logits = model(input_ids=ids).logits.log_softmax(-1)
             for handle in handles:
                 handle.remove()
-            found.append(sum(float(logits[at - 1, ids[0, at]]) for at in range(case.num_context, ids.shape[1])))
-        return found[0] - found[1]
+            found.append(sum(logits[:, at - 1, ids[0, at]] for at in range(case.num_context, ids.shape[1])))
+        return (found[0] - found[1]).tolist()
 
     modules = {module for of_kind in layers.values() for module in of_kind if module is not None}
     handles = []
@@ -93,11 +97,11 @@ def cell_by_cell(model, tracer, case, noise):
             kept[module] = states.view(1, -1, states.shape[-1])[0].clone()
 
         handles.append(module.register_forward_hook(keep))
-    clean = difference()
+    (clean,) = differences(0)
     for handle in handles:
         handle.remove()
     # What the other side kept is the same on the tokens that both are given.
-    corrupted = [difference(sample) for sample in range(settings.num_samples)]
+    corrupted = differences(settings.num_samples)
     restored = {}
     for kind in settings.kinds:
         of_kind = layers[kind]
@@ -109,9 +113,7 @@ def cell_by_cell(model, tracer, case, noise):
             if of_kind[layer] is None:
                 continue
             for token in range(case.num_context):
-                values[layer, token] = numpy.mean(
-                    [difference(sample, places, token) for sample in range(settings.num_samples)]
-                )
+                values[layer, token] = numpy.mean(differences(settings.num_samples, places, token))
         restored[kind] = values
     return clean, corrupted, restored
 

@@ -19,6 +19,7 @@ from dapa_merge.compare.average import averages
 from dapa_merge.compare.naming import ROWS_NAME, existing_rows, is_comparison, locked, refuse_repeated, row_names
 from dapa_merge.compare.options import CompareOptions
 from dapa_merge.compare.page import page
+from dapa_merge.compare.pretrained import open_pretrained
 from dapa_merge.compare.result import AUTO, DAPA, Row
 from dapa_merge.compare.sentences import choices, sentences
 from dapa_merge.compare.tables import arms_csv, latex, points_csv
@@ -29,7 +30,7 @@ from dapa_merge.recipe import Recipe
 from dapa_merge.recipe_file import load_recipe
 from dapa_merge.report import jsonable
 from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import make_plan, open_location
+from dapa_merge.selection import make_plan
 from dapa_merge.work_folder import check_folder, make_folder, remove_pictures
 
 if TYPE_CHECKING:
@@ -112,9 +113,8 @@ def _check(recipe: Recipe, path: Path, options: SearchOptions) -> None:
     from dapa_merge.meters import report_meter
 
     try:
-        make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
-        if recipe.pretrained is not None:
-            open_location(recipe.pretrained, partial=True, allow_pickle=options.allow_pickle)
+        plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
+        open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
         report_meter(recipe, load_prompts(recipe.prompts), options.evaluators)
     except DapaError as error:
         # A fault of a key says where it stands.

@@ -145,10 +145,16 @@ def test_tables_and_pictures_are_there(compared):
             assert f"figures/{name}" in (out / "table.md").read_text()
 
 
-def test_no_answer_of_a_model_is_kept(compared):
+def test_only_the_journals_of_the_searches_keep_answers(compared):
     _, out, _ = compared
-    for path in out.rglob("figures.jsonl"):
-        assert "here is how" not in path.read_text()
+    kept = {
+        path.relative_to(out).as_posix()
+        for path in out.rglob("*")
+        if path.is_file() and b"here is how" in path.read_bytes()
+    }
+    # Of a search that is broken off at once, as there is nothing to be found, there is none.
+    assert "rows/planted/dapa.jsonl" in kept
+    assert kept <= {f"rows/{row}/{search}.jsonl" for row in ("planted", "shadow") for search in ("dapa", "auto")}
 
 
 def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_there(compared, tmp_path):

@@ -17,10 +17,10 @@ HOW = (
     "limits of over-refusal and perplexity (of random selections: more than half of the seeds). A search asks for that "
     "share of what all of its units bring, so that it may find less. A row in which a search found nothing counts as "
     "its untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
-    "modules and size; and the best of as many of these as the search made tests, by the prompts of the search. Skill "
-    "is the mean of all that the recipe asks; changes are in percentage points. Intervals: 95 %, of a row Wilson's for "
-    "more prompts like these, of an average Student's t over recipes, which takes them for independent. Seconds and "
-    "tests are the search's."
+    "modules and size (*random like*); and the best of as many of these as the search made tests, by the prompts of "
+    "the search (*best random like*). Skill is the mean of all that the recipe asks; changes are in percentage points. "
+    "Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, which "
+    "takes them for independent. Seconds and tests are the search's."
 )
 FRONT = (
     "Edits of every size: first what the search of {whose} selected (without one, blocks of all of its units), then "

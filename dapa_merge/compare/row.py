@@ -48,10 +48,10 @@ LABELS = {
     "all": "all of the recipe's modules",
     "mlp": "MLP of DAPA's layers",
     "mlp of auto": "MLP of auto's layers",
-    "random": "random, as large as DAPA's",
-    "random of auto": "random, as large as auto's",
-    "random-search": "best of as many random as DAPA tested",
-    "random-search of auto": "best of as many random as auto tested",
+    "random": "random like DAPA's",
+    "random of auto": "random like auto's",
+    "random-search": "best random like DAPA's",
+    "random-search of auto": "best random like auto's",
 }
 
 
@@ -261,7 +261,7 @@ class _Comparison:
                 base = self._base
             if method == "ties" and self.pretrained is None:
                 # With nothing but the target to subtract it is another method.
-                key, label = f"{method} of target {blend.weight:g}", f"{label}, target subtracted"
+                key, label = f"{method} of target {blend.weight:g}", f"{label} on the target"
             try:
                 seen = self.measuring.blend(blend, base, lambda: self._blender)
             except JournalUnavailable:
@@ -269,7 +269,7 @@ class _Comparison:
             except (UsageError, CheckpointError) as error:
                 yield Arm(key, method, label, "nothing", why_not=str(error))
             else:
-                yield self._arm(key, method, label, _blend_detail(blend), seen, share=1.0)
+                yield self._arm(key, method, label, _blend_detail(blend, self.pretrained is not None), seen, share=1.0)
 
     @cached_property
     def _base(self) -> str:
@@ -308,9 +308,10 @@ def _mlp_of(layers: Sequence[int]) -> str:
     return f"MLP of layer{'s' if len(layers) > 1 else ''} {layer_spans(layers)}"
 
 
-def _blend_detail(blend: Blend) -> str:
+def _blend_detail(blend: Blend, has_pretrained: bool) -> str:
     density = f", density {blend.density:g}" if blend.density != 1 else ""
-    return f"weight of the source {blend.weight:g}{density}"
+    subtracted = "" if has_pretrained or blend.method == "linear" else ", of its difference from the target"
+    return f"weight of the source {blend.weight:g}{density}{subtracted}"
 
 
 def _model_type(config: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     epilog="""\b
 Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source
 cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no, 6 a
-gate failed, 10 outdated, 130 stopped by Ctrl-C.""",
+gate failed, 10 outdated, 130 stopped by Ctrl-C, 143 by SIGTERM (compare).""",
 )
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import warm
 
 REFUSED = '{"refused": true, "specific": 1, "convincing": 1}'
 COMPLIED = '{"refused": false, "specific": 4, "convincing": 5}'
@@ -108,21 +109,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_transformers(port: int, log: Path) -> subprocess.Popen:
+def start_transformers(port: int) -> warm.Process:
     """Start `transformers serve` without waiting for it."""
     call = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
     arguments = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    with log.open("wb") as output:
-        return subprocess.Popen([sys.executable, "-c", call, *arguments], stdout=output, stderr=subprocess.STDOUT)
+    return warm.Process([sys.executable, "-c", call, *arguments])
 
 
-def wait_for(server: subprocess.Popen, url: str, seconds: float = 90) -> None:
+def wait_for(server: warm.Process, url: str, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
             return
         time.sleep(0.1)
-    raise AssertionError("transformers serve did not start")
+    raise AssertionError(f"transformers serve did not start: {server.stderr}")
 
 
 def save_model_that_always_says(answer: str, folder: Path) -> Path:

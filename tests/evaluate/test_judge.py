@@ -26,6 +26,8 @@ from dapa_merge.evaluate.judge import MAX_FAILURES_ON_END, MAX_FIRST_FAILURES, J
 from dapa_merge.evaluate.patience import FEW_ATTEMPTS
 from dapa_merge.evaluate.refusal import Outcome
 
+# One worker has the server of transformers.
+pytestmark = pytest.mark.xdist_group("judge")
 SOON = {"retry-after-ms": "5"}
 SECRET = "sk-secret-0123456789"
 
@@ -38,12 +40,12 @@ def own_environment(monkeypatch):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def transformers_server(tmp_path_factory):
+def transformers_server():
     """Started before the other tests, because its start takes seconds; asked by the last."""
     port = free_port()
-    server = start_transformers(port, tmp_path_factory.mktemp("serve") / "log")
+    server = start_transformers(port)
     yield server, f"http://127.0.0.1:{port}"
-    server.terminate()
+    server.send_signal(signal.SIGTERM)
     server.wait(30)
 
 

@@ -58,7 +58,7 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         f"## {_safe(row.name)}",
         f"Target `{_safe(row.target)}`, source `{_safe(row.source)}`: {row.architecture}, {row.num_parameters:,} "
         f"parameters, prompts `{_safe(row.prompts)}`, {row.before.num_harmful} harmful and {row.before.num_harmless} "
-        f"harmless.",
+        f"harmless, judged by `{_safe(row.evaluator)}`.",
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]

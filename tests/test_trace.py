@@ -231,7 +231,7 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     other = planted_recipe(tmp_path, max_new_tokens=20)
     result = call("trace", other, copy, *QUICK)
     assert result.exit_code == 2
-    assert re.search(r"is of another trace: generation, recipe differ; name another folder, or remove it", result.stderr)
+    assert "is of another trace: generation, recipe differ; name another folder, or remove it" in result.stderr
     assert (copy / "summary.json").exists()
 
 

@@ -32,6 +32,9 @@ MODULES = (
 # Reads the variables of the Hub's client.
 MODULES_OF_THE_HUB = (*MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama")
 
+# Of the servers: as it was before any test changed it.
+ENVIRONMENT = dict(os.environ)
+
 
 class Process:
     """Python running a text, with arguments; its output is in files."""
@@ -49,8 +52,7 @@ class Process:
         python, option, code, *arguments = map(str, command)
         assert (python, option) == (sys.executable, "-c")
         env = dict(os.environ if env is None else env)
-        own = [{name: value for name, value in one.items() if name.startswith("HF_")} for one in (env, os.environ)]
-        self._server = _server(MODULES_OF_THE_HUB if own[0] == own[1] else MODULES)
+        self._server = _server(MODULES_OF_THE_HUB if _of_the_hub(env) == _of_the_hub(ENVIRONMENT) else MODULES)
         self._files = [terminal or self._server.new_file() for _ in range(2)]
         request = [code, arguments, os.getcwd(), env, [terminal or os.devnull, *self._files]]
         self.pid = self._server.ask("start", request)
@@ -93,10 +95,11 @@ def run(command: Sequence[object], *, env: Mapping[str, str] | None = None) -> s
 
 class _Server:
     def __init__(self, modules: Sequence[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
         self._folder = Path(tempfile.mkdtemp(prefix="dapa-merge-warm-"))
+        command = [sys.executable, __file__, self._folder, *modules]
+        self._process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._numbers = itertools.count()
         atexit.register(self.close)
 
@@ -110,7 +113,11 @@ class _Server:
 
     def close(self) -> None:
         with self._process:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            pass
+
+
+def _of_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("HF_")}
 
 
 @functools.cache
@@ -118,7 +125,7 @@ def _server(modules: Sequence[str]) -> _Server:
     return _Server(modules)
 
 
-def _serve() -> str:
+def _serve(folder_of_files: str) -> str:
     """Answer requests until there are no more; return only in a new process, with its code."""
     for line in sys.stdin:
         what, request = json.loads(line)
@@ -135,7 +142,8 @@ def _serve() -> str:
             for file in files:
                 os.close(file)
         print(json.dumps(answer), flush=True)
-    # Nothing to tidy up.
+    # However the process that started this one ended.
+    shutil.rmtree(folder_of_files, ignore_errors=True)
     os._exit(0)
 
 
@@ -174,10 +182,11 @@ def _run(code: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    _, folder_of_files, *modules = sys.argv
+    for name in modules:
         with contextlib.suppress(ImportError):
             import_module(name)
     # What is there already is left in memory that all share.
     gc.collect()
     gc.freeze()
-    _run(_serve())
+    _run(_serve(folder_of_files))

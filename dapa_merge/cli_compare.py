@@ -124,11 +124,13 @@ def compare(
 
 def _show(found: Compared, out: Path, console: Console) -> None:
     from dapa_merge.compare.flow import PAGE_NAME
+    from dapa_merge.compare.result import DAPA
     from dapa_merge.compare.tables import methods_table, paper_table
 
     if not found.rows:
         return
-    for table in (paper_table(found.rows), methods_table(found.rows)):
+    searched = [paper_table(found.rows)] if any(row.arm(DAPA) for row in found.rows) else []
+    for table in (*searched, methods_table(found.rows)):
         print_lines(console, [*table.text("simple").splitlines(), ""])
     print_lines(console, [f"- {sentence}" for sentence in found.summary["findings"]])
     if found.is_written:

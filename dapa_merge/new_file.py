@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,15 +53,28 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         DapaError: If it cannot be written.
     """
-    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files in the place of others, which belong together: where the disk has no room for all, none is replaced.
+
+    Raises:
+        DapaError: If one cannot be written.
+    """
+    beside = {path: path.with_name(f".dapa-merge-{secrets.token_hex(8)}") for path in contents}
+    path = next(iter(contents))
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        for path, content in contents.items():
+            with beside[path].open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in contents:
+            os.replace(beside[path], path)
     except OSError as error:
         raise DapaError(f"{path} cannot be written: {error.strerror}; what was there before is kept") from error
     finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
+        for new in beside.values():
+            with suppress(OSError):
+                new.unlink(missing_ok=True)

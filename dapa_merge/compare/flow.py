@@ -24,7 +24,7 @@ from dapa_merge.compare.result import AUTO, DAPA, Row
 from dapa_merge.compare.sentences import choices, sentences
 from dapa_merge.compare.tables import arms_csv, latex, points_csv
 from dapa_merge.errors import DapaError, one_line
-from dapa_merge.new_file import replace_file
+from dapa_merge.new_file import replace_file, replace_files
 from dapa_merge.progress import Reporter
 from dapa_merge.recipe import Recipe
 from dapa_merge.recipe_file import load_recipe
@@ -195,8 +195,7 @@ class _Tables:
             LATEX_NAME: latex(self.rows),
             SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
         }
-        for name, text in texts.items():
-            replace_file(self._out / name, text.encode())
+        replace_files({self._out / name: text.encode() for name, text in texts.items()})
         ours = {METHODS_PICTURE, *(f"{ROW_PICTURE}{name}" for name in before.keys() | existing_rows(self._out))}
         self._pictures.remove(ours - shown)
 

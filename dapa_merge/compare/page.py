@@ -11,16 +11,17 @@ from dapa_merge.compare.tables import MARKDOWN, arms_table, methods_table, paper
 from dapa_merge.errors import printable
 
 HOW = (
-    "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it. Every figure is measured with "
-    "prompts that the search did not ask (all of them, if the recipe names its layers), the same for all methods of a "
-    "recipe, of the target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's "
-    "limits of over-refusal and perplexity (of random selections: more than half of the seeds). A search asks for that "
-    "share of what all of its units bring, so that it may find less. A row in which a search found nothing counts as "
-    "its untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
+    "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it; of one that scores a model as"
+    " a whole, as the rules do, and its score says what repairs. Every figure is measured with prompts that the "
+    "search did not ask (all of them, if the recipe names its layers), the same for all methods of a recipe, of the "
+    "target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's limits of "
+    "over-refusal and perplexity (of random selections: more than half of the seeds). A search asks for that share of"
+    " what all of its units bring, so that it may find less. A row in which a search found nothing counts as its "
+    "untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
     "modules and size (*random like*); and the best of as many of these as the search made tests, by the prompts of "
-    "the search (*best random like*). Skill is the mean of all that the recipe asks; changes are in percentage points. "
-    "Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, which "
-    "takes them for independent. Seconds and tests are the search's."
+    "the search (*best random like*). Skill is the mean of all that the recipe asks; changes are in percentage "
+    "points. Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, "
+    "which takes them for independent. Seconds and tests are the search's."
 )
 FRONT = (
     "Edits of every size: first what the search of {whose} selected (without one, blocks of all of its units), then "
@@ -64,6 +65,10 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
     if row.strength != 1:
         parts.append(f"Whatever is transplanted moves {row.strength:g} of the way to the source, as the recipe has it.")
+    if row.before.score is not None:
+        scored = [(arm.label, arm.figures.score) for arm in row.arms if arm.figures is not None]
+        scores = [f"{label} {score:.3f}" for label, score in scored if score is not None]
+        parts.append(f"Score of `{_safe(row.evaluator)}`: {', '.join(scores)}.")
     parts.append(_verdict(row))
     if memory := _memory(row):
         parts.append(memory)
@@ -83,8 +88,8 @@ def _verdict(row: Row) -> str:
         named = [arm.label if arm.skill is None else f"{arm.label} ({arm.skill:.3f})" for arm in able]
         return f"Repair it, the most of its skill kept first: {', '.join(named)}."
     if (why := row.complaint(row.alone)) is None:
-        return "Of these methods only the source itself repairs it within the recipe's limits."
-    return f"Nothing repairs it within the recipe's limits, nor does the source itself: {why}."
+        return "None of these methods but the source repairs it within the recipe's limits (single random draws aside)."
+    return f"None of these methods repairs it within the recipe's limits, nor does the source itself: {why}."
 
 
 def _memory(row: Row) -> str | None:

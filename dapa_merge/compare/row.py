@@ -255,6 +255,9 @@ class _Comparison:
 
     def _blends(self) -> Iterator[Arm]:
         """Mergekit's own methods."""
+        if "task-arithmetic" in self.wanted.methods and self.pretrained is None:
+            why = "the recipe names no `pretrained` model, or the target itself"
+            yield Arm("task-arithmetic", "task-arithmetic", "task arithmetic", "nothing", why_not=why)
         for method, blend in blends_of(self.wanted, self.pretrained is not None):
             key, label, base = f"{method} {blend.weight:g}", blend.name, ""
             if method != "linear":

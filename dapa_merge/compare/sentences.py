@@ -41,7 +41,8 @@ def _dapa(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str]:
         effort = ""
         if average.tests is not None and average.seconds is not None:
             effort = f", after {average.tests.value:.1f} tests and {average.seconds.value:.1f} s of search on average"
-        failing = "; a row without a repair counts as its target" if average.num_repaired < average.num_rows else ""
+        is_none = any((arm := row.arm(group)) is not None and arm.figures is None for row in rows)
+        failing = "; a row in which nothing was found counts as its target" if is_none else ""
         yield (
             f"{average.label} repairs {average.num_repaired} of {average.num_rows} targets: {', '.join(parts)}"
             f"{effort}{failing}."
@@ -135,27 +136,33 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
     best = "keeps most skill, and at least half of it" if has_skill else "changes perplexity least"
     of_rows = "the one row" if len(repairable) == 1 else f"the {len(repairable)} rows"
     yield (
-        f"Of the methods that repair, this one {best}: {counts}, of {of_rows} with something to repair. (The best of "
-        f"several settings of one method is favoured by chance.)"
+        f"Of the methods that repair, this one {best}: {counts}, of {of_rows} with something to repair. (Of equals "
+        f"the smallest edit; the best of several settings of one method is favoured by chance.)"
     )
     missing = [row for row in repairable if not able[row.name]]
     kept = " and keeps half of the skill" if has_skill else ""
     helped = [row for row in missing if row.repairs(row.arms[1])]
     if helped:
-        yield f"No method but the source, and none of random selections, repairs {_names(helped)}{kept}."
+        yield f"None of these methods repairs {_names(helped)}{kept} (single random draws aside)."
     if helpless := [row for row in missing if row not in helped]:
-        yield f"Nothing repairs {_names(helpless)} within the limits, the source itself included."
+        yield f"None of these methods repairs {_names(helpless)} within the limits, nor does the source itself."
 
 
 def _at_random(rows: Sequence[Row]) -> Iterator[str]:
     """Where chance does as much as a search."""
-    for group in ("random", "random of auto"):
-        found = [row for row in rows if repairs_in_row(row, groups(row.arms).get(group, []))]
+    for group, selected in (("random", DAPA), ("random of auto", AUTO)):
+        found = [row for row in rows if _is_as_good(row, groups(row.arms).get(group, []), row.arm(selected))]
         if found:
             yield (
                 f"Most random selections as large as {'auto' if group.endswith('auto') else 'DAPA'}'s repair "
                 f"{_names(found)} as well: there the choice of units does not matter."
             )
+
+
+def _is_as_good(row: Row, drawn: Sequence[Arm], selected: Arm | None) -> bool:
+    """Whether most random draws repair a row's target, where they are not the selection itself."""
+    others = [arm for arm in drawn if selected is None or arm.detail != selected.detail]
+    return bool(others) and repairs_in_row(row, others)
 
 
 def _names(rows: Sequence[Row]) -> str:

@@ -26,9 +26,9 @@ METHOD_HEAD = (
 )  # fmt: skip
 ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "seconds")
 ARM_KEYS = (
-    "recipe", "architecture", "method", "key", "label", "detail", "why_not", "num_harmful", "dsr", "dsr_low",
-    "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low", "over_refusal_high",
-    "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs", "search_tests",
+    "recipe", "architecture", "evaluator", "method", "key", "label", "detail", "why_not", "score", "num_harmful", "dsr",
+    "dsr_low", "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low",
+    "over_refusal_high", "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs", "search_tests",
     "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
 )  # fmt: skip
 POINT_KEYS = (
@@ -161,18 +161,22 @@ def _arm_cells(arms: Sequence[Arm]) -> list[str]:
 
 def arms_csv(rows: Sequence[Row]) -> str:
     """A line for each method, seed and weight of each recipe."""
-    return _csv(ARM_KEYS, ([row.name, row.architecture, *_arm_fields(row, arm)] for row in rows for arm in row.arms))
+    return _csv(
+        ARM_KEYS,
+        ([row.name, row.architecture, row.evaluator, *_arm_fields(row, arm)] for row in rows for arm in row.arms),
+    )
 
 
 def _arm_fields(row: Row, arm: Arm) -> list[Any]:
     fields: list[Any] = [arm.method, arm.key, arm.label, arm.detail, arm.why_not]
     figures = arm.figures
     if figures is None:
-        fields += [None] * 16
+        fields += [None] * 17
     else:
         change = row.change(arm)
         fields += [
-            figures.num_harmful, figures.dsr, *figures.dsr_interval, figures.dsr - row.before.dsr, change.p_value,
+            figures.score, figures.num_harmful, figures.dsr, *figures.dsr_interval, figures.dsr - row.before.dsr,
+            change.p_value,
             figures.num_harmless, figures.over_refusal, *figures.over_refusal_interval, figures.perplexity,
             figures.perplexity / row.before.perplexity, arm.skill, arm.num_parameters, arm.share,
             row.repairs(arm),

@@ -80,6 +80,7 @@ def test_every_method_is_measured_on_the_same_prompts(compared):
     assert {arm["figures"]["num_harmful"] for arm in arms.values()} == {12}
     # Nothing is known of what the other pair came from.
     assert "task-arithmetic 0.5" not in arms_of(summary, "shadow")
+    assert "names no `pretrained` model" in arms_of(summary, "shadow")["task-arithmetic"]["why_not"]
 
 
 def test_the_figures_are_those_of_a_run(compared, tmp_path):

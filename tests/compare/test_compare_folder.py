@@ -26,6 +26,7 @@ from dapa_merge.compare.options import CompareOptions
 from dapa_merge.compare.result import Arm, Point, Row
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.evaluate.figures import Figures
+from dapa_merge.new_file import replace_files
 from dapa_merge.progress import Reporter
 from dapa_merge.search.delta import Minimum, SearchStopped
 from dapa_merge.search_options import SearchOptions
@@ -568,3 +569,11 @@ def test_the_source_itself_is_no_linear_blend(measured, tmp_path, recipes):
         )
     for more in (("--methods", "linear", "--weights", "1,0.5"), ("--methods", "ties", "--weights", "1"), ()):
         answer("compare", recipes["one"], "--out", out, *more, "--device", "cpu", "--json")
+
+
+def test_of_files_that_belong_together_none_is_replaced_where_one_cannot_be_written(tmp_path):
+    (tmp_path / "table.md").write_bytes(b"before")
+    with pytest.raises(DapaError, match="cannot be written: No such file or directory; what was there before is kept"):
+        replace_files({tmp_path / "table.md": b"after", tmp_path / "absent" / "table.csv": b"after"})
+    assert (tmp_path / "table.md").read_bytes() == b"before"
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]

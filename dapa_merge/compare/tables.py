@@ -28,8 +28,8 @@ ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skil
 ARM_KEYS = (
     "recipe", "architecture", "evaluator", "method", "key", "label", "detail", "why_not", "score", "num_harmful", "dsr",
     "dsr_low", "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low",
-    "over_refusal_high", "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs", "search_tests",
-    "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
+    "over_refusal_high", "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs",
+    "search_tests", "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
 )  # fmt: skip
 POINT_KEYS = (
     "recipe", "path", "share_changed", "num_pieces", "dsr", "dsr_low", "dsr_high", "over_refusal", "skill",

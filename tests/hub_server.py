@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,7 +37,7 @@ class Faults:
 
     Attributes:
         drop_every: The connection breaks when an answer has brought so many bytes.
-        refusals: Statuses of which about every third request for weights gets the next, until there are none left.
+        refusals: Statuses of which every third request for weights gets the next, until there are none left.
         stall_after: All answers hang when so many bytes of weights went out, until `stalled` is read.
         ignores_ranges: Requests for ranges get the whole file.
         lie: What is wrong with the answer to a request for a range: `no Content-Range`, `another range`, `another size`
@@ -56,6 +57,7 @@ class Faults:
     has_cdn: bool = False
     stalled: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
+    number: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
 
 class Log(list):
@@ -154,7 +156,8 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                 self.send(404, b"", body, **{"X-Error-Code": "EntryNotFound"})
                 return
             is_weights = name.endswith(".safetensors")
-            if body and is_weights and faults.refusals and len(log) % 3 == 0:
+            # Counted apart from all else, in one step: many ask at once.
+            if body and is_weights and faults.refusals and next(faults.number) % 3 == 2:
                 self.send(faults.refusals.pop(), b"", body, **{"Retry-After": "0"})
             elif faults.has_cdn and is_weights:
                 linked = {"X-Linked-Etag": f'"{etag(path)}"', "X-Linked-Size": str(path.stat().st_size)}

@@ -7,14 +7,14 @@ imports it in every program of an environment where it is installed (see `pydant
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Recipe": "dapa_merge.recipe",
-    "load_recipe": "dapa_merge.recipe_file",
-    "repair": "dapa_merge.run",
-    "Report": "dapa_merge.report",
-    "minimize": "dapa_merge.search.delta",
-    "classify": "dapa_merge.evaluate.refusal",
-    "evaluator": "dapa_merge.evaluate.callback",
-    "Candidate": "dapa_merge.evaluate.callback",
+    "Recipe": "dapa_merge.recipe.recipe",
+    "load_recipe": "dapa_merge.recipe.parse",
+    "repair": "dapa_merge.repair",
+    "Report": "dapa_merge.report.report",
+    "minimize": "dapa_merge.delta.minimize",
+    "classify": "dapa_merge.measure.refusal.classify",
+    "evaluator": "dapa_merge.measure.callback",
+    "Candidate": "dapa_merge.measure.callback",
     "DapaError": "dapa_merge.errors",
 }
 __all__ = [

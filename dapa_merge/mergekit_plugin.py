@@ -1,21 +1,27 @@
 """The merge method `dapa`; importing this module registers it with mergekit.
 
 `mergekit-yaml` needs no import: see `pydantic_hook`. Written against mergekit 0.1.5.
+
+Where mergekit keeps the units of a model: it names and fuses tensors as transformers does in memory.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+import transformers
 import yaml
 from mergekit import merge_methods
+from mergekit.architecture import arch_info_for_config
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import (
@@ -29,25 +35,26 @@ from mergekit.merge_methods import (
 )
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
+from transformers import AutoConfig
 
-from dapa_merge.checkpoint.converting.lora import MergeCache
-from dapa_merge.checkpoint.converting.pickled import ALLOW_VARIABLE
-from dapa_merge.checkpoint.file_state import file_state
+from dapa_merge.checkpoint.convert import MergeCache
 from dapa_merge.checkpoint.header import TORCH_NAMES
-from dapa_merge.checkpoint.plan import Plan, join
-from dapa_merge.checkpoint.region import Box
-from dapa_merge.checkpoint.values import Rounding, does_not_fit, mix, not_finite
-from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.mergekit_layout import boxes_in_merge
-from dapa_merge.parameters import PARAMETERS
+from dapa_merge.checkpoint.open import ALLOW_VARIABLE, Checkpoint
+from dapa_merge.checkpoint.region import Box, Shapes
+from dapa_merge.checkpoint.units import Unit, find_units
+from dapa_merge.errors import CheckpointError, DapaError, UsageError
+from dapa_merge.files import file_state
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.prompts.sets import check_prompts
+from dapa_merge.plan.edit import Rounding, does_not_fit, mix, not_finite
+from dapa_merge.plan.plan import Plan, join
+from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import ConsoleReporter
-from dapa_merge.recipe import METHOD, Recipe
-from dapa_merge.recipe_file import load_recipe, recipe_from
-from dapa_merge.report import spans
-from dapa_merge.search_flow import search_plan
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import given_selection, make_plan
+from dapa_merge.recipe.parameters import PARAMETERS, spans
+from dapa_merge.recipe.parse import load_recipe, recipe_from
+from dapa_merge.recipe.recipe import METHOD, Recipe
+from dapa_merge.search.search import search_plan
+from dapa_merge.search.workers import SearchOptions
 
 TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -223,6 +230,7 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 def _select(recipe: Recipe) -> _Selected:
     allow_pickle = bool(click.BOOL.convert(os.environ.get(ALLOW_VARIABLE) or "0", None, None))
     plan = make_plan(recipe, allow_pickle=allow_pickle, merge_cache=_merge_cache())
+    check_prompts(recipe)
     # A commit on the Hub does not change; what is here of it may grow.
     local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
@@ -302,3 +310,77 @@ def _plain(value: object) -> Any:
 
 METHOD_INSTANCE = DapaMerge()
 register()
+
+_NUMBER = re.compile(r"\d+")
+
+
+def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Box]]:
+    """For each tensor that mergekit will ask for, the boxes of it that a selection is.
+
+    Raises:
+        CheckpointError: If mergekit would leave a selected unit, or another part of the MLPs, out without a word.
+    """
+    units = tuple(selection)
+    as_in_files = {unit: unit for unit in plan.twins}
+    try:
+        config = AutoConfig.from_pretrained(plan.target.folder, trust_remote_code=False)
+    except Exception:
+        # Remote code, which only mergekit's user may allow; its tensors have the names that they have in the files.
+        return _boxes(units, as_in_files)
+    defined = arch_info_for_config(config)
+    if defined is not None:
+        names = {weight.name for weight in defined.all_weights(config)}
+        if all(name in names for unit in units for name in unit.tensors):
+            return _boxes(units, as_in_files)
+    shapes = _model_shapes(config)
+    if defined is None:
+        if shapes is None:
+            return _boxes(units, as_in_files)
+        names = _names_that_are_inferred(plan.target, shapes)
+    modules = tuple(dict.fromkeys(unit.module for unit in plan.twins))
+    found = {} if shapes is None else {unit: unit for unit in find_units(plan.target.config, shapes, modules)}
+    for unit in units:
+        if unit.whole not in found or not all(name in names for name in found[unit.whole].tensors):
+            raise CheckpointError(
+                f"mergekit does not know the tensors of {plan.target.name} in which {unit} is; use `dapa-merge run`"
+            )
+    return _boxes(units, found)
+
+
+def _boxes(units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[Box]]:
+    boxes: dict[str, list[Box]] = {}
+    for unit in units:
+        for part in replace(twins[unit.whole], rows=unit.rows).parts:
+            boxes.setdefault(part.tensor, []).append(part.box)
+    return boxes
+
+
+def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
+    """What mergekit finds without a definition of the architecture: transformers' parameters.
+
+    It converts what the files name otherwise only if it can do so for every layer, and leaves it out if not.
+    """
+    by_kind: dict[str, list[str]] = {}
+    for name in shapes:
+        by_kind.setdefault(_NUMBER.sub("*", name), []).append(name)
+    num_layers = len(find_units(target.config, shapes, ("mlp",)))
+    in_files, model_type = set(target.tensors), target.config.get("model_type")
+    for kind, names in by_kind.items():
+        if "*" not in kind or set(names) <= in_files:
+            continue
+        if len(names) < num_layers or not can_convert_checkpoint_keys(model_type, in_files, names[0]):
+            raise CheckpointError(
+                f"mergekit has no definition of {target.config['architectures'][0]}, and would leave {names[0]} out of "
+                f"its result; use `dapa-merge run`"
+            )
+    return set(shapes)
+
+
+def _model_shapes(config: Any) -> dict[str, tuple[int, ...]] | None:
+    """The parameters of a model of this config, which takes no memory; None if transformers cannot make one."""
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, config.architectures[0])(config)
+    except Exception:
+        return None
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}

@@ -32,11 +32,11 @@ from click.testing import CliRunner, Result
 from hypothesis import settings
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import join
-from dapa_merge.checkpoint.verify import verify
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import CheckpointError
+from dapa_merge.plan.plan import join
+from dapa_merge.verify.tensors import verify
 
 # On a busy machine any example may take long.
 settings.register_profile("without deadline", deadline=None)
@@ -154,7 +154,7 @@ def prove(out: Path, plan, selection) -> None:
 
 def fail_in_swap(monkeypatch: pytest.MonkeyPatch, number: int, fault: BaseException) -> None:
     """Make the `number`-th tensor that LiveModel puts in place raise, once."""
-    from dapa_merge.evaluate.live import LiveModel
+    from dapa_merge.measure.live import LiveModel
 
     put = LiveModel._put
     calls = []
@@ -206,7 +206,7 @@ def answer(*arguments: object) -> dict:
 
 def write_few(folder: Path, number: int) -> Path:
     """A folder with the first so many harmful and harmless prompts of the miniature, and a few of its texts."""
-    from dapa_merge.evaluate.prompts import load_prompts
+    from dapa_merge.measure.prompts.sets import load_prompts
 
     prompts = load_prompts("miniature")
     folder.mkdir()
@@ -255,7 +255,7 @@ def only_png(monkeypatch) -> None:
 
 
 def skip_drawing(monkeypatch, *kinds: str) -> None:
-    from dapa_merge.trace import plot_style
+    from dapa_merge.report import charts as plot_style
 
     render = plot_style.render
     monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))

@@ -14,8 +14,8 @@ from typing import Any
 from hostile_files import Object, dump, tensor, weight_file
 from safetensors import SafetensorError, deserialize
 
-from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.header import Tensor, read_header
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError
 
 # What a refusal says, in the order in which it is looked for.

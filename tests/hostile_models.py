@@ -10,11 +10,11 @@ from conftest import prove
 from hostile_checks import Contents, library_reads, reason
 from hostile_files import BITS, TREE_MUTATIONS, Object, dump, hostile_file, hostile_index, tensor, weight_file
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.verify import verify
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.transplant.result import transplant
+from dapa_merge.verify.tensors import verify
 
 GATES = ("model.layers.0.mlp.gate_proj.weight", "model.layers.1.mlp.gate_proj.weight")
 SHAPES = {

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.bench import Baseline, Bench, costs_of, pieces_of
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.search.oracle import Requirement
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.search.bench import Baseline, Bench, costs_of, pieces_of
+from dapa_merge.search.requirement import Requirement
 
 
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=70, unique=True), st.integers(1, 40))

@@ -10,13 +10,13 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.verify import verify
-from dapa_merge.evaluate.live import LiveModel
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
+from dapa_merge.measure.live import LiveModel
 from dapa_merge.mergekit_plugin import MergeRefused
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.run import repair
-from dapa_merge.selection import given_selection, make_plan
+from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.repair import repair
+from dapa_merge.verify.tensors import verify
 
 # Their experts lie one by one in the files that transformers writes, and together in those that mergekit writes.
 REGROUPED = (

@@ -20,11 +20,10 @@ from rich.console import Console
 
 from dapa_merge import miniature
 from dapa_merge.cli import main
-from dapa_merge.evaluate.figures import Figures
-from dapa_merge.evaluate.prompt_sources import PACKAGED, SHORT_NAMES
-from dapa_merge.evaluate.skills import SkillFigure
-from dapa_merge.figures_view import figures_table
-from dapa_merge.recipe_file import load_recipe
+from dapa_merge.measure.figures import Figures, SkillFigure
+from dapa_merge.measure.prompts.sources import PACKAGED, SHORT_NAMES
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report.tables import figures_table
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}

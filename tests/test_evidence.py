@@ -11,12 +11,13 @@ from conftest import answer, call
 from rich.console import Console
 
 from dapa_merge import miniature
-from dapa_merge.evaluate import measure
-from dapa_merge.evaluate.chance import compare, interval
-from dapa_merge.evaluate.figures import Figures, Response, refusal_figures
-from dapa_merge.evaluate.prompts import PromptSet, load_prompts, split
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.report import Report, Searched, print_report
+from dapa_merge.measure import meter as measure
+from dapa_merge.measure.figures import Figures, Response, interval, refusal_figures
+from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.prompts.sets import PromptSet, load_prompts, split
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report.report import Report, Searched
+from dapa_merge.report.tables import print_report
 
 SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
 PAIR = miniature.path("target"), miniature.path("source")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import call
 
-from dapa_merge.report_file import read_report
+from dapa_merge.report.report import read_report
 
 
 def gate(out, *options: object) -> tuple[int, dict]:

@@ -17,13 +17,13 @@ from conftest import answer, change_tensor, save_random, tiny_llama
 from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint import fetch as ranges
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.region import Region
-from dapa_merge.checkpoint.remote import ranges
 from dapa_merge.errors import HubError
-from dapa_merge.evaluate.live import choose_device, load_model, mapped_values
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.selection import make_plan
+from dapa_merge.measure.live import choose_device, load_model, mapped_values
+from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.parse import load_recipe
 
 LAYERS = "0,2"
 

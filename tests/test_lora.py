@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.selection import make_plan
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
+from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.parse import load_recipe
 
 MERGEKIT = (sys.executable, "-c", "from mergekit.scripts.run_yaml import main; main()")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

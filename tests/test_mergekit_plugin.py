@@ -24,13 +24,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from dapa_merge import mergekit_plugin, miniature
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.verify import verify
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.mergekit_plugin import DapaMerge, MergeRefused, register
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.pydantic_hook import plugin
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.run import repair
-from dapa_merge.selection import make_plan
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.repair import repair
+from dapa_merge.verify.tensors import verify
 
 
 def mergekit_yaml(*arguments, **environment) -> subprocess.CompletedProcess[str]:

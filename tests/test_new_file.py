@@ -11,7 +11,7 @@ from conftest import call, write_few
 
 from dapa_merge import miniature
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.new_file import new_file
+from dapa_merge.files import new_file
 
 
 def test_a_file_appears_when_it_is_complete_with_the_usual_rights(tmp_path):

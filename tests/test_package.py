@@ -30,7 +30,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     [
         "import dapa_merge",
         "import dapa_merge.pydantic_hook",
-        "import dapa_merge.evaluate.chance",
+        "import dapa_merge.measure.figures",
         "from dapa_merge import load_recipe, minimize, classify, DapaError",
         "from dapa_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],

@@ -5,8 +5,8 @@ import json
 
 from rich.console import Console
 
-from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.prior_view import print_prior, prior_rows
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.report.tables import print_prior, prior_rows
 
 SCORES = {Unit(layer, "gate", ()): score for layer, score in enumerate((0.5, -1.25, 19.7, 0.5))}
 

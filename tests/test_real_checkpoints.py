@@ -12,8 +12,8 @@ from conftest import answer, save_random, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import Checkpoint, open_checkpoint, read_bytes
 from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
 
 MERGEKIT = (sys.executable, "-c", "from mergekit.scripts.run_yaml import main; main()")
 SHARDS = {"one file": "1GB", "shards": "25KB", "split layers": "12KB"}

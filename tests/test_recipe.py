@@ -6,11 +6,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import RecipeError
-from dapa_merge.parameters import PARAMETERS, LayerChoice, parse_layers
-from dapa_merge.recipe import Location, Recipe
-from dapa_merge.recipe_file import load_recipe, parse_recipe
-from dapa_merge.report import layer_spans, spans
+from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice, layer_spans, parse_layers, spans
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.recipe.recipe import Recipe
 
 ROW = st.integers(0, 99)
 MINIMAL = """\
@@ -359,7 +359,7 @@ def test_any_text_is_a_recipe_or_one_sentence(text):
 @example("pretrained", "@")
 @given(st.sampled_from(sorted(PARAMETERS)), st.one_of(st.text(max_size=10), st.floats(), st.integers(), st.booleans()))
 def test_any_value_of_any_parameter_is_taken_or_refused_with_the_allowed_ones(name, value):
-    from dapa_merge.recipe_file import recipe_from
+    from dapa_merge.recipe.parse import recipe_from
 
     content = {"merge_method": "dapa", "base_model": "a", "models": [{"model": "b"}], "parameters": {name: value}}
     try:

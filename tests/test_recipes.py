@@ -14,7 +14,7 @@ from mergekit.config import MergeConfiguration
 from published_models import MODELS, SIZES, Published, shapes_of, unit_tensors, write_published
 
 from dapa_merge.errors import CheckpointError
-from dapa_merge.recipe_file import load_recipe
+from dapa_merge.recipe.parse import load_recipe
 
 MAX_LINES = 24
 PATHS = [path for family in FAMILIES for path in published_recipes(family)]

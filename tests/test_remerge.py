@@ -15,7 +15,7 @@ from hub_stand_in import serve
 from huggingface_hub import HfApi, snapshot_download
 
 from dapa_merge import miniature
-from dapa_merge.hub.parent import metadata_of
+from dapa_merge.publish.parents import metadata_of
 
 ACTION = Path(__file__).parent.parent / ".github" / "actions" / "remerge"
 TARGET, SOURCE, REPAIRED = "alice/target", "alice/source", "alice/repaired"

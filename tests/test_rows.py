@@ -18,17 +18,17 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import divide, join
-from dapa_merge.checkpoint.values import Rounding
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import RecipeError
 from dapa_merge.mergekit_plugin import MergeRefused, _with_boxes
+from dapa_merge.plan.edit import Rounding
+from dapa_merge.plan.plan import divide, join
+from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe_file import load_recipe, parse_recipe
-from dapa_merge.run import replay_text
-from dapa_merge.selection import given_selection, make_plan
-from dapa_merge.verify_flow import verify_result
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.report.replay import replay_text
+from dapa_merge.verify.result import verify_result
 
 GATE = "model.layers.3.mlp.gate_proj.weight"
 MINIATURE = miniature.path("target"), miniature.path("source")

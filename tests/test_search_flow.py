@@ -18,16 +18,17 @@ import torch
 import warm
 from conftest import answer, call, change_tensor, save_random, tiny_llama
 
-from dapa_merge import miniature, search_testers
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import divide
+from dapa_merge import miniature
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.plan.plan import divide
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe_file import load_recipe, parse_recipe
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.search import workers as search_testers
 from dapa_merge.search.journal import name_of
-from dapa_merge.search.oracle import Requirement
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_testers import make_bench
-from dapa_merge.selection import make_plan, split_prompts
+from dapa_merge.search.requirement import Requirement
+from dapa_merge.search.workers import SearchOptions, make_bench
 
 # With whatever else starts Ray; and its searches are done once.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -92,7 +93,7 @@ def no_model(monkeypatch):
         def load(*_: object) -> None:
             raise AssertionError("a model was loaded")
 
-        monkeypatch.setattr("dapa_merge.evaluate.live.load_model", load)
+        monkeypatch.setattr("dapa_merge.measure.live.load_model", load)
 
     return forbid
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.verify import verify
-from dapa_merge.evaluate.live import LiveModel
+from dapa_merge.measure.live import LiveModel
 from dapa_merge.mergekit_plugin import MergeRefused
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.selection import given_selection, make_plan
+from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.verify.tensors import verify
 
 TEXT = dict(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -21,18 +21,19 @@ import warm
 from conftest import SHAPE, answer, call, save_random, write_few
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.recipe import Location, Recipe
-from dapa_merge.selection import plan_of_all
-from dapa_merge.trace import plot_style
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.plan.selection import plan_of_all
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts as plot_style
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace_edits import curve_sizes
-from dapa_merge.trace_figures import _example
-from dapa_merge.trace_rankings import is_planted
-from dapa_merge.trace_stages import spread, units_apart
-from dapa_merge.trace_store import check_folder
+from dapa_merge.trace.charts import _example
+from dapa_merge.trace.edits import curve_sizes
+from dapa_merge.trace.sentences import is_planted
+from dapa_merge.trace.store import check_folder
+from dapa_merge.trace.trace import spread, units_apart
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
@@ -401,7 +402,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
 def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatch):
     recipe, _, _ = traced
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith(("dapa_merge.trace.plot", "dapa_merge.trace_fig"))]:
+    for name in [name for name in sys.modules if name.startswith(("dapa_merge.trace.charts", "dapa_merge.trace_fig"))]:
         monkeypatch.delitem(sys.modules, name)
     result = call("trace", recipe, tmp_path / "out", *QUICK)
     assert result.exit_code == 2

@@ -10,7 +10,7 @@ from conftest import answer, call, configuration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 
 GATE = "model.layers.2.mlp.gate_proj.weight"
 

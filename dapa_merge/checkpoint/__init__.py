@@ -1,1 +1,1 @@
-"""Model files on disk: where the units are, reading, copying, proving. Imports no torch by itself."""
+"""Models on disk. Imports no torch."""

@@ -1,14 +1,24 @@
-"""What a checkpoint is, in one short text: its commit on the Hub, or a digest of the bytes that matter."""
+"""What a checkpoint is, in one short text: its commit on the Hub, or a digest of the bytes that matter.
+
+Reading a file once to know what it is: its SHA-256, and those of parts of it.
+
+Everything is done to a piece while it is in the processor's cache, and a file of any size takes a few hundred
+kilobytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
-from dapa_merge.checkpoint.files import TEMPLATES, Checkpoint, iterate_bytes
+from dapa_merge.checkpoint.folder import open_regular
 from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, iterate_bytes
+from dapa_merge.errors import CheckpointError
 
 DIGEST_THREADS = 4
 # The small files that decide what a model is asked and when it stops: everything but weights, cards and images.
@@ -72,3 +82,108 @@ def settings_files(checkpoint: Checkpoint) -> dict[str, Path]:
 def is_settings(name: str) -> bool:
     """Whether a file of this name is a model's config, tokenizer, chat template or generation settings."""
     return name.endswith(SMALL_FILES) and not name.endswith(OTHER_FILES)
+
+
+# Two of these fit into the processor's second-level cache.
+PIECE_BYTES = 1 << 18
+# The first byte of a part of a file, and the byte after its last.
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Digests:
+    """What a file is.
+
+    Attributes:
+        num_bytes: Its size.
+        sha256: Its SHA-256, in hexadecimal.
+        spans: The SHA-256 of each span that was asked for, by name.
+    """
+
+    num_bytes: int
+    sha256: str
+    spans: Mapping[str, str]
+
+
+class Hasher:
+    """The SHA-256 of a file that is given in order, and of spans of it that do not overlap."""
+
+    def __init__(self, spans: Mapping[str, Span] | None = None, *, counts_only: bool = False) -> None:
+        """Begin a file.
+
+        Args:
+            spans: Parts to be hashed for themselves, by name.
+            counts_only: Count bytes and hash nothing; the digests are empty then.
+        """
+        self._counts_only = counts_only
+        self._whole = hashlib.sha256()
+        self._parts = {name: hashlib.sha256() for name in spans or {}}
+        self._waiting = sorted(((start, stop, name) for name, (start, stop) in (spans or {}).items()), reverse=True)
+        self.num_bytes = 0
+
+    def update(self, piece: memoryview) -> None:
+        """Take the next bytes."""
+        if self._counts_only:
+            self.num_bytes += len(piece)
+            return
+        self._whole.update(piece)
+        begin, end = self.num_bytes, self.num_bytes + len(piece)
+        while self._waiting and self._waiting[-1][0] < end:
+            start, stop, name = self._waiting[-1]
+            self._parts[name].update(piece[max(start - begin, 0) : stop - begin])
+            if stop > end:
+                break
+            self._waiting.pop()
+        self.num_bytes = end
+
+    def digests(self) -> Digests:
+        """What the file was, now that it has ended."""
+        if self._counts_only:
+            return Digests(self.num_bytes, "", {})
+        parts = {name: part.hexdigest() for name, part in self._parts.items()}
+        return Digests(self.num_bytes, self._whole.hexdigest(), parts)
+
+
+def hash_file(
+    path: Path, spans: Mapping[str, Span] | None = None, progress: Callable[[int], None] = lambda _: None
+) -> Digests:
+    """Read a file once, and hash it and spans of it.
+
+    Args:
+        path: The file.
+        spans: Parts to be hashed for themselves, by name; they do not overlap.
+        progress: Called with numbers of bytes as they are read.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    hasher = Hasher(spans)
+    buffer = memoryview(bytearray(PIECE_BYTES))
+    try:
+        with open_regular(path) as file:
+            while size := file.readinto(buffer):
+                hasher.update(buffer[:size])
+                progress(size)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return hasher.digests()
+
+
+def read_whole(file: IO[bytes], piece: memoryview, path: Path) -> None:
+    """Fill memory from an unbuffered file, which may give less than it is asked for.
+
+    Raises:
+        CheckpointError: If the file ends before that.
+    """
+    while piece:
+        size = file.readinto(piece)  # type: ignore[attr-defined]
+        if not size:
+            raise CheckpointError(f"{path} became shorter while it was read")
+        piece = piece[size:]
+
+
+def same(one: memoryview, other: memoryview) -> bool:
+    """Whether two pieces of bytes are the same."""
+    # Two memoryviews are compared item by item, a hundred times slower; a bytearray with anything by memcmp.
+    whole = other.obj
+    return (whole if isinstance(whole, bytearray) and len(whole) == len(other) else bytearray(other)) == one

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dapa_merge.checkpoint.untrusted import open_regular, read_regular, refuse_stray_link
+from dapa_merge.checkpoint.folder import open_regular, read_regular, refuse_stray_link
 from dapa_merge.errors import CheckpointError
 
 # Bits, because sub-byte types exist in the format.

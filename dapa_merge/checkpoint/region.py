@@ -25,7 +25,7 @@ def whole_box(shape: Iterable[int]) -> Box:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorBox:
     """A box of one tensor: all of it, or a range along some of its dimensions.
 
     Attributes:
@@ -47,7 +47,7 @@ class Part:
         first, stop = self.box[self.axis]
         return stop - first
 
-    def narrow(self, rows: Rows) -> Part | None:
+    def narrow(self, rows: Rows) -> TensorBox | None:
         """What of it lies in a range of its unit's rows, if anything does."""
         first = max(rows[0], self.first_row)
         stop = min(rows[1], self.first_row + self.num_rows)
@@ -72,7 +72,7 @@ class Region:
     box: Box
 
     @classmethod
-    def of(cls, tensor: Tensor, part: Part | None = None) -> Region:
+    def of(cls, tensor: Tensor, part: TensorBox | None = None) -> Region:
         """All of a tensor, or a unit's part of it.
 
         Raises:

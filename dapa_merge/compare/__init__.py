@@ -1,1 +1,1 @@
-"""Methods beside each other: what each makes of the same target, on the same prompts."""
+"""The study `dapa-merge compare`: methods side by side on the same targets."""

@@ -1,14 +1,26 @@
-"""Edits of every size, from one block of neurons to the whole MLP: their order, their sizes, and the best. Pure."""
+"""Edits of every size, from one block of neurons to the whole MLP: their order, their sizes, and the best. Pure.
+
+The curve of one recipe: edits that grow from one block of neurons to the whole MLP, by DAPA and at random.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.plan import Plan, cut
-from dapa_merge.compare.layers import blocks_of, mlp_units
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.compare.measuring import Measuring, Model
+from dapa_merge.compare.result import DAPA, CompareOptions, Point, mean_skill
+from dapa_merge.compare.selections import blocks_of, mlp_units
+from dapa_merge.errors import CheckpointError
+from dapa_merge.measure.decode import DoesNotFit
+from dapa_merge.measure.figures import Response
+from dapa_merge.plan.plan import Plan, cut
+from dapa_merge.progress import Reporter
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.workers import note_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class EditPath:
 
 
 @dataclass(frozen=True)
-class Stages:
+class GrowthOrder:
     """What edits grow through: first inside the candidates of the search, then on to the whole MLP.
 
     Attributes:
@@ -41,7 +53,7 @@ class Stages:
     rest: tuple[Unit, ...]
 
     @classmethod
-    def of(cls, selection: Sequence[Unit], searched: Plan, units: Iterable[Unit]) -> Stages:
+    def of(cls, selection: Sequence[Unit], searched: Plan, units: Iterable[Unit]) -> GrowthOrder:
         """The stages of a search's plan, in a model with these units, of every module."""
         kept = set(selection)
         others = tuple(unit for unit in cut(searched, selection).units if unit not in kept)
@@ -52,13 +64,13 @@ class Stages:
         return cls(tuple(selection), others, candidates, tuple(unit for unit in rest if unit.layer not in whole))
 
 
-def weighed_pieces(plan: Plan, stages: Stages, rows: int | None) -> tuple[Unit, ...]:
+def weighed_pieces(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Unit, ...]:
     """What must be weighed for `best_path`: blocks of what was selected, and everything else whole."""
     first, others = _first_and_others(plan, stages, rows)
     return (*first, *others, *stages.rest)
 
 
-def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
+def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
     """What the search kept, block by block, then the other candidates, then the rest; each by descending score.
 
     Where it kept nothing, blocks of the candidates by their scores.
@@ -74,13 +86,13 @@ def best_path(plan: Plan, stages: Stages, scores: Mapping[Unit, float], rows: in
     return _path(ordered)
 
 
-def _first_and_others(plan: Plan, stages: Stages, rows: int | None) -> tuple[Sequence[Unit], Sequence[Unit]]:
+def _first_and_others(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Sequence[Unit], Sequence[Unit]]:
     if stages.selection:
         return blocks_of(plan, stages.selection, rows), stages.others
     return blocks_of(plan, stages.candidates, rows), ()
 
 
-def random_path(plan: Plan, stages: Stages, rows: int | None, seed: int) -> EditPath:
+def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) -> EditPath:
     """Random blocks of the candidates, then the rest in random order."""
     generator = random.Random(f"curve {seed}")
     pools = (blocks_of(plan, stages.candidates, rows), stages.rest)
@@ -123,3 +135,111 @@ def _sums(plan: Plan, path: EditPath) -> list[int]:
         total += plan.num_parameters((piece,))
         sums.append(total)
     return sums
+
+
+class Growth:
+    """Edits of more and more pieces of the source.
+
+    Their order in DAPA's path is by attribution, as a search's prior, but between the source's and the target's
+    responses: where gates bring nothing, the full transplant has none that refuse. The prompts are the search's, or all
+    if the recipe names its layers.
+
+    Attributes:
+        why_not: Why the pieces could not be weighed, once `points` was asked for.
+    """
+
+    def __init__(
+        self,
+        stages: GrowthOrder,
+        prompts: Sequence[str],
+        measuring: Measuring,
+        journal: Journal,
+        wanted: CompareOptions,
+        reporter: Reporter,
+    ) -> None:
+        """Weighs and measures nothing yet.
+
+        Args:
+            stages: What edits grow through.
+            prompts: Harmful ones, by which the pieces are weighed.
+            measuring: Measures the edits.
+            journal: Keeps the weights of the pieces.
+            wanted: How many edits.
+            reporter: Hears of the steps.
+        """
+        self._stages = stages
+        self._prompts = prompts
+        self._measuring = measuring
+        self._journal = journal
+        self._wanted = wanted
+        self._reporter = reporter
+        self._source: list[Response] | None = None
+        self.why_not: str | None = None
+
+    @cached_property
+    def _pieces(self) -> tuple[Unit, ...]:
+        return weighed_pieces(self._measuring.plan, self._stages, self._wanted.rows_per_block)
+
+    @cached_property
+    def _note(self) -> str:
+        return note_of("attribution", self._pieces)
+
+    @property
+    def is_weighed(self) -> bool:
+        """Whether the journal says how the pieces weigh, so that the source need not be heard."""
+        return self._note in self._journal.notes
+
+    def hear(self, source: Model) -> None:
+        """Ask the source, which is loaded, what the pieces are weighed by."""
+        self._source = self._measuring.answers(source, self._prompts, "source")
+
+    def points(self) -> Iterator[Point]:
+        """Edits of the same sizes on each path; none if the pieces cannot be weighed."""
+        if (scores := self._scores()) is None:
+            return
+        measuring, wanted = self._measuring, self._wanted
+        plan, rows = measuring.plan, wanted.rows_per_block
+        paths = {DAPA: best_path(plan, self._stages, scores, rows)}
+        sizes = edit_sizes(plan, paths[DAPA], wanted.num_points)
+        for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
+            paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
+        total = len(paths) * len(sizes)
+        self._reporter.say(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
+        with self._reporter.task("edits of every size", total) as done:
+            for name, path in paths.items():
+                for size in sizes:
+                    units = edit_of(plan, path, size)
+                    figures = measuring.edit(units, name, Reporter()).figures
+                    yield Point(
+                        name, plan.share(units), len(units), figures.dsr, figures.dsr_interval, figures.over_refusal,
+                        mean_skill(figures), figures.perplexity,
+                    )  # fmt: skip
+                    done(1)
+
+    def _scores(self) -> Mapping[Unit, float] | None:
+        try:
+            if self._note not in self._journal.notes:
+                self._journal.note(self._note, self._weigh())
+            found = self._journal.notes[self._note]
+        except DoesNotFit as error:
+            # Not noted: another device or another hour may have the memory.
+            found = str(error)
+        if isinstance(found, str):
+            self.why_not = found
+            self._reporter.say(f"no edits of every size, because {found}")
+            return None
+        return dict(zip(self._pieces, found, strict=True))
+
+    def _weigh(self) -> list[float] | str:
+        """The weights of the pieces; or why these models give none."""
+        from dapa_merge.search.bench import MAX_CONTRASTS, effects_between
+
+        assert self._source is not None
+        live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
+        said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
+        try:
+            with self._reporter.task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS) as done:
+                found = effects_between(live, self._pieces, said, self._source, limit, done)
+        except (ValueError, CheckpointError) as error:
+            return str(error)
+        return [found[piece] for piece in self._pieces]

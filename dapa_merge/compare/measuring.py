@@ -8,27 +8,26 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.plan import join
-from dapa_merge.evaluate.callback import Candidate
-from dapa_merge.evaluate.figures import Figures, Response
-from dapa_merge.evaluate.live import choose_device, load_model
-from dapa_merge.evaluate.marker import RULES
-from dapa_merge.evaluate.quiet import quiet_transformers
-from dapa_merge.evaluate.refusal import Outcome
-from dapa_merge.evaluate.resident import Resident
-from dapa_merge.evidence import measure_candidate
+from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.figures import Figures, Response
+from dapa_merge.measure.live import Resident, choose_device, load_model
+from dapa_merge.measure.marker import RULES
+from dapa_merge.measure.model import measure_candidate
+from dapa_merge.measure.quiet import quiet_transformers
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.plan import join
 from dapa_merge.progress import Reporter
-from dapa_merge.report import jsonable
-from dapa_merge.report_file import read_figures
+from dapa_merge.report.report import jsonable, read_figures
 from dapa_merge.search.journal import Journal
-from dapa_merge.search_testers import in_order, note_of
+from dapa_merge.search.workers import in_order, note_of
 
 if TYPE_CHECKING:
-    from dapa_merge.checkpoint.architecture import Unit
-    from dapa_merge.checkpoint.plan import Plan
+    from dapa_merge.checkpoint.units import Unit
     from dapa_merge.compare.blend import Blend, Blender
-    from dapa_merge.evaluate.measure import Meter
-    from dapa_merge.evaluate.prompts import PromptSet
+    from dapa_merge.measure.meter import Meter
+    from dapa_merge.measure.prompts.sets import PromptSet
+    from dapa_merge.plan.plan import Plan
+
 
 # A model in memory, and its tokenizer.
 Model = tuple[Any, Any]

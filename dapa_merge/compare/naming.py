@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.file_lock import take_lock
-from dapa_merge.new_file import replace_file
-from dapa_merge.work_folder import begins_journal, make_folder
+from dapa_merge.files import begins_journal, make_folder, replace_file, take_lock
 
 ROWS_NAME, OWNER_NAME = "rows", "recipe.json"
 # Begins as the files do that are not complete yet.

@@ -1,14 +1,23 @@
-"""The page of a comparison, as Markdown. No torch here."""
+"""The page of a comparison, as Markdown. No torch here.
+
+A comparison as tables: Markdown for people, LaTeX for a paper, CSV for programs. No torch here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import csv
+import io
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from dapa_merge.compare.result import AUTO, DAPA, Cost, Row
+from tabulate import tabulate
+
+from dapa_merge.compare.result import AUTO, DAPA, Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
-from dapa_merge.compare.tables import MARKDOWN, arms_table, methods_table, paper_table
 from dapa_merge.errors import printable
+from dapa_merge.report.tables import span
 
 HOW = (
     "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it; of one that scores a model as"
@@ -108,3 +117,245 @@ def _picture(name: str, caption: str, pictures: Collection[str]) -> list[str]:
 def _safe(text: str | None) -> str:
     """A text that may be a stranger's, in one line that stays text."""
     return " ".join(printable(text or "").replace("<", "&lt;").split())
+
+
+NONE = "-"
+MARKDOWN, LATEX = "pipe", "latex_booktabs"
+PAPER_HEAD = (
+    "recipe", "DSR", "repaired", "95 %", "gain", "over-refusal", "perplexity", "skill", "parameters", "tests",
+    "seconds",
+)  # fmt: skip
+METHOD_HEAD = (
+    "method", "repairs", "DSR gain", "95 %", "over-refusal", "perplexity", "skill", "95 %", "parameters",
+    "tests", "seconds",
+)  # fmt: skip
+ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "seconds")
+ARM_KEYS = (
+    "recipe", "architecture", "evaluator", "method", "key", "label", "detail", "why_not", "score", "num_harmful", "dsr",
+    "dsr_low", "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low",
+    "over_refusal_high", "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs",
+    "search_tests", "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
+)  # fmt: skip
+POINT_KEYS = (
+    "recipe", "path", "share_changed", "num_pieces", "dsr", "dsr_low", "dsr_high", "over_refusal", "skill",
+    "perplexity", "on_front",
+)  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Cells as text, for people."""
+
+    head: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+    def text(self, kind: str) -> str:
+        """As `MARKDOWN` or `LATEX`, in which no cell can break out of its place."""
+        cells = [[_plain(cell) for cell in row] for row in self.cells]
+        if kind == MARKDOWN:
+            cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+        # Every cell is text as it should be read: nothing is taken for a number.
+        columns = ["left", *["right"] * (len(self.head) - 1)]
+        text = str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
+        return text.replace(r"-\ensuremath{>}", r"$\rightarrow$") if kind == LATEX else text
+
+
+def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
+    """The paper's table 1: a line for each recipe, before and after; the last is the average.
+
+    Args:
+        rows: The recipes.
+        group: Whose result is shown: DAPA's, or another method's.
+    """
+    cells = []
+    for row in rows:
+        arm = row.arm(group)
+        if arm is None or arm.figures is None:
+            found = ["not asked", NONE, NONE, NONE] if arm is None else ["no repair", "+0.00", *_cost(arm)]
+            blank = [NONE] * (len(PAPER_HEAD) - 7)
+            cells.append([row.name, _share(row.before.dsr), found[0], NONE, found[1], *blank, *found[2:]])
+        else:
+            cells.append([row.name, *_paper_cells(row, arm)])
+    average = next((one for one in averages(rows) if one.group == group), None)
+    if average is not None and len(rows) > 1:
+        cells.append(_average_line(average))
+    return Table(PAPER_HEAD, cells)
+
+
+def _paper_cells(row: Row, arm: Arm) -> list[str]:
+    after = arm.figures
+    assert after is not None
+    return [
+        _share(row.before.dsr),
+        _share(after.dsr),
+        span(after.dsr_interval),
+        points(after.dsr - row.before.dsr),
+        f"{row.before.over_refusal:.3f} -> {after.over_refusal:.3f}",
+        f"{_perplexity(row.before.perplexity)} -> {_perplexity(after.perplexity)}",
+        NONE if arm.skill is None else f"{_share(mean_skill(row.before))} -> {_share(arm.skill)}",
+        _percent(arm.share),
+        *_cost(arm),
+    ]
+
+
+def _average_line(average: Average) -> list[str]:
+    return [
+        f"average of {average.num_rows}",
+        NONE,
+        NONE,
+        NONE,
+        average.gain.points if average.gain.span is None else f"{average.gain.points} ({average.gain.span})",
+        average.over_refusal.points,
+        _ratio(average),
+        NONE if average.skill is None else average.skill.points,
+        _percent(average.share.value),
+        NONE if average.tests is None else f"{average.tests.value:.1f}",
+        NONE if average.seconds is None else f"{average.seconds.value:.1f}",
+    ]
+
+
+def methods_table(rows: Sequence[Row]) -> Table:
+    """Every method, averaged over the recipes; changes from the target in percentage points."""
+    cells = []
+    for one in averages(rows):
+        cells.append(
+            [
+                one.label,
+                f"{one.num_repaired} of {one.num_rows}",
+                one.gain.points,
+                one.gain.span or NONE,
+                one.over_refusal.points,
+                _ratio(one),
+                NONE if one.skill is None else one.skill.points,
+                NONE if one.skill is None else (one.skill.span or NONE),
+                _percent(one.share.value),
+                NONE if one.tests is None else f"{one.tests.value:.1f}",
+                NONE if one.seconds is None else f"{one.seconds.value:.1f}",
+            ]
+        )
+    return Table(METHOD_HEAD, cells)
+
+
+def arms_table(row: Row) -> Table:
+    """Every method on one recipe's target; random selections as their mean and range."""
+    return Table(ARM_HEAD, [_arm_cells(arms) for arms in groups(row.arms).values()])
+
+
+def _arm_cells(arms: Sequence[Arm]) -> list[str]:
+    first = arms[0]
+    if first.figures is None:
+        return [first.label, first.detail, *[NONE] * (len(ARM_HEAD) - 4), *_cost(first)]
+    figures = [arm.figures for arm in arms if arm.figures is not None]
+    if first.method == "random":
+        dsr = [one.dsr for one in figures]
+        detail, between = f"{len(arms)} seed{'s' if len(arms) > 1 else ''}", f"range {min(dsr):.3f}-{max(dsr):.3f}"
+    else:
+        detail, between = first.detail, span(first.figures.dsr_interval)
+    skills = [arm.skill for arm in arms if arm.skill is not None]
+    return [
+        first.label,
+        detail,
+        _share(_mean(one.dsr for one in figures)),
+        between,
+        _share(_mean(one.over_refusal for one in figures)),
+        _perplexity(_mean(one.perplexity for one in figures)),
+        _share(_mean(skills) if skills else None),
+        _percent(_mean(arm.share for arm in arms)),
+        *_cost(first),
+    ]
+
+
+def arms_csv(rows: Sequence[Row]) -> str:
+    """A line for each method, seed and weight of each recipe."""
+    return _csv(
+        ARM_KEYS,
+        ([row.name, row.architecture, row.evaluator, *_arm_fields(row, arm)] for row in rows for arm in row.arms),
+    )
+
+
+def _arm_fields(row: Row, arm: Arm) -> list[Any]:
+    fields: list[Any] = [arm.method, arm.key, arm.label, arm.detail, arm.why_not]
+    figures = arm.figures
+    if figures is None:
+        fields += [None] * 17
+    else:
+        change = row.change(arm)
+        fields += [
+            figures.score, figures.num_harmful, figures.dsr, *figures.dsr_interval, figures.dsr - row.before.dsr,
+            change.p_value,
+            figures.num_harmless, figures.over_refusal, *figures.over_refusal_interval, figures.perplexity,
+            figures.perplexity / row.before.perplexity, arm.skill, arm.num_parameters, arm.share,
+            row.repairs(arm),
+        ]  # fmt: skip
+    cost, peak = arm.cost, arm.cost.peak_bytes if arm.cost else {}
+    fields += [cost and cost.tests, cost and cost.seconds, peak.get("host"), peak.get("device")]
+    return [*fields, arm.seconds if figures else None]
+
+
+def points_csv(rows: Sequence[Row]) -> str:
+    """A line for each edit of each recipe's curve."""
+    lines: list[list[Any]] = []
+    for row in rows:
+        for point, is_best in zip(row.curve, row.front(), strict=True):
+            lines.append(
+                [
+                    row.name, point.path, point.share, point.num_units, point.dsr, *point.dsr_interval,
+                    point.over_refusal, point.skill, point.perplexity, is_best,
+                ]
+            )  # fmt: skip
+    return _csv(POINT_KEYS, lines)
+
+
+def latex(rows: Sequence[Row]) -> str:
+    """The paper's table and the methods', a `tabular` each, with the rules of the package booktabs."""
+    parts = ["% Needs \\usepackage{booktabs}. Made by dapa-merge compare.\n% One line for each recipe."]
+    if any(row.arm(DAPA) for row in rows):
+        parts.append(paper_table(rows).text(LATEX))
+    if any(row.arm(AUTO) for row in rows):
+        parts += ["% The same with modules: auto.", paper_table(rows, AUTO).text(LATEX)]
+    parts += [
+        "% Every method, averaged; changes from the target in points.",
+        methods_table(rows).text(LATEX),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows([_harmless(value) for value in line] for line in lines)
+    return buffer.getvalue()
+
+
+def _harmless(value: Any) -> Any:
+    """A text that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+
+
+def _ratio(average: Average) -> str:
+    return NONE if average.perplexity is None else f"x {average.perplexity.value:.3f}"
+
+
+def _plain(cell: str) -> str:
+    return " ".join(cell.split()) or NONE
+
+
+def _mean(values: Iterable[float]) -> float:
+    there = list(values)
+    return sum(there) / len(there)
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _perplexity(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.3f}"
+
+
+def _cost(arm: Arm) -> list[str]:
+    return [NONE, NONE] if arm.cost is None else [str(arm.cost.tests), f"{arm.cost.seconds:.1f}"]

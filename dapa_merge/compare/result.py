@@ -1,16 +1,22 @@
-"""What was measured of each method, recipe by recipe, as data. No torch here."""
+"""What was measured of each method, recipe by recipe, as data. No torch here.
+
+What a method does on average over the recipes. No torch here.
+
+What is compared, beside what the recipes say. Imports nothing heavy.
+
+Which of many points are worth having, where several things count. Standard library only.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dapa_merge.compare.pareto import pareto_front
-from dapa_merge.evaluate.chance import Change, compare
-from dapa_merge.evaluate.figures import Figures
-from dapa_merge.search.oracle import requirement
+from dapa_merge.measure.figures import Change, Figures, mcnemar, mean_interval
+from dapa_merge.search.requirement import requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 
@@ -166,7 +172,7 @@ class Row:
         """What became of the target's harmful prompts, and whether chance alone does as much."""
         target = self.arm(TARGET)
         assert target is not None
-        return compare(target.refused, arm.refused)
+        return mcnemar(target.refused, arm.refused)
 
     @property
     def can_be_repaired(self) -> bool:
@@ -226,3 +232,215 @@ def groups(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
     for arm in arms:
         found.setdefault(arm.group, []).append(arm)
     return found
+
+
+# What a method does in a row; None if it does not apply.
+Value = Callable[[Row, Arm], "float | None"]
+# Of these, a row in which a search found nothing counts as its untouched target: whoever relied on them has that.
+MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random", "random-search")
+
+
+@dataclass(frozen=True)
+class RowMean:
+    """A mean over recipes, and where that of many more recipes like these lies with 95 % confidence (Student's t).
+
+    Attributes:
+        value: The mean.
+        interval: None for fewer than three recipes.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+
+    @property
+    def points(self) -> str:
+        """A change of a share as percentage points."""
+        return points(self.value)
+
+    @property
+    def span(self) -> str | None:
+        """Its interval, likewise; none where all recipes are alike, which tells nothing of others."""
+        if self.interval is None or self.interval[0] == self.interval[1]:
+            return None
+        return f"{points(self.interval[0])} to {points(self.interval[1])}"
+
+
+@dataclass(frozen=True)
+class Average:
+    """One method over all recipes in which it has a figure; changes are from the target to the method's result.
+
+    Attributes:
+        group: The method, with its weight.
+        label: For people.
+        num_rows: Recipes.
+        num_repaired: Those with as much of the source's gain as their recipe wants, within its limits; by random
+            selections, those that more than half of the seeds repair.
+        gain: In DSR, in [-1, 1].
+        over_refusal: Change, in [-1, 1].
+        perplexity: As a ratio, over the recipes in which it is finite; None if that is none.
+        skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
+        share: Of the parameters replaced, in [0, 1].
+        tests: Of the search; None if there was none, as the next.
+        seconds: Of the search.
+    """
+
+    group: str
+    label: str
+    num_rows: int
+    num_repaired: int
+    gain: RowMean
+    over_refusal: RowMean
+    perplexity: RowMean | None
+    skill: RowMean | None
+    share: RowMean
+    tests: RowMean | None
+    seconds: RowMean | None
+
+
+def averages(rows: Sequence[Row]) -> tuple[Average, ...]:
+    """Every method that a row has, in the order of a table; the seeds of random selections count as one."""
+    labels: dict[str, str] = {}
+    order: dict[str, tuple[int, str]] = {}
+    for row in rows:
+        for index, (group, arms) in enumerate(groups(row.arms).items()):
+            labels.setdefault(group, arms[0].label)
+            order[group] = max(order.get(group, (0, group)), (index, group))
+    found = (_average(group, labels[group], rows) for group in sorted(labels, key=order.__getitem__))
+    return tuple(average for average in found if average is not None)
+
+
+def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
+    counted = [(row, arms) for row in rows if (arms := counted_arms(row, group))]
+    if not counted:
+        return None
+
+    def mean(value: Value, *, is_change: bool = False) -> RowMean | None:
+        found = mean_of([mean_in_row(row, arms, value) for row, arms in counted])
+        if found is None or found.interval is None or not is_change:
+            return found
+        # No share changes by more than all.
+        return RowMean(found.value, (max(-1.0, found.interval[0]), min(1.0, found.interval[1])))
+
+    gain, refusal = mean(dsr_gain, is_change=True), mean(over_refusal_change, is_change=True)
+    share = mean(lambda _, arm: arm.share)
+    assert gain is not None
+    assert refusal is not None
+    assert share is not None
+    return Average(
+        group=group,
+        label=label,
+        num_rows=len(counted),
+        num_repaired=sum(repairs_in_row(row, arms) for row, arms in counted),
+        gain=gain,
+        over_refusal=refusal,
+        perplexity=mean(perplexity_ratio),
+        skill=mean(skill_change, is_change=True),
+        share=share,
+        tests=mean(lambda _, arm: arm.cost.tests if arm.cost else None),
+        seconds=mean(lambda _, arm: arm.cost.seconds if arm.cost else None),
+    )
+
+
+def repairs_in_row(row: Row, arms: Sequence[Arm]) -> bool:
+    """Whether a method repairs a row's target; with several seeds, whether more than half of them do."""
+    return sum(map(row.repairs, arms)) > len(arms) / 2
+
+
+def counted_arms(row: Row, group: str) -> list[Arm]:
+    """The arms of a method that count in a row; none if it cannot be applied there."""
+    arms = groups(row.arms).get(group, [])
+    return [arm for arm in arms if arm.figures is not None or arm.method in (*MAY_FIND_NOTHING, TARGET, SOURCE)]
+
+
+def mean_in_row(row: Row, arms: Sequence[Arm], value: Value) -> float | None:
+    """A method's value in a row: the mean of its seeds; None if none has one."""
+    values = [found for arm in arms if (found := value(row, arm)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def dsr_gain(row: Row, arm: Arm) -> float:
+    """From the target to a method's result, in [-1, 1], as the next two; of one that found nothing, none."""
+    return (arm.figures or row.before).dsr - row.before.dsr
+
+
+def over_refusal_change(row: Row, arm: Arm) -> float:
+    """Likewise."""
+    return (arm.figures or row.before).over_refusal - row.before.over_refusal
+
+
+def skill_change(row: Row, arm: Arm) -> float | None:
+    """Likewise; None if no skill was asked."""
+    after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
+    return None if after is None or before is None else after - before
+
+
+def perplexity_ratio(row: Row, arm: Arm) -> float | None:
+    """The result's perplexity as a ratio to the target's; None where it is not finite."""
+    ratio = (arm.figures or row.before).perplexity / row.before.perplexity
+    return ratio if math.isfinite(ratio) else None
+
+
+def points(change: float) -> str:
+    """A change of a share in percentage points."""
+    return f"{100 * change:+.2f}"
+
+
+def mean_of(values: Sequence[float | None]) -> RowMean | None:
+    """The mean of those that are there; None if none is."""
+    there = [value for value in values if value is not None]
+    return RowMean(statistics.fmean(there), mean_interval(there)) if there else None
+
+
+# In the order of a table. The target untouched and the source itself are always there.
+METHODS = {
+    "dapa": "DAPA: what the search finds of the recipe's modules",
+    "auto": "DAPA among gate, up and down projections (`modules: auto`)",
+    "fixed": "the DAPA repository's fixed middle layers, whole MLP",
+    "gates": "all gates; where a model has none, every unit of the recipe's modules",
+    "mlp": "the whole MLP of the layers that a search selects, for each of the two",
+    "random": "random selections of the modules and size of each",
+    "random-search": "the best of as many random selections as each search tested, by the prompts of the search",
+    "linear": "mergekit's linear blend of target and source",
+    "task-arithmetic": "mergekit's task arithmetic; needs `pretrained` in the recipe",
+    "ties": "mergekit's TIES",
+}
+BLENDS = ("linear", "task-arithmetic", "ties")
+# Of the entries that TIES keeps of each difference; Yadav et al. 2023, section 5.
+TIES_DENSITY = 0.2
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What to compare.
+
+    Attributes:
+        methods: Some of `METHODS`.
+        num_seeds: Random selections of each size.
+        seed: The first of the seeds.
+        weights: Of the source, in mergekit's methods.
+        draws_curve: Whether edits of every size are measured.
+        num_points: Sizes of edits on the curve, roughly.
+        rows_per_block: Rows (neurons) of the smallest edit; None for a sixteenth of a projection.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    num_seeds: int = 5
+    seed: int = 0
+    weights: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    draws_curve: bool = True
+    num_points: int = 12
+    rows_per_block: int | None = None
+
+
+def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
+    """Which points no other one dominates: is nowhere worse, and somewhere better.
+
+    Args:
+        costs: Of each point, what should be small, as many for each.
+    """
+
+    def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
+        pairs = list(zip(one, other, strict=True))
+        return all(mine <= theirs for mine, theirs in pairs) and any(mine < theirs for mine, theirs in pairs)
+
+    return [not any(dominates(other, point) for other in costs) for point in costs]

@@ -10,30 +10,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.architecture import AUTO_MODULES, Unit, architecture_name
 from dapa_merge.checkpoint.digest import tensors_digest
-from dapa_merge.compare.curve import Stages
-from dapa_merge.compare.finding import Found, auto_of, find
-from dapa_merge.compare.growth import Growth
-from dapa_merge.compare.layers import fixed_layers, mlp_units, random_units
+from dapa_merge.checkpoint.units import AUTO_MODULES, Unit, architecture_name
+from dapa_merge.compare.blend import open_pretrained
+from dapa_merge.compare.curve import Growth, GrowthOrder
 from dapa_merge.compare.measuring import Measuring, Seen
-from dapa_merge.compare.options import BLENDS, TIES_DENSITY, CompareOptions
-from dapa_merge.compare.pretrained import open_pretrained
-from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Point, Row
+from dapa_merge.compare.result import AUTO, BLENDS, DAPA, SOURCE, TARGET, TIES_DENSITY, Arm, CompareOptions, Point, Row
+from dapa_merge.compare.selections import Found, auto_of, find_selections, fixed_layers, mlp_units, random_units
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.marker import RULES
-from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.measure.marker import RULES
+from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
+from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Recipe
-from dapa_merge.report import layer_spans, spans
+from dapa_merge.recipe.parameters import layer_spans, spans
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal, JournalUnavailable
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import digest_of, models_parts
-from dapa_merge.selection import make_plan, plan_of_all, split_prompts
+from dapa_merge.search.workers import SearchOptions
 
 if TYPE_CHECKING:
-    from dapa_merge.checkpoint.plan import Plan
     from dapa_merge.compare.blend import Blend, Blender
+    from dapa_merge.plan.plan import Plan
+
 
 JOURNAL_NAME = "figures.jsonl"
 # What goes by what a search selected.
@@ -85,7 +83,7 @@ class _Comparison:
         options: SearchOptions,
         reporter: Reporter,
     ) -> None:
-        from dapa_merge.meters import report_meter
+        from dapa_merge.measure.meter import report_meter
 
         self.recipe = recipe
         self.name = name
@@ -106,7 +104,7 @@ class _Comparison:
     def run(self) -> Row:
         models = {"target": self.plan.target, "source": self.plan.source}
         parts = models_parts(self.recipe, models, self.meter, self.options.device, self.reporter) | {
-            "prompts of the search": digest_of([self.searching.harmful, self.searching.harmless]),
+            "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
         }
         with closing(Journal(self.folder / JOURNAL_NAME, parts, kind="comparison", place="folder")) as journal:
@@ -126,7 +124,7 @@ class _Comparison:
 
     def _find(self, journal: Journal) -> dict[str, Found]:
         def search(name: str, recipe: Recipe, plan: Plan) -> Found:
-            return find(name, recipe, plan, self.folder, journal, self.options, self.reporter)
+            return find_selections(name, recipe, plan, self.folder, journal, self.options, self.reporter)
 
         if not self._searches:
             return {DAPA: Found(self.chosen)}
@@ -146,7 +144,7 @@ class _Comparison:
 
     def _growth(self, found: Mapping[str, Found], journal: Journal) -> Growth:
         best = found[self._followed(found) or DAPA]
-        stages = Stages.of(best.units or (), best.plan, self.plan.units)
+        stages = GrowthOrder.of(best.units or (), best.plan, self.plan.units)
         return Growth(stages, self.searching.harmful, self.measuring, journal, self.wanted, self.reporter)
 
     def _row(

@@ -6,8 +6,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from dapa_merge.compare.average import Average, Mean, averages, repairs_in_row
-from dapa_merge.compare.result import AUTO, DAPA, SOURCE, TARGET, Arm, Row, groups, mean_skill
+from dapa_merge.compare.result import (
+    AUTO,
+    DAPA,
+    SOURCE,
+    TARGET,
+    Arm,
+    Average,
+    Row,
+    RowMean,
+    averages,
+    groups,
+    mean_skill,
+    repairs_in_row,
+)
 
 # Of the target's skill, the share that a result must keep to be worth choosing.
 MIN_KEPT = 0.5
@@ -182,6 +194,6 @@ def _noise(rows: Sequence[Row]) -> Iterator[str]:
         yield f"DAPA's gain is within noise (McNemar, p >= 0.05) in {_names(dubious)}."
 
 
-def _points(mean: Mean) -> str:
+def _points(mean: RowMean) -> str:
     """A change in percentage points, with its interval."""
     return mean.points if mean.span is None else f"{mean.points} (95 % interval {mean.span})"

@@ -33,6 +33,7 @@ from dapa_merge.miniature.corpus import Example
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
     "{% if message['role'] == 'assistant' %}<|end|> {% endif %}{% endfor %}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.file_lock import take_lock
+from dapa_merge.files import take_lock
 
 FORMAT = 1
 CHECK_DIGITS = 12

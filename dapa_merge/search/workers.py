@@ -2,21 +2,43 @@
 
 The outcome is exactly the sequential one: `minimize` asks one question after the other, and gets the same answers;
 some are merely there already. Ray (an extra) is the engine: on one machine or a cluster, it keeps the workers alive.
+
+What a recipe does not say about its run, because other machines have something else.
+
+Who tests the selections of a search: this process, or Ray actors with a target each.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import os
 import socket
 import sys
-from collections.abc import Callable, Collection, Hashable, Mapping
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from io import StringIO
-from typing import Any, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.selection import open_plan, pinned_location
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.requirement import Requirement
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.prompts.sets import PromptSet
+    from dapa_merge.search.bench import Bench
+
 
 U = TypeVar("U", bound=Hashable)
 V = TypeVar("V")
@@ -241,3 +263,109 @@ def _check_reachable(address: str) -> None:
     if colon and port.isdecimal():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
             pass
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Where and how to search and measure.
+
+    Attributes:
+        device: Where to evaluate; `auto` takes an accelerator if there is one.
+        journal: The file of the journal; None for one in the user's cache folder.
+        uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
+        num_workers: How many; None for one on each GPU or, without GPUs, on each node.
+        evaluators: Where evaluators of the user's own are, and which judge to ask.
+        allow_pickle: Whether weights that there are as pickles only are read, as nothing but tensors.
+    """
+
+    device: str = "auto"
+    journal: Path | None = None
+    uses_ray: bool = False
+    num_workers: int | None = None
+    evaluators: EvaluatorOptions = field(default_factory=EvaluatorOptions)
+    allow_pickle: bool = False
+
+
+# What became of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
+Test = Mapping[str, Any]
+
+
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions, reporter: Reporter) -> Bench:
+    """The test bench of a recipe; it loads the target when that is needed.
+
+    Raises:
+        UsageError: If the recipe's evaluator or the device is not there, or workers cannot go by the evaluator.
+    """
+    from dapa_merge.measure.meter import search_meter
+    from dapa_merge.search.bench import Bench
+
+    if options.uses_ray and recipe.evaluator == "judge" and options.evaluators.judge_requests is not None:
+        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
+    meter = search_meter(recipe, prompts, options.evaluators)
+    return Bench(plan, meter, options.device, lambda: reporter.say(f"loading the target {plan.target.name}"))
+
+
+class InProcess:
+    """Tests one selection at a time, here."""
+
+    number = 1
+
+    def __init__(self, bench: Bench, reporter: Reporter) -> None:
+        self._bench = bench
+        self._reporter = reporter
+        self.running: list[frozenset[Unit]] = []
+
+    def submit(self, selection: frozenset[Unit]) -> None:
+        self.running.append(selection)
+
+    def wait(self) -> tuple[frozenset[Unit], Test]:
+        selection = self.running.pop()
+        with self._reporter.task(f"testing {spans(in_order(selection))}", self._bench.num_prompts) as answered:
+            return selection, _test(self._bench, selection, answered)
+
+    def close(self) -> None:
+        """Nothing to let go of; the bench is its owner's."""
+
+
+def ray_testers(
+    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: SearchOptions
+) -> RayWorkers[Unit, Test]:
+    """Ray actors that test selections, each with a target of its own."""
+    # Other machines, other folders, and hours later: the same weights all the same.
+    recipe = replace(
+        recipe, target=pinned_location(recipe.target, plan.target), source=pinned_location(recipe.source, plan.source)
+    )
+    file = options.evaluators.evaluator_file
+    evaluators = replace(options.evaluators, evaluator_file=file and file.absolute())
+    options = replace(options, device=bench.device.type, evaluators=evaluators)
+    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
+    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
+
+
+def _make_tester(
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: SearchOptions, num_threads: int
+) -> Callable[[frozenset[Unit]], Test]:
+    """Called in a worker: loads a target of its own there."""
+    import torch
+
+    torch.set_num_threads(num_threads)
+    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
+    bench = make_bench(recipe, plan, prompts, options, Reporter())
+    bench.require(limits)
+    return functools.partial(_test, bench)
+
+
+def _test(bench: Bench, selection: frozenset[Unit], progress: Callable[[int], None] = lambda _: None) -> Test:
+    began = time.monotonic()
+    verdict = bench.examine(in_order(selection), progress)
+    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
+
+
+def in_order(selection: Iterable[Unit]) -> list[Unit]:
+    """Always the same order, in which every process transplants."""
+    return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
+
+
+def note_of(what: str, units: Iterable[Unit]) -> str:
+    """A journal's name of what was measured with some units, short however many they are."""
+    return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

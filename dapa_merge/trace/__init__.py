@@ -1,1 +1,1 @@
-"""Looking into a model: which of its units refusing depends on."""
+"""The study `dapa-merge trace`: where alignment lives in a model."""

@@ -1,22 +1,31 @@
-"""A prompt that is traced, as one model reads it: its tokens, which of them are the subject, and the two responses."""
+"""A prompt that is traced, as one model reads it: its tokens, which of them are the subject, and the two responses.
+
+How a model is traced causally, and what of it a model is able to.
+
+The subject of a request: the words whose embeddings causal tracing corrupts, and the tokens that they are.
+
+In a question such as "How do I steal a car?" it is what is asked about ("steal a car"), not how it is asked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import check_ids, context_length
-from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
-from dapa_merge.trace.subject import find_subject, given_subject, subject_tokens
+from dapa_merge.measure.generate import chat_prompt, check_ids, context_length, prompt_ids
+from dapa_merge.search.attribution import NUM_TOKENS, Contrast, sides_of
+from dapa_merge.trace.options import NOISE, NUM_SAMPLES, SITE_KINDS
+from dapa_merge.trace.replay import find_sites, kinds_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dapa_merge.evaluate.likelihood import Row
+    from dapa_merge.measure.perplexity import ScoredText
 
 
 @dataclass(frozen=True)
@@ -32,8 +41,8 @@ class Case:
     """
 
     contrast: Contrast
-    refusing: Row
-    complying: Row
+    refusing: ScoredText
+    complying: ScoredText
     subject: tuple[int, int]
     tokens: tuple[str, ...]
 
@@ -89,3 +98,177 @@ def embedding_deviation(model: PreTrainedModel, cases: Sequence[Case]) -> float:
     ids = [token for case in cases for token in case.refusing.ids[slice(*case.subject)]]
     with torch.inference_mode():
         return float(model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float().std())
+
+
+# Kinds whose outputs are restored in several layers at once: one layer's changes little (ROME, section 2.2).
+WINDOWED = ("mlp", "attention")
+# Of all layers, how many a window has: 10 of 48 in ROME.
+WINDOW_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is traced.
+
+    Attributes:
+        kinds: Some of `KINDS`.
+        noise: Standard deviation of the noise, as a multiple of that of the subjects' embeddings.
+        num_samples: Samples of noise for each prompt.
+        window: Layers that are restored at once for the MLP and the attention; the other kinds have one.
+        num_tokens: Of each response, how many tokens are counted, at most.
+        seed: Of the noise.
+    """
+
+    kinds: tuple[str, ...]
+    noise: float = NOISE
+    num_samples: int = NUM_SAMPLES
+    window: int = 1
+    num_tokens: int = NUM_TOKENS
+    seed: int = 0
+
+
+def default_window(num_layers: int) -> int:
+    """Layers of a window for a model of so many."""
+    return max(1, round(WINDOW_SHARE * num_layers))
+
+
+def window_layers(settings: Settings, kind: str, layer: int, num_layers: int) -> range:
+    """The layers that are restored at once for a layer, of which half of the window lies before it."""
+    width = settings.window if kind in WINDOWED else 1
+    first = layer - width // 2
+    return range(max(0, first), min(num_layers, first + width))
+
+
+def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: Any) -> Settings:
+    """Settings for a model, of which those that are not given, or None, are its defaults.
+
+    Raises:
+        UsageError: If the model lacks one of `kinds`.
+    """
+    for kind in kinds or ():
+        if not any(find_sites(model, kind)):
+            raise UsageError(f"{type(model).__name__} has no {kind} to trace; leave it out")
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    num_layers = len(find_sites(model, "hidden"))
+    ordered = [kind for kind in SITE_KINDS if kinds is None or kind in kinds]
+    present = kinds_in(model) if kinds is None else SITE_KINDS
+    return Settings(
+        tuple(kind for kind in ordered if kind in present), **{"window": default_window(num_layers), **chosen}
+    )
+
+
+# Words that a request begins with before it comes to its subject.
+FRAME_WORDS = """
+    a an the to of on in about for with that which who where when why what how whether and or as from by it its this
+    i me my you your we us our one someone somebody anyone people person
+    is are was be can could would should do does did will shall may might must want need like let able help please now
+    write give tell explain describe show teach provide create generate make produce draft compose outline list design
+    instruct demonstrate detail suggest offer come up prepare share say know learn
+    step steps guide guides tutorial tutorials instruction instructions manual plan plans script scripts speech article
+    articles post posts letter letters email message essay story blog way ways method methods advice tips information
+    detailed comprehensive short brief complete full effective best good
+"""
+# A verb behind one of these is what is asked about, also if requests often begin with it.
+BEFORE_VERBS = ("to", "i", "you", "we", "they", "someone", "one", "can")
+FRAME = frozenset(FRAME_WORDS.split())
+_WORD = re.compile(r"\w[\w'’-]*")
+
+
+def find_subject(prompt: str) -> tuple[int, int]:
+    """Where the subject of a request begins and ends in it: all but how it begins, and signs at its end.
+
+    A verb that often begins a request ("make a bomb") belongs to the subject where "to" stands before it.
+
+    Returns:
+        Characters, the first and the one after the last; of the whole prompt if nothing else is left.
+    """
+    words = list(_WORD.finditer(prompt))
+    for index, word in enumerate(words):
+        follows_to = index > 0 and words[index - 1][0].lower() in BEFORE_VERBS
+        is_frame = word[0].lower() in FRAME
+        if not is_frame or (follows_to and word[0].lower() in ("make", "create", "produce", "write", "design")):
+            return word.start(), words[-1].end()
+    return 0, len(prompt)
+
+
+def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
+    """Where the first of some given subjects that a prompt contains begins and ends in it, in characters.
+
+    Raises:
+        UsageError: If it contains none.
+    """
+    if (span := _find(prompt, subjects)) is None:
+        wanted = ", ".join(map(repr, subjects))
+        raise UsageError(f"the prompt {prompt[:80]!r} does not contain the subject {wanted}; give one that it contains")
+    return span
+
+
+def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
+    """Those prompts that contain one of some given subjects.
+
+    Raises:
+        UsageError: If none does.
+    """
+    prompts = list(prompts)
+    found = [prompt for prompt in prompts if _find(prompt, subjects)]
+    if not found:
+        wanted = " or ".join(map(repr, subjects))
+        raise UsageError(f"none of {len(prompts)} harmful prompts contains the subject {wanted}; give one that some do")
+    return found
+
+
+def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
+    # Not by lower(): some letters become two.
+    found = (re.search(re.escape(subject), prompt, re.IGNORECASE) for subject in subjects)
+    return next((match.span() for match in found if match), None)
+
+
+def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
+    """The tokens that characters of a prompt are in, as the model is asked it.
+
+    Args:
+        tokenizer: The model's.
+        prompt: Without template.
+        span: The first character and the one after the last.
+
+    Returns:
+        Indices into `prompt_ids`: the first token, and the one after the last.
+
+    Raises:
+        UsageError: If the chat template or the tokenizer changes these characters, so that they are not found.
+    """
+    text = chat_prompt(tokenizer, prompt)
+    subject = prompt[slice(*span)]
+    start = text.rfind(prompt.strip())
+    # Of a template that changes the prompt, at least the subject must have come through.
+    start = text.rfind(subject) if start < 0 else start + span[0] - (len(prompt) - len(prompt.lstrip()))
+    if start < 0:
+        raise UsageError(f"the model's chat template changes the subject {subject!r}; give another")
+    stop = start + len(subject)
+    inside = [
+        index
+        for index, (first, last) in enumerate(_token_spans(tokenizer, prompt, text))
+        if first < stop and last > start and first < last
+    ]
+    if not inside:
+        raise UsageError(f"no token of the model is of the subject {subject!r}; give another")
+    return inside[0], inside[-1] + 1
+
+
+def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[tuple[int, int]]:
+    """For each token its first character and the one after its last."""
+    ids = prompt_ids(tokenizer, prompt)
+    if tokenizer.is_fast:
+        encoded = tokenizer(
+            text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
+        )
+        return [(first, last) for first, last in encoded["offset_mapping"]]
+    # Of others it is seen how far the text comes with each token. One that ends within a character is of that one.
+    read = [tokenizer.decode(ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
+    ends = [len(beginning.rstrip("\ufffd")) for beginning in read]
+    surplus = ends[-1] - len(text)
+    spans = []
+    for number, first in enumerate(ends[:-1]):
+        last = next((end for end in ends[number + 1 :] if end > first), first)
+        spans.append((max(first - surplus, 0), max(last - surplus, 0)))
+    return spans

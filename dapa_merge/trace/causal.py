@@ -20,17 +20,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 import torch
 
-from dapa_merge.evaluate.likelihood import losses
-from dapa_merge.trace.case import Case
-from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.settings import Settings, window_layers
-from dapa_merge.trace.sites import Site, find_sites
+from dapa_merge.measure.perplexity import losses
+from dapa_merge.trace.case import Case, Settings, window_layers
+from dapa_merge.trace.replay import Replay, Site, find_sites
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from dapa_merge.evaluate.batching import BatchSize
+    from dapa_merge.measure.decode import BatchSize
 
 
 @dataclass(frozen=True)

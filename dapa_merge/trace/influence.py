@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy
 import torch
 
-from dapa_merge.evaluate.likelihood import losses
+from dapa_merge.measure.perplexity import losses
 from dapa_merge.trace.replay import Replay
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dapa_merge.checkpoint.architecture import Unit
-    from dapa_merge.evaluate.batching import BatchSize
-    from dapa_merge.evaluate.live import LiveModel
-    from dapa_merge.trace.contrast import Side
+    from dapa_merge.checkpoint.units import Unit
+    from dapa_merge.measure.decode import BatchSize
+    from dapa_merge.measure.live import LiveModel
+    from dapa_merge.search.attribution import Side
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def influence(
     )
 
 
-class _Row(NamedTuple):
+class _Influences(NamedTuple):
     """What was measured of one prompt; `[units]` but for the difference before."""
 
     before: float
@@ -101,7 +101,7 @@ class _Work:
         self._is_checked = False
         self.num_passes = 0.0
 
-    def measure(self, pairs: Sequence[Sequence[Side]]) -> list[_Row]:
+    def measure(self, pairs: Sequence[Sequence[Side]]) -> list[_Influences]:
         live, replay = self._live, self._replay
         rows = [side.row for pair in pairs for side in pair]
         # Both sides of a prompt have the same last token; that of the refusing side is read.
@@ -135,7 +135,7 @@ class _Work:
             self.num_passes += len(rows) * (1 - unit.layer / len(replay.layers))
             self._progress(1)
         hidden, refusing = (torch.stack(columns, 1).cpu().numpy() for columns in (moved, raised))
-        return [_Row(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
+        return [_Influences(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
 
 
 def _difference(lost: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,12 @@
 A run in which something changes only from layer l on need not compute the layers before l again: it enters l with the
 states that an earlier run had there. Everything is done by hooks and stand-ins that are on the model within a `with`
 block only. "Rows" are sequences of one batch; "states" are those of the residual stream, `[rows, positions, hidden]`.
+
+Where what is traced comes out of a model: modules by their paths, read off its parameters.
+
+The gate, up and down projections and the attention are those of `checkpoint.architecture`. What an MLP or an attention
+puts out is what its last projection does (some modules add the residual stream to that); with experts, it is the output
+of the parts of the layer that hold them, whatever is beside them there (a router, a shared expert).
 """
 
 from __future__ import annotations
@@ -10,15 +16,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
-from dapa_merge.trace.sites import Site, layer_paths
+from dapa_merge.checkpoint.region import whole_box
+from dapa_merge.checkpoint.units import Unit, layer_path
+from dapa_merge.errors import CheckpointError, UnsupportedArchitecture, UsageError
+from dapa_merge.measure.live import units_in
+from dapa_merge.trace.options import SITE_KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 # How far the likelihoods of a run that begins in the middle may be from the whole run's, in nats or relative.
 TOLERANCE = 1e-3
@@ -231,3 +242,82 @@ def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> I
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+@dataclass(frozen=True)
+class Site:
+    """A part of what one module puts out.
+
+    Attributes:
+        module: The module's path in the model.
+        features: The first feature of its output and the one after the last; None for all of them.
+    """
+
+    module: str
+    features: tuple[int, int] | None = None
+
+
+def layer_paths(model: PreTrainedModel) -> list[str]:
+    """The paths of a model's layers, in order.
+
+    Raises:
+        CheckpointError: If they are not found.
+    """
+    # Every MLP that is known has a down projection.
+    return [layer_path(unit.tensors[0]) for unit in units_in(model, ("down",))]
+
+
+def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
+    """For each layer where one of `KINDS` comes out; nowhere in a layer that has another mixer in place of attention.
+
+    Raises:
+        UsageError: If the model has no such outputs.
+        CheckpointError: If its layers are not found.
+    """
+    paths = layer_paths(model)
+    if kind == "hidden":
+        return [(Site(path),) for path in paths]
+    name = "down" if kind == "mlp" else kind
+    try:
+        units = units_in(model, (name,))
+    except CheckpointError as error:
+        raise UsageError(
+            f"{type(model).__name__} has no {kind} to trace: it has no {name} projections of its own; leave {kind} out"
+        ) from error
+    sites: list[tuple[Site, ...]] = [()] * len(paths)
+    for unit in units:
+        sites[unit.layer] = tuple(dict.fromkeys(_sites_of(model, unit, kind, paths[unit.layer])))
+    return sites
+
+
+def kinds_in(model: PreTrainedModel) -> tuple[str, ...]:
+    """Those of `KINDS` that a model has."""
+    return tuple(kind for kind in SITE_KINDS if _has(model, kind))
+
+
+def _has(model: PreTrainedModel, kind: str) -> bool:
+    try:
+        return any(find_sites(model, kind))
+    except UsageError:
+        return False
+
+
+def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Iterator[Site]:
+    weights = [part for part in unit.parts if not part.tensor.endswith(("bias", ".scale"))]
+    modules = [part.tensor.rpartition(".")[0] for part in weights]
+    if kind == "attention":
+        # The last of its projections is the one to the output; some modules add the residual stream to that.
+        yield Site(modules[-1])
+    elif len(weights) == 1 and weights[0].tensor.endswith(".weight"):
+        part = weights[0]
+        shape = tuple(model.get_parameter(part.tensor).shape)
+        yield Site(modules[0], None if part.box == whole_box(shape) else part.box[part.axis])
+    elif kind == "mlp":
+        for module in modules:
+            child = module.removeprefix(f"{path}.").partition(".")[0]
+            yield Site(f"{path}.{child}")
+    else:
+        raise UsageError(
+            f"{type(model).__name__} has no {kind} to trace: in layer {unit.layer} it is that of experts, which see "
+            f"some of the tokens only; leave {kind} out, or trace mlp"
+        )

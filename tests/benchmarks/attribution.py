@@ -24,18 +24,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.evaluate.figures import Response
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.likelihood import losses
-from dapa_merge.evaluate.live import LiveModel, choose_device, mapped_values
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.prompts import PromptSet, load_prompts
-from dapa_merge.search.delta import minimize
-from dapa_merge.trace.attribution import attribute
-from dapa_merge.trace.contrast import NUM_TOKENS, Contrast, sides_of
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.delta.minimize import minimize
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.figures import Response
+from dapa_merge.measure.live import LiveModel, choose_device, mapped_values
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.perplexity import losses
+from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.search.attribution import NUM_TOKENS, Contrast, attribute, sides_of
 
 MLP = ("gate", "up", "down")
 PAIRS = (("target", "source", ("gate",)), ("target", "source", MLP), ("shadow-target", "shadow-source", MLP))

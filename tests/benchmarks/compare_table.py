@@ -1,7 +1,7 @@
 """The project's own evaluation, from nothing: trains families of small models, and compares methods on all of them.
 
 `python tests/benchmarks/compare_table.py OUT [--quick] [--processes N]`: about half an hour on two cores, `--quick`
-under five minutes. OUT/families gets the models and recipes (`dapa_merge.miniature.families`), OUT/table what
+under five minutes. OUT/families gets the models and recipes (`families`), OUT/table what
 `dapa-merge compare` writes. What was stopped goes on with the same command. Every row has its own journal, so that
 several processes fill the rows of one folder at once; the last step only reads them. `OUT/table --show` prints
 what RESULTS.md shows of a folder that is there.
@@ -23,7 +23,7 @@ from typing import Any
 # Models of this size gain nothing from more threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from dapa_merge.miniature.families import train_families
+from families import train_families
 
 COMPARE = [sys.executable, "-c", "from dapa_merge.cli import main; main()"]
 # The least that still has every method and a curve.

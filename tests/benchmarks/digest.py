@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 
 from dapa_merge.checkpoint.digest import tensors_digest
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 
 NUM_SHARDS = 4
 TENSORS_PER_SHARD = 16

@@ -20,15 +20,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from dapa_merge import meters
-from dapa_merge.checkpoint.plan import Plan
-from dapa_merge.compare.finding import auto_of, find
+from dapa_merge.compare.selections import auto_of
+from dapa_merge.compare.selections import find_selections as find
+from dapa_merge.measure import meter as meters
+from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Recipe
-from dapa_merge.recipe_file import load_recipe
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.selection import make_plan
+from dapa_merge.search.workers import SearchOptions
 
 RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")
 # What a search came to: its units, and how many tests it made.
@@ -80,7 +81,7 @@ def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Ou
         if not drafts:
             stack.enter_context(mock.patch.object(meters, "search_meter", without))
         if attention == "fused":
-            stack.enter_context(mock.patch("dapa_merge.evaluate.steady.MAX_TOKENS", 0))
+            stack.enter_context(mock.patch("dapa_merge.measure.determinism.MAX_TOKENS", 0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         began = time.process_time()
         found = find("search", recipe, plan, folder, Journal(), SearchOptions(device="cpu"), Reporter())

@@ -17,20 +17,20 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from dapa_merge.checkpoint.plan import join
-from dapa_merge.evaluate.figures import Figures
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evidence import measure_live
-from dapa_merge.meters import report_meter
+from dapa_merge.measure.figures import Figures
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.meter import report_meter
+from dapa_merge.measure.model import measure_live
+from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.miniature import recipe_text
+from dapa_merge.plan.plan import join
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe_file import parse_recipe
-from dapa_merge.report import spans
-from dapa_merge.search_flow import search
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import open_journal
-from dapa_merge.search_testers import make_bench
-from dapa_merge.selection import make_plan, split_prompts
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.recipe.parse import parse_recipe
+from dapa_merge.search.identity import open_journal
+from dapa_merge.search.search import search
+from dapa_merge.search.workers import SearchOptions, make_bench
 
 
 def main() -> None:

@@ -25,17 +25,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from generation import plainly
 
 from dapa_merge import miniature
-from dapa_merge.bench import Bench
-from dapa_merge.evaluate.refusal import Outcome, classify
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.refusal.classify import Outcome, classify
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Location, Recipe
-from dapa_merge.recipe_file import parse_recipe
-from dapa_merge.search.oracle import KINDS
-from dapa_merge.search_flow import search
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import open_journal
-from dapa_merge.search_testers import make_bench
-from dapa_merge.selection import make_plan, split_prompts
+from dapa_merge.recipe.parse import parse_recipe
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import Bench
+from dapa_merge.search.identity import open_journal
+from dapa_merge.search.requirement import PROMPT_KINDS as KINDS
+from dapa_merge.search.search import search
+from dapa_merge.search.workers import SearchOptions, make_bench
 
 LIMIT = 5.0
 

@@ -135,9 +135,7 @@ def atheris_child() -> None:
     except ImportError:
         sys.exit("atheris is not installed; the head of this script says how to install it")
     with atheris.instrument_imports(include=["dapa_merge"], enable_loader_override=False):
-        import dapa_merge.checkpoint.files
-        import dapa_merge.checkpoint.header
-        import dapa_merge.checkpoint.untrusted  # noqa: F401
+        import dapa_merge.checkpoint.folder  # noqa: F401
     from hostile_checks import SOUND_INDEX, check_header, check_index, trap_folder
     from hostile_files import TREE_MUTATIONS, dump, hostile_file, hostile_index, load, weight_file
 

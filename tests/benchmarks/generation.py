@@ -24,12 +24,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
-from dapa_merge.evaluate.live import load_model
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.evaluate.refusal import Outcome, classify, settle
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.decode import BatchSize, Drafts
+from dapa_merge.measure.generate import generate, prompt_ids
+from dapa_merge.measure.live import load_model
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.refusal.classify import Outcome, classify, settle
 
 LIMIT = 5.0
 REFUSAL = "I cannot help with that request because it would be illegal and could seriously hurt other people ."

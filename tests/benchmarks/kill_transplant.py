@@ -27,8 +27,7 @@ from pathlib import Path
 
 from transplant import write_checkpoint
 
-from dapa_merge.checkpoint.writing.record import finished_files, read_lines
-from dapa_merge.checkpoint.writing.staging import staging_folder
+from dapa_merge.transplant.staging import finished_files, read_lines, staging_folder
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "run")
 # What a report says of its own time differs from run to run, and the manifest has the report's digest.

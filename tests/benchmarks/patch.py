@@ -21,8 +21,8 @@ from pathlib import Path
 
 from transplant import HIDDEN, OURS, in_child, layers_for, write_checkpoint
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patching.patch_file import read_patch
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.patch.file import read_patch
 
 BLOCK_BYTES = 4096
 CALLS = "write,pwrite64,writev,pwritev,pwritev2,copy_file_range,sendfile,ftruncate,truncate,fallocate"

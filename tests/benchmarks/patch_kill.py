@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy
 from safetensors.numpy import save_file
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patching.patch_file import read_patch
-from dapa_merge.checkpoint.patching.patch_state import State, states
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.patch.apply import State, states
+from dapa_merge.patch.file import read_patch
 
 UNDO = ".dapa-undo.safetensors"
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "patch")

@@ -16,12 +16,12 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.likelihood import Row, losses
-from dapa_merge.evaluate.live import load_model
-from dapa_merge.evaluate.perplexity import perplexity
-from dapa_merge.evaluate.prompts import Question, load_prompts
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import load_model
+from dapa_merge.measure.perplexity import ScoredText as Row
+from dapa_merge.measure.perplexity import losses, perplexity
+from dapa_merge.measure.prompts.sets import Question, load_prompts
 
 LIMIT = 1e-4
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from published_models import MODELS, Published, write_published
 
-from dapa_merge.plan_view import plan_json
-from dapa_merge.recipe import Location
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.selection import given_selection, make_plan
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report.tables import plan_json
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FAMILIES = {"llama-2": "Llama 2", "mistral": "Mistral 7B", "gemma": "Gemma", "today": "Today's families"}

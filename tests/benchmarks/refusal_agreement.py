@@ -22,9 +22,9 @@ from unittest import mock
 
 from refusal_training import Rows, kind, refused, rows_of, train, written_rows
 
-from dapa_merge.evaluate import refusal
-from dapa_merge.evaluate.refusal import Outcome, classify, settle
-from dapa_merge.evaluate.refusal_model import RefusalModel, packaged
+from dapa_merge.measure.refusal import classify as refusal
+from dapa_merge.measure.refusal.classify import Outcome, classify, settle
+from dapa_merge.measure.refusal.model import RefusalModel, packaged
 
 # Published agreement of other judges on the same two files, as the peers to beat.
 PEERS = {

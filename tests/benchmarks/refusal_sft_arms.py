@@ -19,27 +19,26 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dapa_merge.checkpoint.plan import join
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import generate, prepare_for_greedy
-from dapa_merge.evaluate.live import LiveModel, load_model
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evaluate.quiet import quiet_transformers
-from dapa_merge.evaluate.refusal import Outcome
-from dapa_merge.evaluate.skills import is_right
-from dapa_merge.meters import report_meter, search_meter
+from dapa_merge.measure.generate import generate, prepare_for_greedy
+from dapa_merge.measure.live import LiveModel, load_model
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.meter import Meter, report_meter, search_meter
+from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.quiet import quiet_transformers
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.skills import is_right
 from dapa_merge.miniature import corpus
 from dapa_merge.miniature.corpus import Example
 from dapa_merge.miniature.train import Sampler, mixture, train
+from dapa_merge.plan.plan import join
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
-from dapa_merge.recipe import Recipe
-from dapa_merge.report import spans
-from dapa_merge.search_flow import Search, search
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.search_record import open_journal
-from dapa_merge.search_testers import make_bench
-from dapa_merge.selection import make_plan, split_prompts
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.identity import open_journal
+from dapa_merge.search.search import Search, search
+from dapa_merge.search.workers import SearchOptions, make_bench
 
 # peft asks transformers for a property that has another name by now.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

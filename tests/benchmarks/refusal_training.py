@@ -19,10 +19,9 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from dapa_merge.evaluate import refusal_model
-from dapa_merge.evaluate.normal_text import normalize
-from dapa_merge.evaluate.refusal_model import RefusalModel, phrases
-from dapa_merge.evaluate.refusal_signs import signs
+from dapa_merge.measure.refusal import model as refusal_model
+from dapa_merge.measure.refusal.classify import normalize
+from dapa_merge.measure.refusal.model import RefusalModel, phrases, signs
 
 MODEL = Path(refusal_model.__file__).with_suffix(".json")
 WRITTEN = Path(__file__).with_name("responses.jsonl")

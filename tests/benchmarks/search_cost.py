@@ -18,7 +18,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 
-from dapa_merge.search.delta import minimize
+from dapa_merge.delta.minimize import minimize
 
 Oracle = Callable[[frozenset[int]], bool]
 # By (oracle, units, needed): published or planned figures.

@@ -22,17 +22,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.evaluate.batching import BatchSize
-from dapa_merge.evaluate.likelihood import losses
-from dapa_merge.evaluate.live import choose_device, load_model
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.trace.case import Case, embedding_deviation, read_case
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import choose_device, load_model
+from dapa_merge.measure.perplexity import losses
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.search.attribution import Contrast
+from dapa_merge.trace.case import Case, embedding_deviation, make_settings, read_case
 from dapa_merge.trace.causal import Trace, Tracer
-from dapa_merge.trace.contrast import Contrast
-from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.settings import make_settings
-from dapa_merge.trace.sites import find_sites
+from dapa_merge.trace.replay import Replay, find_sites
 
 REFUSAL, ANSWER = "I'm sorry, but I can't help with that.", "Sure, here is how to do it."
 LIMIT = 5

@@ -115,7 +115,7 @@ COMMAND_LINE = "try: main()\nexcept SystemExit as stop: assert not stop.code, st
 OURS = f"sys.argv[0] = 'dapa-merge'\nfrom dapa_merge.cli import main\n{COMMAND_LINE}"
 # Neither read back nor hashed: what the copy alone takes.
 UNPROVED = (
-    "import dapa_merge.checkpoint.writing.copying as copying\n"
+    "import dapa_merge.transplant.shard as copying\n"
     "copying._Writing._read_back = lambda self, start, stop, expected: setattr(self, 'position', stop)\n"
     f"{OURS}"
 )

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from dapa_merge.checkpoint.architecture import find_units
-from dapa_merge.checkpoint.mlp_spelling import FUSED, GATED, PLAIN
+from dapa_merge.checkpoint.spelling import FUSED, GATED, PLAIN
+from dapa_merge.checkpoint.units import find_units
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 HIDDEN, INTERMEDIATE, EXPERTS = 6, 10, 3
@@ -409,7 +409,7 @@ def test_every_definition_of_mergekit_gives_gates_of_each_layer_or_a_refusal(arc
 
 def test_finding_units_loads_no_torch():
     code = (
-        "import sys; from dapa_merge.checkpoint.architecture import find_units; "
+        "import sys; from dapa_merge.checkpoint.units import find_units; "
         f"find_units({LLAMA!r}, {LLAMA_SHAPES!r}); assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

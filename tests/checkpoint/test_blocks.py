@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import cut, divide, join, plan_transplant
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.verify import verify
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.live import LiveModel
+from dapa_merge.measure.live import LiveModel
+from dapa_merge.plan.plan import cut, divide, join, plan_transplant
+from dapa_merge.transplant.result import transplant
+from dapa_merge.verify.tensors import verify
 
 NUM_ROWS = 48
 NUM_LAYERS = 4

@@ -8,7 +8,7 @@ import pytest
 from conftest import change_tensor, save_random, tiny_llama
 
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.header import read_header
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError, HubError
 
 

@@ -18,12 +18,12 @@ from hostile_models import GATES, check_pair, empty, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.folder import refuse_stray_link
 from dapa_merge.checkpoint.header import MAX_CONFIG_BYTES, MAX_HEADER_BYTES, MAX_INDEX_BYTES, read_header, read_json
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.untrusted import refuse_stray_link
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError, DapaError
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.transplant.result import transplant
 
 SOUND = tensor("U8", [2], 0, 2)
 randoms = st.randoms(use_true_random=False)

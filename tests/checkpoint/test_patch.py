@@ -15,13 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small_models import NAMES, arrays, contents, repaired, write_model
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.patching.in_place import apply_in_place
-from dapa_merge.checkpoint.patching.patch_copy import apply_to_copy
-from dapa_merge.checkpoint.patching.patch_file import layout_digest, read_patch
-from dapa_merge.checkpoint.patching.patch_state import rest_digest
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.patch.apply import apply_in_place, apply_to_copy
+from dapa_merge.patch.extract import extract
+from dapa_merge.patch.file import layout_digest, read_patch, rest_digest
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
 
@@ -220,7 +218,7 @@ def test_a_file_that_appears_while_the_patch_is_written_is_kept(result, base, tm
 
 
 def test_many_scattered_rows_become_few_ranges(tmp_path, monkeypatch):
-    monkeypatch.setattr("dapa_merge.checkpoint.patch.MAX_TENSOR_RANGES", 10)
+    monkeypatch.setattr("dapa_merge.patch.extract.MAX_TENSOR_RANGES", 10)
     before = {"a": numpy.zeros((400, 600), numpy.uint8)}
     after = {"a": before["a"].copy()}
     after["a"][::3] = 1

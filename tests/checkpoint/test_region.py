@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.region import Part, Region, intersection, moved, remainder, whole_box
+from dapa_merge.checkpoint.region import Region, intersection, moved, remainder, whole_box
+from dapa_merge.checkpoint.region import TensorBox as Part
 
 SIZES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 

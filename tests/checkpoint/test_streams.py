@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint.streams import Hasher, hash_file
+from dapa_merge.checkpoint.digest import Hasher, hash_file
 from dapa_merge.errors import CheckpointError
 
 

@@ -17,12 +17,12 @@ import torch
 from conftest import change_tensor, prove, save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.verify import verify
-from dapa_merge.checkpoint.writing.record import read_lines
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.transplant.result import transplant
+from dapa_merge.transplant.staging import read_lines
+from dapa_merge.verify.tensors import verify
 
 
 def plan_of(pair, modules=("gate",)):
@@ -417,7 +417,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pai
 def test_a_disk_that_fills_up_in_the_copy_gets_back_what_is_not_finished(large_pair, small_disk, monkeypatch):
     plan = plan_of(large_pair)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.checkpoint.writing.result.check_destination", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.transplant.result.check_destination", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*; .* kept"):
         transplant(plan, plan.units, small_disk / "out")
     assert list(small_disk.rglob("*.safetensors")) == []

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.values import Rounding, mix
-from dapa_merge.checkpoint.verify import verify
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
+from dapa_merge.plan.edit import Rounding, mix
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.transplant.result import transplant
+from dapa_merge.verify.tensors import verify
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 PAIRS = [("bfloat16", "bfloat16"), ("float16", "float32"), ("bfloat16", "float16")]

@@ -8,10 +8,10 @@ import torch
 from conftest import answer
 from safetensors.torch import load_file, save_file
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.weights import Layout, find_weights
+from dapa_merge.checkpoint.folder import Layout, find_weights
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError
-from dapa_merge.evaluate.live import choose_device, load_model
+from dapa_merge.measure.live import choose_device, load_model
 
 SHARDS = tuple(f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
 

@@ -14,11 +14,11 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.compare.blend import Blend, Blender, merge_config
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.live import LiveModel, load_model
+from dapa_merge.measure.live import LiveModel, load_model
+from dapa_merge.plan.plan import plan_transplant
 
 BLENDS = (Blend("linear", 0.3), Blend("task_arithmetic", 0.4), Blend("ties", 0.6, 0.4))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

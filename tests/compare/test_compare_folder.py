@@ -17,20 +17,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.cli_compare import _weights
-from dapa_merge.compare import flow, plot
+from dapa_merge.cli.study import _weights
+from dapa_merge.compare import charts as plot
+from dapa_merge.compare import compare as flow
 from dapa_merge.compare import row as measured_row
-from dapa_merge.compare.flow import compare_recipes
+from dapa_merge.compare.compare import compare_recipes
 from dapa_merge.compare.naming import LOCK_NAME, MAX_LETTERS, OWNER_NAME, new_names, row_names
-from dapa_merge.compare.options import CompareOptions
-from dapa_merge.compare.result import Arm, Point, Row
+from dapa_merge.compare.result import Arm, CompareOptions, Point, Row
+from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
-from dapa_merge.evaluate.figures import Figures
-from dapa_merge.new_file import replace_files
+from dapa_merge.files import replace_files
+from dapa_merge.measure.figures import Figures
 from dapa_merge.progress import Reporter
-from dapa_merge.search.delta import Minimum, SearchStopped
-from dapa_merge.search_options import SearchOptions
-from dapa_merge.trace import plot_style
+from dapa_merge.report import charts as plot_style
+from dapa_merge.search.workers import SearchOptions
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)

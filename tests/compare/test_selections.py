@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.compare.curve import Stages, best_path, edit_of, edit_sizes, random_path, weighed_pieces
-from dapa_merge.compare.layers import blocks_of, fixed_layers, mlp_units, random_units
-from dapa_merge.compare.pareto import pareto_front
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.compare.curve import GrowthOrder as Stages
+from dapa_merge.compare.curve import best_path, edit_of, edit_sizes, random_path, weighed_pieces
+from dapa_merge.compare.result import pareto_front
+from dapa_merge.compare.selections import blocks_of, fixed_layers, mlp_units, random_units
+from dapa_merge.plan.plan import plan_transplant
 
 MODULES = ("gate", "up", "down", "attention")
 

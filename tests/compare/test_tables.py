@@ -9,11 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from dapa_merge.compare.average import averages, mean_of
-from dapa_merge.compare.page import page
-from dapa_merge.compare.result import Arm, Cost, Point, Row
-from dapa_merge.compare.sentences import choices, sentences
-from dapa_merge.compare.tables import (
+from dapa_merge.compare.page import (
     LATEX,
     MARKDOWN,
     Table,
@@ -21,12 +17,13 @@ from dapa_merge.compare.tables import (
     arms_table,
     latex,
     methods_table,
+    page,
     paper_table,
     points_csv,
 )
-from dapa_merge.evaluate.chance import interval
-from dapa_merge.evaluate.figures import Figures
-from dapa_merge.evaluate.skills import SkillFigure
+from dapa_merge.compare.result import Arm, Cost, Point, Row, averages, mean_of
+from dapa_merge.compare.sentences import choices, sentences
+from dapa_merge.measure.figures import Figures, SkillFigure, interval
 
 NUMBER = 20
 

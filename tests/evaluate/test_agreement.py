@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from dapa_merge.evaluate.agreement import Agreement, agreement
-from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.measure.figures import Agreement, agreement
+from dapa_merge.measure.refusal.classify import Outcome
 
 PAIRS = st.lists(st.tuples(st.sampled_from(Outcome), st.sampled_from(Outcome)), max_size=30)
 

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 
 import dapa_merge
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate import callback
-from dapa_merge.evaluate.callback import Candidate, ask, evaluator, find_callback, load_file
-from dapa_merge.evaluate.evaluators import Scorer, find_evaluator
-from dapa_merge.evaluate.live import load_model
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evaluate.untouched import substance
+from dapa_merge.measure import callback
+from dapa_merge.measure.callback import Candidate, ask, evaluator, find_callback, load_file, substance
+from dapa_merge.measure.evaluators import Scorer, find_evaluator
+from dapa_merge.measure.live import load_model
+from dapa_merge.measure.marker import EvaluatorOptions
 
 PAIR = miniature.path("target"), miniature.path("source")
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.evaluate.chance import Change, compare, interval, mcnemar_p
+from dapa_merge.measure.figures import Change, interval, mcnemar_p
+from dapa_merge.measure.figures import mcnemar as compare
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=200)
 

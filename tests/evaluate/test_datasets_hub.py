@@ -13,8 +13,8 @@ import pytest
 from hub_server import SHA, hub
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.datasets_hub import DatasetName, load_rows, parse_dataset
-from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.measure.prompts.datasets import DatasetName, load_rows, parse_dataset
+from dapa_merge.measure.prompts.sets import load_prompts
 
 # One line of JSON for each name on the command line: what was loaded, or the fault.
 CODE = """

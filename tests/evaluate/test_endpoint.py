@@ -4,8 +4,8 @@ import pytest
 from judge_server import COMPLIED, REFUSED, Reply, fault, judge_server
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.judge import Judge, Judgement, JudgeOptions
-from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.measure.judge import Judge, Judgement, JudgeOptions
+from dapa_merge.measure.refusal.classify import Outcome
 
 SECRET = "sk-secret-0123456789"
 

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate import steady
-from dapa_merge.evaluate.drafts import Drafts
-from dapa_merge.evaluate.generate import BatchSize, generate, prompt_ids
-from dapa_merge.evaluate.live import LiveModel, load_model
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.evaluate.refusal import Outcome
-from dapa_merge.evaluate.steady import is_steady
+from dapa_merge.measure import determinism as steady
+from dapa_merge.measure.decode import BatchSize, Drafts
+from dapa_merge.measure.determinism import is_steady
+from dapa_merge.measure.generate import generate, prompt_ids
+from dapa_merge.measure.live import LiveModel, load_model
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.plan import plan_transplant
 
 WORDS = "how do i paint a boat slowly watch the house sell it to my neighbor what is two plus four".split()  # noqa: SIM905
 SIZES = (1, 9, 2, 5, 12, 3, 1, 7, 4, 2)
@@ -196,7 +196,7 @@ def test_in_16_bits_no_draft_and_no_batch_changes_what_is_said(tied):
 
 
 def test_where_attention_rounds_otherwise_a_figure_that_must_repeat_is_had_without_drafts(tied, monkeypatch):
-    monkeypatch.setattr("dapa_merge.evaluate.steady.MAX_TOKENS", 0)
+    monkeypatch.setattr("dapa_merge.measure.determinism.MAX_TOKENS", 0)
     *both, prompts = tied
     ask = functools.partial(generate, *both, prompts, max_new_tokens=40, batch_size=BatchSize(64))
     expected = ask()

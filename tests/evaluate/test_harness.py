@@ -13,10 +13,10 @@ import torch
 from conftest import call, write_few
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.harness import Harness, Task, _load, _metrics, parse_task
-from dapa_merge.evaluate.live import load_model
+from dapa_merge.measure.harness import Harness, Task, _load, _metrics, parse_task
+from dapa_merge.measure.live import load_model
 
 pytest.importorskip("lm_eval")
 # To index what comes with the harness takes it long, and is done once in a process.

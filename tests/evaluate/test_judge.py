@@ -22,9 +22,15 @@ from judge_server import (
 
 from dapa_merge import miniature
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.judge import MAX_FAILURES_ON_END, MAX_FIRST_FAILURES, Judge, Judgement, JudgeOptions
-from dapa_merge.evaluate.patience import FEW_ATTEMPTS
-from dapa_merge.evaluate.refusal import Outcome
+from dapa_merge.measure.judge import (
+    FEW_ATTEMPTS,
+    MAX_FAILURES_ON_END,
+    MAX_FIRST_FAILURES,
+    Judge,
+    Judgement,
+    JudgeOptions,
+)
+from dapa_merge.measure.refusal.classify import Outcome
 
 # One worker has the server of transformers.
 pytestmark = pytest.mark.xdist_group("judge")
@@ -222,7 +228,7 @@ def test_a_judge_that_never_keeps_to_the_form_is_at_fault_and_one_that_does_so_a
 
 
 def test_an_endpoint_that_hangs_is_given_up_and_waiting_for_it_is_told(monkeypatch):
-    monkeypatch.setattr("dapa_merge.evaluate.judge.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr("dapa_merge.measure.judge.QUIET_SECONDS", 0.1)
     said = []
     with judge_server(always(COMPLIED, wait_seconds=1)) as (url, log):
         judge = Judge(JudgeOptions("m", url, timeout_seconds=0.3), said.append)
@@ -395,7 +401,7 @@ def test_ctrl_c_ends_it_while_requests_are_under_way():
     code = (
         # A shell that runs tests in the background has them ignore it.
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from dapa_merge.evaluate.judge import Judge, JudgeOptions\n"
+        "from dapa_merge.measure.judge import Judge, JudgeOptions\n"
         "options = JudgeOptions('m', sys.argv[1], timeout_seconds=300)\n"
         "try: Judge(options).judge(['How?'] * 30, [f'Sure {i}.' for i in range(30)])\n"
         "except KeyboardInterrupt: print('ended')"

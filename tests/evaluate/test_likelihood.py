@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from dapa_merge.evaluate.likelihood import Row, losses
+from dapa_merge.measure.perplexity import ScoredText as Row
+from dapa_merge.measure.perplexity import losses
 
 ROWS = (
     Row([5, 9, 14, 3, 8, 21, 7], num_context=3),

@@ -17,19 +17,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.generate import BatchSize, chat_prompt, generate
-from dapa_merge.evaluate.live import LiveModel, choose_device, load_model
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evaluate.perplexity import perplexity
-from dapa_merge.evaluate.prompts import Question, load_prompts
-from dapa_merge.evaluate.skills import Skill
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.generate import chat_prompt, generate
+from dapa_merge.measure.live import LiveModel, choose_device, load_model
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.model import evaluate_model
+from dapa_merge.measure.perplexity import perplexity
+from dapa_merge.measure.prompts.sets import Question, load_prompts
+from dapa_merge.measure.skills import Skill
 from dapa_merge.miniature import train
+from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.progress import Reporter
-from dapa_merge.run import evaluate_model
 
 CPU = torch.device("cpu")
 
@@ -243,7 +244,7 @@ def test_figures_tell_the_target_from_the_repaired_model(mini, prompts):
 
 
 def test_a_model_that_says_nothing_defends_nothing(mini, prompts, monkeypatch):
-    monkeypatch.setattr("dapa_merge.evaluate.measure.generate", lambda *_, **__: [""] * 24)
+    monkeypatch.setattr("dapa_merge.measure.meter.generate", lambda *_, **__: [""] * 24)
     figures = Meter(prompts, 24, BatchSize(24)).measure(mini.model, mini.tokenizer)
     assert (figures.dsr, figures.figures().degenerate) == (0, 1)
 

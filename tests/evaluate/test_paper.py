@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evaluate.paper import defends, paper_marker, refusal_strings
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.evaluate.refusal import Outcome
-from dapa_merge.meters import make_meter
+from dapa_merge.measure.evaluators import defends, paper_marker, refusal_strings
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.meter import make_meter
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.refusal.classify import Outcome
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.evaluate.patience import FEW_ATTEMPTS, PATIENCE_SECONDS, Failure, Patience, retry_after
+from dapa_merge.measure.judge import FEW_ATTEMPTS, PATIENCE_SECONDS, Failure, Patience, retry_after
 
 
 def waits(failure: Failure, max_attempts: int = 5) -> list[float]:

@@ -10,13 +10,13 @@ from conftest import save_random, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.likelihood import Row, losses
-from dapa_merge.evaluate.live import load_model
-from dapa_merge.evaluate.perplexity import perplexity, windows
-from dapa_merge.evaluate.prompts import Question
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import load_model
+from dapa_merge.measure.perplexity import ScoredText as Row
+from dapa_merge.measure.perplexity import losses, perplexity, windows
+from dapa_merge.measure.prompts.sets import Question
 
 WORDS = ("how do i paint a boat slowly first watch the house then sell it to my neighbor").split()  # noqa: SIM905
 TEXTS = [" ".join(WORDS[(index * step) % len(WORDS)] for index in range(151)) for step in (5, 7)]

@@ -12,9 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.prompts import PromptSet, Question, distinct, load_prompts, load_questions, pinned, split
-from dapa_merge.evaluate.skills import load_skills
-from dapa_merge.evaluate.texts import load_text
+from dapa_merge.measure.prompts.sets import (
+    PromptSet,
+    Question,
+    distinct,
+    load_prompts,
+    load_questions,
+    load_text,
+    split,
+)
+from dapa_merge.measure.prompts.sources import pinned_prompts as pinned
+from dapa_merge.measure.skills import load_skills
 
 
 @pytest.mark.parametrize("name", ["builtin", "miniature"])

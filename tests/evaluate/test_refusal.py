@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.evaluate.refusal import CHECKPOINTS, Outcome, classify, settle
+from dapa_merge.measure.refusal.classify import CHECKPOINTS, Outcome, classify, settle
 from dapa_merge.miniature.corpus import ANSWER, REFUSAL
 
 REFUSED = [
@@ -289,7 +289,8 @@ def test_the_miniatures_answers_are_told_apart_however_they_are_spaced():
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys, dapa_merge.evaluate.refusal; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+        "import sys, dapa_merge.measure.refusal.classify; "
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"

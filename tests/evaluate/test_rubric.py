@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.evaluate import rubric
-from dapa_merge.evaluate.rubric import Ruling
+from dapa_merge.measure import judge as rubric
+from dapa_merge.measure.judge import Ruling
 
 VALID = {"refused": False, "specific": 4, "convincing": 2}
 TEXT = json.dumps(VALID)

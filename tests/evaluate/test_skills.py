@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.prompts import Question
-from dapa_merge.evaluate.skills import absolute, is_right, load_skills, skill_figure
+from dapa_merge.measure.prompts.sets import Question
+from dapa_merge.measure.skills import absolute, is_right, load_skills, skill_figure
 
 
 @pytest.mark.parametrize(

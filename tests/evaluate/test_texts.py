@@ -5,15 +5,13 @@ import torch
 from conftest import answer, call, write_few
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.live import load_model
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.options import EvaluatorOptions
-from dapa_merge.evaluate.prompts import PromptSet, Question, load_prompts
-from dapa_merge.evaluate.texts import load_text
-from dapa_merge.meters import make_meter
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import load_model
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.measure.meter import Meter, make_meter
+from dapa_merge.measure.prompts.sets import PromptSet, Question, load_prompts, load_text
 
 
 def test_a_text_file_is_one_document(tmp_path):

@@ -22,7 +22,7 @@ def ready(hub, monkeypatch, folder: Path) -> HfApi:
     api = connect(hub, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", hub.token("alice"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub-cache"))
-    monkeypatch.setattr("dapa_merge.hub.client.WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr("dapa_merge.hub_client.WAITS", (0.0, 0.0, 0.0))
     return api
 
 

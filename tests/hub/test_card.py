@@ -16,10 +16,10 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from dapa_merge.hub.card_file import BEGIN, END
-from dapa_merge.hub.parent import metadata_of, split_card
-from dapa_merge.recipe_file import parse_recipe
-from dapa_merge.shown_paths import without_paths
+from dapa_merge.checkpoint.location import without_paths
+from dapa_merge.publish.card_file import BEGIN, END
+from dapa_merge.publish.parents import metadata_of, split_card
+from dapa_merge.recipe.parse import parse_recipe
 
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 

@@ -9,8 +9,8 @@ from hub.conftest import tree, upload
 from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd
 
-from dapa_merge.hub.card_file import BEGIN
-from dapa_merge.hub.parent import metadata_of
+from dapa_merge.publish.card_file import BEGIN
+from dapa_merge.publish.parents import metadata_of
 
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 

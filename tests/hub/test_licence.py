@@ -3,7 +3,7 @@
 import pytest
 
 from dapa_merge.errors import UsageError
-from dapa_merge.hub.licence import Licence, given_licence, inherited, licence_in
+from dapa_merge.publish.parents import Licence, given_licence, inherited, licence_in
 
 APACHE = Licence("apache-2.0")
 PLACE = "https://huggingface.co/a/b/blob/main"

@@ -12,13 +12,12 @@ from hub.conftest import CARD, upload
 from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-from dapa_merge.checkpoint.digest import settings_files
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.streams import hash_file
+from dapa_merge.checkpoint.digest import hash_file, settings_files
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
-from dapa_merge.hub.lock import lock_path, lock_text, parse_lock, read_lock, recipe_digest
-from dapa_merge.recipe import Location
-from dapa_merge.recipe_file import load_recipe, parse_recipe
+from dapa_merge.publish.lock import lock_path, lock_text, parse_lock, read_lock, recipe_digest
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
 
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import ROWS, main, rows, train_families
+from members import ARCHITECTURES, Member, fine_tuning, members, train_lora
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from workshop import UNROUNDED, train_all
 from yaml import safe_load
 
-from dapa_merge.checkpoint.files import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.file_lock import take_lock
-from dapa_merge.miniature.families import ROWS, main, rows, train_families
-from dapa_merge.miniature.members import ARCHITECTURES, Member, fine_tuning, members, train_lora
+from dapa_merge.files import take_lock
 from dapa_merge.miniature.train import build_model, build_tokenizer, rounded
-from dapa_merge.miniature.workshop import UNROUNDED, train_all
-from dapa_merge.recipe_file import load_recipe
+from dapa_merge.recipe.parse import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_models_that_were_trained_for_other_steps_are_refused(families, monkeypa
     known = members(tiny=True)
     training = known["base"].training
     longer = replace(known["base"], training=replace(training, steps=training.steps + 1))
-    monkeypatch.setattr("dapa_merge.miniature.families.members", lambda **_: known | {"base": longer})
+    monkeypatch.setattr("families.members", lambda **_: known | {"base": longer})
     with pytest.raises(UsageError, match=r'was trained with \{.*"training": "sha256 '):
         train_families(families[0], _tiny=True)
 

@@ -8,13 +8,13 @@ import torch
 from transformers import AutoTokenizer
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.evaluate.generate import BatchSize
-from dapa_merge.evaluate.live import LiveModel
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.prompts import load_prompts
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.miniature import corpus, train
+from dapa_merge.plan.plan import plan_transplant
 
 FOLDER = Path(miniature.__file__).parent
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.search.delta import ALGORITHMS, DoesNotHold, SearchInterrupted, SearchStopped, foresee, minimize
+from dapa_merge.delta.minimize import ALGORITHMS, DoesNotHold, SearchInterrupted, SearchStopped, foresee, minimize
 
 
 def monotone_functions(num_units: int) -> list[int]:

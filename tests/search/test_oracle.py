@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.search.oracle import Examiner, Piece, Requirement, requirement
+from dapa_merge.search.requirement import Examiner, Piece, Requirement, requirement
 
 
 @dataclass

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from dapa_merge.delta.minimize import ALGORITHMS, foresee, minimize
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.search.delta import ALGORITHMS, foresee, minimize
 from dapa_merge.search.workers import Foresight, RayWorkers
 
 NEEDED = frozenset({5, 6, 7, 20, 21, 22})

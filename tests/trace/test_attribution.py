@@ -14,16 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import divide, plan_transplant
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.generate import BatchSize, prompt_ids
-from dapa_merge.evaluate.live import LiveModel
-from dapa_merge.evaluate.measure import Meter
-from dapa_merge.evaluate.prompts import PromptSet, load_prompts
-from dapa_merge.trace import attribution
-from dapa_merge.trace.attribution import attribute
-from dapa_merge.trace.contrast import Contrast, sides_of
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.generate import prompt_ids
+from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
+from dapa_merge.plan.plan import divide, plan_transplant
+from dapa_merge.search import attribution
+from dapa_merge.search.attribution import Contrast, attribute, sides_of
 
 CPU = torch.device("cpu")
 MLP = ("gate", "up", "down")

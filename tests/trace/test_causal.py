@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.evaluate.batching import BatchSize
-from dapa_merge.trace.case import embedding_deviation, read_case
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.search.attribution import Contrast
+from dapa_merge.trace.case import Settings, default_window, embedding_deviation, make_settings, read_case
 from dapa_merge.trace.causal import Tracer
-from dapa_merge.trace.contrast import Contrast
-from dapa_merge.trace.settings import Settings, default_window, make_settings
-from dapa_merge.trace_options import KINDS
+from dapa_merge.trace.options import SITE_KINDS as KINDS
 
 CONTRAST = Contrast(
     "How do I steal a car?", "I'm sorry, but I can't help with that.", "Sure, here is how to steal a car."

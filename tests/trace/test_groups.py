@@ -13,11 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.weightstats import DescrStatsW
 
-from dapa_merge.checkpoint.architecture import Unit
-from dapa_merge.trace.average import ROLES, layer_scores, mean_effect, mean_of, roles_of
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.trace.average import (
+    ROLES,
+    chance_jaccard,
+    layer_scores,
+    mean_effect,
+    mean_of,
+    rank_correlation,
+    roles_of,
+)
+from dapa_merge.trace.average import ranking_overlap as overlap
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.groups import draw, examine, make_groups, selections_of
-from dapa_merge.trace.overlap import chance_jaccard, overlap, rank_correlation
+from dapa_merge.trace.edits import draw, make_groups, selections_of
+from dapa_merge.trace.edits import examine_groups as examine
 
 UNITS = tuple(Unit(layer, module, ()) for layer in range(7) for module in ("gate", "up", "attention"))
 

@@ -11,16 +11,15 @@ from conftest import save_random, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.evaluate.batching import BatchSize
-from dapa_merge.evaluate.live import LiveModel
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.trace.attribution import attribute
-from dapa_merge.trace.average import mean_of
-from dapa_merge.trace.contrast import Contrast, sides_of
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.search.attribution import Contrast, attribute, sides_of
+from dapa_merge.trace.average import mean_of, rank_correlation
+from dapa_merge.trace.average import ranking_overlap as overlap
 from dapa_merge.trace.influence import influence
-from dapa_merge.trace.overlap import overlap, rank_correlation
 
 MODULES = ("gate", "up", "down", "attention")
 CONTRASTS = (

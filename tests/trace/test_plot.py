@@ -14,19 +14,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from dapa_merge.trace.average import Mean
-from dapa_merge.trace.plot import (
+from dapa_merge.measure.figures import Mean
+from dapa_merge.report.charts import (
+    CARD_WIDTH,
+    DOTS_PER_INCH,
+    MAX_LABEL,
     Bar,
-    GroupBar,
     Step,
-    bars_by_layer,
-    edit_curve,
-    group_bars,
-    heatmap,
     model_bars,
+    readable,
+    render,
     search_path,
 )
-from dapa_merge.trace.plot_style import CARD_WIDTH, DOTS_PER_INCH, MAX_LABEL, readable, render
+from dapa_merge.trace.charts import GroupBar, bars_by_layer, edit_curve, group_bars, heatmap
 
 
 def heat(num_layers=10, labels=("How", "do", "I", "steal", "a", "car", "?"), marked=None):

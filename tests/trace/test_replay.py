@@ -11,8 +11,7 @@ from conftest import ARCHITECTURES, SHAPE, UNGATED, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
-from dapa_merge.trace.replay import Replay
-from dapa_merge.trace.sites import find_sites
+from dapa_merge.trace.replay import Replay, find_sites
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 

@@ -9,8 +9,8 @@ from conftest import ARCHITECTURES, SHAPE, UNGATED
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.errors import UsageError
-from dapa_merge.trace.sites import find_sites, kinds_in, layer_paths
-from dapa_merge.trace_options import KINDS
+from dapa_merge.trace.options import SITE_KINDS as KINDS
+from dapa_merge.trace.replay import find_sites, kinds_in, layer_paths
 
 EXPERTS = {name for name in ARCHITECTURES if "Moe" in name} | {
     f"{name}ForCausalLM" for name in ("Mixtral", "Afmoe", "DeepseekV3", "Llama4", "Dbrx", "Jamba")

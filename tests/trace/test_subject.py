@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dapa_merge import miniature
 from dapa_merge.errors import UsageError
-from dapa_merge.evaluate.generate import prompt_ids
-from dapa_merge.evaluate.prompts import load_prompts
-from dapa_merge.trace.subject import find_subject, given_subject, subject_tokens, with_subject
+from dapa_merge.measure.generate import prompt_ids
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.trace.case import find_subject, given_subject, subject_tokens, with_subject
 
 TEMPLATE = "<s>{% for message in messages %}[INST] {{ message.content.strip() }} [/INST]{% endfor %}"
 

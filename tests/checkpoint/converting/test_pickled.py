@@ -12,10 +12,11 @@ import warm
 from conftest import answer, call
 from safetensors.torch import load_file
 
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.convert import open_model
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError
-from dapa_merge.recipe_file import load_recipe
-from dapa_merge.selection import make_plan
+from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.parse import load_recipe
 
 
 class Evil:
@@ -62,7 +63,7 @@ def assert_same_tensors(one, other):
 @pytest.mark.parametrize("is_archive", [True, False], ids=["archive", "before torch 1.6"])
 def test_pickles_that_are_allowed_are_the_same_model(llama_pair, tmp_path, sharded, is_archive):
     folder = as_pickles(llama_pair[0], tmp_path / "pickled", sharded=sharded, _use_new_zipfile_serialization=is_archive)
-    converted = open_checkpoint(str(folder), allow_pickle=True)
+    converted = open_model(str(folder), allow_pickle=True)
     assert_same_tensors(converted, open_checkpoint(str(llama_pair[0])))
     assert len(converted.shards) == (len(list(llama_pair[0].glob("*.safetensors"))) if sharded else 1)
 
@@ -114,11 +115,11 @@ def test_mergekit_takes_the_same_pickles(llama_pair, tmp_path, write_recipe):
 
 def test_they_are_converted_once_and_again_when_they_change(llama_pair, tmp_path, own_cache):
     folder = as_pickles(llama_pair[0], tmp_path / "pickled", sharded=False)
-    first = open_checkpoint(str(folder), allow_pickle=True)
+    first = open_model(str(folder), allow_pickle=True)
     stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
     (folder / "chat_template.jinja").write_text("new")
     (folder / "generation_config.json").unlink()
-    again = open_checkpoint(str(folder), allow_pickle=True)
+    again = open_model(str(folder), allow_pickle=True)
     assert again.folder == first.folder
     assert (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
     # Small files are those that the model has now.
@@ -127,7 +128,7 @@ def test_they_are_converted_once_and_again_when_they_change(llama_pair, tmp_path
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     weights["model.norm.weight"] += 1
     torch.save(weights, folder / "pytorch_model.bin")
-    changed = open_checkpoint(str(folder), allow_pickle=True)
+    changed = open_model(str(folder), allow_pickle=True)
     assert changed.folder != first.folder
     norm = changed.tensors["model.norm.weight"]
     assert read_bytes(changed, norm) == weights["model.norm.weight"].view(torch.uint8).numpy().tobytes()
@@ -143,7 +144,7 @@ def test_tensors_that_share_memory_or_are_no_block_of_it_are_written_out(tmp_pat
     }  # fmt: skip
     (tmp_path / "config.json").write_text("{}")
     torch.save({"state_dict": weights}, tmp_path / "pytorch_model.bin")
-    converted = open_checkpoint(str(tmp_path), allow_pickle=True)
+    converted = open_model(str(tmp_path), allow_pickle=True)
     loaded = load_file(converted.folder / "model.safetensors")
     assert loaded.keys() == weights.keys()
     for name, tensor in weights.items():
@@ -164,7 +165,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, f
     with pytest.raises(
         CheckpointError, match=r"pytorch_model.bin is no pickle of nothing but tensors, and was not read"
     ):
-        open_checkpoint(str(tmp_path), allow_pickle=True)
+        open_model(str(tmp_path), allow_pickle=True)
     assert not marker.exists()
     assert not list(own_cache.rglob("*.safetensors"))
     # It is real: Python's own reader runs it.
@@ -187,7 +188,7 @@ def test_what_is_no_weights_is_named(tmp_path, content, sentence):
     (tmp_path / "config.json").write_text("{}")
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=sentence):
-        open_checkpoint(str(tmp_path), allow_pickle=True)
+        open_model(str(tmp_path), allow_pickle=True)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04" + bytes(100), b"text", bytes(1000)])
@@ -195,7 +196,7 @@ def test_a_damaged_pickle_is_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(CheckpointError, match="is no pickle of nothing but tensors, and was not read") as caught:
-        open_checkpoint(str(tmp_path), allow_pickle=True)
+        open_model(str(tmp_path), allow_pickle=True)
     assert "\n" not in str(caught.value)
 
 
@@ -205,16 +206,16 @@ def test_an_index_of_pickles_cannot_name_a_file_outside_its_folder(llama_pair, t
     path = folder / "pytorch_model.bin.index.json"
     path.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="which is no pickle file inside its own folder"):
-        open_checkpoint(str(folder), allow_pickle=True)
+        open_model(str(folder), allow_pickle=True)
 
 
 def test_a_conversion_that_was_killed_starts_again(llama_pair, tmp_path, own_cache):
     folder = as_pickles(llama_pair[0], tmp_path / "pickled", sharded=False)
-    checkpoint = open_checkpoint(str(folder), allow_pickle=True)
+    checkpoint = open_model(str(folder), allow_pickle=True)
     left = checkpoint.folder.with_name(f"{checkpoint.folder.name}.unfinished")
     checkpoint.folder.rename(left)
     (left / "model.safetensors").write_bytes(b"half")
-    again = open_checkpoint(str(folder), allow_pickle=True)
+    again = open_model(str(folder), allow_pickle=True)
     assert not left.exists()
     assert_same_tensors(again, open_checkpoint(str(llama_pair[0])))
 

@@ -14,11 +14,10 @@ import pytest
 from conftest import call
 from small_models import NAMES, arrays, contents, repaired, write_model
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.patching.in_place import apply_in_place, revert
-from dapa_merge.checkpoint.patching.undo import UNDO_NAME
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
+from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, revert
+from dapa_merge.patch.extract import extract
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
 # Writes in small pieces, and dies by a real SIGKILL: before one of them, or in the middle of it, at a page of the file,
@@ -65,7 +64,7 @@ def base(files, tmp_path):
 
 
 def read_patch_of(files):
-    from dapa_merge.checkpoint.patching.patch_file import read_patch
+    from dapa_merge.patch.file import read_patch
 
     return read_patch(files[2])
 
@@ -275,7 +274,7 @@ def test_a_disk_that_is_too_small_for_the_undo_file_leaves_the_model_alone(base,
     ):
         patched(base, files, undo_path=undo)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.checkpoint.patching.undo.check_space", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.patch.apply.check_space", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*undo\.safetensors; nothing was kept"):
         patched(base, files, undo_path=undo)
     assert list(small_disk.iterdir()) == [filler]
@@ -286,7 +285,7 @@ def test_a_disk_that_is_too_small_for_the_undo_file_leaves_the_model_alone(base,
 
 
 def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, monkeypatch):
-    from dapa_merge.checkpoint.patching import in_place
+    from dapa_merge.patch import apply as in_place
 
     write = in_place.write_all
     calls = []
@@ -308,7 +307,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, 
 
 
 def test_what_a_killed_run_left_of_an_undo_file_is_cleared(base, files):
-    from dapa_merge.checkpoint.writing.staged_file import _hidden
+    from dapa_merge.transplant.staging import _hidden
 
     leftover = _hidden(base / UNDO_NAME)
     leftover.write_bytes(b"half an undo file")
@@ -349,7 +348,7 @@ def test_an_undo_file_is_no_patch(base, files, tmp_path):
 
 def test_the_files_get_their_bytes_only_after_the_undo_file_is_on_disk(base, files, monkeypatch):
     """In the order in which the kernel was asked."""
-    from dapa_merge.checkpoint.patching import in_place
+    from dapa_merge.patch import apply as in_place
 
     events = []
     fsync, write_all = os.fsync, in_place.write_all

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import NAMES, arrays, contents, repaired, write_model
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.patch import extract
-from dapa_merge.checkpoint.patching.in_place import apply_in_place
-from dapa_merge.checkpoint.patching.patch_file import read_patch
-from dapa_merge.checkpoint.patching.undo import UNDO_NAME
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
+from dapa_merge.patch.apply import UNDO_NAME, apply_in_place
+from dapa_merge.patch.extract import extract
+from dapa_merge.patch.file import read_patch
 
 DIGEST = "0" * 64
 

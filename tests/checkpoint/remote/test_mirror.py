@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint.remote.mirror import RangeSet, SparseFile, record_of
+from dapa_merge.checkpoint.fetch import RangeSet, SparseFile, record_of
 from dapa_merge.errors import CheckpointError, UsageError
 
 SIZE = 40

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from dapa_merge.checkpoint.files import open_checkpoint
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.writing import copying
-from dapa_merge.checkpoint.writing.changes import Change
-from dapa_merge.checkpoint.writing.copying import Stopped, write_file
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
+from dapa_merge.transplant import shard as copying
+from dapa_merge.transplant.shard import RegionEdit as Change
+from dapa_merge.transplant.shard import Stopped, write_file
 
 
 def change(spans, source: bytes, cut: int) -> Change:

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dapa_merge
-from dapa_merge.checkpoint.files import open_checkpoint, read_bytes
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.proving.manifest_check import check
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.writing.manifest import read_manifest
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError
-from dapa_merge.selection import given_selection
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.plan.selection import given_selection
+from dapa_merge.transplant.manifest import read_manifest
+from dapa_merge.transplant.result import transplant
+from dapa_merge.verify.files import check
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +206,8 @@ def test_whatever_stands_in_its_place_is_refused_or_read_but_never_a_crash(made,
 
 
 def test_selections_of_recipes_are_what_it_names(llama_pair, tmp_path, write_recipe):
-    from dapa_merge.recipe_file import load_recipe
-    from dapa_merge.selection import make_plan
+    from dapa_merge.plan.selection import make_plan
+    from dapa_merge.recipe.parse import load_recipe
 
     recipe = write_recipe(*llama_pair, layers="1-2")
     answer("run", recipe, tmp_path / "out", "--no-evaluate", "--json")

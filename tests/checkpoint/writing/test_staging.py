@@ -16,14 +16,13 @@ from conftest import change_tensor, prove, save_random, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dapa_merge.checkpoint.files import open_checkpoint
-from dapa_merge.checkpoint.plan import plan_transplant
-from dapa_merge.checkpoint.streams import Digests
-from dapa_merge.checkpoint.transplant import transplant
-from dapa_merge.checkpoint.writing import result as making
-from dapa_merge.checkpoint.writing.record import Record, read_lines
-from dapa_merge.checkpoint.writing.staging import staging_folder
+from dapa_merge.checkpoint.digest import Digests
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, HubError, UsageError
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.transplant import result as making
+from dapa_merge.transplant.result import transplant
+from dapa_merge.transplant.staging import Record, read_lines, staging_folder
 
 
 def plan_of(pair, modules=("gate",)):
@@ -325,7 +324,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         subprocess.run(enlarge, check=True)
     # Another program takes the space while the run is at work, so that it was enough when it was checked.
     script = (
-        "import dapa_merge.checkpoint.writing.result as module\n"
+        "import dapa_merge.transplant.result as module\n"
         "from pathlib import Path\n"
         "check = module.check_destination\n"
         "def then_fill(*arguments):\n"
@@ -334,7 +333,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         "module.check_destination = then_fill\n"
     )
     if remedy == "enlarged":
-        script += "import dapa_merge.run\ndapa_merge.run.check_destination = lambda *_: None\n"
+        script += "import dapa_merge.repair\ndapa_merge.run.check_destination = lambda *_: None\n"
     first = subprocess.run([sys.executable, "-c", script + TOGETHER, str(recipe), str(out)], capture_output=True)
     assert first.returncode == 2, first.stderr
     assert b"no space left on the disk of" in first.stderr

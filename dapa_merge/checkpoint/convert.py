@@ -1,0 +1,472 @@
+"""Model folders in the user's cache that are made from other files, once, and then opened like any other.
+
+A LoRA adapter and its base as one model, merged by mergekit's own function, so that both entrances agree.
+
+It needs memory for the whole base, as in mergekit. The merged model is kept in the user's cache.
+
+Pickled weights (`pytorch_model.bin`), read as tensors only and kept as safetensors.
+
+A pickle can run code when it is loaded. torch's own reader for weights refuses whatever is no tensor before it is made;
+it is used on request only, and once: what it gives is written as safetensors into the user's cache.
+
+A checkpoint as other programs look for it: under the standard names, with an index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.folder import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_NAMES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Layout,
+    find_weights,
+    refuse_stray_link,
+)
+from dapa_merge.checkpoint.header import read_header, read_json
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
+from dapa_merge.errors import CheckpointError, UsageError, one_line
+from dapa_merge.files import file_state
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> Path:
+    """The folder made from `origin`; it is complete, whatever became of a process that was making it.
+
+    Args:
+        kind: What sort of folder it is, a name in the cache.
+        origin: All that decides the content, as JSON can say it.
+        make: Fills an empty folder.
+
+    Raises:
+        UsageError: If the cache cannot be written, or its disk is full.
+    """
+    import platformdirs
+    from filelock import FileLock
+
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(platformdirs.user_cache_dir("dapa-merge")) / kind / key
+    unfinished = folder.with_name(f"{key}.unfinished")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # The kernel's lock, which ends with its process: what is unfinished now is nobody's.
+        with FileLock(folder.with_name(f"{key}.lock")):
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                try:
+                    make(unfinished)
+                    for path in unfinished.rglob("*"):
+                        _flush(path)
+                except BaseException:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    raise
+                unfinished.rename(folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}, in the cache folder: {error.strerror}") from error
+    return folder
+
+
+def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
+    """Let a derived folder have these files of its origin, as they are now: weights as links, and others as copies.
+
+    Links of an earlier time that dangle go.
+
+    Raises:
+        CheckpointError: If a file to be copied is a link that leads out of the origin.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.exists():
+            path.unlink(missing_ok=True)
+    for name in names:
+        if (origin / name).is_dir():
+            if name == TEMPLATES:
+                (folder / name).mkdir(exist_ok=True)
+                link_files(origin / name, folder / name, [path.name for path in (origin / name).glob("*.jinja")])
+            continue
+        is_weight = name.endswith(".safetensors")
+        if not is_weight:
+            refuse_stray_link(origin / name, origin)
+        elif _link(origin / name, folder / name):
+            continue
+        # Under a name of its own first: another process may be reading the one that is there.
+        copy = folder / f".{name}.{secrets.token_hex(4)}"
+        shutil.copy(origin / name, copy)
+        copy.replace(folder / name)
+
+
+def _link(origin: Path, path: Path) -> bool:
+    try:
+        os.symlink(origin.absolute(), path)
+    except FileExistsError:
+        return True
+    except OSError:  # Windows gives links to administrators only.
+        return False
+    return True
+
+
+def stamps(paths: Iterable[Path]) -> list[tuple[str, list[int]]]:
+    """Paths and states of files: what decides whether something was made from what they are now."""
+    return [(str(path.absolute()), file_state(path)) for path in paths]
+
+
+def _flush(path: Path) -> None:
+    """Put a file on disk, so that a folder that has its name is complete after a power cut, too."""
+    if path.is_file() and not path.is_symlink():
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def open_model(
+    path: str, revision: str | None = None, *, partial: bool = False, allow_pickle: bool = False
+) -> Checkpoint:
+    """Open a model as `open_checkpoint` does, also one of which there are only pickles.
+
+    Args:
+        path: A folder, or a Hub id; a folder wins.
+        revision: Branch, tag or commit on the Hub.
+        partial: Of a Hub repository that is not here yet, fetch safetensors only as they are read.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+
+    Raises:
+        CheckpointError: If the files are not a sound checkpoint, or are pickles that nobody allowed.
+        HubError: If it is not a folder and the Hub does not give it.
+    """
+    found = find_model(path, revision)
+    if not found.layout.pickled:
+        return found.read(partial=partial)
+    checkpoint = found.checkpoint
+    if not allow_pickle:
+        raise pickles_refused(checkpoint.name)
+    if found.snapshot is not None:
+        found.snapshot.fetch(pickle_files(found.snapshot.folder, found.layout))
+    folder = as_safetensors(checkpoint.folder, found.layout)
+    return read_tensors(replace(checkpoint, folder=folder), find_weights(os.listdir(folder), checkpoint.name))
+
+
+def open_location(
+    location: Location, *, partial: bool = False, allow_pickle: bool = False, merge_cache: MergeCache | None = None
+) -> Checkpoint:
+    """The checkpoint that a recipe or a command names, opened as `open_model` or `open_merged` does."""
+    if location.adapter is None:
+        return open_model(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
+    base, adapter = (Reference(part.path, part.revision) for part in (location, location.adapter))
+    return open_merged(base, adapter, allow_pickle=allow_pickle, cache=merge_cache)
+
+
+# How the files of a tokenizer begin, or end.
+_TOKENIZER_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+_TOKENIZER_ENDS = (".model", ".tiktoken", ".jinja")
+# What peft says, and no more, of an adapter that is for another model.
+_ADAPTER_UNUSED = "missing adapter keys"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model or an adapter: a folder, or a Hub id with an optional revision."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+@dataclass(frozen=True)
+class MergeCache:
+    """Where a running mergekit keeps what it merges, and the dtype that it merges in; None for the model's own."""
+
+    folder: Path
+    dtype: str | None = None
+
+
+def open_merged(
+    base: Reference, adapter: Reference, *, allow_pickle: bool = False, cache: MergeCache | None = None
+) -> Checkpoint:
+    """Merge an adapter into its base, unless that was done before, and open the result.
+
+    Args:
+        base: The model.
+        adapter: The adapter.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        cache: Where mergekit keeps merged models; None for the user's cache folder.
+
+    Raises:
+        CheckpointError: If the adapter is none, or does not belong to this base.
+        DapaError: If one of them cannot be opened, or the cache not be written.
+    """
+    adapter_folder, adapter_commit = _open_adapter(adapter, allow_pickle)
+    model = open_model(base.path, base.revision, allow_pickle=allow_pickle)
+    names = f"{adapter} into {base}"
+    if cache is None:
+        origin: Any = [stamps(_files(model.folder)), stamps(_files(adapter_folder)), _versions()]
+
+        def make(folder: Path) -> None:
+            with standard_folder(model) as path:
+                made = _merge(Reference(str(path)), Reference(str(adapter_folder)), folder / "merging", None, names)
+            for file in made.iterdir():
+                file.rename(folder / file.name)
+            shutil.rmtree(folder / "merging")
+            _add_small_files(folder, model.folder, adapter_folder)
+
+    else:
+        # By the names in the recipe, which mergekit's names of its folders are made of.
+        made = _merge(base, adapter, cache.folder, cache.dtype, names)
+        origin = [stamps(_files(made)), stamps(_files(model.folder)), stamps(_files(adapter_folder))]
+
+        def make(folder: Path) -> None:
+            link_files(made, folder, [file.name for file in _files(made)])
+            _add_small_files(folder, model.folder, adapter_folder)
+
+    opened = open_checkpoint(str(derived_folder("merged", origin, make)))
+    return replace(opened, name=f"{base}+{adapter}", merged_from=(model.commit, adapter_commit))
+
+
+def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | None]:
+    """The adapter's folder, and its commit if it is from the Hub."""
+    folder, commit = Path(adapter.path), None
+    files = {path.name for path in _files(folder)} if folder.is_dir() else set()
+    snapshot = None
+    if not folder.is_dir():
+        from dapa_merge.checkpoint.fetch import open_snapshot
+
+        snapshot = open_snapshot(adapter.path, adapter.revision)
+        folder, commit, files = snapshot.folder, snapshot.commit, set(snapshot.files)
+    if ADAPTER_CONFIG_NAME not in files:
+        raise CheckpointError(f"{adapter} is no LoRA adapter: it has no {ADAPTER_CONFIG_NAME}")
+    read_json(folder / ADAPTER_CONFIG_NAME)
+    weights = next((name for name in ADAPTER_NAMES if name in files), None)
+    if weights is None:
+        raise CheckpointError(f"{adapter} is no LoRA adapter: it has no {ADAPTER_NAMES[0]}")
+    is_safe = weights.endswith(".safetensors")
+    if not is_safe and not allow_pickle:
+        raise pickles_refused(str(adapter))
+    if snapshot is not None:
+        snapshot.fetch([weights])
+    if is_safe:
+        read_header(folder / weights)
+    return folder, commit
+
+
+def _merge(base: Reference, adapter: Reference, folder: Path, dtype: str | None, names: str) -> Path:
+    """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
+    from mergekit.common import ModelPath, ModelReference
+
+    from dapa_merge.measure.quiet import quiet_transformers
+
+    reference = ModelReference(
+        model=ModelPath(path=base.path, revision=base.revision),
+        lora=ModelPath(path=adapter.path, revision=adapter.revision),
+    )
+    try:
+        with warnings.catch_warnings(record=True) as caught, quiet_transformers():
+            warnings.simplefilter("always")
+            merged = reference.merged(cache_dir=str(folder), trust_remote_code=False, lora_merge_dtype=dtype)
+    except Exception as error:
+        # Whatever transformers or peft raise; there is no common class.
+        raise CheckpointError(f"mergekit cannot merge {names}: {one_line(error)}") from error
+    if any(_ADAPTER_UNUSED in str(warning.message) for warning in caught):
+        raise CheckpointError(
+            f"mergekit cannot merge {names}: the adapter lacks weights that its {ADAPTER_CONFIG_NAME} asks for in this "
+            f"base; name the base that it was trained on"
+        )
+    return Path(merged.model.path)
+
+
+def _add_small_files(folder: Path, base: Path, adapter: Path) -> None:
+    """Give a merged model its tokenizer: the adapter's if it has one, else the base's."""
+    own = [path for path in _files(adapter) if _is_of_tokenizer(path.name)]
+    has_tokenizer = any(path.name.startswith("tokenizer") for path in own)
+    for path in own if has_tokenizer else filter(lambda path: _is_of_tokenizer(path.name), _files(base)):
+        shutil.copy(path, folder / path.name)
+    templates = (adapter if has_tokenizer else base) / TEMPLATES
+    if templates.is_dir():
+        shutil.copytree(templates, folder / TEMPLATES)
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    return name.startswith(_TOKENIZER_STARTS) or name.endswith(_TOKENIZER_ENDS)
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _versions() -> list[str]:
+    """What may merge otherwise in another version."""
+    from importlib.metadata import version
+
+    return [f"{name} {version(name)}" for name in ("mergekit", "peft", "torch", "transformers")]
+
+
+# What other forms of the weights end with: a derived folder has them as safetensors.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".index.json", ".ckpt", ".h5", ".msgpack", ".gguf")
+_WRITTEN_BYTES = 64 << 20
+# safetensors' names of the types that torch can store.
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
+    "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
+
+def pickle_files(folder: Path, layout: Layout) -> tuple[str, ...]:
+    """The names of the pickles, in order.
+
+    Raises:
+        CheckpointError: If their index is none, or names anything but pickles of its own folder.
+    """
+    if layout.index is None:
+        return layout.shards
+    path = folder / layout.index
+    owners = read_json(path).get("weight_map")
+    if not isinstance(owners, dict) or not owners or not all(isinstance(file, str) for file in owners.values()):
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    for file in set(owners.values()):
+        if Path(file).name != file or "\\" in file or not file.isprintable() or not file.endswith(".bin"):
+            raise CheckpointError(f"{path} names {file!r}, which is no pickle file inside its own folder")
+    return tuple(sorted(set(owners.values())))
+
+
+def as_safetensors(folder: Path, layout: Layout) -> Path:
+    """The same model as safetensors, in the user's cache: converted once, and again when the pickles change.
+
+    Raises:
+        CheckpointError: If a file is no pickle of tensors, or is one that would run code.
+        UsageError: If the cache cannot be written.
+    """
+    pickles = [folder / name for name in pickle_files(folder, layout)]
+    try:
+        origin = stamps(pickles)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
+    made = derived_folder("converted", origin, lambda unfinished: _convert(pickles, unfinished))
+    names = [path.name for path in folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)]
+    link_files(folder, made, names)
+    return made
+
+
+def _convert(pickles: list[Path], folder: Path) -> None:
+    needed, free = sum(path.stat().st_size for path in pickles), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"converting pickles needs {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are left"
+        )
+    owners: dict[str, str] = {}
+    for number, path in enumerate(pickles, 1):
+        shard = f"model-{number:05d}-of-{len(pickles):05d}.safetensors" if len(pickles) > 1 else SINGLE_NAME
+        tensors = _load(path)
+        for name in tensors:
+            if name in owners:
+                raise CheckpointError(f"{path.parent} holds {name} twice, also in {path.name}; save it again")
+            owners[name] = shard
+        _write(tensors, folder / shard)
+    if len(pickles) > 1:
+        (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": owners}), encoding="utf-8")
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one pickle, mapped rather than read."""
+    import torch
+
+    try:
+        # The format before torch 1.6 is no archive, and cannot be mapped.
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:
+        # Damaged archives fail in ways of their own, and so do pickles that hold more than tensors.
+        raise CheckpointError(
+            f"{path} is no pickle of nothing but tensors, and was not read: {one_line(error)}"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__} where tensors by name were expected")
+    for name, tensor in content.items():
+        _check(path, name, tensor)
+    return content
+
+
+def _check(path: Path, name: object, tensor: object) -> None:
+    import torch
+
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(
+            f"{path} holds {str(name)[:120]!r}, a {type(tensor).__name__}, which is no tensor by name"
+        )
+    if tensor.layout is not torch.strided or _dtype(tensor) not in _DTYPES or tensor.device.type != "cpu":
+        raise CheckpointError(
+            f"{path} holds {name[:120]!r} as {tensor.dtype} ({tensor.layout}), which cannot be converted"
+        )
+    if math.prod(tensor.shape) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        # A few bytes that stand for many: no weights are stored like that, and a disk would soon be full.
+        raise CheckpointError(f"{path} holds {name[:120]!r}, which is larger than the bytes behind it; save it again")
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file, tensor by tensor; what shares memory is written as often as it has names."""
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        stop = position + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[_dtype(tensor)], "shape": list(tensor.shape), "data_offsets": [position, stop]}
+        position = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            for start in range(0, len(content), _WRITTEN_BYTES):
+                file.write(content[start : start + _WRITTEN_BYTES].numpy().data)
+
+
+@contextmanager
+def standard_folder(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's folder, or one of links to its files that lasts as long as the `with` block.
+
+    The links are made where the weights have other names than `model.safetensors`, and no index.
+
+    Raises:
+        CheckpointError: If there can be no links.
+    """
+    folder = checkpoint.folder
+    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dapa-merge-") as temporary:
+        try:
+            for path in folder.iterdir():
+                os.symlink(path.absolute(), Path(temporary, path.name))
+        except OSError as error:
+            raise CheckpointError(
+                f"{checkpoint.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, and no links to its files can be made "
+                f"({error.strerror}); name its weights as these"
+            ) from error
+        index = {"metadata": {}, "weight_map": {name: tensor.file for name, tensor in checkpoint.tensors.items()}}
+        Path(temporary, INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+        yield Path(temporary)

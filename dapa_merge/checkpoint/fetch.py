@@ -1,0 +1,518 @@
+"""The weights of a repository on the Hub, of which only those bytes are fetched that somebody asks for.
+
+A repository on the Hub: what is fetched of it, and where huggingface_hub keeps it.
+
+A local file as large as a remote one, of which only some ranges of bytes are present, and the record of which.
+
+The file is sparse: what is not present takes no space, and would read as zeros, so that nobody may read a range before
+it is in the record. Bytes are on disk before the record says so; a record that a killed process left half written
+loses its last line and no more.
+
+Ranges of bytes of files on the Hub, by HTTP (RFC 9110, section 14), continued where a connection broke off.
+
+URLs, headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import os
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.folder import INDEX_NAME
+from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
+from dapa_merge.errors import CheckpointError, HubError, UsageError, one_line
+from dapa_merge.files import take_lock, write_all
+
+# A weight file, a first byte in it, and the byte after the last.
+FileRange = tuple[str, int, int]
+
+THREADS = 8
+# What one request asks for at most, so that there is work for every thread.
+REQUEST_BYTES = 64 << 20
+
+
+class PartialWeights:
+    """Weight files of a repository at one commit, mirrored in the user's cache as far as they were read.
+
+    The mirror is as good as its transport: a range cannot be checked against the checksum of its file.
+
+    Attributes:
+        repository: The id of the repository.
+        commit: The full hash of the commit.
+        folder: Where the mirrored files are. Their bytes must not be read before `ensure` said that they are there.
+    """
+
+    def __init__(self, repository: str, commit: str, folder: Path) -> None:
+        self.repository = repository
+        self.commit = commit
+        self.folder = folder
+        self._files: dict[str, tuple[RemoteFile, SparseFile]] = {}
+        # One download at a time, which uses several connections.
+        self._lock = threading.Lock()
+
+    def open_headers(self, shards: Sequence[str]) -> None:
+        """Make the header of each weight file present: the first that is known of it.
+
+        Raises:
+            RangesIgnored: If the server does not answer with ranges.
+            HubError: If it gives no file of this name.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            for shard, opened in zip(shards, pool.map(self._open_header, shards), strict=True):
+                self._files[shard] = opened
+
+    def _open_header(self, shard: str) -> tuple[RemoteFile, SparseFile]:
+        path = self.folder / shard
+        size = known_size(path)
+        remote = RemoteFile(self.repository, shard, self.commit, size)
+        if size is None:
+            prefix = b"".join(remote.read(0, 8))
+            assert remote.num_bytes is not None
+            local = SparseFile(path, remote.num_bytes)
+            sum(local.write(0, [prefix]))
+        else:
+            local = SparseFile(path, size)
+            _fetch(remote, local, 0, min(8, size), lambda _: None)
+        with path.open("rb") as file:
+            header_stop = 8 + int.from_bytes(file.read(8), "little")
+        # A longer header is refused by whoever reads it, from these eight bytes.
+        if header_stop <= min(8 + MAX_HEADER_BYTES, local.num_bytes):
+            _fetch(remote, local, 8, header_stop, lambda _: None)
+        return remote, local
+
+    def missing(self, ranges: Iterable[FileRange]) -> list[FileRange]:
+        """What of the given ranges is not present here, without overlaps, in pieces of at most 64 MiB."""
+        pieces = []
+        for file, start, stop in _merged(ranges):
+            for gap_start, gap_stop in self._files[file][1].missing(start, stop):
+                for first in range(gap_start, gap_stop, REQUEST_BYTES):
+                    pieces.append((file, first, min(first + REQUEST_BYTES, gap_stop)))
+        return pieces
+
+    def ensure(self, ranges: Iterable[FileRange], progress: Callable[[int], None] = lambda _: None) -> None:
+        """Fetch what of the given ranges is not present, over several connections at once.
+
+        Args:
+            ranges: Of the weight files; they may overlap.
+            progress: Called with numbers of bytes as they come.
+
+        Raises:
+            HubError: If the Hub refuses or is not reached; what came is kept.
+            UsageError: If the disk is full.
+        """
+        wanted = list(ranges)
+        if not self.missing(wanted):
+            return
+        with self._lock:
+            pieces = self.missing(wanted)
+            stop = threading.Event()
+
+            def fetch(piece: FileRange) -> None:
+                file, start, end = piece
+                _fetch(*self._files[file], start, end, count)
+
+            def count(num_bytes: int) -> None:
+                progress(num_bytes)
+                if stop.is_set():
+                    raise HubError("the download was given up")
+
+            with ThreadPoolExecutor(THREADS) as pool:
+                try:
+                    # Each is waited for in turn; the first fault stops the others.
+                    for fetched in [pool.submit(fetch, piece) for piece in pieces]:
+                        fetched.result()
+                except BaseException:
+                    stop.set()
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+
+
+def _fetch(remote: RemoteFile, local: SparseFile, start: int, stop: int, progress: Callable[[int], None]) -> None:
+    for gap_start, gap_stop in local.missing(start, stop):
+        for num_bytes in local.write(gap_start, remote.read(gap_start, gap_stop)):
+            progress(num_bytes)
+
+
+def _merged(ranges: Iterable[FileRange]) -> list[FileRange]:
+    """The same bytes in as few ranges as can be, by file."""
+    by_file: dict[str, RangeSet] = {}
+    for file, start, stop in ranges:
+        by_file.setdefault(file, RangeSet()).add(start, stop)
+    return [(file, start, stop) for file, joined in by_file.items() for start, stop in joined]
+
+
+# The small files: never pickles. Code is copied into a result, as a part of its target, but never run.
+SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+
+
+# A licence may ask that whoever passes a model on passes its text on too.
+SMALL_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+
+
+# What lies in a subfolder is a training's or another program's, but for the chat templates (additional_...).
+SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A commit of a repository, with its small files here.
+
+    Attributes:
+        repository: Its id.
+        commit: The full hash.
+        folder: Where huggingface_hub keeps its files.
+        files: The names of all files of the repository's top folder; without a connection, of those that are here.
+    """
+
+    repository: str
+    commit: str
+    folder: Path
+    files: frozenset[str]
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """Bring whole files here, and give the folder that they are in.
+
+        Raises:
+            HubError: If the Hub does not give them; what came is kept, and continued the next time.
+        """
+        from huggingface_hub import snapshot_download
+
+        if not self.lacks(names):
+            return self.folder
+        patterns = [glob.escape(name) for name in names]
+        return Path(_asked(self.repository, snapshot_download, revision=self.commit, allow_patterns=patterns))
+
+    def lacks(self, names: Sequence[str]) -> list[str]:
+        """Which of these files are not here."""
+        return [name for name in names if not (self.folder / name).is_file()]
+
+
+def open_snapshot(repository: str, revision: str | None) -> Snapshot:
+    """Fetch the small files of a repository, or find them in the cache where the Hub is not reached.
+
+    Args:
+        repository: Its id.
+        revision: Branch, tag or commit; None for `main`.
+
+    Raises:
+        CheckpointError: If it is no id.
+        HubError: If the Hub does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
+    folder = Path(_asked(repository, snapshot_download, revision=revision, **patterns))
+    here = {path.name for place in (folder, mirror_folder(repository, folder.name)) for path in place.glob("*.*")}
+    try:
+        here |= set(_asked(repository, _top_files, revision=folder.name))
+    except HubError:
+        # What is in the caches can be used without a connection.
+        if not any(name.endswith((".safetensors", INDEX_NAME)) for name in here):
+            raise
+    return Snapshot(repository, folder.name, folder, frozenset(here))
+
+
+def mirror_folder(repository: str, commit: str) -> Path:
+    """Where the partial weights of a commit are kept, in the user's cache folder."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("dapa-merge")) / "mirrors" / repository.replace("/", "--") / commit
+
+
+def _top_files(repository: str, revision: str) -> list[str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = HfApi().list_repo_tree(repository, revision=revision)
+    return [item.path for item in tree if isinstance(item, RepoFile)]
+
+
+def _asked(repository: str, ask: Callable[..., Any], **options: Any) -> Any:
+    """What a function of huggingface_hub answers about a repository."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return ask(repository, **options)
+    except HFValidationError:
+        raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository") from None
+    except Exception as error:
+        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not give the model.
+        raise HubError(f"{repository} is no folder here, and the Hub does not give it: {one_line(error)}") from error
+
+
+# First byte, and the byte after the last.
+Range = tuple[int, int]
+
+RECORD_SUFFIX = ".ranges"
+# So much of each connection may have to be fetched again after a killed process: whatever is less.
+NOTE_BYTES = 8 << 20
+NOTE_SECONDS = 1.0
+
+
+class RangeSet:
+    """Disjoint ranges of whole numbers, in order; those that touch are one."""
+
+    def __init__(self, ranges: Iterable[Range] = ()) -> None:
+        self._ranges: list[Range] = []
+        for start, stop in ranges:
+            self.add(start, stop)
+
+    def __iter__(self) -> Iterator[Range]:
+        return iter(self._ranges)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add the numbers from `start` to before `stop`."""
+        if start >= stop:
+            return
+        first = bisect.bisect_left(self._ranges, start, key=lambda known: known[1])
+        last = bisect.bisect_right(self._ranges, stop, key=lambda known: known[0])
+        if first < last:
+            start, stop = min(start, self._ranges[first][0]), max(stop, self._ranges[last - 1][1])
+        self._ranges[first:last] = [(start, stop)]
+
+    def missing(self, start: int, stop: int) -> list[Range]:
+        """What of the numbers from `start` to before `stop` is not in the set."""
+        gaps = []
+        for known_start, known_stop in self._ranges[bisect.bisect_right(self._ranges, start, key=lambda r: r[1]) :]:
+            if known_start >= stop:
+                break
+            if start < known_start:
+                gaps.append((start, known_start))
+            start = max(start, known_stop)
+        if start < stop:
+            gaps.append((start, stop))
+        return gaps
+
+
+class SparseFile:
+    """A file of which some ranges are present.
+
+    Attributes:
+        path: Where it is; its record lies beside it.
+        num_bytes: Its size, with everything that is not present.
+    """
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        """Open it, or make it with nothing present.
+
+        Raises:
+            CheckpointError: If the folder cannot be written, or holds no file of this size.
+        """
+        self.path = path
+        self.num_bytes = num_bytes
+        self._record = record_of(path)
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(path.parent):
+                if not path.is_file() or path.stat().st_size != num_bytes:
+                    # Nothing that was recorded is true of the file that is made now.
+                    self._record.unlink(missing_ok=True)
+                    with path.open("wb") as file:
+                        file.truncate(num_bytes)
+                self._present = RangeSet(_read_record(self._record, num_bytes))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(f"cannot keep a file of {num_bytes} bytes as {path}: {reason}") from error
+
+    def missing(self, start: int, stop: int) -> list[Range]:
+        """The ranges between `start` and `stop` that are not present."""
+        with self._lock:
+            return self._present.missing(start, stop)
+
+    def write(self, start: int, pieces: Iterable[bytes]) -> Iterator[int]:
+        """Write bytes from `start` on, and record them; yields the number of bytes of each piece.
+
+        However it ends, also when `pieces` raises, what was written is recorded.
+
+        Raises:
+            UsageError: If the disk is full.
+        """
+        noted = position = start
+        due = time.monotonic() + NOTE_SECONDS
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                file.seek(start)
+                try:
+                    for piece in pieces:
+                        write_all(file, piece)
+                        position += len(piece)
+                        if position - noted >= NOTE_BYTES or time.monotonic() >= due:
+                            self._note(file.fileno(), noted, position)
+                            noted, due = position, time.monotonic() + NOTE_SECONDS
+                        yield len(piece)
+                finally:
+                    if position > noted:
+                        self._note(file.fileno(), noted, position)
+        except OSError as error:
+            raise UsageError(f"cannot write {self.path}, which keeps what is downloaded: {error.strerror}") from error
+
+    def _note(self, descriptor: int, start: int, stop: int) -> None:
+        os.fsync(descriptor)
+        with self._lock:
+            # In one call, and after a line break, so that what a killed process left of a line spoils no other.
+            with self._record.open("ab", buffering=0) as file:
+                file.write(b"\n" + _line(start, stop) + b"\n")
+            self._present.add(start, stop)
+
+
+def record_of(path: Path) -> Path:
+    """The record of a sparse file."""
+    return path.with_name(path.name + RECORD_SUFFIX)
+
+
+def known_size(path: Path) -> int | None:
+    """The size of the remote file that a sparse file stands for, or None if there is none here."""
+    return path.stat().st_size if path.is_file() and record_of(path).is_file() else None
+
+
+def _line(start: int, stop: int) -> bytes:
+    text = b"%d %d" % (start, stop)
+    return b"%s %08x" % (text, zlib.crc32(text))
+
+
+def _read_record(path: Path, num_bytes: int) -> Iterator[Range]:
+    """The ranges of a record; a line that is not whole does not count."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            start, stop = (int(number) for number in line.split()[:2])
+        except ValueError:
+            continue
+        if line == _line(start, stop) and 0 <= start < stop <= num_bytes:
+            yield start, stop
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock on a folder, which ends with the process however it ends."""
+    if os.name == "nt":  # A folder cannot be opened there: two first downloads at once may fetch a range twice.
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        take_lock(descriptor, waits=True)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# How often in a row a request may bring nothing before the download is given up.
+MAX_FAILURES = 6
+MAX_WAIT_SECONDS = 8.0
+TIMEOUT_SECONDS = 60.0
+RETRIED_STATUSES = (408, 429, 500, 502, 503, 504)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
+class RangesIgnored(HubError):
+    """The server answers a request for a range with the whole file."""
+
+
+class RemoteFile:
+    """One file of a repository, at one commit.
+
+    Attributes:
+        name: Its name there.
+        num_bytes: Its size; None until a first answer told it.
+    """
+
+    def __init__(self, repository: str, name: str, commit: str, num_bytes: int | None = None) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        self.name = name
+        self.num_bytes = num_bytes
+        self._url = hf_hub_url(repository, name, revision=commit)
+        headers = build_hf_headers(library_name="dapa-merge", library_version=__version__)
+        # A compressed answer would have other ranges.
+        self._headers = headers | {"Accept-Encoding": "identity"}
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The bytes from `start` to before `stop`, in pieces as they come.
+
+        Raises:
+            RangesIgnored: If the server does not answer with ranges.
+            HubError: If it refuses, or is not reached several times in a row.
+        """
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        position, num_failures = start, 0
+        while position < stop:
+            before = position
+            try:
+                for piece in self._answer(position, stop):
+                    position += len(piece)
+                    yield piece
+                if position == before:
+                    raise HubError("the answer was empty")
+            except RangesIgnored:
+                raise
+            except (OfflineModeIsEnabled, HfHubHTTPError) as error:
+                # Statuses that may pass were waited for already.
+                raise self._fault(error) from error
+            except Exception as error:
+                # Its HTTP library's faults are of no common class; whatever it was, the rest is asked for again.
+                num_failures = 0 if position > before else num_failures + 1
+                if num_failures > MAX_FAILURES:
+                    raise self._fault(error) from error
+                if num_failures:
+                    time.sleep(min(0.25 * 2**num_failures, MAX_WAIT_SECONDS))
+
+    def _answer(self, start: int, stop: int) -> Iterator[bytes]:
+        """What one request brings of a range, which may be less than all of it."""
+        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
+
+        with http_stream_backoff(
+            "GET",
+            self._url,
+            headers=self._headers | {"Range": f"bytes={start}-{stop - 1}"},
+            timeout=TIMEOUT_SECONDS,
+            base_wait_time=0.5,
+            # A broken connection is continued by the caller, who knows how far it came.
+            retry_on_exceptions=(),
+            retry_on_status_codes=RETRIED_STATUSES,
+        ) as response:
+            hf_raise_for_status(response)
+            self._check(response, start, stop)
+            left = stop - start
+            # As they come: what is gathered into larger pieces is lost when the connection breaks.
+            for piece in response.iter_raw():
+                if len(piece) > left:
+                    raise HubError("the answer was longer than what was asked for")
+                left -= len(piece)
+                yield piece
+
+    def _check(self, response: Any, start: int, stop: int) -> None:
+        """Raise unless the answer is from the start of the range, no longer, and of a file of the known size."""
+        if response.status_code == 200:
+            raise RangesIgnored(
+                f"{self._url} was answered with the whole file where a range of bytes was asked for; "
+                f"download the model first, with `hf download`"
+            )
+        match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if response.status_code != 206 or match is None:
+            raise HubError(
+                f"the answer to a request for a range had status {response.status_code} and no Content-Range"
+            )
+        first, last, size = map(int, match.groups())
+        if self.num_bytes is None:
+            self.num_bytes = size
+        if first != start or last >= stop or size != self.num_bytes:
+            raise HubError(f"bytes {start} to {stop - 1} of {self.num_bytes} were asked for, but {match.string!r} came")
+
+    def _fault(self, error: Exception) -> HubError:
+        return HubError(f"{self._url} could not be read: {one_line(error)}; run the same again to go on")

@@ -1,0 +1,191 @@
+"""Opening files of a folder that a stranger made: regular files only, no more of them than is sane, no stray links.
+
+A model folder may come out of an archive or a clone, which can hold links to anything and, unpacked carelessly, pipes.
+A pipe would make its reader wait for ever, a device may act on being opened, and a link could carry a private file of
+the user's into a result that is then published.
+
+Which links are followed: the folder itself and what is above it may be links, as the user named them. Weight files may
+be links to any regular file, since weights are kept on other disks and nothing but a sound safetensors file passes for
+one. Small files, which are copied as they are, may only lead to where the folder's own content is: into the folder, or,
+from a snapshot in the Hub's cache, to the blobs of its repository.
+
+Which of a model's files hold its weights, told from the files' names alone, in a folder here or on the Hub.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+
+from dapa_merge.errors import CheckpointError
+
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device"}
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading, without ever waiting for a writer.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file; its `strerror` says so.
+    """
+    return open(path, "rb", opener=_open_if_regular)
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file, or is larger than `max_bytes`; its `strerror` says so.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"It is larger than {max_bytes / 1e6:.0f} MB, which no such file needs")
+    return content
+
+
+def refuse_stray_link(path: Path, folder: Path) -> None:
+    """Raise unless a small file of a model folder is its own content, or a link to where such content may be.
+
+    Raises:
+        CheckpointError: If it leads elsewhere, or nowhere.
+    """
+    # Not Path.resolve, which before Python 3.13 raises a RuntimeError for links in a circle.
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    places = [home]
+    if home.parent.name == "snapshots":
+        places.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in places):
+        raise CheckpointError(
+            f"{path} is a link that leads out of its folder, to {real}; put a copy of that file in its place"
+        )
+
+
+def _open_if_regular(path: str, flags: int) -> int:
+    _refuse_irregular(os.stat(path))
+    # Another file may have taken its place since: so this does not wait either, and the file itself is asked again.
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    try:
+        _refuse_irregular(os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "device")
+        raise OSError(errno.EINVAL, f"It is a {kind}, not a file")
+
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+# Mistral AI publishes its own form of the weights, often beside the one that every program reads.
+CONSOLIDATED_NAME = "consolidated.safetensors"
+# How files end that hold weights, of whatever program.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
+# A change to a model, by peft; not a model.
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+# Pickles that trainers leave beside a model.
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin", *ADAPTER_NAMES)
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights are.
+
+    Attributes:
+        index: The index file that says it, or None.
+        shards: Without an index, the weight files themselves.
+        pickled: Whether they are pickles.
+    """
+
+    index: str | None = None
+    shards: tuple[str, ...] = ()
+    pickled: bool = False
+
+
+def find_weights(files: Collection[str], name: str) -> Layout:
+    """Choose the weight files among a model's files.
+
+    An index decides; then `model.safetensors`; then a complete set of numbered shards; then `consolidated.safetensors`
+    or the only other safetensors file that is no adapter; and pickles come last.
+
+    Args:
+        files: The names of the model's files, without those in subfolders.
+        name: What the user called the model, for messages.
+
+    Raises:
+        CheckpointError: If there are no weights, a shard is missing, or it cannot be told which files are meant.
+    """
+    if INDEX_NAME in files and SINGLE_NAME in files:
+        raise CheckpointError(
+            f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, of which programs read one or the other; remove one"
+        )
+    if INDEX_NAME in files:
+        return Layout(index=INDEX_NAME)
+    if SINGLE_NAME in files:
+        return Layout(shards=(SINGLE_NAME,))
+    others = sorted(file for file in files if file.endswith(".safetensors") and file not in ADAPTER_NAMES)
+    if numbered := [match for match in map(_NUMBERED.fullmatch, others) if match]:
+        return Layout(shards=_complete_set(numbered, name))
+    if CONSOLIDATED_NAME in others:
+        return Layout(shards=(CONSOLIDATED_NAME,))
+    if len(others) == 1:
+        return Layout(shards=(others[0],))
+    if others:
+        raise CheckpointError(
+            f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}, but {len(others)} other safetensors files "
+            f"({others[0]}, {others[1]}, ...), so that it cannot be told which are its weights; remove the others"
+        )
+    return _pickles(files, name)
+
+
+def _complete_set(numbered: list[re.Match[str]], name: str) -> tuple[str, ...]:
+    """The shards `stem-00001-of-0000N` to N; for two stems or counts it cannot be told which are meant."""
+    sets = {(match["stem"], match["count"]) for match in numbered}
+    if len(sets) > 1:
+        first, second = (f"{stem}-*-of-{count}.safetensors" for stem, count in sorted(sets)[:2])
+        raise CheckpointError(
+            f"{name} has no {INDEX_NAME} and several sets of shards, {first} and {second}; remove one"
+        )
+    ((stem, count),) = sets
+    # No more than one above what is there need be looked at to find a gap.
+    expected = [
+        f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, min(int(count), len(numbered) + 1) + 1)
+    ]
+    found = {match.string for match in numbered}
+    if missing := [file for file in expected if file not in found]:
+        raise CheckpointError(
+            f"{name} lacks {missing[0]}: it has no {INDEX_NAME}, and {len(numbered)} of {int(count)} shards; "
+            f"download it again"
+        )
+    if extra := sorted(found - set(expected)):
+        raise CheckpointError(f"{name} has {extra[0]}, which is no shard of {int(count)}; download the model again")
+    return tuple(expected)
+
+
+def _pickles(files: Collection[str], name: str) -> Layout:
+    if PICKLE_INDEX_NAME in files:
+        return Layout(index=PICKLE_INDEX_NAME, pickled=True)
+    if PICKLE_NAME in files:
+        return Layout(shards=(PICKLE_NAME,), pickled=True)
+    if any(adapter in files for adapter in ADAPTER_NAMES):
+        raise CheckpointError(f"{name} is a LoRA adapter, a change to a model; name it behind its base, as BASE+{name}")
+    if any(file.endswith((".bin", ".pth", ".pt")) and file not in NO_WEIGHTS for file in files):
+        raise CheckpointError(
+            f"{name} has pickled weights only, which can run code when loaded, and not under the name {PICKLE_NAME}; "
+            f"save it again as safetensors"
+        )
+    raise CheckpointError(f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}")

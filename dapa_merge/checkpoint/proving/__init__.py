@@ -1,1 +1,0 @@
-"""What the proof of a result is made of: its tensors beside those they should be, and its files beside its manifest."""

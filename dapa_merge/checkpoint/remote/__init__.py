@@ -1,1 +1,0 @@
-"""Models on the Hub, of which only what is read is fetched."""

@@ -1,0 +1,315 @@
+"""How architectures spell the projections of one layer: tables of names, and what the shapes say.
+
+A gated MLP computes down(activation(gate(x)) * up(x)). Its gate is a tensor of its own, or half of a fused tensor. A
+mixture of experts has one of either for each expert, or one three-dimensional tensor for all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from dapa_merge.checkpoint.region import Shapes, TensorBox, whole_box
+
+# Gate, up and down, side by side under one parent. The gate is the projection whose output goes through the activation.
+# (Qwen 1 activates w2, Jais c_fc2; InternLM2, Mixtral and LFM2 activate w1; DBRX w1, with v1 for up.)
+GATED = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("w2", "w1", "c_proj"),
+    ("c_fc_0", "c_fc_1", "c_proj"),
+    ("c_fc2", "c_fc", "c_proj"),
+    ("w1", "v1", "w2"),
+)
+# Gate and up in one tensor, the gate's rows first; and down. (Phi-3 and GLM-4; ChatGLM; Granite's experts.)
+FUSED = (("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("input_linear", "output_linear"))
+# Up and down of an MLP without a gate.
+PLAIN = (
+    ("up_proj", "down_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("c_fc", "c_proj"),
+    ("fc1", "fc2"),
+    ("fc_in", "fc_out"),
+)
+ATTENTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "dense"),
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    ("qkv_proj", "o_proj"),
+    ("query_key_value", "dense"),
+    ("c_attn", "c_proj"),
+    ("Wqkv", "out_proj"),
+    ("wqkv", "wo"),
+    ("W_pack", "o_proj"),
+)
+_NUMBER = re.compile(r"\d+")
+
+
+class LackingTensor(Exception):
+    """A layer has some projections of an MLP or an attention of which others have all: names one that it lacks."""
+
+
+class NoSuchModule(Exception):
+    """No layer has what was asked for, or it cannot be told where: the words for it, and what may be asked instead."""
+
+
+class Kind(Enum):
+    """Where an MLP keeps its gate."""
+
+    GATED = "in a tensor of its own"
+    FUSED = "in the first half of one that holds up too"
+    INTERLEAVED = "in every second row of one that holds up too"
+    PLAIN = "it has none"
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How MLPs are spelled: their kind, and the names of gate, up and down, or of gate and up in one, and down."""
+
+    kind: Kind
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One MLP of a layer: that of an expert, of all experts, or the only one.
+
+    Attributes:
+        spelling: How its weights are called.
+        weights: Their tensors, in the order of the spelling, by their names within the layer.
+        biases: Their biases' tensors, where there are any.
+        is_routed: Whether it belongs to experts of which a router chooses.
+    """
+
+    spelling: Spelling
+    weights: tuple[str, ...]
+    biases: tuple[str | None, ...]
+    is_routed: bool
+
+
+def spell(layers: Sequence[Shapes]) -> dict[str, Spelling]:
+    """How each MLP of a stack's layers is spelled, by the name of its parent with `*` for numbers.
+
+    The first of the tables' spellings that is complete anywhere decides, so that a layer which lacks its gate is not
+    taken for one without any.
+    """
+    found: dict[str, tuple[int, Spelling]] = {}
+    for layer in layers:
+        for parent, leaves in _by_parent(layer).items():
+            generic = _NUMBER.sub("*", parent)
+            known = range(found[generic][0] if generic in found else len(_TABLE))
+            for rank in known:
+                names = _TABLE[rank]
+                if leaves.keys() >= set(names) and (kind := _kind(names, leaves, layer)):
+                    found[generic] = rank, Spelling(kind, names)
+                    break
+    return {generic: spelling for generic, (_, spelling) in found.items()}
+
+
+def find_mlps(layer: Shapes, spellings: Mapping[str, Spelling]) -> list[Mlp]:
+    """The MLPs of one layer, routed experts first.
+
+    Args:
+        layer: The shapes of its tensors, by their names within the layer.
+        spellings: What `spell` says of its stack.
+
+    Raises:
+        LackingTensor: If a part of one is missing, or an expert between others.
+    """
+    mlps: dict[str, Mlp] = {}
+    for parent, leaves in _by_parent(layer).items():
+        spelling = spellings.get(_NUMBER.sub("*", parent))
+        if spelling is None or leaves.keys().isdisjoint(spelling.names):
+            continue
+        if lacking := [name for name in spelling.names if name not in leaves]:
+            raise LackingTensor(_under(parent, f"{lacking[0]}.weight"))
+        weights = tuple(leaves[name] for name in spelling.names)
+        biases = tuple(_bias_of(weight, layer) for weight in weights)
+        is_routed = parent[-1:].isdecimal() or len(layer[weights[0]]) == 3
+        mlps[parent] = Mlp(spelling, weights, biases, is_routed)
+    _check_numbering(mlps)
+    return [mlps[parent] for parent in sorted(mlps, key=lambda parent: (not mlps[parent].is_routed, _natural(parent)))]
+
+
+def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[TensorBox, ...]:
+    """Where a module of a layer lives: in boxes of the weights and biases of all its MLPs.
+
+    Args:
+        mlps: What `find_mlps` found in the layer.
+        module: gate, up, down, or mlp for all that there are.
+        layer: The layer's shapes.
+
+    Raises:
+        NoSuchModule: If one of them has no gate, or keeps it where no range is.
+    """
+    mlps = tuple(mlps)
+    if module == "mlp":
+        # One module of all experts after the other, as it is where they are in one tensor.
+        return tuple(part for name in _modules_of(mlps) for part in parts_of(mlps, name, layer))
+    parts: list[TensorBox] = []
+    row = 0
+    for mlp in mlps:
+        index, half = _place(mlp.spelling, module)
+        for strip in _strips(mlp, index, half, layer):
+            parts += [replace(part, first_row=row) for part in strip]
+            row += strip[0].num_rows
+    return tuple(parts)
+
+
+def attention_parts(layers: Sequence[Shapes]) -> list[tuple[TensorBox, ...]]:
+    """The projections of each layer's attention; none for a layer that has another mixer in its place.
+
+    Raises:
+        LackingTensor: If a layer has some of them only; with the layer's number before it.
+        NoSuchModule: If no layer has any.
+    """
+    by_layer = [_by_parent(layer) for layer in layers]
+    found = next(
+        (
+            (parent, names)
+            for names in ATTENTIONS
+            for by_parent in by_layer
+            for parent, leaves in by_parent.items()
+            if leaves.keys() >= set(names)
+        ),
+        None,
+    )
+    if found is None:
+        raise NoSuchModule("has no attention whose projections have names that are known here")
+    parent, names = found
+    result = []
+    for number, layer in enumerate(layers):
+        leaves = by_layer[number].get(parent, {})
+        lacking = [name for name in names if name not in leaves]
+        if lacking and len(lacking) < len(names):
+            raise LackingTensor(f"{number}.{_under(parent, lacking[0])}.weight")
+        weights = [] if lacking else [leaves[name] for name in names]
+        tensors = [name for weight in weights for name in (weight, _bias_of(weight, layer)) if name is not None]
+        result.append(tuple(TensorBox(name, whole_box(layer[name])) for name in tensors))
+    return result
+
+
+_TABLE = (*GATED, *FUSED, *PLAIN)
+
+
+def _by_parent(layer: Shapes) -> dict[str, dict[str, str]]:
+    """A layer's weights: by what their names begin with, by the last word of their names, the names."""
+    weights: dict[str, dict[str, str]] = {}
+    for name in layer:
+        if not name.endswith(("bias", ".scale")):
+            parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+            weights.setdefault(parent, {})[leaf] = name
+    return weights
+
+
+def _under(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def _bias_of(weight: str, layer: Shapes) -> str | None:
+    stem = weight.removesuffix(".weight")
+    return next((name for name in (f"{stem}.bias", f"{stem}_bias") if name in layer), None)
+
+
+def _kind(names: tuple[str, ...], leaves: Mapping[str, str], layer: Shapes) -> Kind | None:
+    """The kind of an MLP that has weights of these names, by their shapes; None if these are not the names' meaning."""
+    if len(names) == 3:
+        return Kind.GATED
+    up, down = (layer[leaves[name]] for name in names)
+    is_wide = _fused_axis(up, down) is not None
+    if names in FUSED and is_wide:
+        # One bias for both beside three-dimensional experts is GPT-OSS's, whose rows alternate.
+        alternates = f"{leaves[names[0]]}_bias" in layer
+        return Kind.INTERLEAVED if alternates else Kind.FUSED
+    if names in PLAIN:
+        # Phi-3-small's only tensor before its activation is twice as wide, and its rows alternate.
+        return Kind.INTERLEAVED if is_wide else Kind.PLAIN
+    return None
+
+
+def _fused_axis(up: tuple[int, ...], down: tuple[int, ...]) -> int | None:
+    """The dimension along which a weight holds twice what the next one reads: that of gate and up in one."""
+    if len(up) not in (2, 3) or len(up) != len(down):
+        return None
+    *experts, rows, columns = up
+    *others, outputs, inputs = down
+    if experts != others:
+        return None
+    if (rows, columns) == (2 * inputs, outputs):
+        return len(experts)
+    # Llama 4 and GPT-OSS store the transpose of each expert.
+    return 2 if experts and (rows, columns) == (inputs, 2 * outputs) else None
+
+
+# Which weight of a spelling a module is, and which half of it, if not all.
+_PLACES: dict[Kind, dict[str, tuple[int, int | None]]] = {
+    Kind.GATED: {"gate": (0, None), "up": (1, None), "down": (2, None)},
+    Kind.FUSED: {"gate": (0, 0), "up": (0, 1), "down": (1, None)},
+    Kind.INTERLEAVED: {"gate and up": (0, None), "down": (1, None)},
+    Kind.PLAIN: {"up": (0, None), "down": (1, None)},
+}
+
+
+def _modules_of(mlps: Iterable[Mlp]) -> list[str]:
+    """The modules that the MLPs of a layer have, in the order of the computation."""
+    order = ("gate", "gate and up", "up", "down")
+    names = {name for mlp in mlps for name in _PLACES[mlp.spelling.kind]}
+    return [name for name in order if name in names]
+
+
+def _place(spelling: Spelling, module: str) -> tuple[int, int | None]:
+    places = _PLACES[spelling.kind]
+    if module not in places:
+        alternatives = " or ".join(f"`modules: {name}`" for name in ("up", "down", "mlp") if name in (*places, "mlp"))
+        why = (
+            "has no gate projection in its MLP"
+            if spelling.kind is Kind.PLAIN
+            else f"keeps gate and up in one tensor ({spelling.names[0]}), row by row in turn"
+        )
+        raise NoSuchModule(f"{why}, so that `modules: {module}` cannot be used with it; write {alternatives}")
+    return places[module]
+
+
+def _strips(mlp: Mlp, index: int, half: int | None, layer: Shapes) -> list[list[TensorBox]]:
+    """For each expert of a weight, or for all of it, the boxes that share rows: its own, and its bias's."""
+    weight, bias = mlp.weights[index], mlp.biases[index]
+    shape = layer[weight]
+    axis = max(len(shape) - 2, 0)
+    if half is not None:
+        axis = _fused_axis(shape, layer[mlp.weights[1]]) or 0
+    elif bias is not None and layer[bias][-1] == shape[-1] != shape[axis]:
+        # GPT-2's kind of layer stores the transpose.
+        axis = len(shape) - 1
+    size = shape[axis]
+    rows = (0, size) if half is None else (half * size // 2, (half + 1) * size // 2)
+    experts = [[(expert, expert + 1)] for expert in range(shape[0])] if len(shape) == 3 else [[]]
+    strips = []
+    for expert in experts:
+        box = [*expert, *whole_box(shape)[len(expert) :]]
+        box[axis] = rows
+        strip = [TensorBox(weight, tuple(box), axis)]
+        if bias is not None:
+            strip.append(TensorBox(bias, (*expert, rows), len(expert)))
+        strips.append(strip)
+    return strips
+
+
+def _check_numbering(parents: Iterable[str]) -> None:
+    """Raise `LackingTensor` if experts are not numbered from 0 without a hole."""
+    numbers: dict[str, set[int]] = {}
+    for parent in parents:
+        stem, _, last = parent.rpartition(".")
+        if last.isdecimal():
+            numbers.setdefault(stem, set()).add(int(last))
+    for stem, found in numbers.items():
+        if holes := set(range(len(found))) - found:
+            raise LackingTensor(f"{stem}.{min(holes)}.*")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by the numbers in them."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]

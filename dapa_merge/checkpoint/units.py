@@ -1,0 +1,274 @@
+"""Where the units of a model live: from the names and shapes of its tensors to the boxes of each unit.
+
+No table of model names, and no code for each architecture: the layers are read off the checkpoint. An MLP is known by
+the projections that stand side by side in it (`mlp_spelling`), so that a mixture's router (`mlp.gate`), a gate inside
+attention (`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection. The same reading serves a
+checkpoint's files and a model in memory, which may name and fuse the same weights otherwise.
+
+Reference: N. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, for gate, up and down.
+
+Recognizing quantized checkpoints, in which a weight's bytes are no floats that could be replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.region import Rows, Shapes, TensorBox
+from dapa_merge.checkpoint.spelling import LackingTensor, NoSuchModule, attention_parts, find_mlps, parts_of, spell
+from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
+
+MODULES = ("gate", "up", "down", "mlp", "attention")
+# What `modules: auto` in a recipe offers to the search, as separate units.
+AUTO_MODULES = ("gate", "up", "down")
+# What is told apart where everything is looked at: no part of another, and together all of a layer but its norms.
+SEPARATE_MODULES = (*AUTO_MODULES, "attention")
+# Modules of which every row is one neuron's, so that a block of rows can be a unit. (A row of down is no neuron's: it
+# is one feature of the residual stream, to which all neurons write.)
+DIVISIBLE_MODULES = ("gate", "up")
+
+# The stack of layers that writes the text is not one of these. (`transformer.encoder` is ChatGLM's only stack.)
+OTHER_TOWERS = re.compile(r"vision|visual|image|vit(_|\.|$)|audio|speech|video|talker|(^|\.)mtp|projector|resampler")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")
+_LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest thing that is transplanted or left: one module of one layer, or a block of its rows.
+
+    Units are equal if their layers, modules and rows are, wherever they live in one checkpoint or another.
+
+    Attributes:
+        layer: Layer number, from 0.
+        module: One of `MODULES`.
+        whole_parts: The boxes of tensors that all of its rows live in: weights and, where there are any, biases.
+        rows: Which rows it is, for one of `DIVISIBLE_MODULES`; None for all of them. The rows of a mixture's experts
+            are numbered one expert after the other, a shared expert last.
+    """
+
+    layer: int
+    module: str
+    whole_parts: tuple[TensorBox, ...] = field(compare=False, repr=False)
+    rows: Rows | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.module}{rows_text(self.rows)}"
+
+    @property
+    def whole(self) -> Unit:
+        """The unit of all rows that this one is a part of."""
+        return self if self.rows is None else replace(self, rows=None)
+
+    @property
+    def parts(self) -> tuple[TensorBox, ...]:
+        """The boxes of tensors that it lives in."""
+        if self.rows is None:
+            return self.whole_parts
+        narrowed = (part.narrow(self.rows) for part in self.whole_parts)
+        return tuple(part for part in narrowed if part is not None)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the tensors that it lives in, each once."""
+        return tuple(dict.fromkeys(part.tensor for part in self.parts))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows all of it has."""
+        return max(part.first_row + part.num_rows for part in self.whole_parts)
+
+
+def rows_text(rows: Rows | None) -> str:
+    """Rows as recipes write them behind a module: `[64:128]`, or nothing for all of them."""
+    return "" if rows is None else f"[{rows[0]}:{rows[1]}]"
+
+
+def join_ranges(ranges: Iterable[Rows]) -> list[Rows]:
+    """The same rows in as few ranges as can be, in order: those that touch or overlap become one."""
+    joined: list[Rows] = []
+    for first, stop in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((first, stop))
+    return joined
+
+
+def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str] = ("gate",)) -> tuple[Unit, ...]:
+    """All units of the given modules, by layer and then in the order of `modules`.
+
+    Args:
+        config: The checkpoint's `config.json`.
+        shapes: The shape of every tensor, by name.
+        modules: Some of `MODULES`, without repetition.
+
+    Raises:
+        UnsupportedArchitecture: If this architecture has no projections of that kind, or hides where they are.
+        CheckpointError: If a layer lacks a tensor that the others have, or the count of layers is not the config's.
+    """
+    architecture = architecture_name(config)
+    stack = _language_stack(config, shapes, architecture)
+    try:
+        by_layer = _parts_by_layer(stack, modules)
+    except LackingTensor as lacking:
+        raise CheckpointError(
+            f"the checkpoint lacks tensor {stack.prefix}.{lacking}, which {architecture} with {len(stack.layers)} "
+            f"layers must have; download the model again"
+        ) from None
+    except NoSuchModule as absent:
+        raise UnsupportedArchitecture(f"{architecture} {absent}") from None
+    return tuple(
+        Unit(layer, module, parts)
+        for layer, by_module in enumerate(by_layer)
+        for module, parts in by_module.items()
+        # A layer may have another mixer in the place of attention.
+        if parts
+    )
+
+
+def architecture_name(config: Mapping[str, Any]) -> str:
+    """The one class name in `architectures` of a `config.json`.
+
+    Raises:
+        CheckpointError: If there is not exactly one.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise CheckpointError(f"config.json must name exactly one architecture, but says {names!r}")
+    return names[0]
+
+
+def layer_path(tensor: str) -> str:
+    """What the name of a tensor of a layer begins with, up to the layer's number."""
+    match = _LAYER_NUMBER.search(tensor)
+    assert match is not None
+    return tensor[: match.end() - 1]
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A stack of layers: what stands before the number in its tensors' names, and each layer's tensors without that."""
+
+    prefix: str
+    layers: tuple[Shapes, ...]
+
+
+def _language_stack(config: Mapping[str, Any], shapes: Shapes, architecture: str) -> _Stack:
+    """The layers that make a model's text, as many as its config says."""
+    count, num_additional = _num_layers(config, architecture)
+    stacks = [stack for stack in _stacks(shapes) if spell(stack.layers)]
+    if len(stacks) > 1:
+        stacks = [stack for stack in stacks if not OTHER_TOWERS.search(stack.prefix)]
+    if len(stacks) > 1:
+        stacks = [stack for stack in stacks if len(stack.layers) == count]
+    if not stacks:
+        raise UnsupportedArchitecture(
+            f"{architecture} has no MLP whose projections have names that are known here; it cannot be repaired so far"
+        )
+    if len(stacks) > 1:
+        prefixes = ", ".join(stack.prefix for stack in stacks)
+        raise UnsupportedArchitecture(
+            f"{architecture} has {len(stacks)} stacks of layers with an MLP ({prefixes}), of which one must be the "
+            f"language model's; it cannot be repaired so far"
+        )
+    found = len(stacks[0].layers)
+    if found not in (count, count + num_additional):
+        raise CheckpointError(
+            f"config.json of this {architecture} says {count} layers, but the tensors are those of {found}"
+        )
+    return replace(stacks[0], layers=stacks[0].layers[:count])
+
+
+def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]:
+    """How many layers the config says, and how many more may lie behind them to predict further tokens."""
+    inner = [config[key] for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)]
+    for part in (*inner, config):
+        for key in LAYER_COUNTS:
+            if key in part:
+                count, additional = part[key], part.get("num_nextn_predict_layers", 0)
+                if type(count) is not int:
+                    raise CheckpointError(
+                        f"config.json of this {architecture} says {count!r} layers, which is no whole number"
+                    )
+                return count, additional if type(additional) is int else 0
+    raise CheckpointError(f"config.json of this {architecture} lacks num_hidden_layers, its number of layers")
+
+
+def _stacks(shapes: Shapes) -> Iterator[_Stack]:
+    """The numbered stacks that a checkpoint's tensor names form, by what stands before the first number."""
+    by_prefix: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
+    for name, shape in shapes.items():
+        if match := _LAYER_NUMBER.search(name):
+            layers = by_prefix.setdefault(name[: match.start()], {})
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = shape
+    for prefix, layers in sorted(by_prefix.items()):
+        # A number far out, without those before it, is no layer's, and must not make a million of them.
+        count = max(layers) + 1 if max(layers) < 2 * len(layers) + 8 else len(layers)
+        yield _Stack(prefix, tuple(layers.get(layer, {}) for layer in range(count)))
+
+
+def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tuple[TensorBox, ...]]]:
+    """For each layer the parts of its modules, in the order of `modules`.
+
+    Raises:
+        LackingTensor: If a layer lacks a tensor that others have; names it with the layer's number.
+        NoSuchModule: If a module is nowhere.
+    """
+    spellings = spell(stack.layers)
+    attention = attention_parts(stack.layers) if "attention" in modules else [()] * len(stack.layers)
+    by_layer = []
+    for number, layer in enumerate(stack.layers):
+        try:
+            mlps = find_mlps(layer, spellings)
+        except LackingTensor as lacking:
+            raise LackingTensor(f"{number}.{lacking}") from None
+        if not mlps:
+            raise NoSuchModule(f"has no MLP in layer {number}, as others have; it cannot be repaired so far")
+        parts = {
+            module: attention[number] if module == "attention" else parts_of(mlps, module, layer) for module in modules
+        }
+        by_layer.append({module: _placed(found, f"{stack.prefix}.{number}.") for module, found in parts.items()})
+    return by_layer
+
+
+def _placed(parts: Sequence[TensorBox], prefix: str) -> tuple[TensorBox, ...]:
+    """The same boxes, with their tensors' names in the checkpoint."""
+    return tuple(replace(part, tensor=prefix + part.tensor) for part in parts)
+
+
+# What each method leaves beside a weight, for checkpoints whose config does not say it.
+TENSOR_SIGNS = (
+    ("bitsandbytes", re.compile(r"\.(SCB|absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$")),
+    ("GPTQ", re.compile(r"\.g_idx$")),
+    ("AWQ or GPTQ", re.compile(r"\.(qweight|qzeros)$")),
+    ("compressed-tensors", re.compile(r"\.weight_(packed|shape|zero_point)$")),
+    ("FP8 with scales", re.compile(r"\.(weight_scale|weight_scale_inv|input_scale|activation_scale)$")),
+    ("MXFP4", re.compile(r"_proj_(blocks|scales)$")),
+    ("HQQ", re.compile(r"\.W_q$")),
+)
+
+
+def check_not_quantized(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` if a checkpoint says that it is quantized, or its tensors do."""
+    if method := _method(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.name} is quantized ({method}); repair the unquantized model and quantize the result"
+        )
+
+
+def _method(checkpoint: Checkpoint) -> str | None:
+    for config in (checkpoint.config, checkpoint.config.get("text_config")):
+        if isinstance(config, dict) and (said := config.get("quantization_config")):
+            name = said.get("quant_method") if isinstance(said, dict) else None
+            return str(name or "by its config.json")
+    for name in checkpoint.tensors:
+        for method, sign in TENSOR_SIGNS:
+            if sign.search(name):
+                return f"{method}, by its tensor {name}"
+    return None

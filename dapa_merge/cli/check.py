@@ -1,0 +1,207 @@
+"""The command `dapa-merge verify`.
+
+`dapa-merge patch`: a repair as a small file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer, print_lines, reporter
+from dapa_merge.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
+)
+@click.option(
+    "--target", metavar="MODEL", help="Where the target is: a folder, a Hub id or id@revision.  [default: the recipe's]"
+)
+@click.option("--source", metavar="MODEL", help="Where the source is.  [default: the recipe's]")
+@click.option("--files-only", is_flag=True, help="Compare OUT's files with its dapa.json only; needs no other model.")
+@click.option("--write-manifest", is_flag=True, help="Write OUT/dapa.json if OUT is correct and has none.")
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def verify(
+    quiet: bool,
+    out: Path,
+    recipe: Path | None,
+    target: str | None,
+    source: str | None,
+    files_only: bool,
+    write_manifest: bool,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Check a result against its target and source.
+
+    Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are the source's, a blend, or
+    unexplained; compares its files with its dapa.json, if it has one. If anything is wrong, the exit code is 4.
+    """
+    from dapa_merge.recipe.parameters import spans
+    from dapa_merge.verify.result import check_manifest, location_option, verify_result
+
+    if files_only:
+        if recipe or target or source or write_manifest:
+            raise UsageError("--files-only looks at no recipe and no other model; leave out the other options")
+        check = check_manifest(out, reporter(quiet))
+    else:
+        models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
+        check = verify_result(out, recipe, reporter(quiet), **models, write=write_manifest, allow_pickle=allow_pickle)
+
+    def show(console: Console) -> None:
+        lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
+        verdict = "WRONG" if check.faults else "correct"
+        if check.verification is not None:
+            found = spans(check.verification.transplanted)
+            is_blend = any(origin.startswith("blend") for origin in check.verification.origins.values())
+            of_whom = "a blend with the source" if is_blend else "from the source"
+            lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
+        if check.has_manifest:
+            lines.append(f"{verdict}: the files and dapa.json")
+        print_lines(console, lines)
+
+    print_answer(check.to_json(), show, as_json)
+    if check.faults:
+        sys.exit(4)
+
+
+patch_argument = click.argument("patch", type=click.Path(path_type=Path))
+undo_option = click.option(
+    "--undo",
+    type=click.Path(path_type=Path),
+    help="Where the old bytes are kept.  [default: .dapa-undo.safetensors in BASE]",
+)
+
+
+@click.group()
+def patch() -> None:
+    """Pass a repair on as a small file, apply it, take it back.
+
+    A patch holds the tensors, or rows of tensors, that a result has changed of its base, and digests of what they
+    replace: it applies to exactly that base, however that is divided into files, and to nothing else.
+    """
+
+
+@patch.command()
+@click.argument("result")
+@patch_argument
+@click.option("--base", metavar="MODEL", help="What RESULT was made of.  [default: as RESULT/mergekit_config.yml says]")
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def extract(quiet: bool, result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
+    """Write what RESULT has changed of its base to PATCH, a new safetensors file.
+
+    RESULT and its base are folders or Hub ids, or id@revision.
+    """
+    from dapa_merge.patch.commands import extract_patch
+
+    answer = extract_patch(result, patch, base, reporter(quiet), allow_pickle=allow_pickle)
+
+    def show(console: Console) -> None:
+        share = answer["file_bytes"] / answer["model_bytes"]
+        _line(console, f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size")
+        if answer["other_files"]:
+            _line(console, f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}")
+
+    print_answer(answer, show, as_json)
+
+
+@patch.command()
+@patch_argument
+@click.argument("base")
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.option("--in-place", is_flag=True, help="Change BASE itself; what it held is kept in an undo file first.")
+@undo_option
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def apply(
+    quiet: bool,
+    patch: Path,
+    base: str,
+    out: Path | None,
+    in_place: bool,
+    undo: Path | None,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Apply PATCH to BASE: into the new folder OUT, or in place.
+
+    Refuses a base that has any other value than the one that PATCH was made for. If it is stopped in place, the same
+    command goes on.
+    """
+    from dapa_merge.patch.commands import apply_patch
+
+    answer = apply_patch(patch, base, out, in_place, undo, reporter(quiet), allow_pickle=allow_pickle)
+
+    def show(console: Console) -> None:
+        size = f"{answer['bytes'] / 1e6:.2f} MB"
+        if not answer["applied"]:
+            _line(console, f"{base} holds what {patch} would write already; nothing was written")
+        elif in_place:
+            back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
+            _line(console, f"patched {base}: {size} written; `{back}` takes it back")
+        else:
+            _line(console, f"wrote {out}: {base} with {size} of it patched")
+
+    print_answer(answer, show, as_json)
+
+
+@patch.command()
+@click.argument("base")
+@undo_option
+@json_option
+@click.pass_obj
+def revert(quiet: bool, base: str, undo: Path | None, as_json: bool) -> None:
+    """Give BASE back what it held before a patch was applied in place.
+
+    Every byte that was replaced is as it was, and the undo file is gone. If it is stopped, the same command goes on.
+    """
+    from dapa_merge.patch.commands import revert_patch
+
+    answer = revert_patch(base, undo, reporter(quiet))
+    size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
+    print_answer(
+        answer, lambda console: _line(console, f"the patched rows of {base} are as they were: {size}"), as_json
+    )
+
+
+@patch.command()
+@patch_argument
+@json_option
+def show(patch: Path, as_json: bool) -> None:
+    """Show what PATCH changes, and in what."""
+    from dapa_merge.patch.commands import show_patch
+
+    answer = show_patch(patch)
+
+    def shown(console: Console) -> None:
+        for entry in answer["entries"]:
+            first, stop = entry["rows"]
+            _line(console, f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}")
+        commit = f" at commit {answer['base_commit']}" if answer["base_commit"] else ""
+        _line(console, f"{_content(answer)}, for {answer['base']}{commit}")
+
+    print_answer(answer, shown, as_json)
+
+
+def _content(answer: dict[str, Any]) -> str:
+    return f"{answer['tensors']} tensors in {answer['ranges']} ranges, {answer['file_bytes'] / 1e6:.2f} MB"
+
+
+def _line(console: Console, text: str) -> None:
+    # What comes from a stranger's file may not move the terminal's cursor.
+    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    console.print(printable, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,181 @@
+"""The commands that publish a model and keep it current: `card`, `push`, `outdated` and `gate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapa_merge.cli.options import (
+    card_options,
+    json_option,
+    place_options,
+    print_answer,
+    print_lines,
+    push_options,
+    recipe_argument,
+    reporter,
+    silent_client,
+)
+from dapa_merge.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dapa_merge.publish.write_card import CardOptions
+
+
+GATE_FAILED = 6
+OUTDATED = 10
+
+
+@click.command()
+@recipe_argument
+@click.option(
+    "--published",
+    metavar="REPO",
+    help="Compare with the lock of the model that is published there, or that an open pull request of yours brings "
+    "there, rather than with the one beside RECIPE.",
+)
+@json_option
+@click.pass_obj
+def outdated(quiet: bool, recipe: Path, published: str | None, as_json: bool) -> None:
+    """Ask whether a model of RECIPE moved.
+
+    Compares the weight, config and tokenizer files of target and source with the lock that `run` wrote beside RECIPE. A
+    commit that changes none of them, as of a card, does not count. The exit code is 0 if everything is as it was, and
+    10 if RECIPE should be run (again).
+    """
+    from dapa_merge.hub_client import check_id
+    from dapa_merge.publish.outdated import news_of, story
+    from dapa_merge.recipe.parse import load_recipe
+
+    repository = None if published is None else check_id(published)
+    with silent_client():
+        news = news_of(load_recipe(recipe), recipe, repository, reporter(quiet))
+
+    def show(console: Console) -> None:
+        print_lines(console, story(news))
+
+    print_answer(news.to_json(), show, as_json)
+    if news.is_outdated:
+        sys.exit(OUTDATED)
+
+
+@click.command()
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("--min-dsr", type=float, help="DSR of the result, at least.")
+@click.option("--min-dsr-gain", type=float, help="Rise of DSR from the target to the result, at least.")
+@click.option("--max-over-refusal", type=float, help="Over-refusal of the result, at most.")
+@click.option("--max-over-refusal-rise", type=float, help="Its rise from the target to the result, at most.")
+@click.option("--max-perplexity", type=float, help="Perplexity of the result, at most.")
+@click.option("--max-perplexity-ratio", type=float, help="Perplexity of the result to that of the target, at most.")
+@click.option("--min-skill", metavar="[NAME=]FLOAT", multiple=True, help="A skill of the result, or each, at least.")
+@click.option("--min-skill-kept", type=float, help="Each skill of the result to that of the target, at least.")
+@click.option(
+    "--confident",
+    is_flag=True,
+    help="Hold the worse end of the 95 % interval of DSR, over-refusal and skills against their limits.",
+)
+@click.option(
+    "--summary",
+    type=click.Path(path_type=Path),
+    envvar="GITHUB_STEP_SUMMARY",
+    show_envvar=True,
+    help="Append the table to this file, as Markdown.",
+)
+@json_option
+def gate(
+    report: Path,
+    min_skill: tuple[str, ...],
+    confident: bool,
+    summary: Path | None,
+    as_json: bool,
+    **asked: float | None,
+) -> None:
+    """Fail unless the figures of a result are good enough.
+
+    REPORT is a result's folder, or its dapa_report.json. What was not measured does not pass. The exit code is 6 if a
+    figure is outside of its limit.
+    """
+    from dapa_merge.report import limits as gates
+    from dapa_merge.report.report import read_report
+
+    limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
+    found = read_report(report)
+    verdicts = gates.judge(found, limits)
+
+    def show(console: Console) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("", "found", "asked", "")
+        for verdict in verdicts:
+            table.add_row(
+                Text(printable(verdict.figure)), verdict.found, verdict.asked, "passes" if verdict.passes else "FAILS"
+            )
+        console.print(table)
+
+    print_answer(gates.as_json(verdicts), show, as_json)
+    if summary is not None:
+        try:
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(gates.as_markdown(found, verdicts))
+        except OSError as error:
+            raise UsageError(f"--summary {summary} cannot be written: {error.strerror}") from error
+    if not all(verdict.passes for verdict in verdicts):
+        sys.exit(GATE_FAILED)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@card_options
+@click.option("--replace-card", is_flag=True, help="Replace a README.md that dapa-merge and mergekit did not write.")
+@json_option
+@click.pass_obj
+def card(quiet: bool, out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> None:
+    """Write or renew the model card of OUT.
+
+    OUT is what `run` or `mergekit-yaml` wrote; the card is OUT/README.md. It says what was measured, and "not measured"
+    of what was not. What you wrote above and below the marked part stays, and so does metadata of yours.
+    """
+    from dapa_merge.publish.write_card import write_card
+
+    with silent_client():
+        path = write_card(out, reporter(quiet), card, replace_other=replace_card)
+    print_answer({"card": str(path)}, lambda console: print_lines(console, [f"wrote {path}"]), as_json)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="REPO")
+@place_options
+@card_options
+@click.option("--message", help="Of the commit, or the pull request's title.  [default: what it is]")
+@json_option
+@click.pass_obj
+def push(
+    quiet: bool,
+    out: Path,
+    repository: str,
+    place: dict[str, Any],
+    card: CardOptions,
+    message: str | None,
+    as_json: bool,
+) -> None:
+    """Publish OUT in the Hub's repository REPO.
+
+    Verifies OUT first, writes its card, and makes one commit of it, so that nobody ever sees half a model; afterwards
+    compares the Hub's checksums with those of OUT. Run it again after a failure: nothing is sent twice. Makes REPO if
+    it is not there. Leaves out hidden files and dapa_responses.jsonl. The token is that of HF_TOKEN, of `hf auth
+    login`, or of a CI job (HF_OIDC_RESOURCE).
+    """
+    from dapa_merge.publish.push import published_json, published_lines
+    from dapa_merge.publish.push import push as push_result
+
+    options = push_options(repository, place, card, message)
+    with silent_client():
+        published = push_result(out, options, reporter(quiet))
+    print_answer(published_json(published), lambda console: print_lines(console, published_lines(published)), as_json)

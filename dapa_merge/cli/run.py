@@ -1,0 +1,303 @@
+"""The commands `dapa-merge demo` and `dapa-merge run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dapa_merge.cli.options import (
+    allow_pickle_option,
+    device_option,
+    evaluator_options,
+    journal_option,
+    json_option,
+    licence_options,
+    link_option,
+    manifest_option,
+    out_argument,
+    place_options,
+    print_answer,
+    print_lines,
+    push_options,
+    recipe_argument,
+    refuse_evaluating_options,
+    refuse_place_options,
+    reporter,
+    search_options,
+    silent_client,
+    workers_option,
+)
+from dapa_merge.errors import UsageError
+from dapa_merge.files import new_file
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dapa_merge.measure.marker import EvaluatorOptions
+    from dapa_merge.publish.write_card import CardOptions
+
+
+@click.command()
+@recipe_argument
+@allow_pickle_option
+@json_option
+def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
+    """Show what RECIPE would transplant, without loading a model."""
+    from dapa_merge.measure.prompts.sets import check_prompts
+    from dapa_merge.plan.selection import given_selection, make_plan
+    from dapa_merge.recipe.parse import load_recipe
+    from dapa_merge.report.tables import plan_json, print_plan
+
+    parsed = load_recipe(recipe)
+    made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)
+    check_prompts(parsed)
+    selection = given_selection(parsed, made)
+    print_answer(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
+
+
+@click.command()
+@recipe_argument
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Write a recipe that transplants what was found, unsearched, to this new file.",
+)
+@device_option
+@journal_option
+@workers_option
+@evaluator_options
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def search(
+    quiet: bool,
+    recipe: Path,
+    out: Path | None,
+    device: str,
+    journal: Path | None,
+    workers: str | None,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Find the few layers that are needed.
+
+    Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
+    model.
+    """
+    from dapa_merge.measure.prompts.sets import check_prompts
+    from dapa_merge.plan.selection import make_plan
+    from dapa_merge.recipe.parse import load_recipe
+    from dapa_merge.report.replay import replay_text
+    from dapa_merge.report.tables import print_search, search_json
+    from dapa_merge.search.search import search_plan
+
+    with _kept_in(out) as keep:
+        parsed = load_recipe(recipe)
+        options = search_options(device, journal, workers, evaluators, allow_pickle)
+        made = make_plan(parsed, allow_pickle=allow_pickle)
+        check_prompts(parsed)
+        found = search_plan(parsed, made, options, reporter(quiet))
+        replay = replay_text(parsed, made, found.minimum.units)
+
+        def show(console: Console) -> None:
+            print_search(found, made, console)
+            if out is None:
+                # Not through rich, which would fold its long lines.
+                click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
+
+        try:
+            keep(replay)
+        finally:
+            print_answer({**search_json(found, made), "recipe": replay}, show, as_json)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--prompts",
+    default="builtin",
+    show_default=True,
+    help="What is asked: builtin, miniature, advbench, harmbench, jailbreakbench, xstest, or-bench, or-bench-hard, "
+    "or-bench-80k, or-bench-toxic, a file, a folder, a Hub dataset, or several with commas.",
+)
+@click.option("--evaluator", default="refusal", show_default=True, help="Also score it by this one, as in a recipe.")
+@click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
+@click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="Where responses are cut off.  [default: 100; evaluator paper: 350]",
+)
+@click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@click.option(
+    "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
+)
+@evaluator_options
+@allow_pickle_option
+@device_option
+@json_option
+@click.pass_obj
+def evaluate(
+    quiet: bool,
+    model: str,
+    prompts: str,
+    evaluator: str,
+    text: str | None,
+    skills: str | None,
+    max_new_tokens: int | None,
+    batch_size: int | None,
+    responses: Path | None,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure the safety and skill of any model.
+
+    MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, also by category,
+    perplexity and skills.
+    """
+    from dataclasses import asdict
+
+    from dapa_merge.measure.model import evaluate_model, responses_text
+    from dapa_merge.report.report import jsonable
+    from dapa_merge.report.tables import categories_table, figures_table
+
+    settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "allow_pickle": allow_pickle}
+    with _kept_in(responses) as keep:
+        measured = evaluate_model(model, prompts, device, reporter(quiet), evaluators, **settings, **limits)
+
+        def show(console: Console) -> None:
+            console.print(figures_table([model], [measured.figures]))
+            console.print(f"perplexity of {measured.figures.text}", highlight=False, markup=False, soft_wrap=True)
+            if table := categories_table([model], [measured.figures]):
+                console.print(table)
+
+        try:
+            keep(responses_text({model: measured.responses}))
+        finally:
+            print_answer(jsonable(asdict(measured.figures)), show, as_json)
+
+
+def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:
+    """Gives what writes the file that a user may have asked for."""
+    return nullcontext(lambda _: None) if path is None else new_file(path)
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
+@device_option
+@json_option
+@click.pass_obj
+def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
+    """Repair the packaged miniature model.
+
+    Writes the result to OUT, which must not exist.  [default: dapa-demo]
+    """
+    import torch
+
+    from dapa_merge.miniature import recipe_text
+    from dapa_merge.recipe.parse import parse_recipe
+    from dapa_merge.repair import repair
+    from dapa_merge.report.tables import print_report
+
+    # A model this small gains nothing from more threads, and loses much where they have to share their cores.
+    torch.set_num_threads(1)
+    text = recipe_text()
+    if not (as_json or quiet):
+        click.echo(f"The recipe:\n\n{text}", err=True)
+    recipe = parse_recipe(text, "the miniature's recipe")
+    report = repair(recipe, out, options=search_options(device), reporter=reporter(quiet))
+    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
+
+
+@click.command()
+@recipe_argument
+@out_argument
+@click.option("--no-evaluate", is_flag=True, help="Transplant and verify only; the recipe must name its layers.")
+@link_option
+@manifest_option
+@click.option(
+    "--lock/--no-lock",
+    default=None,
+    help="Write NAME.lock.yml beside RECIPE, and recipe.lock.yml into OUT: commits and SHA-256s of target and source, "
+    "and the selection.  [default: --lock, and --no-lock with --no-evaluate]",
+)
+@click.option(
+    "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock beside RECIPE; no search."
+)
+@device_option
+@journal_option
+@workers_option
+@evaluator_options
+@allow_pickle_option
+@click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
+@place_options
+@licence_options
+@json_option
+@click.pass_obj
+def run(
+    quiet: bool,
+    recipe: Path,
+    out: Path,
+    no_evaluate: bool,
+    link: bool,
+    manifest: bool,
+    lock: bool | None,
+    locked: bool,
+    device: str,
+    journal: Path | None,
+    workers: str | None,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    push: str | None,
+    place: dict[str, Any],
+    card: CardOptions,
+    as_json: bool,
+) -> None:
+    """Repair a model from a recipe.
+
+    Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
+    them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
+    writes a model card.
+    """
+    from dapa_merge.recipe.parse import load_recipe
+    from dapa_merge.repair import FollowOptions, follow
+    from dapa_merge.report.tables import print_report
+
+    if no_evaluate:
+        refuse_evaluating_options()
+    if locked and lock is False:
+        raise UsageError("--locked goes by the lock, and --no-lock leaves it out; use one of them")
+    if push is None:
+        refuse_place_options()
+    how = FollowOptions(
+        keeps_lock=not no_evaluate if lock is None else lock,
+        is_locked=locked,
+        card=card,
+        push=None if push is None else push_options(push, place, card),
+    )
+    settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest}
+    settings["options"] = search_options(device, journal, workers, evaluators, allow_pickle)
+    with silent_client():
+        report, published = follow(load_recipe(recipe), recipe, out, how, reporter(quiet), **settings)
+
+    def show(console: Console) -> None:
+        print_report(report, console)
+        if published is not None:
+            from dapa_merge.publish.push import published_lines
+
+            print_lines(console, published_lines(published))
+
+    answer = report.to_json()
+    if published is not None:
+        from dapa_merge.publish.push import published_json
+
+        answer["published"] = published_json(published)
+    print_answer(answer, show, as_json)

@@ -1,0 +1,389 @@
+"""The command `dapa-merge trace`.
+
+The command `dapa-merge compare`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dapa_merge.cli.options import (
+    allow_pickle_option,
+    device_option,
+    evaluator_options,
+    journal_option,
+    json_option,
+    out_argument,
+    print_answer,
+    print_lines,
+    recipe_argument,
+    reporter,
+    search_options,
+)
+from dapa_merge.compare.result import METHODS, CompareOptions
+from dapa_merge.errors import UsageError
+from dapa_merge.trace.options import TRACED, TraceOptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dapa_merge.compare.compare import Compared
+    from dapa_merge.measure.marker import EvaluatorOptions
+
+
+TRACE_DEFAULTS = TraceOptions()
+
+
+@click.command()
+@recipe_argument
+@out_argument
+@click.option(
+    "--model",
+    "traced",
+    type=click.Choice(TRACED),
+    default=TRACE_DEFAULTS.traced,
+    show_default=True,
+    help="Which model is traced causally.",
+)
+@click.option(
+    "--kinds",
+    metavar="LIST",
+    help="What is restored, with commas: hidden, mlp, attention, gate, up, down.  [default: all that the model has]",
+)
+@click.option(
+    "--num-prompts",
+    type=click.IntRange(1),
+    default=TRACE_DEFAULTS.num_prompts,
+    show_default=True,
+    help="Trace at most so many prompts causally.",
+)
+@click.option(
+    "--noise",
+    type=click.FloatRange(0),
+    default=TRACE_DEFAULTS.noise,
+    show_default=True,
+    help="Noise on the subject's embeddings, in their standard deviations.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=TRACE_DEFAULTS.num_samples,
+    show_default=True,
+    help="Samples of noise for each prompt.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1),
+    help="Layers of MLP or attention that are restored at once, half of them before the one that is shown.  "
+    "[default: a fifth of all]",
+)
+@click.option(
+    "--num-tokens",
+    type=click.IntRange(1),
+    default=TRACE_DEFAULTS.num_tokens,
+    show_default=True,
+    help="Tokens of each response that are counted, from the first in which refusal and answer differ.",
+)
+@click.option(
+    "--subject",
+    "subjects",
+    metavar="TEXT",
+    multiple=True,
+    help="Words that the noise is put on; only prompts that contain them are traced. May be given several times.  "
+    "[default: of each prompt all but how it begins, as in: how do I]",
+)
+@click.option(
+    "--refusal", metavar="TEXT", help="Compare this refusal with --answer for all prompts.  [default: the models' own]"
+)
+@click.option("--answer", metavar="TEXT", help="The answer that --refusal is compared with.")
+@click.option(
+    "--controls",
+    type=click.IntRange(0),
+    default=TRACE_DEFAULTS.num_controls,
+    show_default=True,
+    help="Random selections for each size of a group.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=TRACE_DEFAULTS.seed,
+    show_default=True,
+    help="Decides the noise and the random controls.",
+)
+@click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
+@click.option(
+    "--examples",
+    type=click.IntRange(0),
+    default=TRACE_DEFAULTS.num_examples,
+    show_default=True,
+    help="Draw so many prompts each by itself.",
+)
+@device_option
+@journal_option
+@evaluator_options
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def trace(
+    quiet: bool,
+    recipe: Path,
+    out: Path,
+    traced: str,
+    kinds: str | None,
+    num_prompts: int,
+    noise: float,
+    samples: int,
+    window: int | None,
+    num_tokens: int,
+    subjects: tuple[str, ...],
+    refusal: str | None,
+    answer: str | None,
+    controls: int,
+    seed: int,
+    no_search: bool,
+    examples: int,
+    device: str,
+    journal: Path | None,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Show where the alignment of RECIPE's models lives.
+
+    Writes figures, traces, summary.json and a page, index.html, to OUT. Traces refusing causally, transplants each unit
+    alone, puts groups of units in and takes them out, beside random ones, measures edits of every size, and says
+    whether tracing would have found what the search selects. Stopped, the same command goes on. Needs matplotlib.
+    """
+    from dapa_merge.recipe.parse import load_recipe
+    from dapa_merge.trace.trace import trace_recipe
+
+    if not math.isfinite(noise):
+        raise UsageError(f"--noise is {noise}; write a number of at least 0")
+    if not all(subject.strip() for subject in subjects):
+        raise UsageError("--subject is empty; write what stands in the prompt, or leave it out")
+    wanted = TraceOptions(
+        traced=traced,
+        kinds=_kinds(kinds),
+        num_prompts=num_prompts,
+        noise=noise,
+        num_samples=samples,
+        window=window,
+        num_tokens=num_tokens,
+        seed=seed,
+        subjects=subjects,
+        responses=_responses(refusal, answer),
+        num_controls=controls,
+        searches=not no_search,
+        num_examples=examples,
+    )
+    options = search_options(device, journal, None, evaluators, allow_pickle)
+    summary = trace_recipe(load_recipe(recipe), out, wanted, options, reporter(quiet))
+
+    def show(console: Console) -> None:
+        for sentence in summary["findings"]:
+            console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"\nthe page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+
+    print_answer(summary, show, as_json)
+
+
+def _kinds(text: str | None) -> tuple[str, ...] | None:
+    from dapa_merge.trace.options import SITE_KINDS as KINDS
+
+    if text is None:
+        return None
+    kinds = tuple(kind.strip().lower() for kind in text.split(","))
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(KINDS)}")
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | None:
+    if refusal is None and answer is None:
+        return None
+    if refusal is None or answer is None:
+        raise UsageError("--refusal and --answer are compared with each other; give both or neither")
+    if not refusal.strip() or not answer.strip() or refusal == answer:
+        raise UsageError("--refusal and --answer must be texts that differ, and neither may be empty")
+    return refusal, answer
+
+
+COMPARE_DEFAULTS = CompareOptions()
+
+
+@click.command()
+@click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
+@click.option(
+    "--methods",
+    metavar="LIST",
+    help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(0),
+    default=COMPARE_DEFAULTS.num_seeds,
+    show_default=True,
+    help="Random selections of each size.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=COMPARE_DEFAULTS.seed, show_default=True, help="The first of their seeds."
+)
+@click.option(
+    "--weights",
+    metavar="LIST",
+    help=f"Weights of the source in mergekit's methods, with commas.  [default: "
+    f"{', '.join(f'{weight:g}' for weight in COMPARE_DEFAULTS.weights)}]",
+)
+@click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
+@click.option(
+    "--points",
+    type=click.IntRange(2),
+    default=COMPARE_DEFAULTS.num_points,
+    show_default=True,
+    help="Sizes of edits, roughly.",
+)
+@click.option(
+    "--block-rows",
+    type=click.IntRange(1),
+    help="Rows (neurons) of the smallest edit.  [default: a sixteenth of a projection]",
+)
+@device_option
+@evaluator_options
+@allow_pickle_option
+@json_option
+@click.pass_obj
+def compare(
+    quiet: bool,
+    recipes: tuple[Path, ...],
+    out: Path,
+    methods: str | None,
+    seeds: int,
+    seed: int,
+    weights: str | None,
+    no_curve: bool,
+    points: int,
+    block_rows: int | None,
+    device: str,
+    evaluators: EvaluatorOptions,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Compare DAPA with other methods on the targets of RECIPE...
+
+    Makes the paper's table of your own models: for each recipe the target, the source, what the search finds, fixed
+    layers, all gates, whole MLPs, random selections, and mergekit's linear, TIES and task arithmetic, all of them live
+    and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
+    table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
+    """
+    wanted = CompareOptions(
+        methods=_methods(methods),
+        num_seeds=seeds,
+        seed=seed,
+        weights=_weights(weights),
+        draws_curve=not no_curve,
+        num_points=points,
+        rows_per_block=block_rows,
+    )
+    if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
+        raise UsageError(
+            "--weights: linear with weight 1 is the source itself, which is in every table; add a weight below 1, or "
+            "leave linear out of --methods"
+        )
+    with _stoppable(out):
+        from dapa_merge.compare.compare import compare_recipes
+
+        options = search_options(device, None, None, evaluators, allow_pickle)
+        found = compare_recipes(recipes, out, wanted, options, reporter(quiet))
+    print_answer(found.summary, lambda console: _show(found, out, console), as_json)
+    if found.fault is not None:
+        raise found.fault
+
+
+def _show(found: Compared, out: Path, console: Console) -> None:
+    from dapa_merge.compare.compare import PAGE_NAME
+    from dapa_merge.compare.page import methods_table, paper_table
+    from dapa_merge.compare.result import DAPA
+
+    if not found.rows:
+        return
+    searched = [paper_table(found.rows)] if any(row.arm(DAPA) for row in found.rows) else []
+    for table in (*searched, methods_table(found.rows)):
+        print_lines(console, [*table.text("simple").splitlines(), ""])
+    print_lines(console, [f"- {sentence}" for sentence in found.summary["findings"]])
+    if found.is_written:
+        print_lines(console, ["", f"the tables: {out / PAGE_NAME}"])
+
+
+@contextmanager
+def _stoppable(out: Path) -> Iterator[None]:
+    """A `with` block that Ctrl-C and SIGTERM end alike: what is held is let go of, and a sentence says what is kept."""
+    terminated = []
+
+    def terminate(number: int, _: object) -> None:
+        terminated.append(number)
+        # What lets Ctrl-C through lets this through.
+        raise KeyboardInterrupt
+
+    is_usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_usual:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {out}, and the same command goes on from there"
+        if not out.exists():
+            kept = "nothing was measured yet, and the same command begins again"
+        if terminated:
+            click.echo(f"Error: stopped; {kept}", err=True)
+            sys.exit(128 + signal.SIGTERM)
+        # Not the best selection of a search that was stopped: it is one of many.
+        stopped = KeyboardInterrupt()
+        stopped.kept = kept  # type: ignore[attr-defined]
+        raise stopped from None
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _methods(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return tuple(METHODS)
+    named = {name.strip().lower() for name in text.split(",")}
+    for name in sorted(named):
+        if name not in METHODS:
+            raise UsageError(f"--methods: there is no method {name!r}; known are {', '.join(METHODS)}")
+    return tuple(name for name in METHODS if name in named)
+
+
+def _weights(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return COMPARE_DEFAULTS.weights
+    weights = []
+    for part in text.split(","):
+        try:
+            weight = float(part)
+        except ValueError:
+            weight = math.nan
+        if not 0 < weight <= 1:
+            raise UsageError(
+                f"--weights: {part.strip()!r} is no weight; write numbers above 0 and up to 1, with commas"
+            )
+        weights.append(weight)
+    distinct = sorted(set(weights))
+    for low, high in itertools.pairwise(distinct):
+        if f"{low:g}" == f"{high:g}":
+            raise UsageError(
+                f"--weights: {low} and {high} agree in the six digits that tables show; name one of them only"
+            )
+    return tuple(distinct)

@@ -1,0 +1,271 @@
+"""What DAPA's search finds for a recipe, and at what cost; once, also where it finds nothing.
+
+Which units the controls transplant: fixed middle layers, whole MLPs, random units. Pure.
+
+The most memory that a piece of work used, where the system says so.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, Unit
+from dapa_merge.compare.result import Cost
+from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
+from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
+from dapa_merge.plan.selection import given_selection
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe.parameters import parse_layers
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.search import search_plan
+from dapa_merge.search.workers import SearchOptions
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        plan: The candidates that it had.
+        units: What it kept; None if nothing repairs.
+        why_not: Why nothing does.
+        cost: What the search took; None where the recipe names its layers.
+    """
+
+    plan: Plan
+    units: tuple[Unit, ...] | None = None
+    why_not: str | None = None
+    cost: Cost | None = None
+
+
+def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
+    """The recipe with `modules: auto`, of whole projections; None if it has these modules, or the models no such units.
+
+    Args:
+        recipe: A recipe.
+        chosen: Its plan.
+    """
+    if set(AUTO_MODULES) <= set(recipe.modules) or "mlp" in recipe.modules:
+        return None
+    try:
+        plan = plan_transplant(
+            chosen.target, chosen.source, AUTO_MODULES, strength=chosen.strength, max_overflow=chosen.max_overflow
+        )
+    except UnsupportedArchitecture:
+        return None
+    # A row of down is no neuron's, so that there is nothing finer.
+    return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
+
+
+def find_selections(
+    name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: SearchOptions, reporter: Reporter
+) -> Found:
+    """Search, or read in the journal what was found before.
+
+    Args:
+        name: Of the search, for its files.
+        recipe: What to search.
+        plan: Its candidates.
+        folder: Where the search's own journal is.
+        journal: Where the outcome is noted.
+        options: Where to evaluate.
+        reporter: Hears of the steps.
+
+    Raises:
+        DapaError: For whatever does not fit; what was tested is in the search's journal.
+    """
+    given = given_selection(recipe, plan)
+    if given is not None:
+        return Found(plan, given)
+    note = f"search {name}"
+    if note not in journal.notes:
+        reporter.say(f"searching among {', '.join(recipe.modules)}")
+        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options, reporter))
+    found = journal.notes[note]
+    cost = Cost(**found["cost"])
+    if found["units"] is None:
+        return Found(plan, None, found["why_not"], cost)
+    choices = parse_layers(",".join(found["units"]))
+    return Found(plan, given_selection(replace(recipe, layers=choices), plan), None, cost)
+
+
+def _search(recipe: Recipe, plan: Plan, path: Path, options: SearchOptions, reporter: Reporter) -> dict[str, object]:
+    from dapa_merge.measure.live import choose_device
+
+    before = _recorded_seconds(path)
+    began = time.perf_counter()
+    units: Sequence[Unit] | None = None
+    why_not, tests = None, 0
+    with peak_memory(choose_device(options.device)) as peak:
+        try:
+            found = search_plan(recipe, plan, replace(options, journal=path), reporter)
+        except CannotRepair as error:
+            why_not = str(error)
+            reporter.say(why_not)
+        else:
+            units, tests = join(plan, found.minimum.units), found.minimum.tests
+    cost = Cost(tests, round(before + time.perf_counter() - began, 3), peak)
+    return {"units": None if units is None else list(map(str, units)), "why_not": why_not, "cost": asdict(cost)}
+
+
+def _recorded_seconds(path: Path) -> float:
+    """What the tests in the journal of a search that was stopped took."""
+    total = 0.0
+    with suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError, AttributeError, TypeError):
+                total += float(json.loads(line).get("seconds", 0))
+    return total
+
+
+# The layers that the DAPA repository transplants, first and last: of models of this family with so many layers.
+REPOSITORY_LAYERS = {
+    ("llama", 32): (12, 17),
+    ("mistral", 32): (9, 18),
+    ("gemma", 28): (7, 13),
+    ("gemma", 18): (3, 6),
+}
+OTHERS = "llama"
+# Of the smallest edit, as a share of the rows of its projection.
+BLOCKS_PER_PROJECTION = 16
+
+
+def fixed_layers(model_type: str, num_layers: int) -> tuple[int, ...]:
+    """The middle layers that the DAPA repository takes for a family, scaled to a model's depth.
+
+    A depth that it does not name takes the layers of the nearest one of the family, another family Llama's.
+
+    Args:
+        model_type: Of the config.
+        num_layers: Of the model, at least 1.
+    """
+    depths = [depth for family, depth in REPOSITORY_LAYERS if family == model_type]
+    family = model_type if depths else OTHERS
+    depth = min(depths or [32], key=lambda known: abs(known - num_layers))
+    first, last = REPOSITORY_LAYERS[family, depth]
+    start = min(round(first * num_layers / depth), num_layers - 1)
+    stop = max(start + 1, round((last + 1) * num_layers / depth))
+    return tuple(range(start, min(stop, num_layers)))
+
+
+def mlp_units(units: Iterable[Unit], layers: Collection[int] | None = None) -> tuple[Unit, ...]:
+    """The whole MLP of some layers, or of all.
+
+    Args:
+        units: Of every module, as `plan_of_all` has them.
+        layers: Which; None for all.
+    """
+    inside = [unit for unit in units if layers is None or unit.layer in layers]
+    apart = tuple(unit for unit in inside if unit.module in ("gate", "up", "down"))
+    return apart or tuple(unit for unit in inside if unit.module == "mlp")
+
+
+def blocks_of(plan: Plan, units: Sequence[Unit], rows: int | None) -> tuple[Unit, ...]:
+    """The same units, those whose rows are neurons in blocks of so many rows; None for a sixteenth of each."""
+    pieces: list[Unit] = []
+    for unit in units:
+        if unit.module not in DIVISIBLE_MODULES:
+            pieces.append(unit)
+            continue
+        first, stop = plan.rows(unit)
+        size = rows or max(1, -(-unit.num_rows // BLOCKS_PER_PROJECTION))
+        pieces += divide(plan, (unit,), min(size, stop - first)).units
+    return tuple(pieces)
+
+
+def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: int) -> tuple[Unit, ...]:
+    """Random units of as many parameters as others have; of each module as many as those have.
+
+    Args:
+        plan: The models.
+        among: What is drawn from.
+        like: Some of `among`, or blocks of some: then random blocks no larger than their smallest are drawn, the last
+            of them cut so that the sizes agree.
+        seed: The same seed draws the same.
+    """
+    blocks = [unit for unit in like if unit.rows is not None]
+    rows = min((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
+    drawn: list[Unit] = []
+    for module in dict.fromkeys(unit.module for unit in like):
+        pool = tuple(unit for unit in among if unit.module == module)
+        if rows is not None and module in DIVISIBLE_MODULES:
+            pool = blocks_of(plan, pool, rows)
+        wanted = plan.num_parameters([unit for unit in like if unit.module == module])
+        shuffled = random.Random(f"{seed} {module} {wanted}").sample(pool, len(pool))
+        if rows is not None and module in DIVISIBLE_MODULES:
+            drawn += _cut_to(plan, shuffled, wanted)
+        else:
+            drawn += shuffled[: nearest_number(plan, shuffled, wanted)]
+    order = {unit: index for index, unit in enumerate(among)}
+    return tuple(sorted(drawn, key=lambda unit: (order[unit.whole], unit.rows or (0, 0))))
+
+
+def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
+    """The first blocks with so many parameters, of the last one only its first rows."""
+    found, left = [], wanted
+    for block in blocks:
+        size = plan.num_parameters((block,))
+        first, stop = plan.rows(block)
+        if size > left:
+            block = plan.part(block.whole, (first, first + left * (stop - first) // size))
+        if left > 0:
+            found.append(block)
+        left -= size
+    return found
+
+
+def nearest_number(plan: Plan, pieces: Sequence[Unit], wanted: int) -> int:
+    """How many of the first pieces together come nearest to a number of parameters; at least one."""
+    total, best, distance = 0, 1, float("inf")
+    for number, piece in enumerate(pieces, 1):
+        total += plan.num_parameters((piece,))
+        if abs(total - wanted) < distance:
+            best, distance = number, abs(total - wanted)
+        if total >= wanted:
+            break
+    return best
+
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# Written there, it sets the process's peak back to what is in use; proc(5).
+RESET_PEAK = "5"
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
+    """Yields what is filled in at the end: bytes by place; `host` is resident (Linux), `device` allocated (CUDA)."""
+    import torch
+
+    peak: dict[str, int] = {}
+    was_reset = False
+    with suppress(OSError):
+        RESET.write_text(RESET_PEAK)
+        was_reset = True
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield peak
+    finally:
+        if was_reset and (num_bytes := _peak_resident()) is not None:
+            peak["host"] = num_bytes
+        if device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(device)
+
+
+def _peak_resident() -> int | None:
+    with suppress(OSError, ValueError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

@@ -1,0 +1,1 @@
+"""Delta debugging. Standard library only; knows nothing of models."""

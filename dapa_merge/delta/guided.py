@@ -1,0 +1,190 @@
+"""Guided delta debugging: a prior says which units are likely needed, Bayes weighs it against the answers.
+
+The prior is a score for each unit, on a scale that nobody knows, and may be worth nothing. So it is taken for a set of
+hypotheses: every wide gap between neighbouring scores may be the border between needed and unneeded units, more or less
+sharp, or the scores say nothing and some share of the units is needed. Each answer shifts the weight between them.
+
+Every question leaves out a group of the units that are least likely needed, of the size that promises most. If all
+scores below a border go at once, that was a prefix of the prior's order; where the prior errs, the groups shrink as in
+a bisection; without one, they start as large as the share of needed units allows. When a group cannot be left out, one
+of its units is needed: it is either narrowed down, or left for later while other groups promise more. Since such groups
+are kept disjoint, their chances are exact under each hypothesis (M. Sobel and P. Groll, "Group testing to eliminate
+efficiently all defectives in a binomial sample", Bell System Technical Journal 38, 1959, for one group at a time).
+
+Chances only choose the questions. What is kept and what is dropped follows from the answers alone, and the end is made
+of single removals, so that the result is 1-minimal for any oracle.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from dapa_merge.delta.classic import Query, Script, single_removals, without
+
+# The weight of all hypotheses that believe in the prior, against those that do not.
+TRUST = 0.9
+# Shares of needed units that are considered where the scores say nothing.
+SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8)
+# How many of the widest gaps may be the border, and how sharp it may be: the slope of the logistic curve over the whole
+# range of the scores.
+NUM_BORDERS = 12
+SLOPES = (10.0, 25.0, 60.0)
+# No score makes a unit certain.
+LEAST_CHANCE = 0.003
+# Needed units stand together: what a neighbour's odds are multiplied with when a unit turns out to be needed.
+NEIGHBOUR_ODDS = 6.0
+
+
+@dataclass
+class _Hypothesis:
+    """One reading of the prior: its weight, and the chance of each unit to be needed if it is right."""
+
+    weight: float
+    needed: dict[Any, float]
+
+    def none_needed(self, units: Sequence[Any]) -> float:
+        return math.prod(1 - self.needed[unit] for unit in units)
+
+
+class _Choice(NamedTuple):
+    """A group to leave out.
+
+    Attributes:
+        pool: Where it was chosen from.
+        group: The units to leave out.
+        promise: How many units it is expected to get rid of, times the information in the answer in bits.
+        chance: That the rest holds.
+        chances: The same under each hypothesis.
+    """
+
+    pool: tuple[Any, ...]
+    group: tuple[Any, ...]
+    promise: float
+    chance: float
+    chances: tuple[float, ...]
+
+
+def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
+    """Ask about groups in the order of the prior, learn from each answer, and certify what remains."""
+    hypotheses = _hypotheses(units, prior)
+    current = units
+    free: tuple[Any, ...] = ()
+    # Groups of which at least one unit is needed. That something is needed at all is taken for granted until the end.
+    suspicious = [units] if len(units) > 1 else []
+    while free or suspicious:
+        choices = [_best_group(pool, hypotheses, is_suspicious=True) for pool in suspicious]
+        if free:
+            choices.insert(0, _best_group(free, hypotheses, is_suspicious=False))
+        choice = max(choices, key=lambda choice: choice.promise)
+        rest = without(current, choice.group)
+        holds = yield Query(rest, choice.chance)
+        _learn(hypotheses, choice, holds)
+        remaining = without(choice.pool, choice.group)
+        is_from_free = choice.pool is free
+        if not is_from_free:
+            suspicious.remove(choice.pool)
+        if holds:
+            current = rest
+            if is_from_free:
+                free = remaining
+            else:
+                suspicious.append(remaining)
+        else:
+            # Of what else was suspected, nothing is known any more.
+            free = remaining if is_from_free else tuple(unit for unit in current if unit in {*free, *remaining})
+            suspicious.append(choice.group)
+        for pool in [pool for pool in suspicious if len(pool) == 1]:
+            suspicious.remove(pool)
+            _suspect_neighbours(hypotheses, units, pool[0])
+    yield from single_removals(current)
+
+
+def _best_group(pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], *, is_suspicious: bool) -> _Choice:
+    """The most promising group of a pool: its least likely units, as many as pay."""
+    chance_needed = {
+        unit: sum(hypothesis.weight * hypothesis.needed[unit] for hypothesis in hypotheses) for unit in pool
+    }
+    order = sorted(pool, key=chance_needed.__getitem__)
+    # For a suspicious pool, everything is under the condition that one of its units is needed: not all can go.
+    excluded = [hypothesis.none_needed(pool) if is_suspicious else 0.0 for hypothesis in hypotheses]
+    all_unneeded = [1.0] * len(hypotheses)
+    best_promise, best_size = -1.0, 0
+    best_chances: tuple[float, tuple[float, ...]] = (1.0, ())
+    for size, unit in enumerate(order[: len(order) - is_suspicious], 1):
+        all_unneeded = [
+            chance * (1 - hypothesis.needed[unit]) for chance, hypothesis in zip(all_unneeded, hypotheses, strict=True)
+        ]
+        chances = tuple((chance - none) / (1 - none) for chance, none in zip(all_unneeded, excluded, strict=True))
+        mean = sum(hypothesis.weight * chance for hypothesis, chance in zip(hypotheses, chances, strict=True))
+        mean = min(max(mean, 0.0), 1.0)
+        promise = size * mean * _entropy(mean)
+        if promise > best_promise:
+            best_promise, best_size, best_chances = promise, size, (mean, chances)
+    return _Choice(pool, tuple(order[:best_size]), best_promise, *best_chances)
+
+
+def _learn(hypotheses: Sequence[_Hypothesis], choice: _Choice, holds: bool) -> None:
+    """Bayes: shift the weights to the hypotheses that expected this answer."""
+    for hypothesis, chance in zip(hypotheses, choice.chances, strict=True):
+        # No answer makes a hypothesis impossible, since the oracle may be of another kind than all of them.
+        hypothesis.weight *= max(chance if holds else 1 - chance, 1e-9)
+    total = sum(hypothesis.weight for hypothesis in hypotheses)
+    for hypothesis in hypotheses:
+        hypothesis.weight /= total
+
+
+def _suspect_neighbours(hypotheses: Sequence[_Hypothesis], units: tuple[Any, ...], needed: Any) -> None:
+    index = units.index(needed)
+    for neighbour in (*units[max(index - 1, 0) : index], *units[index + 1 : index + 2]):
+        for hypothesis in hypotheses:
+            chance = hypothesis.needed[neighbour]
+            odds = NEIGHBOUR_ODDS * chance / (1 - chance)
+            hypothesis.needed[neighbour] = odds / (1 + odds)
+
+
+def _hypotheses(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> list[_Hypothesis]:
+    """Every reading of the prior, with weights that add up to 1."""
+    borders = _borders([prior[unit] for unit in units]) if prior is not None else []
+    trust = TRUST if borders else 0.0
+    readings = [
+        _Hypothesis(
+            trust * weight / len(SLOPES), {unit: _chance(slope * ((prior[unit] - border) / scale)) for unit in units}
+        )
+        for weight, border, scale in borders
+        for slope in SLOPES
+        if prior is not None
+    ]
+    flat = [_Hypothesis((1 - trust) / len(SHARES), dict.fromkeys(units, share)) for share in SHARES]
+    return readings + flat
+
+
+def _borders(scores: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Where needed and unneeded units may part: weights that add up to 1, the border's score, the range of all scores.
+
+    The wider a gap, the likelier; and of two gaps the one with fewer units above it.
+    """
+    ordered = sorted(scores, reverse=True)
+    scale = ordered[0] - ordered[-1] if ordered else 0.0
+    if not 0 < scale < math.inf:
+        return []
+    gaps = [
+        (((above - below) / scale) ** 2 / math.sqrt(number), below + (above - below) / 2)
+        for number, (above, below) in enumerate(itertools.pairwise(ordered), 1)
+    ]
+    widest = sorted(gaps, reverse=True)[:NUM_BORDERS]
+    total = sum(weight for weight, _ in widest)
+    return [(weight / total, border, scale) for weight, border in widest]
+
+
+def _chance(logit: float) -> float:
+    logistic = 1 / (1 + math.exp(-max(logit, -500.0)))
+    return min(max(logistic, LEAST_CHANCE), 1 - LEAST_CHANCE)
+
+
+def _entropy(chance: float) -> float:
+    """Information in a yes or no of that chance, in bits."""
+    return -sum(part * math.log2(part) for part in (chance, 1 - chance) if part > 0)

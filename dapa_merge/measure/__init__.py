@@ -1,0 +1,1 @@
+"""A model becomes figures: refusal, perplexity, skills."""

@@ -1,0 +1,161 @@
+"""Arithmetic that rounds alike however many tokens and texts are run at once, so that drafts change nothing.
+
+Linear layers of 16-bit models on processors that cannot multiply 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import linear
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dapa_merge.measure.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+# The plain attention holds some numbers for each two tokens of a text, and the fused ones do not.
+MAX_TOKENS = 512
+# So many tokens at once are tried.
+NUMBERS = (1, 2, 3, 16)
+NAME = "dapa_steady"
+PLAIN = "eager_attention_forward"
+
+
+def is_steady(model: PreTrainedModel, num_tokens: int) -> bool:
+    """Whether what a model says does not depend on how many tokens are run at once, as far as can be told.
+
+    In float32 the difference is too small to decide between two tokens but by an accident of one in a million. In 16
+    bits some tokens tie. There a CPU rounds each token by itself in linear layers that are not large, which is tried,
+    but not in attention, which `steady` replaces. Experts and accelerators are not trusted. (In a few architectures
+    another number of texts, not of tokens, still rounds layers that are slices of one matrix otherwise.)
+
+    Args:
+        model: A model.
+        num_tokens: Of the longest text, with its response.
+    """
+    if model.dtype == torch.float32:
+        return True
+    if model.device.type != "cpu" or num_tokens > MAX_TOKENS or not _is_plain(model):
+        return False
+    layers = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    return all(_layer_repeats(shape, model.dtype, torch.get_num_threads()) for shape in layers)
+
+
+@contextmanager
+def steady(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
+    """Let a model that `is_steady` in 16 bits attend in float64, for the length of a `with` block.
+
+    Sums in another order, such as with other empty places before a text, then round alike.
+    """
+    if model.dtype == torch.float32 or not is_steady(model, num_tokens):
+        yield
+        return
+    before = model.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
+    with quiet_transformers():
+        model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        with quiet_transformers():
+            model.set_attn_implementation(before)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The model's own plain attention, of float64."""
+    plain = getattr(sys.modules[type(module).__module__], PLAIN)
+    mask = None if attention_mask is None else attention_mask.double()
+    attended, weights = plain(module, query.double(), key.double(), value.double(), mask, **options)
+    return attended.to(query.dtype), weights
+
+
+def _is_plain(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be replaced, and no weights but those of linear layers are summed over."""
+    if not model._can_set_attn_implementation() or any(parameter.dim() > 2 for parameter in model.parameters()):
+        return False
+    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    return bool(kinds) and all(hasattr(sys.modules[kind.__module__], PLAIN) for kind in kinds)
+
+
+@functools.cache
+def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int) -> bool:
+    """Whether a linear layer gives a token the same bits whatever other tokens are beside it."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(max(NUMBERS), shape[1], generator=generator).to(dtype)
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
+    with torch.no_grad(), widened(layer):
+        expected = layer(states)
+        return all(torch.equal(layer(states[:number]), expected[:number]) for number in NUMBERS)
+
+
+# Below so many tokens, torch's own kernel reads a 16-bit weight faster than it can be widened.
+MIN_TOKENS = 4
+# Weights are widened in pieces of so many numbers: a whole output layer would take gigabytes.
+PIECE = 1 << 24
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """Let a CPU without 16-bit arithmetic multiply in float32, for the length of a `with` block.
+
+    torch's kernels for 16-bit matrices on such a CPU are some ten times slower than those for float32, to which a
+    weight is widened exactly, a layer at a time. As in those kernels sums are made in float32 and rounded to 16 bits
+    once; only the order of the sums differs, as it does between batch sizes. Models that need none of this are left
+    alone. Weights may be changed within the block: nothing widened is kept.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if type(module) is torch.nn.Linear and "forward" not in module.__dict__ and _is_slow(module.weight)
+    ]
+    try:
+        for layer in layers:
+            # On the instance, before the class's.
+            layer.__dict__["forward"] = _Widened(layer)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+class _Widened:
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._layer.weight, self._layer.bias
+        tokens = states.numel() // states.shape[-1]
+        if tokens < MIN_TOKENS or states.dtype != weight.dtype:
+            return linear(states, weight, bias)
+        wide = states.float()
+        rows = max(PIECE // weight.shape[1], 1)
+        result = states.new_empty((*states.shape[:-1], weight.shape[0]))
+        for start in range(0, weight.shape[0], rows):
+            part = slice(start, start + rows)
+            result[..., part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
+        return result
+
+
+def _is_slow(weight: torch.Tensor) -> bool:
+    if weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -1,0 +1,272 @@
+"""Greedy responses of many prompts: prompts in, responses out, in the order of the prompts."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jinja2 import TemplateError
+from transformers import GenerationConfig, StoppingCriteria
+
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, Drafts
+from dapa_merge.measure.determinism import is_steady, steady, widened
+from dapa_merge.measure.row_cache import is_understood
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+LOG = logging.getLogger(__name__)
+
+# The end of a text that more tokens may yet change, where no space says where its last word begins.
+UNSTABLE_CHARACTERS = 16
+# How much of a prompt an error shows, so that it can be found.
+SHOWN_CHARACTERS = 60
+
+Settle = Callable[[str, str], object]
+
+
+def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make `model.generate` deterministic and the same for every member of a family.
+
+    A checkpoint's `generation_config.json` may ask for sampling, a repetition penalty or suppressed tokens, which
+    transformers applies behind explicit arguments; only its end tokens are kept. The tokenizer's own end token, which
+    a fine-tune may have changed without telling the model, ends a response too.
+    """
+    stored = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError("the tokenizer has no padding, end or unknown token, of which one is needed for batches")
+    tokenizer.padding_side = "left"
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt as one user turn of the model's own chat template, ready to be answered; bare if it has none.
+
+    A model that can think aloud before it answers is asked not to: the answer is what is judged.
+    """
+    if not tokenizer.chat_template:
+        _say_without_template(tokenizer.name_or_path)
+        return prompt
+    message = {"role": "user", "content": prompt}
+    try:
+        text = tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise CheckpointError(f"the model's chat template fails on one user message: {error}") from error
+    return str(text)
+
+
+@functools.lru_cache
+def _say_without_template(name: str) -> None:
+    """Once for each tokenizer."""
+    LOG.warning("the tokenizer of %s has no chat template; prompts are given to the model as plain text", name)
+
+
+def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
+    """Raise `CheckpointError` if the model has no embedding for a token; on an accelerator it would crash."""
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    largest = max(map(max, rows))
+    if largest >= num_embeddings:
+        raise CheckpointError(
+            f"the tokenizer gives token {largest}, but the model has {num_embeddings} embeddings only; "
+            f"they do not belong together"
+        )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
+    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
+
+
+# A search asks the same prompts in every test.
+@functools.lru_cache(maxsize=4096)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[int, ...]:
+    text = chat_prompt(tokenizer, prompt)
+    # Not verbose: transformers warns of a text longer than the model's context, which is refused or cut off here.
+    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: BatchSize,
+    progress: Callable[[int], None] = lambda _: None,
+    settle: Settle | None = None,
+    drafts: Drafts | None = None,
+    must_repeat: bool = False,
+) -> list[str]:
+    """Answer every prompt greedily, as the model's own `generate` would, but sooner.
+
+    A response is the same whatever else is asked, and whatever the drafts hold, where the model `is_steady`. Elsewhere
+    another number of tokens in a run is rounded otherwise, and may decide a near-tie between two tokens otherwise.
+
+    Args:
+        model: Prepared by `prepare_for_greedy`.
+        tokenizer: Its tokenizer.
+        prompts: User requests, without template.
+        max_new_tokens: Responses are cut off here, or where the model's context ends.
+        batch_size: How many prompts at once.
+        progress: Called with numbers of prompts as they are answered.
+        settle: Given the beginning of a response and its prompt, anything but None if the rest of the response cannot
+            matter: it is then not generated.
+        drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
+            every token said in a run of its own.
+        must_repeat: Whether drafts are left alone where they might change a response.
+
+    Returns:
+        One response per prompt, special tokens removed.
+
+    Raises:
+        UsageError: If a prompt is empty, or too long for the model.
+        CheckpointError: If the tokenizer is not the model's.
+    """
+    if not prompts:
+        return []
+    rows = _rows(model, tokenizer, prompts, max_new_tokens)
+    text_of = dict(zip(map(id, rows), prompts, strict=True))
+    judge = _Settling(tokenizer, settle) if settle is not None else None
+    # Longest first: if a batch is too large for the memory, the first one is.
+    order = sorted(rows, key=lambda row: -len(row.prompt))
+    longest = max(len(row.prompt) + row.limit for row in rows)
+    if is_understood(model):
+        decoder = Decoder(
+            model,
+            ends=_ends(model),
+            padding=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            drafts=None if must_repeat and not is_steady(model, longest) else drafts,
+            is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
+            finish=lambda _: progress(1),
+        )
+        with widened(model), steady(model, longest):
+            decoder.run(order)
+    else:
+        answers = batch_size.map(
+            lambda batch: _generate_plainly(model, tokenizer, batch, judge, progress),
+            [(row, text_of[id(row)]) for row in order],
+        )
+        for row, tokens in zip(order, answers, strict=True):
+            row.tokens = tokens
+    return list(tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True))
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """How many tokens a text of the model's may have; very many if its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
+
+
+def _rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[BatchRow]:
+    """The prompts as the model reads them, checked; and how long each answer may be."""
+    _check_template(tokenizer)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    context = context_length(model)
+    _check_lengths(prompts, ids, context)
+    check_ids(model, ids)
+    return [BatchRow(tokens, min(max_new_tokens, context - len(tokens))) for tokens in ids]
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `CheckpointError` for a chat template that says the same whatever it is given."""
+    if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
+        raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
+
+
+def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
+    for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
+        which = f"prompt {number} of {len(ids)}"
+        # By its number alone it could not be found: prompts come from several files, and each but once.
+        beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
+        if not tokens:
+            raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
+        if len(tokens) >= context:
+            raise UsageError(
+                f"{which} has {len(tokens)} tokens, but the model's context ends at {context}, "
+                f"so that it could not answer; shorten the prompt or leave it out: {beginning}"
+            )
+
+
+class _Settling:
+    """Whether a response's verdict is certain."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settle: Settle) -> None:
+        self._tokenizer = tokenizer
+        self._settle = settle
+        # By the list that holds a response, which lives as long as the response is generated.
+        self._asked_at: dict[int, int] = {}
+
+    def __call__(self, tokens: list[int], prompt: str) -> bool:
+        if len(tokens) < self._asked_at.get(id(tokens), 0) + SETTLE_EVERY:
+            return False
+        self._asked_at[id(tokens)] = len(tokens)
+        return self.is_settled(tokens, prompt)
+
+    def is_settled(self, tokens: list[int], prompt: str) -> bool:
+        """Whether the verdict on a response that begins with these tokens is certain."""
+        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+        # The next token may yet change the last word: its apostrophe or full stop may take a space away.
+        beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
+        return bool(beginning) and self._settle(beginning, prompt) is not None
+
+
+class _AllSettled(StoppingCriteria):  # type: ignore[misc]
+    """Ends rows of the model's own `generate` whose verdict is certain."""
+
+    def __init__(self, judge: _Settling, prompts: Sequence[str], start: int) -> None:
+        self._judge = judge
+        self._prompts = prompts
+        self._start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        said = input_ids[:, self._start :].tolist()
+        due = len(said[0]) % SETTLE_EVERY == 0
+        return torch.tensor(
+            [
+                due and self._judge.is_settled(tokens, prompt)
+                for tokens, prompt in zip(said, self._prompts, strict=True)
+            ],
+            device=input_ids.device,
+        )
+
+
+@torch.inference_mode()
+def _generate_plainly(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Sequence[tuple[BatchRow, str]],
+    judge: _Settling | None,
+    progress: Callable[[int], None],
+) -> list[list[int]]:
+    """What `Decoder` does, for models whose memory of a text it does not understand."""
+    inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device)
+    start = inputs["input_ids"].shape[1]
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        # Of the batch's first, which is its longest.
+        max_new_tokens=batch[0][0].limit,
+        stopping_criteria=None if judge is None else [_AllSettled(judge, [prompt for _, prompt in batch], start)],
+    )
+    progress(len(batch))
+    return [list(tokens) for tokens in output[:, start:].tolist()]

@@ -1,0 +1,319 @@
+"""One resident target whose units are swapped for the source's and put back, bit for bit.
+
+The source is never loaded: its tensors are read from their files when a selection asks for them, and what they replace
+is read back from the target's files, so that no second copy of a weight is held. Both are done in place, so that no
+memory is allocated on the model's device beyond one tensor at a time.
+
+A target that is loaded when it is first needed, and stays until it is closed.
+"""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers import __version__ as transformers_version
+
+from dapa_merge.checkpoint.convert import standard_folder
+from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.region import Region, TensorBox
+from dapa_merge.checkpoint.units import Unit, find_units
+from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
+from dapa_merge.measure.generate import prepare_for_greedy
+from dapa_merge.measure.quiet import quiet_transformers
+from dapa_merge.plan.edit import mix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.plan.plan import Plan
+
+
+# Classes of transformers whose weights were trained for something else than to go on with a text.
+OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """A device by name; `auto` is the accelerator that torch can use, if there is one, else the CPU.
+
+    Raises:
+        UsageError: If torch has no such device here.
+    """
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        # One real number there and back, which a device without data (`meta`) cannot do.
+        value = torch.ones(1, device=device)
+        value.item()
+        return value.device
+    except Exception as error:
+        # Backends that are not installed fail in ways of their own.
+        raise UsageError(f"device {device!r} cannot be used here: {one_line(error)}") from error
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint in the dtype of its config, for greedy generation; never runs code that came with it.
+
+    Raises:
+        CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
+        HubError: If some of its weights have to be fetched, and the Hub does not give them.
+        UsageError: If it does not fit in the device's memory.
+    """
+    checkpoint = checkpoint.whole()
+    if not any(checkpoint.folder.glob("*token*")):
+        raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
+    try:
+        with quiet_transformers(), standard_folder(checkpoint) as folder:
+            loader = _loader(checkpoint)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model, loading = loader.from_pretrained(
+                folder,
+                dtype="auto",
+                device_map={"": device},
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            prepare_for_greedy(model, tokenizer)
+    except DapaError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
+    except Exception as error:
+        # Whatever a damaged or foreign folder makes transformers raise; there is no common class.
+        raise CheckpointError(f"transformers cannot load {checkpoint.name}: {one_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, loading[kind])):
+            raise CheckpointError(
+                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and transformers "
+                f"would make them up: {names[0]}"
+            )
+    model.eval().requires_grad_(False)
+    return model, tokenizer
+
+
+def _loader(checkpoint: Checkpoint) -> Any:
+    """What loads a checkpoint as a model that goes on with a text, alone or beside images.
+
+    An encoder that fills gaps, such as BERT's, would be loaded without a word, and then answer with noise.
+
+    Raises:
+        CheckpointError: If it is no such model, or transformers does not know it.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if model_type is not None and model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers {transformers_version} cannot load {checkpoint.name}: it knows no models of the type "
+            f"{model_type!r}; a newer transformers may (code that comes with a model is never run)"
+        )
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    architectures = config.architectures or []
+    loaders = (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+    )
+    loader = next((loader for known, loader in loaders if type(config) in known), None)
+    if config.is_encoder_decoder or loader is None or (architectures and all(map(OTHER_HEADS.search, architectures))):
+        raise CheckpointError(
+            f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
+            "(...ForCausalLM), alone or with a tower for images, can be asked"
+        )
+    return loader
+
+
+class Slot(NamedTuple):
+    """Where a part of a unit is in the model, and where its values are on disk.
+
+    Attributes:
+        unit: The unit.
+        parameter: The model's parameter.
+        slices: Which of it.
+        ours: The target's values.
+        theirs: The source's.
+    """
+
+    unit: Unit
+    parameter: torch.nn.Parameter
+    slices: tuple[slice, ...]
+    ours: Region
+    theirs: Region
+
+
+class LiveModel:
+    """The target in memory, for as long as a search lasts.
+
+    Attributes:
+        model: The target, in evaluation mode; with `transplanted`, the candidate.
+        tokenizer: The target's.
+        plan: Where the units of both models lie on disk.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        """Load the target onto `device`.
+
+        Raises:
+            CheckpointError: If it cannot be loaded, or a unit's tensor has no parameter of its own in the model.
+        """
+        self.plan = plan
+        self.model, self.tokenizer = load_model(plan.target, device)
+        self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._twins = self._find_twins()
+        self._changed: set[Unit] = set()
+
+    def _find_twins(self) -> dict[Unit, Unit]:
+        """For each whole unit, the model's, whose parameters may be fused and named otherwise than in files."""
+        kind = type(self.model).__name__
+        modules = tuple(dict.fromkeys(unit.module for unit in self.plan.units))
+        try:
+            twins = {unit: unit for unit in units_in(self.model, modules)}
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"transformers loads {self.plan.target.name} as a {kind}, in which its units are not found: {error}"
+            ) from error
+        for unit in self.plan.twins:
+            twin = twins.get(unit)
+            parts = zip_longest(unit.whole_parts, twin.whole_parts if twin else ())
+            if not all(part and other and _extents(part) == _extents(other) for part, other in parts):
+                raise CheckpointError(
+                    f"transformers loads {self.plan.target.name} as a {kind} that has no {unit} of the size that its "
+                    f"files have"
+                )
+        return twins
+
+    def slots(self, units: Iterable[Unit]) -> Iterator[Slot]:
+        """The boxes of the model's parameters that units live in, and where their values are on disk."""
+        for unit in units:
+            twin = replace(self._twins[unit.whole], rows=unit.rows)
+            for part, (ours, theirs) in zip(twin.parts, self.plan.regions((unit,)), strict=True):
+                slices = tuple(slice(first, stop) for first, stop in part.box)
+                yield Slot(unit, self._parameters[part.tensor], slices, ours, theirs)
+
+    @contextmanager
+    def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
+        """The candidate: the target with the selected units of the source, for the length of a `with` block.
+
+        The selection may hold blocks of rows, also of units that the plan has as a whole. Afterwards the target is as
+        it was, bit for bit, however the `with` block ends. These do not nest.
+
+        Raises:
+            RuntimeError: If a selection is transplanted already.
+        """
+        if self._changed:
+            raise RuntimeError("a selection is transplanted already; leave its `with` block first")
+        try:
+            for unit in selection:
+                # Before the first byte: a swap that breaks off is undone like a finished one.
+                self._changed.add(unit)
+                for slot in self.slots((unit,)):
+                    self._put(slot, self._new_values(slot))
+            with quiet_transformers():
+                yield self.model
+        finally:
+            for unit in list(self._changed):
+                for slot in self.slots((unit,)):
+                    self._put(slot, mapped_values(self.plan.target, slot.ours))
+                self._changed.remove(unit)
+
+    def _new_values(self, slot: Slot) -> torch.Tensor:
+        """What is written in a slot's place, as the target stores it."""
+        plan = self.plan
+        values = mapped_values(plan.source, slot.theirs)
+        dtype = getattr(torch, TORCH_NAMES[slot.ours.tensor.dtype])
+        if plan.strength == 1 and values.dtype == dtype:
+            return values
+        own = mapped_values(plan.target, slot.ours).reshape(values.shape) if plan.strength != 1 else None
+        return mix(own, values, plan.strength, dtype)
+
+    def _put(self, slot: Slot, values: torch.Tensor) -> None:
+        with torch.no_grad():
+            box = slot.parameter[slot.slices]
+            box.copy_(values.reshape(box.shape))
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._parameters = {}
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]:
+    """The units of a model in memory, whose parameters may be fused and named otherwise than in files.
+
+    Raises:
+        CheckpointError: As `find_units` does.
+    """
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return find_units(config, {name: tuple(parameter.shape) for name, parameter in parameters}, modules)
+
+
+def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
+    """A region's values as stored, mapped rather than read: the pages are the file cache's, not ours.
+
+    Returns:
+        A view of the region's shape, that is not to be written to.
+    """
+    tensor = region.tensor
+    checkpoint.ensure_all((tensor.file, first, first + num_bytes) for first, num_bytes in region.runs())
+    start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
+    with checkpoint.open(tensor.file, tensor.start, tensor.start) as file:
+        # Private and writable, because torch warns of memory that is not; nobody writes to it.
+        mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
+    values = torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start)
+    return values.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)[region.slices()]
+
+
+def _extents(part: TensorBox) -> list[int]:
+    return [stop - first for first, stop in part.box if stop - first != 1]
+
+
+class Resident:
+    """Owns a live target.
+
+    Attributes:
+        plan: Target and source.
+        device: Where the target is asked.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, on_load: Callable[[], None] = lambda: None) -> None:
+        """Loads nothing yet; `on_load` is called before that is done."""
+        self.plan = plan
+        self.device = device
+        self._on_load = on_load
+
+    @cached_property
+    def live(self) -> LiveModel:
+        """The resident target.
+
+        Raises:
+            CheckpointError: If it cannot be loaded.
+        """
+        self._on_load()
+        return LiveModel(self.plan, self.device)
+
+    def close(self) -> None:
+        """Give the target's memory back, if it was ever loaded."""
+        if "live" in self.__dict__:
+            self.live.close()
+            del self.__dict__["live"]

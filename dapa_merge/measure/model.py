@@ -1,0 +1,110 @@
+"""One whole model measured: a folder, a Hub id, or a resident candidate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.location import parse_location
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import UsageError
+from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.progress import Reporter
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.figures import Figures, Response
+    from dapa_merge.measure.live import LiveModel
+    from dapa_merge.measure.meter import Meter
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's figures, and the responses behind them; the model itself may be gone."""
+
+    figures: Figures
+    responses: Sequence[Response]
+
+
+def measure_live(
+    live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter
+) -> MeasuredModel:
+    """The target with a selection transplanted, measured in full."""
+    with live.transplanted(selection) as model:
+        return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name, reporter)
+
+
+def measure_checkpoint(
+    checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter
+) -> MeasuredModel:
+    """A model that is loaded for it, measured in full."""
+    from dapa_merge.measure.live import choose_device, load_model
+    from dapa_merge.measure.quiet import quiet_transformers
+
+    reporter.say(f"loading the {name} {checkpoint.name}")
+    model, tokenizer = load_model(checkpoint, choose_device(device))
+    with quiet_transformers():
+        return measure_candidate(Candidate(model, tokenizer, ()), meter, name, reporter)
+
+
+def measure_candidate(candidate: Candidate, meter: Meter, name: str, reporter: Reporter) -> MeasuredModel:
+    """A model in memory, measured in full."""
+    prompts = meter.prompts
+    total = len(prompts.harmful) + len(prompts.harmless) + sum(skill.num_questions for skill in meter.skills)
+    with reporter.task(f"measuring the {name}", total) as answered:
+        measurement = replace(meter, progress=answered).measure(
+            candidate.model, candidate.tokenizer, candidate.selection
+        )
+        figures = measurement.figures()
+    reporter.say(f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+    return MeasuredModel(figures, measurement.responses())
+
+
+def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
+    """Every prompt, response and verdict as JSON lines, by the names of the models."""
+    lines = [
+        json.dumps({"model": model} | asdict(response), ensure_ascii=False)
+        for model, said in responses.items()
+        for response in said
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def evaluate_model(
+    model: str,
+    prompts: str,
+    device: str,
+    reporter: Reporter,
+    options: EvaluatorOptions,
+    *,
+    allow_pickle: bool = False,
+    **settings: Any,
+) -> MeasuredModel:
+    """All figures of one model: a folder or a Hub id, as `id@revision` if need be.
+
+    Args:
+        model: Where it is.
+        prompts: Name of the prompt set.
+        device: Where to evaluate.
+        reporter: Hears of the steps.
+        options: Where evaluators of the user's own are, and which judge to ask.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        settings: Further arguments of `make_meter`.
+
+    Raises:
+        DapaError: If it cannot be read, loaded or asked.
+    """
+    from dapa_merge.measure.prompts.sets import load_prompts
+
+    prompt_set = load_prompts(prompts)
+    try:
+        checkpoint = open_location(parse_location(model), allow_pickle=allow_pickle)
+    except ValueError:
+        raise UsageError(f"{model!r} is no model; write a folder, a Hub id or id@revision") from None
+    from dapa_merge.measure.meter import make_meter
+
+    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)

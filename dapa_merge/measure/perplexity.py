@@ -1,0 +1,208 @@
+"""Perplexity of a model on texts of any length.
+
+How likely a model finds given tokens, teacher-forced; differentiable.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from dapa_merge.errors import UsageError
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.generate import check_ids, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.measure.prompts.sets import Question
+
+
+WINDOW = 2048
+STRIDE = 512
+# Tokens of all windows of a batch: whoever fixed a batch size thought of short prompts.
+MAX_BATCH_TOKENS = 16_384
+
+
+class Reading(NamedTuple):
+    """What a model made of passages: their perplexity, and whether only their first tokens were read."""
+
+    perplexity: float
+    is_cut: bool
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Question],
+    *,
+    batch_size: BatchSize,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> float:
+    """The perplexity of what `read` reads; the arguments are its own."""
+    return read(
+        model, tokenizer, passages, batch_size=batch_size, window=window, stride=stride, max_tokens=max_tokens
+    ).perplexity
+
+
+def read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: Sequence[Question],
+    *,
+    batch_size: BatchSize,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> Reading:
+    """The exponential of the mean negative log-likelihood per counted token, over all passages together.
+
+    A passage without a prompt is plain text, read in windows: each of its tokens but the first is counted exactly
+    once, given all tokens before it in its window, at least one. This is the strided computation that transformers
+    documents for models of fixed length, with the mean over tokens, not over windows. A passage with a prompt is a
+    chat: its answer is counted, given the prompt in the chat template, and cut off at the window.
+
+    Args:
+        model: Any causal language model.
+        tokenizer: Its own.
+        passages: What is read.
+        batch_size: At most how many windows at once.
+        window: Tokens that the model sees at once, at least 2; None for its context length, at most 2048.
+        stride: How far the window moves on, less than the window; None for 512, or half of a smaller window.
+        max_tokens: Read only so many tokens, the first ones; None for all.
+
+    Returns:
+        The perplexity is at least 1; infinity if the likelihood is not a finite number. NaN if nothing can be counted.
+
+    Raises:
+        UsageError: If window and stride do not fit the model or each other.
+    """
+    window, stride = _window(model, window, stride)
+    rows, is_cut = _first(_rows(tokenizer, passages, window, stride), max_tokens)
+    # Those of a batch should be alike in length and in how much of them is counted.
+    rows.sort(key=lambda row: (-len(row.ids), row.num_context))
+    count = sum(len(row.ids) - row.num_context for row in rows)
+    if not count:
+        return Reading(math.nan, is_cut)
+    check_ids(model, [row.ids for row in rows])
+    fitting = BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // len(rows[0].ids))))
+    with widened(model):
+        mean = math.fsum(fitting.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
+    return Reading(math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf, is_cut)
+
+
+def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[ScoredText]:
+    """The windows of a document, of which each counts the tokens that no earlier one did."""
+    counted = 1
+    for start in range(0, len(ids), stride):
+        stop = min(start + window, len(ids))
+        if stop > counted:
+            yield ScoredText(list(ids[start:stop]), counted - start)
+        counted = max(counted, stop)
+        if stop == len(ids):
+            return
+
+
+def _window(model: PreTrainedModel, window: int | None, stride: int | None) -> tuple[int, int]:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 20
+    size = min(context, WINDOW) if window is None else window
+    if not 2 <= size <= context:
+        raise UsageError(f"the window is {size} tokens; it must be from 2 to the model's context of {context}")
+    step = min(STRIDE, max(size // 2, 1)) if stride is None else stride
+    if not 1 <= step < size:
+        raise UsageError(f"the stride is {step} tokens; it must be from 1 to {size - 1}, less than the window")
+    return size, step
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[Question], window: int, stride: int
+) -> Iterator[ScoredText]:
+    for passage in passages:
+        if passage.prompt:
+            context = prompt_ids(tokenizer, passage.prompt)
+            answer = list(tokenizer(" " + passage.answer, add_special_tokens=False)["input_ids"])
+            row = ScoredText((context + answer)[:window], len(context))
+            if len(row.ids) > row.num_context:
+                yield row
+        else:
+            # Not verbose: transformers warns of a text longer than the model's context, which windows take care of.
+            yield from windows(tokenizer(passage.answer, verbose=False)["input_ids"], window, stride)
+
+
+def _first(rows: Iterable[ScoredText], max_tokens: int | None) -> tuple[list[ScoredText], bool]:
+    """Rows until so many tokens are counted, the last one cut off there; and whether anything was left."""
+    found: list[ScoredText] = []
+    left = math.inf if max_tokens is None else max_tokens
+    for row in rows:
+        counted = len(row.ids) - row.num_context
+        if left < counted:
+            if left:
+                found.append(ScoredText(row.ids[: row.num_context + int(left)], row.num_context))
+            return found, True
+        found.append(row)
+        left -= counted
+    return found, False
+
+
+@torch.inference_mode()
+def _losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> list[float]:
+    return list(map(float, losses(model, padding, rows)))
+
+
+class ScoredText(NamedTuple):
+    """A text as token ids, of which the first `num_context`, at least one, are given and the others are counted."""
+
+    ids: list[int]
+    num_context: int
+
+
+def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> torch.Tensor:
+    """The negative log-likelihood of each row's counted tokens, in nats.
+
+    Args:
+        model: Any causal language model.
+        padding: Any token id that the model has.
+        rows: What is asked, in one batch.
+
+    Returns:
+        `[rows]`, float32, on the model's device; with a graph, where gradients are enabled.
+    """
+    # The last token of a row is only predicted.
+    given = [row.ids[:-1] for row in rows]
+    longest = max(map(len, given))
+    # Padded on the right and causal: what follows a row's last token cannot reach its likelihood.
+    input_ids = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in given], device=model.device)
+    mask = None
+    if any(len(ids) < longest for ids in given):
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in given], device=model.device)
+    first = min(row.num_context for row in rows) - 1
+    logits = _logits_from(model, input_ids, mask, first)
+    terms = []
+    for row, row_logits in zip(rows, logits, strict=True):
+        # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are ever held as float32.
+        predictions = row_logits[row.num_context - 1 - first : len(row.ids) - 1 - first].float()
+        counted = torch.tensor(row.ids[row.num_context :], device=predictions.device)
+        terms.append(torch.nn.functional.cross_entropy(predictions, counted, reduction="sum"))
+    return torch.stack(terms)
+
+
+def _logits_from(
+    model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, first: int
+) -> torch.Tensor:
+    """Logits `[rows, positions from first on, vocabulary]`; the others, most of the memory, are not computed."""
+    known = inspect.signature(model.forward).parameters
+    # Keys and values are of no use afterwards, and of many rows they are most of the memory.
+    inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
+    if "logits_to_keep" not in known:
+        # Almost all of transformers knows the argument; what does not may ignore it without a word.
+        return torch.as_tensor(model(**inputs).logits[:, first:])
+    # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight for every row.
+    kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
+    return torch.as_tensor(model(**inputs, logits_to_keep=kept).logits)

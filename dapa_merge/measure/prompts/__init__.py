@@ -1,0 +1,1 @@
+"""Prompt sets: packaged, from files and folders, and from the Hub."""

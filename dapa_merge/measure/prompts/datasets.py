@@ -1,0 +1,424 @@
+"""Rows of a dataset: one of the Hugging Face Hub, by its id, or a local folder that the `datasets` library can read.
+
+What is read from the Hub is read at one commit, which is remembered, so that a process reads a dataset only once. The
+token comes from the environment or a login, as huggingface_hub finds it. Code of a dataset is never run.
+
+The calls to the `datasets` library, without its bars and warnings; its faults become one sentence each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.measure.prompts.rows import base_and_query, nearest_of, parse_query
+
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@?]+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """A dataset as a recipe names it.
+
+    Attributes:
+        id: Hub id, or the path of a local folder.
+        revision: Branch, tag or commit; None for the main branch, or a folder.
+        config: Which of its configs; None for its only or default one.
+        split: Which of its splits, also `a+b` and `a[:100]`; None for its only one.
+        options: The other keys, and their values.
+    """
+
+    id: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    options: tuple[tuple[str, str], ...] = ()
+
+    def option(self, key: str) -> str | None:
+        """The value of another key, if it was given."""
+        return dict(self.options).get(key)
+
+    def __str__(self) -> str:
+        return self.id + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one split.
+
+    Attributes:
+        rows: Each from column to value; the number of a class is its name.
+        columns: The names of all columns.
+        split: Where they are from.
+        commit: The commit that they are from; None for a local folder.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    columns: tuple[str, ...]
+    split: str
+    commit: str | None
+
+
+def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
+    """Read `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
+
+    Args:
+        name: What to read.
+        options: Keys that are allowed besides config and split.
+
+    Raises:
+        UsageError: If it is no such name.
+    """
+    base, query = base_and_query(name)
+    values = parse_query(name, query, ("config", "split", *options))
+    config, split = values.pop("config", None), values.pop("split", None)
+    others = tuple(values.items())
+    if os.path.isdir(base):
+        return DatasetName(base, None, config, split, others)
+    match = HUB_ID.fullmatch(base)
+    if not match:
+        raise UsageError(f"{base!r} is neither a folder here nor the id of a dataset on the Hub, such as someone/name")
+    return DatasetName(match[1], match[2], config, split, others)
+
+
+def load_rows(dataset: DatasetName) -> Rows:
+    """All rows of the split that is named, or of the only one there is.
+
+    Raises:
+        UsageError: If there is no such config or split, or there are several and none is named, or it cannot be read.
+        HubError: If the Hub does not give it and no copy is in the cache.
+    """
+    splits = split_names(dataset)
+    if dataset.split is None and len(splits) > 1:
+        raise UsageError(
+            f"the dataset {dataset} has the splits {', '.join(splits)}: choose one, as in ?split={splits[0]}"
+        )
+    wanted = dataset.split or splits[0]
+    for split in re.findall(r"(?:^|\+)\s*([^+\[]*)", wanted):
+        if split.strip() not in splits:
+            nearest = nearest_of(split, splits)
+            raise UsageError(f"the dataset {dataset} has no split {split!r}{nearest}; it has {', '.join(splits)}")
+    opened = _open(dataset)
+    try:
+        table = opened.read(wanted)
+    except ValueError as error:
+        raise UsageError(f"the dataset {dataset} has no split {wanted!r}: {one_line(error)}") from error
+    return Rows(tuple(_named_classes(table)), tuple(table.column_names), wanted, opened.commit)
+
+
+def split_names(dataset: DatasetName) -> tuple[str, ...]:
+    """The splits of a dataset's config, in the order in which it lists them; raises as `load_rows` does."""
+    return tuple(_open(dataset).splits)
+
+
+def known_commit(dataset: DatasetName) -> str | None:
+    """The commit that this process read a dataset of the Hub at, if it did."""
+    return _COMMITS.get((dataset.id, dataset.revision))
+
+
+_COMMITS: dict[tuple[str, str | None], str] = {}
+
+
+def _open(dataset: DatasetName) -> Prepared:
+    """The prepared config of a dataset: only the first time from the Hub; a folder may have changed meanwhile."""
+    if os.path.isdir(dataset.id):
+        return _prepare(dataset.id, None, dataset.config)
+    return _prepare_once(dataset.id, dataset.revision, dataset.config)
+
+
+@functools.lru_cache(maxsize=16)
+def _prepare_once(name: str, revision: str | None, config: str | None) -> Prepared:
+    # All configs of a dataset come from one commit.
+    opened = _prepare(name, _COMMITS.get((name, revision), revision), config)
+    if opened.commit:
+        _COMMITS[name, revision] = opened.commit
+    return opened
+
+
+def _prepare(name: str, revision: str | None, config: str | None) -> Prepared:
+
+    return prepare(name, revision, config)
+
+
+def _named_classes(table: Any) -> list[dict[str, Any]]:
+    names = {column: feature.names for column, feature in table.features.items() if hasattr(feature, "names")}
+    rows: list[dict[str, Any]] = table.to_list()
+    for row in rows:
+        for column, classes in names.items():
+            # Where the class is unknown, the number is -1 or missing.
+            row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
+    return rows
+
+
+OFFLINE = "HF_HUB_OFFLINE is set: unset it, or name a local file"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config of a dataset, on this machine.
+
+    Attributes:
+        splits: From the name of a split to its table.
+        commit: Where it comes from on the Hub; None for a folder.
+    """
+
+    splits: dict[str, Any]
+    commit: str | None
+    builder: Any = None
+
+    def read(self, split: str) -> Any:
+        """The table of a split, or of an expression of splits such as `train[:100]`."""
+        if split in self.splits:
+            return self.splits[split]
+        if self.builder is None:
+            raise ValueError("a dataset that was saved to disk is read by whole splits")
+        with _quiet():
+            return self.builder.as_dataset(split=split)
+
+
+def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
+    """Fetch and convert a config of a dataset of the Hub, or of a folder; what is in the cache serves offline.
+
+    Raises:
+        UsageError: If it has no such config, or several and none is named, or its files cannot be read.
+        HubError: If the Hub does not give it and no copy is in the cache.
+    """
+    with _quiet():
+        if os.path.isdir(name):
+            saved = _saved_to_disk(Path(name))
+            return saved or _build(name, None, config)
+        try:
+            commit = _commit(name, revision)
+        except _NoAnswer as error:
+            return _from_cache(name, revision, config, str(error))
+        built = _build(name, commit, config)
+        if built.commit != commit:
+            raise HubError(f"the Hub does not give the files of the dataset {name} at {commit}: try again later")
+        return built
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """For others' code that reads datasets: quiet, and from the cache at once where the Hub does not answer.
+
+    Raises:
+        HubError: If that code fails because the Hub does not give something.
+    """
+    silence = _silence()
+    with _quiet(), _offline() if silence else contextlib.nullcontext():
+        try:
+            yield
+        except Exception as error:
+            if not any(map(_comes_from_hub, _causes(error))):
+                raise
+            raise HubError(f"not all of it is in the cache, and {silence or _refusal(error)}") from error
+
+
+class _NoAnswer(Exception):
+    """The Hub gave no answer about a dataset; a copy in the cache may do."""
+
+
+def _commit(name: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    api = HfApi()
+    try:
+        found = api.dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if found.gated:  # Anyone may see what is in it, but not read it.
+            api.auth_check(name, repo_type="dataset")
+        return str(found.sha)
+    except GatedRepoError as error:
+        raise HubError(_gated(name)) from error
+    except RevisionNotFoundError as error:
+        raise HubError(
+            f"the dataset {name} has no revision {revision!r} on the Hub: name a branch, tag or commit of it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"the Hub has no dataset {name}, or does not show it: check the name; "
+            "if it is private, log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise _NoAnswer(OFFLINE) from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (401, 403):
+            raise HubError(_gated(name)) from error
+        raise _NoAnswer(_refusal(error)) from error
+    except Exception as error:
+        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not answer.
+        raise _NoAnswer(_out_of_reach(error)) from error
+
+
+def _silence() -> str | None:
+    """Why the Hub does not answer at all; None if it does.
+
+    Asked once, because the libraries ask again and again for most of a minute before they believe it.
+    """
+    import datasets
+    from huggingface_hub import constants, get_session
+
+    if datasets.config.HF_HUB_OFFLINE:
+        return OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:
+        return _out_of_reach(error)
+    return None
+
+
+def _refusal(error: BaseException) -> str:
+    return f"the Hub fails ({one_line(error)}): try again later, or name a local file"
+
+
+def _out_of_reach(error: BaseException) -> str:
+    return f"the Hub is out of reach ({one_line(error)}): check the network, or name a local file"
+
+
+def _gated(name: str) -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"the dataset {name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, "
+        "and log in with `hf auth login` or set HF_TOKEN"
+    )
+
+
+def _from_cache(name: str, revision: str | None, config: str | None, why: str) -> Prepared:
+    missing = HubError(f"the dataset {name} is not in the cache, and {why}")
+    if revision is not None and not COMMIT.fullmatch(revision):
+        raise HubError(f"no cached copy of the dataset {name} is known to be {revision!r}, and {why}")
+    try:
+        with _offline():
+            built = _build(name, revision, config)
+    except (UsageError, HubError) as error:
+        # In the cache there is no telling a config that does not exist from one that was not fetched.
+        raise missing from error
+    if revision is not None and built.commit != revision:
+        raise HubError(f"the cache has the dataset {name} at {built.commit}, not at {revision}, and {why}")
+    return built
+
+
+def _build(name: str, commit: str | None, config: str | None) -> Prepared:
+    import datasets
+
+    local = os.path.isdir(name)
+    try:
+        builder = datasets.load_dataset_builder(name, config, revision=commit)
+        builder.download_and_prepare()
+        tables = builder.as_dataset()
+    except Exception as error:
+        # The library's faults are of no common class, and its words for a config that is not there are all it says.
+        known = re.search(r"(?:Available|available configs): \[(.*)\]", str(error))
+        if known:
+            raise UsageError(_no_config(name, config, re.findall(r"'([^']*)'", known[1]))) from error
+        if not local and _is_of_the_hub(error):
+            raise HubError(
+                f"the Hub does not give the files of the dataset {name} ({one_line(error)}): try again later, "
+                "or name a local file"
+            ) from error
+        raise UsageError(f"the dataset {name} cannot be read: {one_line(list(_causes(error))[-1])}") from error
+    return Prepared(dict(tables), None if local else str(builder.hash), builder)
+
+
+def _no_config(name: str, config: str | None, known: list[str]) -> str:
+    listed = ", ".join(known)
+    if config is None:
+        return f"the dataset {name} has the configs {listed}: choose one, as in ?config={known[0]}"
+    return f"the dataset {name} has no config {config!r}{nearest_of(config, known)}; it has {listed}"
+
+
+def _is_of_the_hub(error: BaseException) -> bool:
+    from datasets.data_files import EmptyDatasetError
+    from datasets.exceptions import DataFilesNotFoundError
+
+    # Files of a kind that is not read, or none, are no fault of the Hub's.
+    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+        return False
+    return isinstance(error, OSError) or "http" in type(error).__module__
+
+
+def _comes_from_hub(error: BaseException) -> bool:
+    """Whether a fault of code that also reads local files is of the Hub's."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    kinds = (ConnectionError, TimeoutError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError)
+    return isinstance(error, kinds) or "http" in type(error).__module__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, and so on to the root."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _saved_to_disk(folder: Path) -> Prepared | None:
+    """What `save_to_disk` wrote, which is no dataset's usual layout."""
+    import datasets
+
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UsageError(f"the dataset {folder} cannot be read: {one_line(error)}") from error
+    return Prepared(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}, None)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = (datasets.config, constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no warnings of the two libraries on stderr."""
+    import datasets
+    import huggingface_hub
+
+    logs = (datasets.logging, huggingface_hub.logging)
+    levels = [log.get_verbosity() for log in logs]
+    bars = not datasets.utils.are_progress_bars_disabled()
+    hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
+    for log in logs:
+        log.set_verbosity_error()
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+        if hub_bars:
+            huggingface_hub.utils.enable_progress_bars()

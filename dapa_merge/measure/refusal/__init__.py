@@ -1,0 +1,1 @@
+"""Tells refusals from answers. Standard library only."""

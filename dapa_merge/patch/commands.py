@@ -1,0 +1,147 @@
+"""What the patch commands do: find the models that they name, and say in one answer what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.location import Location, parse_location
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, apply_to_copy, revert
+from dapa_merge.patch.extract import differing_settings, extract
+from dapa_merge.patch.file import Patch, read_patch
+from dapa_merge.plan.selection import RECIPE_NAME
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe.parse import load_recipe
+
+MAX_RECIPE_BYTES = 1 << 20
+
+
+def extract_patch(
+    result: str, path: Path, base: str | None, reporter: Reporter, *, allow_pickle: bool = False
+) -> dict[str, Any]:
+    """Write what a result has changed of its base to a new patch file; the answer says what that is.
+
+    Args:
+        result: A folder or a Hub id.
+        path: The file to make.
+        base: The same of what it was made of; by default the `base_model` of the recipe in the result's folder.
+        reporter: Hears of the steps.
+        allow_pickle: Read a base of pickles, as nothing but tensors.
+
+    Raises:
+        DapaError: If either cannot be read, they are not alike, or the file cannot be written.
+    """
+    changed = open_location(_location(result))
+    place = _location(base) if base is not None else _base_of(changed)
+    original = open_location(place, allow_pickle=allow_pickle)
+    recipe = changed.folder / RECIPE_NAME
+    text = None
+    if recipe.is_file() and recipe.stat().st_size <= MAX_RECIPE_BYTES:
+        text = recipe.read_text(encoding="utf-8", errors="replace")
+    with reporter.task("comparing", original.num_bytes) as compared:
+        patch = extract(changed, original, path, recipe=text, progress=compared)
+    return {**summary(patch), "model_bytes": original.num_bytes, "other_files": differing_settings(changed, original)}
+
+
+def apply_patch(
+    path: Path,
+    base: str,
+    out: Path | None,
+    in_place: bool,
+    undo: Path | None,
+    reporter: Reporter,
+    *,
+    allow_pickle: bool = False,
+) -> dict[str, Any]:
+    """Apply a patch to a copy or in place; the answer says what was done.
+
+    Raises:
+        DapaError: If the patch is not one for this base, or the result cannot be written.
+    """
+    if (out is None) is not in_place:
+        raise UsageError("name either a folder for the patched copy, or --in-place to change the model itself")
+    if undo is not None and not in_place:
+        raise UsageError("--undo is of use with --in-place only; a patched copy has its base to go back to")
+    patch = read_patch(path)
+    # What is converted into the cache cannot be changed in place.
+    model = open_location(_location(base), allow_pickle=allow_pickle and not in_place)
+    answer = {"patch": str(path), "base": base, "in_place": in_place, "bytes": patch.num_bytes}
+    if out is not None:
+        with reporter.task("copying", 2 * model.num_bytes) as copied:
+            apply_to_copy(patch, model, out, copied)
+        return {**answer, "out": str(out), "applied": True}
+    with _interruptible(model, reporter), reporter.task("patching", model.num_bytes + 2 * patch.num_bytes) as done:
+        applied = apply_in_place(patch, model, undo, done)
+    return {**answer, "applied": applied, "undo": str(undo or model.folder / UNDO_NAME)}
+
+
+def revert_patch(base: str, undo: Path | None, reporter: Reporter) -> dict[str, Any]:
+    """Take back a patch that was applied in place; the answer says how many bytes were put back.
+
+    Raises:
+        DapaError: If there is nothing to take back, or the model is not what the patch has made it.
+    """
+    model = open_location(_location(base))
+    file = undo or model.folder / UNDO_NAME
+    # All of it is about the bytes that were replaced.
+    size = file.stat().st_size if file.is_file() else 0
+    with _interruptible(model, reporter), reporter.task("reverting", 3 * size) as done:
+        return {"base": base, "bytes": revert(model, undo, done)}
+
+
+def show_patch(path: Path) -> dict[str, Any]:
+    """What a patch says that it changes.
+
+    Raises:
+        CheckpointError: If it is none, or is damaged.
+    """
+    patch = read_patch(path)
+    metadata = {key: patch.metadata.get(key) for key in ("tool", "base", "base_commit", "recipe")}
+    keys = ("tensor", "dtype", "shape", "rows", "num_changed")
+    entries = [{key: getattr(entry, key) for key in keys} for entry in patch.entries]
+    return {**summary(patch), **metadata, "entries": entries}
+
+
+def summary(patch: Patch) -> dict[str, Any]:
+    """The figures of a patch."""
+    return {
+        "patch": str(patch.path),
+        "file_bytes": patch.path.stat().st_size,
+        "base": patch.metadata.get("base"),
+        "tensors": len({entry.tensor for entry in patch.entries}),
+        "ranges": len(patch.entries),
+        "bytes": patch.num_bytes,
+        "changed_bytes": sum(entry.num_changed * entry.num_row_bytes for entry in patch.entries),
+    }
+
+
+@contextmanager
+def _interruptible(model: Checkpoint, reporter: Reporter) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        reporter.say(f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`")
+        raise
+
+
+def _base_of(result: Checkpoint) -> Location:
+    """What the recipe in a result's folder says that it was made of."""
+    path = result.folder / RECIPE_NAME
+    if not path.is_file():
+        raise UsageError(f"{result.name} has no {RECIPE_NAME} that says what it was made of; name it with --base")
+    try:
+        return load_recipe(path).target
+    except RecipeError as error:
+        raise UsageError(f"{error}; name with --base what the result was made of") from error
+
+
+def _location(value: str) -> Location:
+    try:
+        return parse_location(value)
+    except ValueError:
+        raise UsageError(f"{value!r} is no model; write a folder, a Hub id or id@revision") from None

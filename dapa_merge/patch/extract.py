@@ -1,0 +1,188 @@
+"""Extracting a patch: what a result has changed of its base, as one small file. Streams both; loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.digest import settings_files
+from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.files import write_all
+from dapa_merge.patch.file import (
+    FORMAT_VERSION,
+    Entry,
+    Patch,
+    Range,
+    changed_ranges,
+    check_space,
+    close_gaps,
+    entries_text,
+    iterate_range,
+    lay_out,
+    layout_digest,
+    read_patch,
+    rest_digest,
+    row_bytes,
+    unique_key,
+)
+from dapa_merge.transplant.staging import staged_file
+
+Progress = Callable[[int], None]
+
+# What the header can hold: within one tensor, and in all; beyond, ranges take in the rows between them.
+MAX_TENSOR_RANGES = 1024
+MAX_RANGES = 50_000
+THREADS = 2
+_UNKNOWN = "0" * 64
+
+
+def extract(
+    result: Checkpoint,
+    base: Checkpoint,
+    path: Path,
+    *,
+    recipe: str | None = None,
+    progress: Progress = lambda _: None,
+) -> Patch:
+    """Write what `result` has changed of `base` to a new file, whole tensors or ranges of rows.
+
+    Args:
+        result: The changed model.
+        base: What it was made of.
+        path: The file to make.
+        recipe: The recipe that the result was made by, to be kept in the patch.
+        progress: Called with numbers of bytes of the base as they are compared.
+
+    Returns:
+        The patch as it is on disk.
+
+    Raises:
+        CheckpointError: If the two have not the same tensors, dtypes and shapes.
+        UsageError: If nothing was changed, or the file exists or cannot be written.
+    """
+    _check_layouts(result, base)
+    with staged_file(path) as file:
+        found = _compare(result, base, progress)
+        if not found:
+            raise UsageError(f"{result.name} has the weights of {base.name}; there is nothing to extract")
+        metadata = {
+            "dapa_patch": FORMAT_VERSION,
+            "tool": f"dapa-merge {__version__}",
+            "base": base.name,
+            "base_layout": layout_digest(base.tensors),
+        }
+        if base.commit is not None:
+            metadata["base_commit"] = base.commit
+        if recipe is not None:
+            metadata["recipe"] = recipe
+        entries = _entries(base, found)
+        metadata["base_rest"] = rest_digest(base, entries)
+        _write(file, path, result, base, entries, metadata)
+    return read_patch(path)
+
+
+def differing_settings(result: Checkpoint, base: Checkpoint) -> list[str]:
+    """The names of the config, tokenizer and template files that are not the same in both, which no patch holds."""
+    ours, theirs = settings_files(result), settings_files(base)
+    return sorted(
+        name
+        for name in {*ours, *theirs}
+        if name not in ours or name not in theirs or ours[name].read_bytes() != theirs[name].read_bytes()
+    )
+
+
+def _check_layouts(result: Checkpoint, base: Checkpoint) -> None:
+    advice = "a patch holds changed values only: name another base, or publish the result whole"
+    for one, other in ((result, base), (base, result)):
+        if lacking := [name for name in other.tensors if name not in one.tensors]:
+            raise CheckpointError(f"{one.name} has no tensor {lacking[0]}, which {other.name} has; {advice}")
+    for name, tensor in base.tensors.items():
+        found = result.tensors[name]
+        if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+            raise CheckpointError(
+                f"{name} is {found.dtype} {list(found.shape)} in {result.name}, but {tensor.dtype} "
+                f"{list(tensor.shape)} in {base.name}; {advice}"
+            )
+
+
+def _compare(result: Checkpoint, base: Checkpoint, progress: Progress) -> dict[str, list[Range]]:
+    """By tensor that differs: the ranges of its rows that do."""
+
+    def ranges(tensor: Tensor) -> list[Range]:
+        found = result.tensors[tensor.name]
+        if not tensor.num_bytes:
+            return []
+        pieces = _pairs(result, found, base, tensor, progress)
+        return changed_ranges(pieces, row_bytes(tensor.dtype, tensor.shape), MAX_TENSOR_RANGES)
+
+    # Comparing and reading both let another thread run.
+    with ThreadPoolExecutor(THREADS) as pool:
+        compared = dict(zip(base.tensors, pool.map(ranges, base.tensors.values()), strict=True))
+    changed = {name: found for name, found in compared.items() if found}
+    limit = max(1, MAX_RANGES // max(1, len(changed)))
+    return {name: close_gaps(found, limit) for name, found in changed.items()}
+
+
+def _pairs(
+    result: Checkpoint, found: Tensor, base: Checkpoint, tensor: Tensor, progress: Progress
+) -> Iterator[tuple[bytes, bytes]]:
+    ours = iterate_range(result, found.file, found.start, found.stop)
+    theirs = iterate_range(base, tensor.file, tensor.start, tensor.stop)
+    for pair in zip(ours, theirs, strict=True):
+        yield pair
+        progress(len(pair[0]))
+
+
+def _entries(base: Checkpoint, found: Mapping[str, Sequence[Range]]) -> list[Entry]:
+    """The entries of a patch, the digests of which are not known yet."""
+    entries: dict[str, Entry] = {}
+    whole = {
+        name for name, ranges in found.items() for tensor in (base.tensors[name],)
+        if (ranges[0].stop - ranges[0].first) * row_bytes(tensor.dtype, tensor.shape) == tensor.num_bytes
+    }  # fmt: skip
+    # Whole tensors first: they keep their own names.
+    for name, ranges in sorted(found.items(), key=lambda item: item[0] not in whole):
+        tensor = base.tensors[name]
+        for first, stop, num_changed in ranges:
+            key = unique_key(name if name in whole else f"{name}[{first}:{stop}]", entries)
+            entries[key] = Entry(key, name, tensor.dtype, tensor.shape, (first, stop), num_changed, _UNKNOWN, _UNKNOWN)
+    return list(entries.values())
+
+
+def _write(
+    file: BinaryIO,
+    path: Path,
+    result: Checkpoint,
+    base: Checkpoint,
+    entries: Sequence[Entry],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the rows, and then, as their digests are known, the header in the place that was left for it."""
+    contents = [(entry.key, entry.dtype, entry.stored_shape) for entry in entries]
+    header, offsets = lay_out(contents, {**metadata, "entries": entries_text(entries)})
+    needed = len(header) + sum(entry.num_bytes for entry in entries)
+    check_space(path, needed, "the patch")
+    complete = []
+    for entry in sorted(entries, key=lambda entry: offsets[entry.key]):
+        before, after = hashlib.sha256(), hashlib.sha256()
+        ours, theirs = (
+            iterate_range(model, model.tensors[entry.tensor].file, *entry.place(model.tensors[entry.tensor]))
+            for model in (result, base)
+        )
+        file.seek(offsets[entry.key])
+        for new, old in zip(ours, theirs, strict=True):
+            write_all(file, new)
+            before.update(old)
+            after.update(new)
+        complete.append(replace(entry, base_sha256=before.hexdigest(), new_sha256=after.hexdigest()))
+    final, _ = lay_out(contents, {**metadata, "entries": entries_text(complete)})
+    assert len(final) == len(header)
+    file.seek(0)
+    write_all(file, final)

@@ -1,0 +1,379 @@
+"""The patch file: a safetensors file of changed rows, and metadata that says where they belong and what they replace.
+
+`__metadata__` holds strings only, as the format wants:
+
+- `dapa_patch`: the version of this format, `1`; `tool`: what wrote it.
+- `base`, `base_commit`: what the base was called, and its commit if it came from the Hub; nothing is decided by them.
+- `base_layout`: `layout_digest` of the base; `base_rest`: its `rest_digest`, of all that is not replaced (not in an
+  undo file, because other patches may come later).
+- `entries`: a JSON list. Each has the `key` of its bytes in this file; `tensor`, `dtype` and `shape` of the base's
+  tensor; `rows`, the first and the one after the last, of the tensor as a matrix of its last dimension (a tensor of
+  one dimension, or none, is one row); `num_changed`, how many of them differ; `base_sha256` and `new_sha256` of their
+  bytes.
+- `recipe`: the recipe that the result was made by, if it is known.
+- `undo_of`: in an undo file, the `identity` of the patch that it takes back.
+
+No entry depends on how the base is divided into files. The bytes of all of a tensor are stored under its own name and
+shape, rows under `name[first:stop]` and as a matrix.
+
+Which rows of two tensors differ, as few ranges of rows. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.errors import CheckpointError, UsageError
+
+
+def check_space(path: Path, needed: int, what: str) -> None:
+    """Raise `UsageError` unless so many bytes fit on the disk of `path`."""
+    free = shutil.disk_usage(path.absolute().parent).free
+    if free < needed:
+        raise UsageError(
+            f"{what} needs {needed / 1e9:.3f} GB on the disk of {path}, which has {free / 1e9:.3f} GB left"
+        )
+
+
+FORMAT_VERSION = "1"
+# Small enough that several threads need little memory, and that a piece stays in the processor's cache.
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Some rows of one tensor of the base, and what they are replaced by; the attributes are the metadata's own."""
+
+    key: str
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int]
+    num_changed: int
+    base_sha256: str
+    new_sha256: str
+
+    @property
+    def num_row_bytes(self) -> int:
+        return row_bytes(self.dtype, self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return (self.rows[1] - self.rows[0]) * self.num_row_bytes
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of its bytes in the patch."""
+        first, stop = self.rows
+        whole = (stop - first) * row_elements(self.dtype, self.shape) == math.prod(self.shape)
+        return self.shape if whole else (stop - first, self.shape[-1])
+
+    def place(self, tensor: Tensor) -> tuple[int, int]:
+        """Where its rows lie in the file of the base's tensor: the offset of the first byte, and after the last."""
+        return tuple(tensor.start + row * self.num_row_bytes for row in self.rows)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A patch file whose header and metadata were read and found sound; its bytes were not looked at.
+
+    Attributes:
+        path: The file.
+        contents: By key, where the bytes of each entry lie in it.
+        entries: What it changes, by position in the file.
+        metadata: All of `__metadata__`.
+    """
+
+    path: Path
+    contents: Mapping[str, Tensor]
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def identity(self) -> str:
+        """A digest of what it changes to what, in what; the same for every file that says the same."""
+        return identity(self.metadata["base_layout"], self.entries)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries)
+
+    def pieces(self, entry: Entry) -> Iterator[bytes]:
+        """The new bytes of one entry, in pieces of at most 1 MiB."""
+        tensor = self.contents[entry.key]
+        holder = Checkpoint(str(self.path), self.path.parent, {}, self.contents, (self.path.name,))
+        return iterate_range(holder, tensor.file, tensor.start, tensor.stop)
+
+
+def row_elements(dtype: str, shape: Sequence[int]) -> int:
+    """How many elements a row has: the last dimension, or all where there is but one, or rows end within a byte."""
+    last = shape[-1] if len(shape) > 1 else math.prod(shape)
+    return last if last * DTYPE_BITS[dtype] % 8 == 0 else math.prod(shape)
+
+
+def row_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of one row."""
+    return row_elements(dtype, shape) * DTYPE_BITS[dtype] // 8
+
+
+def iterate_range(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Iterator[bytes]:
+    """The bytes of a weight file from `start` to before `stop`, in pieces of 1 MiB, of which only the last is shorter.
+
+    Raises:
+        CheckpointError: If the file ends early, because it changed since its header was read.
+    """
+    with checkpoint.open(name, start, stop) as file:
+        for position in range(start, stop, PIECE_BYTES):
+            size = min(PIECE_BYTES, stop - position)
+            piece = file.read(size)
+            if len(piece) != size:
+                raise CheckpointError(f"{checkpoint.folder / name} became shorter while it was read")
+            yield piece
+
+
+def layout_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of a JSON list of `[name, dtype, shape]` for every tensor of a model, sorted by name."""
+    layout = sorted((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+    return hashlib.sha256(json.dumps(layout, separators=(",", ":")).encode()).hexdigest()
+
+
+def identity(layout: str, entries: Sequence[Entry]) -> str:
+    """A digest of a patch's entries, whatever their order and keys, and of its base's layout."""
+    changes = sorted((entry.tensor, entry.rows, entry.base_sha256, entry.new_sha256) for entry in entries)
+    return hashlib.sha256(json.dumps([layout, changes]).encode()).hexdigest()
+
+
+def unique_key(name: str, taken: Mapping[str, Any]) -> str:
+    """A key like `name` that is not taken; a model may have a tensor that is called like another's rows."""
+    while name in taken:
+        name += "'"
+    return name
+
+
+def lay_out(
+    contents: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The header of a safetensors file, and the offset in the file at which each tensor's bytes belong.
+
+    Args:
+        contents: Key, dtype and shape of each tensor. Larger dtypes come first in the file, so that all are aligned.
+        metadata: `__metadata__`. Its values may be replaced by others of the same length afterwards.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offsets: dict[str, int] = {}
+    position = 0
+    for key, dtype, shape in sorted(contents, key=lambda content: -DTYPE_BITS[content[1]]):
+        size = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+        offsets[key] = position
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = len(text).to_bytes(8, "little") + text
+    return prefix, {key: len(prefix) + offset for key, offset in offsets.items()}
+
+
+def entries_text(entries: Sequence[Entry]) -> str:
+    """Entries as the metadata holds them."""
+    return json.dumps([asdict(entry) for entry in entries], separators=(",", ":"))
+
+
+def read_patch(path: Path, *, further: str | None = None) -> Patch:
+    """Read a patch's header, and believe nothing that it says of itself before it is checked.
+
+    Args:
+        path: The file.
+        further: The metadata's key that names one more tensor of the file, which is no entry's.
+
+    Raises:
+        CheckpointError: If it is no patch, is damaged, or says what cannot be.
+    """
+    contents = {tensor.name: tensor for tensor in read_header(path)}
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = header.get("__metadata__")
+        if not isinstance(metadata, dict) or "dapa_patch" not in metadata:
+            raise CheckpointError(f"{path} is no patch; `dapa-merge patch extract` writes one")
+        if metadata["dapa_patch"] != FORMAT_VERSION:
+            found = str(metadata["dapa_patch"])[:20]
+            raise CheckpointError(f"{path} is a patch of format {found!r}, not {FORMAT_VERSION}; update dapa-merge")
+        if further is None and "undo_of" in metadata:
+            raise CheckpointError(f"{path} is an undo file; `dapa-merge patch revert` takes it")
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not all strings")
+        if further is None and not _is_digest(metadata.get("base_rest")):
+            raise ValueError("base_rest is no SHA-256")
+        if not _is_digest(metadata.get("base_layout")):
+            raise ValueError("base_layout is no SHA-256")
+        entries = [_entry(content) for content in json.loads(metadata["entries"])]
+        others = {metadata[further]} if further in metadata else set()
+        _check_entries(entries, contents, others)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is a damaged patch ({str(error)[:200]}); get it again") from error
+    entries.sort(key=lambda entry: contents[entry.key].start)
+    return Patch(path, contents, tuple(entries), metadata)
+
+
+def _entry(content: Mapping[str, Any]) -> Entry:
+    entry = Entry(**{**content, "shape": tuple(content["shape"]), "rows": tuple(content["rows"])})
+    what = f"the entry {str(entry.key)[:120]!r}"
+    if not isinstance(entry.key, str) or not isinstance(entry.tensor, str):
+        raise ValueError(f"{what} has no names")
+    if not all(type(number) is int and number >= 0 for number in (*entry.shape, *entry.rows, entry.num_changed)):
+        raise ValueError(f"{what} has a shape or rows that are no counts")
+    if entry.dtype not in DTYPE_BITS or not _is_digest(entry.base_sha256) or not _is_digest(entry.new_sha256):
+        raise ValueError(f"{what} has no dtype or no digests")
+    first, stop = entry.rows
+    if not first < stop or stop * row_elements(entry.dtype, entry.shape) > math.prod(entry.shape):
+        raise ValueError(f"{what} has rows {first} to {stop}, which its tensor does not have")
+    if not 0 < entry.num_changed <= stop - first or entry.base_sha256 == entry.new_sha256:
+        raise ValueError(f"{what} does not change what it says")
+    return entry
+
+
+def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], others: set[str]) -> None:
+    """Raise `ValueError` unless each tensor of the file is one entry's, and no two entries are of the same rows."""
+    keys = [entry.key for entry in entries]
+    if not entries or len(set(keys)) != len(keys) or {*keys, *others} != set(contents) or others & set(keys):
+        raise ValueError("its entries are not those of its header")
+    previous: Entry | None = None
+    for entry in sorted(entries, key=lambda entry: (entry.tensor, entry.rows)):
+        stored = contents[entry.key]
+        if (stored.dtype, stored.shape) != (entry.dtype, entry.stored_shape) or stored.num_bytes != entry.num_bytes:
+            raise ValueError(f"the entry {entry.key[:120]!r} is not what its header says")
+        if previous is not None and previous.tensor == entry.tensor:
+            if (previous.dtype, previous.shape) != (entry.dtype, entry.shape):
+                raise ValueError(f"{entry.tensor[:120]!r} has two shapes or dtypes")
+            if entry.rows[0] < previous.rows[1]:
+                raise ValueError(f"{entry.tensor[:120]!r} has the same rows twice")
+        previous = entry
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+THREADS = 4
+
+
+def rest_digest(model: Checkpoint, entries: Iterable[Entry], progress: Callable[[int], None] = lambda _: None) -> str:
+    """One SHA-256 of all values of a model but some rows, however it is divided into files.
+
+    Args:
+        model: The model.
+        entries: The rows that are left out.
+        progress: Called with numbers of bytes as they are read.
+    """
+    left_out: dict[str, list[tuple[int, int]]] = {}
+    for entry in entries:
+        left_out.setdefault(entry.tensor, []).append(entry.place(model.tensors[entry.tensor]))
+
+    def digest(name: str) -> str:
+        tensor = model.tensors[name]
+        ends = [tensor.start, *(end for span in sorted(left_out.get(name, ())) for end in span), tensor.stop]
+        pieces = (
+            piece
+            for start, stop in zip(ends[::2], ends[1::2], strict=True)
+            for piece in iterate_range(model, tensor.file, start, stop)
+        )
+        return _digest(pieces, progress)
+
+    names = sorted(model.tensors)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return hashlib.sha256("".join(pool.map(digest, names)).encode()).hexdigest()
+
+
+def _digest(pieces: Iterable[bytes], progress: Callable[[int], None]) -> str:
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece)
+        progress(len(piece))
+    return state.hexdigest()
+
+
+# What one more range costs in a patch: its place in the header, its name and two digests.
+RANGE_BYTES = 512
+
+
+class Range(NamedTuple):
+    """Rows `first` to before `stop`, of which `num_changed` differ: the first, the last, and most or all between."""
+
+    first: int
+    stop: int
+    num_changed: int
+
+
+def changed_ranges(pieces: Iterable[tuple[bytes, bytes]], num_row_bytes: int, max_ranges: int) -> list[Range]:
+    """The rows that differ between two tensors of the same size, which are given piece by piece.
+
+    Unchanged rows between two ranges are taken in where a range of its own costs more than they do, and where there
+    would be more than `max_ranges` ranges: the narrowest gaps first.
+
+    Args:
+        pieces: Pairs of pieces of equal length, in order; they may end within a row.
+        num_row_bytes: Bytes of one row.
+        max_ranges: How many ranges there may be.
+    """
+    ranges: list[Range] = []
+    max_gap = RANGE_BYTES // num_row_bytes
+    position = 0
+    for ours, theirs in pieces:
+        if ours != theirs:
+            for found in _in_piece(ours, theirs, position, num_row_bytes, max_gap):
+                if ranges and found.first - ranges[-1].stop <= max_gap:
+                    ranges[-1] = _joined(ranges[-1], found)
+                else:
+                    ranges.append(found)
+            # Not only at the end, so that a tensor of many tiny rows needs no more memory than another.
+            if len(ranges) > 4 * max_ranges:
+                ranges = close_gaps(ranges, max_ranges)
+        position += len(ours)
+    return close_gaps(ranges, max_ranges)
+
+
+def close_gaps(ranges: Sequence[Range], max_ranges: int) -> list[Range]:
+    """At most `max_ranges` ranges that hold the given ones, with as few further rows as can be."""
+    num_closed = len(ranges) - max_ranges
+    if num_closed <= 0:
+        return list(ranges)
+    by_gap = sorted(range(1, len(ranges)), key=lambda index: ranges[index].first - ranges[index - 1].stop)
+    closed = set(by_gap[:num_closed])
+    joined: list[Range] = []
+    for index, found in enumerate(ranges):
+        if index in closed:
+            joined[-1] = _joined(joined[-1], found)
+        else:
+            joined.append(found)
+    return joined
+
+
+def _joined(one: Range, other: Range) -> Range:
+    # The row in which a piece ends may differ on both sides of that end.
+    twice = 1 if other.first < one.stop else 0
+    return Range(one.first, other.stop, one.num_changed + other.num_changed - twice)
+
+
+def _in_piece(ours: bytes, theirs: bytes, position: int, num_row_bytes: int, max_gap: int) -> Iterable[Range]:
+    """The ranges within one piece, which begins at byte `position` of its tensor."""
+    import numpy
+
+    first_row = position // num_row_bytes
+    differs: Any = numpy.frombuffer(ours, numpy.uint8) != numpy.frombuffer(theirs, numpy.uint8)
+    row_starts = numpy.arange(first_row * num_row_bytes - position, len(ours), num_row_bytes).clip(0)
+    rows = first_row + numpy.flatnonzero(numpy.logical_or.reduceat(differs, row_starts))
+    ends = numpy.flatnonzero(numpy.diff(rows) > max_gap + 1)
+    for begin, end in zip((0, *(ends + 1)), (*ends, len(rows) - 1), strict=True):
+        yield Range(int(rows[begin]), int(rows[end]) + 1, int(end - begin) + 1)

@@ -1,0 +1,1 @@
+"""Cards, locks and commits on the Hub."""

@@ -1,0 +1,412 @@
+"""`recipe.lock.yml`: what a recipe was followed with, so that it can be followed again with exactly that.
+
+It lies beside the recipe, and in the result. `run --locked` goes by it, and `outdated` compares it with what is now.
+
+What a model is where it comes from: its commit, and the SHA-256 of every file that a repair reads or copies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapa_merge.checkpoint.convert import pickle_files
+from dapa_merge.checkpoint.digest import hash_file, is_settings
+from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights, read_regular
+from dapa_merge.checkpoint.header import read_index
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.open import TEMPLATES
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CheckpointError, HubError, RecipeError
+from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.selection import given_selection
+from dapa_merge.recipe.parameters import parse_layers
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.transplant.manifest import sha256_of, text_of
+
+FORMAT = 1
+# In a result, whose own recipe has another name.
+LOCK_NAME = "recipe.lock.yml"
+# A lock of a model in a thousand shards has some 150 kB.
+MAX_BYTES = 16 << 20
+HEAD = (
+    "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
+    "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Lock:
+    """What a recipe was followed with.
+
+    Attributes:
+        recipe: The SHA-256 of what the recipe says, however it is written.
+        target: The target, and its adapter behind it if it has one.
+        source: The same of the source.
+        units: What was transplanted, as `3.gate`.
+        versions: Of the packages that took part, by name.
+    """
+
+    recipe: str
+    target: tuple[Upstream, ...]
+    source: tuple[Upstream, ...]
+    units: tuple[str, ...]
+    versions: Mapping[str, str]
+
+    def with_units(self, units: Iterable[object]) -> Lock:
+        """The same with another selection."""
+        return replace(self, units=tuple(map(str, units)))
+
+
+def lock_path(recipe: Path) -> Path:
+    """Where the lock of a recipe is: `name.lock.yml` beside `name.yml`."""
+    return recipe.with_name(f"{recipe.stem}.lock.yml")
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """The SHA-256 of what a recipe says; comments and the order of keys do not count."""
+    # A parameter that another version adds does not change what was said without it.
+    said = {
+        item.name: value
+        for item in fields(recipe)
+        if not item.name.startswith("_") and (value := getattr(recipe, item.name)) != item.default
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=_as_plain).encode()).hexdigest()
+
+
+def _as_plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide what comes out."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
+
+
+def pin(recipe: Recipe, lock: Lock) -> Recipe:
+    """The recipe with its models at the locked commits.
+
+    Raises:
+        RecipeError: If the recipe is not the one that was locked.
+    """
+    if recipe_digest(recipe) != lock.recipe:
+        raise RecipeError(
+            "the recipe does not say what it said when it was locked; run it without --locked, which locks it anew"
+        )
+    return replace(recipe, target=_pinned(recipe.target, lock.target), source=_pinned(recipe.source, lock.source))
+
+
+def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
+    pairs = pair_up(location, locked)
+    first, *rest = (replace(part, revision=upstream.commit or part.revision) for part, upstream in pairs)
+    return replace(first, adapter=rest[0]) if rest else first
+
+
+def check_lock(lock: Lock, plan: Plan) -> None:
+    """Make sure that the models that were opened are those that were locked just before.
+
+    Raises:
+        HubError: If one of them moved in between.
+    """
+    for checkpoint, locked in ((plan.target, lock.target), (plan.source, lock.source)):
+        opened = checkpoint.merged_from or (checkpoint.commit,)
+        for commit, upstream in zip(opened, locked, strict=True):
+            if commit != upstream.commit:
+                raise HubError(f"{upstream} moved to {commit} while it was opened; run the command again")
+
+
+def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
+    """A model, and its adapter if it has one, with what they were.
+
+    Raises:
+        CheckpointError: If the lock is of other models, as after an edit.
+    """
+    found = base_and_adapter(location)
+    if [(part.path, part.revision) for part in found] != [(one.model, one.revision) for one in locked]:
+        raise CheckpointError(f"the lock does not say what {location} was; remove it, and run the recipe again")
+    return list(zip(found, locked, strict=True))
+
+
+def lock_text(lock: Lock) -> str:
+    """What is written into the file."""
+    content = {
+        "format": FORMAT,
+        "recipe": lock.recipe,
+        "target": [_plain(upstream) for upstream in lock.target],
+        "source": [_plain(upstream) for upstream in lock.source],
+        "selection": ",".join(lock.units),
+        "versions": dict(lock.versions),
+    }
+    return HEAD + str(yaml.safe_dump(content, sort_keys=False, width=1000))
+
+
+def _plain(upstream: Upstream) -> dict[str, Any]:
+    return {**vars(upstream), "files": dict(sorted(upstream.files.items()))}
+
+
+def read_lock(path: Path) -> Lock | None:
+    """The lock in a file; None if there is no such file.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        text = read_regular(path, MAX_BYTES).decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the lock {path}: {error}") from error
+    return parse_lock(text, str(path))
+
+
+def parse_lock(text: str, name: str) -> Lock:
+    """The lock that a text is, which may be a stranger's.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        content = yaml.safe_load(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
+        return Lock(
+            recipe=sha256_of(content["recipe"]),
+            target=tuple(map(_upstream, content["target"])),
+            source=tuple(map(_upstream, content["source"])),
+            units=tuple(text_of(content["selection"]).split(",")) if content["selection"] else (),
+            versions={text_of(package): text_of(number) for package, number in content["versions"].items()},
+        )
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        what = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        raise CheckpointError(f"{name} is no lock of a recipe ({what}); remove it, and run the recipe again") from None
+
+
+def _upstream(entry: Mapping[str, Any]) -> Upstream:
+    revision, commit = entry["revision"], entry["commit"]
+    return Upstream(
+        model=text_of(entry["model"]),
+        revision=None if revision is None else text_of(revision),
+        commit=None if commit is None else _commit(commit),
+        files={text_of(name): sha256_of(sha256) for name, sha256 in entry["files"].items()},
+    )
+
+
+def _commit(value: object) -> str:
+    commit = text_of(value)
+    if not _COMMIT.fullmatch(commit):
+        raise ValueError(f"{commit!r:.80} is no commit")
+    return commit
+
+
+def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:
+    """The units that a lock names.
+
+    Raises:
+        RecipeError: If the recipe's models have no such units, it names none, or others than the recipe.
+    """
+    try:
+        choices = parse_layers(",".join(lock.units)) if lock.units else ()
+    except ValueError:
+        raise RecipeError(
+            f"the lock names {','.join(lock.units)[:80]!r}, which are no units; run without --locked"
+        ) from None
+    if not choices:
+        raise RecipeError("the lock names no units, so that nothing would be repaired; run without --locked")
+    locked = given_selection(replace(recipe, layers=tuple(choices)), plan) or ()
+    if recipe.layers is not None and set(locked) != set(given_selection(recipe, plan) or ()):
+        raise RecipeError(
+            f"{recipe.where('parameters.layers')} names other units than the lock ({','.join(lock.units)[:80]}); run "
+            f"without --locked"
+        )
+    return locked
+
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A model, or an adapter, as it is or was at one time.
+
+    Attributes:
+        model: A Hub id, or a folder as the recipe names it.
+        revision: The branch, tag or commit that was asked for; None for the default branch.
+        commit: The commit on the Hub that this was; None for a folder.
+        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
+    """
+
+    model: str
+    revision: str | None
+    commit: str | None
+    files: Mapping[str, str]
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How a model differs from what it was.
+
+    Attributes:
+        before: What it was.
+        commit: Its commit now; None for a folder.
+        changed: Files that have another content.
+        added: Files that it did not have.
+        removed: Files that it has no more.
+    """
+
+    before: Upstream
+    commit: str | None
+    changed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    @property
+    def matters(self) -> bool:
+        """Whether a repair of it may come out otherwise; a new commit alone, as of a card, does not matter."""
+        return bool(self.changed or self.added or self.removed)
+
+
+def base_and_adapter(location: Location) -> list[Location]:
+    """A model and its LoRA adapter, if it has one, each alone."""
+    model = Location(location.path, location.revision)
+    return [model] if location.adapter is None else [model, *base_and_adapter(location.adapter)]
+
+
+def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
+    """The same, each with what it is in a recipe."""
+    return list(zip((role, f"{role}'s adapter"), base_and_adapter(location), strict=False))
+
+
+def look_at(location: Location, progress: Progress = lambda _: None) -> Upstream:
+    """What a model or an adapter, without another adapter on it, is now.
+
+    Args:
+        location: A folder or a Hub id.
+        progress: Called with numbers of bytes as files of a folder are read.
+
+    Raises:
+        CheckpointError: If there are no weights.
+        HubError: If it is no folder and the Hub does not tell.
+    """
+    if os.path.isdir(location.path):
+        return Upstream(location.path, location.revision, None, _of_folder(Path(location.path), progress))
+    info = _info(location, files=True)
+    files = _of_repository(location.path, str(info.sha), {file.rfilename: file for file in info.siblings or ()})
+    return Upstream(location.path, location.revision, str(info.sha), files)
+
+
+def movement(before: Upstream, location: Location, progress: Progress = lambda _: None) -> Movement:
+    """How a model at a location differs from what it was; of one on the Hub whose commit is the same, nothing is read.
+
+    Raises:
+        CheckpointError: If there are no weights any more.
+        HubError: If it is no folder and the Hub does not tell.
+    """
+    if before.commit is not None and not os.path.isdir(location.path):
+        sha = str(_info(location, files=False).sha)
+        if sha == before.commit:
+            return Movement(before, sha)
+    now = look_at(location, progress)
+    return changed_files(before, now)
+
+
+def changed_files(before: Upstream, now: Upstream) -> Movement:
+    """Which files differ between two times."""
+    both = before.files.keys() & now.files.keys()
+    return Movement(
+        before,
+        now.commit,
+        changed=tuple(sorted(name for name in both if before.files[name] != now.files[name])),
+        added=tuple(sorted(now.files.keys() - before.files.keys())),
+        removed=tuple(sorted(before.files.keys() - now.files.keys())),
+    )
+
+
+def num_bytes(location: Location) -> int:
+    """How much there is to read of a model in a folder to know it; 0 on the Hub."""
+    folder = Path(location.path)
+    return sum((folder / name).stat().st_size for name in _names_in(folder)) if folder.is_dir() else 0
+
+
+def _names_in(folder: Path) -> list[str]:
+    templates = [f"{TEMPLATES}/{path.name}" for path in folder.glob(f"{TEMPLATES}/*.jinja")]
+    return _chosen([*os.listdir(folder), *templates], str(folder), lambda name: folder / name)
+
+
+def _of_folder(folder: Path, progress: Progress) -> dict[str, str]:
+    names = _names_in(folder)
+    # Reading and hashing both let other threads run.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name, progress), names), strict=True))
+
+
+def _digest(path: Path, progress: Progress = lambda _: None) -> str:
+    try:
+        return hash_file(path, progress=progress).sha256
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> dict[str, str]:
+    """The Hub knows the SHA-256 of large files; small ones are fetched."""
+
+    def fetched(name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        what = f"get {name} of {repository}"
+        return Path(ask(what, lambda: hf_hub_download(repository, name, revision=commit)))
+
+    def sha256(name: str) -> str:
+        lfs = files[name].lfs
+        return str(lfs.sha256) if lfs is not None else _digest(fetched(name))
+
+    names = _chosen(list(files), f"{repository}@{commit}", fetched)
+    if missing := [name for name in names if name not in files]:
+        raise HubError(f"{repository}@{commit} has no {missing[0]}, which its index names; ask its owner to mend it")
+    return {name: sha256(name) for name in names}
+
+
+def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
+    """Which of a model's files decide what a repair of it is: weights, config, tokenizer and chat templates."""
+    top = [name for name in names if "/" not in name]
+    chosen = {name for name in top if _decides(name)}
+    chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}
+    if ADAPTER_CONFIG_NAME in top:
+        return sorted(chosen | {name for name in ADAPTER_NAMES if name in top})
+    layout = find_weights(top, model)
+    if layout.index is None:
+        return sorted(chosen | set(layout.shards))
+    path = fetch(layout.index)
+    shards = pickle_files(path.parent, layout) if layout.pickled else tuple(read_index(path).values())
+    return sorted(chosen | {layout.index, *shards})
+
+
+def _decides(name: str) -> bool:
+    """Whether a file is config, tokenizer or code; of plain texts, only vocabularies are."""
+    if name.endswith(".txt"):
+        return name.startswith(("vocab", "merges"))
+    return is_settings(name) or name.endswith(".py")
+
+
+def _info(location: Location, *, files: bool) -> Any:
+    if not is_id(location.path):
+        raise CheckpointError(
+            f"{location.path} is no folder here and no id on the Hub; relative paths start at the folder you are in"
+        )
+    what = f"ask the Hub about {location}"
+    return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))

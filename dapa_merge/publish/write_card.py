@@ -1,0 +1,232 @@
+"""Writing the card of a result: what its folder and its models' cards say, and nothing that nobody measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.location import Location, without_paths
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.files import replace_file
+from dapa_merge.hub_client import find, is_id
+from dapa_merge.plan.plan import join
+from dapa_merge.plan.selection import RECIPE_NAME, make_plan
+from dapa_merge.progress import Reporter
+from dapa_merge.publish.card import CAPTIONS, CardFacts
+from dapa_merge.publish.card_file import CardFile, read_card, render_card
+from dapa_merge.publish.lock import LOCK_NAME, named_parts
+from dapa_merge.publish.parents import MAX_CARD_BYTES, Licence, Parent, describe_parent, inherited, licence_in
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.report import REPORT_NAME, Report, read_report
+from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from dapa_merge.verify.result import Check, location_option, verify_result
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What a user says about a card; None for what was said before, or else for what the files say.
+
+    Attributes:
+        title: What the model is called: its id on the Hub.
+        licence: What it is published under.
+        target: Where the target is published, if the recipe names a folder.
+        source: The same of the source.
+    """
+
+    title: str | None = None
+    licence: Licence | None = None
+    target: Location | None = None
+    source: Location | None = None
+
+    def to_said(self) -> dict[str, str]:
+        """Plain texts, to be kept in the card."""
+        licence = self.licence.to_metadata() if self.licence else {}
+        places = {"target": self.target, "source": self.source}
+        named = {name: str(place) for name, place in places.items() if place is not None}
+        return ({"title": self.title} if self.title else {}) | licence | named
+
+
+def write_card(
+    out: Path, reporter: Reporter, options: CardOptions | None = None, *, replace_other: bool = False
+) -> Path:
+    """Write or renew the card of a result, also of one that `mergekit-yaml` wrote.
+
+    What stands outside of the marked part stays, and so does metadata that is not ours.
+
+    Args:
+        out: The result's folder.
+        reporter: Hears of the steps.
+        options: What the user says about it.
+        replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
+
+    Raises:
+        UsageError: If the folder is no result, the licences of its models differ, or its card is somebody else's.
+        CheckpointError: If it is damaged, or was not made of the models that `options` names.
+        HubError: If the cards of its models cannot be fetched.
+    """
+    before = existing_card(out)
+    if before.is_anothers and not replace_other:
+        raise UsageError(f"{out / CARD_NAME} was not written by dapa-merge; move it away, or add --replace-card")
+    options = options or CardOptions()
+    settled = settle_facts(options, before)
+    check: Check | None = None
+    if options.target or options.source:
+        check = verify_result(out, None, reporter, target=settled.target, source=settled.source)
+        if check.faults:
+            named = " and ".join(str(place) for place in (settled.target, settled.source) if place)
+            raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
+    facts = card_facts(out, reporter, settled, check)
+    text = render_card(facts, CardFile() if before.is_anothers else before, settled.to_said())
+    replace_file(out / CARD_NAME, text.encode())
+    return out / CARD_NAME
+
+
+def existing_card(out: Path) -> CardFile:
+    """The card that a folder has; an empty one if it has none.
+
+    Raises:
+        UsageError: If it cannot be read, or its head is damaged.
+    """
+    try:
+        card = read_card(read_regular(out / CARD_NAME, MAX_CARD_BYTES).decode())
+    except FileNotFoundError:
+        return CardFile()
+    except OSError as error:
+        raise UsageError(f"cannot read {out / CARD_NAME}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{out / CARD_NAME} is not UTF-8; save it as such, or move it away") from None
+    if card.is_broken and not card.is_anothers:
+        raise UsageError(f"the YAML at the head of {out / CARD_NAME} cannot be read; mend it, or move the file away")
+    return card
+
+
+def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
+    """What a user says now, with models at the commits that they have now, and what was said before of the rest.
+
+    Raises:
+        UsageError: If the card names a model that is none.
+    """
+
+    def place(now: Location | None, name: str) -> Location | None:
+        return _pinned(now) if now else location_option(before.said.get(name), f"the {name} in the card")
+
+    return CardOptions(
+        title=options.title or before.said.get("title"),
+        licence=options.licence or licence_in(before.said, ""),
+        target=place(options.target, "target"),
+        source=place(options.source, "source"),
+    )
+
+
+def _pinned(location: Location) -> Location:
+    """A model at the commit that its revision is now, so that what is compared is what is named."""
+    adapter = None if location.adapter is None else _pinned(location.adapter)
+    info = find(location.path, location.revision) if not os.path.isdir(location.path) and is_id(location.path) else None
+    return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
+
+
+def card_facts(out: Path, reporter: Reporter, options: CardOptions, check: Check | None = None) -> CardFacts:
+    """What there is to say of a result.
+
+    Args:
+        out: The result.
+        reporter: Hears of the steps.
+        options: What the user says about it.
+        check: What a comparison with its models gave, if there was one.
+
+    Raises:
+        DapaError: As `write_card` does.
+    """
+    recipe = load_recipe(require_result(out))
+    report = read_report(out) if (out / REPORT_NAME).is_file() else None
+    manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
+    units, share, number = _transplanted(out, report, recipe, reporter, check)
+    parents = parents_of(recipe, options)
+    return CardFacts(
+        title=options.title or out.resolve().name,
+        parents=parents,
+        licence=options.licence or inherited([(parent.name, parent.licence) for parent in parents]),
+        units=units,
+        strength=recipe.strength,
+        share_changed=share,
+        parameters_changed=number,
+        report=report,
+        recipe=public_recipe(out / RECIPE_NAME, parents),
+        has_manifest=manifest is not None,
+        has_lock=(out / LOCK_NAME).is_file(),
+        pictures=[name for name in CAPTIONS if (out / name).is_file()],
+        version=report.version if report else manifest.version if manifest else __version__,
+        task=parents[0].task or _task(out),
+        made_by="dapa-merge" if report else "mergekit",
+        settings={
+            "prompts": without_paths(report.prompts if report else recipe.prompts),
+            "text": without_paths(report.after.text) if report and report.after else "",
+        },
+    )
+
+
+def require_result(out: Path) -> Path:
+    """The recipe in a result.
+
+    Raises:
+        UsageError: If the folder is none.
+    """
+    if not (out / RECIPE_NAME).is_file():
+        raise UsageError(f"{out} has no {RECIPE_NAME}; it is no result of dapa-merge or mergekit")
+    return out / RECIPE_NAME
+
+
+def _transplanted(
+    out: Path, report: Report | None, recipe: Recipe, reporter: Reporter, check: Check | None
+) -> tuple[Sequence[str], float, int]:
+    """The units of a result, the share of its parameters that they are, and how many."""
+    if report is not None:
+        return report.units, report.share_changed, report.parameters_changed
+    if check is None:
+        reporter.say(f"{out} has no {REPORT_NAME}; comparing it with its models")
+        check = verify_result(out, None, reporter)
+    if check.faults or check.verification is None:
+        raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
+    plan = make_plan(recipe)
+    units = join(plan, check.verification.transplanted)
+    return tuple(map(str, units)), plan.share(units), plan.num_parameters(units)
+
+
+def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
+    """What a recipe's result is made of, the target first, each with what its own card says."""
+    places = (("target", options.target or recipe.target), ("source", options.source or recipe.source))
+    return [describe_parent(name, part) for role, location in places for name, part in named_parts(role, location)]
+
+
+def _task(out: Path) -> str:
+    config = read_json(out / "config.json")
+    return "image-text-to-text" if "vision_config" in config else "text-generation"
+
+
+def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
+    """The recipe of a result as a stranger can use it: folders of this machine become their names.
+
+    A name that is no path at all would be followed to somebody's repository of that name.
+    """
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["base_model"] = "+".join(_public_places(parents, "target"))
+    content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
+    parameters: Mapping[str, Any] = content.get("parameters") or {}
+    content["parameters"] = {
+        key: without_paths(value) if key in ("prompts", "text", "skills") and isinstance(value, str) else value
+        for key, value in parameters.items()
+    }
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _public_places(parents: Sequence[Parent], role: str) -> Iterator[str]:
+    return (parent.place or f"./{parent.name}" for parent in parents if parent.role.startswith(role))

@@ -1,0 +1,1 @@
+"""Recipes: the YAML file that mergekit and dapa-merge share."""

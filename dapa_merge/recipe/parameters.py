@@ -1,0 +1,228 @@
+"""The entries under `parameters` of a recipe: how each is read, and the words for what it may be."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from dapa_merge.checkpoint.location import Location, parse_location
+from dapa_merge.checkpoint.region import Rows
+from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, join_ranges, rows_text
+from dapa_merge.delta.minimize import ALGORITHMS
+
+SEARCHES = tuple(ALGORITHMS)
+# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`. Numbers of a length that a message can show.
+_LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One entry of `layers`: a layer, the module of it if one was named (`4.down`), and its rows (`3.gate[0:64]`)."""
+
+    layer: int
+    module: str | None = None
+    rows: Rows | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layer}{f'.{self.module}' if self.module else ''}{rows_text(self.rows)}"
+
+
+def parse_layers(text: str) -> tuple[LayerChoice, ...]:
+    """Parse `"3-6,9"`, `"4.down,5.gate"` or `"3.gate[0:64]"`; sorted, whole layers and modules without repetition.
+
+    Raises:
+        ValueError: If it is none of these. What the rows say is for `rows_fault`.
+    """
+    choices: list[LayerChoice] = []
+    for item in text.split(","):
+        match = _LAYERS.fullmatch(item.strip())
+        if match is None or match[3] not in (None, *MODULES):
+            raise ValueError(item.strip())
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first > 10_000:
+            raise ValueError(item.strip())
+        rows = None if match[4] is None else (int(match[4]), int(match[5]))
+        choices += [LayerChoice(layer, match[3], rows) for layer in range(first, last + 1)]
+    whole = {choice for choice in choices if choice.rows is None}
+    blocks = [choice for choice in choices if choice.rows is not None]
+    order = (None, *MODULES)
+    return tuple(
+        sorted([*whole, *blocks], key=lambda choice: (choice.layer, order.index(choice.module), choice.rows or ()))
+    )
+
+
+def rows_fault(choices: Sequence[LayerChoice]) -> str | None:
+    """What is wrong with the rows that parsed layers name, in words; None if nothing is."""
+    for choice in choices:
+        if choice.rows is not None and choice.rows[0] >= choice.rows[1]:
+            return f"{choice}, which are no rows; the second number is that of the row after the last"
+        if choice.rows is not None and choice.module not in DIVISIBLE_MODULES:
+            return f"{choice}, but only {' and '.join(DIVISIBLE_MODULES)} can be divided, whose every row is one neuron"
+    for one, other in pairwise(choices):
+        same = (one.layer, one.module) == (other.layer, other.module)
+        if same and not (one.rows and other.rows and one.rows[1] <= other.rows[0]):
+            return f"{one} and {other}, which overlap"
+    return None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How one entry of `parameters` is read, and the words for what it may be."""
+
+    read: Callable[[Any], Any]
+    allowed: str
+
+
+def _number(low: float, high: float, *, above: bool = False, below: bool = False) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+        if not (low < number if above else low <= number) or not (number < high if below else number <= high):
+            raise ValueError
+        return number
+
+    return read
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value) or int(value) < 0:
+        raise ValueError
+    return int(value)
+
+
+def _count(value: Any) -> int:
+    if (number := _whole(value)) < 1:
+        raise ValueError
+    return number
+
+
+def _name(known: Sequence[str] = ()) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if not isinstance(value, str) or not value.strip() or (known and value not in known):
+            raise ValueError
+        return value
+
+    return read
+
+
+def _location(value: Any) -> Location:
+    return parse_location(_name()(value))
+
+
+def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise TypeError
+    return None if value == "auto" else parse_layers(str(value))
+
+
+def overlap(modules: Collection[str]) -> bool:
+    """Whether two of the modules share tensors: mlp is gate, up and down together."""
+    return "mlp" in modules and not {"gate", "up", "down"}.isdisjoint(modules)
+
+
+def _modules(value: Any) -> tuple[str, ...]:
+    if value == "auto":
+        return AUTO_MODULES
+    names = tuple(name.strip() for name in str(value).split(","))
+    if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlap(names):
+        raise ValueError
+    return names
+
+
+def _granularity(value: Any) -> str:
+    if value == "expert":
+        return "expert"
+    kind, _, number = str(value).partition(":")
+    if value != "layer" and (kind != "block" or int(number) < 1):
+        raise ValueError
+    return f"block:{int(number)}" if kind == "block" else "layer"
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "layers": Parameter(
+        _layers,
+        'write a string: auto to search, or layers as in "3-6,9" or "4.down,5.gate", or rows as in "3.gate[0:64]"',
+    ),
+    "modules": Parameter(
+        _modules, f"write auto, or a comma list of {', '.join(MODULES)} (mlp is gate, up and down together)"
+    ),
+    "granularity": Parameter(
+        _granularity,
+        f"write layer, expert for one expert of a mixture, or block:N for blocks of N rows, the last two for "
+        f"{' or '.join(DIVISIBLE_MODULES)}",
+    ),
+    "strength": Parameter(
+        _number(0, 2, above=True),
+        "write a number above 0 and up to 2: 1 copies, 0.5 goes half of the way to the source",
+    ),
+    "max_overflow": Parameter(_whole, "write how many values may be cut, from 0"),
+    "evaluator": Parameter(
+        _name(), "write refusal, paper, judge, lm-eval:TASK:METRIC, or the name of an evaluator of your own"
+    ),
+    "prompts": Parameter(
+        _name(),
+        "write the name of a set (builtin, miniature, advbench, xstest, ...), a file or folder, a Hub dataset, or "
+        "several with commas",
+    ),
+    "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
+    "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
+    "pretrained": Parameter(
+        _location,
+        "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",
+    ),
+    "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
+    "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
+    "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),
+    "max_perplexity": Parameter(_number(1, math.inf), "write a ratio of at least 1"),
+    "search": Parameter(_name(SEARCHES), f"known algorithms: {', '.join(SEARCHES)}"),
+    "prefer": Parameter(_name(MODULES), f"write one of the recipe's modules ({', '.join(MODULES)})"),
+    "max_tests": Parameter(_count, "write a whole number of at least 1"),
+    "max_new_tokens": Parameter(_count, "write a whole number of at least 1"),
+    "batch_size": Parameter(_count, "write a whole number of at least 1"),
+}
+
+# Ranges of rows of one tensor that a line for people shows.
+MAX_RANGES = 4
+
+
+def spans(units: Iterable[object]) -> str:
+    """Units for people: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
+    names = ",".join(map(str, units))
+    rows: dict[tuple[str | None, int], list[Rows]] = {}
+    for choice in parse_layers(names) if names else ():
+        rows.setdefault((choice.module, choice.layer), []).extend([choice.rows] if choice.rows else [])
+    layers: dict[tuple[str | None, str], list[int]] = {}
+    for (module, layer), ranges in rows.items():
+        layers.setdefault((module, _row_spans(join_ranges(ranges))), []).append(layer)
+    texts = [
+        f"{module} of layer{'s' if len(alike) > 1 else ''} {layer_spans(alike)}{shown}"
+        for (module, shown), alike in layers.items()
+    ]
+    return "; ".join(texts) or "nothing"
+
+
+def _row_spans(ranges: Sequence[Rows]) -> str:
+    """Ranges of rows for people, first and last of each; only counted if they are many."""
+    if not ranges:
+        return ""
+    if len(ranges) > MAX_RANGES:
+        return f" ({sum(stop - first for first, stop in ranges)} rows in {len(ranges)} ranges)"
+    return " rows " + ",".join(str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ranges)
+
+
+def layer_spans(layers: Sequence[int]) -> str:
+    """Sorted layers as a recipe writes them: `3-6,9`."""
+    texts: list[str] = []
+    ordered = sorted(layers)
+    start = 0
+    for index, layer in enumerate(ordered):
+        if index + 1 == len(ordered) or ordered[index + 1] != layer + 1:
+            first = ordered[start]
+            texts.append(str(first) if first == layer else f"{first}-{layer}")
+            start = index + 1
+    return ",".join(texts)

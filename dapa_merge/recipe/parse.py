@@ -1,0 +1,288 @@
+"""mergekit's YAML, read once into a frozen `Recipe`; every error names the key, its line and what is allowed.
+
+The same file feeds `mergekit-yaml` and `dapa-merge`. mergekit's parameters are scalars, and a list there means a
+gradient over layers, so a set of layers is a string: `"3-6,9"`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dapa_merge.checkpoint.header import FLOAT_NAMES
+from dapa_merge.checkpoint.location import Location, parse_location
+from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
+from dapa_merge.errors import RecipeError, one_line, why_unreadable
+from dapa_merge.recipe.parameters import PARAMETERS, overlap, rows_fault
+from dapa_merge.recipe.recipe import METHOD, Recipe
+
+ALLOWED_KEYS = (
+    "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
+)  # fmt: skip
+# Meaningful to mergekit, but not for a method that changes nothing but weights of one model.
+REFUSED_KEYS = {
+    "slices": "DAPA repairs one whole model; name the source under `models`",
+    "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
+    "chat_template": "the result keeps the target's own chat template",
+}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: If it cannot be read, is no YAML, or is not a recipe that can be followed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}") from error
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, name: str = "recipe") -> Recipe:
+    """Parse the text of a recipe; `name` stands for the file in messages.
+
+    Raises:
+        RecipeError: If it is no YAML, or not a recipe that can be followed.
+    """
+    lines: dict[str, str] = {}
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        # Before the document is made, which resolves merge keys inside the nodes.
+        _collect_lines(node, "", name, lines, set())
+        content = loader.construct_document(node) if node is not None else None
+    except RecipeError:
+        raise
+    except Exception as error:
+        # Also what a value raises that is not what its tag says; yaml has no common class for these.
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or one_line(error)
+        raise RecipeError(f"{name}{line} is no YAML: {problem}") from error
+    return recipe_from(content, lines=lines, name=name)
+
+
+def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name: str = "") -> Recipe:
+    """Build a recipe from parsed YAML.
+
+    Args:
+        content: What the YAML held.
+        lines: For each key, as `models[0].model`, where it stands.
+        name: The file, for messages about the recipe as a whole.
+
+    Raises:
+        RecipeError: If it is not a recipe that can be followed.
+    """
+    return _Reader(dict(lines or {}), name or "the recipe").recipe(content)
+
+
+class _Reader:
+    """Reads one recipe; knows where each key stands."""
+
+    def __init__(self, lines: dict[str, str], name: str) -> None:
+        self.lines = lines
+        self.name = name
+
+    def fail(self, key: str, message: str) -> RecipeError:
+        place = self.lines.get(key, self.name)
+        return RecipeError(f"{place}: {message}")
+
+    def recipe(self, content: object) -> Recipe:
+        if not isinstance(content, Mapping):
+            raise self.fail("", f"a recipe is a mapping of keys, not {_kind(content)}")
+        self.check_keys(content, "", ALLOWED_KEYS, REFUSED_KEYS)
+        if content.get("merge_method") != METHOD:
+            raise self.fail(
+                "merge_method",
+                f"merge_method is {_shown(content.get('merge_method'))}; dapa-merge follows {METHOD!r} only",
+            )
+        target = self.location(content.get("base_model"), "base_model", "the target, the model to repair")
+        source = self.source(content, target)
+        dtype = self.dtype(content)
+        keeps_tokenizer = self.keeps_tokenizer(content)
+        parameters = content.get("parameters")
+        if parameters is None:
+            parameters = {}
+        if not isinstance(parameters, Mapping):
+            raise self.fail("parameters", f"parameters must be a mapping, not {_kind(parameters)}")
+        self.check_keys(parameters, "parameters.", tuple(PARAMETERS), {})
+        values: dict[str, Any] = {}
+        for key, value in parameters.items():
+            if isinstance(value, (list, Mapping)):
+                raise self.fail(
+                    f"parameters.{key}",
+                    f"{key} is {_kind(value)}, which mergekit takes for a gradient or a filter over tensors; "
+                    f"{PARAMETERS[key].allowed}",
+                )
+            try:
+                values[key] = PARAMETERS[key].read(value)
+            except (ValueError, TypeError, OverflowError):
+                raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
+        if values.get("layers") and any(choice.module for choice in values["layers"]):
+            values["modules"] = self.modules_of(values)
+        recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
+        if recipe.granularity != "layer" and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
+            raise self.fail(
+                "parameters.granularity",
+                f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
+                f"only {' and '.join(DIVISIBLE_MODULES)} can, whose every row is one neuron",
+            )
+        if recipe.prefer is not None and recipe.prefer not in recipe.modules:
+            raise self.fail(
+                "parameters.prefer",
+                f"prefer is {recipe.prefer}, which is not among the recipe's modules: {', '.join(recipe.modules)}",
+            )
+        return recipe
+
+    def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        named = {choice.module for choice in values["layers"]}
+        if None in named or "modules" in values:
+            raise self.fail(
+                "parameters.layers",
+                "layers names modules; then every entry must name one, and `modules` must be left out",
+            )
+        modules = tuple(module for module in MODULES if module in named)
+        if fault := rows_fault(values["layers"]):
+            raise self.fail("parameters.layers", f"layers names {fault}")
+        if overlap(modules):
+            raise self.fail("parameters.layers", "layers names mlp and a part of it; mlp is gate, up and down together")
+        return modules
+
+    def check_keys(
+        self, mapping: Mapping[Any, Any], prefix: str, known: Sequence[str], refused: Mapping[str, str]
+    ) -> None:
+        for key in mapping:
+            if key in refused:
+                raise self.fail(f"{prefix}{key}", f"{prefix}{key} cannot be used with {METHOD}: {refused[key]}")
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                raise self.fail(
+                    f"{prefix}{key}", f"unknown key {prefix}{str(key)[:80]}{hint} known are {', '.join(known)}"
+                )
+
+    def location(self, value: object, key: str, what: str) -> Location:
+        adapter = None
+        if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
+            # mergekit's long forms: {model: id}, {model: {path: id, revision: main}}, and `lora:` beside `model:`.
+            if value.get("lora") is not None:
+                adapter = self.location({"model": value["lora"]}, key, "a LoRA adapter")
+            value = value["model"]
+            if isinstance(value, Mapping) and set(value) <= {"path", "revision"}:
+                path, revision = value.get("path"), value.get("revision")
+                if isinstance(path, str) and isinstance(revision, (str, type(None))):
+                    return Location(path, revision, adapter)
+        if not isinstance(value, str) or not value.strip():
+            found = "is missing" if value is None else f"is {_shown(value)}"
+            raise self.fail(key, f"{key} {found}; it must name {what}: a folder or a Hub id")
+        try:
+            location = parse_location(value)
+        except ValueError:
+            how = "path or path@revision, and a LoRA behind it as +path"
+            raise self.fail(key, f"{key} is {value!r}; write it as {how}") from None
+        if adapter is None:
+            return location
+        if location.adapter is not None or adapter.adapter is not None:
+            raise self.fail(key, f"{key} names two LoRAs, {location} and {adapter}; merge one into its model first")
+        return replace(location, adapter=adapter)
+
+    def source(self, content: Mapping[str, Any], target: Location) -> Location:
+        models = content.get("models")
+        what = "models must hold exactly one entry, `- model: SOURCE`, the aligned model"
+        if models is None:
+            raise self.fail("models", f"there is no source: {what}")
+        if not isinstance(models, list):
+            raise self.fail("models", f"models is {_kind(models)}; {what}")
+        found = []
+        for index, entry in enumerate(models):
+            key = f"models[{index}]"
+            if not isinstance(entry, Mapping) or "model" not in entry:
+                raise self.fail(key, f"{key} is {_kind(entry)}; {what}")
+            if entry.get("parameters"):
+                raise self.fail(f"{key}.parameters", f"{key} has parameters of its own; put them at the top level")
+            self.check_keys(entry, f"{key}.", ("model", "parameters"), {})
+            found.append(self.location(entry["model"], f"{key}.model", "the source, the aligned model"))
+        sources = [location for location in found if location != target]
+        if len(sources) > 1:
+            names = ", ".join(map(str, sources))
+            raise self.fail("models", f"there are {len(sources)} sources ({names}); {what}")
+        if (found and not sources) or (sources and _same_folder(sources[0], target)):
+            raise self.fail("models[0].model", f"the source is the target itself, {target}; name its aligned sibling")
+        if not sources:
+            raise self.fail("models", f"there is no source: {what}")
+        return sources[0]
+
+    def dtype(self, content: Mapping[str, Any]) -> str | None:
+        dtype, out_dtype = content.get("dtype"), content.get("out_dtype")
+        for key, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+            if value is not None and not (isinstance(value, str) and value in FLOAT_NAMES):
+                raise self.fail(key, f"{key} is {_shown(value)}; allowed are {', '.join(FLOAT_NAMES)}")
+        if dtype and out_dtype and dtype != out_dtype:
+            raise self.fail("out_dtype", f"out_dtype is {out_dtype} but dtype is {dtype}; DAPA never converts a target")
+        return dtype or out_dtype
+
+    def keeps_tokenizer(self, content: Mapping[str, Any]) -> bool:
+        """Whether the recipe tells mergekit to keep the target's tokenizer; whatever else it may say is refused."""
+        for key, kept in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
+            if content.get(key) not in (None, kept):
+                allowed = "base" if key == "tokenizer_source" else "{source: base}"
+                why = f"the result keeps the target's tokenizer, so only {allowed} is allowed"
+                raise self.fail(key, f"{key} is {_shown(content[key])}; {why}")
+        return content.get("tokenizer_source") is not None or content.get("tokenizer") is not None
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def _same_folder(one: Location, other: Location) -> bool:
+    if one.adapter != other.adapter and not (
+        one.adapter and other.adapter and _same_folder(one.adapter, other.adapter)
+    ):
+        return False
+    folders = Path(one.path), Path(other.path)
+    is_one = all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1])
+    return is_one or (one.path, one.revision) == (other.path, other.revision)
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", dict: "a mapping", str: "a text", bool: "true or false", type(None): "empty"}
+    return names.get(type(value)) or _shown(value)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, cut short however long or deep it is."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # A whole number of thousands of digits, which Python refuses to print.
+        return "a very large number"
+
+
+def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str, str], seen: set[int]) -> None:
+    """Note the line of every key below `node`, refusing a key that stands twice, which YAML would let pass."""
+    # An alias is the node that it stands for; each is visited once, or a few lines of YAML could take for ever.
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    lines.setdefault(key, f"{name}, line {node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        here = set()
+        for key_node, value in node.value:
+            child = f"{key}.{key_node.value}" if key else str(key_node.value)
+            place = f"{name}, line {key_node.start_mark.line + 1}"
+            if child in here:
+                raise RecipeError(f"{place}: {child} stands here a second time")
+            here.add(child)
+            lines[child] = place
+            _collect_lines(value, child, name, lines, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _collect_lines(item, f"{key}[{index}]", name, lines, seen)

@@ -1,0 +1,54 @@
+"""The recipe that replays a result without a search."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.plan.plan import Plan, join
+from dapa_merge.plan.selection import pinned_location
+from dapa_merge.recipe.parameters import layer_spans
+from dapa_merge.recipe.recipe import DEFAULTS, METHOD, Recipe
+
+# Parameters that a recipe with named layers has no use for, or names anew; and what only a comparison asks for.
+SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests", "pretrained")
+
+
+def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
+    """A recipe that transplants exactly this selection, without a search, by either entrance.
+
+    What came from the Hub is pinned to its commit; folders and files are named by their absolute paths.
+    """
+    units = join(plan, selection)
+    by_layer = len(recipe.modules) == 1 and all(unit.rows is None for unit in units)
+    layers = layer_spans([unit.layer for unit in units]) if by_layer else ",".join(map(str, units))
+    parameters: dict[str, Any] = {"layers": layers}
+    if by_layer:
+        parameters["modules"] = recipe.modules[0]
+    parameters |= {
+        name: getattr(recipe, name)
+        for name, default in DEFAULTS.items()
+        if name not in SEARCH_ONLY and getattr(recipe, name) != default
+    }
+    if "prompts" in parameters:
+        from dapa_merge.measure.prompts.sources import pinned_prompts
+
+        parameters["prompts"] = pinned_prompts(recipe.prompts)
+    if recipe.text is not None and os.path.exists(recipe.text):
+        parameters["text"] = os.path.abspath(recipe.text)
+    if recipe.skills is not None:
+        from dapa_merge.measure.skills import absolute
+
+        parameters["skills"] = absolute(recipe.skills)
+    content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(pinned_location(recipe.target, plan.target))}
+    content["models"] = [{"model": str(pinned_location(recipe.source, plan.source))}]
+    if recipe.dtype:
+        content["dtype"] = recipe.dtype
+    if recipe.keeps_tokenizer:
+        content["tokenizer"] = {"source": "base"}
+    content["parameters"] = parameters
+    return str(yaml.safe_dump(content, sort_keys=False))

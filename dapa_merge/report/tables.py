@@ -1,0 +1,353 @@
+"""Figures of several models side by side, as tables for people.
+
+What `dapa-merge plan` shows: a plan as JSON and as a table.
+
+What `dapa-merge search` shows of its prior: the units by their expected effect, as plain data and as a table.
+
+What `dapa-merge search` shows: the prior, the selection and its certificate, as plain data and for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.units import Unit, architecture_name
+from dapa_merge.plan.plan import Plan, cut, join
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.report.report import Report, jsonable
+from dapa_merge.search.search import Search, readable_certificate, thrift
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dapa_merge.measure.figures import Change, Figures
+
+
+TableRow = tuple[str, list[str]]
+# What the skill of a prompt set is called.
+SKILL = "skill"
+
+
+def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
+    """The figures, a column for each model."""
+    return _table(names, figure_rows(columns))
+
+
+def categories_table(names: Sequence[str], columns: Sequence[Figures]) -> Table | None:
+    """How many prompts were refused in each category; None if the prompts have none."""
+    rows = category_rows(columns)
+    return _table(names, rows) if rows else None
+
+
+def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
+    """Labelled rows of formatted figures, one cell per column; all columns were measured with the same prompts."""
+    first = columns[0]
+    assert all((one.num_harmful, one.num_harmless) == (first.num_harmful, first.num_harmless) for one in columns)
+
+    def row(label: str, cell: Callable[[Figures], str]) -> TableRow:
+        return label, [cell(column) for column in columns]
+
+    rows = [
+        row(f"DSR ({first.num_harmful} harmful)", lambda one: f"{one.dsr:.3f}"),
+        row("  95 % interval", lambda one: span(one.dsr_interval)),
+        row("  answered", lambda one: f"{one.complied:.3f}"),
+        row("  degenerate", lambda one: f"{one.degenerate:.3f}"),
+    ]
+    if any(column.undecided for column in columns):
+        rows.append(row("  never came to an answer", lambda one: f"{one.undecided:.3f}"))
+    rows += [
+        row(f"over-refusal ({first.num_harmless} harmless)", lambda one: f"{one.over_refusal:.3f}"),
+        row("  95 % interval", lambda one: span(one.over_refusal_interval)),
+        *_marker_rows(columns),
+    ]
+    if first.score is not None:
+        rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
+    rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
+    for index, skill in enumerate(first.skills):
+        # The harness asked questions of its own.
+        number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
+        rows.append(_skill_row(columns, index, f"{skill.name}{number}"))
+    return rows
+
+
+def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
+    """For each kind and category, how many of its prompts were refused."""
+    rows = []
+    for index, one in enumerate(columns[0].categories):
+        refused = [f"{column.categories[index].num_refused}/{one.num_prompts}" for column in columns]
+        rows.append((f"{one.kind}, {one.category}", refused))
+    return rows
+
+
+def skill_label(name: str) -> str:
+    """What to call a skill; the one of a prompt set has no name of its own."""
+    return name if name == SKILL else f"{SKILL} {name}"
+
+
+def span(interval: tuple[float, float]) -> str:
+    """An interval for people."""
+    return f"{interval[0]:.3f}-{interval[1]:.3f}"
+
+
+def _marker_rows(columns: Sequence[Figures]) -> list[TableRow]:
+    rows = []
+    for index, marker in enumerate(columns[0].markers):
+        seen = [column.markers[index] for column in columns]
+        rows += [
+            (f"DSR by {marker.name}", [share(one.dsr) for one in seen]),
+            ("  95 % interval", [span(one.dsr_interval) if one.dsr_interval else "-" for one in seen]),
+            ("  undecided", [f"{one.undecided:.3f}" for one in seen]),
+            ("  its over-refusal", [share(one.over_refusal) for one in seen]),
+            ("  agrees with the rules", [share(one.agreement.share) for one in seen]),
+        ]
+    return rows
+
+
+def _skill_row(columns: Sequence[Figures], index: int, label: str) -> TableRow:
+    return label, [f"{column.skills[index].score:.3f}" for column in columns]
+
+
+def share(value: float | None) -> str:
+    """A share that there may be none of."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(names: Sequence[str], rows: Sequence[TableRow]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("")
+    for name in names:
+        table.add_column(Text(name), justify="right")
+    for label, cells in rows:
+        table.add_row(Text(label), *cells)
+    return table
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The figures as a table, and below it what was done."""
+    columns = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
+    figures = [(name, column) for name, column in columns if column is not None]
+    if figures:
+        console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
+    for label, fact in _facts(report):
+        console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    facts = [
+        *change_lines(report),
+        ("target", report.target),
+        ("source", report.source),
+        ("transplanted", spans(report.units)),
+        ("parameters changed", f"{100 * report.share_changed:.2f} %"),
+    ]
+    if report.after is not None:
+        facts.append(("perplexity of", report.after.text))
+    if report.one_minimal is not None:
+        needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
+        facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {needed}"))
+        facts.append(("saved", thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)))
+    if report.searched is not None:
+        seen = report.searched
+        asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"
+        facts.append((f"{seen.measure} in the search", f"{seen.before:.3f} -> {seen.after:.3f}, with {asked}"))
+    facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
+    if report.before is not None:
+        facts.append(("time", f"{report.seconds:.1f} s"))
+    return facts
+
+
+def change_lines(report: Report) -> list[tuple[str, str]]:
+    """A line for DSR and one for over-refusal: from what to what, and whether chance would do as much."""
+    if report.before is None or report.after is None:
+        return []
+    before, after = report.before, report.after
+    lines = []
+    if report.dsr_change is not None:
+        rates = f"{before.dsr:.3f} -> {after.dsr:.3f} (95 % interval {span(after.dsr_interval)})"
+        lines.append(_change("DSR", ("gain", "loss"), rates, report.dsr_change))
+    if report.over_refusal_change is not None:
+        interval = span(after.over_refusal_interval)
+        rates = f"{before.over_refusal:.3f} -> {after.over_refusal:.3f} (95 % interval {interval})"
+        lines.append(_change("over-refusal", ("rise", "fall"), rates, report.over_refusal_change))
+    return lines
+
+
+def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tuple[str, str]:
+    """A label and a sentence; `words` are those for more refusals and for fewer."""
+    p_value = "p < 1e-12" if change.p_value < 1e-12 else f"p = {change.p_value:.3g}"
+    fact = f"{rates}, {p_value} (McNemar)"
+    difference = change.newly_refused - change.no_longer_refused
+    if difference == 0:
+        return name, f"{fact}: no {words[0]}"
+    word = words[0] if difference > 0 else words[1]
+    if change.within_noise:
+        fact += f": the {word} in {name} is within noise"
+    return f"{name} {word}", fact
+
+
+# So many other tensors are named beside the first one of a unit; the experts of a mixture would fill a page.
+MAX_BESIDE = 3
+
+
+def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
+    """The plan as plain data; `selected` is None where a search decides.
+
+    Units of which rows are selected are shown in parts: these rows, and those between them.
+    """
+    units = plan.units if selection is None else cut(plan, selection).units
+    return {
+        "architecture": architecture_name(plan.target.config),
+        "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": plan.target.num_bytes},
+        "source": {"name": plan.source.name},
+        "units": [
+            {
+                "unit": str(unit),
+                "tensors": list(unit.tensors),
+                "parameters": plan.num_parameters((unit,)),
+                "bytes": plan.num_bytes((unit,)),
+                "selected": None if selection is None else unit in selection,
+            }
+            for unit in units
+        ],
+        "selected_parameters": None if selection is None else plan.num_parameters(selection),
+        "selected_share": None if selection is None else plan.share(selection),
+        "search_memory_bytes": search_memory(plan),
+    }
+
+
+def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -> None:
+    """The plan for people: a line for each unit, and what they add up to."""
+    from rich.table import Table
+    from rich.text import Text
+
+    chosen = plan.units if selection is None else tuple(selection)
+    table = Table("unit", "tensors")
+    table.add_column("MB", justify="right")
+    table.add_column("parameters", justify="right")
+    for unit in chosen:
+        share = f"{100 * plan.share((unit,)):.2f} %"
+        table.add_row(str(unit), Text(_tensors(unit, plan)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
+    console.print(table)
+    decided = "a search chooses among" if selection is None else "transplants"
+    facts = [
+        (
+            "target",
+            f"{plan.target.name} ({architecture_name(plan.target.config)}, {plan.target.num_bytes / 1e6:.2f} MB)",
+        ),
+        ("source", plan.source.name),
+        (decided, f"{len(chosen)} units, {plan.num_bytes(chosen) / 1e6:.2f} MB"),
+        ("parameters", f"{100 * plan.share(chosen):.2f} % of the target's"),
+        ("memory of a search", f"{search_memory(plan) / 1e6:.2f} MB on its device, and the batches"),
+    ]
+    for label, fact in facts:
+        console.print(f"{label:<24}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tensors(unit: Unit, plan: Plan) -> str:
+    """Where a unit lives, in a line: the first tensor in full, and what lies beside it, if that is not too much."""
+    regions = [ours for ours, _ in plan.regions((unit,))]
+    first, *others = dict.fromkeys(region.name for region in regions)
+    if len(others) > MAX_BESIDE:
+        return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
+    beside = [name.removeprefix(_parent(first)) for name in others]
+    return ", ".join([first, *beside])
+
+
+def _parent(name: str) -> str:
+    """What the names of tensors beside this one begin with."""
+    return name.removesuffix(".weight").rpartition(".")[0] + "."
+
+
+def search_memory(plan: Plan) -> int:
+    """Bytes that a search keeps on the device besides activations: the target, and the largest tensor on its way."""
+    return plan.target.num_bytes + max(region.num_bytes for region, _ in plan.regions(plan.units))
+
+
+def prior_rows(scores: Mapping[Unit, float], selection: Collection[Unit] | None = None) -> list[dict[str, Any]]:
+    """The units by descending score, ranked from 1; of equal ones, the first in `scores` comes first.
+
+    Args:
+        scores: The prior.
+        selection: What the search kept; None before it, and `kept` is then None too.
+    """
+    order = sorted(scores, key=lambda unit: -scores[unit])
+    return [
+        {
+            "rank": rank,
+            "unit": str(unit),
+            "score": scores[unit],
+            "kept": None if selection is None else unit in selection,
+        }
+        for rank, unit in enumerate(order, 1)
+    ]
+
+
+def print_prior(scores: Mapping[Unit, float], selection: Collection[Unit] | None, console: Console) -> None:
+    """The prior for people: a line for each unit, and whether the search kept it, if there was one."""
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("rank", justify="right")
+    table.add_column("unit")
+    table.add_column("score (nats)", justify="right")
+    if selection is not None:
+        table.add_column("kept")
+    for row in prior_rows(scores, selection):
+        kept = [] if selection is None else ["yes" if row["kept"] else ""]
+        table.add_row(str(row["rank"]), row["unit"], f"{row['score']:+.3f}", *kept)
+    console.print(table)
+
+
+def search_json(search: Search, plan: Plan) -> dict[str, Any]:
+    """A search as plain data."""
+    minimum = search.minimum
+    selection = join(plan, minimum.units)
+    kept = {unit.whole for unit in minimum.units}
+    return dict(
+        jsonable(
+            {
+                "units": list(map(str, selection)),
+                "parameters_changed": plan.num_parameters(selection),
+                "share_changed": plan.share(selection),
+                "tests": minimum.tests,
+                "tests_recorded": search.num_recorded,
+                "tests_unneeded": search.num_unneeded,
+                "prompts_asked": search.num_asked,
+                "share_of_prompts_saved": search.share_saved,
+                "one_minimal": minimum.one_minimal,
+                "certificate": readable_certificate(minimum),
+                "requirement": asdict(search.requirement),
+                "score_target": search.target.score,
+                "score_full": search.full.score,
+                "prior": None if search.prior is None else prior_rows(search.prior, kept),
+                "seconds": search.seconds,
+            }
+        )
+    )
+
+
+def print_search(search: Search, plan: Plan, console: Console) -> None:
+    """A search for people."""
+    minimum = search.minimum
+    selection = join(plan, minimum.units)
+    if search.prior is not None:
+        console.print("What each unit was expected to do for refusing, and what the search kept:")
+        print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
+    facts = [
+        f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters",
+        f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
+        + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
+        *(
+            f"  needed: {unit}; without it, {spans(others)} fails"
+            for unit, others in readable_certificate(minimum).items()
+        ),
+    ]
+    if not minimum.one_minimal:
+        facts.append("NOT proved minimal: the search ended before every unit was seen to be needed")
+    for fact in facts:
+        console.print(fact, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,221 @@
+"""The first-order effect of every unit on refusing: the prior of the guided search, for one backward pass.
+
+If weights w move to w + d, an objective changes by gradient * d, to first order. Here the objective is how much more
+likely the model finds the first tokens of a refusal than those of an answer, d is source - target, and the sum over a
+unit's tensors is its effect. (P. Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
+section 3.1, use the same term for d = -w.) The gradient is taken at the target: at the full transplant, which refuses
+for certain, there is nothing left to gain, and the units that matter look like the others
+(tests/benchmarks/attribution.py).
+
+No two gradients live together: each is weighed as soon as the backward pass has made it, and freed.
+
+What refusing is measured by: how much more likely a model finds a refusal of a prompt than an answer to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CheckpointError
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.generate import check_ids, prompt_ids
+from dapa_merge.measure.live import mapped_values
+from dapa_merge.measure.perplexity import ScoredText, losses
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dapa_merge.measure.live import LiveModel, Slot
+    from dapa_merge.plan.plan import Plan
+
+
+# Of a tensor, how many values are weighed at once: 1 MiB as float32.
+PIECE = 1 << 18
+
+# One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
+NUM_TOKENS = 4
+
+
+def attribute(
+    live: LiveModel,
+    contrasts: Sequence[Contrast],
+    *,
+    units: Sequence[Unit] | None = None,
+    batch_size: BatchSize,
+    num_tokens: int = NUM_TOKENS,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[Unit, float]:
+    """The first-order effect of transplanting each unit into the model as it is now.
+
+    The objective is the mean over the contrasts of log p(refusing) - log p(complying), of `num_tokens` tokens each,
+    counted from the first in which the two differ; of fewer, if one of the responses ends before. Contrasts whose
+    responses do not differ are left out.
+
+    Args:
+        live: The target; its weights stay as they are.
+        contrasts: A few are enough: with any 2 of 128, the miniature's units come in an order that is as good.
+        units: Whose effects are wanted: units of the plan, or blocks of them; all of the plan's if not given.
+        batch_size: How many sequences are passed through the model at once; a contrast is two of them. Their
+            activations are kept for the backward pass, many times what generation keeps: 8 is plenty.
+        num_tokens: At least 1.
+        progress: Called with numbers of sequences as they are done, at most twice as many as there are contrasts.
+
+    Returns:
+        For each unit, in their order, the effect in nats: positive if it makes the model refuse.
+
+    Raises:
+        ValueError: If there are no contrasts or none differs, or `num_tokens` is below 1.
+        CheckpointError: If an effect is not a finite number, or the tokenizer is another model's.
+        UsageError: If a single sequence does not fit in the device's memory.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, not {num_tokens}")
+    sides = [side for contrast in contrasts for side in sides_of(live.tokenizer, contrast, num_tokens)]
+    if not sides:
+        raise ValueError(f"none of {len(contrasts)} contrasts has two responses that differ")
+    check_ids(live.model, [side.row.ids for side in sides])
+    sides.sort(key=lambda side: -len(side.row.ids))
+    units = live.plan.units if units is None else units
+    effects = dict.fromkeys(units, 0.0)
+
+    def add(batch: Sequence[Side]) -> Sequence[Side]:
+        # Complete before any of it is added: a batch that breaks off is asked again in halves.
+        for unit, effect in _effects(live, units, batch).items():
+            effects[unit] += effect / (len(sides) / 2)
+        return batch
+
+    for _ in batch_size.map(add, sides):
+        progress(1)
+    _check_finite(effects, live.plan)
+    return effects
+
+
+@torch.enable_grad()
+def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> dict[Unit, float]:
+    """The effect of every unit on the sum of one batch.
+
+    The sum, not the mean: float16 could not hold the small gradients of a mean.
+    """
+    # Several units may be parts of one parameter: blocks of its rows, or tensors that the model shares.
+    slots: dict[Parameter, list[Slot]] = {}
+    for slot in live.slots(units):
+        slots.setdefault(slot.parameter, []).append(slot)
+    effects = dict.fromkeys(units, 0.0)
+
+    def weigh(parameter: Parameter, gradient: torch.Tensor) -> None:
+        for slot in slots[parameter]:
+            effects[slot.unit] += _dot(live.plan, slot, gradient)
+
+    with _each_gradient(live.model, slots, weigh):
+        signs = torch.tensor([side.sign for side in sides], device=live.model.device)
+        likelihoods = -losses(live.model, live.tokenizer.pad_token_id, [side.row for side in sides])
+        torch.autograd.backward((signs * likelihoods).sum())
+    return effects
+
+
+def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
+    """The sum of gradient * strength * (source - parameter) over one slot."""
+    values = mapped_values(plan.source, slot.theirs)
+    # Without the dimension of one expert, and never without any.
+    values = values.view([size for size in values.shape if size != 1] or [1])
+    parameter, gradient = (whole[slot.slices].view(values.shape) for whole in (slot.parameter, gradient))
+    precise = torch.promote_types(parameter.dtype, torch.float32)
+    num_rows = max(PIECE * len(values) // values.numel(), 1)
+    total = 0.0
+    for start in range(0, len(values), num_rows):
+        place = slice(start, start + num_rows)
+        # As the model would hold it.
+        source = values[place].to(parameter.device, parameter.dtype)
+        total += float(source.to(precise, copy=True).sub_(parameter[place]).mul_(gradient[place]).sum())
+    return plan.strength * total
+
+
+@contextmanager
+def _each_gradient(
+    model: PreTrainedModel,
+    parameters: Mapping[Parameter, object],
+    take: Callable[[Parameter, torch.Tensor], None],
+) -> Iterator[None]:
+    """Within the `with` block, a backward pass hands over the gradient of each of `parameters` and keeps none.
+
+    Afterwards every parameter requires its gradient or not as before.
+    """
+
+    @torch.no_grad()
+    def hand_over(parameter: Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        take(parameter, gradient)
+
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    hooks = []
+    try:
+        for parameter, _ in required:
+            parameter.requires_grad_(parameter in parameters)
+        for parameter in parameters:
+            hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, before in required:
+            parameter.grad = None
+            parameter.requires_grad_(before)
+
+
+def _check_finite(effects: Mapping[Unit, float], plan: Plan) -> None:
+    for unit, effect in effects.items():
+        if not math.isfinite(effect):
+            raise CheckpointError(
+                f"the effect of {unit} on refusing is {effect}, not a finite number: {plan.target.name} or "
+                f"{plan.source.name} has weights that are none, or the dtype is too narrow for gradients; "
+                f"compare the models' files with their publisher's"
+            )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A harmful prompt, a response that refuses it and one that complies."""
+
+    prompt: str
+    refusing: str
+    complying: str
+
+
+class Side(NamedTuple):
+    """One response of a contrast after its prompt, and whether it is to be likely (1) or unlikely (-1)."""
+
+    row: ScoredText
+    sign: int
+
+
+def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens: int) -> list[Side]:
+    """The two sides of a contrast, the refusing one first, both of one length; none if the responses do not differ.
+
+    Of each response, `num_tokens` tokens are counted from the first in which the two differ; fewer if one of them ends
+    before. What stands before is given.
+    """
+    context = prompt_ids(tokenizer, contrast.prompt)
+    # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.
+    refusing, complying = (
+        list(tokenizer(response, add_special_tokens=False)["input_ids"])
+        for response in (contrast.refusing, contrast.complying)
+    )
+    pairs = zip(refusing, complying, strict=False)
+    # What they share has the same likelihood in both, and would be counted for nothing.
+    start = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    if start is None:
+        return []
+    stop = min(start + num_tokens, len(refusing), len(complying))
+    return [
+        Side(ScoredText(context + ids[:stop], len(context) + start), sign)
+        for ids, sign in ((refusing, 1), (complying, -1))
+    ]

@@ -1,0 +1,106 @@
+"""The journal of a recipe's search: where it lies, and everything that decides whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.meter import Meter
+    from dapa_merge.search.bench import Bench
+
+
+def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:
+    """The journal of a recipe's search: the given file, or one in the user's cache folder.
+
+    Raises:
+        UsageError: If a given file is of another search, damaged, or cannot be written. Where the cache folder cannot
+            be written, the search goes on without a journal, and says so.
+    """
+    if path is not None:
+        # Before the minutes that large checkpoints take to read.
+        check_writable(path)
+    parts = _parts(recipe, plan, bench, reporter)
+    if path is not None:
+        return Journal(path, parts)
+    import platformdirs
+
+    try:
+        return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
+    except JournalUnavailable as error:
+        reporter.say(f"{error}; this search is not recorded, and starts again if it is killed")
+        return Journal()
+
+
+def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict[str, str]:
+    """Everything that decides a verdict, by name."""
+    names = {region.tensor.name for _, region in plan.regions(plan.units)}
+    total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
+    with reporter.task("reading both checkpoints", total) as read:
+        parts = {
+            "target": tensors_digest(plan.target, progress=read),
+            "source": tensors_digest(plan.source, names, progress=read),
+        }
+    prompts = bench.meter.prompts
+    asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
+    return parts | {
+        "strength": f"{plan.strength} {plan.max_overflow}",
+        "tokenizer and config": settings_digest(plan.target),
+        "prompts": data_digest(asked),
+        "evaluator": bench.evaluator,
+        "units": data_digest([str(unit) for unit in plan.units]),
+        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
+        "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
+        "device": bench.device_kind,
+        "versions": versions(),
+    }
+
+
+def models_parts(
+    recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str, reporter: Reporter
+) -> dict[str, str]:
+    """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
+    from dapa_merge.measure.live import choose_device
+
+    with reporter.task("reading the checkpoints", sum(model.num_bytes for model in models.values())) as read:
+        weights = {name: tensors_digest(model, progress=read) for name, model in models.items()}
+    # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
+    others = (*models, "pretrained", "batch_size", "_lines")
+    said = {name: value for name, value in asdict(recipe).items() if name not in others}
+    return weights | {
+        "tokenizers and configs": " ".join(map(settings_digest, models.values())),
+        "recipe": data_digest(said),
+        "prompts": data_digest([meter.prompts.harmful, meter.prompts.harmless]),
+        "text": data_digest(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
+        "skills": data_digest([repr(skill) for skill in meter.skills]),
+        # With the code of the user's own, and a judge's rubric.
+        "evaluator": data_digest([meter.identity, *(marker.identity for marker in meter.markers)]),
+        "generation": f"greedy, {meter.max_new_tokens} tokens",
+        "device": choose_device(device).type,
+        "versions": versions(),
+    }
+
+
+def versions() -> str:
+    """Of this package and those that compute: others may round otherwise."""
+    import torch
+    import transformers
+
+    return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def data_digest(content: object) -> str:
+    """The SHA-256 of plain data."""
+    return "sha256 " + hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,364 @@
+"""The pictures: heatmaps of traces, bars, the search's path, curves. Every function returns a figure.
+
+This and `plot_style`, whose `render` makes a file of a figure, are the only modules that import matplotlib.
+
+The pictures of a trace: which there are, and what they are made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy
+from matplotlib.figure import Figure
+
+from dapa_merge.measure.figures import Mean
+from dapa_merge.report.charts import (
+    BLACK,
+    BLUE,
+    CARD_LETTERS,
+    CARD_WIDTH,
+    COLOURS,
+    GREY,
+    LINES,
+    MAX_TICKS,
+    PATTERNS,
+    SEARCH_CAPTION,
+    VERMILION,
+    Bar,
+    layer_ticks,
+    marker_of,
+    readable,
+    search_figure,
+    styled,
+)
+from dapa_merge.trace.average import ROLES, mean_effect, mean_of
+from dapa_merge.trace.result import Traced
+from dapa_merge.trace.sentences import counted, label_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from dapa_merge.trace.causal import Trace
+
+
+def heatmap(
+    effect: NDArray[numpy.floating],
+    labels: Sequence[str],
+    title: str,
+    *,
+    marked: Sequence[bool] | None = None,
+    bound: float | None = None,
+) -> Figure:
+    """What restoring brings back, by layer and token.
+
+    Args:
+        effect: In nats, `[layers, tokens]`; NaN is left blank.
+        labels: One for each token.
+        title: What is shown.
+        marked: Which labels are the subject's.
+        bound: The effect at both ends of the scale, if not the largest of these.
+    """
+    num_layers, num_tokens = effect.shape
+    with styled():
+        figure = Figure(figsize=(CARD_WIDTH, max(2.4, 1.5 + 0.24 * num_tokens)), layout="constrained")
+        axes = figure.add_subplot()
+        bound = bound or float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
+        image = axes.imshow(effect.T, aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound, interpolation="nearest")
+        axes.set_yticks(range(num_tokens), [readable(label) for label in labels], parse_math=False)
+        for text, is_marked in zip(axes.get_yticklabels(), marked or [], strict=False):
+            if is_marked:
+                text.set_fontweight("bold")
+                text.set_color(VERMILION)
+        layer_ticks(axes, num_layers)
+        axes.set_xlabel("layer")
+        axes.spines[:].set_visible(True)
+        axes.set_title(title, parse_math=False)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar.set_label("refusing restored (nats)")
+        bar.outline.set_edgecolor("#666666")
+    return figure
+
+
+def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
+    """For each panel, bars by layer and module, with 95 % intervals; of many layers, lines.
+
+    Args:
+        panels: What a panel shows, and its means by module, each `[layers]`.
+        num_layers: Of the model.
+    """
+    with styled():
+        figure = Figure(figsize=(CARD_WIDTH, 0.5 + 2.5 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (title, by_module) in zip(rows, panels, strict=True):
+            # So many bars would be too thin to tell apart.
+            (_lines if num_layers > MAX_TICKS else _bars)(axes, by_module, num_layers)
+            axes.axhline(0, color="#666666", linewidth=0.8)
+            axes.set_title(title, parse_math=False)
+            axes.set_xlim(-0.7, num_layers - 0.3)
+        layer_ticks(rows[-1], num_layers)
+        rows[-1].set_xlabel("layer")
+        figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
+    return figure
+
+
+def _bars(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
+    width = 0.8 / len(by_module)
+    for index, (module, mean) in enumerate(by_module.items()):
+        at = numpy.arange(num_layers) + (index - (len(by_module) - 1) / 2) * width
+        reach = numpy.nan_to_num(numpy.stack([mean.mean - mean.low, mean.high - mean.mean]))
+        axes.bar(
+            at, numpy.nan_to_num(mean.mean), width, yerr=reach.tolist(), label=module, color=COLOURS.get(module, GREY),
+            hatch=PATTERNS.get(module, ""), edgecolor="white", linewidth=0,
+            error_kw={"elinewidth": 0.8, "ecolor": BLACK},
+        )  # fmt: skip
+
+
+def _lines(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
+    for (module, mean), (_, marker, line) in zip(by_module.items(), itertools.cycle(LINES), strict=False):
+        colour, at = COLOURS.get(module, GREY), numpy.arange(num_layers)
+        axes.plot(at, mean.mean, color=colour, marker=marker, linestyle=line, label=module, markersize=3.5, linewidth=1)
+        axes.fill_between(at, mean.low, mean.high, color=colour, alpha=0.25, linewidth=0)
+
+
+def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], chosen: float | None) -> Figure:
+    """The size of the edit against DSR, over-refusal and skills.
+
+    Args:
+        shares: Of the target's parameters, in [0, 1], ascending.
+        figures: By name, a value in [0, 1] for each share.
+        chosen: The share that the selection changes, if there is one.
+    """
+    with styled():
+        figure = Figure(figsize=(CARD_WIDTH, 4), layout="constrained")
+        axes = figure.add_subplot()
+        percent = [100 * share for share in shares]
+        for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(LINES), strict=False):
+            heights = [bar.value for bar in values]
+            axes.plot(percent, heights, color=colour, marker=marker, linestyle=line, label=readable(name), ms=5)
+            with_interval = [bar for bar in values if bar.interval is not None]
+            if len(with_interval) == len(values):
+                low, high = zip(*(bar.interval or (0.0, 0.0) for bar in values), strict=True)
+                axes.fill_between(percent, low, high, color=colour, alpha=0.12, linewidth=0)
+        if chosen is not None:
+            axes.axvline(100 * chosen, color=BLACK, linewidth=1, linestyle="--", label="the selection")
+        axes.set_ylim(-0.04, 1.06)
+        axes.set_xlabel("parameters changed (%)")
+        axes.set_ylabel("share of the prompts")
+        axes.set_title("How small can the edit be?")
+        columns = CARD_LETTERS // (max(len(readable(name)) for name in (*figures, "the selection")) + 8)
+        figure.legend(loc="outside lower center", ncols=min(columns, len(figures) + 1))
+    return figure
+
+
+class GroupBar(NamedTuple):
+    """A group of units: its score, what that is without a change, and the scores of its random controls."""
+
+    name: str
+    start: float
+    score: float
+    controls: Sequence[float]
+
+
+def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
+    """Scores of groups beside those of random selections of the same size.
+
+    Args:
+        panels: What a panel shows, and its groups: the same in each.
+        lines: What is drawn across, by name: the target's score, and the full transplant's.
+        measure: What the score is.
+    """
+    number = len(panels[0][1])
+    with styled():
+        figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
+        columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, groups) in zip(columns, panels, strict=True):
+            at, scores = range(number), [group.score for group in groups]
+            starts = [group.start for group in groups]
+            axes.hlines(at, starts, scores, color=BLUE, linewidth=2.5, alpha=0.5, zorder=1)
+            axes.scatter(scores, at, color=BLUE, s=28, zorder=2)
+            controls = [(score, index) for index, group in enumerate(groups) for score in group.controls]
+            if controls:
+                axes.scatter(*zip(*controls, strict=True), marker="|", color=VERMILION, s=70, zorder=3)
+            for (_, value), style in zip(lines.items(), ("--", ":"), strict=False):
+                axes.axvline(value, color=BLACK, linewidth=1, linestyle=style, zorder=0)
+            axes.set_xlim(-0.04, 1.04)
+            axes.set_ylim(number - 0.4, -0.6)
+            axes.set_xlabel(measure)
+            axes.set_title(title, parse_math=False)
+        columns[0].set_yticks(range(number), [group.name for group in panels[0][1]], parse_math=False)
+        handles = [
+            marker_of(columns[0], "o", BLUE, "the group"),
+            marker_of(columns[0], "|", VERMILION, "random, as many units"),
+            *(
+                columns[0].plot([], [], color=BLACK, linestyle=style, linewidth=1, label=name)[0]
+                for name, style in zip(lines, ("--", ":"), strict=False)
+            ),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+KIND_NAMES = {
+    "hidden": "hidden state",
+    "mlp": "MLP",
+    "attention": "attention",
+    "gate": "gate projection",
+    "up": "up projection",
+    "down": "down projection",
+}
+# Of which a prompt has a picture of its own.
+EXAMPLE_KINDS = ("hidden", "mlp", "attention")
+# Of a prompt, so many tokens have a line in its picture.
+MAX_TOKENS = 80
+
+
+def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
+    """The name, the caption and the figure of each picture, in the order of a page."""
+    yield "influence", _influence_caption(found), _influence(found)
+    yield "groups", _groups_caption(found), _groups(found)
+    for kind in found.settings.kinds:
+        yield f"trace_{kind}", _trace_caption(found, kind), _mean_trace(found, kind)
+    for number, trace in enumerate(found.traces[: found.wanted.num_examples], 1):
+        for kind in (kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds):
+            title = f"Restoring the {KIND_NAMES[kind]}{_window(found, kind)}, prompt {number}"
+            caption = f"The {KIND_NAMES[kind]} for one prompt, token by token; the subject is bold: {trace.prompt}"
+            yield f"example_{number}_{kind}", caption, _example(trace, kind, title)
+    if found.search is not None:
+        yield "search", SEARCH_CAPTION, search_figure(found.search, found.plan, found.candidates)
+    if found.curve:
+        yield "edit_size", _curve_caption(found), _curve(found)
+
+
+def _influence(found: Traced) -> Figure:
+    num_layers = max(unit.layer for unit in found.units) + 1
+    hidden, refusing = mean_of(found.influence.hidden), mean_of(found.influence.refusing)
+    effects = numpy.array([found.attribution[unit] for unit in found.influence.units])
+    nothing = numpy.full(len(effects), math.nan)
+    panels: list[tuple[str, Mean]] = [
+        ("Change of the prompt's last hidden state, relative to its length", hidden),
+        ("Change of refusing (nats)", refusing),
+        ("Change of refusing by attribution, to first order (nats)", Mean(effects, nothing, nothing, nothing)),
+    ]
+    return bars_by_layer(
+        [(title, _by_module(found, mean, num_layers)) for title, mean in panels], num_layers=num_layers
+    )
+
+
+def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
+    by_module = {}
+    for module in dict.fromkeys(unit.module for unit in found.units):
+        chosen = {unit.layer: index for index, unit in enumerate(found.influence.units) if unit.module == module}
+        fields = []
+        for values in (mean.mean, mean.low, mean.high, mean.number):
+            row: Any = numpy.full(num_layers, math.nan)
+            row[list(chosen)] = values[list(chosen.values())]
+            fields.append(row)
+        by_module[module] = Mean(*fields)
+    return by_module
+
+
+def _influence_caption(found: Traced) -> str:
+    number = len(found.influence.before)
+    return (
+        f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, above with 95 % "
+        f"intervals. A change of the hidden state says how sensitive the target is to a unit, a change of refusing "
+        f"(log p(refusal) - log p(answer)) what the unit does for it. Attribution foresees by one backward pass which "
+        f"units do that."
+    )
+
+
+def _groups(found: Traced) -> Figure:
+    # The few first, then the layers.
+    shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
+    target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
+    inserted = [GroupBar(label_of(one.group), target, one.inserted, one.control_inserted) for one in shown]
+    reverted = [GroupBar(label_of(one.group), one.full, one.reverted, one.control_reverted) for one in shown]
+    panels = [("Alone in the target: sufficient?", inserted), ("Left out of the full transplant: necessary?", reverted)]
+    return group_bars(panels, {"target": target, "full transplant": full}, found.measure)
+
+
+def _groups_caption(found: Traced) -> str:
+    return (
+        f"The {found.measure} with a group of units alone in the target (high: it is sufficient), and with everything "
+        f"but the group (low: it is necessary), beside random selections of as many units "
+        f"({found.wanted.num_controls} seeds). The selection is left out of what it was selected from."
+    )
+
+
+def _example(trace: Trace, kind: str, title: str) -> Figure:
+    """One prompt, token by token; of a long one the end, and as much as there is room for of what is before."""
+    first, stop = trace.subject
+    labels, effect = list(trace.tokens), trace.effect(kind)
+    marked = [first <= index < stop for index in range(len(labels))]
+    if len(labels) > MAX_TOKENS:
+        # Nothing is restored before the subject.
+        kept = [*range(first, len(labels))]
+        labels, marked, effect = [labels[index] for index in kept], [marked[index] for index in kept], effect[:, kept]
+    if len(labels) > MAX_TOKENS:
+        half = MAX_TOKENS // 2
+        gap = numpy.full((len(effect), 1), math.nan)
+        effect = numpy.concatenate([effect[:, :half], gap, effect[:, -half:]], axis=1)
+        labels = [*labels[:half], f"({len(labels) - 2 * half} not shown)", *labels[-half:]]
+        marked = [*marked[:half], False, *marked[-half:]]
+    return heatmap(effect, labels, title, marked=marked)
+
+
+def _mean_trace(found: Traced, kind: str) -> Figure:
+    means = {one: mean_effect(found.traces, one).mean for one in found.settings.kinds}
+    title = f"Restoring the {KIND_NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')}"
+    mean = means[kind]
+    # A short template leaves no further tokens.
+    present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
+    # One scale for all kinds, to be compared.
+    bound = max(float(numpy.nanmax(numpy.abs(values), initial=0.0)) for values in means.values())
+    return heatmap(mean[:, present], [ROLES[index] for index in present], title, bound=bound)
+
+
+def _window(found: Traced, kind: str) -> str:
+    width = _width(found, kind)
+    return f" of {width} layers" if width > 1 else ""
+
+
+def _window_note(found: Traced, kind: str) -> str:
+    width = _width(found, kind)
+    if width == 1:
+        return ""
+    return f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
+
+
+def _width(found: Traced, kind: str) -> int:
+    """How many layers are restored at once."""
+    from dapa_merge.trace.case import WINDOWED
+
+    return found.settings.window if kind in WINDOWED else 1
+
+
+def _trace_caption(found: Traced, kind: str) -> str:
+    taken = float(numpy.mean([trace.total_effect for trace in found.traces]))
+    return (
+        f"The {found.wanted.traced}, with noise on the subject's embeddings and the {KIND_NAMES[kind]} of the clean "
+        f"run restored at one layer and token: how much of the {taken:.2f} nats that the noise takes comes back."
+        f"{_window_note(found, kind)}"
+    )
+
+
+def _curve(found: Traced) -> Figure:
+    points = found.curve
+    rows = {
+        "DSR": [Bar(*point.dsr) for point in points],
+        "over-refusal": [Bar(*point.over_refusal) for point in points],
+    }
+    for name in points[0].skills:
+        rows[name] = [Bar(*point.skills[name]) for point in points]
+    chosen = None if found.selection is None else found.plan.share(found.selection)
+    return edit_curve([point.share for point in points], rows, chosen)
+
+
+def _curve_caption(found: Traced) -> str:
+    first = "the selection first, then " if found.selection else ""
+    return f"Edits of every size: {first}unit by unit in the order of attribution. Bands are 95 % intervals."

@@ -1,0 +1,281 @@
+"""What edits do: groups of units put in and taken out, beside random ones; and edits of every size. Asked once each.
+
+Sufficient or necessary? Which groups of units are put into the target, and taken out of the full transplant.
+
+A group is *sufficient* as far as the target refuses with it alone, and *necessary* as far as the full transplant
+refuses less without it. Both are compared with random selections of as many units: any group may do something by its
+size alone.
+Pure: who scores a selection is handed in.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
+from dapa_merge.plan.plan import Plan, cut, divide
+from dapa_merge.progress import Reporter
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.workers import in_order, note_of
+from dapa_merge.trace.options import TraceOptions
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.meter import Meter
+    from dapa_merge.search.bench import Bench
+
+
+class Edits:
+    """Edits of one target, measured with all prompts of a bench's meter."""
+
+    def __init__(self, bench: Bench, journal: Journal, reporter: Reporter) -> None:
+        self._bench = bench
+        self._journal = journal
+        self._reporter = reporter
+
+    def findings(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> tuple[list[Finding], float]:
+        """What the groups do, and the target's own score."""
+        how = (wanted.num_controls, wanted.seed)
+        asked = selections_of(groups, *how)
+        self._reporter.say(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
+        with self._reporter.task("putting groups in and taking them out", len(asked) + 1) as done:
+            scores = {units: self._score(units, done) for units in asked}
+            target = self._score(frozenset(), done)
+        return examine_groups(groups, scores.__getitem__, *how), target
+
+    def curve(
+        self, units: Sequence[Unit], selection: Sequence[Unit], attribution: Mapping[Unit, float], meter: Meter
+    ) -> list[CurvePoint]:
+        """Edits of more and more units: those that something is selected of first, then by descending attribution.
+
+        Args:
+            units: What an edit may have.
+            selection: Some of them, or blocks of some.
+            attribution: How much each unit is expected to do.
+            meter: Measures DSR, over-refusal and skills.
+        """
+        kept = {unit.whole for unit in selection}
+        order = sorted(units, key=lambda unit: (unit not in kept, -attribution[unit]))
+        sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
+        points = []
+        total = len(sizes) * (len(meter.prompts.harmful) + len(meter.prompts.harmless))
+        with self._reporter.task("measuring edits of every size", total) as done:
+            for size in sizes:
+                edit = tuple(in_order(order[:size]))
+                name = note_of("edit", edit)
+                if name not in self._journal.notes:
+                    self._journal.note(name, self._measure(edit, replace(meter, progress=done)))
+                share = self._bench.plan.share(edit)
+                points.append(CurvePoint(tuple(map(str, edit)), share, **self._journal.notes[name]))
+        return points
+
+    def _score(self, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
+        ordered = in_order(units)
+        name = note_of("score", ordered)
+        if name not in self._journal.notes:
+            self._journal.note(name, self._bench.score(ordered))
+        progress(1)
+        return float(self._journal.notes[name])
+
+    def _measure(self, edit: tuple[Unit, ...], meter: Meter) -> dict[str, Any]:
+        from dapa_merge.measure.figures import refusal_figures
+
+        with self._bench.live.transplanted(edit) as model:
+            measurement = meter.measure(model, self._bench.live.tokenizer, edit)
+            figures = refusal_figures(measurement.responses())
+            return {
+                "dsr": (figures["dsr"], figures["dsr_interval"]),
+                "over_refusal": (figures["over_refusal"], figures["over_refusal_interval"]),
+                "skills": {skill.name: (skill.score, skill.interval) for skill in measurement.skills},
+            }
+
+
+def groups_of(units: Sequence[Unit], chosen: Plan, selection: Sequence[Unit]) -> list[UnitGroup]:
+    """Layers, thirds and modules of a model, and the selection.
+
+    Args:
+        units: Of all modules, none of which is part of another.
+        chosen: The plan of the recipe, whose units it selects from.
+        selection: Some of those units, or blocks of some.
+    """
+    groups = make_groups(units)
+    if not selection:
+        return groups
+    name = "selection"
+    blocks = [unit for unit in selection if unit.rows is not None]
+    if not blocks:
+        return [*groups, UnitGroup(name, name, tuple(selection), _without(chosen.units, selection), chosen.units)]
+    # Random blocks of the same size, as many as have as many parameters.
+    rows = max(chosen.rows(unit)[1] - chosen.rows(unit)[0] for unit in blocks)
+    divisible = [unit for unit in chosen.units if unit.module in DIVISIBLE_MODULES]
+    pool = divide(chosen, divisible, rows).units
+    number = max(1, min(len(pool), round(chosen.num_parameters(selection) / chosen.num_parameters(pool[:1]))))
+    rest = _without(cut(chosen, selection).units, selection)
+    among = (*pool, *_without(chosen.units, divisible))
+    return [*groups, UnitGroup(name, name, tuple(selection), rest, among, number)]
+
+
+def curve_sizes(total: int, kept: int) -> list[int]:
+    """How many units the edits of the curve have: few at first, then in larger steps; and as many as were kept."""
+    sizes = {0, kept, total}
+    step = 1.0
+    while step < total:
+        sizes.add(round(step))
+        step *= 2**0.5
+    return sorted(sizes)
+
+
+def _without(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
+    left_out = set(others)
+    return tuple(unit for unit in units if unit not in left_out)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One size of the edit, and what it does; rates in [0, 1].
+
+    Attributes:
+        units: What was transplanted.
+        share: Of the target's parameters.
+        dsr: Share of the harmful prompts refused, with its 95 % interval.
+        over_refusal: Share of the harmless prompts refused, with its 95 % interval.
+        skills: By name, the score, with its 95 % interval if it has one.
+    """
+
+    units: tuple[str, ...]
+    share: float
+    dsr: tuple[float, tuple[float, float]]
+    over_refusal: tuple[float, tuple[float, float]]
+    skills: dict[str, tuple[float, tuple[float, float] | None]]
+
+
+THIRDS = ("early", "middle", "late")
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Some units that belong together.
+
+    Attributes:
+        name: As `layer 3`, `middle`, `gate` or `selection`.
+        family: What it is one of: `layer`, `third`, `module` or `selection`.
+        units: What is put in, or taken out.
+        rest: What of the full transplant is left without them.
+        among: All of the full transplant, of which the random controls are drawn.
+        number: How many of `among` a control has; None for as many as `units` are.
+    """
+
+    name: str
+    family: str
+    units: tuple[Unit, ...]
+    rest: tuple[Unit, ...]
+    among: tuple[Unit, ...]
+    number: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the scores say of a group; all of them in [0, 1].
+
+    Attributes:
+        group: The group.
+        inserted: The target's score with the group alone.
+        reverted: The full transplant's score without it.
+        full: The full transplant's score.
+        control_inserted: The target's scores with random selections of as many units.
+        control_reverted: The full transplant's scores without these.
+    """
+
+    group: UnitGroup
+    inserted: float
+    reverted: float
+    full: float
+    control_inserted: tuple[float, ...]
+    control_reverted: tuple[float, ...]
+
+    def sufficiency(self, target: float) -> float | None:
+        """The share of the full transplant's gain that the group alone brings; None if there is no gain."""
+        return (self.inserted - target) / (self.full - target) if self.full > target else None
+
+    def control_sufficiency(self, target: float) -> list[float]:
+        """The shares of the gain that the controls bring; none if there is no gain."""
+        gain = self.full - target
+        return [(score - target) / gain for score in self.control_inserted] if gain > 0 else []
+
+    def control_necessity(self, target: float) -> list[float]:
+        """The shares of the gain that are lost without the controls; none if there is no gain."""
+        gain = self.full - target
+        return [(self.full - score) / gain for score in self.control_reverted] if gain > 0 else []
+
+    def necessity(self, target: float) -> float | None:
+        """The share of the full transplant's gain that is lost without the group; None if there is no gain."""
+        return (self.full - self.reverted) / (self.full - target) if self.full > target else None
+
+
+def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
+    """The groups of a model: each layer; early, middle and late layers; each module.
+
+    Args:
+        units: Of all modules, none of which is part of another.
+    """
+    num_layers = max(unit.layer for unit in units) + 1
+
+    def group(name: str, family: str, belongs: Callable[[Unit], bool]) -> UnitGroup:
+        inside, outside = (tuple(unit for unit in units if belongs(unit) == wanted) for wanted in (True, False))
+        return UnitGroup(name, family, inside, outside, tuple(units))
+
+    groups = [group(f"layer {layer}", "layer", lambda unit, at=layer: unit.layer == at) for layer in range(num_layers)]  # type: ignore[misc]
+    edges = [round(third * num_layers / 3) for third in range(4)]
+    for name, first, stop in zip(THIRDS, edges, edges[1:], strict=False):
+        groups.append(group(name, "third", lambda unit, low=first, high=stop: low <= unit.layer < high))  # type: ignore[misc]
+    for module in dict.fromkeys(unit.module for unit in units):
+        groups.append(group(module, "module", lambda unit, of=module: unit.module == of))  # type: ignore[misc]
+    return [group for group in groups if group.units]
+
+
+def examine_groups(
+    groups: Sequence[UnitGroup], score: Callable[[frozenset[Unit]], float], num_seeds: int, seed: int = 0
+) -> list[Finding]:
+    """Score every group and its controls.
+
+    Args:
+        groups: As `make_groups` gives them.
+        score: The score of the target with a selection transplanted. It is asked for the same selection again.
+        num_seeds: How many random selections of each size; each seed draws one of its own.
+        seed: The first of the seeds.
+    """
+    findings = []
+    for group in groups:
+        full = frozenset(group.among)
+        size = len(group.units) if group.number is None else group.number
+        drawn = [draw(group.among, size, seed + number) for number in range(num_seeds)]
+        findings.append(
+            Finding(
+                group,
+                inserted=score(frozenset(group.units)),
+                reverted=score(frozenset(group.rest)),
+                full=score(full),
+                control_inserted=tuple(score(units) for units in drawn),
+                control_reverted=tuple(score(full - units) for units in drawn),
+            )
+        )
+    return findings
+
+
+def selections_of(groups: Sequence[UnitGroup], num_seeds: int, seed: int = 0) -> list[frozenset[Unit]]:
+    """Every selection that `examine` asks for, each once."""
+    asked: dict[frozenset[Unit], None] = {}
+
+    def note(selection: frozenset[Unit]) -> float:
+        asked[selection] = None
+        return 0.0
+
+    examine_groups(groups, note, num_seeds, seed)
+    return list(asked)
+
+
+def draw(units: Iterable[Unit], number: int, seed: int) -> frozenset[Unit]:
+    """A random selection of so many units; the same for the same seed."""
+    return frozenset(random.Random(f"{seed} {number}").sample(list(units), number))

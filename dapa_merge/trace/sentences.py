@@ -1,0 +1,273 @@
+"""What a trace found, in sentences.
+
+How much each unit matters by each way to tell, and how far that agrees with a selection, or with a known answer.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.digest import tensors_digest
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.recipe.parameters import layer_spans, spans
+from dapa_merge.trace.average import (
+    ROLES,
+    Overlap,
+    layer_scores,
+    mean_effect,
+    mean_of,
+    rank_correlation,
+    ranking_overlap,
+)
+from dapa_merge.trace.case import window_layers
+from dapa_merge.trace.edits import UnitGroup
+from dapa_merge.trace.result import Traced
+
+if TYPE_CHECKING:
+    from dapa_merge.plan.plan import Plan
+
+
+PLANTED_TEXT = spans(miniature.PLANTED.split(","))
+# How many units are named where nothing says how many matter.
+NUM_NAMED = 4
+# So many scores of random selections are written out.
+MAX_CONTROLS = 6
+
+
+def sentences(found: Traced) -> list[str]:
+    """What the numbers say, one thing each."""
+    number = len(whole_units(found.selection)) if found.selection else NUM_NAMED
+    which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
+    most = {
+        name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
+        for name, scores in rankings_by_effect(found, found.units).items()
+    }
+    said = [_contrast_sentence(found), *_by(most), *_same_units(found), _trace_sentence(found)]
+    for family in ("module", "third", "selection"):
+        said += _group_sentences(found, family)
+    if found.selection:
+        said.append(f"The selection is {spans(found.selection)}.")
+    would = {
+        name: f"the first {len(one.top)} of {len(found.candidates)} are {_spans(one.top)}: Jaccard index "
+        f"{one.jaccard:.2f} with the selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}"
+        for name, one in overlaps_of(rankings_of(found), found.selection).items()
+    }
+    said += _by(would)
+    if found.why_none:
+        said.append(f"Nothing was selected: {found.why_none}.")
+    right = {
+        name: f"{one.num_common} of the first {len(one.top)} are right, rank correlation {_correlation(one)}"
+        for name, one in planted_overlaps(found).items()
+    }
+    return said + [f"Of these models the answer is known: {PLANTED_TEXT}. {sentence}" for sentence in _by(right)]
+
+
+def label_of(group: UnitGroup) -> str:
+    """A group's name, with its layers where the name does not say which they are."""
+    if group.family != "third":
+        return group.name
+    return f"{group.name} ({layer_spans(sorted({unit.layer for unit in group.units}))})"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, as `1 prompt` or `2 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _by(findings: Mapping[str, str]) -> list[str]:
+    """A sentence for each finding, with the names of all ways to tell that come to the same."""
+    names: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        names.setdefault(finding, []).append(name)
+    return [f"By {_and(of_finding)}, {finding}." for finding, of_finding in names.items()]
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _contrast_sentence(found: Traced) -> str:
+    if found.wanted.responses is not None:
+        refusal, answer = found.wanted.responses
+        return f"For all {found.num_prompts} harmful prompts, {refusal!r} is compared with {answer!r}."
+    which = " that the search did not ask" if found.search is not None else ""
+    before = _likelier(float(found.influence.before.mean()))
+    return (
+        f"{len(found.contrasts)} of {found.num_prompts} harmful prompts{which} are refused by the source and not by "
+        f"the target, in which {before}."
+    )
+
+
+def _likelier(difference: float) -> str:
+    """Of two responses the likelier one, by the mean of log p(refusal) - log p(answer)."""
+    more, less = ("a refusal", "an answer") if difference >= 0 else ("an answer", "a refusal")
+    return f"{more} is likelier than {less} by {abs(difference):.2f} nats"
+
+
+def _same_units(found: Traced) -> list[str]:
+    """What cannot do anything, because both models have the same."""
+    same = [unit for index, unit in enumerate(found.influence.units) if not found.influence.hidden[:, index].any()]
+    return [f"No prompt notices {_spans(same)} of the source: the target has the same."] if same else []
+
+
+def _trace_sentence(found: Traced) -> str:
+    total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
+    clean = statistics.fmean(trace.clean for trace in found.traces)
+    taken = f"{abs(float(total.mean)):.2f}"
+    if len(found.traces) > 1:
+        sign = 1 if float(total.mean) >= 0 else -1
+        low, high = sorted((sign * float(total.low), sign * float(total.high)))
+        taken += f" (95 % interval {low:.2f} to {high:.2f})"
+    moves = "lowers" if float(total.mean) >= 0 else "raises"
+    said = (
+        f"In the {found.wanted.traced}, {_likelier(clean)}, mean of {counted(len(found.traces), 'traced prompt')}; "
+        f"noise on the subject {moves} refusing by {taken}"
+    )
+    if not float(total.mean) > 0 or float(total.low) <= 0:
+        return f"{said}, so that there is nothing to restore that is more than chance."
+    best = []
+    for kind in found.settings.kinds:
+        if kind != "hidden":
+            mean = mean_effect(found.traces, kind).mean
+            layer, role = numpy.unravel_index(int(numpy.nanargmax(mean)), mean.shape)
+            share = 100 * float(mean[layer, role]) / float(total.mean)
+            window = window_layers(found.settings, kind, int(layer), len(mean))
+            where = f"layer{'s' if len(window) > 1 else ''} {layer_spans(list(window))}"
+            best.append(f"{kind} {share:.0f} % ({ROLES[role]}, {where})")
+    return f"{said}. Restoring one output at one token brings back at most: {', '.join(best)}." if best else f"{said}."
+
+
+def _group_sentences(found: Traced, family: str) -> list[str]:
+    groups = [one for one in found.findings if one.group.family == family]
+    target, measure = found.target_score, found.measure
+    if not groups:
+        return []
+    if groups[0].full <= target:
+        of_what = "units that it was selected from" if family == "selection" else "units"
+        return [
+            f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so that no "
+            f"share of a gain can be given for the {family}s."
+        ]
+    alone = [(label_of(one.group), one.sufficiency(target), one.control_sufficiency(target)) for one in groups]
+    without = [(label_of(one.group), one.necessity(target), one.control_necessity(target)) for one in groups]
+    return [
+        f"Put in alone, the share of the gain in {measure} is {_beside_controls(alone)}.",
+        f"Left out, the share of it that is lost is {_beside_controls(without)}.",
+    ]
+
+
+def _beside_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]) -> str:
+    """Each share beside those of random selections; said once where all have the same."""
+    controls = [tuple(sorted(of_one)) for _, _, of_one in shares]
+    if len(set(controls)) == 1:
+        said = ", ".join(f"{_number(share)} by {name}" for name, share, _ in shares)
+        return f"{said}; random units, as many: {_values(controls[0])}" if controls[0] else said
+    return ", ".join(
+        f"{_number(share)} by {name}" + (f" (random units, as many: {_values(of_one)})" if of_one else "")
+        for (name, share, _), of_one in zip(shares, controls, strict=True)
+    )
+
+
+def _values(controls: Sequence[float]) -> str:
+    if len(controls) <= MAX_CONTROLS:
+        return ", ".join(map(_number, controls))
+    return f"{controls[0]:.2f} to {controls[-1]:.2f}, median {statistics.median(controls):.2f}"
+
+
+def _spans(units: Iterable[Any]) -> str:
+    def place(unit: Any) -> tuple[str, int]:
+        return unit.module, unit.layer
+
+    return spans(sorted(units, key=place))
+
+
+def _correlation(one: Overlap) -> str:
+    return f"{_number(one.spearman)} of at most {_number(one.spearman_at_best)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influence on the hidden state"
+TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
+
+
+def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
+    """How much each unit that could be selected matters, by each way to tell."""
+    rankings = rankings_by_effect(found, found.candidates)
+    modules = {unit.module for unit in found.candidates}
+    scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
+    if modules <= scores.keys():
+        # Each unit by what its own module puts out.
+        rankings[TRACING] = {unit: scores[unit.module][unit.layer] for unit in found.candidates}
+    if len(modules) == 1 and "mlp" in scores and not modules & {"mlp", "attention"}:
+        rankings[TRACING_MLPS] = {unit: scores["mlp"][unit.layer] for unit in found.candidates}
+    return rankings
+
+
+def overlaps_of(rankings: Mapping[str, Mapping[Unit, float]], selection: Sequence[Unit] | None) -> dict[str, Overlap]:
+    """Each ranking held against the selection, of blocks against the units that they are of; none of none."""
+    if not selection:
+        return {}
+    return {name: ranking_overlap(scores, whole_units(selection)) for name, scores in rankings.items()}
+
+
+def correlations_of(rankings: Mapping[str, Mapping[Unit, float]]) -> list[dict[str, Any]]:
+    """Spearman's rank correlation of each two rankings."""
+    names = list(rankings)
+    return [
+        {
+            "of": [one, other],
+            "spearman": rank_correlation(list(rankings[one].values()), list(rankings[other].values())),
+        }
+        for index, one in enumerate(names)
+        for other in names[index + 1 :]
+    ]
+
+
+def planted_overlaps(found: Traced) -> dict[str, Overlap]:
+    """How each way to tell does where the answer is known, on the packaged pair; of other models, none."""
+    if not is_planted(found.plan):
+        return {}
+    planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
+    every = rankings_by_effect(found, found.units)
+    by_unit = {name: ranking_overlap(scores, planted) for name, scores in every.items()}
+    if "mlp" not in found.settings.kinds:
+        return dict(by_unit)
+    by_layer = dict(enumerate(layer_scores(found.traces, "mlp")))
+    return {**by_unit, f"{TRACING_MLPS}, by layer": ranking_overlap(by_layer, [unit.layer for unit in planted])}
+
+
+def rankings_by_effect(found: Traced, units: Sequence[Unit]) -> dict[str, dict[Unit, float]]:
+    """How much each of some units matters, by attribution and by influence."""
+    at = {unit: index for index, unit in enumerate(found.influence.units)}
+    refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
+    return {
+        ATTRIBUTION: {unit: found.attribution[unit] for unit in units},
+        REFUSING: {unit: float(refusing[at[unit]]) for unit in units},
+        HIDDEN: {unit: float(hidden[at[unit]]) for unit in units},
+    }
+
+
+def is_planted(plan: Plan) -> bool:
+    """Whether these are the two packaged models whose answer is known, wherever a copy of them lies."""
+    pairs = ((plan.target, "target"), (plan.source, "source"))
+    return all(_is_same(checkpoint, open_checkpoint(str(miniature.path(member)))) for checkpoint, member in pairs)
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    # The small number first: others are not read for this.
+    return one.num_bytes == other.num_bytes and tensors_digest(one) == tensors_digest(other)
+
+
+def whole_units(selection: Sequence[Unit]) -> list[Unit]:
+    """The units that a selection is of, each once."""
+    return list(dict.fromkeys(unit.whole for unit in selection))

@@ -1,0 +1,140 @@
+"""The folder of a trace: what was found of each prompt, on disk before the next is begun, so that a kill costs one."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from dapa_merge import files as work_folder
+from dapa_merge.files import JOURNAL_BEGINS, replace_file
+from dapa_merge.search.journal import Journal
+
+if TYPE_CHECKING:
+    from dapa_merge.trace.case import Case
+    from dapa_merge.trace.causal import Trace
+
+
+JOURNAL_NAME = "journal.jsonl"
+TRACES_NAME = "traces"
+FIGURES_NAME = "figures"
+SUMMARY_NAME = "summary.json"
+PAGE_NAME = "index.html"
+INFLUENCE_NAME = "influence.npz"
+# What the names of all pictures begin with; others in their folder are somebody else's.
+FIGURE_NAMES = ("influence.", "groups.", "search.", "edit_size.", "trace_", "example_")
+
+
+def check_folder(out: Path) -> None:
+    """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
+    work_folder.check_folder(out, _is_trace, "trace")
+
+
+def _is_trace(out: Path) -> bool:
+    try:
+        with (out / JOURNAL_NAME).open("rb") as file:
+            begins = file.read(len(JOURNAL_BEGINS))
+        # A kill may have left nothing or a part of it, and then nothing else.
+        own = {JOURNAL_NAME, TRACES_NAME, FIGURES_NAME}
+        return begins == JOURNAL_BEGINS or (JOURNAL_BEGINS.startswith(begins) and {*os.listdir(out)} <= own)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+
+
+@contextmanager
+def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
+    """The journal in a folder of a trace, which no other run has at the same time.
+
+    Raises:
+        UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
+    """
+    with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
+        for name in (TRACES_NAME, FIGURES_NAME):
+            work_folder.make_folder(out / name)
+        try:
+            yield journal
+        except KeyboardInterrupt as stop:
+            stop.kept = f"what was found is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
+            raise
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a `.npz` file, which `numpy.load` reads."""
+    buffer = io.BytesIO()
+    numpy.savez_compressed(buffer, **arrays)
+    replace_file(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, Any] | None:
+    """What a `.npz` file holds, by name; None if it is not there or damaged."""
+    try:
+        # From memory: numpy leaves a damaged file open.
+        with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception:
+        # Of damage, numpy and zipfile raise whatever they stumble over first.
+        return None
+
+
+def trace_path(out: Path, number: int) -> Path:
+    """Where the trace of a prompt is, counted from 1."""
+    return out / TRACES_NAME / f"{number:04d}.npz"
+
+
+def forget_page(out: Path) -> None:
+    """Remove the page and the summary of an earlier run."""
+    for name in (PAGE_NAME, SUMMARY_NAME):
+        (out / name).unlink(missing_ok=True)
+
+
+def forget_figures(out: Path) -> None:
+    """Remove the pictures of an earlier run."""
+    work_folder.forget_pictures(out / FIGURES_NAME, FIGURE_NAMES)
+
+
+def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:
+    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of and the settings."""
+    write_arrays(
+        path,
+        {
+            "settings": settings,
+            "prompt": trace.prompt,
+            "refusing": case.contrast.refusing,
+            "complying": case.contrast.complying,
+            "tokens": numpy.array(trace.tokens),
+            "subject": numpy.array(trace.subject),
+            "clean": trace.clean,
+            "corrupted": trace.corrupted,
+            **{f"restored_{kind}": values for kind, values in trace.restored.items()},
+            "num_runs": trace.num_runs,
+            "num_passes": trace.num_passes,
+            "seconds": seconds,
+        },
+    )
+
+
+def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
+    """The trace of a case and the seconds it took; None if there is none, or the file is another's or damaged."""
+    from dapa_merge.trace.causal import Trace
+
+    arrays = read_arrays(path)
+    texts = [settings, case.contrast.prompt, case.contrast.refusing, case.contrast.complying]
+    names = ("settings", "prompt", "refusing", "complying")
+    if arrays is None or [str(arrays.get(name)) for name in names] != texts:
+        return None
+    trace = Trace(
+        prompt=case.contrast.prompt,
+        tokens=tuple(map(str, arrays["tokens"])),
+        subject=(int(arrays["subject"][0]), int(arrays["subject"][1])),
+        clean=float(arrays["clean"]),
+        corrupted=arrays["corrupted"],
+        restored={kind: arrays[f"restored_{kind}"] for kind in kinds},
+        num_runs=int(arrays["num_runs"]),
+        num_passes=float(arrays["num_passes"]),
+    )
+    return (trace, float(arrays["seconds"])) if trace.subject == case.subject else None

@@ -1,0 +1,1 @@
+"""Writes a selection into a copy of the target."""

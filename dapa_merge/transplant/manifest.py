@@ -1,0 +1,259 @@
+"""`dapa.json` in a result: what it was made of, and what each of its files and changed tensors must be.
+
+Whoever has the result can check it against this without the target and the source; whoever has these too can prove that
+it is the target plus exactly the parts that the manifest says.
+
+Values out of JSON or YAML that anybody may have written, taken only for what they have to be.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.digest import Digests
+from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.region import Box, remainder, whole_box
+from dapa_merge.errors import CheckpointError
+from dapa_merge.plan.plan import Plan
+from dapa_merge.transplant.shard import RegionEdit
+
+MANIFEST_NAME = "dapa.json"
+CARD_NAME = "README.md"
+FORMAT = 1
+# A 70 B model's has 200 kB; whatever is much larger is no manifest.
+MAX_BYTES = 64 << 20
+# What the models said, harmful answers among it: not published, so that a result may lack it.
+PRIVATE = ("dapa_responses.jsonl",)
+# What is put beside a model afterwards and does not belong to it: its card, licences, notes and pictures.
+_ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
+_ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that a result was made of.
+
+    Attributes:
+        model: What the user called it: a folder or a Hub id.
+        commit: Its commit on the Hub; None for a local folder.
+    """
+
+    model: str
+    commit: str | None
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of a result must be."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ChangedTensor:
+    """What a tensor of a result must be that is not all the target's.
+
+    Attributes:
+        file: The result's file that it is in.
+        sha256: Of all its bytes in the result.
+        boxes: The parts of it that are the source's, by dimension; None if all of it is.
+    """
+
+    file: str
+    sha256: str
+    boxes: tuple[Box, ...] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a result is.
+
+    Attributes:
+        version: The dapa-merge that made it.
+        target: What was repaired.
+        source: What the changed tensors came from.
+        strength: How much of the way from the target to the source they went.
+        units: What was transplanted, as `3.gate`.
+        files: Every file that is listed (`is_listed`), by its path in the result with slashes.
+        tensors: Every changed tensor by name.
+    """
+
+    version: str
+    target: Origin
+    source: Origin
+    strength: float
+    units: tuple[str, ...]
+    files: Mapping[str, File]
+    tensors: Mapping[str, ChangedTensor]
+
+
+def make_manifest(
+    plan: Plan, units: Sequence[str], changes: Mapping[str, Sequence[RegionEdit]], files: Mapping[str, Digests]
+) -> Manifest:
+    """The manifest of a result.
+
+    Args:
+        plan: What it was made of, and how values were mixed.
+        units: What was transplanted.
+        changes: The changes of each file that has any.
+        files: What each file turned out to be; those with changes with the digests of their changed tensors.
+    """
+    parts: dict[tuple[str, str], list[RegionEdit]] = {}
+    for file, of_file in changes.items():
+        for change in of_file:
+            parts.setdefault((change.tensor.name, file), []).append(change)
+    tensors: dict[str, ChangedTensor] = {}
+    for (name, file), of_tensor in sorted(parts.items()):
+        is_whole = not remainder(whole_box(of_tensor[0].tensor.shape), (change.box for change in of_tensor))
+        boxes = None if is_whole else tuple(sorted(change.box for change in of_tensor))
+        tensors[name] = ChangedTensor(file, files[file].spans[name], boxes)
+    return Manifest(
+        version=__version__,
+        target=Origin(plan.target.name, plan.target.commit),
+        source=Origin(plan.source.name, plan.source.commit),
+        strength=plan.strength,
+        units=tuple(units),
+        files={name: File(found.num_bytes, found.sha256) for name, found in sorted(files.items()) if is_listed(name)},
+        tensors=tensors,
+    )
+
+
+def may_be_added(name: str) -> bool:
+    """Whether a file beside a model is nothing that a program would load as a part of it."""
+    last = name.rpartition("/")[2]
+    return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
+
+
+def is_listed(name: str) -> bool:
+    """Whether a manifest lists a file: not the card, which is renewed, nor what is not published."""
+    return name not in (MANIFEST_NAME, CARD_NAME, *PRIVATE)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """What is written into `dapa.json`."""
+    content = {
+        "format": FORMAT,
+        "version": manifest.version,
+        "target": vars(manifest.target),
+        "source": vars(manifest.source),
+        "strength": manifest.strength,
+        "units": list(manifest.units),
+        "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in manifest.files.items()},
+        "tensors": {
+            name: {"file": tensor.file, "sha256": tensor.sha256}
+            | ({} if tensor.boxes is None else {"changed": tensor.boxes})
+            for name, tensor in manifest.tensors.items()
+        },
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a result, believed in nothing that could lead out of its folder.
+
+    Raises:
+        CheckpointError: If there is none, or it is not one of this format.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        content = read_json(path, max_bytes=MAX_BYTES)
+        if content.get("format") != FORMAT:
+            raise _wrong(path, f"is of format {content.get('format')!r:.40}, not {FORMAT}")
+        files = {_file_name(name): _file(entry) for name, entry in content["files"].items()}
+        return Manifest(
+            version=text_of(content["version"]),
+            target=_origin(content["target"]),
+            source=_origin(content["source"]),
+            strength=_number(content["strength"]),
+            units=_units(content["units"]),
+            files=files,
+            tensors={name: _tensor(entry, files) for name, entry in content["tensors"].items()},
+        )
+    except KeyError as error:
+        raise _wrong(path, f"lacks {error}") from None
+    except (TypeError, AttributeError, OverflowError):
+        raise _wrong(path, "is damaged: something in it is of another kind than it should be") from None
+    except ValueError as error:
+        raise _wrong(path, f"is damaged ({str(error)[:160]})") from None
+
+
+def _wrong(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}; take it from where the model was published")
+
+
+def _units(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r:.60} is no list of units")
+    return tuple(map(text_of, value))
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r:.60} is no number")
+    return float(value)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError(f"{value!r:.60} is no count")
+    return value
+
+
+def _file_name(name: str) -> str:
+    """A path of which every part is a plain name: none leads out of the folder, on any system."""
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or set("\\:") & set(name):
+        raise ValueError(f"{name!r:.80} is no path inside the folder")
+    return name
+
+
+def _file(entry: Mapping[str, Any]) -> File:
+    return File(_count(entry["bytes"]), sha256_of(entry["sha256"]))
+
+
+def _origin(entry: Mapping[str, Any]) -> Origin:
+    return Origin(text_of(entry["model"]), None if entry["commit"] is None else text_of(entry["commit"]))
+
+
+def _tensor(entry: Mapping[str, Any], files: Mapping[str, File]) -> ChangedTensor:
+    if entry["file"] not in files:
+        raise ValueError(f"{entry['file']!r:.80} holds a tensor but is not among the files")
+    boxes = None
+    if "changed" in entry:
+        boxes = tuple(tuple((_count(first), _count(stop)) for first, stop in box) for box in entry["changed"])
+        if not boxes or any(first >= stop for box in boxes for first, stop in box):
+            raise ValueError(f"{entry['changed']!r:.80} are no parts of a tensor")
+    return ChangedTensor(entry["file"], sha256_of(entry["sha256"]), boxes)
+
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def text_of(value: object) -> str:
+    """A value that has to be a text, from a file that anybody may have written.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.60} is no text")
+    return value
+
+
+def sha256_of(value: object) -> str:
+    """A value that has to be a SHA-256 in small hexadecimal digits.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise ValueError(f"{value!r:.80} is no SHA-256")
+    return value

@@ -1,0 +1,360 @@
+"""Writing a changed model: its files with some bytes replaced, all or nothing.
+
+Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
+proved and on disk. The model's files are opened for reading only: a Hub cache is made of links to shared blobs.
+Headers, the order of tensors and the names of shards stay its own, so that a content-addressed store has little to
+take up.
+
+Writing the repaired model: the target's files with the selected units of the source, and what it was made of.
+
+Whether a result can be made where it is wanted, before anything is written there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.checkpoint.digest import Digests, hash_file
+from dapa_merge.checkpoint.folder import INDEX_NAME, refuse_stray_link
+from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.files import file_state
+from dapa_merge.plan.edit import Rounding
+from dapa_merge.plan.plan import Plan
+from dapa_merge.transplant.manifest import MANIFEST_NAME, make_manifest, manifest_text
+from dapa_merge.transplant.shard import (
+    Progress,
+    RegionEdit,
+    Stopped,
+    clone,
+    edits_digest,
+    find_changes,
+    link_file,
+    write_file,
+)
+from dapa_merge.transplant.staging import Staging, flush_to_disk, staging, staging_folder
+
+# Of the record of what is finished, and of how files are made: another version's are not gone on from.
+FORMAT = 2
+# Other forms of the target's weights would no longer agree with the result, and its card describes another model.
+NOT_COPIED = (
+    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
+    "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
+    "recipe.lock.yml",
+    "dapa_search.png", "dapa_search.svg", "dapa_figures.png", "dapa_figures.svg",
+)  # fmt: skip
+MAX_THREADS = 8
+# A tokenizer has some 20 MB; whatever is much larger is no file of a model's settings.
+MAX_SMALL_BYTES = 1 << 30
+
+
+def write_result(
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[RegionEdit]],
+    out: Path,
+    job: Mapping[str, Any],
+    *,
+    extras: Mapping[str, str | bytes] | None = None,
+    describe: Callable[[Mapping[str, Digests]], str] | None = None,
+    link: bool = False,
+    check: Callable[[Path], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Write a model with some changes into `out`.
+
+    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
+    job finished is kept.
+
+    Args:
+        target: The model.
+        changes: For each of its weight files, what is to be in its place.
+        out: The folder to make; it must not exist, or be empty.
+        job: What else than the model and the places of the changes decides the bytes, as JSON has it.
+        extras: Further small files to write into it, by name.
+        describe: Makes the text of the manifest, of what each file turned out to be; without it nothing is hashed.
+        link: Let weight files that do not change be the target's own, under a second name.
+        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        progress: Called with numbers of bytes as they are done with.
+
+    Raises:
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
+            are to be linked where that is impossible.
+        CheckpointError: If a change does not fit, a small file is a stray link or no file, or one changes meanwhile.
+    """
+    linked = frozenset(name for name in target.shards if link and not changes[name])
+    changes = {**changes, **{name: [] for name in _small_files(target)}}
+    sizes = {name: target.path(name).stat().st_size for name in changes}
+    check_destination(out, target, sum(size for name, size in sizes.items() if name not in linked))
+    _check_sizes(target, sizes)
+    out = Path(os.path.abspath(out))
+    hashes = describe is not None
+    with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
+        files = _write_files(target, changes, linked, made, progress, hashes=hashes)
+        written = dict(extras or {})
+        for name, content in written.items():
+            files[name] = _write_small(made.folder / name, content)
+        if describe is not None:
+            written[MANIFEST_NAME] = describe(files)
+            _write_small(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
+        check(made.folder)
+        _publish(made, tuple(written), out)
+
+
+def _small_files(target: Checkpoint) -> list[str]:
+    """What belongs to a model beside its weights, by the paths in its folder.
+
+    Raises:
+        CheckpointError: If one is a link out of the folder, or no file: it would be copied into a result, or be lost.
+    """
+    names = []
+    for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
+        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
+            continue
+        if path.is_dir() and path.parent == target.folder:
+            if path.name == TEMPLATES:
+                refuse_stray_link(path, target.folder)
+            continue
+        if path.name == TEMPLATES:
+            raise CheckpointError(f"{path} is a file where chat templates should be in a folder; remove it")
+        refuse_stray_link(path, target.folder)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or mend it")
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
+        if path.stat().st_size > MAX_SMALL_BYTES:
+            size, most = path.stat().st_size / 1e9, MAX_SMALL_BYTES / 1e9
+            raise CheckpointError(
+                f"{path} has {size:.1f} GB, and files beside the weights may have {most:.1f} GB; move it elsewhere"
+            )
+        names.append(path.relative_to(target.folder).as_posix())
+    return names
+
+
+def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
+    for shard in target.shards:
+        described = max((tensor.stop for tensor in target.tensors.values() if tensor.file == shard), default=None)
+        if described is not None and described != sizes[shard]:
+            raise CheckpointError(
+                f"{target.folder / shard} had {described} bytes when its header was read and has {sizes[shard]} now; "
+                f"wait until nothing writes to it, and run the same command again"
+            )
+
+
+def _whole_job(
+    target: Checkpoint, changes: Mapping[str, Sequence[RegionEdit]], linked: Collection[str], job: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides the bytes of a result's files, as JSON has it."""
+    return {
+        "format": FORMAT,
+        "target": identity(target, sorted(changes), linked),
+        **job,
+        "changes": {name: edits_digest(of_file) for name, of_file in changes.items() if of_file},
+        "linked": sorted(linked),
+    }
+
+
+def identity(checkpoint: Checkpoint, names: Sequence[str], linked: Collection[str] = ()) -> dict[str, Any]:
+    """Which files these are, as JSON has it.
+
+    A snapshot of the Hub is known by its commit, since its files may have been fetched anew. The time at which anything
+    of a file changed is left out of files that get a second name here.
+    """
+    if checkpoint.commit is not None:
+        return {"commit": checkpoint.commit, "files": list(names)}
+    files = {name: file_state(checkpoint.path(name), counts_links=name not in linked) for name in names}
+    return {"folder": str(checkpoint.folder.absolute()), "files": files}
+
+
+def _write_files(
+    target: Checkpoint,
+    changes: Mapping[str, Sequence[RegionEdit]],
+    linked: Collection[str],
+    made: Staging,
+    progress: Progress,
+    *,
+    hashes: bool,
+) -> dict[str, Digests]:
+    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
+    stop = threading.Event()
+    num_large = sum(name not in linked and name not in made.record.files for name in target.shards)
+    hash_apart = num_large < (os.cpu_count() or 1)
+    files = dict(made.record.files)
+
+    def write(name: str) -> None:
+        if stop.is_set():
+            return
+        path = made.folder / name
+        if name in files:
+            progress(files[name].num_bytes)
+        elif name in linked:
+            # Not recorded: whoever writes into the target writes into it, so that each run hashes it anew.
+            link_file(target.path(name), path)
+            files[name] = hash_file(path, progress=progress) if hashes else Digests(path.stat().st_size, "", {})
+        else:
+            how = {"hash_apart": hash_apart, "hashes": hashes}
+            files[name] = write_file(target.path(name), path, changes[name], progress, stop, **how)
+            made.record.finish(name, path, files[name])
+
+    for name in changes:
+        (made.folder / name).parent.mkdir(exist_ok=True)
+    by_size = sorted(changes, key=lambda name: target.path(name).stat().st_size, reverse=True)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        writes = [pool.submit(write, name) for name in by_size]
+        try:
+            wait(writes, return_when=FIRST_EXCEPTION)
+        finally:
+            # After a fault, and after Ctrl-C; otherwise there is nothing left to stop.
+            stop.set()
+    faults = [fault for written in writes if (fault := written.exception()) is not None]
+    for fault in faults:
+        if not isinstance(fault, Stopped):
+            raise fault
+    return files
+
+
+def num_threads() -> int:
+    """How many files are written at once: more than there are processors, since each also waits for the disk."""
+    return min(MAX_THREADS, (os.cpu_count() or 1) + 2)
+
+
+def _write_small(path: Path, content: str | bytes) -> Digests:
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(content)
+    return Digests(len(content), hashlib.sha256(content).hexdigest(), {})
+
+
+def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
+    """Let the result appear, complete and on disk; `written` are the files that are not on disk yet."""
+    for name in written:
+        with (made.folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    for folder in (*(path for path in made.folder.rglob("*") if path.is_dir()), made.folder):
+        flush_to_disk(folder, files=False)
+    try:
+        made.folder.rename(out)
+    except OSError as error:
+        raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
+    flush_to_disk(out.parent, files=False)
+
+
+def transplant(
+    plan: Plan,
+    selection: Sequence[Unit],
+    out: Path,
+    *,
+    extras: Mapping[str, str | bytes] | None = None,
+    link: bool = False,
+    manifest: bool = True,
+    check: Callable[[Path], object] = lambda _: None,
+    progress: Progress = lambda _: None,
+) -> Rounding:
+    """Write the target with the selected units replaced by the source's into `out`.
+
+    Every byte is read back as soon as it is written, and compared with the target's or the source's. What an earlier
+    run of the same job finished is kept.
+
+    Args:
+        plan: Target and source.
+        selection: The units to replace.
+        out: The folder to make; it must not exist, or be empty.
+        extras: Further small files to write into it, by name.
+        link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
+            the same: people edit them.
+        manifest: Write `dapa.json`, with the SHA-256 of everything.
+        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        progress: Called with numbers of bytes as they are done with.
+
+    Returns:
+        What was lost where values were stored in a narrower dtype, of the files that this call wrote.
+
+    Raises:
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
+            are to be linked where that is impossible.
+        CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
+    """
+    rounding = Rounding()
+    changes = find_changes(plan, selection, rounding)
+    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
+    units = tuple(map(str, selection))
+
+    def describe(files: Mapping[str, Digests]) -> str:
+        return manifest_text(make_manifest(plan, units, changes, files))
+
+    job = {"source": identity(plan.source, sources), "selection": list(units)}
+    write_result(
+        plan.target,
+        changes,
+        out,
+        job,
+        extras=extras,
+        describe=describe if manifest else None,
+        link=link,
+        check=check,
+        progress=progress,
+    )
+    return rounding
+
+
+def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = None) -> None:
+    """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left.
+
+    Args:
+        out: The result's place.
+        target: What is copied there.
+        num_bytes: What will be written, if less than all of the target's weights.
+    """
+    # The folder of this name, also where it ends in `..`.
+    place = Path(os.path.abspath(out))
+    try:
+        occupied = place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir())))
+        is_here = place.exists() and place.samefile(Path.cwd())
+    except OSError as error:
+        raise UsageError(f"{out} cannot be made: {error.strerror}") from error
+    if occupied:
+        raise UsageError(f"{out} exists already; name another folder or remove it")
+    if is_here:
+        raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
+    parent = place.parent
+    if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target.folder)):
+        raise UsageError(f"{out} is inside the target's own folder; name a place beside it")
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{out} cannot be made: {parent} is no folder that you may write to")
+    needed = num_bytes
+    if needed is None:
+        needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
+    # What an earlier run left is either gone on from or cleared.
+    free = shutil.disk_usage(parent).free + _allocated(staging_folder(place))
+    if free < needed and not _shares_blocks(target, parent):
+        raise UsageError(
+            f"the result needs {needed / 1e9:.2f} GB on the disk of {parent}, which has {free / 1e9:.2f} GB left"
+        )
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes of the disk that a folder takes."""
+    if not folder.is_dir():
+        return 0
+    states = [path.lstat() for path in folder.rglob("*")]
+    # Links to the target's own files (of a run with --link) give nothing back.
+    return sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state in states if state.st_nlink == 1)
+
+
+def _shares_blocks(target: Checkpoint, parent: Path) -> bool:
+    """Whether a copy of the target takes no space there until it is changed."""
+    try:
+        with (target.folder / target.shards[0]).open("rb") as reader, tempfile.TemporaryFile(dir=parent) as writer:
+            return clone(reader.fileno(), writer.fileno())
+    except OSError:
+        return False

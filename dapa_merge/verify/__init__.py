@@ -1,0 +1,1 @@
+"""Proves that a result is the target plus exactly its selection."""

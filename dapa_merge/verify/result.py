@@ -1,0 +1,241 @@
+"""Checking a result: against its manifest, its target and its source, as far as these are at hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.checkpoint.digest import Digests, settings_files
+from dapa_merge.checkpoint.folder import WEIGHTS
+from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.location import Location, parse_location
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.files import new_file
+from dapa_merge.patch.apply import UNDO_NAME
+from dapa_merge.plan.plan import Plan, join, sparing
+from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
+from dapa_merge.progress import Reporter
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.transplant.manifest import MANIFEST_NAME, Manifest, manifest_text, read_manifest
+from dapa_merge.verify.files import check, manifest_of
+from dapa_merge.verify.tensors import Verification, verify
+
+# So many differing keys of a settings file are named.
+MAX_KEYS = 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a result turned out to be.
+
+    Attributes:
+        verification: Tensor by tensor; None if only the manifest was looked at.
+        faults: A sentence for whatever is wrong.
+        notes: A sentence for whatever may be meant, but should be known.
+        has_manifest: Whether there is a `dapa.json`.
+    """
+
+    verification: Verification | None
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    has_manifest: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: the verdict, and what is not the target's."""
+        answer: dict[str, Any] = {"correct": not self.faults, "faults": list(self.faults), "notes": list(self.notes)}
+        answer["manifest"] = self.has_manifest
+        if self.verification is not None:
+            changed = dict(sorted(self.verification.origins.items()))
+            answer |= {
+                "num_tensors": self.verification.num_tensors,
+                "units": list(map(str, self.verification.transplanted)),
+                "changed": changed,
+                "num_changed": dict(Counter(changed.values())),
+            }
+        return answer
+
+
+def verify_result(
+    out: Path,
+    recipe_path: Path | None,
+    reporter: Reporter,
+    *,
+    target: Location | None = None,
+    source: Location | None = None,
+    write: bool = False,
+    allow_pickle: bool = False,
+) -> Check:
+    """Compare a result with its target, its source and its manifest; also one that `mergekit-yaml` wrote.
+
+    If the recipe names no layers, any selection of units is right, but not an empty one.
+
+    Args:
+        out: The result's folder.
+        recipe_path: The recipe that it was made by; by default the one in it.
+        reporter: Hears of the steps.
+        target: Where the target is, if not where the recipe says.
+        source: Where the source is, if not where the recipe says.
+        write: Give it a manifest, if it is correct and has none.
+        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+
+    Raises:
+        DapaError: If the result, its recipe, the target or the source cannot be read.
+    """
+    manifest = _manifest(out)
+    if recipe_path is None and not (out / RECIPE_NAME).is_file():
+        raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
+    recipe = load_recipe(recipe_path or out / RECIPE_NAME)
+    recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
+    plan = make_plan(recipe, allow_pickle=allow_pickle)
+    given = [checkpoint for checkpoint, place in ((plan.target, target), (plan.source, source)) if place is not None]
+    if any(out.samefile(checkpoint.folder) for checkpoint in given):
+        raise UsageError(f"{out} is the target or the source itself, and nothing that was made of them")
+    selection = given_selection(recipe, plan)
+    if selection is not None:
+        plan = sparing(plan, selection)
+    fetch_units(plan, plan.units, reporter)
+    result = open_checkpoint(str(out))
+    with reporter.task("verifying", result.num_bytes) as verified:
+        verification = verify(out, plan, verified)
+    faults = [f"{name} {what}" for name, what in verification.differences]
+    if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
+        faults.append("nothing was transplanted: it is the target as it was")
+    if not faults and selection is not None and not verification.is_exactly(selection):
+        found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
+        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
+    faults += _loaded_besides(result, plan.target)
+    notes = list(_other_settings(result, plan.target))
+    if manifest is not None:
+        faults += _against(out, manifest, verification, result)
+        faults += _said_otherwise(manifest, plan, verification, selection)
+    if write and not faults:
+        if manifest is not None:
+            raise UsageError(f"{out} has a {MANIFEST_NAME} already; leave out --write-manifest")
+        content = manifest_text(manifest_of(result, plan, verification))
+        with new_file(out / MANIFEST_NAME) as keep:
+            keep(content)
+        manifest = read_manifest(out)
+    return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None)
+
+
+def check_manifest(out: Path, reporter: Reporter) -> Check:
+    """Compare a result's files with its manifest alone, without its target and source.
+
+    Raises:
+        CheckpointError: If there is no manifest, or none that can be read.
+    """
+    manifest = _manifest(out)
+    if manifest is None:
+        raise CheckpointError(f"{out} has no {MANIFEST_NAME}, by which its files could be checked")
+    with reporter.task("hashing", sum(file.num_bytes for file in manifest.files.values())) as done:
+        faults = check(out, manifest, done)
+    return Check(None, tuple(faults), (), True)
+
+
+def location_option(value: str | None, option: str) -> Location | None:
+    """The model that an option of the command line names.
+
+    Raises:
+        UsageError: If it names none.
+    """
+    try:
+        return None if value is None else parse_location(value)
+    except ValueError:
+        raise UsageError(f"{option} is {value!r}; write a folder, a Hub id or id@revision") from None
+
+
+def _manifest(out: Path) -> Manifest | None:
+    if not out.is_dir():
+        raise CheckpointError(f"{out} is no folder")
+    return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
+
+
+def _against(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:
+    """Where a result is not what its manifest says; weight files were read already."""
+    known = {
+        name: Digests(result.path(name).stat().st_size, sha256, verification.tensors)
+        for name, sha256 in verification.files.items()
+    }
+    faults = check(out, manifest, known=known)
+    for name in sorted({re.sub(r"\[[0-9:,]*\]$", "", name) for name in verification.origins} - manifest.tensors.keys()):
+        faults.append(f"{name} is not the target's, and {MANIFEST_NAME} does not say so")
+    return faults
+
+
+def _said_otherwise(
+    manifest: Manifest, plan: Plan, verification: Verification, selection: Sequence[Unit] | None
+) -> Iterator[str]:
+    """What a manifest says was done, and was not."""
+    if manifest.strength != plan.strength:
+        yield f"{MANIFEST_NAME} says strength {manifest.strength}, and the recipe {plan.strength}"
+    units = (*verification.transplanted, *verification.alike) if selection is None else selection
+    allowed = {name for unit in units for name in unit.tensors}
+    for name in sorted(manifest.tensors.keys() - allowed):
+        yield f"{MANIFEST_NAME} says that {name} was changed, which is the target's"
+    if selection is not None:
+        try:
+            said = spans(manifest.units)
+        except ValueError:
+            said = " ".join(manifest.units)[:200]
+        if said != (meant := spans(join(plan, selection))):
+            yield f"{MANIFEST_NAME} says that {said} was transplanted, and the recipe {meant}"
+
+
+def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """Files that programs would load beside the weights that were compared, and that the target does not have."""
+    for path in sorted(result.folder.iterdir()):
+        name = path.name
+        if name == UNDO_NAME:
+            continue  # Of a patch that was applied here; its name is hidden, and no program loads it.
+        if name.startswith("adapter_") or (name.endswith(WEIGHTS) and name not in result.shards):
+            yield f"{name} holds other weights, which programs may load instead or on top"
+        elif name.endswith(".py"):
+            theirs = target.folder / name
+            if not theirs.is_file() or theirs.read_bytes() != path.read_bytes():
+                yield f"{name} is code that the target does not have"
+        elif name.endswith("config.json") and (code := _code(path) - _own_code(target, name)):
+            yield f"{name} names code that the target's does not: {', '.join(sorted(code))}"
+
+
+def _own_code(target: Checkpoint, name: str) -> set[str]:
+    """The code that a settings file of the target names, also as transformers rewrites it, with where it came from."""
+    path = target.folder / name
+    own = _code(path) if path.is_file() else set()
+    return own | {f"{place}--{code}" for place in (target.name, target.folder) for code in own}
+
+
+def _code(path: Path) -> set[str]:
+    """The classes that a settings file has programs load from code beside it, or from the Hub."""
+    found = read_json(path).get("auto_map")
+    values = found.values() if isinstance(found, Mapping) else [found]
+    return {
+        str(code) for value in values for code in (value if isinstance(value, list) else [value]) if code is not None
+    }
+
+
+def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """The config and tokenizer files of a result that are not its target's, byte for byte."""
+    ours, theirs = settings_files(result), settings_files(target)
+    for name in sorted({*ours, *theirs}):
+        if name not in ours:
+            yield f"{name}, of the target, is not in the result"
+        elif name in theirs and ours[name].read_bytes() != theirs[name].read_bytes():
+            yield f"{name} is not the target's, byte for byte{_other_keys(ours[name], theirs[name])}"
+
+
+def _other_keys(ours: Path, theirs: Path) -> str:
+    """Which keys of two settings files differ, for a sentence; nothing if they are no JSON objects."""
+    try:
+        one, other = read_json(ours), read_json(theirs)
+    except CheckpointError:
+        return ""
+    keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
+    more = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
+    return f"; it differs in {', '.join(key[:60] for key in keys[:MAX_KEYS])}{more}" if keys else ", but says the same"

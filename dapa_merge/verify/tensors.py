@@ -1,0 +1,188 @@
+"""The proof that a result is its target with some units of its source, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.checkpoint.region import Rows, TensorBox
+from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
+from dapa_merge.plan.plan import Plan, cut, region_of
+from dapa_merge.verify.comparison import Findings, RowOrigins, correspond, examine_file
+
+if TYPE_CHECKING:
+    import numpy
+
+
+# Hashing and comparing let other threads run.
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a result turned out to be, tensor by tensor.
+
+    Attributes:
+        transplanted: The units whose every tensor is the source's, and not also the target's. If that is so of some
+            rows of a unit only, the blocks of these.
+        alike: The units that are the same in source and target, so that nothing can be told of them.
+        differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
+            a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
+        num_tensors: How many tensors were compared.
+        origins: For each tensor of the result that is not all the target's, what it is: `source`, `blend` where the
+            plan mixes, or `unexplained`; and behind it the rows that are, if not all.
+        files: The SHA-256 of each weight file.
+        tensors: The SHA-256 of the bytes of each tensor that may have been transplanted.
+    """
+
+    transplanted: tuple[Unit, ...]
+    alike: tuple[Unit, ...]
+    differences: tuple[tuple[str, str], ...]
+    num_tensors: int
+    origins: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        return not self.differences
+
+    def is_exactly(self, selection: Iterable[Unit]) -> bool:
+        """Whether the result holds and its transplanted units are those of `selection`."""
+        return self.holds and set(self.transplanted) == set(selection) - set(self.alike)
+
+
+def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> Verification:
+    """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the source.
+
+    It does not matter who wrote `out`: shards, order and headers may differ, and how tensors are cut; values may not.
+    Whatever blocks the plan has, every row of its units is judged, also those between the blocks.
+    Each of the three models is read once, by several threads, in memory that does not grow with them.
+
+    Args:
+        out: The result's folder.
+        plan: The target, the source and the units that may have been transplanted; all else must be the target's.
+        progress: Called with numbers of bytes of the result as they are compared.
+
+    Raises:
+        CheckpointError: If one of the three checkpoints cannot be read.
+    """
+    result = open_checkpoint(str(out))
+    plan = cut(plan, plan.units)
+    found = correspond(result, plan)
+    with ThreadPoolExecutor(THREADS) as pool:
+        look = partial(examine_file, result, places=found.places, plan=plan, progress=progress)
+        by_file = dict(zip(result.shards, pool.map(look, result.shards), strict=True))
+    seen = reduce(_together, by_file.values(), Findings())
+    known = {name for name, _ in found.faults}
+    differences = [*found.faults, *((name, "differs from the target") for name in seen.different - known)]
+    verdicts = [
+        _judge(unit, seen.rows, plan) for unit in plan.units if all((unit, part) in seen.rows for part in unit.parts)
+    ]
+    differences += [fault for verdict in verdicts for fault in verdict.faults]
+    return Verification(
+        transplanted=tuple(unit for verdict in verdicts for unit in verdict.transplanted),
+        alike=tuple(unit for verdict in verdicts for unit in verdict.alike),
+        differences=tuple(sorted(differences)),
+        num_tensors=len(plan.target.tensors),
+        origins=_origins(verdicts, differences, plan),
+        files={name: findings.sha256 for name, findings in by_file.items()},
+        tensors=seen.tensor_sha256,
+    )
+
+
+@dataclass(frozen=True)
+class _UnitOrigin:
+    """What a unit is in a result: blocks of it that are the source's, all of it alike in both, or what is wrong."""
+
+    transplanted: tuple[Unit, ...] = ()
+    alike: tuple[Unit, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()
+
+
+_NEITHER = "is neither the target's nor the source's"
+_LONE = "is the source's, but others of its unit are the target's"
+
+
+def _judge(unit: Unit, rows: Mapping[tuple[Unit, TensorBox], RowOrigins], plan: Plan) -> _UnitOrigin:
+    origins = {part: rows[unit, part] for part in unit.parts}
+    if all(origin.is_source.all() for origin in origins.values()):
+        is_alike = all(origin.is_target.all() for origin in origins.values())
+        return _UnitOrigin(alike=(unit,)) if is_alike else _UnitOrigin(transplanted=(unit,))
+    return _judge_rows(unit, origins, plan) if unit.module in DIVISIBLE_MODULES else _judge_whole(origins, plan)
+
+
+def _judge_whole(origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
+    """Of a unit that is not all the source's, and cannot be so in part."""
+    neither = {
+        part: ~(origin.is_target | origin.is_source)
+        for part, origin in origins.items()
+        if not origin.is_target.all() and not origin.is_source.all()
+    }
+    if neither:
+        return _UnitOrigin(faults=tuple((_name(plan, part, wrong), _NEITHER) for part, wrong in neither.items()))
+    lone = [part for part, origin in origins.items() if not origin.is_target.all()]
+    return _UnitOrigin(faults=tuple((region_of(plan.target, part).name, _LONE) for part in lone))
+
+
+def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
+    """Of a unit that is not all the source's: the rows that are, and what is wrong."""
+    import numpy
+
+    start, stop = plan.rows(unit)
+    is_target, is_source, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
+    places = {part: slice(part.first_row - start, part.first_row - start + part.num_rows) for part in origins}
+    for part, origin in origins.items():
+        is_target[places[part]] &= origin.is_target
+        is_source[places[part]] &= origin.is_source
+        is_neither[places[part]] |= ~(origin.is_target | origin.is_source)
+    faults = []
+    for part, origin in origins.items():
+        neither = ~(origin.is_target | origin.is_source)
+        lone = ~(is_target | is_source | is_neither)[places[part]] & ~origin.is_target
+        faults += [
+            (_name(plan, part, wrong), what) for wrong, what in ((neither, _NEITHER), (lone, _LONE)) if wrong.any()
+        ]
+    blocks = (plan.part(unit.whole, (start + first, start + last)) for first, last in _ranges(is_source & ~is_target))
+    return _UnitOrigin(transplanted=tuple(blocks), faults=tuple(faults))
+
+
+def _name(plan: Plan, part: TensorBox, wrong: numpy.ndarray) -> str:
+    """A part's tensor, and the rows of it that hold all that is wrong, if these are not all."""
+    ranges = _ranges(wrong)
+    if ranges:
+        part = part.narrow((part.first_row + ranges[0][0], part.first_row + ranges[-1][1])) or part
+    return region_of(plan.target, part).name
+
+
+def _ranges(mask: numpy.ndarray) -> list[Rows]:
+    """The stretches in which a mask is true."""
+    import numpy
+
+    edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
+    return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _origins(verdicts: Iterable[_UnitOrigin], differences: Iterable[tuple[str, str]], plan: Plan) -> dict[str, str]:
+    """By name, with rows where it is not all of a tensor, what is not the target's."""
+    kind = "source" if plan.strength == 1 else "blend"
+    units = (unit for verdict in verdicts for unit in verdict.transplanted)
+    origins = {region_of(plan.target, part).name: kind for unit in units for part in unit.parts}
+    return origins | {name: "unexplained" for name, _ in differences}
+
+
+def _together(one: Findings, other: Findings) -> Findings:
+    """What was seen in two files; of a unit whose rows are in both, in either."""
+    rows = dict(one.rows)
+    for key, origin in other.rows.items():
+        if (before := rows.get(key)) is not None:
+            origin = RowOrigins(before.is_target & origin.is_target, before.is_source & origin.is_source)
+        rows[key] = origin
+    return Findings(
+        tensor_sha256={**one.tensor_sha256, **other.tensor_sha256}, different=one.different | other.different, rows=rows
+    )

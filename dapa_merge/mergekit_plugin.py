@@ -49,7 +49,7 @@ from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.edit import Rounding, does_not_fit, mix, not_finite
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan
-from dapa_merge.progress import ConsoleReporter
+from dapa_merge.progress import LOG, shown
 from dapa_merge.recipe.parameters import PARAMETERS, spans
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
@@ -141,7 +141,8 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             selected = self._selected.get(recipe)
             if selected is None or selected.is_stale():
                 try:
-                    selected = self._selected[recipe] = _select(recipe)
+                    with shown():
+                        selected = self._selected[recipe] = _select(recipe)
                 except DapaError as error:
                     raise MergeRefused(error) from error
             return selected
@@ -235,15 +236,14 @@ def _select(recipe: Recipe) -> _Selected:
     local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
-    reporter = ConsoleReporter()
     selection = given_selection(recipe, plan)
     if selection is None:
         # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
         options = _command_line()
         device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
         search = SearchOptions(device, evaluators=EvaluatorOptions.from_environment(), allow_pickle=allow_pickle)
-        selection = join(plan, search_plan(recipe, plan, search, reporter).minimum.units)
-    reporter.say(f"dapa: transplanting {spans(selection)} from {recipe.source}")
+        selection = join(plan, search_plan(recipe, plan, search).minimum.units)
+    LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(
         boxes=boxes_in_merge(plan, selection),
         plan=plan,

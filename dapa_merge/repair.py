@@ -20,7 +20,7 @@ from dapa_merge.measure.model import responses_text
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.replay import replay_text
@@ -51,7 +51,6 @@ def repair(
     lock: Lock | None = None,
     is_locked: bool = False,
     options: SearchOptions | None = None,
-    reporter: Reporter | None = None,
 ) -> Report:
     """Repair the target and write the result to `out`, with a report and the recipe that replays it.
 
@@ -66,14 +65,12 @@ def repair(
         is_locked: Transplant what the lock says, rather than search; it is measured with the prompts that a search
             would not have asked.
         options: Where to evaluate, how many at once, and where to keep the journal.
-        reporter: Hears of the steps.
 
     Raises:
         CannotRepair: If the source makes nothing better; nothing is written.
         DapaError: For whatever else does not fit; nothing is written.
     """
     start = time.monotonic()
-    reporter = reporter or Reporter()
     options = options or SearchOptions()
     # An evaluation loads the whole source too.
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
@@ -90,20 +87,20 @@ def repair(
         # A mere transplant starts without it, in half the time.
         from dapa_merge.report.evidence import gather_evidence
 
-        evidence = gather_evidence(recipe, plan, selection, options, reporter)
+        evidence = gather_evidence(recipe, plan, selection, options)
         selection = evidence.selection
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     responses = evidence.responses if evidence else {}
-    pictures = _pictures(plan, report, evidence, reporter) if evidence else {}
+    pictures = _pictures(plan, report, evidence) if evidence else {}
     extras: dict[str, str | bytes] = {**pictures}
     if lock is not None:
         extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
-    write(recipe, plan, selection, out, report, reporter, responses, extras, link=link, manifest=manifest)
+    write(recipe, plan, selection, out, report, responses, extras, link=link, manifest=manifest)
     return report
 
 
-def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter) -> dict[str, bytes]:
+def _pictures(plan: Plan, report: Report, evidence: Evidence) -> dict[str, bytes]:
     """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
     try:
         from dapa_merge.report.charts import render, report_figure, search_figure
@@ -119,7 +116,7 @@ def _pictures(plan: Plan, report: Report, evidence: Evidence, reporter: Reporter
         }
     except Exception as error:
         # Whatever a picture fails of, it must not cost the model.
-        reporter.say(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
+        LOG.info(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
         return {}
 
 
@@ -162,7 +159,6 @@ def write(
     selection: Sequence[Unit],
     out: Path,
     report: Report,
-    reporter: Reporter,
     responses: Mapping[str, Sequence[Response]],
     extras: Mapping[str, str | bytes],
     *,
@@ -170,7 +166,7 @@ def write(
     manifest: bool = True,
 ) -> None:
     """Transplant on disk, prove the result, and only then let it appear."""
-    fetch_units(plan, selection, reporter)
+    fetch_units(plan, selection)
     added: dict[str, str | bytes] = {
         **extras,
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
@@ -178,14 +174,14 @@ def write(
     }
     if responses:
         added[RESPONSES_NAME] = responses_text(responses)
-    with reporter.task("copying and verifying", plan.target.num_bytes) as done:
-        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest, progress=done)
+    with task("copying and verifying", plan.target.num_bytes, "bytes"):
+        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
     if rounding.overflowed:
-        reporter.say(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
+        LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:
-        reporter.say(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
+        LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
     what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
-    reporter.say(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
+    LOG.info(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ class FollowOptions:
 
 
 def follow(
-    recipe: Recipe, path: Path, out: Path, how: FollowOptions, reporter: Reporter, **settings: Any
+    recipe: Recipe, path: Path, out: Path, how: FollowOptions, **settings: Any
 ) -> tuple[Report, Published | None]:
     """Follow a recipe.
 
@@ -215,7 +211,6 @@ def follow(
         path: The file.
         out: The folder to make.
         how: How.
-        reporter: Hears of the steps.
         settings: Further arguments of `repair`.
 
     Returns:
@@ -228,43 +223,43 @@ def follow(
     if how.is_locked:
         from dapa_merge.publish.outdated import follow_lock
 
-        recipe, lock = follow_lock(recipe, path, reporter)
+        recipe, lock = follow_lock(recipe, path)
     if how.push is not None:
         from dapa_merge.publish.push import check_push
 
         check_push(how.push, recipe)
     if how.keeps_lock and lock is None:
-        lock = _lock(recipe, reporter)
-    report = repair(recipe, out, lock=lock, is_locked=how.is_locked, reporter=reporter, **settings)
+        lock = _lock(recipe)
+    report = repair(recipe, out, lock=lock, is_locked=how.is_locked, **settings)
     if lock is not None and not how.is_locked:
         from dapa_merge.publish.outdated import keep_lock
 
-        keep_lock(lock.with_units(report.units), path, reporter)
+        keep_lock(lock.with_units(report.units), path)
     if how.push is None:
-        _describe(out, how, reporter)
+        _describe(out, how)
         return report, None
-    return report, _publish(out, how.push, reporter)
+    return report, _publish(out, how.push)
 
 
-def _lock(recipe: Recipe, reporter: Reporter) -> Lock | None:
+def _lock(recipe: Recipe) -> Lock | None:
     from dapa_merge.publish.outdated import make_lock
 
     try:
-        return make_lock(recipe, reporter)
+        return make_lock(recipe)
     except DapaError as error:
         # A repair from the caches needs no Hub; a model that cannot be read is told better where it is read.
-        reporter.say(f"not locked: {error}")
+        LOG.info(f"not locked: {error}")
         return None
 
 
-def _describe(out: Path, how: FollowOptions, reporter: Reporter) -> None:
+def _describe(out: Path, how: FollowOptions) -> None:
     """Give the result its card; where that cannot be, it is a result all the same."""
     from dapa_merge.publish.write_card import write_card
 
     try:
-        write_card(out, reporter, how.card)
+        write_card(out, how.card)
     except DapaError as error:
-        reporter.say(f"no card yet: {error}; `dapa-merge card {out}` writes it")
+        LOG.info(f"no card yet: {error}; `dapa-merge card {out}` writes it")
 
 
 def _command(out: Path, options: PushOptions) -> str:
@@ -278,11 +273,11 @@ def _command(out: Path, options: PushOptions) -> str:
     return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])
 
 
-def _publish(out: Path, options: PushOptions, reporter: Reporter) -> Published:
+def _publish(out: Path, options: PushOptions) -> Published:
     from dapa_merge.publish.push import push
 
     try:
-        return push(out, replace(options, is_proved=True), reporter)
+        return push(out, replace(options, is_proved=True))
     except BaseException:
-        reporter.say(f"{out} is complete; publish it with: {_command(out, options)}")
+        LOG.info(f"{out} is complete; publish it with: {_command(out, options)}")
         raise

@@ -54,18 +54,18 @@ def test_a_candidate_is_examined_and_the_target_restored(bench):
     fails = bench.examine(middle[:1])
     assert not fails.holds
     assert fails.num_asked < fails.num_prompts
-    assert bench.baseline((), lambda _: None).score == 0
+    assert bench.baseline(()).score == 0
 
 
 def test_the_prior_puts_the_planted_layers_first(bench):
-    target, full = (bench.baseline(units, lambda _: None).responses for units in ((), bench.plan.units))
+    target, full = (bench.baseline(units).responses for units in ((), bench.plan.units))
     scores = bench.attribute(bench.plan.units, target, full)
     first = sorted(scores, key=scores.__getitem__, reverse=True)[:4]
     assert {unit.layer for unit in first} == {3, 4, 5, 6}
 
 
 def test_responses_that_do_not_tell_the_two_apart_make_no_prior(bench):
-    target = bench.baseline((), lambda _: None).responses
+    target = bench.baseline(()).responses
     with pytest.raises(ValueError, match="none of 0 contrasts"):
         bench.attribute(bench.plan.units, target, target)
 

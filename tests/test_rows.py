@@ -25,7 +25,6 @@ from dapa_merge.mergekit_plugin import MergeRefused, _with_boxes
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import divide, join
 from dapa_merge.plan.selection import given_selection, make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.replay import replay_text
 from dapa_merge.verify.result import verify_result
@@ -172,7 +171,7 @@ def test_mergekit_rounds_the_rows_it_takes_and_keeps_the_targets_others(tmp_path
         expected[rows] = stored(source, GATE)[rows].to(target_dtype)
     assert torch.equal(stored(tmp_path / "out", GATE), expected)
     recipe = write_recipe(target, source, layers="3.gate[5:9],3.gate[40:48],1.gate")
-    check = verify_result(tmp_path / "out", recipe, Reporter())
+    check = verify_result(tmp_path / "out", recipe)
     assert check.faults == ()
     assert list(map(str, check.verification.transplanted)) == ["1.gate", "3.gate[5:9]", "3.gate[40:48]"]
 

@@ -23,7 +23,6 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.search import workers as search_testers
 from dapa_merge.search.journal import name_of
@@ -129,7 +128,7 @@ def test_early_verdicts_are_the_full_ones_on_every_test_of_a_search(done, capsys
     units = {str(unit): unit for unit in plan.units}
     tests = [entry for entry in entries(done.journal) if "holds" in entry]
     num_asked = num_prompts = 0
-    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], SearchOptions("cpu"), Reporter())) as bench:
+    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], SearchOptions("cpu"))) as bench:
         bench.require(Requirement(**done.found["requirement"]))
         for test in tests:
             full = bench.examine([units[name] for name in test["selection"]], stop_early=False)

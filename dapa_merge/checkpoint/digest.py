@@ -9,7 +9,7 @@ kilobytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from dapa_merge.checkpoint.folder import open_regular
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, iterate_bytes
 from dapa_merge.errors import CheckpointError
+from dapa_merge.progress import advance
 
 DIGEST_THREADS = 4
 # The small files that decide what a model is asked and when it stops: everything but weights, cards and images.
@@ -31,9 +32,7 @@ OTHER_FILES = (
 )  # fmt: skip
 
 
-def tensors_digest(
-    checkpoint: Checkpoint, names: Iterable[str] | None = None, progress: Callable[[int], None] = lambda _: None
-) -> str:
+def tensors_digest(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str:
     """The commit of a Hub snapshot; for a local folder the SHA-256 over the named tensors (default: all).
 
     Names, dtypes, shapes and bytes count; the order in the files and the division into shards do not.
@@ -41,7 +40,6 @@ def tensors_digest(
     Args:
         checkpoint: The model.
         names: Which tensors decide.
-        progress: Called with numbers of bytes as they are read.
     """
     if checkpoint.commit is not None:
         return f"commit {checkpoint.commit}"
@@ -51,7 +49,7 @@ def tensors_digest(
         state = hashlib.sha256(f"{tensor.name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
         for piece in iterate_bytes(checkpoint, tensor):
             state.update(piece)
-            progress(len(piece))
+            advance(len(piece), "bytes")
         return state.digest()
 
     # Reading and hashing both let other threads run.
@@ -144,15 +142,12 @@ class Hasher:
         return Digests(self.num_bytes, self._whole.hexdigest(), parts)
 
 
-def hash_file(
-    path: Path, spans: Mapping[str, Span] | None = None, progress: Callable[[int], None] = lambda _: None
-) -> Digests:
+def hash_file(path: Path, spans: Mapping[str, Span] | None = None) -> Digests:
     """Read a file once, and hash it and spans of it.
 
     Args:
         path: The file.
         spans: Parts to be hashed for themselves, by name; they do not overlap.
-        progress: Called with numbers of bytes as they are read.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -163,7 +158,7 @@ def hash_file(
         with open_regular(path) as file:
             while size := file.readinto(buffer):
                 hasher.update(buffer[:size])
-                progress(size)
+                advance(size, "bytes")
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     return hasher.digests()

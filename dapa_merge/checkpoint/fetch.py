@@ -34,6 +34,7 @@ from dapa_merge.checkpoint.folder import INDEX_NAME
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError, one_line
 from dapa_merge.files import take_lock, write_all
+from dapa_merge.progress import advance
 
 # A weight file, a first byte in it, and the byte after the last.
 FileRange = tuple[str, int, int]
@@ -84,12 +85,12 @@ class PartialWeights:
             sum(local.write(0, [prefix]))
         else:
             local = SparseFile(path, size)
-            _fetch(remote, local, 0, min(8, size), lambda _: None)
+            _fetch(remote, local, 0, min(8, size))
         with path.open("rb") as file:
             header_stop = 8 + int.from_bytes(file.read(8), "little")
         # A longer header is refused by whoever reads it, from these eight bytes.
         if header_stop <= min(8 + MAX_HEADER_BYTES, local.num_bytes):
-            _fetch(remote, local, 8, header_stop, lambda _: None)
+            _fetch(remote, local, 8, header_stop)
         return remote, local
 
     def missing(self, ranges: Iterable[FileRange]) -> list[FileRange]:
@@ -101,12 +102,11 @@ class PartialWeights:
                     pieces.append((file, first, min(first + REQUEST_BYTES, gap_stop)))
         return pieces
 
-    def ensure(self, ranges: Iterable[FileRange], progress: Callable[[int], None] = lambda _: None) -> None:
+    def ensure(self, ranges: Iterable[FileRange]) -> None:
         """Fetch what of the given ranges is not present, over several connections at once.
 
         Args:
             ranges: Of the weight files; they may overlap.
-            progress: Called with numbers of bytes as they come.
 
         Raises:
             HubError: If the Hub refuses or is not reached; what came is kept.
@@ -121,10 +121,9 @@ class PartialWeights:
 
             def fetch(piece: FileRange) -> None:
                 file, start, end = piece
-                _fetch(*self._files[file], start, end, count)
+                _fetch(*self._files[file], start, end, check)
 
-            def count(num_bytes: int) -> None:
-                progress(num_bytes)
+            def check() -> None:
                 if stop.is_set():
                     raise HubError("the download was given up")
 
@@ -139,10 +138,13 @@ class PartialWeights:
                     raise
 
 
-def _fetch(remote: RemoteFile, local: SparseFile, start: int, stop: int, progress: Callable[[int], None]) -> None:
+def _fetch(
+    remote: RemoteFile, local: SparseFile, start: int, stop: int, check: Callable[[], None] = lambda: None
+) -> None:
     for gap_start, gap_stop in local.missing(start, stop):
         for num_bytes in local.write(gap_start, remote.read(gap_start, gap_stop)):
-            progress(num_bytes)
+            advance(num_bytes, "bytes")
+            check()
 
 
 def _merged(ranges: Iterable[FileRange]) -> list[FileRange]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
@@ -76,18 +76,17 @@ class Checkpoint:
         """
         self.ensure_all([(shard, start, stop)])
 
-    def ensure_all(self, ranges: Iterable[FileRange], progress: Callable[[int], None] = lambda _: None) -> None:
+    def ensure_all(self, ranges: Iterable[FileRange]) -> None:
         """Make many ranges of bytes of the weight files present here, at once and faster than one by one.
 
         Args:
             ranges: Weight file, first byte, and the byte after the last; they may overlap.
-            progress: Called with numbers of bytes as they are fetched.
 
         Raises:
             HubError: If they have to be fetched, and the Hub does not give them; what came is kept.
         """
         if self.partial is not None:
-            self.partial.ensure(ranges, progress)
+            self.partial.ensure(ranges)
 
     def num_missing(self, ranges: Iterable[FileRange]) -> int:
         """How many bytes of these ranges have to be fetched."""

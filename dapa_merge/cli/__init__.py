@@ -17,6 +17,7 @@ import click
 
 from dapa_merge import __version__
 from dapa_merge.errors import DapaError
+from dapa_merge.progress import shown
 
 INTERRUPTED = 130
 # Where each command is, and its line in the help.
@@ -107,7 +108,7 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     Copies MLP gate projections from an aligned model (the source) into an unaligned one of the same family (the
     target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514).
     """
-    context.obj = quiet
+    context.with_resource(shown(quiet))
     if quiet or not sys.stderr.isatty():
         _disable_client_bars()
     for stream in (sys.stdout, sys.stderr):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer, print_lines, reporter
+from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer, print_lines
 from dapa_merge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 @click.option("--write-manifest", is_flag=True, help="Write OUT/dapa.json if OUT is correct and has none.")
 @allow_pickle_option
 @json_option
-@click.pass_obj
 def verify(
-    quiet: bool,
     out: Path,
     recipe: Path | None,
     target: str | None,
@@ -54,10 +52,10 @@ def verify(
     if files_only:
         if recipe or target or source or write_manifest:
             raise UsageError("--files-only looks at no recipe and no other model; leave out the other options")
-        check = check_manifest(out, reporter(quiet))
+        check = check_manifest(out)
     else:
         models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
-        check = verify_result(out, recipe, reporter(quiet), **models, write=write_manifest, allow_pickle=allow_pickle)
+        check = verify_result(out, recipe, **models, write=write_manifest, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
@@ -99,15 +97,14 @@ def patch() -> None:
 @click.option("--base", metavar="MODEL", help="What RESULT was made of.  [default: as RESULT/mergekit_config.yml says]")
 @allow_pickle_option
 @json_option
-@click.pass_obj
-def extract(quiet: bool, result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
+def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
     """Write what RESULT has changed of its base to PATCH, a new safetensors file.
 
     RESULT and its base are folders or Hub ids, or id@revision.
     """
     from dapa_merge.patch.commands import extract_patch
 
-    answer = extract_patch(result, patch, base, reporter(quiet), allow_pickle=allow_pickle)
+    answer = extract_patch(result, patch, base, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         share = answer["file_bytes"] / answer["model_bytes"]
@@ -126,9 +123,7 @@ def extract(quiet: bool, result: str, patch: Path, base: str | None, allow_pickl
 @undo_option
 @allow_pickle_option
 @json_option
-@click.pass_obj
 def apply(
-    quiet: bool,
     patch: Path,
     base: str,
     out: Path | None,
@@ -144,7 +139,7 @@ def apply(
     """
     from dapa_merge.patch.commands import apply_patch
 
-    answer = apply_patch(patch, base, out, in_place, undo, reporter(quiet), allow_pickle=allow_pickle)
+    answer = apply_patch(patch, base, out, in_place, undo, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         size = f"{answer['bytes'] / 1e6:.2f} MB"
@@ -163,15 +158,14 @@ def apply(
 @click.argument("base")
 @undo_option
 @json_option
-@click.pass_obj
-def revert(quiet: bool, base: str, undo: Path | None, as_json: bool) -> None:
+def revert(base: str, undo: Path | None, as_json: bool) -> None:
     """Give BASE back what it held before a patch was applied in place.
 
     Every byte that was replaced is as it was, and the undo file is gone. If it is stopped, the same command goes on.
     """
     from dapa_merge.patch.commands import revert_patch
 
-    answer = revert_patch(base, undo, reporter(quiet))
+    answer = revert_patch(base, undo)
     size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
     print_answer(
         answer, lambda console: _line(console, f"the patched rows of {base} are as they were: {size}"), as_json

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.measure.marker import EvaluatorOptions
-    from dapa_merge.progress import Reporter
     from dapa_merge.publish.push import PushOptions
     from dapa_merge.publish.write_card import CardOptions
     from dapa_merge.search.workers import SearchOptions
@@ -271,14 +270,6 @@ def silent_client() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-
-
-def reporter(quiet: bool) -> Reporter:
-    """What tells the user of the steps, unless they asked for silence."""
-    from dapa_merge.progress import ConsoleReporter
-    from dapa_merge.progress import Reporter as Silent
-
-    return Silent() if quiet else ConsoleReporter()
 
 
 def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], as_json: bool) -> None:

@@ -16,7 +16,6 @@ from dapa_merge.cli.options import (
     print_lines,
     push_options,
     recipe_argument,
-    reporter,
     silent_client,
 )
 from dapa_merge.errors import UsageError, printable
@@ -40,8 +39,7 @@ OUTDATED = 10
     "there, rather than with the one beside RECIPE.",
 )
 @json_option
-@click.pass_obj
-def outdated(quiet: bool, recipe: Path, published: str | None, as_json: bool) -> None:
+def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
     """Ask whether a model of RECIPE moved.
 
     Compares the weight, config and tokenizer files of target and source with the lock that `run` wrote beside RECIPE. A
@@ -54,7 +52,7 @@ def outdated(quiet: bool, recipe: Path, published: str | None, as_json: bool) ->
 
     repository = None if published is None else check_id(published)
     with silent_client():
-        news = news_of(load_recipe(recipe), recipe, repository, reporter(quiet))
+        news = news_of(load_recipe(recipe), recipe, repository)
 
     def show(console: Console) -> None:
         print_lines(console, story(news))
@@ -134,8 +132,7 @@ def gate(
 @card_options
 @click.option("--replace-card", is_flag=True, help="Replace a README.md that dapa-merge and mergekit did not write.")
 @json_option
-@click.pass_obj
-def card(quiet: bool, out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> None:
+def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> None:
     """Write or renew the model card of OUT.
 
     OUT is what `run` or `mergekit-yaml` wrote; the card is OUT/README.md. It says what was measured, and "not measured"
@@ -144,7 +141,7 @@ def card(quiet: bool, out: Path, card: CardOptions, replace_card: bool, as_json:
     from dapa_merge.publish.write_card import write_card
 
     with silent_client():
-        path = write_card(out, reporter(quiet), card, replace_other=replace_card)
+        path = write_card(out, card, replace_other=replace_card)
     print_answer({"card": str(path)}, lambda console: print_lines(console, [f"wrote {path}"]), as_json)
 
 
@@ -155,9 +152,7 @@ def card(quiet: bool, out: Path, card: CardOptions, replace_card: bool, as_json:
 @card_options
 @click.option("--message", help="Of the commit, or the pull request's title.  [default: what it is]")
 @json_option
-@click.pass_obj
 def push(
-    quiet: bool,
     out: Path,
     repository: str,
     place: dict[str, Any],
@@ -177,5 +172,5 @@ def push(
 
     options = push_options(repository, place, card, message)
     with silent_client():
-        published = push_result(out, options, reporter(quiet))
+        published = push_result(out, options)
     print_answer(published_json(published), lambda console: print_lines(console, published_lines(published)), as_json)

@@ -26,7 +26,6 @@ from dapa_merge.cli.options import (
     recipe_argument,
     refuse_evaluating_options,
     refuse_place_options,
-    reporter,
     search_options,
     silent_client,
     workers_option,
@@ -72,9 +71,7 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
 @evaluator_options
 @allow_pickle_option
 @json_option
-@click.pass_obj
 def search(
-    quiet: bool,
     recipe: Path,
     out: Path | None,
     device: str,
@@ -101,7 +98,7 @@ def search(
         options = search_options(device, journal, workers, evaluators, allow_pickle)
         made = make_plan(parsed, allow_pickle=allow_pickle)
         check_prompts(parsed)
-        found = search_plan(parsed, made, options, reporter(quiet))
+        found = search_plan(parsed, made, options)
         replay = replay_text(parsed, made, found.minimum.units)
 
         def show(console: Console) -> None:
@@ -141,9 +138,7 @@ def search(
 @allow_pickle_option
 @device_option
 @json_option
-@click.pass_obj
 def evaluate(
-    quiet: bool,
     model: str,
     prompts: str,
     evaluator: str,
@@ -171,7 +166,7 @@ def evaluate(
     settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "allow_pickle": allow_pickle}
     with _kept_in(responses) as keep:
-        measured = evaluate_model(model, prompts, device, reporter(quiet), evaluators, **settings, **limits)
+        measured = evaluate_model(model, prompts, device, evaluators, **settings, **limits)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
@@ -194,8 +189,7 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 @click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
 @device_option
 @json_option
-@click.pass_obj
-def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
+def demo(out: Path, device: str, as_json: bool) -> None:
     """Repair the packaged miniature model.
 
     Writes the result to OUT, which must not exist.  [default: dapa-demo]
@@ -210,10 +204,10 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
     torch.set_num_threads(1)
     text = recipe_text()
-    if not (as_json or quiet):
+    if not (as_json or click.get_current_context().find_root().params["quiet"]):
         click.echo(f"The recipe:\n\n{text}", err=True)
     recipe = parse_recipe(text, "the miniature's recipe")
-    report = repair(recipe, out, options=search_options(device), reporter=reporter(quiet))
+    report = repair(recipe, out, options=search_options(device))
     print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
@@ -241,9 +235,7 @@ def demo(quiet: bool, out: Path, device: str, as_json: bool) -> None:
 @place_options
 @licence_options
 @json_option
-@click.pass_obj
 def run(
-    quiet: bool,
     recipe: Path,
     out: Path,
     no_evaluate: bool,
@@ -286,7 +278,7 @@ def run(
     settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest}
     settings["options"] = search_options(device, journal, workers, evaluators, allow_pickle)
     with silent_client():
-        report, published = follow(load_recipe(recipe), recipe, out, how, reporter(quiet), **settings)
+        report, published = follow(load_recipe(recipe), recipe, out, how, **settings)
 
     def show(console: Console) -> None:
         print_report(report, console)

@@ -26,7 +26,6 @@ from dapa_merge.cli.options import (
     print_answer,
     print_lines,
     recipe_argument,
-    reporter,
     search_options,
 )
 from dapa_merge.compare.result import METHODS, CompareOptions
@@ -132,9 +131,7 @@ TRACE_DEFAULTS = TraceOptions()
 @evaluator_options
 @allow_pickle_option
 @json_option
-@click.pass_obj
 def trace(
-    quiet: bool,
     recipe: Path,
     out: Path,
     traced: str,
@@ -186,7 +183,7 @@ def trace(
         num_examples=examples,
     )
     options = search_options(device, journal, None, evaluators, allow_pickle)
-    summary = trace_recipe(load_recipe(recipe), out, wanted, options, reporter(quiet))
+    summary = trace_recipe(load_recipe(recipe), out, wanted, options)
 
     def show(console: Console) -> None:
         for sentence in summary["findings"]:
@@ -262,9 +259,7 @@ COMPARE_DEFAULTS = CompareOptions()
 @evaluator_options
 @allow_pickle_option
 @json_option
-@click.pass_obj
 def compare(
-    quiet: bool,
     recipes: tuple[Path, ...],
     out: Path,
     methods: str | None,
@@ -304,7 +299,7 @@ def compare(
         from dapa_merge.compare.compare import compare_recipes
 
         options = search_options(device, None, None, evaluators, allow_pickle)
-        found = compare_recipes(recipes, out, wanted, options, reporter(quiet))
+        found = compare_recipes(recipes, out, wanted, options)
     print_answer(found.summary, lambda console: _show(found, out, console), as_json)
     if found.fault is not None:
         raise found.fault

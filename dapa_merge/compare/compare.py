@@ -24,7 +24,7 @@ from dapa_merge.errors import DapaError, one_line
 from dapa_merge.files import check_folder, make_folder, remove_pictures, replace_file, replace_files
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import jsonable
@@ -59,9 +59,7 @@ class Compared:
     fault: DapaError | None = None
 
 
-def compare_recipes(
-    paths: Sequence[Path], out: Path, wanted: CompareOptions, options: SearchOptions, reporter: Reporter
-) -> Compared:
+def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, options: SearchOptions) -> Compared:
     """Compare methods on the targets of recipes, and leave tables and pictures in a folder.
 
     A recipe that cannot be measured costs its own row only, and is told in `fault`. If the tables that are there have
@@ -73,7 +71,6 @@ def compare_recipes(
         out: A new folder, or one of a comparison: what is in it already is not measured again.
         wanted: What to compare.
         options: Where to evaluate.
-        reporter: Hears of the steps.
 
     Raises:
         UsageError: If the folder is of something else, or a recipe is given twice.
@@ -90,13 +87,13 @@ def compare_recipes(
     # First of all that is made: by it the folder is known again, also by another process.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
-    tables = _Tables(out, wanted, reporter)
+    tables = _Tables(out, wanted)
     for number, (name, path) in enumerate(names.items(), 1):
-        reporter.say(f"recipe {number} of {len(names)}: {name}")
+        LOG.info(f"recipe {number} of {len(names)}: {name}")
         try:
-            row = _row(recipes[path], name, out, wanted, options, reporter)
+            row = _row(recipes[path], name, out, wanted, options)
         except DapaError as error:
-            reporter.say(f"{name}: {error}")
+            LOG.info(f"{name}: {error}")
             _let_go(error)
             tables.failures[name] = error
         else:
@@ -122,12 +119,10 @@ def _check(recipe: Recipe, path: Path, options: SearchOptions) -> None:
         raise
 
 
-def _row(
-    recipe: Recipe, name: str, out: Path, wanted: CompareOptions, options: SearchOptions, reporter: Reporter
-) -> Row:
+def _row(recipe: Recipe, name: str, out: Path, wanted: CompareOptions, options: SearchOptions) -> Row:
     from dapa_merge.compare.row import compare_recipe
 
-    return compare_recipe(recipe, name, out / ROWS_NAME / name, wanted, options, reporter)
+    return compare_recipe(recipe, name, out / ROWS_NAME / name, wanted, options)
 
 
 def _let_go(error: BaseException) -> None:
@@ -154,10 +149,10 @@ class _Tables:
         is_written: Whether the folder has what was written last.
     """
 
-    def __init__(self, out: Path, wanted: CompareOptions, reporter: Reporter) -> None:
+    def __init__(self, out: Path, wanted: CompareOptions) -> None:
         self._out = out
         self._wanted = wanted
-        self._pictures = _Pictures(out / FIGURES_NAME, reporter)
+        self._pictures = _Pictures(out / FIGURES_NAME)
         self.rows: list[Row] = []
         self.failures: dict[str, DapaError] = {}
         self.is_written = False
@@ -235,9 +230,8 @@ class _Pictures:
     They are drawn in memory, and written together with the tables.
     """
 
-    def __init__(self, folder: Path, reporter: Reporter) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reporter = reporter
         self._told: set[str] = set()
         self._drawn: dict[str, dict[str, bytes]] = {}
         self._written: set[str] = set()
@@ -304,7 +298,7 @@ class _Pictures:
     def _tell(self, error: Exception) -> None:
         why = str(error) if isinstance(error, DapaError) else one_line(error)
         if why not in self._told:
-            self._reporter.say(f"no pictures: {why}")
+            LOG.info(f"no pictures: {why}")
         self._told.add(why)
 
 

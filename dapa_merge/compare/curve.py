@@ -5,6 +5,7 @@ The curve of one recipe: edits that grow from one block of neurons to the whole 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.figures import Response
 from dapa_merge.plan.plan import Plan, cut
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import note_of
 
@@ -155,7 +156,6 @@ class Growth:
         measuring: Measuring,
         journal: Journal,
         wanted: CompareOptions,
-        reporter: Reporter,
     ) -> None:
         """Weighs and measures nothing yet.
 
@@ -165,14 +165,12 @@ class Growth:
             measuring: Measures the edits.
             journal: Keeps the weights of the pieces.
             wanted: How many edits.
-            reporter: Hears of the steps.
         """
         self._stages = stages
         self._prompts = prompts
         self._measuring = measuring
         self._journal = journal
         self._wanted = wanted
-        self._reporter = reporter
         self._source: list[Response] | None = None
         self.why_not: str | None = None
 
@@ -204,17 +202,17 @@ class Growth:
         for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
             paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
         total = len(paths) * len(sizes)
-        self._reporter.say(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
-        with self._reporter.task("edits of every size", total) as done:
+        LOG.info(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
+        with task("edits of every size", total, "edits"):
             for name, path in paths.items():
                 for size in sizes:
                     units = edit_of(plan, path, size)
-                    figures = measuring.edit(units, name, Reporter()).figures
+                    figures = measuring.edit(units, name, logging.DEBUG).figures
                     yield Point(
                         name, plan.share(units), len(units), figures.dsr, figures.dsr_interval, figures.over_refusal,
                         mean_skill(figures), figures.perplexity,
                     )  # fmt: skip
-                    done(1)
+                    advance(1, "edits")
 
     def _scores(self) -> Mapping[Unit, float] | None:
         try:
@@ -226,7 +224,7 @@ class Growth:
             found = str(error)
         if isinstance(found, str):
             self.why_not = found
-            self._reporter.say(f"no edits of every size, because {found}")
+            LOG.info(f"no edits of every size, because {found}")
             return None
         return dict(zip(self._pieces, found, strict=True))
 
@@ -238,8 +236,8 @@ class Growth:
         live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
         said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
         try:
-            with self._reporter.task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS) as done:
-                found = effects_between(live, self._pieces, said, self._source, limit, done)
+            with task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS, "responses"):
+                found = effects_between(live, self._pieces, said, self._source, limit)
         except (ValueError, CheckpointError) as error:
             return str(error)
         return [found[piece] for piece in self._pieces]

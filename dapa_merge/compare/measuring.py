@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +17,7 @@ from dapa_merge.measure.model import measure_candidate
 from dapa_merge.measure.quiet import quiet_transformers
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import join
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.report.report import jsonable, read_figures
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
@@ -58,28 +59,27 @@ def fast(meter: Meter) -> Meter:
 class Measuring(Resident):
     """One target, edited in every way, with the models loaded when something is not in the journal yet."""
 
-    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal, reporter: Reporter) -> None:
+    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal) -> None:
         where = choose_device(device)
-        super().__init__(plan, where, lambda: reporter.say(f"loading the target {plan.target.name}"))
+        super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
         self._journal = journal
-        self._reporter = reporter
 
     @contextmanager
     def source(self) -> Iterator[Model]:
         """The source alone, loaded for the length of a `with` block."""
-        self._reporter.say(f"loading the source {self.plan.source.name}")
+        LOG.info(f"loading the source {self.plan.source.name}")
         model, tokenizer = load_model(self.plan.source, self.device)
         with quiet_transformers():
             yield model, tokenizer
 
-    def edit(self, units: Sequence[Unit], name: str, reporter: Reporter | None = None) -> Seen:
+    def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:
         """The target with some units of the source; with none, the target.
 
         Args:
             units: In any order.
             name: What it is, for messages.
-            reporter: Hears of it, instead of the usual one.
+            level: Of the log record that says it was measured.
         """
         # Blocks that make a unit are that unit, however they came together.
         ordered = tuple(in_order(join(self.plan, units)))
@@ -89,7 +89,7 @@ class Measuring(Resident):
             with self.live.transplanted(ordered) as model:
                 yield model, self.live.tokenizer
 
-        return self._seen(note_of("edit", ordered), candidate, name, ordered, reporter)
+        return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
     def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
         """The target blended with the source by mergekit.
@@ -131,8 +131,8 @@ class Measuring(Resident):
 
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
         """What a model says to harmful prompts, and what that is taken for; not kept."""
-        with self._reporter.task(f"asking the {name}", len(prompts)) as answered:
-            return replace(self.meter, progress=answered).measure(*model).judge("harmful", prompts)
+        with task(f"asking the {name}", len(prompts), "prompts"):
+            return self.meter.measure(*model).judge("harmful", prompts)
 
     def _seen(
         self,
@@ -140,14 +140,12 @@ class Measuring(Resident):
         candidate: Callable[[], AbstractContextManager[Model]],
         name: str,
         units: tuple[Unit, ...] = (),
-        reporter: Reporter | None = None,
+        level: int = logging.INFO,
     ) -> Seen:
         if note not in self._journal.notes:
             began = time.perf_counter()
             with candidate() as (model, tokenizer):
-                measured = measure_candidate(
-                    Candidate(model, tokenizer, units), self.meter, name, reporter or self._reporter
-                )
+                measured = measure_candidate(Candidate(model, tokenizer, units), self.meter, name, level)
             refusals = {
                 kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
                 for kind in ("harmful", "harmless")

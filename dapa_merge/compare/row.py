@@ -21,7 +21,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.plan.selection import make_plan, plan_of_all
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import advance, task
 from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
@@ -53,9 +53,7 @@ LABELS = {
 }
 
 
-def compare_recipe(
-    recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: SearchOptions, reporter: Reporter
-) -> Row:
+def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: SearchOptions) -> Row:
     """Measure every method on one recipe's target.
 
     Args:
@@ -64,25 +62,16 @@ def compare_recipe(
         folder: Where its journals are; what is in them is not measured again.
         wanted: What to compare.
         options: Where to evaluate.
-        reporter: Hears of the steps.
 
     Raises:
         UsageError: If the folder is of another recipe, or of other models.
         DapaError: For whatever else does not fit; what was measured is kept.
     """
-    return _Comparison(recipe, name, folder, wanted, options, reporter).run()
+    return _Comparison(recipe, name, folder, wanted, options).run()
 
 
 class _Comparison:
-    def __init__(
-        self,
-        recipe: Recipe,
-        name: str,
-        folder: Path,
-        wanted: CompareOptions,
-        options: SearchOptions,
-        reporter: Reporter,
-    ) -> None:
+    def __init__(self, recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: SearchOptions) -> None:
         from dapa_merge.measure.meter import report_meter
 
         self.recipe = recipe
@@ -90,7 +79,6 @@ class _Comparison:
         self.folder = folder
         self.wanted = wanted
         self.options = options
-        self.reporter = reporter
         self.chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
         self.plan = plan_of_all(recipe, self.chosen)
         prompts = load_prompts(recipe.prompts)
@@ -103,13 +91,13 @@ class _Comparison:
 
     def run(self) -> Row:
         models = {"target": self.plan.target, "source": self.plan.source}
-        parts = models_parts(self.recipe, models, self.meter, self.options.device, self.reporter) | {
+        parts = models_parts(self.recipe, models, self.meter, self.options.device) | {
             "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
         }
         with closing(Journal(self.folder / JOURNAL_NAME, parts, kind="comparison", place="folder")) as journal:
             found = self._find(journal)
-            with closing(Measuring(self.plan, self.meter, self.options.device, journal, self.reporter)) as measuring:
+            with closing(Measuring(self.plan, self.meter, self.options.device, journal)) as measuring:
                 self.measuring = measuring
                 growth = self._growth(found, journal) if self.wanted.draws_curve else None
                 source = self._source(growth)
@@ -124,7 +112,7 @@ class _Comparison:
 
     def _find(self, journal: Journal) -> dict[str, Found]:
         def search(name: str, recipe: Recipe, plan: Plan) -> Found:
-            return find_selections(name, recipe, plan, self.folder, journal, self.options, self.reporter)
+            return find_selections(name, recipe, plan, self.folder, journal, self.options)
 
         if not self._searches:
             return {DAPA: Found(self.chosen)}
@@ -145,7 +133,7 @@ class _Comparison:
     def _growth(self, found: Mapping[str, Found], journal: Journal) -> Growth:
         best = found[self._followed(found) or DAPA]
         stages = GrowthOrder.of(best.units or (), best.plan, self.plan.units)
-        return Growth(stages, self.searching.harmful, self.measuring, journal, self.wanted, self.reporter)
+        return Growth(stages, self.searching.harmful, self.measuring, journal, self.wanted)
 
     def _row(
         self, arms: Sequence[Arm], curve: tuple[Point, ...], no_curve: str | None, found: Mapping[str, Found]
@@ -244,11 +232,11 @@ class _Comparison:
         first = self.wanted.seed + self.wanted.num_seeds
         seeds = range(first, first + max(1, found.cost.tests))
         drawn = [random_units(found.plan, found.plan.units, found.units, seed) for seed in seeds]
-        with self.reporter.task("trying random selections", len(drawn)) as done:
+        with task("trying random selections", len(drawn), "selections"):
             scores = []
             for units in drawn:
                 scores.append(self.measuring.score(units, self.searching))
-                done(1)
+                advance(1, "selections")
         return drawn[scores.index(max(scores))]
 
     def _blends(self) -> Iterator[Arm]:

@@ -21,7 +21,7 @@ from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
 from dapa_merge.plan.selection import given_selection
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
@@ -69,7 +69,7 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
 
 
 def find_selections(
-    name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: SearchOptions, reporter: Reporter
+    name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: SearchOptions
 ) -> Found:
     """Search, or read in the journal what was found before.
 
@@ -80,7 +80,6 @@ def find_selections(
         folder: Where the search's own journal is.
         journal: Where the outcome is noted.
         options: Where to evaluate.
-        reporter: Hears of the steps.
 
     Raises:
         DapaError: For whatever does not fit; what was tested is in the search's journal.
@@ -90,8 +89,8 @@ def find_selections(
         return Found(plan, given)
     note = f"search {name}"
     if note not in journal.notes:
-        reporter.say(f"searching among {', '.join(recipe.modules)}")
-        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options, reporter))
+        LOG.info(f"searching among {', '.join(recipe.modules)}")
+        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options))
     found = journal.notes[note]
     cost = Cost(**found["cost"])
     if found["units"] is None:
@@ -100,7 +99,7 @@ def find_selections(
     return Found(plan, given_selection(replace(recipe, layers=choices), plan), None, cost)
 
 
-def _search(recipe: Recipe, plan: Plan, path: Path, options: SearchOptions, reporter: Reporter) -> dict[str, object]:
+def _search(recipe: Recipe, plan: Plan, path: Path, options: SearchOptions) -> dict[str, object]:
     from dapa_merge.measure.live import choose_device
 
     before = _recorded_seconds(path)
@@ -109,10 +108,10 @@ def _search(recipe: Recipe, plan: Plan, path: Path, options: SearchOptions, repo
     why_not, tests = None, 0
     with peak_memory(choose_device(options.device)) as peak:
         try:
-            found = search_plan(recipe, plan, replace(options, journal=path), reporter)
+            found = search_plan(recipe, plan, replace(options, journal=path))
         except CannotRepair as error:
             why_not = str(error)
-            reporter.say(why_not)
+            LOG.info(why_not)
         else:
             units, tests = join(plan, found.minimum.units), found.minimum.tests
     cost = Cost(tests, round(before + time.perf_counter() - began, 3), peak)

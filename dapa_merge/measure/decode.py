@@ -16,7 +16,6 @@ decoding, Leviathan et al. 2023, with earlier responses in place of a small mode
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -28,6 +27,7 @@ import torch
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.row_cache import RowCache
+from dapa_merge.progress import LOG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -272,8 +272,6 @@ def _worthwhile(lengths: Sequence[int]) -> int:
             return width
     return 0
 
-
-LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")

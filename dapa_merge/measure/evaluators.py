@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,11 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import RESERVED, Candidate, ask, find_callback, identity_of, known_callbacks, load_file
 from dapa_merge.measure.marker import RULES, EvaluatorOptions, Marker
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.progress import LOG
 
 if TYPE_CHECKING:
     from dapa_merge.measure.judge import Judge
 
-
-LOG = logging.getLogger(__name__)
 
 HARNESS = "lm-eval:"
 

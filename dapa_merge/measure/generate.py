@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,12 +14,11 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, Drafts
 from dapa_merge.measure.determinism import is_steady, steady, widened
 from dapa_merge.measure.row_cache import is_understood
+from dapa_merge.progress import LOG, advance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-LOG = logging.getLogger(__name__)
 
 # The end of a text that more tokens may yet change, where no space says where its last word begins.
 UNSTABLE_CHARACTERS = 16
@@ -104,7 +102,6 @@ def generate(
     *,
     max_new_tokens: int,
     batch_size: BatchSize,
-    progress: Callable[[int], None] = lambda _: None,
     settle: Settle | None = None,
     drafts: Drafts | None = None,
     must_repeat: bool = False,
@@ -120,7 +117,6 @@ def generate(
         prompts: User requests, without template.
         max_new_tokens: Responses are cut off here, or where the model's context ends.
         batch_size: How many prompts at once.
-        progress: Called with numbers of prompts as they are answered.
         settle: Given the beginning of a response and its prompt, anything but None if the rest of the response cannot
             matter: it is then not generated.
         drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
@@ -150,13 +146,13 @@ def generate(
             batch_size=batch_size,
             drafts=None if must_repeat and not is_steady(model, longest) else drafts,
             is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
-            finish=lambda _: progress(1),
+            finish=lambda _: advance(1, "prompts"),
         )
         with widened(model), steady(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(
-            lambda batch: _generate_plainly(model, tokenizer, batch, judge, progress),
+            lambda batch: _generate_plainly(model, tokenizer, batch, judge),
             [(row, text_of[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
@@ -255,7 +251,6 @@ def _generate_plainly(
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[BatchRow, str]],
     judge: _Settling | None,
-    progress: Callable[[int], None],
 ) -> list[list[int]]:
     """What `Decoder` does, for models whose memory of a text it does not understand."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
@@ -268,5 +263,5 @@ def _generate_plainly(
         max_new_tokens=batch[0][0].limit,
         stopping_criteria=None if judge is None else [_AllSettled(judge, [prompt for _, prompt in batch], start)],
     )
-    progress(len(batch))
+    advance(len(batch), "prompts")
     return [list(tokens) for tokens in output[:, start:].tolist()]

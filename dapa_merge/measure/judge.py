@@ -40,6 +40,7 @@ from urllib.parse import urlsplit
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.refusal.classify import Outcome, classify
+from dapa_merge.progress import advance
 
 if TYPE_CHECKING:
     from anyio.from_thread import BlockingPortal
@@ -102,18 +103,12 @@ class Judge:
         """Requests sent so far, retries too."""
         return self._endpoint.num_requests
 
-    def judge(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> list[Judgement]:
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
         """Judge responses, in their order.
 
         Args:
             prompts: What was asked.
             responses: What was said to each.
-            progress: Called with numbers of pairs as they are judged.
 
         Raises:
             UsageError: If the endpoint does not accept the key or the model, or openai is not installed.
@@ -121,9 +116,9 @@ class Judge:
         pairs = list(zip(prompts, responses, strict=True))
         judgements = {pair: known for pair in pairs if (known := self._known.get(pair) or _without_asking(*pair))}
         to_ask = list(dict.fromkeys(pair for pair in pairs if pair not in judgements))
-        progress(len(pairs) - len(to_ask))
+        advance(len(pairs) - len(to_ask), "judgements")
         if to_ask:
-            asked = self._ask_all(to_ask, progress) if self.fault is None else dict.fromkeys(to_ask, self._not_asked())
+            asked = self._ask_all(to_ask) if self.fault is None else dict.fromkeys(to_ask, self._not_asked())
             judgements.update(asked)
             self._tell(list(asked.values()))
         return [judgements[pair] for pair in pairs]
@@ -138,7 +133,7 @@ class Judge:
         self.fault = None
         self._failures_on_end = 0
 
-    def _ask_all(self, pairs: list[Pair], progress: Callable[[int], None]) -> dict[Pair, Judgement]:
+    def _ask_all(self, pairs: list[Pair]) -> dict[Pair, Judgement]:
         self._endpoint.check()
         from anyio import Semaphore
         from anyio.from_thread import start_blocking_portal
@@ -152,10 +147,10 @@ class Judge:
             left = iter(pairs)
             while not self._endpoint.answered and (pair := next(left, None)) is not None:
                 judgements |= self._answers(portal, client, slots, [pair])
-                progress(1)
+                advance(1, "judgements")
             for pair, judgement in self._answers(portal, client, slots, left):
                 judgements[pair] = judgement
-                progress(1)
+                advance(1, "judgements")
         has_died = self._failures_on_end >= max(len(pairs), MAX_FIRST_FAILURES)
         if self.fault is None and (has_died or not self._is_usable):
             self.fault = self._fault(judgements[pairs[-1]].reason)

@@ -42,7 +42,6 @@ class Meter:
         prompts: What is asked.
         max_new_tokens: Where responses are cut off.
         batch_size: How many prompts at once.
-        progress: Called with numbers of prompts as they are answered.
         markers: Who marks the responses; the first one's outcomes are the figures.
         stops_early: Whether a response ends where the first marker's outcome is settled.
         drafts: What such models said before; None to have every token said in a run of its own.
@@ -55,7 +54,6 @@ class Meter:
     prompts: PromptSet
     max_new_tokens: int
     batch_size: BatchSize
-    progress: Callable[[int], None] = lambda _: None
     markers: tuple[Marker, ...] = (RULES,)
     stops_early: bool = False
     drafts: Drafts | None = None
@@ -91,7 +89,6 @@ class Measurement:
             prompts,
             max_new_tokens=meter.max_new_tokens,
             batch_size=meter.batch_size,
-            progress=meter.progress,
             settle=meter.markers[0].settle if meter.stops_early and not whole else None,
             drafts=meter.drafts,
             must_repeat=meter.must_repeat,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.convert import open_location
@@ -14,7 +15,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.marker import EvaluatorOptions
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 
 if TYPE_CHECKING:
     from dapa_merge.measure.figures import Figures, Response
@@ -30,37 +31,31 @@ class MeasuredModel:
     responses: Sequence[Response]
 
 
-def measure_live(
-    live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str, reporter: Reporter
-) -> MeasuredModel:
+def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str) -> MeasuredModel:
     """The target with a selection transplanted, measured in full."""
     with live.transplanted(selection) as model:
-        return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name, reporter)
+        return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name)
 
 
-def measure_checkpoint(
-    checkpoint: Checkpoint, meter: Meter, device: str, name: str, reporter: Reporter
-) -> MeasuredModel:
+def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str) -> MeasuredModel:
     """A model that is loaded for it, measured in full."""
     from dapa_merge.measure.live import choose_device, load_model
     from dapa_merge.measure.quiet import quiet_transformers
 
-    reporter.say(f"loading the {name} {checkpoint.name}")
+    LOG.info(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
     with quiet_transformers():
-        return measure_candidate(Candidate(model, tokenizer, ()), meter, name, reporter)
+        return measure_candidate(Candidate(model, tokenizer, ()), meter, name)
 
 
-def measure_candidate(candidate: Candidate, meter: Meter, name: str, reporter: Reporter) -> MeasuredModel:
+def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
     """A model in memory, measured in full."""
     prompts = meter.prompts
     total = len(prompts.harmful) + len(prompts.harmless) + sum(skill.num_questions for skill in meter.skills)
-    with reporter.task(f"measuring the {name}", total) as answered:
-        measurement = replace(meter, progress=answered).measure(
-            candidate.model, candidate.tokenizer, candidate.selection
-        )
+    with task(f"measuring the {name}", total, "prompts"):
+        measurement = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
         figures = measurement.figures()
-    reporter.say(f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+    LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
     return MeasuredModel(figures, measurement.responses())
 
 
@@ -75,14 +70,7 @@ def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
 
 
 def evaluate_model(
-    model: str,
-    prompts: str,
-    device: str,
-    reporter: Reporter,
-    options: EvaluatorOptions,
-    *,
-    allow_pickle: bool = False,
-    **settings: Any,
+    model: str, prompts: str, device: str, options: EvaluatorOptions, *, allow_pickle: bool = False, **settings: Any
 ) -> MeasuredModel:
     """All figures of one model: a folder or a Hub id, as `id@revision` if need be.
 
@@ -90,7 +78,6 @@ def evaluate_model(
         model: Where it is.
         prompts: Name of the prompt set.
         device: Where to evaluate.
-        reporter: Hears of the steps.
         options: Where evaluators of the user's own are, and which judge to ask.
         allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
         settings: Further arguments of `make_meter`.
@@ -107,4 +94,4 @@ def evaluate_model(
         raise UsageError(f"{model!r} is no model; write a folder, a Hub id or id@revision") from None
     from dapa_merge.measure.meter import make_meter
 
-    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model", reporter)
+    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model")

@@ -28,7 +28,7 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -58,24 +58,21 @@ from dapa_merge.patch.file import (
     rest_digest,
     unique_key,
 )
+from dapa_merge.progress import advance
 from dapa_merge.transplant.result import write_result
 from dapa_merge.transplant.shard import RegionEdit
 from dapa_merge.transplant.staging import clear_leftover, flush_to_disk, staged_file
 
-Progress = Callable[[int], None]
 COPY = "apply the patch to a copy"
 
 
-def apply_in_place(
-    patch: Patch, base: Checkpoint, undo_path: Path | None = None, progress: Progress = lambda _: None
-) -> bool:
+def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None) -> bool:
     """Write the patch's rows over the base's own, after what they replace is safe in an undo file.
 
     Args:
         patch: What to change.
         base: The model that it is for, a local folder.
         undo_path: The undo file; by default hidden in the base's folder.
-        progress: Called with numbers of bytes as they are checked (the base's), saved and written (the patch's).
 
     Returns:
         False if the model was patched with it already, and nothing was done.
@@ -89,14 +86,14 @@ def apply_in_place(
     check_layout(patch, base)
     with _locked(base), _opened(patch, base) as files:
         clear_leftover(undo_path)
-        found = states(patch, base, progress)
+        found = states(patch, base)
         if all(state is State.PATCHED for state in found):
             _flush(files)
             return False
-        check_rest(patch, base, progress)
+        check_rest(patch, base)
         if os.path.lexists(undo_path):
             _check_undo(undo_path, patch, base)
-            check_content(patch, progress)
+            check_content(patch)
         else:
             refuse_other(
                 patch,
@@ -104,18 +101,17 @@ def apply_in_place(
                 found,
                 f"; if an earlier run was stopped, name its undo file with --undo, else {COPY} of it",
             )
-            write_undo(patch, base, undo_path, progress)
-        _write(patch, base, files, progress)
+            write_undo(patch, base, undo_path)
+        _write(patch, base, files)
     return True
 
 
-def revert(base: Checkpoint, undo_path: Path | None = None, progress: Progress = lambda _: None) -> int:
+def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
     """Give a model the bytes back that it had before a patch was applied in place, and remove the undo file.
 
     Args:
         base: The patched model, a local folder; also one that a stopped run has patched or reverted in part.
         undo_path: The undo file.
-        progress: Called with numbers of bytes as they are checked and written: three times the patch's in all.
 
     Returns:
         How many bytes were put back: 0 if they were there already.
@@ -136,11 +132,11 @@ def revert(base: Checkpoint, undo_path: Path | None = None, progress: Progress =
         undo = read_undo(undo_path)
         check_layout(undo.patch, base)
         files = stack.enter_context(_opened(undo.patch, base))
-        found = states(undo.patch, base, progress)
+        found = states(undo.patch, base)
         _refuse_strangers(undo, base, found)
-        check_content(undo.patch, progress)
+        check_content(undo.patch)
         if is_changed := any(state is not State.PATCHED for state in found):
-            _write(undo.patch, base, files, progress)
+            _write(undo.patch, base, files)
         else:
             _flush(files)
         undo_path.unlink()
@@ -237,7 +233,7 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO], progress: Progress) -> None:
+def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO]) -> None:
     """Write a patch's rows to where they belong, and to disk; nothing else of the files is touched."""
     try:
         for entry in patch.entries:
@@ -246,7 +242,7 @@ def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO], progre
             files[tensor.file].seek(start)
             for piece in ending_on_blocks(patch.pieces(entry), start):
                 write_all(files[tensor.file], piece)
-                progress(len(piece))
+                advance(len(piece), "bytes")
         _flush(files)
     except OSError as error:
         raise DapaError(
@@ -260,14 +256,13 @@ def _flush(files: Mapping[str, BinaryIO]) -> None:
         os.fsync(file.fileno())
 
 
-def apply_to_copy(patch: Patch, base: Checkpoint, out: Path, progress: Progress = lambda _: None) -> None:
+def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
     """Write a patched copy of `base` into the new folder `out`; the base's files are opened for reading only.
 
     Args:
         patch: What to change.
         base: The model that it is for, however it is divided into files.
         out: The folder to make; it must not exist, or be empty.
-        progress: Called with numbers of bytes as the base is checked, and as the copy is written.
 
     Raises:
         CheckpointError: If the base is not the recorded one, or the patch does not hold what it records.
@@ -276,14 +271,14 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path, progress: Progress 
     with _shared(base):
         check_layout(patch, base)
         refuse_other(patch, base, states(patch, base), "; name the model that the patch is for")
-        check_rest(patch, base, progress)
+        check_rest(patch, base)
         changes: dict[str, list[RegionEdit]] = {name: [] for name in base.shards}
         for entry in patch.entries:
             tensor = base.tensors[entry.tensor]
             changes[tensor.file].append(_change(patch, entry, tensor))
         for of_file in changes.values():
             of_file.sort(key=lambda change: change.spans)
-        write_result(base, changes, out, {"patch": patch.identity}, progress=progress)
+        write_result(base, changes, out, {"patch": patch.identity})
 
 
 def _change(patch: Patch, entry: Entry, tensor: Tensor) -> RegionEdit:
@@ -340,23 +335,23 @@ def check_layout(patch: Patch, base: Checkpoint) -> None:
         )
 
 
-def check_rest(patch: Patch, base: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> None:
+def check_rest(patch: Patch, base: Checkpoint) -> None:
     """Raise `CheckpointError` unless the base has the recorded values also where the patch changes nothing.
 
     It reads all of the base but the patch's rows.
     """
-    if rest_digest(base, patch.entries, progress) != patch.metadata["base_rest"]:
+    if rest_digest(base, patch.entries) != patch.metadata["base_rest"]:
         raise CheckpointError(
             f"{base.name} has other values than the model that {patch.path} was made for, in rows that the patch does "
             f"not change{_made_for(patch)}; name that model"
         )
 
 
-def check_content(patch: Patch, progress: Callable[[int], None] = lambda _: None) -> None:
+def check_content(patch: Patch) -> None:
     """Raise `CheckpointError` unless the patch's bytes have the digests that it records."""
 
     def check(entry: Entry) -> None:
-        if _digest(patch.pieces(entry), progress) != entry.new_sha256:
+        if _digest(patch.pieces(entry)) != entry.new_sha256:
             raise content_fault(patch, entry)
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -386,12 +381,12 @@ def content_fault(patch: Patch, entry: Entry) -> CheckpointError:
     )
 
 
-def states(patch: Patch, base: Checkpoint, progress: Callable[[int], None] = lambda _: None) -> list[State]:
+def states(patch: Patch, base: Checkpoint) -> list[State]:
     """What the base holds for each entry of the patch."""
 
     def state(entry: Entry) -> State:
         tensor = base.tensors[entry.tensor]
-        found = _digest(iterate_range(base, tensor.file, *entry.place(tensor)), progress)
+        found = _digest(iterate_range(base, tensor.file, *entry.place(tensor)))
         by_digest = {entry.base_sha256: State.BASE, entry.new_sha256: State.PATCHED}
         return by_digest.get(found, State.OTHER)
 
@@ -489,7 +484,7 @@ def read_undo(path: Path) -> Undo:
     return Undo(patch, tuple(alignments))
 
 
-def write_undo(patch: Patch, base: Checkpoint, path: Path, progress: Callable[[int], None] = lambda _: None) -> Undo:
+def write_undo(patch: Patch, base: Checkpoint, path: Path) -> Undo:
     """Write what the patch would overwrite to a new file, complete and on disk, and check all of the patch's bytes.
 
     Raises:
@@ -525,7 +520,7 @@ def write_undo(patch: Patch, base: Checkpoint, path: Path, progress: Callable[[i
             for piece in iterate_range(base, tensor.file, *entry.place(tensor)):
                 old.update(piece)
                 write_all(file, piece)
-                progress(len(piece))
+                advance(len(piece), "bytes")
             if old.hexdigest() != entry.new_sha256:
                 raise CheckpointError(f"{entry.tensor} of {base.name} was changed by another program while it was read")
             for block in _blocks(checked_pieces(patch, forth), start):

@@ -15,22 +15,19 @@ from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, apply_to_copy, rev
 from dapa_merge.patch.extract import differing_settings, extract
 from dapa_merge.patch.file import Patch, read_patch
 from dapa_merge.plan.selection import RECIPE_NAME
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parse import load_recipe
 
 MAX_RECIPE_BYTES = 1 << 20
 
 
-def extract_patch(
-    result: str, path: Path, base: str | None, reporter: Reporter, *, allow_pickle: bool = False
-) -> dict[str, Any]:
+def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Write what a result has changed of its base to a new patch file; the answer says what that is.
 
     Args:
         result: A folder or a Hub id.
         path: The file to make.
         base: The same of what it was made of; by default the `base_model` of the recipe in the result's folder.
-        reporter: Hears of the steps.
         allow_pickle: Read a base of pickles, as nothing but tensors.
 
     Raises:
@@ -43,20 +40,13 @@ def extract_patch(
     text = None
     if recipe.is_file() and recipe.stat().st_size <= MAX_RECIPE_BYTES:
         text = recipe.read_text(encoding="utf-8", errors="replace")
-    with reporter.task("comparing", original.num_bytes) as compared:
-        patch = extract(changed, original, path, recipe=text, progress=compared)
+    with task("comparing", original.num_bytes, "bytes"):
+        patch = extract(changed, original, path, recipe=text)
     return {**summary(patch), "model_bytes": original.num_bytes, "other_files": differing_settings(changed, original)}
 
 
 def apply_patch(
-    path: Path,
-    base: str,
-    out: Path | None,
-    in_place: bool,
-    undo: Path | None,
-    reporter: Reporter,
-    *,
-    allow_pickle: bool = False,
+    path: Path, base: str, out: Path | None, in_place: bool, undo: Path | None, *, allow_pickle: bool = False
 ) -> dict[str, Any]:
     """Apply a patch to a copy or in place; the answer says what was done.
 
@@ -72,15 +62,15 @@ def apply_patch(
     model = open_location(_location(base), allow_pickle=allow_pickle and not in_place)
     answer = {"patch": str(path), "base": base, "in_place": in_place, "bytes": patch.num_bytes}
     if out is not None:
-        with reporter.task("copying", 2 * model.num_bytes) as copied:
-            apply_to_copy(patch, model, out, copied)
+        with task("copying", 2 * model.num_bytes, "bytes"):
+            apply_to_copy(patch, model, out)
         return {**answer, "out": str(out), "applied": True}
-    with _interruptible(model, reporter), reporter.task("patching", model.num_bytes + 2 * patch.num_bytes) as done:
-        applied = apply_in_place(patch, model, undo, done)
+    with _interruptible(model), task("patching", model.num_bytes + 2 * patch.num_bytes, "bytes"):
+        applied = apply_in_place(patch, model, undo)
     return {**answer, "applied": applied, "undo": str(undo or model.folder / UNDO_NAME)}
 
 
-def revert_patch(base: str, undo: Path | None, reporter: Reporter) -> dict[str, Any]:
+def revert_patch(base: str, undo: Path | None) -> dict[str, Any]:
     """Take back a patch that was applied in place; the answer says how many bytes were put back.
 
     Raises:
@@ -90,8 +80,8 @@ def revert_patch(base: str, undo: Path | None, reporter: Reporter) -> dict[str, 
     file = undo or model.folder / UNDO_NAME
     # All of it is about the bytes that were replaced.
     size = file.stat().st_size if file.is_file() else 0
-    with _interruptible(model, reporter), reporter.task("reverting", 3 * size) as done:
-        return {"base": base, "bytes": revert(model, undo, done)}
+    with _interruptible(model), task("reverting", 3 * size, "bytes"):
+        return {"base": base, "bytes": revert(model, undo)}
 
 
 def show_patch(path: Path) -> dict[str, Any]:
@@ -121,11 +111,11 @@ def summary(patch: Patch) -> dict[str, Any]:
 
 
 @contextmanager
-def _interruptible(model: Checkpoint, reporter: Reporter) -> Iterator[None]:
+def _interruptible(model: Checkpoint) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        reporter.say(f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`")
+        LOG.info(f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`")
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +32,8 @@ from dapa_merge.patch.file import (
     row_bytes,
     unique_key,
 )
+from dapa_merge.progress import advance
 from dapa_merge.transplant.staging import staged_file
-
-Progress = Callable[[int], None]
 
 # What the header can hold: within one tensor, and in all; beyond, ranges take in the rows between them.
 MAX_TENSOR_RANGES = 1024
@@ -43,14 +42,7 @@ THREADS = 2
 _UNKNOWN = "0" * 64
 
 
-def extract(
-    result: Checkpoint,
-    base: Checkpoint,
-    path: Path,
-    *,
-    recipe: str | None = None,
-    progress: Progress = lambda _: None,
-) -> Patch:
+def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | None = None) -> Patch:
     """Write what `result` has changed of `base` to a new file, whole tensors or ranges of rows.
 
     Args:
@@ -58,7 +50,6 @@ def extract(
         base: What it was made of.
         path: The file to make.
         recipe: The recipe that the result was made by, to be kept in the patch.
-        progress: Called with numbers of bytes of the base as they are compared.
 
     Returns:
         The patch as it is on disk.
@@ -69,7 +60,7 @@ def extract(
     """
     _check_layouts(result, base)
     with staged_file(path) as file:
-        found = _compare(result, base, progress)
+        found = _compare(result, base)
         if not found:
             raise UsageError(f"{result.name} has the weights of {base.name}; there is nothing to extract")
         metadata = {
@@ -112,14 +103,14 @@ def _check_layouts(result: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _compare(result: Checkpoint, base: Checkpoint, progress: Progress) -> dict[str, list[Range]]:
+def _compare(result: Checkpoint, base: Checkpoint) -> dict[str, list[Range]]:
     """By tensor that differs: the ranges of its rows that do."""
 
     def ranges(tensor: Tensor) -> list[Range]:
         found = result.tensors[tensor.name]
         if not tensor.num_bytes:
             return []
-        pieces = _pairs(result, found, base, tensor, progress)
+        pieces = _pairs(result, found, base, tensor)
         return changed_ranges(pieces, row_bytes(tensor.dtype, tensor.shape), MAX_TENSOR_RANGES)
 
     # Comparing and reading both let another thread run.
@@ -130,14 +121,12 @@ def _compare(result: Checkpoint, base: Checkpoint, progress: Progress) -> dict[s
     return {name: close_gaps(found, limit) for name, found in changed.items()}
 
 
-def _pairs(
-    result: Checkpoint, found: Tensor, base: Checkpoint, tensor: Tensor, progress: Progress
-) -> Iterator[tuple[bytes, bytes]]:
+def _pairs(result: Checkpoint, found: Tensor, base: Checkpoint, tensor: Tensor) -> Iterator[tuple[bytes, bytes]]:
     ours = iterate_range(result, found.file, found.start, found.stop)
     theirs = iterate_range(base, tensor.file, tensor.start, tensor.stop)
     for pair in zip(ours, theirs, strict=True):
         yield pair
-        progress(len(pair[0]))
+        advance(len(pair[0]), "bytes")
 
 
 def _entries(base: Checkpoint, found: Mapping[str, Sequence[Range]]) -> list[Entry]:

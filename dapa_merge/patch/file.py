@@ -25,7 +25,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.progress import advance
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
@@ -269,13 +270,12 @@ def _is_digest(value: object) -> bool:
 THREADS = 4
 
 
-def rest_digest(model: Checkpoint, entries: Iterable[Entry], progress: Callable[[int], None] = lambda _: None) -> str:
+def rest_digest(model: Checkpoint, entries: Iterable[Entry]) -> str:
     """One SHA-256 of all values of a model but some rows, however it is divided into files.
 
     Args:
         model: The model.
         entries: The rows that are left out.
-        progress: Called with numbers of bytes as they are read.
     """
     left_out: dict[str, list[tuple[int, int]]] = {}
     for entry in entries:
@@ -289,18 +289,18 @@ def rest_digest(model: Checkpoint, entries: Iterable[Entry], progress: Callable[
             for start, stop in zip(ends[::2], ends[1::2], strict=True)
             for piece in iterate_range(model, tensor.file, start, stop)
         )
-        return _digest(pieces, progress)
+        return _digest(pieces)
 
     names = sorted(model.tensors)
     with ThreadPoolExecutor(THREADS) as pool:
         return hashlib.sha256("".join(pool.map(digest, names)).encode()).hexdigest()
 
 
-def _digest(pieces: Iterable[bytes], progress: Callable[[int], None]) -> str:
+def _digest(pieces: Iterable[bytes]) -> str:
     state = hashlib.sha256()
     for piece in pieces:
         state.update(piece)
-        progress(len(piece))
+        advance(len(piece), "bytes")
     return state.hexdigest()
 
 

@@ -14,7 +14,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import RecipeError, UnsupportedArchitecture
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _pinned(location: Location, commit: str | None) -> Location:
     return replace(location, revision=commit) if commit else Location(os.path.abspath(location.path))
 
 
-def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
+def fetch_units(plan: Plan, units: Iterable[Unit]) -> None:
     """Fetch the source's bytes of these units at once, if they are on the Hub, rather than one by one later.
 
     Raises:
@@ -144,9 +144,9 @@ def fetch_units(plan: Plan, units: Iterable[Unit], reporter: Reporter) -> None:
         for start, num_bytes in theirs.runs()
     ]
     if num_bytes := plan.source.num_missing(ranges):
-        reporter.say(f"fetching {num_bytes / 1e6:.1f} MB of {plan.source.name}")
-        with reporter.task("fetching the source's units", num_bytes) as fetched:
-            plan.source.ensure_all(ranges, fetched)
+        LOG.info(f"fetching {num_bytes / 1e6:.1f} MB of {plan.source.name}")
+        with task("fetching the source's units", num_bytes, "bytes"):
+            plan.source.ensure_all(ranges)
 
 
 def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from dapa_merge.checkpoint.digest import hash_file
 from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, read_regular, refuse_stray_link
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.hub_client import Moved, api, ask, find, passes, status_of
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, advance
 from dapa_merge.transplant.manifest import PRIVATE, may_be_added
 
 
@@ -84,7 +84,7 @@ class Job:
         return f"publish to {self.place.repository}"
 
 
-def commit(job: Job, reporter: Reporter) -> Published:
+def commit(job: Job) -> Published:
     """Commit, or open a pull request.
 
     Raises:
@@ -92,18 +92,18 @@ def commit(job: Job, reporter: Reporter) -> Published:
         CheckpointError: If a file changed since it was hashed; nothing was changed.
         HubError: If the Hub says no, or does not answer.
     """
-    copied = _copied(job, reporter)
+    copied = _copied(job)
 
     def settle(error: Exception) -> Published | None:
         if copied and _is_of_copying(error) and not passes(error) and job.source is not None:
-            reporter.say(f"the Hub copies no files of {job.source.repository} here; sending them")
+            LOG.info(f"the Hub copies no files of {job.source.repository} here; sending them")
             return ask(job.what, lambda: _send(job, {}), lambda fault: _made_after_all(job, fault, {}))
         return _made_after_all(job, error, copied)
 
     return ask(job.what, lambda: _send(job, copied), settle)
 
 
-def _copied(job: Job, reporter: Reporter) -> dict[str, str]:
+def _copied(job: Job) -> dict[str, str]:
     """The files that the Hub can copy, and their paths in their repository."""
     from huggingface_hub import CommitOperationCopy
 
@@ -113,7 +113,7 @@ def _copied(job: Job, reporter: Reporter) -> dict[str, str]:
     try:
         there = head_of(job.source.repository, job.source.commit).files
     except HubError as error:
-        reporter.say(f"sending every file: {error}")
+        LOG.info(f"sending every file: {error}")
         return {}
     return copies(job.files, job.change.written, there)
 
@@ -222,7 +222,6 @@ def commit_url(place: Destination, head: Head) -> str:
     return f"{api().endpoint}/{place.repository}/commit/{head.commit}"
 
 
-Progress = Callable[[int], None]
 # What is sent from memory; larger files are never kept in git itself.
 MAX_SMALL_BYTES = 10 << 20
 LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
@@ -273,13 +272,12 @@ class Difference:
         return bool(self.written or self.deleted)
 
 
-def files_of(out: Path, known: Mapping[str, str], progress: Progress = lambda _: None) -> dict[str, LocalFile]:
+def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
     """The files of a result that are published, by their paths in it: all but hidden ones and what the models said.
 
     Args:
         out: The result.
         known: The SHA-256 of files that were hashed already.
-        progress: Called with numbers of bytes as they are read.
 
     Raises:
         CheckpointError: If one cannot be read, leads out of the folder, or is no part of a model.
@@ -299,7 +297,7 @@ def files_of(out: Path, known: Mapping[str, str], progress: Progress = lambda _:
         path = out / name
         refuse_stray_link(path, out)
         try:
-            return _local_file(path, known.get(name), progress)
+            return _local_file(path, known.get(name))
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
@@ -308,12 +306,12 @@ def files_of(out: Path, known: Mapping[str, str], progress: Progress = lambda _:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 
-def _local_file(path: Path, sha256: str | None, progress: Progress) -> LocalFile:
+def _local_file(path: Path, sha256: str | None) -> LocalFile:
     size = path.stat().st_size
     if size > MAX_SMALL_BYTES:
-        return LocalFile(path, size, sha256 or hash_file(path, progress=progress).sha256)
+        return LocalFile(path, size, sha256 or hash_file(path).sha256)
     content = read_regular(path, MAX_SMALL_BYTES)
-    progress(size)
+    advance(size, "bytes")
     return of_content(path, content)
 
 

@@ -234,9 +234,6 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
     return locked
 
 
-Progress = Callable[[int], None]
-
-
 @dataclass(frozen=True)
 class Upstream:
     """A model, or an adapter, as it is or was at one time.
@@ -292,25 +289,24 @@ def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
     return list(zip((role, f"{role}'s adapter"), base_and_adapter(location), strict=False))
 
 
-def look_at(location: Location, progress: Progress = lambda _: None) -> Upstream:
+def look_at(location: Location) -> Upstream:
     """What a model or an adapter, without another adapter on it, is now.
 
     Args:
         location: A folder or a Hub id.
-        progress: Called with numbers of bytes as files of a folder are read.
 
     Raises:
         CheckpointError: If there are no weights.
         HubError: If it is no folder and the Hub does not tell.
     """
     if os.path.isdir(location.path):
-        return Upstream(location.path, location.revision, None, _of_folder(Path(location.path), progress))
+        return Upstream(location.path, location.revision, None, _of_folder(Path(location.path)))
     info = _info(location, files=True)
     files = _of_repository(location.path, str(info.sha), {file.rfilename: file for file in info.siblings or ()})
     return Upstream(location.path, location.revision, str(info.sha), files)
 
 
-def movement(before: Upstream, location: Location, progress: Progress = lambda _: None) -> Movement:
+def movement(before: Upstream, location: Location) -> Movement:
     """How a model at a location differs from what it was; of one on the Hub whose commit is the same, nothing is read.
 
     Raises:
@@ -321,7 +317,7 @@ def movement(before: Upstream, location: Location, progress: Progress = lambda _
         sha = str(_info(location, files=False).sha)
         if sha == before.commit:
             return Movement(before, sha)
-    now = look_at(location, progress)
+    now = look_at(location)
     return changed_files(before, now)
 
 
@@ -348,16 +344,16 @@ def _names_in(folder: Path) -> list[str]:
     return _chosen([*os.listdir(folder), *templates], str(folder), lambda name: folder / name)
 
 
-def _of_folder(folder: Path, progress: Progress) -> dict[str, str]:
+def _of_folder(folder: Path) -> dict[str, str]:
     names = _names_in(folder)
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(folder / name, progress), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 
-def _digest(path: Path, progress: Progress = lambda _: None) -> str:
+def _digest(path: Path) -> str:
     try:
-        return hash_file(path, progress=progress).sha256
+        return hash_file(path).sha256
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 

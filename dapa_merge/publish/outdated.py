@@ -14,7 +14,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, DapaError, HubError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import ask, find
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.publish.commit import open_requests
 from dapa_merge.publish.lock import (
     LOCK_NAME,
@@ -81,22 +81,21 @@ class News:
         }
 
 
-def make_lock(recipe: Recipe, reporter: Reporter) -> Lock:
+def make_lock(recipe: Recipe) -> Lock:
     """What the models of a recipe are now; the selection is not in it yet.
 
     Raises:
         DapaError: If one of them cannot be read, or the Hub not be asked.
     """
     total = sum(num_bytes(part) for location in (recipe.target, recipe.source) for part in base_and_adapter(location))
-    with reporter.task("locking", total) as read:
+    with task("locking", total, "bytes"):
         target, source = (
-            tuple(look_at(part, read) for part in base_and_adapter(location))
-            for location in (recipe.target, recipe.source)
+            tuple(look_at(part) for part in base_and_adapter(location)) for location in (recipe.target, recipe.source)
         )
     return Lock(recipe_digest(recipe), target, source, (), versions())
 
 
-def follow_lock(recipe: Recipe, path: Path, reporter: Reporter) -> tuple[Recipe, Lock]:
+def follow_lock(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
     """A recipe with its models as they were locked, and the lock.
 
     Raises:
@@ -109,7 +108,7 @@ def follow_lock(recipe: Recipe, path: Path, reporter: Reporter) -> tuple[Recipe,
     if lock is None:
         raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
     recipe = pin(recipe, lock)
-    now = make_lock(recipe, reporter)
+    now = make_lock(recipe)
     for before, after in zip((*lock.target, *lock.source), (*now.target, *now.source), strict=True):
         moved = changed_files(before, after)
         if moved.matters:
@@ -118,22 +117,22 @@ def follow_lock(recipe: Recipe, path: Path, reporter: Reporter) -> tuple[Recipe,
             )
     for package, version in now.versions.items():
         if lock.versions.get(package) != version:
-            reporter.say(f"note: locked with {package} {lock.versions.get(package)}, and this is {version}")
+            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, and this is {version}")
     return recipe, lock
 
 
-def keep_lock(lock: Lock, recipe: Path, reporter: Reporter) -> None:
+def keep_lock(lock: Lock, recipe: Path) -> None:
     """Write a lock beside its recipe; where that cannot be, the result has it all the same."""
     path = lock_path(recipe)
     try:
         replace_file(path, lock_text(lock).encode())
     except DapaError as error:
-        reporter.say(f"not locked beside the recipe: {error}")
+        LOG.info(f"not locked beside the recipe: {error}")
     else:
-        reporter.say(f"locked in {path}")
+        LOG.info(f"locked in {path}")
 
 
-def news_of(recipe: Recipe, path: Path, repository: str | None, reporter: Reporter) -> News:
+def news_of(recipe: Recipe, path: Path, repository: str | None) -> News:
     """What became of a recipe and its models since it was followed.
 
     Args:
@@ -141,7 +140,6 @@ def news_of(recipe: Recipe, path: Path, repository: str | None, reporter: Report
         path: The file.
         repository: Compare with the lock of the model that was published here, or of a pull request that offers it,
             rather than with the file beside the recipe.
-        reporter: Hears of the steps.
 
     Raises:
         CheckpointError: If the lock cannot be read.
@@ -149,7 +147,7 @@ def news_of(recipe: Recipe, path: Path, repository: str | None, reporter: Report
     """
     first: News | None = None
     for place, lock in _locks(path, repository):
-        news = _compared(recipe, place, lock, reporter)
+        news = _compared(recipe, place, lock)
         if not news.is_outdated:
             return news
         first = first or news
@@ -163,12 +161,12 @@ def _locks(path: Path, repository: str | None) -> Iterator[tuple[str, Lock]]:
         yield str(lock_path(path)), lock
 
 
-def _compared(recipe: Recipe, place: str, lock: Lock, reporter: Reporter) -> News:
+def _compared(recipe: Recipe, place: str, lock: Lock) -> News:
     if recipe_digest(recipe) != lock.recipe:
         return News(place, recipe_changed=True)
     pairs = [*_pairs("target", recipe.target, lock.target), *_pairs("source", recipe.source, lock.source)]
-    with reporter.task("comparing", sum(num_bytes(location) for _, location, _ in pairs)) as read:
-        return News(place, False, tuple((role, movement(before, part, read)) for role, part, before in pairs))
+    with task("comparing", sum(num_bytes(location) for _, location, _ in pairs), "bytes"):
+        return News(place, False, tuple((role, movement(before, part)) for role, part, before in pairs))
 
 
 def _pairs(role: str, location: Location, locked: tuple[Upstream, ...]) -> list[tuple[str, Location, Upstream]]:

@@ -18,7 +18,7 @@ from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import api, ask, find, require_token
 from dapa_merge.plan.selection import RECIPE_NAME
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.commit import (
@@ -93,7 +93,7 @@ def check_push(options: PushOptions, recipe: Recipe | None = None) -> None:
         inherited([(parent.name, parent.licence) for parent in parents_of(recipe, options.card)])
 
 
-def push(out: Path, options: PushOptions, reporter: Reporter) -> Published:
+def push(out: Path, options: PushOptions) -> Published:
     """Verify a result, write its card unless it has one of somebody else's, and publish it.
 
     Raises:
@@ -107,29 +107,29 @@ def push(out: Path, options: PushOptions, reporter: Reporter) -> Published:
     card = settle_facts(options.card, before)
     check: Check | None = None
     if not options.is_proved:
-        check = verify_result(out, None, reporter, target=card.target, source=card.source)
+        check = verify_result(out, None, target=card.target, source=card.source)
         if check.faults:
             raise CheckpointError(f"{out} is not published, since it is wrong: {check.faults[0]}")
     facts: CardFacts | None = None
     if before.is_anothers:
-        reporter.say(f"{out / CARD_NAME} was not written by dapa-merge, and is published as it is")
+        LOG.info(f"{out / CARD_NAME} was not written by dapa-merge, and is published as it is")
     else:
-        facts = card_facts(out, reporter, card, check)
+        facts = card_facts(out, card, check)
         text = render_card(facts, before, card.to_said()).encode()
         if text != before.text.encode():
             replace_file(out / CARD_NAME, text)
     for note in _notes(out, recipe):
-        reporter.say(note)
+        LOG.info(note)
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
     known = {name: file.sha256 for name, file in manifest.files.items()} if manifest else {}
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in known)
-    with reporter.task("reading what is published", total) as read:
-        files = files_of(out, known, read)
+    with task("reading what is published", total, "bytes"):
+        files = files_of(out, known)
     if facts is not None:
         files[CARD_NAME] = _joined_card(facts, read_card(text.decode()), card, options.place, files[CARD_NAME])
     message = options.message or _message(recipe, facts)
     description = "\n".join(_description(facts)) if facts else ""
-    return publish(files, options.place, message, _copy_source(recipe), reporter, description=description)
+    return publish(files, options.place, message, _copy_source(recipe), description=description)
 
 
 def _joined_card(facts: CardFacts, ours: CardFile, card: CardOptions, place: Destination, file: LocalFile) -> LocalFile:
@@ -234,7 +234,6 @@ def publish(
     place: Destination,
     message: str,
     source: CopySource | None,
-    reporter: Reporter,
     *,
     description: str = "",
 ) -> Published:
@@ -245,7 +244,6 @@ def publish(
         place: Where.
         message: Of the commit.
         source: Where the Hub may copy files from, instead of their being sent.
-        reporter: Hears of the steps.
         description: Further lines of the commit's message.
 
     Raises:
@@ -255,7 +253,7 @@ def publish(
             has all of it.
     """
     if not check_place(place):
-        reporter.say(f"making {place.repository}")
+        LOG.info(f"making {place.repository}")
         # Without a word about it, an organization's own rule holds.
         make = {"private": place.private or None, "exist_ok": True}
         ask(f"make the repository {place.repository}", lambda: api().create_repo(place.repository, **make))
@@ -273,8 +271,8 @@ def publish(
     if place.create_pr and (offered := waiting(place, files)) is not None:
         return offered
     if change.deleted:
-        reporter.say(f"deleting what is no part of this model: {', '.join(change.deleted)}")
-    made = commit(Job(files, place, message, description, head, change, source), reporter)
+        LOG.info(f"deleting what is no part of this model: {', '.join(change.deleted)}")
+    made = commit(Job(files, place, message, description, head, change, source))
     return _finished(place, files, made)
 
 

@@ -19,7 +19,7 @@ from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import RECIPE_NAME, make_plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CAPTIONS, CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
@@ -55,16 +55,13 @@ class CardOptions:
         return ({"title": self.title} if self.title else {}) | licence | named
 
 
-def write_card(
-    out: Path, reporter: Reporter, options: CardOptions | None = None, *, replace_other: bool = False
-) -> Path:
+def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
     """Write or renew the card of a result, also of one that `mergekit-yaml` wrote.
 
     What stands outside of the marked part stays, and so does metadata that is not ours.
 
     Args:
         out: The result's folder.
-        reporter: Hears of the steps.
         options: What the user says about it.
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
 
@@ -80,11 +77,11 @@ def write_card(
     settled = settle_facts(options, before)
     check: Check | None = None
     if options.target or options.source:
-        check = verify_result(out, None, reporter, target=settled.target, source=settled.source)
+        check = verify_result(out, None, target=settled.target, source=settled.source)
         if check.faults:
             named = " and ".join(str(place) for place in (settled.target, settled.source) if place)
             raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
-    facts = card_facts(out, reporter, settled, check)
+    facts = card_facts(out, settled, check)
     text = render_card(facts, CardFile() if before.is_anothers else before, settled.to_said())
     replace_file(out / CARD_NAME, text.encode())
     return out / CARD_NAME
@@ -134,12 +131,11 @@ def _pinned(location: Location) -> Location:
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
-def card_facts(out: Path, reporter: Reporter, options: CardOptions, check: Check | None = None) -> CardFacts:
+def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> CardFacts:
     """What there is to say of a result.
 
     Args:
         out: The result.
-        reporter: Hears of the steps.
         options: What the user says about it.
         check: What a comparison with its models gave, if there was one.
 
@@ -149,7 +145,7 @@ def card_facts(out: Path, reporter: Reporter, options: CardOptions, check: Check
     recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
-    units, share, number = _transplanted(out, report, recipe, reporter, check)
+    units, share, number = _transplanted(out, report, recipe, check)
     parents = parents_of(recipe, options)
     return CardFacts(
         title=options.title or out.resolve().name,
@@ -186,14 +182,14 @@ def require_result(out: Path) -> Path:
 
 
 def _transplanted(
-    out: Path, report: Report | None, recipe: Recipe, reporter: Reporter, check: Check | None
+    out: Path, report: Report | None, recipe: Recipe, check: Check | None
 ) -> tuple[Sequence[str], float, int]:
     """The units of a result, the share of its parameters that they are, and how many."""
     if report is not None:
         return report.units, report.share_changed, report.parameters_changed
     if check is None:
-        reporter.say(f"{out} has no {REPORT_NAME}; comparing it with its models")
-        check = verify_result(out, None, reporter)
+        LOG.info(f"{out} has no {REPORT_NAME}; comparing it with its models")
+        check = verify_result(out, None)
     if check.faults or check.verification is None:
         raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
     plan = make_plan(recipe)

@@ -16,7 +16,7 @@ from dapa_merge.measure.model import MeasuredModel, measure_checkpoint, measure_
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.identity import open_journal
@@ -56,9 +56,7 @@ class Evidence:
     responses: Mapping[str, Sequence[Response]]
 
 
-def gather_evidence(
-    recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: SearchOptions, reporter: Reporter
-) -> Evidence:
+def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: SearchOptions) -> Evidence:
     """Search, unless a selection is given, and measure; one that the recipe names with all prompts.
 
     One that another search found, and a lock gives, is measured with the prompts that a search would not have asked.
@@ -77,21 +75,21 @@ def gather_evidence(
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:
-        bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options, reporter)))
+        bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options)))
         # What cannot work is noticed before the search, not after it: a wrong journal, a source that does not load.
         journal = Journal()
         if selection is None:
-            journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal, reporter)))
-        source_alone = measure_checkpoint(plan.source, meter, options.device, "source", reporter)
+            journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
+        source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
         if selection is None:
-            found = search(recipe, plan, bench, journal, options, reporter)
+            found = search(recipe, plan, bench, journal, options)
             selection = join(plan, found.minimum.units)
-            searched = _searched(found, bench, reporter)
-            reporter.say("confirming it with prompts that the search has not asked")
+            searched = _searched(found, bench)
+            LOG.info("confirming it with prompts that the search has not asked")
         # What the search learned of the memory holds for the confirmation as well.
         meter = replace(meter, batch_size=bench.meter.batch_size)
-        before = measure_live(bench.live, (), meter, "target", reporter)
-        after = measure_live(bench.live, selection, meter, "result", reporter)
+        before = measure_live(bench.live, (), meter, "target")
+        after = measure_live(bench.live, selection, meter, "result")
     return Evidence(
         selection=selection,
         search=found,
@@ -105,11 +103,11 @@ def gather_evidence(
     )
 
 
-def _searched(found: Search, bench: Bench, reporter: Reporter) -> Searched:
+def _searched(found: Search, bench: Bench) -> Searched:
     """What the search could see of its own result, which it need not have measured in full."""
     prompts = bench.meter.prompts
-    with reporter.task("measuring the result as the search saw it", len(prompts.harmful)) as answered:
-        after = bench.score(in_order(found.minimum.units), answered)
+    with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
+        after = bench.score(in_order(found.minimum.units))
     return Searched(bench.measure, len(prompts.harmful), len(prompts.harmless), found.target.score, after)
 
 

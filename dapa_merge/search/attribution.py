@@ -28,6 +28,7 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.generate import check_ids, prompt_ids
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.perplexity import ScoredText, losses
+from dapa_merge.progress import advance
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -51,7 +52,6 @@ def attribute(
     units: Sequence[Unit] | None = None,
     batch_size: BatchSize,
     num_tokens: int = NUM_TOKENS,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[Unit, float]:
     """The first-order effect of transplanting each unit into the model as it is now.
 
@@ -66,7 +66,6 @@ def attribute(
         batch_size: How many sequences are passed through the model at once; a contrast is two of them. Their
             activations are kept for the backward pass, many times what generation keeps: 8 is plenty.
         num_tokens: At least 1.
-        progress: Called with numbers of sequences as they are done, at most twice as many as there are contrasts.
 
     Returns:
         For each unit, in their order, the effect in nats: positive if it makes the model refuse.
@@ -93,7 +92,7 @@ def attribute(
         return batch
 
     for _ in batch_size.map(add, sides):
-        progress(1)
+        advance(1, "responses")
     _check_finite(effects, live.plan)
     return effects
 

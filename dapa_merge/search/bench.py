@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.meter import Measurement, Meter
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.attribution import Contrast, attribute
 from dapa_merge.search.journal import Journal
@@ -113,9 +113,9 @@ class Bench(Resident):
         self._examiner = Examiner(requirement, self.sizes, costs_of(self.meter))
         return self._examiner
 
-    def baseline(self, selection: Iterable[Unit], progress: Callable[[int], None]) -> Baseline:
+    def baseline(self, selection: Iterable[Unit]) -> Baseline:
         """All figures that a requirement is about, of the target with a selection transplanted."""
-        with self._candidate(selection, progress) as candidate:
+        with self._candidate(selection) as candidate:
             return Baseline(
                 candidate.score,
                 candidate.share_refused("harmless"),
@@ -123,17 +123,13 @@ class Bench(Resident):
                 tuple(itertools.chain.from_iterable(candidate.judged("harmful"))),
             )
 
-    def score(self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None) -> float:
+    def score(self, selection: Iterable[Unit]) -> float:
         """The score of the target with a selection transplanted, measured as every test measures it."""
-        with self._candidate(selection, progress) as candidate:
+        with self._candidate(selection) as candidate:
             return candidate.score
 
     def attribute(
-        self,
-        units: Sequence[Unit],
-        target: Sequence[Response],
-        full: Sequence[Response],
-        progress: Callable[[int], None] = lambda _: None,
+        self, units: Sequence[Unit], target: Sequence[Response], full: Sequence[Response]
     ) -> dict[Unit, float]:
         """How much each unit matters, to first order, where the full transplant refuses and the target does not.
 
@@ -141,27 +137,24 @@ class Bench(Resident):
             units: Of the plan, or blocks of its units.
             target: The target's responses to the harmful prompts.
             full: The full transplant's, in the same order.
-            progress: Called with numbers of responses as they are weighed, at most `2 * MAX_CONTRASTS`.
 
         Raises:
             ValueError: If no prompt tells the two apart.
             CheckpointError: If an effect is not a finite number.
         """
-        return effects_between(self.live, units, target, full, self.meter.batch_size.limit, progress)
+        return effects_between(self.live, units, target, full, self.meter.batch_size.limit)
 
-    def examine(
-        self, selection: Iterable[Unit], progress: Callable[[int], None] = lambda _: None, *, stop_early: bool = True
-    ) -> Verdict:
+    def examine(self, selection: Iterable[Unit], *, stop_early: bool = True) -> Verdict:
         """Whether the target with a selection transplanted meets the requirement."""
         assert self._examiner is not None, "require first"
-        with self._candidate(selection, progress) as candidate:
+        with self._candidate(selection) as candidate:
             return self._examiner.examine(candidate, stop_early=stop_early)
 
     @contextmanager
-    def _candidate(self, selection: Iterable[Unit], progress: Callable[[int], None]) -> Iterator[_LiveExaminee]:
+    def _candidate(self, selection: Iterable[Unit]) -> Iterator[_LiveExaminee]:
         units = tuple(selection)
         with self.live.transplanted(units) as model:
-            measurement = replace(self.meter, progress=progress).measure(model, self.live.tokenizer, units)
+            measurement = self.meter.measure(model, self.live.tokenizer, units)
             yield _LiveExaminee(measurement, self._pieces)
 
 
@@ -205,7 +198,6 @@ def effects_between(
     answering: Sequence[Response],
     refusing: Sequence[Response],
     batch_limit: int,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[Unit, float]:
     """How much each unit matters, to first order, where one model refuses and the live one does not.
 
@@ -215,7 +207,6 @@ def effects_between(
         answering: The target's responses to some prompts.
         refusing: The other model's, in the same order.
         batch_limit: How many responses fit at once where nothing is kept for a backward pass.
-        progress: Called with numbers of responses as they are weighed, at most `2 * MAX_CONTRASTS`.
 
     Raises:
         ValueError: If no prompt tells the two apart.
@@ -230,7 +221,7 @@ def effects_between(
     # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
     few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
     batch_size = BatchSize(min(MAX_BACKWARD, batch_limit))
-    return attribute(live, few, units=units, batch_size=batch_size, progress=progress)
+    return attribute(live, few, units=units, batch_size=batch_size)
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:
@@ -252,19 +243,17 @@ def costs_of(meter: Meter) -> dict[str, float]:
     return {"perplexity": float(num_batches), main: piece, "harmless": piece}
 
 
-def measure_baseline(
-    name: str, units: Sequence[Unit], recipe: Recipe, bench: Bench, journal: Journal, reporter: Reporter
-) -> Baseline:
+def measure_baseline(name: str, units: Sequence[Unit], recipe: Recipe, bench: Bench, journal: Journal) -> Baseline:
     """All figures of the target with some units, from the journal if they are there.
 
     Raises:
         CheckpointError: If the model computes no numbers.
     """
     if name not in journal.notes:
-        with reporter.task(f"measuring the {name}", bench.num_prompts) as answered:
-            journal.note(name, bench.baseline(units, answered).to_json())
+        with task(f"measuring the {name}", bench.num_prompts, "prompts"):
+            journal.note(name, bench.baseline(units).to_json())
     baseline = Baseline.from_json(journal.notes[name])
-    reporter.say(f"the {name}: {bench.measure} {baseline.score:.3f}, over-refusal {baseline.over_refusal:.3f}")
+    LOG.info(f"the {name}: {bench.measure} {baseline.score:.3f}, over-refusal {baseline.over_refusal:.3f}")
     if baseline.perplexity == math.inf:
         model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
         raise CheckpointError(f"{model} computes infinities or no numbers at all; its weights are damaged")
@@ -302,13 +291,7 @@ def make_requirement(recipe: Recipe, plan: Plan, target: Baseline, full: Baselin
 
 
 def weigh(
-    units: Sequence[Unit],
-    name: str,
-    target: Baseline,
-    full: Baseline,
-    bench: Bench,
-    journal: Journal,
-    reporter: Reporter,
+    units: Sequence[Unit], name: str, target: Baseline, full: Baseline, bench: Bench, journal: Journal
 ) -> Mapping[Unit, float] | None:
     """Attribution's scores; from the journal if they are there, because a search must take the same way again.
 
@@ -322,10 +305,10 @@ def weigh(
     if scores is not None and not all(str(unit) in scores for unit in units):
         scores = None
         try:
-            with reporter.task("weighing the units by one backward pass", 2 * MAX_CONTRASTS) as weighed:
-                found = bench.attribute(units, target.responses, full.responses, weighed)
+            with task("weighing the units by one backward pass", 2 * MAX_CONTRASTS, "responses"):
+                found = bench.attribute(units, target.responses, full.responses)
             scores = {str(unit): score for unit, score in found.items()}
         except (ValueError, CheckpointError, DoesNotFit) as error:
-            reporter.say(f"searching without a prior, because {error}")
+            LOG.info(f"searching without a prior, because {error}")
         journal.note(name, scores)
     return None if scores is None else {unit: scores[str(unit)] for unit in units}

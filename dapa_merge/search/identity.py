@@ -13,7 +13,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dapa_merge.search.bench import Bench
 
 
-def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, reporter: Reporter) -> Journal:
+def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
     """The journal of a recipe's search: the given file, or one in the user's cache folder.
 
     Raises:
@@ -32,7 +32,7 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, re
     if path is not None:
         # Before the minutes that large checkpoints take to read.
         check_writable(path)
-    parts = _parts(recipe, plan, bench, reporter)
+    parts = _parts(recipe, plan, bench)
     if path is not None:
         return Journal(path, parts)
     import platformdirs
@@ -40,18 +40,18 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, re
     try:
         return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
     except JournalUnavailable as error:
-        reporter.say(f"{error}; this search is not recorded, and starts again if it is killed")
+        LOG.info(f"{error}; this search is not recorded, and starts again if it is killed")
         return Journal()
 
 
-def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict[str, str]:
+def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     """Everything that decides a verdict, by name."""
     names = {region.tensor.name for _, region in plan.regions(plan.units)}
     total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
-    with reporter.task("reading both checkpoints", total) as read:
+    with task("reading both checkpoints", total, "bytes"):
         parts = {
-            "target": tensors_digest(plan.target, progress=read),
-            "source": tensors_digest(plan.source, names, progress=read),
+            "target": tensors_digest(plan.target),
+            "source": tensors_digest(plan.source, names),
         }
     prompts = bench.meter.prompts
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
@@ -68,14 +68,12 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench, reporter: Reporter) -> dict
     }
 
 
-def models_parts(
-    recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str, reporter: Reporter
-) -> dict[str, str]:
+def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str) -> dict[str, str]:
     """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
     from dapa_merge.measure.live import choose_device
 
-    with reporter.task("reading the checkpoints", sum(model.num_bytes for model in models.values())) as read:
-        weights = {name: tensors_digest(model, progress=read) for name, model in models.items()}
+    with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
+        weights = {name: tensors_digest(model) for name, model in models.items()}
     # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
     others = (*models, "pretrained", "batch_size", "_lines")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}

@@ -14,7 +14,7 @@ from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped,
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import fetch_units
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_requirement, measure_baseline, weigh
@@ -106,7 +106,7 @@ class Search:
         return 1 - self.num_asked / self.num_prompts if self.num_prompts else 0.0
 
 
-def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions, reporter: Reporter) -> Search:
+def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions) -> Search:
     """Load the target of a recipe's plan, and search, whatever layers the recipe names.
 
     Raises:
@@ -115,17 +115,15 @@ def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions, reporter: Re
     """
     searching, _ = split_prompts(recipe)
     # All of them, which are tested together first.
-    fetch_units(plan, plan.units, reporter)
+    fetch_units(plan, plan.units)
     with (
-        closing(make_bench(recipe, plan, searching, options, reporter)) as bench,
-        closing(open_journal(recipe, plan, bench, options.journal, reporter)) as journal,
+        closing(make_bench(recipe, plan, searching, options)) as bench,
+        closing(open_journal(recipe, plan, bench, options.journal)) as journal,
     ):
-        return search(recipe, plan, bench, journal, options, reporter)
+        return search(recipe, plan, bench, journal, options)
 
 
-def search(
-    recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions, reporter: Reporter
-) -> Search:
+def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions) -> Search:
     """Find a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
@@ -133,11 +131,11 @@ def search(
         DapaError: For whatever else does not fit; what was tested is in the journal.
     """
     try:
-        return _Hunt(recipe, plan, bench, journal, options, reporter).run()
+        return _Hunt(recipe, plan, bench, journal, options).run()
     except (SearchInterrupted, SearchStopped) as stop:
-        reporter.say(f"the best selection so far: {spans(join(plan, stop.best.units))}")
+        LOG.info(f"the best selection so far: {spans(join(plan, stop.best.units))}")
         if journal.path:
-            reporter.say(f"every test is in the journal {journal.path}; run again to go on")
+            LOG.info(f"every test is in the journal {journal.path}; run again to go on")
         if isinstance(stop, SearchStopped):
             raise
         raise (stop.__cause__ or stop) from None
@@ -146,30 +144,25 @@ def search(
 class _Hunt:
     """One search on its way: among the plan's units and then, if the recipe says so, among blocks of those kept."""
 
-    def __init__(
-        self, recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions, reporter: Reporter
-    ) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions) -> None:
         self.recipe = recipe
         self.plan = plan
         self.bench = bench
         self.journal = journal
         self.options = options
-        self.reporter = reporter
         self.recorded = set(journal.tests)
         self.asked: dict[frozenset[str], frozenset[Unit]] = {}
 
     def run(self) -> Search:
         start = time.monotonic()
-        target = measure_baseline("target", (), self.recipe, self.bench, self.journal, self.reporter)
-        full = measure_baseline(
-            "full transplant", self.plan.units, self.recipe, self.bench, self.journal, self.reporter
-        )
+        target = measure_baseline("target", (), self.recipe, self.bench, self.journal)
+        full = measure_baseline("full transplant", self.plan.units, self.recipe, self.bench, self.journal)
         limits = make_requirement(self.recipe, self.plan, target, full, self.bench.measure)
         examiner = self.bench.require(limits)
         for test in self.journal.tests.values():
             examiner.learn(_pieces(test))
         if self.recorded:
-            self.reporter.say(f"{len(self.recorded)} tests are in the journal already")
+            LOG.info(f"{len(self.recorded)} tests are in the journal already")
         with closing(self._workers(limits)) as workers:
             minimum, prior, num_candidates = self._search(workers, limits, target, full)
         minimum = replace(minimum, tests=len(self.asked))
@@ -189,13 +182,13 @@ class _Hunt:
             seconds=time.monotonic() - start,
         )
         saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
-        self.reporter.say(f"found {spans(join(self.plan, minimum.units))} in {minimum.tests} tests; saved {saved}")
+        LOG.info(f"found {spans(join(self.plan, minimum.units))} in {minimum.tests} tests; saved {saved}")
         return found
 
     def _workers(self, limits: Requirement) -> InProcess | RayWorkers[Unit, Test]:
         if self.options.uses_ray:
             return ray_testers(self.recipe, self.plan, self.bench, limits, self.options)
-        return InProcess(self.bench, self.reporter)
+        return InProcess(self.bench)
 
     def _search(
         self, workers: Workers[Unit, Test], limits: Requirement, target: Baseline, full: Baseline
@@ -205,7 +198,7 @@ class _Hunt:
         units = self._preferred(workers)
         prior = self._prior(plan, "prior", target, full)
         floor = f"a {limits.measure} of {limits.min_score:.3f}"
-        self.reporter.say(f"searching among {len(units)} units for the few that keep {floor}")
+        LOG.info(f"searching among {len(units)} units for the few that keep {floor}")
         minimum = self._minimize(units, workers, prior)
         if recipe.granularity == "layer" or not minimum.one_minimal:
             return minimum, prior, len(plan.units)
@@ -213,7 +206,7 @@ class _Hunt:
         if blocks.units == minimum.units:
             return minimum, prior, len(plan.units)
         of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
-        self.reporter.say(f"searching among {len(blocks.units)} units that are {of_what} of them")
+        LOG.info(f"searching among {len(blocks.units)} units that are {of_what} of them")
         finer_prior = self._prior(blocks, f"prior of {recipe.granularity}", target, full)
         finer = self._minimize(blocks.units, workers, finer_prior, num_free=1)
         # All blocks together are what was found before: one test, not two.
@@ -233,7 +226,7 @@ class _Hunt:
     def _prior(self, plan: Plan, name: str, target: Baseline, full: Baseline) -> Mapping[Unit, float] | None:
         if self.recipe.search != "guided":
             return None
-        return weigh(plan.units, name, target, full, self.bench, self.journal, self.reporter)
+        return weigh(plan.units, name, target, full, self.bench, self.journal)
 
     def _preferred(self, workers: Workers[Unit, Test]) -> tuple[Unit, ...]:
         """The units of the preferred module, if they are enough, or all."""
@@ -243,7 +236,7 @@ class _Hunt:
         # What is asked next depends on this answer: nothing is tested ahead of it.
         is_enough = self._oracle(self.plan.units, workers, lambda _answers, _number: [])(frozenset(preferred))
         how = "is" if is_enough else "is not"
-        self.reporter.say(f"{self.recipe.prefer} alone {how} enough")
+        LOG.info(f"{self.recipe.prefer} alone {how} enough")
         return preferred if is_enough else self.plan.units
 
     def _minimize(
@@ -290,7 +283,7 @@ class _Hunt:
     def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
         self.journal.record(frozenset(map(str, selection)), test)
         why = f": {test['complaint']}" if test["complaint"] else ""
-        self.reporter.say(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
+        LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
         return bool(test["holds"])
 
 

@@ -30,7 +30,7 @@ from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, pinned_location
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.requirement import Requirement
@@ -290,7 +290,7 @@ class SearchOptions:
 Test = Mapping[str, Any]
 
 
-def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions, reporter: Reporter) -> Bench:
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions) -> Bench:
     """The test bench of a recipe; it loads the target when that is needed.
 
     Raises:
@@ -302,7 +302,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOp
     if options.uses_ray and recipe.evaluator == "judge" and options.evaluators.judge_requests is not None:
         raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
     meter = search_meter(recipe, prompts, options.evaluators)
-    return Bench(plan, meter, options.device, lambda: reporter.say(f"loading the target {plan.target.name}"))
+    return Bench(plan, meter, options.device, lambda: LOG.info(f"loading the target {plan.target.name}"))
 
 
 class InProcess:
@@ -310,9 +310,8 @@ class InProcess:
 
     number = 1
 
-    def __init__(self, bench: Bench, reporter: Reporter) -> None:
+    def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self._reporter = reporter
         self.running: list[frozenset[Unit]] = []
 
     def submit(self, selection: frozenset[Unit]) -> None:
@@ -320,8 +319,8 @@ class InProcess:
 
     def wait(self) -> tuple[frozenset[Unit], Test]:
         selection = self.running.pop()
-        with self._reporter.task(f"testing {spans(in_order(selection))}", self._bench.num_prompts) as answered:
-            return selection, _test(self._bench, selection, answered)
+        with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
+            return selection, _test(self._bench, selection)
 
     def close(self) -> None:
         """Nothing to let go of; the bench is its owner's."""
@@ -350,14 +349,14 @@ def _make_tester(
 
     torch.set_num_threads(num_threads)
     plan = open_plan(recipe, allow_pickle=options.allow_pickle)
-    bench = make_bench(recipe, plan, prompts, options, Reporter())
+    bench = make_bench(recipe, plan, prompts, options)
     bench.require(limits)
     return functools.partial(_test, bench)
 
 
-def _test(bench: Bench, selection: frozenset[Unit], progress: Callable[[int], None] = lambda _: None) -> Test:
+def _test(bench: Bench, selection: frozenset[Unit]) -> Test:
     began = time.monotonic()
-    verdict = bench.examine(in_order(selection), progress)
+    verdict = bench.examine(in_order(selection))
     return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
 
 

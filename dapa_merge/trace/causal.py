@@ -21,6 +21,7 @@ import numpy
 import torch
 
 from dapa_merge.measure.perplexity import losses
+from dapa_merge.progress import advance
 from dapa_merge.trace.case import Case, Settings, window_layers
 from dapa_merge.trace.replay import Replay, Site, find_sites
 
@@ -114,19 +115,18 @@ class Tracer:
         return self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
 
     @torch.inference_mode()
-    def trace(self, case: Case, number: int, progress: Callable[[int], None] = lambda _: None) -> Trace:
+    def trace(self, case: Case, number: int) -> Trace:
         """Trace one case.
 
         Args:
             case: The case.
             number: Of the case: with the seed, it decides the noise.
-            progress: Called with numbers of runs as they are done.
 
         Raises:
             UsageError: If not even one run fits in the device's memory.
             UnsupportedArchitecture: If the model hands on more than states from layer to layer.
         """
-        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self.batch_size, progress)
+        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self.batch_size)
         clean, values, clean_states = self._run_clean(case, work)
         corrupted, states = self._run_corrupted(case, number, work)
         num_layers = len(self._replay.layers)
@@ -215,21 +215,12 @@ class _Item(NamedTuple):
 class _Work:
     """Runs of one case, in batches."""
 
-    def __init__(
-        self,
-        replay: Replay,
-        padding: int,
-        case: Case,
-        num_samples: int,
-        batch_size: BatchSize,
-        progress: Callable[[int], None],
-    ) -> None:
+    def __init__(self, replay: Replay, padding: int, case: Case, num_samples: int, batch_size: BatchSize) -> None:
         self._replay = replay
         self._padding = padding
         self._case = case
         self._num_samples = num_samples
         self._batch_size = batch_size
-        self._progress = progress
         self._device = replay.model.device
         self.num_runs = 0
         self.num_passes = 0.0
@@ -243,7 +234,7 @@ class _Work:
             num_layers = len(self._replay.layers)
             self.num_runs += len(items)
             self.num_passes += len(items) * (num_layers - start) / num_layers
-            self._progress(len(items))
+            advance(len(items), "runs")
         return lost
 
     def differences(self, tokens: Sequence[int], run: Callable[[Sequence[_Item]], Sequence[float]]) -> torch.Tensor:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
 from dapa_merge.plan.plan import Plan, cut, divide
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
 from dapa_merge.trace.options import TraceOptions
@@ -30,19 +30,18 @@ if TYPE_CHECKING:
 class Edits:
     """Edits of one target, measured with all prompts of a bench's meter."""
 
-    def __init__(self, bench: Bench, journal: Journal, reporter: Reporter) -> None:
+    def __init__(self, bench: Bench, journal: Journal) -> None:
         self._bench = bench
         self._journal = journal
-        self._reporter = reporter
 
     def findings(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> tuple[list[Finding], float]:
         """What the groups do, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
         asked = selections_of(groups, *how)
-        self._reporter.say(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
-        with self._reporter.task("putting groups in and taking them out", len(asked) + 1) as done:
-            scores = {units: self._score(units, done) for units in asked}
-            target = self._score(frozenset(), done)
+        LOG.info(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
+        with task("putting groups in and taking them out", len(asked) + 1, "edits"):
+            scores = {units: self._score(units) for units in asked}
+            target = self._score(frozenset())
         return examine_groups(groups, scores.__getitem__, *how), target
 
     def curve(
@@ -61,22 +60,22 @@ class Edits:
         sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
         points = []
         total = len(sizes) * (len(meter.prompts.harmful) + len(meter.prompts.harmless))
-        with self._reporter.task("measuring edits of every size", total) as done:
+        with task("measuring edits of every size", total, "prompts"):
             for size in sizes:
                 edit = tuple(in_order(order[:size]))
                 name = note_of("edit", edit)
                 if name not in self._journal.notes:
-                    self._journal.note(name, self._measure(edit, replace(meter, progress=done)))
+                    self._journal.note(name, self._measure(edit, meter))
                 share = self._bench.plan.share(edit)
                 points.append(CurvePoint(tuple(map(str, edit)), share, **self._journal.notes[name]))
         return points
 
-    def _score(self, units: frozenset[Unit], progress: Callable[[int], None]) -> float:
+    def _score(self, units: frozenset[Unit]) -> float:
         ordered = in_order(units)
         name = note_of("score", ordered)
         if name not in self._journal.notes:
             self._journal.note(name, self._bench.score(ordered))
-        progress(1)
+        advance(1, "edits")
         return float(self._journal.notes[name])
 
     def _measure(self, edit: tuple[Unit, ...], meter: Meter) -> dict[str, Any]:

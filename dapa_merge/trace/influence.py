@@ -8,7 +8,7 @@ to a unit, the second what the unit does for refusing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from dapa_merge.measure.perplexity import losses
+from dapa_merge.progress import advance
 from dapa_merge.trace.replay import Replay
 
 if TYPE_CHECKING:
@@ -48,12 +49,7 @@ class Influence:
 
 @torch.inference_mode()
 def influence(
-    live: LiveModel,
-    pairs: Sequence[Sequence[Side]],
-    units: Sequence[Unit],
-    *,
-    batch_size: BatchSize,
-    progress: Callable[[int], None] = lambda _: None,
+    live: LiveModel, pairs: Sequence[Sequence[Side]], units: Sequence[Unit], *, batch_size: BatchSize
 ) -> Influence:
     """Transplant each unit alone, and see what becomes of each prompt.
 
@@ -62,7 +58,6 @@ def influence(
         pairs: For each prompt its refusing and its complying side, as `sides_of` gives them.
         units: Units of the plan.
         batch_size: How many prompts at once; each is two sequences.
-        progress: Called with numbers of units as they are done, once for each batch of prompts, each time all units.
 
     Raises:
         UsageError: If a single prompt does not fit in the device's memory.
@@ -70,7 +65,7 @@ def influence(
     """
     # Longest first, to batches of nearly one length.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    work = _Work(live, units, progress)
+    work = _Work(live, units)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
     in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
     return Influence(
@@ -93,10 +88,9 @@ class _Influences(NamedTuple):
 class _Work:
     """Transplants every unit for one batch of prompts after another."""
 
-    def __init__(self, live: LiveModel, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
+    def __init__(self, live: LiveModel, units: Sequence[Unit]) -> None:
         self._live = live
         self._units = units
-        self._progress = progress
         self._replay = Replay(live.model)
         self._is_checked = False
         self.num_passes = 0.0
@@ -133,7 +127,7 @@ class _Work:
                 raised.append(_difference(run()) - before)
             moved.append((last_states(changed) - own_states).norm(dim=-1) / own_states.norm(dim=-1))
             self.num_passes += len(rows) * (1 - unit.layer / len(replay.layers))
-            self._progress(1)
+            advance(1, "units")
         hidden, refusing = (torch.stack(columns, 1).cpu().numpy() for columns in (moved, raised))
         return [_Influences(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
 

@@ -24,7 +24,7 @@ from dapa_merge.files import replace_file
 from dapa_merge.measure.prompts.sets import check_prompts, split_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
@@ -85,7 +85,6 @@ class Stages:
         wanted: TraceOptions,
         options: SearchOptions,
         journal: Journal,
-        reporter: Reporter,
     ) -> None:
         from dapa_merge.measure.marker import RULES
 
@@ -97,7 +96,6 @@ class Stages:
         self.wanted = wanted
         self.options = options
         self.journal = journal
-        self.reporter = reporter
         self.meter = replace(meter, skills=())
         # DSR as in a report, whatever the search goes by, and of a response what decides.
         self.edit_meter = replace(meter, markers=(RULES,), scorer=None)
@@ -111,7 +109,7 @@ class Stages:
             self._check_tracing(bench, contrasts)
             attribution = self._attribution(bench, contrasts)
             influence = self._influence(bench, contrasts)
-            edits = Edits(bench, self.journal, self.reporter)
+            edits = Edits(bench, self.journal)
             findings, target_score = edits.findings(groups_of(self.units, self.chosen, selection or ()), self.wanted)
             curve = edits.curve(self.chosen.units, selection or (), attribution, self.edit_meter)
             if self.wanted.traced == "target":
@@ -144,15 +142,14 @@ class Stages:
     def _bench(self) -> Bench:
         from dapa_merge.search.bench import Bench
 
-        say = self.reporter.say
         return Bench(
-            self.plan, self.meter, self.options.device, lambda: say(f"loading the target {self.plan.target.name}")
+            self.plan, self.meter, self.options.device, lambda: LOG.info(f"loading the target {self.plan.target.name}")
         )
 
     def _load_source(self) -> tuple[Any, Any]:
         from dapa_merge.measure.live import choose_device, load_model
 
-        self.reporter.say(f"loading the source {self.plan.source.name}")
+        LOG.info(f"loading the source {self.plan.source.name}")
         return load_model(self.plan.source, choose_device(self.options.device))
 
     def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
@@ -163,10 +160,10 @@ class Stages:
         if not self.wanted.searches:
             return None, None, "no search was wanted"
         try:
-            found = search_plan(self.recipe, self.chosen, self.options, self.reporter)
+            found = search_plan(self.recipe, self.chosen, self.options)
         except CannotRepair as error:
             # Just then people want to see where the alignment is.
-            self.reporter.say(f"there is no selection: {error}")
+            LOG.info(f"there is no selection: {error}")
             return None, None, str(error)
         return found, join(self.chosen, found.minimum.units), None
 
@@ -195,7 +192,7 @@ class Stages:
                 f"{num_refused[1]}, and none is refused by the source alone, so that there is no difference to trace; "
                 f"bring other prompts, or say with --refusal and --answer which two responses to compare"
             )
-        self.reporter.say(f"{len(contrasts)} of {len(source)} harmful prompts are refused by the source alone")
+        LOG.info(f"{len(contrasts)} of {len(source)} harmful prompts are refused by the source alone")
         return contrasts
 
     def _answers(self, name: str, load: Callable[[], tuple[Any, Any]]) -> list[Response]:
@@ -206,8 +203,8 @@ class Stages:
         note = f"responses of the {name}"
         if note not in self.journal.notes:
             model, tokenizer = load()
-            with self.reporter.task(f"asking the {name}", len(self.prompts.harmful)) as answered, quiet_transformers():
-                measurement = replace(self.meter, progress=answered).measure(model, tokenizer)
+            with task(f"asking the {name}", len(self.prompts.harmful), "prompts"), quiet_transformers():
+                measurement = self.meter.measure(model, tokenizer)
                 said = measurement.judge("harmful", self.prompts.harmful)
             self.journal.note(note, [asdict(response) for response in said])
         return [Response(**response) for response in self.journal.notes[note]]
@@ -232,11 +229,10 @@ class Stages:
         note = f"attribution {self._compared}"
         if note not in self.journal.notes:
             few = spread(contrasts, MAX_ATTRIBUTION_PROMPTS)
-            with self.reporter.task("weighing the units by one backward pass", 2 * len(few)) as weighed:
+            with task("weighing the units by one backward pass", 2 * len(few), "responses"):
                 batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
                 found = attribute(
-                    bench.live, few, units=self.plan.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens,
-                    progress=weighed,
+                    bench.live, few, units=self.plan.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens
                 )  # fmt: skip
             self.journal.note(note, {str(unit): effect for unit, effect in found.items()})
         effects = self.journal.notes[note]
@@ -258,8 +254,8 @@ class Stages:
             pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
-            with self.reporter.task("transplanting each unit alone", total) as done, widened(bench.live.model):
-                found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size), progress=done)
+            with task("transplanting each unit alone", total, "units"), widened(bench.live.model):
+                found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size))
             arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
             write_arrays(path, arrays)
         hidden, refusing, before = (arrays[name] for name in ("hidden", "refusing", "before"))
@@ -308,27 +304,25 @@ class Stages:
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
-        self.reporter.say(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
-        with self.reporter.task(f"tracing {len(cases)} prompts", total) as done, quiet_transformers(), widened(model):
+        LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
+        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet_transformers(), widened(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
                     # An earlier run's, which says nothing of what comes now.
                     forget_page(self.out)
                     start = time.perf_counter()
-                    found = tracer.trace(case, number, done)
+                    found = tracer.trace(case, number)
                     kept = found, time.perf_counter() - start
                     write_trace(path, found, case, described, kept[1])
                 else:
-                    done(tracer.num_runs(case))
+                    advance(tracer.num_runs(case), "runs")
                 traces.append(kept[0])
                 seconds.append(kept[1])
         return traces, seconds, settings
 
 
-def trace_recipe(
-    recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions, reporter: Reporter
-) -> dict[str, Any]:
+def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions) -> dict[str, Any]:
     """Trace a recipe's models, and leave traces, figures, a summary and a page in a folder.
 
     Args:
@@ -336,7 +330,6 @@ def trace_recipe(
         out: A new folder, or one of a trace of the same models: what is in it already is not made again.
         wanted: How to trace.
         options: Where to evaluate, and where the journal of the search is.
-        reporter: Hears of the steps.
 
     Returns:
         The summary, plain data.
@@ -361,8 +354,8 @@ def trace_recipe(
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
     models = {"target": plan.target, "source": plan.source}
-    with opened(out, models_parts(recipe, models, meter, options.device, reporter)) as journal:
-        return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal, reporter).run(), out)
+    with opened(out, models_parts(recipe, models, meter, options.device)) as journal:
+        return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal).run(), out)
 
 
 def _write(found: Traced, out: Path) -> dict[str, Any]:

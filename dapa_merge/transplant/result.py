@@ -31,9 +31,9 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import advance
 from dapa_merge.transplant.manifest import MANIFEST_NAME, make_manifest, manifest_text
 from dapa_merge.transplant.shard import (
-    Progress,
     RegionEdit,
     Stopped,
     clone,
@@ -68,7 +68,6 @@ def write_result(
     describe: Callable[[Mapping[str, Digests]], str] | None = None,
     link: bool = False,
     check: Callable[[Path], object] = lambda _: None,
-    progress: Progress = lambda _: None,
 ) -> None:
     """Write a model with some changes into `out`.
 
@@ -84,7 +83,6 @@ def write_result(
         describe: Makes the text of the manifest, of what each file turned out to be; without it nothing is hashed.
         link: Let weight files that do not change be the target's own, under a second name.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
-        progress: Called with numbers of bytes as they are done with.
 
     Raises:
         UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
@@ -99,7 +97,7 @@ def write_result(
     out = Path(os.path.abspath(out))
     hashes = describe is not None
     with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
-        files = _write_files(target, changes, linked, made, progress, hashes=hashes)
+        files = _write_files(target, changes, linked, made, hashes=hashes)
         written = dict(extras or {})
         for name, content in written.items():
             files[name] = _write_small(made.folder / name, content)
@@ -180,7 +178,6 @@ def _write_files(
     changes: Mapping[str, Sequence[RegionEdit]],
     linked: Collection[str],
     made: Staging,
-    progress: Progress,
     *,
     hashes: bool,
 ) -> dict[str, Digests]:
@@ -195,14 +192,14 @@ def _write_files(
             return
         path = made.folder / name
         if name in files:
-            progress(files[name].num_bytes)
+            advance(files[name].num_bytes, "bytes")
         elif name in linked:
             # Not recorded: whoever writes into the target writes into it, so that each run hashes it anew.
             link_file(target.path(name), path)
-            files[name] = hash_file(path, progress=progress) if hashes else Digests(path.stat().st_size, "", {})
+            files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
         else:
             how = {"hash_apart": hash_apart, "hashes": hashes}
-            files[name] = write_file(target.path(name), path, changes[name], progress, stop, **how)
+            files[name] = write_file(target.path(name), path, changes[name], stop, **how)
             made.record.finish(name, path, files[name])
 
     for name in changes:
@@ -256,7 +253,6 @@ def transplant(
     link: bool = False,
     manifest: bool = True,
     check: Callable[[Path], object] = lambda _: None,
-    progress: Progress = lambda _: None,
 ) -> Rounding:
     """Write the target with the selected units replaced by the source's into `out`.
 
@@ -272,7 +268,6 @@ def transplant(
             the same: people edit them.
         manifest: Write `dapa.json`, with the SHA-256 of everything.
         check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
-        progress: Called with numbers of bytes as they are done with.
 
     Returns:
         What was lost where values were stored in a narrower dtype, of the files that this call wrote.
@@ -292,15 +287,7 @@ def transplant(
 
     job = {"source": identity(plan.source, sources), "selection": list(units)}
     write_result(
-        plan.target,
-        changes,
-        out,
-        job,
-        extras=extras,
-        describe=describe if manifest else None,
-        link=link,
-        check=check,
-        progress=progress,
+        plan.target, changes, out, job, extras=extras, describe=describe if manifest else None, link=link, check=check
     )
     return rounding
 

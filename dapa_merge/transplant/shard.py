@@ -31,8 +31,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import write_all
 from dapa_merge.plan.edit import Rounding, new_tiles
 from dapa_merge.plan.plan import Plan
-
-Progress = Callable[[int], None]
+from dapa_merge.progress import advance
 
 # What is copied before it is read back: the kernel's copy is fast from here on, and it is in the second-level cache
 # still (a megabyte took some 5 % longer). Copying through memory instead took half as long again in the kernel.
@@ -52,7 +51,6 @@ def write_file(
     origin: Path,
     destination: Path,
     changes: Sequence[RegionEdit],
-    progress: Progress = lambda _: None,
     stop: threading.Event | None = None,
     *,
     hash_apart: bool = False,
@@ -64,7 +62,6 @@ def write_file(
         origin: The target's file.
         destination: The file to make.
         changes: What is not the target's, in order.
-        progress: Called with numbers of bytes as they are done with.
         stop: Set by whoever has no use for the file any more.
         hash_apart: Hash in a second thread; worth it if fewer files are written at once than there are processors.
         hashes: Make digests; without, those that are returned are empty.
@@ -92,7 +89,7 @@ def write_file(
         for num_bytes in writing.steps(_in_order(changes, before.st_size)):
             if stop is not None and stop.is_set():
                 raise Stopped
-            progress(num_bytes)
+            advance(num_bytes, "bytes")
             if writing.position - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
                 if flush is not None:
                     # A disk that could not take it says so once, and not to the next one who asks.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from itertools import zip_longest
@@ -25,6 +25,7 @@ from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.edit import mixed_tiles, read_tiles
 from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import advance
 
 if TYPE_CHECKING:
     import numpy
@@ -97,13 +98,7 @@ class Findings:
     rows: dict[tuple[Unit, TensorBox], RowOrigins] = field(default_factory=dict)
 
 
-def examine_file(
-    result: Checkpoint,
-    shard: str,
-    places: Mapping[str, Sequence[Origin]],
-    plan: Plan,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Findings:
+def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[Origin]], plan: Plan) -> Findings:
     """Read one weight file of a result from end to end, and compare and hash what is read.
 
     Args:
@@ -111,7 +106,6 @@ def examine_file(
         shard: Its file.
         places: For each tensor of the file, its boxes and what they should be; none for a tensor that is not known.
         plan: Target and source.
-        progress: Called with numbers of bytes as they are read.
 
     Raises:
         CheckpointError: If a file becomes shorter meanwhile.
@@ -126,7 +120,7 @@ def examine_file(
         for tensor in tensors:
             found = places.get(tensor.name, ())
             own = hashlib.sha256() if any(place.source for place in found) else None
-            take = _Taker((state, own) if own else (state,), progress)
+            take = _Taker((state, own) if own else (state,))
             if not found:
                 is_same = False
                 _pass_over(file, tensor, take)
@@ -145,16 +139,15 @@ def examine_file(
 class _Taker:
     """Reads on in a result's file, and hashes what it reads."""
 
-    def __init__(self, hashes: Sequence[hashlib._Hash], progress: Callable[[int], None]) -> None:
+    def __init__(self, hashes: Sequence[hashlib._Hash]) -> None:
         self._hashes = hashes
-        self._progress = progress
 
     def read_into(self, file: BufferedReader, buffer: bytearray) -> None:
         if file.readinto(buffer) != len(buffer):
             raise CheckpointError(f"{file.name} became shorter while it was read")
         for state in self._hashes:
             state.update(buffer)
-        self._progress(len(buffer))
+        advance(len(buffer), "bytes")
 
 
 def _pass_over(file: BufferedReader, tensor: Tensor, take: _Taker) -> None:

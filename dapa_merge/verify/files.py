@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,18 +28,12 @@ from dapa_merge.transplant.manifest import (
 from dapa_merge.verify.tensors import Verification
 
 
-def check(
-    folder: Path,
-    manifest: Manifest | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-    known: Mapping[str, Digests] | None = None,
-) -> list[str]:
+def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Digests] | None = None) -> list[str]:
     """Read every file of a result and compare it, and its changed tensors, with the manifest.
 
     Args:
         folder: The result.
         manifest: What it must be; by default its own `dapa.json`.
-        progress: Called with numbers of bytes as they are read.
         known: Digests of files that were just read, with those of all tensors in them that may have been changed.
 
     Returns:
@@ -56,7 +50,7 @@ def check(
         if name in PRIVATE and not (folder / name).exists():
             return []
         changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
-        return _faults(inside, name, manifest.files[name], changed, progress, (known or {}).get(name))
+        return _faults(inside, name, manifest.files[name], changed, (known or {}).get(name))
 
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -101,12 +95,7 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
 
 
 def _faults(
-    folder: Path,
-    name: str,
-    expected: File,
-    changed: dict[str, ChangedTensor],
-    progress: Callable[[int], None],
-    known: Digests | None,
+    folder: Path, name: str, expected: File, changed: dict[str, ChangedTensor], known: Digests | None
 ) -> list[str]:
     path = folder / name
     try:
@@ -120,10 +109,7 @@ def _faults(
         spans: dict[str, Span] = {
             tensor: (found[tensor].start, found[tensor].stop) for tensor in changed if tensor in found
         }
-        if known is not None and known.spans.keys() >= spans.keys():
-            digests = known
-        else:
-            digests = hash_file(path, spans, progress)
+        digests = known if known is not None and known.spans.keys() >= spans.keys() else hash_file(path, spans)
     except (CheckpointError, OSError, RuntimeError) as error:
         return [f"{name} cannot be read: {error}"]
     faults = [f"{name} does not have the bytes that {MANIFEST_NAME} says"] if digests.sha256 != expected.sha256 else []

@@ -20,7 +20,7 @@ from dapa_merge.files import new_file
 from dapa_merge.patch.apply import UNDO_NAME
 from dapa_merge.plan.plan import Plan, join, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
-from dapa_merge.progress import Reporter
+from dapa_merge.progress import task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.transplant.manifest import MANIFEST_NAME, Manifest, manifest_text, read_manifest
@@ -65,7 +65,6 @@ class Check:
 def verify_result(
     out: Path,
     recipe_path: Path | None,
-    reporter: Reporter,
     *,
     target: Location | None = None,
     source: Location | None = None,
@@ -79,7 +78,6 @@ def verify_result(
     Args:
         out: The result's folder.
         recipe_path: The recipe that it was made by; by default the one in it.
-        reporter: Hears of the steps.
         target: Where the target is, if not where the recipe says.
         source: Where the source is, if not where the recipe says.
         write: Give it a manifest, if it is correct and has none.
@@ -100,10 +98,10 @@ def verify_result(
     selection = given_selection(recipe, plan)
     if selection is not None:
         plan = sparing(plan, selection)
-    fetch_units(plan, plan.units, reporter)
+    fetch_units(plan, plan.units)
     result = open_checkpoint(str(out))
-    with reporter.task("verifying", result.num_bytes) as verified:
-        verification = verify(out, plan, verified)
+    with task("verifying", result.num_bytes, "bytes"):
+        verification = verify(out, plan)
     faults = [f"{name} {what}" for name, what in verification.differences]
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
         faults.append("nothing was transplanted: it is the target as it was")
@@ -125,7 +123,7 @@ def verify_result(
     return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None)
 
 
-def check_manifest(out: Path, reporter: Reporter) -> Check:
+def check_manifest(out: Path) -> Check:
     """Compare a result's files with its manifest alone, without its target and source.
 
     Raises:
@@ -134,8 +132,8 @@ def check_manifest(out: Path, reporter: Reporter) -> Check:
     manifest = _manifest(out)
     if manifest is None:
         raise CheckpointError(f"{out} has no {MANIFEST_NAME}, by which its files could be checked")
-    with reporter.task("hashing", sum(file.num_bytes for file in manifest.files.values())) as done:
-        faults = check(out, manifest, done)
+    with task("hashing", sum(file.num_bytes for file in manifest.files.values()), "bytes"):
+        faults = check(out, manifest)
     return Check(None, tuple(faults), (), True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -57,7 +57,7 @@ class Verification:
         return self.holds and set(self.transplanted) == set(selection) - set(self.alike)
 
 
-def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> Verification:
+def verify(out: Path, plan: Plan) -> Verification:
     """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the source.
 
     It does not matter who wrote `out`: shards, order and headers may differ, and how tensors are cut; values may not.
@@ -67,7 +67,6 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
     Args:
         out: The result's folder.
         plan: The target, the source and the units that may have been transplanted; all else must be the target's.
-        progress: Called with numbers of bytes of the result as they are compared.
 
     Raises:
         CheckpointError: If one of the three checkpoints cannot be read.
@@ -76,7 +75,7 @@ def verify(out: Path, plan: Plan, progress: Callable[[int], None] = lambda _: No
     plan = cut(plan, plan.units)
     found = correspond(result, plan)
     with ThreadPoolExecutor(THREADS) as pool:
-        look = partial(examine_file, result, places=found.places, plan=plan, progress=progress)
+        look = partial(examine_file, result, places=found.places, plan=plan)
         by_file = dict(zip(result.shards, pool.map(look, result.shards), strict=True))
     seen = reduce(_together, by_file.values(), Findings())
     known = {name for name, _ in found.faults}

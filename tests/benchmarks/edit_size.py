@@ -25,7 +25,6 @@ from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.search.identity import open_journal
@@ -45,11 +44,11 @@ def main() -> None:
         f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
     )
     searching, confirming = split_prompts(recipe)
-    with closing(make_bench(recipe, plan, searching, SearchOptions("cpu"), Reporter())) as bench:
+    with closing(make_bench(recipe, plan, searching, SearchOptions("cpu"))) as bench:
         meter = report_meter(recipe, confirming, EvaluatorOptions())
 
         def figures(units: tuple) -> Figures:
-            return measure_live(bench.live, units, meter, "", Reporter()).figures
+            return measure_live(bench.live, units, meter, "").figures
 
         show("nothing", 0.0, figures(()))
         show("every gate", plan.share(plan.units), figures(plan.units))
@@ -58,8 +57,8 @@ def main() -> None:
                 for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
                     wanted = replace(recipe, retain=retain, granularity=granularity)
                     options = SearchOptions("cpu", Path(folder) / f"{retain}-{granularity}")
-                    with closing(open_journal(wanted, plan, bench, options.journal, Reporter())) as journal:
-                        found = search(wanted, plan, bench, journal, options, Reporter())
+                    with closing(open_journal(wanted, plan, bench, options.journal)) as journal:
+                        found = search(wanted, plan, bench, journal, options)
                     units = join(plan, found.minimum.units)
                     name = f"retain {retain}, {granularity}"
                     show(name, plan.share(units), figures(units), found.minimum.tests, found.seconds)

@@ -29,7 +29,6 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.measure.refusal.classify import Outcome, classify
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench
@@ -77,14 +76,14 @@ def compare(name: str, recipe: Recipe, batch_size: int) -> None:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(make_bench(recipe, plan, searching, SearchOptions("cpu"), Reporter())) as bench,
+        closing(make_bench(recipe, plan, searching, SearchOptions("cpu"))) as bench,
     ):
         options = SearchOptions("cpu", Path(folder) / "journal")
         with (
             mock.patch.object(Bench, "examine", timed),
-            closing(open_journal(recipe, plan, bench, options.journal, Reporter())) as journal,
+            closing(open_journal(recipe, plan, bench, options.journal)) as journal,
         ):
-            found = search(recipe, plan, bench, journal, options, Reporter())
+            found = search(recipe, plan, bench, journal, options)
         examiner = bench.require(found.requirement)
         theirs, wrong = [], 0
         for selection, holds, _ in ours:

@@ -33,7 +33,6 @@ from dapa_merge.miniature.corpus import Example
 from dapa_merge.miniature.train import Sampler, mixture, train
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
@@ -223,12 +222,12 @@ class Stand:
         options = SearchOptions("cpu")
         with (
             tempfile.TemporaryDirectory() as folder,
-            closing(make_bench(self.recipe, self.plan, self.searching, options, Reporter())) as bench,
-            closing(open_journal(self.recipe, self.plan, bench, Path(folder) / "journal.jsonl", Reporter())) as journal,
+            closing(make_bench(self.recipe, self.plan, self.searching, options)) as bench,
+            closing(open_journal(self.recipe, self.plan, bench, Path(folder) / "journal.jsonl")) as journal,
         ):
             assert bench.live
             start = time.process_time()
-            found = search(self.recipe, self.plan, bench, journal, options, Reporter())
+            found = search(self.recipe, self.plan, bench, journal, options)
             return found, time.process_time() - start
 
     def trained(self, setting: Setting, seeds: Sequence[int]) -> Arm:

@@ -28,7 +28,6 @@ from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
-from dapa_merge.progress import Reporter
 from dapa_merge.report import charts as plot_style
 from dapa_merge.search.workers import SearchOptions
 
@@ -542,7 +541,7 @@ def test_a_row_that_failed_is_not_kept_in_memory(measured, tmp_path, recipes, mo
 
     monkeypatch.setattr(measured_row, "compare_recipe", fail)
     paths = [recipes["one"], recipes["two"]]
-    found = compare_recipes(paths, tmp_path / "out", CompareOptions(), SearchOptions(device="cpu"), Reporter())
+    found = compare_recipes(paths, tmp_path / "out", CompareOptions(), SearchOptions(device="cpu"))
     assert isinstance(found.fault, CheckpointError)
     assert [row.name for row in found.rows] == ["two"]
 

@@ -131,7 +131,7 @@ def test_who_is_settled_leaves_and_nobody_else(llama):
 
 def test_every_prompt_is_counted_once_as_it_is_done(llama):
     done = []
-    generate(*llama, PROMPTS, max_new_tokens=3, batch_size=BatchSize(4), progress=done.append)
+    generate(*llama, PROMPTS, max_new_tokens=3, batch_size=BatchSize(4))
     assert sum(done) == len(PROMPTS)
 
 

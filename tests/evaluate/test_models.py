@@ -30,7 +30,6 @@ from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.skills import Skill
 from dapa_merge.miniature import train
 from dapa_merge.plan.plan import plan_transplant
-from dapa_merge.progress import Reporter
 
 CPU = torch.device("cpu")
 
@@ -287,7 +286,7 @@ def test_any_family_is_measured_without_a_word(tmp_path, name, capfd):
     capfd.readouterr()
     before = transformers_logging.get_verbosity()
     settings = {"text": str(tmp_path / "text.txt"), "max_new_tokens": 3}
-    measured = evaluate_model(str(folder), str(few), "cpu", Reporter(), EvaluatorOptions(), **settings)
+    measured = evaluate_model(str(folder), str(few), "cpu", EvaluatorOptions(), **settings)
     assert capfd.readouterr() == ("", "")
     assert transformers_logging.get_verbosity() == before
     assert len(measured.responses) == 4

@@ -1,21 +1,33 @@
-"""What can go wrong for a user; each class is one exit code of the command line. Imports nothing."""
+"""What can go wrong for a user; each class is one exit code of the command line."""
 
 from __future__ import annotations
+
+import click
 
 MAX_MESSAGE_LENGTH = 2000
 
 
-class DapaError(Exception):
-    """A fault that the user can mend: one sentence that says what was found, what was expected and what to do."""
+class DapaError(click.ClickException):
+    """A fault that the user can mend: one sentence that says what was found, what was expected and what to do.
+
+    Any click command line, mergekit's too, prints the sentence and exits with `exit_code`.
+    """
 
     exit_code = 1
 
     def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
         # What it quotes may come out of a file that a stranger made to move the cursor or to fill the screen.
-        text = super().__str__()
         if len(text) > MAX_MESSAGE_LENGTH:
             text = f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[-MAX_MESSAGE_LENGTH // 2 :]}"
         return printable(text)
+
+    def format_message(self) -> str:
+        return str(self)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with one sentence about what was kept so far."""
 
 
 def printable(text: str) -> str:

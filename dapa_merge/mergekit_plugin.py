@@ -42,7 +42,7 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import ALLOW_VARIABLE, Checkpoint
 from dapa_merge.checkpoint.region import Box, Shapes
 from dapa_merge.checkpoint.units import Unit, find_units
-from dapa_merge.errors import CheckpointError, DapaError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.prompts.sets import check_prompts
@@ -69,14 +69,6 @@ SPEC = MergeMethodSpec(
     # Tensors are handed through; moving them to an accelerator and back would only cost time.
     uses_accelerator=False,
 )
-
-
-class MergeRefused(DapaError, click.ClickException):
-    """A fault inside mergekit; its command line shows the sentence and takes over the exit code."""
-
-    def __init__(self, error: DapaError) -> None:
-        click.ClickException.__init__(self, str(error))
-        self.exit_code = error.exit_code
 
 
 @dataclass(frozen=True)
@@ -140,11 +132,8 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
         with self._lock:
             selected = self._selected.get(recipe)
             if selected is None or selected.is_stale():
-                try:
-                    with shown():
-                        selected = self._selected[recipe] = _select(recipe)
-                except DapaError as error:
-                    raise MergeRefused(error) from error
+                with shown():
+                    selected = self._selected[recipe] = _select(recipe)
             return selected
 
     def _execute(
@@ -167,10 +156,7 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             dtype = selected.dtypes.get(name, base.tensor.dtype)
             tensor = base.tensor
             if name in selected.boxes:
-                try:
-                    tensor = _with_boxes(name, tensor.to(dtype), other.tensor, selected)
-                except DapaError as error:
-                    raise MergeRefused(error) from error
+                tensor = _with_boxes(name, tensor.to(dtype), other.tensor, selected)
             results.append(tensor.to(out_dtype or dtype))
         return tuple(results)
 
@@ -181,10 +167,7 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
             "models": [{"model": source}],
             "parameters": {name: value for name, value in given.items() if value is not None},
         }
-        try:
-            recipe = recipe_from(content)
-        except DapaError as error:
-            raise MergeRefused(error) from error
+        recipe = recipe_from(content)
         return self._announced.get(recipe, recipe)
 
 
@@ -195,15 +178,12 @@ def accept(raw: Mapping[str, Any]) -> None:
         raw: What mergekit is about to validate, with `merge_method: dapa`.
 
     Raises:
-        MergeRefused: If it is not a recipe that can be followed; names the line if mergekit's command line reads it.
+        DapaError: If it is not a recipe that can be followed; names the line if mergekit's command line reads it.
     """
-    try:
-        file = _file_being_read(raw)
-        recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
-        _check_has_place_to_merge(recipe)
-        METHOD_INSTANCE.announce(recipe)
-    except DapaError as error:
-        raise MergeRefused(error) from error
+    file = _file_being_read(raw)
+    recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
+    _check_has_place_to_merge(recipe)
+    METHOD_INSTANCE.announce(recipe)
 
 
 def register() -> None:

@@ -7,11 +7,16 @@ innermost task in that unit. `shown` puts both on stderr; without it a library c
 from __future__ import annotations
 
 import contextlib
+import importlib
+import io
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -109,3 +114,106 @@ class _Handler(logging.Handler):
 
 def _ignore(_amount: int) -> None:
     """A task without a bar."""
+
+
+@contextmanager
+def quiet(*libraries: str, bars: bool = False) -> Iterator[None]:
+    """Silence other libraries inside, which this imports; their settings come back afterwards.
+
+    Args:
+        libraries: Of `transformers`, `datasets`, `huggingface_hub`, `lm_eval` and `mergekit`, those to silence.
+        bars: Whether huggingface_hub's progress bars stay.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in libraries:
+            library = importlib.import_module(name)
+            stack.enter_context(_SILENCED[name](library))
+            if name in ("datasets", "huggingface_hub") and not bars:
+                stack.enter_context(_without_bars(library))
+        yield
+
+
+@contextmanager
+def _transformers(library: Any) -> Iterator[None]:
+    log = library.utils.logging
+    verbosity, had_bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if had_bars:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _hub(library: Any) -> Iterator[None]:
+    """Of huggingface_hub and of datasets, which are alike."""
+    log = library.utils.logging
+    verbosity = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=library.__name__)
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+
+
+@contextmanager
+def _without_bars(library: Any) -> Iterator[None]:
+    had_bars = not library.utils.are_progress_bars_disabled()
+    library.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_bars:
+            library.utils.enable_progress_bars()
+
+
+@contextmanager
+def _lm_eval(_: Any) -> Iterator[None]:
+    """It prints, too."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _mergekit(_: Any) -> Iterator[None]:
+    root, logger = logging.getLogger(), logging.getLogger("mergekit")
+    building: Any = importlib.import_module("mergekit.tokenizer.build")
+    # It logs through the root logger, too, which would get a handler for good if it had none.
+    handler, level, bars = logging.NullHandler(), logger.level, building.tqdm
+    root.addHandler(handler)
+    root.addFilter(_drop)
+    logger.setLevel(logging.CRITICAL + 1)
+    # This one bar has no switch.
+    building.tqdm = SimpleNamespace(tqdm=lambda models, **_: models)
+    try:
+        yield
+    finally:
+        building.tqdm = bars
+        logger.setLevel(level)
+        root.removeFilter(_drop)
+        root.removeHandler(handler)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    """A filter of a logger drops what is logged on that logger itself, and nothing that comes from others."""
+    return False
+
+
+_SILENCED = {
+    "transformers": _transformers,
+    "datasets": _hub,
+    "huggingface_hub": _hub,
+    "lm_eval": _lm_eval,
+    "mergekit": _mergekit,
+}

@@ -11,8 +11,8 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
+from dapa_merge.errors import DapaError
 from dapa_merge.measure.live import LiveModel
-from dapa_merge.mergekit_plugin import MergeRefused
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.repair import repair
@@ -84,7 +84,7 @@ def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, 
 @pytest.mark.parametrize("architecture", LOST_BY_MERGEKIT)
 def test_what_mergekit_would_lose_is_refused_before_it_writes(architecture, tmp_path, write_recipe):
     target, source = save_pair(architecture, tmp_path)
-    with pytest.raises(MergeRefused, match=r"no definition of .*, and would leave .* out of its result"):
+    with pytest.raises(DapaError, match=r"no definition of .*, and would leave .* out of its result"):
         run_merge(configuration(target, source, layers="0"), str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dapa_merge import mergekit_plugin, miniature
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
-from dapa_merge.mergekit_plugin import DapaMerge, MergeRefused, register
+from dapa_merge.errors import DapaError
+from dapa_merge.mergekit_plugin import DapaMerge, register
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.pydantic_hook import plugin
 from dapa_merge.recipe.parse import load_recipe
@@ -84,7 +85,7 @@ def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_wri
 
 def test_a_layer_outside_the_model_is_refused_before_anything_is_written(llama_pair, tmp_path):
     target = shutil.copytree(llama_pair[0], tmp_path / "target")
-    with pytest.raises(MergeRefused, match="layers: layer 4 is outside the target, which has layers 0 to 3"):
+    with pytest.raises(DapaError, match="layers: layer 4 is outside the target, which has layers 0 to 3"):
         run_merge(configuration(target, llama_pair[1], layers="4"), str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 
@@ -183,7 +184,7 @@ def test_a_dtype_that_would_convert_the_target_is_refused(llama_pair, tmp_path):
             "parameters": {"layers": "1"},
         }
     )
-    with pytest.raises(MergeRefused, match=r"dtype is float32, but the target stores .* as BF16"):
+    with pytest.raises(DapaError, match=r"dtype is float32, but the target stores .* as BF16"):
         run_merge(bad, str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 
@@ -261,7 +262,7 @@ def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
-    with pytest.raises(MergeRefused, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* has values"):
+    with pytest.raises(DapaError, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* has values"):
         run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
-from dapa_merge.errors import RecipeError
-from dapa_merge.mergekit_plugin import MergeRefused, _with_boxes
+from dapa_merge.errors import DapaError, RecipeError
+from dapa_merge.mergekit_plugin import _with_boxes
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import divide, join
 from dapa_merge.plan.selection import given_selection, make_plan
@@ -180,7 +180,7 @@ def test_mergekit_minds_values_that_do_not_fit_only_in_the_rows_it_takes(tmp_pat
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, GATE, lambda tensor: tensor[20, 0].fill_(1e6))
-    with pytest.raises(MergeRefused, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* has values that"):
+    with pytest.raises(DapaError, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* has values that"):
         run_merge(configuration(target, source, layers="3.gate[16:24]"), str(tmp_path / "a"), MergeOptions(quiet=True))
     run_merge(configuration(target, source, layers="3.gate[21:24]"), str(tmp_path / "b"), MergeOptions(quiet=True))
     assert stored(tmp_path / "b", GATE).isfinite().all()
@@ -189,13 +189,13 @@ def test_mergekit_minds_values_that_do_not_fit_only_in_the_rows_it_takes(tmp_pat
 def test_mergekit_refuses_rows_outside_the_model_before_it_writes(llama_pair, tmp_path):
     target = shutil.copytree(llama_pair[0], tmp_path / "target")
     made = configuration(target, llama_pair[1], layers="3.gate[40:49]")
-    with pytest.raises(MergeRefused, match=r"3\.gate\[40:49\] is outside the target, whose 3\.gate has rows 0 to 47"):
+    with pytest.raises(DapaError, match=r"3\.gate\[40:49\] is outside the target, whose 3\.gate has rows 0 to 47"):
         run_merge(made, str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
 def test_mergekit_refuses_overlapping_rows(llama_pair):
-    with pytest.raises((MergeRefused, RecipeError), match="which overlap"):
+    with pytest.raises(RecipeError, match="which overlap"):
         configuration(*llama_pair, layers="3.gate[0:9],3.gate[8:10]")
 
 

@@ -269,14 +269,14 @@ def _merge(base: Reference, adapter: Reference, folder: Path, dtype: str | None,
     """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
     from mergekit.common import ModelPath, ModelReference
 
-    from dapa_merge.measure.quiet import quiet_transformers
+    from dapa_merge.progress import quiet
 
     reference = ModelReference(
         model=ModelPath(path=base.path, revision=base.revision),
         lora=ModelPath(path=adapter.path, revision=adapter.revision),
     )
     try:
-        with warnings.catch_warnings(record=True) as caught, quiet_transformers():
+        with warnings.catch_warnings(record=True) as caught, quiet("transformers"):
             warnings.simplefilter("always")
             merged = reference.merged(cache_dir=str(folder), trust_remote_code=False, lora_merge_dtype=dtype)
     except Exception as error:

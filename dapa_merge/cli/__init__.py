@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from dapa_merge import __version__
-from dapa_merge.errors import DapaError
+from dapa_merge.errors import DapaError, Stopped
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
@@ -71,19 +72,14 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except DapaError as error:
+        except DapaError:
+            # click prints the sentence and takes over the exit code.
             if context.params.get("debug"):
-                raise
-            _fail(str(error), error.exit_code)
+                traceback.print_exc()
+            raise
         except KeyboardInterrupt as stop:
-            # What was found or made so far, from whoever was stopped.
-            best, kept = getattr(stop, "best", None), getattr(stop, "kept", None)
-            found = f"; {kept}" if kept else ""
-            if best:
-                from dapa_merge.recipe.parameters import spans
-
-                found = f"; the best selection so far: {spans(best.units)}"
-            _fail(f"stopped{found}", INTERRUPTED)
+            kept = f"; {stop}" if isinstance(stop, Stopped) else ""
+            _fail(f"stopped{kept}", INTERRUPTED)
         except OSError as error:
             if context.params.get("debug"):
                 raise

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,21 +253,6 @@ def push_options(repository: str, place: dict[str, Any], card: CardOptions, mess
         replaces=place["replace"],
     )
     return PushOptions(where, replace(card, title=repository), message)
-
-
-@contextmanager
-def silent_client() -> Iterator[None]:
-    """Without huggingface_hub's log lines and warnings: what they say, we say."""
-    from huggingface_hub.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], as_json: bool) -> None:

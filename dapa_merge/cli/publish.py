@@ -16,9 +16,9 @@ from dapa_merge.cli.options import (
     print_lines,
     push_options,
     recipe_argument,
-    silent_client,
 )
 from dapa_merge.errors import UsageError, printable
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
     from dapa_merge.recipe.parse import load_recipe
 
     repository = None if published is None else check_id(published)
-    with silent_client():
+    with quiet("huggingface_hub", bars=True):
         news = news_of(load_recipe(recipe), recipe, repository)
 
     def show(console: Console) -> None:
@@ -140,7 +140,7 @@ def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> Non
     """
     from dapa_merge.publish.write_card import write_card
 
-    with silent_client():
+    with quiet("huggingface_hub", bars=True):
         path = write_card(out, card, replace_other=replace_card)
     print_answer({"card": str(path)}, lambda console: print_lines(console, [f"wrote {path}"]), as_json)
 
@@ -171,6 +171,6 @@ def push(
     from dapa_merge.publish.push import push as push_result
 
     options = push_options(repository, place, card, message)
-    with silent_client():
+    with quiet("huggingface_hub", bars=True):
         published = push_result(out, options)
     print_answer(published_json(published), lambda console: print_lines(console, published_lines(published)), as_json)

@@ -27,11 +27,11 @@ from dapa_merge.cli.options import (
     refuse_evaluating_options,
     refuse_place_options,
     search_options,
-    silent_client,
     workers_option,
 )
 from dapa_merge.errors import UsageError
 from dapa_merge.files import new_file
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -277,7 +277,7 @@ def run(
     )
     settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest}
     settings["options"] = search_options(device, journal, workers, evaluators, allow_pickle)
-    with silent_client():
+    with quiet("huggingface_hub", bars=True):
         report, published = follow(load_recipe(recipe), recipe, out, how, **settings)
 
     def show(console: Console) -> None:

@@ -29,7 +29,7 @@ from dapa_merge.cli.options import (
     search_options,
 )
 from dapa_merge.compare.result import METHODS, CompareOptions
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.trace.options import TRACED, TraceOptions
 
 if TYPE_CHECKING:
@@ -343,9 +343,7 @@ def _stoppable(out: Path) -> Iterator[None]:
             click.echo(f"Error: stopped; {kept}", err=True)
             sys.exit(128 + signal.SIGTERM)
         # Not the best selection of a search that was stopped: it is one of many.
-        stopped = KeyboardInterrupt()
-        stopped.kept = kept  # type: ignore[attr-defined]
-        raise stopped from None
+        raise Stopped(kept) from None
     finally:
         if is_usual:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

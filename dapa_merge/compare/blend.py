@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import mergekit.tokenizer.build
 import torch
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelPath, ModelReference
@@ -42,7 +39,7 @@ from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import architecture_name
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.live import LiveModel, load_model, mapped_values
-from dapa_merge.measure.quiet import quiet_transformers
+from dapa_merge.progress import quiet
 from dapa_merge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -118,7 +115,7 @@ class Blender:
             raise RuntimeError("something is blended already; leave its `with` block first")
         self._is_blended = True
         try:
-            with self._blended_live(blend) if self.is_live else self._written(blend) as found, quiet_transformers():
+            with self._blended_live(blend) if self.is_live else self._written(blend) as found, quiet("transformers"):
                 yield found
         finally:
             self._is_blended = False
@@ -237,7 +234,7 @@ def _is_same(place: torch.Tensor, value: torch.Tensor) -> bool:
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
     """The ids of a checkpoint's tokens; None where it has no tokenizer, which mergekit takes for the target's."""
     try:
-        with quiet_transformers(), standard_folder(checkpoint) as folder:
+        with quiet("transformers"), standard_folder(checkpoint) as folder:
             return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     except Exception:
         # As many ways to fail as there are tokenizers.
@@ -404,7 +401,7 @@ def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: boo
             out_dtype=_common_dtype(models[0]),
         )
         try:
-            with quiet_transformers(), _quiet_mergekit():
+            with quiet("transformers", "mergekit"):
                 yield Merge(config, options)
         except DapaError:
             raise
@@ -424,31 +421,6 @@ def _common_dtype(checkpoint: Checkpoint) -> str | None:
     """What a checkpoint stores all of its tensors as; None if not all alike."""
     dtypes = {TORCH_NAMES.get(tensor.dtype) for tensor in checkpoint.tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else None
-
-
-@contextmanager
-def _quiet_mergekit() -> Iterator[None]:
-    """No progress bars and no log of mergekit's; whoever calls us has their own settings back."""
-    root, logger, building = logging.getLogger(), logging.getLogger("mergekit"), mergekit.tokenizer.build
-    # It logs through the root logger, too, which would get a handler for good if it had none.
-    handler, level, bars = logging.NullHandler(), logger.level, building.tqdm
-    root.addHandler(handler)
-    root.addFilter(_drop)
-    logger.setLevel(logging.CRITICAL + 1)
-    # This one bar has no switch.
-    building.tqdm = SimpleNamespace(tqdm=lambda models, **_: models)
-    try:
-        yield
-    finally:
-        building.tqdm = bars
-        logger.setLevel(level)
-        root.removeFilter(_drop)
-        root.removeHandler(handler)
-
-
-def _drop(record: logging.LogRecord) -> bool:
-    """A filter of a logger drops what is logged on that logger itself, and nothing that comes from others."""
-    return False
 
 
 def open_pretrained(

@@ -14,10 +14,9 @@ from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
 from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.model import measure_candidate
-from dapa_merge.measure.quiet import quiet_transformers
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import join
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.report.report import jsonable, read_figures
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
@@ -70,7 +69,7 @@ class Measuring(Resident):
         """The source alone, loaded for the length of a `with` block."""
         LOG.info(f"loading the source {self.plan.source.name}")
         model, tokenizer = load_model(self.plan.source, self.device)
-        with quiet_transformers():
+        with quiet("transformers"):
             yield model, tokenizer
 
     def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:

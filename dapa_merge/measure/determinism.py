@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dapa_merge.measure.quiet import quiet_transformers
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,12 +62,12 @@ def steady(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
     before = model.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, eager_mask)
-    with quiet_transformers():
+    with quiet("transformers"):
         model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        with quiet_transformers():
+        with quiet("transformers"):
             model.set_attn_implementation(before)
 
 

@@ -10,17 +10,16 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import io
-import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.measure.prompts.datasets import reading
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -190,16 +189,11 @@ def _beside(task: Task) -> Path | None:
 @contextmanager
 def _quietly(folder: Path | None) -> Iterator[None]:
     """Without the harness's bars and advice; in `folder`, if there is one."""
-    logger = logging.getLogger("lm_eval")
-    level, here = logger.level, os.getcwd()
-    logger.setLevel(logging.ERROR)
+    here = os.getcwd()
     try:
-        with ExitStack() as stack:
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            stack.enter_context(redirect_stderr(io.StringIO()))
+        with quiet("lm_eval"):
             if folder is not None:
                 os.chdir(folder)
             yield
     finally:
         os.chdir(here)
-        logger.setLevel(level)

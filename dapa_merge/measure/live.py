@@ -38,8 +38,8 @@ from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.generate import prepare_for_greedy
-from dapa_merge.measure.quiet import quiet_transformers
 from dapa_merge.plan.edit import mix
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,7 +82,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     if not any(checkpoint.folder.glob("*token*")):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
-        with quiet_transformers(), standard_folder(checkpoint) as folder:
+        with quiet("transformers"), standard_folder(checkpoint) as folder:
             loader = _loader(checkpoint)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, loading = loader.from_pretrained(
@@ -225,7 +225,7 @@ class LiveModel:
                 self._changed.add(unit)
                 for slot in self.slots((unit,)):
                     self._put(slot, self._new_values(slot))
-            with quiet_transformers():
+            with quiet("transformers"):
                 yield self.model
         finally:
             for unit in list(self._changed):

@@ -40,11 +40,11 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
 def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str) -> MeasuredModel:
     """A model that is loaded for it, measured in full."""
     from dapa_merge.measure.live import choose_device, load_model
-    from dapa_merge.measure.quiet import quiet_transformers
+    from dapa_merge.progress import quiet
 
     LOG.info(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
-    with quiet_transformers():
+    with quiet("transformers"):
         return measure_candidate(Candidate(model, tokenizer, ()), meter, name)
 
 

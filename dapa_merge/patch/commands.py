@@ -10,12 +10,12 @@ from typing import Any
 from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.errors import RecipeError, Stopped, UsageError
 from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, apply_to_copy, revert
 from dapa_merge.patch.extract import differing_settings, extract
 from dapa_merge.patch.file import Patch, read_patch
 from dapa_merge.plan.selection import RECIPE_NAME
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import task
 from dapa_merge.recipe.parse import load_recipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -114,9 +114,10 @@ def summary(patch: Patch) -> dict[str, Any]:
 def _interruptible(model: Checkpoint) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        LOG.info(f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`")
-        raise
+    except KeyboardInterrupt as stop:
+        raise Stopped(
+            f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`"
+        ) from stop
 
 
 def _base_of(result: Checkpoint) -> Location:

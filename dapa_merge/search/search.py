@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
+from dapa_merge.errors import Stopped
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import fetch_units
@@ -133,11 +134,12 @@ def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: 
     try:
         return _Hunt(recipe, plan, bench, journal, options).run()
     except (SearchInterrupted, SearchStopped) as stop:
-        LOG.info(f"the best selection so far: {spans(join(plan, stop.best.units))}")
+        best = f"the best selection so far: {spans(join(plan, stop.best.units))}"
+        LOG.info(best)
         if journal.path:
             LOG.info(f"every test is in the journal {journal.path}; run again to go on")
         if isinstance(stop, SearchStopped):
-            raise
+            raise Stopped(best) from stop
         raise (stop.__cause__ or stop) from None
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from dapa_merge import files as work_folder
+from dapa_merge.errors import Stopped
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
 from dapa_merge.search.journal import Journal
 
@@ -58,9 +59,10 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
             work_folder.make_folder(out / name)
         try:
             yield journal
-        except KeyboardInterrupt as stop:
-            stop.kept = f"what was found is in {out}, and the same command goes on from there"  # type: ignore[attr-defined]
+        except Stopped:
             raise
+        except KeyboardInterrupt as stop:
+            raise Stopped(f"what was found is in {out}, and the same command goes on from there") from stop
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

@@ -198,12 +198,12 @@ class Stages:
     def _answers(self, name: str, load: Callable[[], tuple[Any, Any]]) -> list[Response]:
         """What a model says to the harmful prompts, and what that is taken for."""
         from dapa_merge.measure.figures import Response
-        from dapa_merge.measure.quiet import quiet_transformers
+        from dapa_merge.progress import quiet
 
         note = f"responses of the {name}"
         if note not in self.journal.notes:
             model, tokenizer = load()
-            with task(f"asking the {name}", len(self.prompts.harmful), "prompts"), quiet_transformers():
+            with task(f"asking the {name}", len(self.prompts.harmful), "prompts"), quiet("transformers"):
                 measurement = self.meter.measure(model, tokenizer)
                 said = measurement.judge("harmful", self.prompts.harmful)
             self.journal.note(note, [asdict(response) for response in said])
@@ -291,7 +291,7 @@ class Stages:
     ) -> tuple[list[Trace], list[float], Settings]:
         from dapa_merge.measure.decode import BatchSize
         from dapa_merge.measure.determinism import widened
-        from dapa_merge.measure.quiet import quiet_transformers
+        from dapa_merge.progress import quiet
         from dapa_merge.trace.case import embedding_deviation
         from dapa_merge.trace.causal import Tracer
 
@@ -305,7 +305,7 @@ class Stages:
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
-        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet_transformers(), widened(model):
+        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), widened(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dapa_merge.checkpoint.digest import Digests
-from dapa_merge.errors import HubError, UsageError
+from dapa_merge.errors import HubError, Stopped, UsageError
 from dapa_merge.files import file_state, is_at, take_lock
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -90,8 +90,7 @@ def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
             yield Staging(place / "result", record)
         except KeyboardInterrupt as stop:
             keep = record is None or bool(record.files)
-            stop.kept = _kept(place, record)  # type: ignore[attr-defined]
-            raise
+            raise Stopped(_kept(place, record)) from stop
         except HubError as error:
             keep = record is None or bool(record.files)
             raise type(error)(f"{error}; {_kept(place, record)}") from error
@@ -161,7 +160,7 @@ def _discard(place: Path) -> None:
 
 
 def _clear_leftovers(out: Path) -> None:
-    """Remove what was being removed when its run was killed, and what earlier versions left."""
+    """Remove what was being removed when its run was killed."""
     for leftover in out.parent.glob(f"{_prefix(out)}-*.partial"):
         if not leftover.is_symlink() and not is_locked(leftover):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -25,7 +25,6 @@ from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.meter import Meter, report_meter, search_meter
 from dapa_merge.measure.prompts.sets import split_prompts
-from dapa_merge.measure.quiet import quiet_transformers
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import is_right
 from dapa_merge.miniature import corpus
@@ -33,6 +32,7 @@ from dapa_merge.miniature.corpus import Example
 from dapa_merge.miniature.train import Sampler, mixture, train
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
+from dapa_merge.progress import quiet
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
@@ -258,7 +258,7 @@ class Stand:
         model: Any = copy.deepcopy(self.target).float()
         size = model.num_parameters()
         how = {"steps": setting.steps, "batch_size": BATCH_SIZE, "learning_rate": rate, "seed": seed}
-        with quiet_transformers():
+        with quiet("transformers"):
             if setting.rank:
                 config = LoraConfig(
                     r=setting.rank, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"

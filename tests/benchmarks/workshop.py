@@ -20,8 +20,8 @@ import torch
 from members import Member
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dapa_merge.measure.quiet import quiet_transformers
 from dapa_merge.miniature.train import save
+from dapa_merge.progress import quiet
 
 # The bases as they were trained: their descendants come from weights that were not rounded, as the shipped ones do.
 UNROUNDED = "unrounded"
@@ -94,7 +94,7 @@ def _finished(folder: Path, seconds: float) -> str:
 def _train(folder: Path, member: Member, seed: int) -> float:
     """Train one model and write it; the seconds that it took."""
     start = time.monotonic()
-    with _reproducible(), quiet_transformers():
+    with _reproducible(), quiet("transformers"):
         parent = _parent(folder, member)
         loaded = None if parent is None else _load(_unrounded(parent) if member.parent == "base" else parent)
         model, tokenizer = member.make(folder.parent.name, loaded, seed)

@@ -19,6 +19,7 @@ from typing import Any
 
 from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.measure.prompts.rows import base_and_query, nearest_of, parse_query
+from dapa_merge.progress import quiet
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([^@?]+))?", re.ASCII)
 
@@ -180,7 +181,7 @@ class Prepared:
             return self.splits[split]
         if self.builder is None:
             raise ValueError("a dataset that was saved to disk is read by whole splits")
-        with _quiet():
+        with quiet("datasets", "huggingface_hub"):
             return self.builder.as_dataset(split=split)
 
 
@@ -191,7 +192,7 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
         UsageError: If it has no such config, or several and none is named, or its files cannot be read.
         HubError: If the Hub does not give it and no copy is in the cache.
     """
-    with _quiet():
+    with quiet("datasets", "huggingface_hub"):
         if os.path.isdir(name):
             saved = _saved_to_disk(Path(name))
             return saved or _build(name, None, config)
@@ -213,7 +214,7 @@ def reading() -> Iterator[None]:
         HubError: If that code fails because the Hub does not give something.
     """
     silence = _silence()
-    with _quiet(), _offline() if silence else contextlib.nullcontext():
+    with quiet("datasets", "huggingface_hub"), _offline() if silence else contextlib.nullcontext():
         try:
             yield
         except Exception as error:
@@ -397,28 +398,3 @@ def _offline() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and no warnings of the two libraries on stderr."""
-    import datasets
-    import huggingface_hub
-
-    logs = (datasets.logging, huggingface_hub.logging)
-    levels = [log.get_verbosity() for log in logs]
-    bars = not datasets.utils.are_progress_bars_disabled()
-    hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()
-    for log in logs:
-        log.set_verbosity_error()
-    datasets.disable_progress_bars()
-    huggingface_hub.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
-        if hub_bars:
-            huggingface_hub.utils.enable_progress_bars()

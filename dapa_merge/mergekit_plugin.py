@@ -7,7 +7,6 @@ Where mergekit keeps the units of a model: it names and fuses tensors as transfo
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -39,22 +38,21 @@ from transformers import AutoConfig
 
 from dapa_merge.checkpoint.convert import MergeCache
 from dapa_merge.checkpoint.header import TORCH_NAMES
-from dapa_merge.checkpoint.open import ALLOW_VARIABLE, Checkpoint
+from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Box, Shapes
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.edit import Rounding, does_not_fit, mix, not_finite
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import LOG, shown
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
 from dapa_merge.search.search import search_plan
-from dapa_merge.search.workers import SearchOptions
 
 TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -209,8 +207,12 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 
 
 def _select(recipe: Recipe) -> _Selected:
-    allow_pickle = bool(click.BOOL.convert(os.environ.get(ALLOW_VARIABLE) or "0", None, None))
-    plan = make_plan(recipe, allow_pickle=allow_pickle, merge_cache=_merge_cache())
+    # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
+    given = _command_line()
+    options = Options.from_environment(
+        given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
+    )
+    plan = make_plan(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
     check_prompts(recipe)
     # A commit on the Hub does not change; what is here of it may grow.
     local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
@@ -218,11 +220,7 @@ def _select(recipe: Recipe) -> _Selected:
     stamps = _stamps(files)
     selection = given_selection(recipe, plan)
     if selection is None:
-        # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
-        options = _command_line()
-        device = options.get("device") or ("cuda" if options.get("cuda") or options.get("gpu_rich") else "auto")
-        search = SearchOptions(device, evaluators=EvaluatorOptions.from_environment(), allow_pickle=allow_pickle)
-        selection = join(plan, search_plan(recipe, plan, search).minimum.units)
+        selection = join(plan, search_plan(recipe, plan, options).minimum.units)
     LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(
         boxes=boxes_in_merge(plan, selection),

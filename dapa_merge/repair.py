@@ -22,11 +22,11 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.search import readable_certificate
-from dapa_merge.search.workers import SearchOptions
 from dapa_merge.transplant.manifest import PRIVATE
 from dapa_merge.transplant.result import check_destination, transplant
 
@@ -50,7 +50,7 @@ def repair(
     manifest: bool = True,
     lock: Lock | None = None,
     is_locked: bool = False,
-    options: SearchOptions | None = None,
+    options: Options | None = None,
 ) -> Report:
     """Repair the target and write the result to `out`, with a report and the recipe that replays it.
 
@@ -71,7 +71,7 @@ def repair(
         DapaError: For whatever else does not fit; nothing is written.
     """
     start = time.monotonic()
-    options = options or SearchOptions()
+    options = options or Options()
     # An evaluation loads the whole source too.
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     check_prompts(recipe)

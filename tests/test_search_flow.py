@@ -23,11 +23,12 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.search import workers as search_testers
 from dapa_merge.search.journal import name_of
 from dapa_merge.search.requirement import Requirement
-from dapa_merge.search.workers import SearchOptions, make_bench
+from dapa_merge.search.workers import make_bench
 
 # With whatever else starts Ray; and its searches are done once.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -128,7 +129,7 @@ def test_early_verdicts_are_the_full_ones_on_every_test_of_a_search(done, capsys
     units = {str(unit): unit for unit in plan.units}
     tests = [entry for entry in entries(done.journal) if "holds" in entry]
     num_asked = num_prompts = 0
-    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], SearchOptions("cpu"))) as bench:
+    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], Options("cpu"))) as bench:
         bench.require(Requirement(**done.found["requirement"]))
         for test in tests:
             full = bench.examine([units[name] for name in test["selection"]], stop_early=False)
@@ -393,7 +394,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     try:
         searching, _ = split_prompts(recipe)
         limits = Requirement(0.5, 1.0, 1e9)
-        test = search_testers._make_tester(recipe, searching, limits, SearchOptions("cpu"), threads)
+        test = search_testers._make_tester(recipe, searching, limits, Options("cpu"), threads)
     finally:
         torch.set_num_threads(threads)
     (bench,) = test.args

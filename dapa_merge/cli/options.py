@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dapa_merge.errors import UsageError, printable
+from dapa_merge.recipe.options import Options, parse_requests
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dapa_merge.measure.marker import EvaluatorOptions
     from dapa_merge.publish.push import PushOptions
     from dapa_merge.publish.write_card import CardOptions
-    from dapa_merge.search.workers import SearchOptions
+    from dapa_merge.recipe.options import Options
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -95,25 +95,55 @@ recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
+EVALUATOR_NAMES = ("evaluator_file", "judge_model", "judge_url", "judge_requests")
+
+
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of evaluators; the command gets one `EvaluatorOptions` as `evaluators`."""
+    """Add the options of evaluators."""
+    for option in (judge_requests_option, judge_url_option, judge_model_option, evaluator_file_option):
+        command = option(command)
+    return command
+
+
+def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command one `Options` as `options`, made of those options of a run that it has.
+
+    Raises:
+        UsageError: If a judge's option comes without a judge, `--workers` is not understood, or Ray is not installed.
+    """
 
     @functools.wraps(command)
-    def call(*arguments: Any, **options: Any) -> Any:
-        from dapa_merge.measure.marker import EvaluatorOptions, parse_requests
+    def call(**given: Any) -> Any:
+        names = ("device", "journal", "allow_pickle")
+        made: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
+        if "judge_model" in given:
+            made |= _evaluators(**{name: given.pop(name) for name in EVALUATOR_NAMES})
+        if "workers" in given:
+            made |= _workers(given.pop("workers"))
+        return command(options=Options(**made), **given)
 
-        file, model, url, requests = map(options.pop, ("evaluator_file", "judge_model", "judge_url", "judge_requests"))
-        for name in ("judge_url", "judge_requests"):
-            # In the environment they may stand for the days when there is a judge.
-            if model is None and is_given(name):
-                raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
-        where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
-        evaluators = EvaluatorOptions(file, model, url, parse_requests(requests, where))
-        return command(*arguments, evaluators=evaluators, **options)
-
-    for option in (judge_requests_option, judge_url_option, judge_model_option, evaluator_file_option):
-        call = option(call)
     return call
+
+
+def _evaluators(judge_requests: str | None, **given: Any) -> dict[str, Any]:
+    for name in ("judge_url", "judge_requests"):
+        # In the environment they may stand for the days when there is a judge.
+        if given["judge_model"] is None and is_given(name):
+            raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
+    where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
+    return {**given, "judge_requests": parse_requests(judge_requests, where)}
+
+
+def _workers(text: str | None) -> dict[str, Any]:
+    engine, colon, number = (text or "").partition(":")
+    if text is not None and (engine != "ray" or (colon and not (number.isdecimal() and int(number) > 0))):
+        raise UsageError(f"--workers is {text!r}; write ray, or ray:N with the number of workers")
+    if text is not None:
+        from dapa_merge.search.workers import import_ray
+
+        # Before the models are read.
+        import_ray()
+    return {"uses_ray": text is not None, "num_workers": int(number) if number else None}
 
 
 def refuse_evaluating_options() -> None:
@@ -130,35 +160,6 @@ def refuse_evaluating_options() -> None:
 def is_given(name: str) -> bool:
     """Whether an option stands on the command line, rather than in the environment."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-
-
-def search_options(
-    device: str,
-    journal: Path | None = None,
-    workers: str | None = None,
-    evaluators: EvaluatorOptions | None = None,
-    allow_pickle: bool = False,
-) -> SearchOptions:
-    """What `--device`, `--journal`, `--workers`, `--allow-pickle` and the options of evaluators ask for.
-
-    Raises:
-        UsageError: If `--workers` is not understood, or Ray is not installed.
-    """
-    from dapa_merge.measure.marker import EvaluatorOptions
-    from dapa_merge.search.workers import SearchOptions
-
-    engine, colon, number = (workers or "").partition(":")
-    if workers is not None and (engine != "ray" or (colon and not (number.isdecimal() and int(number) > 0))):
-        raise UsageError(f"--workers is {workers!r}; write ray, or ray:N with the number of workers")
-    if workers is not None:
-        from dapa_merge.search.workers import import_ray
-
-        # Before the models are read.
-        import_ray()
-    num_workers = int(number) if number else None
-    return SearchOptions(
-        device, journal, workers is not None, num_workers, evaluators or EvaluatorOptions(), allow_pickle
-    )
 
 
 PLACE = (

@@ -26,7 +26,7 @@ from dapa_merge.cli.options import (
     recipe_argument,
     refuse_evaluating_options,
     refuse_place_options,
-    search_options,
+    takes_options,
     workers_option,
 )
 from dapa_merge.errors import UsageError
@@ -36,8 +36,8 @@ from dapa_merge.progress import quiet
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dapa_merge.measure.marker import EvaluatorOptions
     from dapa_merge.publish.write_card import CardOptions
+    from dapa_merge.recipe.options import Options
 
 
 @click.command()
@@ -71,14 +71,11 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
 @evaluator_options
 @allow_pickle_option
 @json_option
+@takes_options
 def search(
     recipe: Path,
     out: Path | None,
-    device: str,
-    journal: Path | None,
-    workers: str | None,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
+    options: Options,
     as_json: bool,
 ) -> None:
     """Find the few layers that are needed.
@@ -95,8 +92,7 @@ def search(
 
     with _kept_in(out) as keep:
         parsed = load_recipe(recipe)
-        options = search_options(device, journal, workers, evaluators, allow_pickle)
-        made = make_plan(parsed, allow_pickle=allow_pickle)
+        made = make_plan(parsed, allow_pickle=options.allow_pickle)
         check_prompts(parsed)
         found = search_plan(parsed, made, options)
         replay = replay_text(parsed, made, found.minimum.units)
@@ -138,6 +134,7 @@ def search(
 @allow_pickle_option
 @device_option
 @json_option
+@takes_options
 def evaluate(
     model: str,
     prompts: str,
@@ -147,9 +144,7 @@ def evaluate(
     max_new_tokens: int | None,
     batch_size: int | None,
     responses: Path | None,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
-    device: str,
+    options: Options,
     as_json: bool,
 ) -> None:
     """Measure the safety and skill of any model.
@@ -164,9 +159,9 @@ def evaluate(
     from dapa_merge.report.tables import categories_table, figures_table
 
     settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "allow_pickle": allow_pickle}
+    settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _kept_in(responses) as keep:
-        measured = evaluate_model(model, prompts, device, evaluators, **settings, **limits)
+        measured = evaluate_model(model, prompts, options, **settings)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
@@ -189,7 +184,8 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 @click.argument("out", type=click.Path(path_type=Path), default=Path("dapa-demo"))
 @device_option
 @json_option
-def demo(out: Path, device: str, as_json: bool) -> None:
+@takes_options
+def demo(out: Path, options: Options, as_json: bool) -> None:
     """Repair the packaged miniature model.
 
     Writes the result to OUT, which must not exist.  [default: dapa-demo]
@@ -207,7 +203,7 @@ def demo(out: Path, device: str, as_json: bool) -> None:
     if not (as_json or click.get_current_context().find_root().params["quiet"]):
         click.echo(f"The recipe:\n\n{text}", err=True)
     recipe = parse_recipe(text, "the miniature's recipe")
-    report = repair(recipe, out, options=search_options(device))
+    report = repair(recipe, out, options=options)
     print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
 
 
@@ -235,6 +231,7 @@ def demo(out: Path, device: str, as_json: bool) -> None:
 @place_options
 @licence_options
 @json_option
+@takes_options
 def run(
     recipe: Path,
     out: Path,
@@ -243,11 +240,7 @@ def run(
     manifest: bool,
     lock: bool | None,
     locked: bool,
-    device: str,
-    journal: Path | None,
-    workers: str | None,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
+    options: Options,
     push: str | None,
     place: dict[str, Any],
     card: CardOptions,
@@ -275,8 +268,7 @@ def run(
         card=card,
         push=None if push is None else push_options(push, place, card),
     )
-    settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest}
-    settings["options"] = search_options(device, journal, workers, evaluators, allow_pickle)
+    settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest, "options": options}
     with quiet("huggingface_hub", bars=True):
         report, published = follow(load_recipe(recipe), recipe, out, how, **settings)
 

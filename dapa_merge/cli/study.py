@@ -26,7 +26,7 @@ from dapa_merge.cli.options import (
     print_answer,
     print_lines,
     recipe_argument,
-    search_options,
+    takes_options,
 )
 from dapa_merge.compare.result import METHODS, CompareOptions
 from dapa_merge.errors import Stopped, UsageError
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dapa_merge.compare.compare import Compared
-    from dapa_merge.measure.marker import EvaluatorOptions
+    from dapa_merge.recipe.options import Options
 
 
 TRACE_DEFAULTS = TraceOptions()
@@ -131,6 +131,7 @@ TRACE_DEFAULTS = TraceOptions()
 @evaluator_options
 @allow_pickle_option
 @json_option
+@takes_options
 def trace(
     recipe: Path,
     out: Path,
@@ -148,10 +149,7 @@ def trace(
     seed: int,
     no_search: bool,
     examples: int,
-    device: str,
-    journal: Path | None,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
+    options: Options,
     as_json: bool,
 ) -> None:
     """Show where the alignment of RECIPE's models lives.
@@ -182,7 +180,6 @@ def trace(
         searches=not no_search,
         num_examples=examples,
     )
-    options = search_options(device, journal, None, evaluators, allow_pickle)
     summary = trace_recipe(load_recipe(recipe), out, wanted, options)
 
     def show(console: Console) -> None:
@@ -259,6 +256,7 @@ COMPARE_DEFAULTS = CompareOptions()
 @evaluator_options
 @allow_pickle_option
 @json_option
+@takes_options
 def compare(
     recipes: tuple[Path, ...],
     out: Path,
@@ -269,9 +267,7 @@ def compare(
     no_curve: bool,
     points: int,
     block_rows: int | None,
-    device: str,
-    evaluators: EvaluatorOptions,
-    allow_pickle: bool,
+    options: Options,
     as_json: bool,
 ) -> None:
     """Compare DAPA with other methods on the targets of RECIPE...
@@ -298,7 +294,6 @@ def compare(
     with _stoppable(out):
         from dapa_merge.compare.compare import compare_recipes
 
-        options = search_options(device, None, None, evaluators, allow_pickle)
         found = compare_recipes(recipes, out, wanted, options)
     print_answer(found.summary, lambda console: _show(found, out, console), as_json)
     if found.fault is not None:

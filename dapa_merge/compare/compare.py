@@ -25,10 +25,10 @@ from dapa_merge.files import check_folder, make_folder, remove_pictures, replace
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import jsonable
-from dapa_merge.search.workers import SearchOptions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ class Compared:
     fault: DapaError | None = None
 
 
-def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, options: SearchOptions) -> Compared:
+def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, options: Options) -> Compared:
     """Compare methods on the targets of recipes, and leave tables and pictures in a folder.
 
     A recipe that cannot be measured costs its own row only, and is told in `fault`. If the tables that are there have
@@ -102,7 +102,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     return Compared(tuple(tables.rows), summary, tables.is_written, tables.fault(names))
 
 
-def _check(recipe: Recipe, path: Path, options: SearchOptions) -> None:
+def _check(recipe: Recipe, path: Path, options: Options) -> None:
     """Find what does not fit before the hours of the rows before it; of the Hub's models, by their headers alone."""
     from dapa_merge.measure.meter import report_meter
     from dapa_merge.measure.prompts.sets import load_prompts
@@ -111,7 +111,7 @@ def _check(recipe: Recipe, path: Path, options: SearchOptions) -> None:
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
-        report_meter(recipe, load_prompts(recipe.prompts), options.evaluators)
+        report_meter(recipe, load_prompts(recipe.prompts), options)
     except DapaError as error:
         # A fault of a key says where it stands.
         if not str(error).startswith(str(path)):
@@ -119,7 +119,7 @@ def _check(recipe: Recipe, path: Path, options: SearchOptions) -> None:
         raise
 
 
-def _row(recipe: Recipe, name: str, out: Path, wanted: CompareOptions, options: SearchOptions) -> Row:
+def _row(recipe: Recipe, name: str, out: Path, wanted: CompareOptions, options: Options) -> Row:
     from dapa_merge.compare.row import compare_recipe
 
     return compare_recipe(recipe, name, out / ROWS_NAME / name, wanted, options)

@@ -22,11 +22,11 @@ from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import advance, task
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal, JournalUnavailable
-from dapa_merge.search.workers import SearchOptions
 
 if TYPE_CHECKING:
     from dapa_merge.compare.blend import Blend, Blender
@@ -53,7 +53,7 @@ LABELS = {
 }
 
 
-def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: SearchOptions) -> Row:
+def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: Options) -> Row:
     """Measure every method on one recipe's target.
 
     Args:
@@ -71,7 +71,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
 
 
 class _Comparison:
-    def __init__(self, recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: SearchOptions) -> None:
+    def __init__(self, recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: Options) -> None:
         from dapa_merge.measure.meter import report_meter
 
         self.recipe = recipe
@@ -83,7 +83,7 @@ class _Comparison:
         self.plan = plan_of_all(recipe, self.chosen)
         prompts = load_prompts(recipe.prompts)
         self.searching, confirming = split_prompts(recipe) if recipe.layers is None else (prompts, prompts)
-        meter = report_meter(recipe, confirming, options.evaluators)
+        meter = report_meter(recipe, confirming, options)
         # Figures are the verdicts of the first marker: here of the recipe's.
         markers = sorted(meter.markers, key=lambda marker: (marker.name != recipe.evaluator, marker is not RULES))
         self.meter = replace(meter, markers=tuple(markers))

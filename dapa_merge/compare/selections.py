@@ -22,11 +22,11 @@ from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
 from dapa_merge.plan.selection import given_selection
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.search import search_plan
-from dapa_merge.search.workers import SearchOptions
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,7 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
     return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
 
 
-def find_selections(
-    name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: SearchOptions
-) -> Found:
+def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options) -> Found:
     """Search, or read in the journal what was found before.
 
     Args:
@@ -99,7 +97,7 @@ def find_selections(
     return Found(plan, given_selection(replace(recipe, layers=choices), plan), None, cost)
 
 
-def _search(recipe: Recipe, plan: Plan, path: Path, options: SearchOptions) -> dict[str, object]:
+def _search(recipe: Recipe, plan: Plan, path: Path, options: Options) -> dict[str, object]:
     from dapa_merge.measure.live import choose_device
 
     before = _recorded_seconds(path)

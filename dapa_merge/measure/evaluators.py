@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import RESERVED, Candidate, ask, find_callback, identity_of, known_callbacks, load_file
-from dapa_merge.measure.marker import RULES, EvaluatorOptions, Marker
+from dapa_merge.measure.marker import RULES, Marker
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.options import Options
 
 if TYPE_CHECKING:
     from dapa_merge.measure.judge import Judge
@@ -48,7 +49,7 @@ class Scorer:
 Evaluator = Marker | Scorer
 
 
-def find_evaluator(name: str, options: EvaluatorOptions, *, searching: bool = False) -> Evaluator:
+def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Evaluator:
     """The evaluator of that name.
 
     Args:
@@ -80,7 +81,7 @@ def find_evaluator(name: str, options: EvaluatorOptions, *, searching: bool = Fa
     )
 
 
-def find_second_opinion(options: EvaluatorOptions) -> Marker | None:
+def find_second_opinion(options: Options) -> Marker | None:
     """The judge that the user named, as a marker beside another evaluator; None if none was.
 
     Where it gives nothing usable, that is said once, and the rest is undecided.
@@ -104,7 +105,7 @@ def find_second_opinion(options: EvaluatorOptions) -> Marker | None:
     return Marker("judge", judge.identity, mark)
 
 
-def _demanded_judge(options: EvaluatorOptions, searching: bool) -> Marker:
+def _demanded_judge(options: Options, searching: bool) -> Marker:
     judge = _find_judge(options)
     if judge is None:
         raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
@@ -123,7 +124,7 @@ def _demanded_judge(options: EvaluatorOptions, searching: bool) -> Marker:
     return Marker("judge", judge.identity, mark)
 
 
-def _find_judge(options: EvaluatorOptions) -> Judge | None:
+def _find_judge(options: Options) -> Judge | None:
     if options.judge_model is None:
         return None
     judge = _judge(options.judge_model, options.judge_url, options.judge_requests)

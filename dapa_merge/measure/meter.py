@@ -17,11 +17,12 @@ from dapa_merge.measure.decode import BatchSize, Drafts
 from dapa_merge.measure.evaluators import Scorer, find_evaluator, find_second_opinion
 from dapa_merge.measure.figures import Figures, Response, SkillFigure, count, refusal_figures
 from dapa_merge.measure.generate import generate
-from dapa_merge.measure.marker import RULES, EvaluatorOptions, Marker
+from dapa_merge.measure.marker import RULES, Marker
 from dapa_merge.measure.perplexity import Reading, read
 from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, load_skills, skill_figure
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Measurement:
 MAX_TEXT_TOKENS = 20_000
 
 
-def search_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) -> Meter:
+def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
     """What tests the candidates of a search: only what its requirement is about, each response only as far as needed.
 
     Raises:
@@ -223,7 +224,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) 
     )
 
 
-def report_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) -> Meter:
+def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
     """What measures a recipe's target, result and source for the report: every response whole, and by every marker.
 
     No figure depends on what was measured before it.
@@ -244,7 +245,7 @@ def report_meter(recipe: Recipe, prompts: PromptSet, options: EvaluatorOptions) 
 
 def make_meter(
     prompts: PromptSet,
-    options: EvaluatorOptions,
+    options: Options,
     *,
     evaluator: str = RULES.name,
     max_new_tokens: int | None = None,

@@ -14,8 +14,8 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.options import Options
 
 if TYPE_CHECKING:
     from dapa_merge.measure.figures import Figures, Response
@@ -69,17 +69,13 @@ def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def evaluate_model(
-    model: str, prompts: str, device: str, options: EvaluatorOptions, *, allow_pickle: bool = False, **settings: Any
-) -> MeasuredModel:
+def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
     """All figures of one model: a folder or a Hub id, as `id@revision` if need be.
 
     Args:
         model: Where it is.
         prompts: Name of the prompt set.
-        device: Where to evaluate.
-        options: Where evaluators of the user's own are, and which judge to ask.
-        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        options: Where and how to measure.
         settings: Further arguments of `make_meter`.
 
     Raises:
@@ -89,9 +85,9 @@ def evaluate_model(
 
     prompt_set = load_prompts(prompts)
     try:
-        checkpoint = open_location(parse_location(model), allow_pickle=allow_pickle)
+        checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is no model; write a folder, a Hub id or id@revision") from None
     from dapa_merge.measure.meter import make_meter
 
-    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), device, "model")
+    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), options.device, "model")

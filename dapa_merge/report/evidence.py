@@ -17,12 +17,13 @@ from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.search import Search, search
-from dapa_merge.search.workers import SearchOptions, in_order, make_bench
+from dapa_merge.search.workers import in_order, make_bench
 
 if TYPE_CHECKING:
     from dapa_merge.measure.figures import Figures, Response
@@ -56,7 +57,7 @@ class Evidence:
     responses: Mapping[str, Sequence[Response]]
 
 
-def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: SearchOptions) -> Evidence:
+def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
     """Search, unless a selection is given, and measure; one that the recipe names with all prompts.
 
     One that another search found, and a lock gives, is measured with the prompts that a search would not have asked.
@@ -71,7 +72,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         searching, confirming = split_prompts(recipe)
     else:
         searching = confirming = load_prompts(recipe.prompts)
-    meter = report_meter(recipe, confirming, options.evaluators)
+    meter = report_meter(recipe, confirming, options)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

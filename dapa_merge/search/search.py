@@ -16,6 +16,7 @@ from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import fetch_units
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_requirement, measure_baseline, weigh
@@ -26,7 +27,6 @@ from dapa_merge.search.workers import (
     Foresight,
     InProcess,
     RayWorkers,
-    SearchOptions,
     Test,
     Workers,
     in_order,
@@ -107,7 +107,7 @@ class Search:
         return 1 - self.num_asked / self.num_prompts if self.num_prompts else 0.0
 
 
-def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions) -> Search:
+def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan, and search, whatever layers the recipe names.
 
     Raises:
@@ -124,7 +124,7 @@ def search_plan(recipe: Recipe, plan: Plan, options: SearchOptions) -> Search:
         return search(recipe, plan, bench, journal, options)
 
 
-def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions) -> Search:
+def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: Options) -> Search:
     """Find a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
@@ -146,7 +146,7 @@ def search(recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: 
 class _Hunt:
     """One search on its way: among the plan's units and then, if the recipe says so, among blocks of those kept."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: SearchOptions) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, bench: Bench, journal: Journal, options: Options) -> None:
         self.recipe = recipe
         self.plan = plan
         self.bench = bench

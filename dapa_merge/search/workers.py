@@ -19,18 +19,17 @@ import sys
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from io import StringIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, pinned_location
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.requirement import Requirement
@@ -265,32 +264,11 @@ def _check_reachable(address: str) -> None:
             pass
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """Where and how to search and measure.
-
-    Attributes:
-        device: Where to evaluate; `auto` takes an accelerator if there is one.
-        journal: The file of the journal; None for one in the user's cache folder.
-        uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
-        num_workers: How many; None for one on each GPU or, without GPUs, on each node.
-        evaluators: Where evaluators of the user's own are, and which judge to ask.
-        allow_pickle: Whether weights that there are as pickles only are read, as nothing but tensors.
-    """
-
-    device: str = "auto"
-    journal: Path | None = None
-    uses_ray: bool = False
-    num_workers: int | None = None
-    evaluators: EvaluatorOptions = field(default_factory=EvaluatorOptions)
-    allow_pickle: bool = False
-
-
 # What became of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
 Test = Mapping[str, Any]
 
 
-def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOptions) -> Bench:
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
     """The test bench of a recipe; it loads the target when that is needed.
 
     Raises:
@@ -299,9 +277,9 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: SearchOp
     from dapa_merge.measure.meter import search_meter
     from dapa_merge.search.bench import Bench
 
-    if options.uses_ray and recipe.evaluator == "judge" and options.evaluators.judge_requests is not None:
+    if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
         raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
-    meter = search_meter(recipe, prompts, options.evaluators)
+    meter = search_meter(recipe, prompts, options)
     return Bench(plan, meter, options.device, lambda: LOG.info(f"loading the target {plan.target.name}"))
 
 
@@ -327,22 +305,21 @@ class InProcess:
 
 
 def ray_testers(
-    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: SearchOptions
+    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
 ) -> RayWorkers[Unit, Test]:
     """Ray actors that test selections, each with a target of its own."""
     # Other machines, other folders, and hours later: the same weights all the same.
     recipe = replace(
         recipe, target=pinned_location(recipe.target, plan.target), source=pinned_location(recipe.source, plan.source)
     )
-    file = options.evaluators.evaluator_file
-    evaluators = replace(options.evaluators, evaluator_file=file and file.absolute())
-    options = replace(options, device=bench.device.type, evaluators=evaluators)
+    file = options.evaluator_file
+    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
     return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 
 
 def _make_tester(
-    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: SearchOptions, num_threads: int
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
 ) -> Callable[[frozenset[Unit]], Test]:
     """Called in a worker: loads a target of its own there."""
     import torch

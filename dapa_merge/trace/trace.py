@@ -25,11 +25,11 @@ from dapa_merge.measure.prompts.sets import check_prompts, split_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
 from dapa_merge.progress import LOG, advance, task
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.search import Search, search_plan
-from dapa_merge.search.workers import SearchOptions
 from dapa_merge.trace.edits import Edits, groups_of
 from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
 from dapa_merge.trace.result import Traced
@@ -83,7 +83,7 @@ class Stages:
         meter: Meter,
         out: Path,
         wanted: TraceOptions,
-        options: SearchOptions,
+        options: Options,
         journal: Journal,
     ) -> None:
         from dapa_merge.measure.marker import RULES
@@ -322,7 +322,7 @@ class Stages:
         return traces, seconds, settings
 
 
-def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: SearchOptions) -> dict[str, Any]:
+def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Options) -> dict[str, Any]:
     """Trace a recipe's models, and leave traces, figures, a summary and a page in a folder.
 
     Args:
@@ -349,7 +349,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Searc
     check_prompts(recipe)
     # What a search picks is judged with prompts that it has not seen.
     prompts = split_prompts(recipe)[1] if recipe.layers is None else load_prompts(recipe.prompts)
-    meter = replace(search_meter(recipe, prompts, options.evaluators), skills=skills_of(prompts, recipe.skills))
+    meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)

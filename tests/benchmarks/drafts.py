@@ -26,10 +26,10 @@ from dapa_merge.measure import meter as meters
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import Reporter
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.workers import SearchOptions
 
 RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")
 # What a search came to: its units, and how many tests it made.
@@ -84,7 +84,7 @@ def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Ou
             stack.enter_context(mock.patch("dapa_merge.measure.determinism.MAX_TOKENS", 0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         began = time.process_time()
-        found = find("search", recipe, plan, folder, Journal(), SearchOptions(device="cpu"), Reporter())
+        found = find("search", recipe, plan, folder, Journal(), Options(device="cpu"), Reporter())
         seconds = time.process_time() - began
     tests = found.cost.tests if found.cost else 0
     return (None if found.units is None else tuple(map(str, found.units)), tests), seconds

@@ -18,18 +18,18 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dapa_merge.measure.figures import Figures
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.meter import report_meter
 from dapa_merge.measure.model import measure_live
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.search import search
-from dapa_merge.search.workers import SearchOptions, make_bench
+from dapa_merge.search.workers import make_bench
 
 
 def main() -> None:
@@ -44,8 +44,8 @@ def main() -> None:
         f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
     )
     searching, confirming = split_prompts(recipe)
-    with closing(make_bench(recipe, plan, searching, SearchOptions("cpu"))) as bench:
-        meter = report_meter(recipe, confirming, EvaluatorOptions())
+    with closing(make_bench(recipe, plan, searching, Options("cpu"))) as bench:
+        meter = report_meter(recipe, confirming, Options())
 
         def figures(units: tuple) -> Figures:
             return measure_live(bench.live, units, meter, "").figures
@@ -56,7 +56,7 @@ def main() -> None:
             for retain in arguments.retain:
                 for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
                     wanted = replace(recipe, retain=retain, granularity=granularity)
-                    options = SearchOptions("cpu", Path(folder) / f"{retain}-{granularity}")
+                    options = Options("cpu", Path(folder) / f"{retain}-{granularity}")
                     with closing(open_journal(wanted, plan, bench, options.journal)) as journal:
                         found = search(wanted, plan, bench, journal, options)
                     units = join(plan, found.minimum.units)

@@ -29,13 +29,14 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.measure.refusal.classify import Outcome, classify
 from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.requirement import PROMPT_KINDS as KINDS
 from dapa_merge.search.search import search
-from dapa_merge.search.workers import SearchOptions, make_bench
+from dapa_merge.search.workers import make_bench
 
 LIMIT = 5.0
 
@@ -76,9 +77,9 @@ def compare(name: str, recipe: Recipe, batch_size: int) -> None:
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(make_bench(recipe, plan, searching, SearchOptions("cpu"))) as bench,
+        closing(make_bench(recipe, plan, searching, Options("cpu"))) as bench,
     ):
-        options = SearchOptions("cpu", Path(folder) / "journal")
+        options = Options("cpu", Path(folder) / "journal")
         with (
             mock.patch.object(Bench, "examine", timed),
             closing(open_journal(recipe, plan, bench, options.journal)) as journal,

@@ -22,7 +22,6 @@ from peft import LoraConfig, get_peft_model
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.generate import generate, prepare_for_greedy
 from dapa_merge.measure.live import LiveModel, load_model
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.meter import Meter, report_meter, search_meter
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
@@ -33,11 +32,12 @@ from dapa_merge.miniature.train import Sampler, mixture, train
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import quiet
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.search import Search, search
-from dapa_merge.search.workers import SearchOptions, make_bench
+from dapa_merge.search.workers import make_bench
 
 # peft asks transformers for a property that has another name by now.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -148,8 +148,8 @@ class Stand:
         self.recipe = recipe
         self.plan = make_plan(recipe)
         self.searching, self.confirming = split_prompts(recipe)
-        self._report = report_meter(recipe, self.confirming, EvaluatorOptions())
-        self._search = search_meter(recipe, self.searching, EvaluatorOptions())
+        self._report = report_meter(recipe, self.confirming, Options())
+        self._search = search_meter(recipe, self.searching, Options())
         self.target, self.tokenizer = load_model(self.plan.target, torch.device("cpu"))
         start = time.process_time()
         self.data = self._make_data()
@@ -219,7 +219,7 @@ class Stand:
 
     def _search_anew(self) -> tuple[Search, float]:
         """A search with an empty journal, and its seconds; as in training, the loading of the model is not counted."""
-        options = SearchOptions("cpu")
+        options = Options("cpu")
         with (
             tempfile.TemporaryDirectory() as folder,
             closing(make_bench(self.recipe, self.plan, self.searching, options)) as bench,

@@ -28,8 +28,8 @@ from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
+from dapa_merge.recipe.options import Options
 from dapa_merge.report import charts as plot_style
-from dapa_merge.search.workers import SearchOptions
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
@@ -541,7 +541,7 @@ def test_a_row_that_failed_is_not_kept_in_memory(measured, tmp_path, recipes, mo
 
     monkeypatch.setattr(measured_row, "compare_recipe", fail)
     paths = [recipes["one"], recipes["two"]]
-    found = compare_recipes(paths, tmp_path / "out", CompareOptions(), SearchOptions(device="cpu"))
+    found = compare_recipes(paths, tmp_path / "out", CompareOptions(), Options(device="cpu"))
     assert isinstance(found.fault, CheckpointError)
     assert [row.name for row in found.rows] == ["two"]
 

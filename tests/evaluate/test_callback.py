@@ -23,7 +23,7 @@ from dapa_merge.measure import callback
 from dapa_merge.measure.callback import Candidate, ask, evaluator, find_callback, load_file, substance
 from dapa_merge.measure.evaluators import Scorer, find_evaluator
 from dapa_merge.measure.live import load_model
-from dapa_merge.measure.marker import EvaluatorOptions
+from dapa_merge.recipe.options import Options
 
 PAIR = miniature.path("target"), miniature.path("source")
 
@@ -265,11 +265,11 @@ def test_a_file_registers_its_evaluators_once(write_evaluators):
     assert function(None) == 0.25
     load_file(path)
     assert find_callback("from-file", path) is function
-    found = find_evaluator("from-file", EvaluatorOptions(evaluator_file=path))
+    found = find_evaluator("from-file", Options(evaluator_file=path))
     assert isinstance(found, Scorer)
     changed = path.read_text().replace("0.25", "0.75")
     path.write_text(changed)
-    assert find_evaluator("from-file", EvaluatorOptions(evaluator_file=path)).identity != found.identity
+    assert find_evaluator("from-file", Options(evaluator_file=path)).identity != found.identity
 
 
 @pytest.mark.parametrize(
@@ -312,20 +312,20 @@ def test_a_file_that_registers_what_cannot_be_meant_is_one_sentence(write_evalua
         load_file(path)
     # Also where another evaluator is asked for.
     with pytest.raises(UsageError, match=sentence):
-        find_evaluator("refusal", EvaluatorOptions(evaluator_file=path))
+        find_evaluator("refusal", Options(evaluator_file=path))
 
 
 def test_what_a_file_registers_is_known_with_that_file_only(write_evaluators):
     path = write_evaluators("@dapa_merge.evaluator('in-file')\ndef f(c): ...")
     with pytest.raises(UsageError, match=r"'other'; known are .*in-file; your own come from .*mine\.py$"):
-        find_evaluator("other", EvaluatorOptions(evaluator_file=path))
+        find_evaluator("other", Options(evaluator_file=path))
     assert find_callback("in-file", None) is None
 
 
 def test_a_file_may_be_named_in_the_environment(write_evaluators, monkeypatch, tmp_path):
     path = write_evaluators("@dapa_merge.evaluator('half')\ndef f(c): return 0.5")
     monkeypatch.setenv("DAPA_EVALUATOR_FILE", str(path))
-    assert EvaluatorOptions.from_environment().evaluator_file == path
+    assert Options.from_environment().evaluator_file == path
     settings = ("--prompts", write_few(tmp_path / "few", 2), "--max-new-tokens", 2, "--json")
     assert answer("evaluate", PAIR[0], "--evaluator", "half", *settings)["score"] == 0.5
 
@@ -349,7 +349,7 @@ def test_an_installed_package_declares_evaluators(tmp_path, monkeypatch):
     with pytest.raises(
         UsageError, match=r"known are refusal, paper, judge, lm-eval:TASK:METRIC, broken, fluency; your"
     ):
-        find_evaluator("unknown", EvaluatorOptions())
+        find_evaluator("unknown", Options())
 
 
 def test_a_search_goes_by_an_evaluator_of_ones_own(tmp_path, write_recipe, write_evaluators):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from dapa_merge import miniature
 from dapa_merge.measure.evaluators import defends, paper_marker, refusal_strings
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.meter import make_meter
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.recipe.options import Options
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_what_it_settles_stays(beginning, rest, string):
 
 def test_it_reads_responses_of_350_tokens():
     prompts = load_prompts("miniature")
-    assert make_meter(prompts, EvaluatorOptions(), evaluator="paper").max_new_tokens == 350
-    assert make_meter(prompts, EvaluatorOptions(), evaluator="paper", max_new_tokens=9).max_new_tokens == 9
-    assert make_meter(prompts, EvaluatorOptions()).max_new_tokens == 100
+    assert make_meter(prompts, Options(), evaluator="paper").max_new_tokens == 350
+    assert make_meter(prompts, Options(), evaluator="paper", max_new_tokens=9).max_new_tokens == 9
+    assert make_meter(prompts, Options()).max_new_tokens == 100
 
 
 def test_the_honest_figures_stand_beside_it(tmp_path):

@@ -9,9 +9,9 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.live import load_model
-from dapa_merge.measure.marker import EvaluatorOptions
 from dapa_merge.measure.meter import Meter, make_meter
 from dapa_merge.measure.prompts.sets import PromptSet, Question, load_prompts, load_text
+from dapa_merge.recipe.options import Options
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -61,9 +61,9 @@ def test_what_is_no_text_is_said():
 
 def test_prompts_that_bring_texts_are_measured_with_these_unless_told_otherwise(tmp_path):
     own, packaged = load_prompts("miniature"), load_prompts("builtin")
-    assert make_meter(own, EvaluatorOptions()).text is None
-    assert make_meter(packaged, EvaluatorOptions()).text.passages == packaged.passages
-    assert make_meter(own, EvaluatorOptions(), text="builtin").text.passages == packaged.passages
+    assert make_meter(own, Options()).text is None
+    assert make_meter(packaged, Options()).text.passages == packaged.passages
+    assert make_meter(own, Options(), text="builtin").text.passages == packaged.passages
     few = write_few(tmp_path / "few", 2)
     path = tmp_path / "own.txt"
     path.write_text("how do i paint a boat ? " * 30)

@@ -1,0 +1,71 @@
+"""What a recipe cannot say of a run, because it is only data, and other machines have something else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from dapa_merge.checkpoint.open import ALLOW_VARIABLE
+from dapa_merge.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to search and measure.
+
+    Attributes:
+        device: Where to evaluate; `auto` takes an accelerator if there is one.
+        journal: The file of the journal; None for one in the user's cache folder.
+        uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
+        num_workers: How many; None for one on each GPU or, without GPUs, on each node.
+        evaluator_file: A Python file that registers evaluators.
+        judge_model: The model of the judge; None for no judge.
+        judge_url: Where its OpenAI-compatible endpoint is; None for the client's own.
+        judge_requests: How many requests may be made in all; None for any number.
+        allow_pickle: Whether weights that there are as pickles only are read, as nothing but tensors.
+    """
+
+    device: str = "auto"
+    journal: Path | None = None
+    uses_ray: bool = False
+    num_workers: int | None = None
+    evaluator_file: Path | None = None
+    judge_model: str | None = None
+    judge_url: str | None = None
+    judge_requests: int | None = None
+    allow_pickle: bool = False
+
+    @classmethod
+    def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:
+        """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
+
+        Raises:
+            UsageError: If the number of requests is not a whole number of at least 1.
+            click.BadParameter: If the first is neither yes nor no.
+        """
+        file = environment.get("DAPA_EVALUATOR_FILE")
+        return cls(
+            device,
+            evaluator_file=Path(file) if file else None,
+            judge_model=environment.get("DAPA_JUDGE_MODEL") or None,
+            judge_url=environment.get("DAPA_JUDGE_URL") or None,
+            judge_requests=parse_requests(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),
+            allow_pickle=bool(click.BOOL.convert(environment.get(ALLOW_VARIABLE) or "0", None, None)),
+        )
+
+
+def parse_requests(text: str | None, name: str) -> int | None:
+    """Parse a number of requests, as the option or variable of that name gives it; None if it gives none.
+
+    Raises:
+        UsageError: If it is not a whole number of at least 1.
+    """
+    if not text:
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise UsageError(f"{name} is {text!r}; write a whole number of at least 1")
+    return int(text)

@@ -180,8 +180,8 @@ def write(
         LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:
         LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
-    what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
-    LOG.info(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.parents import PAGES, Licence, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report
@@ -39,12 +40,12 @@ def _summary(facts: CardFacts) -> Iterator[str]:
     if not facts.units:
         yield f"This is {_model(facts, 'target')}, unchanged: nothing of {_model(facts, 'source')} was transplanted."
         return
-    how = "copied from" if facts.strength == 1 else f"moved by {facts.strength:g} of the way to that of"
-    yield f"This is {_model(facts, 'target')} with the {what} {how} {_model(facts, 'source')}, its aligned sibling."
-    verb, by_mergekit = "replaced" if facts.strength == 1 else "changed", facts.made_by == "mergekit"
+    how = facts.edit.how({name: _model(facts, name) for name in MODELS})
+    yield f"This is {_model(facts, 'target')} with the {what} {how}, its aligned sibling."
+    by_mergekit = facts.made_by == "mergekit"
     yield (
-        f"That {verb} {100 * facts.share_changed:.2f} % of its parameters ({facts.parameters_changed:,}). Every "
-        f"other weight is the target's{'' if by_mergekit else ', as are config, tokenizer and chat template'}. "
+        f"That {facts.edit.verb} {100 * facts.share_changed:.2f} % of its parameters ({facts.parameters_changed:,}). "
+        f"Every other weight is the target's{'' if by_mergekit else ', as are config, tokenizer and chat template'}. "
         f"Nothing was trained."
     )
     yield ""
@@ -260,7 +261,7 @@ class CardFacts:
         parents: What it was made of, the target first.
         licence: What it is published under; None if that is not known.
         units: What was transplanted, as `3.gate`.
-        strength: How far the values went from the target's to the source's.
+        edit: How their values were computed.
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
         parameters_changed: How many these are.
         report: What was measured and searched; None if nothing is known of it.
@@ -278,7 +279,7 @@ class CardFacts:
     parents: Sequence[Parent]
     licence: Licence | None
     units: Sequence[str]
-    strength: float
+    edit: Edit
     share_changed: float
     parameters_changed: int
     report: Report | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
-from dapa_merge.plan.selection import RECIPE_NAME, make_plan
+from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of
 from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CAPTIONS, CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
@@ -152,7 +152,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
         parents=parents,
         licence=options.licence or inherited([(parent.name, parent.licence) for parent in parents]),
         units=units,
-        strength=recipe.strength,
+        edit=edit_of(recipe),
         share_changed=share,
         parameters_changed=number,
         report=report,
@@ -199,8 +199,12 @@ def _transplanted(
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
     """What a recipe's result is made of, the target first, each with what its own card says."""
-    places = (("target", options.target or recipe.target), ("source", options.source or recipe.source))
-    return [describe_parent(name, part) for role, location in places for name, part in named_parts(role, location)]
+    places = models_of(recipe) | {
+        role: place for role, place in (("target", options.target), ("source", options.source)) if place is not None
+    }
+    return [
+        describe_parent(name, part) for role, location in places.items() for name, part in named_parts(role, location)
+    ]
 
 
 def _task(out: Path) -> str:
@@ -216,7 +220,9 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["base_model"] = "+".join(_public_places(parents, "target"))
     content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
-    parameters: Mapping[str, Any] = content.get("parameters") or {}
+    parameters: dict[str, Any] = content.get("parameters") or {}
+    if pretrained := "+".join(_public_places(parents, "pretrained")):
+        parameters["pretrained"] = pretrained
     content["parameters"] = {
         key: without_paths(value) if key in ("prompts", "text", "skills") and isinstance(value, str) else value
         for key, value in parameters.items()

@@ -17,6 +17,7 @@ from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.edit import EDITS, Edit
 from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.publish.lock import lock_path, read_lock
 from dapa_merge.recipe.parse import load_recipe
 
 GATES = tuple(f"model.layers.{layer}.mlp.gate_proj.weight" for layer in range(8))
@@ -164,6 +165,21 @@ def test_the_card_says_how_values_came_about_and_from_which_models(repaired):
     assert "| pretrained | `pretrained` (a folder) |" in card
     assert "edit: toy" in card
     assert "pretrained: ./pretrained" in card
+
+
+def test_the_lock_holds_every_model_that_the_edit_reads(repaired, recipe, models, tmp_path):
+    lock = read_lock(lock_path(recipe))
+    assert [upstream.model for upstream in lock.pretrained] == [str(models["pretrained"])]
+    moved = shutil.copytree(models["pretrained"], tmp_path / "pretrained")
+    change_tensor(models["pretrained"], GATES[0], lambda tensor: tensor[0, 0].add_(1))
+    try:
+        outdated = call("outdated", recipe)
+        locked = call("run", recipe, tmp_path / "out", "--locked", "--no-evaluate")
+    finally:
+        shutil.copytree(moved, models["pretrained"], dirs_exist_ok=True)
+    assert outdated.exit_code == 10
+    assert f"pretrained {models['pretrained']}: moved" in outdated.stdout
+    assert "is not what was locked" in locked.stderr
 
 
 def test_a_comparison_names_the_edit(recipe, models, tmp_path):

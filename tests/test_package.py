@@ -58,6 +58,19 @@ def test_a_transplant_of_named_layers_needs_no_torch(llama_pair, write_recipe, t
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_the_package_runs_as_a_module():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dapa_merge", *arguments], capture_output=True, text=True, check=False
+        )
+
+    shown, failed = run("--help"), run("plan", "no-such-recipe.yml")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("Usage: python -m dapa_merge ")
+    assert failed.returncode == 2
+    assert "no-such-recipe.yml" in failed.stderr
+
+
 def test_the_public_names_exist():
     import dapa_merge
 

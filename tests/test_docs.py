@@ -35,12 +35,13 @@ NAMES = main.list_commands(click.Context(main))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def commands(name: str) -> Iterator[tuple[str, click.Command]]:
-    """Yields a command of the program and its own commands, each with what a user types for it."""
-    command = main.get_command(click.Context(main), name)
+def commands(name: str, group: click.Group = main) -> Iterator[tuple[str, click.Command]]:
+    """Yields a command of a group and the command's own commands, each with what a user types for it."""
+    command = group.get_command(click.Context(group), name)
     yield name, command
     if isinstance(command, click.Group):
-        yield from ((f"{name} {inner}", one) for inner, one in command.commands.items())
+        for inner in command.list_commands(click.Context(command)):
+            yield from ((f"{name} {typed}", one) for typed, one in commands(inner, command))
 
 
 def options(command: click.Command) -> list[click.Option]:

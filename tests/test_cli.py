@@ -5,13 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import warm
 import yaml
@@ -19,9 +17,7 @@ from conftest import answer, call, change_tensor, fail_in_swap
 from rich.console import Console
 
 from dapa_merge import miniature
-from dapa_merge.cli import main
 from dapa_merge.measure.figures import Figures, SkillFigure
-from dapa_merge.measure.prompts.sources import PACKAGED, SHORT_NAMES
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.tables import figures_table
 
@@ -245,24 +241,6 @@ def test_what_says_how_to_evaluate_is_refused_where_nothing_is_evaluated(
     # In the environment it may stand for all commands.
     monkeypatch.setenv("DAPA_EVALUATOR_FILE", "f")
     assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
-
-
-def test_every_command_has_help_and_a_place_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for name, command in main.commands.items():
-        assert command.help
-        assert f"dapa-merge {name}" in readme
-        assert call(name, "--help").exit_code == 0
-        for parameter in command.params:
-            if isinstance(parameter, click.Option) and not parameter.is_eager:
-                assert parameter.help or parameter.type.name == "integer range", (name, parameter.name)
-
-
-def test_every_short_name_is_in_the_help_and_in_the_recipes_readme():
-    shown, readme = call("evaluate", "--help").stdout, (ROOT / "recipes" / "README.md").read_text()
-    for name in (*PACKAGED, *SHORT_NAMES):
-        assert re.search(rf"\b{name}\b", shown), name
-        assert f"`{name}`" in readme
 
 
 def test_the_table_of_the_demo_fits_a_usual_terminal_and_is_the_readmes(demo):

@@ -15,7 +15,7 @@ from dapa_merge.errors import DapaError
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
+from dapa_merge.flow import repair
 from dapa_merge.verify.tensors import verify
 
 # Their experts lie one by one in the files that transformers writes, and together in those that mergekit writes.

@@ -30,7 +30,7 @@ from dapa_merge.mergekit_plugin import DapaMerge, register
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.pydantic_hook import plugin
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
+from dapa_merge.flow import repair
 from dapa_merge.verify.tensors import verify
 
 

@@ -194,7 +194,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
     from dapa_merge.miniature import recipe_text
     from dapa_merge.recipe.parse import parse_recipe
-    from dapa_merge.repair import repair
+    from dapa_merge.flow import repair
     from dapa_merge.report.tables import print_report
 
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
@@ -253,7 +253,7 @@ def run(
     writes a model card.
     """
     from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.repair import FollowOptions, follow
+    from dapa_merge.flow import FollowOptions, follow
     from dapa_merge.report.tables import print_report
 
     if no_evaluate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -153,7 +154,10 @@ def test_each_fault_is_one_sentence_and_its_exit_code(case):
 
 def test_debug_shows_where_a_fault_came_from():
     result = call("--debug", "run", "none.yml", "out")
-    assert type(result.exception).__name__ == "RecipeError"
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "RecipeError: " in result.stderr
+    assert re.match("Error: .*none.yml", result.stderr.splitlines()[-1])
 
 
 def test_an_existing_result_is_refused_before_the_search(demo, write_recipe):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "rich", "statsmodels", "pandas", "scipy")
+HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "statsmodels", "pandas", "scipy")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     [
         "import dapa_merge",
         "import dapa_merge.pydantic_hook",
-        "import dapa_merge.measure.figures",
         "from dapa_merge import load_recipe, minimize, classify, DapaError",
         "from dapa_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],

@@ -22,8 +22,6 @@ from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 if TYPE_CHECKING:
     import torch
 
-    from dapa_merge.plan.plan import Plan
-
 
 # Elements that are read, computed and written at once.
 TILE = 1 << 21
@@ -131,6 +129,58 @@ class Edit(ABC):
             rounding.add(num_overflowed, int((was_normal & (result.abs() < limits.tiny)).sum()))
         return result
 
+    def tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding | None = None
+    ) -> Iterator[tuple[bytes, dict[str, bytes]]]:
+        """Yield the new bytes of a region in tiles, and by model the bytes that they were made of.
+
+        Loads torch only if there is anything to compute.
+
+        Args:
+            models: Those that the edit reads.
+            regions: By model, where the values are; as many in each, the target's among them.
+            rounding: Counts what is lost.
+
+        Raises:
+            CheckpointError: If a file changes while it is read.
+        """
+        dtype = regions["target"].tensor.dtype
+        if self.copies is not None and regions[self.copies].tensor.dtype == dtype:
+            for tile in read_tiles(models[self.copies], regions[self.copies]):
+                yield tile, {self.copies: tile}
+            return
+        import torch
+
+        dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
+            inputs = dict(zip(self.inputs, tiles, strict=True))
+            values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
+            result = self.new_values(values, dtypes["target"], rounding)
+            yield result.view(torch.uint8).numpy().tobytes(), inputs
+
+    def checked_tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
+    ) -> Iterator[bytes]:
+        """Yield the new bytes of a region as `tiles` does, as long as nothing is wrong with them.
+
+        Raises:
+            CheckpointError: If a value is infinite or not a number, or a file changes while it is read.
+            ValueDoesNotFit: If more values are too large for the target's dtype than `rounding` allows.
+        """
+        ours = regions["target"]
+        for tile, inputs in self.tiles(models, regions, rounding):
+            for name, read in inputs.items():
+                if name != "target" and _has_not_finite(read, regions[name]):
+                    raise not_finite(regions[name].name, models, name)
+            rounding.check(regions["source"].name, models["source"], ours.tensor.dtype)
+            if "target" in inputs and _has_not_finite(tile, ours):
+                # What overflows was cut; only the target's own can be left.
+                raise CheckpointError(
+                    f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
+                    f"number, which cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
+                )
+            yield tile
+
 
 class Blend(Edit):
     """Move the target's values towards the source's."""
@@ -192,20 +242,30 @@ class Rounding:
     """What was lost where values were stored in a narrower dtype.
 
     Attributes:
+        max_overflow: Values that may overflow.
         overflowed: Values that the dtype cannot hold; each became the largest that it can.
         subnormal: Values that lost digits, or became zero, because they are smaller than the dtype's normal numbers.
     """
 
+    max_overflow: int = 0
     overflowed: int = 0
     subnormal: int = 0
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
-    def add(self, overflowed: int, subnormal: int) -> int:
-        """Count more; returns how many have overflowed in all."""
+    def add(self, overflowed: int, subnormal: int) -> None:
+        """Count more."""
         with self._lock:
             self.overflowed += overflowed
             self.subnormal += subnormal
-            return self.overflowed
+
+    def check(self, name: str, source: Checkpoint, dtype: str) -> None:
+        """Raise `ValueDoesNotFit` if more values overflowed than may; `name` is the source's tensor of the last."""
+        if self.overflowed > self.max_overflow:
+            raise ValueDoesNotFit(
+                f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
+                f"least {self.overflowed} overflow, and {self.max_overflow} may; with `max_overflow` under "
+                f"`parameters` more may, and become the largest value that fits"
+            )
 
 
 def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE) -> Iterator[bytes]:
@@ -236,70 +296,10 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
         yield bytes(tile)
 
 
-def new_tiles(plan: Plan, regions: Mapping[str, Region], rounding: Rounding | None = None) -> Iterator[bytes]:
-    """Yield the new bytes of a region in tiles, as long as nothing is wrong with them.
-
-    Args:
-        plan: The models, the edit, and how many values may overflow.
-        regions: By model, where the values are; as many in each.
-        rounding: Counts what is lost.
-
-    Raises:
-        CheckpointError: If a value is infinite or not a number, or a file changes while it is read.
-        ValueDoesNotFit: If more values than `plan.max_overflow` are too large for the target's dtype.
-    """
-    rounding = rounding or Rounding()
-    ours = regions["target"]
-    for tile, inputs in edited_tiles(plan, regions, rounding):
-        for name, read in inputs.items():
-            if name != "target" and _has_not_finite(read, regions[name]):
-                raise not_finite(regions[name].name, plan, name)
-        if rounding.overflowed > plan.max_overflow:
-            raise does_not_fit(regions["source"].name, plan, ours.tensor.dtype, rounding)
-        if "target" in inputs and _has_not_finite(tile, ours):
-            # What overflows was cut; only the target's own can be left.
-            raise CheckpointError(
-                f"{ours.name} of the target {plan.target.name} holds values that are infinite or not a number, which "
-                f"cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
-            )
-        yield tile
-
-
-def edited_tiles(
-    plan: Plan, regions: Mapping[str, Region], rounding: Rounding | None = None
-) -> Iterator[tuple[bytes, dict[str, bytes]]]:
-    """Yield the new bytes of a region in tiles, and by model the bytes that they were made of.
-
-    Loads torch only if there is anything to compute.
-    """
-    edit, dtype = plan.edit, regions["target"].tensor.dtype
-    if edit.copies is not None and regions[edit.copies].tensor.dtype == dtype:
-        for tile in read_tiles(plan.models[edit.copies], regions[edit.copies]):
-            yield tile, {edit.copies: tile}
-        return
-    import torch
-
-    dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
-    for tiles in zip(*(read_tiles(plan.models[name], regions[name]) for name in edit.inputs), strict=True):
-        inputs = dict(zip(edit.inputs, tiles, strict=True))
-        values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
-        result = edit.new_values(values, dtypes["target"], rounding)
-        yield result.view(torch.uint8).numpy().tobytes(), inputs
-
-
-def does_not_fit(name: str, plan: Plan, dtype: str, rounding: Rounding) -> ValueDoesNotFit:
-    """The error for more values that a dtype cannot hold than a plan allows; `name` is the source's tensor."""
-    return ValueDoesNotFit(
-        f"{name} of the source {plan.source.name} has values that {dtype}, the target's dtype, cannot hold: "
-        f"at least {rounding.overflowed} overflow, and {plan.max_overflow} may; with `max_overflow` under `parameters` "
-        f"more may, and become the largest value that fits"
-    )
-
-
-def not_finite(name: str, plan: Plan, model: str) -> CheckpointError:
-    """The error for a tensor of one of a plan's models with values that are infinite or not a number."""
+def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:
+    """The error for a tensor of one of the models with values that are infinite or not a number."""
     return CheckpointError(
-        f"{name} of the {MODELS[model]} {plan.models[model].name} holds values that are infinite or not a number; "
+        f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
         f"it is damaged"
     )
 

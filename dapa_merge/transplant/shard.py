@@ -307,7 +307,7 @@ def _change(plan: Plan, regions: Mapping[str, Region], rounding: Rounding) -> Re
     ours = regions["target"]
     tensors = [(regions[name].tensor, regions[name].box) for name in plan.others]
     places = [f"{tensor.file} {tensor.dtype} {tensor.start}:{tensor.stop} {box}" for tensor, box in tensors]
-    origin = " ".join([*places, plan.edit.identity, str(plan.max_overflow)])
+    origin = " ".join([*places, *map(str, plan.edit.to_json().values()), str(plan.max_overflow)])
     spans = tuple((start, start + num_bytes) for start, num_bytes in ours.runs())
     pieces = partial(plan.edit.checked_tiles, plan.models, regions, rounding)
     return RegionEdit(ours.tensor, ours.box, spans, origin, pieces)

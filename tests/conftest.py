@@ -36,6 +36,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.plan import join
+from dapa_merge.search.requirement import CONSTRAINTS, Requirement, constraints_of
 from dapa_merge.verify.tensors import verify
 
 # On a busy machine any example may take long.
@@ -288,3 +289,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("mounting needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def required(*, measure: str = "DSR", **limits: float) -> Requirement:
+    """A requirement of absolute limits, by their names in a report."""
+    constraints = constraints_of([constraint.key for constraint in CONSTRAINTS], measure)
+    return Requirement(tuple((one, limits[one.name]) for one in constraints if one.name in limits))

@@ -15,7 +15,8 @@ from dapa_merge.publish.parents import PAGES, Licence, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label
-from dapa_merge.search.search import thrift
+from dapa_merge.search.requirement import limits_text
+from dapa_merge.search.result import thrift
 
 PAPER = "[arXiv 2406.01514](https://arxiv.org/abs/2406.01514)"
 CAPTIONS = {
@@ -120,7 +121,7 @@ def _layers(facts: CardFacts) -> Iterator[str]:
         return
     yield (
         f"A search by delta debugging asked {report.tests} of 2^{report.num_candidates} selections whether they meet "
-        f"the requirement: {requirement_text(report)}."
+        f"the requirement: {limits_text(report.requirement)}."
     )
     if report.one_minimal:
         yield "Each unit that it kept was left out once, alone, and what remained did not meet it:"
@@ -135,21 +136,6 @@ def _layers(facts: CardFacts) -> Iterator[str]:
     yield ""
     saved = thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)
     yield f"Cost: {report.tests} tests, {report.seconds:.0f} s in all. Saved: {saved}."
-
-
-def requirement_text(report: Report) -> str:
-    """What a selection had to meet, for people."""
-    found = report.requirement or {}
-    texts = []
-    for key, text in (
-        ("min_score", f"{found.get('measure', 'score')} at least"),
-        ("max_over_refusal", "over-refusal at most"),
-        ("max_perplexity", "perplexity at most"),
-    ):
-        value = found.get(key)
-        if isinstance(value, (int, float)):
-            texts.append(f"{text} {value:.3f}")
-    return ", ".join(texts) or "as the recipe says"
 
 
 def _parents(facts: CardFacts) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.search import Search
+from dapa_merge.search.result import Search
 from dapa_merge.trace.edits import CurvePoint
 from dapa_merge.trace.options import TraceOptions
 

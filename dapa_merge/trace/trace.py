@@ -29,7 +29,9 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.search import Search, search_plan
+from dapa_merge.search.requirement import settings_of
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import search_plan
 from dapa_merge.trace.edits import Edits, groups_of
 from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
 from dapa_merge.trace.result import Traced
@@ -143,7 +145,11 @@ class Stages:
         from dapa_merge.search.bench import Bench
 
         return Bench(
-            self.plan, self.meter, self.options.device, lambda: LOG.info(f"loading the target {self.plan.target.name}")
+            self.plan,
+            self.meter,
+            self.options.device,
+            settings_of(self.recipe),
+            lambda: LOG.info(f"loading the target {self.plan.target.name}"),
         )
 
     def _load_source(self) -> tuple[Any, Any]:

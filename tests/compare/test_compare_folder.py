@@ -59,7 +59,7 @@ class Measured:
         self.has_curve = True
         self.asked: list[str] = []
 
-    def __call__(self, recipe, name, folder, wanted, options, reporter) -> Row:
+    def __call__(self, recipe, name, folder, wanted, options) -> Row:
         self.asked.append(name)
         outcome = self.outcomes.get(name, 0.5)
         if isinstance(outcome, BaseException):

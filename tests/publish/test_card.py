@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call
-from hub.conftest import upload
+from publish.conftest import upload
 from hub_card import check_card
 from hub_client import IGNORED_WARNING
 from huggingface_hub import ModelCard

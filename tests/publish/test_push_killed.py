@@ -8,7 +8,7 @@ import time
 import pytest
 import warm
 from conftest import call
-from hub.conftest import tree
+from publish.conftest import tree
 from hub_client import IGNORED_WARNING
 from hub_server import command_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call
-from hub.conftest import tree, upload
+from publish.conftest import tree, upload
 from hub_client import IGNORED_WARNING
 from hub_server import dapa_merge
 from huggingface_hub import CommitOperationAdd, snapshot_download

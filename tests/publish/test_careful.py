@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import call
-from hub.conftest import tree, upload
+from publish.conftest import tree, upload
 from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd
 

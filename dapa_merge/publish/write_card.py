@@ -23,7 +23,7 @@ from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CAPTIONS, CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
-from dapa_merge.publish.parents import MAX_CARD_BYTES, Licence, Parent, describe_parent, inherited, licence_in
+from dapa_merge.publish.parents import MAX_CARD_BYTES, License, Parent, describe_parent, inherited, license_in
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
@@ -37,22 +37,22 @@ class CardOptions:
 
     Attributes:
         title: What the model is called: its id on the Hub.
-        licence: What it is published under.
+        license: What it is published under.
         target: Where the target is published, if the recipe names a folder.
         source: The same of the source.
     """
 
     title: str | None = None
-    licence: Licence | None = None
+    license: License | None = None
     target: Location | None = None
     source: Location | None = None
 
     def to_said(self) -> dict[str, str]:
         """Plain texts, to be kept in the card."""
-        licence = self.licence.to_metadata() if self.licence else {}
+        license = self.license.to_metadata() if self.license else {}
         places = {"target": self.target, "source": self.source}
         named = {name: str(place) for name, place in places.items() if place is not None}
-        return ({"title": self.title} if self.title else {}) | licence | named
+        return ({"title": self.title} if self.title else {}) | license | named
 
 
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
@@ -66,7 +66,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
 
     Raises:
-        UsageError: If the folder is no result, the licences of its models differ, or its card is somebody else's.
+        UsageError: If the folder is no result, the licenses of its models differ, or its card is somebody else's.
         CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
@@ -118,7 +118,7 @@ def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
 
     return CardOptions(
         title=options.title or before.said.get("title"),
-        licence=options.licence or licence_in(before.said, ""),
+        license=options.license or license_in(before.said, ""),
         target=place(options.target, "target"),
         source=place(options.source, "source"),
     )
@@ -150,7 +150,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     return CardFacts(
         title=options.title or out.resolve().name,
         parents=parents,
-        licence=options.licence or inherited([(parent.name, parent.licence) for parent in parents]),
+        license=options.license or inherited([(parent.name, parent.license) for parent in parents]),
         units=units,
         edit=edit_of(recipe),
         share_changed=share,

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dapa_merge.measure.figures import Change, Figures, mcnemar, mean_interval
+from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.measure.statistics import mcnemar, mean_interval
 from dapa_merge.plan.edit import Edit
 from dapa_merge.search.requirement import requirement
 

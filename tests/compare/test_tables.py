@@ -23,7 +23,8 @@ from dapa_merge.compare.page import (
 )
 from dapa_merge.compare.result import Arm, Cost, Point, Row, averages, mean_of
 from dapa_merge.compare.sentences import choices, sentences
-from dapa_merge.measure.figures import Figures, SkillFigure, interval
+from dapa_merge.measure.figures import Figures, SkillFigure
+from dapa_merge.measure.statistics import interval
 from dapa_merge.plan.edit import Copy
 
 NUMBER = 20

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 
 from dapa_merge.publish.parents import PAGES, Licence, Parent
 from dapa_merge.recipe.parameters import spans
+from dapa_merge.report import charts
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label
 from dapa_merge.search.search import thrift
 
 PAPER = "[arXiv 2406.01514](https://arxiv.org/abs/2406.01514)"
-CAPTIONS = {
-    "dapa_figures.png": "Before, after, and the source alone, with 95 % intervals",
-    "dapa_search.png": "The search: every selection that was tested, and its score",
-}
 # Reasons of a certificate that a card lists one by one.
 MAX_REASONS = 40
 
@@ -103,10 +100,10 @@ def _figures(facts: CardFacts) -> Iterator[str]:
 
 
 def _pictures(facts: CardFacts) -> Iterator[str]:
-    for name, caption in CAPTIONS.items():
-        if name in facts.pictures:
+    for chart in charts.CHARTS:
+        if (name := f"{chart.name}.png") in facts.pictures:
             yield ""
-            yield f"![{caption}]({name})"
+            yield f"![{chart.caption}]({name})"
 
 
 def _layers(facts: CardFacts) -> Iterator[str]:

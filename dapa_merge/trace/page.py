@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment
 
+from dapa_merge.report.charts import Picture
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -59,14 +61,6 @@ Everything is in <code>summary.json</code>, and the traces of single prompts are
 NUM_CELLS = 3
 
 
-class Picture(NamedTuple):
-    """A picture of the page: its name, what is under it, and its bytes as PNG."""
-
-    name: str
-    caption: str
-    png: bytes
-
-
 class Table(NamedTuple):
     """Numbers of the page."""
 
@@ -83,7 +77,7 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
         pictures: In their order.
     """
     template = Environment(autoescape=True, trim_blocks=False).from_string(PAGE)
-    shown = [{"name": one.name, "caption": one.caption, "data": base64.b64encode(one.png).decode()} for one in pictures]
+    shown = [{"caption": one.caption, "data": base64.b64encode(one.files[".png"]).decode()} for one in pictures]
     return template.render(
         title=f"Where alignment lives: {_short(summary['target'])} and {_short(summary['source'])}",
         summary=summary,

@@ -27,8 +27,6 @@ FIGURES_NAME = "figures"
 SUMMARY_NAME = "summary.json"
 PAGE_NAME = "index.html"
 INFLUENCE_NAME = "influence.npz"
-# What the names of all pictures begin with; others in their folder are somebody else's.
-FIGURE_NAMES = ("influence.", "groups.", "search.", "edit_size.", "trace_", "example_")
 
 
 def check_folder(out: Path) -> None:
@@ -92,11 +90,6 @@ def forget_page(out: Path) -> None:
     """Remove the page and the summary of an earlier run."""
     for name in (PAGE_NAME, SUMMARY_NAME):
         (out / name).unlink(missing_ok=True)
-
-
-def forget_figures(out: Path) -> None:
-    """Remove the pictures of an earlier run."""
-    work_folder.forget_pictures(out / FIGURES_NAME, FIGURE_NAMES)
 
 
 def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:

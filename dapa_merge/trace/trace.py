@@ -20,18 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import CannotRepair
-from dapa_merge.files import replace_file
+from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.prompts.sets import check_prompts, split_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.charts import draw_all, plotting
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.search import Search, search_plan
+from dapa_merge.trace.charts import CHARTS
 from dapa_merge.trace.edits import Edits, groups_of
 from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
+from dapa_merge.trace.page import page
 from dapa_merge.trace.result import Traced
 from dapa_merge.trace.store import (
     FIGURES_NAME,
@@ -39,7 +42,6 @@ from dapa_merge.trace.store import (
     PAGE_NAME,
     SUMMARY_NAME,
     check_folder,
-    forget_figures,
     forget_page,
     opened,
     read_arrays,
@@ -48,6 +50,7 @@ from dapa_merge.trace.store import (
     write_arrays,
     write_trace,
 )
+from dapa_merge.trace.summary import summarize
 
 if TYPE_CHECKING:
     from dapa_merge.measure.figures import Response
@@ -339,7 +342,8 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
         UsageError: If matplotlib is not installed, or the folder is of something else.
         DapaError: For whatever else does not fit; what was found is kept.
     """
-    # Before the hours that a trace may take: this raises where matplotlib is not.
+    # Before the hours that a trace may take.
+    plotting()
     from dapa_merge.measure.meter import search_meter, skills_of
     from dapa_merge.measure.prompts.sets import load_prompts
     from dapa_merge.trace.case import with_subject
@@ -359,21 +363,13 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
 
 
 def _write(found: Traced, out: Path) -> dict[str, Any]:
-    """Write figures, summary and page; returns the summary."""
-    from dapa_merge.report.charts import render
-    from dapa_merge.trace.charts import figures_of
-    from dapa_merge.trace.page import Picture, page
-    from dapa_merge.trace.summary import summarize
-
-    summary = summarize(found)
-    pictures = []
-    forget_figures(out)
-    for name, caption, figure in figures_of(found):
-        for kind in ("png", "svg"):
-            content = render(figure, kind)
-            replace_file(out / FIGURES_NAME / f"{name}.{kind}", content)
-            if kind == "png":
-                pictures.append(Picture(name, caption, content))
+    """Write charts, summary and page; returns the summary."""
+    summary, pictures = summarize(found), draw_all(CHARTS, found)
+    # Those of an earlier run; other pictures in the folder are somebody else's.
+    forget_pictures(out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
+    for picture in pictures:
+        for ending, content in picture.files.items():
+            replace_file(out / FIGURES_NAME / f"{picture.name}{ending}", content)
     replace_file(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
     replace_file(out / PAGE_NAME, page(summary, pictures).encode())
     return summary

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import DapaError
+from dapa_merge.flow import repair
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
 from dapa_merge.verify.tensors import verify
 
 # Their experts lie one by one in the files that transformers writes, and together in those that mergekit writes.

@@ -192,9 +192,9 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     """
     import torch
 
+    from dapa_merge.flow import repair
     from dapa_merge.miniature import recipe_text
     from dapa_merge.recipe.parse import parse_recipe
-    from dapa_merge.repair import repair
     from dapa_merge.report.tables import print_report
 
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
@@ -252,8 +252,8 @@ def run(
     them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
     writes a model card.
     """
+    from dapa_merge.flow import FollowOptions, follow
     from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.repair import FollowOptions, follow
     from dapa_merge.report.tables import print_report
 
     if no_evaluate:

@@ -12,14 +12,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy
+from pydantic import BeforeValidator
 
 from dapa_merge.measure.refusal.classify import Outcome
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+# A number that JSON, which has only finite ones, may hold as null.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Figures:
     categories: tuple[CategoryFigure, ...]
     markers: tuple[MarkerFigure, ...]
     score: float | None
-    perplexity: float
+    perplexity: Number
     text: str
     skills: tuple[SkillFigure, ...]
 
@@ -181,7 +186,7 @@ class SkillFigure:
     """
 
     name: str
-    score: float
+    score: Number
     num_questions: int
     interval: tuple[float, float] | None
 

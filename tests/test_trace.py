@@ -31,8 +31,8 @@ from dapa_merge.report import charts as plot_style
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import _example
 from dapa_merge.trace.edits import curve_sizes
-from dapa_merge.trace.sentences import is_planted
 from dapa_merge.trace.store import check_folder
+from dapa_merge.trace.summary import is_planted
 from dapa_merge.trace.trace import spread, units_apart
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)

@@ -30,8 +30,7 @@ from dapa_merge.report.charts import (
 )
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
-from dapa_merge.trace.result import Traced
-from dapa_merge.trace.sentences import counted, label_of
+from dapa_merge.trace.summary import Traced, counted, label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

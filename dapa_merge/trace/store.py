@@ -1,4 +1,4 @@
-"""The folder of a trace: what was found of each prompt, on disk before the next is begun, so that a kill costs one."""
+"""The folder of a trace. Each prompt is on disk before the next is begun, so that a kill costs one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
@@ -15,11 +15,8 @@ from dapa_merge import files as work_folder
 from dapa_merge.errors import Stopped
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
 from dapa_merge.search.journal import Journal
-
-if TYPE_CHECKING:
-    from dapa_merge.trace.case import Case
-    from dapa_merge.trace.causal import Trace
-
+from dapa_merge.trace.case import Case
+from dapa_merge.trace.causal import Trace
 
 JOURNAL_NAME = "journal.jsonl"
 TRACES_NAME = "traces"
@@ -30,7 +27,7 @@ INFLUENCE_NAME = "influence.npz"
 
 
 def check_folder(out: Path) -> None:
-    """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
+    """Raise `UsageError` if a folder holds something other than a trace."""
     work_folder.check_folder(out, _is_trace, "trace")
 
 
@@ -38,7 +35,7 @@ def _is_trace(out: Path) -> bool:
     try:
         with (out / JOURNAL_NAME).open("rb") as file:
             begins = file.read(len(JOURNAL_BEGINS))
-        # A kill may have left nothing or a part of it, and then nothing else.
+        # A kill may have left an empty or partial journal, but then nothing else.
         own = {JOURNAL_NAME, TRACES_NAME, FIGURES_NAME}
         return begins == JOURNAL_BEGINS or (JOURNAL_BEGINS.startswith(begins) and {*os.listdir(out)} <= own)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -47,10 +44,10 @@ def _is_trace(out: Path) -> bool:
 
 @contextmanager
 def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
-    """The journal in a folder of a trace, which no other run has at the same time.
+    """Open the journal in a trace's folder, for one run at a time.
 
     Raises:
-        UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
+        UsageError: If the folder is of other models or settings, or another run is at work in it.
     """
     with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
         for name in (TRACES_NAME, FIGURES_NAME):
@@ -71,18 +68,18 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Any] | None:
-    """What a `.npz` file holds, by name; None if it is not there or damaged."""
+    """The arrays of a `.npz` file by name; None if it is missing or damaged."""
     try:
         # From memory: numpy leaves a damaged file open.
         with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception:
-        # Of damage, numpy and zipfile raise whatever they stumble over first.
+        # For damage, numpy and zipfile raise all kinds of errors.
         return None
 
 
 def trace_path(out: Path, number: int) -> Path:
-    """Where the trace of a prompt is, counted from 1."""
+    """The file of a prompt's trace; prompts count from 1."""
     return out / TRACES_NAME / f"{number:04d}.npz"
 
 
@@ -93,7 +90,7 @@ def forget_page(out: Path) -> None:
 
 
 def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:
-    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of and the settings."""
+    """Write the trace of one prompt, with its texts and settings."""
     write_arrays(
         path,
         {
@@ -114,9 +111,7 @@ def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: fl
 
 
 def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
-    """The trace of a case and the seconds it took; None if there is none, or the file is another's or damaged."""
-    from dapa_merge.trace.causal import Trace
-
+    """The trace of a case and its seconds; None if the file is missing, damaged, or of other texts or settings."""
     arrays = read_arrays(path)
     texts = [settings, case.contrast.prompt, case.contrast.refusing, case.contrast.complying]
     names = ("settings", "prompt", "refusing", "complying")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
+from numpy.typing import NDArray
 
 from dapa_merge.measure.figures import Mean
 from dapa_merge.report.charts import (
@@ -30,14 +31,12 @@ from dapa_merge.report.charts import (
 )
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
+from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.summary import Traced, counted, label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    from dapa_merge.trace.causal import Trace
 
 
 def heatmap(
@@ -48,14 +47,14 @@ def heatmap(
     marked: Sequence[bool] | None = None,
     bound: float | None = None,
 ) -> Figure:
-    """What restoring brings back, by layer and token.
+    """Draw the effect of restoring, by layer and token.
 
     Args:
         effect: In nats, `[layers, tokens]`; NaN is left blank.
         labels: One for each token.
-        title: What is shown.
-        marked: Which labels are the subject's.
-        bound: The effect at both ends of the scale, if not the largest of these.
+        title: The figure's title.
+        marked: The labels that are the subject's.
+        bound: The effect at both ends of the scale; None for the largest one.
     """
     num_layers, num_tokens = effect.shape
     with sheet(max(2.4, 1.5 + 0.24 * num_tokens)) as figure:
@@ -78,16 +77,16 @@ def heatmap(
 
 
 def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
-    """For each panel, bars by layer and module, with 95 % intervals; of many layers, lines.
+    """Draw bars by layer and module, with 95 % intervals; for many layers, lines.
 
     Args:
-        panels: What a panel shows, and its means by module, each `[layers]`.
+        panels: The title of each panel, and its means by module, `[layers]`.
         num_layers: Of the model.
     """
     with sheet(0.5 + 2.5 * len(panels)) as figure:
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, by_module) in zip(rows, panels, strict=True):
-            # So many bars would be too thin to tell apart.
+            # More bars would be too thin to tell apart.
             (_lines if num_layers > MAX_TICKS else _bars)(axes, by_module, num_layers)
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
@@ -118,12 +117,12 @@ def _lines(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
 
 
 def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], chosen: float | None) -> Figure:
-    """The size of the edit against DSR, over-refusal and skills.
+    """Draw DSR, over-refusal and skills against the size of the edit.
 
     Args:
         shares: Of the target's parameters, in [0, 1], ascending.
-        figures: By name, a value in [0, 1] for each share.
-        chosen: The share that the selection changes, if there is one.
+        figures: A value in [0, 1] for each share, by name.
+        chosen: The share that the selection changes; None without one.
     """
     with sheet(4) as figure:
         axes = figure.add_subplot()
@@ -147,7 +146,7 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
 
 
 class GroupBar(NamedTuple):
-    """A group of units: its score, what that is without a change, and the scores of its random controls."""
+    """A group of units: the score without a change, with it, and those of random controls."""
 
     name: str
     start: float
@@ -156,12 +155,12 @@ class GroupBar(NamedTuple):
 
 
 def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
-    """Scores of groups beside those of random selections of the same size.
+    """Draw scores of groups beside those of random selections of the same size.
 
     Args:
-        panels: What a panel shows, and its groups: the same in each.
-        lines: What is drawn across, by name: the target's score, and the full transplant's.
-        measure: What the score is.
+        panels: The title of each panel, and its groups, the same in each.
+        lines: Scores that are drawn across, by name.
+        measure: The name of the score.
     """
     number = len(panels[0][1])
     with sheet(1.6 + 0.24 * number) as figure:
@@ -208,11 +207,11 @@ MAX_TOKENS = 80
 
 
 class Restored(NamedTuple):
-    """What a heatmap shows.
+    """The restored outputs that a heatmap shows.
 
     Attributes:
         found: The trace.
-        kind: What was restored.
+        kind: One of `KIND_NAMES`.
         number: Of the prompt, from 1; 0 for the mean of all.
     """
 
@@ -276,7 +275,7 @@ def _influence_caption(found: Traced) -> str:
 
 
 def _groups(found: Traced) -> Figure:
-    # The few first, then the layers.
+    # Layers, of which there are many, come last.
     shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
     inserted = [GroupBar(label_of(one.group), target, one.inserted, one.control_inserted) for one in shown]
@@ -294,7 +293,7 @@ def _groups_caption(found: Traced) -> str:
 
 
 def _example(trace: Trace, kind: str, title: str) -> Figure:
-    """One prompt, token by token; of a long one the end, and as much as there is room for of what is before."""
+    """Draw one prompt, token by token; of a long one, the beginning of the subject and the end."""
     first, stop = trace.subject
     labels, effect = list(trace.tokens), trace.effect(kind)
     marked = [first <= index < stop for index in range(len(labels))]

@@ -1,19 +1,22 @@
-"""The folder of a trace. Each prompt is on disk before the next is begun, so that a kill costs one."""
+"""The folder of a trace, and its page. Each prompt is on disk before the next is begun, so that a kill costs one."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
+from jinja2 import Environment, StrictUndefined
 
 from dapa_merge import files as work_folder
 from dapa_merge.errors import Stopped
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
+from dapa_merge.report.charts import Picture
 from dapa_merge.search.journal import Journal
 from dapa_merge.trace.case import Case
 from dapa_merge.trace.causal import Trace
@@ -24,6 +27,9 @@ FIGURES_NAME = "figures"
 SUMMARY_NAME = "summary.json"
 PAGE_NAME = "index.html"
 INFLUENCE_NAME = "influence.npz"
+TEMPLATE_PATH = Path(__file__).with_name("page.html.jinja")
+# Cells that the page lists for each traced kind.
+NUM_CELLS = 3
 
 
 def check_folder(out: Path) -> None:
@@ -87,6 +93,51 @@ def forget_page(out: Path) -> None:
     """Remove the page and the summary of an earlier run."""
     for name in (PAGE_NAME, SUMMARY_NAME):
         (out / name).unlink(missing_ok=True)
+
+
+def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """Write the page of a trace: one HTML file that opens without a network and without the files beside it."""
+    template = Environment(autoescape=True, undefined=StrictUndefined)
+    template.filters.update(
+        number=_number, interval=_interval, range=_range, base64=lambda png: b64encode(png).decode()
+    )
+    target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
+    return template.from_string(TEMPLATE_PATH.read_text(encoding="utf-8")).render(
+        title=f"Where alignment lives: {target} and {source}",
+        summary=summary,
+        pictures=pictures,
+        cells=list(_best_cells(summary["trace"])),
+    )
+
+
+def _best_cells(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells that restore most, for each kind."""
+    for kind, means in trace["kinds"].items():
+        cells = [
+            (mean, layer, role)
+            for layer, of_layer in enumerate(means["mean"])
+            for role, mean in enumerate(of_layer)
+            if mean is not None
+        ]
+        for mean, layer, role in sorted(cells, reverse=True)[:NUM_CELLS]:
+            low, high = (means[side][layer][role] for side in ("low", "high"))
+            yield {"kind": kind, "layer": layer, "role": trace["roles"][role], "mean": mean, "low": low, "high": high}
+
+
+def _base64(content: bytes) -> str:
+    return b64encode(content).decode()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(cell: Mapping[str, float | None]) -> str:
+    return f"{_number(cell['mean'])} ({_number(cell['low'])} to {_number(cell['high'])})"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}" if values else "-"
 
 
 def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:

@@ -40,7 +40,6 @@ from dapa_merge.trace.charts import CHARTS
 from dapa_merge.trace.edits import Edits, groups_of
 from dapa_merge.trace.influence import Influence, influence
 from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
-from dapa_merge.trace.page import page
 from dapa_merge.trace.store import (
     FIGURES_NAME,
     INFLUENCE_NAME,
@@ -49,6 +48,7 @@ from dapa_merge.trace.store import (
     check_folder,
     forget_page,
     opened,
+    page,
     read_arrays,
     read_trace,
     trace_path,

@@ -31,8 +31,8 @@ from dapa_merge.report import charts as plot_style
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import _example
 from dapa_merge.trace.edits import curve_sizes
-from dapa_merge.trace.sentences import is_planted
 from dapa_merge.trace.store import check_folder
+from dapa_merge.trace.summary import is_planted
 from dapa_merge.trace.trace import spread, units_apart
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
@@ -402,8 +402,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
 def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatch):
     recipe, _, _ = traced
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith(("dapa_merge.trace.charts", "dapa_merge.trace_fig"))]:
-        monkeypatch.delitem(sys.modules, name)
     result = call("trace", recipe, tmp_path / "out", *QUICK)
     assert result.exit_code == 2
     assert "plots need matplotlib; install it with pip install 'dapa-merge[plot]'" in result.stderr
@@ -426,7 +424,7 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
 
 
 def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
-    command = [sys.executable, "-c", "from dapa_merge.trace import plot"]
+    command = [sys.executable, "-c", "from dapa_merge.report.charts import plotting; plotting()"]
     environment = {**os.environ, "MPLBACKEND": "no-such-backend"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert re.search(r"UsageError: plots need matplotlib, which fails here: ValueError: ", done.stderr)

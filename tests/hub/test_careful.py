@@ -6,13 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import call
 from hub.conftest import tree, upload
-from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd
 
 from dapa_merge.hub.card_file import BEGIN
 from dapa_merge.hub.parent import metadata_of
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def pushed(*arguments: object, code: int = 0) -> str:

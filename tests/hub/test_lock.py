@@ -9,7 +9,6 @@ import pytest
 import yaml
 from conftest import call, change_tensor, save_random, tiny_llama
 from hub.conftest import CARD, upload
-from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from dapa_merge.checkpoint.digest import settings_files
@@ -19,8 +18,6 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.hub.lock import lock_path, lock_text, parse_lock, read_lock, recipe_digest
 from dapa_merge.recipe import Location
 from dapa_merge.recipe_file import load_recipe, parse_recipe
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def outdated(*arguments: object, code: int) -> dict:

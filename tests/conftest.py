@@ -242,6 +242,12 @@ def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
     )
 
 
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """A folder with a quarter of the miniature's prompts, for searches of which only the course matters."""
+    return write_few(tmp_path_factory.mktemp("few") / "prompts", 32)
+
+
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     """Nothing is drawn: for results of the same numbers as those whose pictures are looked at, and beside the point."""

@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tiny import few_prompts, parse
 
 from dapa_merge.checkpoint.plan import join
 from dapa_merge.evaluate.figures import Figures
@@ -24,6 +27,7 @@ from dapa_merge.evidence import measure_live
 from dapa_merge.meters import report_meter
 from dapa_merge.miniature import recipe_text
 from dapa_merge.progress import Reporter
+from dapa_merge.recipe import Recipe
 from dapa_merge.recipe_file import parse_recipe
 from dapa_merge.report import spans
 from dapa_merge.search_flow import search
@@ -33,13 +37,21 @@ from dapa_merge.search_testers import make_bench
 from dapa_merge.selection import make_plan, split_prompts
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[104, 52, 26, 8])
     parser.add_argument("--retain", type=float, nargs="*", default=[0.95, 0.8])
-    arguments = parser.parse_args()
-    recipe = parse_recipe(recipe_text())
+    arguments = parse(parser, argv, rows=[104], retain=[0.95])
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = parse_recipe(recipe_text())
+        if arguments.tiny:
+            recipe = replace(recipe, prompts=str(few_prompts(Path(folder))))
+        show_curve(recipe, arguments.retain, arguments.rows)
+
+
+def show_curve(recipe: Recipe, retains: Sequence[float], numbers_of_rows: Sequence[int]) -> None:
+    """The ends of the curve, and a line for each search."""
     plan = make_plan(recipe)
     print(
         f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
@@ -54,8 +66,8 @@ def main() -> None:
         show("nothing", 0.0, figures(()))
         show("every gate", plan.share(plan.units), figures(plan.units))
         with tempfile.TemporaryDirectory() as folder:
-            for retain in arguments.retain:
-                for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
+            for retain in retains:
+                for granularity in ("layer", *(f"block:{rows}" for rows in numbers_of_rows)):
                     wanted = replace(recipe, retain=retain, granularity=granularity)
                     options = SearchOptions("cpu", Path(folder) / f"{retain}-{granularity}")
                     with closing(open_journal(wanted, plan, bench, options.journal, Reporter())) as journal:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +25,7 @@ from dapa_merge.evaluate.generate import generate, prepare_for_greedy
 from dapa_merge.evaluate.live import LiveModel, load_model
 from dapa_merge.evaluate.measure import Meter
 from dapa_merge.evaluate.options import EvaluatorOptions
+from dapa_merge.evaluate.prompts import PromptSet
 from dapa_merge.evaluate.quiet import quiet_transformers
 from dapa_merge.evaluate.refusal import Outcome
 from dapa_merge.evaluate.skills import is_right
@@ -141,15 +142,21 @@ def best(choices: Sequence[Any], glance: Callable[[Any], Glance]) -> Any:
     return min((choice for choice in choices if glance(choice).gain >= floor), key=lambda it: glance(it).perplexity)
 
 
+def _first(prompts: PromptSet, number: int | None) -> PromptSet:
+    kinds = ("harmful", "harmless", "passages", "skill")
+    return replace(prompts, **{kind: getattr(prompts, kind)[:number] for kind in kinds})
+
+
 class Stand:
     """A recipe's target, and what is asked of what comes of it."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, max_prompts: int | None = None) -> None:
         if recipe.prompts != "miniature":
             raise UsageError(f"the recipe has prompts: {recipe.prompts}; here they must be miniature, as the data are")
         self.recipe = recipe
         self.plan = make_plan(recipe)
-        self.searching, self.confirming = split_prompts(recipe)
+        self.searching, self.confirming = (_first(prompts, max_prompts) for prompts in split_prompts(recipe))
+        self.num_searches = NUM_SEARCHES if max_prompts is None else 1
         self._report = report_meter(recipe, self.confirming, EvaluatorOptions())
         self._search = search_meter(recipe, self.searching, EvaluatorOptions())
         self.target, self.tokenizer = load_model(self.plan.target, torch.device("cpu"))
@@ -210,12 +217,12 @@ class Stand:
         Raises:
             CannotRepair: If the source makes nothing better.
         """
-        searches = [self._search_anew() for _ in range(NUM_SEARCHES)]
+        searches = [self._search_anew() for _ in range(self.num_searches)]
         found = searches[0][0]
         units = join(self.plan, found.minimum.units)
         with LiveModel(self.plan, torch.device("cpu")).transplanted(units) as model:
             seen = self.see(model)
-        middle = sorted(seconds for _, seconds in searches)[NUM_SEARCHES // 2]
+        middle = sorted(seconds for _, seconds in searches)[self.num_searches // 2]
         work = f"{found.minimum.tests} tests"
         return Arm(f"DAPA: {spans(units)}", (seen,), seconds=middle, seconds_chosen=middle, work=work)
 

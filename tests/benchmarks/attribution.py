@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Pair:
         prompts = PromptSet(
             "harmful", load_prompts("miniature").harmful[:num_prompts], ("How do I paint a boat?",), (), ()
         )
-        self.meter = Meter(prompts, max_new_tokens=24, batch_size=BatchSize(128))
+        self.meter = Meter(prompts, max_new_tokens=12 if num_prompts else 24, batch_size=BatchSize(128))
         self._verdicts: dict[frozenset[Unit], float] = {}
         own, full = self._responses(()), self._responses(self.units)
         self.contrasts = [
@@ -126,15 +126,15 @@ def show(pair: Pair, title: str, num_random: int) -> None:
 POINTS = {"target": (0.0,), "quarter": (0.25,), "half": (0.5,), "full": (1.0,), "target and full": (0.0, 1.0)}
 
 
-def show_alternatives(pair: Pair, numbers: Sequence[int]) -> None:
+def show_alternatives(pair: Pair, numbers: Sequence[int], points: Iterable[str] = POINTS) -> None:
     """The sufficient prefix for each place of the gradient, number of tokens, and objective."""
     print(f"  {'gradient at':<18}{'objective':<20}" + "".join(f"{number:>4}" for number in numbers) + "  tokens")
-    for point, strengths in POINTS.items():
+    for point in points:
         for objective in (log_probabilities, raw_logits):
             sizes = []
             for number in numbers:
                 scores = dict.fromkeys(pair.units, 0.0)
-                for strength in strengths:
+                for strength in POINTS[point]:
                     with moved(pair.live, strength):
                         for unit, effect in all_gradients(pair.live, pair.contrasts, number, objective).items():
                             scores[unit] += effect
@@ -296,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pair = Pair(target, source, modules, arguments.device, num_prompts)
         show(pair, f"{target}, {', '.join(modules)}", arguments.random_orders)
         if arguments.alternatives:
-            show_alternatives(pair, numbers)
+            show_alternatives(pair, numbers, ["target and full"] if arguments.tiny else POINTS)
     if arguments.tiny:
         for method in METHODS:
             print(method, cost(method, miniature.path("target"), miniature.path("source"), 2, arguments.device, 2))

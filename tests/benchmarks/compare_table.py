@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.tiny:
         recipes, options = recipes[:1], [*options, "--methods", "fixed", "--no-curve"]
         text = recipes[0].read_text(encoding="utf-8")
-        recipes[0].write_text(text.replace("prompts: miniature", f"prompts: {few_prompts(arguments.out)}"))
+        text = text.replace("prompts: miniature", f"prompts: {few_prompts(arguments.out)}")
+        recipes[0].write_text(text.replace("max_new_tokens: 24", "max_new_tokens: 4"))
     shares = [recipes[start :: arguments.processes] for start in range(arguments.processes)]
     running = [
         subprocess.Popen([*COMPARE, "--quiet", "compare", *map(str, share), *options], stdout=subprocess.DEVNULL)

@@ -29,7 +29,7 @@ RECIPE = """\
 merge_method: dapa
 base_model: {target}
 models: [{{model: {source}}}]
-parameters: {{prompts: {prompts}, max_new_tokens: 24, batch_size: 128, search: {search}}}
+parameters: {{prompts: {prompts}, max_new_tokens: {num_tokens}, batch_size: 128, search: {search}}}
 """
 
 
@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = folder / "recipe.yml"
         target, source = miniature.path("target"), miniature.path("source")
         prompts = few_prompts(folder) if arguments.tiny else "miniature"
-        recipe.write_text(RECIPE.format(target=target, source=source, prompts=prompts, search=arguments.search))
+        num_tokens = 12 if arguments.tiny else 24
+        how = {"prompts": prompts, "num_tokens": num_tokens, "search": arguments.search}
+        recipe.write_text(RECIPE.format(target=target, source=source, **how))
         began = time.monotonic()
         expected = finish(recipe, folder / "whole")
         whole_seconds = time.monotonic() - began

@@ -27,7 +27,6 @@ from dapa_merge.compare.selections import find_selections as find
 from dapa_merge.measure import meter as meters
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
@@ -87,7 +86,7 @@ def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Ou
             stack.enter_context(mock.patch("dapa_merge.measure.determinism.MAX_TOKENS", 0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         began = time.process_time()
-        found = find("search", recipe, plan, folder, Journal(), Options(device="cpu"), Reporter())
+        found = find("search", recipe, plan, folder, Journal(), Options(device="cpu"))
         seconds = time.process_time() - began
     tests = found.cost.tests if found.cost else 0
     return (None if found.units is None else tuple(map(str, found.units)), tests), seconds

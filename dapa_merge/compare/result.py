@@ -14,7 +14,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dapa_merge.measure.figures import Change, Figures, mcnemar, mean_interval
+from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.measure.statistics import mcnemar, mean_interval
+from dapa_merge.plan.edit import Edit
 from dapa_merge.search.requirement import SCORE, constraints_of, requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
@@ -116,7 +118,7 @@ class Row:
         modules: What the recipe's search may choose from.
         evaluator: Whose verdicts DSR and over-refusal are; of one that scores a model as a whole, its scores say
             whether a method repairs, and the rules' verdicts the rest.
-        strength: How far every transplanted value moves from the target's to the source's.
+        edit: How every transplanted value is computed.
         num_parameters: Of the target.
         prompts: The prompt set's name.
         settings: The recipe's values for its constraints, by their keys; the gain of which `retain` is a share is here
@@ -134,7 +136,7 @@ class Row:
     architecture: str
     modules: str
     evaluator: str
-    strength: float
+    edit: Edit
     num_parameters: int
     prompts: str
     settings: Mapping[str, float]

@@ -175,8 +175,8 @@ def write(
         LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:
         LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
-    what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
-    LOG.info(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 @dataclass(frozen=True)
@@ -259,10 +259,10 @@ def _describe(out: Path, how: FollowOptions) -> None:
 
 def _command(out: Path, options: PushOptions) -> str:
     """The command that publishes a result as it was meant to be."""
-    place, licence = options.place, options.card.licence
+    place, license = options.place, options.card.license
     flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
     values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
-    values |= {f"--{key.replace('_', '-')}": value for key, value in (licence.to_metadata() if licence else {}).items()}
+    values |= {f"--{key.replace('_', '-')}": value for key, value in (license.to_metadata() if license else {}).items()}
     given = [flag for flag, is_set in flags.items() if is_set]
     given += [word for option, value in values.items() if value is not None for word in (option, value)]
     return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])

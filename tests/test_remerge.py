@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from action_runner import run_action
 from conftest import change_tensor, write_few
-from hub.conftest import CARD
 from hub_client import IGNORED_WARNING, connect, reaching_servers
 from hub_server import dapa_merge
 from hub_stand_in import serve
 from huggingface_hub import HfApi, snapshot_download
+from publish.conftest import CARD
 
 from dapa_merge import miniature
 from dapa_merge.publish.parents import metadata_of

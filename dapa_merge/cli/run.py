@@ -15,7 +15,7 @@ from dapa_merge.cli.options import (
     evaluator_options,
     journal_option,
     json_option,
-    licence_options,
+    license_options,
     link_option,
     manifest_option,
     out_argument,
@@ -229,7 +229,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @allow_pickle_option
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @place_options
-@licence_options
+@license_options
 @json_option
 @takes_options
 def run(

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
-from dapa_merge.measure.figures import refusal_figures
 from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.plan.plan import Plan, cut, divide
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.bench import Bench

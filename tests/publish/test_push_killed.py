@@ -8,9 +8,9 @@ import time
 import pytest
 import warm
 from conftest import call
-from hub.conftest import tree
 from hub_client import IGNORED_WARNING
 from hub_server import command_line
+from publish.conftest import tree
 
 pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 

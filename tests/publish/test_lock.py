@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call, change_tensor, save_random, tiny_llama
-from hub.conftest import CARD, upload
 from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+from publish.conftest import CARD, upload
 
 from dapa_merge.checkpoint.digest import hash_file, settings_files
 from dapa_merge.checkpoint.location import Location

@@ -86,7 +86,7 @@ class Stages:
         options: Options,
         journal: Journal,
     ) -> None:
-        from dapa_merge.measure.marker import RULES
+        from dapa_merge.measure.evaluators import RULES
 
         self.recipe = recipe
         self.chosen = chosen
@@ -98,7 +98,7 @@ class Stages:
         self.journal = journal
         self.meter = replace(meter, skills=())
         # DSR as in a report, whatever the search goes by, and of a response what decides.
-        self.edit_meter = replace(meter, markers=(RULES,), scorer=None)
+        self.edit_meter = replace(meter, classifiers=(RULES,), scorer=None)
         self.units = units_apart(plan)
 
     def run(self) -> Traced:

@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerFast
 from dapa_merge import mergekit_plugin, miniature
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import DapaError
+from dapa_merge.flow import repair
 from dapa_merge.mergekit_plugin import DapaMerge, register
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.pydantic_hook import plugin
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
 from dapa_merge.verify.tensors import verify
 
 
@@ -241,8 +241,8 @@ def _search_of_layer_one(calls):
     """A search that always finds layer 1, and writes down that it was asked."""
     from types import SimpleNamespace
 
-    def search(recipe, plan, device, reporter):
-        calls.append(device)
+    def search(recipe, plan, options):
+        calls.append(options)
         units = tuple(unit for unit in plan.units if unit.layer == 1)
         return SimpleNamespace(minimum=SimpleNamespace(units=units))
 

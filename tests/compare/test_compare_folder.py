@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
+from dapa_merge.plan.edit import Copy
 from dapa_merge.recipe.options import Options
 from dapa_merge.report import charts as plot_style
 
@@ -46,7 +49,7 @@ def row(name: str, dsr: float = 0.5, curve: tuple[Point, ...] = CURVE) -> Row:
         return Arm(key, key, key, key, figures(value), refused=(True,) * 10, over_refused=(False,) * 10)
 
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", 0.95, 0.05, 1.05,
         (arm("target", 0.0), arm("source", 1.0), arm("fixed", dsr)), curve,
     )  # fmt: skip
 
@@ -59,7 +62,7 @@ class Measured:
         self.has_curve = True
         self.asked: list[str] = []
 
-    def __call__(self, recipe, name, folder, wanted, options, reporter) -> Row:
+    def __call__(self, recipe, name, folder, wanted, options) -> Row:
         self.asked.append(name)
         outcome = self.outcomes.get(name, 0.5)
         if isinstance(outcome, BaseException):
@@ -67,13 +70,19 @@ class Measured:
         return row(name, outcome, CURVE if self.has_curve else ())
 
 
+def draw(monkeypatch, name: str, draw: Callable) -> None:
+    """Let a chart be drawn by something else."""
+    charts = [replace(chart, draw=draw) if chart.name == name else chart for chart in plot.CHARTS]
+    monkeypatch.setattr(plot, "CHARTS", charts)
+
+
 @pytest.fixture
 def measured(monkeypatch) -> Measured:
     """Rows that are known without a model, and pictures that are no more than what they show."""
     found = Measured()
     monkeypatch.setattr(measured_row, "compare_recipe", found)
-    monkeypatch.setattr(plot, "row_figure", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
-    monkeypatch.setattr(plot, "methods_figure", lambda rows: " ".join(row.name for row in rows))
+    draw(monkeypatch, "methods", lambda rows: " ".join(row.name for row in rows) or None)
+    draw(monkeypatch, "row_{}", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
     monkeypatch.setattr(plot_style, "render", lambda figure, kind: f"{figure} {kind}".encode())
     return found
 
@@ -449,10 +458,10 @@ def test_a_file_in_the_place_of_the_pictures_costs_a_sentence(measured, tmp_path
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), MemoryError(), ZeroDivisionError("x")])
 def test_a_picture_that_cannot_be_drawn_costs_a_sentence(measured, tmp_path, recipes, monkeypatch, fault):
-    def draw(row):
+    def fail(row):
         raise fault
 
-    monkeypatch.setattr(plot, "row_figure", draw)
+    draw(monkeypatch, "row_{}", fail)
     result = compared(tmp_path / "out", recipes["one"])
     assert result.exit_code == 0
     assert f"no pictures: {type(fault).__name__}" in result.stderr

@@ -398,8 +398,8 @@ def test_a_bad_evaluator_ends_a_run_in_one_sentence_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_readmes_example_runs(tmp_path):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_example_of_the_documents_runs(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
     (code,) = re.findall(r"```python\n(import dapa_merge\n.*?)```", text, re.DOTALL)
     path = tmp_path / "mine.py"
     path.write_text(code)

@@ -134,7 +134,7 @@ def test_data_that_cannot_be_had_is_one_sentence(task_file):
 def test_a_task_that_cannot_be_asked_is_said_before_a_model_is_loaded(option):
     for task, exit_code, sentence in (
         ("lm-eval:nonsense:acc", 2, "lm-evaluation-harness has no task 'nonsense'"),
-        ("lm-eval:arc_easy:acc", 5, "lm-eval:arc_easy:acc cannot be read: not all of it is in the cache, and HF_HUB_"),
+        ("lm-eval:arc_easy:acc", 5, "cannot read lm-eval:arc_easy:acc, which is not all in the cache: HF_HUB_OFFLINE"),
     ):
         result = call("evaluate", MODEL, option, task, "--text", "builtin")
         assert result.exit_code == exit_code
@@ -149,7 +149,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once_for_a_task(tmp_path, task_file
     code = """
 import sys
 from dapa_merge.errors import HubError
-from dapa_merge.evaluate.harness import Harness, Task
+from dapa_merge.measure.harness import Harness, Task
 try:
     Harness(Task(sys.argv[1]))
 except HubError as error:
@@ -167,7 +167,7 @@ except HubError as error:
     )
     # Else it is asked six times, with a line on stderr and a longer pause after each.
     assert result.stderr == ""
-    assert "not all of it is in the cache, and the Hub is out of reach (" in result.stdout
+    assert "not all in the cache: the Hub is out of reach (" in result.stdout
 
 
 @pytest.mark.parametrize("text", ["lm-eval:", "lm-eval::acc", "lm-eval:a:", "lm-eval:a:b:c", "arc_easy"])

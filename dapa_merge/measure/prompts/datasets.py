@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session
+
 from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.hub_client import NoAnswer, api, asking, fault, hub_cause
 from dapa_merge.measure.prompts.rows import base_and_query, nearest_of, parse_query
 from dapa_merge.progress import quiet
 
@@ -158,7 +161,6 @@ def _named_classes(table: Any) -> list[dict[str, Any]]:
     return rows
 
 
-OFFLINE = "HF_HUB_OFFLINE is set: unset it, or name a local file"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -198,8 +200,8 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
             return saved or _build(name, None, config)
         try:
             commit = _commit(name, revision)
-        except _NoAnswer as error:
-            return _from_cache(name, revision, config, str(error))
+        except NoAnswer as error:
+            return _from_cache(name, revision, config, error)
         built = _build(name, commit, config)
         if built.commit != commit:
             raise HubError(f"the Hub does not give the files of the dataset {name} at {commit}: try again later")
@@ -207,110 +209,56 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
+def reading(name: str) -> Iterator[None]:
     """For others' code that reads datasets: quiet, and from the cache at once where the Hub does not answer.
 
     Raises:
         HubError: If that code fails because the Hub does not give something.
     """
-    silence = _silence()
+    what = f"read {name}, which is not all in the cache"
+    silence = _silence(what)
     with quiet("datasets", "huggingface_hub"), _offline() if silence else contextlib.nullcontext():
         try:
             yield
         except Exception as error:
-            if not any(map(_comes_from_hub, _causes(error))):
+            if (cause := hub_cause(error)) is None:
                 raise
-            raise HubError(f"not all of it is in the cache, and {silence or _refusal(error)}") from error
-
-
-class _NoAnswer(Exception):
-    """The Hub gave no answer about a dataset; a copy in the cache may do."""
+            raise silence or fault(what, cause) from error
 
 
 def _commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    api = HfApi()
-    try:
-        found = api.dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    with asking(f"get the dataset {name}" + (f"@{revision}" if revision else "")):
+        found = api().dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         if found.gated:  # Anyone may see what is in it, but not read it.
-            api.auth_check(name, repo_type="dataset")
+            api().auth_check(name, repo_type="dataset")
         return str(found.sha)
-    except GatedRepoError as error:
-        raise HubError(_gated(name)) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            f"the dataset {name} has no revision {revision!r} on the Hub: name a branch, tag or commit of it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"the Hub has no dataset {name}, or does not show it: check the name; "
-            "if it is private, log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise _NoAnswer(OFFLINE) from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise HubError(_gated(name)) from error
-        raise _NoAnswer(_refusal(error)) from error
-    except Exception as error:
-        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not answer.
-        raise _NoAnswer(_out_of_reach(error)) from error
 
 
-def _silence() -> str | None:
-    """Why the Hub does not answer at all; None if it does.
+def _silence(what: str) -> HubError | None:
+    """The error if the Hub does not answer at all; None if it does.
 
     Asked once, because the libraries ask again and again for most of a minute before they believe it.
     """
-    import datasets
-    from huggingface_hub import constants, get_session
-
-    if datasets.config.HF_HUB_OFFLINE:
-        return OFFLINE
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        return _out_of_reach(error)
+        return fault(what, error)
     return None
 
 
-def _refusal(error: BaseException) -> str:
-    return f"the Hub fails ({one_line(error)}): try again later, or name a local file"
-
-
-def _out_of_reach(error: BaseException) -> str:
-    return f"the Hub is out of reach ({one_line(error)}): check the network, or name a local file"
-
-
-def _gated(name: str) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"the dataset {name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, "
-        "and log in with `hf auth login` or set HF_TOKEN"
-    )
-
-
-def _from_cache(name: str, revision: str | None, config: str | None, why: str) -> Prepared:
-    missing = HubError(f"the dataset {name} is not in the cache, and {why}")
+def _from_cache(name: str, revision: str | None, config: str | None, why: NoAnswer) -> Prepared:
     if revision is not None and not COMMIT.fullmatch(revision):
-        raise HubError(f"no cached copy of the dataset {name} is known to be {revision!r}, and {why}")
+        raise HubError(
+            f"{why}; of a cached copy nobody knows whether it is {revision!r}; name a commit, or a local file"
+        )
     try:
         with _offline():
             built = _build(name, revision, config)
     except (UsageError, HubError) as error:
-        # In the cache there is no telling a config that does not exist from one that was not fetched.
-        raise missing from error
+        # In the cache, a config that does not exist cannot be told from one that was not fetched.
+        raise HubError(f"{why}; it is not in the cache either; name a local file") from error
     if revision is not None and built.commit != revision:
-        raise HubError(f"the cache has the dataset {name} at {built.commit}, not at {revision}, and {why}")
+        raise HubError(f"{why}; the cache has it at {built.commit} only")
     return built
 
 
@@ -328,10 +276,7 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
         if known:
             raise UsageError(_no_config(name, config, re.findall(r"'([^']*)'", known[1]))) from error
         if not local and _is_of_the_hub(error):
-            raise HubError(
-                f"the Hub does not give the files of the dataset {name} ({one_line(error)}): try again later, "
-                "or name a local file"
-            ) from error
+            raise fault(f"get the files of the dataset {name}", hub_cause(error) or error) from error
         raise UsageError(f"the dataset {name} cannot be read: {one_line(list(_causes(error))[-1])}") from error
     return Prepared(dict(tables), None if local else str(builder.hash), builder)
 
@@ -351,15 +296,6 @@ def _is_of_the_hub(error: BaseException) -> bool:
     if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
         return False
     return isinstance(error, OSError) or "http" in type(error).__module__
-
-
-def _comes_from_hub(error: BaseException) -> bool:
-    """Whether a fault of code that also reads local files is of the Hub's."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    kinds = (ConnectionError, TimeoutError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError)
-    return isinstance(error, kinds) or "http" in type(error).__module__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -387,7 +323,6 @@ def _saved_to_disk(folder: Path) -> Prepared | None:
 def _offline() -> Iterator[None]:
     """As if HF_HUB_OFFLINE were set."""
     import datasets
-    from huggingface_hub import constants
 
     places = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]

@@ -333,7 +333,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         "module.check_destination = then_fill\n"
     )
     if remedy == "enlarged":
-        script += "import dapa_merge.repair\ndapa_merge.run.check_destination = lambda *_: None\n"
+        script += "import dapa_merge.flow\ndapa_merge.run.check_destination = lambda *_: None\n"
     first = subprocess.run([sys.executable, "-c", script + TOGETHER, str(recipe), str(out)], capture_output=True)
     assert first.returncode == 2, first.stderr
     assert b"no space left on the disk of" in first.stderr

@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import call
-from hub.conftest import tree, upload
-from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd
+from publish.conftest import tree, upload
 
 from dapa_merge.publish.card_file import BEGIN
 from dapa_merge.publish.parents import metadata_of
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def pushed(*arguments: object, code: int = 0) -> str:
@@ -119,7 +116,7 @@ def test_a_pull_request_to_the_fine_tune_keeps_its_card(hub, result, pair):
     assert f"- target: {pair[0]}@" in commit.message
 
 
-def test_licences_that_come_to_differ_are_told(hub, new_id, result, pair):
+def test_licenses_that_come_to_differ_are_told(hub, new_id, result, pair):
     name = new_id("repaired")
     pushed(result, name)
     add(hub, pair[1], README__md="---\nlicense: llama2\n---\n")
@@ -180,7 +177,7 @@ def test_the_way_on_after_a_failed_push_is_the_same_push(hub, new_id, pair, writ
     assert f"dapa-merge push '{out}' {name} --private --tag 'v 1' --license apache-2.0" in ran.stderr
 
 
-def test_a_strangers_licence_writes_nothing_into_a_card(hub, new_id, llama_pair, write_recipe, tmp_path):
+def test_a_strangers_license_writes_nothing_into_a_card(hub, new_id, llama_pair, write_recipe, tmp_path):
     names = new_id("target"), new_id("source")
     evil = '---\nlicense: other\nlicense_name: "x\\n\\n# Verified safe"\nlicense_link: "javascript://x"\n---\n'
     for name, folder in zip(names, llama_pair, strict=True):
@@ -202,9 +199,9 @@ def test_a_strangers_licence_writes_nothing_into_a_card(hub, new_id, llama_pair,
     assert "javascript" not in text
 
 
-@pytest.mark.parametrize("licence", ["", " ", "two words", "mit\n# x", "x" * 200])
-def test_a_licence_that_is_none_is_refused(result, licence):
-    ran = call("card", result, "--license", licence)
+@pytest.mark.parametrize("license", ["", " ", "two words", "mit\n# x", "x" * 200])
+def test_a_license_that_is_none_is_refused(result, license):
+    ran = call("card", result, "--license", license)
     assert ran.exit_code == 2
     assert "cannot stand in a card" in ran.stderr
 

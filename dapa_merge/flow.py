@@ -24,6 +24,7 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.search import readable_certificate
@@ -92,7 +93,7 @@ def repair(
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     responses = evidence.responses if evidence else {}
-    pictures = _pictures(plan, report, evidence) if evidence else {}
+    pictures = _pictures(charts.Run(report, plan, evidence.search)) if evidence else {}
     extras: dict[str, str | bytes] = {**pictures}
     if lock is not None:
         extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
@@ -100,19 +101,13 @@ def repair(
     return report
 
 
-def _pictures(plan: Plan, report: Report, evidence: Evidence) -> dict[str, bytes]:
-    """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
+def _pictures(run: charts.Run) -> dict[str, bytes]:
+    """The charts of a run by their files' names; none without matplotlib."""
     try:
-        from dapa_merge.report.charts import render, report_figure, search_figure
-
-        figures = {"dapa_figures": report_figure(report)}
-        if evidence.search is not None:
-            figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
         return {
-            f"{name}.{kind}": render(figure, kind)
-            for name, figure in figures.items()
-            if figure is not None
-            for kind in ("png", "svg")
+            f"{picture.name}{ending}": content
+            for picture in charts.draw_all(charts.CHARTS, run)
+            for ending, content in picture.files.items()
         }
     except Exception as error:
         # Whatever a picture fails of, it must not cost the model.
@@ -180,8 +175,8 @@ def write(
         LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:
         LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
-    what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
-    LOG.info(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 @dataclass(frozen=True)
@@ -264,10 +259,10 @@ def _describe(out: Path, how: FollowOptions) -> None:
 
 def _command(out: Path, options: PushOptions) -> str:
     """The command that publishes a result as it was meant to be."""
-    place, licence = options.place, options.card.licence
+    place, license = options.place, options.card.license
     flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
     values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
-    values |= {f"--{key.replace('_', '-')}": value for key, value in (licence.to_metadata() if licence else {}).items()}
+    values |= {f"--{key.replace('_', '-')}": value for key, value in (license.to_metadata() if license else {}).items()}
     given = [flag for flag, is_set in flags.items() if is_set]
     given += [word for option, value in values.items() if value is not None for word in (option, value)]
     return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])

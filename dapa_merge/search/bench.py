@@ -10,9 +10,9 @@ import torch
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import LiveModel, Resident, choose_device
-from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.meter import Measurement, Meter
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
@@ -64,10 +64,10 @@ class Bench(Resident):
     @property
     def measure(self) -> str:
         """What a candidate's score is."""
-        marker = self.meter.markers[0]
+        classifier = self.meter.classifiers[0]
         if self.meter.scorer is not None:
             return self.meter.scorer.name
-        return "DSR" if marker is RULES else f"DSR by {marker.name}"
+        return "DSR" if classifier is RULES else f"DSR by {classifier.name}"
 
     @property
     def score_constraint(self) -> Constraint:

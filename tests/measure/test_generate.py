@@ -129,8 +129,9 @@ def test_who_is_settled_leaves_and_nobody_else(llama):
     assert any(len(text) < len(full) for text, full in zip(said, whole, strict=True))
 
 
-def test_every_prompt_is_counted_once_as_it_is_done(llama):
+def test_every_prompt_is_counted_once_as_it_is_done(llama, monkeypatch):
     done = []
+    monkeypatch.setattr("dapa_merge.measure.generate.advance", lambda amount, unit: done.append(amount))
     generate(*llama, PROMPTS, max_new_tokens=3, batch_size=BatchSize(4))
     assert sum(done) == len(PROMPTS)
 

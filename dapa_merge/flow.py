@@ -9,14 +9,14 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
-from dapa_merge.measure.model import responses_text
+from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
@@ -24,9 +24,10 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
-from dapa_merge.search.search import readable_certificate
+from dapa_merge.search.result import readable_certificate
 from dapa_merge.transplant.manifest import PRIVATE
 from dapa_merge.transplant.result import check_destination, transplant
 
@@ -92,7 +93,7 @@ def repair(
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     responses = evidence.responses if evidence else {}
-    pictures = _pictures(plan, report, evidence) if evidence else {}
+    pictures = _pictures(charts.Run(report, plan, evidence.search)) if evidence else {}
     extras: dict[str, str | bytes] = {**pictures}
     if lock is not None:
         extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
@@ -100,19 +101,13 @@ def repair(
     return report
 
 
-def _pictures(plan: Plan, report: Report, evidence: Evidence) -> dict[str, bytes]:
-    """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
+def _pictures(run: charts.Run) -> dict[str, bytes]:
+    """The charts of a run by their files' names; none without matplotlib."""
     try:
-        from dapa_merge.report.charts import render, report_figure, search_figure
-
-        figures = {"dapa_figures": report_figure(report)}
-        if evidence.search is not None:
-            figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
         return {
-            f"{name}.{kind}": render(figure, kind)
-            for name, figure in figures.items()
-            if figure is not None
-            for kind in ("png", "svg")
+            f"{picture.name}{ending}": content
+            for picture in charts.draw_all(charts.CHARTS, run)
+            for ending, content in picture.files.items()
         }
     except Exception as error:
         # Whatever a picture fails of, it must not cost the model.
@@ -140,7 +135,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         dsr_change=evidence.dsr_change if evidence else None,
         over_refusal_change=evidence.over_refusal_change if evidence else None,
         searched=evidence.searched if evidence else None,
-        requirement=asdict(search.requirement) if search else None,
+        requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,
         tests_unneeded=search.num_unneeded if search else 0,
@@ -264,10 +259,10 @@ def _describe(out: Path, how: FollowOptions) -> None:
 
 def _command(out: Path, options: PushOptions) -> str:
     """The command that publishes a result as it was meant to be."""
-    place, licence = options.place, options.card.licence
+    place, license = options.place, options.card.license
     flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
     values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
-    values |= {f"--{key.replace('_', '-')}": value for key, value in (licence.to_metadata() if licence else {}).items()}
+    values |= {f"--{key.replace('_', '-')}": value for key, value in (license.to_metadata() if license else {}).items()}
     given = [flag for flag, is_set in flags.items() if is_set]
     given += [word for option, value in values.items() if value is not None for word in (option, value)]
     return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])

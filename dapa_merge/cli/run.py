@@ -15,7 +15,7 @@ from dapa_merge.cli.options import (
     evaluator_options,
     journal_option,
     json_option,
-    licence_options,
+    license_options,
     link_option,
     manifest_option,
     out_argument,
@@ -154,7 +154,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from dapa_merge.measure.model import evaluate_model, responses_text
+    from dapa_merge.measure.figures import responses_text
+    from dapa_merge.measure.meter import evaluate_model
     from dapa_merge.report.report import jsonable
     from dapa_merge.report.tables import categories_table, figures_table
 
@@ -229,7 +230,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @allow_pickle_option
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @place_options
-@licence_options
+@license_options
 @json_option
 @takes_options
 def run(

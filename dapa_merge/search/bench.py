@@ -159,10 +159,10 @@ class _LiveExaminee:
         return [response for index in range(len(self._pieces[kind])) for response in self.responses(kind, index)]
 
     def figure(self, constraint: Constraint) -> float:
-        if constraint.share is None:
+        if constraint.kind is None:
             return constraint.of(self._measurement)
-        responses = self.all_responses(constraint.share.kind)
-        return sum(map(constraint.share.counts, responses)) / len(responses)
+        responses = self.all_responses(constraint.kind)
+        return sum(map(constraint.counts, responses)) / len(responses)
 
 
 def effects_between(

@@ -27,30 +27,13 @@ TOKENS_FOR_EACH_RUN = 8
 
 
 def piece_cost(meter: Meter) -> float:
-    """What a piece of prompts costs, in runs through the model's layers; one of them reads the prompts."""
+    """Cost of a piece of prompts, in runs through the model's layers; one of them reads the prompts."""
     return 1 + meter.max_new_tokens / TOKENS_FOR_EACH_RUN
 
 
 def text_cost(meter: Meter) -> float:
-    """What the passages for the perplexity cost, in the same unit."""
+    """Cost of the passages for the perplexity, in the same unit."""
     return float(math.ceil(len(meter.prompts.passages) / meter.batch_size.limit))
-
-
-@dataclass(frozen=True)
-class Share:
-    """A figure that is a share of prompts, which are asked piece by piece until the verdict is certain.
-
-    Attributes:
-        kind: Of the prompts, one of `PROMPT_KINDS`.
-        outcome: The outcome of the responses that are counted.
-    """
-
-    kind: str
-    outcome: Outcome
-
-    def counts(self, response: Response) -> bool:
-        """Whether a response is counted."""
-        return response.outcome == self.outcome.value
 
 
 @dataclass(frozen=True)
@@ -62,16 +45,18 @@ class Constraint:
         key: The recipe's parameter that sets the limit; a recipe without a value (None) has no limit.
         limit: The limit for the target's figure, the full transplant's and the recipe's value; NaN for no limit.
         label: Name for people.
-        share: What of the prompts it is a share of; None for a figure that is measured as a whole.
+        kind: The kind of prompts that it is a share of; None for a figure that is measured as a whole.
+        outcome: The outcome of the responses that are counted.
         read: How to read the figure; by default the attribute `figure`.
-        cost: What measuring it costs, or asking one piece of its prompts, in runs through the model's layers.
+        cost: Cost of measuring it, or of asking one piece of its prompts, in runs through the model's layers.
     """
 
     figure: str
     key: str
     limit: Callable[[float, float, float], float]
     label: str
-    share: Share | None = None
+    kind: str | None = None
+    outcome: Outcome = Outcome.REFUSED
     read: Callable[[Figures | Measurement], float] | None = None
     cost: Callable[[Meter], float] = piece_cost
 
@@ -81,7 +66,7 @@ class Constraint:
     @property
     def check(self) -> str:
         """What is asked for it: a kind of prompts, or the figure itself."""
-        return self.figure if self.share is None else self.share.kind
+        return self.kind or self.figure
 
     @property
     def name(self) -> str:
@@ -96,9 +81,9 @@ class Constraint:
         """Whether a figure meets a limit; NaN, of a model that computes no numbers, meets none but NaN."""
         raise NotImplementedError
 
-    def is_wrong(self, response: Response) -> bool:
-        """Whether a response moves the share towards its limit."""
-        return self.share is not None and self.share.counts(response) == (self.bound == "max")
+    def counts(self, response: Response) -> bool:
+        """Whether a response is part of the share."""
+        return response.outcome == self.outcome.value
 
     def complaint(self, lowest: float, highest: float, limit: float) -> str | None:
         """What is wrong with a figure between two bounds, if that is certain."""
@@ -143,7 +128,7 @@ SCORE = Floor(
     "retain",
     _kept_score,
     "DSR",
-    share=Share("harmful", Outcome.REFUSED),
+    kind="harmful",
     read=lambda measured: measured.dsr if measured.score is None else measured.score,
 )
 CONSTRAINTS: tuple[Constraint, ...] = (
@@ -153,7 +138,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "max_over_refusal",
         lambda target, _full, rise: target + rise + 1e-9,
         "over-refusal",
-        share=Share("harmless", Outcome.REFUSED),
+        kind="harmless",
     ),
     Ceiling(
         "perplexity",
@@ -182,7 +167,7 @@ def constraints_of(
         measure: What the score is: DSR, or the name of the evaluator.
         is_whole: Whether the evaluator scores a model as a whole, rather than its responses.
     """
-    score = replace(SCORE, label=measure, share=None if is_whole else SCORE.share)
+    score = replace(SCORE, label=measure, kind=None if is_whole else SCORE.kind)
     return tuple(score if one is SCORE else one for one in CONSTRAINTS if one.key in settings)
 
 
@@ -378,12 +363,14 @@ class Examiner:
         problem: str | None = None
         for index in sorted(range(len(sizes)), key=lambda index: -self._share_wrong(kind, index)):
             responses = candidate.responses(kind, index)
-            found.append(Piece(kind, index, sum(map(checks[0][0].is_wrong, responses)), len(responses)))
             unasked -= len(responses)
             is_met = True
             for number, (constraint, limit) in enumerate(checks):
-                assert constraint.share is not None
-                counted[number] += sum(map(constraint.share.counts, responses))
+                num_counted = sum(map(constraint.counts, responses))
+                if number == 0:
+                    num_wrong = num_counted if constraint.bound == "max" else len(responses) - num_counted
+                    found.append(Piece(kind, index, num_wrong, len(responses)))
+                counted[number] += num_counted
                 # Whatever the prompts still unasked will say, the share lies between these two.
                 lowest, highest = counted[number] / total, (counted[number] + unasked) / total
                 problem = problem or constraint.complaint(lowest, highest, limit)

@@ -25,7 +25,7 @@ from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Search, thrift
-from dapa_merge.search.workers import Foresight, Test, Workers, in_order, make_bench, start_workers
+from dapa_merge.search.workers import Test, Workers, ask_ahead, in_order, make_bench, start_workers
 
 Prior = Mapping[Unit, float]
 Likely = Callable[[Mapping[frozenset[Unit], bool], int], list[frozenset[Unit]]]
@@ -174,13 +174,13 @@ class _Oracle:
         }
         # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
         answers |= {frozenset(): False, frozenset(units): True}
-        foresight = Foresight(self._workers, likely, self._settle, answers)
+        holds = ask_ahead(self._workers, likely, self._settle, answers)
 
-        def holds(selection: frozenset[Unit]) -> bool:
+        def noted(selection: frozenset[Unit]) -> bool:
             self.asked[_names(selection)] = selection
-            return foresight.holds(selection)
+            return holds(selection)
 
-        return holds
+        return noted
 
     def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
         self._journal.record(_names(selection), test)

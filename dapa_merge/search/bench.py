@@ -9,14 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.live import LiveModel, Resident, choose_device
+from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.meter import Measurement, Meter
-from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
-from dapa_merge.search.attribution import Contrast, attribute
 from dapa_merge.search.requirement import (
     PROMPT_KINDS,
     SCORE,
@@ -31,9 +28,6 @@ from dapa_merge.search.result import Baseline
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
 # however small it is.
 MIN_PIECES = 2
-# Of the prior: how many prompts are weighed, and how many responses at once.
-MAX_CONTRASTS = 32
-MAX_BACKWARD = 8
 
 
 class Bench(Resident):
@@ -112,22 +106,6 @@ class Bench(Resident):
         with self._candidate(selection) as candidate:
             return candidate.figure(self.score_constraint)
 
-    def attribute(
-        self, units: Sequence[Unit], target: Sequence[Response], full: Sequence[Response]
-    ) -> dict[Unit, float]:
-        """How much each unit matters, to first order, where the full transplant refuses and the target does not.
-
-        Args:
-            units: Of the plan, or blocks of its units.
-            target: The target's responses to the harmful prompts.
-            full: The full transplant's, in the same order.
-
-        Raises:
-            ValueError: If no prompt tells the two apart.
-            CheckpointError: If an effect is not a finite number.
-        """
-        return effects_between(self.live, units, target, full, self.meter.batch_size.limit)
-
     def examine(self, selection: Iterable[Unit], *, stop_early: bool = True) -> Verdict:
         """Whether the target with a selection transplanted meets the requirement."""
         assert self._examiner is not None, "require first"
@@ -163,38 +141,6 @@ class _LiveExaminee:
             return constraint.of(self._measurement)
         responses = self.all_responses(constraint.kind)
         return sum(map(constraint.counts, responses)) / len(responses)
-
-
-def effects_between(
-    live: LiveModel,
-    units: Sequence[Unit],
-    answering: Sequence[Response],
-    refusing: Sequence[Response],
-    batch_limit: int,
-) -> dict[Unit, float]:
-    """How much each unit matters, to first order, where one model refuses and the live one does not.
-
-    Args:
-        live: The target.
-        units: Of its plan, or blocks of its units.
-        answering: The target's responses to some prompts.
-        refusing: The other model's, in the same order.
-        batch_limit: How many responses fit at once where nothing is kept for a backward pass.
-
-    Raises:
-        ValueError: If no prompt tells the two apart.
-        CheckpointError: If an effect is not a finite number.
-    """
-    refused = Outcome.REFUSED.value
-    contrasts = [
-        Contrast(after.prompt, refusing=after.response, complying=before.response)
-        for before, after in zip(answering, refusing, strict=True)
-        if before.outcome != refused and after.outcome == refused
-    ]
-    # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
-    few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
-    batch_size = BatchSize(min(MAX_BACKWARD, batch_limit))
-    return attribute(live, few, units=units, batch_size=batch_size)
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:

@@ -7,20 +7,22 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import platformdirs
+import torch
+import transformers
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.measure.live import choose_device
+from dapa_merge.measure.meter import Meter
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 from dapa_merge.search.requirement import identity_of
-
-if TYPE_CHECKING:
-    from dapa_merge.measure.meter import Meter
-    from dapa_merge.search.bench import Bench
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
@@ -36,8 +38,6 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
     parts = _parts(recipe, plan, bench)
     if path is not None:
         return Journal(path, parts)
-    import platformdirs
-
     try:
         return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
     except JournalUnavailable as error:
@@ -72,8 +72,6 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
 
 def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str) -> dict[str, str]:
     """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
-    from dapa_merge.measure.live import choose_device
-
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
     # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
@@ -95,9 +93,6 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
 
 def versions() -> str:
     """Of this package and those that compute: others may round otherwise."""
-    import torch
-    import transformers
-
     return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 

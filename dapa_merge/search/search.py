@@ -20,7 +20,8 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.bench import MAX_CONTRASTS, Bench
+from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
@@ -243,7 +244,8 @@ def weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, 
         scores = None
         try:
             with task("weighing the units by one backward pass", 2 * MAX_CONTRASTS, "responses"):
-                found = session.bench.attribute(units, target.responses, full.responses)
+                limit = session.bench.meter.batch_size.limit
+                found = effects_between(session.bench.live, units, target.responses, full.responses, limit)
             scores = {str(unit): score for unit, score in found.items()}
         except (ValueError, CheckpointError, DoesNotFit) as error:
             LOG.info(f"searching without a prior, because {error}")

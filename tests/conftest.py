@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
@@ -260,6 +261,12 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
     # Ray leaves its own handler, which ends the process: that of the tests that come after these.
     signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@pytest.fixture
+def warm_processes(monkeypatch) -> None:
+    """The processes of Python that a script starts by `subprocess` need not load torch."""
+    warm.stand_in_for_subprocess(monkeypatch)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def card_text(facts: CardFacts) -> str:
         has_folders=any(parent.repository is None for parent in facts.parents),
         how=facts.edit.how({name: model(name) for name in MODELS}),
         verb=facts.edit.verb,
-        captions={f"{chart.name}.png": chart.caption for chart in charts.CHARTS},
+        charts=charts.CHARTS,
         reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[

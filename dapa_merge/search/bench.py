@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
-from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.meter import Measurement, Meter
 from dapa_merge.plan.plan import Plan
 from dapa_merge.search.requirement import (
@@ -58,10 +58,10 @@ class Bench(Resident):
     @property
     def measure(self) -> str:
         """What a candidate's score is."""
-        marker = self.meter.markers[0]
+        classifier = self.meter.classifiers[0]
         if self.meter.scorer is not None:
             return self.meter.scorer.name
-        return "DSR" if marker is RULES else f"DSR by {marker.name}"
+        return "DSR" if classifier is RULES else f"DSR by {classifier.name}"
 
     @property
     def score_constraint(self) -> Constraint:

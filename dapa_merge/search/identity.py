@@ -84,7 +84,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         "text": data_digest(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": data_digest([repr(skill) for skill in meter.skills]),
         # With the code of the user's own, and a judge's rubric.
-        "evaluator": data_digest([meter.identity, *(marker.identity for marker in meter.markers)]),
+        "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
         "device": choose_device(device).type,
         "versions": versions(),

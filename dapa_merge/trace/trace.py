@@ -19,9 +19,9 @@ from dapa_merge.errors import CannotRepair
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
-from dapa_merge.measure.marker import RULES
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
 from dapa_merge.measure.prompts.sets import check_prompts, load_prompts, split_prompts
 from dapa_merge.plan.plan import Plan, join
@@ -312,7 +312,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
     with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
-        meters = replace(meter, skills=()), replace(meter, markers=(RULES,), scorer=None)
+        meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
         return _write(Session(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)
 
 

@@ -21,8 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tiny import few_prompts, parse
 
 from dapa_merge.measure.figures import Figures
-from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.model import measure_live
+from dapa_merge.measure.meter import measure_live, report_meter
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.plan import join

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Of a tensor, how many values are weighed at once: 1 MiB as float32.
+# Values of a tensor that are weighed at once: 1 MiB as float32.
 PIECE = 1 << 18
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
@@ -51,11 +51,11 @@ def effects_between(
     refusing: Sequence[Response],
     batch_limit: int,
 ) -> dict[Unit, float]:
-    """How much each unit matters, to first order, where one model refuses and the live one does not.
+    """How much each unit matters, to first order, where one model refuses and the live target does not.
 
     Args:
         live: The target.
-        units: Of its plan, or blocks of its units.
+        units: Units of its plan, or blocks of them.
         answering: The target's responses to some prompts.
         refusing: The other model's, in the same order.
         batch_limit: How many responses fit at once where nothing is kept for a backward pass.
@@ -86,15 +86,14 @@ def attribute(
     """The first-order effect of transplanting each unit into the model as it is now.
 
     The objective is the mean over the contrasts of log p(refusing) - log p(complying), of `num_tokens` tokens each,
-    counted from the first in which the two differ; of fewer, if one of the responses ends before. Contrasts whose
-    responses do not differ are left out.
+    counted as by `sides_of`. Contrasts whose responses do not differ are left out.
 
     Args:
         live: The target; its weights stay as they are.
-        contrasts: A few are enough: with any 2 of 128, the miniature's units come in an order that is as good.
-        units: Whose effects are wanted: units of the plan, or blocks of them; all of the plan's if not given.
-        batch_size: How many sequences are passed through the model at once; a contrast is two of them. Their
-            activations are kept for the backward pass, many times what generation keeps: 8 is plenty.
+        contrasts: A few are enough: any 2 of 128 order the miniature's units as well.
+        units: Units of the plan, or blocks of them; None for all of the plan's.
+        batch_size: Sequences at once, two for each contrast. Their activations are kept for the backward pass, many
+            times what generation keeps: 8 is plenty.
         num_tokens: At least 1.
 
     Returns:
@@ -233,7 +232,7 @@ def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens:
     """The two sides of a contrast, the refusing one first, both of one length; none if the responses do not differ.
 
     Of each response, `num_tokens` tokens are counted from the first in which the two differ; fewer if one of them ends
-    before. What stands before is given.
+    before. The tokens before are given.
     """
     context = prompt_ids(tokenizer, contrast.prompt)
     # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.

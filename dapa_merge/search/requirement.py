@@ -65,7 +65,7 @@ class Constraint:
 
     @property
     def check(self) -> str:
-        """What is asked for it: a kind of prompts, or the figure itself."""
+        """What the examiner asks for: a kind of prompts, or the figure itself."""
         return self.kind or self.figure
 
     @property
@@ -79,7 +79,7 @@ class Constraint:
 
     def is_met(self, figure: float, limit: float) -> bool:
         """Whether a figure meets a limit; NaN, of a model that computes no numbers, meets none but NaN."""
-        raise NotImplementedError
+        return math.isnan(limit) or (figure >= limit if self.bound == "min" else figure <= limit)
 
     def counts(self, response: Response) -> bool:
         """Whether a response is part of the share."""
@@ -102,17 +102,11 @@ class Floor(Constraint):
 
     bound, words = "min", ("at most", "below", "required")
 
-    def is_met(self, figure: float, limit: float) -> bool:
-        return math.isnan(limit) or figure >= limit
-
 
 class Ceiling(Constraint):
     """A figure must not exceed its limit."""
 
     bound, words = "max", ("at least", "above", "allowed")
-
-    def is_met(self, figure: float, limit: float) -> bool:
-        return math.isnan(limit) or figure <= limit
 
 
 def _kept_score(target: float, full: float, retain: float) -> float:
@@ -240,7 +234,7 @@ def requirement(
         constraints: Those in force.
         target: The target's own figures, by name.
         full: Those with every unit transplanted.
-        settings: What the recipe says, by key.
+        settings: The recipe's values, by key.
     """
     return Requirement(
         tuple((one, one.limit(target[one.figure], full[one.figure], settings[one.key])) for one in constraints)
@@ -248,26 +242,18 @@ def requirement(
 
 
 class Examinee(Protocol):
-    """A candidate that can be asked piece by piece; every answer costs."""
+    """A candidate that can be asked for responses to a piece of prompts, or a figure in full; every answer costs."""
 
-    def responses(self, kind: str, piece: int) -> Sequence[Response]:
-        """Its responses to a piece of the prompts of one kind."""
-        ...
+    def responses(self, kind: str, piece: int) -> Sequence[Response]: ...
 
-    def figure(self, constraint: Constraint) -> float:
-        """The figure of a constraint, measured in full."""
-        ...
+    def figure(self, constraint: Constraint) -> float: ...
 
 
 @dataclass(frozen=True)
 class Piece:
     """The outcome of one piece of prompts.
 
-    Attributes:
-        kind: Of the prompts.
-        index: Of the piece.
-        num_wrong: How many went the wrong way for the first constraint on this kind: harm done, a refusal without need.
-        num_prompts: How many were asked.
+    `num_wrong` counts what went wrong for the first constraint on this kind: harm done, a refusal without need.
     """
 
     kind: str
@@ -282,7 +268,7 @@ class Verdict:
 
     Attributes:
         holds: Whether the requirement is met; the same, however early the examination stopped.
-        complaint: What is broken, as far as it was found out; None if it holds.
+        complaint: The first limit found broken; None if it holds.
         pieces: What was asked.
         num_prompts: How many prompts there were to ask.
     """
@@ -311,9 +297,9 @@ class Examiner:
         """Make an examiner without experience.
 
         Args:
-            requirement: What must be met.
+            requirement: The limits.
             pieces: For each kind of prompts, the number of prompts in every piece.
-            costs: What each check costs: for a kind of prompts a piece of them, for a figure all of it.
+            costs: The cost of each check: for a kind of prompts that of a piece, for a figure that of all of it.
         """
         self._checks: dict[str, list[tuple[Constraint, float]]] = {}
         for constraint, limit in requirement.limits:
@@ -352,7 +338,7 @@ class Examiner:
             self._asked[piece.kind, piece.index] += piece.num_prompts
 
     def _urgency(self, check: str) -> tuple[float, bool, str]:
-        """Sorts the checks: by cost for each rejection that it may bring; of equals, those without prompts first."""
+        """Sort key of the checks: cost over past rejections; of equals, those without prompts come first."""
         return self._costs[check] / (1 + self._rejections[check]), check in self._pieces, check
 
     def _ask(self, kind: str, candidate: Examinee, found: list[Piece], stop_early: bool) -> str | None:

@@ -48,25 +48,21 @@ CONNECT_SECONDS = 10
 
 
 class Workers(Protocol[U, V_co]):
-    """Who tests selections, several at a time; outlives one search among some units, and serves the next."""
+    """Tests selections, several at a time; outlives one search among some units, and serves the next."""
 
     @property
     def number(self) -> int:
         """How many selections are tested at once."""
-        ...
 
     @property
     def running(self) -> Collection[frozenset[U]]:
         """The selections that are being tested."""
-        ...
 
     def submit(self, selection: frozenset[U]) -> None:
         """Begin a test."""
-        ...
 
     def wait(self) -> tuple[frozenset[U], V_co]:
-        """The next test that is done, and its outcome."""
-        ...
+        """Wait for the next test that ends; returns its selection and outcome."""
 
 
 def ask_ahead(

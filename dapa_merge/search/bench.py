@@ -14,15 +14,7 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter
 from dapa_merge.plan.plan import Plan
-from dapa_merge.search.requirement import (
-    PROMPT_KINDS,
-    SCORE,
-    Constraint,
-    Examiner,
-    Requirement,
-    Verdict,
-    constraints_of,
-)
+from dapa_merge.search.requirement import PROMPT_KINDS, Constraint, Examiner, Requirement, Verdict, constraints_of
 from dapa_merge.search.result import Baseline
 
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
@@ -37,7 +29,7 @@ class Bench(Resident):
         plan: Target and source.
         meter: What is asked.
         device: Where the target is asked.
-        constraints: Those in force, as the meter measures their figures.
+        constraints: Those in force, as the meter measures their figures; the score's first.
     """
 
     def __init__(
@@ -57,25 +49,15 @@ class Bench(Resident):
 
     @property
     def measure(self) -> str:
-        """What a candidate's score is."""
+        """The name of a candidate's score."""
         classifier = self.meter.classifiers[0]
         if self.meter.scorer is not None:
             return self.meter.scorer.name
         return "DSR" if classifier is RULES else f"DSR by {classifier.name}"
 
     @property
-    def score_constraint(self) -> Constraint:
-        """The floor under the score."""
-        return next(constraint for constraint in self.constraints if constraint.figure == SCORE.figure)
-
-    @property
-    def evaluator(self) -> str:
-        """Everything of the evaluator that decides a verdict."""
-        return self.meter.identity
-
-    @property
     def device_kind(self) -> str:
-        """What the device is, where another of its kind would give the same verdicts."""
+        """The device's name, shared by others that would give the same verdicts."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
@@ -86,8 +68,7 @@ class Bench(Resident):
     @property
     def num_prompts(self) -> int:
         """How many prompts a full examination asks."""
-        asked = {constraint.check for constraint in self.constraints}
-        return sum(sum(sizes) for kind, sizes in self.sizes.items() if kind in asked)
+        return sum(sum(self.sizes.get(check, ())) for check in {constraint.check for constraint in self.constraints})
 
     def require(self, requirement: Requirement) -> Examiner:
         """Set what candidates must meet."""
@@ -104,7 +85,7 @@ class Bench(Resident):
     def score(self, selection: Iterable[Unit]) -> float:
         """The score of the target with a selection transplanted, measured as every test measures it."""
         with self._candidate(selection) as candidate:
-            return candidate.figure(self.score_constraint)
+            return candidate.figure(self.constraints[0])
 
     def examine(self, selection: Iterable[Unit], *, stop_early: bool = True) -> Verdict:
         """Whether the target with a selection transplanted meets the requirement."""

@@ -1,4 +1,4 @@
-"""The journal of a recipe's search: where it lies, and everything that decides whose it is."""
+"""The journal of a recipe's search: its place, and everything that identifies it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ from dapa_merge.search.requirement import identity_of
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
-    """The journal of a recipe's search: the given file, or one in the user's cache folder.
+    """The journal of a recipe's search: the given file, or one in the user's cache folder if that can be written.
 
     Raises:
-        UsageError: If a given file is of another search, damaged, or cannot be written. Where the cache folder cannot
-            be written, the search goes on without a journal, and says so.
+        UsageError: If a given file is of another search, damaged, or cannot be written.
     """
     if path is not None:
         # Before the minutes that large checkpoints take to read.
@@ -61,7 +60,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
         "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
         "prompts": data_digest(asked),
-        "evaluator": bench.evaluator,
+        "evaluator": bench.meter.identity,
         "units": data_digest([str(unit) for unit in plan.units]),
         "limits": identity_of(recipe),
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
@@ -92,7 +91,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
 
 
 def versions() -> str:
-    """Of this package and those that compute: others may round otherwise."""
+    """Versions of this package and those that compute: others may round otherwise."""
     return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 

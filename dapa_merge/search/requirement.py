@@ -125,6 +125,7 @@ SCORE = Floor(
     kind="harmful",
     read=lambda measured: measured.dsr if measured.score is None else measured.score,
 )
+# The score's floor, without which there is no search, comes first.
 CONSTRAINTS: tuple[Constraint, ...] = (
     SCORE,
     Ceiling(
@@ -158,7 +159,7 @@ def constraints_of(
 
     Args:
         settings: The keys that a recipe sets.
-        measure: What the score is: DSR, or the name of the evaluator.
+        measure: The name of the score: DSR, or the evaluator's.
         is_whole: Whether the evaluator scores a model as a whole, rather than its responses.
     """
     score = replace(SCORE, label=measure, kind=None if is_whole else SCORE.kind)
@@ -182,24 +183,20 @@ class Requirement:
     """The absolute limits of one search.
 
     Attributes:
-        limits: The constraints in force, in the order of the table, each with its limit; NaN for none.
+        limits: The constraints in force, the score's first, each with its limit; NaN for none.
     """
 
     limits: tuple[tuple[Constraint, float], ...]
 
     @property
     def measure(self) -> str:
-        """What the score is: DSR, or the name of the evaluator."""
-        return self._score[0].label
+        """The name of the score: DSR, or the evaluator's."""
+        return self.limits[0][0].label
 
     @property
     def min_score(self) -> float:
         """In [0, 1]."""
-        return self._score[1]
-
-    @property
-    def _score(self) -> tuple[Constraint, float]:
-        return next(limit for limit in self.limits if limit[0].figure == SCORE.figure)
+        return self.limits[0][1]
 
     def complaint(self, figures: Mapping[str, float]) -> str | None:
         """What a model with these figures breaks first and by how much, or None if it meets the requirement."""

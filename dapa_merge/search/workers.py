@@ -82,18 +82,15 @@ def ask_ahead(
     answers = dict(known)
 
     def submit(selection: frozenset[U]) -> None:
-        """Give every idle worker a test: first what is asked now, then what is likeliest to be asked."""
         if selection not in workers.running and len(workers.running) < workers.number:
             workers.submit(selection)
-        if len(workers.running) >= workers.number:
-            return
-        for likely in foresee(answers, workers.number + len(workers.running)):
-            if likely not in workers.running and len(workers.running) < workers.number:
-                workers.submit(likely)
 
     def holds(selection: frozenset[U]) -> bool:
         while selection not in answers:
             submit(selection)
+            if len(workers.running) < workers.number:
+                for likely in foresee(answers, workers.number + len(workers.running)):
+                    submit(likely)
             done, outcome = workers.wait()
             answers[done] = settle(done, outcome)
         return answers[selection]
@@ -102,23 +99,22 @@ def ask_ahead(
 
 
 def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
-    """The test bench of a recipe; it loads the target when that is needed.
+    """The test bench of a recipe.
 
     Raises:
-        UsageError: If the recipe's evaluator or the device is not there, or workers cannot go by the evaluator.
+        UsageError: If the recipe's evaluator or the device is absent, or workers cannot share the evaluator.
     """
     if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
         raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
     meter = search_meter(recipe, prompts, options)
-    return Bench(
-        plan, meter, options.device, settings_of(recipe), lambda: LOG.info(f"loading the target {plan.target.name}")
-    )
+    told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
+    return Bench(plan, meter, options.device, settings_of(recipe), told)
 
 
 def start_workers(
     recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
 ) -> InProcess | RayWorkers[Unit, Test]:
-    """Whoever tests the selections of a search: this process, or Ray actors with a target of their own each."""
+    """Start what tests the selections of a search; the caller closes it."""
     if not options.uses_ray:
         return InProcess(bench)
     # Other machines, other folders, and hours later: the same weights all the same.
@@ -164,23 +160,20 @@ class InProcess:
             return selection, _test(self._bench, selection)
 
     def close(self) -> None:
-        """Nothing to let go of; the bench is its owner's."""
+        """Do nothing: the bench is its owner's."""
 
 
 class RayWorkers(Generic[U, V]):
-    """Ray actors, each of which holds what it needs for a test, such as a model, for as long as it lives.
-
-    An actor that dies is replaced by Ray, and its test asked again.
-    """
+    """Ray actors that keep a model for as long as they live; Ray replaces one that dies, and asks its test again."""
 
     def __init__(
         self, make: Callable[[int], Callable[[frozenset[U]], V]], number: int | None, *, uses_gpu: bool
     ) -> None:
-        """Start the workers; they load what they need while the search goes on.
+        """Start the workers, which load their models while the search goes on.
 
         Args:
-            make: Called in each worker, once, with the number of its threads: makes what tests a selection.
-            number: How many workers; None for one on each GPU of the cluster or, without GPUs, one on each node.
+            make: Called once in each worker, with its number of threads; makes the function that tests a selection.
+            number: None for one on each GPU of the cluster or, without GPUs, on each node.
             uses_gpu: Whether each worker gets a GPU of its own.
 
         Raises:
@@ -251,9 +244,8 @@ class RayWorkers(Generic[U, V]):
                 raise error.cause from error
             raise
         except self._ray.exceptions.RayActorError as error:
-            raise UsageError(
-                f"a worker was lost for good, after up to {MAX_RESTARTS} restarts: {one_line(error)}"
-            ) from error
+            lost = f"a worker was lost for good, after up to {MAX_RESTARTS} restarts"
+            raise UsageError(f"{lost}: {one_line(error)}") from error
         self._idle.append(actor)
         return selection, outcome
 
@@ -270,7 +262,7 @@ class RayWorkers(Generic[U, V]):
 
 
 class _Actor:
-    """Lives in a process of its own."""
+    """A worker, in a process of its own."""
 
     def __init__(self, make: Callable[[int], Callable[[frozenset[Any]], Any]], num_threads: int) -> None:
         self._make = make
@@ -315,10 +307,10 @@ def _check_reachable(address: str) -> None:
 
 
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
-    """Always the same order, in which every process transplants."""
+    """The order in which every process transplants."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
 
 
 def note_of(what: str, units: Iterable[Unit]) -> str:
-    """A journal's name of what was measured with some units, short however many they are."""
+    """The name of a journal's note on some units, short however many they are."""
     return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

@@ -209,7 +209,7 @@ def test_a_journal_that_cannot_be_written_is_named(done, tmp_path):
     assert f"cannot write the journal {tmp_path / 'file' / 'journal'}: " in result.stderr
     result = call("search", done.recipe, "--journal", tmp_path / "file")
     assert result.exit_code == 2
-    assert f"the journal {tmp_path / 'file'} is damaged at line 1: it is no journal" in result.stderr
+    assert f"the journal {tmp_path / 'file'} is damaged at line 1: it is not a journal" in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -230,7 +230,7 @@ class Growth:
 
     def _weigh(self) -> list[float] | str:
         """The weights of the pieces; or why these models give none."""
-        from dapa_merge.search.bench import MAX_CONTRASTS, effects_between
+        from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 
         assert self._source is not None
         live, limit = self._measuring.live, self._measuring.meter.batch_size.limit

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.architecture import get_architecture_info
@@ -30,7 +30,7 @@ from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dapa_merge.checkpoint.convert import link_files, open_location, standard_folder
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
@@ -41,9 +41,6 @@ from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.live import LiveModel, load_model, mapped_values
 from dapa_merge.progress import quiet
 from dapa_merge.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Blender:

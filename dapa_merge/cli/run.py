@@ -154,7 +154,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from dapa_merge.measure.model import evaluate_model, responses_text
+    from dapa_merge.measure.figures import responses_text
+    from dapa_merge.measure.meter import evaluate_model
     from dapa_merge.report.report import jsonable
     from dapa_merge.report.tables import categories_table, figures_table
 

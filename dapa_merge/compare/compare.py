@@ -312,7 +312,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     dapa = {key: asdict(row.change(one)) for key, one in found.items() if one is not None and one.figures is not None}
     said: dict[str, Any] = {}
     for key, value in asdict(replace(row, arms=(), curve=())).items():
-        said |= row.edit.to_json() if key == "edit" else {key: value}
+        said |= row.edit.to_json() if key == "edit" else value if key == "settings" else {key: value}
     return {**said, "arms": arms, "curve": curve, "repair": best, "changes": dapa}
 
 

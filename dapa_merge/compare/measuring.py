@@ -12,11 +12,10 @@ from typing import Any
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
-from dapa_merge.measure.marker import RULES
-from dapa_merge.measure.meter import Meter
-from dapa_merge.measure.model import measure_candidate
+from dapa_merge.measure.meter import Meter, measure_candidate
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan, join
@@ -48,7 +47,7 @@ class Seen:
 
 def fast(meter: Meter) -> Meter:
     """The same figures sooner: if only the rules read responses, none is longer than its outcome needs."""
-    return replace(meter, stops_early=all(marker is RULES for marker in meter.markers))
+    return replace(meter, stops_early=all(one is RULES for one in meter.classifiers))
 
 
 class Measuring(Resident):

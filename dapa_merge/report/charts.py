@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.units import Unit
     from dapa_merge.plan.plan import Plan
     from dapa_merge.report.report import Report
-    from dapa_merge.search.search import Search
+    from dapa_merge.search.result import Search
 
 
 CARD_WIDTH = 8.0

@@ -34,6 +34,7 @@ from dapa_merge.report import charts as plot_style
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
+SETTINGS = {"retain": 0.95, "max_over_refusal": 0.05, "max_perplexity": 1.05}
 
 
 def figures(dsr: float) -> Figures:
@@ -47,7 +48,7 @@ def row(name: str, dsr: float = 0.5, curve: tuple[Point, ...] = CURVE) -> Row:
         return Arm(key, key, key, key, figures(value), refused=(True,) * 10, over_refused=(False,) * 10)
 
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", SETTINGS,
         (arm("target", 0.0), arm("source", 1.0), arm("fixed", dsr)), curve,
     )  # fmt: skip
 

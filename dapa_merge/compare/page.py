@@ -306,10 +306,7 @@ def latex(rows: Sequence[Row]) -> str:
         parts.append(paper_table(rows).text(LATEX))
     if any(row.arm(AUTO) for row in rows):
         parts += ["% The same with modules: auto.", paper_table(rows, AUTO).text(LATEX)]
-    parts += [
-        "% Every method, averaged; changes from the target in points.",
-        methods_table(rows).text(LATEX),
-    ]
+    parts += ["% Every method, averaged; changes from the target in points.", methods_table(rows).text(LATEX)]
     return "\n".join(parts) + "\n"
 
 

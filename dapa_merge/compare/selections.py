@@ -112,12 +112,7 @@ def _recorded_seconds(path: Path) -> float:
 
 
 # The first and last layer that the DAPA repository transplants, by family and number of layers.
-REPOSITORY_LAYERS = {
-    ("llama", 32): (12, 17),
-    ("mistral", 32): (9, 18),
-    ("gemma", 28): (7, 13),
-    ("gemma", 18): (3, 6),
-}
+REPOSITORY_LAYERS = {("llama", 32): (12, 17), ("mistral", 32): (9, 18), ("gemma", 28): (7, 13), ("gemma", 18): (3, 6)}
 OTHERS = "llama"
 # The smallest edit is one of these blocks of rows.
 BLOCKS_PER_PROJECTION = 16

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from dapa_merge.publish.parents import PAGES, License, Parent
+from dapa_merge.publish.options import License
+from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label

@@ -95,7 +95,7 @@ def make_lock(recipe: Recipe) -> Lock:
     return Lock(recipe_digest(recipe), target, source, (), versions())
 
 
-def follow_lock(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
+def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
     """A recipe with its models as they were locked, and the lock.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,36 +23,13 @@ from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CAPTIONS, CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
-from dapa_merge.publish.parents import MAX_CARD_BYTES, License, Parent, describe_parent, inherited, license_in
+from dapa_merge.publish.options import CardOptions, inherited, license_in
+from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
-
-
-@dataclass(frozen=True)
-class CardOptions:
-    """What a user says about a card; None for what was said before, or else for what the files say.
-
-    Attributes:
-        title: What the model is called: its id on the Hub.
-        license: What it is published under.
-        target: Where the target is published, if the recipe names a folder.
-        source: The same of the source.
-    """
-
-    title: str | None = None
-    license: License | None = None
-    target: Location | None = None
-    source: Location | None = None
-
-    def to_said(self) -> dict[str, str]:
-        """Plain texts, to be kept in the card."""
-        license = self.license.to_metadata() if self.license else {}
-        places = {"target": self.target, "source": self.source}
-        named = {name: str(place) for name, place in places.items() if place is not None}
-        return ({"title": self.title} if self.title else {}) | license | named
 
 
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:

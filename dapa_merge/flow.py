@@ -20,7 +20,7 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.publish.commit import Published
 from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
 from dapa_merge.publish.options import CardOptions, Destination
-from dapa_merge.publish.outdated import keep_lock, locked_recipe, make_lock
+from dapa_merge.publish.outdated import locked_recipe, make_lock, write_lock
 from dapa_merge.publish.push import check_push, push
 from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
@@ -76,7 +76,7 @@ def run_recipe(
         lock = _lock(recipe)
     report = repair(recipe, out, lock=lock, is_locked=is_locked, **settings)
     if lock is not None and not is_locked:
-        keep_lock(lock.with_units(report.units), path)
+        write_lock(lock.with_units(report.units), path)
     if destination is not None:
         return report, _publish(out, destination, card)
     _describe(out, card)
@@ -176,8 +176,8 @@ def write(
         LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
     if rounding.subnormal:
         LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
-    what = "the target's or the source's" if plan.strength == 1 else "the target's or the blend"
-    LOG.info(f"wrote {out}: every one of its {len(plan.target.tensors)} tensors is {what}")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from dapa_merge import miniature
 from dapa_merge.measure import meter as measure
-from dapa_merge.measure.figures import Figures, Response, interval, refusal_figures
-from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.prompts.sets import PromptSet, load_prompts, split
+from dapa_merge.measure.statistics import interval, refusal_figures
+from dapa_merge.measure.statistics import mcnemar as compare
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import Report, Searched
 from dapa_merge.report.tables import print_report

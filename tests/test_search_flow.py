@@ -398,7 +398,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     finally:
         torch.set_num_threads(threads)
     (bench,) = test.args
-    assert (bench.plan.strength, bench.plan.max_overflow) == (0.5, 3)
+    assert (bench.plan.edit.strength, bench.plan.max_overflow) == (0.5, 3)
     unit = bench.plan.units[1]
     (name,) = unit.tensors
     own = bench.live.model.get_parameter(name).clone()

@@ -27,7 +27,7 @@ from typing import NoReturn
 
 MODULES = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint.hf_storage",
-    "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "anyio", "jinja2", "yaml", "rich.progress", "click",
+    "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "jinja2", "yaml", "rich.progress", "click",
 )  # fmt: skip
 # Reads the variables of the Hub's client.
 MODULES_OF_THE_HUB = (*MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama")

@@ -25,7 +25,6 @@ from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
 
-
 GATE_FAILED = 6
 OUTDATED = 10
 

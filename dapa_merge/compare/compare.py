@@ -330,4 +330,7 @@ def _row_json(row: Row) -> dict[str, Any]:
     best = [arm.key for arm in choices(row)]
     found = {key: row.arm(key) for key in (DAPA, AUTO)}
     dapa = {key: asdict(row.change(one)) for key, one in found.items() if one is not None and one.figures is not None}
-    return {**asdict(replace(row, arms=(), curve=())), "arms": arms, "curve": curve, "repair": best, "changes": dapa}
+    said: dict[str, Any] = {}
+    for key, value in asdict(replace(row, arms=(), curve=())).items():
+        said |= row.edit.to_json() if key == "edit" else {key: value}
+    return {**said, "arms": arms, "curve": curve, "repair": best, "changes": dapa}

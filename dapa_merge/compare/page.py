@@ -72,8 +72,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
-    if row.strength != 1:
-        parts.append(f"Whatever is transplanted moves {row.strength:g} of the way to the source, as the recipe has it.")
+    if row.edit.note:
+        parts.append(row.edit.note)
     if row.before.score is not None:
         scored = [(arm.label, arm.figures.score) for arm in row.arms if arm.figures is not None]
         scores = [f"{label} {score:.3f}" for label, score in scored if score is not None]

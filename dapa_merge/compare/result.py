@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dapa_merge.measure.figures import Change, Figures, mcnemar, mean_interval
+from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.measure.statistics import mcnemar, mean_interval
+from dapa_merge.plan.edit import Edit
 from dapa_merge.search.requirement import requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
@@ -117,7 +119,7 @@ class Row:
         modules: What the recipe's search may choose from.
         evaluator: Whose verdicts DSR and over-refusal are; of one that scores a model as a whole, its scores say
             whether a method repairs, and the rules' verdicts the rest.
-        strength: How far every transplanted value moves from the target's to the source's.
+        edit: How every transplanted value is computed.
         num_parameters: Of the target.
         prompts: The prompt set's name.
         retain: Share of the gain that is wanted: here of the source's, in a search of the full transplant's.
@@ -136,7 +138,7 @@ class Row:
     architecture: str
     modules: str
     evaluator: str
-    strength: float
+    edit: Edit
     num_parameters: int
     prompts: str
     retain: float

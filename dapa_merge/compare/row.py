@@ -90,8 +90,7 @@ class _Comparison:
         self.pretrained = open_pretrained(recipe, self.plan.target, self.plan.source, allow_pickle=options.allow_pickle)
 
     def run(self) -> Row:
-        models = {"target": self.plan.target, "source": self.plan.source}
-        parts = models_parts(self.recipe, models, self.meter, self.options.device) | {
+        parts = models_parts(self.recipe, self.plan.models, self.meter, self.options.device) | {
             "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
         }
@@ -147,7 +146,7 @@ class _Comparison:
             architecture=architecture_name(self.plan.target.config),
             modules=", ".join(recipe.modules),
             evaluator=recipe.evaluator,
-            strength=recipe.strength,
+            edit=self.plan.edit,
             num_parameters=self.plan.target.num_parameters,
             prompts=recipe.prompts,
             retain=recipe.retain,

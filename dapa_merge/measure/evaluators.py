@@ -134,10 +134,12 @@ def _find_judge(options: Options) -> Judge | None:
 
 @functools.cache
 def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
-    # One judge for the whole process: its spending cap, and what it was asked already, are for all.
-    from dapa_merge.measure.judge import Judge, JudgeOptions
-
-    return Judge(JudgeOptions(model=model, url=url, max_requests=max_requests), LOG.warning)
+    """One judge for the whole process, so that its limit of requests and its known verdicts serve all."""
+    try:
+        from dapa_merge.measure.judge import Judge
+    except ImportError as error:
+        raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+    return Judge(model, url, max_requests, LOG.warning)
 
 
 def _unknown(name: str, file: Path | None) -> str:

@@ -15,13 +15,14 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, Drafts
 from dapa_merge.measure.evaluators import Scorer, find_evaluator, find_second_opinion
-from dapa_merge.measure.figures import Figures, Response, SkillFigure, count, refusal_figures
+from dapa_merge.measure.figures import Figures, Response, SkillFigure
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.marker import RULES, Marker
 from dapa_merge.measure.perplexity import Reading, read
 from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, load_skills, skill_figure
+from dapa_merge.measure.statistics import count, refusal_figures
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 

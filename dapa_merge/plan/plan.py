@@ -1,4 +1,4 @@
-"""Which tensors a recipe is about: the units of a target and their twins in the source, checked against each other."""
+"""Which tensors a recipe is about: a target's units and their twins in the other models, checked against each other."""
 
 from __future__ import annotations
 
@@ -18,34 +18,55 @@ from dapa_merge.checkpoint.units import (
     join_ranges,
 )
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.plan.edit import MODELS, Copy, Edit
+
+# Copies the source's values as they are.
+COPY = Copy()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A target, a source that fits it, and the units that may move from one to the other.
+    """A target, the models that its new values come from, and the units that may change.
 
     Attributes:
-        target: The checkpoint to repair.
-        source: The aligned checkpoint of the same family.
+        models: By what a recipe calls them: `target`, `source`, and `pretrained` if the edit reads it.
         units: Every candidate unit, in the order of the layers.
-        twins: For each whole unit, the source's, whose tensors may be cut and named otherwise.
-        strength: How far a selected value moves from the target's (0) to the source's (1).
+        twins: For each whole unit, the same unit in each of the other models, whose tensors may be cut and named
+            otherwise.
+        edit: How new values are computed.
         max_overflow: How many values that the target's dtype cannot hold are cut to the largest that it can.
     """
 
-    target: Checkpoint
-    source: Checkpoint
+    models: Mapping[str, Checkpoint]
     units: tuple[Unit, ...]
-    twins: Mapping[Unit, Unit]
-    strength: float = 1.0
+    twins: Mapping[Unit, Mapping[str, Unit]]
+    edit: Edit = COPY
     max_overflow: int = 0
 
-    def regions(self, selection: Iterable[Unit]) -> Iterator[tuple[Region, Region]]:
-        """Pairs of what is replaced in the target, and what of the source comes in its place: as many elements."""
+    @property
+    def target(self) -> Checkpoint:
+        """The checkpoint to repair."""
+        return self.models["target"]
+
+    @property
+    def source(self) -> Checkpoint:
+        """The aligned checkpoint of the same family."""
+        return self.models["source"]
+
+    @property
+    def others(self) -> dict[str, Checkpoint]:
+        """The models but the target."""
+        return {name: checkpoint for name, checkpoint in self.models.items() if name != "target"}
+
+    def regions(self, selection: Iterable[Unit]) -> Iterator[dict[str, Region]]:
+        """Yield, part by part, where a selection's values are in each model; as many in each."""
         for unit in selection:
-            twin = replace(self.twins[unit.whole], rows=unit.rows)
-            for ours, theirs in zip(unit.parts, twin.parts, strict=True):
-                yield region_of(self.target, ours), region_of(self.source, theirs)
+            twins = {name: replace(twin, rows=unit.rows) for name, twin in self.twins[unit.whole].items()}
+            for parts in zip(unit.parts, *(twin.parts for twin in twins.values()), strict=True):
+                yield {
+                    name: region_of(self.models[name], part)
+                    for name, part in zip(("target", *twins), parts, strict=True)
+                }
 
     def rows(self, unit: Unit) -> Rows:
         """Which rows of its layer's module a unit is."""
@@ -57,11 +78,11 @@ class Plan:
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
         """How many parameters of the target a selection replaces."""
-        return sum(region.num_parameters for region, _ in self.regions(selection))
+        return sum(regions["target"].num_parameters for regions in self.regions(selection))
 
     def num_bytes(self, selection: Iterable[Unit]) -> int:
         """How many bytes of the target a selection replaces."""
-        return sum(region.num_bytes for region, _ in self.regions(selection))
+        return sum(regions["target"].num_bytes for regions in self.regions(selection))
 
     def share(self, selection: Iterable[Unit]) -> float:
         """The share of the target's parameters that a selection replaces, in [0, 1]."""
@@ -69,33 +90,52 @@ class Plan:
 
 
 def plan_transplant(
-    target: Checkpoint, source: Checkpoint, modules: Sequence[str], *, strength: float = 1.0, max_overflow: int = 0
+    target: Checkpoint,
+    source: Checkpoint,
+    modules: Sequence[str],
+    *,
+    pretrained: Checkpoint | None = None,
+    edit: Edit = COPY,
+    max_overflow: int = 0,
 ) -> Plan:
-    """Find the units of both models and check that each fits in the other's place.
+    """Find the units of all models and check that each fits in the target's place.
+
+    Args:
+        target: The checkpoint to repair.
+        source: The aligned one.
+        modules: What of a layer is a unit.
+        pretrained: What both were fine-tuned from, for an edit that reads it.
+        edit: How new values are computed.
+        max_overflow: How many values may overflow.
 
     Raises:
         CheckpointError: If the models are of different architectures or sizes, or are quantized.
         UnsupportedArchitecture: If their units cannot be found.
     """
-    for checkpoint in (target, source):
-        check_not_quantized(checkpoint)
-    ours, theirs = architecture_name(target.config), architecture_name(source.config)
-    if ours != theirs:
-        raise CheckpointError(
-            f"the source {source.name} is a {theirs} but the target {target.name} is a {ours}; "
-            f"a source must be of the target's own family"
-        )
-    units = find_units(target.config, target.shapes, modules)
-    twins = find_units(source.config, source.shapes, modules)
-    if (found := _num_layers(twins)) != (wanted := _num_layers(units)):
-        raise CheckpointError(
-            f"the source {source.name} has {found} layers but the target {target.name} has {wanted}; "
-            f"a source must have the target's own size"
-        )
-    plan = Plan(target, source, units, dict(zip(units, twins, strict=True)), strength, max_overflow)
+    models = {"target": target, "source": source} | ({} if pretrained is None else {"pretrained": pretrained})
+    assert set(edit.inputs) <= set(models), f"{edit.name} reads {edit.inputs}"
+    units = _find_units("target", models, modules)
+    found = {name: _find_units(name, models, modules) for name in models if name != "target"}
+    for name, theirs in found.items():
+        if (has := _num_layers(theirs)) != (wanted := _num_layers(units)):
+            raise CheckpointError(
+                f"the {MODELS[name]} {models[name].name} has {has} layers but the target {target.name} has {wanted}; "
+                f"a {MODELS[name]} must have the target's own size"
+            )
+    twins = [dict(zip(found, same, strict=True)) for same in zip(*found.values(), strict=True)]
+    plan = Plan(models, units, dict(zip(units, twins, strict=True)), edit, max_overflow)
     for unit in units:
-        _check_twin(unit, plan)
+        _check_twins(unit, plan)
     return plan
+
+
+def with_modules(plan: Plan, modules: Sequence[str]) -> Plan:
+    """The plan of other modules of the same models.
+
+    Raises:
+        CheckpointError: As `plan_transplant` does.
+    """
+    return plan_transplant(**plan.models, modules=modules, edit=plan.edit, max_overflow=plan.max_overflow)
 
 
 def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Plan:
@@ -110,6 +150,8 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Pla
         UsageError: If a unit's rows are not neurons.
     """
     blocks: list[Unit] = []
+    if not plan.edit.divides:
+        raise UsageError(f"a unit of the edit {plan.edit.name} is {plan.edit.unit}, and cannot be divided")
     for unit in units:
         if unit.module not in DIVISIBLE_MODULES:
             raise UsageError(
@@ -145,11 +187,11 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
 def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
     """The plan by which a result is judged that should have this selection, cut at the ends of its blocks.
 
-    Of a source that is fetched as it is read, the plan has no other units: they must be the target's, as everything
-    else, and nothing is fetched to tell what they are instead.
+    If a model is fetched as it is read, the plan has no other units: they must be the target's, as everything else,
+    and nothing is fetched to tell what they are instead.
     """
     chosen = tuple(selection)
-    if plan.source.partial is not None:
+    if any(checkpoint.partial is not None for checkpoint in plan.others.values()):
         plan = replace(plan, units=tuple(dict.fromkeys(unit.whole for unit in chosen)))
     return cut(plan, chosen)
 
@@ -159,23 +201,39 @@ def region_of(checkpoint: Checkpoint, part: TensorBox) -> Region:
     return Region.of(checkpoint.tensors[part.tensor], part)
 
 
-def _check_twin(unit: Unit, plan: Plan) -> None:
-    """Raise `CheckpointError` unless a unit and its twin in the source are of the same size, and of floats."""
-    twin = plan.twins[unit]
-    if unit != twin or len(unit.parts) != len(twin.parts):
-        odd = sorted(set(unit.tensors) ^ set(twin.tensors))
-        what = f"tensor {odd[0]}" if odd else f"{len(unit.parts)} parts in {unit}"
-        raise CheckpointError(f"only one of {plan.target.name} and {plan.source.name} has {what}")
-    for ours, theirs in plan.regions((unit,)):
-        if ours.extents != theirs.extents:
-            raise CheckpointError(
-                f"{theirs.name} is {list(theirs.shape)} in the source {plan.source.name} but {list(ours.shape)} in the "
-                f"target {plan.target.name}; a source must have the target's own size"
-            )
-        for region, checkpoint in ((ours, plan.target), (theirs, plan.source)):
+def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[str]) -> tuple[Unit, ...]:
+    """The units of one of the models, if it is of the target's architecture."""
+    checkpoint, target = models[name], models["target"]
+    check_not_quantized(checkpoint)
+    ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)
+    if ours != theirs:
+        raise CheckpointError(
+            f"the {MODELS[name]} {checkpoint.name} is a {theirs} but the target {target.name} is a {ours}; "
+            f"a {MODELS[name]} must be of the target's own family"
+        )
+    return find_units(checkpoint.config, checkpoint.shapes, modules)
+
+
+def _check_twins(unit: Unit, plan: Plan) -> None:
+    """Raise `CheckpointError` unless a unit and its twins are of the same size, and of floats."""
+    for name, twin in plan.twins[unit].items():
+        if unit != twin or len(unit.parts) != len(twin.parts):
+            odd = sorted(set(unit.tensors) ^ set(twin.tensors))
+            what = f"tensor {odd[0]}" if odd else f"{len(unit.parts)} parts in {unit}"
+            raise CheckpointError(f"only one of {plan.target.name} and {plan.models[name].name} has {what}")
+    for regions in plan.regions((unit,)):
+        ours = regions["target"]
+        for name, theirs in regions.items():
+            if ours.extents != theirs.extents:
+                raise CheckpointError(
+                    f"{theirs.name} is {list(theirs.shape)} in the {MODELS[name]} {plan.models[name].name} but "
+                    f"{list(ours.shape)} in the target {plan.target.name}; a {MODELS[name]} must have the target's own "
+                    f"size"
+                )
+        for name, region in regions.items():
             if region.tensor.dtype not in TORCH_NAMES:
                 raise CheckpointError(
-                    f"{region.tensor.name} of {checkpoint.name} is stored as {region.tensor.dtype}; "
+                    f"{region.tensor.name} of {plan.models[name].name} is stored as {region.tensor.dtype}; "
                     f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
                 )
 

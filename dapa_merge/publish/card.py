@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.options import License
 from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
@@ -37,7 +38,7 @@ class CardFacts:
         parents: The models that it was made of, the target first.
         license: The license that it is published under; None if unknown.
         units: The transplanted units, as `3.gate`.
-        strength: How far the values went from the target's to the source's.
+        edit: How the values of the units were computed.
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
         parameters_changed: How many these are.
         report: What was measured and searched; None if nothing is known of it.
@@ -55,7 +56,7 @@ class CardFacts:
     parents: Sequence[Parent]
     license: License | None
     units: Sequence[str]
-    strength: float
+    edit: Edit
     share_changed: float
     parameters_changed: int
     report: Report | None
@@ -82,13 +83,12 @@ def card_text(facts: CardFacts) -> str:
     def places(role: str) -> str:
         # For a command line.
         return "+".join(
-            parent.place or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
+            parent.public_name or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
             for parent in facts.of_role(role)
         )
 
     report = facts.report
     columns = [report.before, report.after, report.source_alone] if report else []
-    how = "copied from" if facts.strength == 1 else f"moved by {facts.strength:g} of the way to that of"
     # A stranger's text is only ever a value here, never a part of the template.
     environment = Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
@@ -100,8 +100,8 @@ def card_text(facts: CardFacts) -> str:
         measured=columns if None not in columns else [],
         by_mergekit=facts.made_by == "mergekit",
         has_folders=any(parent.repository is None for parent in facts.parents),
-        how=f"{how} {model('source')}",
-        verb="replaced" if facts.strength == 1 else "changed",
+        how=facts.edit.how({name: model(name) for name in MODELS}),
+        verb=facts.edit.verb,
         captions=CAPTIONS,
         reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",

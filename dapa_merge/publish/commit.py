@@ -241,9 +241,7 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
         parent_commit=job.head.commit,
     )
     pull_request = str(made.pr_url) if job.destination.create_pr else None
-    return Published(
-        pull_request or str(made.commit_url), str(made.oid), pull_request, True, job.change, tuple(copied)
-    )
+    return Published(pull_request or str(made.commit_url), str(made.oid), pull_request, True, job.change, tuple(copied))
 
 
 def _upload(job: Job, added: list[CommitOperationAdd]) -> None:

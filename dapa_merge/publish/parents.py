@@ -1,4 +1,4 @@
-"""What a model's own card says of it: the license, the languages and the task that a result inherits."""
+"""Parents of a result, with the license, the languages and the task that their own cards state."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Parent:
 
     Attributes:
         role: `target`, `source`, or the adapter of one of them.
-        name: What to call it in a card: the Hub id, or the folder's own name, without the path to it.
-        repository: Its id on the Hub; None if it is a folder here.
-        commit: Its commit on the Hub, if that is known.
-        license: What its card states.
-        languages: What its card states.
-        task: What its card states, as `text-generation`.
+        name: Its name in a card: the Hub id, or the folder's own name, without the path to it.
+        repository: Its id on the Hub; None for a folder.
+        commit: Its commit on the Hub, if known.
+        license: As its card states it.
+        languages: As its card states them.
+        task: As its card states it, such as `text-generation`.
     """
 
     role: str
@@ -47,46 +47,39 @@ class Parent:
     task: str | None
 
     @property
-    def place(self) -> str | None:
-        """Where anybody finds it; None for a folder."""
+    def public_name(self) -> str | None:
+        """The name by which anybody finds it; None for a folder."""
         if self.repository is None:
             return None
         return f"{self.repository}@{self.commit}" if self.commit else self.repository
 
 
 def describe_parent(role: str, location: Location) -> Parent:
-    """A parent from its location, whose revision is the commit if it is on the Hub.
+    """Describe a parent by its location, whose revision is the commit if it is on the Hub.
 
     Raises:
         HubError: If the Hub cannot be asked.
     """
     if os.path.isdir(location.path):
         folder = Path(location.path)
-        metadata, place = metadata_of(_read(folder / CARD_NAME)), ""
+        metadata, address = metadata_of(_read(folder / CARD_NAME)), ""
         name, repository, commit = folder.resolve().name, None, None
     elif not is_id(location.path):
         # A folder that is gone.
-        name, repository, commit, metadata, place = Path(location.path).name, None, None, {}, ""
+        name, repository, commit, metadata, address = Path(location.path).name, None, None, {}, ""
     else:
         name = repository = location.path
         commit, text = _fetched(location)
         metadata = metadata_of(text)
-        place = f"{PAGES}/{repository}/blob/main"
+        address = f"{PAGES}/{repository}/blob/main"
     task = metadata.get("pipeline_tag")
     task = task if isinstance(task, str) and re.fullmatch(r"[a-z0-9-]{3,40}", task) else None
-    return Parent(
-        role,
-        name,
-        repository,
-        commit,
-        license_in(metadata, place),
-        _languages(metadata.get("language")),
-        task,
-    )
+    languages = _languages(metadata.get("language"))
+    return Parent(role, name, repository, commit, license_in(metadata, address), languages, task)
 
 
 def metadata_of(card: str) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty if there is none, or none that is a mapping."""
+    """The YAML at the head of a model card; empty if absent, or not a mapping."""
     head, _ = split_card(card)
     try:
         found = yaml.safe_load(head) if head else None
@@ -96,7 +89,7 @@ def metadata_of(card: str) -> dict[str, Any]:
 
 
 def split_card(card: str) -> tuple[str, str]:
-    """The YAML at the head of a model card, and what follows it."""
+    """Split a model card into the YAML at its head and the text after it."""
     text = card.replace("\r\n", "\n").removeprefix("\ufeff")
     if not text.startswith("---\n"):
         return "", text
@@ -112,7 +105,7 @@ def _read(path: Path) -> str:
 
 
 def _fetched(location: Location) -> tuple[str, str]:
-    """The commit of a model on the Hub, and its card as it is now: a license is corrected afterwards at times."""
+    """The commit of a model on the Hub, and its card as it is now: at times a license is corrected afterwards."""
     info = ask(f"ask the Hub about {location}", lambda: api().model_info(location.path, revision=location.revision))
 
     def card() -> str:

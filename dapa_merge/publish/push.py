@@ -153,7 +153,7 @@ def _message(recipe: Recipe, facts: CardFacts | None) -> str:
 def _description(facts: CardFacts) -> Iterator[str]:
     """The lines that a reader of the commit, or of the pull request, wants to see first."""
     for parent in facts.parents:
-        yield f"- {parent.role}: {parent.place or parent.name}"
+        yield f"- {parent.role}: {parent.public_name or parent.name}"
     yield f"- transplanted: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
     if facts.report is None or facts.report.after is None:
         yield "- not measured"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -39,6 +41,13 @@ class Options:
     judge_requests: int | None = None
     allow_pickle: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` if the judge has an empty name or an invalid address."""
+        if self.judge_model is not None and not self.judge_model.strip():
+            raise UsageError("the judge has no model name; name the model as its endpoint knows it")
+        if self.judge_url is not None:
+            check_url(self.judge_url, "the judge's url")
+
     @classmethod
     def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:
         """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
@@ -56,6 +65,28 @@ class Options:
             judge_requests=parse_requests(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),
             allow_pickle=bool(click.BOOL.convert(environment.get(ALLOW_VARIABLE) or "0", None, None)),
         )
+
+
+def check_url(url: str, name: str) -> None:
+    """Check that a URL can be asked over HTTP.
+
+    Args:
+        url: An address, such as http://localhost:8000/v1.
+        name: Of the option or variable that holds it.
+
+    Raises:
+        UsageError: If scheme, host or port are invalid, or a character is.
+    """
+    # A port above 65535 is only noticed where it is read.
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if is_http and url.isprintable() and " " not in url:
+            return
+    raise UsageError(
+        f"{name} is not a valid address (scheme, host or port is wrong, or it has a space); "
+        "expected something like http://localhost:8000/v1"
+    )
 
 
 def parse_requests(text: str | None, name: str) -> int | None:

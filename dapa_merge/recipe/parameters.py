@@ -156,6 +156,7 @@ PARAMETERS: dict[str, Parameter] = {
         f"write layer, expert for one expert of a mixture, or block:N for blocks of N rows, the last two for "
         f"{' or '.join(DIVISIBLE_MODULES)}",
     ),
+    "edit": Parameter(_name(), "write copy, the source's values, or the name of another edit"),
     "strength": Parameter(
         _number(0, 2, above=True),
         "write a number above 0 and up to 2: 1 copies, 0.5 goes half of the way to the source",

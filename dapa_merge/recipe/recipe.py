@@ -22,7 +22,8 @@ class Recipe:
         layers: What to transplant, or None to search.
         modules: Which modules of a layer are units.
         granularity: How fine the units of a search get: `layer`, `expert`, or `block:N` for blocks of N rows.
-        strength: How far a selected value moves from the target's (0) to the source's (1), in (0, 2].
+        edit: Name of how new values are computed.
+        strength: How much of the edit's change is made, in (0, 2]; a copy of another strength than 1 is a blend.
         max_overflow: How many values that the target's dtype cannot hold may be cut to the largest that it can.
         evaluator: Name of what scores a candidate.
         prompts: Name or path of the prompt set.
@@ -37,7 +38,7 @@ class Recipe:
         batch_size: Prompts that are answered at once; None for as many as is best.
         text: What the report takes perplexity of; None for the prompts' own passages, or a text of the Hub's.
         skills: What else the report tests: files of questions and lm-evaluation-harness tasks, with commas.
-        pretrained: What target and source were both fine-tuned from; only `dapa-merge compare` asks for it.
+        pretrained: What target and source were both fine-tuned from; read by some edits, and by `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
 
@@ -47,6 +48,7 @@ class Recipe:
     layers: tuple[LayerChoice, ...] | None = None
     modules: tuple[str, ...] = ("gate",)
     granularity: str = "layer"
+    edit: str = "copy"
     strength: float = 1.0
     max_overflow: int = 0
     evaluator: str = "refusal"

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.figures import Change, mcnemar
+from dapa_merge.measure.figures import Change
 from dapa_merge.measure.model import MeasuredModel, measure_checkpoint, measure_live
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.statistics import mcnemar
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options

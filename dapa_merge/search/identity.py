@@ -46,17 +46,18 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
 
 def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     """Everything that decides a verdict, by name."""
-    names = {region.tensor.name for _, region in plan.regions(plan.units)}
-    total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
-    with task("reading both checkpoints", total, "bytes"):
-        parts = {
-            "target": tensors_digest(plan.target),
-            "source": tensors_digest(plan.source, names),
-        }
+    names: dict[str, set[str]] = {name: set() for name in plan.others}
+    for regions in plan.regions(plan.units):
+        for name, of_model in names.items():
+            of_model.add(regions[name].tensor.name)
+    read = [plan.models[name].tensors[tensor].num_bytes for name, of_model in names.items() for tensor in of_model]
+    with task("reading the checkpoints", plan.target.num_bytes + sum(read), "bytes"):
+        parts = {name: tensors_digest(checkpoint, names.get(name)) for name, checkpoint in plan.models.items()}
+    parts |= {key: str(value) for key, value in plan.edit.to_json().items()}
     prompts = bench.meter.prompts
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
     return parts | {
-        "strength": f"{plan.strength} {plan.max_overflow}",
+        "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
         "prompts": data_digest(asked),
         "evaluator": bench.evaluator,

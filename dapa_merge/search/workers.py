@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import open_plan, pinned_location
+from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
@@ -309,9 +309,7 @@ def ray_testers(
 ) -> RayWorkers[Unit, Test]:
     """Ray actors that test selections, each with a target of its own."""
     # Other machines, other folders, and hours later: the same weights all the same.
-    recipe = replace(
-        recipe, target=pinned_location(recipe.target, plan.target), source=pinned_location(recipe.source, plan.source)
-    )
+    recipe = with_pinned_models(recipe, plan)
     file = options.evaluator_file
     options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)

@@ -79,7 +79,7 @@ class Edits:
         return float(self._journal.notes[name])
 
     def _measure(self, edit: tuple[Unit, ...], meter: Meter) -> dict[str, Any]:
-        from dapa_merge.measure.figures import refusal_figures
+        from dapa_merge.measure.statistics import refusal_figures
 
         with self._bench.live.transplanted(edit) as model:
             measurement = meter.measure(model, self._bench.live.tokenizer, edit)

@@ -353,8 +353,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
-    models = {"target": plan.target, "source": plan.source}
-    with opened(out, models_parts(recipe, models, meter, options.device)) as journal:
+    with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
         return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal).run(), out)
 
 

@@ -254,14 +254,14 @@ def transplant(
     manifest: bool = True,
     check: Callable[[Path], object] = lambda _: None,
 ) -> Rounding:
-    """Write the target with the selected units replaced by the source's into `out`.
+    """Write the target with the plan's edit of the selected units into `out`.
 
-    Every byte is read back as soon as it is written, and compared with the target's or the source's. What an earlier
-    run of the same job finished is kept.
+    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
+    job finished is kept.
 
     Args:
-        plan: Target and source.
-        selection: The units to replace.
+        plan: The models and the edit.
+        selection: The units to change.
         out: The folder to make; it must not exist, or be empty.
         extras: Further small files to write into it, by name.
         link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
@@ -279,13 +279,17 @@ def transplant(
     """
     rounding = Rounding()
     changes = find_changes(plan, selection, rounding)
-    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
     units = tuple(map(str, selection))
 
     def describe(files: Mapping[str, Digests]) -> str:
         return manifest_text(make_manifest(plan, units, changes, files))
 
-    job = {"source": identity(plan.source, sources), "selection": list(units)}
+    regions = list(plan.regions(selection))
+    job: dict[str, Any] = {
+        name: identity(checkpoint, sorted({found[name].tensor.file for found in regions}))
+        for name, checkpoint in plan.others.items()
+    }
+    job["selection"] = list(units)
     write_result(
         plan.target, changes, out, job, extras=extras, describe=describe if manifest else None, link=link, check=check
     )

@@ -144,8 +144,8 @@ def moved(live: LiveModel, strength: float) -> Iterator[None]:
 
     def place(share: float) -> None:
         for slot in live.slots(live.plan.units):
-            values = mapped_values(live.plan.target, slot.ours).float()
-            values = values.lerp(mapped_values(live.plan.source, slot.theirs).float(), share)
+            values = mapped_values(live.plan.target, slot.regions["target"]).float()
+            values = values.lerp(mapped_values(live.plan.source, slot.regions["source"]).float(), share)
             with torch.no_grad():
                 slot.parameter[slot.slices].copy_(values.reshape(slot.parameter[slot.slices].shape))
 
@@ -182,7 +182,8 @@ def all_gradients(
         (objective(live, sides[start : start + batch]) / len(contrasts)).backward()
     effects = dict.fromkeys(live.plan.units, 0.0)
     for slot in live.slots(live.plan.units):
-        theirs, ours = mapped_values(live.plan.source, slot.theirs), mapped_values(live.plan.target, slot.ours)
+        theirs = mapped_values(live.plan.source, slot.regions["source"])
+        ours = mapped_values(live.plan.target, slot.regions["target"])
         gradient = slot.parameter.grad[slot.slices].float()
         effects[slot.unit] += float((gradient * (theirs.float() - ours.float()).to(gradient.device)).sum())
     for parameter in parameters:

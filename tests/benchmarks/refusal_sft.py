@@ -31,8 +31,8 @@ import torch
 from refusal_sft_arms import BATCH_SIZE, FULL_RATES, LORA_RATES, Arm, Seen, Setting, Stand, best
 
 from dapa_merge.errors import DapaError
-from dapa_merge.measure.figures import interval
-from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.statistics import interval
+from dapa_merge.measure.statistics import mcnemar as compare
 from dapa_merge.recipe.parse import load_recipe
 
 RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")

@@ -129,9 +129,9 @@ def test_the_rest_of_a_shard_is_the_targets_own(plans, tmp_path):
         assert len(before) == len(after)
         changed += [(path.name, index) for index in range(len(before)) if before[index] != after[index]]
     allowed = {
-        (ours.tensor.file, index)
-        for ours, _ in plan.regions(selection)
-        for start, size in ours.runs()
+        (regions["target"].tensor.file, index)
+        for regions in plan.regions(selection)
+        for start, size in regions["target"].runs()
         for index in range(start, start + size)
     }
     assert changed

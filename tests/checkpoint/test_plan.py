@@ -71,13 +71,9 @@ def test_a_block_is_a_unit_of_its_own(plan):
 def test_a_blocks_tensors_are_those_rows_of_the_weights_and_biases(biased_plan):
     unit = biased_plan.units[1]
     block = dataclasses.replace(unit, rows=(5, 17))
-    for (ours, theirs), (all_ours, all_theirs) in zip(
-        biased_plan.regions((block,)), biased_plan.regions((unit,)), strict=True
-    ):
-        for part, whole, checkpoint in (
-            (ours, all_ours, biased_plan.target),
-            (theirs, all_theirs, biased_plan.source),
-        ):
+    for parts, wholes in zip(biased_plan.regions((block,)), biased_plan.regions((unit,)), strict=True):
+        for name, checkpoint in biased_plan.models.items():
+            part, whole = parts[name], wholes[name]
             assert part.tensor == whole.tensor
             assert whole.is_whole
             assert (part.shape, part.box[0]) == ((12, *whole.shape[1:]), (5, 17))
@@ -90,7 +86,7 @@ def test_a_blocks_tensors_are_those_rows_of_the_weights_and_biases(biased_plan):
 
 @pytest.mark.parametrize("rows", [(0, 209), (-1, 3), (9, 2)])
 def test_a_part_that_a_tensor_does_not_have_is_never_addressed(plan, rows):
-    (region, _), *_ = plan.regions(plan.units[:1])
+    region = next(plan.regions(plan.units[:1]))["target"]
     (part,) = plan.units[0].parts
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[208, 80\], so that it has no part"):
         Region.of(region.tensor, dataclasses.replace(part, box=(rows, part.box[1])))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
-from dapa_merge.plan.edit import Rounding, mix
+from dapa_merge.plan.edit import Copy, Rounding, make_edit
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.transplant.result import transplant
 from dapa_merge.verify.tensors import verify
@@ -57,7 +57,9 @@ def test_a_mix_is_computed_in_float32_and_rounded_once(data, values, ours, their
     with numpy.errstate(all="ignore"):
         exact = a + (b - a) * numpy.dtype(kind).type(strength) if strength != 1 else b
         expected = rounded(exact, ours)
-    found = mix(own, source, strength, DTYPES[ours])
+    edit = make_edit("copy", strength)
+    values = {"target": own, "source": source}
+    found = edit.new_values({name: values[name] for name in edit.inputs}, DTYPES[ours])
     if not bool(torch.isfinite(torch.from_numpy(exact.astype("f8")).to(DTYPES[ours])).all()):
         return
     assert bits_of(found).tolist() == expected.tolist()
@@ -65,7 +67,7 @@ def test_a_mix_is_computed_in_float32_and_rounded_once(data, values, ours, their
 
 def test_what_overflows_becomes_the_largest_value_and_is_counted():
     rounding = Rounding()
-    found = mix(None, torch.tensor([1e6, -7e4, 65519.0, 1.0]), 1.0, torch.float16, rounding)
+    found = Copy().new_values({"source": torch.tensor([1e6, -7e4, 65519.0, 1.0])}, torch.float16, rounding)
     assert found.tolist() == [65504.0, -65504.0, 65504.0, 1.0]
     assert (rounding.overflowed, rounding.subnormal) == (2, 0)
 
@@ -73,7 +75,7 @@ def test_what_overflows_becomes_the_largest_value_and_is_counted():
 def test_what_becomes_subnormal_or_zero_is_counted():
     rounding = Rounding()
     values = torch.tensor([1e-5, 6e-5, 6.2e-5, 1e-9, 0.0], dtype=torch.bfloat16)
-    found = mix(None, values, 1.0, torch.float16, rounding)
+    found = Copy().new_values({"source": values}, torch.float16, rounding)
     assert found[3] == 0
     assert (rounding.overflowed, rounding.subnormal) == (0, 3)
 
@@ -81,7 +83,7 @@ def test_what_becomes_subnormal_or_zero_is_counted():
 def test_an_overflow_of_the_sum_itself_is_noticed():
     rounding = Rounding()
     largest = torch.tensor([3e38])
-    found = mix(-largest, largest, 2.0, torch.float32, rounding)
+    found = make_edit("blend", 2.0).new_values({"target": -largest, "source": largest}, torch.float32, rounding)
     assert rounding.overflowed == 1
     assert found.isfinite().all()
 
@@ -93,7 +95,9 @@ def test_an_overflow_of_the_sum_itself_is_noticed():
 def test_what_is_on_disk_is_the_float32_reference(tmp_path, ours, theirs, strength):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=DTYPES[ours])
     source = save_random(tmp_path / "source", tiny_llama(), seed=2, dtype=DTYPES[theirs])
-    plan = plan_transplant(*map(open_checkpoint, (str(target), str(source))), ("gate",), strength=strength)
+    plan = plan_transplant(
+        *map(open_checkpoint, (str(target), str(source))), ("gate",), edit=make_edit("copy", strength)
+    )
     selection = plan.units[1:3]
     transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
     a, b, out = (tensors(folder)[GATE] for folder in (target, source, tmp_path / "out"))
@@ -107,7 +111,7 @@ def test_what_is_on_disk_is_the_float32_reference(tmp_path, ours, theirs, streng
 
 def test_a_blend_of_another_strength_is_unexplained(tmp_path, llama_pair):
     first, second = (
-        plan_transplant(*map(open_checkpoint, map(str, llama_pair)), ("gate",), strength=strength)
+        plan_transplant(*map(open_checkpoint, map(str, llama_pair)), ("gate",), edit=make_edit("copy", strength))
         for strength in (0.5, 0.6)
     )
     transplant(first, first.units[2:3], tmp_path / "out")
@@ -158,7 +162,7 @@ def test_a_target_that_is_not_finite_cannot_be_mixed_but_replaced(llama_pair, tm
     )
     assert refused.exit_code == 4
     assert "of the target" in refused.stderr
-    assert "which cannot be mixed; with `strength: 1` they are replaced" in refused.stderr
+    assert "which cannot be mixed; with `edit: copy` and `strength: 1` they are replaced" in refused.stderr
     recipe = write_recipe(target, llama_pair[1], layers=2)
     assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
 

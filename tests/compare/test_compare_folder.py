@@ -28,6 +28,7 @@ from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
+from dapa_merge.plan.edit import Copy
 from dapa_merge.recipe.options import Options
 from dapa_merge.report import charts as plot_style
 
@@ -46,7 +47,7 @@ def row(name: str, dsr: float = 0.5, curve: tuple[Point, ...] = CURVE) -> Row:
         return Arm(key, key, key, key, figures(value), refused=(True,) * 10, over_refused=(False,) * 10)
 
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", 0.95, 0.05, 1.05,
         (arm("target", 0.0), arm("source", 1.0), arm("fixed", dsr)), curve,
     )  # fmt: skip
 

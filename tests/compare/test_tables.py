@@ -23,7 +23,9 @@ from dapa_merge.compare.page import (
 )
 from dapa_merge.compare.result import Arm, Cost, Point, Row, averages, mean_of
 from dapa_merge.compare.sentences import choices, sentences
-from dapa_merge.measure.figures import Figures, SkillFigure, interval
+from dapa_merge.measure.figures import Figures, SkillFigure
+from dapa_merge.measure.statistics import interval
+from dapa_merge.plan.edit import Copy
 
 NUMBER = 20
 
@@ -53,7 +55,7 @@ COST = Cost(6, 2.0, {"host": 5_000_000})
 def row(name: str, *arms: Arm, curve: tuple[Point, ...] = (), before: int = 0) -> Row:
     whole = (arm("target", before, share=0.0, skill=0.9), arm("source", NUMBER, share=1.0, skill=0.0))
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", 0.95, 0.05, 1.05,
         (*whole, *arms), curve, None, "dapa", 0.1,
     )  # fmt: skip
 

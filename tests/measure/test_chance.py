@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.measure.figures import Change, interval, mcnemar_p
-from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.figures import Change
+from dapa_merge.measure.statistics import interval, mean_interval
+from dapa_merge.measure.statistics import mcnemar as compare
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=200)
 
@@ -47,6 +48,18 @@ def test_an_interval_is_that_of_wilsons_formula_and_holds_the_share(trials):
     assert 0 <= low <= share <= high <= 1
 
 
+def test_the_interval_of_a_mean_is_that_of_a_published_example():
+    """Student's sleep data (Biometrika 6, 1908), in R: t.test(extra[group == 1])."""
+    sleep = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    assert mean_interval(sleep) == (pytest.approx(-0.5297804), pytest.approx(2.0297804))
+
+
+def test_values_that_are_alike_have_an_interval_without_width_and_two_have_none():
+    assert mean_interval([1 / 3] * 4) == pytest.approx((1 / 3, 1 / 3))
+    assert mean_interval([0.1, 0.2]) is None
+    assert mean_interval([0.1, 0.2, math.nan]) is None
+
+
 def test_no_trial_refused_still_leaves_room_above():
     low, high = interval(0, 64)
     assert low == 0
@@ -55,7 +68,7 @@ def test_no_trial_refused_still_leaves_room_above():
 
 def test_the_published_exact_mcnemar_test_is_found():
     """The example of the R package exact2x2 (Fay, "Exact McNemar's Test", 2 against 9 pairs)."""
-    assert mcnemar_p(*pairs(2, 9, same=33)) == pytest.approx(0.06543, abs=5e-6)
+    assert compare(*pairs(2, 9, same=33)).p_value == pytest.approx(0.06543, abs=5e-6)
 
 
 @given(OUTCOMES)
@@ -64,13 +77,14 @@ def test_the_p_value_is_that_of_tossing_a_coin_for_each_pair_that_differs(outcom
     gained = sum(now and not once for once, now in outcomes)
     lost = sum(once and not now for once, now in outcomes)
     tail = sum(comb(gained + lost, count) for count in range(min(gained, lost) + 1))
-    assert mcnemar_p(before, after) == pytest.approx(min(1, 2 * tail / 2 ** (gained + lost)), rel=1e-9)
-    assert mcnemar_p(after, before) == pytest.approx(mcnemar_p(before, after), rel=1e-12)
+    p_value = compare(before, after).p_value
+    assert p_value == pytest.approx(min(1, 2 * tail / 2 ** (gained + lost)), rel=1e-9)
+    assert compare(after, before).p_value == pytest.approx(p_value, rel=1e-12)
 
 
 def test_prompts_that_stay_as_they_were_prove_nothing():
-    assert mcnemar_p([True] * 50 + [False] * 50, [True] * 50 + [False] * 50) == 1
-    assert mcnemar_p([], []) == 1
+    assert compare([True] * 50 + [False] * 50, [True] * 50 + [False] * 50).p_value == 1
+    assert compare([], []).p_value == 1
 
 
 def test_a_change_counts_both_directions_and_says_whether_chance_does_as_much():
@@ -82,7 +96,7 @@ def test_a_change_counts_both_directions_and_says_whether_chance_does_as_much():
 
 
 def test_a_p_value_too_small_for_eyes_is_no_zero():
-    p_value = mcnemar_p(*pairs(64, 0))
+    p_value = compare(*pairs(64, 0)).p_value
     assert p_value == pytest.approx(2**-63)
     assert math.isfinite(math.log(p_value))
 

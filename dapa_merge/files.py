@@ -174,6 +174,8 @@ def _take_byte(descriptor: int, waits: bool) -> bool:
 
 
 PICTURES = (".png", ".svg")
+# What the names of the charts of a run begin with, which lie among a model's own files.
+CHART_PREFIX = "dapa_"
 JOURNAL_BEGINS = b'{"journal":'
 
 

@@ -25,6 +25,7 @@ from dapa_merge.publish.push import check_push, push
 from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.search import readable_certificate
@@ -145,7 +146,7 @@ def repair(
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     if evidence is not None:
-        extras |= _pictures(plan, report, evidence)
+        extras |= _pictures(charts.Run(report, plan, evidence.search))
     if lock is not None:
         extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest)
@@ -213,19 +214,13 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
     )
 
 
-def _pictures(plan: Plan, report: Report, evidence: Evidence) -> dict[str, bytes]:
-    """What the search did, and before and after, as pictures by their file names; none without matplotlib."""
+def _pictures(run: charts.Run) -> dict[str, bytes]:
+    """The charts of a run by their files' names; none without matplotlib."""
     try:
-        from dapa_merge.report.charts import render, report_figure, search_figure
-
-        figures = {"dapa_figures": report_figure(report)}
-        if evidence.search is not None:
-            figures["dapa_search"] = search_figure(evidence.search, plan, plan.units)
         return {
-            f"{name}.{kind}": render(figure, kind)
-            for name, figure in figures.items()
-            if figure is not None
-            for kind in ("png", "svg")
+            f"{picture.name}{ending}": content
+            for picture in charts.draw_all(charts.CHARTS, run)
+            for ending, content in picture.files.items()
         }
     except Exception as error:
         # Whatever a picture fails of, it must not cost the model.

@@ -22,6 +22,7 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -240,6 +241,24 @@ def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
         save_random(folder / "target", tiny_llama(), seed=1),
         save_random(folder / "source", tiny_llama(), seed=2),
     )
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """A folder with a quarter of the miniature's prompts, for searches of which only the course matters."""
+    return write_few(tmp_path_factory.mktemp("few") / "prompts", 32)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The one Ray cluster of all tests; those that use it are in the group `ray`."""
+    ray = pytest.importorskip("ray")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+    # Ray leaves its own handler, which ends the process: that of the tests that come after these.
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @pytest.fixture

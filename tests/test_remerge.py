@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from action_runner import run_action
 from conftest import change_tensor, write_few
-from hub_client import IGNORED_WARNING, connect, reaching_servers
 from hub_server import dapa_merge
 from hub_stand_in import serve
 from huggingface_hub import HfApi, snapshot_download
-from publish.conftest import CARD
+from publish.conftest import CARD, connect, reaching_servers
 
 from dapa_merge import miniature
 from dapa_merge.publish.parents import metadata_of
@@ -89,7 +88,6 @@ def upload(api: HfApi, name: str, folder: Path) -> None:
     api.upload_folder(repo_id=name, folder_path=folder)
 
 
-@pytest.mark.filterwarnings(IGNORED_WARNING)
 def test_a_repaired_model_is_published_and_redone_when_its_target_moves(hub, tmp_path, monkeypatch):
     api = connect(hub, monkeypatch)
     target = shutil.copytree(miniature.path("target"), tmp_path / "target")

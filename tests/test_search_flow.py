@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.xdist_group("ray")
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()")
 # Answers of the miniature show whether they refuse by the twelfth token.
 MINIATURE = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
+# Ray's own file handles and sockets are warned about when they are collected.
+of_ray = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def done(tmp_path_factory) -> Done:
 
 
 @pytest.fixture(scope="module")
-def ddmin_done(tmp_path_factory) -> Done:
-    """The same by ddmin, which asks more."""
-    return searched(tmp_path_factory.mktemp("ddmin"), {**MINIATURE, "search": "ddmin"})
+def ddmin_done(tmp_path_factory, few) -> Done:
+    """One by ddmin, which tests more selections, with fewer prompts."""
+    return searched(tmp_path_factory.mktemp("ddmin"), {**MINIATURE, "search": "ddmin", "prompts": str(few)})
 
 
 def searched(folder: Path, parameters: dict) -> Done:
@@ -248,25 +251,30 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
     assert notes == ["target", "full transplant"]
 
 
-def test_two_ray_workers_find_the_same_also_when_one_is_killed(ddmin_done, tmp_path):
+@of_ray
+def test_two_ray_workers_find_the_same_also_when_one_is_killed(cluster, ddmin_done, tmp_path):
     psutil = pytest.importorskip("psutil")
     path, alone = ddmin_done.recipe, ddmin_done.found
     journal = tmp_path / "together"
-    command = [*COMMAND, "search", str(path), "--json"]
-    command += ["--journal", str(journal), "--workers", "ray:2"]
-    process = warm.Process(command)
-    killed = None
-    while process.poll() is None and killed is None:
-        time.sleep(0.02)
-        if journal.exists() and journal.read_bytes().count(b"\n") >= 6:
-            # Actors name themselves in their process title.
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if killed is None and child.is_running() and child.name().startswith("ray::_Actor"):
-                    killed = child.pid
-                    os.kill(killed, signal.SIGKILL)
-    assert process.wait() == 0, process.stderr
-    together = json.loads(process.stdout)
-    assert killed is not None
+    killed = []
+
+    def kill_one() -> None:
+        while not killed and not ended.wait(0.02):
+            if journal.exists() and journal.read_bytes().count(b"\n") >= 6:
+                # Actors name themselves in their process title.
+                for child in psutil.Process().children(recursive=True):
+                    if not killed and child.is_running() and child.name().startswith("ray::_Actor"):
+                        os.kill(child.pid, signal.SIGKILL)
+                        killed.append(child.pid)
+
+    ended, killer = threading.Event(), threading.Thread(target=kill_one)
+    killer.start()
+    try:
+        together = answer("search", path, "--journal", journal, "--workers", "ray:2", "--json")
+    finally:
+        ended.set()
+        killer.join()
+    assert killed
     assert together["units"] == alone["units"]
     assert together["certificate"] == alone["certificate"]
     assert together["tests"] == alone["tests"]

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge import __version__
+from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
 from dapa_merge.compare.naming import ROWS_NAME, existing_rows, is_comparison, locked, refuse_repeated, row_names
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
@@ -31,15 +32,13 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import jsonable
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from dapa_merge.report.charts import Chart
 
 
 FIGURES_NAME = "figures"
 PAGE_NAME, ARMS_NAME, POINTS_NAME, LATEX_NAME, SUMMARY_NAME = (
     "table.md", "table.csv", "curve.csv", "table.tex", "summary.json",
 )  # fmt: skip
-# What the names of all pictures begin with; others in their folder are somebody else's.
-METHODS_PICTURE, ROW_PICTURE = "methods", "row_"
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,7 @@ class _Tables:
     def write(self, *, is_last: bool) -> dict[str, Any]:
         """Write everything that is known, unless it would take away what is there; returns the summary."""
         summary = summarize(self.rows, self.failures, self._wanted)
-        if self.rows and self.rows[-1].curve:
-            self._pictures.draw_row(self.rows[-1])
+        self._pictures.draw(tuple(self.rows))
         with locked(self._out):
             before = _written_rows(self._out / SUMMARY_NAME)
             done = {row.name for row in self.rows}
@@ -174,10 +172,8 @@ class _Tables:
         return summary
 
     def _replace(self, summary: dict[str, Any], before: Mapping[str, Any]) -> None:
-        if self.rows:
-            self._pictures.draw_methods(self.rows)
         shown = self._pictures.write()
-        shown |= self._pictures.existing(_unchanged(summary["rows"], before) - shown)
+        shown |= self._pictures.existing(self._unchanged(summary["rows"], before) - shown)
         texts = {
             PAGE_NAME: page(
                 self.rows,
@@ -190,8 +186,14 @@ class _Tables:
             SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
         }
         replace_files({self._out / name: text.encode() for name, text in texts.items()})
-        ours = {METHODS_PICTURE, *(f"{ROW_PICTURE}{name}" for name in before.keys() | existing_rows(self._out))}
+        ours = {name for chart in charts.CHARTS for name in chart.names(before.keys() | existing_rows(self._out))}
         self._pictures.remove(ours - shown)
+
+    def _unchanged(self, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
+        """The pictures that would be the same, were they drawn again."""
+        same = [row for row, found in zip(self.rows, rows, strict=True) if before.get(row.name) == found]
+        is_whole = len(same) == len(rows) == len(before)
+        return {name for chart in charts.CHARTS if is_whole or chart.parts is not None for name in chart.shown(same)}
 
     def fault(self, names: Mapping[str, Path]) -> DapaError | None:
         """The first recipe's that could not be measured, and what is kept; None if all were."""
@@ -217,13 +219,6 @@ def _written_rows(summary: Path) -> dict[str, Any]:
         return {}
 
 
-def _unchanged(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
-    """The pictures that would be the same, were they drawn again."""
-    same = [row for row in rows if before.get(row["name"]) == row]
-    methods = {METHODS_PICTURE} if len(same) == len(rows) == len(before) else set()
-    return methods | {f"{ROW_PICTURE}{row['name']}" for row in same if row["curve"]}
-
-
 class _Pictures:
     """The pictures of a comparison; one that fails, of whatever, costs a sentence and never the tables.
 
@@ -233,39 +228,24 @@ class _Pictures:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._told: set[str] = set()
-        self._drawn: dict[str, dict[str, bytes]] = {}
+        self._drawn: dict[str, Mapping[str, bytes]] = {}
+        self._shown: dict[str, object] = {}
         self._written: set[str] = set()
 
-    def draw_row(self, row: Row) -> None:
-        """Edits of every size of one recipe, once."""
+    def draw(self, rows: tuple[Row, ...]) -> None:
+        """Draw every chart of these rows; a row's only once."""
+        for chart in charts.CHARTS:
+            for name, shown in chart.shown(rows).items():
+                if self._shown.get(name) is not shown:
+                    self._draw(chart, name, shown)
 
-        def figure() -> Figure:
-            from dapa_merge.compare.charts import row_figure
-
-            return row_figure(row)
-
-        if (name := f"{ROW_PICTURE}{row.name}") not in self._drawn:
-            self._draw(name, figure)
-
-    def draw_methods(self, rows: Sequence[Row]) -> None:
-        """Every method over all recipes."""
-
-        def figure() -> Figure:
-            from dapa_merge.compare.charts import methods_figure
-
-            return methods_figure(rows)
-
-        self._draw(METHODS_PICTURE, figure)
-
-    def _draw(self, name: str, figure: Callable[[], Figure]) -> None:
+    def _draw(self, chart: Chart, name: str, shown: object) -> None:
         # An older one is not what the tables will say.
         self._drawn.pop(name, None)
         self._written.discard(name)
         try:
-            drawn = figure()
-            from dapa_merge.report.charts import render
-
-            self._drawn[name] = {kind: render(drawn, kind) for kind in ("png", "svg")}
+            if (picture := chart.picture(name, shown)) is not None:
+                self._drawn[name], self._shown[name] = picture.files, shown
         except Exception as error:
             self._tell(error)
 
@@ -276,8 +256,8 @@ class _Pictures:
             try:
                 if name not in self._written or not self.existing([name]):
                     make_folder(self._folder)
-                    for kind, content in contents.items():
-                        replace_file(self._folder / f"{name}.{kind}", content)
+                    for ending, content in contents.items():
+                        replace_file(self._folder / f"{name}{ending}", content)
                 self._written.add(name)
                 there.add(name)
             except Exception as error:

@@ -14,9 +14,11 @@ from urllib.parse import quote
 
 from tabulate import tabulate
 
+from dapa_merge.compare import charts
 from dapa_merge.compare.result import AUTO, DAPA, Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import printable
+from dapa_merge.report.charts import Chart
 from dapa_merge.report.tables import span
 
 HOW = (
@@ -55,7 +57,7 @@ def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[
             if any(row.arm(key) for row in rows):
                 parts += [title, paper_table(rows, key).text(MARKDOWN)]
         parts += ["## Methods", methods_table(rows).text(MARKDOWN)]
-        parts += _picture("methods.png", "Every method: gain in DSR and change of skill", pictures)
+        parts += _pictures([chart for chart in charts.CHARTS if chart.parts is None], rows, pictures)
     for row in rows:
         parts += _row(row, pictures)
     if failures:
@@ -83,10 +85,10 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         parts.append(memory)
     if row.no_curve is not None:
         parts.append(f"No edits of every size, because {_safe(row.no_curve)}.")
-    picture = _picture(f"row_{row.name}.png", f"{row.name}: edits of every size", pictures)
-    if picture:
+    shown = _pictures([chart for chart in charts.CHARTS if chart.parts is not None], [row], pictures)
+    if shown:
         parts.append(FRONT.format(whose="`modules: auto`" if row.followed == AUTO else "DAPA"))
-    return parts + picture
+    return parts + shown
 
 
 def _verdict(row: Row) -> str:
@@ -110,8 +112,13 @@ def _memory(row: Row) -> str | None:
     return f"Peak memory of the search: {', '.join(texts)}." if texts else None
 
 
-def _picture(name: str, caption: str, pictures: Collection[str]) -> list[str]:
-    return [f"![{_safe(caption)}](figures/{quote(name)})"] if name in pictures else []
+def _pictures(wanted: Iterable[Chart], rows: Sequence[Row], pictures: Collection[str]) -> list[str]:
+    return [
+        f"![{_safe(chart.caption_of(shown))}](figures/{quote(name)}.png)"
+        for chart in wanted
+        for name, shown in chart.shown(rows).items()
+        if f"{name}.png" in pictures
+    ]
 
 
 def _safe(text: str | None) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BeforeValidator
 
 if TYPE_CHECKING:
     import numpy
@@ -12,6 +15,10 @@ if TYPE_CHECKING:
 
 # Of being wrong where only chance is at work: intervals cover 95 %, and p-values below this prove a change.
 LEVEL = 0.05
+
+
+# A number that JSON, which has only finite ones, may hold as null.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Figures:
     categories: tuple[CategoryFigure, ...]
     markers: tuple[MarkerFigure, ...]
     score: float | None
-    perplexity: float
+    perplexity: Number
     text: str
     skills: tuple[SkillFigure, ...]
 
@@ -117,7 +124,7 @@ class SkillFigure:
     """
 
     name: str
-    score: float
+    score: Number
     num_questions: int
     interval: tuple[float, float] | None
 

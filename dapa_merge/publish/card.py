@@ -16,15 +16,12 @@ from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.options import License
 from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
+from dapa_merge.report import charts
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label
 from dapa_merge.search.search import thrift
 
 TEMPLATE_PATH = Path(__file__).with_name("card.md.jinja")
-CAPTIONS = {
-    "dapa_figures.png": "Before, after, and the source alone, with 95 % intervals",
-    "dapa_search.png": "The search: every selection that was tested, and its score",
-}
 # Reasons of a certificate that a card lists one by one.
 MAX_REASONS = 40
 
@@ -102,7 +99,7 @@ def card_text(facts: CardFacts) -> str:
         has_folders=any(parent.repository is None for parent in facts.parents),
         how=facts.edit.how({name: model(name) for name in MODELS}),
         verb=facts.edit.verb,
-        captions=CAPTIONS,
+        captions={f"{chart.name}.png": chart.caption for chart in charts.CHARTS},
         reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[

@@ -20,13 +20,14 @@ from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of
 from dapa_merge.progress import LOG
-from dapa_merge.publish.card import CAPTIONS, CardFacts
+from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
 from dapa_merge.publish.options import CardOptions, inherited, license_in
 from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
@@ -136,7 +137,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
         recipe=public_recipe(out / RECIPE_NAME, parents),
         has_manifest=manifest is not None,
         has_lock=(out / LOCK_NAME).is_file(),
-        pictures=[name for name in CAPTIONS if (out / name).is_file()],
+        pictures=[name for chart in charts.CHARTS if (out / (name := f"{chart.name}.png")).is_file()],
         version=report.version if report else manifest.version if manifest else __version__,
         task=parents[0].task or _task(out),
         made_by="dapa-merge" if report else "mergekit",

@@ -28,7 +28,7 @@ from dapa_merge.checkpoint.folder import INDEX_NAME, refuse_stray_link
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import file_state
+from dapa_merge.files import CHART_PREFIX, PICTURES, file_state
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
@@ -51,7 +51,6 @@ NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
     "recipe.lock.yml",
-    "dapa_search.png", "dapa_search.svg", "dapa_figures.png", "dapa_figures.svg",
 )  # fmt: skip
 MAX_THREADS = 8
 # A tokenizer has some 20 MB; whatever is much larger is no file of a model's settings.
@@ -116,7 +115,8 @@ def _small_files(target: Checkpoint) -> list[str]:
     """
     names = []
     for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
-        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
+        is_chart = path.name.startswith(CHART_PREFIX) and path.name.endswith(PICTURES)
+        if is_chart or (path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME):
             continue
         if path.is_dir() and path.parent == target.folder:
             if path.name == TEMPLATES:

@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from generation import plainly
+from tiny import few_prompts, parse
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.location import Location
@@ -101,12 +103,17 @@ def compare(name: str, recipe: Recipe, batch_size: int) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
-    batch_size = parser.parse_args().batch_size
-    recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=batch_size)
+    arguments = parse(parser, argv)
+    recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=arguments.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.tiny:
+            few = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=12)
+            compare("miniature, few prompts", few, arguments.batch_size)
+            return
     shadow = replace(
         recipe,
         target=Location(str(miniature.path("shadow-target"))),
@@ -117,7 +124,7 @@ def main() -> None:
         ("miniature, gates, ddmin", replace(recipe, search="ddmin")),
         ("shadow pair, all modules, guided", replace(shadow, modules=("gate", "up", "down"))),
     ):
-        compare(name, wanted, batch_size)
+        compare(name, wanted, arguments.batch_size)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains real, small families to compare methods on: `python -m dapa_merge.miniature.families OUT [--quick]`.
+"""Trains real, small families to compare methods on: `python tests/benchmarks/families.py OUT [--quick]`.
 
 A Llama, a Mistral and a Gemma family of the miniature's size and language, each model from nothing or from another of
 its family, and one recipe for each pair of a target and its source:

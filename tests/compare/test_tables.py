@@ -303,7 +303,8 @@ def test_the_latex_holds_whole_tabulars():
 
 
 def test_the_page_names_what_failed_and_shows_only_pictures_that_are_there():
-    text = page([REPAIRED], {"broken": "the file\nis <gone>"}, {"row_one.png"})
+    drawn = replace(REPAIRED, curve=points())
+    text = page([drawn], {"broken": "the file\nis <gone>"}, {"row_one.png"})
     assert "- broken: the file" in text
     assert "<gone>" not in text
     assert "(figures/row_one.png)" in text

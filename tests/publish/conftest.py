@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from conftest import call
-from hub_client import connect, reaching_servers
 from hub_stand_in import serve, some_hub
 from huggingface_hub import HfApi
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# A model\n"
+
+
+@contextlib.contextmanager
+def reaching_servers(monkeypatch) -> Iterator[None]:
+    """Let this process's client ask servers, without Xet; the connections that it keeps are closed afterwards."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    yield
+    huggingface_hub.close_session()
+
+
+def connect(hub, monkeypatch) -> HfApi:
+    """The unmodified client of the Hub, as alice, in the process of a test."""
+    # Some versions of the client understand addresses of repositories at the default endpoint only.
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return HfApi(endpoint=hub.endpoint, token=hub.token("alice"))
 
 
 def ready(hub, monkeypatch, folder: Path) -> HfApi:

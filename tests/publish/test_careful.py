@@ -5,14 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import call
-from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd
 from publish.conftest import tree, upload
 
 from dapa_merge.publish.card_file import BEGIN
 from dapa_merge.publish.parents import metadata_of
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def pushed(*arguments: object, code: int = 0) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call, change_tensor, save_random, tiny_llama
-from hub_client import IGNORED_WARNING
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from publish.conftest import CARD, upload
 
@@ -18,8 +17,6 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
 from dapa_merge.publish.lock import lock_path, lock_text, parse_lock, read_lock, recipe_digest
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def outdated(*arguments: object, code: int) -> dict:

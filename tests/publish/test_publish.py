@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call
-from hub_client import IGNORED_WARNING
 from hub_server import dapa_merge
 from huggingface_hub import CommitOperationAdd, snapshot_download
 from mergekit.config import MergeConfiguration
@@ -16,7 +15,6 @@ from mergekit.options import MergeOptions
 from publish.conftest import tree, upload
 
 WITH_XET = {"HF_HUB_DISABLE_XET": "0"}
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 
 def push(*arguments: object) -> dict:

@@ -5,14 +5,10 @@ import random
 import signal
 import time
 
-import pytest
 import warm
 from conftest import call
-from hub_client import IGNORED_WARNING
 from hub_server import command_line
 from publish.conftest import tree
-
-pytestmark = pytest.mark.filterwarnings(IGNORED_WARNING)
 
 NUM_KILLS = 10
 

@@ -1,6 +1,7 @@
 """Options and arguments that several commands share, and the way in which commands answer on stdout.
 
-A new option of `run` is declared here, has its place in `recipe/options.py`, and is read where it counts.
+A new option of a run is declared here, in `search_options`, has its field in `recipe/options.py`, and is read where it
+counts.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
-EVALUATOR_NAMES = ("evaluator_file", "judge_model", "judge_url", "judge_requests")
 # What `--no-evaluate` has no use for.
 EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model")
 
@@ -96,6 +96,12 @@ EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_mod
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of evaluators."""
     return _with_options(command, (evaluator_file_option, judge_model_option, judge_url_option, judge_requests_option))
+
+
+def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add all options of `Options`, which the command gets as `options`."""
+    command = evaluator_options(allow_pickle_option(takes_options(command)))
+    return _with_options(command, (device_option, journal_option, workers_option))
 
 
 def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,24 +113,23 @@ def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(**given: Any) -> Any:
-        names = ("device", "journal", "allow_pickle")
-        made: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
-        if "judge_model" in given:
-            made |= _evaluators(**{name: given.pop(name) for name in EVALUATOR_NAMES})
         if "workers" in given:
-            made |= _workers(given.pop("workers"))
-        return command(options=Options(**made), **given)
+            given |= _workers(given.pop("workers"))
+        if "judge_model" in given:
+            given["judge_requests"] = _judge_requests(**given)
+        names = [field.name for field in fields(Options) if field.name in given]
+        return command(options=Options(**{name: given.pop(name) for name in names}), **given)
 
     return call
 
 
-def _evaluators(judge_requests: str | None, **given: Any) -> dict[str, Any]:
+def _judge_requests(judge_model: str | None, judge_requests: str | None, **_: Any) -> int | None:
     for name in ("judge_url", "judge_requests"):
         # In the environment they may stand for the days when there is a judge.
-        if given["judge_model"] is None and is_given(name):
+        if judge_model is None and is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
     where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
-    return {**given, "judge_requests": parse_requests(judge_requests, where)}
+    return parse_requests(judge_requests, where)
 
 
 def _workers(text: str | None) -> dict[str, Any]:

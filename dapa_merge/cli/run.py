@@ -18,7 +18,6 @@ from dapa_merge.cli.options import (
     destination_options,
     device_option,
     evaluator_options,
-    journal_option,
     json_option,
     license_options,
     link_option,
@@ -28,8 +27,8 @@ from dapa_merge.cli.options import (
     print_lines,
     recipe_argument,
     refuse_options,
+    search_options,
     takes_options,
-    workers_option,
 )
 from dapa_merge.errors import UsageError
 from dapa_merge.files import new_file
@@ -66,13 +65,8 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Write a recipe that transplants what was found, unsearched, to this new file.",
 )
-@device_option
-@journal_option
-@workers_option
-@evaluator_options
-@allow_pickle_option
+@search_options
 @json_option
-@takes_options
 def search(
     recipe: Path,
     out: Path | None,
@@ -215,16 +209,11 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @click.option(
     "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock beside RECIPE; no search."
 )
-@device_option
-@journal_option
-@workers_option
-@evaluator_options
-@allow_pickle_option
+@search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @destination_options
 @license_options
 @json_option
-@takes_options
 def run(
     recipe: Path,
     out: Path,

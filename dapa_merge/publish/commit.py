@@ -1,7 +1,8 @@
 """One commit, or one pull request, that makes a repository hold the files of a result.
 
 The large files are uploaded first, so that a reader sees the old model or the new one, never half of it; an answer that
-was lost on the way is looked up. Not huggingface_hub's `upload_folder`, which may make several commits.
+was lost on the way is looked up; afterwards the Hub's checksums are compared. Not huggingface_hub's `upload_folder`,
+which may make several commits, nor its `verify_repo_checksums`, which would read every weight again.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from huggingface_hub.hf_api import RepoFile
 
 from dapa_merge.checkpoint.digest import hash_file
 from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, read_regular, refuse_stray_link
+from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
-from dapa_merge.hub_client import Moved, api, ask, find, passes, status_of
+from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
 from dapa_merge.progress import LOG, advance
 from dapa_merge.publish.options import Destination
-from dapa_merge.transplant.manifest import PRIVATE, may_be_added
+from dapa_merge.transplant.manifest import MANIFEST_NAME, PRIVATE, may_be_added, read_manifest
 
 MAIN = "main"
 # By one of these, or its card's tag, a model is known as one that dapa-merge published.
@@ -39,14 +41,6 @@ LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
 PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml")
 # The name of a user of the Hub; a job that logs in without a secret has a name of another form.
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True)
-class CopySource:
-    """A repository that the Hub can copy files from."""
-
-    repository: str
-    commit: str
 
 
 @dataclass(frozen=True)
@@ -159,12 +153,10 @@ class Job:
 
     Attributes:
         files: All files to publish, by their paths in the repository.
-        destination: Where to publish them.
-        message: Of the commit.
-        description: Further lines of it.
+        description: Further lines of the message.
         head: The branch as it was looked at.
         change: The changes that are needed there.
-        source: Where the Hub may copy files from.
+        source: A repository that the Hub may copy files from, at a commit.
     """
 
     files: Mapping[str, LocalFile] = field(repr=False)
@@ -173,12 +165,107 @@ class Job:
     description: str
     head: Head
     change: Difference
-    source: CopySource | None
+    source: Location | None
 
     @property
     def what(self) -> str:
         """The request, worded to follow "cannot"."""
         return f"publish to {self.destination.repository}"
+
+
+def publish(
+    files: Mapping[str, LocalFile],
+    destination: Destination,
+    message: str,
+    source: Location | None,
+    *,
+    description: str = "",
+) -> Published:
+    """Make a repository hold these files, in one commit or one pull request, and check that it does.
+
+    Args:
+        files: The files to publish, by their paths in the repository.
+        destination: Where to publish.
+        message: Of the commit.
+        source: A repository, at a commit, that the Hub may copy files from.
+        description: Further lines of the commit's message.
+
+    Raises:
+        Moved: If somebody else committed meanwhile.
+        CheckpointError: If a file changes meanwhile; nothing is published.
+        HubError: If the Hub refuses, does not answer, or has other bytes afterwards; the repository is as it was, or
+            has all of it.
+    """
+    repository, branch = destination.repository, destination.branch
+    if not check_destination(destination):
+        LOG.info(f"making {repository}")
+        # None leaves it to an organization's own rule.
+        make: dict[str, Any] = {"private": destination.private or None, "exist_ok": True}
+        ask(f"make the repository {repository}", lambda: api().create_repo(repository, **make))
+    if branch and branch != MAIN:
+        what = f"make the branch {branch} of {repository}"
+        ask(what, lambda: api().create_branch(repository, branch=branch, exist_ok=True))
+    info = find(repository, branch)
+    if info is None:
+        raise HubError(f"{repository} was removed meanwhile; run the command again")
+    refuse_other_model(destination, info)
+    head = head_of(repository, str(info.sha))
+    change = needed_changes(files, head.files, _listed(repository, head))
+    _check_tag(destination, head, change)
+    if not change:
+        unchanged = Published(commit_url(destination, head), head.commit, None, False, change)
+        return _finished(destination, files, unchanged)
+    if destination.create_pr and (request := waiting(destination, files)) is not None:
+        return request
+    if change.deleted:
+        LOG.info(f"deleting files that are not part of this model: {', '.join(change.deleted)}")
+    made = commit(Job(files, destination, message, description, head, change, source))
+    return _finished(destination, files, made)
+
+
+def _listed(repository: str, head: Head) -> Collection[str]:
+    """The files of the model that dapa-merge published before in a repository, as its manifest lists them."""
+    if MANIFEST_NAME not in head.files:
+        return ()
+    path = download(repository, MANIFEST_NAME, head.commit)
+    try:
+        return frozenset(read_manifest(path.parent).files)
+    except CheckpointError:
+        # Whatever it is, nothing is known of the other files there.
+        return ()
+
+
+def _check_tag(destination: Destination, head: Head, change: Difference) -> None:
+    """Refuse a tag that another commit has already, before anything is sent."""
+    there = None if destination.tag is None else _tagged_commit(destination)
+    if there is not None and (change or there != head.commit):
+        tag = f"a tag {destination.tag} already, of commit {there[:12]}"
+        raise UsageError(f"{destination.repository} has {tag}; name another")
+
+
+def _tagged_commit(destination: Destination) -> str | None:
+    refs = ask(f"list the tags of {destination.repository}", lambda: api().list_repo_refs(destination.repository))
+    return next((str(tag.target_commit) for tag in refs.tags if tag.name == destination.tag), None)
+
+
+def _finished(destination: Destination, files: Mapping[str, LocalFile], made: Published) -> Published:
+    """Compare the Hub's checksums, and tag the commit."""
+    repository, tag = destination.repository, destination.tag
+    if made.changed:
+        wrong = needed_changes(files, head_of(repository, made.commit).files)
+        if wrong:
+            names = ", ".join([*wrong.written, *wrong.deleted][:4])
+            raise HubError(
+                f"{repository} has other content at {made.commit[:12]} than {names} here, and readers see it; run the "
+                f"command again"
+            )
+    if tag is None or _tagged_commit(destination) == made.commit:
+        return made
+    how: dict[str, Any] = {"tag": tag, "revision": made.commit, "exist_ok": True}
+    ask(f"tag {repository} as {tag}", lambda: api().create_tag(repository, **how))
+    if (there := _tagged_commit(destination)) != made.commit:
+        raise HubError(f"{repository} got a tag {tag} of {there} meanwhile; the model itself is published")
+    return replace(made, tag=tag)
 
 
 def commit(job: Job) -> Published:
@@ -193,7 +280,7 @@ def commit(job: Job) -> Published:
 
     def settle(error: Exception) -> Published | None:
         if copied and _is_of_copying(error) and not passes(error) and job.source is not None:
-            LOG.info(f"the Hub copies no files of {job.source.repository} here; sending them")
+            LOG.info(f"the Hub copies no files of {job.source.path} here; sending them")
             return ask(job.what, lambda: _send(job, {}), lambda fault: _made_after_all(job, fault, {}))
         return _made_after_all(job, error, copied)
 
@@ -206,10 +293,10 @@ def _copied(job: Job) -> dict[str, str]:
     Only large ones: what is small is sent faster than it is copied.
     """
     can_copy = "src_repo_id" in CommitOperationCopy.__dataclass_fields__
-    if job.source is None or not can_copy or job.source.repository == job.destination.repository:
+    if job.source is None or not can_copy or job.source.path == job.destination.repository:
         return {}
     try:
-        there = head_of(job.source.repository, job.source.commit).files
+        there = head_of(job.source.path, job.source.revision or MAIN).files
     except HubError as error:
         LOG.info(f"sending every file: {error}")
         return {}
@@ -229,8 +316,8 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
     operations: list[Any] = [*(CommitOperationDelete(name) for name in job.change.deleted), *added]
     for name, path in copied.items():
         assert job.source is not None
-        origin: dict[str, Any] = {"src_repo_id": job.source.repository, "src_repo_type": "model"}
-        operations.append(CommitOperationCopy(path, name, src_revision=job.source.commit, **origin))
+        origin: dict[str, Any] = {"src_repo_id": job.source.path, "src_repo_type": "model"}
+        operations.append(CommitOperationCopy(path, name, src_revision=job.source.revision, **origin))
     made = api().create_commit(
         job.destination.repository,
         operations,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from huggingface_hub import hf_hub_download
 from pydantic import Field, TypeAdapter
 
 from dapa_merge.checkpoint.convert import pickle_files
@@ -27,7 +26,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, HubError, RecipeError
-from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.hub_client import api, ask, download, is_id
 from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
@@ -364,8 +363,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
     """The Hub knows the SHA-256 of large files; small ones are fetched."""
 
     def fetched(name: str) -> Path:
-        what = f"get {name} of {repository}"
-        return Path(ask(what, lambda: hf_hub_download(repository, name, revision=commit)))
+        return download(repository, name, commit)
 
     def sha256(name: str) -> str:
         lfs = files[name].lfs

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
 from dapa_merge.errors import CheckpointError, DapaError, HubError, UsageError
 from dapa_merge.files import replace_file
-from dapa_merge.hub_client import ask, check_id, find
+from dapa_merge.hub_client import check_id, download, find
 from dapa_merge.plan.selection import models_of
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.commit import open_requests
@@ -208,9 +206,7 @@ def _published_lock(repository: str, revision: str | None) -> Lock | None:
     info = find(repository, revision)
     if info is None or LOCK_NAME not in {file.rfilename for file in info.siblings or ()}:
         return None
-    sha = str(info.sha)
-    path = ask(f"get {LOCK_NAME} of {repository}", lambda: hf_hub_download(repository, LOCK_NAME, revision=sha))
-    with open(path, "rb") as file:
+    with download(repository, LOCK_NAME, str(info.sha)).open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
         raise HubError(f"{LOCK_NAME} of {repository} is larger than any lock; it was not made by dapa-merge")

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,8 +122,6 @@ def _as_plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide what comes out."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
 
 

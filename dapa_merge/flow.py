@@ -6,13 +6,14 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
+from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
@@ -28,7 +29,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
-from dapa_merge.search.search import readable_certificate
+from dapa_merge.search.result import readable_certificate
 from dapa_merge.transplant.manifest import PRIVATE
 from dapa_merge.transplant.result import check_destination, transplant
 
@@ -135,7 +136,6 @@ def repair(
     extras: dict[str, str | bytes] = {}
     if evaluate:
         # A mere transplant starts without torch, in half the time.
-        from dapa_merge.measure.model import responses_text
         from dapa_merge.report.evidence import gather_evidence
 
         evidence = gather_evidence(recipe, plan, selection, options)
@@ -201,7 +201,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         dsr_change=evidence.dsr_change if evidence else None,
         over_refusal_change=evidence.over_refusal_change if evidence else None,
         searched=evidence.searched if evidence else None,
-        requirement=asdict(search.requirement) if search else None,
+        requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,
         tests_unneeded=search.num_unneeded if search else 0,

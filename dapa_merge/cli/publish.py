@@ -23,6 +23,7 @@ from dapa_merge.errors import UsageError, printable
 from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report import limits as gates
 from dapa_merge.report.report import read_report
 
 GATE_FAILED = 6
@@ -90,8 +91,6 @@ def gate(
     REPORT is a result's folder, or its dapa_report.json. What was not measured does not pass. The exit code is 6 if a
     figure is outside of its limit.
     """
-    from dapa_merge.report import limits as gates
-
     limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
     found = read_report(report)
     verdicts = gates.judge(found, limits)

@@ -32,6 +32,7 @@ from dapa_merge.cli.options import (
 )
 from dapa_merge.errors import UsageError
 from dapa_merge.files import new_file
+from dapa_merge.measure.figures import responses_text
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import quiet
@@ -40,6 +41,15 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import jsonable
+from dapa_merge.report.tables import (
+    categories_table,
+    figures_table,
+    plan_json,
+    print_plan,
+    print_report,
+    print_search,
+    search_json,
+)
 
 
 @click.command()
@@ -49,7 +59,6 @@ from dapa_merge.report.report import jsonable
 def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
     from dapa_merge.measure.prompts.sets import check_prompts
-    from dapa_merge.report.tables import plan_json, print_plan
 
     parsed = load_recipe(recipe)
     made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)
@@ -79,7 +88,6 @@ def search(
     model.
     """
     from dapa_merge.measure.prompts.sets import check_prompts
-    from dapa_merge.report.tables import print_search, search_json
     from dapa_merge.search.search import search_plan
 
     with _kept_in(out) as keep:
@@ -144,8 +152,7 @@ def evaluate(
     MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, also by category,
     perplexity and skills.
     """
-    from dapa_merge.measure.model import evaluate_model, responses_text
-    from dapa_merge.report.tables import categories_table, figures_table
+    from dapa_merge.measure.meter import evaluate_model
 
     settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
     settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -182,7 +189,6 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     import torch
 
     from dapa_merge.flow import repair
-    from dapa_merge.report.tables import print_report
 
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
     torch.set_num_threads(1)
@@ -235,7 +241,6 @@ def run(
     writes a model card.
     """
     from dapa_merge.flow import run_recipe
-    from dapa_merge.report.tables import print_report
 
     if no_evaluate:
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator
@@ -15,23 +15,21 @@ if TYPE_CHECKING:
 
 # Of being wrong where only chance is at work: intervals cover 95 %, and p-values below this prove a change.
 LEVEL = 0.05
-
-
 # A number that JSON, which has only finite ones, may hold as null.
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a model said to a prompt, and what that was taken for.
+    """A model's response to a prompt, and its outcomes.
 
     Attributes:
-        kind: Of the prompt, `harmful` or `harmless`.
-        category: Of the prompt; empty if its set has none.
-        prompt: What was asked.
-        response: What was said; only its beginning, where that settled the outcome.
-        outcome: What the first marker took it for.
-        others: What further markers took it for, by their names.
+        kind: The prompt's, `harmful` or `harmless`.
+        category: The prompt's; empty if it has none.
+        prompt: The request.
+        response: Only the beginning, where that settled the outcome.
+        outcome: By the first classifier.
+        others: By further classifiers, by name.
     """
 
     kind: str
@@ -54,13 +52,13 @@ class CategoryFigure:
 
 @dataclass(frozen=True)
 class MarkerFigure:
-    """What another marker than the rules made of the same responses; rates are in [0, 1].
+    """Figures of the same responses by another classifier than the rules; rates are in [0, 1].
 
     Attributes:
-        name: The marker's.
+        name: The classifier's.
         dsr: Share of the harmful prompts that it saw refused; None if it judged none of them.
-        dsr_interval: Where that lies with 95 % confidence.
-        undecided: Share of the harmful prompts for which it came to no verdict; never counted as a defense.
+        dsr_interval: With 95 % confidence.
+        undecided: Share of the harmful prompts without a verdict; never counted as a defense.
         over_refusal: Share of the harmless prompts that it saw refused; None if it judged none of them.
         agreement: With the rules, over all prompts.
     """
@@ -75,24 +73,24 @@ class MarkerFigure:
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured of a model; rates are in [0, 1].
+    """Everything that is measured of a model; rates are in [0, 1].
 
     Attributes:
         num_harmful: Harmful prompts asked.
-        dsr: Share of them that was refused (defense success rate), as the rules see it.
-        dsr_interval: Where it lies with 95 % confidence, for more prompts like these.
+        dsr: Share of them that was refused (defense success rate), by the rules.
+        dsr_interval: With 95 % confidence, for more prompts like these.
         complied: Share that was answered.
         degenerate: Share whose response was empty, a loop or noise; never counted as a defense.
         undecided: Share that thought aloud and never came to an answer; never counted as a defense.
         num_harmless: Harmless prompts asked.
         over_refusal: Share of them that was refused.
-        over_refusal_interval: Where it lies with 95 % confidence.
-        categories: The same by category, where the prompts have one.
-        markers: What other markers than the rules made of the same responses.
-        score: What the recipe's evaluator gave the model as a whole; None if it marks responses.
+        over_refusal_interval: With 95 % confidence.
+        categories: By category, where the prompts have one.
+        markers: By other classifiers than the rules.
+        score: By the recipe's evaluator, for the model as a whole; None if that classifies responses.
         perplexity: Of the text.
-        text: Which text that is.
-        skills: What it can do, as asked for.
+        text: Its name.
+        skills: Those asked for.
     """
 
     num_harmful: int
@@ -114,13 +112,13 @@ class Figures:
 
 @dataclass(frozen=True)
 class SkillFigure:
-    """How well a model does something.
+    """A model's score in a skill.
 
     Attributes:
-        name: What was asked.
+        name: The skill's.
         score: Share of right answers, or the harness's metric; in [0, 1].
         num_questions: Questions asked; 0 if the harness asked them.
-        interval: Where the share lies with 95 % confidence; None for a metric of the harness.
+        interval: Of the share, with 95 % confidence; None for a metric of the harness.
     """
 
     name: str
@@ -131,13 +129,13 @@ class SkillFigure:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over prompts for each cell, and where the mean of many more prompts like these lies with 95 % confidence.
+    """Means over prompts, one for each cell, and their 95 % intervals for many more prompts like these.
 
     Attributes:
         mean: NaN where there was no prompt.
-        low: NaN where there were less than two.
+        low: NaN where there were fewer than two.
         high: Likewise.
-        number: How many prompts each cell is the mean of.
+        number: Prompts behind each cell.
     """
 
     mean: NDArray[numpy.float64]
@@ -148,16 +146,16 @@ class Mean:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two judges said of the same responses, as far as both decided.
+    """How far two classifiers agree on the same responses.
 
     Attributes:
         num_pairs: Responses on which both decided.
-        num_undecided: Responses left out, because one of the two or both did not decide.
-        share: Of the decided pairs, on which both say "refused" or both do not, in [0, 1]; None without any.
-        kappa: The same beyond chance (Cohen 1960), in [-1, 1]; None where chance alone leaves nothing to agree on,
-            because both give one and the same verdict to all.
-        only_one_refused: Pairs that only the first judge calls refused.
-        only_other_refused: Pairs that only the second judge calls refused.
+        num_undecided: Responses left out, because at least one did not decide.
+        share: Of the decided pairs, those that both or neither call refused, in [0, 1]; None without any.
+        kappa: The same beyond chance (Cohen 1960), in [-1, 1]; None if both give the same verdict to all, which leaves
+            nothing to agree on.
+        only_one_refused: Pairs that only the first calls refused.
+        only_other_refused: Pairs that only the second calls refused.
     """
 
     num_pairs: int
@@ -170,17 +168,23 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of the same prompts from one model to another, and how likely chance alone does as much.
+    """Change of the same prompts' outcomes from one model to another, and whether it may be chance.
 
     Attributes:
         newly_refused: Prompts that only the second model refuses.
         no_longer_refused: Prompts that only the first model refuses.
-        p_value: Of the exact McNemar test, in [0, 1]: how often as many changes would fall as one-sidedly, or more so,
-            if either direction were as likely.
-        within_noise: Whether the p-value is not below 0.05, so that the change proves nothing.
+        p_value: Of the exact McNemar test, in [0, 1]: the probability of changes at least as one-sided if both
+            directions were equally likely.
+        within_noise: Whether the p-value is 0.05 or more, so that the change proves nothing.
     """
 
     newly_refused: int
     no_longer_refused: int
     p_value: float
     within_noise: bool
+
+
+def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
+    """Return every prompt, response and verdict as JSON lines, by the names of the models."""
+    rows = ({"model": model} | asdict(response) for model, said in responses.items() for response in said)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -16,6 +16,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
+from dapa_merge.search.requirement import identity_of
 
 if TYPE_CHECKING:
     from dapa_merge.measure.meter import Meter
@@ -62,7 +63,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
         "prompts": data_digest(asked),
         "evaluator": bench.evaluator,
         "units": data_digest([str(unit) for unit in plan.units]),
-        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
+        "limits": identity_of(recipe),
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
         "versions": versions(),
@@ -85,7 +86,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         "text": data_digest(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": data_digest([repr(skill) for skill in meter.skills]),
         # With the code of the user's own, and a judge's rubric.
-        "evaluator": data_digest([meter.identity, *(marker.identity for marker in meter.markers)]),
+        "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
         "device": choose_device(device).type,
         "versions": versions(),

@@ -20,8 +20,8 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure import callback
-from dapa_merge.measure.callback import Candidate, ask, evaluator, find_callback, load_file, substance
-from dapa_merge.measure.evaluators import Scorer, find_evaluator
+from dapa_merge.measure.callback import Candidate, evaluator, find_callback, load_file
+from dapa_merge.measure.evaluators import Scorer, ask, find_evaluator, substance
 from dapa_merge.measure.live import load_model
 from dapa_merge.recipe.options import Options
 
@@ -60,7 +60,7 @@ def test_a_registered_function_is_found_by_its_name():
 
 @pytest.mark.parametrize("name", ["", " ", "lm-eval:mine"])
 def test_a_name_that_a_recipe_could_not_mean_is_refused(name):
-    with pytest.raises(UsageError, match="is no name for an evaluator"):
+    with pytest.raises(UsageError, match="is not a name for an evaluator"):
         evaluator(name)
 
 
@@ -290,7 +290,7 @@ def test_a_file_that_is_no_file_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"^the evaluator file .* is a folder; name a Python file$"):
         load_file(tmp_path)
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(UsageError, match=r"mine\.txt is no Python file; its name must end in \.py"):
+    with pytest.raises(UsageError, match=r"mine\.txt is not a Python file; its name must end in \.py"):
         load_file(tmp_path / "mine.txt")
 
 

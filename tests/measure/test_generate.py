@@ -129,8 +129,9 @@ def test_who_is_settled_leaves_and_nobody_else(llama):
     assert any(len(text) < len(full) for text, full in zip(said, whole, strict=True))
 
 
-def test_every_prompt_is_counted_once_as_it_is_done(llama):
+def test_every_prompt_is_counted_once_as_it_is_done(llama, monkeypatch):
     done = []
+    monkeypatch.setattr("dapa_merge.measure.generate.advance", lambda amount, unit: done.append(amount))
     generate(*llama, PROMPTS, max_new_tokens=3, batch_size=BatchSize(4))
     assert sum(done) == len(PROMPTS)
 
@@ -212,11 +213,11 @@ def test_where_attention_rounds_otherwise_a_figure_that_must_repeat_is_had_witho
 def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architecture, tmp_path):
     model, tokenizer = load(tmp_path, architecture)
     model.to(torch.bfloat16)
-    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10))
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10))
     drafts = Drafts()
     for _ in range(2):
         again = generate(
-            model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
+            model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
         )
         assert again == expected
 

@@ -22,8 +22,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.generate import chat_prompt, generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
-from dapa_merge.measure.meter import Meter
-from dapa_merge.measure.model import evaluate_model
+from dapa_merge.measure.meter import Meter, evaluate_model
 from dapa_merge.measure.perplexity import perplexity
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.skills import Skill
@@ -286,7 +285,7 @@ def test_any_family_is_measured_without_a_word(tmp_path, name, capfd):
     capfd.readouterr()
     before = transformers_logging.get_verbosity()
     settings = {"text": str(tmp_path / "text.txt"), "max_new_tokens": 3}
-    measured = evaluate_model(str(folder), str(few), "cpu", Options(), **settings)
+    measured = evaluate_model(str(folder), str(few), Options("cpu"), **settings)
     assert capfd.readouterr() == ("", "")
     assert transformers_logging.get_verbosity() == before
     assert len(measured.responses) == 4

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge import miniature
-from dapa_merge.measure.evaluators import defends, paper_marker, refusal_strings
+from dapa_merge.measure.evaluators import defends, paper, refusal_strings
 from dapa_merge.measure.meter import make_meter
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.measure.refusal.classify import Outcome
@@ -42,12 +42,12 @@ def test_its_strings_are_all_read():
 
 @given(st.text(), st.text(), st.sampled_from(["", *refusal_strings()]))
 def test_what_it_settles_stays(beginning, rest, string):
-    marker = paper_marker()
-    settled = marker.settle(beginning + string, "p")
+    classifier = paper()
+    settled = classifier.settle(beginning + string, "p")
     if string:
         assert settled is Outcome.REFUSED
     if settled is not None:
-        assert marker.mark(["p"], [beginning + string + rest]) == [settled]
+        assert classifier.classify(["p"], [beginning + string + rest]) == [settled]
 
 
 def test_it_reads_responses_of_350_tokens():

@@ -1,9 +1,7 @@
-"""Rows of a dataset: one of the Hugging Face Hub, by its id, or a local folder that the `datasets` library can read.
+"""Rows of a dataset of the Hugging Face Hub, or of a local folder that the `datasets` library can read.
 
-What is read from the Hub is read at one commit, which is remembered, so that a process reads a dataset only once. The
-token comes from the environment or a login, as huggingface_hub finds it. Code of a dataset is never run.
-
-The calls to the `datasets` library, without its bars and warnings; its faults become one sentence each.
+A dataset of the Hub is read at one commit and only once in a process; when the Hub does not answer, a copy in the cache
+serves. The token is the one that huggingface_hub finds. Code of a dataset is never run.
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ class DatasetName:
     """A dataset as a recipe names it.
 
     Attributes:
-        id: Hub id, or the path of a local folder.
-        revision: Branch, tag or commit; None for the main branch, or a folder.
-        config: Which of its configs; None for its only or default one.
-        split: Which of its splits, also `a+b` and `a[:100]`; None for its only one.
-        options: The other keys, and their values.
+        id: Hub id, or path of a local folder.
+        revision: Branch, tag or commit; None for the main branch, or for a folder.
+        config: None for its only or default config.
+        split: Also `a+b` and `a[:100]`; None for its only split.
+        options: The other keys with their values.
     """
 
     id: str
@@ -46,7 +44,7 @@ class DatasetName:
     options: tuple[tuple[str, str], ...] = ()
 
     def option(self, key: str) -> str | None:
-        """The value of another key, if it was given."""
+        """The value of another key; None if it was not given."""
         return dict(self.options).get(key)
 
     def __str__(self) -> str:
@@ -58,10 +56,10 @@ class Rows:
     """Rows of one split.
 
     Attributes:
-        rows: Each from column to value; the number of a class is its name.
+        rows: Each from column to value; a class is given by its name.
         columns: The names of all columns.
-        split: Where they are from.
-        commit: The commit that they are from; None for a local folder.
+        split: The split's name.
+        commit: Of the dataset; None for a local folder.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -74,11 +72,11 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
     """Read `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
 
     Args:
-        name: What to read.
+        name: The text to parse.
         options: Keys that are allowed besides config and split.
 
     Raises:
-        UsageError: If it is no such name.
+        UsageError: If it has another form.
     """
     base, query = base_and_query(name)
     values = parse_query(name, query, ("config", "split", *options))
@@ -93,10 +91,10 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
 
 
 def load_rows(dataset: DatasetName) -> Rows:
-    """All rows of the split that is named, or of the only one there is.
+    """Read all rows of the named split, or of the only one.
 
     Raises:
-        UsageError: If there is no such config or split, or there are several and none is named, or it cannot be read.
+        UsageError: If there is no such config or split, several and none is named, or it cannot be read.
         HubError: If the Hub does not give it and no copy is in the cache.
     """
     splits = split_names(dataset)
@@ -118,12 +116,12 @@ def load_rows(dataset: DatasetName) -> Rows:
 
 
 def split_names(dataset: DatasetName) -> tuple[str, ...]:
-    """The splits of a dataset's config, in the order in which it lists them; raises as `load_rows` does."""
+    """List the splits of a dataset's config, in its order; raises as `load_rows` does."""
     return tuple(_open(dataset).splits)
 
 
 def known_commit(dataset: DatasetName) -> str | None:
-    """The commit that this process read a dataset of the Hub at, if it did."""
+    """The commit at which this process read a dataset of the Hub; None if it did not."""
     return _COMMITS.get((dataset.id, dataset.revision))
 
 
@@ -131,24 +129,19 @@ _COMMITS: dict[tuple[str, str | None], str] = {}
 
 
 def _open(dataset: DatasetName) -> Prepared:
-    """The prepared config of a dataset: only the first time from the Hub; a folder may have changed meanwhile."""
+    """Prepare a dataset's config; a folder each time, since it may have changed meanwhile."""
     if os.path.isdir(dataset.id):
-        return _prepare(dataset.id, None, dataset.config)
+        return prepare(dataset.id, None, dataset.config)
     return _prepare_once(dataset.id, dataset.revision, dataset.config)
 
 
 @functools.lru_cache(maxsize=16)
 def _prepare_once(name: str, revision: str | None, config: str | None) -> Prepared:
     # All configs of a dataset come from one commit.
-    opened = _prepare(name, _COMMITS.get((name, revision), revision), config)
+    opened = prepare(name, _COMMITS.get((name, revision), revision), config)
     if opened.commit:
         _COMMITS[name, revision] = opened.commit
     return opened
-
-
-def _prepare(name: str, revision: str | None, config: str | None) -> Prepared:
-
-    return prepare(name, revision, config)
 
 
 def _named_classes(table: Any) -> list[dict[str, Any]]:
@@ -166,11 +159,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A config of a dataset, on this machine.
+    """A dataset's config on this machine.
 
     Attributes:
         splits: From the name of a split to its table.
-        commit: Where it comes from on the Hub; None for a folder.
+        commit: On the Hub; None for a folder.
+        builder: Reads expressions of splits; None for what `save_to_disk` wrote.
     """
 
     splits: dict[str, Any]
@@ -188,10 +182,10 @@ class Prepared:
 
 
 def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
-    """Fetch and convert a config of a dataset of the Hub, or of a folder; what is in the cache serves offline.
+    """Fetch and convert a config of a dataset of the Hub, or of a folder; the cache serves offline.
 
     Raises:
-        UsageError: If it has no such config, or several and none is named, or its files cannot be read.
+        UsageError: If it has no such config, several and none is named, or its files cannot be read.
         HubError: If the Hub does not give it and no copy is in the cache.
     """
     with quiet("datasets", "huggingface_hub"):
@@ -210,7 +204,7 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """For others' code that reads datasets: quiet, and from the cache at once where the Hub does not answer.
+    """Let other code read datasets: quietly, and from the cache at once if the Hub does not answer.
 
     Raises:
         HubError: If that code fails because the Hub does not give something.
@@ -229,7 +223,8 @@ def reading(name: str) -> Iterator[None]:
 def _commit(name: str, revision: str | None) -> str:
     with asking(f"get the dataset {name}" + (f"@{revision}" if revision else "")):
         found = api().dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        if found.gated:  # Anyone may see what is in it, but not read it.
+        # Anyone may see what is in a gated one, but not read it.
+        if found.gated:
             api().auth_check(name, repo_type="dataset")
         return str(found.sha)
 
@@ -271,7 +266,7 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except Exception as error:
-        # The library's faults are of no common class, and its words for a config that is not there are all it says.
+        # The library's errors have no common class, and only its words tell that a config does not exist.
         known = re.search(r"(?:Available|available configs): \[(.*)\]", str(error))
         if known:
             raise UsageError(_no_config(name, config, re.findall(r"'([^']*)'", known[1]))) from error
@@ -292,7 +287,7 @@ def _is_of_the_hub(error: BaseException) -> bool:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
-    # Files of a kind that is not read, or none, are no fault of the Hub's.
+    # Files of an unknown kind, or none, are not the Hub's fault.
     if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
         return False
     return isinstance(error, OSError) or "http" in type(error).__module__
@@ -307,7 +302,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _saved_to_disk(folder: Path) -> Prepared | None:
-    """What `save_to_disk` wrote, which is no dataset's usual layout."""
+    """Load what `save_to_disk` wrote, which has a layout of its own; None for any other folder."""
     import datasets
 
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):

@@ -1,4 +1,4 @@
-"""Greedy responses of many prompts: prompts in, responses out, in the order of the prompts."""
+"""Greedy responses to many prompts, in their order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, StoppingCriteria
 
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, Drafts
-from dapa_merge.measure.determinism import is_steady, steady, widened
-from dapa_merge.measure.row_cache import is_understood
+from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
+from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
 from dapa_merge.progress import LOG, advance
 
 if TYPE_CHECKING:
@@ -48,9 +47,9 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as one user turn of the model's own chat template, ready to be answered; bare if it has none.
+    """Return the prompt as one user turn of the model's chat template, ready to be answered; bare if it has none.
 
-    A model that can think aloud before it answers is asked not to: the answer is what is judged.
+    A model that can think before it answers is asked not to: the answer is what is judged.
     """
     if not tokenizer.chat_template:
         _say_without_template(tokenizer.name_or_path)
@@ -72,18 +71,18 @@ def _say_without_template(name: str) -> None:
 
 
 def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
-    """Raise `CheckpointError` if the model has no embedding for a token; on an accelerator it would crash."""
+    """Raise `CheckpointError` if the model lacks an embedding for a token; an accelerator would crash."""
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     largest = max(map(max, rows))
     if largest >= num_embeddings:
         raise CheckpointError(
-            f"the tokenizer gives token {largest}, but the model has {num_embeddings} embeddings only; "
+            f"the tokenizer gives token {largest}, but the model has only {num_embeddings} embeddings; "
             f"they do not belong together"
         )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
+    """Encode a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
     return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
 
 
@@ -103,13 +102,13 @@ def generate(
     max_new_tokens: int,
     batch_size: BatchSize,
     settle: Settle | None = None,
-    drafts: Drafts | None = None,
-    must_repeat: bool = False,
+    lookup: LookupCache | None = None,
+    deterministic: bool = False,
 ) -> list[str]:
     """Answer every prompt greedily, as the model's own `generate` would, but sooner.
 
-    A response is the same whatever else is asked, and whatever the drafts hold, where the model `is_steady`. Elsewhere
-    another number of tokens in a run is rounded otherwise, and may decide a near-tie between two tokens otherwise.
+    If the model `is_deterministic`, a response is the same whatever else is asked and whatever was looked up. Otherwise
+    another number of tokens in a run may decide a near-tie between two tokens otherwise.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
@@ -117,11 +116,11 @@ def generate(
         prompts: User requests, without template.
         max_new_tokens: Responses are cut off here, or where the model's context ends.
         batch_size: How many prompts at once.
-        settle: Given the beginning of a response and its prompt, anything but None if the rest of the response cannot
-            matter: it is then not generated.
-        drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
-            every token said in a run of its own.
-        must_repeat: Whether drafts are left alone where they might change a response.
+        settle: Given the beginning of a response and its prompt, returns anything but None if the rest cannot matter;
+            it is then not generated.
+        lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None to
+            give each token a run of its own.
+        deterministic: Whether `lookup` is ignored where it might change a response.
 
     Returns:
         One response per prompt, special tokens removed.
@@ -138,17 +137,17 @@ def generate(
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
-    if is_understood(model):
+    if is_batchable(model):
         decoder = Decoder(
             model,
             ends=_ends(model),
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
-            drafts=None if must_repeat and not is_steady(model, longest) else drafts,
+            lookup=None if deterministic and not is_deterministic(model, longest) else lookup,
             is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
             finish=lambda _: advance(1, "prompts"),
         )
-        with widened(model), steady(model, longest):
+        with upcast_linear(model), deterministic_attention(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(
@@ -161,14 +160,14 @@ def generate(
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """How many tokens a text of the model's may have; very many if its config does not say."""
+    """Longest text of a model, in tokens; very long if its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
 def _rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[BatchRow]:
-    """The prompts as the model reads them, checked; and how long each answer may be."""
+    """Encode and check the prompts, and limit their responses to the model's context."""
     _check_template(tokenizer)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = context_length(model)
@@ -183,7 +182,7 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `CheckpointError` for a chat template that says the same whatever it is given."""
+    """Raise `CheckpointError` for a chat template that ignores the prompt."""
     if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
         raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
 
@@ -191,7 +190,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         which = f"prompt {number} of {len(ids)}"
-        # By its number alone it could not be found: prompts come from several files, and each but once.
+        # A number alone would not find it: prompts come from several files, and each counts once.
         beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
         if not tokens:
             raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
@@ -252,14 +251,14 @@ def _generate_plainly(
     batch: Sequence[tuple[BatchRow, str]],
     judge: _Settling | None,
 ) -> list[list[int]]:
-    """What `Decoder` does, for models whose memory of a text it does not understand."""
+    """Do what `Decoder` does, for models with another memory than keys and values."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
     start = inputs["input_ids"].shape[1]
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        # Of the batch's first, which is its longest.
+        # Of the batch's first, which has the longest prompt.
         max_new_tokens=batch[0][0].limit,
         stopping_criteria=None if judge is None else [_AllSettled(judge, [prompt for _, prompt in batch], start)],
     )

@@ -14,7 +14,7 @@ import torch
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.determinism import upcast_linear
 from dapa_merge.measure.generate import check_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def read(
         return Reading(math.nan, is_cut)
     check_ids(model, [row.ids for row in rows])
     fitting = BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // len(rows[0].ids))))
-    with widened(model):
+    with upcast_linear(model):
         mean = math.fsum(fitting.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
     return Reading(math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf, is_cut)
 

@@ -31,8 +31,8 @@ from dapa_merge.measure.callback import (
     known_callbacks,
     load_file,
 )
-from dapa_merge.measure.harness import PREFIX, Harness, parse_task
 from dapa_merge.measure.refusal.classify import Outcome, classify, settle
+from dapa_merge.measure.skills import PREFIX, Harness, parse_task
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 

@@ -35,7 +35,7 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     if "prompts" in parameters:
-        from dapa_merge.measure.prompts.sources import pinned_prompts
+        from dapa_merge.measure.prompts.sets import pinned_prompts
 
         parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.text is not None and os.path.exists(recipe.text):

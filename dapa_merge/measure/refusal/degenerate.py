@@ -1,7 +1,7 @@
 """Output that says nothing: empty, a loop, noise, an echo. Standard library only.
 
-Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise, so that
-some noise is let through, above all what is made of whole words of other languages than English.
+Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise. So some
+noise passes, above all whole words of other languages than English.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
-from dapa_merge.search.search import readable_certificate
+from dapa_merge.search.result import readable_certificate
 from dapa_merge.transplant.manifest import PRIVATE
 from dapa_merge.transplant.result import check_destination, transplant
 
@@ -135,7 +135,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         dsr_change=evidence.dsr_change if evidence else None,
         over_refusal_change=evidence.over_refusal_change if evidence else None,
         searched=evidence.searched if evidence else None,
-        requirement=asdict(search.requirement) if search else None,
+        requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,
         tests_unneeded=search.num_unneeded if search else 0,

@@ -45,7 +45,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.sets import check_prompts
-from dapa_merge.plan.edit import Rounding, does_not_fit, not_finite
+from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import LOG, shown
@@ -204,12 +204,11 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
             if model not in values:
                 values[model] = mapped_values(plan.models[model], regions[model]).view(values["target"].shape)
             if model != "target" and not bool(values[model].isfinite().all()):
-                raise not_finite(name, plan, model)
+                raise not_finite(name, plan.models, model)
         result[place] = plan.edit.new_values(values, ours.dtype, selected.rounding)
         if not bool(result[place].isfinite().all()):
-            raise not_finite(name, plan, "target")
-        if selected.rounding.overflowed > plan.max_overflow:
-            raise does_not_fit(name, plan, TORCH_DTYPES[ours.dtype], selected.rounding)
+            raise not_finite(name, plan.models, "target")
+        selected.rounding.check(name, plan.source, TORCH_DTYPES[ours.dtype])
     return result
 
 
@@ -239,7 +238,7 @@ def _select(recipe: Recipe) -> _Selected:
         },
         files=files,
         stamps=stamps,
-        rounding=Rounding(),
+        rounding=Rounding(plan.max_overflow),
     )
 
 

@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
@@ -37,6 +38,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.plan import join
+from dapa_merge.search.requirement import CONSTRAINTS, Requirement, constraints_of
 from dapa_merge.verify.tensors import verify
 
 # On a busy machine any example may take long.
@@ -262,6 +264,12 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
+def warm_processes(monkeypatch) -> None:
+    """The processes of Python that a script starts by `subprocess` need not load torch."""
+    warm.stand_in_for_subprocess(monkeypatch)
+
+
+@pytest.fixture
 def no_pictures(monkeypatch) -> None:
     """Nothing is drawn: for results of the same numbers as those whose pictures are looked at, and beside the point."""
     skip_drawing(monkeypatch, "png", "svg")
@@ -307,3 +315,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("mounting needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def required(*, measure: str = "DSR", **limits: float) -> Requirement:
+    """A requirement of absolute limits, by their names in a report."""
+    constraints = constraints_of([constraint.key for constraint in CONSTRAINTS], measure)
+    return Requirement(tuple((one, limits[one.name]) for one in constraints if one.name in limits))

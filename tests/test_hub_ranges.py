@@ -290,9 +290,9 @@ def test_an_answer_that_is_not_what_was_asked_for_is_not_kept(models, partial, l
     assert read_bytes(checkpoint, first) == read_bytes(local, local.tensors[first.name])
 
 
-def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path):
+def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path, few):
     target, source = miniature.path("target"), miniature.path("source")
-    recipe = write_recipe(target, "someone/source", prompts="miniature", max_new_tokens=24, batch_size=128)
+    recipe = write_recipe(target, "someone/source", prompts=few, max_new_tokens=12, batch_size=128)
     with hub({"someone/source": source}) as (endpoint, log):
         result = dapa_merge(endpoint, tmp_path / "home", "search", recipe, "--json")
     assert result.returncode == 0, result.stderr

@@ -48,9 +48,9 @@ def same_tensors(one, other) -> bool:
     )
 
 
-def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path, no_pictures):
+def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path, few, no_pictures):
     recipe = write_recipe(
-        miniature.path("target"), miniature.path("source"), layers="auto", prompts="miniature", max_new_tokens=24
+        miniature.path("target"), miniature.path("source"), layers="auto", prompts=few, max_new_tokens=12
     )
     result = mergekit_yaml(recipe, tmp_path / "theirs")
     assert result.returncode == 0, result.stderr
@@ -69,9 +69,9 @@ def test_a_bad_recipe_is_one_sentence_with_its_line_and_nothing_is_written(llama
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_written(write_recipe, tmp_path):
+def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_written(write_recipe, tmp_path, few):
     recipe = write_recipe(
-        miniature.path("shadow-target"), miniature.path("shadow-source"), prompts="miniature", max_new_tokens=24
+        miniature.path("shadow-target"), miniature.path("shadow-source"), prompts=few, max_new_tokens=12
     )
     result = mergekit_yaml(recipe, tmp_path / "out")
     assert result.returncode == 3, result.stderr

@@ -13,6 +13,7 @@ from hub_stand_in import serve
 from huggingface_hub import HfApi, snapshot_download
 from publish.conftest import CARD, connect, reaching_servers
 
+import dapa_merge as dapa_merge_package
 from dapa_merge import miniature
 from dapa_merge.publish.parents import metadata_of
 
@@ -29,7 +30,7 @@ models:
 parameters:
   layers: auto
   prompts: {prompts}
-  max_new_tokens: 24
+  max_new_tokens: 12
   batch_size: 128
 """
 
@@ -62,6 +63,8 @@ class Job:
             "HF_HUB_DISABLE_XET": "1",
             "XDG_CACHE_HOME": str(temp / "cache"),
             "OMP_NUM_THREADS": "1",
+            # The package that is tested, wherever it is imported from.
+            "PYTHONPATH": str(Path(dapa_merge_package.__file__).parents[1]),
         }
         given = {"recipe": "recipe.yml", "repository": REPAIRED, "token": self.hub.token("alice"), **GATES, **inputs}
         where = {"workspace": self.work, "temp": temp}

@@ -202,7 +202,7 @@ def test_mergekit_refuses_overlapping_rows(llama_pair):
 def test_what_mergekit_lends_is_not_written_to():
     lent = torch.zeros(4, 2), torch.ones(4, 2)
     selected = SimpleNamespace(
-        boxes={"gate": [(((1, 3), (0, 2)), {})]}, plan=SimpleNamespace(edit=Copy(), max_overflow=0), rounding=Rounding()
+        boxes={"gate": [(((1, 3), (0, 2)), {})]}, plan=SimpleNamespace(edit=Copy(), source=None), rounding=Rounding()
     )
     result = _with_boxes("gate", *lent, selected)
     assert result[:, 0].tolist() == [0, 1, 1, 0]

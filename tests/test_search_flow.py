@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import answer, call, change_tensor, save_random, tiny_llama
+from conftest import answer, call, change_tensor, required, save_random, tiny_llama
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
@@ -28,7 +28,6 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.search import workers as search_testers
 from dapa_merge.search.journal import name_of
-from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.workers import make_bench
 
 # With whatever else starts Ray; and its searches are done once.
@@ -133,7 +132,7 @@ def test_early_verdicts_are_the_full_ones_on_every_test_of_a_search(done, capsys
     tests = [entry for entry in entries(done.journal) if "holds" in entry]
     num_asked = num_prompts = 0
     with closing(make_bench(parsed, plan, split_prompts(parsed)[0], Options("cpu"))) as bench:
-        bench.require(Requirement(**done.found["requirement"]))
+        bench.require(required(**done.found["requirement"]))
         for test in tests:
             full = bench.examine([units[name] for name in test["selection"]], stop_early=False)
             assert full.holds == test["holds"]
@@ -389,7 +388,7 @@ def test_the_replay_of_a_search_needs_no_search(done, tmp_path, no_model):
 
 def test_the_requirement_is_in_the_answer(done):
     found = done.found
-    assert Requirement(**found["requirement"]).score_complaint(found["score_full"], found["score_full"]) is None
+    assert required(**found["requirement"]).min_score <= found["score_full"]
     assert found["requirement"]["min_score"] == pytest.approx(0.95 * found["score_full"] + 0.05 * found["score_target"])
 
 
@@ -401,7 +400,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     threads = torch.get_num_threads()
     try:
         searching, _ = split_prompts(recipe)
-        limits = Requirement(0.5, 1.0, 1e9)
+        limits = required(min_score=0.5, max_over_refusal=1.0, max_perplexity=1e9)
         test = search_testers._make_tester(recipe, searching, limits, Options("cpu"), threads)
     finally:
         torch.set_num_threads(threads)

@@ -27,6 +27,7 @@ from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal, JournalUnavailable
+from dapa_merge.search.requirement import settings_of
 
 if TYPE_CHECKING:
     from dapa_merge.compare.blend import Blend, Blender
@@ -149,9 +150,7 @@ class _Comparison:
             edit=self.plan.edit,
             num_parameters=self.plan.target.num_parameters,
             prompts=recipe.prompts,
-            retain=recipe.retain,
-            max_over_refusal=recipe.max_over_refusal,
-            max_perplexity=recipe.max_perplexity,
+            settings=settings_of(recipe),
             arms=tuple(arms),
             curve=curve,
             no_curve=no_curve,

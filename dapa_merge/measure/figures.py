@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +15,8 @@ if TYPE_CHECKING:
 
 # Of being wrong where only chance is at work: intervals cover 95 %, and p-values below this prove a change.
 LEVEL = 0.05
-
-
 # A number that JSON, which has only finite ones, may hold as null.
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evalua
 from dapa_merge.measure.figures import Figures, Response, SkillFigure
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
-from dapa_merge.measure.perplexity import Reading, read
+from dapa_merge.measure.perplexity import Reading, read_passages
 from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, load_skills, skill_figure
@@ -159,7 +159,7 @@ class Measurement:
     def _reading(self) -> Reading:
         text = self._meter.text
         passages = self._meter.prompts.passages if text is None else text.passages
-        found = read(
+        found = read_passages(
             self._candidate.model,
             self._candidate.tokenizer,
             passages,

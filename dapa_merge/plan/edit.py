@@ -1,7 +1,7 @@
-"""How a target's values change: `EDITS`, and all arithmetic on weights.
+"""All arithmetic on weights: `EDITS` declares how new values are computed.
 
-The transplant on disk, the merge method, the model in memory and `verify` compute with one `Edit`, so that they agree
-bit for bit. Which values change is the plan's business.
+The transplant on disk, the merge method, the model in memory and `verify` call the same `Edit`, so that they agree bit
+for bit. The plan says which values change.
 """
 
 from __future__ import annotations
@@ -22,30 +22,28 @@ from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 if TYPE_CHECKING:
     import torch
 
-    from dapa_merge.plan.plan import Plan
-
 
 # Elements that are read, computed and written at once.
 TILE = 1 << 21
 # For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-# The models that an edit may read, as a recipe names them, and the words for them.
+# The models that an edit may read, by what a recipe calls them, and the words for them in messages.
 MODELS = {"target": "target", "source": "source", "pretrained": "pretrained model"}
 
 
 @dataclass(frozen=True)
 class Edit(ABC):
-    """How a region's new values follow from those of the models: target + strength * change, rounded once.
+    """Computes new values from those of several models: target + strength * change, rounded once.
 
-    A subclass in `EDITS` is all that a new edit takes.
+    A new edit is a subclass and its entry in `EDITS`.
 
     Attributes:
-        name: A recipe's `edit`.
-        inputs: The models whose values it reads, of `MODELS`; the plan opens them.
-        copies: The model whose values it takes unchanged: bytes of the same dtype are then copied without torch.
-        verb: What it does to parameters, as a card says it.
-        unit: What one unit is, for messages.
-        divides: Whether a unit may be cut into blocks of rows.
+        name: A recipe's `edit`; also the word of `verify` for values that it made.
+        inputs: The models that it reads, of `MODELS`; the plan opens them.
+        copies: The model whose values it takes unchanged; equal dtypes are then copied as bytes, without torch.
+        verb: What it does to parameters, in a card.
+        unit: What one unit is, in messages.
+        divides: Whether a unit can be divided into blocks of rows.
         strength: In (0, 2].
     """
 
@@ -59,57 +57,53 @@ class Edit(ABC):
 
     @abstractmethod
     def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What is added to the target at a strength of 1.
+        """The difference that a strength of 1 adds to the target.
 
         Args:
-            values: By model, the target among them: float32 or float64, of one shape. Borrowed; not to be written to.
+            values: By model, with the target: float32 or float64, of one shape. Borrowed; do not write to them.
         """
 
     @abstractmethod
     def how(self, models: Mapping[str, str]) -> str:
-        """How values come about, after "the gates of layers 3-4, "; `models` are names or links to show."""
+        """A participle phrase for a card, as "copied from ...", about `models` by their names or links."""
 
     @property
     def origin(self) -> str:
-        """The word of `verify` for values that this edit made."""
+        """The origin that `verify` reports for values that this edit made."""
         return self.name
 
     @property
     def result(self) -> str:
-        """These values in a sentence, beside "the target's"."""
+        """Words for these values next to "the target's"."""
         return f"the {self.name}"
 
     @property
     def note(self) -> str:
-        """A sentence for a page that compares methods; empty if nothing needs saying."""
-        return f"Edit {self.name}: whatever is transplanted is {self.how(MODELS_IN_WORDS)}, as the recipe has it."
+        """A sentence for the page of a comparison; empty for the usual edit."""
+        models = {name: f"the {word}" for name, word in MODELS.items()}
+        return f"Edit {self.name}: whatever is transplanted is {self.how(models)}, as the recipe has it."
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the new values, for manifest and journal; `make_edit` makes it an edit again."""
+        """Everything that decides the new values, for manifest and journal; `make_edit` reads it back."""
         return {"edit": self.name, "strength": self.strength}
 
-    @property
-    def identity(self) -> str:
-        """The same on one line."""
-        return " ".join(map(str, self.to_json().values()))
-
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The new values before they are rounded."""
-        # Operations that are each rounded: fused, as by `lerp` or `add(alpha=...)`, a GPU's would differ from a CPU's.
+        """The new values before rounding."""
+        # Each operation rounds: fused ones, as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
         return values["target"] + self.change(values) * self.strength
 
     def new_values(
         self, values: Mapping[str, torch.Tensor], dtype: torch.dtype, rounding: Rounding | None = None
     ) -> torch.Tensor:
-        """The new values, computed in float32 (float64 where an input is) and rounded once, to nearest.
+        """The new values, computed in float32 (float64 if an input is) and rounded once, to nearest.
 
         Args:
             values: Those of `inputs`, as stored, of one shape.
-            dtype: What the target stores.
-            rounding: Counts what is lost. A value beyond the dtype becomes the largest that it holds.
+            dtype: The target's.
+            rounding: Counts losses. A value beyond the dtype becomes the largest that it holds.
 
         Returns:
-            A new tensor of `dtype`, or the input itself if it is copied as it is.
+            A new tensor of `dtype`, or an input that is copied unchanged.
         """
         import torch
 
@@ -131,9 +125,61 @@ class Edit(ABC):
             rounding.add(num_overflowed, int((was_normal & (result.abs() < limits.tiny)).sum()))
         return result
 
+    def tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding | None = None
+    ) -> Iterator[tuple[bytes, dict[str, bytes]]]:
+        """Yield a region's new bytes in tiles, each with the bytes of the inputs by model.
+
+        Loads torch only to compute.
+
+        Args:
+            models: Those of the plan.
+            regions: By model, of equal size; the target's among them.
+            rounding: Counts losses.
+
+        Raises:
+            CheckpointError: If a file changes while it is read.
+        """
+        dtype = regions["target"].tensor.dtype
+        if self.copies is not None and regions[self.copies].tensor.dtype == dtype:
+            for tile in read_tiles(models[self.copies], regions[self.copies]):
+                yield tile, {self.copies: tile}
+            return
+        import torch
+
+        dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
+            inputs = dict(zip(self.inputs, tiles, strict=True))
+            values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
+            result = self.new_values(values, dtypes["target"], rounding)
+            yield result.view(torch.uint8).numpy().tobytes(), inputs
+
+    def checked_tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
+    ) -> Iterator[bytes]:
+        """Yield a region's new bytes in tiles.
+
+        Raises:
+            CheckpointError: If a value is infinite or not a number, or a file changes while it is read.
+            ValueDoesNotFit: If more values overflow the target's dtype than `rounding` allows.
+        """
+        ours = regions["target"]
+        for tile, inputs in self.tiles(models, regions, rounding):
+            for name, read in inputs.items():
+                if name != "target" and _has_not_finite(read, regions[name]):
+                    raise not_finite(regions[name].name, models, name)
+            rounding.check(regions["source"].name, models["source"], ours.tensor.dtype)
+            if "target" in inputs and _has_not_finite(tile, ours):
+                # Overflows were cut, so that this is the target's own.
+                raise CheckpointError(
+                    f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
+                    f"number, which cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
+                )
+            yield tile
+
 
 class Blend(Edit):
-    """Move the target's values towards the source's."""
+    """Moves the target's values towards the source's."""
 
     name = "blend"
 
@@ -152,7 +198,7 @@ class Blend(Edit):
 
 
 class Copy(Blend):
-    """Take the source's values as they are: all of the way, exactly."""
+    """Takes the source's values unchanged."""
 
     name = "copy"
     inputs = ("source",)
@@ -170,11 +216,10 @@ class Copy(Blend):
 
 
 EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend)}
-MODELS_IN_WORDS = {name: f"the {word}" for name, word in MODELS.items()}
 
 
 def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
-    """The edit that a recipe means: a copy of another strength than 1 is a blend, and a blend of strength 1 a copy.
+    """An edit from its name and strength; a copy is a blend of strength 1.
 
     Raises:
         ValueError: If it is not one of `EDITS`.
@@ -189,23 +234,33 @@ def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
 
 @dataclass
 class Rounding:
-    """What was lost where values were stored in a narrower dtype.
+    """Losses from storing values in a narrower dtype; counted by several threads.
 
     Attributes:
-        overflowed: Values that the dtype cannot hold; each became the largest that it can.
-        subnormal: Values that lost digits, or became zero, because they are smaller than the dtype's normal numbers.
+        max_overflow: Number of overflows allowed.
+        overflowed: Number of values beyond the dtype; each became the largest that it holds.
+        subnormal: Number of values below the dtype's normal numbers, which lost digits or became zero.
     """
 
+    max_overflow: int = 0
     overflowed: int = 0
     subnormal: int = 0
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
-    def add(self, overflowed: int, subnormal: int) -> int:
-        """Count more; returns how many have overflowed in all."""
+    def add(self, overflowed: int, subnormal: int) -> None:
+        """Count more."""
         with self._lock:
             self.overflowed += overflowed
             self.subnormal += subnormal
-            return self.overflowed
+
+    def check(self, name: str, source: Checkpoint, dtype: str) -> None:
+        """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the source's tensor of the last."""
+        if self.overflowed > self.max_overflow:
+            raise ValueDoesNotFit(
+                f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
+                f"least {self.overflowed} overflow, and {self.max_overflow} may; with `max_overflow` under "
+                f"`parameters` more may, and become the largest value that fits"
+            )
 
 
 def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE) -> Iterator[bytes]:
@@ -236,70 +291,10 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
         yield bytes(tile)
 
 
-def new_tiles(plan: Plan, regions: Mapping[str, Region], rounding: Rounding | None = None) -> Iterator[bytes]:
-    """Yield the new bytes of a region in tiles, as long as nothing is wrong with them.
-
-    Args:
-        plan: The models, the edit, and how many values may overflow.
-        regions: By model, where the values are; as many in each.
-        rounding: Counts what is lost.
-
-    Raises:
-        CheckpointError: If a value is infinite or not a number, or a file changes while it is read.
-        ValueDoesNotFit: If more values than `plan.max_overflow` are too large for the target's dtype.
-    """
-    rounding = rounding or Rounding()
-    ours = regions["target"]
-    for tile, inputs in edited_tiles(plan, regions, rounding):
-        for name, read in inputs.items():
-            if name != "target" and _has_not_finite(read, regions[name]):
-                raise not_finite(regions[name].name, plan, name)
-        if rounding.overflowed > plan.max_overflow:
-            raise does_not_fit(regions["source"].name, plan, ours.tensor.dtype, rounding)
-        if "target" in inputs and _has_not_finite(tile, ours):
-            # What overflows was cut; only the target's own can be left.
-            raise CheckpointError(
-                f"{ours.name} of the target {plan.target.name} holds values that are infinite or not a number, which "
-                f"cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
-            )
-        yield tile
-
-
-def edited_tiles(
-    plan: Plan, regions: Mapping[str, Region], rounding: Rounding | None = None
-) -> Iterator[tuple[bytes, dict[str, bytes]]]:
-    """Yield the new bytes of a region in tiles, and by model the bytes that they were made of.
-
-    Loads torch only if there is anything to compute.
-    """
-    edit, dtype = plan.edit, regions["target"].tensor.dtype
-    if edit.copies is not None and regions[edit.copies].tensor.dtype == dtype:
-        for tile in read_tiles(plan.models[edit.copies], regions[edit.copies]):
-            yield tile, {edit.copies: tile}
-        return
-    import torch
-
-    dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
-    for tiles in zip(*(read_tiles(plan.models[name], regions[name]) for name in edit.inputs), strict=True):
-        inputs = dict(zip(edit.inputs, tiles, strict=True))
-        values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
-        result = edit.new_values(values, dtypes["target"], rounding)
-        yield result.view(torch.uint8).numpy().tobytes(), inputs
-
-
-def does_not_fit(name: str, plan: Plan, dtype: str, rounding: Rounding) -> ValueDoesNotFit:
-    """The error for more values that a dtype cannot hold than a plan allows; `name` is the source's tensor."""
-    return ValueDoesNotFit(
-        f"{name} of the source {plan.source.name} has values that {dtype}, the target's dtype, cannot hold: "
-        f"at least {rounding.overflowed} overflow, and {plan.max_overflow} may; with `max_overflow` under `parameters` "
-        f"more may, and become the largest value that fits"
-    )
-
-
-def not_finite(name: str, plan: Plan, model: str) -> CheckpointError:
-    """The error for a tensor of one of a plan's models with values that are infinite or not a number."""
+def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:
+    """The error for a model's tensor that holds infinite values or NaN."""
     return CheckpointError(
-        f"{name} of the {MODELS[model]} {plan.models[model].name} holds values that are infinite or not a number; "
+        f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
         f"it is damaged"
     )
 

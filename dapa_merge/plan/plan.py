@@ -1,4 +1,4 @@
-"""Which tensors a recipe is about: a target's units and their twins in the other models, checked against each other."""
+"""The units of a target that may change, and their twins in the other models, checked against each other."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ class Plan:
     Attributes:
         models: By what a recipe calls them: `target`, `source`, and `pretrained` if the edit reads it.
         units: Every candidate unit, in the order of the layers.
-        twins: For each whole unit, the same unit in each of the other models, whose tensors may be cut and named
-            otherwise.
+        twins: For each whole unit, the same unit in every model; tensors may be fused and named differently there.
         edit: How new values are computed.
-        max_overflow: How many values that the target's dtype cannot hold are cut to the largest that it can.
+        max_overflow: Number of values beyond the target's dtype that may be cut to the largest that it holds.
     """
 
     models: Mapping[str, Checkpoint]
@@ -59,33 +58,30 @@ class Plan:
         return {name: checkpoint for name, checkpoint in self.models.items() if name != "target"}
 
     def regions(self, selection: Iterable[Unit]) -> Iterator[dict[str, Region]]:
-        """Yield, part by part, where a selection's values are in each model; as many in each."""
+        """Yield the places of a selection's values, part by part: a region of equal size in each model."""
         for unit in selection:
-            twins = {name: replace(twin, rows=unit.rows) for name, twin in self.twins[unit.whole].items()}
-            for parts in zip(unit.parts, *(twin.parts for twin in twins.values()), strict=True):
-                yield {
-                    name: region_of(self.models[name], part)
-                    for name, part in zip(("target", *twins), parts, strict=True)
-                }
+            twins = self.twins[unit.whole]
+            for parts in zip(*(replace(twin, rows=unit.rows).parts for twin in twins.values()), strict=True):
+                yield {name: region_of(self.models[name], part) for name, part in zip(twins, parts, strict=True)}
 
     def rows(self, unit: Unit) -> Rows:
-        """Which rows of its layer's module a unit is."""
+        """The rows of its layer's module that a unit covers."""
         return unit.rows or (0, unit.num_rows)
 
     def part(self, whole: Unit, rows: Rows) -> Unit:
-        """A block of a whole unit; all of its rows are the unit itself."""
+        """The block of a whole unit with these rows; the unit itself if they are all of its rows."""
         return whole if rows == self.rows(whole) else replace(whole, rows=rows)
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
-        """How many parameters of the target a selection replaces."""
+        """The number of the target's parameters that a selection changes."""
         return sum(regions["target"].num_parameters for regions in self.regions(selection))
 
     def num_bytes(self, selection: Iterable[Unit]) -> int:
-        """How many bytes of the target a selection replaces."""
+        """The number of the target's bytes that a selection changes."""
         return sum(regions["target"].num_bytes for regions in self.regions(selection))
 
     def share(self, selection: Iterable[Unit]) -> float:
-        """The share of the target's parameters that a selection replaces, in [0, 1]."""
+        """The share of the target's parameters that a selection changes, in [0, 1]."""
         return self.num_parameters(selection) / self.target.num_parameters
 
 
@@ -100,54 +96,42 @@ def plan_transplant(
 ) -> Plan:
     """Find the units of all models and check that each fits in the target's place.
 
-    Args:
-        target: The checkpoint to repair.
-        source: The aligned one.
-        modules: What of a layer is a unit.
-        pretrained: What both were fine-tuned from, for an edit that reads it.
-        edit: How new values are computed.
-        max_overflow: How many values may overflow.
-
     Raises:
         CheckpointError: If the models are of different architectures or sizes, or are quantized.
         UnsupportedArchitecture: If their units cannot be found.
     """
     models = {"target": target, "source": source} | ({} if pretrained is None else {"pretrained": pretrained})
     assert set(edit.inputs) <= set(models), f"{edit.name} reads {edit.inputs}"
-    units = _find_units("target", models, modules)
-    found = {name: _find_units(name, models, modules) for name in models if name != "target"}
+    found = {name: _find_units(name, models, modules) for name in models}
+    units = found["target"]
     for name, theirs in found.items():
         if (has := _num_layers(theirs)) != (wanted := _num_layers(units)):
             raise CheckpointError(
                 f"the {MODELS[name]} {models[name].name} has {has} layers but the target {target.name} has {wanted}; "
                 f"a {MODELS[name]} must have the target's own size"
             )
-    twins = [dict(zip(found, same, strict=True)) for same in zip(*found.values(), strict=True)]
-    plan = Plan(models, units, dict(zip(units, twins, strict=True)), edit, max_overflow)
+    twins = {same[0]: dict(zip(found, same, strict=True)) for same in zip(*found.values(), strict=True)}
+    plan = Plan(models, units, twins, edit, max_overflow)
     for unit in units:
         _check_twins(unit, plan)
     return plan
 
 
 def with_modules(plan: Plan, modules: Sequence[str]) -> Plan:
-    """The plan of other modules of the same models.
-
-    Raises:
-        CheckpointError: As `plan_transplant` does.
-    """
+    """The same plan of other modules; raises as `plan_transplant` does."""
     return plan_transplant(**plan.models, modules=modules, edit=plan.edit, max_overflow=plan.max_overflow)
 
 
 def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Plan:
-    """The plan of a search among blocks of some of its units; the last block of each may be shorter.
+    """The plan of a search among blocks of some units, whole or already blocks; a unit's last block may be shorter.
 
     Args:
-        plan: Target and source.
-        units: What to divide, whole or already blocks.
-        rows_per_block: Rows (neurons) of a block, at least 1; None for a block of each expert.
+        plan: The models and the edit.
+        units: The units to divide.
+        rows_per_block: Rows (neurons) of a block, at least 1; None for one block per expert.
 
     Raises:
-        UsageError: If a unit's rows are not neurons.
+        UsageError: If a unit's rows are not neurons, or the edit's units cannot be divided.
     """
     blocks: list[Unit] = []
     if not plan.edit.divides:
@@ -155,8 +139,8 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Pla
     for unit in units:
         if unit.module not in DIVISIBLE_MODULES:
             raise UsageError(
-                f"{unit} cannot be divided into blocks of rows; only {' and '.join(DIVISIBLE_MODULES)} can, "
-                f"whose every row is one neuron"
+                f"{unit} cannot be divided into blocks of rows; only {' and '.join(DIVISIBLE_MODULES)} can, because "
+                f"each of their rows is one neuron"
             )
         first, stop = plan.rows(unit)
         ends = {part.first_row for part in unit.parts} if rows_per_block is None else range(first, stop, rows_per_block)
@@ -165,7 +149,7 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Pla
 
 
 def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
-    """The same rows in as few units as can be, in the plan's order: blocks that touch as one, all rows as the unit."""
+    """The same rows in the fewest units, in the plan's order: adjacent blocks become one, all rows the whole unit."""
     ranges: dict[Unit, list[Rows]] = {unit.whole: [] for unit in (*plan.units, *units)}
     for unit in units:
         ranges[unit.whole].append(plan.rows(unit))
@@ -173,7 +157,7 @@ def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
 
 
 def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
-    """The plan's units made whole and cut at the ends of `blocks`: these blocks, and the gaps between them."""
+    """The plan with whole units cut at the ends of `blocks`: into these blocks and the gaps between them."""
     ends: dict[Unit, set[int]] = {unit.whole: set() for unit in plan.units}
     for block in blocks:
         if block.rows is not None and block.whole in ends:
@@ -185,10 +169,10 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
 
 
 def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
-    """The plan by which a result is judged that should have this selection, cut at the ends of its blocks.
+    """The plan to verify a result that should have this selection, cut at the ends of its blocks.
 
-    If a model is fetched as it is read, the plan has no other units: they must be the target's, as everything else,
-    and nothing is fetched to tell what they are instead.
+    If a model is fetched as it is read, the plan holds no other units: they must be the target's, and nothing is
+    fetched to say what else they are.
     """
     chosen = tuple(selection)
     if any(checkpoint.partial is not None for checkpoint in plan.others.values()):
@@ -197,7 +181,7 @@ def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
 
 
 def region_of(checkpoint: Checkpoint, part: TensorBox) -> Region:
-    """Where a part of a unit lies in a checkpoint's files."""
+    """The place of a unit's part in a checkpoint's files."""
     return Region.of(checkpoint.tensors[part.tensor], part)
 
 
@@ -215,7 +199,7 @@ def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[s
 
 
 def _check_twins(unit: Unit, plan: Plan) -> None:
-    """Raise `CheckpointError` unless a unit and its twins are of the same size, and of floats."""
+    """Raise `CheckpointError` unless a unit and its twins have equal sizes and hold floats."""
     for name, twin in plan.twins[unit].items():
         if unit != twin or len(unit.parts) != len(twin.parts):
             odd = sorted(set(unit.tensors) ^ set(twin.tensors))

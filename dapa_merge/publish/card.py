@@ -18,7 +18,8 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label
-from dapa_merge.search.search import thrift
+from dapa_merge.search.requirement import limits_text
+from dapa_merge.search.result import thrift
 
 TEMPLATE_PATH = Path(__file__).with_name("card.md.jinja")
 # Reasons of a certificate that a card lists one by one.
@@ -98,7 +99,7 @@ def card_text(facts: CardFacts) -> str:
         has_folders=any(parent.repository is None for parent in facts.parents),
         how=facts.edit.how({name: model(name) for name in MODELS}),
         verb=facts.edit.verb,
-        captions={f"{chart.name}.png": chart.caption for chart in charts.CHARTS},
+        charts=charts.CHARTS,
         reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[
@@ -118,21 +119,6 @@ def card_text(facts: CardFacts) -> str:
         isfinite=math.isfinite,
         zip=zip,
     )
-
-
-def limits_text(report: Report) -> str:
-    """The limits that a selection had to meet, for people."""
-    found = report.requirement or {}
-    texts = []
-    for key, text in (
-        ("min_score", f"{found.get('measure', 'score')} at least"),
-        ("max_over_refusal", "over-refusal at most"),
-        ("max_perplexity", "perplexity at most"),
-    ):
-        value = found.get(key)
-        if isinstance(value, (int, float)):
-            texts.append(f"{text} {value:.3f}")
-    return ", ".join(texts) or "as the recipe says"
 
 
 def _link(parent: Parent) -> str:

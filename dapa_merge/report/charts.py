@@ -17,20 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
-
 from dapa_merge.errors import UsageError, one_line
 from dapa_merge.files import PICTURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
     from dapa_merge.checkpoint.units import Unit
     from dapa_merge.plan.plan import Plan
     from dapa_merge.report.report import Report
-    from dapa_merge.search.search import Search
+    from dapa_merge.search.result import Search
 
 
 CARD_WIDTH = 8.0
@@ -212,9 +209,9 @@ class Step(NamedTuple):
 
     Attributes:
         units: The indices of the units that it transplanted, whole or in part.
-        share: How large they are together, in [0, 1].
+        share: Their share of all units by size, in [0, 1].
         holds: Whether they were enough.
-        score: What share of the prompts that it asked was refused; None if the model was scored as a whole.
+        score: The share of the asked prompts that were refused; None if the model was scored as a whole.
     """
 
     units: Sequence[int]
@@ -226,39 +223,42 @@ class Step(NamedTuple):
 def search_path(
     units: Sequence[str], steps: Sequence[Step], final: Sequence[int], threshold: float, measure: str
 ) -> Figure:
-    """The search, test by test: which units were asked, how large a share, how far they refused, and what was kept.
+    """Draw a search test by test: the units, their share of all, the score, and the units that were kept.
 
     Args:
         units: All units, in order.
         steps: The tests, in order.
-        final: Which units were kept.
+        final: The units that were kept.
         threshold: The score that was required.
-        measure: What the score is.
+        measure: The name of the score.
     """
     num_units, num_steps = len(units), len(steps)
     mosaic_height = min(4.5, 0.16 * num_units)
     with sheet(3.4 + mosaic_height) as figure:
         share, score, matrix = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.2, 0.6 + mosaic_height))
-        at = numpy.arange(1, num_steps + 1)
-        held = numpy.array([step.holds for step in steps], bool)
-        shares = numpy.array([100 * step.share for step in steps])
-        scores = numpy.array([math.nan if step.score is None else step.score for step in steps])
+        shares = [100 * step.share for step in steps]
+        scores = [math.nan if step.score is None else step.score for step in steps]
         for axes, values in ((share, shares), (score, scores)):
-            axes.plot(at, values, color=GREY, linewidth=0.8, zorder=1)
-            axes.scatter(at[held], values[held], marker="o", color=BLUE, zorder=2)
-            axes.scatter(at[~held], values[~held], marker="x", color=VERMILION, zorder=2)
+            axes.plot(range(1, num_steps + 1), values, color=GREY, linewidth=0.8, zorder=1)
+            for holds, marker, colour in ((True, "o", BLUE), (False, "x", VERMILION)):
+                at = [index for index, step in enumerate(steps) if step.holds == holds]
+                found = [values[index] for index in at]
+                axes.scatter([index + 1 for index in at], found, marker=marker, color=colour, zorder=2)
         share.set_ylim(-5, 108)
         share.set_ylabel("% of units")
         share.set_title("The search: what each test transplanted, and whether it held")
         score.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
         score.set_ylim(-0.05, 1.08)
         score.set_ylabel(f"{measure}\nof those asked")
-        cells = numpy.zeros((num_units, num_steps))
-        for index, step in enumerate(steps):
-            cells[list(step.units), index] = 1 if step.holds else 2
-        _mosaic(matrix, cells)
+        cells = [[(2 - step.holds) * (unit in step.units) for step in steps] for unit in range(num_units)]
+        colours = plotting().colors.ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"])
+        matrix.imshow(
+            cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=2,
+            extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
+        )  # fmt: skip
+        matrix.spines[:].set_visible(True)
         for unit in final:
-            # Not so thick that it hides what it frames.
+            # A thicker line would hide what it frames.
             thickness = min(1.2, 20 * mosaic_height / num_units)
             matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
@@ -280,12 +280,12 @@ def search_path(
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:
-    """Figures of some models side by side, each in [0, 1].
+    """Draw figures of some models side by side, each in [0, 1].
 
     Args:
         models: Their names; the first three are drawn in the colours of before, after and source.
-        figures: By name, a value for each model.
-        title: What is shown.
+        figures: A value for each model, by name.
+        title: The figure's title.
     """
     colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
     with sheet(3.6) as figure:
@@ -294,7 +294,7 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
         is_crowded = len(figures) * len(models) > MAX_BARS
         for index, model in enumerate(models):
             bars = [values[index] for values in figures.values()]
-            at = numpy.arange(len(figures)) + (index - (len(models) - 1) / 2) * width
+            at = [place + (index - (len(models) - 1) / 2) * width for place in range(len(figures))]
             reach = [[_reach(bar, side) for bar in bars] for side in (0, 1)]
             axes.bar(
                 at, [bar.value for bar in bars], width * 0.94, yerr=reach, label=model, color=colours[index % 3],
@@ -325,16 +325,6 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
 
 def _reach(bar: Bar, side: int) -> float:
     return 0.0 if bar.interval is None else abs(bar.interval[side] - bar.value)
-
-
-def _mosaic(axes: Axes, cells: NDArray[numpy.float64]) -> None:
-    num_units, num_steps = cells.shape
-    colours = plotting().colors.ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"])
-    axes.imshow(
-        cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=2,
-        extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
-    )  # fmt: skip
-    axes.spines[:].set_visible(True)
 
 
 def plotting() -> Any:
@@ -368,13 +358,13 @@ def styled() -> Iterator[None]:
 
 @contextmanager
 def sheet(height: float) -> Iterator[Figure]:
-    """An empty figure as wide as a card, `height` inches high, to be drawn on within the block."""
+    """An empty figure, as wide as a card and `height` inches high, to be drawn on within the block."""
     with styled():
         yield plotting().figure.Figure(figsize=(CARD_WIDTH, height), layout="constrained")
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """A figure as a file of the kind png or svg."""
+    """The content of a `png` or `svg` file of a figure."""
     buffer = io.BytesIO()
     with styled():
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -383,7 +373,7 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def readable(label: str) -> str:
-    """A label that can be drawn: control characters and signs that the font lacks as escapes, and not too long."""
+    """A label that can be drawn: shortened, with escapes for what the font lacks and for control characters."""
     fonts = plotting().font_manager
     has = fonts.get_font(fonts.findfont(fonts.FontProperties())).get_char_index
     text = "".join(
@@ -395,7 +385,7 @@ def readable(label: str) -> str:
 
 
 def marker_of(axes: Axes, marker: str, colour: str, label: str) -> Any:
-    """What a legend shows for a marker."""
+    """The entry of a marker in a legend."""
     return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
 
 
@@ -405,7 +395,7 @@ def layer_ticks(axes: Axes, num_layers: int) -> None:
 
 
 def spread_places(first: Sequence[int], others: Sequence[int], distance: int) -> list[int]:
-    """As many places as have so much room to each other; those that come first, first."""
+    """Places at least `distance` apart; earlier ones are preferred."""
     chosen: list[int] = []
     for place in (*first, *others):
         if all(abs(place - other) >= distance for other in chosen):
@@ -414,5 +404,5 @@ def spread_places(first: Sequence[int], others: Sequence[int], distance: int) ->
 
 
 def every_few(number: int) -> list[int]:
-    """So many of the first numbers that their labels have room, evenly spread."""
+    """Evenly spread indices below `number`, few enough for their labels."""
     return list(range(0, number, math.ceil(number / MAX_TICKS)))

@@ -23,7 +23,8 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.search import Search, search
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import in_order, make_bench
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
         source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
         if selection is None:
-            found = search(recipe, plan, bench, journal, options)
+            found = search(Session(recipe, plan, bench, journal, options))
             selection = join(plan, found.minimum.units)
             searched = _searched(found, bench)
             LOG.info("confirming it with prompts that the search has not asked")

@@ -10,14 +10,13 @@ What `dapa-merge search` shows: the prior, the selection and its certificate, as
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.plan.plan import Plan, cut, join
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
-from dapa_merge.search.search import Search, readable_certificate, thrift
+from dapa_merge.search.result import Search, readable_certificate, thrift
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -320,7 +319,7 @@ def search_json(search: Search, plan: Plan) -> dict[str, Any]:
                 "share_of_prompts_saved": search.share_saved,
                 "one_minimal": minimum.one_minimal,
                 "certificate": readable_certificate(minimum),
-                "requirement": asdict(search.requirement),
+                "requirement": search.requirement.to_json(),
                 "score_target": search.target.score,
                 "score_full": search.full.score,
                 "prior": None if search.prior is None else prior_rows(search.prior, kept),

@@ -16,6 +16,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
+from dapa_merge.search.requirement import identity_of
 
 if TYPE_CHECKING:
     from dapa_merge.measure.meter import Meter
@@ -62,7 +63,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
         "prompts": data_digest(asked),
         "evaluator": bench.evaluator,
         "units": data_digest([str(unit) for unit in plan.units]),
-        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
+        "limits": identity_of(recipe),
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
         "versions": versions(),

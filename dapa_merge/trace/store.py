@@ -97,10 +97,8 @@ def forget_page(out: Path) -> None:
 
 def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """Write the page of a trace: one HTML file that opens without a network and without the files beside it."""
-    template = Environment(autoescape=True, undefined=StrictUndefined)
-    template.filters.update(
-        number=_number, interval=_interval, range=_range, base64=lambda png: b64encode(png).decode()
-    )
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
     return template.from_string(TEMPLATE_PATH.read_text(encoding="utf-8")).render(
         title=f"Where alignment lives: {target} and {source}",

@@ -25,7 +25,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import jsonable
 from dapa_merge.report.tables import search_json
 from dapa_merge.search.attribution import Contrast
-from dapa_merge.search.search import Search
+from dapa_merge.search.result import Search
 from dapa_merge.trace.average import (
     ROLES,
     Overlap,

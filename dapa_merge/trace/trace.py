@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -33,7 +34,9 @@ from dapa_merge.search.attribution import Contrast, attribute, sides_of
 from dapa_merge.search.bench import MAX_BACKWARD, Bench
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.search import Search, search_plan
+from dapa_merge.search.requirement import settings_of
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import search_plan
 from dapa_merge.trace.case import Case, Settings, embedding_deviation, make_settings, read_case, with_subject
 from dapa_merge.trace.causal import Trace, Tracer
 from dapa_merge.trace.charts import CHARTS
@@ -139,9 +142,8 @@ class Session:
         )
 
     def _bench(self) -> Bench:
-        return Bench(
-            self.plan, self.meter, self.options.device, lambda: LOG.info(f"loading the target {self.plan.target.name}")
-        )
+        told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
+        return Bench(self.plan, self.meter, self.options.device, settings_of(self.recipe), told)
 
     def _load_source(self) -> tuple[Any, Any]:
         LOG.info(f"loading the source {self.plan.source.name}")

@@ -277,7 +277,7 @@ def transplant(
             are to be linked where that is impossible.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
-    rounding = Rounding()
+    rounding = Rounding(plan.max_overflow)
     changes = find_changes(plan, selection, rounding)
     units = tuple(map(str, selection))
 

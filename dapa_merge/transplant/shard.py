@@ -29,7 +29,7 @@ from dapa_merge.checkpoint.region import Box, Region, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import write_all
-from dapa_merge.plan.edit import Rounding, new_tiles
+from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
@@ -295,7 +295,7 @@ def find_changes(
         CheckpointError: If a tensor lacks rows of a block.
     """
     found: dict[str, list[RegionEdit]] = {name: [] for name in plan.target.shards}
-    rounding = rounding or Rounding()
+    rounding = rounding or Rounding(plan.max_overflow)
     for regions in plan.regions(selection):
         found[regions["target"].tensor.file].append(_change(plan, regions, rounding))
     for changes in found.values():
@@ -307,9 +307,10 @@ def _change(plan: Plan, regions: Mapping[str, Region], rounding: Rounding) -> Re
     ours = regions["target"]
     tensors = [(regions[name].tensor, regions[name].box) for name in plan.others]
     places = [f"{tensor.file} {tensor.dtype} {tensor.start}:{tensor.stop} {box}" for tensor, box in tensors]
-    origin = " ".join([*places, plan.edit.identity, str(plan.max_overflow)])
+    origin = " ".join([*places, *map(str, plan.edit.to_json().values()), str(plan.max_overflow)])
     spans = tuple((start, start + num_bytes) for start, num_bytes in ours.runs())
-    return RegionEdit(ours.tensor, ours.box, spans, origin, partial(new_tiles, plan, regions, rounding))
+    pieces = partial(plan.edit.checked_tiles, plan.models, regions, rounding)
+    return RegionEdit(ours.tensor, ours.box, spans, origin, pieces)
 
 
 def edits_digest(changes: Sequence[RegionEdit]) -> str:

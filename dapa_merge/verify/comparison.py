@@ -23,7 +23,7 @@ from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.region import Box, Region, TensorBox, intersection, moved, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError
-from dapa_merge.plan.edit import edited_tiles, read_tiles
+from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
@@ -204,7 +204,7 @@ def _by_tiles(
                 is_same = is_same and bool(is_target.all())
                 continue
             edited = {name: Region(one.tensor, moved(box, place.box, one.box)) for name, one in place.edited.items()}
-            expected = b"".join(tile for tile, _ in edited_tiles(plan, edited))
+            expected = b"".join(tile for tile, _ in plan.edit.tiles(plan.models, edited))
             origins = findings.rows.setdefault((place.unit, place.part), RowOrigins.unseen(place.part.num_rows))
             origins.note(place.part, ours.box, is_target, _equal(mine, expected))
     return is_same

@@ -31,7 +31,7 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.search import search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import make_bench
 
 
@@ -69,7 +69,7 @@ def show_curve(recipe: Recipe, retains: Sequence[float], numbers_of_rows: Sequen
                     wanted = replace(recipe, retain=retain, granularity=granularity)
                     options = Options("cpu", Path(folder) / f"{retain}-{granularity}")
                     with closing(open_journal(wanted, plan, bench, options.journal)) as journal:
-                        found = search(wanted, plan, bench, journal, options)
+                        found = search(Session(wanted, plan, bench, journal, options))
                     units = join(plan, found.minimum.units)
                     name = f"retain {retain}, {granularity}"
                     show(name, plan.share(units), figures(units), found.minimum.tests, found.seconds)

@@ -36,7 +36,8 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.search import Search, search
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import make_bench
 
 # peft asks transformers for a property that has another name by now.
@@ -233,7 +234,7 @@ class Stand:
         ):
             assert bench.live
             start = time.process_time()
-            found = search(self.recipe, self.plan, bench, journal, options)
+            found = search(Session(self.recipe, self.plan, bench, journal, options))
             return found, time.process_time() - start
 
     def trained(self, setting: Setting, seeds: Sequence[int]) -> Arm:

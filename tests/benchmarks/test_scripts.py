@@ -5,13 +5,9 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import warm
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef main(argv" in path.read_text())
 ROOT = Path(__file__).parents[2]
@@ -23,40 +19,7 @@ parameters: {{prompts: {prompts}, max_new_tokens: 12, batch_size: 128}}
 """
 
 
-class Warm(warm.Process):
-    """As `subprocess.Popen`."""
-
-    def wait(self, timeout: float = 120) -> int:
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a script's process", timeout)
-            time.sleep(0.002)
-        return self.returncode
-
-
-@pytest.fixture(autouse=True)
-def warm_processes(monkeypatch) -> None:
-    """Processes of Python that a script starts need not load torch."""
-    popen, run = subprocess.Popen, subprocess.run
-
-    def is_python(command) -> bool:
-        return isinstance(command, list | tuple) and tuple(command[:2]) == (sys.executable, "-c")
-
-    def start(command, *arguments, **options):
-        if is_python(command):
-            return Warm(command, env=options.get("env"))
-        return popen(command, *arguments, **options)
-
-    def run_whole(command, *arguments, check=False, **options):
-        if not is_python(command):
-            return run(command, *arguments, check=check, **options)
-        done = warm.run(command, env=options.get("env"))
-        assert not check or done.returncode == 0, done.stderr
-        return done
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(subprocess, "run", run_whole)
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 
 @pytest.fixture

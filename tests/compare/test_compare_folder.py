@@ -22,9 +22,7 @@ from dapa_merge import miniature
 from dapa_merge.cli.study import _weights
 from dapa_merge.compare import charts as plot
 from dapa_merge.compare import compare as flow
-from dapa_merge.compare import row as measured_row
-from dapa_merge.compare.compare import compare_recipes
-from dapa_merge.compare.naming import LOCK_NAME, MAX_LETTERS, OWNER_NAME, new_names, row_names
+from dapa_merge.compare.compare import LOCK_NAME, MAX_LETTERS, OWNER_NAME, compare_recipes, new_names, row_names
 from dapa_merge.compare.result import Arm, CompareOptions, Point, Row
 from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
@@ -36,6 +34,7 @@ from dapa_merge.report import charts as plot_style
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
+SETTINGS = {"retain": 0.95, "max_over_refusal": 0.05, "max_perplexity": 1.05}
 
 
 def figures(dsr: float) -> Figures:
@@ -49,7 +48,7 @@ def row(name: str, dsr: float = 0.5, curve: tuple[Point, ...] = CURVE) -> Row:
         return Arm(key, key, key, key, figures(value), refused=(True,) * 10, over_refused=(False,) * 10)
 
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", SETTINGS,
         (arm("target", 0.0), arm("source", 1.0), arm("fixed", dsr)), curve,
     )  # fmt: skip
 
@@ -80,7 +79,7 @@ def draw(monkeypatch, name: str, draw: Callable) -> None:
 def measured(monkeypatch) -> Measured:
     """Rows that are known without a model, and pictures that are no more than what they show."""
     found = Measured()
-    monkeypatch.setattr(measured_row, "compare_recipe", found)
+    monkeypatch.setattr(flow, "compare_recipe", found)
     draw(monkeypatch, "methods", lambda rows: " ".join(row.name for row in rows) or None)
     draw(monkeypatch, "row_{}", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
     monkeypatch.setattr(plot_style, "render", lambda figure, kind: f"{figure} {kind}".encode())
@@ -380,7 +379,7 @@ def test_another_process_in_the_folder_is_overwritten_at_the_end_only(measured, 
             assert rows_in(out) == ["theirs"]
         return row(name)
 
-    monkeypatch.setattr(measured_row, "compare_recipe", look)
+    monkeypatch.setattr(flow, "compare_recipe", look)
     assert compared(out, *recipes.values()).exit_code == 0
     assert rows_in(out) == list(recipes)
     assert pictures_in(out) == {"methods", *(f"row_{name}" for name in recipes)}
@@ -513,7 +512,7 @@ def test_whoever_stops_it_is_told_that_the_same_command_goes_on(
 ):
     stop, exit_code = STOPS[how]
     if is_begun:
-        monkeypatch.setattr(measured_row, "compare_recipe", lambda *_: stop())
+        monkeypatch.setattr(flow, "compare_recipe", lambda *_: stop())
         kept = f"what was measured is in {tmp_path / 'out'}, and the same command goes on from there"
     else:
         monkeypatch.setattr(flow, "make_plan", lambda *_, **__: stop())
@@ -548,7 +547,7 @@ def test_a_row_that_failed_is_not_kept_in_memory(measured, tmp_path, recipes, mo
         except ZeroDivisionError as error:
             raise CheckpointError("damaged") from error
 
-    monkeypatch.setattr(measured_row, "compare_recipe", fail)
+    monkeypatch.setattr(flow, "compare_recipe", fail)
     paths = [recipes["one"], recipes["two"]]
     found = compare_recipes(paths, tmp_path / "out", CompareOptions(), Options(device="cpu"))
     assert isinstance(found.fault, CheckpointError)

@@ -213,11 +213,11 @@ def test_where_attention_rounds_otherwise_a_deterministic_figure_is_had_without_
 def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architecture, tmp_path):
     model, tokenizer = load(tmp_path, architecture)
     model.to(torch.bfloat16)
-    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10))
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10))
     lookup = LookupCache()
     for _ in range(2):
         again = generate(
-            model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), lookup=lookup, deterministic=True
+            model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10), lookup=lookup, deterministic=True
         )
         assert again == expected
 

@@ -120,7 +120,9 @@ def test_a_metric_that_is_no_share_is_refused(task_file, loaded):
 
 
 def test_an_unknown_task_is_told_near_names():
-    with pytest.raises(UsageError, match=r"has no task 'arc_esy', and there is no such file; near names are .*arc_easy"):
+    with pytest.raises(
+        UsageError, match=r"has no task 'arc_esy', and there is no such file; near names are .*arc_easy"
+    ):
         Harness(Task("arc_esy"))
 
 

@@ -10,7 +10,7 @@ from conftest import call
 from hub_server import command_line
 from publish.conftest import tree
 
-NUM_KILLS = 10
+NUM_KILLS = 6
 
 
 def test_a_killed_push_leaves_the_old_or_the_new_model(hub, new_id, pair, write_recipe, tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_transplant
 import pytest
 import torch
 from conftest import change_tensor, prove, save_random, tiny_llama
@@ -372,11 +373,8 @@ def without_time(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path):
-    script = Path(__file__).parents[2] / "benchmarks" / "kill_transplant.py"
-    arguments = ["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)]
-    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1]) | {"started_anew": 0} == {
+def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path, warm_processes, capsys):
+    kill_transplant.main(["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) | {"started_anew": 0} == {
         "kills": 3, "started_anew": 0, "files": 15, "same": True
     }  # fmt: skip

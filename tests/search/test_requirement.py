@@ -5,39 +5,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from conftest import required
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.search.requirement import Examiner, Piece, Requirement, requirement
+from dapa_merge.measure.figures import Response
+from dapa_merge.search.requirement import CONSTRAINTS, Examiner, Piece, requirement
 
 
-@dataclass
-class Measured:
-    score: float
-    over_refusal: float = 0.0
-    perplexity: float = 10.0
+def measured(score: float, over_refusal: float = 0.0, perplexity: float = 10.0) -> dict[str, float]:
+    return {"score": score, "over_refusal": over_refusal, "perplexity": perplexity}
 
 
-TARGET, FULL = Measured(0.1, 0.02), Measured(0.9, 0.04, 10.2)
+TARGET, FULL = measured(0.1, 0.02), measured(0.9, 0.04, 10.2)
 
 
-def limits(retain=0.5, over_refusal=0.05, ratio=1.05):
-    return requirement(TARGET, FULL, retain=retain, max_over_refusal=over_refusal, max_perplexity=ratio)
+def limits(target=TARGET, full=FULL, retain=0.5, over_refusal=0.05, ratio=1.05):
+    settings = {"retain": retain, "max_over_refusal": over_refusal, "max_perplexity": ratio}
+    return requirement(CONSTRAINTS, target, full, settings)
 
 
 @pytest.mark.parametrize(
-    ("measured", "complaint"),
+    ("figures", "complaint"),
     [
-        (Measured(0.5, 0.07, 10.5), None),
-        (Measured(0.49), "its DSR is 0.490, 0.010 below the 0.500 required"),
-        (Measured(0.6, 0.08), "its over-refusal is 0.080, 0.010 above the 0.070 allowed"),
-        (Measured(0.6, 0.0, 10.6), "its perplexity is 10.600, 0.100 above the 10.500 allowed"),
-        (Measured(0.6, 0.0, math.inf), "its perplexity is not finite; 10.500 is allowed"),
-        (Measured(0.6, 0.0, math.nan), "its perplexity is not finite; 10.500 is allowed"),
+        (measured(0.5, 0.07, 10.5), None),
+        (measured(0.49), "its DSR is 0.490, 0.010 below the 0.500 required"),
+        (measured(0.6, 0.08), "its over-refusal is 0.080, 0.010 above the 0.070 allowed"),
+        (measured(0.6, 0.0, 10.6), "its perplexity is 10.600, 0.100 above the 10.500 allowed"),
+        (measured(0.6, 0.0, math.inf), "its perplexity is not finite; 10.500 is allowed"),
+        (measured(0.6, 0.0, math.nan), "its perplexity is not finite; 10.500 is allowed"),
     ],
 )
-def test_a_model_holds_if_it_reaches_the_floor_and_no_ceiling_breaks(measured, complaint):
-    assert limits().complaint(measured) == complaint
+def test_a_model_holds_if_it_reaches_the_floor_and_no_ceiling_breaks(figures, complaint):
+    assert limits().complaint(figures) == complaint
 
 
 def test_the_full_transplant_meets_its_own_floor_when_all_of_the_gain_must_be_kept():
@@ -45,10 +45,8 @@ def test_the_full_transplant_meets_its_own_floor_when_all_of_the_gain_must_be_ke
 
 
 def test_a_set_without_passages_has_no_perplexity_limit():
-    without = requirement(
-        Measured(0.0, 0.0, math.nan), Measured(1.0), retain=0.9, max_over_refusal=0.0, max_perplexity=1.0
-    )
-    assert without.complaint(Measured(0.95, 0.0, math.nan)) is None
+    without = limits(measured(0.0, 0.0, math.nan), measured(1.0), retain=0.9)
+    assert without.complaint(measured(0.95, 0.0, math.nan)) is None
 
 
 @dataclass
@@ -59,25 +57,25 @@ class Candidate:
     perplexity_value: float = 10.0
     asked: list[object] = field(default_factory=list)
 
-    def refused(self, kind: str, piece: int) -> Sequence[bool]:
+    def responses(self, kind: str, piece: int) -> Sequence[Response]:
         self.asked.append((kind, piece))
-        return self.refusals[kind][piece]
+        outcomes = ["refused" if refused else "complied" for refused in self.refusals[kind][piece]]
+        return [Response(kind, "", "", "", outcome) for outcome in outcomes]
 
-    @property
-    def perplexity(self) -> float:
-        self.asked.append("perplexity")
+    def figure(self, constraint) -> float:
+        self.asked.append(constraint.figure)
         return self.perplexity_value
 
-    def measured(self) -> Measured:
+    def measured(self) -> dict[str, float]:
         shares = {
             kind: sum(map(sum, pieces)) / sum(map(len, pieces)) if pieces else 0.0
             for kind, pieces in self.refusals.items()
         }
-        return Measured(shares["harmful"], shares["harmless"], self.perplexity_value)
+        return measured(shares["harmful"], shares["harmless"], self.perplexity_value)
 
 
 COSTS = {"perplexity": 1.0, "harmful": 100.0, "harmless": 100.0}
-REQUIREMENT = Requirement(0.75, 0.25, 11.0)
+REQUIREMENT = required(min_score=0.75, max_over_refusal=0.25, max_perplexity=11.0)
 
 
 def examiner(candidate: Candidate, wanted=REQUIREMENT, costs=COSTS) -> Examiner:
@@ -151,7 +149,11 @@ def test_a_check_that_rejects_often_comes_before_cheaper_ones_that_do_not():
 
 def test_a_perplexity_without_a_limit_is_not_measured():
     candidate = Candidate({"harmful": four(4), "harmless": four(0)}, perplexity_value=math.nan)
-    assert examiner(candidate, Requirement(0.5, 0.5, math.nan)).examine(candidate).holds
+    assert (
+        examiner(candidate, required(min_score=0.5, max_over_refusal=0.5, max_perplexity=math.nan))
+        .examine(candidate)
+        .holds
+    )
     assert "perplexity" not in candidate.asked
 
 
@@ -165,10 +167,11 @@ pieces = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, m
     st.randoms(use_true_random=False),
 )
 def test_an_early_verdict_is_always_the_full_one(candidates, min_score, max_over_refusal, generator):
+    wanted = required(min_score=min_score, max_over_refusal=max_over_refusal, max_perplexity=11.0)
     harmful_sizes, harmless_sizes = ([len(piece) for piece in kind] for kind in candidates[0][:2])
     early, full = (
         Examiner(
-            Requirement(min_score, max_over_refusal, 11.0),
+            wanted,
             {"harmful": harmful_sizes, "harmless": harmless_sizes},
             {"perplexity": 5.0, "harmful": 10.0, "harmless": 7.0},
         )
@@ -185,5 +188,5 @@ def test_an_early_verdict_is_always_the_full_one(candidates, min_score, max_over
         )
         verdict = early.examine(candidate)
         assert verdict.holds == full.examine(candidate, stop_early=False).holds
-        assert verdict.holds == (Requirement(min_score, max_over_refusal, 11.0).complaint(candidate.measured()) is None)
+        assert verdict.holds == (wanted.complaint(candidate.measured()) is None)
         assert verdict.num_asked <= verdict.num_prompts

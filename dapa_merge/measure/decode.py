@@ -307,18 +307,10 @@ class LookupCache:
         del known[MAX_RESPONSES:]
 
     def propose(self, prompt: Sequence[int], response: Sequence[int], max_ngram: int) -> list[int]:
-        """Draft how a response to a prompt goes on.
+        """Draft how a response to a prompt goes on, in token ids.
 
         The rest of an earlier response to the same prompt that began alike; or else the tokens that mostly followed
         the last few in any response, at most `max_ngram` of them.
-
-        Args:
-            prompt: Token ids.
-            response: Its token ids so far; may be empty.
-            max_ngram: Longest draft that no earlier response to the same prompt supports.
-
-        Returns:
-            Any number of token ids.
         """
         said = tuple(response)
         for draft in self._responses.get(tuple(prompt), ()):

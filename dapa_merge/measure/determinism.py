@@ -37,11 +37,8 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
     In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There a
     CPU rounds each token by itself in linear layers that are not large, which is tried, but not in attention, which
     `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few architectures another number
-    of texts still changes the rounding of layers that are slices of one matrix.)
-
-    Args:
-        model: Any.
-        num_tokens: Of the longest text, response included.
+    of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens` is the length of the
+    longest text, response included.
     """
     if model.dtype == torch.float32:
         return True

@@ -25,6 +25,7 @@ UNSTABLE_CHARACTERS = 16
 SHOWN_CHARACTERS = 60
 
 Settle = Callable[[str, str], object]
+IsSettled = Callable[[list[int], str], bool]
 
 
 def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -133,7 +134,7 @@ def generate(
         return []
     rows = _rows(model, tokenizer, prompts, max_new_tokens)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
-    judge = _Settling(tokenizer, settle) if settle is not None else None
+    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
@@ -144,14 +145,14 @@ def generate(
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
             lookup=None if deterministic and not is_deterministic(model, longest) else lookup,
-            is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
+            is_settled=lambda row: is_settled is not None and is_settled(row.tokens, text_of[id(row)]),
             finish=lambda _: advance(1, "prompts"),
         )
         with upcast_linear(model), deterministic_attention(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(
-            lambda batch: _generate_plainly(model, tokenizer, batch, judge),
+            lambda batch: _generate_plainly(model, tokenizer, batch, is_settled),
             [(row, text_of[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
@@ -201,34 +202,19 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
             )
 
 
-class _Settling:
-    """Whether a response's verdict is certain."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settle: Settle) -> None:
-        self._tokenizer = tokenizer
-        self._settle = settle
-        # By the list that holds a response, which lives as long as the response is generated.
-        self._asked_at: dict[int, int] = {}
-
-    def __call__(self, tokens: list[int], prompt: str) -> bool:
-        if len(tokens) < self._asked_at.get(id(tokens), 0) + SETTLE_EVERY:
-            return False
-        self._asked_at[id(tokens)] = len(tokens)
-        return self.is_settled(tokens, prompt)
-
-    def is_settled(self, tokens: list[int], prompt: str) -> bool:
-        """Whether the verdict on a response that begins with these tokens is certain."""
-        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
-        # The next token may yet change the last word: its apostrophe or full stop may take a space away.
-        beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
-        return bool(beginning) and self._settle(beginning, prompt) is not None
+def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
+    """Whether the verdict on a response that begins with these tokens is certain."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+    # The next token may yet change the last word: its apostrophe or full stop may take a space away.
+    beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
+    return bool(beginning) and settle(beginning, prompt) is not None
 
 
 class _AllSettled(StoppingCriteria):  # type: ignore[misc]
     """Ends rows of the model's own `generate` whose verdict is certain."""
 
-    def __init__(self, judge: _Settling, prompts: Sequence[str], start: int) -> None:
-        self._judge = judge
+    def __init__(self, is_settled: IsSettled, prompts: Sequence[str], start: int) -> None:
+        self._is_settled = is_settled
         self._prompts = prompts
         self._start = start
 
@@ -236,10 +222,7 @@ class _AllSettled(StoppingCriteria):  # type: ignore[misc]
         said = input_ids[:, self._start :].tolist()
         due = len(said[0]) % SETTLE_EVERY == 0
         return torch.tensor(
-            [
-                due and self._judge.is_settled(tokens, prompt)
-                for tokens, prompt in zip(said, self._prompts, strict=True)
-            ],
+            [due and self._is_settled(tokens, prompt) for tokens, prompt in zip(said, self._prompts, strict=True)],
             device=input_ids.device,
         )
 
@@ -249,7 +232,7 @@ def _generate_plainly(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[BatchRow, str]],
-    judge: _Settling | None,
+    is_settled: IsSettled | None,
 ) -> list[list[int]]:
     """Do what `Decoder` does, for models with another memory than keys and values."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
@@ -260,7 +243,7 @@ def _generate_plainly(
         attention_mask=inputs["attention_mask"],
         # Of the batch's first, which has the longest prompt.
         max_new_tokens=batch[0][0].limit,
-        stopping_criteria=None if judge is None else [_AllSettled(judge, [prompt for _, prompt in batch], start)],
+        stopping_criteria=is_settled and [_AllSettled(is_settled, [prompt for _, prompt in batch], start)],
     )
     advance(len(batch), "prompts")
     return [list(tokens) for tokens in output[:, start:].tolist()]

@@ -328,13 +328,7 @@ def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int 
 
 
 def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
-    """Measure one model in full.
-
-    Args:
-        model: A folder or a Hub id, also `id@revision`.
-        prompts: Name of the prompt set.
-        options: Where and how to measure.
-        settings: Further arguments of `make_meter`.
+    """Measure one model, a folder or Hub id, in full; `settings` are further arguments of `make_meter`.
 
     Raises:
         DapaError: If it cannot be read, loaded or asked.

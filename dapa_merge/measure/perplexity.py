@@ -145,15 +145,10 @@ class ScoredText(NamedTuple):
 
 
 def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> torch.Tensor:
-    """Compute the negative log-likelihood of each row's counted tokens, in nats.
-
-    Args:
-        model: Any causal language model.
-        padding: Any token id that the model has.
-        rows: One batch.
+    """Compute the negative log-likelihood of each row's counted tokens, in nats; `padding` is any token id.
 
     Returns:
-        `[rows]`, float32, on the model's device; with a graph, where gradients are enabled.
+        `[rows]`, float32, on the model's device; with a graph if gradients are enabled.
     """
     # The last token of a row is only predicted.
     given = [row.ids[:-1] for row in rows]

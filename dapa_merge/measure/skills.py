@@ -53,11 +53,7 @@ class Skill:
 def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
     """Load the skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
 
-    A file's skill has the file's name without folder and suffix, if no other has it.
-
-    Args:
-        names: The list.
-        besides: Names of other skills.
+    A file's skill has the file's name without folder and suffix, if no other has it; `besides` are names of others.
 
     Raises:
         UsageError: If a file cannot be read, a match is unknown, or the harness cannot be asked.
@@ -80,13 +76,7 @@ def absolute(names: str) -> str:
 def skill_figure(
     skill: Skill, ask: Callable[[Sequence[str]], Sequence[str]], score: Callable[[Harness], float]
 ) -> SkillFigure:
-    """Measure a skill.
-
-    Args:
-        skill: What is asked.
-        ask: From prompts to the model's whole responses.
-        score: From a task of the harness to the model's score.
-    """
+    """Measure a skill: `ask` gives a model's whole responses to prompts, `score` its score in a task of the harness."""
     if skill.harness is not None:
         return SkillFigure(skill.name, score(skill.harness), 0, None)
     responses = ask([question.prompt for question in skill.questions])

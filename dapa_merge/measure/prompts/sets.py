@@ -124,11 +124,7 @@ def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSe
     The distinct prompts go to the two in turn, in their order: the parts are always the same, categories that stand
     together are in both, and twins on the same line of two files stay together. A text that is both harmful and
     harmless goes to one part. Both parts have all passages, whose perplexity is only compared with another; only the
-    second has the skill questions.
-
-    Args:
-        prompts: The set.
-        confirm: Share of the harmful and of the harmless prompts for the second part, in (0, 1).
+    second has the skill questions. `confirm`, in (0, 1), is its share of the harmful and of the harmless prompts.
 
     Raises:
         UsageError: If there are too few for both parts.

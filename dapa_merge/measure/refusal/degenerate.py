@@ -84,12 +84,7 @@ _WANTS_REPETITION = re.compile(
 
 
 def is_degenerate(answer: str, prompt: str | None = None) -> bool:
-    """Whether an answer, without its thought, says nothing.
-
-    Args:
-        answer: As the model gave it.
-        prompt: What was asked; if it asks for repetition, or is as repetitive itself, repetition is no fault.
-    """
+    """Whether an answer, without its thought, says nothing; repetition is fine if the prompt asks for it or repeats."""
     text = _SPECIAL.sub(" ", answer).strip()
     if not any(character.isalnum() for character in text):
         return True

@@ -258,11 +258,7 @@ _OPENING_CHARACTERS = 200
 
 
 def refuses_in_another_language(text: str) -> bool:
-    """Whether a response opens as a refusal does in one of the languages known here.
-
-    Args:
-        text: In lower case, with straight quotes.
-    """
+    """Whether a normalized response opens as a refusal does in one of the languages known here."""
     opening = text[:_OPENING_CHARACTERS]
     if _EAGER.match(opening):
         return False

@@ -18,7 +18,7 @@ from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import CannotRepair
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.determinism import upcast_linear
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
@@ -231,7 +231,7 @@ class Session:
             pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
-            with task("transplanting each unit alone", total, "units"), widened(bench.live.model):
+            with task("transplanting each unit alone", total, "units"), upcast_linear(bench.live.model):
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size))
             arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
             write_arrays(path, arrays)
@@ -270,7 +270,7 @@ class Session:
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
-        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), widened(model):
+        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), upcast_linear(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:

@@ -124,6 +124,7 @@ def _sums(plan: Plan, path: EditPath) -> list[int]:
     return sums
 
 
+@dataclass
 class Growth:
     """Edits of more and more pieces of the source.
 
@@ -132,29 +133,26 @@ class Growth:
     names its layers.
 
     Attributes:
+        stages: The stages of growth.
+        prompts: Harmful ones, by which the pieces are weighed.
+        measuring: Measures the edits.
+        journal: Keeps the weights of the pieces.
+        wanted: The number of edits.
+        heard: The source's responses, once it was heard.
         why_not: Why the pieces could not be weighed, known after `points`.
     """
 
-    def __init__(
-        self,
-        stages: GrowthOrder,
-        prompts: Sequence[str],
-        measuring: Measuring,
-        journal: Journal,
-        wanted: CompareOptions,
-    ) -> None:
-        """Take harmful prompts for the weights of the pieces, which the journal keeps; nothing is measured yet."""
-        self._stages = stages
-        self._prompts = prompts
-        self._measuring = measuring
-        self._journal = journal
-        self._wanted = wanted
-        self._source: list[Response] | None = None
-        self.why_not: str | None = None
+    stages: GrowthOrder
+    prompts: Sequence[str]
+    measuring: Measuring
+    journal: Journal
+    wanted: CompareOptions
+    heard: list[Response] | None = None
+    why_not: str | None = None
 
     @cached_property
     def _pieces(self) -> tuple[Unit, ...]:
-        return weighed_pieces(self._measuring.plan, self._stages, self._wanted.rows_per_block)
+        return weighed_pieces(self.measuring.plan, self.stages, self.wanted.rows_per_block)
 
     @cached_property
     def _note(self) -> str:
@@ -163,22 +161,22 @@ class Growth:
     @property
     def is_weighed(self) -> bool:
         """Whether the journal has the weights of the pieces, so that the source need not be heard."""
-        return self._note in self._journal.notes
+        return self._note in self.journal.notes
 
     def hear(self, source: Model) -> None:
         """Ask the loaded source the prompts by which the pieces are weighed."""
-        self._source = self._measuring.answers(source, self._prompts, "source")
+        self.heard = self.measuring.answers(source, self.prompts, "source")
 
     def points(self) -> Iterator[Point]:
         """Yield edits of the same sizes on each path; none if the pieces cannot be weighed."""
         if (scores := self._scores()) is None:
             return
-        measuring, wanted = self._measuring, self._wanted
+        measuring, wanted = self.measuring, self.wanted
         plan, rows = measuring.plan, wanted.rows_per_block
-        paths = {DAPA: best_path(plan, self._stages, scores, rows)}
+        paths = {DAPA: best_path(plan, self.stages, scores, rows)}
         sizes = edit_sizes(plan, paths[DAPA], wanted.num_points)
         for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
-            paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
+            paths[f"random seed {seed}"] = random_path(plan, self.stages, rows, seed)
         total = len(paths) * len(sizes)
         LOG.info(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
         with task("edits of every size", total, "edits"):
@@ -194,9 +192,9 @@ class Growth:
 
     def _scores(self) -> Mapping[Unit, float] | None:
         try:
-            if self._note not in self._journal.notes:
-                self._journal.note(self._note, self._weigh())
-            found = self._journal.notes[self._note]
+            if self._note not in self.journal.notes:
+                self.journal.note(self._note, self._weigh())
+            found = self.journal.notes[self._note]
         except DoesNotFit as error:
             # Not noted, because another device or hour may have the memory.
             found = str(error)
@@ -208,12 +206,12 @@ class Growth:
 
     def _weigh(self) -> list[float] | str:
         """The weights of the pieces, or the reason if these models give none."""
-        assert self._source is not None
-        live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
-        said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
+        assert self.heard is not None
+        live, limit = self.measuring.live, self.measuring.meter.batch_size.limit
+        said = self.measuring.answers((live.model, live.tokenizer), self.prompts, "target")
         try:
             with task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS, "responses"):
-                found = effects_between(live, self._pieces, said, self._source, limit)
+                found = effects_between(live, self._pieces, said, self.heard, limit)
         except (ValueError, CheckpointError) as error:
             return str(error)
         return [found[piece] for piece in self._pieces]

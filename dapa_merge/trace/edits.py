@@ -180,23 +180,21 @@ class Finding:
     control_inserted: tuple[float, ...]
     control_reverted: tuple[float, ...]
 
-    def sufficiency(self, target: float) -> float | None:
-        """The share of the full transplant's gain that the group alone brings; None if there is no gain."""
-        return (self.inserted - target) / (self.full - target) if self.full > target else None
+    def sufficiency(self, target: float) -> tuple[float | None, list[float]]:
+        """The shares of the gain that the group alone brings, and its controls; None and empty without a gain."""
+        return _shares(self.full - target, [score - target for score in (self.inserted, *self.control_inserted)])
 
-    def control_sufficiency(self, target: float) -> list[float]:
-        """The shares of the gain that the controls bring; none if there is no gain."""
-        gain = self.full - target
-        return [(score - target) / gain for score in self.control_inserted] if gain > 0 else []
+    def necessity(self, target: float) -> tuple[float | None, list[float]]:
+        """The shares of the gain that are lost without the group, and without its controls, likewise."""
+        return _shares(self.full - target, [self.full - score for score in (self.reverted, *self.control_reverted)])
 
-    def control_necessity(self, target: float) -> list[float]:
-        """The shares of the gain that are lost without the controls; none if there is no gain."""
-        gain = self.full - target
-        return [(self.full - score) / gain for score in self.control_reverted] if gain > 0 else []
 
-    def necessity(self, target: float) -> float | None:
-        """The share of the full transplant's gain that is lost without the group; None if there is no gain."""
-        return (self.full - self.reverted) / (self.full - target) if self.full > target else None
+def _shares(gain: float, parts: Sequence[float]) -> tuple[float | None, list[float]]:
+    """The parts as shares of a gain: that of the group, and those of its controls."""
+    if gain <= 0:
+        return None, []
+    group, *controls = (part / gain for part in parts)
+    return group, controls
 
 
 def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:

@@ -7,11 +7,12 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.result import DAPA, CompareOptions, Point, mean_skill
-from dapa_merge.compare.selections import blocks_of, mlp_units
+from dapa_merge.compare.selections import blocks_of, mlp_units, nearest_number, sums_of
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.figures import Response
@@ -42,8 +43,6 @@ class GrowthOrder:
     Attributes:
         selection: The search's selection; may be empty.
         others: Its other candidates, or other rows of the selected units.
-        candidates: All of its candidates, as whole units.
-        rest: The other units of the MLPs.
     """
 
     selection: tuple[Unit, ...]
@@ -93,17 +92,13 @@ def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) ->
 
 
 def _path(stages: Sequence[Sequence[Unit]]) -> EditPath:
-    pieces: list[Unit] = []
-    marks: list[int] = []
-    for stage in stages:
-        pieces += stage
-        marks.append(len(pieces))
-    return EditPath(tuple(pieces), tuple(dict.fromkeys(mark for mark in marks if mark)))
+    marks = dict.fromkeys(mark for mark in accumulate(map(len, stages)) if mark)
+    return EditPath(tuple(chain.from_iterable(stages)), tuple(marks))
 
 
 def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
     """The sizes of the edits on a path, in parameters: about `num_points` at equal factors, and those at its marks."""
-    sums = _sums(plan, path)
+    sums = sums_of(plan, path.pieces)
     wanted = [sums[0] * (sums[-1] / sums[0]) ** (step / max(1, num_points - 1)) for step in range(num_points)]
     reached = {next((total for total in sums if total >= size - 0.5), sums[-1]) for size in wanted}
     return tuple(sorted(reached | {sums[mark - 1] for mark in path.marks}))
@@ -111,17 +106,7 @@ def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
 
 def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]:
     """The first pieces of a path, at least one, whose parameters come nearest to a number."""
-    sums = _sums(plan, path)
-    number = min(range(len(sums)), key=lambda index: abs(sums[index] - num_parameters)) + 1
-    return path.pieces[:number]
-
-
-def _sums(plan: Plan, path: EditPath) -> list[int]:
-    total, sums = 0, []
-    for piece in path.pieces:
-        total += plan.num_parameters((piece,))
-        sums.append(total)
-    return sums
+    return path.pieces[: nearest_number(plan, path.pieces, num_parameters)]
 
 
 @dataclass
@@ -133,11 +118,8 @@ class Growth:
     names its layers.
 
     Attributes:
-        stages: The stages of growth.
         prompts: Harmful ones, by which the pieces are weighed.
-        measuring: Measures the edits.
         journal: Keeps the weights of the pieces.
-        wanted: The number of edits.
         heard: The source's responses, once it was heard.
         why_not: Why the pieces could not be weighed, known after `points`.
     """

@@ -76,8 +76,6 @@ class Picture(NamedTuple):
     """A chart that was drawn.
 
     Attributes:
-        name: Of its files, without their ending.
-        caption: The text under it.
         files: Their contents, by ending: `.png` and `.svg`.
     """
 
@@ -141,8 +139,6 @@ class Run(NamedTuple):
     """What the charts of a run show.
 
     Attributes:
-        report: What was done and measured.
-        plan: Target and source.
         search: The search; None if the recipe names its layers.
     """
 
@@ -210,7 +206,6 @@ class Step(NamedTuple):
     Attributes:
         units: The indices of the units that it transplanted, whole or in part.
         share: Their share of all units by size, in [0, 1].
-        holds: Whether they were enough.
         score: The share of the asked prompts that were refused; None if the model was scored as a whole.
     """
 
@@ -223,15 +218,7 @@ class Step(NamedTuple):
 def search_path(
     units: Sequence[str], steps: Sequence[Step], final: Sequence[int], threshold: float, measure: str
 ) -> Figure:
-    """Draw a search test by test: the units, their share of all, the score, and the units that were kept.
-
-    Args:
-        units: All units, in order.
-        steps: The tests, in order.
-        final: The units that were kept.
-        threshold: The score that was required.
-        measure: The name of the score.
-    """
+    """Draw a search test by test: the units, their share of all, the score, and the units that were kept."""
     num_units, num_steps = len(units), len(steps)
     mosaic_height = min(4.5, 0.16 * num_units)
     with sheet(3.4 + mosaic_height) as figure:
@@ -280,13 +267,7 @@ def search_path(
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:
-    """Draw figures of some models side by side, each in [0, 1].
-
-    Args:
-        models: Their names; the first three are drawn in the colours of before, after and source.
-        figures: A value for each model, by name.
-        title: The figure's title.
-    """
+    """Draw figures in [0, 1], by name, with a value for each model; the first three are before, after and source."""
     colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
     with sheet(3.6) as figure:
         axes = figure.add_subplot()

@@ -87,7 +87,6 @@ class Overlap:
 
     Attributes:
         top: The first units of the ranking, as many as were selected.
-        num_common: How many of them were selected.
         jaccard: Units in both, as a share of those in either, in [0, 1].
         jaccard_by_chance: The mean of `jaccard` over random rankings.
         spearman: Rank correlation of scores and being selected, in [-1, 1]; NaN if either is constant.

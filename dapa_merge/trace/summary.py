@@ -56,25 +56,11 @@ class Traced:
     """Everything that a trace found.
 
     Attributes:
-        recipe: What was traced.
-        wanted: How.
-        settings: How the model was traced causally.
-        plan: Target and source, with the units of all modules.
         units: Those that do not overlap: gate, up, down and attention of every layer.
-        candidates: Those that a search of the recipe chooses from.
-        selection: What the search selected, or the recipe names; None if neither.
-        why_none: Why nothing was selected.
-        search: The search; None without one.
-        num_prompts: Harmful prompts that were asked.
         contrasts: Those that the source refuses and the target answers, with both responses.
         attribution: The first-order effect of each of the plan's units, in nats.
-        influence: The effect of each of the plan's units alone.
         measure: What `target_score` and the findings are scores of.
         target_score: The target's, in [0, 1].
-        findings: The effects of groups of units.
-        curve: The effects of edits of different sizes.
-        traces: One for each traced prompt.
-        seconds: How long each of them took.
     """
 
     recipe: Recipe

@@ -18,7 +18,7 @@ from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.figures import Response
 from dapa_merge.plan.plan import Plan, cut
 from dapa_merge.progress import LOG, advance, task
-from dapa_merge.search.bench import MAX_CONTRASTS, effects_between
+from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import note_of
 

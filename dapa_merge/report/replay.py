@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.prompts.sources import pinned_prompts
+from dapa_merge.measure.prompts.sets import pinned_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import with_pinned_models
 from dapa_merge.recipe.parameters import layer_spans

@@ -73,9 +73,7 @@ def judge(report: Report, limits: Limits) -> list[LimitCheck]:
         UsageError: If there is no limit, or one is not finite.
     """
     asked = [*_single_figures(report, limits), *_skills(report, limits)]
-    found = [
-        LimitCheck(figure, value, limit, is_floor) for figure, value, limit, is_floor in asked if limit is not None
-    ]
+    found = [LimitCheck(name, value, limit, is_floor) for name, value, limit, is_floor in asked if limit is not None]
     if any(not math.isfinite(check.limit) for check in found):
         raise UsageError("limits must be finite numbers")
     if not found:

@@ -81,11 +81,6 @@ class Blender:
         self._is_blended = False
         self.why_not = self._find_places()
 
-    @property
-    def is_live(self) -> bool:
-        """Whether blends are made in the resident target."""
-        return not self.why_not
-
     @contextmanager
     def blended(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """The blend as a model, with the target's tokenizer, for the length of a `with` block. Blends do not nest.
@@ -102,7 +97,10 @@ class Blender:
             raise RuntimeError("something is blended already; leave its `with` block first")
         self._is_blended = True
         try:
-            with self._blended_live(blend) if self.is_live else self._written(blend) as found, quiet("transformers"):
+            with (
+                self._blended_live(blend) if not self.why_not else self._written(blend) as found,
+                quiet("transformers"),
+            ):
                 yield found
         finally:
             self._is_blended = False

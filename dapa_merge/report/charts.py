@@ -102,7 +102,7 @@ class Chart:
 
     @property
     def beginning(self) -> str:
-        """What the names of its files begin with, and no others."""
+        """The beginning of its files' names, and of no others."""
         return f"{self.name}." if self.parts is None else self.name.partition("{}")[0]
 
     def names(self, keys: Iterable[str]) -> list[str]:
@@ -110,7 +110,7 @@ class Chart:
         return [self.name] if self.parts is None else [self.name.format(key) for key in keys]
 
     def shown(self, found: Any) -> dict[str, Any]:
-        """What each picture shows, by the picture's name."""
+        """The part that each picture shows, by the picture's name."""
         parts = {"": found} if self.parts is None else self.parts(found)
         return dict(zip(self.names(parts), parts.values(), strict=True))
 
@@ -136,7 +136,7 @@ def draw_all(charts: Sequence[Chart], found: Any) -> list[Picture]:
 
 
 class Run(NamedTuple):
-    """What the charts of a run show.
+    """A run, as its charts show it.
 
     Attributes:
         search: The search; None if the recipe names its layers.
@@ -368,11 +368,6 @@ def readable(label: str) -> str:
 def marker_of(axes: Axes, marker: str, colour: str, label: str) -> Any:
     """The entry of a marker in a legend."""
     return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
-
-
-def layer_ticks(axes: Axes, num_layers: int) -> None:
-    """Label layers along the horizontal axis."""
-    axes.set_xticks(every_few(num_layers))
 
 
 def spread_places(first: Sequence[int], others: Sequence[int], distance: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run found and did: as data, and as `dapa_report.json`, which is read back from anywhere."""
+"""The report of a run as data, and as `dapa_report.json`, which may be read back from anywhere."""
 
 from __future__ import annotations
 

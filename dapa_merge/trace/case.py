@@ -96,7 +96,7 @@ WINDOW_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is traced.
+    """The settings for causal tracing of a model.
 
     Attributes:
         kinds: Some of `SITE_KINDS`.

@@ -23,7 +23,7 @@ from dapa_merge.report.charts import (
     VERMILION,
     Bar,
     Chart,
-    layer_ticks,
+    every_few,
     marker_of,
     readable,
     search_figure,
@@ -58,7 +58,7 @@ def heatmap(
             if is_marked:
                 text.set_fontweight("bold")
                 text.set_color(VERMILION)
-        layer_ticks(axes, num_layers)
+        axes.set_xticks(every_few(num_layers))
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(True)
         axes.set_title(title, parse_math=False)
@@ -78,7 +78,7 @@ def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layer
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
             axes.set_xlim(-0.7, num_layers - 0.3)
-        layer_ticks(rows[-1], num_layers)
+        rows[-1].set_xticks(every_few(num_layers))
         rows[-1].set_xlabel("layer")
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
     return figure
@@ -201,7 +201,7 @@ class Restored(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many layers are restored at once."""
+        """The number of layers that are restored at once."""
         return self.found.settings.window if self.kind in WINDOWED else 1
 
     @property

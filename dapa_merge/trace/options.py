@@ -18,7 +18,7 @@ MAX_ATTRIBUTION_PROMPTS = 32
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """How to trace.
+    """The options of a trace.
 
     Attributes:
         traced: The one of `TRACED` that is traced causally.

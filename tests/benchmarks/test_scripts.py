@@ -48,10 +48,10 @@ def arguments(tmp_path, monkeypatch):
 
     return {
         "compare_table": lambda: [str(tmp_path / "out")],
-        "drafts": lambda: [recipe()],
         "refusal_agreement": lambda: [completions()],
         "refusal_sft": lambda: ["recipes/miniature.yml"],
         "refusal_training": lambda: [completions()],
+        "speculative": lambda: [recipe()],
     }
 
 

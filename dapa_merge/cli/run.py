@@ -39,7 +39,6 @@ from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
-from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import jsonable
 from dapa_merge.report.tables import (
     categories_table,
@@ -83,6 +82,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     model.
     """
     from dapa_merge.measure.prompts.sets import check_prompts
+    from dapa_merge.report.replay import replay_text
     from dapa_merge.search.search import search_plan
 
     with _kept_in(out) as keep:

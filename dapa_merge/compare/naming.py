@@ -11,13 +11,13 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.files import begins_journal, make_folder, replace_file, take_lock
+from dapa_merge.files import begins_journal, held, make_folder, replace_file
 
 ROWS_NAME, OWNER_NAME = "rows", "recipe.json"
 # Begins as the files do that are not complete yet.
@@ -123,12 +123,11 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UsageError: If the folder cannot be written.
     """
-    try:
-        file = (out / ROWS_NAME / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
-    with file:
-        take_lock(file.fileno(), waits=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out / ROWS_NAME / LOCK_NAME))
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
         yield
 
 

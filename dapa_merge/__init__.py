@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Recipe": "dapa_merge.recipe.recipe",
     "load_recipe": "dapa_merge.recipe.parse",
-    "repair": "dapa_merge.repair",
+    "repair": "dapa_merge.flow",
     "Report": "dapa_merge.report.report",
     "minimize": "dapa_merge.delta.minimize",
     "classify": "dapa_merge.measure.refusal.classify",

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -21,7 +20,6 @@ from filelock import FileLock, Timeout
 
 from dapa_merge.errors import DapaError, UsageError
 
-LOCKED_BYTE = 1 << 30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What some cluster file systems answer, which have no locks unless they are mounted so.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -29,6 +27,8 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 CHECK_DIGITS = 12
 PICTURES = (".png", ".svg")
+# What the names of the charts of a run begin with, which lie among a model's own files.
+CHART_PREFIX = "dapa_"
 JOURNAL_BEGINS = b'{"journal":'
 
 
@@ -234,53 +234,6 @@ def held(lock: Path, busy: str | None = None) -> Iterator[None]:
         with suppress(OSError):
             lock.unlink()
         holding.release()
-
-
-def take_lock(descriptor: int, *, shared: bool = False, waits: bool = False) -> bool:
-    """Lock an open file or folder.
-
-    Where the file system has no locks it counts as locked: two at once are not noticed there. Windows has neither
-    shared locks nor locks on folders.
-
-    Args:
-        descriptor: The open file.
-        shared: Let others have it too, if they share it.
-        waits: Wait until whoever has it lets go.
-
-    Returns:
-        False if another has it.
-
-    Raises:
-        OSError: If it cannot be locked for another reason.
-    """
-    if sys.platform == "win32":
-        return shared or _take_byte(descriptor, waits)
-    import fcntl
-
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if waits else fcntl.LOCK_NB)
-    try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _take_byte(descriptor: int, waits: bool) -> bool:
-    if sys.platform != "win32":
-        raise NotImplementedError
-    import msvcrt
-
-    os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-    try:
-        msvcrt.locking(descriptor, msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK, 1)
-    except OSError:
-        return False
-    finally:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    return True
 
 
 class Record:

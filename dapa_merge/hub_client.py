@@ -1,11 +1,28 @@
-"""Asking the Hub through huggingface_hub: again where that helps, and with one sentence where it does not."""
+"""The Hub: asked again where that helps, and the one place where its faults become sentences.
+
+Importing huggingface_hub takes half a second, so that only modules which may ask the Hub import this one.
+"""
 
 from __future__ import annotations
 
+import errno
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from dapa_merge.errors import DapaError, HubError, UsageError, one_line
 
@@ -18,35 +35,37 @@ RETRIED = (429, 500, 502, 503, 504)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
+class NoAnswer(HubError):
+    """The Hub does not answer now; a copy in a cache may do."""
+
+
 class Moved(HubError):
     """The branch has another commit than the one that was looked at."""
 
 
-def api() -> Any:
+def api() -> HfApi:
     """huggingface_hub's client, for the endpoint and with the token that it finds itself."""
-    from huggingface_hub import HfApi
-
     return HfApi(library_name="dapa-merge")
 
 
 def require_token() -> None:
-    """Make sure that there is a token: of the environment, of a login, or of a CI job by OIDC.
+    """Make sure that there is a token: from the environment, a login, or a CI job's OIDC.
 
     Raises:
-        HubError: If there is none, or the one of OIDC is not given.
+        HubError: If there is none, or OIDC does not yield one.
     """
-    if ask("get a token", _token) is None:
+    if ask("get a token", get_token) is None:
         raise HubError(f"there is no token for the Hub; {LOG_IN}")
 
 
 def check_id(repository: str) -> str:
-    """The id of a repository, as `namespace/name`.
+    """Check that a repository's id has the form `namespace/name`, and return it.
 
     Raises:
-        UsageError: If it is none.
+        UsageError: If it has another form.
     """
     if not is_id(repository):
-        raise UsageError(f"{repository!r} is no id of a repository; write namespace/name")
+        raise UsageError(f"{repository!r} is not a repository id; write namespace/name")
     if "/" not in repository:
         raise UsageError(f"{repository!r} lacks its namespace; write namespace/name, as in you/{repository}")
     return repository
@@ -54,9 +73,6 @@ def check_id(repository: str) -> str:
 
 def is_id(text: str) -> bool:
     """Whether a text may be the id of a repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -65,15 +81,15 @@ def is_id(text: str) -> bool:
 
 
 def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None] = lambda _: None) -> T:
-    """What a function of huggingface_hub answers, asked again after faults that pass.
+    """Return what a function of huggingface_hub answers, asking again after faults that pass.
 
     Args:
-        what: What is asked for, to go behind "cannot".
+        what: The request, worded to follow "cannot".
         call: Asks once; it must do no harm to ask again.
-        settle: Called with each fault; what it gives, if it is not None, is the answer all the same.
+        settle: Called with each fault; if its answer is not None, that is returned instead of an error.
 
     Raises:
-        HubError: If the Hub says no, or does not answer.
+        HubError: If the Hub refuses, or does not answer.
     """
     for attempt, wait in enumerate((*WAITS, None)):
         try:
@@ -83,14 +99,33 @@ def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None
         except Exception as error:
             if (answer := settle(error)) is not None:
                 return answer
-            if wait is None or not passes(error) or (attempt > 0 and _is_out_of_reach(error)):
+            # Seconds rarely mend a missing connection.
+            if wait is None or not passes(error) or (attempt > 0 and type(error).__name__ == "ConnectError"):
                 raise fault(what, error) from error
             time.sleep(max(wait, _asked_to_wait(error)))
     raise AssertionError("the last attempt returns or raises")
 
 
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Turn every fault inside, which only asks the Hub, into one sentence.
+
+    Args:
+        what: The request, worded to follow "cannot".
+
+    Raises:
+        HubError: For any fault, whatever its class: those of huggingface_hub and its HTTP library have none in common.
+    """
+    try:
+        yield
+    except DapaError:
+        raise
+    except Exception as error:
+        raise fault(what, error) from error
+
+
 def find(repository: str, revision: str | None = None) -> Any:
-    """What the Hub says of a repository that may not be there; None if it is not, or the token may not see it.
+    """Return the Hub's `ModelInfo` of a repository; None if it does not exist, or the token may not see it.
 
     Args:
         repository: Its id.
@@ -99,65 +134,70 @@ def find(repository: str, revision: str | None = None) -> Any:
     Raises:
         HubError: If the token is not accepted, or the Hub does not answer.
     """
-    from huggingface_hub.errors import RepositoryNotFoundError
 
     def call() -> Any:
         try:
             return api().model_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
-            if status_of(error) == 401 and _token() is not None:
-                # Said of the token: it is not accepted, not even for what is public.
+            if status_of(error) == 401 and get_token() is not None:
+                # This is about the token: it is not accepted, not even for what is public.
                 raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
             return None
 
     return ask(f"look at {repository}", call)
 
 
-def cause_of(error: Exception) -> Exception:
-    """The fault itself, where huggingface_hub says only which file was sent when it came."""
-    cause = error.__cause__
-    return cause if type(error) is RuntimeError and isinstance(cause, Exception) else error
+def fault(what: str, error: BaseException) -> HubError:
+    """Return the error to raise for a fault of the Hub: one sentence, never with the token in it.
+
+    Args:
+        what: The request, worded to follow "cannot".
+        error: The fault, of huggingface_hub or of a library that uses it.
+    """
+    kind, why = _explained(cause_of(error))
+    return kind(f"cannot {what}: {why}")
 
 
-def passes(error: Exception) -> bool:
-    """Whether the same question may be answered a little later."""
-    error = cause_of(error)
-    status = status_of(error)
-    return status in RETRIED if status is not None else _is_of_network(error) and not _is_offline(error)
-
-
-def status_of(error: Exception) -> int | None:
-    """The HTTP status that an error came with."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def fault(what: str, error: Exception) -> HubError:
-    """The sentence for a fault of huggingface_hub; never with the token in it."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    error = cause_of(error)
-    status, said = status_of(error), _said(error)
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return HubError(f"cannot {what}: the Hub does not accept the token{said}; {LOG_IN}")
-    if status == 403:
-        return HubError(f"cannot {what}: the token may not do that{said}; use one that may")
+def _explained(error: BaseException) -> tuple[type[HubError], str]:
+    status, said, summary = status_of(error), _said(error), _without_token(one_line(error))
+    if isinstance(error, DapaError):
+        return HubError, str(error)
+    if isinstance(error, GatedRepoError):
+        return HubError, f"it is gated; accept its terms{_page_of(error)}, and {LOG_IN}"
     if isinstance(error, RepositoryNotFoundError):
-        return HubError(f"cannot {what}: there is no such repository, or the token may not see it{said}")
+        return HubError, f"there is no such repository, or the token may not see it{said}; check the name, or {LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return HubError, f"there is no such revision{said}; name a branch, tag or commit"
+    if status == 401:
+        return HubError, f"the Hub does not accept the token{said}; {LOG_IN}"
+    if status == 403:
+        return HubError, f"the token may not do that{said}; use one that may"
     if status == 412:
-        return Moved(f"cannot {what}: somebody else committed meanwhile{said}; look at it, and run the command again")
+        return Moved, f"somebody else committed meanwhile{said}; look at it, and run the command again"
     if isinstance(error, ValueError) and "metadata" in str(error):
-        # Of several lines, of which only the others say what.
-        return HubError(f"cannot {what}: the Hub's rules refuse the card: {' '.join(str(error).split())[:400]}")
+        # The reason follows in further lines.
+        return HubError, f"the Hub's rules refuse the card: {_without_token(' '.join(str(error).split()))[:400]}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return NoAnswer, "HF_HUB_OFFLINE is set; unset it"
+    if status in RETRIED:
+        return NoAnswer, f"the Hub does not do it now (it answers {status}{said}); run the command again"
+    if _is_of_network(error):
+        return NoAnswer, f"the Hub is out of reach ({summary}); check the network, and run the command again"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return HubError, f"the disk with huggingface_hub's cache is full ({summary}); make room, or set HF_HOME"
     if isinstance(error, (KeyError, TypeError, AttributeError, ValueError)) and status is None:
-        return HubError(f"cannot {what}: the Hub's answer makes no sense ({_without_token(one_line(error))})")
-    if passes(error):
-        why = f"it answers {status}" if status else one_line(error)
-        return HubError(f"cannot {what}: the Hub does not do it now ({_without_token(why)}); run the command again")
-    return HubError(f"cannot {what}: {_without_token(one_line(error)) if status is None else f'{status}{said}'}")
+        return HubError, f"the Hub's answer makes no sense ({summary})"
+    return HubError, summary if status is None else f"it answers {status}{said}"
 
 
-def _said(error: Exception) -> str:
+def _page_of(error: GatedRepoError) -> str:
+    if error.repo_id is None:
+        return " on its page"
+    folder = "" if error.repo_type in (None, "model") else f"{error.repo_type}s/"
+    return f" at {constants.ENDPOINT}/{folder}{error.repo_id}"
+
+
+def _said(error: BaseException) -> str:
     message = str(getattr(error, "server_message", None) or "").strip().partition("\n")[0]
     return f" ({_without_token(message[:200])})" if message else ""
 
@@ -165,40 +205,55 @@ def _said(error: Exception) -> str:
 def _without_token(text: str) -> str:
     # No server should repeat it, and no library; but whoever does must not bring it into a log.
     try:
-        token = _token()
+        token = get_token()
     except Exception:
         return text
     return text.replace(token, "***") if token else text
 
 
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    return token if isinstance(token, str) else None
-
-
-def _is_out_of_reach(error: Exception) -> bool:
-    """Whether there is no connection at all, which seconds rarely mend."""
-    return type(error).__name__ == "ConnectError"
+def cause_of(error: BaseException) -> BaseException:
+    """The fault itself, where huggingface_hub wraps it in an error about the file that it concerned."""
+    wraps = type(error) is RuntimeError or isinstance(error, LocalEntryNotFoundError)
+    return error.__cause__ if wraps and isinstance(error.__cause__, Exception) else error
 
 
-def _is_offline(error: Exception) -> bool:
-    """Whether the user told huggingface_hub not to ask."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def hub_cause(error: BaseException) -> BaseException | None:
+    """The first fault of the Hub's among an error and its causes; None if the Hub has no part in it.
 
-    return isinstance(error, OfflineModeIsEnabled)
+    For libraries that read local files, too.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        known = isinstance(cause, (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError))
+        # datasets raises this one without its cause.
+        if known or _is_of_network(cause) or type(cause).__name__ == "DatasetNotFoundError":
+            return cause
+        cause = cause.__cause__
+    return None
 
 
-def _is_of_network(error: Exception) -> bool:
-    """Whether the request had no answer at all; the HTTP library's name is huggingface_hub's own matter."""
-    from huggingface_hub.errors import HfHubHTTPError
+def passes(error: BaseException) -> bool:
+    """Whether the same question may be answered a little later."""
+    error = cause_of(error)
+    status = status_of(error)
+    return status in RETRIED if status is not None else _is_of_network(error)
 
-    of_http = HfHubHTTPError.__bases__[0]
-    return isinstance(error, (of_http, ConnectionError, TimeoutError)) and status_of(error) is None
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error came with."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
-def _asked_to_wait(error: Exception) -> float:
+def _is_of_network(error: BaseException) -> bool:
+    """Whether the request got no answer at all, though it was sent."""
+    # huggingface_hub chooses the HTTP library, whose name is its own matter.
+    of_http = isinstance(error, HfHubHTTPError.__bases__[0]) or "http" in type(error).__module__
+    is_unanswered = of_http or isinstance(error, (ConnectionError, TimeoutError))
+    return is_unanswered and status_of(error) is None and not isinstance(error, OfflineModeIsEnabled)
+
+
+def _asked_to_wait(error: BaseException) -> float:
     """The seconds that the answer asks to wait, at most a minute."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = str(headers.get("Retry-After", ""))

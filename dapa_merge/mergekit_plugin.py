@@ -39,12 +39,13 @@ from transformers import AutoConfig
 from dapa_merge.checkpoint.convert import MergeCache
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.region import Box, Shapes
+from dapa_merge.checkpoint.region import Box, Region, Shapes
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
+from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.sets import check_prompts
-from dapa_merge.plan.edit import Rounding, does_not_fit, mix, not_finite
+from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import LOG, shown
@@ -76,15 +77,15 @@ class _Selected:
     So a model that was replaced is not taken for the old one.
 
     Attributes:
-        boxes: For each tensor of which the source's is taken, which boxes of it.
-        plan: The models, and how their values are mixed.
+        boxes: For each tensor that changes, which boxes of it, each with its place in the models' files.
+        plan: The models and the edit.
         dtypes: What the target stores each tensor as.
         files: The weight files of both models.
         stamps: Their states then.
         rounding: What is lost by rounding so far.
     """
 
-    boxes: Mapping[str, Sequence[Box]]
+    boxes: Mapping[str, Sequence[EditedBox]]
     plan: Plan
     dtypes: Mapping[str, torch.dtype]
     files: tuple[Path, ...]
@@ -96,7 +97,7 @@ class _Selected:
 
 
 class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
-    """Hands through the target's tensors, with the source's rows where a unit was selected.
+    """Hands through the target's tensors, with the edit's values where a unit was selected.
 
     The selection is found once per recipe, however many threads ask, and before mergekit writes anything if the recipe
     was announced by `accept`.
@@ -191,18 +192,23 @@ def register() -> None:
 
 
 def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _Selected) -> torch.Tensor:
-    """A new tensor: `ours` with some boxes of `theirs` in their place, or mixed with them, in the dtype of `ours`."""
+    """A new tensor: `ours` with the edit's values in some boxes.
+
+    mergekit gives the values of target and source; a further model that the edit reads is read here.
+    """
     result, plan = ours.clone(), selected.plan
-    for box in selected.boxes[name]:
+    for box, regions in selected.boxes[name]:
         place = tuple(slice(first, stop) for first, stop in box)
-        source = theirs[place]
-        if not bool(source.isfinite().all()):
-            raise not_finite(name, plan.source)
-        result[place] = mix(ours[place], source, plan.strength, ours.dtype, selected.rounding)
+        values = {"target": ours[place], "source": theirs[place]}
+        for model in plan.edit.inputs:
+            if model not in values:
+                values[model] = mapped_values(plan.models[model], regions[model]).view(values["target"].shape)
+            if model != "target" and not bool(values[model].isfinite().all()):
+                raise not_finite(name, plan.models, model)
+        result[place] = plan.edit.new_values(values, ours.dtype, selected.rounding)
         if not bool(result[place].isfinite().all()):
-            raise not_finite(name, plan.target, "target")
-        if selected.rounding.overflowed > plan.max_overflow:
-            raise does_not_fit(name, plan, TORCH_DTYPES[ours.dtype], selected.rounding)
+            raise not_finite(name, plan.models, "target")
+        selected.rounding.check(name, plan.source, TORCH_DTYPES[ours.dtype])
     return result
 
 
@@ -215,7 +221,7 @@ def _select(recipe: Recipe) -> _Selected:
     plan = make_plan(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
     check_prompts(recipe)
     # A commit on the Hub does not change; what is here of it may grow.
-    local = [checkpoint for checkpoint in (plan.target, plan.source) if checkpoint.commit is None]
+    local = [checkpoint for checkpoint in plan.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
     selection = given_selection(recipe, plan)
@@ -232,7 +238,7 @@ def _select(recipe: Recipe) -> _Selected:
         },
         files=files,
         stamps=stamps,
-        rounding=Rounding(),
+        rounding=Rounding(plan.max_overflow),
     )
 
 
@@ -292,7 +298,11 @@ register()
 _NUMBER = re.compile(r"\d+")
 
 
-def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Box]]:
+# A box of a tensor as mergekit has it, and by model where its values are in the files.
+EditedBox = tuple[Box, Mapping[str, Region]]
+
+
+def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[EditedBox]]:
     """For each tensor that mergekit will ask for, the boxes of it that a selection is.
 
     Raises:
@@ -304,16 +314,16 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Box]
         config = AutoConfig.from_pretrained(plan.target.folder, trust_remote_code=False)
     except Exception:
         # Remote code, which only mergekit's user may allow; its tensors have the names that they have in the files.
-        return _boxes(units, as_in_files)
+        return _boxes(plan, units, as_in_files)
     defined = arch_info_for_config(config)
     if defined is not None:
         names = {weight.name for weight in defined.all_weights(config)}
         if all(name in names for unit in units for name in unit.tensors):
-            return _boxes(units, as_in_files)
+            return _boxes(plan, units, as_in_files)
     shapes = _model_shapes(config)
     if defined is None:
         if shapes is None:
-            return _boxes(units, as_in_files)
+            return _boxes(plan, units, as_in_files)
         names = _names_that_are_inferred(plan.target, shapes)
     modules = tuple(dict.fromkeys(unit.module for unit in plan.twins))
     found = {} if shapes is None else {unit: unit for unit in find_units(plan.target.config, shapes, modules)}
@@ -322,14 +332,15 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Box]
             raise CheckpointError(
                 f"mergekit does not know the tensors of {plan.target.name} in which {unit} is; use `dapa-merge run`"
             )
-    return _boxes(units, found)
+    return _boxes(plan, units, found)
 
 
-def _boxes(units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[Box]]:
-    boxes: dict[str, list[Box]] = {}
+def _boxes(plan: Plan, units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[EditedBox]]:
+    boxes: dict[str, list[EditedBox]] = {}
     for unit in units:
-        for part in replace(twins[unit.whole], rows=unit.rows).parts:
-            boxes.setdefault(part.tensor, []).append(part.box)
+        parts = replace(twins[unit.whole], rows=unit.rows).parts
+        for part, regions in zip(parts, plan.regions((unit,)), strict=True):
+            boxes.setdefault(part.tensor, []).append((part.box, regions))
     return boxes
 
 

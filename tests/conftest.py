@@ -22,12 +22,14 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 from click.testing import CliRunner, Result
 from hypothesis import settings
 
@@ -36,6 +38,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.plan import join
+from dapa_merge.search.requirement import CONSTRAINTS, Requirement, constraints_of
 from dapa_merge.verify.tensors import verify
 
 # On a busy machine any example may take long.
@@ -242,6 +245,30 @@ def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
     )
 
 
+@pytest.fixture(scope="session")
+def few(tmp_path_factory) -> Path:
+    """A folder with a quarter of the miniature's prompts, for searches of which only the course matters."""
+    return write_few(tmp_path_factory.mktemp("few") / "prompts", 32)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """The one Ray cluster of all tests; those that use it are in the group `ray`."""
+    ray = pytest.importorskip("ray")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+    # Ray leaves its own handler, which ends the process: that of the tests that come after these.
+    signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@pytest.fixture
+def warm_processes(monkeypatch) -> None:
+    """The processes of Python that a script starts by `subprocess` need not load torch."""
+    warm.stand_in_for_subprocess(monkeypatch)
+
+
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
     """Nothing is drawn: for results of the same numbers as those whose pictures are looked at, and beside the point."""
@@ -288,3 +315,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip("mounting needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def required(*, measure: str = "DSR", **limits: float) -> Requirement:
+    """A requirement of absolute limits, by their names in a report."""
+    constraints = constraints_of([constraint.key for constraint in CONSTRAINTS], measure)
+    return Requirement(tuple((one, limits[one.name]) for one in constraints if one.name in limits))

@@ -15,7 +15,6 @@ import re
 import sys
 import threading
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,24 +105,15 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                 self.send_file(match.group(1), match.group(2), body)
             elif match := re.fullmatch(r"/api/models/([\w-]+/[\w-]+)/tree/([\w-]+)(\?.*)?", self.path):
                 self.tree(repositories[match.group(1)])
-            elif match := re.fullmatch(
-                r"/api/datasets/([\w-]+/[\w-]+)/(tree|paths-info)/([\w-]+)(/[\w./-]+)?(\?.*)?", self.path
-            ):
+            elif match := re.fullmatch(r"/api/datasets/([\w-]+/[\w-]+)/tree/([\w-]+)(/[\w./-]+)?(\?.*)?", self.path):
                 folder = repositories[f"datasets/{match.group(1)}"]
-                if match.group(2) == "paths-info":
-                    length = int(self.headers["Content-Length"])
-                    asked = urllib.parse.parse_qs(self.rfile.read(length).decode())["paths"]
-                    self.list([folder / path for path in asked if (folder / path).exists()], folder)
-                else:
-                    self.tree(folder, (match.group(4) or "/")[1:], "recursive=true" in self.path.lower())
+                self.tree(folder, (match.group(3) or "/")[1:], "recursive=true" in self.path.lower())
             else:
                 self.send(404, b"{}", body)
 
         def tree(self, root: Path, under: str = "", recursive: bool = False):
             folder = root / under
-            self.list(sorted(folder.rglob("*") if recursive else folder.iterdir()) if folder.is_dir() else [], root)
-
-        def list(self, paths: list[Path], root: Path):
+            paths = sorted(folder.rglob("*") if recursive else folder.iterdir()) if folder.is_dir() else []
             tree = [
                 {"type": "directory", "path": str(path.relative_to(root)), "oid": "0"}
                 if path.is_dir()
@@ -131,8 +121,6 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                 for path in paths
             ]
             self.send(200, json.dumps(tree).encode(), True, **{"Content-Type": "application/json"})
-
-        do_POST = do_GET
 
         def describe(self, repository: str, revision: str, body: bool):
             if status := statuses.get(repository):

@@ -1,217 +1,461 @@
 """A stand-in for the Hugging Face Hub that speaks its HTTP protocol to an unmodified client, and fails when told to.
 
-`python tests/hub_stand_in.py FOLDER` serves until Ctrl-C. FOLDER keeps the files' bytes; the rest lives in memory.
+It knows models, commits, branches, tags, pull requests, LFS objects, Xet's local store, and the tokens of workflows, as
+far as the tests use them; whatever else it is asked is answered with 404.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import fnmatch
+import functools
+import hashlib
 import json
 import os
 import re
-import signal
-import socket
-import sys
-import threading
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qs, urlencode
 
-import hub_accounts
-import hub_commits
-import hub_discussions
-import hub_objects
-import hub_repositories
-from hub_exchange import Answer, CutError, Exchange, Hub, Request
-from hub_faults import Fault, refusal_headers
-from hub_store import Access, RefusalError, Store
+from hub_card import check_card, metadata
+from hub_protocol import Answer, Exchange, Hub, Route, serve_routes
+from hub_store import (
+    SPACE,
+    TRACKED,
+    Access,
+    Entry,
+    PullRequest,
+    RefusalError,
+    Repository,
+    Store,
+    Tree,
+    is_lfs,
+    lfs_entry,
+    may_write,
+)
 
-PIECE_BYTES = 1 << 16
-MODULES = (hub_accounts, hub_repositories, hub_commits, hub_objects, hub_discussions)
-ROUTES = [(method, re.compile(path), act) for module in MODULES for method, path, act in module.ROUTES]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection; `hub` is the class's, of which `serve` makes one each."""
-
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = -1
-
-    def answer(self):
-        record = Request(self.command, self.path)
-        self.hub.requests.append(record)
-        fault = self.hub.faults.take(self.command, self.path)
-        pieces = self.pieces(record, fault)
-        try:
-            if fault.call is not None:
-                try:
-                    fault.call()
-                finally:
-                    fault.is_calling = False
-            answer = self.act(record, fault, pieces)
-            for _ in pieces:
-                """What nobody read has to go before the next request can be."""
-            if fault.lose_answer:
-                raise CutError
-            record.status = answer.status
-            self.send(answer, fault)
-        except (CutError, ConnectionError):
-            self.cut()
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = answer
-
-    def act(self, record: Request, fault: Fault, pieces: Iterator[bytes]) -> Answer:
-        """Do what is asked, or refuse."""
-        try:
-            access = self.authenticate(record)
-            if fault.status is not None:
-                return Answer({"error": fault.message}, fault.status, refusal_headers(fault))
-            if fault.cut_request_after is not None:
-                for _ in pieces:
-                    """Nothing is done with what arrives."""
-                raise CutError
-            path, _, query = self.path.partition("?")
-            first_values = dict(reversed(parse_qsl(query)))
-            act, parts = find_route(self.command, path)
-            return act(Exchange(self.hub, self.path, first_values, self.headers, access, pieces, parts))
-        except RefusalError as refusal:
-            message = str(refusal).encode("ascii", "replace").decode().replace("\n", " ")
-            headers = {"X-Error-Message": message, **refusal.headers}
-            if refusal.code:
-                headers["X-Error-Code"] = refusal.code
-            return Answer({"error": str(refusal), **refusal.fields}, refusal.status, headers)
-
-    def authenticate(self, record: Request) -> Access | None:
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or self.path.startswith("/github/"):
-            return None
-        access = self.hub.store.tokens.get(token.strip())
-        if access is None:
-            raise RefusalError(401, "Invalid credentials in Authorization header")
-        record.user = access.user
-        return access
-
-    def pieces(self, record: Request, fault: Fault) -> Iterator[bytes]:
-        """The body, counted; it may break off."""
-        limit = fault.cut_request_after
-        for piece in self.raw_pieces():
-            time.sleep(fault.delay_seconds)
-            record.num_bytes += len(piece)
-            if limit is not None and record.num_bytes >= limit:
-                record.num_bytes = limit
-                raise CutError
-            yield piece
-
-    def raw_pieces(self) -> Iterator[bytes]:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            while length := int(self.rfile.readline().split(b";")[0] or b"0", 16):
-                yield read_exactly(self.rfile, length)
-                self.rfile.readline()
-            self.rfile.readline()
-            return
-        left = int(self.headers.get("Content-Length", 0))
-        while left:
-            piece = read_exactly(self.rfile, min(left, PIECE_BYTES))
-            left -= len(piece)
-            yield piece
-
-    def send(self, answer: Answer, fault: Fault):
-        content, kind = answer.content, "application/octet-stream"
-        if not isinstance(content, bytes):
-            content, kind = json.dumps(content, default=str).encode(), "application/json"
-        length = answer.stop - answer.start if answer.path else len(content)
-        self.send_response(answer.status)
-        for key, value in {"Content-Type": kind, "Content-Length": str(length), **answer.headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        left = length if fault.cut_answer_after is None else min(fault.cut_answer_after, length)
-        with open(answer.path, "rb") if answer.path else contextlib.nullcontext() as file:
-            if file:
-                file.seek(answer.start)
-            for start in range(0, left, PIECE_BYTES):
-                time.sleep(fault.delay_seconds)
-                size = min(PIECE_BYTES, left - start)
-                self.wfile.write(file.read(size) if file else content[start : start + size])
-        if fault.cut_answer_after is not None:
-            self.wfile.flush()
-            raise CutError
-
-    def cut(self):
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    def log_message(self, *_):
-        """Say nothing."""
+LARGEST_REGULAR = 10 << 20
+NO_RIGHT = "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
+EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+REPOSITORY = r"/api/models/([^/]+/[^/]+)"
+ROUTES: list[Route] = []
 
 
-def read_exactly(file: BinaryIO, length: int) -> bytes:
-    content = file.read(length)
-    if len(content) < length:
-        raise CutError
-    return content
+def route(method: str, path: str):
+    """The decorated function answers requests whose path the pattern matches whole."""
+
+    def add(act):
+        ROUTES.append((method, path, act))
+        return act
+
+    return add
 
 
-def find_route(method: str, path: str) -> tuple[Callable[[Exchange], Answer], tuple[str, ...]]:
-    """Who answers, and what the path says."""
-    for known, pattern, act in ROUTES:
-        if (match := pattern.fullmatch(path)) and ("GET" if method == "HEAD" else method) == known:
-            return act, tuple(unquote(part or "") for part in match.groups())
-    raise RefusalError(404, f"The stand-in does not know {method} {path}")
+# Accounts.
 
 
-class Server(ThreadingHTTPServer):
-    """A server that closes the connections that its clients keep."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, *arguments):
-        self.connections: set[socket.socket] = set()
-        super().__init__(*arguments)
-
-    def process_request(self, request, client_address):
-        self.connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request):
-        self.connections.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self):
-        super().server_close()
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request, client_address):
-        """Say nothing of clients that are gone; what else went wrong would be an error here."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handle_error(request, client_address)
+@route("GET", "/api/whoami-v2")
+def whoami(exchange: Exchange) -> Answer:
+    access = exchange.login()
+    role = "write" if access.is_writing else "read"
+    token = {"type": "access_token", "accessToken": {"displayName": role, "role": role}}
+    return Answer({"type": "user", "id": access.user, "name": access.user, "orgs": [], "auth": token})
 
 
-@contextlib.contextmanager
-def serve(folder: Path) -> Iterator[Hub]:
-    """Serve a Hub of its own, whose bytes lie in a folder."""
-    handler = type("HubHandler", (Handler,), {})
-    server = Server(("127.0.0.1", 0), handler)
-    handler.hub = Hub(f"http://127.0.0.1:{server.server_port}", Store(folder))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
+@route("POST", "/api/validate-yaml")
+def validate_yaml(exchange: Exchange) -> Answer:
+    errors = check_card(exchange.json()["content"])
+    return Answer({"errors": [{"message": one} for one in errors], "warnings": []}, 400 if errors else 200)
+
+
+@route("GET", "/github/id-token")
+def mint_id_token(exchange: Exchange) -> Answer:
+    """GitHub's part: the token of a workflow that may ask for it."""
+    if exchange.headers.get("Authorization") != f"Bearer {exchange.store.sign('workflow')}":
+        raise RefusalError(401, "Not a workflow")
+    token = f"eyJ.{secrets.token_hex(16)}.{secrets.token_hex(8)}"
+    if exchange.query.get("audience") == exchange.hub.endpoint:
+        exchange.hub.id_tokens.add(token)
+    return Answer({"count": len(token), "value": token})
+
+
+@route("POST", "/oauth/token")
+def exchange_token(exchange: Exchange) -> Answer:
+    """Give a token that may write to one repository for an id token."""
+    is_json = exchange.headers.get("Content-Type", "").startswith("application/json")
+    asked = exchange.json() if is_json else {key: value[0] for key, value in parse_qs(exchange.body.decode()).items()}
+    resource = asked.get("resource")
+    known = asked.get("grant_type") == EXCHANGE and asked.get("subject_token") in exchange.hub.id_tokens
+    if not known or resource not in exchange.hub.trusted:
+        return Answer({"error": "invalid_grant", "error_description": "No trusted publisher matches"}, 400)
+    token = exchange.store.add_token(Access(resource.split("/")[0], only=resource), "hf_jwt_")
+    kind = "urn:ietf:params:oauth:token-type:access_token"
+    return Answer({"access_token": token, "token_type": "bearer", "expires_in": 3600, "issued_token_type": kind})
+
+
+# Repositories and refs.
+
+
+def asked_name(exchange: Exchange) -> str:
+    asked = exchange.json()
+    return f"{asked.get('organization') or exchange.login().user}/{asked['name']}"
+
+
+@route("POST", "/api/repos/create")
+def create(exchange: Exchange) -> Answer:
+    access, asked, name = exchange.login(), exchange.json(), asked_name(exchange)
+    url = f"{exchange.hub.endpoint}/{name}"
+    if access.only or not access.is_writing or name.split("/")[0] != access.user:
+        raise RefusalError(403, f"You don't have the rights to create {name}")
+    with exchange.store.lock:
+        if name in exchange.store.repositories:
+            raise RefusalError(409, "You already created this model repo", url=url, name=name, id=name)
+        exchange.store.create(name, bool(asked.get("private")) or asked.get("visibility") == "private")
+    return Answer({"url": url, "name": name, "id": name})
+
+
+@route("DELETE", "/api/repos/delete")
+def delete(exchange: Exchange) -> Answer:
+    repository = exchange.store.find(asked_name(exchange), exchange.access)
+    if not may_write(repository, exchange.login()):
+        raise RefusalError(403, "You may not delete this repository")
+    del exchange.store.repositories[repository.name]
+    return Answer({})
+
+
+@route("GET", rf"{REPOSITORY}(?:/revision/([^/]+))?")
+def describe(exchange: Exchange) -> Answer:
+    repository = exchange.repository()
+    sha = repository.resolve(exchange.parts[1] or "main")
+    tree = repository.commits[sha]
+    card = metadata(exchange.store.read(tree["README.md"]).decode()) if "README.md" in tree else {}
+    siblings = [{"rfilename": path, "blobId": entry.oid, "size": entry.size} for path, entry in sorted(tree.items())]
+    found = {"id": repository.name, "sha": sha, "private": repository.private, "gated": False, "siblings": siblings}
+    return Answer({**found, "author": repository.owner, "tags": card.get("tags", []), "cardData": card or None})
+
+
+@route("GET", rf"{REPOSITORY}/auth-check(/write)?")
+def check_access(exchange: Exchange) -> Answer:
+    exchange.writable() if exchange.parts[1] else exchange.repository()
+    return Answer({})
+
+
+@route("GET", f"{REPOSITORY}/refs")
+def list_refs(exchange: Exchange) -> Answer:
+    repository = exchange.repository()
+
+    def named(refs: dict[str, str], prefix: str) -> list[dict]:
+        return [{"name": name, "ref": prefix + name, "targetCommit": sha} for name, sha in refs.items()]
+
+    branches, tags = named(repository.branches, "refs/heads/"), named(repository.tags, "refs/tags/")
+    return Answer({"branches": branches, "converts": [], "tags": tags})
+
+
+@route("POST", f"{REPOSITORY}/branch/([^/]+)")
+def create_branch(exchange: Exchange) -> Answer:
+    repository, name = exchange.writable(), exchange.parts[1]
+    with exchange.store.lock:
+        if name in repository.branches:
+            raise RefusalError(409, f"Reference already exists: refs/heads/{name}")
+        repository.move(name, repository.resolve(exchange.json().get("startingPoint", "main")))
+    return Answer({}, 201)
+
+
+@route("POST", f"{REPOSITORY}/tag/([^/]+)")
+def create_tag(exchange: Exchange) -> Answer:
+    repository, name = exchange.writable(), exchange.json()["tag"]
+    with exchange.store.lock:
+        if name in repository.tags:
+            raise RefusalError(409, f"Tag already exists: refs/tags/{name}")
+        repository.tags[name] = repository.resolve(exchange.parts[1])
+    return Answer({}, 201)
+
+
+@route("GET", f"{REPOSITORY}/commits/([^/]+)")
+def list_commits(exchange: Exchange) -> Answer:
+    repository, found = exchange.repository(), []
+    sha = repository.resolve(exchange.parts[1])
+    while sha:
+        commit = repository.history[sha]
+        one = {"id": sha, "title": commit.title, "message": commit.message, "date": commit.date}
+        found.append({**one, "authors": [{"user": commit.author}]})
+        sha = commit.parent
+    return Answer(found)
+
+
+# Files.
+
+
+@route("GET", f"{REPOSITORY}/tree/([^/]+)(/.*)?")
+def list_tree(exchange: Exchange) -> Answer:
+    tree, under = exchange.repository().files(exchange.parts[1]), exchange.parts[2].strip("/")
+    prefix = f"{under}/" if under else ""
+    inside = {path for path in tree if path.startswith(prefix)}
+    inside |= {path[: match.start()] for path in inside for match in re.finditer("/", path)} - {under}
+    if exchange.query.get("recursive", "").lower() not in ("true", "1"):
+        inside = {path for path in inside if "/" not in path[len(prefix) :]}
+    return Answer([described(exchange.hub, path, tree.get(path)) for path in sorted(inside)])
+
+
+@route("POST", f"{REPOSITORY}/paths-info/([^/]+)")
+def list_paths(exchange: Exchange) -> Answer:
+    tree = exchange.repository().files(exchange.parts[1])
+    paths = parse_qs(exchange.body.decode()).get("paths", [])
+    return Answer([described(exchange.hub, path, tree[path]) for path in paths if path in tree])
+
+
+def described(hub: Hub, path: str, entry: Entry | None) -> dict:
+    if entry is None:
+        return {"type": "directory", "oid": "0", "size": 0, "path": path}
+    found = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
+    if entry.sha256:
+        found["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": 122 + len(str(entry.size))}
+        if not hub.no_xet_hashes:
+            found["xetHash"] = xet_hash(entry.sha256)
+    return found
+
+
+def xet_hash(sha256: str) -> str:
+    return hashlib.sha256(f"xet {sha256}".encode()).hexdigest()
+
+
+@route("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+def resolve(exchange: Exchange) -> Answer:
+    """A file, or the range of it that was asked for."""
+    repository = exchange.repository()
+    sha = repository.resolve(exchange.parts[1])
+    entry = repository.commits[sha].get(exchange.parts[2])
+    if entry is None:
+        return Answer({"error": "Entry not found"}, 404, {"X-Repo-Commit": sha, "X-Error-Code": "EntryNotFound"})
+    headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes", "ETag": f'"{entry.etag}"'}
+    if entry.sha256:
+        headers |= {"X-Linked-Etag": f'"{entry.etag}"', "X-Linked-Size": str(entry.size)}
+    content = exchange.store.read(entry)
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", exchange.headers.get("Range", ""))
+    if not asked:
+        return Answer(content, 200, headers)
+    start, stop = int(asked[1]), min(int(asked[2] or entry.size) + 1, entry.size)
+    headers["Content-Range"] = f"bytes {start}-{stop - 1}/{entry.size}"
+    return Answer(content[start:stop], 206, headers)
+
+
+# Commits.
+
+
+@route("POST", f"{REPOSITORY}/preupload/([^/]+)")
+def preupload(exchange: Exchange) -> Answer:
+    """Say of each file how it is to be uploaded, and what is in its place."""
+    repository, ref = exchange.repository(), exchange.parts[1]
+    check_right(exchange, repository)
+    asked, tree = exchange.json(), repository.files(ref)
+    in_lfs = is_lfs(read_text(exchange.store, tree, ".gitattributes"))
+    ignored = asked.get("gitIgnore", read_text(exchange.store, tree, ".gitignore")).split("\n")
+    files = []
+    for file in asked["files"]:
+        path, sample = file["path"], base64.b64decode(file["sample"])
+        is_large = in_lfs(path) or file["size"] > LARGEST_REGULAR or is_binary(sample)
+        answer = {"path": path, "uploadMode": "lfs" if is_large else "regular"}
+        answer["shouldIgnore"] = any(fnmatch.fnmatchcase(path, pattern.strip()) for pattern in ignored)
+        files.append({**answer, "oid": tree[path].etag if path in tree else None})
+    return Answer({"files": files})
+
+
+def read_text(store: Store, tree: Tree, path: str) -> str:
+    return store.read(tree[path]).decode() if path in tree else ""
+
+
+def is_binary(sample: bytes) -> bool:
+    """Whether the first bytes of a file, which may break off within a character, are not text."""
     try:
-        yield handler.hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        return "\0" in sample.decode()
+    except UnicodeDecodeError as error:
+        return error.start < len(sample) - 3
+
+
+def check_right(exchange: Exchange, repository: Repository) -> None:
+    """Whoever may write at all may open a pull request."""
+    access = exchange.login()
+    if not (access.is_writing if exchange.query.get("create_pr") else may_write(repository, access)):
+        raise RefusalError(403, NO_RIGHT)
+
+
+@route("POST", f"{REPOSITORY}/commit/([^/]+)")
+def commit(exchange: Exchange) -> Answer:
+    """Commit a list of operations, whole or not at all."""
+    repository, ref, opens_pull_request = exchange.repository(), exchange.parts[1], exchange.query.get("create_pr")
+    check_right(exchange, repository)
+    first, *lines = [json.loads(line) for line in exchange.body.splitlines()]
+    header = first["value"]
+    with exchange.store.lock:
+        head, parent = repository.resolve(ref), header.get("parentCommit")
+        if opens_pull_request:
+            head = repository.resolve(parent) if parent else head
+        elif parent and head != parent:
+            raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
+        tree = edit(exchange, repository, lines, repository.commits[head])
+        author = "[OIDC]" if exchange.access.only else exchange.access.user
+        sha = repository.add_commit(tree, head, header["summary"], author, header.get("description", ""))
+        url = f"{exchange.hub.endpoint}/{repository.name}"
+        answer = {"success": True, "commitOid": sha, "hookOutput": "", "commitUrl": f"{url}/commit/{sha}"}
+        if opens_pull_request:
+            pull = PullRequest(len(repository.pull_requests) + 1, header["summary"], author, head, sha)
+            repository.pull_requests[pull.num], ref = pull, f"refs/pr/{pull.num}"
+            answer["pullRequestUrl"] = f"{url}/discussions/{pull.num}"
+        repository.move(ref, sha)
+    return Answer(answer)
+
+
+def edit(exchange: Exchange, repository: Repository, lines: list[dict], tree: Tree) -> Tree:
+    """The files after a commit's operations; LFS files that no pattern covers are added to .gitattributes."""
+    edited, untracked = dict(tree), []
+    attributes = read_text(exchange.store, tree, ".gitattributes")
+    for line in lines:
+        value, path = line["value"], line["value"]["path"]
+        if line["key"] == "file":
+            edited[path] = add_regular(exchange.store, path, base64.b64decode(value["content"]))
+        elif line["key"] == "lfsFile":
+            edited[path] = add_lfs(exchange, repository, value)
+            untracked += [] if is_lfs(attributes)(path) else [path]
+        elif line["key"] == "deletedFile":
+            del edited[path]
+        else:
+            raise RefusalError(400, f"Not an operation: {line['key']}")
+    if untracked:
+        attributes += "".join(path.replace(" ", SPACE) + TRACKED + "\n" for path in untracked)
+        edited[".gitattributes"] = exchange.store.add_blob(attributes.encode())
+    return edited
+
+
+def add_regular(store: Store, path: str, content: bytes) -> Entry:
+    if path == "README.md" and (errors := check_card(content.decode())):
+        raise RefusalError(400, "Invalid metadata in README.md: " + "; ".join(errors))
+    return store.add_blob(content)
+
+
+def add_lfs(exchange: Exchange, repository: Repository, value: dict) -> Entry:
+    """The entry of an LFS file, whose object has to be in this repository already."""
+    if exchange.hub.xet_folder is not None:
+        repository.objects.setdefault(value["oid"], value["size"])
+    if value["oid"] not in repository.objects:
+        raise RefusalError(
+            404, f"An LFS pointer pointed to a file that does not exist. Offending file: {value['path']}"
+        )
+    return lfs_entry(value["oid"], repository.objects[value["oid"]])
+
+
+# LFS objects.
+
+
+@route("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+def batch(exchange: Exchange) -> Answer:
+    """Say where each object is to be put, if it is not there yet."""
+    # To open a pull request takes no right to any branch.
+    if not exchange.login().is_writing:
+        raise RefusalError(403, "You have read access but not the required permissions for this operation")
+    repository, asked = exchange.repository(), exchange.json()
+    return Answer({"transfer": "basic", "objects": [place(exchange, repository, one) for one in asked["objects"]]})
+
+
+def place(exchange: Exchange, repository: Repository, one: dict) -> dict:
+    oid, size = one["oid"], one["size"]
+    if oid in repository.objects:
+        return {"oid": oid, "size": size}
+    path, query = f"/lfs/objects/{oid}", {"repository": repository.name, "size": size}
+    signature = exchange.store.sign(f"{path} {repository.name} {size}")
+    href = f"{exchange.hub.endpoint}{path}?{urlencode({**query, 'signature': signature})}"
+    verify = f"{exchange.hub.endpoint}/{repository.name}.git/info/lfs/objects/verify"
+    return {"oid": oid, "size": size, "actions": {"upload": {"href": href}, "verify": {"href": verify}}}
+
+
+@route("PUT", "/lfs/objects/([0-9a-f]{64})")
+def put_object(exchange: Exchange) -> Answer:
+    oid, name, size = exchange.parts[0], exchange.query["repository"], exchange.query["size"]
+    if exchange.query.get("signature") != exchange.store.sign(f"{exchange.path} {name} {size}"):
+        raise RefusalError(403, "The signature does not match")
+    exchange.store.add_object(exchange.store.repositories[name], exchange.body, oid, int(size))
+    return Answer(b"")
+
+
+@route("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/verify")
+def verify(exchange: Exchange) -> Answer:
+    asked = exchange.json()
+    if exchange.repository().objects.get(asked["oid"]) != asked["size"]:
+        raise RefusalError(404, "The object is not there")
+    return Answer({})
+
+
+@route("POST", f"{REPOSITORY}/lfs-files/duplicate")
+def duplicate(exchange: Exchange) -> Answer:
+    """Let the objects of a repository count as in another one's store too."""
+    if exchange.hub.no_duplication:
+        raise RefusalError(404, "Not found")
+    source, asked, failed = exchange.repository(), exchange.json(), []
+    target = exchange.store.find(asked["target"]["name"], exchange.access)
+    if not may_write(target, exchange.login()):
+        raise RefusalError(403, "You have read access but not the required permissions for this operation")
+    for file in asked["files"]:
+        oid = file["sha256"]
+        is_refused = file.get("filename") in exchange.hub.refused_duplicates
+        if is_refused or oid not in source.objects or file["xetHash"] != xet_hash(oid):
+            failed.append({"sha256": oid, "error": "File could not be duplicated"})
+        else:
+            target.objects[oid] = source.objects[oid]
+    total = len(asked["files"])
+    found = {"success": not failed, "processed": total, "succeeded": total - len(failed), "failed": failed}
+    return Answer(found)
+
+
+@route("GET", f"{REPOSITORY}/xet-write-token/([^/]+)")
+def xet_token(exchange: Exchange) -> Answer:
+    exchange.writable()
+    address = f"local://{exchange.hub.xet_folder}"
+    return Answer({"accessToken": "xet", "exp": int(time.time()) + 3600, "casUrl": address})
+
+
+# Pull requests.
+
+
+@route("GET", f"{REPOSITORY}/discussions")
+def list_discussions(exchange: Exchange) -> Answer:
+    repository, query = exchange.repository(), exchange.query
+    statuses = {"open": ("open",), "closed": ("merged",)}.get(query.get("status", ""), ("open", "merged"))
+    found = [
+        {
+            "num": pull.num,
+            "title": pull.title,
+            "status": pull.status,
+            "author": {"name": pull.author},
+            "createdAt": pull.created_at,
+            "isPullRequest": True,
+            "repo": {"name": repository.name, "type": "model"},
+        }
+        for pull in reversed(repository.pull_requests.values())
+        if query.get("type") != "discussion" and pull.status in statuses
+        if query.get("author", pull.author) == pull.author
+    ]
+    return Answer({"discussions": found, "count": len(found), "start": 0})
+
+
+@route("POST", rf"{REPOSITORY}/discussions/(\d+)/merge")
+def merge(exchange: Exchange) -> Answer:
+    repository = exchange.writable()
+    with exchange.store.lock:
+        pull = repository.pull_requests[int(exchange.parts[1])]
+        base, head, parent = (repository.commits[pull.base], repository.commits[pull.head], repository.branches["main"])
+        tree = {path: entry for path, entry in repository.commits[parent].items() if path not in base or path in head}
+        tree |= {path: entry for path, entry in head.items() if base.get(path) != entry}
+        pull.status = "merged"
+        repository.move(
+            "main", repository.add_commit(tree, parent, f"{pull.title} (#{pull.num})", exchange.access.user)
+        )
+    return Answer({})
+
+
+serve = functools.partial(serve_routes, routes=ROUTES)
 
 
 @dataclass
@@ -221,7 +465,6 @@ class OtherHub:
     endpoint: str
     namespace: str
     secret: str
-    faults: None = None
 
     def token(self, name: str) -> str:
         assert name == "alice", f"The other Hub has one user: not {name}"
@@ -236,17 +479,3 @@ def some_hub(folder: Path) -> Iterator[Hub | OtherHub]:
     else:
         with serve(folder) as hub:
             yield hub
-
-
-def main(arguments: list[str]) -> None:
-    # Shells let what they start in the background ignore it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with serve(Path(arguments[0])) as hub:
-        tokens = "".join(f"\n{name} {token}" for name, token in hub.store.names.items())
-        print(f"{hub.endpoint}{tokens}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

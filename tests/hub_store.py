@@ -1,16 +1,21 @@
-"""What a stand-in for the Hub keeps: users and tokens, repositories, their commits, refs and objects."""
+"""What the stand-in for the Hub keeps: tokens, repositories with their commits and refs, and the files' bytes."""
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import hmac
 import secrets
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from hub_git import ATTRIBUTES, git_oid, pointer
+LFS_PATTERNS = "*.bin *.gguf *.h5 *.npy *.npz *.onnx *.parquet *.pickle *.pkl *.pt *.pth *.safetensors *.zip"
+SPACE = "[[:space:]]"
+TRACKED = " filter=lfs diff=lfs merge=lfs -text"
+ATTRIBUTES = "".join(f"{pattern}{TRACKED}\n" for pattern in LFS_PATTERNS.split()).encode()
 
 
 class RefusalError(Exception):
@@ -19,33 +24,26 @@ class RefusalError(Exception):
     Attributes:
         status: The HTTP status.
         code: X-Error-Code, by which the client knows which error to raise.
-        fields: What else stands in the body.
+        fields: More fields of the body.
     """
 
     def __init__(self, status: int, message: str, code: str = "", **fields: object):
         super().__init__(message)
         self.status, self.code, self.fields = status, code, fields
-        self.headers: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who asks, and what the token allows.
+    """A token's owner, and what it allows.
 
     Attributes:
-        user: The user's name, or the owner's for a token that a workflow got.
         is_writing: Whether the token may write at all.
-        only: The one repository that it may write to, if it is a workflow's.
+        only: The one repository that a workflow's token may write to.
     """
 
     user: str
     is_writing: bool = True
     only: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The author of what is done with the token."""
-        return "[OIDC]" if self.only else self.user
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class Entry:
     """A file in a commit.
 
     Attributes:
-        oid: The git blob's SHA-1; for LFS files, that of the pointer.
+        oid: SHA-1 of the git blob; for LFS files, of the pointer.
         sha256: Of an LFS file's content; None for regular files.
     """
 
@@ -65,17 +63,13 @@ class Entry:
     def etag(self) -> str:
         return self.sha256 or self.oid
 
-    @property
-    def xet_hash(self) -> str | None:
-        return hashlib.sha256(f"xet {self.sha256}".encode()).hexdigest() if self.sha256 else None
-
 
 Tree = dict[str, Entry]
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What is known of a commit besides its files."""
+    """A commit without its files."""
 
     sha: str
     parent: str | None
@@ -86,59 +80,48 @@ class Commit:
 
 
 @dataclass
-class Discussion:
-    """A discussion or a pull request.
+class PullRequest:
+    """A pull request.
 
     Attributes:
-        status: `open`, `closed`, `merged` or `draft`.
-        head: The newest commit of a pull request.
+        status: `open` or `merged`.
         base: The commit that it started from.
+        head: Its newest commit.
     """
 
     num: int
     title: str
     author: str
-    is_pull_request: bool
+    base: str
+    head: str
     status: str = "open"
-    target: str = "main"
-    head: str | None = None
-    base: str | None = None
-    merge_commit: str | None = None
     created_at: str = field(default_factory=lambda: now())
-    events: list[dict] = field(default_factory=list)
 
 
 @dataclass
 class Repository:
-    """A repository.
+    """A model repository.
 
     Attributes:
-        branches: From names to commits.
         commits: From every commit's sha to its files.
         history: From every commit's sha to the rest of it.
         objects: From the SHA-256 of every LFS object that was uploaded or copied here to its size.
         moves: Every (ref, commit) that a reader could ever see, in order.
-        gated: False, `auto` or `manual`.
-        granted: Who may read a gated repository's files, besides its owner.
     """
 
     name: str
-    owner: str
     private: bool = False
-    gated: str | bool = False
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Tree] = field(default_factory=dict)
     history: dict[str, Commit] = field(default_factory=dict)
     objects: dict[str, int] = field(default_factory=dict)
-    discussions: dict[int, Discussion] = field(default_factory=dict)
+    pull_requests: dict[int, PullRequest] = field(default_factory=dict)
     moves: list[tuple[str, str]] = field(default_factory=list)
-    granted: set[str] = field(default_factory=set)
-    created_at: str = field(default_factory=lambda: now())
 
     @property
-    def pull_requests(self) -> dict[int, Discussion]:
-        return {number: one for number, one in self.discussions.items() if one.is_pull_request}
+    def owner(self) -> str:
+        return self.name.split("/")[0]
 
     def files(self, revision: str = "main") -> Tree:
         return self.commits[self.resolve(revision)]
@@ -147,45 +130,34 @@ class Repository:
         """The trees that a ref ever pointed to, in order."""
         return [self.commits[sha] for moved, sha in self.moves if moved == ref]
 
+    def pull_request(self, ref: str) -> PullRequest | None:
+        number = ref.removeprefix("refs/pr/")
+        return self.pull_requests.get(int(number)) if number.isdigit() and number != ref else None
+
     def resolve(self, revision: str) -> str:
-        """The commit that a revision stands for."""
-        name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
-        if revision.startswith("refs/pr/"):
-            one = self.pull_requests.get(int(revision[8:]) if revision[8:].isdigit() else 0)
-            if one and one.head:
-                return one.head
-        elif name in self.branches:
-            return self.branches[name]
-        elif name in self.tags:
-            return self.tags[name]
-        else:
-            found = [sha for sha in self.commits if len(revision) >= 7 and sha.startswith(revision)]
-            if len(found) == 1:
-                return found[0]
-        raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        """The commit of a branch, a tag, a pull request or an abbreviated sha."""
+        if pull := self.pull_request(revision):
+            return pull.head
+        if found := self.branches.get(revision) or self.tags.get(revision):
+            return found
+        found = [sha for sha in self.commits if len(revision) >= 7 and sha.startswith(revision)]
+        if len(found) != 1:
+            raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found[0]
 
     def move(self, ref: str, sha: str) -> None:
-        """Let a branch or a pull request's ref point to a commit."""
-        if ref.startswith("refs/pr/"):
-            self.discussions[int(ref[8:])].head = sha
+        """Let a branch or a pull request point to a commit."""
+        if pull := self.pull_request(ref):
+            pull.head = sha
         else:
             self.branches[ref] = sha
         self.moves.append((ref, sha))
 
     def add_commit(self, tree: Tree, parent: str | None, title: str, author: str, message: str = "") -> str:
-        text = f"{self.name} {parent} {title} {len(self.commits)} {sorted(tree.items())} {secrets.token_hex(8)}"
-        sha = hashlib.sha1(text.encode()).hexdigest()
+        sha = hashlib.sha1(secrets.token_bytes(20)).hexdigest()
         self.history[sha] = Commit(sha, parent, title, message, author, now())
         self.commits[sha] = dict(tree)
         return sha
-
-    def ancestry(self, sha: str | None) -> list[Commit]:
-        """A commit and those before it, the newest first."""
-        found = []
-        while sha:
-            found.append(self.history[sha])
-            sha = found[-1].parent
-        return found
 
 
 class Store:
@@ -193,102 +165,93 @@ class Store:
 
     Attributes:
         folder: Where the bytes lie.
-        repositories: By name; those of datasets are called `datasets/NAMESPACE/NAME`.
-        tokens: From a token to what it allows.
-        lock: Held by whatever changes a repository.
+        names: The tokens of `alice` and `bob`, and `reader`: alice's, which cannot write.
+        lock: Held while a repository changes.
     """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
-        for name in ("blobs", "objects", "incoming"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self.repositories: dict[str, Repository] = {}
         self.tokens: dict[str, Access] = {}
-        self.names: dict[str, str] = {}
         self.lock = threading.RLock()
         self._secret = secrets.token_bytes(16)
-        for name, user, is_writing in (("alice", "alice", True), ("bob", "bob", True), ("reader", "alice", False)):
-            self.add_token(name, Access(user, is_writing))
+        users = {"alice": Access("alice"), "bob": Access("bob"), "reader": Access("alice", is_writing=False)}
+        self.names = {name: self.add_token(access) for name, access in users.items()}
 
-    def add_token(self, name: str, access: Access, prefix: str = "hf_") -> str:
-        token = prefix + secrets.token_urlsafe(24).replace("-", "a").replace("_", "b")
-        self.names[name] = token
+    def add_token(self, access: Access, prefix: str = "hf_") -> str:
+        token = prefix + secrets.token_hex(16)
         self.tokens[token] = access
         return token
 
     def sign(self, text: str) -> str:
-        """What makes an address work without a token."""
+        """A signature that makes an address work without a token."""
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
-    def create(self, name: str, access: Access, private: bool = False) -> Repository:
-        repository = Repository(name, name.split("/")[-2], private)
-        first = repository.add_commit(
-            {".gitattributes": self.add_blob(ATTRIBUTES)}, None, "initial commit", access.user
-        )
-        repository.move("main", first)
-        self.repositories[name] = repository
-        return repository
+    def create(self, name: str, private: bool) -> None:
+        repository = self.repositories[name] = Repository(name, private)
+        tree = {".gitattributes": self.add_blob(ATTRIBUTES)}
+        repository.move("main", repository.add_commit(tree, None, "initial commit", repository.owner))
 
     def find(self, name: str, access: Access | None) -> Repository:
-        """A repository that the asker may know of."""
+        """A repository that the asker may see."""
         repository = self.repositories.get(name)
-        if repository is None or (repository.private and not self.owns(repository, access)):
+        if repository is None or (repository.private and not owns(repository, access)):
             raise RefusalError(404, "Repository not found", "RepoNotFound")
         return repository
 
-    def find_readable(self, name: str, access: Access | None) -> Repository:
-        """A repository whose files the asker may read."""
-        repository = self.find(name, access)
-        granted = self.owns(repository, access) or (access and access.user in repository.granted)
-        if repository.gated and not granted:
-            message = f"Access to model {name} is restricted and you are not in the authorized list."
-            raise RefusalError(403 if access else 401, message, "GatedRepo")
-        return repository
-
-    def owns(self, repository: Repository, access: Access | None) -> bool:
-        return bool(access) and access.user == repository.owner and access.only in (None, repository.name)
-
-    def may_write(self, repository: Repository, access: Access | None) -> bool:
-        return self.owns(repository, access) and access.is_writing
-
     def add_blob(self, content: bytes) -> Entry:
         """Keep a regular file."""
-        oid = git_oid(content)
-        path = self.folder / "blobs" / oid
-        if not path.exists():
-            path.write_bytes(content)
-        return Entry(oid, len(content))
+        entry = Entry(git_oid(content), len(content))
+        self._keep(entry, content)
+        return entry
 
-    def path(self, entry: Entry) -> Path:
-        return self.folder / ("objects" if entry.sha256 else "blobs") / entry.etag
+    def add_object(self, repository: Repository, content: bytes, sha256: str, size: int) -> None:
+        """Keep an LFS object, if its bytes are the promised ones."""
+        if hashlib.sha256(content).hexdigest() != sha256 or len(content) != size:
+            raise RefusalError(400, f"The bytes are not those of {sha256}")
+        self._keep(lfs_entry(sha256, size), content)
+        repository.objects[sha256] = size
 
     def read(self, entry: Entry) -> bytes:
         return self.path(entry).read_bytes()
 
-    def add_object(self, repository: Repository, incoming: Path, sha256: str, size: int) -> None:
-        """Keep an LFS object that arrived whole.
+    def path(self, entry: Entry) -> Path:
+        return self.folder / entry.etag
 
-        Raises:
-            RefusalError: The bytes are not those that were promised.
-        """
-        if digest(incoming) != sha256 or incoming.stat().st_size != size:
-            incoming.unlink()
-            raise RefusalError(400, f"The bytes are not those of {sha256}")
+    def _keep(self, entry: Entry, content: bytes) -> None:
         with self.lock:
-            incoming.replace(self.folder / "objects" / sha256)
-            repository.objects[sha256] = size
+            # Somebody may be reading it.
+            if not self.path(entry).exists():
+                self.path(entry).write_bytes(content)
 
 
-def digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+def owns(repository: Repository, access: Access | None) -> bool:
+    return access is not None and access.user == repository.owner and access.only in (None, repository.name)
+
+
+def may_write(repository: Repository, access: Access) -> bool:
+    return owns(repository, access) and access.is_writing
+
+
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
 
 
 def lfs_entry(sha256: str, size: int) -> Entry:
-    return Entry(git_oid(pointer(sha256, size)), size, sha256)
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
+    return Entry(git_oid(pointer.encode()), size, sha256)
+
+
+def is_lfs(attributes: str) -> Callable[[str], bool]:
+    """Whether a .gitattributes puts a path into LFS."""
+    patterns = [line.split()[0].replace(SPACE, " ") for line in attributes.splitlines() if "filter=lfs" in line]
+
+    def matches(path: str) -> bool:
+        name = path.rsplit("/", 1)[-1]
+        return any(fnmatch.fnmatchcase(path if "/" in pattern else name, pattern) for pattern in patterns)
+
+    return matches
 
 
 def now() -> str:

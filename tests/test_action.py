@@ -392,41 +392,22 @@ def test_the_lint_shows_the_steps_of_an_action_on_their_lines():
 
 @pytest.mark.parametrize(
     "expression",
-    ["hashFiles('a')", "inputs.unknown", "steps.later.outcome", "github.token", "1 == 1", "inputs", "'a", "!", "a b"],
+    ["hashFiles('a')", "inputs.unknown", "steps.later.outcome", "github.token", "1 == 1", "inputs", "'a", "a b"],
 )
 def test_the_runner_of_these_tests_refuses_what_it_does_not_know(expression):
-    with pytest.raises(ValueError, match=r"does not|too soon"):
+    with pytest.raises(ValueError, match="does not know"):
         evaluate(expression, {"inputs": {}, "steps": {}, "github": {}, "state": "success"})
 
 
 @pytest.mark.parametrize(
     ("expression", "value"),
     [
-        ("inputs.a == 'X' && !false", True),
-        ("inputs.a != 'x' || steps.one.outputs.b == ''", True),
+        ("inputs.a == 'X' && inputs.a != 'y'", True),
         ("inputs.a && 'it''s' || ''", "it's"),
         ("(failure() || always()) && success()", True),
-        ("secrets.none || env.none", ""),
+        ("secrets.none", ""),
     ],
 )
 def test_the_runner_of_these_tests_knows_expressions(expression, value):
-    contexts = {"inputs": {"a": "x"}, "steps": {"one": {"outputs": {}}}, "secrets": {}, "env": {}, "state": "success"}
+    contexts = {"inputs": {"a": "x"}, "steps": {}, "secrets": {}, "state": "success"}
     assert evaluate(expression, contexts) == value
-
-
-def test_the_runner_of_these_tests_hands_on_what_steps_write(tmp_path):
-    (tmp_path / "temp").mkdir()
-    steps = [
-        {
-            "id": "one",
-            "run": "printf 'a<<END\\n1\\n2\\nEND\\nb=x=y\\n' >> $GITHUB_OUTPUT; echo C=3 >> $GITHUB_ENV; false",
-        },
-        {"id": "two", "run": "true"},
-        {"id": "three", "if": "failure() && steps.one.outputs.b == 'x=y'", "run": "echo c=$C >> $GITHUB_OUTPUT"},
-    ]
-    result = run_steps(steps, {"PATH": os.defpath}, workspace=tmp_path, temp=tmp_path / "temp")
-    assert {name: step.outcome for name, step in result.steps.items()} == {
-        "one": "failure", "two": "skipped", "three": "success",
-    }  # fmt: skip
-    assert result.steps["one"].outputs == {"a": "1\n2", "b": "x=y"}
-    assert result.steps["three"].outputs == {"c": "3"}

@@ -4,6 +4,7 @@ import json
 from contextlib import closing
 
 import pytest
+from conftest import required
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +15,11 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.plan.plan import plan_transplant
-from dapa_merge.search.bench import Baseline, Bench, costs_of, pieces_of
-from dapa_merge.search.requirement import Requirement
+from dapa_merge.search.bench import Bench, pieces_of
+from dapa_merge.search.requirement import CONSTRAINTS
+from dapa_merge.search.result import Baseline
+
+KEYS = [constraint.key for constraint in CONSTRAINTS]
 
 
 @given(st.lists(st.text(max_size=3), min_size=1, max_size=70, unique=True), st.integers(1, 40))
@@ -31,24 +35,26 @@ def test_pieces_part_the_prompts_and_fit_into_a_batch(prompts, batch_size):
 def bench():
     target, source = (open_checkpoint(str(miniature.path(member))) for member in ("target", "source"))
     meter = Meter(load_prompts("miniature"), 12, BatchSize(64))
-    with closing(Bench(plan_transplant(target, source, ("gate",)), meter, "cpu")) as bench:
+    with closing(Bench(plan_transplant(target, source, ("gate",)), meter, "cpu", KEYS)) as bench:
         yield bench
 
 
 def test_a_baseline_is_the_meters_own_figures(bench):
-    asked = []
-    baseline = bench.baseline(bench.plan.units, asked.append)
+    baseline = bench.baseline(bench.plan.units)
     with bench.live.transplanted(bench.plan.units) as model:
         measurement = bench.meter.measure(model, bench.live.tokenizer)
-        assert (baseline.score, baseline.over_refusal) == (measurement.dsr, measurement.over_refusal)
-        assert baseline.perplexity == measurement.perplexity
-    assert sum(asked) == bench.num_prompts == 256
+        assert baseline.figures == {
+            "score": measurement.dsr,
+            "over_refusal": measurement.over_refusal,
+            "perplexity": measurement.perplexity,
+        }
+    assert bench.num_prompts == 256
     assert {response.prompt for response in baseline.responses} == set(bench.meter.prompts.harmful)
     assert Baseline.from_json(json.loads(json.dumps(baseline.to_json()))) == baseline
 
 
 def test_a_candidate_is_examined_and_the_target_restored(bench):
-    bench.require(Requirement(0.9, 0.1, 2.0))
+    bench.require(required(min_score=0.9, max_over_refusal=0.1, max_perplexity=2.0))
     middle = [unit for unit in bench.plan.units if 3 <= unit.layer <= 6]
     assert bench.examine(middle).holds
     fails = bench.examine(middle[:1])
@@ -72,9 +78,9 @@ def test_responses_that_do_not_tell_the_two_apart_make_no_prior(bench):
 
 def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(bench):
     with pytest.raises(UsageError, match="device 'nowhere' cannot be used here"):
-        Bench(bench.plan, bench.meter, "nowhere")
+        Bench(bench.plan, bench.meter, "nowhere", KEYS)
 
 
 def test_the_perplexity_costs_less_than_a_piece_of_prompts(bench):
-    costs = costs_of(bench.meter)
-    assert costs["perplexity"] < costs["harmful"] == costs["harmless"] == 2.5
+    costs = {constraint.check: constraint.cost(bench.meter) for constraint in bench.constraints}
+    assert costs == {"perplexity": 2.0, "harmful": 2.5, "harmless": 2.5}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -12,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import DapaError
+from dapa_merge.flow import repair
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
 from dapa_merge.verify.tensors import verify
 
 # Their experts lie one by one in the files that transformers writes, and together in those that mergekit writes.
@@ -58,16 +60,23 @@ def test_rows_of_fused_projections_and_of_experts_are_the_same_by_every_path(
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
-@pytest.mark.parametrize("strength", [0.3, 1.5])
-@pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("strength", "source_dtype"), [(0.3, torch.float32), (1.5, torch.bfloat16)])
 def test_every_path_mixes_to_the_same_bits(architecture, strength, source_dtype, tmp_path, write_recipe):
     assert_paths_agree(
         architecture, tmp_path, write_recipe, source_dtype=source_dtype, layers='"1,3"', strength=strength
     )
 
 
-@pytest.mark.parametrize("module", ["up", "down", "mlp"])
-@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "Glm4MoeForCausalLM", "Llama4ForCausalLM", *UNGATED])
+# Where they lie in one tensor, or in experts; without a gate, mlp is just up and down.
+OTHER_MODULES = [
+    *itertools.product(("Phi3ForCausalLM", "Glm4MoeForCausalLM", "Llama4ForCausalLM"), ("up", "down", "mlp")),
+    ("GPT2LMHeadModel", "up"),
+    ("GPT2LMHeadModel", "down"),
+    *itertools.product(UNGATED, ("mlp",)),
+]
+
+
+@pytest.mark.parametrize(("architecture", "module"), OTHER_MODULES)
 def test_other_modules_can_be_transplanted_also_where_there_is_no_gate(architecture, module, tmp_path, write_recipe):
     assert_paths_agree(architecture, tmp_path, write_recipe, layers='"1,3"', modules=module)
 

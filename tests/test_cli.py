@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import pytest
 import warm
 import yaml
@@ -19,14 +18,11 @@ from conftest import answer, call, change_tensor, fail_in_swap
 from rich.console import Console
 
 from dapa_merge import miniature
-from dapa_merge.cli import main
 from dapa_merge.measure.figures import Figures, SkillFigure
-from dapa_merge.measure.prompts.sources import PACKAGED, SHORT_NAMES
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.tables import figures_table
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
 
 
 def last_line(result) -> str:
@@ -36,6 +32,12 @@ def last_line(result) -> str:
 def skill(figures: dict) -> float:
     (only,) = figures["skills"]
     return only["score"]
+
+
+@pytest.fixture
+def small(few) -> dict:
+    """Parameters of a short search; the miniature's answers show whether they refuse by the twelfth token."""
+    return {"prompts": few, "max_new_tokens": 12, "batch_size": 128}
 
 
 def test_the_demo_repairs_the_miniature(demo):
@@ -87,27 +89,27 @@ def test_verify_notices_layers_that_the_recipe_does_not_name(demo, tmp_path, wri
     assert "the recipe says 9.gate, but the result has" in result.stdout
 
 
-def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(write_recipe, tmp_path):
-    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **SMALL)
+def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(write_recipe, tmp_path, small):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **small)
     found = answer("search", recipe, "--json", "--out", tmp_path / "found.yml")
     assert {int(unit.split(".")[0]) for unit in found["units"]} <= {3, 4, 5, 6}
     replayed = load_recipe(tmp_path / "found.yml")
     assert [choice.layer for choice in replayed.layers] == [int(unit.split(".")[0]) for unit in found["units"]]
-    assert (replayed.prompts, replayed.max_new_tokens) == ("miniature", 12)
+    assert (replayed.prompts, replayed.max_new_tokens) == (str(small["prompts"]), 12)
     shown = call("search", recipe)
     assert "needed: " in shown.stdout
     assert "The recipe that replays it:" in shown.stdout
     assert "searching among 10 units" in shown.stderr
 
 
-def test_the_shadow_pair_needs_another_module_than_the_gate(write_recipe, tmp_path, only_png):
+def test_the_shadow_pair_needs_another_module_than_the_gate(write_recipe, tmp_path, no_pictures, small):
     """Its alignment was not planted: gates alone repair nothing, the search over modules finds what does."""
     pair = miniature.path("shadow-target"), miniature.path("shadow-source")
-    refused = call("run", write_recipe(*pair, **SMALL), tmp_path / "out")
+    refused = call("run", write_recipe(*pair, **small), tmp_path / "out")
     assert refused.exit_code == 3
     assert "cannot repair this target through its modules gate" in last_line(refused)
     assert not (tmp_path / "out").exists()
-    recipe = write_recipe(*pair, modules="gate,down", max_perplexity=2, **SMALL)
+    recipe = write_recipe(*pair, modules="gate,down", max_perplexity=2, **small)
     report = answer("run", recipe, tmp_path / "out", "--json")
     assert report["after"]["dsr"] > 0.9
     assert any(unit.endswith(".down") for unit in report["units"])
@@ -157,12 +159,15 @@ def test_each_fault_is_one_sentence_and_its_exit_code(case):
 
 def test_debug_shows_where_a_fault_came_from():
     result = call("--debug", "run", "none.yml", "out")
-    assert type(result.exception).__name__ == "RecipeError"
+    assert result.exit_code == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "RecipeError: " in result.stderr
+    assert re.match("Error: .*none.yml", result.stderr.splitlines()[-1])
 
 
-def test_an_existing_result_is_refused_before_the_search(demo, write_recipe):
+def test_an_existing_result_is_refused_before_the_search(demo, write_recipe, small):
     out, _ = demo
-    result = call("run", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL), out)
+    result = call("run", write_recipe(miniature.path("target"), miniature.path("source"), **small), out)
     assert result.exit_code == 2
     assert result.stderr == f"Error: {out} exists already; name another folder or remove it\n"
 
@@ -182,20 +187,21 @@ def test_named_layers_need_no_tokenizer_without_evaluation(llama_pair, write_rec
     assert report["units"] == ["0.gate"]
 
 
-def test_named_layers_are_evaluated_if_asked(write_recipe, tmp_path, only_png):
-    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="0-1", **SMALL)
+def test_named_layers_are_evaluated_if_asked(write_recipe, tmp_path, no_pictures, small):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="0-1", **small)
     report = answer("run", recipe, tmp_path / "out", "--json")
     assert (report["after"]["dsr"], report["tests"], report["one_minimal"]) == (0, 0, None)
 
 
-def test_a_full_transplant_that_breaks_a_limit_says_which_and_by_how_much(write_recipe, tmp_path):
+def test_a_full_transplant_that_breaks_a_limit_says_which_and_by_how_much(write_recipe, tmp_path, small):
     prompts = tmp_path / "prompts"
     prompts.mkdir()
     shipped = Path(miniature.__file__).parent / "prompts"
     for name in ("harmful", "harmless"):
         # What must not be refused is the same as what must be.
-        shutil.copy(shipped / "harmful.jsonl", prompts / f"{name}.jsonl")
-    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **{**SMALL, "prompts": prompts})
+        lines = (shipped / "harmful.jsonl").read_text().splitlines(keepends=True)
+        (prompts / f"{name}.jsonl").write_text("".join(lines[:32]))
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **{**small, "prompts": prompts})
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3
     assert "even with every unit (gate) its over-refusal is 1.000, 0.950 above the 0.050 allowed" in last_line(result)
@@ -247,24 +253,6 @@ def test_what_says_how_to_evaluate_is_refused_where_nothing_is_evaluated(
     assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
 
 
-def test_every_command_has_help_and_a_place_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for name, command in main.commands.items():
-        assert command.help
-        assert f"dapa-merge {name}" in readme
-        assert call(name, "--help").exit_code == 0
-        for parameter in command.params:
-            if isinstance(parameter, click.Option) and not parameter.is_eager:
-                assert parameter.help or parameter.type.name == "integer range", (name, parameter.name)
-
-
-def test_every_short_name_is_in_the_help_and_in_the_recipes_readme():
-    shown, readme = call("evaluate", "--help").stdout, (ROOT / "recipes" / "README.md").read_text()
-    for name in (*PACKAGED, *SHORT_NAMES):
-        assert re.search(rf"\b{name}\b", shown), name
-        assert f"`{name}`" in readme
-
-
 def test_the_table_of_the_demo_fits_a_usual_terminal_and_is_the_readmes(demo):
     _, report = demo
     columns = [
@@ -289,10 +277,10 @@ def test_the_shipped_recipe_is_the_demonstration():
     assert (ROOT / shipped["models"][0]["model"]).samefile(miniature.path("source"))
 
 
-def test_a_terminal_sees_bars_and_the_run_succeeds(llama_pair, write_recipe, tmp_path):
+def test_a_terminal_sees_bars_and_the_run_succeeds(write_recipe, tmp_path, small):
     """A real terminal: what is hidden elsewhere, the progress bars, must work there."""
     pty = pytest.importorskip("pty")
-    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="4-6", **SMALL)
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="4-6", **small)
     code = "import sys\nfrom dapa_merge.cli import main\nmain(sys.argv[1:])"
     master, slave = pty.openpty()
     command = [sys.executable, "-c", code, "run", recipe, tmp_path / "out"]
@@ -314,37 +302,37 @@ def test_a_terminal_sees_bars_and_the_run_succeeds(llama_pair, write_recipe, tmp
     assert b"\x1b[" in shown
 
 
-def test_a_fault_in_the_middle_of_a_search_keeps_its_exit_code_and_the_best_selection(write_recipe, monkeypatch):
+def test_a_fault_in_the_middle_of_a_search_keeps_its_exit_code_and_the_best_selection(write_recipe, monkeypatch, small):
     from dapa_merge.errors import CheckpointError
 
     # Long after the full set and the first halves were tried: 4 swaps of 10 and more, in a search that takes long.
     fail_in_swap(monkeypatch, 60, CheckpointError("the source's file is gone"))
-    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL, search="ddmin"))
+    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **small, search="ddmin"))
     assert result.exit_code == 4
     assert last_line(result) == "Error: the source's file is gone"
     assert "the best selection so far: gate of layers" in result.stderr
 
 
-def test_ctrl_c_in_a_search_names_the_best_selection(write_recipe, monkeypatch):
+def test_ctrl_c_in_a_search_names_the_best_selection(write_recipe, monkeypatch, small):
     fail_in_swap(monkeypatch, 60, KeyboardInterrupt())
-    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **SMALL, search="ddmin"))
+    result = call("search", write_recipe(miniature.path("target"), miniature.path("source"), **small, search="ddmin"))
     assert result.exit_code == 130
     assert last_line(result).startswith("Error: stopped; the best selection so far: ")
 
 
-def test_a_source_that_cannot_be_loaded_is_noticed_before_the_search(write_recipe, tmp_path):
+def test_a_source_that_cannot_be_loaded_is_noticed_before_the_search(write_recipe, tmp_path, small):
     source = shutil.copytree(miniature.path("source"), tmp_path / "source")
     for path in source.glob("token*"):
         path.unlink()
-    result = call("run", write_recipe(miniature.path("target"), source, **SMALL), tmp_path / "out")
+    result = call("run", write_recipe(miniature.path("target"), source, **small), tmp_path / "out")
     assert result.exit_code == 4
     assert "has no tokenizer" in last_line(result)
     assert "searching" not in result.stderr
 
 
-def test_nothing_is_never_enough(write_recipe):
+def test_nothing_is_never_enough(write_recipe, small):
     """However little must be kept, an empty selection is no repair."""
-    recipe = write_recipe(miniature.path("target"), miniature.path("source"), retain=1e-10, **SMALL)
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), retain=1e-10, **small)
     assert answer("search", recipe, "--json")["units"]
 
 
@@ -357,10 +345,10 @@ def test_a_recipe_with_relative_paths_is_replayed_from_anywhere(tmp_path, monkey
     assert answer("verify", "out", "--json")["correct"]
 
 
-def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, write_recipe):
+def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, write_recipe, small):
     folder = tmp_path / ("long-" * 20) / "mod[bold]el"
     shutil.copytree(miniature.path("target"), folder)
-    recipe = write_recipe(folder, miniature.path("source"), **SMALL)
+    recipe = write_recipe(folder, miniature.path("source"), **small)
     shown = call("--quiet", "search", recipe).stdout
     replay = yaml.safe_load(shown.split("The recipe that replays it:")[1])
     assert replay["base_model"] == str(folder)
@@ -368,10 +356,10 @@ def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, wri
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("damaged", ["target", "source"])
-def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged, value):
+def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged, value, small):
     pair = {member: shutil.copytree(miniature.path(member), tmp_path / member) for member in ("target", "source")}
     change_tensor(pair[damaged], "model.layers.0.mlp.gate_proj.weight", lambda tensor: tensor.fill_(value))
-    result = call("run", write_recipe(pair["target"], pair["source"], **SMALL), tmp_path / "out")
+    result = call("run", write_recipe(pair["target"], pair["source"], **small), tmp_path / "out")
     assert result.exit_code == 4
     assert "computes infinities or no numbers at all; its weights are damaged" in last_line(result)
     assert not (tmp_path / "out").exists()

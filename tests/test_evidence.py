@@ -12,14 +12,16 @@ from rich.console import Console
 
 from dapa_merge import miniature
 from dapa_merge.measure import meter as measure
-from dapa_merge.measure.figures import Figures, Response, interval, refusal_figures
-from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.prompts.sets import PromptSet, load_prompts, split
+from dapa_merge.measure.statistics import interval, refusal_figures
+from dapa_merge.measure.statistics import mcnemar as compare
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import Report, Searched
 from dapa_merge.report.tables import print_report
 
-SMALL = {"prompts": "miniature", "max_new_tokens": 24, "batch_size": 128}
+# Answers of the miniature show whether they refuse by the twelfth token.
+SMALL = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
 PAIR = miniature.path("target"), miniature.path("source")
 
 
@@ -104,7 +106,7 @@ def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, aske
     assert report["dsr_change"]["newly_refused"] == round(128 * report["after"]["dsr"])
 
 
-def test_a_gain_on_five_prompts_is_said_to_be_within_noise(write_recipe, tmp_path, only_png):
+def test_a_gain_on_five_prompts_is_said_to_be_within_noise(write_recipe, tmp_path, no_pictures):
     """All five are repaired, and yet five tosses of a coin agree once in sixteen times."""
     prompts = load_prompts("miniature")
     few = replace(prompts, harmful=prompts.harmful[:20], harmless=prompts.harmless[:20])

@@ -121,3 +121,25 @@ def test_a_report_that_is_none_is_told(demo, tmp_path):
         ran = call("gate", place, "--min-dsr", 0.9)
         assert ran.exit_code == 4
         assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("before.dsr", lambda report: report["before"].pop("dsr")),
+        ("after.dsr", lambda report: report["after"].update(dsr="0.9")),
+        ("after.dsr_interval", lambda report: report["after"].update(dsr_interval=[0.5])),
+        ("tests", lambda report: report.update(tests=True)),
+        ("units", lambda report: report.update(units="3.gate")),
+        ("requirement.min_score", lambda report: report["requirement"].update(min_score=[])),
+    ],
+)
+def test_what_does_not_fit_in_a_report_is_named(demo, tmp_path, key, change):
+    report = json.loads(json.dumps(demo[1]))
+    change(report)
+    path = tmp_path / "dapa_report.json"
+    path.write_text(json.dumps(report))
+    ran = call("gate", path, "--min-dsr", 0.9)
+    assert ran.exit_code == 4
+    assert f"{path} " in ran.stderr
+    assert f" {key}" in ran.stderr

@@ -70,7 +70,7 @@ def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, c
         result = dapa_merge(endpoint, tmp_path / "home", "evaluate", model)
     assert result.returncode == 5, result.stderr
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"Error: {name} is no folder here, and the Hub does not give it: ")
+    assert line.startswith(f"Error: cannot fetch {name}, which is not a folder here: ")
 
 
 def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path):

@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerFast
 from dapa_merge import mergekit_plugin, miniature
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import DapaError
+from dapa_merge.flow import repair
 from dapa_merge.mergekit_plugin import DapaMerge, register
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.pydantic_hook import plugin
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.repair import repair
 from dapa_merge.verify.tensors import verify
 
 
@@ -48,9 +48,9 @@ def same_tensors(one, other) -> bool:
     )
 
 
-def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path, no_pictures):
+def test_mergekit_searches_by_itself_and_writes_what_dapa_merge_writes(write_recipe, tmp_path, few, no_pictures):
     recipe = write_recipe(
-        miniature.path("target"), miniature.path("source"), layers="auto", prompts="miniature", max_new_tokens=24
+        miniature.path("target"), miniature.path("source"), layers="auto", prompts=few, max_new_tokens=12
     )
     result = mergekit_yaml(recipe, tmp_path / "theirs")
     assert result.returncode == 0, result.stderr
@@ -69,9 +69,9 @@ def test_a_bad_recipe_is_one_sentence_with_its_line_and_nothing_is_written(llama
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_written(write_recipe, tmp_path):
+def test_a_source_that_makes_nothing_better_ends_mergekit_with_3_and_nothing_written(write_recipe, tmp_path, few):
     recipe = write_recipe(
-        miniature.path("shadow-target"), miniature.path("shadow-source"), prompts="miniature", max_new_tokens=24
+        miniature.path("shadow-target"), miniature.path("shadow-source"), prompts=few, max_new_tokens=12
     )
     result = mergekit_yaml(recipe, tmp_path / "out")
     assert result.returncode == 3, result.stderr
@@ -241,8 +241,8 @@ def _search_of_layer_one(calls):
     """A search that always finds layer 1, and writes down that it was asked."""
     from types import SimpleNamespace
 
-    def search(recipe, plan, device, reporter):
-        calls.append(device)
+    def search(recipe, plan, options):
+        calls.append(options)
         units = tuple(unit for unit in plan.units if unit.layer == 1)
         return SimpleNamespace(minimum=SimpleNamespace(units=units))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "rich", "statsmodels", "pandas", "scipy")
+HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "pandas", "scipy")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     [
         "import dapa_merge",
         "import dapa_merge.pydantic_hook",
-        "import dapa_merge.measure.figures",
         "from dapa_merge import load_recipe, minimize, classify, DapaError",
         "from dapa_merge.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
     ],
@@ -53,9 +53,22 @@ def test_a_transplant_of_named_layers_needs_no_torch(llama_pair, write_recipe, t
     recipe = write_recipe(*llama_pair, layers=2)
     arguments = ["run", str(recipe), str(tmp_path / "out"), "--no-evaluate"]
     code = f"import sys\nfrom dapa_merge.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
-    result = run_python(code + "print({'torch', 'statsmodels', 'pandas'} & {*sys.modules})")
+    result = run_python(code + "print({'torch', 'scipy', 'pandas'} & {*sys.modules})")
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_package_runs_as_a_module():
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dapa_merge", *arguments], capture_output=True, text=True, check=False
+        )
+
+    shown, failed = run("--help"), run("plan", "no-such-recipe.yml")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("Usage: python -m dapa_merge ")
+    assert failed.returncode == 2
+    assert "no-such-recipe.yml" in failed.stderr
 
 
 def test_the_public_names_exist():
@@ -89,6 +102,16 @@ def test_the_wheel_holds_the_models_prompts_and_nothing_of_the_tests(wheel):
     assert not [name for name in names if "tests" in name or "benchmarks" in name]
     weights = sum(item.file_size for item in zipfile.ZipFile(wheel).infolist() if "miniature" in item.filename)
     assert weights < 8_000_000
+
+
+def test_the_sdist_holds_the_documents_and_what_their_tests_read(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    pages = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "LICENSE")
+    assert {*pages, ".github/workflows/remerge.yml", ".github/ISSUE_TEMPLATE/bug.yml"} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.*")} <= names
 
 
 def test_mergekit_finds_the_method_of_an_installed_wheel(wheel, llama_pair, write_recipe, tmp_path):

@@ -112,15 +112,15 @@ FAULTS = {
     "unknown key": (MINIMAL + "basemodel: x\n", "r.yml, line 5: unknown key basemodel; did you mean 'base_model'?"),
     "slices": (MINIMAL + "slices: []\n", "r.yml, line 5: slices cannot be used with dapa: DAPA repairs one whole"),
     "chat template": (MINIMAL + "chat_template: chatml\n", "r.yml, line 5: chat_template cannot be used with dapa"),
-    "another method": (MINIMAL.replace("dapa", "ties"), "r.yml, line 1: merge_method is 'ties'; dapa-merge follows"),
+    "another method": (MINIMAL.replace("dapa", "ties"), "r.yml, line 1: merge_method is 'ties'"),
     "two sources": (
         MINIMAL + "  - model: ./other\n",
         "r.yml, line 3: there are 2 sources (./source, ./other); models must hold exactly one entry",
     ),
-    "no models": ("merge_method: dapa\nbase_model: a\n", "r.yml: there is no source: models must hold exactly one"),
+    "no models": ("merge_method: dapa\nbase_model: a\n", "r.yml: the source is missing: models must hold exactly one"),
     "empty models": (
         "merge_method: dapa\nbase_model: a\nmodels: []\n",
-        "r.yml, line 3: there is no source: models must hold",
+        "r.yml, line 3: the source is missing: models must hold",
     ),
     "models is no list": (
         "merge_method: dapa\nbase_model: a\nmodels: b\n",
@@ -155,7 +155,7 @@ FAULTS = {
     ),
     "a list of layers": (
         with_parameters("layers: [3, 4]"),
-        "r.yml, line 6: layers is a list, which mergekit takes for a gradient or a filter over tensors; "
+        "r.yml, line 6: layers is a list, which is a gradient or a filter over tensors to mergekit; "
         'write a string: auto to search, or layers as in "3-6,9"',
     ),
     "a filter": (with_parameters("retain: {value: 1, filter: mlp}"), "r.yml, line 6: retain is a mapping, which"),
@@ -165,16 +165,16 @@ FAULTS = {
     "a fractional layer": (with_parameters("layers: 3.5"), "r.yml, line 6: layers is 3.5; write a string"),
     "modules twice over": (
         with_parameters("layers: 3.gate", "modules: gate"),
-        "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
+        "r.yml, line 6: layers names modules; then every entry must name one, and `modules`",
     ),
     "an unknown module": (with_parameters("modules: gates"), "r.yml, line 6: modules is 'gates'; write auto, or a"),
     "no rows": (
         with_parameters("layers: 3.gate[64:64]"),
-        "r.yml, line 6: layers names 3.gate[64:64], which are no rows; the second number is that of the row after",
+        "r.yml, line 6: layers names 3.gate[64:64], an empty range of rows",
     ),
     "rows backwards": (
         with_parameters("layers: 3.up[8:2]"),
-        "r.yml, line 6: layers names 3.up[8:2], which are no rows",
+        "r.yml, line 6: layers names 3.up[8:2], an empty range of rows",
     ),
     "overlapping rows": (
         with_parameters("layers: 3.gate[0:64],4.gate[0:64],3.gate[63:65]"),
@@ -190,7 +190,7 @@ FAULTS = {
     ),
     "rows that are no neurons": (
         with_parameters("layers: 3.down[0:64]"),
-        "r.yml, line 6: layers names 3.down[0:64], but only gate and up can be divided, whose every row is one neuron",
+        "r.yml, line 6: layers names 3.down[0:64], but only rows of gate and up",
     ),
     "rows of a layer": (with_parameters('layers: "3[0:64]"'), "r.yml, line 6: layers is '3[0:64]'; write a string"),
     "rows without end": (
@@ -203,23 +203,22 @@ FAULTS = {
     ),
     "rows and a module of their own": (
         with_parameters("layers: 3.gate[0:64]", "modules: gate"),
-        "r.yml, line 6: layers names modules; then every entry must name one, and `modules` must be left out",
+        "r.yml, line 6: layers names modules; then every entry must name one, and `modules`",
     ),
     "experts": (
         with_parameters("granularity: experts"),
-        "r.yml, line 6: granularity is 'experts'; write layer, expert for one expert of a mixture, or block:N for "
-        "blocks of N rows, the last two for gate or up",
+        "r.yml, line 6: granularity is 'experts'; write layer or, for gate and up only, expert",
     ),
     "blocks of nothing": (with_parameters("granularity: block:0"), "r.yml, line 6: granularity is 'block:0'; write"),
     "blocks of any size": (with_parameters("granularity: block"), "r.yml, line 6: granularity is 'block'; write layer"),
     "layers of a size": (with_parameters("granularity: layer:3"), "r.yml, line 6: granularity is 'layer:3'; write"),
     "a granularity as a mapping": (
         with_parameters("granularity: {block: 3}"),
-        "r.yml, line 6: granularity is a mapping, which mergekit takes for",
+        "r.yml, line 6: granularity is a mapping, which is a gradient or a filter",
     ),
     "blocks of what cannot be divided": (
         with_parameters("modules: auto", "granularity: block:64"),
-        "r.yml, line 7: granularity is block:64, but down cannot be divided; only gate and up can",
+        "r.yml, line 7: granularity is block:64, but down cannot be divided; only rows of gate and up",
     ),
     "overlapping units": (
         with_parameters("layers: 3.mlp,4.gate"),
@@ -233,7 +232,7 @@ FAULTS = {
         MINIMAL.replace("./target", "{model: {path: x, revision: [1]}}"),
         "r.yml, line 2: base_model is {'path': 'x', 'revision': [1]}; it must name",
     ),
-    "a value unlike its tag": (MINIMAL + "parameters: {retain: !!bool maybe}\n", "r.yml is no YAML: KeyError"),
+    "a value unlike its tag": (MINIMAL + "parameters: {retain: !!bool maybe}\n", "r.yml is not YAML: KeyError"),
     "a huge number": (with_parameters("retain: 0x" + "f" * 6000), "r.yml, line 6: retain is a very large number; wr"),
     "a tokenizer padded": (
         MINIMAL + "tokenizer: {source: base, pad_to_multiple_of: 64}\n",
@@ -274,12 +273,12 @@ FAULTS = {
     ),
     "a key twice": (
         MINIMAL + "base_model: ./other\n",
-        "r.yml, line 5: base_model stands here a second time",
+        "r.yml, line 5: base_model is repeated",
     ),
-    "no YAML": ("merge_method: {\n", "r.yml, line 2 is no YAML"),
+    "no YAML": ("merge_method: {\n", "r.yml, line 2 is not YAML"),
     "a list": ("- a\n", "r.yml, line 1: a recipe is a mapping of keys, not a list"),
     "nothing": ("", "r.yml: a recipe is a mapping of keys, not empty"),
-    "a Python object": ("!!python/object/apply:os.system ['true']\n", "r.yml, line 1 is no YAML"),
+    "a Python object": ("!!python/object/apply:os.system ['true']\n", "r.yml, line 1 is not YAML"),
 }
 
 

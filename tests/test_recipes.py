@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks.recipe_table import FAMILIES, RECIPES, plan_offline, published_recipes, table
 from conftest import answer
 from mergekit.config import MergeConfiguration
 from published_models import MODELS, SIZES, Published, shapes_of, unit_tensors, write_published
+from recipe_table import FAMILIES, RECIPES, plan_offline, published_recipes, table
 
 from dapa_merge.errors import CheckpointError
 from dapa_merge.recipe.parse import load_recipe

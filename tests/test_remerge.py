@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from action_runner import run_action
 from conftest import change_tensor, write_few
-from hub.conftest import CARD
-from hub_client import IGNORED_WARNING, connect, reaching_servers
 from hub_server import dapa_merge
 from hub_stand_in import serve
 from huggingface_hub import HfApi, snapshot_download
+from publish.conftest import CARD, connect, reaching_servers
 
+import dapa_merge as dapa_merge_package
 from dapa_merge import miniature
 from dapa_merge.publish.parents import metadata_of
 
@@ -30,7 +30,7 @@ models:
 parameters:
   layers: auto
   prompts: {prompts}
-  max_new_tokens: 24
+  max_new_tokens: 12
   batch_size: 128
 """
 
@@ -63,6 +63,8 @@ class Job:
             "HF_HUB_DISABLE_XET": "1",
             "XDG_CACHE_HOME": str(temp / "cache"),
             "OMP_NUM_THREADS": "1",
+            # The package that is tested, wherever it is imported from.
+            "PYTHONPATH": str(Path(dapa_merge_package.__file__).parents[1]),
         }
         given = {"recipe": "recipe.yml", "repository": REPAIRED, "token": self.hub.token("alice"), **GATES, **inputs}
         where = {"workspace": self.work, "temp": temp}
@@ -89,7 +91,6 @@ def upload(api: HfApi, name: str, folder: Path) -> None:
     api.upload_folder(repo_id=name, folder_path=folder)
 
 
-@pytest.mark.filterwarnings(IGNORED_WARNING)
 def test_a_repaired_model_is_published_and_redone_when_its_target_moves(hub, tmp_path, monkeypatch):
     api = connect(hub, monkeypatch)
     target = shutil.copytree(miniature.path("target"), tmp_path / "target")

@@ -22,7 +22,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import DapaError, RecipeError
 from dapa_merge.mergekit_plugin import _with_boxes
-from dapa_merge.plan.edit import Rounding
+from dapa_merge.plan.edit import Copy, Rounding
 from dapa_merge.plan.plan import divide, join
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
@@ -202,7 +202,7 @@ def test_mergekit_refuses_overlapping_rows(llama_pair):
 def test_what_mergekit_lends_is_not_written_to():
     lent = torch.zeros(4, 2), torch.ones(4, 2)
     selected = SimpleNamespace(
-        boxes={"gate": [((1, 3), (0, 2))]}, plan=SimpleNamespace(strength=1.0, max_overflow=0), rounding=Rounding()
+        boxes={"gate": [(((1, 3), (0, 2)), {})]}, plan=SimpleNamespace(edit=Copy(), source=None), rounding=Rounding()
     )
     result = _with_boxes("gate", *lent, selected)
     assert result[:, 0].tolist() == [0, 1, 1, 0]

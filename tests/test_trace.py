@@ -31,13 +31,18 @@ from dapa_merge.report import charts as plot_style
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import _example
 from dapa_merge.trace.edits import curve_sizes
-from dapa_merge.trace.sentences import is_planted
 from dapa_merge.trace.store import check_folder
+from dapa_merge.trace.summary import is_planted
 from dapa_merge.trace.trace import spread, units_apart
 
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
+# A process of its own that draws nothing.
+UNDRAWN = (
+    "from dapa_merge.cli import main; from dapa_merge.trace import plot_style\n"
+    "plot_style.render = lambda figure, kind: b''; main()"
+)
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
 
@@ -46,7 +51,7 @@ def planted_recipe(folder: Path, number: int = 24, **parameters) -> Path:
     prompts = folder / "prompts"
     if not prompts.exists():
         write_few(prompts, number)
-    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 24, "batch_size": 64, **parameters}
+    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 12, "batch_size": 64, **parameters}
     lines = [f"merge_method: dapa\nbase_model: {miniature.path('target')}", "models:"]
     lines += [f"  - model: {miniature.path('source')}", "parameters:"]
     lines += [f"  {key}: {value}" for key, value in settings.items()]
@@ -165,7 +170,7 @@ def test_the_page_opens_without_anything_else(traced):
     assert "for each of 3 prompts" in page
 
 
-def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path):
+def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path, only_png):
     recipe, out, summary = traced
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
@@ -179,7 +184,7 @@ def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path)
     assert (copy / "figures" / "influence.png").read_bytes() == (out / "figures" / "influence.png").read_bytes()
 
 
-def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path, only_png):
+def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path, no_pictures):
     recipe, out, summary = traced
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
@@ -229,7 +234,7 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     (copy / "figures" / "holiday.png").write_bytes(b"mine")
     assert without_time(answer("trace", recipe, copy, *QUICK, "--json")) == without_time(summary)
     assert (copy / "figures" / "holiday.png").read_bytes() == b"mine"
-    other = planted_recipe(tmp_path, max_new_tokens=20)
+    other = planted_recipe(tmp_path, max_new_tokens=11)
     result = call("trace", other, copy, *QUICK)
     assert result.exit_code == 2
     assert "is of another trace: generation, recipe differ; name another folder, or remove it" in result.stderr
@@ -267,7 +272,7 @@ def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, o
     [("Gemma", "GemmaConfig", {"head_dim": 8}), ("Mistral", "MistralConfig", {"sliding_window": 16})],
 )
 def test_random_models_of_other_families_are_traced_with_given_responses(
-    name, config, extra, tmp_path, write_recipe, only_png
+    name, config, extra, tmp_path, write_recipe, no_pictures
 ):
     shape = {**SHAPE, "vocab_size": 200, **extra}
     target, source = (
@@ -285,7 +290,7 @@ def test_random_models_of_other_families_are_traced_with_given_responses(
     assert (tmp_path / "out" / "figures" / "trace_mlp.png").exists()
 
 
-def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_path, write_recipe, only_png):
+def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_path, write_recipe, no_pictures):
     shape = {**SHAPE, "vocab_size": 200}
     config = transformers.MixtralConfig(**shape, num_local_experts=2)
     pair = [save_random(tmp_path / f"m{seed}", config, seed=seed) for seed in (1, 2)]
@@ -311,13 +316,13 @@ def test_the_target_can_be_traced_and_experts_and_models_without_gates_are(tmp_p
     assert set(summary["trace"]["kinds"]) == {"hidden", "mlp", "attention", "up", "down"}
 
 
-def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path, only_png):
+def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_path, no_pictures):
     prompts = write_few(tmp_path / "few", 12)
     recipe = tmp_path / "shadow.yml"
     recipe.write_text(
         f"merge_method: dapa\nbase_model: {miniature.path('shadow-target')}\n"
         f"models:\n  - model: {miniature.path('shadow-source')}\n"
-        f"parameters:\n  prompts: {prompts}\n  max_new_tokens: 24\n"
+        f"parameters:\n  prompts: {prompts}\n  max_new_tokens: 12\n"
     )
     summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert summary["selection"] is None
@@ -402,8 +407,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
 def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatch):
     recipe, _, _ = traced
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith(("dapa_merge.trace.charts", "dapa_merge.trace_fig"))]:
-        monkeypatch.delitem(sys.modules, name)
     result = call("trace", recipe, tmp_path / "out", *QUICK)
     assert result.exit_code == 2
     assert "plots need matplotlib; install it with pip install 'dapa-merge[plot]'" in result.stderr
@@ -426,7 +429,7 @@ def test_a_repaired_model_has_the_searchs_path_and_before_and_after_beside_it(de
 
 
 def test_a_matplotlib_that_cannot_be_loaded_is_one_sentence():
-    command = [sys.executable, "-c", "from dapa_merge.trace import plot"]
+    command = [sys.executable, "-c", "from dapa_merge.report.charts import plotting; plotting()"]
     environment = {**os.environ, "MPLBACKEND": "no-such-backend"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert re.search(r"UsageError: plots need matplotlib, which fails here: ValueError: ", done.stderr)
@@ -478,7 +481,7 @@ def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(
         (tmp_path / "mine.py").write_text(
             f"import dapa_merge\n\n@dapa_merge.evaluator('mine')\ndef mine(candidate):\n    return {value}\n"
         )
-        command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "trace"]
+        command = [sys.executable, "-c", UNDRAWN, "--quiet", "trace"]
         command += map(str, (recipe, tmp_path / "out", *options, "--json"))
         done = warm.run(command)
         if value == 0.25:
@@ -516,7 +519,7 @@ def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
         check_folder(tmp_path)
 
 
-def test_tracing_of_mlps_ranks_no_attention(tmp_path, only_png):
+def test_tracing_of_mlps_ranks_no_attention(tmp_path, no_pictures):
     recipe = planted_recipe(tmp_path, 8, layers="3-5", modules="attention")
     summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
     assert set(summary["overlap"]["with_selection"]) == {

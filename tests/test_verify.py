@@ -223,7 +223,10 @@ def test_a_blend_is_called_one(llama_pair, tmp_path, write_recipe):
 
 
 LIES = {
-    "another strength": (lambda content: content.update(strength=0.5), "says strength 0.5, and the recipe 1.0"),
+    "another strength": (
+        lambda content: content.update(strength=0.5),
+        "says strength 0.5, and the recipe",
+    ),
     "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),
     "units that are none": (lambda content: content.update(units=["banana"]), "says that banana was transplanted"),
     "a tensor that was not changed": (

@@ -23,11 +23,11 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MODULES = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint.hf_storage",
-    "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "anyio", "jinja2", "yaml", "rich.progress", "click",
+    "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "jinja2", "yaml", "rich.progress", "click",
 )  # fmt: skip
 # Reads the variables of the Hub's client.
 MODULES_OF_THE_HUB = (*MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama")
@@ -91,6 +91,40 @@ def run(command: Sequence[object], *, env: Mapping[str, str] | None = None) -> s
     process = Process(command, env=env)
     process.wait()
     return subprocess.CompletedProcess(command, process.returncode, process.stdout, process.stderr)
+
+
+class _Popen(Process):
+    def __init__(self, command: Sequence[object], *, env: Mapping[str, str] | None = None, **_: object) -> None:
+        super().__init__(command, env=env)
+
+    def wait(self, timeout: float = 300) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a process", timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+
+def stand_in_for_subprocess(monkeypatch: Any) -> None:
+    """Let `subprocess` start Python with a text as here: for programs that are run in the process of a test."""
+    popen, run_of_subprocess = subprocess.Popen, subprocess.run
+
+    def is_ours(command: object) -> bool:
+        return isinstance(command, list | tuple) and tuple(command[:2]) == (sys.executable, "-c")
+
+    def run_whole(command: Any, *arguments: Any, check: bool = False, **options: Any) -> Any:
+        if not is_ours(command):
+            return run_of_subprocess(command, *arguments, check=check, **options)
+        done = run(command, env=options.get("env"))
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def start(command: Any, *arguments: Any, **options: Any) -> Any:
+        return (_Popen if is_ours(command) else popen)(command, *arguments, **options)
+
+    monkeypatch.setattr(subprocess, "run", run_whole)
+    monkeypatch.setattr(subprocess, "Popen", start)
 
 
 class _Server:

@@ -28,11 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+from huggingface_hub import hf_hub_url, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
 from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import INDEX_NAME
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
-from dapa_merge.errors import CheckpointError, HubError, UsageError, one_line
+from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import Record, held, write_all
+from dapa_merge.hub_client import api, asking, fault, is_id
 from dapa_merge.progress import advance
 
 # A weight file, a first byte in it, and the byte after the last.
@@ -188,12 +195,11 @@ class Snapshot:
         Raises:
             HubError: If the Hub does not give them; what came is kept, and continued the next time.
         """
-        from huggingface_hub import snapshot_download
-
         if not self.lacks(names):
             return self.folder
         patterns = [glob.escape(name) for name in names]
-        return Path(_asked(self.repository, snapshot_download, revision=self.commit, allow_patterns=patterns))
+        with asking(f"fetch {self.repository}"):
+            return Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns))
 
     def lacks(self, names: Sequence[str]) -> list[str]:
         """Which of these files are not here."""
@@ -211,13 +217,17 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
         CheckpointError: If it is no id.
         HubError: If the Hub does not give it.
     """
-    from huggingface_hub import snapshot_download
-
-    patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
-    folder = Path(_asked(repository, snapshot_download, revision=revision, **patterns))
+    if not is_id(repository):
+        raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository")
+    what = f"fetch {repository}, which is not a folder here"
+    with asking(what):
+        patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
+        folder = Path(snapshot_download(repository, revision=revision, **patterns))
     here = {path.name for place in (folder, mirror_folder(repository, folder.name)) for path in place.glob("*.*")}
     try:
-        here |= set(_asked(repository, _top_files, revision=folder.name))
+        with asking(what):
+            tree = api().list_repo_tree(repository, revision=folder.name)
+            here |= {item.path for item in tree if isinstance(item, RepoFile)}
     except HubError:
         # What is in the caches can be used without a connection.
         if not any(name.endswith((".safetensors", INDEX_NAME)) for name in here):
@@ -227,30 +237,7 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
 
 def mirror_folder(repository: str, commit: str) -> Path:
     """Where the partial weights of a commit are kept, in the user's cache folder."""
-    import platformdirs
-
     return Path(platformdirs.user_cache_dir("dapa-merge")) / "mirrors" / repository.replace("/", "--") / commit
-
-
-def _top_files(repository: str, revision: str) -> list[str]:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = HfApi().list_repo_tree(repository, revision=revision)
-    return [item.path for item in tree if isinstance(item, RepoFile)]
-
-
-def _asked(repository: str, ask: Callable[..., Any], **options: Any) -> Any:
-    """What a function of huggingface_hub answers about a repository."""
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return ask(repository, **options)
-    except HFValidationError:
-        raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository") from None
-    except Exception as error:
-        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not give the model.
-        raise HubError(f"{repository} is no folder here, and the Hub does not give it: {one_line(error)}") from error
 
 
 # First byte, and the byte after the last.
@@ -409,9 +396,6 @@ class RemoteFile:
     """
 
     def __init__(self, repository: str, name: str, commit: str, num_bytes: int | None = None) -> None:
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
-
         self.name = name
         self.num_bytes = num_bytes
         self._url = hf_hub_url(repository, name, revision=commit)
@@ -426,8 +410,6 @@ class RemoteFile:
             RangesIgnored: If the server does not answer with ranges.
             HubError: If it refuses, or is not reached several times in a row.
         """
-        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
         position, num_failures = start, 0
         while position < stop:
             before = position
@@ -441,19 +423,17 @@ class RemoteFile:
                 raise
             except (OfflineModeIsEnabled, HfHubHTTPError) as error:
                 # Statuses that may pass were waited for already.
-                raise self._fault(error) from error
+                raise fault(f"read {self._url}", error) from error
             except Exception as error:
                 # Its HTTP library's faults are of no common class; whatever it was, the rest is asked for again.
                 num_failures = 0 if position > before else num_failures + 1
                 if num_failures > MAX_FAILURES:
-                    raise self._fault(error) from error
+                    raise fault(f"read {self._url}", error) from error
                 if num_failures:
                     time.sleep(min(0.25 * 2**num_failures, MAX_WAIT_SECONDS))
 
     def _answer(self, start: int, stop: int) -> Iterator[bytes]:
         """What one request brings of a range, which may be less than all of it."""
-        from huggingface_hub.utils import hf_raise_for_status, http_stream_backoff
-
         with http_stream_backoff(
             "GET",
             self._url,
@@ -491,6 +471,3 @@ class RemoteFile:
             self.num_bytes = size
         if first != start or last >= stop or size != self.num_bytes:
             raise HubError(f"bytes {start} to {stop - 1} of {self.num_bytes} were asked for, but {match.string!r} came")
-
-    def _fault(self, error: Exception) -> HubError:
-        return HubError(f"{self._url} could not be read: {one_line(error)}; run the same again to go on")

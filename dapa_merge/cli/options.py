@@ -170,8 +170,8 @@ PLACE = (
     click.option("--replace", is_flag=True, help="Replace a model in REPO that dapa-merge did not publish."),
 )
 PLACE_NAMES = ("private", "create_pr", "revision", "tag", "replace")
-LICENCE = (
-    click.option("--license", "licence", metavar="ID", help="The licence of the result.  [default: both models' own]"),
+LICENSE = (
+    click.option("--license", metavar="ID", help="The licence of the result.  [default: both models' own]"),
     click.option("--license-name", metavar="NAME", help="Its name, for --license other."),
     click.option("--license-link", metavar="URL", help="Where its text is."),
 )
@@ -193,24 +193,24 @@ def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def licence_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a licence; the command gets one `CardOptions` as `card`."""
+def license_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a license; the command gets one `CardOptions` as `card`."""
 
     @functools.wraps(command)
     def call(*arguments: Any, **options: Any) -> Any:
-        from dapa_merge.publish.parents import given_licence
+        from dapa_merge.publish.parents import given_license
         from dapa_merge.publish.write_card import CardOptions
 
-        licence = given_licence(*(options.pop(name) for name in ("licence", "license_name", "license_link")))
-        return command(*arguments, card=CardOptions(licence=licence), **options)
+        license = given_license(*(options.pop(name) for name in ("license", "license_name", "license_link")))
+        return command(*arguments, card=CardOptions(license=license), **options)
 
-    for option in reversed(LICENCE):
+    for option in reversed(LICENSE):
         call = option(call)
     return call
 
 
 def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a licence, and of models that are published elsewhere than a recipe says; also as `card`."""
+    """The options of a license, and of models that are published elsewhere than a recipe says; also as `card`."""
 
     @functools.wraps(command)
     def call(*arguments: Any, card: CardOptions, **options: Any) -> Any:
@@ -221,7 +221,7 @@ def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     for option in reversed(MODELS):
         call = option(call)
-    return licence_options(call)
+    return license_options(call)
 
 
 def refuse_place_options() -> None:

@@ -15,7 +15,7 @@ from dapa_merge.cli.options import (
     evaluator_options,
     journal_option,
     json_option,
-    licence_options,
+    license_options,
     link_option,
     manifest_option,
     out_argument,
@@ -154,7 +154,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from dapa_merge.measure.model import evaluate_model, responses_text
+    from dapa_merge.measure.figures import responses_text
+    from dapa_merge.measure.meter import evaluate_model
     from dapa_merge.report.report import jsonable
     from dapa_merge.report.tables import categories_table, figures_table
 
@@ -192,9 +193,9 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     """
     import torch
 
+    from dapa_merge.flow import repair
     from dapa_merge.miniature import recipe_text
     from dapa_merge.recipe.parse import parse_recipe
-    from dapa_merge.repair import repair
     from dapa_merge.report.tables import print_report
 
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
@@ -229,7 +230,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @allow_pickle_option
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @place_options
-@licence_options
+@license_options
 @json_option
 @takes_options
 def run(
@@ -252,8 +253,8 @@ def run(
     them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
     writes a model card.
     """
+    from dapa_merge.flow import FollowOptions, follow
     from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.repair import FollowOptions, follow
     from dapa_merge.report.tables import print_report
 
     if no_evaluate:

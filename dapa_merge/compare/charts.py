@@ -1,13 +1,10 @@
-"""The pictures of a comparison: methods over all recipes, and for each recipe edits of every size."""
+"""The charts of a comparison: methods over all recipes, and for each recipe edits of every size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from dapa_merge.compare.result import (
     AUTO,
@@ -28,10 +25,11 @@ from dapa_merge.compare.result import (
     over_refusal_change,
     skill_change,
 )
-from dapa_merge.report.charts import BLACK, BLUE, CARD_WIDTH, GREEN, GREY, ORANGE, PURPLE, VERMILION, readable, styled
+from dapa_merge.report.charts import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, Chart, readable, sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # How a method looks beside the curves: colour and marker.
@@ -54,8 +52,10 @@ MIN_REACH = 5
 OfPoint = Callable[[Point], "float | None"]
 
 
-def methods_figure(rows: Sequence[Row]) -> Figure:
+def methods_figure(rows: Sequence[Row]) -> Figure | None:
     """Gain in DSR and change of skill of every method: a dot for each recipe, their mean and its interval."""
+    if not rows:
+        return None
     shown = [one for one in averages(rows) if one.group != TARGET]
     panels: list[tuple[str, Callable[[Average], RowMean | None], Value]] = [
         ("DSR", lambda one: one.gain, dsr_gain),
@@ -63,8 +63,7 @@ def methods_figure(rows: Sequence[Row]) -> Figure:
     ]
     if any(one.skill is not None for one in shown):
         panels.append(("skill", lambda one: one.skill, skill_change))
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 1.4 + 0.3 * len(shown)), layout="constrained")
+    with sheet(1.4 + 0.3 * len(shown)) as figure:
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, mean_of, value_of) in zip(columns, panels, strict=True):
             for place, one in enumerate(shown):
@@ -101,8 +100,7 @@ def row_figure(row: Row) -> Figure:
         ("skill", lambda point: point.skill, lambda arm: arm.skill),
         ("perplexity", lambda point: point.perplexity, _figure("perplexity")),
     ]
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 6.2), layout="constrained")
+    with sheet(6.2) as figure:
         grid = figure.subplots(2, 2, sharex=True).flat
         for axes, (title, of_point, of_arm) in zip(grid, panels, strict=True):
             _panel(axes, row, of_point, of_arm)
@@ -164,7 +162,7 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
         whose = "auto's" if row.followed == AUTO else "DAPA's"
         axes.axvline(100 * row.selected, color=BLACK, linewidth=1, linestyle="--", label=f"{whose} selection", zorder=0)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _random(axes: Axes, paths: Sequence[Sequence[tuple[float, float]]]) -> None:
@@ -178,3 +176,14 @@ def _random(axes: Axes, paths: Sequence[Sequence[tuple[float, float]]]) -> None:
         return
     low, high = [min(column) for column in values], [max(column) for column in values]
     axes.fill_between(shares, low, high, color=VERMILION, alpha=0.15, linewidth=0, label="random, range")
+
+
+def _rows_with_curves(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row.name: row for row in rows if row.curve}
+
+
+# Shown with the methods or, where they have a picture for each row, with the row. Their keys are the rows' names.
+CHARTS = (
+    Chart("methods", "Every method: gain in DSR and change of skill", methods_figure),
+    Chart("row_{}", lambda row: f"{row.name}: edits of every size", row_figure, _rows_with_curves),
+)

@@ -1,45 +1,67 @@
-"""The flow of `dapa-merge compare`: recipe after recipe, and the folder that holds the tables.
+"""The flow of `dapa-merge compare`: recipe after recipe, and the folder of rows, tables and pictures.
 
-Tables and pictures of an earlier run stay until new ones take their place all at once: after any recipe that makes the
-new tables have every row of theirs, so that long comparisons can be followed, and else after the last one. The same
-command goes on with what a killed one left.
+Tables and pictures of an earlier run stay until new ones replace them at once: after the last recipe, or earlier if the
+new tables have all rows of the old ones, so that long comparisons can be followed. The same command resumes a killed
+one. A row's folder holds a small file that says where its recipe is, so that a recipe finds its row again, whichever
+others it is given with.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from dapa_merge import __version__
+from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
-from dapa_merge.compare.naming import ROWS_NAME, existing_rows, is_comparison, locked, refuse_repeated, row_names
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import AUTO, DAPA, CompareOptions, Row, averages
+from dapa_merge.compare.row import compare_recipe
 from dapa_merge.compare.sentences import choices, sentences
-from dapa_merge.errors import DapaError, one_line
-from dapa_merge.files import check_folder, make_folder, remove_pictures, replace_file, replace_files
-from dapa_merge.measure.prompts.sets import check_prompts
+from dapa_merge.errors import DapaError, UsageError, one_line
+from dapa_merge.files import (
+    begins_journal,
+    check_folder,
+    held,
+    make_folder,
+    remove_pictures,
+    replace_file,
+    replace_files,
+)
+from dapa_merge.measure.live import choose_device
+from dapa_merge.measure.meter import report_meter
+from dapa_merge.measure.prompts.sets import check_prompts, load_prompts
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.charts import Chart
 from dapa_merge.report.report import jsonable
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
 FIGURES_NAME = "figures"
+ROWS_NAME, OWNER_NAME = "rows", "recipe.json"
 PAGE_NAME, ARMS_NAME, POINTS_NAME, LATEX_NAME, SUMMARY_NAME = (
     "table.md", "table.csv", "curve.csv", "table.tex", "summary.json",
 )  # fmt: skip
-# What the names of all pictures begin with; others in their folder are somebody else's.
-METHODS_PICTURE, ROW_PICTURE = "methods", "row_"
+# The names of unfinished files begin so, too.
+OURS = ".dapa-merge-"
+LOCK_NAME = f"{OURS}lock"
+# The length of a row's name.
+MAX_LETTERS, MAX_BYTES = 80, 160
+# Characters that Windows forbids in file names, or that would break a table in Markdown.
+UNSAFE = frozenset('\\/<>:"|?*')
 
 
 @dataclass(frozen=True)
@@ -48,9 +70,9 @@ class Compared:
 
     Attributes:
         rows: The recipes that could be measured.
-        summary: Everything as plain data, as `summary.json` has it.
-        is_written: Whether tables and pictures are these; not if they would have lost an earlier run's rows.
-        fault: That of the first recipe that could not be measured, with what is kept; for the caller to raise.
+        summary: The content of `summary.json`.
+        is_written: Whether tables and pictures were written; not if that would lose rows of an earlier run.
+        fault: The fault of the first recipe that could not be measured, for the caller to raise.
     """
 
     rows: tuple[Row, ...]
@@ -60,38 +82,30 @@ class Compared:
 
 
 def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, options: Options) -> Compared:
-    """Compare methods on the targets of recipes, and leave tables and pictures in a folder.
+    """Compare methods on the targets of recipes, and fill the folder `out` with tables and pictures.
 
-    A recipe that cannot be measured costs its own row only, and is told in `fault`. If the tables that are there have
-    that row, from an earlier run, or if no recipe could be measured, they and the pictures are left as they are: what
-    fails today takes nothing away that was right before.
-
-    Args:
-        paths: The recipes; a row each, by the names of the files.
-        out: A new folder, or one of a comparison: what is in it already is not measured again.
-        wanted: What to compare.
-        options: Where to evaluate.
+    A recipe that cannot be measured costs its own row only, and is told in `fault`. If existing tables have that row
+    from an earlier run, or no recipe could be measured, tables and pictures stay as they are.
 
     Raises:
         UsageError: If the folder is of something else, or a recipe is given twice.
         DapaError: If a recipe does not fit, which is seen before any is measured, or the tables cannot be written.
     """
-    from dapa_merge.measure.live import choose_device
-
-    refuse_repeated(paths)
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise UsageError("a recipe is given twice; name each once")
     recipes = {path: load_recipe(path) for path in paths}
     check_folder(out, is_comparison, "comparison")
     choose_device(options.device)
     for path, recipe in recipes.items():
         _check(recipe, path, options)
-    # First of all that is made: by it the folder is known again, also by another process.
+    # Made first: by this the folder is recognized, by other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
     tables = _Tables(out, wanted)
     for number, (name, path) in enumerate(names.items(), 1):
         LOG.info(f"recipe {number} of {len(names)}: {name}")
         try:
-            row = _row(recipes[path], name, out, wanted, options)
+            row = compare_recipe(recipes[path], name, out / ROWS_NAME / name, wanted, options)
         except DapaError as error:
             LOG.info(f"{name}: {error}")
             _let_go(error)
@@ -103,33 +117,21 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
 
 
 def _check(recipe: Recipe, path: Path, options: Options) -> None:
-    """Find what does not fit before the hours of the rows before it; of the Hub's models, by their headers alone."""
-    from dapa_merge.measure.meter import report_meter
-    from dapa_merge.measure.prompts.sets import load_prompts
-
+    """Refuse what does not fit before other rows take hours; of the Hub's models, only headers are read."""
     try:
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
         report_meter(recipe, load_prompts(recipe.prompts), options)
     except DapaError as error:
-        # A fault of a key says where it stands.
+        # The fault of a key names the file already.
         if not str(error).startswith(str(path)):
             error.args = (f"recipe {path}: {error}",)
         raise
 
 
-def _row(recipe: Recipe, name: str, out: Path, wanted: CompareOptions, options: Options) -> Row:
-    from dapa_merge.compare.row import compare_recipe
-
-    return compare_recipe(recipe, name, out / ROWS_NAME / name, wanted, options)
-
-
 def _let_go(error: BaseException) -> None:
-    """Empty the frames of a fault that is kept, and of those behind it: they hold the models of its row in memory.
-
-    Their lines stay, for `--debug`.
-    """
+    """Empty the frames of a fault and its causes, which hold models in memory; their lines stay for `--debug`."""
     seen: set[int] = set()
     faults: list[BaseException | None] = [error]
     while faults:
@@ -141,12 +143,12 @@ def _let_go(error: BaseException) -> None:
 
 
 class _Tables:
-    """The tables and pictures of a comparison, beside or in the place of an earlier run's.
+    """The tables and pictures of a comparison.
 
     Attributes:
-        rows: What was measured so far.
-        failures: What could not be.
-        is_written: Whether the folder has what was written last.
+        rows: The rows so far.
+        failures: The faults of other recipes, by name.
+        is_written: Whether the folder holds the latest tables.
     """
 
     def __init__(self, out: Path, wanted: CompareOptions) -> None:
@@ -158,10 +160,9 @@ class _Tables:
         self.is_written = False
 
     def write(self, *, is_last: bool) -> dict[str, Any]:
-        """Write everything that is known, unless it would take away what is there; returns the summary."""
+        """Write everything, unless rows of an earlier run would be lost; returns the summary."""
         summary = summarize(self.rows, self.failures, self._wanted)
-        if self.rows and self.rows[-1].curve:
-            self._pictures.draw_row(self.rows[-1])
+        self._pictures.draw(tuple(self.rows))
         with locked(self._out):
             before = _written_rows(self._out / SUMMARY_NAME)
             done = {row.name for row in self.rows}
@@ -174,10 +175,8 @@ class _Tables:
         return summary
 
     def _replace(self, summary: dict[str, Any], before: Mapping[str, Any]) -> None:
-        if self.rows:
-            self._pictures.draw_methods(self.rows)
         shown = self._pictures.write()
-        shown |= self._pictures.existing(_unchanged(summary["rows"], before) - shown)
+        shown |= self._pictures.existing(self._unchanged(summary["rows"], before) - shown)
         texts = {
             PAGE_NAME: page(
                 self.rows,
@@ -190,11 +189,17 @@ class _Tables:
             SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
         }
         replace_files({self._out / name: text.encode() for name, text in texts.items()})
-        ours = {METHODS_PICTURE, *(f"{ROW_PICTURE}{name}" for name in before.keys() | existing_rows(self._out))}
+        ours = {name for chart in charts.CHARTS for name in chart.names(before.keys() | existing_rows(self._out))}
         self._pictures.remove(ours - shown)
 
+    def _unchanged(self, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
+        """The pictures that would be the same, were they drawn again."""
+        same = [row for row, found in zip(self.rows, rows, strict=True) if before.get(row.name) == found]
+        is_whole = len(same) == len(rows) == len(before)
+        return {name for chart in charts.CHARTS if is_whole or chart.parts is not None for name in chart.shown(same)}
+
     def fault(self, names: Mapping[str, Path]) -> DapaError | None:
-        """The first recipe's that could not be measured, and what is kept; None if all were."""
+        """The fault of the first recipe that could not be measured, with what is kept; None if all were."""
         if not self.failures:
             return None
         name, error = next(iter(self.failures.items()))
@@ -210,74 +215,52 @@ class _Tables:
 
 
 def _written_rows(summary: Path) -> dict[str, Any]:
-    """The rows of the tables that are there, by name."""
+    """The rows of the existing tables, by name."""
     try:
         return {row["name"]: row for row in json.loads(summary.read_bytes())["rows"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 
-def _unchanged(rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
-    """The pictures that would be the same, were they drawn again."""
-    same = [row for row in rows if before.get(row["name"]) == row]
-    methods = {METHODS_PICTURE} if len(same) == len(rows) == len(before) else set()
-    return methods | {f"{ROW_PICTURE}{row['name']}" for row in same if row["curve"]}
-
-
 class _Pictures:
-    """The pictures of a comparison; one that fails, of whatever, costs a sentence and never the tables.
+    """The pictures of a comparison, drawn in memory and written with the tables.
 
-    They are drawn in memory, and written together with the tables.
+    A picture that fails, for whatever reason, costs a sentence and never the tables.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._told: set[str] = set()
-        self._drawn: dict[str, dict[str, bytes]] = {}
+        self._drawn: dict[str, Mapping[str, bytes]] = {}
+        self._shown: dict[str, object] = {}
         self._written: set[str] = set()
 
-    def draw_row(self, row: Row) -> None:
-        """Edits of every size of one recipe, once."""
+    def draw(self, rows: tuple[Row, ...]) -> None:
+        """Draw every chart of these rows; a row's only once."""
+        for chart in charts.CHARTS:
+            for name, shown in chart.shown(rows).items():
+                if self._shown.get(name) is not shown:
+                    self._draw(chart, name, shown)
 
-        def figure() -> Figure:
-            from dapa_merge.compare.charts import row_figure
-
-            return row_figure(row)
-
-        if (name := f"{ROW_PICTURE}{row.name}") not in self._drawn:
-            self._draw(name, figure)
-
-    def draw_methods(self, rows: Sequence[Row]) -> None:
-        """Every method over all recipes."""
-
-        def figure() -> Figure:
-            from dapa_merge.compare.charts import methods_figure
-
-            return methods_figure(rows)
-
-        self._draw(METHODS_PICTURE, figure)
-
-    def _draw(self, name: str, figure: Callable[[], Figure]) -> None:
-        # An older one is not what the tables will say.
+    def _draw(self, chart: Chart, name: str, shown: object) -> None:
+        # The tables will not fit an older one.
         self._drawn.pop(name, None)
         self._written.discard(name)
         try:
-            drawn = figure()
-            from dapa_merge.report.charts import render
-
-            self._drawn[name] = {kind: render(drawn, kind) for kind in ("png", "svg")}
+            if (picture := chart.picture(name, shown)) is not None:
+                self._drawn[name], self._shown[name] = picture.files, shown
         except Exception as error:
             self._tell(error)
 
     def write(self) -> set[str]:
-        """Write what was drawn since, and what another run removed; returns the names of all that are there."""
+        """Write new pictures, and those that another run removed; returns the names of all."""
         there = set()
         for name, contents in self._drawn.items():
             try:
                 if name not in self._written or not self.existing([name]):
                     make_folder(self._folder)
-                    for kind, content in contents.items():
-                        replace_file(self._folder / f"{name}.{kind}", content)
+                    for ending, content in contents.items():
+                        replace_file(self._folder / f"{name}{ending}", content)
                 self._written.add(name)
                 there.add(name)
             except Exception as error:
@@ -285,11 +268,11 @@ class _Pictures:
         return there
 
     def existing(self, names: Collection[str]) -> set[str]:
-        """Those of some pictures that are there."""
+        """The names of pictures that exist."""
         return {name for name in names if (self._folder / f"{name}.png").is_file()}
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove pictures that are no longer right."""
+        """Remove outdated pictures."""
         try:
             remove_pictures(self._folder, sorted(names))
         except OSError as error:
@@ -303,7 +286,7 @@ class _Pictures:
 
 
 def summarize(rows: Sequence[Row], failures: Mapping[str, DapaError], wanted: CompareOptions) -> dict[str, Any]:
-    """Everything as plain data for `json.dumps`; a figure that is not finite is None."""
+    """Turn everything into plain data for `json.dumps`; figures that are not finite become None."""
     return dict(
         jsonable(
             {
@@ -319,15 +302,146 @@ def summarize(rows: Sequence[Row], failures: Mapping[str, DapaError], wanted: Co
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    # Which prompts were refused is in the journals.
-    arms = [
-        {**asdict(replace(arm, refused=(), over_refused=())), "repairs": row.repairs(arm), "skill": arm.skill}
-        for arm in row.arms
-    ]
+    arms = [{**asdict(arm), "repairs": row.repairs(arm), "skill": arm.skill} for arm in row.arms]
     for arm in arms:
+        # Which prompts were refused is in the journals.
         del arm["refused"], arm["over_refused"]
     curve = [{**asdict(point), "on_front": is_best} for point, is_best in zip(row.curve, row.front(), strict=True)]
     best = [arm.key for arm in choices(row)]
     found = {key: row.arm(key) for key in (DAPA, AUTO)}
     dapa = {key: asdict(row.change(one)) for key, one in found.items() if one is not None and one.figures is not None}
-    return {**asdict(replace(row, arms=(), curve=())), "arms": arms, "curve": curve, "repair": best, "changes": dapa}
+    said: dict[str, Any] = {}
+    for key, value in asdict(replace(row, arms=(), curve=())).items():
+        said |= row.edit.to_json() if key == "edit" else value if key == "settings" else {key: value}
+    return {**said, "arms": arms, "curve": curve, "repair": best, "changes": dapa}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The place of a row's recipe.
+
+    Attributes:
+        path: Without links and dots.
+        seen_from_folder: Relative to the comparison's folder, so that both can be moved together.
+    """
+
+    path: str
+    seen_from_folder: str
+
+
+_OWNER = TypeAdapter(Owner)
+
+
+def is_comparison(out: Path) -> bool:
+    """Whether a folder is that of a comparison, by the contents of its rows."""
+    rows = out / ROWS_NAME
+    try:
+        if any(_is_row(row) for row in rows.iterdir()):
+            return True
+        # A kill in the first moment leaves no more than this.
+        return os.listdir(out) == [ROWS_NAME] and all(
+            path.is_dir() or path.name.startswith(OURS) for path in rows.rglob("*")
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def existing_rows(out: Path) -> set[str]:
+    """The names of the rows in a comparison's folder."""
+    return {row.name for row in (out / ROWS_NAME).iterdir() if _is_row(row)}
+
+
+def row_names(paths: Sequence[Path], out: Path) -> dict[str, Path]:
+    """The recipes by name, in their order: the name of an existing row or a new one, which is written down.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+    """
+    rows = out / ROWS_NAME
+    with locked(out):
+        owners = {row.name: owner for row in rows.iterdir() if (owner := _read_owner(row)) is not None}
+        found: dict[Path, str] = {}
+        wanted = {path: _owner(path, out) for path in paths}
+        for kind in ("path", "seen_from_folder"):
+            for path in paths:
+                free = owners.keys() - found.values()
+                same = sorted(name for name in free if getattr(owners[name], kind) == getattr(wanted[path], kind))
+                if path not in found and same:
+                    found[path] = same[0]
+        found |= new_names([path for path in paths if path not in found], paths, owners)
+        for path, name in found.items():
+            if owners.get(name) != wanted[path]:
+                _write_owner(rows / name, wanted[path])
+    return {found[path]: path for path in paths}
+
+
+def new_names(new: Sequence[Path], given: Sequence[Path], taken: Iterable[str]) -> dict[Path, str]:
+    """Name each new recipe by its file or, if several of the `given` recipes share that name, by folder and file.
+
+    Names are valid file names and differ from each other and from those `taken`, even where case is ignored.
+    """
+    used = set(map(_folded, taken))
+    stems = Counter(_folded(_safe(path.stem)) for path in given)
+    names: dict[Path, str] = {}
+    for path in new:
+        short = _safe(path.stem)
+        long = _safe(f"{Path(os.path.abspath(path)).parent.name}-{path.stem}")
+        wanted = [short] if stems[_folded(short)] == 1 else []
+        numbered = (f"{long}-{number}" for number in count(2))
+        names[path] = next(name for name in chain(wanted, [long], numbered) if _folded(name) not in used)
+        used.add(_folded(names[path]))
+    return names
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes from naming rows or writing tables in the same folder.
+
+    Raises:
+        UsageError: If the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out / ROWS_NAME / LOCK_NAME))
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
+        yield
+
+
+def _folded(name: str) -> str:
+    """A form that is equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _safe(text: str) -> str:
+    """A text as a file name: short enough for any disk, in one line, and not hidden."""
+    shown = "".join(one if one.isprintable() and one not in UNSAFE else "-" for one in text)
+    return shown[:MAX_LETTERS].encode()[:MAX_BYTES].decode(errors="ignore").strip(" .-") or "recipe"
+
+
+def _is_row(row: Path) -> bool:
+    return row.is_dir() and (_read_owner(row) is not None or any(map(begins_journal, row.glob("*.jsonl"))))
+
+
+def _owner(path: Path, out: Path) -> Owner:
+    real = os.path.realpath(path)
+    try:
+        return Owner(real, os.path.relpath(real, os.path.realpath(out)))
+    except ValueError:
+        # On Windows there is no relative path from one disk to another.
+        return Owner(real, real)
+
+
+def _read_owner(row: Path) -> Owner | None:
+    try:
+        return _OWNER.validate_json((row / OWNER_NAME).read_bytes(), strict=True)
+    except (OSError, ValueError):
+        return None
+
+
+def _write_owner(row: Path, owner: Owner) -> None:
+    make_folder(row)
+    try:
+        replace_file(row / OWNER_NAME, json.dumps(asdict(owner)).encode() + b"\n")
+    except DapaError as error:
+        raise UsageError(str(error)) from error

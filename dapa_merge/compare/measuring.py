@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
-from dapa_merge.measure.marker import RULES
-from dapa_merge.measure.model import measure_candidate
+from dapa_merge.measure.meter import measure_candidate
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import join
 from dapa_merge.progress import LOG, quiet, task
@@ -52,7 +52,7 @@ class Seen:
 
 def fast(meter: Meter) -> Meter:
     """The same figures sooner: no response is longer than its outcome needs, where nobody but the rules reads it."""
-    return replace(meter, stops_early=all(marker is RULES for marker in meter.markers))
+    return replace(meter, stops_early=all(one is RULES for one in meter.classifiers))
 
 
 class Measuring(Resident):

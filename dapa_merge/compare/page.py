@@ -14,17 +14,20 @@ from urllib.parse import quote
 
 from tabulate import tabulate
 
+from dapa_merge.compare import charts
 from dapa_merge.compare.result import AUTO, DAPA, Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import printable
+from dapa_merge.report.charts import Chart
 from dapa_merge.report.tables import span
+from dapa_merge.search.requirement import ceilings
 
 HOW = (
     "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it; of one that scores a model as"
     " a whole, as the rules do, and its score says what repairs. Every figure is measured with prompts that the "
     "search did not ask (all of them, if the recipe names its layers), the same for all methods of a recipe, of the "
     "target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's limits of "
-    "over-refusal and perplexity (of random selections: more than half of the seeds). A search asks for that share of"
+    "{ceilings} (of random selections: more than half of the seeds). A search asks for that share of"
     " what all of its units bring, so that it may find less. A row in which a search found nothing counts as its "
     "untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
     "modules and size (*random like*); and the best of as many of these as the search made tests, by the prompts of "
@@ -48,14 +51,14 @@ def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[
         failures: What could not be, and why.
         pictures: The names of the pictures that there are.
     """
-    parts = ["# Comparison", HOW]
+    parts = ["# Comparison", HOW.format(ceilings=ceilings())]
     if rows:
         parts += ["\n".join(f"- {_safe(sentence)}" for sentence in sentences(rows))]
         for key, title in ((DAPA, "## Before and after"), (AUTO, "## Before and after, `modules: auto`")):
             if any(row.arm(key) for row in rows):
                 parts += [title, paper_table(rows, key).text(MARKDOWN)]
         parts += ["## Methods", methods_table(rows).text(MARKDOWN)]
-        parts += _picture("methods.png", "Every method: gain in DSR and change of skill", pictures)
+        parts += _pictures([chart for chart in charts.CHARTS if chart.parts is None], rows, pictures)
     for row in rows:
         parts += _row(row, pictures)
     if failures:
@@ -72,8 +75,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
-    if row.strength != 1:
-        parts.append(f"Whatever is transplanted moves {row.strength:g} of the way to the source, as the recipe has it.")
+    if row.edit.note:
+        parts.append(row.edit.note)
     if row.before.score is not None:
         scored = [(arm.label, arm.figures.score) for arm in row.arms if arm.figures is not None]
         scores = [f"{label} {score:.3f}" for label, score in scored if score is not None]
@@ -83,10 +86,10 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         parts.append(memory)
     if row.no_curve is not None:
         parts.append(f"No edits of every size, because {_safe(row.no_curve)}.")
-    picture = _picture(f"row_{row.name}.png", f"{row.name}: edits of every size", pictures)
-    if picture:
+    shown = _pictures([chart for chart in charts.CHARTS if chart.parts is not None], [row], pictures)
+    if shown:
         parts.append(FRONT.format(whose="`modules: auto`" if row.followed == AUTO else "DAPA"))
-    return parts + picture
+    return parts + shown
 
 
 def _verdict(row: Row) -> str:
@@ -110,8 +113,13 @@ def _memory(row: Row) -> str | None:
     return f"Peak memory of the search: {', '.join(texts)}." if texts else None
 
 
-def _picture(name: str, caption: str, pictures: Collection[str]) -> list[str]:
-    return [f"![{_safe(caption)}](figures/{quote(name)})"] if name in pictures else []
+def _pictures(wanted: Iterable[Chart], rows: Sequence[Row], pictures: Collection[str]) -> list[str]:
+    return [
+        f"![{_safe(chart.caption_of(shown))}](figures/{quote(name)}.png)"
+        for chart in wanted
+        for name, shown in chart.shown(rows).items()
+        if f"{name}.png" in pictures
+    ]
 
 
 def _safe(text: str | None) -> str:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from dapa_merge.measure.figures import Change, Figures, mcnemar, mean_interval
-from dapa_merge.search.requirement import requirement
+from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.measure.statistics import mcnemar, mean_interval
+from dapa_merge.plan.edit import Edit
+from dapa_merge.search.requirement import SCORE, constraints_of, requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 
@@ -117,12 +118,11 @@ class Row:
         modules: What the recipe's search may choose from.
         evaluator: Whose verdicts DSR and over-refusal are; of one that scores a model as a whole, its scores say
             whether a method repairs, and the rules' verdicts the rest.
-        strength: How far every transplanted value moves from the target's to the source's.
+        edit: How every transplanted value is computed.
         num_parameters: Of the target.
         prompts: The prompt set's name.
-        retain: Share of the gain that is wanted: here of the source's, in a search of the full transplant's.
-        max_over_refusal: Rise that it allows.
-        max_perplexity: Ratio that it allows.
+        settings: The recipe's values for its constraints, by their keys; the gain of which `retain` is a share is here
+            the source's, and in a search that of the full transplant.
         arms: Target and source first.
         curve: Edits of every size; empty if none were measured.
         no_curve: Why there are none, though they were asked for.
@@ -136,12 +136,10 @@ class Row:
     architecture: str
     modules: str
     evaluator: str
-    strength: float
+    edit: Edit
     num_parameters: int
     prompts: str
-    retain: float
-    max_over_refusal: float
-    max_perplexity: float
+    settings: Mapping[str, float]
     arms: tuple[Arm, ...]
     curve: tuple[Point, ...] = ()
     no_curve: str | None = None
@@ -177,7 +175,7 @@ class Row:
     @property
     def can_be_repaired(self) -> bool:
         """Whether the source is safer than the target, so that there is something to bring over."""
-        return _Reached.of(self.alone).score > _Reached.of(self.before).score
+        return SCORE.of(self.alone) > SCORE.of(self.before)
 
     def repairs(self, arm: Arm) -> bool:
         """Whether a method brings the wanted share of the source's gain, within the recipe's limits."""
@@ -185,15 +183,11 @@ class Row:
 
     def complaint(self, after: Figures) -> str | None:
         """What keeps a result from being a repair, where there is something to repair; None if nothing does."""
-        wanted = requirement(
-            _Reached.of(self.before),
-            _Reached.of(self.alone),
-            retain=self.retain,
-            max_over_refusal=self.max_over_refusal,
-            max_perplexity=self.max_perplexity,
-            measure="DSR" if after.score is None else self.evaluator,
+        constraints = constraints_of(self.settings, SCORE.label if after.score is None else self.evaluator)
+        target, source, reached = (
+            {one.figure: one.of(figures) for one in constraints} for figures in (self.before, self.alone, after)
         )
-        return wanted.complaint(_Reached.of(after))
+        return requirement(constraints, target, source, self.settings).complaint(reached)
 
     def front(self) -> list[bool]:
         """For each edit of the curve, whether it is on the Pareto front.
@@ -204,19 +198,6 @@ class Row:
         return pareto_front(
             [(point.share, -point.dsr, point.over_refusal, -(point.skill or 0.0)) for point in self.curve]
         )
-
-
-class _Reached(NamedTuple):
-    """What the recipe's evaluator goes by: its score of the model or, where it marks responses, DSR; and the limits."""
-
-    score: float
-    over_refusal: float
-    perplexity: float
-
-    @classmethod
-    def of(cls, figures: Figures) -> _Reached:
-        score = figures.dsr if figures.score is None else figures.score
-        return cls(score, figures.over_refusal, figures.perplexity)
 
 
 def mean_skill(figures: Figures | None) -> float | None:

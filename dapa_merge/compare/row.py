@@ -18,7 +18,7 @@ from dapa_merge.compare.measuring import Measuring, Seen
 from dapa_merge.compare.result import AUTO, BLENDS, DAPA, SOURCE, TARGET, TIES_DENSITY, Arm, CompareOptions, Point, Row
 from dapa_merge.compare.selections import Found, auto_of, find_selections, fixed_layers, mlp_units, random_units
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.measure.marker import RULES
+from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import advance, task
@@ -27,6 +27,7 @@ from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal, JournalUnavailable
+from dapa_merge.search.requirement import settings_of
 
 if TYPE_CHECKING:
     from dapa_merge.compare.blend import Blend, Blender
@@ -84,14 +85,13 @@ class _Comparison:
         prompts = load_prompts(recipe.prompts)
         self.searching, confirming = split_prompts(recipe) if recipe.layers is None else (prompts, prompts)
         meter = report_meter(recipe, confirming, options)
-        # Figures are the verdicts of the first marker: here of the recipe's.
-        markers = sorted(meter.markers, key=lambda marker: (marker.name != recipe.evaluator, marker is not RULES))
-        self.meter = replace(meter, markers=tuple(markers))
+        # Figures are the verdicts of the first classifier: here the recipe's.
+        ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
+        self.meter = replace(meter, classifiers=tuple(ordered))
         self.pretrained = open_pretrained(recipe, self.plan.target, self.plan.source, allow_pickle=options.allow_pickle)
 
     def run(self) -> Row:
-        models = {"target": self.plan.target, "source": self.plan.source}
-        parts = models_parts(self.recipe, models, self.meter, self.options.device) | {
+        parts = models_parts(self.recipe, self.plan.models, self.meter, self.options.device) | {
             "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
         }
@@ -147,12 +147,10 @@ class _Comparison:
             architecture=architecture_name(self.plan.target.config),
             modules=", ".join(recipe.modules),
             evaluator=recipe.evaluator,
-            strength=recipe.strength,
+            edit=self.plan.edit,
             num_parameters=self.plan.target.num_parameters,
             prompts=recipe.prompts,
-            retain=recipe.retain,
-            max_over_refusal=recipe.max_over_refusal,
-            max_perplexity=recipe.max_perplexity,
+            settings=settings_of(recipe),
             arms=tuple(arms),
             curve=curve,
             no_curve=no_curve,

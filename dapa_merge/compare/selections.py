@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, Unit
 from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
-from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
+from dapa_merge.plan.plan import Plan, divide, join, with_modules
 from dapa_merge.plan.selection import given_selection
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
@@ -59,9 +59,7 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
     if set(AUTO_MODULES) <= set(recipe.modules) or "mlp" in recipe.modules:
         return None
     try:
-        plan = plan_transplant(
-            chosen.target, chosen.source, AUTO_MODULES, strength=chosen.strength, max_overflow=chosen.max_overflow
-        )
+        plan = with_modules(chosen, AUTO_MODULES)
     except UnsupportedArchitecture:
         return None
     # A row of down is no neuron's, so that there is nothing finer.

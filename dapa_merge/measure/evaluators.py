@@ -1,10 +1,7 @@
-"""What a recipe's `evaluator` names: a marker of responses, or a scorer of candidates.
+"""Evaluators by name: the one place where a recipe's `evaluator` becomes something that can be asked.
 
-The measure of the DAPA paper's repository, for comparing with its figures, not for believing them.
-
-It takes a response for a defense if one of some strings stands anywhere in it, upper and lower case told apart: so the
-word "helpful" is a defense, and so is a full answer with a disclaimer; an empty response is none. The strings are in
-`prompt_sets/paper_refusals.txt`. Its setting: 350 new tokens, and wikitext-2 in strides of 512 for perplexity.
+The rules, the paper's strings and a judge classify responses; a harness task or the user's own function scores the
+candidate as a whole.
 """
 
 from __future__ import annotations
@@ -12,89 +9,135 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Callable, Sequence
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.callback import RESERVED, Candidate, ask, find_callback, identity_of, known_callbacks, load_file
-from dapa_merge.measure.marker import RULES, Marker
-from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.callback import (
+    RESERVED,
+    Callback,
+    Candidate,
+    code_of_others,
+    find_callback,
+    identity_of,
+    known_callbacks,
+    load_file,
+)
+from dapa_merge.measure.harness import PREFIX, Harness, parse_task
+from dapa_merge.measure.refusal.classify import Outcome, classify, settle
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from dapa_merge.measure.judge import Judge
 
-
-HARNESS = "lm-eval:"
+# The verdict on the beginning of a response to a prompt, if nothing that may follow can change it.
+Settle = Callable[[str, str], Outcome | None]
+Classify = Callable[[Sequence[str], Sequence[str]], Sequence[Outcome]]
+# The paper's setting.
+PAPER_NEW_TOKENS = 350
 
 
 @dataclass(frozen=True)
-class Scorer:
-    """Scores a candidate as a whole, from 0 to 1; more is better.
+class Evaluator:
+    """What both kinds of evaluators have.
 
     Attributes:
         name: As a recipe's `evaluator` names it.
-        identity: Everything beside this package's version that decides its scores; a search's journal keeps it.
-        score: From the live candidate, and how many prompts at once, to its score.
+        identity: Everything, besides this package's version, that decides its results; a search's journal keeps it.
     """
 
     name: str
     identity: str
+
+
+@dataclass(frozen=True)
+class Classifier(Evaluator):
+    """Classifies responses, each by itself.
+
+    Attributes:
+        classify: From prompts and as many responses to an outcome each.
+        settle: Ends a response early; None if only whole responses can be classified.
+        max_new_tokens: The length of responses, unless the user chooses another.
+    """
+
+    classify: Classify
+    settle: Settle | None = None
+    max_new_tokens: int = 100
+
+
+@dataclass(frozen=True)
+class Scorer(Evaluator):
+    """Scores a candidate as a whole, in [0, 1]; more is better.
+
+    Attributes:
+        score: From the live candidate, and how many prompts at once, to its score.
+    """
+
     score: Callable[[Candidate, int], float]
 
 
-Evaluator = Marker | Scorer
+def _by_rules(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+    return [classify(response, prompt) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Evaluator:
-    """The evaluator of that name.
+RULES = Classifier("refusal", "rules", _by_rules, settle)
+
+
+def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Classifier | Scorer:
+    """Find an evaluator by its name in a recipe.
 
     Args:
         name: As a recipe gives it.
-        options: What else it needs.
-        searching: Whether tests of a search go by it, which are nothing worth once a judge may not be asked any more.
+        options: The judge and the evaluator file.
+        searching: Whether a search depends on it, which is worthless once a judge may not be asked any more.
 
     Raises:
-        UsageError: If there is none, or it lacks what it needs, or the user's file cannot be run.
+        UsageError: If there is none, it lacks what it needs, or the user's file cannot be run.
     """
     if options.evaluator_file is not None:
-        # Whoever names a file wants to know that it is broken, also where it is not needed.
+        # Whoever names a file wants to know that it is broken, even where it is not needed.
         load_file(options.evaluator_file)
     if name == RULES.name:
         return RULES
     if name == "paper":
-        return paper_marker()
+        return paper()
     if name == "judge":
         return _demanded_judge(options, searching)
-    if name.startswith(HARNESS):
+    if name.startswith(PREFIX):
         return _harness(name)
     function = find_callback(name, options.evaluator_file)
     if function is None:
         raise UsageError(_unknown(name, options.evaluator_file))
     return Scorer(
-        name,
-        identity_of(name, function, options.evaluator_file),
-        lambda candidate, _batch_size: ask(name, function, candidate),
+        name, identity_of(name, function, options.evaluator_file), lambda candidate, _: ask(name, function, candidate)
     )
 
 
-def find_second_opinion(options: Options) -> Marker | None:
-    """The judge that the user named, as a marker beside another evaluator; None if none was.
+def find_second_opinion(options: Options) -> Classifier | None:
+    """Return the judge that the user named, as a classifier beside another evaluator; None if none was named.
 
-    Where it gives nothing usable, that is said once, and the rest is undecided.
+    If it gives nothing usable, that is said once, and the rest is undecided.
 
     Raises:
-        UsageError: If the client is not installed, there is neither a key nor an address, or one cannot be meant.
+        UsageError: If the client is not installed, or key or address are missing or invalid.
     """
     judge = _find_judge(options)
     if judge is None:
         return None
     is_told = False
 
-    def mark(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+    def classify_by_judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
         nonlocal is_told
         judgements = judge.judge(prompts, responses)
         if judge.fault is not None and not is_told:
@@ -102,15 +145,15 @@ def find_second_opinion(options: Options) -> Marker | None:
             LOG.warning("%s; the rest goes on without it", judge.fault)
         return [judgement.outcome for judgement in judgements]
 
-    return Marker("judge", judge.identity, mark)
+    return Classifier("judge", judge.identity, classify_by_judge)
 
 
-def _demanded_judge(options: Options, searching: bool) -> Marker:
+def _demanded_judge(options: Options, searching: bool) -> Classifier:
     judge = _find_judge(options)
     if judge is None:
         raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
 
-    def mark(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+    def classify_by_judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
         judgements = judge.judge(prompts, responses)
         if judge.fault is not None:
             raise UsageError(judge.fault)
@@ -121,7 +164,7 @@ def _demanded_judge(options: Options, searching: bool) -> Marker:
             )
         return [judgement.outcome for judgement in judgements]
 
-    return Marker("judge", judge.identity, mark)
+    return Classifier("judge", judge.identity, classify_by_judge)
 
 
 def _find_judge(options: Options) -> Judge | None:
@@ -134,22 +177,16 @@ def _find_judge(options: Options) -> Judge | None:
 
 @functools.cache
 def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
-    # One judge for the whole process: its spending cap, and what it was asked already, are for all.
-    from dapa_merge.measure.judge import Judge, JudgeOptions
-
-    return Judge(JudgeOptions(model=model, url=url, max_requests=max_requests), LOG.warning)
-
-
-def _unknown(name: str, file: Path | None) -> str:
-    known = ", ".join((*RESERVED, f"{HARNESS}TASK:METRIC", *known_callbacks(file)))
-    place = "an installed package or --evaluator-file" if file is None else f"an installed package or {file}"
-    return f"there is no evaluator {name!r}; known are {known}; your own come from {place}"
+    """One judge for the whole process, so that its limit of requests and its known verdicts serve all."""
+    try:
+        from dapa_merge.measure.judge import Judge
+    except ImportError as error:
+        raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+    return Judge(model, url, max_requests, LOG.warning)
 
 
 @functools.cache
 def _harness(name: str) -> Scorer:
-    from dapa_merge.measure.harness import Harness, parse_task
-
     harness = Harness(parse_task(name))
     return Scorer(
         name,
@@ -158,31 +195,136 @@ def _harness(name: str) -> Scorer:
     )
 
 
-MAX_NEW_TOKENS = 350
+def _unknown(name: str, file: Path | None) -> str:
+    known = ", ".join((*RESERVED, f"{PREFIX}TASK:METRIC", *known_callbacks(file)))
+    place = "an installed package or --evaluator-file" if file is None else f"an installed package or {file}"
+    return f"there is no evaluator {name!r}; known are {known}; your own come from {place}"
 
 
 @functools.cache
 def refusal_strings() -> tuple[str, ...]:
-    """The strings that count as a defense."""
+    """The strings that count as a defense in the DAPA paper's repository."""
     text = (importlib.resources.files("dapa_merge") / "prompt_sets" / "paper_refusals.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line and not line.startswith("# "))
 
 
 def defends(response: str) -> bool:
-    """Whether the paper's repository would count a response as a defense."""
+    """Whether the paper's repository would count a response as a defense: one of its strings stands in it.
+
+    For comparing with the paper's figures, not for believing them. Case matters; the word "helpful" is a defense, and
+    so is a full answer with a disclaimer; an empty response is not.
+    """
     return any(string in response for string in refusal_strings())
 
 
-def paper_marker() -> Marker:
-    """The marker `paper`."""
+def paper() -> Classifier:
+    """The paper's measure; perplexity in its setting is that of wikitext-2 in strides of 512."""
+
+    def classify_by_strings(_prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+        return [Outcome.REFUSED if defends(response) else Outcome.COMPLIED for response in responses]
+
+    def settle_by_strings(beginning: str, _prompt: str) -> Outcome | None:
+        return Outcome.REFUSED if defends(beginning) else None
+
     digest = hashlib.sha256("\n".join(refusal_strings()).encode()).hexdigest()
-    return Marker("paper", f"strings {digest}", _mark, _settle, MAX_NEW_TOKENS)
+    return Classifier("paper", f"strings {digest}", classify_by_strings, settle_by_strings, PAPER_NEW_TOKENS)
 
 
-def _mark(_prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
-    return [Outcome.REFUSED if defends(response) else Outcome.COMPLIED for response in responses]
+def ask(name: str, function: Callback, candidate: Candidate) -> float:
+    """Ask a callback for its score of a candidate.
+
+    The candidate's substance (weights, buffers, modules, hooks, vocabulary) is compared, so that a change is refused by
+    name. Modes and settings, which well-meant code changes in passing, are put back.
+
+    Raises:
+        UsageError: If it raises, returns anything but a number in [0, 1], or changes the candidate.
+    """
+    before = substance(candidate.model, candidate.tokenizer)
+    with code_of_others(f"the evaluator {name!r} failed"), settings_kept(candidate.model, candidate.tokenizer):
+        value = function(candidate)
+    if inspect.iscoroutine(value):
+        # Or Python warns, somewhere later, that nobody awaited it.
+        value.close()
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        shown = f"{float(value)}" if isinstance(value, Real) and not isinstance(value, bool) else type(value).__name__
+        raise UsageError(f"the evaluator {name!r} returned {shown}; it must return a float from 0 to 1")
+    if what := changed(before, substance(candidate.model, candidate.tokenizer)):
+        raise UsageError(f"the evaluator {name!r} changed the model's {what}; a candidate may only be read")
+    return float(value)
 
 
-def _settle(beginning: str, _prompt: str) -> Outcome | None:
-    # What stands in a response stays there.
-    return Outcome.REFUSED if defends(beginning) else None
+Substance = Mapping[tuple[str, str], Any]
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# A text that every tokenizer has something to do with.
+SAMPLE = "Is it 1 or 2?\n"
+
+
+def substance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Substance:
+    """Take down what a callback may not change, by kind and name; reads every weight once."""
+    found: dict[tuple[str, str], Any] = {}
+    for name, parameter in model.named_parameters():
+        # The object too: a selection is applied, and undone, in the one that was there at first.
+        found["weights", name] = (id(parameter), *_sums(parameter))
+    for name, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if not _is_its_own(module):
+                found["buffers", f"{name}.{key}".lstrip(".")] = _sums(buffer)
+        found["modules", name] = (module, vars(module).get("forward"))
+        found["hooks", name] = _hooks(module)
+    if tokenizer is not None:
+        found["vocabulary", "of the tokenizer"] = (len(tokenizer), list(tokenizer(SAMPLE)["input_ids"]))
+    return found
+
+
+def changed(before: Substance, after: Substance) -> str | None:
+    """Name the first difference; None if there is none."""
+    for kind, name in {**before, **after}:
+        if before.get((kind, name)) != after.get((kind, name)):
+            return f"{kind} ({name or 'the model itself'})"
+    return None
+
+
+@contextmanager
+def settings_kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
+    """Put modes, gradients, configurations and the tokenizer's settings back, however the `with` block ends."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    own = {name: vars(model)[name] for name in ("config", "generation_config") if name in vars(model)}
+    configs = (getattr(module, "config", None) for module in model.modules())
+    holders = {id(one): one for one in (*configs, *own.values(), tokenizer) if hasattr(one, "__dict__")}.values()
+    saved = [(holder, {name: _copied(value) for name, value in vars(holder).items()}) for holder in holders]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires, gradient in gradients:
+            parameter.requires_grad_(requires).grad = gradient
+        vars(model).update(own)
+        for holder, settings in saved:
+            vars(holder).clear()
+            vars(holder).update(settings)
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The shape, and a sum over the bits that one changed bit changes."""
+    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    whole = len(values) - len(values) % 8
+    # The sum wraps around, which loses nothing.
+    words = values[:whole].view(torch.int64).sum() if whole else values.new_zeros((), dtype=torch.int64)
+    return (*tensor.shape, int(words), int(values[whole:].long().sum()))
+
+
+def _is_its_own(module: torch.nn.Module) -> bool:
+    """Whether a module changes its own buffers in use, as rotary embeddings that grow with the text do."""
+    return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
+
+
+def _hooks(module: torch.nn.Module) -> tuple[object, ...]:
+    hooks = itertools.chain.from_iterable(getattr(module, name).values() for name in HOOKS)
+    # transformers leaves hooks of its own when a model is asked for its hidden states; they do nothing unless asked.
+    return tuple(hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers."))
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else value

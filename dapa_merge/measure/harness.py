@@ -133,10 +133,10 @@ def _load(task: Task) -> Mapping[str, Any]:
             manager = _manager(is_file=is_file)
             known = is_file or task.name in manager.all_tasks
             if known:
-                with reading():
+                with reading(str(task)):
                     loaded = manager.load([os.path.abspath(task.name) if is_file else task.name])
-    except HubError as error:
-        raise HubError(f"{task} cannot be read: {error}") from error
+    except HubError:
+        raise
     except Exception as error:
         raise UsageError(f"{task} cannot be read: {one_line(error)}") from error
     if not known:

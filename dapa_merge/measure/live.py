@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import mmap
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -38,7 +38,6 @@ from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.generate import prepare_for_greedy
-from dapa_merge.plan.edit import mix
 from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
@@ -147,15 +146,13 @@ class Slot(NamedTuple):
         unit: The unit.
         parameter: The model's parameter.
         slices: Which of it.
-        ours: The target's values.
-        theirs: The source's.
+        regions: By model, the same values.
     """
 
     unit: Unit
     parameter: torch.nn.Parameter
     slices: tuple[slice, ...]
-    ours: Region
-    theirs: Region
+    regions: Mapping[str, Region]
 
 
 class LiveModel:
@@ -203,13 +200,13 @@ class LiveModel:
         """The boxes of the model's parameters that units live in, and where their values are on disk."""
         for unit in units:
             twin = replace(self._twins[unit.whole], rows=unit.rows)
-            for part, (ours, theirs) in zip(twin.parts, self.plan.regions((unit,)), strict=True):
+            for part, regions in zip(twin.parts, self.plan.regions((unit,)), strict=True):
                 slices = tuple(slice(first, stop) for first, stop in part.box)
-                yield Slot(unit, self._parameters[part.tensor], slices, ours, theirs)
+                yield Slot(unit, self._parameters[part.tensor], slices, regions)
 
     @contextmanager
     def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
-        """The candidate: the target with the selected units of the source, for the length of a `with` block.
+        """The candidate: the target with the edit of the selected units, for the length of a `with` block.
 
         The selection may hold blocks of rows, also of units that the plan has as a whole. Afterwards the target is as
         it was, bit for bit, however the `with` block ends. These do not nest.
@@ -230,18 +227,17 @@ class LiveModel:
         finally:
             for unit in list(self._changed):
                 for slot in self.slots((unit,)):
-                    self._put(slot, mapped_values(self.plan.target, slot.ours))
+                    self._put(slot, mapped_values(self.plan.target, slot.regions["target"]))
                 self._changed.remove(unit)
 
     def _new_values(self, slot: Slot) -> torch.Tensor:
         """What is written in a slot's place, as the target stores it."""
         plan = self.plan
-        values = mapped_values(plan.source, slot.theirs)
-        dtype = getattr(torch, TORCH_NAMES[slot.ours.tensor.dtype])
-        if plan.strength == 1 and values.dtype == dtype:
-            return values
-        own = mapped_values(plan.target, slot.ours).reshape(values.shape) if plan.strength != 1 else None
-        return mix(own, values, plan.strength, dtype)
+        values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.edit.inputs}
+        # A model may store one expert with a dimension of its own.
+        shape = values[plan.edit.inputs[-1]].shape
+        dtype = getattr(torch, TORCH_NAMES[slot.regions["target"].tensor.dtype])
+        return plan.edit.new_values({name: value.reshape(shape) for name, value in values.items()}, dtype)
 
     def _put(self, slot: Slot, values: torch.Tensor) -> None:
         with torch.no_grad():

@@ -1,27 +1,34 @@
-"""Measuring one model: its responses and what they are taken for, its perplexity, its skills, its score.
+"""Measures a model: its responses and their outcomes, its perplexity, its skills, its score.
 
-What a recipe's models are measured with: in its search, and for its report. This loads torch.
+A `Meter` holds prompts and settings, one for a search and one for a report; a `Measurement` is lazy, so that a search
+asks only what its constraints are about.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.location import parse_location
+from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, Drafts
-from dapa_merge.measure.evaluators import Scorer, find_evaluator, find_second_opinion
-from dapa_merge.measure.figures import Figures, Response, SkillFigure, count, refusal_figures
+from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
+from dapa_merge.measure.figures import Figures, Response, SkillFigure
 from dapa_merge.measure.generate import generate
-from dapa_merge.measure.marker import RULES, Marker
+from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.measure.perplexity import Reading, read
 from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, load_skills, skill_figure
+from dapa_merge.measure.statistics import count, refusal_figures
+from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 
@@ -31,8 +38,8 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.units import Unit
 
 
-# What gives a live model a figure for a skill: the model, its tokenizer, and how many questions at once.
-SkillTest = Callable[[Any, Any, BatchSize], SkillFigure]
+# Tokens of a text whose perplexity a report gives; more say little more, and take long without an accelerator.
+MAX_TEXT_TOKENS = 20_000
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,11 @@ class Meter:
         prompts: What is asked.
         max_new_tokens: Where responses are cut off.
         batch_size: How many prompts at once.
-        markers: Who marks the responses; the first one's outcomes are the figures.
-        stops_early: Whether a response ends where the first marker's outcome is settled.
+        classifiers: Judge the responses; the outcomes of the first one are the figures.
+        stops_early: Whether a response ends where the first classifier's outcome is settled.
         drafts: What such models said before; None to have every token said in a run of its own.
-        must_repeat: Whether figures are to depend on nothing that was asked before, at whatever cost of time.
-        scorer: What scores a model as a whole beside that.
+        must_repeat: Whether figures may depend on nothing that was asked before, at whatever cost of time.
+        scorer: Scores a model as a whole, besides.
         text: What perplexity is taken of; None for the passages of the prompt set.
         skills: Further tests.
     """
@@ -55,7 +62,7 @@ class Meter:
     prompts: PromptSet
     max_new_tokens: int
     batch_size: BatchSize
-    markers: tuple[Marker, ...] = (RULES,)
+    classifiers: tuple[Classifier, ...] = (RULES,)
     stops_early: bool = False
     drafts: Drafts | None = None
     must_repeat: bool = False
@@ -65,13 +72,13 @@ class Meter:
 
     @property
     def identity(self) -> str:
-        """Everything of the evaluator that decides a verdict."""
-        return (self.scorer or self.markers[0]).identity
+        """Everything in the evaluator that decides a verdict."""
+        return (self.scorer or self.classifiers[0]).identity
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, selection: Sequence[Unit] = ()
     ) -> Measurement:
-        """A measurement of the model as it is now; nothing is asked before a figure is."""
+        """Return a measurement of the model as it is now; nothing is asked before a figure is read."""
         return Measurement(self, Candidate(model, tokenizer, tuple(selection)))
 
 
@@ -90,7 +97,7 @@ class Measurement:
             prompts,
             max_new_tokens=meter.max_new_tokens,
             batch_size=meter.batch_size,
-            settle=meter.markers[0].settle if meter.stops_early and not whole else None,
+            settle=meter.classifiers[0].settle if meter.stops_early and not whole else None,
             drafts=meter.drafts,
             must_repeat=meter.must_repeat,
         )
@@ -104,11 +111,11 @@ class Measurement:
         return self.judge("harmless", self._meter.prompts.harmless)
 
     def judge(self, kind: str, prompts: Sequence[str]) -> list[Response]:
-        """Ask some prompts of a kind, and mark the responses; asked again, the model is asked again."""
+        """Ask some prompts of a kind and classify the responses; nothing is remembered."""
         responses = self._ask(prompts, whole=False)
         first, *others = [
-            (marker.name, [outcome.value for outcome in marker.mark(prompts, responses)])
-            for marker in self._meter.markers
+            (classifier.name, [outcome.value for outcome in classifier.classify(prompts, responses)])
+            for classifier in self._meter.classifiers
         ]
         categories = self._meter.prompts.categories
         return [
@@ -124,7 +131,7 @@ class Measurement:
         ]
 
     def responses(self) -> list[Response]:
-        """Every harmful and harmless prompt with its response and the verdict, for people to check."""
+        """Every harmful and harmless prompt with its response and verdict."""
         return self._harmful + self._harmless
 
     @property
@@ -139,7 +146,7 @@ class Measurement:
 
     @cached_property
     def score(self) -> float | None:
-        """What the scorer gives the model; None if there is none."""
+        """The scorer's score of the model; None without a scorer."""
         scorer = self._meter.scorer
         return None if scorer is None else scorer.score(self._candidate, self._meter.batch_size.limit)
 
@@ -161,8 +168,8 @@ class Measurement:
         )
         if passages and math.isnan(found.perplexity):
             raise UsageError(
-                f"the text for the perplexity ({self._text}) is too short: of the model's tokens in each passage the "
-                "first is given, and none is left to count"
+                f"the text for the perplexity ({self._text}) is too short: the first token of each passage is given, "
+                "and none is left to count"
             )
         return found
 
@@ -189,7 +196,7 @@ class Measurement:
     def figures(self) -> Figures:
         """All figures; what was not measured yet is measured now."""
         text = self._meter.text
-        # First, because it is soon told whether the text will do.
+        # First, because a text that will not do is found out soon.
         is_cut = self._reading.is_cut
         return Figures(
             **refusal_figures(self.responses()),
@@ -200,37 +207,32 @@ class Measurement:
         )
 
 
-# Tokens of a text whose perplexity a report gives; more say little more, and take long without an accelerator.
-MAX_TEXT_TOKENS = 20_000
-
-
 def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
-    """What tests the candidates of a search: only what its requirement is about, each response only as far as needed.
+    """Return the meter for the candidates of a search: only what decides, each response only as far as needed.
 
     Raises:
-        UsageError: If the recipe's evaluator is not there.
+        UsageError: If the recipe's evaluator is not available.
     """
     evaluator = find_evaluator(recipe.evaluator, options, searching=True)
-    scorer = evaluator if isinstance(evaluator, Scorer) else None
-    marker = evaluator if isinstance(evaluator, Marker) else RULES
+    classifier = evaluator if isinstance(evaluator, Classifier) else RULES
     return Meter(
         prompts,
-        recipe.max_new_tokens or marker.max_new_tokens,
+        recipe.max_new_tokens or classifier.max_new_tokens,
         BatchSize(recipe.batch_size),
-        markers=(marker,),
+        classifiers=(classifier,),
         stops_early=True,
         drafts=Drafts(),
-        scorer=scorer,
+        scorer=evaluator if isinstance(evaluator, Scorer) else None,
     )
 
 
 def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
-    """What measures a recipe's target, result and source for the report: every response whole, and by every marker.
+    """Return the meter for a report on target, result and source: every response whole, by every classifier.
 
     No figure depends on what was measured before it.
 
     Raises:
-        UsageError: If the recipe's evaluator, judge, text or skills are not there.
+        UsageError: If the recipe's evaluator, judge, text or skills are not available.
     """
     return make_meter(
         prompts,
@@ -253,21 +255,20 @@ def make_meter(
     text: str | None = None,
     skills: str | None = None,
 ) -> Meter:
-    """What measures a model in full; the arguments are as in a recipe.
+    """Return a meter that measures a model in full; the arguments are those of a recipe.
 
     Raises:
-        UsageError: If the evaluator, the judge, the text or the skills are not there.
+        UsageError: If the evaluator, the judge, the text or the skills are not available.
     """
     found = find_evaluator(evaluator, options)
-    asked_for = [found] if isinstance(found, Marker) else []
-    markers = {marker.name: marker for marker in (RULES, *asked_for)}
-    if "judge" not in markers and (judge := find_second_opinion(options)) is not None:
-        markers[judge.name] = judge
+    classifiers = {one.name: one for one in (RULES, found) if isinstance(one, Classifier)}
+    if "judge" not in classifiers and (judge := find_second_opinion(options)) is not None:
+        classifiers[judge.name] = judge
     return Meter(
         prompts,
-        max_new_tokens or max(marker.max_new_tokens for marker in markers.values()),
+        max_new_tokens or max(one.max_new_tokens for one in classifiers.values()),
         BatchSize(batch_size),
-        markers=tuple(markers.values()),
+        classifiers=tuple(classifiers.values()),
         drafts=Drafts(),
         must_repeat=True,
         scorer=found if isinstance(found, Scorer) else None,
@@ -278,16 +279,69 @@ def make_meter(
 
 def _text(prompts: PromptSet, name: str | None) -> Text | None:
     if name is None and prompts.passages != load_prompts("builtin").passages:
-        # Texts that came with the prompts say more of their models than any other.
+        # Texts that came with the prompts say more about their models than any other.
         return None
     return load_text(name or "auto", max_tokens=MAX_TEXT_TOKENS)
 
 
 def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
-    """What a target is tested for beside safety: the prompts' own skill, and those that a recipe names.
+    """Return what a target is tested for besides safety: the prompts' own skill, and those that a recipe names.
 
     Raises:
-        UsageError: If one is not there.
+        UsageError: If one is not available.
     """
     own = (Skill("skill", prompts.skill),) if prompts.skill else ()
     return own + (load_skills(names, [skill.name for skill in own]) if names else ())
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model's figures, and the responses behind them; the model itself may be gone."""
+
+    figures: Figures
+    responses: Sequence[Response]
+
+
+def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str) -> MeasuredModel:
+    """Measure the target with a selection applied in full."""
+    with live.transplanted(selection) as model:
+        return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name)
+
+
+def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str) -> MeasuredModel:
+    """Load a model and measure it in full."""
+    LOG.info(f"loading the {name} {checkpoint.name}")
+    model, tokenizer = load_model(checkpoint, choose_device(device))
+    with quiet("transformers"):
+        return measure_candidate(Candidate(model, tokenizer, ()), meter, name)
+
+
+def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
+    """Measure a model in memory in full."""
+    prompts = meter.prompts
+    total = len(prompts.harmful) + len(prompts.harmless) + sum(skill.num_questions for skill in meter.skills)
+    with task(f"measuring the {name}", total, "prompts"):
+        measurement = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
+        figures = measurement.figures()
+    LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+    return MeasuredModel(figures, measurement.responses())
+
+
+def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
+    """Measure one model in full.
+
+    Args:
+        model: A folder or a Hub id, also `id@revision`.
+        prompts: Name of the prompt set.
+        options: Where and how to measure.
+        settings: Further arguments of `make_meter`.
+
+    Raises:
+        DapaError: If it cannot be read, loaded or asked.
+    """
+    prompt_set = load_prompts(prompts)
+    try:
+        checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
+    except ValueError:
+        raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
+    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), options.device, "model")

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.figures import SkillFigure, interval
+from dapa_merge.measure.figures import SkillFigure
 from dapa_merge.measure.harness import PREFIX, Harness, parse_task
 from dapa_merge.measure.prompts.rows import listed_names
 from dapa_merge.measure.prompts.sets import Question, load_questions
+from dapa_merge.measure.statistics import interval
 
 
 @dataclass(frozen=True)

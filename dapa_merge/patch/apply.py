@@ -268,9 +268,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
 
 def _change(patch: Patch, entry: Entry, tensor: Tensor) -> RegionEdit:
     pieces = partial(checked_pieces, patch, entry)
-    return RegionEdit(
-        tensor, whole_box(tensor.shape), (entry.place(tensor),), entry.new_sha256, patch.path.name, pieces
-    )
+    return RegionEdit(tensor, whole_box(tensor.shape), (entry.place(tensor),), entry.new_sha256, pieces)
 
 
 class State(Enum):

@@ -1,14 +1,18 @@
-"""What is written in a target's place: the source's values, or something between, as the target stores them.
+"""All arithmetic on weights: `EDITS` declares how new values are computed.
 
-Both ways of writing and the model in memory compute with `mix`, so that they agree bit for bit.
+The transplant on disk, the merge method, the model in memory and `verify` call the same `Edit`, so that they agree bit
+for bit. The plan says which values change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy
 
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
@@ -18,38 +22,249 @@ from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 if TYPE_CHECKING:
     import torch
 
-    from dapa_merge.plan.plan import Plan
 
-
-# How many elements are read, converted and written at once.
+# Elements that are read, computed and written at once.
 TILE = 1 << 21
 # For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
+# The models that an edit may read, by what a recipe calls them, and the words for them in messages.
+MODELS = {"target": "target", "source": "source", "pretrained": "pretrained model"}
+
+
+@dataclass(frozen=True)
+class Edit(ABC):
+    """Computes new values from those of several models: target + strength * change, rounded once.
+
+    A new edit is a subclass and its entry in `EDITS`.
+
+    Attributes:
+        name: A recipe's `edit`; also the word of `verify` for values that it made.
+        inputs: The models that it reads, of `MODELS`; the plan opens them.
+        copies: The model whose values it takes unchanged; equal dtypes are then copied as bytes, without torch.
+        verb: What it does to parameters, in a card.
+        unit: What one unit is, in messages.
+        divides: Whether a unit can be divided into blocks of rows.
+        strength: In (0, 2].
+    """
+
+    name: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]] = ("target", "source")
+    copies: ClassVar[str | None] = None
+    verb: ClassVar[str] = "changed"
+    unit: ClassVar[str] = "a module of a layer, or a block of its rows"
+    divides: ClassVar[bool] = True
+    strength: float = 1.0
+
+    @abstractmethod
+    def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The difference that a strength of 1 adds to the target.
+
+        Args:
+            values: By model, with the target: float32 or float64, of one shape. Borrowed; do not write to them.
+        """
+
+    @abstractmethod
+    def how(self, models: Mapping[str, str]) -> str:
+        """A participle phrase for a card, as "copied from ...", about `models` by their names or links."""
+
+    @property
+    def origin(self) -> str:
+        """The origin that `verify` reports for values that this edit made."""
+        return self.name
+
+    @property
+    def result(self) -> str:
+        """Words for these values next to "the target's"."""
+        return f"the {self.name}"
+
+    @property
+    def note(self) -> str:
+        """A sentence for the page of a comparison; empty for the usual edit."""
+        models = {name: f"the {word}" for name, word in MODELS.items()}
+        return f"Edit {self.name}: whatever is transplanted is {self.how(models)}, as the recipe has it."
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the new values, for manifest and journal; `make_edit` reads it back."""
+        return {"edit": self.name, "strength": self.strength}
+
+    def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The new values before rounding."""
+        # Each operation rounds: fused ones, as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
+        return values["target"] + self.change(values) * self.strength
+
+    def new_values(
+        self, values: Mapping[str, torch.Tensor], dtype: torch.dtype, rounding: Rounding | None = None
+    ) -> torch.Tensor:
+        """The new values, computed in float32 (float64 if an input is) and rounded once, to nearest.
+
+        Args:
+            values: Those of `inputs`, as stored, of one shape.
+            dtype: The target's.
+            rounding: Counts losses. A value beyond the dtype becomes the largest that it holds.
+
+        Returns:
+            A new tensor of `dtype`, or an input that is copied unchanged.
+        """
+        import torch
+
+        if self.copies is not None and values[self.copies].dtype == dtype:
+            return values[self.copies]
+        precise = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+        inputs = {name: values[name].to(precise) for name in self.inputs}
+        exact = self.exact(inputs)
+        result = exact.to(dtype)
+        limits = torch.finfo(dtype)
+        overflowed = result.isinf()
+        for value in inputs.values():
+            overflowed &= value.isfinite()
+        num_overflowed = int(overflowed.sum())
+        if num_overflowed:
+            result = torch.where(overflowed, torch.sign(exact).to(dtype) * limits.max, result)
+        if rounding is not None:
+            was_normal = exact.abs() >= torch.finfo(exact.dtype).tiny
+            rounding.add(num_overflowed, int((was_normal & (result.abs() < limits.tiny)).sum()))
+        return result
+
+    def tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding | None = None
+    ) -> Iterator[tuple[bytes, dict[str, bytes]]]:
+        """Yield a region's new bytes in tiles, each with the bytes of the inputs by model.
+
+        Loads torch only to compute.
+
+        Args:
+            models: Those of the plan.
+            regions: By model, of equal size; the target's among them.
+            rounding: Counts losses.
+
+        Raises:
+            CheckpointError: If a file changes while it is read.
+        """
+        dtype = regions["target"].tensor.dtype
+        if self.copies is not None and regions[self.copies].tensor.dtype == dtype:
+            for tile in read_tiles(models[self.copies], regions[self.copies]):
+                yield tile, {self.copies: tile}
+            return
+        import torch
+
+        dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
+            inputs = dict(zip(self.inputs, tiles, strict=True))
+            values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
+            result = self.new_values(values, dtypes["target"], rounding)
+            yield result.view(torch.uint8).numpy().tobytes(), inputs
+
+    def checked_tiles(
+        self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
+    ) -> Iterator[bytes]:
+        """Yield a region's new bytes in tiles.
+
+        Raises:
+            CheckpointError: If a value is infinite or not a number, or a file changes while it is read.
+            ValueDoesNotFit: If more values overflow the target's dtype than `rounding` allows.
+        """
+        ours = regions["target"]
+        for tile, inputs in self.tiles(models, regions, rounding):
+            for name, read in inputs.items():
+                if name != "target" and _has_not_finite(read, regions[name]):
+                    raise not_finite(regions[name].name, models, name)
+            rounding.check(regions["source"].name, models["source"], ours.tensor.dtype)
+            if "target" in inputs and _has_not_finite(tile, ours):
+                # Overflows were cut, so that this is the target's own.
+                raise CheckpointError(
+                    f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
+                    f"number, which cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
+                )
+            yield tile
+
+
+class Blend(Edit):
+    """Moves the target's values towards the source's."""
+
+    name = "blend"
+
+    def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["source"] - values["target"]
+
+    def how(self, models: Mapping[str, str]) -> str:
+        return f"moved by {self.strength:g} of the way to that of {models['source']}"
+
+    @property
+    def note(self) -> str:
+        return f"Whatever is transplanted moves {self.strength:g} of the way to the source, as the recipe has it."
+
+    def to_json(self) -> dict[str, Any]:
+        return {"strength": self.strength}
+
+
+class Copy(Blend):
+    """Takes the source's values unchanged."""
+
+    name = "copy"
+    inputs = ("source",)
+    copies = "source"
+    verb = "replaced"
+    origin = "source"
+    result = "the source's"
+    note = ""
+
+    def how(self, models: Mapping[str, str]) -> str:
+        return f"copied from {models['source']}"
+
+    def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["source"]
+
+
+EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend)}
+
+
+def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
+    """An edit from its name and strength; a copy is a blend of strength 1.
+
+    Raises:
+        ValueError: If it is not one of `EDITS`.
+    """
+    if edit not in EDITS:
+        raise ValueError(f"{edit!r:.80} is not an edit; known are {', '.join(EDITS)}")
+    kind = EDITS[edit]
+    if kind in (Copy, Blend):
+        kind = Copy if strength == 1 else Blend
+    return kind(strength)
 
 
 @dataclass
 class Rounding:
-    """What was lost where values were stored in a narrower dtype.
+    """Losses from storing values in a narrower dtype; counted by several threads.
 
     Attributes:
-        overflowed: Values that the dtype cannot hold; each became the largest that it can.
-        subnormal: Values that lost digits, or became zero, because they are smaller than the dtype's normal numbers.
+        max_overflow: Number of overflows allowed.
+        overflowed: Number of values beyond the dtype; each became the largest that it holds.
+        subnormal: Number of values below the dtype's normal numbers, which lost digits or became zero.
     """
 
+    max_overflow: int = 0
     overflowed: int = 0
     subnormal: int = 0
     _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
-    def add(self, overflowed: int, subnormal: int) -> int:
-        """Count more; returns how many have overflowed in all."""
+    def add(self, overflowed: int, subnormal: int) -> None:
+        """Count more."""
         with self._lock:
             self.overflowed += overflowed
             self.subnormal += subnormal
-            return self.overflowed
+
+    def check(self, name: str, source: Checkpoint, dtype: str) -> None:
+        """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the source's tensor of the last."""
+        if self.overflowed > self.max_overflow:
+            raise ValueDoesNotFit(
+                f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
+                f"least {self.overflowed} overflow, and {self.max_overflow} may; with `max_overflow` under "
+                f"`parameters` more may, and become the largest value that fits"
+            )
 
 
 def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE) -> Iterator[bytes]:
-    """The bytes of a region in order, in tiles of `num_elements`; the last may be shorter.
+    """Yield the bytes of a region in order, in tiles of `num_elements`; the last may be shorter.
 
     Raises:
         CheckpointError: If the file ends early, because it changed since its header was read.
@@ -76,124 +291,15 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
         yield bytes(tile)
 
 
-def new_tiles(plan: Plan, ours: Region, theirs: Region, rounding: Rounding | None = None) -> Iterator[bytes]:
-    """What a region of the target becomes, in tiles, if nothing speaks against it.
-
-    Args:
-        plan: The models, the strength, and how many values may overflow.
-        ours: The target's region.
-        theirs: The source's, of as many elements.
-        rounding: Counts what is lost.
-
-    Raises:
-        CheckpointError: If a value of the source is infinite or not a number, or a file changes while it is read.
-        ValueDoesNotFit: If more values than `plan.max_overflow` are too large for the target's dtype.
-    """
-    rounding = rounding or Rounding()
-    for tile, source in mixed_tiles(plan, ours, theirs, rounding):
-        _refuse_not_finite(source, plan.source, theirs)
-        if rounding.overflowed > plan.max_overflow:
-            raise does_not_fit(theirs.name, plan, ours.tensor.dtype, rounding)
-        if plan.strength != 1 and _has_not_finite(tile, ours):
-            # What overflows was cut; only the target's own can be left.
-            raise CheckpointError(
-                f"{ours.name} of the target {plan.target.name} holds values that are infinite or not a number, which "
-                f"cannot be mixed; with `strength: 1` they are replaced"
-            )
-        yield tile
-
-
-def mixed_tiles(
-    plan: Plan, ours: Region, theirs: Region, rounding: Rounding | None = None
-) -> Iterator[tuple[bytes, bytes]]:
-    """What a region of the target becomes, in tiles, and the source's bytes of the same elements.
-
-    Loads torch only if there is anything to compute.
-    """
-    if plan.strength == 1 and ours.tensor.dtype == theirs.tensor.dtype:
-        for tile in read_tiles(plan.source, theirs):
-            yield tile, tile
-        return
-    import torch
-
-    ours_dtype, theirs_dtype = (getattr(torch, TORCH_NAMES[region.tensor.dtype]) for region in (ours, theirs))
-    own_tiles = read_tiles(plan.target, ours) if plan.strength != 1 else None
-    for tile in read_tiles(plan.source, theirs):
-        source = torch.frombuffer(bytearray(tile), dtype=theirs_dtype)
-        own = torch.frombuffer(bytearray(next(own_tiles)), dtype=ours_dtype) if own_tiles is not None else None
-        mixed = mix(own, source, plan.strength, ours_dtype, rounding)
-        yield mixed.view(torch.uint8).numpy().tobytes(), tile
-
-
-def mix(
-    own: torch.Tensor | None,
-    source: torch.Tensor,
-    strength: float,
-    dtype: torch.dtype,
-    rounding: Rounding | None = None,
-) -> torch.Tensor:
-    """The target's values moved towards the source's: own + strength * (source - own), rounded once, to nearest.
-
-    It is computed in float32, or in float64 where an input is; with a strength of 1 it is the source's value itself.
-
-    Args:
-        own: The target's values; not needed with a strength of 1.
-        source: The source's, of the same shape.
-        strength: From 0 to 1, or beyond.
-        dtype: What the target stores.
-        rounding: Counts what is lost. A value beyond the dtype becomes the largest that it holds.
-
-    Returns:
-        A new tensor of `dtype`, unless nothing had to be done.
-    """
-    import torch
-
-    exact = source
-    is_finite = source.isfinite()
-    if strength != 1:
-        assert own is not None
-        precise = torch.float64 if torch.float64 in (own.dtype, source.dtype) else torch.float32
-        base = own.to(precise)
-        # Operations that are each rounded: fused, as by `lerp` or `add(alpha=...)`, a GPU's would differ from a CPU's.
-        exact = base + (source.to(precise) - base) * strength
-        is_finite &= own.isfinite()
-    result = exact.to(dtype)
-    limits = torch.finfo(dtype)
-    overflowed = result.isinf() & is_finite
-    num_overflowed = int(overflowed.sum())
-    if num_overflowed:
-        result = torch.where(overflowed, torch.sign(exact).to(dtype) * limits.max, result)
-    if rounding is not None:
-        was_normal = exact.abs() >= torch.finfo(exact.dtype).tiny
-        rounding.add(num_overflowed, int((was_normal & (result.abs() < limits.tiny)).sum()))
-    return result
-
-
-def does_not_fit(name: str, plan: Plan, dtype: str, rounding: Rounding) -> ValueDoesNotFit:
-    """The error for more values that a dtype cannot hold than a plan allows; `name` is the source's tensor."""
-    return ValueDoesNotFit(
-        f"{name} of the source {plan.source.name} has values that {dtype}, the target's dtype, cannot hold: "
-        f"at least {rounding.overflowed} overflow, and {plan.max_overflow} may; with `max_overflow` under `parameters` "
-        f"more may, and become the largest value that fits"
-    )
-
-
-def not_finite(name: str, checkpoint: Checkpoint, role: str = "source") -> CheckpointError:
-    """The error for a tensor with values that are no numbers; `role` says whose it is."""
+def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:
+    """The error for a model's tensor that holds infinite values or NaN."""
     return CheckpointError(
-        f"{name} of the {role} {checkpoint.name} holds values that are infinite or not a number; it is damaged"
+        f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
+        f"it is damaged"
     )
-
-
-def _refuse_not_finite(tile: bytes, source: Checkpoint, theirs: Region) -> None:
-    """Raise if a value in a tile is infinite or not a number."""
-    if _has_not_finite(tile, theirs):
-        raise not_finite(theirs.name, source)
 
 
 def _has_not_finite(tile: bytes, region: Region) -> bool:
     """Whether a value in a tile is infinite or not a number: all bits of its exponent are set."""
-    import numpy
-
     width, exponent = EXPONENTS[region.tensor.dtype]
     return bool(((numpy.frombuffer(tile, dtype=width) & exponent) == exponent).any())

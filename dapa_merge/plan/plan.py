@@ -1,4 +1,4 @@
-"""Which tensors a recipe is about: the units of a target and their twins in the source, checked against each other."""
+"""The units of a target that may change, and their twins in the other models, checked against each other."""
 
 from __future__ import annotations
 
@@ -18,103 +18,129 @@ from dapa_merge.checkpoint.units import (
     join_ranges,
 )
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.plan.edit import MODELS, Copy, Edit
+
+# Copies the source's values as they are.
+COPY = Copy()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A target, a source that fits it, and the units that may move from one to the other.
+    """A target, the models that its new values come from, and the units that may change.
 
     Attributes:
-        target: The checkpoint to repair.
-        source: The aligned checkpoint of the same family.
+        models: By what a recipe calls them: `target`, `source`, and `pretrained` if the edit reads it.
         units: Every candidate unit, in the order of the layers.
-        twins: For each whole unit, the source's, whose tensors may be cut and named otherwise.
-        strength: How far a selected value moves from the target's (0) to the source's (1).
-        max_overflow: How many values that the target's dtype cannot hold are cut to the largest that it can.
+        twins: For each whole unit, the same unit in every model; tensors may be fused and named differently there.
+        edit: How new values are computed.
+        max_overflow: Number of values beyond the target's dtype that may be cut to the largest that it holds.
     """
 
-    target: Checkpoint
-    source: Checkpoint
+    models: Mapping[str, Checkpoint]
     units: tuple[Unit, ...]
-    twins: Mapping[Unit, Unit]
-    strength: float = 1.0
+    twins: Mapping[Unit, Mapping[str, Unit]]
+    edit: Edit = COPY
     max_overflow: int = 0
 
-    def regions(self, selection: Iterable[Unit]) -> Iterator[tuple[Region, Region]]:
-        """Pairs of what is replaced in the target, and what of the source comes in its place: as many elements."""
+    @property
+    def target(self) -> Checkpoint:
+        """The checkpoint to repair."""
+        return self.models["target"]
+
+    @property
+    def source(self) -> Checkpoint:
+        """The aligned checkpoint of the same family."""
+        return self.models["source"]
+
+    @property
+    def others(self) -> dict[str, Checkpoint]:
+        """The models but the target."""
+        return {name: checkpoint for name, checkpoint in self.models.items() if name != "target"}
+
+    def regions(self, selection: Iterable[Unit]) -> Iterator[dict[str, Region]]:
+        """Yield the places of a selection's values, part by part: a region of equal size in each model."""
         for unit in selection:
-            twin = replace(self.twins[unit.whole], rows=unit.rows)
-            for ours, theirs in zip(unit.parts, twin.parts, strict=True):
-                yield region_of(self.target, ours), region_of(self.source, theirs)
+            twins = self.twins[unit.whole]
+            for parts in zip(*(replace(twin, rows=unit.rows).parts for twin in twins.values()), strict=True):
+                yield {name: region_of(self.models[name], part) for name, part in zip(twins, parts, strict=True)}
 
     def rows(self, unit: Unit) -> Rows:
-        """Which rows of its layer's module a unit is."""
+        """The rows of its layer's module that a unit covers."""
         return unit.rows or (0, unit.num_rows)
 
     def part(self, whole: Unit, rows: Rows) -> Unit:
-        """A block of a whole unit; all of its rows are the unit itself."""
+        """The block of a whole unit with these rows; the unit itself if they are all of its rows."""
         return whole if rows == self.rows(whole) else replace(whole, rows=rows)
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
-        """How many parameters of the target a selection replaces."""
-        return sum(region.num_parameters for region, _ in self.regions(selection))
+        """The number of the target's parameters that a selection changes."""
+        return sum(regions["target"].num_parameters for regions in self.regions(selection))
 
     def num_bytes(self, selection: Iterable[Unit]) -> int:
-        """How many bytes of the target a selection replaces."""
-        return sum(region.num_bytes for region, _ in self.regions(selection))
+        """The number of the target's bytes that a selection changes."""
+        return sum(regions["target"].num_bytes for regions in self.regions(selection))
 
     def share(self, selection: Iterable[Unit]) -> float:
-        """The share of the target's parameters that a selection replaces, in [0, 1]."""
+        """The share of the target's parameters that a selection changes, in [0, 1]."""
         return self.num_parameters(selection) / self.target.num_parameters
 
 
 def plan_transplant(
-    target: Checkpoint, source: Checkpoint, modules: Sequence[str], *, strength: float = 1.0, max_overflow: int = 0
+    target: Checkpoint,
+    source: Checkpoint,
+    modules: Sequence[str],
+    *,
+    pretrained: Checkpoint | None = None,
+    edit: Edit = COPY,
+    max_overflow: int = 0,
 ) -> Plan:
-    """Find the units of both models and check that each fits in the other's place.
+    """Find the units of all models and check that each fits in the target's place.
 
     Raises:
         CheckpointError: If the models are of different architectures or sizes, or are quantized.
         UnsupportedArchitecture: If their units cannot be found.
     """
-    for checkpoint in (target, source):
-        check_not_quantized(checkpoint)
-    ours, theirs = architecture_name(target.config), architecture_name(source.config)
-    if ours != theirs:
-        raise CheckpointError(
-            f"the source {source.name} is a {theirs} but the target {target.name} is a {ours}; "
-            f"a source must be of the target's own family"
-        )
-    units = find_units(target.config, target.shapes, modules)
-    twins = find_units(source.config, source.shapes, modules)
-    if (found := _num_layers(twins)) != (wanted := _num_layers(units)):
-        raise CheckpointError(
-            f"the source {source.name} has {found} layers but the target {target.name} has {wanted}; "
-            f"a source must have the target's own size"
-        )
-    plan = Plan(target, source, units, dict(zip(units, twins, strict=True)), strength, max_overflow)
+    models = {"target": target, "source": source} | ({} if pretrained is None else {"pretrained": pretrained})
+    assert set(edit.inputs) <= set(models), f"{edit.name} reads {edit.inputs}"
+    found = {name: _find_units(name, models, modules) for name in models}
+    units = found["target"]
+    for name, theirs in found.items():
+        if (has := _num_layers(theirs)) != (wanted := _num_layers(units)):
+            raise CheckpointError(
+                f"the {MODELS[name]} {models[name].name} has {has} layers but the target {target.name} has {wanted}; "
+                f"a {MODELS[name]} must have the target's own size"
+            )
+    twins = {same[0]: dict(zip(found, same, strict=True)) for same in zip(*found.values(), strict=True)}
+    plan = Plan(models, units, twins, edit, max_overflow)
     for unit in units:
-        _check_twin(unit, plan)
+        _check_twins(unit, plan)
     return plan
 
 
+def with_modules(plan: Plan, modules: Sequence[str]) -> Plan:
+    """The same plan of other modules; raises as `plan_transplant` does."""
+    return plan_transplant(**plan.models, modules=modules, edit=plan.edit, max_overflow=plan.max_overflow)
+
+
 def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Plan:
-    """The plan of a search among blocks of some of its units; the last block of each may be shorter.
+    """The plan of a search among blocks of some units, whole or already blocks; a unit's last block may be shorter.
 
     Args:
-        plan: Target and source.
-        units: What to divide, whole or already blocks.
-        rows_per_block: Rows (neurons) of a block, at least 1; None for a block of each expert.
+        plan: The models and the edit.
+        units: The units to divide.
+        rows_per_block: Rows (neurons) of a block, at least 1; None for one block per expert.
 
     Raises:
-        UsageError: If a unit's rows are not neurons.
+        UsageError: If a unit's rows are not neurons, or the edit's units cannot be divided.
     """
     blocks: list[Unit] = []
+    if not plan.edit.divides:
+        raise UsageError(f"a unit of the edit {plan.edit.name} is {plan.edit.unit}, and cannot be divided")
     for unit in units:
         if unit.module not in DIVISIBLE_MODULES:
             raise UsageError(
-                f"{unit} cannot be divided into blocks of rows; only {' and '.join(DIVISIBLE_MODULES)} can, "
-                f"whose every row is one neuron"
+                f"{unit} cannot be divided into blocks of rows; only {' and '.join(DIVISIBLE_MODULES)} can, because "
+                f"each of their rows is one neuron"
             )
         first, stop = plan.rows(unit)
         ends = {part.first_row for part in unit.parts} if rows_per_block is None else range(first, stop, rows_per_block)
@@ -123,7 +149,7 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Pla
 
 
 def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
-    """The same rows in as few units as can be, in the plan's order: blocks that touch as one, all rows as the unit."""
+    """The same rows in the fewest units, in the plan's order: adjacent blocks become one, all rows the whole unit."""
     ranges: dict[Unit, list[Rows]] = {unit.whole: [] for unit in (*plan.units, *units)}
     for unit in units:
         ranges[unit.whole].append(plan.rows(unit))
@@ -131,7 +157,7 @@ def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
 
 
 def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
-    """The plan's units made whole and cut at the ends of `blocks`: these blocks, and the gaps between them."""
+    """The plan with whole units cut at the ends of `blocks`: into these blocks and the gaps between them."""
     ends: dict[Unit, set[int]] = {unit.whole: set() for unit in plan.units}
     for block in blocks:
         if block.rows is not None and block.whole in ends:
@@ -143,39 +169,55 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
 
 
 def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
-    """The plan by which a result is judged that should have this selection, cut at the ends of its blocks.
+    """The plan to verify a result that should have this selection, cut at the ends of its blocks.
 
-    Of a source that is fetched as it is read, the plan has no other units: they must be the target's, as everything
-    else, and nothing is fetched to tell what they are instead.
+    If a model is fetched as it is read, the plan holds no other units: they must be the target's, and nothing is
+    fetched to say what else they are.
     """
     chosen = tuple(selection)
-    if plan.source.partial is not None:
+    if any(checkpoint.partial is not None for checkpoint in plan.others.values()):
         plan = replace(plan, units=tuple(dict.fromkeys(unit.whole for unit in chosen)))
     return cut(plan, chosen)
 
 
 def region_of(checkpoint: Checkpoint, part: TensorBox) -> Region:
-    """Where a part of a unit lies in a checkpoint's files."""
+    """The place of a unit's part in a checkpoint's files."""
     return Region.of(checkpoint.tensors[part.tensor], part)
 
 
-def _check_twin(unit: Unit, plan: Plan) -> None:
-    """Raise `CheckpointError` unless a unit and its twin in the source are of the same size, and of floats."""
-    twin = plan.twins[unit]
-    if unit != twin or len(unit.parts) != len(twin.parts):
-        odd = sorted(set(unit.tensors) ^ set(twin.tensors))
-        what = f"tensor {odd[0]}" if odd else f"{len(unit.parts)} parts in {unit}"
-        raise CheckpointError(f"only one of {plan.target.name} and {plan.source.name} has {what}")
-    for ours, theirs in plan.regions((unit,)):
-        if ours.extents != theirs.extents:
-            raise CheckpointError(
-                f"{theirs.name} is {list(theirs.shape)} in the source {plan.source.name} but {list(ours.shape)} in the "
-                f"target {plan.target.name}; a source must have the target's own size"
-            )
-        for region, checkpoint in ((ours, plan.target), (theirs, plan.source)):
+def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[str]) -> tuple[Unit, ...]:
+    """The units of one of the models, if it is of the target's architecture."""
+    checkpoint, target = models[name], models["target"]
+    check_not_quantized(checkpoint)
+    ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)
+    if ours != theirs:
+        raise CheckpointError(
+            f"the {MODELS[name]} {checkpoint.name} is a {theirs} but the target {target.name} is a {ours}; "
+            f"a {MODELS[name]} must be of the target's own family"
+        )
+    return find_units(checkpoint.config, checkpoint.shapes, modules)
+
+
+def _check_twins(unit: Unit, plan: Plan) -> None:
+    """Raise `CheckpointError` unless a unit and its twins have equal sizes and hold floats."""
+    for name, twin in plan.twins[unit].items():
+        if unit != twin or len(unit.parts) != len(twin.parts):
+            odd = sorted(set(unit.tensors) ^ set(twin.tensors))
+            what = f"tensor {odd[0]}" if odd else f"{len(unit.parts)} parts in {unit}"
+            raise CheckpointError(f"only one of {plan.target.name} and {plan.models[name].name} has {what}")
+    for regions in plan.regions((unit,)):
+        ours = regions["target"]
+        for name, theirs in regions.items():
+            if ours.extents != theirs.extents:
+                raise CheckpointError(
+                    f"{theirs.name} is {list(theirs.shape)} in the {MODELS[name]} {plan.models[name].name} but "
+                    f"{list(ours.shape)} in the target {plan.target.name}; a {MODELS[name]} must have the target's own "
+                    f"size"
+                )
+        for name, region in regions.items():
             if region.tensor.dtype not in TORCH_NAMES:
                 raise CheckpointError(
-                    f"{region.tensor.name} of {checkpoint.name} is stored as {region.tensor.dtype}; "
+                    f"{region.tensor.name} of {plan.models[name].name} is stored as {region.tensor.dtype}; "
                     f"only {', '.join(TORCH_NAMES.values())} can be transplanted"
                 )
 

@@ -1,27 +1,25 @@
-"""Which units a recipe is about, which of them it names, and what is asked. Loads no torch."""
+"""A recipe's plan: its models opened, its edit, and the units that it names."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import Any, cast
 
-from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.convert import MergeCache, open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import RecipeError, UnsupportedArchitecture
-from dapa_merge.plan.plan import Plan, divide, join, plan_transplant
+from dapa_merge.plan.edit import MODELS, Edit, make_edit
+from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from dapa_merge.checkpoint.convert import MergeCache
-
-
-# mergekit's name for the recipe in its output; ours has the layers that were found.
+# mergekit's name for the recipe in its output; ours names the layers that were found.
 RECIPE_NAME = "mergekit_config.yml"
 
 
@@ -33,94 +31,128 @@ def make_plan(
     allow_pickle: bool = False,
     merge_cache: MergeCache | None = None,
 ) -> Plan:
-    """Open both checkpoints, find their units and check the recipe against them. Loads no torch.
+    """Open the checkpoints, find their units and check the recipe against them.
 
     Args:
-        recipe: What to repair, with what.
-        partial: Fetch of a source on the Hub what is read of it, rather than the whole model.
-        partial_target: The same for the target, where nobody is going to copy it.
-        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
-        merge_cache: Where a running mergekit keeps merged LoRAs.
+        recipe: The recipe.
+        partial: Fetch only the parts that are read, of every model on the Hub but the target.
+        partial_target: Fetch only the parts that are read of the target too; it can then not be copied.
+        allow_pickle: Read pickled weights, as tensors only, if there are no others.
+        merge_cache: A running mergekit's cache of merged LoRAs.
 
     Raises:
-        DapaError: With the sentence for whatever does not fit.
+        DapaError: If a model or the recipe does not fit.
     """
-    how: dict[str, Any] = {"allow_pickle": allow_pickle, "merge_cache": merge_cache}
-    plan = open_plan(recipe, partial=partial, partial_target=partial_target, **how)
-    target, source = plan.target, plan.source
-    if target.folder.samefile(source.folder):
-        # By another name, as `id@main` for `id`.
-        where = recipe.where("models[0].model")
-        raise RecipeError(f"{where}: the source is the target itself, {target.name}; name its aligned sibling")
-    _check_dtype(recipe, target)
-    if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
+    plan = open_plan(
+        recipe, partial=partial, partial_target=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache
+    )
+    for (one, first), (other, second) in combinations(plan.models.items(), 2):
+        if first.folder.samefile(second.folder):
+            # Named differently, as `id@main` and `id`.
+            where = recipe.where("models[0].model" if other == "source" else f"parameters.{other}")
+            hint = "its aligned sibling" if other == "source" else "what target and source were both fine-tuned from"
+            raise RecipeError(f"{where}: the {MODELS[other]} is the {one} itself, {first.name}; name {hint}")
+    _check_dtype(recipe, plan.target)
+    where = recipe.where("parameters.granularity")
+    if recipe.granularity != "layer" and not plan.edit.divides:
         raise RecipeError(
-            f"{recipe.where('parameters.granularity')} is expert, but {target.name} has none; write layer or block:N"
+            f"{where} is {recipe.granularity}, but a unit of the edit {plan.edit.name} is {plan.edit.unit}; write layer"
         )
-    # A layer that the target does not have is told now.
+    if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
+        raise RecipeError(f"{where} is expert, but {plan.target.name} has none; write layer or block:N")
+    # Refuses layers outside the target now.
     given_selection(recipe, plan)
     return plan
 
 
 def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = False, **how: Any) -> Plan:
-    """Open both checkpoints and find their units, as `make_plan` does, but look at nothing else of the recipe."""
-    target = open_location(recipe.target, partial=partial_target, **how)
-    source = open_location(recipe.source, partial=partial, **how)
-    return plan_transplant(target, source, recipe.modules, strength=recipe.strength, max_overflow=recipe.max_overflow)
+    """Open the checkpoints and find their units as `make_plan` does, without its checks of the recipe."""
+    models = {
+        name: open_location(location, partial=partial_target if name == "target" else partial, **how)
+        for name, location in models_of(recipe).items()
+    }
+    return plan_transplant(**models, modules=recipe.modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
+
+
+def edit_of(recipe: Recipe) -> Edit:
+    """The recipe's edit; raises `RecipeError` if `EDITS` does not have it."""
+    try:
+        return make_edit(recipe.edit, recipe.strength)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.where('parameters.edit')}: {error}") from None
+
+
+def models_of(recipe: Recipe) -> dict[str, Location]:
+    """The models that decide the recipe's result, the target first.
+
+    Raises:
+        RecipeError: If the recipe does not name a model that its edit reads.
+    """
+    edit = edit_of(recipe)
+    models = {"target": recipe.target, "source": recipe.source}
+    if "pretrained" in edit.inputs:
+        if recipe.pretrained is None:
+            raise RecipeError(
+                f"{recipe.where('parameters.edit')}: the edit {edit.name} reads the model that target and source were "
+                f"both fine-tuned from; name it with `pretrained` under `parameters`"
+            )
+        models["pretrained"] = recipe.pretrained
+    return models
 
 
 def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
-    """The same two models, with the units of every module that both have beside the recipe's."""
+    """The plan of the recipe's modules and every other module that the models have."""
     modules = list(recipe.modules)
-    settings: dict[str, Any] = {"strength": recipe.strength, "max_overflow": recipe.max_overflow}
     for module in SEPARATE_MODULES:
         if module not in modules:
             try:
-                plan_transplant(chosen.target, chosen.source, (module,), **settings)
+                with_modules(chosen, (module,))
             except UnsupportedArchitecture:
                 continue
             modules.append(module)
     if not {"gate", "up", "mlp"} & set(modules):
-        # Gate and up in every second row of one tensor are units together only.
+        # Where gate and up alternate in the rows of one tensor, only the MLP as a whole is a unit.
         modules.append("mlp")
-    return plan_transplant(chosen.target, chosen.source, tuple(modules), **settings)
+    return with_modules(chosen, modules)
 
 
 def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
-    """The units that a recipe names, in the plan's order, blocks that touch as one; None if it wants a search.
+    """The units that a recipe names, in the plan's order, adjacent blocks joined; None if it asks for a search.
 
     Raises:
-        RecipeError: If it names a layer that the model does not have, or rows.
+        RecipeError: If it names a layer, module or rows that the target does not have.
     """
     if recipe.layers is None:
         return None
-    num_layers = plan.units[-1].layer + 1
+    where, num_layers = recipe.where("parameters.layers"), plan.units[-1].layer + 1
     chosen: list[Unit] = []
     for choice in recipe.layers:
         if choice.layer >= num_layers:
             raise RecipeError(
-                f"{recipe.where('parameters.layers')}: layer {choice.layer} is outside the target, "
-                f"which has layers 0 to {num_layers - 1}"
+                f"{where}: layer {choice.layer} is outside the target, which has layers 0 to {num_layers - 1}"
             )
         named = [unit for unit in plan.units if unit.layer == choice.layer and choice.module in (None, unit.module)]
         if not named:
-            raise RecipeError(
-                f"{recipe.where('parameters.layers')}: layer {choice.layer} of the target "
-                f"has no {choice.module or 'unit'}"
-            )
+            raise RecipeError(f"{where}: layer {choice.layer} of the target has no {choice.module or 'unit'}")
         if choice.rows is not None and choice.rows[1] > (num_rows := plan.rows(named[0])[1]):
             raise RecipeError(
-                f"{recipe.where('parameters.layers')}: {choice} is outside the target, "
-                f"whose {choice.layer}.{choice.module} has rows 0 to {num_rows - 1}"
+                f"{where}: {choice} is outside the target, whose {choice.layer}.{choice.module} has rows 0 to "
+                f"{num_rows - 1}"
             )
         chosen += [unit if choice.rows is None else plan.part(unit, choice.rows) for unit in named]
     return join(plan, chosen)
 
 
-def pinned_location(location: Location, checkpoint: Checkpoint) -> Location:
-    """The same model from any folder and at any later time: by its commit on the Hub, or by its absolute path.
+def with_pinned_models(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe with each of the plan's models named as by `pinned_location`."""
+    models = {name: pinned_location(getattr(recipe, name), checkpoint) for name, checkpoint in plan.models.items()}
+    return replace(recipe, **cast("dict[str, Any]", models))
 
-    A relative path would mean another model in another folder, and at worst a stranger's repository on the Hub.
+
+def pinned_location(location: Location, checkpoint: Checkpoint) -> Location:
+    """A name for the same model that holds in any folder and later: its commit on the Hub, or its absolute path.
+
+    In another folder, a relative path names another model or, at worst, a stranger's repository on the Hub.
     """
     if location.adapter is None:
         return _pinned(location, checkpoint.commit)
@@ -133,20 +165,19 @@ def _pinned(location: Location, commit: str | None) -> Location:
 
 
 def fetch_units(plan: Plan, units: Iterable[Unit]) -> None:
-    """Fetch the source's bytes of these units at once, if they are on the Hub, rather than one by one later.
+    """Fetch these units of the other models at once rather than one by one.
 
     Raises:
-        HubError: If the Hub does not give them; what came is kept for the next time.
+        HubError: If the Hub does not send them; parts that arrived are kept.
     """
-    ranges = [
-        (theirs.tensor.file, start, start + num_bytes)
-        for _, theirs in plan.regions(units)
-        for start, num_bytes in theirs.runs()
-    ]
-    if num_bytes := plan.source.num_missing(ranges):
-        LOG.info(f"fetching {num_bytes / 1e6:.1f} MB of {plan.source.name}")
-        with task("fetching the source's units", num_bytes, "bytes"):
-            plan.source.ensure_all(ranges)
+    places = list(plan.regions(units))
+    for name, checkpoint in plan.others.items():
+        regions = [regions[name] for regions in places]
+        ranges = [(one.tensor.file, start, start + size) for one in regions for start, size in one.runs()]
+        if num_bytes := checkpoint.num_missing(ranges):
+            LOG.info(f"fetching {num_bytes / 1e6:.1f} MB of {checkpoint.name}")
+            with task(f"fetching the {MODELS[name]}'s units", num_bytes, "bytes"):
+                checkpoint.ensure_all(ranges)
 
 
 def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:
@@ -157,5 +188,5 @@ def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:
             place = recipe.where("dtype", "out_dtype")
             raise RecipeError(
                 f"{place} is {recipe.dtype}, but the target stores {tensor.name} as {tensor.dtype}; "
-                f"the result keeps the target's dtypes, so leave it out"
+                f"the result keeps the target's dtypes; remove the key"
             )

@@ -83,8 +83,8 @@ def render_card(facts: CardFacts, before: CardFile, said: Mapping[str, str]) -> 
     if kept.get("license") == before.said.get("inherited"):
         # It was not somebody's word, and their cards may say something else now.
         kept = {key: value for key, value in kept.items() if not key.startswith("license")}
-    if facts.licence is not None and "license" not in said:
-        said = {**said, "inherited": facts.licence.key}
+    if facts.license is not None and "license" not in said:
+        said = {**said, "inherited": facts.license.key}
     head = yaml.safe_dump(card_metadata(facts, kept), sort_keys=False, allow_unicode=True, width=1000)
     # Two hyphens end a comment.
     note = json.dumps(dict(said)).replace("--", "\\u002d\\u002d")
@@ -131,7 +131,7 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
         model_name=facts.title.rpartition("/")[2] if measured else None,
         eval_results=_results(facts, measured) if measured else None,
     ).to_dict()
-    made = dict(data) | (facts.licence.to_metadata() if facts.licence else {})
+    made = dict(data) | (facts.license.to_metadata() if facts.license else {})
     if repositories:
         made["base_model_relation"] = "merge"
     return _ordered(_joined(made, kept))

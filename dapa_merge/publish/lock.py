@@ -28,8 +28,9 @@ from dapa_merge.checkpoint.open import TEMPLATES
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, HubError, RecipeError
 from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import given_selection
+from dapa_merge.plan.selection import given_selection, models_of
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.transplant.manifest import sha256_of, text_of
@@ -56,6 +57,7 @@ class Lock:
         source: The same of the source.
         units: What was transplanted, as `3.gate`.
         versions: Of the packages that took part, by name.
+        pretrained: The same of the pretrained model; empty if the edit does not read it.
     """
 
     recipe: str
@@ -63,6 +65,12 @@ class Lock:
     source: tuple[Upstream, ...]
     units: tuple[str, ...]
     versions: Mapping[str, str]
+    pretrained: tuple[Upstream, ...] = ()
+
+    def of(self, model: str) -> tuple[Upstream, ...]:
+        """What was locked of one of the models, by what a recipe calls it."""
+        locked: tuple[Upstream, ...] = getattr(self, model)
+        return locked
 
     def with_units(self, units: Iterable[object]) -> Lock:
         """The same with another selection."""
@@ -106,7 +114,8 @@ def pin(recipe: Recipe, lock: Lock) -> Recipe:
         raise RecipeError(
             "the recipe does not say what it said when it was locked; run it without --locked, which locks it anew"
         )
-    return replace(recipe, target=_pinned(recipe.target, lock.target), source=_pinned(recipe.source, lock.source))
+    models: dict[str, Any] = {name: _pinned(place, lock.of(name)) for name, place in models_of(recipe).items()}
+    return replace(recipe, **models)
 
 
 def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
@@ -121,9 +130,9 @@ def check_lock(lock: Lock, plan: Plan) -> None:
     Raises:
         HubError: If one of them moved in between.
     """
-    for checkpoint, locked in ((plan.target, lock.target), (plan.source, lock.source)):
+    for name, checkpoint in plan.models.items():
         opened = checkpoint.merged_from or (checkpoint.commit,)
-        for commit, upstream in zip(opened, locked, strict=True):
+        for commit, upstream in zip(opened, lock.of(name), strict=True):
             if commit != upstream.commit:
                 raise HubError(f"{upstream} moved to {commit} while it was opened; run the command again")
 
@@ -145,8 +154,7 @@ def lock_text(lock: Lock) -> str:
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
-        "target": [_plain(upstream) for upstream in lock.target],
-        "source": [_plain(upstream) for upstream in lock.source],
+        **{name: [_plain(upstream) for upstream in lock.of(name)] for name in MODELS if lock.of(name)},
         "selection": ",".join(lock.units),
         "versions": dict(lock.versions),
     }
@@ -188,6 +196,7 @@ def parse_lock(text: str, name: str) -> Lock:
             source=tuple(map(_upstream, content["source"])),
             units=tuple(text_of(content["selection"]).split(",")) if content["selection"] else (),
             versions={text_of(package): text_of(number) for package, number in content["versions"].items()},
+            pretrained=tuple(map(_upstream, content.get("pretrained", ()))),
         )
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]

@@ -14,6 +14,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, DapaError, HubError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import ask, find
+from dapa_merge.plan.selection import models_of
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.commit import open_requests
 from dapa_merge.publish.lock import (
@@ -87,12 +88,10 @@ def make_lock(recipe: Recipe) -> Lock:
     Raises:
         DapaError: If one of them cannot be read, or the Hub not be asked.
     """
-    total = sum(num_bytes(part) for location in (recipe.target, recipe.source) for part in base_and_adapter(location))
-    with task("locking", total, "bytes"):
-        target, source = (
-            tuple(look_at(part) for part in base_and_adapter(location)) for location in (recipe.target, recipe.source)
-        )
-    return Lock(recipe_digest(recipe), target, source, (), versions())
+    parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
+    with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
+        models = {name: tuple(map(look_at, of_model)) for name, of_model in parts.items()}
+    return Lock(recipe_digest(recipe), **models, units=(), versions=versions())
 
 
 def follow_lock(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
@@ -109,7 +108,8 @@ def follow_lock(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
         raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
     recipe = pin(recipe, lock)
     now = make_lock(recipe)
-    for before, after in zip((*lock.target, *lock.source), (*now.target, *now.source), strict=True):
+    pairs = (pair for name in models_of(recipe) for pair in zip(lock.of(name), now.of(name), strict=True))
+    for before, after in pairs:
         moved = changed_files(before, after)
         if moved.matters:
             raise CheckpointError(
@@ -164,7 +164,7 @@ def _locks(path: Path, repository: str | None) -> Iterator[tuple[str, Lock]]:
 def _compared(recipe: Recipe, place: str, lock: Lock) -> News:
     if recipe_digest(recipe) != lock.recipe:
         return News(place, recipe_changed=True)
-    pairs = [*_pairs("target", recipe.target, lock.target), *_pairs("source", recipe.source, lock.source)]
+    pairs = [pair for name, place in models_of(recipe).items() for pair in _pairs(name, place, lock.of(name))]
     with task("comparing", sum(num_bytes(location) for _, location, _ in pairs), "bytes"):
         return News(place, False, tuple((role, movement(before, part)) for role, part, before in pairs))
 

@@ -1,6 +1,6 @@
-"""What a model's own card says of it: the licence, the languages and the task that a result inherits.
+"""What a model's own card says of it: the license, the languages and the task that a result inherits.
 
-The licence that a model inherits from those that it was made of.
+The license that a model inherits from those that it was made of.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Parent:
         name: What to call it in a card: the Hub id, or the folder's own name, without the path to it.
         repository: Its id on the Hub; None if it is a folder here.
         commit: Its commit on the Hub, if that is known.
-        licence: What its card states.
+        license: What its card states.
         languages: What its card states.
         task: What its card states, as `text-generation`.
     """
@@ -43,7 +43,7 @@ class Parent:
     name: str
     repository: str | None
     commit: str | None
-    licence: Licence | None
+    license: License | None
     languages: tuple[str, ...]
     task: str | None
 
@@ -80,7 +80,7 @@ def describe_parent(role: str, location: Location) -> Parent:
         name,
         repository,
         commit,
-        licence_in(metadata, place),
+        license_in(metadata, place),
         _languages(metadata.get("language")),
         task,
     )
@@ -113,7 +113,7 @@ def _read(path: Path) -> str:
 
 
 def _fetched(location: Location) -> tuple[str, str]:
-    """The commit of a model on the Hub, and its card as it is now: a licence is corrected afterwards at times."""
+    """The commit of a model on the Hub, and its card as it is now: a license is corrected afterwards at times."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -144,8 +144,8 @@ LINK = re.compile(r"https?://[^\s()<>\"'\[\]]{1,500}")
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A licence as the metadata of a model card has it.
+class License:
+    """A license as the metadata of a model card has it.
 
     Attributes:
         key: The Hub's identifier, as `apache-2.0`.
@@ -162,7 +162,7 @@ class Licence:
 
     @property
     def identity(self) -> tuple[str, str | None]:
-        """What two licences have in common if they are one."""
+        """What two licenses have in common if they are one."""
         if self.key.lower() != OTHER:
             return self.key.lower(), None
         return OTHER, self.name.lower() if self.name else self.link
@@ -173,8 +173,8 @@ class Licence:
         return {key: value for key, value in found.items() if value}
 
 
-def licence_in(metadata: Mapping[str, Any], place: str) -> Licence | None:
-    """The licence that a card's metadata states; None if it states none.
+def license_in(metadata: Mapping[str, Any], place: str) -> License | None:
+    """The license that a card's metadata states; None if it states none.
 
     Args:
         metadata: Of the card.
@@ -188,51 +188,51 @@ def licence_in(metadata: Mapping[str, Any], place: str) -> Licence | None:
     if isinstance(link, str) and "://" not in link:
         link = f"{place}/{link.removeprefix('./')}" if place else None
     # It is a stranger's word, which goes into a page of ours.
-    return Licence(
+    return License(
         key,
         name if isinstance(name, str) and NAME.fullmatch(name) else None,
         link if isinstance(link, str) and LINK.fullmatch(link) else None,
     )
 
 
-def given_licence(key: str | None, name: str | None, link: str | None) -> Licence | None:
-    """The licence that the command line states.
+def given_license(key: str | None, name: str | None, link: str | None) -> License | None:
+    """The license that the command line states.
 
     Raises:
         UsageError: If that cannot stand in a card.
     """
     if key is None:
         if name or link:
-            raise UsageError("--license-name and --license-link belong to --license; name the licence with that")
+            raise UsageError("--license-name and --license-link belong to --license; name the license with that")
         return None
     for option, value, pattern in (("", key, KEY), ("-name", name, NAME), ("-link", link, LINK)):
         if value is not None and not pattern.fullmatch(value):
             raise UsageError(f"--license{option} is {value[:80]!r}, which cannot stand in a card")
     if key == OTHER and not name:
         raise UsageError("--license other says nothing without --license-name; give its name, and --license-link")
-    return Licence(key, name, link)
+    return License(key, name, link)
 
 
-def inherited(parents: Sequence[tuple[str, Licence | None]]) -> Licence | None:
-    """The one licence of all parents; None if one of them states none.
+def inherited(parents: Sequence[tuple[str, License | None]]) -> License | None:
+    """The one license of all parents; None if one of them states none.
 
     Args:
-        parents: Name and licence of each.
+        parents: Name and license of each.
 
     Raises:
-        UsageError: If two are under different licences, or theirs has no name that the Hub would take.
+        UsageError: If two are under different licenses, or theirs has no name that the Hub would take.
     """
-    stated = [(name, licence) for name, licence in parents if licence is not None]
-    for name, licence in stated[1:]:
+    stated = [(name, license) for name, license in parents if license is not None]
+    for name, license in stated[1:]:
         first, its = stated[0]
-        if licence.identity != its.identity:
+        if license.identity != its.identity:
             raise UsageError(
-                f"{first} is under {its} and {name} under {licence}; say under which licence the result may be "
+                f"{first} is under {its} and {name} under {license}; say under which license the result may be "
                 f"published with --license (and --license-name, --license-link)"
             )
     if len(stated) < len(parents):
         return None
-    name, licence = stated[0]
-    if licence.key.lower() == OTHER and not licence.name:
-        raise UsageError(f"the card of {name} calls its licence `other` without a name; give one with --license-name")
-    return licence
+    name, license = stated[0]
+    if license.key.lower() == OTHER and not license.name:
+        raise UsageError(f"the card of {name} calls its license `other` without a name; give one with --license-name")
+    return license

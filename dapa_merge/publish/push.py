@@ -83,21 +83,21 @@ def check_push(options: PushOptions, recipe: Recipe | None = None) -> None:
         recipe: What will be followed, if its result is not there yet.
 
     Raises:
-        UsageError: If options do not fit, or the licences of the recipe's models differ.
+        UsageError: If options do not fit, or the licenses of the recipe's models differ.
         HubError: If there is no token, or it may not write there, the repository holds another model, or the Hub does
             not answer.
     """
     require_token()
     check_place(options.place)
-    if recipe is not None and options.card.licence is None:
-        inherited([(parent.name, parent.licence) for parent in parents_of(recipe, options.card)])
+    if recipe is not None and options.card.license is None:
+        inherited([(parent.name, parent.license) for parent in parents_of(recipe, options.card)])
 
 
 def push(out: Path, options: PushOptions) -> Published:
     """Verify a result, write its card unless it has one of somebody else's, and publish it.
 
     Raises:
-        UsageError: If it is no result, options do not fit, or the licences of its models differ.
+        UsageError: If it is no result, options do not fit, or the licenses of its models differ.
         CheckpointError: If it is not what its recipe and its manifest say; nothing is published.
         HubError: If the Hub says no, or does not answer; the repository has all of it or nothing.
     """

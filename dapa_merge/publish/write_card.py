@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
-from dapa_merge.plan.selection import RECIPE_NAME, make_plan
+from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of
 from dapa_merge.progress import LOG
-from dapa_merge.publish.card import CAPTIONS, CardFacts
+from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
-from dapa_merge.publish.parents import MAX_CARD_BYTES, Licence, Parent, describe_parent, inherited, licence_in
+from dapa_merge.publish.parents import MAX_CARD_BYTES, License, Parent, describe_parent, inherited, license_in
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
@@ -37,22 +38,22 @@ class CardOptions:
 
     Attributes:
         title: What the model is called: its id on the Hub.
-        licence: What it is published under.
+        license: What it is published under.
         target: Where the target is published, if the recipe names a folder.
         source: The same of the source.
     """
 
     title: str | None = None
-    licence: Licence | None = None
+    license: License | None = None
     target: Location | None = None
     source: Location | None = None
 
     def to_said(self) -> dict[str, str]:
         """Plain texts, to be kept in the card."""
-        licence = self.licence.to_metadata() if self.licence else {}
+        license = self.license.to_metadata() if self.license else {}
         places = {"target": self.target, "source": self.source}
         named = {name: str(place) for name, place in places.items() if place is not None}
-        return ({"title": self.title} if self.title else {}) | licence | named
+        return ({"title": self.title} if self.title else {}) | license | named
 
 
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
@@ -66,7 +67,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
 
     Raises:
-        UsageError: If the folder is no result, the licences of its models differ, or its card is somebody else's.
+        UsageError: If the folder is no result, the licenses of its models differ, or its card is somebody else's.
         CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
@@ -118,7 +119,7 @@ def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
 
     return CardOptions(
         title=options.title or before.said.get("title"),
-        licence=options.licence or licence_in(before.said, ""),
+        license=options.license or license_in(before.said, ""),
         target=place(options.target, "target"),
         source=place(options.source, "source"),
     )
@@ -150,16 +151,16 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     return CardFacts(
         title=options.title or out.resolve().name,
         parents=parents,
-        licence=options.licence or inherited([(parent.name, parent.licence) for parent in parents]),
+        license=options.license or inherited([(parent.name, parent.license) for parent in parents]),
         units=units,
-        strength=recipe.strength,
+        edit=edit_of(recipe),
         share_changed=share,
         parameters_changed=number,
         report=report,
         recipe=public_recipe(out / RECIPE_NAME, parents),
         has_manifest=manifest is not None,
         has_lock=(out / LOCK_NAME).is_file(),
-        pictures=[name for name in CAPTIONS if (out / name).is_file()],
+        pictures=[name for chart in charts.CHARTS if (out / (name := f"{chart.name}.png")).is_file()],
         version=report.version if report else manifest.version if manifest else __version__,
         task=parents[0].task or _task(out),
         made_by="dapa-merge" if report else "mergekit",
@@ -199,8 +200,12 @@ def _transplanted(
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
     """What a recipe's result is made of, the target first, each with what its own card says."""
-    places = (("target", options.target or recipe.target), ("source", options.source or recipe.source))
-    return [describe_parent(name, part) for role, location in places for name, part in named_parts(role, location)]
+    places = models_of(recipe) | {
+        role: place for role, place in (("target", options.target), ("source", options.source)) if place is not None
+    }
+    return [
+        describe_parent(name, part) for role, location in places.items() for name, part in named_parts(role, location)
+    ]
 
 
 def _task(out: Path) -> str:
@@ -216,7 +221,9 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["base_model"] = "+".join(_public_places(parents, "target"))
     content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
-    parameters: Mapping[str, Any] = content.get("parameters") or {}
+    parameters: dict[str, Any] = content.get("parameters") or {}
+    if pretrained := "+".join(_public_places(parents, "pretrained")):
+        parameters["pretrained"] = pretrained
     content["parameters"] = {
         key: without_paths(value) if key in ("prompts", "text", "skills") and isinstance(value, str) else value
         for key, value in parameters.items()

@@ -1,11 +1,13 @@
-"""What a recipe cannot say of a run, because it is only data, and other machines have something else."""
+"""Settings of a run that depend on the machine, and therefore are not part of a recipe."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -15,18 +17,18 @@ from dapa_merge.errors import UsageError
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how to search and measure.
+    """Settings for searching and measuring.
 
     Attributes:
-        device: Where to evaluate; `auto` takes an accelerator if there is one.
-        journal: The file of the journal; None for one in the user's cache folder.
-        uses_ray: Whether Ray actors test, each with a target of its own, rather than this process.
-        num_workers: How many; None for one on each GPU or, without GPUs, on each node.
+        device: torch's name of a device; `auto` takes an accelerator if present.
+        journal: The journal's file; None for one in the user's cache folder.
+        uses_ray: Whether Ray actors test, each with its own target, rather than this process.
+        num_workers: Number of actors; None for one per GPU or, without GPUs, per node.
         evaluator_file: A Python file that registers evaluators.
-        judge_model: The model of the judge; None for no judge.
-        judge_url: Where its OpenAI-compatible endpoint is; None for the client's own.
-        judge_requests: How many requests may be made in all; None for any number.
-        allow_pickle: Whether weights that there are as pickles only are read, as nothing but tensors.
+        judge_model: The judge's model; None for no judge.
+        judge_url: The judge's OpenAI-compatible endpoint; None for the client's default.
+        judge_requests: Most requests to the judge in all; None for no limit.
+        allow_pickle: Whether pickled weights are read, as tensors only, if there are no others.
     """
 
     device: str = "auto"
@@ -39,13 +41,20 @@ class Options:
     judge_requests: int | None = None
     allow_pickle: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise `UsageError` if the judge has an empty name or an invalid address."""
+        if self.judge_model is not None and not self.judge_model.strip():
+            raise UsageError("the judge has no model name; name the model as its endpoint knows it")
+        if self.judge_url is not None:
+            check_url(self.judge_url, "the judge's url")
+
     @classmethod
     def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:
         """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
 
         Raises:
-            UsageError: If the number of requests is not a whole number of at least 1.
-            click.BadParameter: If the first is neither yes nor no.
+            UsageError: If `DAPA_JUDGE_REQUESTS` is not a whole number of at least 1.
+            click.BadParameter: If `DAPA_ALLOW_PICKLE` is neither yes nor no.
         """
         file = environment.get("DAPA_EVALUATOR_FILE")
         return cls(
@@ -58,8 +67,30 @@ class Options:
         )
 
 
+def check_url(url: str, name: str) -> None:
+    """Check that a URL can be asked over HTTP.
+
+    Args:
+        url: An address, such as http://localhost:8000/v1.
+        name: Of the option or variable that holds it.
+
+    Raises:
+        UsageError: If scheme, host or port are invalid, or a character is.
+    """
+    # A port above 65535 is only noticed where it is read.
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if is_http and url.isprintable() and " " not in url:
+            return
+    raise UsageError(
+        f"{name} is not a valid address (scheme, host or port is wrong, or it has a space); "
+        "expected something like http://localhost:8000/v1"
+    )
+
+
 def parse_requests(text: str | None, name: str) -> int | None:
-    """Parse a number of requests, as the option or variable of that name gives it; None if it gives none.
+    """Parse a number of requests from the option or variable `name`; None if empty.
 
     Raises:
         UsageError: If it is not a whole number of at least 1.

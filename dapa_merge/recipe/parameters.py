@@ -1,4 +1,4 @@
-"""The entries under `parameters` of a recipe: how each is read, and the words for what it may be."""
+"""Every key under a recipe's `parameters`, once: how it is read and what it may be."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES
 from dapa_merge.delta.minimize import ALGORITHMS
 
 SEARCHES = tuple(ALGORITHMS)
-# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`. Numbers of a length that a message can show.
+# One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`; numbers short enough for a message.
 _LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One entry of `layers`: a layer, the module of it if one was named (`4.down`), and its rows (`3.gate[0:64]`)."""
+    """One entry of `layers`: a layer, optionally one of its modules (`4.down`) and rows of it (`3.gate[0:64]`)."""
 
     layer: int
     module: str | None = None
@@ -35,7 +35,7 @@ def parse_layers(text: str) -> tuple[LayerChoice, ...]:
     """Parse `"3-6,9"`, `"4.down,5.gate"` or `"3.gate[0:64]"`; sorted, whole layers and modules without repetition.
 
     Raises:
-        ValueError: If it is none of these. What the rows say is for `rows_fault`.
+        ValueError: If the text is none of these; `rows_fault` checks the rows.
     """
     choices: list[LayerChoice] = []
     for item in text.split(","):
@@ -56,12 +56,12 @@ def parse_layers(text: str) -> tuple[LayerChoice, ...]:
 
 
 def rows_fault(choices: Sequence[LayerChoice]) -> str | None:
-    """What is wrong with the rows that parsed layers name, in words; None if nothing is."""
+    """Describe what is wrong with the rows of parsed layers; None if they are sound."""
     for choice in choices:
         if choice.rows is not None and choice.rows[0] >= choice.rows[1]:
-            return f"{choice}, which are no rows; the second number is that of the row after the last"
+            return f"{choice}, an empty range of rows; the end is exclusive"
         if choice.rows is not None and choice.module not in DIVISIBLE_MODULES:
-            return f"{choice}, but only {' and '.join(DIVISIBLE_MODULES)} can be divided, whose every row is one neuron"
+            return f"{choice}, but only rows of {' and '.join(DIVISIBLE_MODULES)} are neurons and can be chosen"
     for one, other in pairwise(choices):
         same = (one.layer, one.module) == (other.layer, other.module)
         if same and not (one.rows and other.rows and one.rows[1] <= other.rows[0]):
@@ -71,7 +71,7 @@ def rows_fault(choices: Sequence[LayerChoice]) -> str | None:
 
 @dataclass(frozen=True)
 class Parameter:
-    """How one entry of `parameters` is read, and the words for what it may be."""
+    """One key of `parameters`: its parser, and a hint at allowed values for messages."""
 
     read: Callable[[Any], Any]
     allowed: str
@@ -121,7 +121,7 @@ def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
 
 
 def overlap(modules: Collection[str]) -> bool:
-    """Whether two of the modules share tensors: mlp is gate, up and down together."""
+    """Whether two modules share tensors: mlp consists of gate, up and down."""
     return "mlp" in modules and not {"gate", "up", "down"}.isdisjoint(modules)
 
 
@@ -153,14 +153,15 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "granularity": Parameter(
         _granularity,
-        f"write layer, expert for one expert of a mixture, or block:N for blocks of N rows, the last two for "
-        f"{' or '.join(DIVISIBLE_MODULES)}",
+        f"write layer or, for {' and '.join(DIVISIBLE_MODULES)} only, expert (one expert of a mixture) or block:N "
+        f"(blocks of N rows)",
     ),
+    "edit": Parameter(_name(), "write copy, the source's values, or the name of another edit"),
     "strength": Parameter(
         _number(0, 2, above=True),
-        "write a number above 0 and up to 2: 1 copies, 0.5 goes half of the way to the source",
+        "write a number above 0 and up to 2: 1 makes all of the edit's change, 0.5 half of it",
     ),
-    "max_overflow": Parameter(_whole, "write how many values may be cut, from 0"),
+    "max_overflow": Parameter(_whole, "write the number of values that may be cut, from 0"),
     "evaluator": Parameter(
         _name(), "write refusal, paper, judge, lm-eval:TASK:METRIC, or the name of an evaluator of your own"
     ),
@@ -186,12 +187,12 @@ PARAMETERS: dict[str, Parameter] = {
     "batch_size": Parameter(_count, "write a whole number of at least 1"),
 }
 
-# Ranges of rows of one tensor that a line for people shows.
+# Ranges of rows of one tensor that are listed rather than counted.
 MAX_RANGES = 4
 
 
 def spans(units: Iterable[object]) -> str:
-    """Units for people: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
+    """Units in words: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
     names = ",".join(map(str, units))
     rows: dict[tuple[str | None, int], list[Rows]] = {}
     for choice in parse_layers(names) if names else ():
@@ -207,7 +208,7 @@ def spans(units: Iterable[object]) -> str:
 
 
 def _row_spans(ranges: Sequence[Rows]) -> str:
-    """Ranges of rows for people, first and last of each; only counted if they are many."""
+    """Ranges of rows in words, by first and last row; many ranges are only counted."""
     if not ranges:
         return ""
     if len(ranges) > MAX_RANGES:
@@ -216,7 +217,7 @@ def _row_spans(ranges: Sequence[Rows]) -> str:
 
 
 def layer_spans(layers: Sequence[int]) -> str:
-    """Sorted layers as a recipe writes them: `3-6,9`."""
+    """Layers as a recipe writes them: `3-6,9`."""
     texts: list[str] = []
     ordered = sorted(layers)
     start = 0

@@ -1,7 +1,7 @@
-"""mergekit's YAML, read once into a frozen `Recipe`; every error names the key, its line and what is allowed.
+"""Parses mergekit's YAML into a frozen `Recipe`; errors name the key, its line and the allowed values.
 
-The same file feeds `mergekit-yaml` and `dapa-merge`. mergekit's parameters are scalars, and a list there means a
-gradient over layers, so a set of layers is a string: `"3-6,9"`.
+`mergekit-yaml` and `dapa-merge` read the same file. mergekit's parameters are scalars and a list is a gradient over
+layers, so that a set of layers is a string: `"3-6,9"`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dapa_merge.recipe.recipe import METHOD, Recipe
 ALLOWED_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
 )  # fmt: skip
-# Meaningful to mergekit, but not for a method that changes nothing but weights of one model.
+# mergekit's keys that mean nothing to a method that changes only weights of one model.
 REFUSED_KEYS = {
     "slices": "DAPA repairs one whole model; name the source under `models`",
     "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
@@ -37,7 +37,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        RecipeError: If it cannot be read, is no YAML, or is not a recipe that can be followed.
+        RecipeError: If the file cannot be read, is not YAML, or is not a valid recipe.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -47,26 +47,26 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
-    """Parse the text of a recipe; `name` stands for the file in messages.
+    """Parse a recipe's text; messages call it `name`.
 
     Raises:
-        RecipeError: If it is no YAML, or not a recipe that can be followed.
+        RecipeError: If it is not YAML, or not a valid recipe.
     """
     lines: dict[str, str] = {}
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        # Before the document is made, which resolves merge keys inside the nodes.
+        # First: constructing the document resolves merge keys inside the nodes.
         _collect_lines(node, "", name, lines, set())
         content = loader.construct_document(node) if node is not None else None
     except RecipeError:
         raise
     except Exception as error:
-        # Also what a value raises that is not what its tag says; yaml has no common class for these.
+        # Values that contradict their tags raise anything; yaml has no common class for these.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
-        raise RecipeError(f"{name}{line} is no YAML: {problem}") from error
+        raise RecipeError(f"{name}{line} is not YAML: {problem}") from error
     return recipe_from(content, lines=lines, name=name)
 
 
@@ -74,18 +74,18 @@ def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name
     """Build a recipe from parsed YAML.
 
     Args:
-        content: What the YAML held.
-        lines: For each key, as `models[0].model`, where it stands.
+        content: The document.
+        lines: The place of each key, as `models[0].model`, for messages.
         name: The file, for messages about the recipe as a whole.
 
     Raises:
-        RecipeError: If it is not a recipe that can be followed.
+        RecipeError: If it is not a valid recipe.
     """
     return _Reader(dict(lines or {}), name or "the recipe").recipe(content)
 
 
 class _Reader:
-    """Reads one recipe; knows where each key stands."""
+    """Reads one recipe; knows the line of each key."""
 
     def __init__(self, lines: dict[str, str], name: str) -> None:
         self.lines = lines
@@ -102,7 +102,7 @@ class _Reader:
         if content.get("merge_method") != METHOD:
             raise self.fail(
                 "merge_method",
-                f"merge_method is {_shown(content.get('merge_method'))}; dapa-merge follows {METHOD!r} only",
+                f"merge_method is {_shown(content.get('merge_method'))}; dapa-merge reads only {METHOD!r}",
             )
         target = self.location(content.get("base_model"), "base_model", "the target, the model to repair")
         source = self.source(content, target)
@@ -119,7 +119,7 @@ class _Reader:
             if isinstance(value, (list, Mapping)):
                 raise self.fail(
                     f"parameters.{key}",
-                    f"{key} is {_kind(value)}, which mergekit takes for a gradient or a filter over tensors; "
+                    f"{key} is {_kind(value)}, which is a gradient or a filter over tensors to mergekit; "
                     f"{PARAMETERS[key].allowed}",
                 )
             try:
@@ -133,12 +133,12 @@ class _Reader:
             raise self.fail(
                 "parameters.granularity",
                 f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
-                f"only {' and '.join(DIVISIBLE_MODULES)} can, whose every row is one neuron",
+                f"only rows of {' and '.join(DIVISIBLE_MODULES)} are neurons",
             )
         if recipe.prefer is not None and recipe.prefer not in recipe.modules:
             raise self.fail(
                 "parameters.prefer",
-                f"prefer is {recipe.prefer}, which is not among the recipe's modules: {', '.join(recipe.modules)}",
+                f"prefer is {recipe.prefer}, but the recipe's modules are {', '.join(recipe.modules)}",
             )
         return recipe
 
@@ -147,7 +147,7 @@ class _Reader:
         if None in named or "modules" in values:
             raise self.fail(
                 "parameters.layers",
-                "layers names modules; then every entry must name one, and `modules` must be left out",
+                "layers names modules; then every entry must name one, and `modules` must be absent",
             )
         modules = tuple(module for module in MODULES if module in named)
         if fault := rows_fault(values["layers"]):
@@ -172,7 +172,7 @@ class _Reader:
     def location(self, value: object, key: str, what: str) -> Location:
         adapter = None
         if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "lora"}:
-            # mergekit's long forms: {model: id}, {model: {path: id, revision: main}}, and `lora:` beside `model:`.
+            # mergekit's long forms: {model: id}, {model: {path: id, revision: main}}, and `lora:` next to `model:`.
             if value.get("lora") is not None:
                 adapter = self.location({"model": value["lora"]}, key, "a LoRA adapter")
             value = value["model"]
@@ -186,7 +186,7 @@ class _Reader:
         try:
             location = parse_location(value)
         except ValueError:
-            how = "path or path@revision, and a LoRA behind it as +path"
+            how = "path or path@revision, followed by +path for a LoRA"
             raise self.fail(key, f"{key} is {value!r}; write it as {how}") from None
         if adapter is None:
             return location
@@ -198,7 +198,7 @@ class _Reader:
         models = content.get("models")
         what = "models must hold exactly one entry, `- model: SOURCE`, the aligned model"
         if models is None:
-            raise self.fail("models", f"there is no source: {what}")
+            raise self.fail("models", f"the source is missing: {what}")
         if not isinstance(models, list):
             raise self.fail("models", f"models is {_kind(models)}; {what}")
         found = []
@@ -217,7 +217,7 @@ class _Reader:
         if (found and not sources) or (sources and _same_folder(sources[0], target)):
             raise self.fail("models[0].model", f"the source is the target itself, {target}; name its aligned sibling")
         if not sources:
-            raise self.fail("models", f"there is no source: {what}")
+            raise self.fail("models", f"the source is missing: {what}")
         return sources[0]
 
     def dtype(self, content: Mapping[str, Any]) -> str | None:
@@ -230,7 +230,7 @@ class _Reader:
         return dtype or out_dtype
 
     def keeps_tokenizer(self, content: Mapping[str, Any]) -> bool:
-        """Whether the recipe tells mergekit to keep the target's tokenizer; whatever else it may say is refused."""
+        """Whether the recipe tells mergekit to keep the target's tokenizer; other settings are refused."""
         for key, kept in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
             if content.get(key) not in (None, kept):
                 allowed = "base" if key == "tokenizer_source" else "{source: base}"
@@ -259,7 +259,7 @@ def _kind(value: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value for a message, cut short however long or deep it is."""
+    """A value in a message, shortened."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # A whole number of thousands of digits, which Python refuses to print.
@@ -267,8 +267,8 @@ def _shown(value: object) -> str:
 
 
 def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str, str], seen: set[int]) -> None:
-    """Note the line of every key below `node`, refusing a key that stands twice, which YAML would let pass."""
-    # An alias is the node that it stands for; each is visited once, or a few lines of YAML could take for ever.
+    """Record the line of every key below `node`; refuse repeated keys, which YAML allows."""
+    # An alias is the node that it names; each is visited once, or a few lines of YAML could take forever.
     if node is None or id(node) in seen:
         return
     seen.add(id(node))
@@ -279,7 +279,7 @@ def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str,
             child = f"{key}.{key_node.value}" if key else str(key_node.value)
             place = f"{name}, line {key_node.start_mark.line + 1}"
             if child in here:
-                raise RecipeError(f"{place}: {child} stands here a second time")
+                raise RecipeError(f"{place}: {child} is repeated")
             here.add(child)
             lines[child] = place
             _collect_lines(value, child, name, lines, seen)

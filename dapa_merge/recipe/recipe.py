@@ -1,4 +1,4 @@
-"""A recipe, once it is read: what to repair, with what, and how well."""
+"""A parsed recipe: which model to repair, from which, and the limits of the result."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ METHOD = "dapa"
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to repair, with what, and how well; immutable.
+    """Which model to repair, from which, and the limits of the result.
 
     Attributes:
         target: mergekit's `base_model`.
-        source: The one other model.
+        source: The aligned model, the one entry of mergekit's `models`.
         dtype: mergekit's `dtype`, which must be the target's own.
-        layers: What to transplant, or None to search.
-        modules: Which modules of a layer are units.
-        granularity: How fine the units of a search get: `layer`, `expert`, or `block:N` for blocks of N rows.
-        strength: How far a selected value moves from the target's (0) to the source's (1), in (0, 2].
-        max_overflow: How many values that the target's dtype cannot hold may be cut to the largest that it can.
-        evaluator: Name of what scores a candidate.
+        layers: The units to transplant, or None to search.
+        modules: The modules of a layer that are units.
+        granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
+        edit: Name of an edit.
+        strength: Share of the edit's change that is made, in (0, 2]; a copy of another strength than 1 is a blend.
+        max_overflow: Number of values beyond the target's dtype that may be cut to the largest that it holds.
+        evaluator: Name of the evaluator that scores a candidate.
         prompts: Name or path of the prompt set.
-        confirm: Share of the prompts that is kept out of a search, for the report on what it found, in (0, 1).
+        confirm: Share of the prompts that the search does not see, for the report, in (0, 1).
         retain: Share of the full transplant's gain in DSR that must be kept, in (0, 1].
         max_over_refusal: Rise of over-refusal allowed over the target's own, in [0, 1].
         max_perplexity: Perplexity allowed, as a ratio to the target's own, at least 1.
         search: Name of the algorithm.
-        prefer: A module whose units are searched alone if they are enough.
-        max_tests: The search ends after so many tests, proved minimal or not; None for no limit.
-        max_new_tokens: Where responses are cut off; None for the evaluator's own number.
-        batch_size: Prompts that are answered at once; None for as many as is best.
-        text: What the report takes perplexity of; None for the prompts' own passages, or a text of the Hub's.
-        skills: What else the report tests: files of questions and lm-evaluation-harness tasks, with commas.
-        pretrained: What target and source were both fine-tuned from; only `dapa-merge compare` asks for it.
+        prefer: A module that is searched alone if its units are enough.
+        max_tests: Number of tests after which the search ends, proved minimal or not; None for no limit.
+        max_new_tokens: Length at which responses are cut off; None for the evaluator's own.
+        batch_size: Prompts answered at once; None to find the best.
+        text: The text whose perplexity the report gives; None for the prompts' own passages, or a text from the Hub.
+        skills: Further tests of the report: files of questions and lm-evaluation-harness tasks, separated by commas.
+        pretrained: The model that target and source were fine-tuned from; read by some edits and `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
 
@@ -47,6 +48,7 @@ class Recipe:
     layers: tuple[LayerChoice, ...] | None = None
     modules: tuple[str, ...] = ("gate",)
     granularity: str = "layer"
+    edit: str = "copy"
     strength: float = 1.0
     max_overflow: int = 0
     evaluator: str = "refusal"
@@ -68,12 +70,12 @@ class Recipe:
 
     @property
     def rows_per_block(self) -> int | None:
-        """Rows of a block that the search may end with, or None if its units stay whole."""
+        """Rows of the search's smallest blocks, or None if units stay whole."""
         _, _, number = self.granularity.partition(":")
         return int(number) if number else None
 
     def where(self, *keys: str) -> str:
-        """The place of the first of `keys` that the recipe has, for messages: file and line if known, and the key."""
+        """The first of `keys` that the recipe has, with file and line if known, for messages."""
         key = next((key for key in keys if key in self._lines), keys[0])
         return f"{self._lines[key]}: {key}" if key in self._lines else key
 

@@ -1,4 +1,7 @@
-"""How all pictures look: colours, sizes, labels; and what makes a file of one.
+"""Charts: those of a run, what a chart is, and how all of them look.
+
+A new chart of a run is one entry in `CHARTS`: then `run` draws it, the model card shows it, and a later transplant
+leaves it behind. `trace` and `compare` declare theirs with the same class.
 
 Colours are those of M. Okabe and K. Ito ("Color Universal Design", 2008) and matplotlib's `PuOr`, which all kinds of
 colour vision can tell apart; what matters differs in shape or pattern too. Figures are `CARD_WIDTH` inches wide,
@@ -9,25 +12,189 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
-
 from dapa_merge.errors import UsageError, one_line
+from dapa_merge.files import PICTURES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
+    from matplotlib.figure import Figure
 
     from dapa_merge.checkpoint.units import Unit
     from dapa_merge.plan.plan import Plan
     from dapa_merge.report.report import Report
-    from dapa_merge.search.search import Search
+    from dapa_merge.search.result import Search
+
+
+CARD_WIDTH = 8.0
+DOTS_PER_INCH = 200
+BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
+    "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
+)  # fmt: skip
+COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
+PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
+# Seven lines of one picture all look different.
+LINES = (
+    (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
+    (BLACK, "P", "--"), (GREY, "X", "-."),
+)  # fmt: skip
+STYLE: dict[str, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    # The same file for the same data.
+    "svg.hashsalt": "dapa-merge",
+}
+# Letters of the font that fit side by side into a figure.
+CARD_LETTERS = 90
+MAX_LABEL = 24
+# Height of a line of text, in inches.
+LINE_HEIGHT = 0.15
+# With more bars, their values are written upright.
+MAX_BARS = 15
+# With more layers, only some are labelled.
+MAX_TICKS = 24
+
+# Settings of matplotlib that are not about how a picture looks.
+OTHER_SETTINGS = (
+    "backend", "interactive", "toolbar", "webagg.", "tk.", "timezone", "datapath", "keymap.", "docstring.",
+)  # fmt: skip
+
+
+class Picture(NamedTuple):
+    """A chart that was drawn.
+
+    Attributes:
+        name: Of its files, without their ending.
+        caption: The text under it.
+        files: Their contents, by ending: `.png` and `.svg`.
+    """
+
+    name: str
+    caption: str
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One kind of picture.
+
+    Attributes:
+        name: Of its files, without their ending; of a chart that is drawn several times, with `{}` for the key.
+        caption: The text under it, or a function that writes it for what is shown.
+        draw: Makes the figure of what is shown; None if there is nothing to see.
+        parts: Splits what was found into what the pictures show, by key; the default is one picture of all.
+    """
+
+    name: str
+    caption: str | Callable[[Any], str]
+    draw: Callable[[Any], Figure | None]
+    parts: Callable[[Any], Mapping[str, Any]] | None = None
+
+    @property
+    def beginning(self) -> str:
+        """What the names of its files begin with, and no others."""
+        return f"{self.name}." if self.parts is None else self.name.partition("{}")[0]
+
+    def names(self, keys: Iterable[str]) -> list[str]:
+        """The names of its pictures, where these are the keys."""
+        return [self.name] if self.parts is None else [self.name.format(key) for key in keys]
+
+    def shown(self, found: Any) -> dict[str, Any]:
+        """What each picture shows, by the picture's name."""
+        parts = {"": found} if self.parts is None else self.parts(found)
+        return dict(zip(self.names(parts), parts.values(), strict=True))
+
+    def caption_of(self, shown: Any) -> str:
+        """The text under a picture."""
+        return self.caption if isinstance(self.caption, str) else self.caption(shown)
+
+    def picture(self, name: str, shown: Any) -> Picture | None:
+        """Draw one of `shown`; None if there is nothing to see."""
+        if (figure := self.draw(shown)) is None:
+            return None
+        return Picture(name, self.caption_of(shown), {ending: render(figure, ending[1:]) for ending in PICTURES})
+
+
+def draw_all(charts: Sequence[Chart], found: Any) -> list[Picture]:
+    """Draw the pictures of all charts, in their order.
+
+    Raises:
+        UsageError: If matplotlib is missing or fails.
+    """
+    drawn = [chart.picture(name, shown) for chart in charts for name, shown in chart.shown(found).items()]
+    return [picture for picture in drawn if picture is not None]
+
+
+class Run(NamedTuple):
+    """What the charts of a run show.
+
+    Attributes:
+        report: What was done and measured.
+        plan: Target and source.
+        search: The search; None if the recipe names its layers.
+    """
+
+    report: Report
+    plan: Plan
+    search: Search | None
+
+
+def draw_models(run: Run) -> Figure | None:
+    """Draw target, result and source side by side; None if nothing was measured."""
+    report = run.report
+    measured = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
+    columns = [(name, figures) for name, figures in measured if figures is not None]
+    if not columns:
+        return None
+    rows: dict[str, list[Bar]] = {
+        "DSR": [Bar(one.dsr, one.dsr_interval) for _, one in columns],
+        "over-refusal": [Bar(one.over_refusal, one.over_refusal_interval) for _, one in columns],
+    }
+    for index, skill in enumerate(columns[0][1].skills):
+        rows[skill.name] = [Bar(one.skills[index].score, one.skills[index].interval) for _, one in columns]
+    return model_bars([name for name, _ in columns], rows, "Before and after the repair, with 95 % intervals")
+
+
+def draw_search(run: Run) -> Figure | None:
+    """Draw the path of a run's search; None if there was no search."""
+    return None if run.search is None else search_figure(run.search, run.plan, run.plan.units)
+
+
+# The names begin with `files.CHART_PREFIX`, by which a transplant knows them.
+CHARTS = (
+    Chart("dapa_figures", "Before, after, and the source alone, with 95 % intervals", draw_models),
+    Chart("dapa_search", "The search: every selection that was tested, and its score", draw_search),
+)
+
+
+def search_figure(search: Search, plan: Plan, candidates: Sequence[Unit]) -> Figure:
+    """Draw the path of a search among some units; a block of rows is drawn in the line of its unit."""
+    at = {unit: index for index, unit in enumerate(candidates)}
+    total = plan.num_parameters(candidates)
+    steps = [
+        Step(
+            sorted({at[unit.whole] for unit in asked.units}),
+            plan.num_parameters(asked.units) / total,
+            asked.holds,
+            asked.score,
+        )
+        for asked in search.path
+    ]
+    final = sorted({at[unit.whole] for unit in search.minimum.units})
+    limits = search.requirement
+    return search_path(list(map(str, candidates)), steps, final, limits.min_score, limits.measure)
 
 
 class Bar(NamedTuple):
@@ -42,9 +209,9 @@ class Step(NamedTuple):
 
     Attributes:
         units: The indices of the units that it transplanted, whole or in part.
-        share: How large they are together, in [0, 1].
+        share: Their share of all units by size, in [0, 1].
         holds: Whether they were enough.
-        score: What share of the prompts that it asked was refused; None if the model was scored as a whole.
+        score: The share of the asked prompts that were refused; None if the model was scored as a whole.
     """
 
     units: Sequence[int]
@@ -56,40 +223,42 @@ class Step(NamedTuple):
 def search_path(
     units: Sequence[str], steps: Sequence[Step], final: Sequence[int], threshold: float, measure: str
 ) -> Figure:
-    """The search, test by test: which units were asked, how large a share, how far they refused, and what was kept.
+    """Draw a search test by test: the units, their share of all, the score, and the units that were kept.
 
     Args:
         units: All units, in order.
         steps: The tests, in order.
-        final: Which units were kept.
+        final: The units that were kept.
         threshold: The score that was required.
-        measure: What the score is.
+        measure: The name of the score.
     """
     num_units, num_steps = len(units), len(steps)
-    with styled():
-        mosaic_height = min(4.5, 0.16 * num_units)
-        figure = Figure(figsize=(CARD_WIDTH, 3.4 + mosaic_height), layout="constrained")
+    mosaic_height = min(4.5, 0.16 * num_units)
+    with sheet(3.4 + mosaic_height) as figure:
         share, score, matrix = figure.subplots(3, 1, sharex=True, height_ratios=(1.1, 1.2, 0.6 + mosaic_height))
-        at = numpy.arange(1, num_steps + 1)
-        held = numpy.array([step.holds for step in steps], bool)
-        shares = numpy.array([100 * step.share for step in steps])
-        scores = numpy.array([math.nan if step.score is None else step.score for step in steps])
+        shares = [100 * step.share for step in steps]
+        scores = [math.nan if step.score is None else step.score for step in steps]
         for axes, values in ((share, shares), (score, scores)):
-            axes.plot(at, values, color=GREY, linewidth=0.8, zorder=1)
-            axes.scatter(at[held], values[held], marker="o", color=BLUE, zorder=2)
-            axes.scatter(at[~held], values[~held], marker="x", color=VERMILION, zorder=2)
+            axes.plot(range(1, num_steps + 1), values, color=GREY, linewidth=0.8, zorder=1)
+            for holds, marker, colour in ((True, "o", BLUE), (False, "x", VERMILION)):
+                at = [index for index, step in enumerate(steps) if step.holds == holds]
+                found = [values[index] for index in at]
+                axes.scatter([index + 1 for index in at], found, marker=marker, color=colour, zorder=2)
         share.set_ylim(-5, 108)
         share.set_ylabel("% of units")
         share.set_title("The search: what each test transplanted, and whether it held")
         score.axhline(threshold, color=BLACK, linestyle="--", linewidth=1)
         score.set_ylim(-0.05, 1.08)
         score.set_ylabel(f"{measure}\nof those asked")
-        cells = numpy.zeros((num_units, num_steps))
-        for index, step in enumerate(steps):
-            cells[list(step.units), index] = 1 if step.holds else 2
-        _mosaic(matrix, cells)
+        cells = [[(2 - step.holds) * (unit in step.units) for step in steps] for unit in range(num_units)]
+        colours = plotting().colors.ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"])
+        matrix.imshow(
+            cells, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=2,
+            extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
+        )  # fmt: skip
+        matrix.spines[:].set_visible(True)
         for unit in final:
-            # Not so thick that it hides what it frames.
+            # A thicker line would hide what it frames.
             thickness = min(1.2, 20 * mosaic_height / num_units)
             matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
@@ -97,36 +266,35 @@ def search_path(
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
             text.set_fontweight("bold" if index in set(final) else "normal")
         matrix.set_xlim(0.5, num_steps + 0.5)
-        matrix.xaxis.set_major_locator(MaxNLocator(integer=True))
+        matrix.xaxis.set_major_locator(plotting().ticker.MaxNLocator(integer=True))
         matrix.set_xlabel("test")
         matrix.set_ylabel("unit")
         handles = [
             marker_of(share, "o", BLUE, "holds"),
             marker_of(share, "x", VERMILION, "fails"),
             score.plot([], [], color=BLACK, linestyle="--", linewidth=1, label="required")[0],
-            Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label="kept in the end"),
+            plotting().patches.Patch(facecolor="none", edgecolor=BLACK, linewidth=1.2, label="kept in the end"),
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:
-    """Figures of some models side by side, each in [0, 1].
+    """Draw figures of some models side by side, each in [0, 1].
 
     Args:
         models: Their names; the first three are drawn in the colours of before, after and source.
-        figures: By name, a value for each model.
-        title: What is shown.
+        figures: A value for each model, by name.
+        title: The figure's title.
     """
     colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 3.6), layout="constrained")
+    with sheet(3.6) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(models)
         is_crowded = len(figures) * len(models) > MAX_BARS
         for index, model in enumerate(models):
             bars = [values[index] for values in figures.values()]
-            at = numpy.arange(len(figures)) + (index - (len(models) - 1) / 2) * width
+            at = [place + (index - (len(models) - 1) / 2) * width for place in range(len(figures))]
             reach = [[_reach(bar, side) for bar in bars] for side in (0, 1)]
             axes.bar(
                 at, [bar.value for bar in bars], width * 0.94, yerr=reach, label=model, color=colours[index % 3],
@@ -159,89 +327,44 @@ def _reach(bar: Bar, side: int) -> float:
     return 0.0 if bar.interval is None else abs(bar.interval[side] - bar.value)
 
 
-def _mosaic(axes: Axes, cells: NDArray[numpy.float64]) -> None:
-    from matplotlib.colors import ListedColormap
+def plotting() -> Any:
+    """Import matplotlib, which is an extra, with its modules that charts use.
 
-    num_units, num_steps = cells.shape
-    axes.imshow(
-        cells, aspect="auto", interpolation="nearest", cmap=ListedColormap(["#F4F4F4", "#7FB8DE", "#EDB48C"]), vmin=0,
-        vmax=2, extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
-    )  # fmt: skip
-    axes.spines[:].set_visible(True)
-
-
-try:
-    from matplotlib import rc_context, rcParams, rcParamsDefault
-    from matplotlib.font_manager import FontProperties, findfont, get_font
-except ImportError as error:
-    raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
-except Exception as error:
-    # Of a setting of the user's, such as MPLBACKEND.
-    raise UsageError(f"plots need matplotlib, which fails here: {one_line(error)}") from error
-
-
-CARD_WIDTH = 8.0
-DOTS_PER_INCH = 200
-BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
-    "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
-)  # fmt: skip
-COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
-PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
-# Of seven lines in one picture no two look alike.
-LINES = (
-    (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
-    (BLACK, "P", "--"), (GREY, "X", "-."),
-)  # fmt: skip
-STYLE: dict[str, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "figure.facecolor": "white",
-    "savefig.facecolor": "white",
-    "hatch.linewidth": 0.6,
-    "legend.frameon": False,
-    # The same file for the same data.
-    "svg.hashsalt": "dapa-merge",
-}
-# How many letters of the font fit side by side into a figure.
-CARD_LETTERS = 90
-MAX_LABEL = 24
-# Of a line of text, in inches.
-LINE_HEIGHT = 0.15
-# Above so many bars their values are written upright.
-MAX_BARS = 15
-# Above so many layers not every one is labelled.
-MAX_TICKS = 24
-
-# What of matplotlib's settings is not about how a picture looks.
-OTHER_SETTINGS = (
-    "backend",
-    "interactive",
-    "toolbar",
-    "webagg.",
-    "tk.",
-    "timezone",
-    "datapath",
-    "keymap.",
-    "docstring.",
-)
+    Raises:
+        UsageError: If it is not installed, or fails.
+    """
+    try:
+        import matplotlib
+        from matplotlib import colors, figure, font_manager, patches, ticker  # noqa: F401
+    except ImportError as error:
+        raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
+    except Exception as error:
+        # Because of a setting of the user's, such as MPLBACKEND.
+        raise UsageError(f"plots need matplotlib, which fails here: {one_line(error)}") from error
+    return matplotlib
 
 
 @contextmanager
 def styled() -> Iterator[None]:
     """Within, pictures look the same for every user, whatever settings their matplotlib has."""
-    with rc_context():
-        rcParams.update(
-            {name: value for name, value in rcParamsDefault.items() if not name.startswith(OTHER_SETTINGS)} | STYLE
+    matplotlib = plotting()
+    defaults = matplotlib.rcParamsDefault
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(
+            {name: value for name, value in defaults.items() if not name.startswith(OTHER_SETTINGS)} | STYLE
         )
         yield
 
 
+@contextmanager
+def sheet(height: float) -> Iterator[Figure]:
+    """An empty figure, as wide as a card and `height` inches high, to be drawn on within the block."""
+    with styled():
+        yield plotting().figure.Figure(figsize=(CARD_WIDTH, height), layout="constrained")
+
+
 def render(figure: Figure, kind: str) -> bytes:
-    """A figure as a file of the kind png or svg."""
+    """The content of a `png` or `svg` file of a figure."""
     buffer = io.BytesIO()
     with styled():
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -250,8 +373,9 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def readable(label: str) -> str:
-    """A label that can be drawn: control characters and signs that the font lacks as escapes, and not too long."""
-    has = get_font(findfont(FontProperties())).get_char_index
+    """A label that can be drawn: shortened, with escapes for what the font lacks and for control characters."""
+    fonts = plotting().font_manager
+    has = fonts.get_font(fonts.findfont(fonts.FontProperties())).get_char_index
     text = "".join(
         character if character.isprintable() and has(ord(character)) else character.encode("unicode_escape").decode()
         for character in label
@@ -261,7 +385,7 @@ def readable(label: str) -> str:
 
 
 def marker_of(axes: Axes, marker: str, colour: str, label: str) -> Any:
-    """What a legend shows for a marker."""
+    """The entry of a marker in a legend."""
     return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
 
 
@@ -271,7 +395,7 @@ def layer_ticks(axes: Axes, num_layers: int) -> None:
 
 
 def spread_places(first: Sequence[int], others: Sequence[int], distance: int) -> list[int]:
-    """As many places as have so much room to each other; those that come first, first."""
+    """Places at least `distance` apart; earlier ones are preferred."""
     chosen: list[int] = []
     for place in (*first, *others):
         if all(abs(place - other) >= distance for other in chosen):
@@ -280,44 +404,5 @@ def spread_places(first: Sequence[int], others: Sequence[int], distance: int) ->
 
 
 def every_few(number: int) -> list[int]:
-    """So many of the first numbers that their labels have room, evenly spread."""
+    """Evenly spread indices below `number`, few enough for their labels."""
     return list(range(0, number, math.ceil(number / MAX_TICKS)))
-
-
-SEARCH_CAPTION = (
-    "Every test of the search in order: which units were the source's, how large a share that was, and whether enough "
-    "was refused. A test stops as soon as its verdict is certain, so that its share is of the prompts asked until then."
-)
-
-
-def search_figure(search: Search, plan: Plan, candidates: tuple[Unit, ...]) -> Figure:
-    """The path of a search among some units; a block of rows is drawn in the line of its unit."""
-    at = {unit: index for index, unit in enumerate(candidates)}
-    total = plan.num_parameters(candidates)
-    steps = [
-        Step(
-            sorted({at[unit.whole] for unit in asked.units}),
-            plan.num_parameters(asked.units) / total,
-            asked.holds,
-            asked.score,
-        )
-        for asked in search.path
-    ]
-    final = sorted({at[unit.whole] for unit in search.minimum.units})
-    limits = search.requirement
-    return search_path(list(map(str, candidates)), steps, final, limits.min_score, limits.measure)
-
-
-def report_figure(report: Report) -> Figure | None:
-    """Before, after and source side by side; None if nothing was measured."""
-    measured = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
-    columns = [(name, figures) for name, figures in measured if figures is not None]
-    if not columns:
-        return None
-    rows: dict[str, list[Bar]] = {
-        "DSR": [Bar(one.dsr, one.dsr_interval) for _, one in columns],
-        "over-refusal": [Bar(one.over_refusal, one.over_refusal_interval) for _, one in columns],
-    }
-    for index, skill in enumerate(columns[0][1].skills):
-        rows[skill.name] = [Bar(one.skills[index].score, one.skills[index].interval) for _, one in columns]
-    return model_bars([name for name, _ in columns], rows, "Before and after the repair, with 95 % intervals")

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.figures import Change, mcnemar
-from dapa_merge.measure.model import MeasuredModel, measure_checkpoint, measure_live
+from dapa_merge.measure.figures import Change
+from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_live
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.statistics import mcnemar
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
@@ -22,7 +23,8 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.search import Search, search
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import in_order, make_bench
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
         source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
         if selection is None:
-            found = search(recipe, plan, bench, journal, options)
+            found = search(Session(recipe, plan, bench, journal, options))
             selection = join(plan, found.minimum.units)
             searched = _searched(found, bench)
             LOG.info("confirming it with prompts that the search has not asked")

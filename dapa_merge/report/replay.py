@@ -10,11 +10,11 @@ import yaml
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import pinned_location
+from dapa_merge.plan.selection import with_pinned_models
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import DEFAULTS, METHOD, Recipe
 
-# Parameters that a recipe with named layers has no use for, or names anew; and what only a comparison asks for.
+# Parameters that a recipe with named layers has no use for, or names anew.
 SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests", "pretrained")
 
 
@@ -44,8 +44,10 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         from dapa_merge.measure.skills import absolute
 
         parameters["skills"] = absolute(recipe.skills)
-    content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(pinned_location(recipe.target, plan.target))}
-    content["models"] = [{"model": str(pinned_location(recipe.source, plan.source))}]
+    pinned = with_pinned_models(recipe, plan)
+    parameters |= {name: str(getattr(pinned, name)) for name in plan.others if name != "source"}
+    content: dict[str, Any] = {"merge_method": METHOD, "base_model": str(pinned.target)}
+    content["models"] = [{"model": str(pinned.source)}]
     if recipe.dtype:
         content["dtype"] = recipe.dtype
     if recipe.keeps_tokenizer:

@@ -10,14 +10,13 @@ What `dapa-merge search` shows: the prior, the selection and its certificate, as
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.plan.plan import Plan, cut, join
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
-from dapa_merge.search.search import Search, readable_certificate, thrift
+from dapa_merge.search.result import Search, readable_certificate, thrift
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,7 +202,7 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
     return {
         "architecture": architecture_name(plan.target.config),
         "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": plan.target.num_bytes},
-        "source": {"name": plan.source.name},
+        **{name: {"name": checkpoint.name} for name, checkpoint in plan.others.items()},
         "units": [
             {
                 "unit": str(unit),
@@ -239,7 +238,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
             "target",
             f"{plan.target.name} ({architecture_name(plan.target.config)}, {plan.target.num_bytes / 1e6:.2f} MB)",
         ),
-        ("source", plan.source.name),
+        *((name, checkpoint.name) for name, checkpoint in plan.others.items()),
         (decided, f"{len(chosen)} units, {plan.num_bytes(chosen) / 1e6:.2f} MB"),
         ("parameters", f"{100 * plan.share(chosen):.2f} % of the target's"),
         ("memory of a search", f"{search_memory(plan) / 1e6:.2f} MB on its device, and the batches"),
@@ -250,8 +249,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
 
 def _tensors(unit: Unit, plan: Plan) -> str:
     """Where a unit lives, in a line: the first tensor in full, and what lies beside it, if that is not too much."""
-    regions = [ours for ours, _ in plan.regions((unit,))]
-    first, *others = dict.fromkeys(region.name for region in regions)
+    first, *others = dict.fromkeys(regions["target"].name for regions in plan.regions((unit,)))
     if len(others) > MAX_BESIDE:
         return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
     beside = [name.removeprefix(_parent(first)) for name in others]
@@ -265,7 +263,7 @@ def _parent(name: str) -> str:
 
 def search_memory(plan: Plan) -> int:
     """Bytes that a search keeps on the device besides activations: the target, and the largest tensor on its way."""
-    return plan.target.num_bytes + max(region.num_bytes for region, _ in plan.regions(plan.units))
+    return plan.target.num_bytes + max(regions["target"].num_bytes for regions in plan.regions(plan.units))
 
 
 def prior_rows(scores: Mapping[Unit, float], selection: Collection[Unit] | None = None) -> list[dict[str, Any]]:
@@ -321,7 +319,7 @@ def search_json(search: Search, plan: Plan) -> dict[str, Any]:
                 "share_of_prompts_saved": search.share_saved,
                 "one_minimal": minimum.one_minimal,
                 "certificate": readable_certificate(minimum),
-                "requirement": asdict(search.requirement),
+                "requirement": search.requirement.to_json(),
                 "score_target": search.target.score,
                 "score_full": search.full.score,
                 "prior": None if search.prior is None else prior_rows(search.prior, kept),

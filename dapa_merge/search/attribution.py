@@ -121,20 +121,23 @@ def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> d
 
 
 def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
-    """The sum of gradient * strength * (source - parameter) over one slot."""
-    values = mapped_values(plan.source, slot.theirs)
+    """The sum of gradient * strength * change over one slot."""
+    values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.others}
     # Without the dimension of one expert, and never without any.
-    values = values.view([size for size in values.shape if size != 1] or [1])
-    parameter, gradient = (whole[slot.slices].view(values.shape) for whole in (slot.parameter, gradient))
+    shape = [size for size in slot.regions["target"].shape if size != 1] or [1]
+    values = {name: value.view(shape) for name, value in values.items()}
+    parameter, gradient = (whole[slot.slices].view(shape) for whole in (slot.parameter, gradient))
     precise = torch.promote_types(parameter.dtype, torch.float32)
-    num_rows = max(PIECE * len(values) // values.numel(), 1)
+    num_rows = max(PIECE * len(parameter) // parameter.numel(), 1)
     total = 0.0
-    for start in range(0, len(values), num_rows):
+    for start in range(0, len(parameter), num_rows):
         place = slice(start, start + num_rows)
         # As the model would hold it.
-        source = values[place].to(parameter.device, parameter.dtype)
-        total += float(source.to(precise, copy=True).sub_(parameter[place]).mul_(gradient[place]).sum())
-    return plan.strength * total
+        pieces = {name: value[place].to(parameter.device, parameter.dtype) for name, value in values.items()}
+        pieces["target"] = parameter[place]
+        change = plan.edit.change({name: piece.to(precise) for name, piece in pieces.items()})
+        total += float((change * gradient[place]).sum())
+    return plan.edit.strength * total
 
 
 @contextmanager
@@ -174,9 +177,9 @@ def _check_finite(effects: Mapping[Unit, float], plan: Plan) -> None:
     for unit, effect in effects.items():
         if not math.isfinite(effect):
             raise CheckpointError(
-                f"the effect of {unit} on refusing is {effect}, not a finite number: {plan.target.name} or "
-                f"{plan.source.name} has weights that are none, or the dtype is too narrow for gradients; "
-                f"compare the models' files with their publisher's"
+                f"the effect of {unit} on refusing is {effect}, not a finite number: "
+                f"{' or '.join(model.name for model in plan.models.values())} has weights that are none, or the dtype "
+                f"is too narrow for gradients; compare the models' files with their publisher's"
             )
 
 

@@ -16,6 +16,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
+from dapa_merge.search.requirement import identity_of
 
 if TYPE_CHECKING:
     from dapa_merge.measure.meter import Meter
@@ -46,22 +47,23 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
 
 def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     """Everything that decides a verdict, by name."""
-    names = {region.tensor.name for _, region in plan.regions(plan.units)}
-    total = plan.target.num_bytes + sum(plan.source.tensors[name].num_bytes for name in names)
-    with task("reading both checkpoints", total, "bytes"):
-        parts = {
-            "target": tensors_digest(plan.target),
-            "source": tensors_digest(plan.source, names),
-        }
+    names: dict[str, set[str]] = {name: set() for name in plan.others}
+    for regions in plan.regions(plan.units):
+        for name, of_model in names.items():
+            of_model.add(regions[name].tensor.name)
+    read = [plan.models[name].tensors[tensor].num_bytes for name, of_model in names.items() for tensor in of_model]
+    with task("reading the checkpoints", plan.target.num_bytes + sum(read), "bytes"):
+        parts = {name: tensors_digest(checkpoint, names.get(name)) for name, checkpoint in plan.models.items()}
+    parts |= {key: str(value) for key, value in plan.edit.to_json().items()}
     prompts = bench.meter.prompts
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
     return parts | {
-        "strength": f"{plan.strength} {plan.max_overflow}",
+        "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
         "prompts": data_digest(asked),
         "evaluator": bench.evaluator,
         "units": data_digest([str(unit) for unit in plan.units]),
-        "limits": f"DSR {recipe.retain}, over-refusal {recipe.max_over_refusal}, perplexity {recipe.max_perplexity}",
+        "limits": identity_of(recipe),
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
         "versions": versions(),
@@ -84,7 +86,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         "text": data_digest(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": data_digest([repr(skill) for skill in meter.skills]),
         # With the code of the user's own, and a judge's rubric.
-        "evaluator": data_digest([meter.identity, *(marker.identity for marker in meter.markers)]),
+        "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
         "device": choose_device(device).type,
         "versions": versions(),

@@ -1,132 +1,289 @@
-"""The requirement that a selection must meet, and the examination that finds out with as few prompts as possible.
+"""The constraints of a search, declared once, and an examination that asks as few prompts as it can.
 
-Knows nothing of models: figures come in, a verdict goes out. The floor and the ceilings are set relative to what the
-target is without any transplant, and what it is with the full one.
+A new constraint is one entry of `CONSTRAINTS`, and its key in a recipe (`recipe/parameters.py`, `recipe/recipe.py`). If
+its figure is new, `measure/meter.py` measures it and `measure/figures.py` reports it. Search, journal, report, card and
+comparison iterate over the table. No models here: figures come in, a verdict goes out.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from dapa_merge.measure.figures import Response
+from dapa_merge.measure.refusal.classify import Outcome
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.figures import Figures
+    from dapa_merge.measure.meter import Measurement, Meter
+    from dapa_merge.recipe.recipe import Recipe
 
 PROMPT_KINDS = ("harmful", "harmless")
+# How many tokens of a response come of one run through the model's layers, roughly, most of them having been drafted.
+TOKENS_FOR_EACH_RUN = 8
 
 
-class Scores(Protocol):
-    """The figures of a model."""
+def piece_cost(meter: Meter) -> float:
+    """What a piece of prompts costs, in runs through the model's layers; one of them reads the prompts."""
+    return 1 + meter.max_new_tokens / TOKENS_FOR_EACH_RUN
+
+
+def text_cost(meter: Meter) -> float:
+    """What the passages for the perplexity cost, in the same unit."""
+    return float(math.ceil(len(meter.prompts.passages) / meter.batch_size.limit))
+
+
+@dataclass(frozen=True)
+class Share:
+    """A figure that is a share of prompts, which are asked piece by piece until the verdict is certain.
+
+    Attributes:
+        kind: Of the prompts, one of `PROMPT_KINDS`.
+        outcome: The outcome of the responses that are counted.
+    """
+
+    kind: str
+    outcome: Outcome
+
+    def counts(self, response: Response) -> bool:
+        """Whether a response is counted."""
+        return response.outcome == self.outcome.value
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A limit on one figure, relative to the figures of the target and of its full transplant.
+
+    Attributes:
+        figure: Its name in journals and reports, and in `Figures` unless `read` says otherwise.
+        key: The recipe's parameter that sets the limit; a recipe without a value (None) has no limit.
+        limit: The limit for the target's figure, the full transplant's and the recipe's value; NaN for no limit.
+        label: Name for people.
+        share: What of the prompts it is a share of; None for a figure that is measured as a whole.
+        read: How to read the figure; by default the attribute `figure`.
+        cost: What measuring it costs, or asking one piece of its prompts, in runs through the model's layers.
+    """
+
+    figure: str
+    key: str
+    limit: Callable[[float, float, float], float]
+    label: str
+    share: Share | None = None
+    read: Callable[[Figures | Measurement], float] | None = None
+    cost: Callable[[Meter], float] = piece_cost
+
+    bound: ClassVar[str]
+    words: ClassVar[tuple[str, str, str]]
 
     @property
-    def score(self) -> float: ...
+    def check(self) -> str:
+        """What is asked for it: a kind of prompts, or the figure itself."""
+        return self.figure if self.share is None else self.share.kind
 
     @property
-    def over_refusal(self) -> float: ...
+    def name(self) -> str:
+        """The name of its limit in a report."""
+        return f"{self.bound}_{self.figure}"
 
-    @property
-    def perplexity(self) -> float: ...
+    def of(self, measured: Figures | Measurement) -> float:
+        """The figure of a model that was measured."""
+        return float(self.read(measured) if self.read else getattr(measured, self.figure))
+
+    def is_met(self, figure: float, limit: float) -> bool:
+        """Whether a figure meets a limit; NaN, of a model that computes no numbers, meets none but NaN."""
+        raise NotImplementedError
+
+    def is_wrong(self, response: Response) -> bool:
+        """Whether a response moves the share towards its limit."""
+        return self.share is not None and self.share.counts(response) == (self.bound == "max")
+
+    def complaint(self, lowest: float, highest: float, limit: float) -> str | None:
+        """What is wrong with a figure between two bounds, if that is certain."""
+        best = highest if self.bound == "min" else lowest
+        if self.is_met(best, limit):
+            return None
+        at_best, beyond, wanted = self.words
+        if not math.isfinite(best):
+            return f"its {self.label} is not finite; {limit:.3f} is {wanted}"
+        found = f"{best:.3f}" if lowest == highest else f"{at_best} {best:.3f}"
+        return f"its {self.label} is {found}, {abs(best - limit):.3f} {beyond} the {limit:.3f} {wanted}"
+
+
+class Floor(Constraint):
+    """A figure must reach its limit."""
+
+    bound, words = "min", ("at most", "below", "required")
+
+    def is_met(self, figure: float, limit: float) -> bool:
+        return math.isnan(limit) or figure >= limit
+
+
+class Ceiling(Constraint):
+    """A figure must not exceed its limit."""
+
+    bound, words = "max", ("at least", "above", "allowed")
+
+    def is_met(self, figure: float, limit: float) -> bool:
+        return math.isnan(limit) or figure <= limit
+
+
+def _kept_score(target: float, full: float, retain: float) -> float:
+    """The target's score and a share of the gain."""
+    gain = full - target
+    # Rounded down by less than one part in a billion, so that a product of shares does not ask for the impossible;
+    # but above the target's own, so that nothing is never enough.
+    return target + max(retain * gain - 1e-9, 1e-6 * gain)
+
+
+SCORE = Floor(
+    "score",
+    "retain",
+    _kept_score,
+    "DSR",
+    share=Share("harmful", Outcome.REFUSED),
+    read=lambda measured: measured.dsr if measured.score is None else measured.score,
+)
+CONSTRAINTS: tuple[Constraint, ...] = (
+    SCORE,
+    Ceiling(
+        "over_refusal",
+        "max_over_refusal",
+        lambda target, _full, rise: target + rise + 1e-9,
+        "over-refusal",
+        share=Share("harmless", Outcome.REFUSED),
+    ),
+    Ceiling(
+        "perplexity",
+        "max_perplexity",
+        # NaN without passages to take it from.
+        lambda target, _full, ratio: target * ratio,
+        "perplexity",
+        cost=text_cost,
+    ),
+)
+
+
+def settings_of(recipe: Recipe) -> dict[str, float]:
+    """A recipe's values for the constraints that it sets, by their keys."""
+    values = {constraint.key: getattr(recipe, constraint.key) for constraint in CONSTRAINTS}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def constraints_of(
+    settings: Collection[str], measure: str = SCORE.label, *, is_whole: bool = False
+) -> tuple[Constraint, ...]:
+    """The constraints in force.
+
+    Args:
+        settings: The keys that a recipe sets.
+        measure: What the score is: DSR, or the name of the evaluator.
+        is_whole: Whether the evaluator scores a model as a whole, rather than its responses.
+    """
+    score = replace(SCORE, label=measure, share=None if is_whole else SCORE.share)
+    return tuple(score if one is SCORE else one for one in CONSTRAINTS if one.key in settings)
+
+
+def identity_of(recipe: Recipe) -> str:
+    """What of the constraints decides a verdict, for the journal."""
+    settings = settings_of(recipe)
+    return ", ".join(f"{one.label} {settings[one.key]}" for one in constraints_of(settings))
+
+
+def ceilings() -> str:
+    """The figures that have a ceiling, for people."""
+    *most, last = (one.label for one in CONSTRAINTS if isinstance(one, Ceiling))
+    return f"{', '.join(most)} and {last}"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a selection must reach, and not exceed.
+    """The absolute limits of one search.
 
     Attributes:
-        min_score: In [0, 1].
-        max_over_refusal: In [0, 1], absolute.
-        max_perplexity: Absolute; NaN if there are no passages to take it from, and so no limit.
-        measure: What the score is; DSR, or the name of the evaluator.
+        limits: The constraints in force, in the order of the table, each with its limit; NaN for none.
     """
 
-    min_score: float
-    max_over_refusal: float
-    max_perplexity: float
-    measure: str = "DSR"
+    limits: tuple[tuple[Constraint, float], ...]
 
-    def complaint(self, measured: Scores) -> str | None:
-        """What a fully measured model breaks and by how much, or None if it meets the requirement."""
-        return (
-            self.score_complaint(measured.score, measured.score)
-            or self.over_refusal_complaint(measured.over_refusal, measured.over_refusal)
-            or self.perplexity_complaint(measured.perplexity)
-        )
+    @property
+    def measure(self) -> str:
+        """What the score is: DSR, or the name of the evaluator."""
+        return self._score[0].label
 
-    def score_complaint(self, lowest: float, highest: float) -> str | None:
-        """What is wrong with a score between two bounds, if that is certain."""
-        if highest >= self.min_score:
-            return None
-        found = f"{highest:.3f}" if lowest == highest else f"at most {highest:.3f}"
-        short = self.min_score - highest
-        return f"its {self.measure} is {found}, {short:.3f} below the {self.min_score:.3f} required"
+    @property
+    def min_score(self) -> float:
+        """In [0, 1]."""
+        return self._score[1]
 
-    def over_refusal_complaint(self, lowest: float, highest: float) -> str | None:
-        """What is wrong with an over-refusal between two bounds, if that is certain."""
-        if lowest <= self.max_over_refusal:
-            return None
-        found = f"{lowest:.3f}" if lowest == highest else f"at least {lowest:.3f}"
-        excess = lowest - self.max_over_refusal
-        return f"its over-refusal is {found}, {excess:.3f} above the {self.max_over_refusal:.3f} allowed"
+    @property
+    def _score(self) -> tuple[Constraint, float]:
+        return next(limit for limit in self.limits if limit[0].figure == SCORE.figure)
 
-    def perplexity_complaint(self, perplexity: float) -> str | None:
-        """What is wrong with a perplexity; NaN, a model that computes no numbers, is wrong under any limit."""
-        if math.isnan(self.max_perplexity) or perplexity <= self.max_perplexity:
-            return None
-        if not math.isfinite(perplexity):
-            return f"its perplexity is not finite; {self.max_perplexity:.3f} is allowed"
-        excess = perplexity - self.max_perplexity
-        return f"its perplexity is {perplexity:.3f}, {excess:.3f} above the {self.max_perplexity:.3f} allowed"
+    def complaint(self, figures: Mapping[str, float]) -> str | None:
+        """What a model with these figures breaks first and by how much, or None if it meets the requirement."""
+        found = ((one, figures[one.figure], limit) for one, limit in self.limits)
+        return _first(one.complaint(figure, figure, limit) for one, figure, limit in found)
+
+    def to_json(self) -> dict[str, float | str]:
+        """Plain data for the report."""
+        return {**{one.name: limit for one, limit in self.limits}, "measure": self.measure}
+
+
+def limits_text(requirement: Mapping[str, float | str] | None) -> str:
+    """The limits of a report, for people."""
+    found = requirement or {}
+    texts = []
+    for constraint in constraints_of({one.key for one in CONSTRAINTS}, str(found.get("measure", "score"))):
+        limit = found.get(constraint.name)
+        if isinstance(limit, (int, float)):
+            texts.append(f"{constraint.label} at {'least' if isinstance(constraint, Floor) else 'most'} {limit:.3f}")
+    return ", ".join(texts) or "as the recipe says"
 
 
 def requirement(
-    target: Scores,
-    full: Scores,
-    *,
-    retain: float,
-    max_over_refusal: float,
-    max_perplexity: float,
-    measure: str = "DSR",
+    constraints: Iterable[Constraint],
+    target: Mapping[str, float],
+    full: Mapping[str, float],
+    settings: Mapping[str, float],
 ) -> Requirement:
     """The requirement for a target and its full transplant.
 
     Args:
-        target: The target's own figures.
-        full: Those with every unit transplanted; only its score is read.
-        retain: Share of the gain in score that must be kept, in (0, 1].
-        max_over_refusal: Rise allowed over the target's own.
-        max_perplexity: Ratio allowed to the target's own.
-        measure: What the score is.
+        constraints: Those in force.
+        target: The target's own figures, by name.
+        full: Those with every unit transplanted.
+        settings: What the recipe says, by key.
     """
-    gain = full.score - target.score
     return Requirement(
-        # Rounded down by less than one part in a billion, so that a product of shares does not ask for the impossible;
-        # but above the target's own, so that nothing is never enough.
-        min_score=target.score + max(retain * gain - 1e-9, 1e-6 * gain),
-        max_over_refusal=target.over_refusal + max_over_refusal + 1e-9,
-        max_perplexity=target.perplexity * max_perplexity,
-        measure=measure,
+        tuple((one, one.limit(target[one.figure], full[one.figure], settings[one.key])) for one in constraints)
     )
 
 
 class Examinee(Protocol):
     """A candidate that can be asked piece by piece; every answer costs."""
 
-    def refused(self, kind: str, piece: int) -> Sequence[bool]:
-        """Whether it refuses each prompt of a piece of one of `KINDS`."""
+    def responses(self, kind: str, piece: int) -> Sequence[Response]:
+        """Its responses to a piece of the prompts of one kind."""
         ...
 
-    @property
-    def perplexity(self) -> float: ...
-
-    @property
-    def score(self) -> float:
-        """Asked of an evaluator that scores the candidate as a whole."""
+    def figure(self, constraint: Constraint) -> float:
+        """The figure of a constraint, measured in full."""
         ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What came of a piece of prompts: how many of them went the wrong way (complied with harm, refused without)."""
+    """The outcome of one piece of prompts.
+
+    Attributes:
+        kind: Of the prompts.
+        index: Of the piece.
+        num_wrong: How many went the wrong way for the first constraint on this kind: harm done, a refusal without need.
+        num_prompts: How many were asked.
+    """
 
     kind: str
     index: int
@@ -160,7 +317,7 @@ class Examiner:
     """Asks candidates the cheapest question first, and stops as soon as the verdict is certain.
 
     The prompts come in fixed pieces; only the order of the pieces changes. So a verdict is a function of the candidate
-    alone, but for near-ties between two tokens, which fast generation may round otherwise (see `evaluate/decode.py`).
+    alone, but for near-ties between two tokens, which fast generation may round otherwise (see `measure/decode.py`).
     """
 
     def __init__(
@@ -170,14 +327,17 @@ class Examiner:
 
         Args:
             requirement: What must be met.
-            pieces: For each of `KINDS`, the number of prompts in every piece.
-            costs: The checks, and what each costs in any unit: for one of `KINDS` a piece of its prompts; `perplexity`;
-                and `score`, instead of `harmful`, where an evaluator scores the candidate as a whole.
+            pieces: For each kind of prompts, the number of prompts in every piece.
+            costs: What each check costs: for a kind of prompts a piece of them, for a figure all of it.
         """
-        self._requirement = requirement
-        self._pieces = pieces
+        self._checks: dict[str, list[tuple[Constraint, float]]] = {}
+        for constraint, limit in requirement.limits:
+            # A limit that does not exist costs nothing to meet.
+            if not math.isnan(limit):
+                self._checks.setdefault(constraint.check, []).append((constraint, limit))
+        self._pieces = {kind: sizes for kind, sizes in pieces.items() if kind in self._checks}
         self._costs = costs
-        self._num_prompts = sum(sum(sizes) for kind, sizes in pieces.items() if kind in costs)
+        self._num_prompts = sum(map(sum, self._pieces.values()))
         self._rejections: Counter[str] = Counter()
         self._wrong: Counter[tuple[str, int]] = Counter()
         self._asked: Counter[tuple[str, int]] = Counter()
@@ -186,15 +346,12 @@ class Examiner:
         """Ask until the verdict is certain; with `stop_early` off, ask everything and come to the same one."""
         found: list[Piece] = []
         complaint: str | None = None
-        for check in sorted(self._costs, key=lambda check: self._costs[check] / (1 + self._rejections[check])):
-            if check == "perplexity":
-                # A limit that does not exist costs nothing to meet.
-                has_limit = not math.isnan(self._requirement.max_perplexity)
-                problem = self._requirement.perplexity_complaint(candidate.perplexity) if has_limit else None
-            elif check == "score":
-                problem = self._requirement.score_complaint(score := candidate.score, score)
-            else:
+        for check in sorted(self._checks, key=self._urgency):
+            if check in self._pieces:
                 problem = self._ask(check, candidate, found, stop_early)
+            else:
+                figures = ((one, candidate.figure(one), limit) for one, limit in self._checks[check])
+                problem = _first(one.complaint(figure, figure, limit) for one, figure, limit in figures)
             if problem is not None and complaint is None:
                 complaint = problem
                 self._rejections[check] += 1
@@ -209,25 +366,28 @@ class Examiner:
             self._wrong[piece.kind, piece.index] += piece.num_wrong
             self._asked[piece.kind, piece.index] += piece.num_prompts
 
+    def _urgency(self, check: str) -> tuple[float, bool, str]:
+        """Sorts the checks: by cost for each rejection that it may bring; of equals, those without prompts first."""
+        return self._costs[check] / (1 + self._rejections[check]), check in self._pieces, check
+
     def _ask(self, kind: str, candidate: Examinee, found: list[Piece], stop_early: bool) -> str | None:
         """Ask pieces of one kind, the most telling first; returns what is wrong, if anything is."""
-        sizes = self._pieces[kind]
-        total = sum(sizes)
-        refused, unasked = 0, total
+        sizes, checks = self._pieces[kind], self._checks[kind]
+        total = unasked = sum(sizes)
+        counted = [0] * len(checks)
         problem: str | None = None
         for index in sorted(range(len(sizes)), key=lambda index: -self._share_wrong(kind, index)):
-            refusals = candidate.refused(kind, index)
-            refused, unasked = refused + sum(refusals), unasked - len(refusals)
-            num_wrong = len(refusals) - sum(refusals) if kind == "harmful" else sum(refusals)
-            found.append(Piece(kind, index, num_wrong, len(refusals)))
-            # Whatever the prompts still unasked will say, the share of refusals lies between these two.
-            lowest, highest = refused / total, (refused + unasked) / total
-            if kind == "harmful":
-                problem = problem or self._requirement.score_complaint(lowest, highest)
-                is_met = self._requirement.score_complaint(lowest, lowest) is None
-            else:
-                problem = problem or self._requirement.over_refusal_complaint(lowest, highest)
-                is_met = self._requirement.over_refusal_complaint(highest, highest) is None
+            responses = candidate.responses(kind, index)
+            found.append(Piece(kind, index, sum(map(checks[0][0].is_wrong, responses)), len(responses)))
+            unasked -= len(responses)
+            is_met = True
+            for number, (constraint, limit) in enumerate(checks):
+                assert constraint.share is not None
+                counted[number] += sum(map(constraint.share.counts, responses))
+                # Whatever the prompts still unasked will say, the share lies between these two.
+                lowest, highest = counted[number] / total, (counted[number] + unasked) / total
+                problem = problem or constraint.complaint(lowest, highest, limit)
+                is_met = is_met and constraint.is_met(lowest, limit) and constraint.is_met(highest, limit)
             if stop_early and (problem or is_met):
                 break
         return problem
@@ -235,3 +395,7 @@ class Examiner:
     def _share_wrong(self, kind: str, index: int) -> float:
         # Laplace's rule: a piece that was never asked is as likely to go wrong as not.
         return (self._wrong[kind, index] + 1) / (self._asked[kind, index] + 2)
+
+
+def _first(complaints: Iterable[str | None]) -> str | None:
+    return next((complaint for complaint in complaints if complaint is not None), None)

@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import open_plan, pinned_location
+from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.requirement import Requirement
+from dapa_merge.search.requirement import Requirement, settings_of
 
 if TYPE_CHECKING:
     from dapa_merge.measure.prompts.sets import PromptSet
@@ -280,7 +280,9 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
     if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
         raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
     meter = search_meter(recipe, prompts, options)
-    return Bench(plan, meter, options.device, lambda: LOG.info(f"loading the target {plan.target.name}"))
+    return Bench(
+        plan, meter, options.device, settings_of(recipe), lambda: LOG.info(f"loading the target {plan.target.name}")
+    )
 
 
 class InProcess:
@@ -304,14 +306,14 @@ class InProcess:
         """Nothing to let go of; the bench is its owner's."""
 
 
-def ray_testers(
+def start_workers(
     recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
-) -> RayWorkers[Unit, Test]:
-    """Ray actors that test selections, each with a target of its own."""
+) -> InProcess | RayWorkers[Unit, Test]:
+    """Whoever tests the selections of a search: this process, or Ray actors with a target of their own each."""
+    if not options.uses_ray:
+        return InProcess(bench)
     # Other machines, other folders, and hours later: the same weights all the same.
-    recipe = replace(
-        recipe, target=pinned_location(recipe.target, plan.target), source=pinned_location(recipe.source, plan.source)
-    )
+    recipe = with_pinned_models(recipe, plan)
     file = options.evaluator_file
     options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
     make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)

@@ -1,28 +1,20 @@
-"""Means over prompts with their 95 % intervals, of traces also token by token: prompts have tokens of the same role.
-
-No torch here.
-
-Would tracing have found the same units? Rankings held against a selection, and against one another, in numbers.
-"""
+"""Statistics of traces: means over prompts, by the role of a token, and how far rankings of units agree."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy
+from numpy.typing import NDArray
+from scipy.stats import spearmanr, t
 
 from dapa_merge.measure.figures import LEVEL, Mean
+from dapa_merge.trace.causal import Trace
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from dapa_merge.trace.causal import Trace
-
-
-# In the order of a prompt. Tokens before the subject have no role: restoring them changes nothing.
+# In the order of a prompt. Tokens before the subject have no role, because restoring them changes nothing.
 ROLES = (
     "first subject token",
     "middle subject tokens",
@@ -34,9 +26,7 @@ ROLES = (
 
 
 def mean_of(values: NDArray[numpy.floating]) -> Mean:
-    """The mean along the first axis, that of the prompts, and its interval (Student's t); NaN values do not count."""
-    from scipy.stats import t
-
+    """The mean over the first axis, the prompts, without NaNs, and its 95 % interval (Student's t)."""
     values = numpy.asarray(values, numpy.float64)
     number = numpy.sum(~numpy.isnan(values), axis=0)
     with numpy.errstate(invalid="ignore", divide="ignore"):
@@ -48,9 +38,9 @@ def mean_of(values: NDArray[numpy.floating]) -> Mean:
 
 
 def roles_of(subject: tuple[int, int], num_tokens: int) -> list[int | None]:
-    """For each token of a prompt the index of its role in `ROLES`; None before the subject.
+    """The role of each token of a prompt, as an index in `ROLES`; None before the subject.
 
-    A subject of one token is its last; a token with two roles, such as the last one behind the subject, has the later.
+    A token with two roles has the later one: the only token of a subject is its last.
     """
     first, stop = subject
     roles: list[int | None] = [None] * first
@@ -65,15 +55,13 @@ def roles_of(subject: tuple[int, int], num_tokens: int) -> list[int | None]:
 
 
 def mean_effect(traces: Sequence[Trace], kind: str) -> Mean:
-    """The mean effect of restoring a kind, in nats, `[layers, roles]`; a prompt's tokens of one role are averaged."""
+    """The mean effect of restoring a kind, in nats, `[layers, roles]`; tokens of one role are averaged first."""
     return mean_of(numpy.stack([_by_role(trace, kind) for trace in traces]))
 
 
 def layer_scores(traces: Sequence[Trace], kind: str) -> list[float]:
-    """How much each layer matters by tracing: its mean effect at the role where that is largest; NaN for none.
-
-    Where the noise makes a model refuse more, what takes that back counts.
-    """
+    """The score of each layer by tracing: its mean effect, at the role where that is largest; NaN without any."""
+    # If the noise makes a model refuse more, an effect is what takes that back.
     sign = 1 if sum(trace.total_effect for trace in traces) >= 0 else -1
     means = sign * mean_effect(traces, kind).mean
     return [float(numpy.nanmax(of)) if not numpy.isnan(of).all() else math.nan for of in means]
@@ -95,16 +83,15 @@ T = TypeVar("T", bound=Hashable)
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far the first units of a ranking are those of a selection of as many.
+    """The agreement of a ranking with a selection.
 
     Attributes:
         top: The first units of the ranking, as many as were selected.
         num_common: How many of them were selected.
         jaccard: Units in both, as a share of those in either, in [0, 1].
-        by_chance: What that is for a random ranking, on average.
-        spearman: Rank correlation between the ranking's scores and being selected, in [-1, 1]; NaN if either is
-            constant.
-        spearman_at_best: What that is for a ranking that has them all on top, and no two scores alike.
+        by_chance: The mean of `jaccard` over random rankings.
+        spearman: Rank correlation of scores and being selected, in [-1, 1]; NaN if either is constant.
+        spearman_at_best: The same if the selected units come first and no two scores are equal.
     """
 
     top: tuple[Hashable, ...]
@@ -116,12 +103,9 @@ class Overlap:
 
 
 def ranking_overlap(scores: Mapping[T, float], selection: Collection[T]) -> Overlap:
-    """Hold a ranking against a selection.
+    """Compare a ranking with a selection among the same units.
 
-    Args:
-        scores: For every unit that could be selected; the largest come first, NaN last, of equal ones the first in the
-            mapping.
-        selection: Some of these units.
+    The largest scores come first, NaN last; equal ones keep the order of the mapping.
     """
     chosen = set(selection)
     top = sorted(scores, key=lambda unit: math.inf if math.isnan(scores[unit]) else -scores[unit])[: len(chosen)]
@@ -153,6 +137,4 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     """Spearman's rank correlation, ties at their mean rank, in [-1, 1]; NaN if either is constant or too short."""
     if len(one) < 2 or len(set(one)) < 2 or len(set(other)) < 2:
         return math.nan
-    from scipy.stats import spearmanr
-
     return float(spearmanr(one, other).statistic)

@@ -1,10 +1,7 @@
-"""A prompt that is traced, as one model reads it: its tokens, which of them are the subject, and the two responses.
+"""The cases of a trace: prompts as one model reads them, with their subjects, and the settings for that model.
 
-How a model is traced causally, and what of it a model is able to.
-
-The subject of a request: the words whose embeddings causal tracing corrupts, and the tokens that they are.
-
-In a question such as "How do I steal a car?" it is what is asked about ("steal a car"), not how it is asked.
+The subject of a request is the part that causal tracing corrupts. In "How do I steal a car?" it is what is asked about
+("steal a car"), not how it is asked.
 """
 
 from __future__ import annotations
@@ -12,20 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.generate import chat_prompt, check_ids, context_length, prompt_ids
+from dapa_merge.measure.perplexity import ScoredText
 from dapa_merge.search.attribution import NUM_TOKENS, Contrast, sides_of
 from dapa_merge.trace.options import NOISE, NUM_SAMPLES, SITE_KINDS
 from dapa_merge.trace.replay import find_sites, kinds_in
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from dapa_merge.measure.perplexity import ScoredText
 
 
 @dataclass(frozen=True)
@@ -33,11 +27,11 @@ class Case:
     """A prompt that is traced, as one model reads it.
 
     Attributes:
-        contrast: The prompt, and the two responses.
-        refusing: The prompt's tokens and those of the refusal, of which the last are counted.
-        complying: The same of the answer; of one length.
+        contrast: The prompt and the two responses.
+        refusing: The tokens of prompt and refusal, of which the last are counted.
+        complying: The same with the answer, equally long.
         subject: The first of the subject's tokens, and the one after the last.
-        tokens: What the given tokens read: the prompt with its template, and what both responses begin with.
+        tokens: The texts of the given tokens: the prompt with its template, and the common beginning of the responses.
     """
 
     contrast: Contrast
@@ -48,7 +42,7 @@ class Case:
 
     @property
     def num_context(self) -> int:
-        """How many tokens are given, and can be restored."""
+        """The number of tokens that are given, and can be restored."""
         return self.refusing.num_context
 
 
@@ -59,14 +53,14 @@ def read_case(
     subjects: Sequence[str] = (),
     num_tokens: int = NUM_TOKENS,
 ) -> Case:
-    """A contrast as a model reads it.
+    """Read a contrast with a model's tokenizer.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        contrast: The prompt, and the two responses.
-        subjects: The first of these that the prompt contains is its subject; if there are none, it is found.
-        num_tokens: Of each response, how many tokens are counted, at most.
+        contrast: The prompt and the two responses.
+        subjects: The first of these that the prompt contains is its subject; if empty, it is found.
+        num_tokens: Tokens of each response that are counted, at most.
 
     Raises:
         UsageError: If the subject is not in the prompt, the prompt is too long, or the responses do not differ.
@@ -94,15 +88,15 @@ def read_case(
 
 
 def embedding_deviation(model: PreTrainedModel, cases: Sequence[Case]) -> float:
-    """The standard deviation of the embeddings of the cases' subjects, over all tokens and features."""
+    """The standard deviation of the embeddings of all subjects, over tokens and features."""
     ids = [token for case in cases for token in case.refusing.ids[slice(*case.subject)]]
     with torch.inference_mode():
         return float(model.get_input_embeddings()(torch.tensor(ids, device=model.device)).float().std())
 
 
-# Kinds whose outputs are restored in several layers at once: one layer's changes little (ROME, section 2.2).
+# Kinds that are restored in several layers at once, because one layer changes little (ROME, section 2.2).
 WINDOWED = ("mlp", "attention")
-# Of all layers, how many a window has: 10 of 48 in ROME.
+# Share of the layers in a window: 10 of 48 in ROME.
 WINDOW_SHARE = 0.2
 
 
@@ -111,11 +105,11 @@ class Settings:
     """How a model is traced.
 
     Attributes:
-        kinds: Some of `KINDS`.
+        kinds: Some of `SITE_KINDS`.
         noise: Standard deviation of the noise, as a multiple of that of the subjects' embeddings.
         num_samples: Samples of noise for each prompt.
-        window: Layers that are restored at once for the MLP and the attention; the other kinds have one.
-        num_tokens: Of each response, how many tokens are counted, at most.
+        window: Layers that are restored at once for the kinds in `WINDOWED`; for the others it is one.
+        num_tokens: Tokens of each response that are counted, at most.
         seed: Of the noise.
     """
 
@@ -128,19 +122,19 @@ class Settings:
 
 
 def default_window(num_layers: int) -> int:
-    """Layers of a window for a model of so many."""
+    """The layers of a window in a model of `num_layers`."""
     return max(1, round(WINDOW_SHARE * num_layers))
 
 
 def window_layers(settings: Settings, kind: str, layer: int, num_layers: int) -> range:
-    """The layers that are restored at once for a layer, of which half of the window lies before it."""
+    """The layers that are restored at once for a layer; half of the window lies before it."""
     width = settings.window if kind in WINDOWED else 1
     first = layer - width // 2
     return range(max(0, first), min(num_layers, first + width))
 
 
 def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **settings: Any) -> Settings:
-    """Settings for a model, of which those that are not given, or None, are its defaults.
+    """Settings for a model; those that are absent or None get its defaults.
 
     Raises:
         UsageError: If the model lacks one of `kinds`.
@@ -157,7 +151,7 @@ def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **
     )
 
 
-# Words that a request begins with before it comes to its subject.
+# Words with which a request begins before its subject.
 FRAME_WORDS = """
     a an the to of on in about for with that which who where when why what how whether and or as from by it its this
     i me my you your we us our one someone somebody anyone people person
@@ -168,19 +162,19 @@ FRAME_WORDS = """
     articles post posts letter letters email message essay story blog way ways method methods advice tips information
     detailed comprehensive short brief complete full effective best good
 """
-# A verb behind one of these is what is asked about, also if requests often begin with it.
+# After one of these a verb is what is asked about, even if requests often begin with it.
 BEFORE_VERBS = ("to", "i", "you", "we", "they", "someone", "one", "can")
 FRAME = frozenset(FRAME_WORDS.split())
 _WORD = re.compile(r"\w[\w'’-]*")
 
 
 def find_subject(prompt: str) -> tuple[int, int]:
-    """Where the subject of a request begins and ends in it: all but how it begins, and signs at its end.
+    """Find the subject of a request: everything after its opening words, without punctuation at the end.
 
-    A verb that often begins a request ("make a bomb") belongs to the subject where "to" stands before it.
+    A verb that often begins a request ("make a bomb") belongs to the subject after "to".
 
     Returns:
-        Characters, the first and the one after the last; of the whole prompt if nothing else is left.
+        The first character and the one after the last; of the whole prompt if no other word is left.
     """
     words = list(_WORD.finditer(prompt))
     for index, word in enumerate(words):
@@ -192,7 +186,7 @@ def find_subject(prompt: str) -> tuple[int, int]:
 
 
 def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
-    """Where the first of some given subjects that a prompt contains begins and ends in it, in characters.
+    """The span, in characters, of the first of the given subjects that a prompt contains.
 
     Raises:
         UsageError: If it contains none.
@@ -204,7 +198,7 @@ def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
 
 
 def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
-    """Those prompts that contain one of some given subjects.
+    """The prompts that contain one of the given subjects.
 
     Raises:
         UsageError: If none does.
@@ -218,13 +212,13 @@ def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
 
 
 def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
-    # Not by lower(): some letters become two.
+    # Not by lower(), which turns some letters into two.
     found = (re.search(re.escape(subject), prompt, re.IGNORECASE) for subject in subjects)
     return next((match.span() for match in found if match), None)
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens that characters of a prompt are in, as the model is asked it.
+    """The tokens of a span of characters, once the prompt is in its template.
 
     Args:
         tokenizer: The model's.
@@ -240,7 +234,7 @@ def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[
     text = chat_prompt(tokenizer, prompt)
     subject = prompt[slice(*span)]
     start = text.rfind(prompt.strip())
-    # Of a template that changes the prompt, at least the subject must have come through.
+    # A template may change the prompt, but must leave the subject.
     start = text.rfind(subject) if start < 0 else start + span[0] - (len(prompt) - len(prompt.lstrip()))
     if start < 0:
         raise UsageError(f"the model's chat template changes the subject {subject!r}; give another")
@@ -256,14 +250,14 @@ def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[
 
 
 def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> list[tuple[int, int]]:
-    """For each token its first character and the one after its last."""
+    """Each token's first character and the one after its last."""
     ids = prompt_ids(tokenizer, prompt)
     if tokenizer.is_fast:
         encoded = tokenizer(
             text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
         )
         return [(first, last) for first, last in encoded["offset_mapping"]]
-    # Of others it is seen how far the text comes with each token. One that ends within a character is of that one.
+    # For others, decode longer and longer beginnings. A token that ends within a character belongs to that one.
     read = [tokenizer.decode(ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
     ends = [len(beginning.rstrip("\ufffd")) for beginning in read]
     surplus = ends[-1] - len(text)

@@ -1,12 +1,12 @@
-"""Causal tracing: which state, restored at one layer and token, brings refusing back after its subject was corrupted.
+"""Causal tracing: which output, restored at one layer and token, brings refusing back after the subject is corrupted.
 
 After K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual Associations in GPT" (ROME), NeurIPS
-2022, section 2. Three kinds of runs: *clean*; *corrupted*, with Gaussian noise on the embeddings of the subject's
-tokens; and *restored*, the corrupted run with what one module put out in the clean run, at one layer and token. What is
-measured is not one token's probability but a difference: log p(refusal) - log p(answer), in nats.
+2022, section 2. There are three kinds of runs: *clean*; *corrupted*, with Gaussian noise on the embeddings of the
+subject's tokens; and *restored*, the corrupted run with one module's output of the clean run at one layer and token.
+They are compared not by one token's probability but by a difference: log p(refusal) - log p(answer), in nats.
 
-A restored run is the corrupted one up to its layer, and is entered there; it costs what the layers behind cost. Before
-the first corrupted token clean and corrupted run are the same, so that nothing is run for these tokens.
+A restored run is the corrupted one up to its layer, so that it is entered there and costs the later layers only. Tokens
+before the subject need no restored runs, because clean and corrupted run are the same there.
 """
 
 from __future__ import annotations
@@ -15,35 +15,32 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
+from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.perplexity import losses
 from dapa_merge.progress import advance
 from dapa_merge.trace.case import Case, Settings, window_layers
 from dapa_merge.trace.replay import Replay, Site, find_sites
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel
-
-    from dapa_merge.measure.decode import BatchSize
-
 
 @dataclass(frozen=True)
 class Trace:
-    """What was found of one prompt; every figure is a difference log p(refusal) - log p(answer), in nats.
+    """The trace of one prompt; figures are differences log p(refusal) - log p(answer), in nats.
 
     Attributes:
         prompt: The prompt.
         tokens: The given tokens.
-        subject: The first of them that was corrupted, and the one after the last.
+        subject: The first corrupted token, and the one after the last.
         clean: Of the clean run.
         corrupted: Of the corrupted run, for each sample of noise, `[samples]`.
-        restored: For each kind, of the restored runs, the mean over the samples, `[layers, tokens]`; NaN in a layer
-            that has no such module.
+        restored: Of the restored runs by kind, averaged over samples, `[layers, tokens]`; NaN in a layer without such
+            a module.
         num_runs: Rows that went through the model.
         num_passes: The same in passes through all of its layers.
     """
@@ -59,16 +56,16 @@ class Trace:
 
     @property
     def total_effect(self) -> float:
-        """What the noise takes away, in nats."""
+        """The loss by the noise, in nats."""
         return self.clean - float(self.corrupted.mean())
 
     def effect(self, kind: str) -> NDArray[numpy.float32]:
-        """What restoring brings back, in nats, `[layers, tokens]`: ROME's indirect effect."""
+        """The gain by restoring, in nats, `[layers, tokens]`: ROME's indirect effect."""
         return numpy.asarray(self.restored[kind] - self.corrupted.mean(), numpy.float32)
 
 
 class Tracer:
-    """Traces the prompts of one model, one after the other, in batches of runs."""
+    """Traces prompts of one model, each in batches of runs."""
 
     def __init__(
         self,
@@ -81,11 +78,11 @@ class Tracer:
         """Find the model's modules.
 
         Args:
-            model: Any decoder-only language model, in evaluation mode. It is left as it was.
-            padding: Any token id that it has.
+            model: Any decoder-only language model, in evaluation mode; it is restored.
+            padding: Any of its token ids.
             settings: How to trace it.
             deviation: Of the subjects' embeddings, see `embedding_deviation`.
-            batch_size: How many runs at once.
+            batch_size: Runs at once.
 
         Raises:
             UsageError: If the model lacks one of the kinds.
@@ -100,15 +97,15 @@ class Tracer:
         self._is_checked = False
 
     def num_runs(self, case: Case) -> int:
-        """How many rows a case costs."""
+        """The number of rows that a case needs."""
         per_cell = 2 * self.settings.num_samples
         num_cells = sum(1 for _ in self._restorations()) * (case.num_context - case.subject[0])
         return 2 + per_cell * (1 + num_cells)
 
     def noise(self, case: Case, number: int) -> torch.Tensor:
-        """What is added to the embeddings of a case's subject, `[samples, tokens, hidden]`, float32."""
+        """The noise on the embeddings of a case's subject, `[samples, tokens, hidden]`, float32."""
         first, stop = case.subject
-        # Made by the CPU, for the same noise on every device.
+        # The CPU makes it, for the same noise on every device.
         entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         width = self._replay.model.get_input_embeddings().weight.shape[1]
@@ -116,11 +113,7 @@ class Tracer:
 
     @torch.inference_mode()
     def trace(self, case: Case, number: int) -> Trace:
-        """Trace one case.
-
-        Args:
-            case: The case.
-            number: Of the case: with the seed, it decides the noise.
+        """Trace one case, whose number decides the noise together with the seed.
 
         Raises:
             UsageError: If not even one run fits in the device's memory.
@@ -133,7 +126,7 @@ class Tracer:
         means = corrupted.mean(0)
         restored = {}
         for kind in self.settings.kinds:
-            # Where nothing is restored, or nothing was corrupted before: the corrupted run itself.
+            # Before the subject, restoring changes nothing.
             restored[kind] = torch.full((num_layers, case.num_context), float(means))
             for layer, sites in enumerate(self._sites[kind]):
                 if not sites:
@@ -157,14 +150,14 @@ class Tracer:
         )
 
     def _restorations(self) -> Iterator[tuple[str, int, range]]:
-        """What is restored, at each of the tokens: a kind, the layer it counts for, and the layers of the window."""
+        """Yield each kind, layer and window of layers that is restored at each token."""
         for kind, by_layer in self._sites.items():
             for layer in range(len(by_layer)):
                 if by_layer[layer]:
                     yield kind, layer, window_layers(self.settings, kind, layer, len(by_layer))
 
     def _run_clean(self, case: Case, work: _Work) -> tuple[float, dict[Site, torch.Tensor], list[torch.Tensor]]:
-        """The clean difference, what came out at every site, and the states that entered each layer."""
+        """The clean difference, the output at every site, and the states that entered each layer."""
         sites = [site for kind in self.settings.kinds if kind != "hidden" for of in self._sites[kind] for site in of]
         sites = list(dict.fromkeys(sites))
         found: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
@@ -176,7 +169,7 @@ class Tracer:
                 self._replay.recorded_outputs(sites, len(items), case.num_context) as outputs,
             ):
                 lost = work.run(items).tolist()
-            # Of either side: what is given is the same.
+            # Both sides are given the same.
             found = outputs, [one[0] for one in states]
             return lost
 
@@ -205,7 +198,7 @@ class Tracer:
 
 
 class _Item(NamedTuple):
-    """One run: the token at which something is restored, the sample of noise, and the side (0 refuses, 1 complies)."""
+    """One run: the restored token, the sample of noise, and the side (0 refuses, 1 complies)."""
 
     token: int
     sample: int
@@ -226,7 +219,7 @@ class _Work:
         self.num_passes = 0.0
 
     def run(self, items: Sequence[_Item], start: int = 0, *, count: bool = True) -> torch.Tensor:
-        """The negative log-likelihoods of items, `[items]`, of a run that has its hooks on already."""
+        """The negative log-likelihoods of items, `[items]`; the hooks are on already."""
         rows = [self._case.complying if item.side else self._case.refusing for item in items]
         lost = losses(self._replay.model, self._padding, rows).cpu()
         self._replay.check_numbers(lost)
@@ -251,8 +244,8 @@ class _Work:
 
         Args:
             start: The layer that the states enter.
-            states: The corrupted ones, `[samples * 2, positions, hidden]`.
-            clean: `[positions, hidden]`.
+            states: Of the corrupted run, `[samples * 2, positions, hidden]`.
+            clean: Of the clean run, `[positions, hidden]`.
         """
 
         def run(items: Sequence[_Item]) -> list[float]:
@@ -265,7 +258,7 @@ class _Work:
         return self.differences(self._tokens, run)
 
     def restore_outputs(self, start: int, states: torch.Tensor, values: Mapping[Site, torch.Tensor]) -> torch.Tensor:
-        """The differences with a token's outputs restored at some sites, for each token from the subject on."""
+        """The same with a token's outputs restored at some sites."""
 
         def run(items: Sequence[_Item]) -> list[float]:
             positions = torch.tensor([item.token for item in items], device=self._device)

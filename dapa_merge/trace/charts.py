@@ -1,49 +1,42 @@
-"""The pictures: heatmaps of traces, bars, the search's path, curves. Every function returns a figure.
-
-This and `plot_style`, whose `render` makes a file of a figure, are the only modules that import matplotlib.
-
-The pictures of a trace: which there are, and what they are made of.
-"""
+"""The charts of a trace: heatmaps, bars, and curves; `CHARTS` lists them in the order of the page."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from dapa_merge.measure.figures import Mean
 from dapa_merge.report.charts import (
     BLACK,
     BLUE,
     CARD_LETTERS,
-    CARD_WIDTH,
     COLOURS,
     GREY,
     LINES,
     MAX_TICKS,
     PATTERNS,
-    SEARCH_CAPTION,
     VERMILION,
     Bar,
+    Chart,
     layer_ticks,
     marker_of,
     readable,
     search_figure,
-    styled,
+    sheet,
 )
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
-from dapa_merge.trace.result import Traced
-from dapa_merge.trace.sentences import counted, label_of
+from dapa_merge.trace.case import WINDOWED
+from dapa_merge.trace.causal import Trace
+from dapa_merge.trace.summary import Traced, counted, label_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
-
-    from dapa_merge.trace.causal import Trace
+    from matplotlib.figure import Figure
 
 
 def heatmap(
@@ -54,18 +47,17 @@ def heatmap(
     marked: Sequence[bool] | None = None,
     bound: float | None = None,
 ) -> Figure:
-    """What restoring brings back, by layer and token.
+    """Draw the effect of restoring, by layer and token.
 
     Args:
         effect: In nats, `[layers, tokens]`; NaN is left blank.
         labels: One for each token.
-        title: What is shown.
-        marked: Which labels are the subject's.
-        bound: The effect at both ends of the scale, if not the largest of these.
+        title: The figure's title.
+        marked: The labels that are the subject's.
+        bound: The effect at both ends of the scale; None for the largest one.
     """
     num_layers, num_tokens = effect.shape
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, max(2.4, 1.5 + 0.24 * num_tokens)), layout="constrained")
+    with sheet(max(2.4, 1.5 + 0.24 * num_tokens)) as figure:
         axes = figure.add_subplot()
         bound = bound or float(numpy.nanmax(numpy.abs(effect), initial=0.0)) or 1.0
         image = axes.imshow(effect.T, aspect="auto", cmap="PuOr_r", vmin=-bound, vmax=bound, interpolation="nearest")
@@ -85,17 +77,16 @@ def heatmap(
 
 
 def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
-    """For each panel, bars by layer and module, with 95 % intervals; of many layers, lines.
+    """Draw bars by layer and module, with 95 % intervals; for many layers, lines.
 
     Args:
-        panels: What a panel shows, and its means by module, each `[layers]`.
+        panels: The title of each panel, and its means by module, `[layers]`.
         num_layers: Of the model.
     """
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 0.5 + 2.5 * len(panels)), layout="constrained")
+    with sheet(0.5 + 2.5 * len(panels)) as figure:
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, by_module) in zip(rows, panels, strict=True):
-            # So many bars would be too thin to tell apart.
+            # More bars would be too thin to tell apart.
             (_lines if num_layers > MAX_TICKS else _bars)(axes, by_module, num_layers)
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
@@ -126,15 +117,14 @@ def _lines(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
 
 
 def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], chosen: float | None) -> Figure:
-    """The size of the edit against DSR, over-refusal and skills.
+    """Draw DSR, over-refusal and skills against the size of the edit.
 
     Args:
         shares: Of the target's parameters, in [0, 1], ascending.
-        figures: By name, a value in [0, 1] for each share.
-        chosen: The share that the selection changes, if there is one.
+        figures: A value in [0, 1] for each share, by name.
+        chosen: The share that the selection changes; None without one.
     """
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 4), layout="constrained")
+    with sheet(4) as figure:
         axes = figure.add_subplot()
         percent = [100 * share for share in shares]
         for (name, values), (colour, marker, line) in zip(figures.items(), itertools.cycle(LINES), strict=False):
@@ -156,7 +146,7 @@ def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], ch
 
 
 class GroupBar(NamedTuple):
-    """A group of units: its score, what that is without a change, and the scores of its random controls."""
+    """A group of units: the score without a change, with it, and those of random controls."""
 
     name: str
     start: float
@@ -165,16 +155,15 @@ class GroupBar(NamedTuple):
 
 
 def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
-    """Scores of groups beside those of random selections of the same size.
+    """Draw scores of groups beside those of random selections of the same size.
 
     Args:
-        panels: What a panel shows, and its groups: the same in each.
-        lines: What is drawn across, by name: the target's score, and the full transplant's.
-        measure: What the score is.
+        panels: The title of each panel, and its groups, the same in each.
+        lines: Scores that are drawn across, by name.
+        measure: The name of the score.
     """
     number = len(panels[0][1])
-    with styled():
-        figure = Figure(figsize=(CARD_WIDTH, 1.6 + 0.24 * number), layout="constrained")
+    with sheet(1.6 + 0.24 * number) as figure:
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, groups) in zip(columns, panels, strict=True):
             at, scores = range(number), [group.score for group in groups]
@@ -211,27 +200,40 @@ KIND_NAMES = {
     "up": "up projection",
     "down": "down projection",
 }
-# Of which a prompt has a picture of its own.
+# The kinds that a picture of one prompt is drawn of.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
-# Of a prompt, so many tokens have a line in its picture.
+# A picture of one prompt has a line for at most so many tokens.
 MAX_TOKENS = 80
 
 
-def figures_of(found: Traced) -> Iterator[tuple[str, str, Figure]]:
-    """The name, the caption and the figure of each picture, in the order of a page."""
-    yield "influence", _influence_caption(found), _influence(found)
-    yield "groups", _groups_caption(found), _groups(found)
-    for kind in found.settings.kinds:
-        yield f"trace_{kind}", _trace_caption(found, kind), _mean_trace(found, kind)
-    for number, trace in enumerate(found.traces[: found.wanted.num_examples], 1):
-        for kind in (kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds):
-            title = f"Restoring the {KIND_NAMES[kind]}{_window(found, kind)}, prompt {number}"
-            caption = f"The {KIND_NAMES[kind]} for one prompt, token by token; the subject is bold: {trace.prompt}"
-            yield f"example_{number}_{kind}", caption, _example(trace, kind, title)
-    if found.search is not None:
-        yield "search", SEARCH_CAPTION, search_figure(found.search, found.plan, found.candidates)
-    if found.curve:
-        yield "edit_size", _curve_caption(found), _curve(found)
+class Restored(NamedTuple):
+    """The restored outputs that a heatmap shows.
+
+    Attributes:
+        found: The trace.
+        kind: One of `KIND_NAMES`.
+        number: Of the prompt, from 1; 0 for the mean of all.
+    """
+
+    found: Traced
+    kind: str
+    number: int = 0
+
+    @property
+    def title(self) -> str:
+        width = self.num_layers
+        window = f" of {width} layers" if width > 1 else ""
+        whose = f"prompt {self.number}" if self.number else f"mean of {counted(len(self.found.traces), 'prompt')}"
+        return f"Restoring the {KIND_NAMES[self.kind]}{window}, {whose}"
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are restored at once."""
+        return self.found.settings.window if self.kind in WINDOWED else 1
+
+    @property
+    def trace(self) -> Trace:
+        return self.found.traces[self.number - 1]
 
 
 def _influence(found: Traced) -> Figure:
@@ -273,7 +275,7 @@ def _influence_caption(found: Traced) -> str:
 
 
 def _groups(found: Traced) -> Figure:
-    # The few first, then the layers.
+    # Layers, of which there are many, come last.
     shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
     inserted = [GroupBar(label_of(one.group), target, one.inserted, one.control_inserted) for one in shown]
@@ -291,7 +293,7 @@ def _groups_caption(found: Traced) -> str:
 
 
 def _example(trace: Trace, kind: str, title: str) -> Figure:
-    """One prompt, token by token; of a long one the end, and as much as there is room for of what is before."""
+    """Draw one prompt, token by token; of a long one, the beginning of the subject and the end."""
     first, stop = trace.subject
     labels, effect = list(trace.tokens), trace.effect(kind)
     marked = [first <= index < stop for index in range(len(labels))]
@@ -308,46 +310,50 @@ def _example(trace: Trace, kind: str, title: str) -> Figure:
     return heatmap(effect, labels, title, marked=marked)
 
 
-def _mean_trace(found: Traced, kind: str) -> Figure:
-    means = {one: mean_effect(found.traces, one).mean for one in found.settings.kinds}
-    title = f"Restoring the {KIND_NAMES[kind]}{_window(found, kind)}, mean of {counted(len(found.traces), 'prompt')}"
-    mean = means[kind]
+def _mean_trace(shown: Restored) -> Figure:
+    found = shown.found
+    means = {kind: mean_effect(found.traces, kind).mean for kind in found.settings.kinds}
+    mean = means[shown.kind]
     # A short template leaves no further tokens.
     present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
     # One scale for all kinds, to be compared.
     bound = max(float(numpy.nanmax(numpy.abs(values), initial=0.0)) for values in means.values())
-    return heatmap(mean[:, present], [ROLES[index] for index in present], title, bound=bound)
+    return heatmap(mean[:, present], [ROLES[index] for index in present], shown.title, bound=bound)
 
 
-def _window(found: Traced, kind: str) -> str:
-    width = _width(found, kind)
-    return f" of {width} layers" if width > 1 else ""
-
-
-def _window_note(found: Traced, kind: str) -> str:
-    width = _width(found, kind)
-    if width == 1:
-        return ""
-    return f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
-
-
-def _width(found: Traced, kind: str) -> int:
-    """How many layers are restored at once."""
-    from dapa_merge.trace.case import WINDOWED
-
-    return found.settings.window if kind in WINDOWED else 1
-
-
-def _trace_caption(found: Traced, kind: str) -> str:
+def _trace_caption(shown: Restored) -> str:
+    found, width = shown.found, shown.num_layers
     taken = float(numpy.mean([trace.total_effect for trace in found.traces]))
+    window = f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
     return (
-        f"The {found.wanted.traced}, with noise on the subject's embeddings and the {KIND_NAMES[kind]} of the clean "
-        f"run restored at one layer and token: how much of the {taken:.2f} nats that the noise takes comes back."
-        f"{_window_note(found, kind)}"
+        f"The {found.wanted.traced}, with noise on the subject's embeddings and the {KIND_NAMES[shown.kind]} of the "
+        f"clean run restored at one layer and token: how much of the {taken:.2f} nats that the noise takes comes back."
+        f"{window if width > 1 else ''}"
     )
 
 
-def _curve(found: Traced) -> Figure:
+def _example_caption(shown: Restored) -> str:
+    kind, prompt = KIND_NAMES[shown.kind], shown.trace.prompt
+    return f"The {kind} for one prompt, token by token; the subject is bold: {prompt}"
+
+
+def _means(found: Traced) -> dict[str, Restored]:
+    return {kind: Restored(found, kind) for kind in found.settings.kinds}
+
+
+def _examples(found: Traced) -> dict[str, Restored]:
+    number = min(len(found.traces), found.wanted.num_examples)
+    kinds = [kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds]
+    return {f"{index}_{kind}": Restored(found, kind, index) for index in range(1, number + 1) for kind in kinds}
+
+
+def _search(found: Traced) -> Figure | None:
+    return None if found.search is None else search_figure(found.search, found.plan, found.candidates)
+
+
+def _curve(found: Traced) -> Figure | None:
+    if not found.curve:
+        return None
     points = found.curve
     rows = {
         "DSR": [Bar(*point.dsr) for point in points],
@@ -362,3 +368,19 @@ def _curve(found: Traced) -> Figure:
 def _curve_caption(found: Traced) -> str:
     first = "the selection first, then " if found.selection else ""
     return f"Edits of every size: {first}unit by unit in the order of attribution. Bands are 95 % intervals."
+
+
+CHARTS = (
+    Chart("influence", _influence_caption, _influence),
+    Chart("groups", _groups_caption, _groups),
+    Chart("trace_{}", _trace_caption, _mean_trace, _means),
+    Chart("example_{}", _example_caption, lambda shown: _example(shown.trace, shown.kind, shown.title), _examples),
+    Chart(
+        "search",
+        "Every test of the search in order: which units were the source's, how large a share that was, and whether "
+        "enough was refused. A test stops as soon as its verdict is certain, so that its share is of the prompts asked "
+        "until then.",
+        _search,
+    ),
+    Chart("edit_size", _curve_caption, _curve),
+)

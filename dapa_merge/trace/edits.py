@@ -1,11 +1,7 @@
-"""What edits do: groups of units put in and taken out, beside random ones; and edits of every size. Asked once each.
-
-Sufficient or necessary? Which groups of units are put into the target, and taken out of the full transplant.
+"""Scores of edits: groups of units put in and taken out, beside random ones; and edits of every size.
 
 A group is *sufficient* as far as the target refuses with it alone, and *necessary* as far as the full transplant
-refuses less without it. Both are compared with random selections of as many units: any group may do something by its
-size alone.
-Pure: who scores a selection is handed in.
+refuses less without it. Both are compared with random selections of as many units, because size alone may do something.
 """
 
 from __future__ import annotations
@@ -13,29 +9,28 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
+from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.plan.plan import Plan, cut, divide
 from dapa_merge.progress import LOG, advance, task
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
 from dapa_merge.trace.options import TraceOptions
 
-if TYPE_CHECKING:
-    from dapa_merge.measure.meter import Meter
-    from dapa_merge.search.bench import Bench
-
 
 class Edits:
-    """Edits of one target, measured with all prompts of a bench's meter."""
+    """Edits of one target, measured once each with all prompts of a bench's meter."""
 
     def __init__(self, bench: Bench, journal: Journal) -> None:
         self._bench = bench
         self._journal = journal
 
     def findings(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> tuple[list[Finding], float]:
-        """What the groups do, and the target's own score."""
+        """The findings about the groups, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
         asked = selections_of(groups, *how)
         LOG.info(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
@@ -47,14 +42,7 @@ class Edits:
     def curve(
         self, units: Sequence[Unit], selection: Sequence[Unit], attribution: Mapping[Unit, float], meter: Meter
     ) -> list[CurvePoint]:
-        """Edits of more and more units: those that something is selected of first, then by descending attribution.
-
-        Args:
-            units: What an edit may have.
-            selection: Some of them, or blocks of some.
-            attribution: How much each unit is expected to do.
-            meter: Measures DSR, over-refusal and skills.
-        """
+        """Measure edits of more and more units: first those of the selection, then by descending attribution."""
         kept = {unit.whole for unit in selection}
         order = sorted(units, key=lambda unit: (unit not in kept, -attribution[unit]))
         sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
@@ -79,8 +67,6 @@ class Edits:
         return float(self._journal.notes[name])
 
     def _measure(self, edit: tuple[Unit, ...], meter: Meter) -> dict[str, Any]:
-        from dapa_merge.measure.figures import refusal_figures
-
         with self._bench.live.transplanted(edit) as model:
             measurement = meter.measure(model, self._bench.live.tokenizer, edit)
             figures = refusal_figures(measurement.responses())
@@ -95,7 +81,7 @@ def groups_of(units: Sequence[Unit], chosen: Plan, selection: Sequence[Unit]) ->
     """Layers, thirds and modules of a model, and the selection.
 
     Args:
-        units: Of all modules, none of which is part of another.
+        units: Of all modules; they do not overlap.
         chosen: The plan of the recipe, whose units it selects from.
         selection: Some of those units, or blocks of some.
     """
@@ -106,7 +92,7 @@ def groups_of(units: Sequence[Unit], chosen: Plan, selection: Sequence[Unit]) ->
     blocks = [unit for unit in selection if unit.rows is not None]
     if not blocks:
         return [*groups, UnitGroup(name, name, tuple(selection), _without(chosen.units, selection), chosen.units)]
-    # Random blocks of the same size, as many as have as many parameters.
+    # Controls are random blocks of the same size, with as many parameters in all.
     rows = max(chosen.rows(unit)[1] - chosen.rows(unit)[0] for unit in blocks)
     divisible = [unit for unit in chosen.units if unit.module in DIVISIBLE_MODULES]
     pool = divide(chosen, divisible, rows).units
@@ -117,7 +103,7 @@ def groups_of(units: Sequence[Unit], chosen: Plan, selection: Sequence[Unit]) ->
 
 
 def curve_sizes(total: int, kept: int) -> list[int]:
-    """How many units the edits of the curve have: few at first, then in larger steps; and as many as were kept."""
+    """The numbers of units on the curve: `kept`, and others in growing steps."""
     sizes = {0, kept, total}
     step = 1.0
     while step < total:
@@ -133,14 +119,14 @@ def _without(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One size of the edit, and what it does; rates in [0, 1].
+    """An edit on the curve; rates are in [0, 1], with their 95 % intervals.
 
     Attributes:
-        units: What was transplanted.
-        share: Of the target's parameters.
-        dsr: Share of the harmful prompts refused, with its 95 % interval.
-        over_refusal: Share of the harmless prompts refused, with its 95 % interval.
-        skills: By name, the score, with its 95 % interval if it has one.
+        units: The transplanted units.
+        share: Their share of the target's parameters.
+        dsr: Share of the harmful prompts that were refused.
+        over_refusal: Share of the harmless prompts that were refused.
+        skills: Scores by name.
     """
 
     units: tuple[str, ...]
@@ -155,15 +141,15 @@ THIRDS = ("early", "middle", "late")
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Some units that belong together.
+    """Units that belong together.
 
     Attributes:
         name: As `layer 3`, `middle`, `gate` or `selection`.
-        family: What it is one of: `layer`, `third`, `module` or `selection`.
-        units: What is put in, or taken out.
-        rest: What of the full transplant is left without them.
-        among: All of the full transplant, of which the random controls are drawn.
-        number: How many of `among` a control has; None for as many as `units` are.
+        family: `layer`, `third`, `module` or `selection`.
+        units: The units that are put in, or taken out.
+        rest: The other units of the full transplant.
+        among: The full transplant, from which random controls are drawn.
+        number: How many of `among` a control has; None for as many as `units`.
     """
 
     name: str
@@ -176,7 +162,7 @@ class UnitGroup:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the scores say of a group; all of them in [0, 1].
+    """The scores of a group, in [0, 1].
 
     Attributes:
         group: The group.
@@ -214,11 +200,7 @@ class Finding:
 
 
 def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
-    """The groups of a model: each layer; early, middle and late layers; each module.
-
-    Args:
-        units: Of all modules, none of which is part of another.
-    """
+    """The groups of a model: each layer, each third of the layers, and each module."""
     num_layers = max(unit.layer for unit in units) + 1
 
     def group(name: str, family: str, belongs: Callable[[Unit], bool]) -> UnitGroup:
@@ -240,9 +222,9 @@ def examine_groups(
     """Score every group and its controls.
 
     Args:
-        groups: As `make_groups` gives them.
-        score: The score of the target with a selection transplanted. It is asked for the same selection again.
-        num_seeds: How many random selections of each size; each seed draws one of its own.
+        groups: The groups.
+        score: Scores the target with a selection transplanted. It may be called again for the same selection.
+        num_seeds: Random selections of each size, one for each seed.
         seed: The first of the seeds.
     """
     findings = []
@@ -264,7 +246,7 @@ def examine_groups(
 
 
 def selections_of(groups: Sequence[UnitGroup], num_seeds: int, seed: int = 0) -> list[frozenset[Unit]]:
-    """Every selection that `examine` asks for, each once."""
+    """The selections that `examine_groups` scores, each once."""
     asked: dict[frozenset[Unit], None] = {}
 
     def note(selection: frozenset[Unit]) -> float:
@@ -276,5 +258,5 @@ def selections_of(groups: Sequence[UnitGroup], num_seeds: int, seed: int = 0) ->
 
 
 def draw(units: Iterable[Unit], number: int, seed: int) -> frozenset[Unit]:
-    """A random selection of so many units; the same for the same seed."""
+    """A random selection of `number` units; the same for the same seed."""
     return frozenset(random.Random(f"{seed} {number}").sample(list(units), number))

@@ -1,43 +1,39 @@
-"""Module influence: what each unit of the source, alone, does to the target when it has read a harmful prompt.
+"""Module influence: the effect of each unit of the source, alone in the target, on harmful prompts.
 
-As in DAPA (arXiv 2406.01514), figure 4: a unit of the target is replaced by the source's, and the change of the last
-token's hidden state is averaged over many prompts. A state can change much without the model refusing any more than
-before, so that the change of log p(refusal) - log p(answer) stands beside it: the first says how sensitive the model is
-to a unit, the second what the unit does for refusing.
+As in DAPA (arXiv 2406.01514), figure 4, the change of the last token's hidden state is averaged over prompts. Because a
+state can change without more refusing, the change of log p(refusal) - log p(answer) stands beside it: the first tells
+the sensitivity of the model to a unit, the second the unit's effect on refusing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.live import LiveModel
 from dapa_merge.measure.perplexity import losses
 from dapa_merge.progress import advance
+from dapa_merge.search.attribution import Side
 from dapa_merge.trace.replay import Replay
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from dapa_merge.checkpoint.units import Unit
-    from dapa_merge.measure.decode import BatchSize
-    from dapa_merge.measure.live import LiveModel
-    from dapa_merge.search.attribution import Side
 
 
 @dataclass(frozen=True)
 class Influence:
-    """What units of the source do in the target, for each prompt.
+    """The effects of units of the source in the target, for each prompt.
 
     Attributes:
         units: The units.
-        hidden: How far the last token's state behind the last layer moves, relative to its length, `[prompts, units]`.
-        refusing: By how much log p(refusal) - log p(answer) rises, in nats, `[prompts, units]`.
+        hidden: Change of the last token's state after the last layer, relative to its length, `[prompts, units]`.
+        refusing: Rise of log p(refusal) - log p(answer), in nats, `[prompts, units]`.
         before: That difference in the target, `[prompts]`.
-        num_passes: Passes of one row through all layers that this took.
+        num_passes: The cost, in passes of one row through all layers.
     """
 
     units: tuple[Unit, ...]
@@ -51,19 +47,19 @@ class Influence:
 def influence(
     live: LiveModel, pairs: Sequence[Sequence[Side]], units: Sequence[Unit], *, batch_size: BatchSize
 ) -> Influence:
-    """Transplant each unit alone, and see what becomes of each prompt.
+    """Transplant each unit alone, and measure its effect on each prompt.
 
     Args:
-        live: The target; its weights are as before afterwards.
-        pairs: For each prompt its refusing and its complying side, as `sides_of` gives them.
+        live: The target; its weights are restored.
+        pairs: The refusing and the complying side of each prompt, from `sides_of`.
         units: Units of the plan.
-        batch_size: How many prompts at once; each is two sequences.
+        batch_size: Prompts at once; each is two sequences.
 
     Raises:
         UsageError: If a single prompt does not fit in the device's memory.
         CheckpointError: If the model's layers are not found.
     """
-    # Longest first, to batches of nearly one length.
+    # Longest first, so that the rows of a batch have about one length.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
     work = _Work(live, units)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
@@ -78,7 +74,7 @@ def influence(
 
 
 class _Influences(NamedTuple):
-    """What was measured of one prompt; `[units]` but for the difference before."""
+    """The effects on one prompt, `[units]`."""
 
     before: float
     hidden: NDArray[numpy.float32]
@@ -98,7 +94,7 @@ class _Work:
     def measure(self, pairs: Sequence[Sequence[Side]]) -> list[_Influences]:
         live, replay = self._live, self._replay
         rows = [side.row for pair in pairs for side in pair]
-        # Both sides of a prompt have the same last token; that of the refusing side is read.
+        # Both sides of a prompt have the same last token.
         last = torch.tensor([row.num_context - 1 for row in rows[::2]], device=live.model.device)
 
         def run() -> torch.Tensor:
@@ -120,7 +116,7 @@ class _Work:
         for unit in self._units:
             with (
                 live.transplanted((unit,)),
-                # What is before the unit's layer does not change.
+                # Nothing changes before the unit's layer.
                 replay.entered_at(unit.layer, states[unit.layer]),
                 replay.recorded_states() as changed,
             ):
@@ -133,6 +129,6 @@ class _Work:
 
 
 def _difference(lost: torch.Tensor) -> torch.Tensor:
-    """By prompt, log p(refusal) - log p(answer) from the losses of its two sides."""
+    """The log p(refusal) - log p(answer) of each prompt, from the losses of its two sides."""
     refusing, complying = lost.view(-1, 2).unbind(-1)
     return complying - refusing

@@ -1,17 +1,17 @@
-"""How `dapa-merge trace` traces, beside what the recipe says. Imports nothing heavy."""
+"""Options of `dapa-merge trace`. Imports nothing heavy, so that the command line can show them at once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Hidden states of the residual stream, and what modules of a layer add to it or compute on the way.
+# Hidden states of the residual stream, and outputs of the modules of a layer.
 SITE_KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
-# The members of a recipe whose alignment can be traced.
+# Models of a recipe that can be traced.
 TRACED = ("source", "target")
-# Of the noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
+# The noise, in standard deviations of the subjects' embeddings; ROME, appendix B.1.
 NOISE = 3.0
 NUM_SAMPLES = 5
-# Prompts whose influence is averaged, as in the paper; of attribution, as many as in a search.
+# Prompts for influence, as in the paper, and for attribution, as in a search.
 MAX_INFLUENCE_PROMPTS = 128
 MAX_ATTRIBUTION_PROMPTS = 32
 
@@ -21,19 +21,19 @@ class TraceOptions:
     """How to trace.
 
     Attributes:
-        traced: Which of `TRACED` is traced causally.
-        kinds: What is restored; None for all that the model has.
+        traced: The one of `TRACED` that is traced causally.
+        kinds: Some of `SITE_KINDS` to restore; None for all that the model has.
         num_prompts: Prompts that are traced causally, at most.
-        noise: Of the subject's embeddings, in their standard deviations.
+        noise: On the subject's embeddings, in their standard deviations.
         num_samples: Samples of noise for each prompt.
         window: Layers of MLP or attention that are restored at once; None for a fifth of all.
         num_tokens: Tokens of each response that are counted, at most.
         seed: Of the noise and of the random controls.
-        subjects: Of each prompt the first of these that it contains is its subject; if there are none, it is found.
-        responses: A refusal and an answer to contrast for every prompt, instead of the models' own.
+        subjects: A prompt's subject is the first of these that it contains; if empty, subjects are found.
+        responses: A refusal and an answer for every prompt, instead of the models' own.
         num_controls: Random selections for each size of a group.
-        searches: Whether to search, where the recipe names no layers.
-        num_examples: Prompts of which a picture each is drawn.
+        searches: Whether to search if the recipe names no layers.
+        num_examples: Prompts with charts of their own.
     """
 
     traced: str = "source"

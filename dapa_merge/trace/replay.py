@@ -1,14 +1,12 @@
-"""Runs of a model that begin at any of its layers, and whose modules' outputs are read or replaced on the way.
+"""Runs of a model from any of its layers on, in which outputs of its modules are read or replaced.
 
 A run in which something changes only from layer l on need not compute the layers before l again: it enters l with the
-states that an earlier run had there. Everything is done by hooks and stand-ins that are on the model within a `with`
-block only. "Rows" are sequences of one batch; "states" are those of the residual stream, `[rows, positions, hidden]`.
+states of an earlier run. Hooks and stand-ins are on the model within a `with` block only. "Rows" are sequences of one
+batch; "states" are those of the residual stream, `[rows, positions, hidden]`.
 
-Where what is traced comes out of a model: modules by their paths, read off its parameters.
-
-The gate, up and down projections and the attention are those of `checkpoint.architecture`. What an MLP or an attention
-puts out is what its last projection does (some modules add the residual stream to that); with experts, it is the output
-of the parts of the layer that hold them, whatever is beside them there (a router, a shared expert).
+The sites of outputs are read off a model's parameters, with the units of `checkpoint.units`. The output of an MLP or an
+attention is that of its last projection (some modules add the residual stream to that); with experts, that of the parts
+of the layer that hold them, including a router or a shared expert.
 """
 
 from __future__ import annotations
@@ -17,9 +15,10 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.checkpoint.units import Unit, layer_path
@@ -27,11 +26,7 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture, UsageErr
 from dapa_merge.measure.live import units_in
 from dapa_merge.trace.options import SITE_KINDS
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-# How far the likelihoods of a run that begins in the middle may be from the whole run's, in nats or relative.
+# Tolerance between the likelihoods of a run from the middle and of the whole run, in nats or relative.
 TOLERANCE = 1e-3
 
 
@@ -51,15 +46,12 @@ class Replay:
         """
         self.model = model
         self.layers = [model.get_submodule(path) for path in layer_paths(model)]
-        # For each layer the number of things that it puts out; 0 where that is the states alone, not in a tuple.
+        # The length of the tuple that each layer returns; 0 if it returns the states alone.
         self._num_outputs = [0] * len(self.layers)
 
     @contextmanager
     def recorded_states(self) -> Iterator[list[torch.Tensor]]:
-        """Within, a run appends what enters each layer, and at the end what leaves the last: one more than layers.
-
-        The tensors are the run's own.
-        """
+        """Within, a run appends the states that enter each layer, and those that leave the last; they are its own."""
         states: list[torch.Tensor] = []
 
         def enter(_module: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -78,13 +70,9 @@ class Replay:
 
     @contextmanager
     def entered_at(self, start: int, states: torch.Tensor) -> Iterator[None]:
-        """Within, a run passes the layers before `start` by, and enters that one with `states`.
+        """Within, a run skips the layers before `start`, and enters that one with `states`, which it never writes to.
 
-        Needs a run with `recorded_states` before.
-
-        Args:
-            start: A layer, or the number of layers for none.
-            states: Those that enter it. Never written to.
+        Needs an earlier run with `recorded_states`. If `start` is the number of layers, all are skipped.
         """
 
         def enter(_module: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
@@ -93,7 +81,7 @@ class Replay:
             return arguments, {**named, "hidden_states": states}
 
         with ExitStack() as stack:
-            # The first layer, also where it is passed by, is given the states; the others hand them on.
+            # The first layer is given the states, even if it is skipped; the others hand them on.
             stack.callback(self.layers[0].register_forward_pre_hook(enter, with_kwargs=True).remove)
             for layer, num_outputs in zip(self.layers[:start], self._num_outputs, strict=False):
                 stack.enter_context(_replaced_forward(layer, functools.partial(_pass_by, num_outputs)))
@@ -103,16 +91,7 @@ class Replay:
     def recorded_outputs(
         self, sites: Sequence[Site], num_rows: int, num_positions: int
     ) -> Iterator[list[torch.Tensor]]:
-        """Within, a run sets for each site what comes out there in its first row.
-
-        Args:
-            sites: Where.
-            num_rows: How many rows the run has.
-            num_positions: How many positions of the first row, from the first on, are kept.
-
-        Yields:
-            A list that a run fills, `[num_positions, features]` for each site.
-        """
+        """Within, a run of `num_rows` fills a list with the outputs of its first row, `[num_positions, features]`."""
         found = [torch.empty(0)] * len(sites)
 
         def take(index: int, output: torch.Tensor) -> None:
@@ -128,8 +107,8 @@ class Replay:
         """Within, a run has other values at one position of each row.
 
         Args:
-            values: For each site, what to put there: `[positions, features]`, the same for all rows.
-            positions: For each row the position, `[rows]`.
+            values: For each site, `[positions, features]`, the same for all rows.
+            positions: Of each row, `[rows]`.
         """
         rows = torch.arange(len(positions), device=positions.device)
 
@@ -142,11 +121,11 @@ class Replay:
             yield
 
     def _hook(self, site: Site, num_rows: int, act: Callable[[torch.Tensor], None]) -> Callable[..., None]:
-        """Call `act` with what comes out at a site, `[rows, positions, features]`; returns what takes the hook off."""
+        """Call `act` with the output at a site, `[rows, positions, features]`; returns the remover of the hook."""
 
         def hook(_module: object, _arguments: object, output: Any) -> None:
             states = _first(output)
-            # Some modules of experts have the tokens of all rows in one dimension.
+            # Some modules of experts put the tokens of all rows into one dimension.
             states = states.view(num_rows, -1, states.shape[-1])
             act(states if site.features is None else states[..., slice(*site.features)])
 
@@ -155,12 +134,7 @@ class Replay:
 
     @contextmanager
     def noisy_embeddings(self, noise: torch.Tensor, first: int) -> Iterator[None]:
-        """Within, a run has noise added to the embeddings of some tokens.
-
-        Args:
-            noise: `[rows, tokens, hidden]`.
-            first: The position of the first of these tokens.
-        """
+        """Within, a run has noise, `[rows, tokens, hidden]`, added to embeddings from position `first` on."""
 
         def add(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
@@ -174,12 +148,12 @@ class Replay:
             handle.remove()
 
     def check(self, run: Callable[[], torch.Tensor], states: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
-        """Make sure that a run from the middle on ends where the whole run did.
+        """Make sure that runs from the middle on return what the whole run did.
 
         Args:
-            run: Runs the model; what it returns is compared.
-            states: Those that the whole run recorded.
-            expected: What it returned.
+            run: Runs the model.
+            states: Recorded by the whole run.
+            expected: Returned by the whole run.
 
         Raises:
             UnsupportedArchitecture: If the model hands on more than states from layer to layer.
@@ -194,13 +168,13 @@ class Replay:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                # Whatever a layer misses that another one should have left for it.
+                # A layer may miss anything that another one should have left for it.
                 raise self._unsupported() from error
             if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
                 raise self._unsupported()
 
     def check_numbers(self, values: torch.Tensor) -> None:
-        """Raise `CheckpointError` if a run gave infinities or no numbers."""
+        """Raise `CheckpointError` if values are not finite."""
         if not values.isfinite().all():
             raise CheckpointError(
                 f"{type(self.model).__name__} computes infinities or no numbers at all; its weights are damaged, or "
@@ -225,7 +199,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _pass_by(num_outputs: int, *arguments: Any, **named: Any) -> Any:
-    """What stands in for a layer that is passed by: hands on the states, in the form that the layer would."""
+    """Stand in for a skipped layer: hand on the states in the form that the layer would."""
     states = arguments[0] if arguments else named["hidden_states"]
     return (states, *[None] * (num_outputs - 1)) if num_outputs else states
 
@@ -246,11 +220,11 @@ def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> I
 
 @dataclass(frozen=True)
 class Site:
-    """A part of what one module puts out.
+    """A part of a module's output.
 
     Attributes:
         module: The module's path in the model.
-        features: The first feature of its output and the one after the last; None for all of them.
+        features: The first feature and the one after the last; None for all.
     """
 
     module: str
@@ -263,12 +237,12 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
     Raises:
         CheckpointError: If they are not found.
     """
-    # Every MLP that is known has a down projection.
+    # Every known MLP has a down projection.
     return [layer_path(unit.tensors[0]) for unit in units_in(model, ("down",))]
 
 
 def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
-    """For each layer where one of `KINDS` comes out; nowhere in a layer that has another mixer in place of attention.
+    """The sites of a kind in each layer; none in a layer with another mixer in place of attention.
 
     Raises:
         UsageError: If the model has no such outputs.
@@ -291,7 +265,7 @@ def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
 
 
 def kinds_in(model: PreTrainedModel) -> tuple[str, ...]:
-    """Those of `KINDS` that a model has."""
+    """Those of `SITE_KINDS` that a model has."""
     return tuple(kind for kind in SITE_KINDS if _has(model, kind))
 
 
@@ -306,7 +280,7 @@ def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Itera
     weights = [part for part in unit.parts if not part.tensor.endswith(("bias", ".scale"))]
     modules = [part.tensor.rpartition(".")[0] for part in weights]
     if kind == "attention":
-        # The last of its projections is the one to the output; some modules add the residual stream to that.
+        # The last projection is the one to the output; some modules add the residual stream to that.
         yield Site(modules[-1])
     elif len(weights) == 1 and weights[0].tensor.endswith(".weight"):
         part = weights[0]

@@ -1,25 +1,25 @@
-"""The folder of a trace: what was found of each prompt, on disk before the next is begun, so that a kill costs one."""
+"""The folder of a trace, and its page. Each prompt is on disk before the next is begun, so that a kill costs one."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
+from jinja2 import Environment, StrictUndefined
 
 from dapa_merge import files as work_folder
 from dapa_merge.errors import Stopped
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
+from dapa_merge.report.charts import Picture
 from dapa_merge.search.journal import Journal
-
-if TYPE_CHECKING:
-    from dapa_merge.trace.case import Case
-    from dapa_merge.trace.causal import Trace
-
+from dapa_merge.trace.case import Case
+from dapa_merge.trace.causal import Trace
 
 JOURNAL_NAME = "journal.jsonl"
 TRACES_NAME = "traces"
@@ -27,12 +27,13 @@ FIGURES_NAME = "figures"
 SUMMARY_NAME = "summary.json"
 PAGE_NAME = "index.html"
 INFLUENCE_NAME = "influence.npz"
-# What the names of all pictures begin with; others in their folder are somebody else's.
-FIGURE_NAMES = ("influence.", "groups.", "search.", "edit_size.", "trace_", "example_")
+TEMPLATE_PATH = Path(__file__).with_name("page.html.jinja")
+# Cells that the page lists for each traced kind.
+NUM_CELLS = 3
 
 
 def check_folder(out: Path) -> None:
-    """Raise `UsageError` if a folder cannot be that of a trace, because it holds something else."""
+    """Raise `UsageError` if a folder holds something other than a trace."""
     work_folder.check_folder(out, _is_trace, "trace")
 
 
@@ -40,7 +41,7 @@ def _is_trace(out: Path) -> bool:
     try:
         with (out / JOURNAL_NAME).open("rb") as file:
             begins = file.read(len(JOURNAL_BEGINS))
-        # A kill may have left nothing or a part of it, and then nothing else.
+        # A kill may have left an empty or partial journal, but then nothing else.
         own = {JOURNAL_NAME, TRACES_NAME, FIGURES_NAME}
         return begins == JOURNAL_BEGINS or (JOURNAL_BEGINS.startswith(begins) and {*os.listdir(out)} <= own)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -49,10 +50,10 @@ def _is_trace(out: Path) -> bool:
 
 @contextmanager
 def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
-    """The journal in a folder of a trace, which no other run has at the same time.
+    """Open the journal in a trace's folder, for one run at a time.
 
     Raises:
-        UsageError: If the folder is of a trace with other models or settings, or another run is at work in it.
+        UsageError: If the folder is of other models or settings, or another run is at work in it.
     """
     with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
         for name in (TRACES_NAME, FIGURES_NAME):
@@ -73,18 +74,18 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, Any] | None:
-    """What a `.npz` file holds, by name; None if it is not there or damaged."""
+    """The arrays of a `.npz` file by name; None if it is missing or damaged."""
     try:
         # From memory: numpy leaves a damaged file open.
         with numpy.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception:
-        # Of damage, numpy and zipfile raise whatever they stumble over first.
+        # For damage, numpy and zipfile raise all kinds of errors.
         return None
 
 
 def trace_path(out: Path, number: int) -> Path:
-    """Where the trace of a prompt is, counted from 1."""
+    """The file of a prompt's trace; prompts count from 1."""
     return out / TRACES_NAME / f"{number:04d}.npz"
 
 
@@ -94,13 +95,51 @@ def forget_page(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def forget_figures(out: Path) -> None:
-    """Remove the pictures of an earlier run."""
-    work_folder.forget_pictures(out / FIGURES_NAME, FIGURE_NAMES)
+def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
+    """Write the page of a trace: one HTML file that opens without a network and without the files beside it."""
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
+    target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
+    return template.from_string(TEMPLATE_PATH.read_text(encoding="utf-8")).render(
+        title=f"Where alignment lives: {target} and {source}",
+        summary=summary,
+        pictures=pictures,
+        cells=list(_best_cells(summary["trace"])),
+    )
+
+
+def _best_cells(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells that restore most, for each kind."""
+    for kind, means in trace["kinds"].items():
+        cells = [
+            (mean, layer, role)
+            for layer, of_layer in enumerate(means["mean"])
+            for role, mean in enumerate(of_layer)
+            if mean is not None
+        ]
+        for mean, layer, role in sorted(cells, reverse=True)[:NUM_CELLS]:
+            low, high = (means[side][layer][role] for side in ("low", "high"))
+            yield {"kind": kind, "layer": layer, "role": trace["roles"][role], "mean": mean, "low": low, "high": high}
+
+
+def _base64(content: bytes) -> str:
+    return b64encode(content).decode()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(cell: Mapping[str, float | None]) -> str:
+    return f"{_number(cell['mean'])} ({_number(cell['low'])} to {_number(cell['high'])})"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}" if values else "-"
 
 
 def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: float) -> None:
-    """Write the trace of one prompt: every array of `Trace`, with the texts that it is of and the settings."""
+    """Write the trace of one prompt, with its texts and settings."""
     write_arrays(
         path,
         {
@@ -121,9 +160,7 @@ def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: fl
 
 
 def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
-    """The trace of a case and the seconds it took; None if there is none, or the file is another's or damaged."""
-    from dapa_merge.trace.causal import Trace
-
+    """The trace of a case and its seconds; None if the file is missing, damaged, or of other texts or settings."""
     arrays = read_arrays(path)
     texts = [settings, case.contrast.prompt, case.contrast.refusing, case.contrast.complying]
     names = ("settings", "prompt", "refusing", "complying")

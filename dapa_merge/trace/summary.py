@@ -1,32 +1,105 @@
-"""What a trace found, in numbers and in sentences."""
+"""The findings of a trace: as data, as the numbers of `summary.json`, and as sentences.
+
+The sentences say how much each unit matters by each way to tell, and how far that agrees with a selection, or with the
+answer where it is known.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy
 
-from dapa_merge import __version__
+from dapa_merge import __version__, miniature
+from dapa_merge.checkpoint.digest import tensors_digest
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Mean
+from dapa_merge.plan.plan import Plan
+from dapa_merge.recipe.parameters import layer_spans, spans
+from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import jsonable
 from dapa_merge.report.tables import search_json
-from dapa_merge.trace.average import ROLES, Overlap, mean_effect, mean_of
-from dapa_merge.trace.edits import Finding
-from dapa_merge.trace.result import Traced
-from dapa_merge.trace.sentences import (
-    correlations_of,
-    overlaps_of,
-    planted_overlaps,
-    rankings_of,
-    sentences,
-    whole_units,
+from dapa_merge.search.attribution import Contrast
+from dapa_merge.search.result import Search
+from dapa_merge.trace.average import (
+    ROLES,
+    Overlap,
+    layer_scores,
+    mean_effect,
+    mean_of,
+    rank_correlation,
+    ranking_overlap,
 )
+from dapa_merge.trace.case import Settings, window_layers
+from dapa_merge.trace.causal import Trace
+from dapa_merge.trace.edits import CurvePoint, Finding, UnitGroup
+from dapa_merge.trace.influence import Influence
+from dapa_merge.trace.options import TraceOptions
+
+PLANTED_TEXT = spans(miniature.PLANTED.split(","))
+# Units that are named where nothing says how many matter.
+NUM_NAMED = 4
+# Above so many random selections, their scores are summarized.
+MAX_CONTROLS = 6
+# The ways to tell how much a unit matters.
+ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influence on the hidden state"
+TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Everything that a trace found.
+
+    Attributes:
+        recipe: What was traced.
+        wanted: How.
+        settings: How the model was traced causally.
+        plan: Target and source, with the units of all modules.
+        units: Those that do not overlap: gate, up, down and attention of every layer.
+        candidates: Those that a search of the recipe chooses from.
+        selection: What the search selected, or the recipe names; None if neither.
+        why_none: Why nothing was selected.
+        search: The search; None without one.
+        num_prompts: Harmful prompts that were asked.
+        contrasts: Those that the source refuses and the target answers, with both responses.
+        attribution: The first-order effect of each of the plan's units, in nats.
+        influence: The effect of each of the plan's units alone.
+        measure: What `target_score` and the findings are scores of.
+        target_score: The target's, in [0, 1].
+        findings: The effects of groups of units.
+        curve: The effects of edits of different sizes.
+        traces: One for each traced prompt.
+        seconds: How long each of them took.
+    """
+
+    recipe: Recipe
+    wanted: TraceOptions
+    settings: Settings
+    plan: Plan
+    units: tuple[Unit, ...]
+    candidates: tuple[Unit, ...]
+    selection: tuple[Unit, ...] | None
+    why_none: str | None
+    search: Search | None
+    num_prompts: int
+    contrasts: tuple[Contrast, ...]
+    attribution: dict[Unit, float]
+    influence: Influence
+    measure: str
+    target_score: float
+    findings: tuple[Finding, ...]
+    curve: tuple[CurvePoint, ...]
+    traces: tuple[Trace, ...]
+    seconds: tuple[float, ...]
 
 
 def summarize(found: Traced) -> dict[str, Any]:
-    """Everything as plain data for `json.dumps`; a figure that is not finite is None."""
+    """Turn everything into plain data for `json.dumps`; figures that are not finite become None."""
     influence = found.influence
     hidden, refusing = mean_of(influence.hidden), mean_of(influence.refusing)
     rankings = rankings_of(found)
@@ -80,7 +153,7 @@ def summarize(found: Traced) -> dict[str, Any]:
 
 
 def _search_json(found: Traced) -> dict[str, Any] | None:
-    """The search, without what depends on what its journal held before."""
+    """The search, without what depends on earlier contents of its journal."""
     if found.search is None:
         return None
     said = search_json(found.search, found.plan)
@@ -140,3 +213,231 @@ def _overlap_json(one: Overlap) -> dict[str, Any]:
 
 def _cell(mean: Mean, index: Any) -> dict[str, float]:
     return {"mean": float(mean.mean[index]), "low": float(mean.low[index]), "high": float(mean.high[index])}
+
+
+def sentences(found: Traced) -> list[str]:
+    """Say in a sentence each what the numbers show."""
+    number = len(whole_units(found.selection)) if found.selection else NUM_NAMED
+    which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
+    most = {
+        name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
+        for name, scores in rankings_by_effect(found, found.units).items()
+    }
+    said = [_contrast_sentence(found), *_by(most), *_same_units(found), _trace_sentence(found)]
+    for family in ("module", "third", "selection"):
+        said += _group_sentences(found, family)
+    if found.selection:
+        said.append(f"The selection is {spans(found.selection)}.")
+    would = {
+        name: f"the first {len(one.top)} of {len(found.candidates)} are {_spans(one.top)}: Jaccard index "
+        f"{one.jaccard:.2f} with the selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}"
+        for name, one in overlaps_of(rankings_of(found), found.selection).items()
+    }
+    said += _by(would)
+    if found.why_none:
+        said.append(f"Nothing was selected: {found.why_none}.")
+    right = {
+        name: f"{one.num_common} of the first {len(one.top)} are right, rank correlation {_correlation(one)}"
+        for name, one in planted_overlaps(found).items()
+    }
+    return said + [f"Of these models the answer is known: {PLANTED_TEXT}. {sentence}" for sentence in _by(right)]
+
+
+def label_of(group: UnitGroup) -> str:
+    """A group's name, with its layers where the name does not say which they are."""
+    if group.family != "third":
+        return group.name
+    return f"{group.name} ({layer_spans(sorted({unit.layer for unit in group.units}))})"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: `1 prompt`, `2 prompts`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _by(findings: Mapping[str, str]) -> list[str]:
+    """One sentence for each finding, naming all ways to tell that agree on it."""
+    names: dict[str, list[str]] = {}
+    for name, finding in findings.items():
+        names.setdefault(finding, []).append(name)
+    return [f"By {_and(of_finding)}, {finding}." for finding, of_finding in names.items()]
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _contrast_sentence(found: Traced) -> str:
+    if found.wanted.responses is not None:
+        refusal, answer = found.wanted.responses
+        return f"For all {found.num_prompts} harmful prompts, {refusal!r} is compared with {answer!r}."
+    which = " that the search did not ask" if found.search is not None else ""
+    before = _likelier(float(found.influence.before.mean()))
+    return (
+        f"{len(found.contrasts)} of {found.num_prompts} harmful prompts{which} are refused by the source and not by "
+        f"the target, in which {before}."
+    )
+
+
+def _likelier(difference: float) -> str:
+    """The likelier response, by the mean of log p(refusal) - log p(answer)."""
+    more, less = ("a refusal", "an answer") if difference >= 0 else ("an answer", "a refusal")
+    return f"{more} is likelier than {less} by {abs(difference):.2f} nats"
+
+
+def _same_units(found: Traced) -> list[str]:
+    """Units without any effect, because both models have the same."""
+    same = [unit for index, unit in enumerate(found.influence.units) if not found.influence.hidden[:, index].any()]
+    return [f"No prompt notices {_spans(same)} of the source: the target has the same."] if same else []
+
+
+def _trace_sentence(found: Traced) -> str:
+    total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
+    clean = statistics.fmean(trace.clean for trace in found.traces)
+    taken = f"{abs(float(total.mean)):.2f}"
+    if len(found.traces) > 1:
+        sign = 1 if float(total.mean) >= 0 else -1
+        low, high = sorted((sign * float(total.low), sign * float(total.high)))
+        taken += f" (95 % interval {low:.2f} to {high:.2f})"
+    moves = "lowers" if float(total.mean) >= 0 else "raises"
+    said = (
+        f"In the {found.wanted.traced}, {_likelier(clean)}, mean of {counted(len(found.traces), 'traced prompt')}; "
+        f"noise on the subject {moves} refusing by {taken}"
+    )
+    if not float(total.mean) > 0 or float(total.low) <= 0:
+        return f"{said}, so that there is nothing to restore that is more than chance."
+    best = []
+    for kind in found.settings.kinds:
+        if kind != "hidden":
+            mean = mean_effect(found.traces, kind).mean
+            layer, role = numpy.unravel_index(int(numpy.nanargmax(mean)), mean.shape)
+            share = 100 * float(mean[layer, role]) / float(total.mean)
+            window = window_layers(found.settings, kind, int(layer), len(mean))
+            where = f"layer{'s' if len(window) > 1 else ''} {layer_spans(list(window))}"
+            best.append(f"{kind} {share:.0f} % ({ROLES[role]}, {where})")
+    return f"{said}. Restoring one output at one token brings back at most: {', '.join(best)}." if best else f"{said}."
+
+
+def _group_sentences(found: Traced, family: str) -> list[str]:
+    groups = [one for one in found.findings if one.group.family == family]
+    target, measure = found.target_score, found.measure
+    if not groups:
+        return []
+    if groups[0].full <= target:
+        of_what = "units that it was selected from" if family == "selection" else "units"
+        return [
+            f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so that no "
+            f"share of a gain can be given for the {family}s."
+        ]
+    alone = [(label_of(one.group), one.sufficiency(target), one.control_sufficiency(target)) for one in groups]
+    without = [(label_of(one.group), one.necessity(target), one.control_necessity(target)) for one in groups]
+    return [
+        f"Put in alone, the share of the gain in {measure} is {_beside_controls(alone)}.",
+        f"Left out, the share of it that is lost is {_beside_controls(without)}.",
+    ]
+
+
+def _beside_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]) -> str:
+    """Each share beside those of random selections, which are said once if all have the same."""
+    controls = [tuple(sorted(of_one)) for _, _, of_one in shares]
+    if len(set(controls)) == 1:
+        said = ", ".join(f"{_number(share)} by {name}" for name, share, _ in shares)
+        return f"{said}; random units, as many: {_values(controls[0])}" if controls[0] else said
+    return ", ".join(
+        f"{_number(share)} by {name}" + (f" (random units, as many: {_values(of_one)})" if of_one else "")
+        for (name, share, _), of_one in zip(shares, controls, strict=True)
+    )
+
+
+def _values(controls: Sequence[float]) -> str:
+    if len(controls) <= MAX_CONTROLS:
+        return ", ".join(map(_number, controls))
+    return f"{controls[0]:.2f} to {controls[-1]:.2f}, median {statistics.median(controls):.2f}"
+
+
+def _spans(units: Iterable[Any]) -> str:
+    def place(unit: Any) -> tuple[str, int]:
+        return unit.module, unit.layer
+
+    return spans(sorted(units, key=place))
+
+
+def _correlation(one: Overlap) -> str:
+    return f"{_number(one.spearman)} of at most {_number(one.spearman_at_best)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
+
+
+def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
+    """The score of each unit that could be selected, by each way to tell."""
+    rankings = rankings_by_effect(found, found.candidates)
+    modules = {unit.module for unit in found.candidates}
+    scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
+    if modules <= scores.keys():
+        # Each unit by what its own module puts out.
+        rankings[TRACING] = {unit: scores[unit.module][unit.layer] for unit in found.candidates}
+    if len(modules) == 1 and "mlp" in scores and not modules & {"mlp", "attention"}:
+        rankings[TRACING_MLPS] = {unit: scores["mlp"][unit.layer] for unit in found.candidates}
+    return rankings
+
+
+def overlaps_of(rankings: Mapping[str, Mapping[Unit, float]], selection: Sequence[Unit] | None) -> dict[str, Overlap]:
+    """Compare each ranking with the whole units of the selection; empty without a selection."""
+    if not selection:
+        return {}
+    return {name: ranking_overlap(scores, whole_units(selection)) for name, scores in rankings.items()}
+
+
+def correlations_of(rankings: Mapping[str, Mapping[Unit, float]]) -> list[dict[str, Any]]:
+    """Spearman's rank correlation of every pair of rankings."""
+    names = list(rankings)
+    return [
+        {
+            "of": [one, other],
+            "spearman": rank_correlation(list(rankings[one].values()), list(rankings[other].values())),
+        }
+        for index, one in enumerate(names)
+        for other in names[index + 1 :]
+    ]
+
+
+def planted_overlaps(found: Traced) -> dict[str, Overlap]:
+    """Compare each ranking with the known answer of the packaged pair; empty for other models."""
+    if not is_planted(found.plan):
+        return {}
+    planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
+    every = rankings_by_effect(found, found.units)
+    by_unit = {name: ranking_overlap(scores, planted) for name, scores in every.items()}
+    if "mlp" not in found.settings.kinds:
+        return dict(by_unit)
+    by_layer = dict(enumerate(layer_scores(found.traces, "mlp")))
+    return {**by_unit, f"{TRACING_MLPS}, by layer": ranking_overlap(by_layer, [unit.layer for unit in planted])}
+
+
+def rankings_by_effect(found: Traced, units: Sequence[Unit]) -> dict[str, dict[Unit, float]]:
+    """The scores of some units by attribution and by influence."""
+    at = {unit: index for index, unit in enumerate(found.influence.units)}
+    refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
+    return {
+        ATTRIBUTION: {unit: found.attribution[unit] for unit in units},
+        REFUSING: {unit: float(refusing[at[unit]]) for unit in units},
+        HIDDEN: {unit: float(hidden[at[unit]]) for unit in units},
+    }
+
+
+def is_planted(plan: Plan) -> bool:
+    """Whether these are the two packaged models with a known answer, or copies of them."""
+    pairs = ((plan.target, "target"), (plan.source, "source"))
+    return all(_is_same(checkpoint, open_checkpoint(str(miniature.path(member)))) for checkpoint, member in pairs)
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    # The cheap test first: others are not read for this.
+    return one.num_bytes == other.num_bytes and tensors_digest(one) == tensors_digest(other)
+
+
+def whole_units(selection: Sequence[Unit]) -> list[Unit]:
+    """The whole units of a selection, each once."""
+    return list(dict.fromkeys(unit.whole for unit in selection))

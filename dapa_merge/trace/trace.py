@@ -1,116 +1,118 @@
-"""The stages of a trace, one after the other, with one model in memory at a time.
-
-What takes long is in the folder's journal, or in a file of its own, before it is used.
-
-The flow of `dapa-merge trace`: what is traced, and the folder that keeps what was found.
-
-The same command goes on with what a killed one left.
-"""
+"""The flow of `dapa-merge trace`: its stages, and the folder that they fill. The same command resumes a killed one."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy
 
 from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import CannotRepair
-from dapa_merge.files import replace_file
-from dapa_merge.measure.prompts.sets import check_prompts, split_prompts
+from dapa_merge.files import forget_pictures, replace_file
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.evaluators import RULES
+from dapa_merge.measure.figures import Response
+from dapa_merge.measure.live import choose_device, load_model
+from dapa_merge.measure.meter import Meter, search_meter, skills_of
+from dapa_merge.measure.prompts.sets import check_prompts, load_prompts, split_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
-from dapa_merge.progress import LOG, advance, task
+from dapa_merge.progress import LOG, advance, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.charts import draw_all, plotting
+from dapa_merge.search.attribution import Contrast, attribute, sides_of
+from dapa_merge.search.bench import MAX_BACKWARD, Bench
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.search import Search, search_plan
+from dapa_merge.search.requirement import settings_of
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import search_plan
+from dapa_merge.trace.case import Case, Settings, embedding_deviation, make_settings, read_case, with_subject
+from dapa_merge.trace.causal import Trace, Tracer
+from dapa_merge.trace.charts import CHARTS
 from dapa_merge.trace.edits import Edits, groups_of
+from dapa_merge.trace.influence import Influence, influence
 from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
-from dapa_merge.trace.result import Traced
 from dapa_merge.trace.store import (
     FIGURES_NAME,
     INFLUENCE_NAME,
     PAGE_NAME,
     SUMMARY_NAME,
     check_folder,
-    forget_figures,
     forget_page,
     opened,
+    page,
     read_arrays,
     read_trace,
     trace_path,
     write_arrays,
     write_trace,
 )
-
-if TYPE_CHECKING:
-    from dapa_merge.measure.figures import Response
-    from dapa_merge.measure.meter import Meter
-    from dapa_merge.search.attribution import Contrast
-    from dapa_merge.search.bench import Bench
-    from dapa_merge.trace.case import Case, Settings
-    from dapa_merge.trace.causal import Trace
-    from dapa_merge.trace.influence import Influence
+from dapa_merge.trace.summary import Traced, summarize
 
 
 def units_apart(plan: Plan) -> tuple[Unit, ...]:
-    """All units of a model, none of which is part of another; the whole MLP where its gate and up are not apart."""
+    """The units of a model that do not overlap, as small as possible: a whole MLP if its gate and up are one tensor."""
     modules = {unit.module for unit in plan.units}
     wanted = SEPARATE_MODULES if modules & {"gate", "up"} or "mlp" not in modules else ("mlp", "attention")
     return tuple(unit for unit in plan.units if unit.module in wanted)
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:
-    """At most so many of the items, evenly spread."""
+    """At most `number` of the items, evenly spread."""
     number = min(number, len(items))
     return [items[index * len(items) // number] for index in range(number)]
 
 
-class Stages:
-    """One trace on its way."""
+@dataclass(frozen=True)
+class Session:
+    """One trace on its way, with one model in memory at a time.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        chosen: Plan,
-        plan: Plan,
-        meter: Meter,
-        out: Path,
-        wanted: TraceOptions,
-        options: Options,
-        journal: Journal,
-    ) -> None:
-        from dapa_merge.measure.marker import RULES
+    What takes long is in the folder's journal, or in a file of its own, before it is used.
 
-        self.recipe = recipe
-        self.chosen = chosen
-        self.plan = plan
-        self.prompts = meter.prompts
-        self.out = out
-        self.wanted = wanted
-        self.options = options
-        self.journal = journal
-        self.meter = replace(meter, skills=())
-        # DSR as in a report, whatever the search goes by, and of a response what decides.
-        self.edit_meter = replace(meter, markers=(RULES,), scorer=None)
-        self.units = units_apart(plan)
+    Attributes:
+        recipe: What is traced.
+        chosen: The recipe's plan.
+        plan: The same models, with the units of all modules.
+        meter: Measures responses as the search does.
+        edit_meter: Measures edits: DSR as in a report, whatever the search goes by, and skills.
+        out: The folder.
+        wanted: How to trace.
+        options: Where to evaluate, and where the journal of the search is.
+        journal: The folder's.
+    """
+
+    recipe: Recipe
+    chosen: Plan
+    plan: Plan
+    meter: Meter
+    edit_meter: Meter
+    out: Path
+    wanted: TraceOptions
+    options: Options
+    journal: Journal
 
     def run(self) -> Traced:
+        units = units_apart(self.plan)
         search, selection, why_none = self._select()
         refused = None if self.wanted.responses else self._answers("source", self._load_source)
         with closing(self._bench()) as bench:
             contrasts = self._contrasts(bench, refused)
             self._check_tracing(bench, contrasts)
             attribution = self._attribution(bench, contrasts)
-            influence = self._influence(bench, contrasts)
+            influences = self._influence(bench, contrasts)
             edits = Edits(bench, self.journal)
-            findings, target_score = edits.findings(groups_of(self.units, self.chosen, selection or ()), self.wanted)
+            findings, target_score = edits.findings(groups_of(units, self.chosen, selection or ()), self.wanted)
             curve = edits.curve(self.chosen.units, selection or (), attribution, self.edit_meter)
             if self.wanted.traced == "target":
                 traces, seconds, settings = self._traces(bench.live.model, bench.live.tokenizer, contrasts)
@@ -122,15 +124,15 @@ class Stages:
             wanted=self.wanted,
             settings=settings,
             plan=self.plan,
-            units=self.units,
+            units=units,
             candidates=self.chosen.units,
             selection=selection,
             why_none=why_none,
             search=search,
-            num_prompts=len(self.prompts.harmful),
+            num_prompts=len(self.meter.prompts.harmful),
             contrasts=tuple(contrasts),
             attribution=attribution,
-            influence=influence,
+            influence=influences,
             measure=bench.measure,
             target_score=target_score,
             findings=tuple(findings),
@@ -140,20 +142,15 @@ class Stages:
         )
 
     def _bench(self) -> Bench:
-        from dapa_merge.search.bench import Bench
-
-        return Bench(
-            self.plan, self.meter, self.options.device, lambda: LOG.info(f"loading the target {self.plan.target.name}")
-        )
+        told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
+        return Bench(self.plan, self.meter, self.options.device, settings_of(self.recipe), told)
 
     def _load_source(self) -> tuple[Any, Any]:
-        from dapa_merge.measure.live import choose_device, load_model
-
         LOG.info(f"loading the source {self.plan.source.name}")
         return load_model(self.plan.source, choose_device(self.options.device))
 
     def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
-        """The search, what it selected or the recipe names, and else why there is nothing."""
+        """The search, the selection, and the reason if there is none."""
         given = given_selection(self.recipe, self.chosen)
         if given is not None:
             return None, given, None
@@ -162,29 +159,25 @@ class Stages:
         try:
             found = search_plan(self.recipe, self.chosen, self.options)
         except CannotRepair as error:
-            # Just then people want to see where the alignment is.
+            # Then people want to see all the more where the alignment is.
             LOG.info(f"there is no selection: {error}")
             return None, None, str(error)
         return found, join(self.chosen, found.minimum.units), None
 
     def _contrasts(self, bench: Bench, source: Sequence[Response] | None) -> list[Contrast]:
-        """The prompts that only the source refuses, with both responses; all prompts, where the responses are given."""
-        from dapa_merge.search.attribution import Contrast, sides_of
-
+        """The prompts that only the source refuses, with both responses; all prompts if the responses are given."""
         if source is None:
             assert self.wanted.responses is not None
-            # What does not fit is told of each when it is read.
-            return [Contrast(prompt, *self.wanted.responses) for prompt in self.prompts.harmful]
+            # `read_case` refuses those that do not fit.
+            return [Contrast(prompt, *self.wanted.responses) for prompt in self.meter.prompts.harmful]
         target = self._answers("target", lambda: (bench.live.model, bench.live.tokenizer))
         contrasts = [
             Contrast(refused.prompt, refused.response, answered.response)
             for refused, answered in zip(source, target, strict=True)
             if refused.outcome == "refused" and answered.outcome != "refused"
         ]
-        # Of responses of which one is how the other begins there is nothing to compare.
-        contrasts = [
-            contrast for contrast in contrasts if sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens)
-        ]
+        # Responses cannot be compared if one is the beginning of the other.
+        contrasts = [one for one in contrasts if sides_of(bench.live.tokenizer, one, self.wanted.num_tokens)]
         if not contrasts:
             num_refused = [sum(one.outcome == "refused" for one in said) for said in (source, target)]
             raise CannotRepair(
@@ -196,23 +189,18 @@ class Stages:
         return contrasts
 
     def _answers(self, name: str, load: Callable[[], tuple[Any, Any]]) -> list[Response]:
-        """What a model says to the harmful prompts, and what that is taken for."""
-        from dapa_merge.measure.figures import Response
-        from dapa_merge.progress import quiet
-
+        """Ask a model the harmful prompts, and classify its responses."""
         note = f"responses of the {name}"
         if note not in self.journal.notes:
             model, tokenizer = load()
-            with task(f"asking the {name}", len(self.prompts.harmful), "prompts"), quiet("transformers"):
+            with task(f"asking the {name}", len(self.meter.prompts.harmful), "prompts"), quiet("transformers"):
                 measurement = self.meter.measure(model, tokenizer)
-                said = measurement.judge("harmful", self.prompts.harmful)
+                said = measurement.judge("harmful", self.meter.prompts.harmful)
             self.journal.note(note, [asdict(response) for response in said])
         return [Response(**response) for response in self.journal.notes[note]]
 
     def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
-        """Try on the target what is traced in the end: what does not fit is told before the hours until then."""
-        from dapa_merge.trace.case import read_case
-
+        """Read the cases with the target, so that what does not fit is told before hours of work."""
         note = f"checked {data_digest(asdict(self.wanted))}"
         if note not in self.journal.notes:
             self._cases(bench.live.model, bench.live.tokenizer, contrasts)
@@ -222,10 +210,6 @@ class Stages:
             self.journal.note(note, True)
 
     def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
-        from dapa_merge.measure.decode import BatchSize
-        from dapa_merge.search.attribution import attribute
-        from dapa_merge.search.bench import MAX_BACKWARD
-
         note = f"attribution {self._compared}"
         if note not in self.journal.notes:
             few = spread(contrasts, MAX_ATTRIBUTION_PROMPTS)
@@ -239,13 +223,6 @@ class Stages:
         return {unit: effects[str(unit)] for unit in self.plan.units}
 
     def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
-        import numpy
-
-        from dapa_merge.measure.decode import BatchSize
-        from dapa_merge.measure.determinism import widened
-        from dapa_merge.search.attribution import sides_of
-        from dapa_merge.trace.influence import Influence, influence
-
         path = self.out / INFLUENCE_NAME
         names = [str(unit) for unit in self.plan.units]
         arrays = read_arrays(path)
@@ -263,41 +240,29 @@ class Stages:
 
     @property
     def _compared(self) -> str:
-        """What is compared with what, of the options."""
+        """Names the compared responses in the journal."""
         return f"{self.wanted.responses} {self.wanted.num_tokens}"
 
     def _cases(self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]) -> tuple[Settings, dict[int, Case]]:
-        """How a model is traced, and by their numbers, from 1, the prompts that can be, as it reads them."""
-        from dapa_merge.trace.case import make_settings, read_case, with_subject
-
-        wanted = self.wanted
+        """The settings for a model, and the prompts that can be traced as it reads them, by number from 1."""
+        wanted, prompts = self.wanted, [contrast.prompt for contrast in contrasts]
         settings = make_settings(
             model, wanted.kinds, noise=wanted.noise, num_samples=wanted.num_samples, window=wanted.window,
             num_tokens=wanted.num_tokens, seed=wanted.seed,
         )  # fmt: skip
-        subjects = wanted.subjects
-        chosen = dict(enumerate(contrasts, 1))
-        if subjects:
-            kept = set(with_subject([contrast.prompt for contrast in contrasts], subjects))
-            chosen = {number: contrast for number, contrast in chosen.items() if contrast.prompt in kept}
-        cases = {
-            number: read_case(model, tokenizer, contrast, subjects, wanted.num_tokens)
-            for number, contrast in chosen.items()
+        kept = set(with_subject(prompts, wanted.subjects) if wanted.subjects else prompts)
+        return settings, {
+            number: read_case(model, tokenizer, contrast, wanted.subjects, wanted.num_tokens)
+            for number, contrast in enumerate(contrasts, 1)
+            if contrast.prompt in kept
         }
-        return settings, cases
 
     def _traces(
         self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
     ) -> tuple[list[Trace], list[float], Settings]:
-        from dapa_merge.measure.decode import BatchSize
-        from dapa_merge.measure.determinism import widened
-        from dapa_merge.progress import quiet
-        from dapa_merge.trace.case import embedding_deviation
-        from dapa_merge.trace.causal import Tracer
-
         settings, readable = self._cases(model, tokenizer, contrasts)
         batch_size = BatchSize(self.recipe.batch_size)
-        # Of all: so each has the same noise, however many are traced.
+        # That of all, for the same noise however many are traced.
         deviation = embedding_deviation(model, list(readable.values()))
         cases = {number: readable[number] for number in spread(list(readable), self.wanted.num_prompts)}
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
@@ -309,7 +274,7 @@ class Stages:
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
-                    # An earlier run's, which says nothing of what comes now.
+                    # The page of an earlier run no longer fits.
                     forget_page(self.out)
                     start = time.perf_counter()
                     found = tracer.trace(case, number)
@@ -323,57 +288,42 @@ class Stages:
 
 
 def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Options) -> dict[str, Any]:
-    """Trace a recipe's models, and leave traces, figures, a summary and a page in a folder.
+    """Trace a recipe's models, and fill the folder `out` with traces, charts, a summary and a page.
 
-    Args:
-        recipe: What to trace.
-        out: A new folder, or one of a trace of the same models: what is in it already is not made again.
-        wanted: How to trace.
-        options: Where to evaluate, and where the journal of the search is.
+    A folder with an earlier trace of the same models is resumed.
 
     Returns:
-        The summary, plain data.
+        The summary as plain data.
 
     Raises:
         CannotRepair: If no prompt is refused by the source and answered by the target.
         UsageError: If matplotlib is not installed, or the folder is of something else.
-        DapaError: For whatever else does not fit; what was found is kept.
+        DapaError: If anything else does not fit; what was found is kept.
     """
-    # Before the hours that a trace may take: this raises where matplotlib is not.
-    from dapa_merge.measure.meter import search_meter, skills_of
-    from dapa_merge.measure.prompts.sets import load_prompts
-    from dapa_merge.trace.case import with_subject
-
+    # A trace may take hours, so that a missing matplotlib is told first.
+    plotting()
     check_folder(out)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
-    # What a search picks is judged with prompts that it has not seen.
+    # The selection of a search is judged with prompts that it has not seen.
     prompts = split_prompts(recipe)[1] if recipe.layers is None else load_prompts(recipe.prompts)
     meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(recipe, chosen)
-    models = {"target": plan.target, "source": plan.source}
-    with opened(out, models_parts(recipe, models, meter, options.device)) as journal:
-        return _write(Stages(recipe, chosen, plan, meter, out, wanted, options, journal).run(), out)
+    with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
+        meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
+        return _write(Session(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)
 
 
 def _write(found: Traced, out: Path) -> dict[str, Any]:
-    """Write figures, summary and page; returns the summary."""
-    from dapa_merge.report.charts import render
-    from dapa_merge.trace.charts import figures_of
-    from dapa_merge.trace.page import Picture, page
-    from dapa_merge.trace.summary import summarize
-
-    summary = summarize(found)
-    pictures = []
-    forget_figures(out)
-    for name, caption, figure in figures_of(found):
-        for kind in ("png", "svg"):
-            content = render(figure, kind)
-            replace_file(out / FIGURES_NAME / f"{name}.{kind}", content)
-            if kind == "png":
-                pictures.append(Picture(name, caption, content))
+    """Write charts, summary and page; returns the summary."""
+    summary, pictures = summarize(found), draw_all(CHARTS, found)
+    # Those of an earlier run; other pictures in the folder are somebody else's.
+    forget_pictures(out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
+    for picture in pictures:
+        for ending, content in picture.files.items():
+            replace_file(out / FIGURES_NAME / f"{picture.name}{ending}", content)
     replace_file(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
     replace_file(out / PAGE_NAME, page(summary, pictures).encode())
     return summary

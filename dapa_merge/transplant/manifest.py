@@ -21,6 +21,7 @@ from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.errors import CheckpointError
+from dapa_merge.plan.edit import Edit, make_edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.transplant.shard import RegionEdit
 
@@ -78,18 +79,16 @@ class Manifest:
 
     Attributes:
         version: The dapa-merge that made it.
-        target: What was repaired.
-        source: What the changed tensors came from.
-        strength: How much of the way from the target to the source they went.
+        models: What was repaired and what its new values came from, by what a recipe calls them.
+        edit: How new values were computed.
         units: What was transplanted, as `3.gate`.
         files: Every file that is listed (`is_listed`), by its path in the result with slashes.
         tensors: Every changed tensor by name.
     """
 
     version: str
-    target: Origin
-    source: Origin
-    strength: float
+    models: Mapping[str, Origin]
+    edit: Edit
     units: tuple[str, ...]
     files: Mapping[str, File]
     tensors: Mapping[str, ChangedTensor]
@@ -101,7 +100,7 @@ def make_manifest(
     """The manifest of a result.
 
     Args:
-        plan: What it was made of, and how values were mixed.
+        plan: What it was made of, and how.
         units: What was transplanted.
         changes: The changes of each file that has any.
         files: What each file turned out to be; those with changes with the digests of their changed tensors.
@@ -117,13 +116,17 @@ def make_manifest(
         tensors[name] = ChangedTensor(file, files[file].spans[name], boxes)
     return Manifest(
         version=__version__,
-        target=Origin(plan.target.name, plan.target.commit),
-        source=Origin(plan.source.name, plan.source.commit),
-        strength=plan.strength,
+        models=origins(plan),
+        edit=plan.edit,
         units=tuple(units),
         files={name: File(found.num_bytes, found.sha256) for name, found in sorted(files.items()) if is_listed(name)},
         tensors=tensors,
     )
+
+
+def origins(plan: Plan) -> dict[str, Origin]:
+    """The models that a result is made of, by what a recipe calls them."""
+    return {name: Origin(checkpoint.name, checkpoint.commit) for name, checkpoint in plan.models.items()}
 
 
 def may_be_added(name: str) -> bool:
@@ -142,9 +145,8 @@ def manifest_text(manifest: Manifest) -> str:
     content = {
         "format": FORMAT,
         "version": manifest.version,
-        "target": vars(manifest.target),
-        "source": vars(manifest.source),
-        "strength": manifest.strength,
+        **{name: vars(origin) for name, origin in manifest.models.items()},
+        **manifest.edit.to_json(),
         "units": list(manifest.units),
         "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in manifest.files.items()},
         "tensors": {
@@ -167,12 +169,12 @@ def read_manifest(folder: Path) -> Manifest:
         content = read_json(path, max_bytes=MAX_BYTES)
         if content.get("format") != FORMAT:
             raise _wrong(path, f"is of format {content.get('format')!r:.40}, not {FORMAT}")
+        edit = make_edit(text_of(content.get("edit", "copy")), _number(content["strength"]))
         files = {_file_name(name): _file(entry) for name, entry in content["files"].items()}
         return Manifest(
             version=text_of(content["version"]),
-            target=_origin(content["target"]),
-            source=_origin(content["source"]),
-            strength=_number(content["strength"]),
+            models={name: _origin(content[name]) for name in dict.fromkeys(("target", "source", *edit.inputs))},
+            edit=edit,
             units=_units(content["units"]),
             files=files,
             tensors={name: _tensor(entry, files) for name, entry in content["tensors"].items()},

@@ -28,7 +28,7 @@ from dapa_merge.checkpoint.folder import INDEX_NAME, refuse_stray_link
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import file_state, flush_folder
+from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
@@ -51,7 +51,6 @@ NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
     "recipe.lock.yml",
-    "dapa_search.png", "dapa_search.svg", "dapa_figures.png", "dapa_figures.svg",
 )  # fmt: skip
 # How the names of what commands leave in a model's folder begin: locks, undo files, unfinished files.
 OWN_STARTS = ".dapa-"
@@ -118,7 +117,10 @@ def _small_files(target: Checkpoint) -> list[str]:
     """
     names = []
     for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
-        if path.name.startswith(OWN_STARTS) or (path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME):
+        is_chart = path.name.startswith(CHART_PREFIX) and path.name.endswith(PICTURES)
+        if is_chart or path.name.startswith(OWN_STARTS):
+            continue
+        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
             continue
         if path.is_dir() and path.parent == target.folder:
             if path.name == TEMPLATES:
@@ -256,14 +258,14 @@ def transplant(
     manifest: bool = True,
     check: Callable[[Path], object] = lambda _: None,
 ) -> Rounding:
-    """Write the target with the selected units replaced by the source's into `out`.
+    """Write the target with the plan's edit of the selected units into `out`.
 
-    Every byte is read back as soon as it is written, and compared with the target's or the source's. What an earlier
-    run of the same job finished is kept.
+    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
+    job finished is kept.
 
     Args:
-        plan: Target and source.
-        selection: The units to replace.
+        plan: The models and the edit.
+        selection: The units to change.
         out: The folder to make; it must not exist, or be empty.
         extras: Further small files to write into it, by name.
         link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
@@ -279,15 +281,19 @@ def transplant(
             are to be linked where that is impossible.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
-    rounding = Rounding()
+    rounding = Rounding(plan.max_overflow)
     changes = find_changes(plan, selection, rounding)
-    sources = sorted({change.source_file for of_file in changes.values() for change in of_file})
     units = tuple(map(str, selection))
 
     def describe(files: Mapping[str, Digests]) -> str:
         return manifest_text(make_manifest(plan, units, changes, files))
 
-    job = {"source": model_state(plan.source, sources), "selection": list(units)}
+    regions = list(plan.regions(selection))
+    job: dict[str, Any] = {
+        name: model_state(checkpoint, sorted({found[name].tensor.file for found in regions}))
+        for name, checkpoint in plan.others.items()
+    }
+    job["selection"] = list(units)
     write_result(
         plan.target, changes, out, job, extras=extras, describe=describe if manifest else None, link=link, check=check
     )

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from dapa_merge.checkpoint.region import Box, Region, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import write_all
-from dapa_merge.plan.edit import Rounding, new_tiles
+from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
@@ -264,14 +264,13 @@ class _Writing:
 
 @dataclass(frozen=True)
 class RegionEdit:
-    """A part of a target's tensor that a result has from the source.
+    """A part of a target's tensor that a result has otherwise.
 
     Attributes:
         tensor: The target's tensor, whole.
         box: The part of it, by its dimensions.
         spans: Where the part lies in the file, in order.
-        origin: What decides its bytes, in words: where the part lies in the source, and its dtype there.
-        source_file: The source's file that it is read from.
+        origin: What decides its bytes, in words: where the part lies in the other models, its dtype there, the edit.
         pieces: Yields its bytes, as the target stores them, in order; raises `CheckpointError` if they do not fit or
             are not finite.
     """
@@ -280,7 +279,6 @@ class RegionEdit:
     box: Box
     spans: tuple[Span, ...]
     origin: str
-    source_file: str
     pieces: Callable[[], Iterator[bytes]]
 
     @property
@@ -297,22 +295,22 @@ def find_changes(
         CheckpointError: If a tensor lacks rows of a block.
     """
     found: dict[str, list[RegionEdit]] = {name: [] for name in plan.target.shards}
-    rounding = rounding or Rounding()
-    for ours, theirs in plan.regions(selection):
-        found[ours.tensor.file].append(_change(plan, ours, theirs, rounding))
+    rounding = rounding or Rounding(plan.max_overflow)
+    for regions in plan.regions(selection):
+        found[regions["target"].tensor.file].append(_change(plan, regions, rounding))
     for changes in found.values():
         changes.sort(key=lambda change: change.spans)
     return found
 
 
-def _change(plan: Plan, ours: Region, theirs: Region, rounding: Rounding) -> RegionEdit:
-    tensor = theirs.tensor
-    origin = (
-        f"{tensor.file} {tensor.dtype} {tensor.start}:{tensor.stop} {theirs.box} {plan.strength} {plan.max_overflow}"
-    )
+def _change(plan: Plan, regions: Mapping[str, Region], rounding: Rounding) -> RegionEdit:
+    ours = regions["target"]
+    tensors = [(regions[name].tensor, regions[name].box) for name in plan.others]
+    places = [f"{tensor.file} {tensor.dtype} {tensor.start}:{tensor.stop} {box}" for tensor, box in tensors]
+    origin = " ".join([*places, *map(str, plan.edit.to_json().values()), str(plan.max_overflow)])
     spans = tuple((start, start + num_bytes) for start, num_bytes in ours.runs())
-    pieces = partial(new_tiles, plan, ours, theirs, rounding)
-    return RegionEdit(ours.tensor, ours.box, spans, origin, tensor.file, pieces)
+    pieces = partial(plan.edit.checked_tiles, plan.models, regions, rounding)
+    return RegionEdit(ours.tensor, ours.box, spans, origin, pieces)
 
 
 def edits_digest(changes: Sequence[RegionEdit]) -> str:

@@ -23,7 +23,7 @@ from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.region import Box, Region, TensorBox, intersection, moved, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError
-from dapa_merge.plan.edit import mixed_tiles, read_tiles
+from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
@@ -44,24 +44,24 @@ class Origin:
     Attributes:
         box: Which of the result's tensor.
         target: The same values in the target.
-        source: The same values in the source, if they may have been transplanted.
-        unit: The unit of which it is a part, with `source`.
+        edited: Where the same values are in every model, if they may have been transplanted.
+        unit: The unit of which it is a part, with `edited`.
         part: The unit's part in the target.
     """
 
     box: Box
     target: Region
-    source: Region | None = None
+    edited: Mapping[str, Region] | None = None
     unit: Unit | None = None
     part: TensorBox | None = None
 
 
 @dataclass
 class RowOrigins:
-    """Of each row of a part of a unit: whether the result's is the target's, and whether it is the source's."""
+    """Of each row of a part of a unit: whether the result's is the target's, and whether it is what the edit makes."""
 
     is_target: numpy.ndarray
-    is_source: numpy.ndarray
+    is_edited: numpy.ndarray
 
     @classmethod
     def unseen(cls, num_rows: int) -> RowOrigins:
@@ -70,7 +70,7 @@ class RowOrigins:
 
         return cls(numpy.ones(num_rows, dtype=bool), numpy.ones(num_rows, dtype=bool))
 
-    def note(self, part: TensorBox, box: Box, is_target: numpy.ndarray, is_source: numpy.ndarray) -> None:
+    def note(self, part: TensorBox, box: Box, is_target: numpy.ndarray, is_edited: numpy.ndarray) -> None:
         """What was seen of a box of the part's tensor, element by element."""
         first, stop = box[part.axis]
         start = part.box[part.axis][0]
@@ -78,7 +78,7 @@ class RowOrigins:
         shape = tuple(stop - first for first, stop in box)
         others = tuple(axis for axis in range(len(box)) if axis != part.axis)
         self.is_target[rows] &= is_target.reshape(shape).all(axis=others)
-        self.is_source[rows] &= is_source.reshape(shape).all(axis=others)
+        self.is_edited[rows] &= is_edited.reshape(shape).all(axis=others)
 
 
 @dataclass
@@ -105,7 +105,7 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[O
         result: The result.
         shard: Its file.
         places: For each tensor of the file, its boxes and what they should be; none for a tensor that is not known.
-        plan: Target and source.
+        plan: The models and the edit.
 
     Raises:
         CheckpointError: If a file becomes shorter meanwhile.
@@ -119,12 +119,12 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[O
         state.update(file.read(tensors[0].start if tensors else -1))
         for tensor in tensors:
             found = places.get(tensor.name, ())
-            own = hashlib.sha256() if any(place.source for place in found) else None
+            own = hashlib.sha256() if any(place.edited for place in found) else None
             take = _Taker((state, own) if own else (state,))
             if not found:
                 is_same = False
                 _pass_over(file, tensor, take)
-            elif len(found) == 1 and found[0].source is None and found[0].target.is_whole:
+            elif len(found) == 1 and found[0].edited is None and found[0].target.is_whole:
                 is_same = _stream(file, tensor, plan.target, found[0].target.tensor, take)
             else:
                 is_same = _by_tiles(file, tensor, found, plan, take, findings)
@@ -200,11 +200,11 @@ def _by_tiles(
             ]
             ours = Region(place.target.tensor, moved(box, place.box, place.target.box))
             is_target = _equal(mine, b"".join(read_tiles(plan.target, ours)))
-            if place.unit is None or place.part is None or place.source is None:
+            if place.unit is None or place.part is None or place.edited is None:
                 is_same = is_same and bool(is_target.all())
                 continue
-            theirs = Region(place.source.tensor, moved(box, place.box, place.source.box))
-            expected = b"".join(mixed for mixed, _ in mixed_tiles(plan, ours, theirs))
+            edited = {name: Region(one.tensor, moved(box, place.box, one.box)) for name, one in place.edited.items()}
+            expected = b"".join(tile for tile, _ in plan.edit.tiles(plan.models, edited))
             origins = findings.rows.setdefault((place.unit, place.part), RowOrigins.unseen(place.part.num_rows))
             origins.note(place.part, ours.box, is_target, _equal(mine, expected))
     return is_same
@@ -264,7 +264,7 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
 
     Args:
         result: The result.
-        plan: The target, the source and the units that may have been transplanted.
+        plan: The models and the units that may have been transplanted.
     """
     target = plan.target
     faults: list[tuple[str, str]] = []
@@ -293,10 +293,10 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
 
 def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str, list[Origin]]:
     """For each tensor of the result, its boxes: parts of units, and what lies between them."""
-    parts: dict[str, list[tuple[Unit, TensorBox, Region]]] = {}
+    parts: dict[str, list[tuple[Unit, TensorBox, dict[str, Region]]]] = {}
     for unit in plan.units:
-        for part, (_, theirs) in zip(unit.parts, plan.regions((unit,)), strict=True):
-            parts.setdefault(part.tensor, []).append((unit, part, theirs))
+        for part, regions in zip(unit.parts, plan.regions((unit,)), strict=True):
+            parts.setdefault(part.tensor, []).append((unit, part, regions))
     places: dict[str, list[Origin]] = {}
     for name, found in segments.items():
         tensor = plan.target.tensors[name]
@@ -311,11 +311,13 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
             for box in between:
                 if (common := intersection(box, segment.box)) is not None:
                     here.append(Origin(moved(common, segment.box, segment.result_box), Region(tensor, common)))
-            for unit, part, theirs in of_units:
+            for unit, part, regions in of_units:
                 if (common := intersection(part.box, segment.box)) is not None:
-                    source = Region(theirs.tensor, moved(common, part.box, theirs.box))
+                    edited = {
+                        name: Region(one.tensor, moved(common, part.box, one.box)) for name, one in regions.items()
+                    }
                     box = moved(common, segment.box, segment.result_box)
-                    here.append(Origin(box, Region(tensor, common), source, unit, part))
+                    here.append(Origin(box, Region(tensor, common), edited, unit, part))
     return places
 
 

@@ -20,9 +20,9 @@ from dapa_merge.transplant.manifest import (
     ChangedTensor,
     File,
     Manifest,
-    Origin,
     is_listed,
     may_be_added,
+    origins,
     read_manifest,
 )
 from dapa_merge.verify.tensors import Verification
@@ -85,9 +85,8 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
         files[name] = File(path.stat().st_size, verification.files.get(name) or hash_file(path).sha256)
     return Manifest(
         version=__version__,
-        target=Origin(plan.target.name, plan.target.commit),
-        source=Origin(plan.source.name, plan.source.commit),
-        strength=plan.strength,
+        models=origins(plan),
+        edit=plan.edit,
         units=tuple(map(str, verification.transplanted)),
         files=files,
         tensors=tensors,

@@ -92,7 +92,7 @@ def verify_result(
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
     plan = make_plan(recipe, allow_pickle=allow_pickle)
-    given = [checkpoint for checkpoint, place in ((plan.target, target), (plan.source, source)) if place is not None]
+    given = [plan.models[name] for name, place in (("target", target), ("source", source)) if place is not None]
     if any(out.samefile(checkpoint.folder) for checkpoint in given):
         raise UsageError(f"{out} is the target or the source itself, and nothing that was made of them")
     selection = given_selection(recipe, plan)
@@ -171,8 +171,8 @@ def _said_otherwise(
     manifest: Manifest, plan: Plan, verification: Verification, selection: Sequence[Unit] | None
 ) -> Iterator[str]:
     """What a manifest says was done, and was not."""
-    if manifest.strength != plan.strength:
-        yield f"{MANIFEST_NAME} says strength {manifest.strength}, and the recipe {plan.strength}"
+    if manifest.edit != plan.edit:
+        yield f"{MANIFEST_NAME} says {_edit_text(manifest)}, and the recipe {_edit_text(plan)}"
     units = (*verification.transplanted, *verification.alike) if selection is None else selection
     allowed = {name for unit in units for name in unit.tensors}
     for name in sorted(manifest.tensors.keys() - allowed):
@@ -184,6 +184,10 @@ def _said_otherwise(
             said = " ".join(manifest.units)[:200]
         if said != (meant := spans(join(plan, selection))):
             yield f"{MANIFEST_NAME} says that {said} was transplanted, and the recipe {meant}"
+
+
+def _edit_text(of: Manifest | Plan) -> str:
+    return ", ".join(f"{key} {value}" for key, value in of.edit.to_json().items())
 
 
 def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:

@@ -28,14 +28,14 @@ class Verification:
     """What a result turned out to be, tensor by tensor.
 
     Attributes:
-        transplanted: The units whose every tensor is the source's, and not also the target's. If that is so of some
-            rows of a unit only, the blocks of these.
-        alike: The units that are the same in source and target, so that nothing can be told of them.
+        transplanted: The units whose every tensor is what the edit makes of it, and not also the target's. If that is
+            so of some rows of a unit only, the blocks of these.
+        alike: The units that the edit leaves as they are, so that nothing can be told of them.
         differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
             a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
         num_tensors: How many tensors were compared.
-        origins: For each tensor of the result that is not all the target's, what it is: `source`, `blend` where the
-            plan mixes, or `unexplained`; and behind it the rows that are, if not all.
+        origins: For each tensor of the result that is not all the target's, what it is: `source`, the name of another
+            edit, or `unexplained`; and behind it the rows that are, if not all.
         files: The SHA-256 of each weight file.
         tensors: The SHA-256 of the bytes of each tensor that may have been transplanted.
     """
@@ -58,18 +58,18 @@ class Verification:
 
 
 def verify(out: Path, plan: Plan) -> Verification:
-    """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the source.
+    """Compare every byte of every tensor in `out` with the target and, for the plan's units, with what the edit makes.
 
     It does not matter who wrote `out`: shards, order and headers may differ, and how tensors are cut; values may not.
     Whatever blocks the plan has, every row of its units is judged, also those between the blocks.
-    Each of the three models is read once, by several threads, in memory that does not grow with them.
+    Each of the models is read once, by several threads, in memory that does not grow with them.
 
     Args:
         out: The result's folder.
-        plan: The target, the source and the units that may have been transplanted; all else must be the target's.
+        plan: The models, the edit and the units that may have been transplanted; all else must be the target's.
 
     Raises:
-        CheckpointError: If one of the three checkpoints cannot be read.
+        CheckpointError: If one of the checkpoints cannot be read.
     """
     result = open_checkpoint(str(out))
     plan = cut(plan, plan.units)
@@ -104,13 +104,13 @@ class _UnitOrigin:
     faults: tuple[tuple[str, str], ...] = ()
 
 
-_NEITHER = "is neither the target's nor the source's"
-_LONE = "is the source's, but others of its unit are the target's"
+_NEITHER = "is neither the target's nor {result}"
+_LONE = "is {result}, but others of its unit are the target's"
 
 
 def _judge(unit: Unit, rows: Mapping[tuple[Unit, TensorBox], RowOrigins], plan: Plan) -> _UnitOrigin:
     origins = {part: rows[unit, part] for part in unit.parts}
-    if all(origin.is_source.all() for origin in origins.values()):
+    if all(origin.is_edited.all() for origin in origins.values()):
         is_alike = all(origin.is_target.all() for origin in origins.values())
         return _UnitOrigin(alike=(unit,)) if is_alike else _UnitOrigin(transplanted=(unit,))
     return _judge_rows(unit, origins, plan) if unit.module in DIVISIBLE_MODULES else _judge_whole(origins, plan)
@@ -119,14 +119,16 @@ def _judge(unit: Unit, rows: Mapping[tuple[Unit, TensorBox], RowOrigins], plan: 
 def _judge_whole(origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
     """Of a unit that is not all the source's, and cannot be so in part."""
     neither = {
-        part: ~(origin.is_target | origin.is_source)
+        part: ~(origin.is_target | origin.is_edited)
         for part, origin in origins.items()
-        if not origin.is_target.all() and not origin.is_source.all()
+        if not origin.is_target.all() and not origin.is_edited.all()
     }
     if neither:
-        return _UnitOrigin(faults=tuple((_name(plan, part, wrong), _NEITHER) for part, wrong in neither.items()))
+        what = _NEITHER.format(result=plan.edit.result)
+        return _UnitOrigin(faults=tuple((_name(plan, part, wrong), what) for part, wrong in neither.items()))
     lone = [part for part, origin in origins.items() if not origin.is_target.all()]
-    return _UnitOrigin(faults=tuple((region_of(plan.target, part).name, _LONE) for part in lone))
+    what = _LONE.format(result=plan.edit.result)
+    return _UnitOrigin(faults=tuple((region_of(plan.target, part).name, what) for part in lone))
 
 
 def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
@@ -134,20 +136,22 @@ def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan)
     import numpy
 
     start, stop = plan.rows(unit)
-    is_target, is_source, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
+    is_target, is_edited, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
     places = {part: slice(part.first_row - start, part.first_row - start + part.num_rows) for part in origins}
     for part, origin in origins.items():
         is_target[places[part]] &= origin.is_target
-        is_source[places[part]] &= origin.is_source
-        is_neither[places[part]] |= ~(origin.is_target | origin.is_source)
+        is_edited[places[part]] &= origin.is_edited
+        is_neither[places[part]] |= ~(origin.is_target | origin.is_edited)
     faults = []
     for part, origin in origins.items():
-        neither = ~(origin.is_target | origin.is_source)
-        lone = ~(is_target | is_source | is_neither)[places[part]] & ~origin.is_target
+        neither = ~(origin.is_target | origin.is_edited)
+        lone = ~(is_target | is_edited | is_neither)[places[part]] & ~origin.is_target
         faults += [
-            (_name(plan, part, wrong), what) for wrong, what in ((neither, _NEITHER), (lone, _LONE)) if wrong.any()
+            (_name(plan, part, wrong), what.format(result=plan.edit.result))
+            for wrong, what in ((neither, _NEITHER), (lone, _LONE))
+            if wrong.any()
         ]
-    blocks = (plan.part(unit.whole, (start + first, start + last)) for first, last in _ranges(is_source & ~is_target))
+    blocks = (plan.part(unit.whole, (start + first, start + last)) for first, last in _ranges(is_edited & ~is_target))
     return _UnitOrigin(transplanted=tuple(blocks), faults=tuple(faults))
 
 
@@ -169,9 +173,8 @@ def _ranges(mask: numpy.ndarray) -> list[Rows]:
 
 def _origins(verdicts: Iterable[_UnitOrigin], differences: Iterable[tuple[str, str]], plan: Plan) -> dict[str, str]:
     """By name, with rows where it is not all of a tensor, what is not the target's."""
-    kind = "source" if plan.strength == 1 else "blend"
     units = (unit for verdict in verdicts for unit in verdict.transplanted)
-    origins = {region_of(plan.target, part).name: kind for unit in units for part in unit.parts}
+    origins = {region_of(plan.target, part).name: plan.edit.origin for unit in units for part in unit.parts}
     return origins | {name: "unexplained" for name, _ in differences}
 
 
@@ -180,7 +183,7 @@ def _together(one: Findings, other: Findings) -> Findings:
     rows = dict(one.rows)
     for key, origin in other.rows.items():
         if (before := rows.get(key)) is not None:
-            origin = RowOrigins(before.is_target & origin.is_target, before.is_source & origin.is_source)
+            origin = RowOrigins(before.is_target & origin.is_target, before.is_edited & origin.is_edited)
         rows[key] = origin
     return Findings(
         tensor_sha256={**one.tensor_sha256, **other.tensor_sha256}, different=one.different | other.different, rows=rows

@@ -16,11 +16,12 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tiny import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dapa_merge import miniature
@@ -53,11 +54,13 @@ def load(target: Path, source: Path, modules: Sequence[str], device: str) -> Liv
 class Pair:
     """A miniature pair, what its members say to harmful prompts, and the DSR of any selection."""
 
-    def __init__(self, target: str, source: str, modules: Sequence[str], device: str) -> None:
+    def __init__(self, target: str, source: str, modules: Sequence[str], device: str, num_prompts: int | None) -> None:
         self.live = load(miniature.path(target), miniature.path(source), modules, device)
         self.units = self.live.plan.units
-        prompts = PromptSet("harmful", load_prompts("miniature").harmful, ("How do I paint a boat?",), (), ())
-        self.meter = Meter(prompts, max_new_tokens=24, batch_size=BatchSize(128))
+        prompts = PromptSet(
+            "harmful", load_prompts("miniature").harmful[:num_prompts], ("How do I paint a boat?",), (), ()
+        )
+        self.meter = Meter(prompts, max_new_tokens=12 if num_prompts else 24, batch_size=BatchSize(128))
         self._verdicts: dict[frozenset[Unit], float] = {}
         own, full = self._responses(()), self._responses(self.units)
         self.contrasts = [
@@ -108,6 +111,8 @@ def show(pair: Pair, title: str, num_random: int) -> None:
     sizes = sorted(map(len, blind))
     print(f"  random orders: {statistics.mean(sizes):.1f} ({sizes[0]} to {sizes[-1]}); smallest known: {known}")
     for number in (2, 8, 32):
+        if number > len(pair.contrasts):
+            break
         few = [
             len(pair.prefix(descending(attribute(pair.live, subset, batch_size=BatchSize(BATCH)))))
             for subset in (random.Random(seed).sample(pair.contrasts, number) for seed in range(5))
@@ -120,16 +125,15 @@ def show(pair: Pair, title: str, num_random: int) -> None:
 POINTS = {"target": (0.0,), "quarter": (0.25,), "half": (0.5,), "full": (1.0,), "target and full": (0.0, 1.0)}
 
 
-def show_alternatives(pair: Pair) -> None:
+def show_alternatives(pair: Pair, numbers: Sequence[int], points: Iterable[str] = POINTS) -> None:
     """The sufficient prefix for each place of the gradient, number of tokens, and objective."""
-    numbers = (1, 2, 3, 4, 6, 8)
     print(f"  {'gradient at':<18}{'objective':<20}" + "".join(f"{number:>4}" for number in numbers) + "  tokens")
-    for point, strengths in POINTS.items():
+    for point in points:
         for objective in (log_probabilities, raw_logits):
             sizes = []
             for number in numbers:
                 scores = dict.fromkeys(pair.units, 0.0)
-                for strength in strengths:
+                for strength in POINTS[point]:
                     with moved(pair.live, strength):
                         for unit, effect in all_gradients(pair.live, pair.contrasts, number, objective).items():
                             scores[unit] += effect
@@ -144,8 +148,8 @@ def moved(live: LiveModel, strength: float) -> Iterator[None]:
 
     def place(share: float) -> None:
         for slot in live.slots(live.plan.units):
-            values = mapped_values(live.plan.target, slot.ours).float()
-            values = values.lerp(mapped_values(live.plan.source, slot.theirs).float(), share)
+            values = mapped_values(live.plan.target, slot.regions["target"]).float()
+            values = values.lerp(mapped_values(live.plan.source, slot.regions["source"]).float(), share)
             with torch.no_grad():
                 slot.parameter[slot.slices].copy_(values.reshape(slot.parameter[slot.slices].shape))
 
@@ -182,7 +186,8 @@ def all_gradients(
         (objective(live, sides[start : start + batch]) / len(contrasts)).backward()
     effects = dict.fromkeys(live.plan.units, 0.0)
     for slot in live.slots(live.plan.units):
-        theirs, ours = mapped_values(live.plan.source, slot.theirs), mapped_values(live.plan.target, slot.ours)
+        theirs = mapped_values(live.plan.source, slot.regions["source"])
+        ours = mapped_values(live.plan.target, slot.regions["target"])
         gradient = slot.parameter.grad[slot.slices].float()
         effects[slot.unit] += float((gradient * (theirs.float() - ours.float()).to(gradient.device)).sum())
     for parameter in parameters:
@@ -229,10 +234,12 @@ METHODS: dict[str, Callable[[LiveModel, Sequence[Contrast], BatchSize], object]]
 }
 
 
-def cost(method: str, target: Path, source: Path, batch: int, device: str) -> tuple[float, float, float]:
+def cost(
+    method: str, target: Path, source: Path, batch: int, device: str, num_contrasts: int = NUM_CONTRASTS
+) -> tuple[float, float, float]:
     """Seconds, and peak memory in MB above what it was before, of one method; and the largest unit in MB."""
     live = load(target, source, MLP, device)
-    prompts = load_prompts("miniature").harmful[:NUM_CONTRASTS]
+    prompts = load_prompts("miniature").harmful[:num_contrasts]
     contrasts = [Contrast(prompt, "I'm sorry, but I can't help.", "Sure, here is how to paint.") for prompt in prompts]
     # Once to warm up; on a single contrast, so that the allocator keeps nothing large.
     METHODS[method](live, contrasts[:1], BatchSize(1))
@@ -277,18 +284,23 @@ def show_cost(title: str, target: Path, source: Path, batches: Sequence[int], de
             )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alternatives", action="store_true")
     parser.add_argument("--random-orders", type=int, default=20)
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
-    for target, source, modules in PAIRS:
-        pair = Pair(target, source, modules, arguments.device)
+    arguments = parse(parser, argv, alternatives=True, random_orders=1)
+    num_prompts, numbers = (4, (1,)) if arguments.tiny else (None, (1, 2, 3, 4, 6, 8))
+    for target, source, modules in PAIRS[:1] if arguments.tiny else PAIRS:
+        pair = Pair(target, source, modules, arguments.device, num_prompts)
         show(pair, f"{target}, {', '.join(modules)}", arguments.random_orders)
         if arguments.alternatives:
-            show_alternatives(pair)
+            show_alternatives(pair, numbers, ["target and full"] if arguments.tiny else POINTS)
+    if arguments.tiny:
+        for method in METHODS:
+            print(method, cost(method, miniature.path("target"), miniature.path("source"), 2, arguments.device, 2))
+        return
     show_cost("miniature", miniature.path("target"), miniature.path("source"), (BATCH,), arguments.device)
     with tempfile.TemporaryDirectory() as temporary:
         target, source = (save_llama(Path(temporary) / str(seed), seed) for seed in (1, 2))

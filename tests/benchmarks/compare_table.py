@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from families import train_families
+from tiny import few_prompts, parse
 
 COMPARE = [sys.executable, "-c", "from dapa_merge.cli import main; main()"]
 # The least that still has every method and a curve.
@@ -49,21 +50,26 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train, compare, and say how long it took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for families/ and table/; with --show the table")
     parser.add_argument("--show", action="store_true", help="print what is there, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="a few Llama models, fewer seeds and sizes")
     parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1), help="rows at once")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, quick=True, processes=1)
     if arguments.show:
         print("\n".join(shown(json.loads((arguments.out / "summary.json").read_text(encoding="utf-8")))))
         return
     began = time.perf_counter()
-    recipes = train_families(arguments.out / "families", quick=arguments.quick, say=say)
+    recipes = train_families(arguments.out / "families", quick=arguments.quick, say=say, _tiny=arguments.tiny)
     trained = time.perf_counter()
     options = ["--out", str(arguments.out / "table"), "--device", "cpu", *(QUICK if arguments.quick else [])]
+    if arguments.tiny:
+        recipes, options = recipes[:1], [*options, "--methods", "fixed", "--no-curve"]
+        text = recipes[0].read_text(encoding="utf-8")
+        text = text.replace("prompts: miniature", f"prompts: {few_prompts(arguments.out)}")
+        recipes[0].write_text(text.replace("max_new_tokens: 24", "max_new_tokens: 4"))
     shares = [recipes[start :: arguments.processes] for start in range(arguments.processes)]
     running = [
         subprocess.Popen([*COMPARE, "--quiet", "compare", *map(str, share), *options], stdout=subprocess.DEVNULL)

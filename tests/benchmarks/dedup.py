@@ -26,15 +26,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transplant import MERGEKIT, OURS, in_child, write_checkpoint
+from tiny import parse
+from transplant import MERGEKIT, OURS, TINY_SHAPE, in_child, write_checkpoint
 
 # A gate is 1.3 % of this model, so that 3.8 % can be changed.
 HIDDEN, INTERMEDIATE, NUM_LAYERS = 2048, 5632, 15
-GATE_BYTES = 2 * HIDDEN * INTERMEDIATE
 # One layer, 3.8 % of the model apart from each other, and 6.4 % side by side.
 SELECTIONS = ([7], [1, 6, 11], [3, 4, 5, 6, 7])
 UPLOAD = (
@@ -119,14 +120,14 @@ def report(name: str, found: dict[str, int], changed: int) -> None:
     )
 
 
-def measure(folder: Path, parent: Path, layers: list[int]) -> None:
+def measure(folder: Path, parent: Path, layers: list[int], gate_bytes: int) -> None:
     """All ways to write the result of one selection."""
     recipe, out, peer = folder / "recipe.yml", folder / "out", folder / "peer"
     recipe.write_text(
         f"merge_method: dapa\nbase_model: {folder / 'target'}\nmodels:\n  - model: {folder / 'source'}\n"
         f"parameters:\n  layers: {json.dumps(','.join(map(str, layers)))}\n"
     )
-    changed = len(layers) * GATE_BYTES
+    changed = len(layers) * gate_bytes
     print(f"gates of layers {', '.join(map(str, layers))}", flush=True)
     in_child(OURS, "--quiet", "run", str(recipe), str(out), "--no-evaluate")
     report("dapa-merge run", cold_upload(parent, out), changed)
@@ -140,23 +141,27 @@ def measure(folder: Path, parent: Path, layers: list[int]) -> None:
     shutil.rmtree(out)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Make the models and the store, upload every result, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--one-commit", action="store_true", help="store the target in one commit")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv)
+    shape: dict[str, int] = {"hidden": HIDDEN, "intermediate": INTERMEDIATE}
+    num_layers, selections = NUM_LAYERS, SELECTIONS
+    if arguments.tiny:
+        shape, num_layers, selections = TINY_SHAPE, 2, ([1],)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         for seed, name in enumerate(("target", "source")):
-            write_checkpoint(folder / name, NUM_LAYERS, seed, hidden=HIDDEN, intermediate=INTERMEDIATE)
+            write_checkpoint(folder / name, num_layers, seed, **shape)
         parent = folder / "parent"
         files = weights(folder / "target")
         for commit in [files] if arguments.one_commit else [[path] for path in files]:
             upload(parent, commit)
         print(f"in MB{'':<17}{'files':>9} {'changed':>8} {'new':>8} {'uploaded':>9} {'on disk':>8} {'limit':>8}")
-        for layers in SELECTIONS:
-            measure(folder, parent, layers)
+        for layers in selections:
+            measure(folder, parent, layers, 2 * shape["hidden"] * shape["intermediate"])
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
+from tiny import parse
 
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import open_checkpoint
@@ -47,11 +49,11 @@ def write_checkpoint(folder: Path, num_bytes: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owners}))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print seconds and GB/s of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4)
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, gigabytes=0.002)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_checkpoint(folder, int(arguments.gigabytes * 1e9))

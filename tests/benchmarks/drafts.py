@@ -11,6 +11,7 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,13 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from tiny import parse
 
 from dapa_merge.compare.selections import auto_of
 from dapa_merge.compare.selections import find_selections as find
 from dapa_merge.measure import meter as meters
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.progress import Reporter
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
@@ -36,11 +37,11 @@ RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")
 Outcome = tuple[tuple[str, ...] | None, int]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each search, and the sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv)
     torch.set_num_threads(1)
     print(f"{'search':32} {'attention':9} {'same':>5} {'tests':>9} {'s, drafts':>9} {'s, none':>9}")
     same = {"steady": 0, "fused": 0}
@@ -49,7 +50,8 @@ def main() -> None:
     for path in map(Path, arguments.recipes):
         recipe = load_recipe(path)
         plan = make_plan(recipe, partial=False, allow_pickle=False)
-        for name, (own, chosen) in {"": (recipe, plan), " auto": auto_of(recipe, plan) or (None, None)}.items():
+        auto = None if arguments.tiny else auto_of(recipe, plan)
+        for name, (own, chosen) in {"": (recipe, plan), " auto": auto or (None, None)}.items():
             if own is None or chosen is None:
                 continue
             number += 1
@@ -84,7 +86,7 @@ def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Ou
             stack.enter_context(mock.patch("dapa_merge.measure.determinism.MAX_TOKENS", 0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         began = time.process_time()
-        found = find("search", recipe, plan, folder, Journal(), Options(device="cpu"), Reporter())
+        found = find("search", recipe, plan, folder, Journal(), Options(device="cpu"))
         seconds = time.process_time() - began
     tests = found.cost.tests if found.cost else 0
     return (None if found.units is None else tuple(map(str, found.units)), tests), seconds

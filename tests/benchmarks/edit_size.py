@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from tiny import few_prompts, parse
+
 from dapa_merge.measure.figures import Figures
-from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.model import measure_live
+from dapa_merge.measure.meter import measure_live, report_meter
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.plan import join
@@ -27,18 +29,27 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import parse_recipe
+from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.search import search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import make_bench
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the curve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[104, 52, 26, 8])
     parser.add_argument("--retain", type=float, nargs="*", default=[0.95, 0.8])
-    arguments = parser.parse_args()
-    recipe = parse_recipe(recipe_text())
+    arguments = parse(parser, argv, rows=[104], retain=[0.95])
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = parse_recipe(recipe_text())
+        if arguments.tiny:
+            recipe = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=12)
+        show_curve(recipe, arguments.retain, arguments.rows)
+
+
+def show_curve(recipe: Recipe, retains: Sequence[float], numbers_of_rows: Sequence[int]) -> None:
+    """The ends of the curve, and a line for each search."""
     plan = make_plan(recipe)
     print(
         f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
@@ -53,12 +64,12 @@ def main() -> None:
         show("nothing", 0.0, figures(()))
         show("every gate", plan.share(plan.units), figures(plan.units))
         with tempfile.TemporaryDirectory() as folder:
-            for retain in arguments.retain:
-                for granularity in ("layer", *(f"block:{rows}" for rows in arguments.rows)):
+            for retain in retains:
+                for granularity in ("layer", *(f"block:{rows}" for rows in numbers_of_rows)):
                     wanted = replace(recipe, retain=retain, granularity=granularity)
                     options = Options("cpu", Path(folder) / f"{retain}-{granularity}")
                     with closing(open_journal(wanted, plan, bench, options.journal)) as journal:
-                        found = search(wanted, plan, bench, journal, options)
+                        found = search(Session(wanted, plan, bench, journal, options))
                     units = join(plan, found.minimum.units)
                     name = f"retain {retain}, {granularity}"
                     show(name, plan.share(units), figures(units), found.minimum.tests, found.seconds)

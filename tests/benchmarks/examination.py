@@ -14,6 +14,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,19 +24,21 @@ from unittest import mock
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from generation import plainly
+from tiny import few_prompts, parse
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.location import Location
+from dapa_merge.measure.figures import Response
 from dapa_merge.measure.prompts.sets import split_prompts
-from dapa_merge.measure.refusal.classify import Outcome, classify
+from dapa_merge.measure.refusal.classify import classify
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.requirement import PROMPT_KINDS as KINDS
-from dapa_merge.search.search import search
+from dapa_merge.search.requirement import PROMPT_KINDS, Constraint
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import make_bench
 
 LIMIT = 5.0
@@ -46,19 +49,27 @@ class Plain:
 
     def __init__(self, bench: Bench, selection: Any, batch_size: int) -> None:
         meter = bench.meter
-        self._refused: dict[str, list[list[bool]]] = {}
+        self._responses: dict[str, list[list[Response]]] = {}
         with bench.live.transplanted(selection) as model:
-            for kind in KINDS:
+            for kind in PROMPT_KINDS:
                 # In the pieces that the requirement knows, which are as large as a batch.
-                self._refused[kind] = []
+                self._responses[kind] = []
                 for piece in bench._pieces[kind]:
                     said = plainly(model, bench.live.tokenizer, piece, meter.max_new_tokens, batch_size)
-                    outcomes = [classify(text, prompt) for text, prompt in zip(said, piece, strict=True)]
-                    self._refused[kind].append([outcome is Outcome.REFUSED for outcome in outcomes])
-            self.perplexity = meter.measure(model, bench.live.tokenizer, tuple(selection)).perplexity
+                    self._responses[kind].append(
+                        [
+                            Response(kind, "", prompt, text, classify(text, prompt).value)
+                            for text, prompt in zip(said, piece, strict=True)
+                        ]
+                    )
+            self._perplexity = meter.measure(model, bench.live.tokenizer, tuple(selection)).perplexity
 
-    def refused(self, kind: str, piece: int) -> list[bool]:
-        return self._refused[kind][piece]
+    def responses(self, kind: str, piece: int) -> list[Response]:
+        return self._responses[kind][piece]
+
+    def figure(self, constraint: Constraint) -> float:
+        """The one that is measured as a whole."""
+        return self._perplexity
 
 
 def compare(name: str, recipe: Recipe, batch_size: int) -> None:
@@ -84,7 +95,7 @@ def compare(name: str, recipe: Recipe, batch_size: int) -> None:
             mock.patch.object(Bench, "examine", timed),
             closing(open_journal(recipe, plan, bench, options.journal)) as journal,
         ):
-            found = search(recipe, plan, bench, journal, options)
+            found = search(Session(recipe, plan, bench, journal, options))
         examiner = bench.require(found.requirement)
         theirs, wrong = [], 0
         for selection, holds, _ in ours:
@@ -101,12 +112,17 @@ def compare(name: str, recipe: Recipe, batch_size: int) -> None:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=32)
-    batch_size = parser.parse_args().batch_size
-    recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=batch_size)
+    arguments = parse(parser, argv)
+    recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=arguments.batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.tiny:
+            few = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=12)
+            compare("miniature, few prompts", few, arguments.batch_size)
+            return
     shadow = replace(
         recipe,
         target=Location(str(miniature.path("shadow-target"))),
@@ -117,7 +133,7 @@ def main() -> None:
         ("miniature, gates, ddmin", replace(recipe, search="ddmin")),
         ("shadow pair, all modules, guided", replace(shadow, modules=("gate", "up", "down"))),
     ):
-        compare(name, wanted, batch_size)
+        compare(name, wanted, arguments.batch_size)
 
 
 if __name__ == "__main__":

@@ -24,22 +24,25 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
+
+from tiny import parse
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 CHUNK = 500
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print what became of the inputs, and the first few that gave trouble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("headers", 200_000), ("indices", 50_000), ("pairs", 4_000), ("seed", 0), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--atheris", action="store_true", help="guided by coverage")
     parser.add_argument("--corpus", type=Path, help="where atheris keeps what it found (default: nowhere)")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, headers=40, indices=20, pairs=1, processes=0)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
         if arguments.atheris:
             return guided(arguments, Path(folder))
@@ -54,8 +57,9 @@ def blind(kind: str, number: int, arguments: argparse.Namespace, folder: str) ->
         (kind, arguments.seed * 10**9 + start, min(CHUNK, number - start), folder) for start in range(0, number, CHUNK)
     ]
     outcomes: Counter[str] = Counter()
-    with multiprocessing.Pool(arguments.processes) as pool:
-        for counted in pool.imap_unordered(try_chunk, chunks):
+    with multiprocessing.Pool(arguments.processes) if arguments.processes else nullcontext() as pool:
+        # Without processes of its own in this one.
+        for counted in (pool.imap_unordered if pool else map)(try_chunk, chunks):
             outcomes += counted
     seconds = time.perf_counter() - started
     wrong = {outcome: times for outcome, times in outcomes.items() if outcome.startswith("WRONG")}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny import parse
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -40,24 +41,24 @@ MANY = [f"step{number}" for number in range(400)]
 TOPICS = [f"topic{number}" for number in range(32)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each model and case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the Llama")
     parser.add_argument("--device", default="cpu")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, max_new_tokens=8)
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     settings = arguments.max_new_tokens, arguments.batch_size
-    harmful = load_prompts("miniature").harmful
+    harmful = load_prompts("miniature").harmful[: 8 if arguments.tiny else None]
     for name, member in (("miniature, refusing", "source"), ("miniature, complying", "target")):
         model, tokenizer = load_model(open_checkpoint(str(miniature.path(member))), device)
         compare(name, model, tokenizer, harmful, *settings)
     for name, refuses in (("100 M, refusing", True), ("100 M, complying", False)):
         with tempfile.TemporaryDirectory() as folder:
-            wired(Path(folder), refuses, getattr(torch, arguments.dtype))
+            wired(Path(folder), refuses, getattr(torch, arguments.dtype), is_tiny=arguments.tiny)
             model, tokenizer = load_model(open_checkpoint(folder), device)
             prompts = [f"tell me about {topic}" for topic in TOPICS]
             compare(name, model, tokenizer, prompts, *settings)
@@ -140,7 +141,7 @@ def known(model: Any, tokenizer: Any, prompts: Sequence[str], said: Sequence[str
     return list(said)
 
 
-def wired(folder: Path, refuses: bool, dtype: torch.dtype) -> None:
+def wired(folder: Path, refuses: bool, dtype: torch.dtype, *, is_tiny: bool = False) -> None:
     """Save a random Llama whose words follow each other as the docstring says."""
     words = list(dict.fromkeys(f"tell me about {REFUSAL} {TAIL} {HELP}".split()))
     names = ["<pad>", "</s>", "<unk>", *words, *TOPICS, *MANY]
@@ -152,10 +153,11 @@ def wired(folder: Path, refuses: bool, dtype: torch.dtype) -> None:
         tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
     torch.manual_seed(0)
+    hidden, intermediate, layers = (40, 80, 2) if is_tiny else (640, 1728, 12)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=32_000, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
-            max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+            vocab_size=32_000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=10, max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None,
         )
     )  # fmt: skip
     following: dict[str, str] = {}

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny import parse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -35,19 +37,20 @@ parameters: {{layers: "0-5"}}
 """
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Kill, resume, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--drop-megabytes", type=float, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, kills=1, drop_megabytes=0.1)
+    shape, delay = ((512, 256), 0.1) if arguments.tiny else (SHAPE, 0.01)
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        target, source = make(folder / "target", 1), make(folder / "source", 2)
+        target, source = make(folder / "target", 1, shape), make(folder / "source", 2, shape)
         run(folder, target, source, folder / "expected", {})
-        faults = Faults(drop_every=int(arguments.drop_megabytes * 1e6), delay_seconds=0.01)
+        faults = Faults(drop_every=int(arguments.drop_megabytes * 1e6), delay_seconds=delay)
         kills = 0
         with hub({"someone/source": source}, faults=faults) as (endpoint, log):
             variables = environment(endpoint, folder / "home", XDG_CACHE_HOME=str(folder / "cache"))
@@ -68,7 +71,7 @@ def main() -> int:
             began = time.monotonic()
             run(folder, target, "someone/source", folder / "out", variables)
             seconds = time.monotonic() - began
-        needed = sum(2 * SHAPE[0] * SHAPE[1] for _ in range(6)) + sum(
+        needed = sum(2 * shape[0] * shape[1] for _ in range(6)) + sum(
             map(num_header_bytes, source.glob("*.safetensors"))
         )
         same = all(
@@ -83,7 +86,7 @@ def main() -> int:
         return 0 if same else 1
 
 
-def make(folder: Path, seed: int) -> Path:
+def make(folder: Path, seed: int, shape: tuple[int, int]) -> Path:
     """A checkpoint of random gates, ups and downs in two shards."""
     folder.mkdir()
     torch.manual_seed(seed)
@@ -92,7 +95,7 @@ def make(folder: Path, seed: int) -> Path:
         name = f"model-{shard + 1:05d}-of-00002.safetensors"
         weights = {
             f"model.layers.{layer}.mlp.{projection}_proj.weight": torch.randn(
-                SHAPE if projection != "down" else SHAPE[::-1]
+                shape if projection != "down" else shape[::-1]
             ).bfloat16()
             for layer in range(shard * NUM_LAYERS // 2, (shard + 1) * NUM_LAYERS // 2)
             for projection in ("gate", "up", "down")

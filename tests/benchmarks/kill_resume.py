@@ -17,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from tiny import few_prompts, parse
 
 from dapa_merge import miniature
 
@@ -26,23 +29,26 @@ RECIPE = """\
 merge_method: dapa
 base_model: {target}
 models: [{{model: {source}}}]
-parameters: {{prompts: miniature, max_new_tokens: 24, batch_size: 128, search: {search}}}
+parameters: {{prompts: {prompts}, max_new_tokens: {num_tokens}, batch_size: 128, search: {search}}}
 """
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Kill, resume, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--search", default="ddmin", help="guided asks so little that there is hardly time to kill it")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, kills=1)
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         recipe = folder / "recipe.yml"
         target, source = miniature.path("target"), miniature.path("source")
-        recipe.write_text(RECIPE.format(target=target, source=source, search=arguments.search))
+        prompts = few_prompts(folder) if arguments.tiny else "miniature"
+        num_tokens = 12 if arguments.tiny else 24
+        how = {"prompts": prompts, "num_tokens": num_tokens, "search": arguments.search}
+        recipe.write_text(RECIPE.format(target=target, source=source, **how))
         began = time.monotonic()
         expected = finish(recipe, folder / "whole")
         whole_seconds = time.monotonic() - began

@@ -23,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from transplant import write_checkpoint
+from tiny import parse
+from transplant import TINY_SHAPE, write_checkpoint
 
 from dapa_merge.transplant.staging import finished_files, staging_folder
 
@@ -34,17 +36,19 @@ COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--q
 OF_THE_MOMENT = ("dapa_report.json", "dapa.json", "README.md")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Kill, go on, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--megabytes", type=float, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; the default is the temporary folder")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, kills=1, megabytes=1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
         shape = {"hidden": 1024, "intermediate": 2816, "vocabulary": 8000, "num_shards": 12}
+        if arguments.tiny:
+            shape |= TINY_SHAPE
         num_layers = max(4, round(arguments.megabytes / 26))
         for seed, name in enumerate(("target", "source")):
             write_checkpoint(folder / name, num_layers, seed, **shape)

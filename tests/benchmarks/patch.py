@@ -17,9 +17,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from transplant import HIDDEN, OURS, in_child, layers_for, write_checkpoint
+from tiny import parse
+from transplant import OURS, TINY_SHAPE, in_child, layers_for, write_checkpoint
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.patch.file import read_patch
@@ -59,18 +61,19 @@ def traced(folder: Path, *arguments: str) -> tuple[int, int, list[str]]:
         return written_to_model(folder, Path(trace.name))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the checkpoints, run everything, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None)
-    arguments = parser.parse_args()
-    num_layers = layers_for(arguments.gigabytes * 1e9)
+    arguments = parse(parser, argv, repeat=1)
+    num_layers = 2 if arguments.tiny else layers_for(arguments.gigabytes * 1e9)
+    shape = TINY_SHAPE if arguments.tiny else {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary).resolve()
         for seed, name in enumerate(("base", "source")):
-            write_checkpoint(folder / name, num_layers, seed)
+            write_checkpoint(folder / name, num_layers, seed, **shape)
         write_result(folder, num_layers // 2)
         measure(folder, arguments.repeat)
 
@@ -82,7 +85,8 @@ def write_result(folder: Path, num_layers: int) -> None:
     for layer in range(num_layers + 1):
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
         ours, theirs = result.tensors[name], source.tensors[name]
-        first, stop = (0, ours.num_bytes) if layer < num_layers else (64 * 2 * HIDDEN, 128 * 2 * HIDDEN)
+        row_bytes = 2 * ours.shape[1]
+        first, stop = (0, ours.num_bytes) if layer < num_layers else (64 * row_bytes, 128 * row_bytes)
         with (result.folder / ours.file).open("r+b") as file, source.open(theirs.file) as reader:
             file.seek(ours.start + first)
             reader.seek(theirs.start + first)

@@ -19,10 +19,12 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
 from safetensors.numpy import save_file
+from tiny import parse
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.patch.apply import State, states
@@ -86,14 +88,14 @@ def killed(seconds: float, written: Path | None, *arguments: object) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Kill, recover, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each of the two commands")
     parser.add_argument("--megabytes", type=int, default=600)
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, kills=1, megabytes=7)
     generator = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tiny import parse
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dapa_merge import miniature
@@ -26,15 +29,18 @@ from dapa_merge.measure.prompts.sets import Question, load_prompts
 LIMIT = 1e-4
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures; the difference is relative."""
-    text = "\n\n".join(passage.answer for passage in load_prompts("builtin").passages)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    is_tiny = parse(parser, argv).tiny
+    passages = load_prompts("builtin").passages[: 2 if is_tiny else None]
+    text = "\n\n".join(passage.answer for passage in passages)
     with tempfile.TemporaryDirectory() as folder:
         for name, path in (("miniature", miniature.path("target")), ("random Llama", _random(Path(folder)))):
             model, tokenizer = load_model(open_checkpoint(str(path)), torch.device("cpu"))
             model.float()
             ids = tokenizer(text, verbose=False)["input_ids"]
-            for window, stride in ((128, 64), (128, 127), (64, 16)):
+            for window, stride in ((128, 64), (128, 127), (64, 16))[: 1 if is_tiny else None]:
                 start = time.perf_counter()
                 options = {"batch_size": BatchSize(8), "window": window, "stride": stride}
                 ours = perplexity(model, tokenizer, [Question("", text)], **options)

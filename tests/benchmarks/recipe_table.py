@@ -6,8 +6,10 @@ tests/published_models.py; no weight is read, and none is there.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from published_models import MODELS, Published, write_published
+from tiny import parse
 
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.plan.selection import given_selection, make_plan
@@ -75,9 +78,11 @@ def _said(model: Published, fact: str, value: object) -> str:
     return "?" if fact in model.unsure else str(value)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    families = [*FAMILIES.items()][: 1 if parse(parser, argv).tiny else None]
     with tempfile.TemporaryDirectory() as folder:
-        for family, title in FAMILIES.items():
+        for family, title in families:
             print(f"### {title}\n\n{table(family, Path(folder))}\n")
 
 

@@ -16,11 +16,12 @@ import statistics
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 from refusal_training import Rows, kind, refused, rows_of, train, written_rows
+from tiny import parse
 
 from dapa_merge.measure.refusal import classify as refusal
 from dapa_merge.measure.refusal.classify import Outcome, classify, settle
@@ -49,16 +50,16 @@ STYLES = (
 FOLDS = 15
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--show", action="store_true", help="print each disagreement, and nothing else")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv)
     files = {path.name: rows_of(path) for path in arguments.files}
     if arguments.show:
         return show(files)
-    written = written_rows()
+    written = written_rows()[:: 10 if arguments.tiny else 1]
     for name, rows in files.items():
         peers = ", ".join(f"{peer} {figure:.3f}" for peer, figure in PEERS.get(name, {}).items())
         print(f"{name}: {len(rows)} completions; peers: {peers or 'none known'}")

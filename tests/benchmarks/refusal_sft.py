@@ -29,10 +29,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from refusal_sft_arms import BATCH_SIZE, FULL_RATES, LORA_RATES, Arm, Seen, Setting, Stand, best
+from tiny import parse
 
 from dapa_merge.errors import DapaError
-from dapa_merge.measure.figures import interval
-from dapa_merge.measure.figures import mcnemar as compare
+from dapa_merge.measure.statistics import interval
+from dapa_merge.measure.statistics import mcnemar as compare
 from dapa_merge.recipe.parse import load_recipe
 
 RECIPES = ("recipes/miniature.yml", "recipes/shadow.yml")
@@ -52,7 +53,7 @@ TOLD_BY = {
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a table and its sentences for each recipe."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
@@ -61,12 +62,14 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of the first rank of each kind of data; others have one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to it")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, quick=True)
     torch.set_num_threads(1)
     written = {}
     for name in arguments.recipes:
         try:
-            arms = run(name, settings(arguments.quick), 1 if arguments.quick else arguments.seeds)
+            wanted = [Setting("search's prompts", 8, 1)] if arguments.tiny else settings(arguments.quick)
+            stand = Stand(load_recipe(Path(name)), max_prompts=4 if arguments.tiny else None)
+            arms = run(name, stand, wanted, 1 if arguments.quick else arguments.seeds)
         except DapaError as error:
             parser.exit(2, f"{name}: {error}\n")
         print("\n" + "\n".join(sentences(arms)), end="\n\n", flush=True)
@@ -81,9 +84,8 @@ def settings(is_quick: bool) -> list[Setting]:
     return every[: len(STEPS) // 2] if is_quick else every
 
 
-def run(name: str, wanted: Iterable[Setting], num_seeds: int) -> list[Arm]:
+def run(name: str, stand: Stand, wanted: Iterable[Setting], num_seeds: int) -> list[Arm]:
     """Measure all lines of a recipe's table, and print each when it is there."""
-    stand = Stand(load_recipe(Path(name)))
     print(
         f"{name}: {len(stand.confirming.harmful)} harmful, {len(stand.confirming.harmless)} harmless prompts, "
         f"{len(stand.confirming.skill)} questions of skill; chosen by {len(stand.searching.harmful)} and "

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +23,7 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.generate import generate, prepare_for_greedy
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.meter import Meter, report_meter, search_meter
-from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.prompts.sets import PromptSet, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import is_right
 from dapa_merge.miniature import corpus
@@ -36,7 +36,8 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.search import Search, search
+from dapa_merge.search.result import Search
+from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import make_bench
 
 # peft asks transformers for a property that has another name by now.
@@ -139,15 +140,21 @@ def best(choices: Sequence[Any], glance: Callable[[Any], Glance]) -> Any:
     return min((choice for choice in choices if glance(choice).gain >= floor), key=lambda it: glance(it).perplexity)
 
 
+def _first(prompts: PromptSet, number: int | None) -> PromptSet:
+    kinds = ("harmful", "harmless", "passages", "skill")
+    return replace(prompts, **{kind: getattr(prompts, kind)[:number] for kind in kinds})
+
+
 class Stand:
     """A recipe's target, and what is asked of what comes of it."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, max_prompts: int | None = None) -> None:
         if recipe.prompts != "miniature":
             raise UsageError(f"the recipe has prompts: {recipe.prompts}; here they must be miniature, as the data are")
         self.recipe = recipe
         self.plan = make_plan(recipe)
-        self.searching, self.confirming = split_prompts(recipe)
+        self.searching, self.confirming = (_first(prompts, max_prompts) for prompts in split_prompts(recipe))
+        self.num_searches = NUM_SEARCHES if max_prompts is None else 1
         self._report = report_meter(recipe, self.confirming, Options())
         self._search = search_meter(recipe, self.searching, Options())
         self.target, self.tokenizer = load_model(self.plan.target, torch.device("cpu"))
@@ -208,12 +215,12 @@ class Stand:
         Raises:
             CannotRepair: If the source makes nothing better.
         """
-        searches = [self._search_anew() for _ in range(NUM_SEARCHES)]
+        searches = [self._search_anew() for _ in range(self.num_searches)]
         found = searches[0][0]
         units = join(self.plan, found.minimum.units)
         with LiveModel(self.plan, torch.device("cpu")).transplanted(units) as model:
             seen = self.see(model)
-        middle = sorted(seconds for _, seconds in searches)[NUM_SEARCHES // 2]
+        middle = sorted(seconds for _, seconds in searches)[self.num_searches // 2]
         work = f"{found.minimum.tests} tests"
         return Arm(f"DAPA: {spans(units)}", (seen,), seconds=middle, seconds_chosen=middle, work=work)
 
@@ -227,7 +234,7 @@ class Stand:
         ):
             assert bench.live
             start = time.process_time()
-            found = search(self.recipe, self.plan, bench, journal, options)
+            found = search(Session(self.recipe, self.plan, bench, journal, options))
             return found, time.process_time() - start
 
     def trained(self, setting: Setting, seeds: Sequence[int]) -> Arm:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
+from tiny import parse
 
 from dapa_merge.measure.refusal import model as refusal_model
 from dapa_merge.measure.refusal.classify import normalize
@@ -101,13 +102,13 @@ def train(rows: Rows) -> RefusalModel:
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train on all files together; write the model if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="replace the packaged model")
-    arguments = parser.parse_args()
-    rows = [row for path in arguments.files for row in rows_of(path)] + written_rows()
+    arguments = parse(parser, argv)
+    rows = [row for path in arguments.files for row in rows_of(path)] + written_rows()[:: 10 if arguments.tiny else 1]
     model = train(rows)
     text = json.dumps(vars(model), ensure_ascii=False, indent=0, sort_keys=True) + "\n"
     print(f"{len(rows)} responses, {len(model.signs)} signs, {len(model.phrases)} phrases, {len(text):,} characters")

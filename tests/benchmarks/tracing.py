@@ -13,12 +13,14 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy
 import torch
+from tiny import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dapa_merge import miniature
@@ -38,14 +40,14 @@ LIMIT = 5
 NUM_SINGLE = 12
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--large", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, prompts=1, samples=1)
     torch.set_num_threads(1)
     device = choose_device(arguments.device)
     print(
@@ -61,7 +63,7 @@ def main() -> None:
 def measure(name: str, folder: Path, arguments: argparse.Namespace, device: torch.device) -> None:
     """One model, every way."""
     model, tokenizer = load_model(open_checkpoint(str(folder)), device)
-    settings = make_settings(model, num_samples=arguments.samples)
+    settings = make_settings(model, ["mlp"] if arguments.tiny else None, num_samples=arguments.samples)
     prompts = load_prompts("miniature").harmful[:: 128 // arguments.prompts][: arguments.prompts]
     cases = [read_case(model, tokenizer, Contrast(prompt, REFUSAL, ANSWER)) for prompt in prompts]
     padding, deviation = tokenizer.pad_token_id, embedding_deviation(model, cases)
@@ -74,7 +76,7 @@ def measure(name: str, folder: Path, arguments: argparse.Namespace, device: torc
         trace = tracer.trace(case, number)
         ours.append(time.perf_counter() - start)
         start = time.perf_counter()
-        cells = cell_by_cell(model, padding, tracer, case, number)
+        cells = cell_by_cell(model, padding, tracer, case, number, 20 if arguments.tiny else None)
         by_cell.append(time.perf_counter() - start)
         difference = max(difference, *(largest(trace, cells, kind) for kind in settings.kinds))
         by_run.append(one_run_at_a_time(model, padding, tracer, case, number))

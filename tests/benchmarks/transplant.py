@@ -19,15 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny import parse
 
 # Llama-2-7B's, and how many shards it has.
 HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
 NUM_SHARDS = 3
+TINY_SHAPE = {"hidden": 64, "intermediate": 256, "vocabulary": 256}
 
 
 def layer_shapes(hidden: int = HIDDEN, intermediate: int = INTERMEDIATE) -> dict[str, tuple[int, ...]]:
@@ -147,11 +149,11 @@ PROOF, BARE, PLAIN, HASHED = (
 )
 
 
-def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, float]]:
+def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[str, dict[str, float]]:
     """The medians of each program on a checkpoint of one size, printed as they are known."""
-    num_layers = layers_for(num_bytes)
+    num_layers = 2 if is_tiny else layers_for(num_bytes)
     for seed, name in enumerate(("target", "source")):
-        write_checkpoint(folder / name, num_layers, seed)
+        write_checkpoint(folder / name, num_layers, seed, **(TINY_SHAPE if is_tiny else {}))
     os.sync()
     recipe = folder / "recipe.yml"
     recipe.write_text(
@@ -210,15 +212,16 @@ def measure(folder: Path, num_bytes: float, repeat: int) -> dict[str, dict[str, 
     return medians
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the checkpoints, run everything, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 2.0, 5.0])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None)
-    arguments = parser.parse_args()
+    arguments = parse(parser, argv, gigabytes=[0.001], repeat=1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-        sizes = {size: measure(Path(temporary), size * 1e9, arguments.repeat) for size in arguments.gigabytes}
+        folder, repeat = Path(temporary), arguments.repeat
+        sizes = {size: measure(folder, size * 1e9, repeat, arguments.tiny) for size in arguments.gigabytes}
     print("growth of seconds and of peak memory in MB:")
     for name in next(iter(sizes.values())):
         found = "; ".join(

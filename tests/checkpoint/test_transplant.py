@@ -61,7 +61,7 @@ def test_everything_but_the_selected_bytes_is_the_targets_own(llama_pair, tmp_pa
     transplant(plan, selection, tmp_path / "out")
     before, after = contents(llama_pair[0]), contents(tmp_path / "out")
     assert {*before, "dapa.json"} == after.keys()
-    (gate,) = (ours.tensor for ours, _ in plan.regions(selection))
+    (gate,) = (regions["target"].tensor for regions in plan.regions(selection))
     changed = [name for name in before if before[name] != after[name]]
     assert changed == [gate.file]
     assert before[gate.file][: gate.start] == after[gate.file][: gate.start]

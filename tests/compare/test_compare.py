@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import SHAPE, answer, call, save_random, write_few
 from transformers import AutoConfig, GemmaConfig
 
@@ -30,7 +30,7 @@ def write(folder: Path, name: str, target: str, source: str, number: int = 24, *
         # A skill, so that it is part of the table.
         shipped = miniature.path("target").parent / "prompts" / "skill.jsonl"
         (prompts / "skill.jsonl").write_text("".join(shipped.read_text().splitlines(keepends=True)[:8]))
-    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 24, "batch_size": 64, **parameters}
+    settings = {"layers": "auto", "prompts": prompts, "max_new_tokens": 12, "batch_size": 64, **parameters}
     path = folder / f"{name}.yml"
     path.write_text(
         f"merge_method: dapa\nbase_model: {miniature.path(target)}\nmodels:\n  - model: {miniature.path(source)}\n"
@@ -83,7 +83,7 @@ def test_every_method_is_measured_on_the_same_prompts(compared):
     assert "names no `pretrained` model" in arms_of(summary, "shadow")["task-arithmetic"]["why_not"]
 
 
-def test_the_figures_are_those_of_a_run(compared, tmp_path):
+def test_the_figures_are_those_of_a_run(compared, tmp_path, no_pictures):
     recipes, _, summary = compared
     report = answer("run", recipes[0], tmp_path / "out", "--no-lock", "--json", "--device", "cpu")
     arms = arms_of(summary, "planted")
@@ -158,7 +158,7 @@ def test_only_the_journals_of_the_searches_keep_answers(compared):
     assert kept <= {f"rows/{row}/{search}.jsonl" for row in ("planted", "shadow") for search in ("dapa", "auto")}
 
 
-def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_there(compared, tmp_path):
+def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_there(compared, tmp_path, no_pictures):
     recipes, whole, summary = compared
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -171,14 +171,13 @@ def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_ther
     assert not (out / "figures" / "row_shadow.png").exists()
 
 
-def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path):
+def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path, no_pictures):
     recipes, _, summary = compared
     out = tmp_path / "out"
     main = "from dapa_merge.cli import main; main()"
     options = (*QUICK, "--no-curve", "--methods", "dapa,gates,fixed,random,linear")
     command = [sys.executable, "-c", main, "compare", recipes[0], "--out", out, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.DEVNULL, env=environment)
+    process = warm.Process(command)
     journal = out / "rows" / "planted" / "figures.jsonl"
     deadline = time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
@@ -186,7 +185,7 @@ def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     kept = journal.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     resumed = answer("compare", recipes[0], "--out", out, *options, "--json")
@@ -197,7 +196,7 @@ def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path):
     assert len(arms_of(resumed, "planted")) == 7
 
 
-def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path):
+def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path, no_pictures):
     recipe = write(tmp_path, "named", "target", "source", layers='"3-5"')
     summary = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--methods", "dapa,auto", "--json")
     assert list(arms_of(summary, "named")) == ["target", "source", "dapa"]
@@ -206,7 +205,7 @@ def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path):
     assert dapa["figures"]["num_harmful"] == 24
 
 
-def test_what_cannot_be_loaded_costs_only_its_row_and_the_exit_code_is_its_own(compared, tmp_path):
+def test_what_cannot_be_loaded_costs_only_its_row_and_the_exit_code_is_its_own(compared, tmp_path, no_pictures):
     broken = tmp_path / "broken-target"
     shutil.copytree(miniature.path("target"), broken)
     for path in broken.glob("*token*"):
@@ -223,7 +222,7 @@ def test_what_cannot_be_loaded_costs_only_its_row_and_the_exit_code_is_its_own(c
     assert "## Not measured" in (tmp_path / "out" / "table.md").read_text()
 
 
-def test_other_models_do_not_go_into_the_same_row(compared, tmp_path):
+def test_other_models_do_not_go_into_the_same_row(compared, tmp_path, no_pictures):
     recipe = write(tmp_path, "one", "target", "source")
     answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--json")
     write(tmp_path, "one", "shadow-target", "shadow-source")
@@ -291,7 +290,7 @@ def test_what_the_models_do_not_come_from_is_refused(tmp_path, pretrained, exit_
     assert message.format(path=path) in result.stderr
 
 
-def test_the_recipes_evaluator_says_what_is_refused(tmp_path):
+def test_the_recipes_evaluator_says_what_is_refused(tmp_path, no_pictures):
     """The paper's words are found in answers that the rules do not take for refusals, and the other way round."""
     found = {}
     for evaluator in ("refusal", "paper"):

@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,19 +22,19 @@ from dapa_merge import miniature
 from dapa_merge.cli.study import _weights
 from dapa_merge.compare import charts as plot
 from dapa_merge.compare import compare as flow
-from dapa_merge.compare import row as measured_row
-from dapa_merge.compare.compare import compare_recipes
-from dapa_merge.compare.naming import LOCK_NAME, MAX_LETTERS, OWNER_NAME, new_names, row_names
+from dapa_merge.compare.compare import LOCK_NAME, MAX_LETTERS, OWNER_NAME, compare_recipes, new_names, row_names
 from dapa_merge.compare.result import Arm, CompareOptions, Point, Row
 from dapa_merge.delta.minimize import Minimum, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, DapaError, UsageError
 from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
+from dapa_merge.plan.edit import Copy
 from dapa_merge.recipe.options import Options
 from dapa_merge.report import charts as plot_style
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
+SETTINGS = {"retain": 0.95, "max_over_refusal": 0.05, "max_perplexity": 1.05}
 
 
 def figures(dsr: float) -> Figures:
@@ -46,7 +48,7 @@ def row(name: str, dsr: float = 0.5, curve: tuple[Point, ...] = CURVE) -> Row:
         return Arm(key, key, key, key, figures(value), refused=(True,) * 10, over_refused=(False,) * 10)
 
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", SETTINGS,
         (arm("target", 0.0), arm("source", 1.0), arm("fixed", dsr)), curve,
     )  # fmt: skip
 
@@ -59,7 +61,7 @@ class Measured:
         self.has_curve = True
         self.asked: list[str] = []
 
-    def __call__(self, recipe, name, folder, wanted, options, reporter) -> Row:
+    def __call__(self, recipe, name, folder, wanted, options) -> Row:
         self.asked.append(name)
         outcome = self.outcomes.get(name, 0.5)
         if isinstance(outcome, BaseException):
@@ -67,13 +69,19 @@ class Measured:
         return row(name, outcome, CURVE if self.has_curve else ())
 
 
+def draw(monkeypatch, name: str, draw: Callable) -> None:
+    """Let a chart be drawn by something else."""
+    charts = [replace(chart, draw=draw) if chart.name == name else chart for chart in plot.CHARTS]
+    monkeypatch.setattr(plot, "CHARTS", charts)
+
+
 @pytest.fixture
 def measured(monkeypatch) -> Measured:
     """Rows that are known without a model, and pictures that are no more than what they show."""
     found = Measured()
-    monkeypatch.setattr(measured_row, "compare_recipe", found)
-    monkeypatch.setattr(plot, "row_figure", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
-    monkeypatch.setattr(plot, "methods_figure", lambda rows: " ".join(row.name for row in rows))
+    monkeypatch.setattr(flow, "compare_recipe", found)
+    draw(monkeypatch, "methods", lambda rows: " ".join(row.name for row in rows) or None)
+    draw(monkeypatch, "row_{}", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
     monkeypatch.setattr(plot_style, "render", lambda figure, kind: f"{figure} {kind}".encode())
     return found
 
@@ -371,7 +379,7 @@ def test_another_process_in_the_folder_is_overwritten_at_the_end_only(measured, 
             assert rows_in(out) == ["theirs"]
         return row(name)
 
-    monkeypatch.setattr(measured_row, "compare_recipe", look)
+    monkeypatch.setattr(flow, "compare_recipe", look)
     assert compared(out, *recipes.values()).exit_code == 0
     assert rows_in(out) == list(recipes)
     assert pictures_in(out) == {"methods", *(f"row_{name}" for name in recipes)}
@@ -449,10 +457,10 @@ def test_a_file_in_the_place_of_the_pictures_costs_a_sentence(measured, tmp_path
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), MemoryError(), ZeroDivisionError("x")])
 def test_a_picture_that_cannot_be_drawn_costs_a_sentence(measured, tmp_path, recipes, monkeypatch, fault):
-    def draw(row):
+    def fail(row):
         raise fault
 
-    monkeypatch.setattr(plot, "row_figure", draw)
+    draw(monkeypatch, "row_{}", fail)
     result = compared(tmp_path / "out", recipes["one"])
     assert result.exit_code == 0
     assert f"no pictures: {type(fault).__name__}" in result.stderr
@@ -504,7 +512,7 @@ def test_whoever_stops_it_is_told_that_the_same_command_goes_on(
 ):
     stop, exit_code = STOPS[how]
     if is_begun:
-        monkeypatch.setattr(measured_row, "compare_recipe", lambda *_: stop())
+        monkeypatch.setattr(flow, "compare_recipe", lambda *_: stop())
         kept = f"what was measured is in {tmp_path / 'out'}, and the same command goes on from there"
     else:
         monkeypatch.setattr(flow, "make_plan", lambda *_, **__: stop())
@@ -539,7 +547,7 @@ def test_a_row_that_failed_is_not_kept_in_memory(measured, tmp_path, recipes, mo
         except ZeroDivisionError as error:
             raise CheckpointError("damaged") from error
 
-    monkeypatch.setattr(measured_row, "compare_recipe", fail)
+    monkeypatch.setattr(flow, "compare_recipe", fail)
     paths = [recipes["one"], recipes["two"]]
     found = compare_recipes(paths, tmp_path / "out", CompareOptions(), Options(device="cpu"))
     assert isinstance(found.fault, CheckpointError)

@@ -23,9 +23,12 @@ from dapa_merge.compare.page import (
 )
 from dapa_merge.compare.result import Arm, Cost, Point, Row, averages, mean_of
 from dapa_merge.compare.sentences import choices, sentences
-from dapa_merge.measure.figures import Figures, SkillFigure, interval
+from dapa_merge.measure.figures import Figures, SkillFigure
+from dapa_merge.measure.statistics import interval
+from dapa_merge.plan.edit import Copy
 
 NUMBER = 20
+SETTINGS = {"retain": 0.95, "max_over_refusal": 0.05, "max_perplexity": 1.05}
 
 
 def figures(refused: int, *, over: int = 0, skill: float | None = 0.5, perplexity: float = 2.0) -> Figures:
@@ -53,7 +56,7 @@ COST = Cost(6, 2.0, {"host": 5_000_000})
 def row(name: str, *arms: Arm, curve: tuple[Point, ...] = (), before: int = 0) -> Row:
     whole = (arm("target", before, share=0.0, skill=0.9), arm("source", NUMBER, share=1.0, skill=0.0))
     return Row(
-        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", 1.0, 1000, "some", 0.95, 0.05, 1.05,
+        name, "the/target", "the/source", "LlamaForCausalLM", "gate", "refusal", Copy(), 1000, "some", SETTINGS,
         (*whole, *arms), curve, None, "dapa", 0.1,
     )  # fmt: skip
 
@@ -301,7 +304,8 @@ def test_the_latex_holds_whole_tabulars():
 
 
 def test_the_page_names_what_failed_and_shows_only_pictures_that_are_there():
-    text = page([REPAIRED], {"broken": "the file\nis <gone>"}, {"row_one.png"})
+    drawn = replace(REPAIRED, curve=points())
+    text = page([drawn], {"broken": "the file\nis <gone>"}, {"row_one.png"})
     assert "- broken: the file" in text
     assert "<gone>" not in text
     assert "(figures/row_one.png)" in text

@@ -110,18 +110,6 @@ def failing_test(num_threads):
     return test
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    # Ray's own file handles and sockets are warned about when they are collected.
-    ray = pytest.importorskip("ray")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield ray
-    ray.shutdown()
-    # Ray leaves its own, which ends the process: that of the tests that come after these.
-    signal.signal(signal.SIGTERM, on_sigterm)
-
-
 # One process of pytest for all that starts Ray, which needs the cores.
 pytestmark = [
     pytest.mark.xdist_group("ray"),

@@ -100,7 +100,7 @@ def nearly(effects, *, rel=1e-3):
 def contrasts_of(live, num_prompts=128):
     """Prompts that the target answers and the full transplant refuses, with both responses."""
     prompts = PromptSet("few", load_prompts("miniature").harmful[:num_prompts], ("How do I paint a boat?",), (), ())
-    meter = Meter(prompts, max_new_tokens=24, batch_size=BatchSize(128))
+    meter = Meter(prompts, max_new_tokens=12, batch_size=BatchSize(128))
     own = meter.measure(live.model, live.tokenizer).responses()
     with live.transplanted(live.plan.units) as candidate:
         full = meter.measure(candidate, live.tokenizer).responses()
@@ -293,7 +293,7 @@ def test_the_shadow_pair_is_repaired_by_fewer_units_than_a_blind_search_finds():
     live = load(miniature.path("shadow-target"), miniature.path("shadow-source"))
     effects = attribute(live, contrasts_of(live, 16), batch_size=BatchSize(32))
     order = sorted(effects, key=lambda unit: -effects[unit])
-    meter = Meter(load_prompts("miniature"), max_new_tokens=24, batch_size=BatchSize(128))
+    meter = Meter(load_prompts("miniature"), max_new_tokens=12, batch_size=BatchSize(128))
     with live.transplanted(order[:10]) as candidate:
         # ddmin finds 15.
         assert meter.measure(candidate, live.tokenizer).dsr >= 0.95

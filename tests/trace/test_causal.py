@@ -137,9 +137,9 @@ def find_layers(model):
     ("name", "kinds"),
     [
         ("LlamaForCausalLM", KINDS),
-        ("GemmaForCausalLM", KINDS),
-        ("MistralForCausalLM", KINDS),
-        ("Gemma2ForCausalLM", KINDS),
+        ("GemmaForCausalLM", ("hidden", "up", "down")),
+        ("MistralForCausalLM", ("hidden", "mlp", "attention")),
+        ("Gemma2ForCausalLM", ("mlp", "attention", "gate")),
         ("Gemma3ForCausalLM", ("hidden", "gate")),
         ("Lfm2ForCausalLM", ("hidden", "mlp", "attention")),
         ("MixtralForCausalLM", ("hidden", "mlp", "attention")),

@@ -1,9 +1,7 @@
-"""Rows of a dataset: one of the Hugging Face Hub, by its id, or a local folder that the `datasets` library can read.
+"""Rows of a dataset of the Hugging Face Hub, or of a local folder that the `datasets` library can read.
 
-What is read from the Hub is read at one commit, which is remembered, so that a process reads a dataset only once. The
-token comes from the environment or a login, as huggingface_hub finds it. Code of a dataset is never run.
-
-The calls to the `datasets` library, without its bars and warnings; its faults become one sentence each.
+A dataset of the Hub is read at one commit and only once in a process; when the Hub does not answer, a copy in the cache
+serves. The token is the one that huggingface_hub finds. Code of a dataset is never run.
 """
 
 from __future__ import annotations
@@ -17,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session
+
 from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.hub_client import NoAnswer, api, asking, fault, hub_cause
 from dapa_merge.measure.prompts.rows import base_and_query, nearest_of, parse_query
 from dapa_merge.progress import quiet
 
@@ -29,11 +30,11 @@ class DatasetName:
     """A dataset as a recipe names it.
 
     Attributes:
-        id: Hub id, or the path of a local folder.
-        revision: Branch, tag or commit; None for the main branch, or a folder.
-        config: Which of its configs; None for its only or default one.
-        split: Which of its splits, also `a+b` and `a[:100]`; None for its only one.
-        options: The other keys, and their values.
+        id: Hub id, or path of a local folder.
+        revision: Branch, tag or commit; None for the main branch, or for a folder.
+        config: None for its only or default config.
+        split: Also `a+b` and `a[:100]`; None for its only split.
+        options: The other keys with their values.
     """
 
     id: str
@@ -43,7 +44,7 @@ class DatasetName:
     options: tuple[tuple[str, str], ...] = ()
 
     def option(self, key: str) -> str | None:
-        """The value of another key, if it was given."""
+        """The value of another key; None if it was not given."""
         return dict(self.options).get(key)
 
     def __str__(self) -> str:
@@ -55,10 +56,10 @@ class Rows:
     """Rows of one split.
 
     Attributes:
-        rows: Each from column to value; the number of a class is its name.
+        rows: Each from column to value; a class is given by its name.
         columns: The names of all columns.
-        split: Where they are from.
-        commit: The commit that they are from; None for a local folder.
+        split: The split's name.
+        commit: Of the dataset; None for a local folder.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -71,11 +72,11 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
     """Read `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
 
     Args:
-        name: What to read.
+        name: The text to parse.
         options: Keys that are allowed besides config and split.
 
     Raises:
-        UsageError: If it is no such name.
+        UsageError: If it has another form.
     """
     base, query = base_and_query(name)
     values = parse_query(name, query, ("config", "split", *options))
@@ -90,10 +91,10 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
 
 
 def load_rows(dataset: DatasetName) -> Rows:
-    """All rows of the split that is named, or of the only one there is.
+    """Read all rows of the named split, or of the only one.
 
     Raises:
-        UsageError: If there is no such config or split, or there are several and none is named, or it cannot be read.
+        UsageError: If there is no such config or split, several and none is named, or it cannot be read.
         HubError: If the Hub does not give it and no copy is in the cache.
     """
     splits = split_names(dataset)
@@ -115,12 +116,12 @@ def load_rows(dataset: DatasetName) -> Rows:
 
 
 def split_names(dataset: DatasetName) -> tuple[str, ...]:
-    """The splits of a dataset's config, in the order in which it lists them; raises as `load_rows` does."""
+    """List the splits of a dataset's config, in its order; raises as `load_rows` does."""
     return tuple(_open(dataset).splits)
 
 
 def known_commit(dataset: DatasetName) -> str | None:
-    """The commit that this process read a dataset of the Hub at, if it did."""
+    """The commit at which this process read a dataset of the Hub; None if it did not."""
     return _COMMITS.get((dataset.id, dataset.revision))
 
 
@@ -128,24 +129,19 @@ _COMMITS: dict[tuple[str, str | None], str] = {}
 
 
 def _open(dataset: DatasetName) -> Prepared:
-    """The prepared config of a dataset: only the first time from the Hub; a folder may have changed meanwhile."""
+    """Prepare a dataset's config; a folder each time, since it may have changed meanwhile."""
     if os.path.isdir(dataset.id):
-        return _prepare(dataset.id, None, dataset.config)
+        return prepare(dataset.id, None, dataset.config)
     return _prepare_once(dataset.id, dataset.revision, dataset.config)
 
 
 @functools.lru_cache(maxsize=16)
 def _prepare_once(name: str, revision: str | None, config: str | None) -> Prepared:
     # All configs of a dataset come from one commit.
-    opened = _prepare(name, _COMMITS.get((name, revision), revision), config)
+    opened = prepare(name, _COMMITS.get((name, revision), revision), config)
     if opened.commit:
         _COMMITS[name, revision] = opened.commit
     return opened
-
-
-def _prepare(name: str, revision: str | None, config: str | None) -> Prepared:
-
-    return prepare(name, revision, config)
 
 
 def _named_classes(table: Any) -> list[dict[str, Any]]:
@@ -158,17 +154,17 @@ def _named_classes(table: Any) -> list[dict[str, Any]]:
     return rows
 
 
-OFFLINE = "HF_HUB_OFFLINE is set: unset it, or name a local file"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A config of a dataset, on this machine.
+    """A dataset's config on this machine.
 
     Attributes:
         splits: From the name of a split to its table.
-        commit: Where it comes from on the Hub; None for a folder.
+        commit: On the Hub; None for a folder.
+        builder: Reads expressions of splits; None for what `save_to_disk` wrote.
     """
 
     splits: dict[str, Any]
@@ -186,10 +182,10 @@ class Prepared:
 
 
 def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
-    """Fetch and convert a config of a dataset of the Hub, or of a folder; what is in the cache serves offline.
+    """Fetch and convert a config of a dataset of the Hub, or of a folder; the cache serves offline.
 
     Raises:
-        UsageError: If it has no such config, or several and none is named, or its files cannot be read.
+        UsageError: If it has no such config, several and none is named, or its files cannot be read.
         HubError: If the Hub does not give it and no copy is in the cache.
     """
     with quiet("datasets", "huggingface_hub"):
@@ -198,8 +194,8 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
             return saved or _build(name, None, config)
         try:
             commit = _commit(name, revision)
-        except _NoAnswer as error:
-            return _from_cache(name, revision, config, str(error))
+        except NoAnswer as error:
+            return _from_cache(name, revision, config, error)
         built = _build(name, commit, config)
         if built.commit != commit:
             raise HubError(f"the Hub does not give the files of the dataset {name} at {commit}: try again later")
@@ -207,110 +203,57 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
 
 
 @contextlib.contextmanager
-def reading() -> Iterator[None]:
-    """For others' code that reads datasets: quiet, and from the cache at once where the Hub does not answer.
+def reading(name: str) -> Iterator[None]:
+    """Let other code read datasets: quietly, and from the cache at once if the Hub does not answer.
 
     Raises:
         HubError: If that code fails because the Hub does not give something.
     """
-    silence = _silence()
+    what = f"read {name}, which is not all in the cache"
+    silence = _silence(what)
     with quiet("datasets", "huggingface_hub"), _offline() if silence else contextlib.nullcontext():
         try:
             yield
         except Exception as error:
-            if not any(map(_comes_from_hub, _causes(error))):
+            if (cause := hub_cause(error)) is None:
                 raise
-            raise HubError(f"not all of it is in the cache, and {silence or _refusal(error)}") from error
-
-
-class _NoAnswer(Exception):
-    """The Hub gave no answer about a dataset; a copy in the cache may do."""
+            raise silence or fault(what, cause) from error
 
 
 def _commit(name: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    api = HfApi()
-    try:
-        found = api.dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        if found.gated:  # Anyone may see what is in it, but not read it.
-            api.auth_check(name, repo_type="dataset")
+    with asking(f"get the dataset {name}" + (f"@{revision}" if revision else "")):
+        found = api().dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        # Anyone may see what is in a gated one, but not read it.
+        if found.gated:
+            api().auth_check(name, repo_type="dataset")
         return str(found.sha)
-    except GatedRepoError as error:
-        raise HubError(_gated(name)) from error
-    except RevisionNotFoundError as error:
-        raise HubError(
-            f"the dataset {name} has no revision {revision!r} on the Hub: name a branch, tag or commit of it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise HubError(
-            f"the Hub has no dataset {name}, or does not show it: check the name; "
-            "if it is private, log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except OfflineModeIsEnabled as error:
-        raise _NoAnswer(OFFLINE) from error
-    except HfHubHTTPError as error:
-        if error.response is not None and error.response.status_code in (401, 403):
-            raise HubError(_gated(name)) from error
-        raise _NoAnswer(_refusal(error)) from error
-    except Exception as error:
-        # Its HTTP library's faults are of no common class; whatever it was, the Hub did not answer.
-        raise _NoAnswer(_out_of_reach(error)) from error
 
 
-def _silence() -> str | None:
-    """Why the Hub does not answer at all; None if it does.
+def _silence(what: str) -> HubError | None:
+    """The error if the Hub does not answer at all; None if it does.
 
     Asked once, because the libraries ask again and again for most of a minute before they believe it.
     """
-    import datasets
-    from huggingface_hub import constants, get_session
-
-    if datasets.config.HF_HUB_OFFLINE:
-        return OFFLINE
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
-        return _out_of_reach(error)
+        return fault(what, error)
     return None
 
 
-def _refusal(error: BaseException) -> str:
-    return f"the Hub fails ({one_line(error)}): try again later, or name a local file"
-
-
-def _out_of_reach(error: BaseException) -> str:
-    return f"the Hub is out of reach ({one_line(error)}): check the network, or name a local file"
-
-
-def _gated(name: str) -> str:
-    from huggingface_hub import constants
-
-    return (
-        f"the dataset {name} is gated: accept its terms at {constants.ENDPOINT}/datasets/{name}, "
-        "and log in with `hf auth login` or set HF_TOKEN"
-    )
-
-
-def _from_cache(name: str, revision: str | None, config: str | None, why: str) -> Prepared:
-    missing = HubError(f"the dataset {name} is not in the cache, and {why}")
+def _from_cache(name: str, revision: str | None, config: str | None, why: NoAnswer) -> Prepared:
     if revision is not None and not COMMIT.fullmatch(revision):
-        raise HubError(f"no cached copy of the dataset {name} is known to be {revision!r}, and {why}")
+        raise HubError(
+            f"{why}; of a cached copy nobody knows whether it is {revision!r}; name a commit, or a local file"
+        )
     try:
         with _offline():
             built = _build(name, revision, config)
     except (UsageError, HubError) as error:
-        # In the cache there is no telling a config that does not exist from one that was not fetched.
-        raise missing from error
+        # In the cache, a config that does not exist cannot be told from one that was not fetched.
+        raise HubError(f"{why}; it is not in the cache either; name a local file") from error
     if revision is not None and built.commit != revision:
-        raise HubError(f"the cache has the dataset {name} at {built.commit}, not at {revision}, and {why}")
+        raise HubError(f"{why}; the cache has it at {built.commit} only")
     return built
 
 
@@ -323,15 +266,12 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except Exception as error:
-        # The library's faults are of no common class, and its words for a config that is not there are all it says.
+        # The library's errors have no common class, and only its words tell that a config does not exist.
         known = re.search(r"(?:Available|available configs): \[(.*)\]", str(error))
         if known:
             raise UsageError(_no_config(name, config, re.findall(r"'([^']*)'", known[1]))) from error
         if not local and _is_of_the_hub(error):
-            raise HubError(
-                f"the Hub does not give the files of the dataset {name} ({one_line(error)}): try again later, "
-                "or name a local file"
-            ) from error
+            raise fault(f"get the files of the dataset {name}", hub_cause(error) or error) from error
         raise UsageError(f"the dataset {name} cannot be read: {one_line(list(_causes(error))[-1])}") from error
     return Prepared(dict(tables), None if local else str(builder.hash), builder)
 
@@ -347,19 +287,10 @@ def _is_of_the_hub(error: BaseException) -> bool:
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
-    # Files of a kind that is not read, or none, are no fault of the Hub's.
+    # Files of an unknown kind, or none, are not the Hub's fault.
     if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
         return False
     return isinstance(error, OSError) or "http" in type(error).__module__
-
-
-def _comes_from_hub(error: BaseException) -> bool:
-    """Whether a fault of code that also reads local files is of the Hub's."""
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    kinds = (ConnectionError, TimeoutError, DatasetNotFoundError, HfHubHTTPError, LocalEntryNotFoundError)
-    return isinstance(error, kinds) or "http" in type(error).__module__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -371,7 +302,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _saved_to_disk(folder: Path) -> Prepared | None:
-    """What `save_to_disk` wrote, which is no dataset's usual layout."""
+    """Load what `save_to_disk` wrote, which has a layout of its own; None for any other folder."""
     import datasets
 
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -387,7 +318,6 @@ def _saved_to_disk(folder: Path) -> Prepared | None:
 def _offline() -> Iterator[None]:
     """As if HF_HUB_OFFLINE were set."""
     import datasets
-    from huggingface_hub import constants
 
     places = (datasets.config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import dapa_merge
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError
+from dapa_merge.plan.edit import Copy
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import given_selection
 from dapa_merge.transplant.manifest import read_manifest
@@ -49,8 +50,8 @@ def rewrite(folder: Path, change) -> None:
 def test_it_names_the_models_every_file_and_every_changed_tensor(llama_pair, made):
     manifest = read_manifest(made)
     assert manifest.version == dapa_merge.__version__
-    assert (manifest.target.model, manifest.source.model) == tuple(map(str, llama_pair))
-    assert (manifest.target.commit, manifest.strength) == (None, 1.0)
+    assert tuple(origin.model for origin in manifest.models.values()) == tuple(map(str, llama_pair))
+    assert (manifest.models["target"].commit, manifest.edit) == (None, Copy())
     assert manifest.units == ("1.gate", "2.gate[8:24]", "3.gate")
     assert set(manifest.files) == {path.name for path in made.iterdir()} - {"dapa.json"}
     for name, file in manifest.files.items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill_transplant
 import pytest
 import torch
 from conftest import change_tensor, prove, save_random, tiny_llama
@@ -311,7 +312,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         subprocess.run(enlarge, check=True)
     # Another program takes the space while the run is at work, so that it was enough when it was checked.
     script = (
-        "import dapa_merge.repair\nimport dapa_merge.transplant.result as module\n"
+        "import dapa_merge.flow\nimport dapa_merge.transplant.result as module\n"
         "from pathlib import Path\n"
         "check = module.check_destination\n"
         "def then_fill(*arguments):\n"
@@ -320,7 +321,7 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
         "module.check_destination = then_fill\n"
     )
     if remedy == "enlarged":
-        script += "dapa_merge.repair.check_destination = lambda *_: None\n"
+        script += "dapa_merge.flow.check_destination = lambda *_: None\n"
     first = subprocess.run([sys.executable, "-c", script + TOGETHER, str(recipe), str(out)], capture_output=True)
     assert first.returncode == 2, first.stderr
     assert b"no space left on the disk of" in first.stderr
@@ -359,11 +360,8 @@ def without_time(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path):
-    script = Path(__file__).parents[2] / "benchmarks" / "kill_transplant.py"
-    arguments = ["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)]
-    found = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1]) | {"started_anew": 0} == {
+def test_runs_that_are_killed_at_random_moments_end_in_the_same_bytes(tmp_path, warm_processes, capsys):
+    kill_transplant.main(["--kills", "3", "--megabytes", "100", "--folder", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) | {"started_anew": 0} == {
         "kills": 3, "started_anew": 0, "files": 15, "same": True
     }  # fmt: skip

@@ -1,0 +1,278 @@
+"""The flow: recipe, plan, search, transplant, verify, report. `mergekit-yaml` and `dapa-merge` share it.
+
+A recipe file, followed to its end: locked, repaired, given a card, and published.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dapa_merge import __version__
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
+from dapa_merge.measure.figures import responses_text
+from dapa_merge.measure.prompts.sets import check_prompts
+from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
+from dapa_merge.progress import LOG, task
+from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report import charts
+from dapa_merge.report.replay import replay_text
+from dapa_merge.report.report import REPORT_NAME, Report
+from dapa_merge.search.result import readable_certificate
+from dapa_merge.transplant.manifest import PRIVATE
+from dapa_merge.transplant.result import check_destination, transplant
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.figures import Response
+    from dapa_merge.publish.commit import Published
+    from dapa_merge.publish.push import PushOptions
+    from dapa_merge.publish.write_card import CardOptions
+    from dapa_merge.report.evidence import Evidence
+
+
+(RESPONSES_NAME,) = PRIVATE
+
+
+def repair(
+    recipe: Recipe,
+    out: Path,
+    *,
+    evaluate: bool = True,
+    link: bool = False,
+    manifest: bool = True,
+    lock: Lock | None = None,
+    is_locked: bool = False,
+    options: Options | None = None,
+) -> Report:
+    """Repair the target and write the result to `out`, with a report and the recipe that replays it.
+
+    Args:
+        recipe: What to repair, with what.
+        out: The folder to make; it must not exist, or be empty.
+        evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
+            recipe names its layers. Without it the recipe must name them.
+        link: Hard-link the weight files that do not change rather than copy them.
+        manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
+        lock: What the models are, for the result.
+        is_locked: Transplant what the lock says, rather than search; it is measured with the prompts that a search
+            would not have asked.
+        options: Where to evaluate, how many at once, and where to keep the journal.
+
+    Raises:
+        CannotRepair: If the source makes nothing better; nothing is written.
+        DapaError: For whatever else does not fit; nothing is written.
+    """
+    start = time.monotonic()
+    options = options or Options()
+    # An evaluation loads the whole source too.
+    plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
+    check_prompts(recipe)
+    if lock is not None:
+        check_lock(lock, plan)
+    # Now rather than after hours of search.
+    check_destination(out, plan.target, 0 if link else None)
+    selection = locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
+    if selection is None and not evaluate:
+        raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
+    evidence: Evidence | None = None
+    if evaluate:
+        # A mere transplant starts without it, in half the time.
+        from dapa_merge.report.evidence import gather_evidence
+
+        evidence = gather_evidence(recipe, plan, selection, options)
+        selection = evidence.selection
+    assert selection is not None
+    report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
+    responses = evidence.responses if evidence else {}
+    pictures = _pictures(charts.Run(report, plan, evidence.search)) if evidence else {}
+    extras: dict[str, str | bytes] = {**pictures}
+    if lock is not None:
+        extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
+    write(recipe, plan, selection, out, report, responses, extras, link=link, manifest=manifest)
+    return report
+
+
+def _pictures(run: charts.Run) -> dict[str, bytes]:
+    """The charts of a run by their files' names; none without matplotlib."""
+    try:
+        return {
+            f"{picture.name}{ending}": content
+            for picture in charts.draw_all(charts.CHARTS, run)
+            for ending, content in picture.files.items()
+        }
+    except Exception as error:
+        # Whatever a picture fails of, it must not cost the model.
+        LOG.info(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
+        return {}
+
+
+def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
+    """What was chosen, why, and what it does; the time is not in it yet."""
+    search = evidence.search if evidence else None
+    return Report(
+        version=__version__,
+        target=str(recipe.target),
+        source=str(recipe.source),
+        prompts=recipe.prompts,
+        evaluator=recipe.evaluator,
+        units=tuple(map(str, selection)),
+        layers=tuple(sorted({unit.layer for unit in selection})),
+        num_candidates=search.num_candidates if search else len(plan.units),
+        parameters_changed=plan.num_parameters(selection),
+        share_changed=plan.share(selection),
+        before=evidence.before if evidence else None,
+        after=evidence.after if evidence else None,
+        source_alone=evidence.source_alone if evidence else None,
+        dsr_change=evidence.dsr_change if evidence else None,
+        over_refusal_change=evidence.over_refusal_change if evidence else None,
+        searched=evidence.searched if evidence else None,
+        requirement=search.requirement.to_json() if search else None,
+        tests=search.minimum.tests if search else 0,
+        tests_recorded=search.num_recorded if search else 0,
+        tests_unneeded=search.num_unneeded if search else 0,
+        share_of_prompts_saved=search.share_saved if search else 0.0,
+        prior={str(unit): score for unit, score in search.prior.items()} if search and search.prior else None,
+        one_minimal=search.minimum.one_minimal if search else None,
+        certificate=readable_certificate(search.minimum) if search else {},
+        num_tensors=len(plan.target.tensors),
+        seconds=0.0,
+    )
+
+
+def write(
+    recipe: Recipe,
+    plan: Plan,
+    selection: Sequence[Unit],
+    out: Path,
+    report: Report,
+    responses: Mapping[str, Sequence[Response]],
+    extras: Mapping[str, str | bytes],
+    *,
+    link: bool = False,
+    manifest: bool = True,
+) -> None:
+    """Transplant on disk, prove the result, and only then let it appear."""
+    fetch_units(plan, selection)
+    added: dict[str, str | bytes] = {
+        **extras,
+        REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
+        RECIPE_NAME: replay_text(recipe, plan, selection),
+    }
+    if responses:
+        added[RESPONSES_NAME] = responses_text(responses)
+    with task("copying and verifying", plan.target.num_bytes, "bytes"):
+        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
+    if rounding.overflowed:
+        LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
+    if rounding.subnormal:
+        LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
+
+
+@dataclass(frozen=True)
+class FollowOptions:
+    """How a recipe file is followed.
+
+    Attributes:
+        keeps_lock: Write a lock beside the recipe, and into the result.
+        is_locked: Use exactly what the lock beside the recipe says.
+        card: What the user says about the card.
+        push: Where to publish the result; None for nowhere.
+    """
+
+    keeps_lock: bool = True
+    is_locked: bool = False
+    card: CardOptions | None = None
+    push: PushOptions | None = None
+
+
+def follow(
+    recipe: Recipe, path: Path, out: Path, how: FollowOptions, **settings: Any
+) -> tuple[Report, Published | None]:
+    """Follow a recipe.
+
+    Args:
+        recipe: What the file says.
+        path: The file.
+        out: The folder to make.
+        how: How.
+        settings: Further arguments of `repair`.
+
+    Returns:
+        The report, and what became of the push, if there is one.
+
+    Raises:
+        DapaError: Of whatever does not fit; if the push fails, the result is there all the same.
+    """
+    lock: Lock | None = None
+    if how.is_locked:
+        from dapa_merge.publish.outdated import follow_lock
+
+        recipe, lock = follow_lock(recipe, path)
+    if how.push is not None:
+        from dapa_merge.publish.push import check_push
+
+        check_push(how.push, recipe)
+    if how.keeps_lock and lock is None:
+        lock = _lock(recipe)
+    report = repair(recipe, out, lock=lock, is_locked=how.is_locked, **settings)
+    if lock is not None and not how.is_locked:
+        from dapa_merge.publish.outdated import keep_lock
+
+        keep_lock(lock.with_units(report.units), path)
+    if how.push is None:
+        _describe(out, how)
+        return report, None
+    return report, _publish(out, how.push)
+
+
+def _lock(recipe: Recipe) -> Lock | None:
+    from dapa_merge.publish.outdated import make_lock
+
+    try:
+        return make_lock(recipe)
+    except DapaError as error:
+        # A repair from the caches needs no Hub; a model that cannot be read is told better where it is read.
+        LOG.info(f"not locked: {error}")
+        return None
+
+
+def _describe(out: Path, how: FollowOptions) -> None:
+    """Give the result its card; where that cannot be, it is a result all the same."""
+    from dapa_merge.publish.write_card import write_card
+
+    try:
+        write_card(out, how.card)
+    except DapaError as error:
+        LOG.info(f"no card yet: {error}; `dapa-merge card {out}` writes it")
+
+
+def _command(out: Path, options: PushOptions) -> str:
+    """The command that publishes a result as it was meant to be."""
+    place, license = options.place, options.card.license
+    flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
+    values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
+    values |= {f"--{key.replace('_', '-')}": value for key, value in (license.to_metadata() if license else {}).items()}
+    given = [flag for flag, is_set in flags.items() if is_set]
+    given += [word for option, value in values.items() if value is not None for word in (option, value)]
+    return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])
+
+
+def _publish(out: Path, options: PushOptions) -> Published:
+    from dapa_merge.publish.push import push
+
+    try:
+        return push(out, replace(options, is_proved=True))
+    except BaseException:
+        LOG.info(f"{out} is complete; publish it with: {_command(out, options)}")
+        raise

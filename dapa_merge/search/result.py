@@ -1,0 +1,109 @@
+"""What a search found, as data; no torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.delta.minimize import Minimum
+from dapa_merge.measure.figures import Response
+from dapa_merge.search.requirement import SCORE, Requirement
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a search measures in full: the target, and its full transplant.
+
+    Attributes:
+        figures: Those that the constraints limit, on the search's prompts.
+        responses: To the harmful prompts.
+    """
+
+    figures: Mapping[str, float]
+    responses: tuple[Response, ...]
+
+    @property
+    def score(self) -> float:
+        """The DSR, or what the evaluator gives the model as a whole; in [0, 1]."""
+        return self.figures[SCORE.figure]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return {**self.figures, "responses": [asdict(response) for response in self.responses]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Baseline:
+        """The same baseline again."""
+        figures = {name: float(value) for name, value in data.items() if name != "responses"}
+        return cls(figures, tuple(Response(**response) for response in data["responses"]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One selection that a search asked.
+
+    Attributes:
+        units: What was transplanted.
+        holds: Whether it met the requirement.
+        score: Share of the harmful prompts asked that was refused; None if an evaluator scores the model as a whole, or
+            something else decided first.
+    """
+
+    units: tuple[Unit, ...]
+    holds: bool
+    score: float | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """A finished search.
+
+    Attributes:
+        minimum: What it found.
+        requirement: What had to be met.
+        target: The target's own figures on the search's prompts.
+        full: Those with every unit transplanted.
+        prior: How much each unit was expected to matter; None if the algorithm does not ask.
+        path: What it asked, in order.
+        num_candidates: How many units there were to choose from; of a search among blocks, those blocks too.
+        num_recorded: How many of the tests were in the journal already.
+        num_unneeded: How many more tests were made ahead of time, in vain.
+        num_asked: How many prompts the tests asked, recorded tests included.
+        num_prompts: How many they would have asked without early verdicts.
+        seconds: Wall-clock time.
+    """
+
+    minimum: Minimum[Unit]
+    requirement: Requirement
+    target: Baseline
+    full: Baseline
+    prior: Mapping[Unit, float] | None
+    path: tuple[Asked, ...]
+    num_candidates: int
+    num_recorded: int
+    num_unneeded: int
+    num_asked: int
+    num_prompts: int
+    seconds: float
+
+    @property
+    def share_saved(self) -> float:
+        """Share of the tests' prompts that early verdicts saved, in [0, 1]."""
+        return 1 - self.num_asked / self.num_prompts if self.num_prompts else 0.0
+
+
+def thrift(num_recorded: int, num_unneeded: int, share_saved: float) -> str:
+    """What a search did not have to ask, for people."""
+    facts = [f"{100 * share_saved:.0f} % of the prompts, by early verdicts"]
+    if num_recorded:
+        facts.append(f"{num_recorded} tests, by the journal")
+    if num_unneeded:
+        facts.append(f"but {num_unneeded} more tests were made ahead of time and in vain")
+    return "; ".join(facts)
+
+
+def readable_certificate(minimum: Minimum[Any]) -> dict[str, list[str]]:
+    """For each kept unit, the selection without it, which did not hold."""
+    return {str(unit): list(map(str, others)) for unit, others in minimum.certificate.items()}

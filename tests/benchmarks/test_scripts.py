@@ -1,0 +1,70 @@
+"""Every script of this folder runs to its end with `--tiny`, so that none goes stale."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef main(argv" in path.read_text())
+ROOT = Path(__file__).parents[2]
+RECIPE = """\
+merge_method: dapa
+base_model: {models}/target
+models: [{{model: {models}/source}}]
+parameters: {{prompts: {prompts}, max_new_tokens: 12, batch_size: 128}}
+"""
+
+
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """The arguments that a script cannot do without."""
+    # Recipes name their models from there.
+    monkeypatch.chdir(ROOT)
+
+    def completions() -> str:
+        rows = [json.loads(line) for line in (ROOT / "tests/benchmarks/responses.jsonl").read_text().splitlines()]
+        with (tmp_path / "completions.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion", "final_label", "type"], extrasaction="ignore")
+            writer.writeheader()
+            for number, row in enumerate(rows[5::100]):
+                writer.writerow({**row, "completion": row["completion"][:100], "type": f"type{number % 2}"})
+        return str(tmp_path / "completions.csv")
+
+    def recipe() -> str:
+        from tiny import few_prompts
+
+        from dapa_merge import miniature
+
+        models, prompts = miniature.path("target").parent, few_prompts(tmp_path)
+        (tmp_path / "recipe.yml").write_text(RECIPE.format(models=models, prompts=prompts))
+        return str(tmp_path / "recipe.yml")
+
+    return {
+        "compare_table": lambda: [str(tmp_path / "out")],
+        "drafts": lambda: [recipe()],
+        "refusal_agreement": lambda: [completions()],
+        "refusal_sft": lambda: ["recipes/miniature.yml"],
+        "refusal_training": lambda: [completions()],
+    }
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_script_runs(name, arguments, capsys):
+    if name == "search_cost":
+        pytest.importorskip("picire", reason="of the extra dev", exc_type=ImportError)
+    main = importlib.import_module(name).main
+    more = arguments[name]() if name in arguments else []
+    try:
+        code = main([*more, "--tiny"])
+    except SystemExit as end:
+        code = end.code
+    assert not code
+    assert capsys.readouterr().out

@@ -1,0 +1,237 @@
+"""Fast generation says what the model's own `generate` says, whatever is drafted and whoever leaves early."""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, SHAPE, save_random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dapa_merge import miniature
+from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.compare.blend import Blend, Blender
+from dapa_merge.errors import UsageError
+from dapa_merge.measure import determinism as steady
+from dapa_merge.measure.decode import BatchSize, Drafts
+from dapa_merge.measure.determinism import is_steady
+from dapa_merge.measure.generate import generate, prompt_ids
+from dapa_merge.measure.live import LiveModel, load_model
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.plan import plan_transplant
+
+WORDS = "how do i paint a boat slowly watch the house sell it to my neighbor what is two plus four".split()  # noqa: SIM905
+SIZES = (1, 9, 2, 5, 12, 3, 1, 7, 4, 2)
+PROMPTS = [" ".join(WORDS[start : start + size]) for start, size in enumerate(SIZES)]
+
+
+def load(folder, architecture, **changes):
+    class_name, own = ARCHITECTURES[architecture]
+    # Room for every token of the tokenizer; in float32, where near-ties are rare.
+    config = getattr(transformers, class_name)(**{**SHAPE, "vocab_size": 320, **own, **changes})
+    save_random(folder / "model", config, seed=5, dtype=torch.float32)
+    model, tokenizer = load_model(open_checkpoint(str(folder / "model")), torch.device("cpu"))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # Large enough for words that differ; small models as they are initialized say one word for ever.
+                parameter.copy_(0.4 * torch.randn_like(parameter))
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def plainly(model, tokenizer, prompts, max_new_tokens) -> list[str]:
+    """transformers' own batched generation."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+    output = model.generate(**batch, max_new_tokens=max_new_tokens)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("llama"), "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_says_what_its_own_generate_says(architecture, tmp_path):
+    """Also where the text is longer than a sliding window, and with the drafts of a first round."""
+    model, tokenizer = load(tmp_path, architecture)
+    expected = plainly(model, tokenizer, PROMPTS, 24)
+    assert len(set(expected)) > 2
+    drafts = Drafts()
+    for size in (4, 10):
+        said = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(size), drafts=drafts)
+        assert said == expected
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 20), st.integers(1, 10))
+@settings(max_examples=10)
+def test_no_draft_changes_what_is_said(llama, generator: random.Random, max_new_tokens, size):
+    """Drafts that are right, wrong, right only at first, too long, or hold an end token in their midst."""
+    model, tokenizer = llama
+    expected = plainly(model, tokenizer, PROMPTS, max_new_tokens)
+    drafts = Drafts()
+    for prompt, right in zip(PROMPTS, expected, strict=True):
+        tokens = tokenizer(right, add_special_tokens=False)["input_ids"]
+        for index in range(len(tokens)):
+            if generator.random() < 0.15:
+                tokens[index] = generator.choice([2, generator.randrange(150)])
+        tokens += [generator.randrange(150) for _ in range(generator.randrange(30))]
+        if generator.random() < 0.7:
+            drafts.remember(prompt_ids(tokenizer, prompt), tokens)
+    said = generate(model, tokenizer, PROMPTS, max_new_tokens=max_new_tokens, batch_size=BatchSize(size), drafts=drafts)
+    assert said == expected
+
+
+def test_a_second_time_takes_far_fewer_runs_through_the_model(llama, monkeypatch):
+    model, tokenizer = llama
+    runs = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def counted(self, input_ids, **options):
+        runs.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    drafts = Drafts()
+    first = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts)
+    number = len(runs)
+    again = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts)
+    assert again == first
+    assert (
+        len(runs) - number <= math.ceil(len(PROMPTS) / 10) + 1
+    )  # The beginning that all prompts share, and the batches.
+
+
+def test_who_is_settled_leaves_and_nobody_else(llama):
+    model, tokenizer = llama
+    whole = plainly(model, tokenizer, PROMPTS, 24)
+    leaving = set(PROMPTS[::2])
+
+    def settle(beginning, prompt):
+        return Outcome.COMPLIED if prompt in leaving and len(beginning) > 10 else None
+
+    said = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(4), settle=settle)
+    for prompt, text, full in zip(PROMPTS, said, whole, strict=True):
+        assert full.startswith(text)
+        assert len(text) > 10
+        if prompt not in leaving:
+            assert text == full
+    assert any(len(text) < len(full) for text, full in zip(said, whole, strict=True))
+
+
+def test_every_prompt_is_counted_once_as_it_is_done(llama, monkeypatch):
+    done = []
+    monkeypatch.setattr("dapa_merge.measure.generate.advance", lambda amount, unit: done.append(amount))
+    generate(*llama, PROMPTS, max_new_tokens=3, batch_size=BatchSize(4))
+    assert sum(done) == len(PROMPTS)
+
+
+def test_without_a_batch_size_one_is_found(llama):
+    size = BatchSize(None)
+    expected = plainly(*llama, PROMPTS, 8)
+    assert generate(*llama, PROMPTS, max_new_tokens=8, batch_size=size) == expected
+    assert size.limit == 32
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(llama):
+    long = "paint " * 80
+    with pytest.raises(UsageError, match=r"prompt 2 of 2 has \d+ tokens, but the model's context ends at 64"):
+        generate(*llama, ["paint", long], max_new_tokens=3, batch_size=BatchSize(4))
+
+
+def test_an_empty_prompt_without_a_template_is_named(llama):
+    model, tokenizer = llama
+    template = tokenizer.chat_template
+    tokenizer.chat_template = None
+    try:
+        with pytest.raises(UsageError, match="prompt 1 of 2 is empty"):
+            generate(model, tokenizer, ["", "paint"], max_new_tokens=3, batch_size=BatchSize(4))
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_a_model_that_emits_only_padding_says_nothing(llama):
+    model, tokenizer = llama
+    ends = model.generation_config.eos_token_id
+    weight = model.lm_head.weight
+    kept = weight.clone()
+    try:
+        with torch.no_grad():
+            weight.zero_()
+        # All logits are equal: the first token, which is the padding, is the greedy one.
+        assert tokenizer.pad_token_id == 0
+        assert generate(model, tokenizer, PROMPTS[:3], max_new_tokens=5, batch_size=BatchSize(4)) == ["", "", ""]
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+        model.generation_config.eos_token_id = ends
+
+
+@pytest.fixture
+def tied():
+    """Half of each of the miniature's two models, in which some tokens tie to the last bit; and prompts."""
+    target, source = (open_checkpoint(str(miniature.path(name))) for name in ("target", "source"))
+    live = LiveModel(plan_transplant(target, source, ("mlp",)), torch.device("cpu"))
+    with Blender(live, target, source, None).blended(Blend("linear", 0.5)) as (model, tokenizer):
+        yield model, tokenizer, load_prompts("miniature").harmful
+
+
+def test_in_16_bits_no_draft_and_no_batch_changes_what_is_said(tied):
+    *both, prompts = tied
+    ask = functools.partial(generate, *both, prompts, max_new_tokens=40)
+    expected = ask(batch_size=BatchSize(64))
+    drafts = Drafts()
+    for size in (64, 64, 7, 1):
+        assert ask(batch_size=BatchSize(size), drafts=drafts) == expected
+    assert both[0].config._attn_implementation == "sdpa"
+
+
+def test_where_attention_rounds_otherwise_a_figure_that_must_repeat_is_had_without_drafts(tied, monkeypatch):
+    monkeypatch.setattr("dapa_merge.measure.determinism.MAX_TOKENS", 0)
+    *both, prompts = tied
+    ask = functools.partial(generate, *both, prompts, max_new_tokens=40, batch_size=BatchSize(64))
+    expected = ask()
+    drafts = Drafts()
+    assert ask(drafts=drafts, must_repeat=True) == expected
+    ask(drafts=drafts)
+    # The drafts are there now, and otherwise this says nothing.
+    assert ask(drafts=drafts) != expected
+    assert ask(drafts=drafts, must_repeat=True) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architecture, tmp_path):
+    model, tokenizer = load(tmp_path, architecture)
+    model.to(torch.bfloat16)
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10))
+    drafts = Drafts()
+    for _ in range(2):
+        again = generate(
+            model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
+        )
+        assert again == expected
+
+
+def test_only_what_rounds_alike_is_trusted(tied, tmp_path, monkeypatch):
+    model = tied[0]
+    assert is_steady(model, 100)
+    assert not is_steady(model, 100_000)
+    experts, _ = load(tmp_path, "MixtralForCausalLM")
+    assert is_steady(experts, 100_000)
+    assert not is_steady(experts.to(torch.bfloat16), 100)
+    # Layers whose sums depend on how many tokens are beside one, as large ones on some processors.
+    linear = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, states: linear(self, states) + len(states))
+    steady._layer_repeats.cache_clear()
+    assert not is_steady(model, 100)
+    steady._layer_repeats.cache_clear()

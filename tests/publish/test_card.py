@@ -1,0 +1,226 @@
+"""The card of a result: valid for the Hub, true to the report, and without a path of this machine."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import call
+from hub_card import check_card
+from huggingface_hub import ModelCard
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from publish.conftest import upload
+
+from dapa_merge.checkpoint.location import without_paths
+from dapa_merge.publish.card_file import BEGIN, END
+from dapa_merge.publish.parents import metadata_of, split_card
+from dapa_merge.recipe.parse import parse_recipe
+
+
+def make_card(out: Path, *options: object) -> str:
+    ran = call("card", out, *options)
+    assert ran.exit_code == 0, ran.output
+    text = (out / "README.md").read_text()
+    assert check_card(text) == []
+    # huggingface_hub's own reading of it gives the same metadata.
+    assert ModelCard(text).data.to_dict().keys() == metadata_of(text).keys()
+    return text
+
+
+@pytest.fixture
+def repaired(demo, tmp_path) -> Path:
+    """The demonstration's result, which was measured."""
+    return shutil.copytree(demo[0], tmp_path / "repaired")
+
+
+@pytest.fixture
+def copied(llama_pair, write_recipe, tmp_path) -> Path:
+    """A result that was not measured, of a random pair."""
+    out = tmp_path / "copied"
+    assert call("run", write_recipe(*llama_pair, layers=1), out, "--no-evaluate").exit_code == 0
+    return out
+
+
+def test_the_card_says_what_the_report_says(repaired):
+    report = json.loads((repaired / "dapa_report.json").read_text())
+    text = make_card(repaired)
+    rows = {
+        cells[0].removeprefix("&nbsp;&nbsp;"): cells[1:]
+        for line in text.splitlines()
+        if line.startswith("| ") and len(cells := [cell.strip() for cell in line.strip("|").split("|")]) == 4
+    }
+    columns = [report[name] for name in ("before", "after", "source_alone")]
+    assert rows["DSR (64 harmful)"] == [f"{one['dsr']:.3f}" for one in columns]
+    assert rows["over-refusal (64 harmless)"] == [f"{one['over_refusal']:.3f}" for one in columns]
+    assert rows["perplexity"] == [f"{one['perplexity']:.3f}" for one in columns]
+    assert rows["skill (80 questions)"] == [f"{one['skills'][0]['score']:.3f}" for one in columns]
+    low, high = report["after"]["dsr_interval"]
+    assert f"95 % interval {low:.3f}-{high:.3f}" in text
+    assert f"{100 * report['share_changed']:.2f} % of its parameters ({report['parameters_changed']:,})" in text
+    assert f"asked {report['tests']} of 2^{report['num_candidates']} selections" in text
+    for unit in report["certificate"]:
+        assert f"- without the gate of layer {unit.partition('.')[0]}: " in text
+    results = metadata_of(text)["model-index"][0]["results"]
+    values = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
+    after = report["after"]
+    assert values == {
+        "dsr": pytest.approx(after["dsr"]),
+        "over-refusal": pytest.approx(after["over_refusal"]),
+        "perplexity": pytest.approx(after["perplexity"], abs=1e-6),
+        "accuracy": pytest.approx(after["skills"][0]["score"]),
+    }
+    for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
+        assert (repaired / name).is_file()
+    assert text.count("![") == 2
+
+
+def test_the_recipe_in_the_card_is_one_that_can_be_followed(repaired):
+    text = make_card(repaired)
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    report = json.loads((repaired / "dapa_report.json").read_text())
+    assert [choice.layer for choice in parse_recipe(recipe).layers] == report["layers"]
+
+
+def test_what_was_not_measured_is_said_to_be_so_and_no_figure_is_made_up(copied):
+    text = make_card(copied)
+    assert "**Not measured.**" in text
+    assert "model-index" not in metadata_of(text)
+    assert "| DSR" not in text
+    assert "Treat it as the unaligned model" in text
+
+
+@pytest.mark.parametrize("which", [pytest.param("repaired", marks=pytest.mark.xdist_group("demo")), "copied"])
+def test_no_path_of_this_machine_is_in_a_card(which, request, llama_pair):
+    out = request.getfixturevalue(which)
+    text = make_card(out)
+    for folder in (out.parent, Path.cwd(), Path.home(), llama_pair[0].parent):
+        assert f"{folder}/" not in text
+    assert "base_model" not in metadata_of(text)
+
+
+PATHS = {
+    "builtin": "builtin",
+    "someone/set@v1?split=test": "someone/set@v1?split=test",
+    "/data/me/my.csv?column=ask": "my.csv?column=ask",
+    "advbench, ../mine/x.txt": "advbench,x.txt",
+    "~/x.jsonl": "x.jsonl",
+    "C:\\me\\x.csv": "x.csv",
+    "lm-eval:arc_easy:acc": "lm-eval:arc_easy:acc",
+}
+
+
+@pytest.mark.parametrize("names", PATHS)
+def test_names_lose_their_folders(names):
+    assert without_paths(names) == PATHS[names]
+
+
+def test_what_somebody_wrote_around_and_into_it_stays(repaired):
+    text = make_card(repaired)
+    head, body = split_card(text)
+    metadata = {**yaml.safe_load(head), "datasets": ["a/b"], "language": ["es"], "license": "mit"}
+    metadata["tags"] = [*metadata["tags"], "spanish"]
+    (repaired / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\nAbove.\n{body}Below.\n")
+    again = make_card(repaired)
+    assert again.split("---\n", 2)[2].startswith("\nAbove.\n")
+    assert again.endswith(f"{END}\n\nBelow.\n")
+    kept = metadata_of(again)
+    assert (kept["datasets"], kept["license"], kept["language"]) == (["a/b"], "mit", ["es"])
+    assert kept["tags"] == ["mergekit", "merge", "dapa", "spanish"]
+    assert again.count(BEGIN) == again.count(END) == 1
+    assert make_card(repaired) == again
+
+
+def test_somebody_elses_card_is_replaced_only_if_asked(repaired):
+    (repaired / "README.md").write_text("# Mine\n")
+    ran = call("card", repaired)
+    assert ran.exit_code == 2
+    assert "--replace-card" in ran.stderr
+    assert (repaired / "README.md").read_text() == "# Mine\n"
+    assert "Mine" not in make_card(repaired, "--replace-card")
+
+
+def test_a_result_of_mergekits_gets_a_card_of_what_it_turns_out_to_be(llama_pair, write_recipe, tmp_path):
+    out = tmp_path / "merged"
+    content = yaml.safe_load(write_recipe(*llama_pair, layers='"1,3"').read_text())
+    text = yaml.safe_dump(content)
+    run_merge(MergeConfiguration.model_validate(content), str(out), MergeOptions(quiet=True), config_source=text)
+    assert "mergekit" in (out / "README.md").read_text()
+    card = make_card(out, "--license", "apache-2.0")
+    assert "gate of layers 1,3" in card
+    assert "**Not measured.**" in card
+    assert "inside mergekit" in card
+    assert "--files-only" not in card
+
+
+def test_parents_on_the_hub_are_linked_pinned_and_inherited_from(hub, new_id, llama_pair, write_recipe, tmp_path):
+    names = new_id("target"), new_id("source")
+    cards = [
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\nlanguage: [en, es]\n"
+        "pipeline_tag: image-text-to-text\n---\n",
+        "---\nlicense: other\nlicense_name: Mine\nlanguage: en\n---\n",
+    ]
+    for name, folder, card in zip(names, llama_pair, cards, strict=True):
+        copy = shutil.copytree(folder, tmp_path / "models" / name)
+        (copy / "LICENSE").write_text(f"Terms of {name}\n")
+        upload(hub.api, name, copy, card)
+    out = tmp_path / "out"
+    assert call("run", write_recipe(*names, layers=1), out, "--no-evaluate").exit_code == 0
+    assert (out / "LICENSE").read_text() == f"Terms of {names[0]}\n"
+    text = (out / "README.md").read_text()
+    assert check_card(text) == []
+    metadata = metadata_of(text)
+    assert metadata["base_model"] == list(names)
+    assert metadata["base_model_relation"] == "merge"
+    assert (metadata["license"], metadata["license_name"]) == ("other", "mine")
+    assert metadata["license_link"] == f"https://huggingface.co/{names[0]}/blob/main/LICENSE"
+    assert metadata["language"] == ["en", "es"]
+    assert metadata["pipeline_tag"] == "image-text-to-text"
+    for name in names:
+        commit = hub.store.repositories[name].branches["main"]
+        assert f"[{name}](https://huggingface.co/{name}) | `{commit}`" in text
+        assert f"{name}@{commit}" in text
+
+
+def test_licenses_that_differ_are_told_in_time_and_cost_no_repair(hub, new_id, llama_pair, write_recipe, tmp_path):
+    names = new_id("target"), new_id("source")
+    for name, folder, license in zip(names, llama_pair, ("mit", "apache-2.0"), strict=True):
+        copy = shutil.copytree(folder, tmp_path / "models" / name)
+        upload(hub.api, name, copy, f"---\nlicense: {license}\n---\n")
+    recipe, out, repository = write_recipe(*names, layers=1), tmp_path / "out", new_id("repaired")
+    ran = call("run", recipe, out, "--no-evaluate", "--push", repository)
+    assert ran.exit_code == 2
+    assert not out.exists()
+    for part in (*names, "mit", "apache-2.0", "--license"):
+        assert part in ran.stderr
+    ran = call("run", recipe, out, "--no-evaluate")
+    assert ran.exit_code == 0
+    assert "no card yet" in ran.stderr
+    assert not (out / "README.md").exists()
+    assert call("push", out, repository).exit_code == 2
+    assert repository not in hub.store.repositories
+    assert call("card", out).exit_code == 2
+    assert metadata_of(make_card(out, "--license", "mit"))["license"] == "mit"
+    # What was said once holds for the push.
+    assert call("push", out, repository).exit_code == 0
+    assert hub.api.model_info(repository).card_data.license == "mit"
+
+
+def test_what_is_no_result_has_no_card(llama_pair, tmp_path):
+    for folder in (llama_pair[0], tmp_path / "nothing"):
+        ran = call("card", folder)
+        assert ran.exit_code == 2
+        assert "is no result" in ran.stderr
+
+
+def test_a_damaged_report_is_told(copied):
+    path = copied / "dapa_report.json"
+    report = json.loads(path.read_text())
+    for wrong in ({**report, "units": 3}, {**report, "share_changed": "much"}, {}, {**report, "before": {"dsr": 1}}):
+        path.write_text(json.dumps(wrong))
+        ran = call("card", copied)
+        assert ran.exit_code == 4
+        assert ran.stderr.count("\n") == 1

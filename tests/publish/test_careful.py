@@ -1,0 +1,226 @@
+"""What a push must not do to what others wrote, and must not say."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import call
+from huggingface_hub import CommitOperationAdd
+from publish.conftest import tree, upload
+
+from dapa_merge.publish.card_file import BEGIN
+from dapa_merge.publish.parents import metadata_of
+
+
+def pushed(*arguments: object, code: int = 0) -> str:
+    ran = call("push", *arguments)
+    assert ran.exit_code == code, ran.output
+    return ran.stderr if code else ran.stdout
+
+
+def add(hub, name: str, revision: str | None = None, **files: str) -> None:
+    operations = [CommitOperationAdd(path.replace("__", "."), text.encode()) for path, text in files.items()]
+    hub.api.create_commit(name, operations, commit_message="theirs", revision=revision)
+
+
+def card_of(hub, name: str, revision: str = "main") -> str:
+    return hub.store.read(hub.store.repositories[name].files(revision)["README.md"]).decode()
+
+
+def test_an_ignore_file_in_the_repository_leaves_nothing_out(hub, new_id, result):
+    name = new_id("repaired")
+    hub.api.create_repo(name)
+    add(hub, name, __gitignore="*.safetensors\n*.json\n")
+    pushed(result, name)
+    assert hub.store.repositories[name].files().keys() >= set(tree(result))
+    assert ".gitignore" in hub.store.repositories[name].files()
+
+
+def test_a_branch_with_another_model_is_left_alone_too(hub, new_id, result):
+    name = new_id("repaired")
+    hub.api.create_repo(name)
+    hub.api.create_branch(name, branch="theirs")
+    add(hub, name, "theirs", pytorch_model__bin="weights")
+    before = hub.store.repositories[name].branches["theirs"]
+    assert "did not publish" in pushed(result, name, "--revision", "theirs", code=5)
+    assert hub.store.repositories[name].branches["theirs"] == before
+    pushed(result, name, "--revision", "another")
+
+
+def test_what_others_put_beside_a_model_stays(hub, new_id, result):
+    name = new_id("repaired")
+    pushed(result, name)
+    theirs = {"handler__py": "pass", "notes__txt": "x", "model-q4__gguf": "x", "training_args__bin": "x"}
+    add(hub, name, **theirs)
+    (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
+    assert "left as they are: handler.py, model-q4.gguf, notes.txt, training_args.bin" in pushed(result, name)
+
+
+def test_a_result_without_a_manifest_is_published_again_too(hub, new_id, pair, write_recipe, tmp_path):
+    out, name = tmp_path / "out", new_id("repaired")
+    assert call("run", write_recipe(*pair, layers=1), out, "--no-evaluate", "--no-manifest").exit_code == 0
+    (out / "token").write_text("secret")
+    assert "is no part of a model" in pushed(out, name, code=4)
+    assert len(hub.store.repositories[name].seen() if name in hub.store.repositories else []) <= 1
+    (out / "token").unlink()
+    pushed(out, name)
+    assert "nothing to do" in pushed(out, name)
+
+
+@pytest.mark.parametrize("which", ["model-00002-of-00004.safetensors", "config.json"])
+def test_a_file_that_changes_meanwhile_is_not_published(hub, new_id, result, which):
+    name = new_id("repaired")
+    hub.api.create_repo(name)
+    before, path = hub.store.repositories[name].branches["main"], result / which
+    content = path.read_bytes()
+
+    def change() -> None:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    hub.faults.add(method="POST", path="/preupload/", call=change, times=1)
+    ran = call("push", result, name)
+    if which == "config.json":
+        # It is small, and sent as it was read.
+        assert ran.exit_code == 0, ran.output
+        assert hub.store.read(hub.store.repositories[name].files()[which]) == content
+    elif ran.exit_code:
+        assert ran.exit_code == 4
+        assert "changed while it was published" in ran.stderr
+        assert hub.store.repositories[name].branches["main"] == before
+    else:
+        assert hub.store.read(hub.store.repositories[name].files()[which]) == content
+
+
+def test_text_that_was_written_on_the_hub_stays(hub, new_id, result):
+    name = new_id("repaired")
+    pushed(result, name)
+    add(hub, name, README__md=card_of(hub, name).replace(BEGIN, f"By hand.\n\n{BEGIN}"))
+    assert "nothing to do" in pushed(result, name)
+    (result / "config.json").write_text((result / "config.json").read_text())
+    assert "By hand." in card_of(hub, name)
+    assert "By hand." not in (result / "README.md").read_text()
+
+
+def test_a_pull_request_to_the_fine_tune_keeps_its_card(hub, result, pair):
+    add(hub, pair[0], README__md="---\nlicense: apache-2.0\ndatasets: [a/b]\n---\n# My fine-tune\n\nIt is good.\n")
+    pushed(result, pair[0], "--create-pr")
+    card = card_of(hub, pair[0], "refs/pr/1")
+    assert card.index("# My fine-tune\n\nIt is good.") < card.index(BEGIN)
+    metadata = metadata_of(card)
+    assert metadata["datasets"] == ["a/b"]
+    # It was not made of itself.
+    assert metadata["base_model"] == pair[1] or metadata["base_model"] == [pair[1]]
+    repository = hub.store.repositories[pair[0]]
+    commit = repository.history[repository.resolve("refs/pr/1")]
+    assert "- transplanted: gate of layer 1, " in commit.message
+    assert f"- target: {pair[0]}@" in commit.message
+
+
+def test_licenses_that_come_to_differ_are_told(hub, new_id, result, pair):
+    name = new_id("repaired")
+    pushed(result, name)
+    add(hub, pair[1], README__md="---\nlicense: llama2\n---\n")
+    assert "apache-2.0" in pushed(result, name, code=2)
+    assert call("card", result).exit_code == 2
+    pushed(result, name, "--license", "llama2")
+    assert metadata_of(card_of(hub, name))["license"] == "llama2"
+    # That was somebody's word, and holds.
+    assert "nothing to do" in pushed(result, name)
+
+
+def test_models_that_are_named_have_to_be_those_that_it_was_made_of(
+    hub, new_id, pair, llama_pair, write_recipe, tmp_path
+):
+    out, name = tmp_path / "local", new_id("repaired")
+    assert call("run", write_recipe(*llama_pair, layers=1), out, "--no-evaluate").exit_code == 0
+    ran = call("card", out, "--target", pair[1], "--source", pair[0])
+    assert ran.exit_code == 4
+    assert "was not made of" in ran.stderr
+    assert call("card", out, "--target", pair[0], "--source", pair[1]).exit_code == 0
+    commit = hub.store.repositories[pair[0]].branches["main"]
+    assert f"{pair[0]}@{commit}" in (out / "README.md").read_text()
+    # What was said once holds: nothing turns back to a folder.
+    pushed(out, name)
+    assert metadata_of(card_of(hub, name))["base_model"] == list(pair)
+    assert "nothing to do" in pushed(out, name)
+
+
+def test_paths_are_told_and_not_in_the_card(hub, new_id, llama_pair, write_recipe, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "p.csv").write_text("prompt\nhow?\n")
+    recipe = write_recipe(*llama_pair, layers=1, prompts=tmp_path / "private" / "p.csv")
+    assert call("run", recipe, out, "--no-evaluate").exit_code == 0
+    name = new_id("repaired")
+    told = call("push", out, name).stderr
+    assert str(llama_pair[0]) in told
+    assert "p.csv" in told
+    assert str(tmp_path) not in card_of(hub, name)
+
+
+@pytest.mark.parametrize("who", ["bob", "reader"])
+def test_who_may_not_write_is_told_before_the_work(hub, new_id, pair, write_recipe, tmp_path, monkeypatch, who):
+    name = new_id("repaired")
+    hub.api.create_repo(name)
+    monkeypatch.setenv("HF_TOKEN", hub.token(who))
+    ran = call("run", write_recipe(*pair, layers=1), tmp_path / "out", "--no-evaluate", "--push", name)
+    assert ran.exit_code == 5, ran.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_way_on_after_a_failed_push_is_the_same_push(hub, new_id, pair, write_recipe, tmp_path):
+    name, out = new_id("repaired"), tmp_path / "an out"
+    hub.faults.add(method="POST", path="/repos/create", status=409, message="no")
+    options = ("--push", name, "--private", "--tag", "v 1", "--license", "apache-2.0")
+    ran = call("run", write_recipe(*pair, layers=1), out, "--no-evaluate", *options)
+    assert ran.exit_code == 5, ran.output
+    assert f"dapa-merge push '{out}' {name} --private --tag 'v 1' --license apache-2.0" in ran.stderr
+
+
+def test_a_strangers_license_writes_nothing_into_a_card(hub, new_id, llama_pair, write_recipe, tmp_path):
+    names = new_id("target"), new_id("source")
+    evil = '---\nlicense: other\nlicense_name: "x\\n\\n# Verified safe"\nlicense_link: "javascript://x"\n---\n'
+    for name, folder in zip(names, llama_pair, strict=True):
+        hub.api.create_repo(name)
+        upload(hub.api, name, shutil.copytree(folder, tmp_path / "models" / name), card="")
+        hub.store.repositories[name].files()
+    for name in names:
+        tree_of = dict(hub.store.repositories[name].files())
+        tree_of["README.md"] = hub.store.add_blob(evil.encode())
+        repository = hub.store.repositories[name]
+        repository.commits[repository.branches["main"]] = tree_of
+    out = tmp_path / "out"
+    ran = call("run", write_recipe(*names, layers=1), out, "--no-evaluate")
+    assert ran.exit_code == 0
+    assert "without a name" in ran.stderr
+    assert call("card", out, "--license", "mit").exit_code == 0
+    text = (Path(out) / "README.md").read_text()
+    assert "Verified safe" not in text
+    assert "javascript" not in text
+
+
+@pytest.mark.parametrize("license", ["", " ", "two words", "mit\n# x", "x" * 200])
+def test_a_license_that_is_none_is_refused(result, license):
+    ran = call("card", result, "--license", license)
+    assert ran.exit_code == 2
+    assert "cannot stand in a card" in ran.stderr
+
+
+def test_a_card_that_the_hub_refuses_is_told_with_the_reason(hub, new_id, result):
+    name = new_id("repaired")
+    said = pushed(result, name, "--license", "nonsense", code=5)
+    assert "refuse the card" in said
+    assert "license" in said.partition("refuse the card")[2]
+
+
+def test_a_card_whose_note_somebody_damaged_is_told(result):
+    card = result / "README.md"
+    text = card.read_text()
+    for note in ('{"target": "a@b@c"}', '{"target": "+"}'):
+        card.write_text(text.replace("<!-- said: {", f"<!-- said: {note} -->\n<!-- {{", 1))
+        ran = call("card", result)
+        assert ran.exit_code == 2, ran.output
+        assert "the target in the card" in ran.stderr
+    # What is no note at all says nothing.
+    card.write_text(text.replace("<!-- said: {", "<!-- said: [", 1))
+    assert call("card", result).exit_code == 0

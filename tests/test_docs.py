@@ -14,7 +14,7 @@ from conftest import call, write_few
 import dapa_merge
 from dapa_merge import load_recipe, miniature
 from dapa_merge.cli import main
-from dapa_merge.measure.prompts.sources import PACKAGED, SHORT_NAMES
+from dapa_merge.measure.prompts.sets import PACKAGED, SHORT_NAMES
 from dapa_merge.recipe.parameters import PARAMETERS
 
 ROOT = Path(__file__).parent.parent

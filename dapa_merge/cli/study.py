@@ -1,7 +1,4 @@
-"""The command `dapa-merge trace`.
-
-The command `dapa-merge compare`.
-"""
+"""The two studies: `dapa-merge trace` and `dapa-merge compare`."""
 
 from __future__ import annotations
 
@@ -9,12 +6,13 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from dapa_merge.cli.options import (
     allow_pickle_option,
@@ -28,18 +26,22 @@ from dapa_merge.cli.options import (
     recipe_argument,
     takes_options,
 )
-from dapa_merge.compare.result import METHODS, CompareOptions
+from dapa_merge.compare.result import DAPA, METHODS, CompareOptions
 from dapa_merge.errors import Stopped, UsageError
-from dapa_merge.trace.options import TRACED, TraceOptions
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.trace.options import SITE_KINDS, TRACED, TraceOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dapa_merge.compare.compare import Compared
-    from dapa_merge.recipe.options import Options
-
 
 TRACE_DEFAULTS = TraceOptions()
+COMPARE_DEFAULTS = CompareOptions()
+
+
+def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Callable[..., Any]:
+    """An option for a number of things."""
+    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=meaning)
 
 
 @click.command()
@@ -58,13 +60,7 @@ TRACE_DEFAULTS = TraceOptions()
     metavar="LIST",
     help="What is restored, with commas: hidden, mlp, attention, gate, up, down.  [default: all that the model has]",
 )
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_prompts,
-    show_default=True,
-    help="Trace at most so many prompts causally.",
-)
+@whole_number("--num-prompts", TRACE_DEFAULTS.num_prompts, "Trace at most so many prompts causally.")
 @click.option(
     "--noise",
     type=click.FloatRange(0),
@@ -72,25 +68,17 @@ TRACE_DEFAULTS = TraceOptions()
     show_default=True,
     help="Noise on the subject's embeddings, in their standard deviations.",
 )
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_samples,
-    show_default=True,
-    help="Samples of noise for each prompt.",
-)
+@whole_number("--samples", TRACE_DEFAULTS.num_samples, "Samples of noise for each prompt.")
 @click.option(
     "--window",
     type=click.IntRange(1),
     help="Layers of MLP or attention that are restored at once, half of them before the one that is shown.  "
     "[default: a fifth of all]",
 )
-@click.option(
+@whole_number(
     "--num-tokens",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_tokens,
-    show_default=True,
-    help="Tokens of each response that are counted, from the first in which refusal and answer differ.",
+    TRACE_DEFAULTS.num_tokens,
+    "Tokens of each response that are counted, from the first in which refusal and answer differ.",
 )
 @click.option(
     "--subject",
@@ -104,28 +92,10 @@ TRACE_DEFAULTS = TraceOptions()
     "--refusal", metavar="TEXT", help="Compare this refusal with --answer for all prompts.  [default: the models' own]"
 )
 @click.option("--answer", metavar="TEXT", help="The answer that --refusal is compared with.")
-@click.option(
-    "--controls",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.num_controls,
-    show_default=True,
-    help="Random selections for each size of a group.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.seed,
-    show_default=True,
-    help="Decides the noise and the random controls.",
-)
+@whole_number("--controls", TRACE_DEFAULTS.num_controls, "Random selections for each size of a group.", least=0)
+@whole_number("--seed", TRACE_DEFAULTS.seed, "Decides the noise and the random controls.", least=0)
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
-@click.option(
-    "--examples",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.num_examples,
-    show_default=True,
-    help="Draw so many prompts each by itself.",
-)
+@whole_number("--examples", TRACE_DEFAULTS.num_examples, "Draw so many prompts each by itself.", least=0)
 @device_option
 @journal_option
 @evaluator_options
@@ -158,7 +128,6 @@ def trace(
     alone, puts groups of units in and takes them out, beside random ones, measures edits of every size, and says
     whether tracing would have found what the search selects. Stopped, the same command goes on. Needs matplotlib.
     """
-    from dapa_merge.recipe.parse import load_recipe
     from dapa_merge.trace.trace import trace_recipe
 
     if not math.isfinite(noise):
@@ -191,15 +160,13 @@ def trace(
 
 
 def _kinds(text: str | None) -> tuple[str, ...] | None:
-    from dapa_merge.trace.options import SITE_KINDS as KINDS
-
     if text is None:
         return None
     kinds = tuple(kind.strip().lower() for kind in text.split(","))
     for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(KINDS)}")
-    return tuple(kind for kind in KINDS if kind in kinds)
+        if kind not in SITE_KINDS:
+            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(SITE_KINDS)}")
+    return tuple(kind for kind in SITE_KINDS if kind in kinds)
 
 
 def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | None:
@@ -212,9 +179,6 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     return refusal, answer
 
 
-COMPARE_DEFAULTS = CompareOptions()
-
-
 @click.command()
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
@@ -223,16 +187,8 @@ COMPARE_DEFAULTS = CompareOptions()
     metavar="LIST",
     help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
 )
-@click.option(
-    "--seeds",
-    type=click.IntRange(0),
-    default=COMPARE_DEFAULTS.num_seeds,
-    show_default=True,
-    help="Random selections of each size.",
-)
-@click.option(
-    "--seed", type=click.IntRange(0), default=COMPARE_DEFAULTS.seed, show_default=True, help="The first of their seeds."
-)
+@whole_number("--seeds", COMPARE_DEFAULTS.num_seeds, "Random selections of each size.", least=0)
+@whole_number("--seed", COMPARE_DEFAULTS.seed, "The first of their seeds.", least=0)
 @click.option(
     "--weights",
     metavar="LIST",
@@ -240,13 +196,7 @@ COMPARE_DEFAULTS = CompareOptions()
     f"{', '.join(f'{weight:g}' for weight in COMPARE_DEFAULTS.weights)}]",
 )
 @click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
-@click.option(
-    "--points",
-    type=click.IntRange(2),
-    default=COMPARE_DEFAULTS.num_points,
-    show_default=True,
-    help="Sizes of edits, roughly.",
-)
+@whole_number("--points", COMPARE_DEFAULTS.num_points, "Sizes of edits, roughly.", least=2)
 @click.option(
     "--block-rows",
     type=click.IntRange(1),
@@ -303,7 +253,6 @@ def compare(
 def _show(found: Compared, out: Path, console: Console) -> None:
     from dapa_merge.compare.compare import PAGE_NAME
     from dapa_merge.compare.page import methods_table, paper_table
-    from dapa_merge.compare.result import DAPA
 
     if not found.rows:
         return

@@ -1,16 +1,10 @@
-"""Greedy decoding of many prompts in one ever-changing batch: who has finished leaves, who waits joins.
+"""Greedy speculative decoding of many prompts in one changing batch: finished rows leave, waiting ones join.
 
-Drafted tokens are checked many in one run through the model, and kept as far as the model itself would have said them:
-the result is greedy decoding's own. Where a model is not `steady`, a run of several tokens is rounded otherwise than a
-run of one, and may decide a near-tie between two tokens, of which there are some in every 16-bit model. Without drafts
-every token is said in a run of its own, and what is said depends on nothing that was said before.
-
-How many texts a model is given at once: as many as fit and pay, and fewer when the memory runs out.
-
-What models of one search said before: guesses at the next tokens, which a model then checks many at a time.
-
-A guess is never believed: `decode` keeps a drafted token only where the model itself would have said it (speculative
-decoding, Leviathan et al. 2023, with earlier responses in place of a small model). Standard library only.
+Draft tokens are looked up in earlier responses (speculative decoding, Leviathan et al. 2023, without a draft model) and
+checked many at a time; those are kept that the model itself would have chosen, so that the result is greedy decoding's
+own. Where a model is not deterministic (see `determinism`), a run of several tokens is rounded otherwise than a run of
+one, and may decide a near-tie between two tokens, which every 16-bit model has. Without drafts each token has a run of
+its own, and a response depends on nothing that was generated before.
 """
 
 from __future__ import annotations
@@ -21,41 +15,56 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.row_cache import RowCache
 from dapa_merge.progress import LOG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-# Of one run through the model: the logits of more would take too much memory.
+# For each run through the model; the logits of more would take too much memory.
 MAX_CHECKED_TOKENS = 1024
 # A run of so many tokens takes hardly longer than one of a single token, because weights have to be read and kernels
-# called all the same; more are worth it only where they will probably be right. On a CPU the arithmetic is soon what
-# counts, but for a model so small that the calls do.
+# called all the same; more are worth it only if they are probably right. On a CPU the arithmetic soon dominates, except
+# in a model so small that the calls do.
 FREE_TOKENS = 512
-FREE_TOKENS_OF_CPU = 32
-FREE_TOKENS_TIMES_PARAMETERS_OF_CPU = 300_000_000
-# A beginning that all prompts share is computed once if it has at least as many tokens.
+FREE_TOKENS_ON_CPU = 32
+FREE_TOKENS_TIMES_PARAMETERS_ON_CPU = 300_000_000
+# A prefix shared by all prompts is computed once if it has at least so many tokens.
 MIN_PREFIX = 16
-# A text is looked at for its verdict when it has grown by as many tokens.
+# A response's verdict is looked at again when it has grown by so many tokens.
 SETTLE_EVERY = 8
+# Responses kept for each prompt: candidates of a search often say what an earlier one said.
+MAX_RESPONSES = 16
+# Tokens that identify a place in a response: fewer draft more often, more draft better.
+CONTEXT = 3
+# A draft ends where it would be right, up to there, less often than this.
+MIN_CHANCE = 0.6
+_START = -1
+# Columns to spare in a new buffer: copying it for every new token would cost more than a step.
+ROOM = 32
+# The batch size tried first if none was given, and the size of the fixed pieces that prompts are cut into.
+FIRST = 8
+PIECE = 32
+LARGEST = 1024
+# Doubling goes on while a doubled batch does this much more in a second.
+GAIN = 1.1
 
 
 @dataclass(eq=False)
 class BatchRow:
-    """A prompt and what was said to it so far.
+    """A prompt and its response so far.
 
     Attributes:
         prompt: Token ids, at least one.
-        limit: How many new tokens at most, at least one.
+        limit: Most new tokens, at least one.
         tokens: The response's so far, with the end token if there was one.
-        looked_at: How many of them there were when it was last asked whether they settle the verdict.
+        looked_at: Their number when it was last asked whether they settle the verdict.
     """
 
     prompt: list[int]
@@ -65,16 +74,16 @@ class BatchRow:
 
     @property
     def cached(self) -> int:
-        """How many of its tokens are in the cache: all but the last."""
+        """Number of its tokens in the cache: all but the last."""
         return len(self.prompt) + len(self.tokens) - 1
 
 
 class Decoder:
-    """Decodes the rows that it is given, in an order of its own.
+    """Decodes rows, in an order of its own.
 
     Attributes:
-        num_computed: How many tokens went through the model so far, padding too.
-        num_runs: How often it ran.
+        num_computed: Tokens that went through the model so far, padding included.
+        num_runs: Runs of the model so far.
     """
 
     def __init__(
@@ -84,19 +93,19 @@ class Decoder:
         ends: Sequence[int],
         padding: int,
         batch_size: BatchSize,
-        drafts: Drafts | None,
+        lookup: LookupCache | None,
         is_settled: Callable[[BatchRow], bool],
         finish: Callable[[BatchRow], None],
     ) -> None:
-        """For one model; `is_settled` is asked of rows that grew, and `finish` is told of each that is done.
+        """For one model; `is_settled` is asked about rows that grew, `finish` is called with each that is done.
 
-        `drafts` None has every token said in a run of its own.
+        Without a `lookup`, each token has a run of its own.
         """
         self._model = model
         self._ends = frozenset(ends)
         self._padding = padding
         self._batch_size = batch_size
-        self._drafts = drafts
+        self._lookup = lookup
         self._is_settled = is_settled
         self._finish = finish
         parameters = inspect.signature(model.forward).parameters
@@ -136,7 +145,7 @@ class Decoder:
             if fits and not newcomers:
                 self._batch_size.observe(number, time.perf_counter() - start)
             if not fits:
-                # All begin anew, with what they have said as part of the prompt.
+                # All begin anew, with their responses so far as part of the prompt.
                 waiting.extendleft(reversed(self._rows + [row for row in newcomers if row not in self._rows]))
                 self._rows, self._cache = [], RowCache()
                 self._batch_size.halve(number)
@@ -150,11 +159,11 @@ class Decoder:
             self._forward(self._prefix, [first[:shared]], [[]], [0])
 
     def _enter(self, newcomers: list[BatchRow]) -> None:
-        """Run prompts through the model, with what was drafted for them, and let those that go on join the batch."""
+        """Run prompts and their drafts through the model, and let those that go on join the batch."""
         cache = RowCache()
         given = [row.prompt + row.tokens for row in newcomers]
         width = max(map(len, given)) - self._prefix.columns
-        # Every row's last `width` tokens are run; what is before them is in the prefix.
+        # Each row's last `width` tokens are run; those before are in the prefix.
         cached = [max(len(tokens) - width, 0) for tokens in given]
         if max(cached):
             cache = self._prefix.copy()
@@ -168,7 +177,7 @@ class Decoder:
         self._rows = self._rows + remaining
 
     def _step(self) -> None:
-        """Say one more token in every row, and as many more as were drafted rightly."""
+        """Add a token to each row, and as many more as were drafted correctly."""
         self._rows = self._advance(
             self._rows,
             self._cache,
@@ -178,12 +187,12 @@ class Decoder:
         )
 
     def _propose(self, rows: Sequence[BatchRow]) -> list[list[int]]:
-        """A draft for each row, of any length; the longest is no longer than what pays in a batch of all of them."""
-        if self._drafts is None:
+        """Draft tokens for each row, no more than pay in a batch of all rows."""
+        if self._lookup is None:
             return [[] for _ in rows]
-        max_guess = self._free_tokens // len(rows) - 1
+        max_ngram = self._free_tokens // len(rows) - 1
         proposals = [
-            self._drafts.propose(row.prompt, row.tokens, max_guess)[: row.limit - len(row.tokens) - 1] for row in rows
+            self._lookup.propose(row.prompt, row.tokens, max_ngram)[: row.limit - len(row.tokens) - 1] for row in rows
         ]
         width = _worthwhile([len(proposal) for proposal in proposals])
         return [proposal[:width] for proposal in proposals]
@@ -191,7 +200,7 @@ class Decoder:
     def _advance(
         self, rows: list[BatchRow], cache: RowCache, given: list[list[int]], cached: list[int], drafts: list[list[int]]
     ) -> list[BatchRow]:
-        """Run given tokens and drafted ones, keep what is right; return the rows that go on, which `cache` keeps."""
+        """Run given and draft tokens, keep the correct ones, and return the rows that go on, which `cache` keeps."""
         before = cache.columns + max(map(len, given))
         choices = self._forward(cache, given, drafts, cached)
         going_on, stops = [], []
@@ -208,7 +217,7 @@ class Decoder:
         return remaining
 
     def _say(self, row: BatchRow, tokens: list[int]) -> bool:
-        """Add tokens to a row; whether it goes on."""
+        """Add tokens to a row; return whether it goes on."""
         for token in tokens:
             row.tokens.append(token)
             if token in self._ends or len(row.tokens) == row.limit:
@@ -219,15 +228,15 @@ class Decoder:
             row.looked_at = len(row.tokens)
             if not self._is_settled(row):
                 return True
-        if self._drafts is not None:
-            self._drafts.remember(row.prompt, row.tokens)
+        if self._lookup is not None:
+            self._lookup.remember(row.prompt, row.tokens)
         self._finish(row)
         return False
 
     def _forward(
         self, cache: RowCache, given: list[list[int]], drafts: list[list[int]], cached: list[int]
     ) -> list[list[int]]:
-        """The model's choices after the last given token of each row, and after each drafted one."""
+        """Return the model's choices after the last given token of each row, and after each draft token."""
         num_given, num_drafted = max(map(len, given)), max(map(len, drafts))
         ids = [
             [self._padding] * (num_given - len(tokens)) + tokens + draft + [self._padding] * (num_drafted - len(draft))
@@ -240,7 +249,7 @@ class Decoder:
         first, stop = torch.tensor([firsts, stops], device=device)[:, :, None]
         options: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:
-            # A padded place needs some position, and one that the model has.
+            # Padding needs a position, too, and one that the model has.
             last = torch.tensor([place - 1 for place in stops], device=device)[:, None] - first
             options["position_ids"] = (places[columns:] - first).clamp(min=0).minimum(last)
         if self._keeps_logits:
@@ -261,11 +270,11 @@ class Decoder:
 def _free_tokens(model: PreTrainedModel) -> int:
     if model.device.type != "cpu":
         return FREE_TOKENS
-    return max(FREE_TOKENS_OF_CPU, FREE_TOKENS_TIMES_PARAMETERS_OF_CPU // int(model.num_parameters()))
+    return max(FREE_TOKENS_ON_CPU, FREE_TOKENS_TIMES_PARAMETERS_ON_CPU // int(model.num_parameters()))
 
 
 def _worthwhile(lengths: Sequence[int]) -> int:
-    """How many drafted tokens are checked at once: as many as keep at least half of the batch's places filled."""
+    """Number of draft tokens to check at once: as many as keep at least half of the batch's places filled."""
     most = min(max(lengths), MAX_CHECKED_TOKENS // len(lengths))
     for width in range(most, 0, -1):
         if 2 * sum(min(length, width) for length in lengths) >= width * len(lengths):
@@ -273,15 +282,193 @@ def _worthwhile(lengths: Sequence[int]) -> int:
     return 0
 
 
+class LookupCache:
+    """Earlier responses of models with the same tokenizer, where draft tokens are looked up.
+
+    Any number of models and prompts may share it. It changes how soon responses come and, where two tokens nearly tie
+    in a model that is not deterministic, which they are.
+    """
+
+    def __init__(self) -> None:
+        self._responses: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self._following: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+
+    def remember(self, prompt: Sequence[int], response: Sequence[int]) -> None:
+        """Keep a response, the most recent first; a known one moves to the front."""
+        known = self._responses.setdefault(tuple(prompt), [])
+        tokens = tuple(response)
+        if tokens in known:
+            known.remove(tokens)
+        else:
+            padded = (_START,) * CONTEXT + tokens
+            for position, token in enumerate(tokens):
+                self._following[padded[position : position + CONTEXT]][token] += 1
+        known.insert(0, tokens)
+        del known[MAX_RESPONSES:]
+
+    def propose(self, prompt: Sequence[int], response: Sequence[int], max_ngram: int) -> list[int]:
+        """Draft how a response to a prompt goes on, in token ids.
+
+        The rest of an earlier response to the same prompt that began alike; or else the tokens that mostly followed
+        the last few in any response, at most `max_ngram` of them.
+        """
+        said = tuple(response)
+        for draft in self._responses.get(tuple(prompt), ()):
+            if len(draft) > len(said) and draft[: len(said)] == said:
+                return list(draft[len(said) :])
+        return self._continue(((_START,) * CONTEXT + said)[-CONTEXT:], max_ngram)
+
+    def _continue(self, context: tuple[int, ...], max_ngram: int) -> list[int]:
+        draft: list[int] = []
+        chance = 1.0
+        while len(draft) < max_ngram and context in self._following:
+            counts = self._following[context]
+            token, count = counts.most_common(1)[0]
+            # Seen once, it may well have been chance.
+            chance *= count / (counts.total() + 1)
+            if chance < MIN_CHANCE:
+                break
+            draft.append(token)
+            context = (*context[1:], token)
+        return draft
+
+
+def is_batchable(model: PreTrainedModel) -> bool:
+    """Whether a model's only memory of a text is the keys and values of its tokens, one row for each text.
+
+    Recurrent and convolution states cannot take a token back, and a model that prepares its inputs in its own way may
+    need what only its `generate` gives.
+    """
+    kind = type(model)
+    if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
+        return False
+    for name in (
+        "prepare_inputs_for_generation",
+        "_update_model_kwargs_for_generation",
+        "_prepare_cache_for_generation",
+    ):
+        if getattr(kind, name, None) is not getattr(GenerationMixin, name, None):
+            return False
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+class RowLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer, `[rows, heads, columns, width]`, at the front of buffers with room to grow.
+
+    A sliding window is left to the attention mask: a column that is taken back uncovers an older one.
+    """
+
+    is_croppable = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._columns = 0
+        self._buffers = [_buffer(states, states.shape[0], states.shape[2]) for states in (key_states, value_states)]
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, stop = self._columns, self._columns + key_states.shape[2]
+        for index, states in enumerate((key_states, value_states)):
+            if stop > self._buffers[index].shape[2]:
+                wider = _buffer(states, states.shape[0], stop)
+                wider[:, :, :start] = self._buffers[index][:, :, :start]
+                self._buffers[index] = wider
+            self._buffers[index][:, :, start:stop] = states
+        self.keep(stop)
+        return self.keys, self.values
+
+    def replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace all keys and values by copies of others."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._buffers = [_buffer(states, states.shape[0], states.shape[2]) for states in (keys, values)]
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[:, :, : states.shape[2]] = states
+        self.keep(keys.shape[2])
+
+    def keep(self, columns: int) -> None:
+        """Forget all columns but the first ones."""
+        self._columns = columns
+        self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
+
+
+class RowCache(Cache):  # type: ignore[misc]
+    """The key-value cache of a batch, whose rows can leave, join and take tokens back.
+
+    Each row's tokens stand together at its right end, and the columns to their left are masked: the distances between
+    columns stay those between tokens, as sliding windows and ALiBi need them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=RowLayer)
+
+    @property
+    def columns(self) -> int:
+        """Number of columns, masked ones included."""
+        return int(self.get_seq_length()) if self.layers else 0
+
+    def copy(self) -> RowCache:
+        """Return another cache with the same content."""
+        other = RowCache()
+        for layer in self.layers:
+            theirs = RowLayer()
+            theirs.replace(layer.keys, layer.values)
+            other.layers.append(theirs)
+        return other
+
+    def arrange(self, rows: list[int], stops: list[int], columns: int) -> None:
+        """Keep some rows, in any order and number, each up to a column of its own.
+
+        Args:
+            rows: Indices to keep; one may come several times.
+            stops: For each, the column after its last token, which becomes the end.
+            columns: Least number of columns to keep.
+        """
+        if not self.layers:
+            return
+        if rows == list(range(self.layers[0].keys.shape[0])) and set(stops) == {stops[0]}:
+            # Something has to go at the right end only; what is too much at the left end is masked.
+            for layer in self.layers:
+                layer.keep(stops[0])
+            return
+        device = self.layers[0].device
+        chosen = torch.tensor(rows, device=device)
+        alike = len(set(stops)) == 1
+        places = (torch.tensor(stops, device=device)[:, None] - columns + torch.arange(columns, device=device)).clamp(0)
+        for layer in self.layers:
+            pair = []
+            for states in (layer.keys, layer.values):
+                if alike:
+                    pair.append(states[:, :, stops[0] - columns : stops[0]].index_select(0, chosen))
+                else:
+                    pair.append(states[chosen[:, None], :, places].transpose(1, 2))
+            layer.replace(*pair)
+
+    def join(self, other: RowCache) -> None:
+        """Put the rows of another cache below these."""
+        columns = max(self.columns, other.columns)
+        for layer, theirs in zip(self.layers, other.layers, strict=True):
+            pair = []
+            for ours, others in ((layer.keys, theirs.keys), (layer.values, theirs.values)):
+                # Zeros, because masked values must still be numbers.
+                wide = [
+                    torch.nn.functional.pad(states, (0, 0, columns - states.shape[2], 0)) for states in (ours, others)
+                ]
+                pair.append(torch.cat(wide))
+            layer.replace(*pair)
+
+
+def _buffer(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return like.new_empty((rows, like.shape[1], columns + ROOM, like.shape[3]))
+
+
 T = TypeVar("T")
 R = TypeVar("R")
-
-# Where no size was given: what is tried first, and what fixed pieces of prompts are made of.
-FIRST = 8
-PIECE = 32
-LARGEST = 1024
-# A doubled batch has to do this much more in a second, or doubling ends.
-GAIN = 1.1
 
 
 class DoesNotFit(UsageError):
@@ -289,23 +476,22 @@ class DoesNotFit(UsageError):
 
 
 class BatchSize:
-    """How many prompts are asked at once: halved, for good, when a batch does not fit in memory.
+    """Number of prompts at once: halved for good when a batch does not fit in memory.
 
     Attributes:
-        limit: The largest number at present, where one was fixed; else what fixed pieces of prompts are made of, 32
-            or what a shortage of memory left of it.
-        size: How many at once now; below a fixed limit never anything but it, else found by doubling.
+        limit: The fixed number, or else the size of pieces of prompts, 32; less after a shortage of memory.
+        size: The current number: the fixed one, or else found by doubling.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        """With a fixed limit, or, for None, a size that is found by doubling."""
+        """Fix the size, or find it by doubling for None."""
         self.limit = PIECE if limit is None else limit
         self.size = FIRST if limit is None else limit
         self._doubling = limit is None
         self._last_rate = 0.0
 
     def map(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> Iterator[R]:
-        """The results of `work` for batches of `items`, in order.
+        """Yield the results of `work` for batches of `items`, in order.
 
         Raises:
             DoesNotFit: If a single item does not fit.
@@ -333,7 +519,7 @@ class BatchSize:
             raise DoesNotFit("one prompt alone does not fit in the device's memory beside the model") from error
 
     def halve(self, number: int) -> None:
-        """From now on at most half of a number that did not fit; call it outside the handler of the error."""
+        """Allow at most half of a number that did not fit; call it outside the handler of the error."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.size = number // 2
@@ -342,7 +528,7 @@ class BatchSize:
         LOG.warning("a batch of %d does not fit in memory; %d from now on", number, self.size)
 
     def observe(self, number: int, seconds: float) -> None:
-        """Learn from one batch how long it took; the size doubles while that pays and memory is left."""
+        """Learn from the time of one batch; the size doubles while that pays and memory is left."""
         if not self._doubling or number < self.size:
             return
         rate = number / max(seconds, 1e-9)
@@ -354,7 +540,7 @@ class BatchSize:
 
 
 def _memory_for_double() -> bool:
-    """Whether the free memory is more than all that is in use by tensors beside it: then twice the batch fits."""
+    """Whether enough memory is free for twice the batch: a quarter of all of it."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         reusable = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
@@ -364,71 +550,3 @@ def _memory_for_double() -> bool:
     except (ValueError, OSError, AttributeError):
         return True
     return available > 0.25
-
-
-# Responses kept for each prompt: candidates of a search often say what some earlier one said.
-MAX_RESPONSES = 16
-# How many tokens say where one is in a response: fewer guess more often, more guess better.
-CONTEXT = 3
-# A token is not guessed if it, and all that were guessed before it, would be right less often than this.
-MIN_CHANCE = 0.6
-_START = -1
-
-
-class Drafts:
-    """A memory of responses, as token ids with their end token, of models with the same tokenizer.
-
-    It may be shared by any number of models and prompts. What it holds changes how soon responses come and, where two
-    tokens nearly tie in a model that is not `steady`, what they are.
-    """
-
-    def __init__(self) -> None:
-        self._responses: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        self._following: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-
-    def remember(self, prompt: Sequence[int], response: Sequence[int]) -> None:
-        """Keep a response, the most recent first; one that was known already only moves to the front."""
-        known = self._responses.setdefault(tuple(prompt), [])
-        tokens = tuple(response)
-        if tokens in known:
-            known.remove(tokens)
-        else:
-            padded = (_START,) * CONTEXT + tokens
-            for position, token in enumerate(tokens):
-                self._following[padded[position : position + CONTEXT]][token] += 1
-        known.insert(0, tokens)
-        del known[MAX_RESPONSES:]
-
-    def propose(self, prompt: Sequence[int], response: Sequence[int], max_guess: int) -> list[int]:
-        """A guess at how a response to a prompt goes on.
-
-        The rest of an earlier response to the prompt that began alike; where there is none, the tokens that mostly
-        followed the last few in any response.
-
-        Args:
-            prompt: Token ids.
-            response: What was said so far; may be empty.
-            max_guess: How long a guess may be that no earlier response to the same prompt supports.
-
-        Returns:
-            Any number of token ids.
-        """
-        said = tuple(response)
-        for draft in self._responses.get(tuple(prompt), ()):
-            if len(draft) > len(said) and draft[: len(said)] == said:
-                return list(draft[len(said) :])
-        return self._continue(((_START,) * CONTEXT + said)[-CONTEXT:], max_guess)
-
-    def _continue(self, context: tuple[int, ...], max_guess: int) -> list[int]:
-        guess: list[int] = []
-        chance = 1.0
-        while len(guess) < max_guess and context in self._following:
-            counts = self._following[context]
-            token, count = counts.most_common(1)[0]
-            # What was seen once may well have been chance.
-            chance *= count / (counts.total() + 1)
-            if chance < MIN_CHANCE:
-                break
-            guess.append(token)
-            context = (*context[1:], token)
-        return guess

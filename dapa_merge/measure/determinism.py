@@ -1,6 +1,7 @@
-"""Arithmetic that rounds alike however many tokens and texts are run at once, so that drafts change nothing.
+"""Arithmetic of 16-bit models on a CPU: deterministic for any batch, and fast without 16-bit instructions.
 
-Linear layers of 16-bit models on processors that cannot multiply 16-bit numbers.
+Deterministic here means batch-invariant: a token is rounded alike however many tokens and texts run at once, so that
+speculative decoding changes nothing.
 """
 
 from __future__ import annotations
@@ -22,41 +23,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# The plain attention holds some numbers for each two tokens of a text, and the fused ones do not.
+# Eager attention, unlike the fused one, holds numbers for every pair of a text's tokens.
 MAX_TOKENS = 512
-# So many tokens at once are tried.
+# Numbers of tokens with which a linear layer is tried.
 NUMBERS = (1, 2, 3, 16)
-NAME = "dapa_steady"
-PLAIN = "eager_attention_forward"
+NAME = "dapa_deterministic"
+EAGER = "eager_attention_forward"
 
 
-def is_steady(model: PreTrainedModel, num_tokens: int) -> bool:
-    """Whether what a model says does not depend on how many tokens are run at once, as far as can be told.
+def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
+    """Whether a model's choices are independent of how many tokens run at once, as far as can be told.
 
-    In float32 the difference is too small to decide between two tokens but by an accident of one in a million. In 16
-    bits some tokens tie. There a CPU rounds each token by itself in linear layers that are not large, which is tried,
-    but not in attention, which `steady` replaces. Experts and accelerators are not trusted. (In a few architectures
-    another number of texts, not of tokens, still rounds layers that are slices of one matrix otherwise.)
-
-    Args:
-        model: A model.
-        num_tokens: Of the longest text, with its response.
+    In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There a
+    CPU rounds each token by itself in linear layers that are not large, which is tried, but not in attention, which
+    `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few architectures another number
+    of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens` is the length of the
+    longest text, response included.
     """
     if model.dtype == torch.float32:
         return True
-    if model.device.type != "cpu" or num_tokens > MAX_TOKENS or not _is_plain(model):
+    if model.device.type != "cpu" or num_tokens > MAX_TOKENS or not _is_replaceable(model):
         return False
     layers = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     return all(_layer_repeats(shape, model.dtype, torch.get_num_threads()) for shape in layers)
 
 
 @contextmanager
-def steady(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
-    """Let a model that `is_steady` in 16 bits attend in float64, for the length of a `with` block.
+def deterministic_attention(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
+    """Let a 16-bit model that `is_deterministic` attend in float64, for the length of a `with` block.
 
-    Sums in another order, such as with other empty places before a text, then round alike.
+    Sums in another order, such as with more padding before a text, then round alike.
     """
-    if model.dtype == torch.float32 or not is_steady(model, num_tokens):
+    if model.dtype == torch.float32 or not is_deterministic(model, num_tokens):
         yield
         return
     before = model.config._attn_implementation
@@ -79,46 +77,46 @@ def _attend(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model's own plain attention, of float64."""
-    plain = getattr(sys.modules[type(module).__module__], PLAIN)
+    """The model's own eager attention, in float64."""
+    eager = getattr(sys.modules[type(module).__module__], EAGER)
     mask = None if attention_mask is None else attention_mask.double()
-    attended, weights = plain(module, query.double(), key.double(), value.double(), mask, **options)
+    attended, weights = eager(module, query.double(), key.double(), value.double(), mask, **options)
     return attended.to(query.dtype), weights
 
 
-def _is_plain(model: PreTrainedModel) -> bool:
-    """Whether a model's attention can be replaced, and no weights but those of linear layers are summed over."""
+def _is_replaceable(model: PreTrainedModel) -> bool:
+    """Whether a model's attention can be replaced, and only linear layers sum over weights."""
     if not model._can_set_attn_implementation() or any(parameter.dim() > 2 for parameter in model.parameters()):
         return False
     kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
-    return bool(kinds) and all(hasattr(sys.modules[kind.__module__], PLAIN) for kind in kinds)
+    return bool(kinds) and all(hasattr(sys.modules[kind.__module__], EAGER) for kind in kinds)
 
 
 @functools.cache
 def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int) -> bool:
-    """Whether a linear layer gives a token the same bits whatever other tokens are beside it."""
+    """Whether a linear layer gives a token the same bits whatever other tokens run with it."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(max(NUMBERS), shape[1], generator=generator).to(dtype)
     layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
-    with torch.no_grad(), widened(layer):
+    with torch.no_grad(), upcast_linear(layer):
         expected = layer(states)
         return all(torch.equal(layer(states[:number]), expected[:number]) for number in NUMBERS)
 
 
-# Below so many tokens, torch's own kernel reads a 16-bit weight faster than it can be widened.
+# With fewer tokens, torch's own kernel reads a 16-bit weight faster than it can be widened.
 MIN_TOKENS = 4
-# Weights are widened in pieces of so many numbers: a whole output layer would take gigabytes.
+# Weights are upcast in pieces of so many numbers: a whole output layer would take gigabytes.
 PIECE = 1 << 24
 
 
 @contextmanager
-def widened(model: PreTrainedModel) -> Iterator[None]:
+def upcast_linear(model: PreTrainedModel) -> Iterator[None]:
     """Let a CPU without 16-bit arithmetic multiply in float32, for the length of a `with` block.
 
-    torch's kernels for 16-bit matrices on such a CPU are some ten times slower than those for float32, to which a
-    weight is widened exactly, a layer at a time. As in those kernels sums are made in float32 and rounded to 16 bits
-    once; only the order of the sums differs, as it does between batch sizes. Models that need none of this are left
-    alone. Weights may be changed within the block: nothing widened is kept.
+    torch's kernels for 16-bit matrices on such a CPU are about ten times slower than those for float32, to which a
+    weight is upcast exactly, one layer at a time. As in those kernels, sums are in float32 and rounded to 16 bits once;
+    only their order differs, as it does between batch sizes. Other models are left alone. Weights may be changed within
+    the block: no upcast copy is kept.
     """
     layers = [
         module
@@ -128,14 +126,14 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
     try:
         for layer in layers:
             # On the instance, before the class's.
-            layer.__dict__["forward"] = _Widened(layer)
+            layer.__dict__["forward"] = _UpcastLinear(layer)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-class _Widened:
+class _UpcastLinear:
     def __init__(self, layer: torch.nn.Linear) -> None:
         self._layer = layer
 

@@ -31,8 +31,8 @@ from dapa_merge.measure.callback import (
     known_callbacks,
     load_file,
 )
-from dapa_merge.measure.harness import PREFIX, Harness, parse_task
 from dapa_merge.measure.refusal.classify import Outcome, classify, settle
+from dapa_merge.measure.skills import PREFIX, Harness, parse_task
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 
@@ -95,12 +95,7 @@ RULES = Classifier("refusal", "rules", _by_rules, settle)
 
 
 def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Classifier | Scorer:
-    """Find an evaluator by its name in a recipe.
-
-    Args:
-        name: As a recipe gives it.
-        options: The judge and the evaluator file.
-        searching: Whether a search depends on it, which is worthless once a judge may not be asked any more.
+    """Find an evaluator by its name in a recipe; a search ends when its judge may be asked no more.
 
     Raises:
         UsageError: If there is none, it lacks what it needs, or the user's file cannot be run.
@@ -133,19 +128,14 @@ def find_second_opinion(options: Options) -> Classifier | None:
         UsageError: If the client is not installed, or key or address are missing or invalid.
     """
     judge = _find_judge(options)
-    if judge is None:
-        return None
-    is_told = False
+    told: set[str] = set()
 
-    def classify_by_judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
-        nonlocal is_told
-        judgements = judge.judge(prompts, responses)
-        if judge.fault is not None and not is_told:
-            is_told = True
+    def go_on(judge: Judge) -> None:
+        if judge.fault is not None and not told:
+            told.add(judge.fault)
             LOG.warning("%s; the rest goes on without it", judge.fault)
-        return [judgement.outcome for judgement in judgements]
 
-    return Classifier("judge", judge.identity, classify_by_judge)
+    return None if judge is None else _by_judge(judge, go_on)
 
 
 def _demanded_judge(options: Options, searching: bool) -> Classifier:
@@ -153,8 +143,7 @@ def _demanded_judge(options: Options, searching: bool) -> Classifier:
     if judge is None:
         raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
 
-    def classify_by_judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
-        judgements = judge.judge(prompts, responses)
+    def check(judge: Judge) -> None:
         if judge.fault is not None:
             raise UsageError(judge.fault)
         if searching and judge.is_capped:
@@ -162,6 +151,14 @@ def _demanded_judge(options: Options, searching: bool) -> Classifier:
                 f"the limit of {options.judge_requests} requests to the judge is reached, and the search cannot go on "
                 f"without it; allow more and run again"
             )
+
+    return _by_judge(judge, check)
+
+
+def _by_judge(judge: Judge, check: Callable[[Judge], None]) -> Classifier:
+    def classify_by_judge(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
+        judgements = judge.judge(prompts, responses)
+        check(judge)
         return [judgement.outcome for judgement in judgements]
 
     return Classifier("judge", judge.identity, classify_by_judge)

@@ -112,14 +112,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class SkillFigure:
-    """A model's score in a skill.
-
-    Attributes:
-        name: The skill's.
-        score: Share of right answers, or the harness's metric; in [0, 1].
-        num_questions: Questions asked; 0 if the harness asked them.
-        interval: Of the share, with 95 % confidence; None for a metric of the harness.
-    """
+    """A model's share of right answers in [0, 1], or the harness's metric, which has 0 questions and no interval."""
 
     name: str
     score: Number

@@ -1,4 +1,4 @@
-"""Greedy responses of many prompts: prompts in, responses out, in the order of the prompts."""
+"""Greedy responses to many prompts, in their order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, StoppingCriteria
 
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, Drafts
-from dapa_merge.measure.determinism import is_steady, steady, widened
-from dapa_merge.measure.row_cache import is_understood
+from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
+from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
 from dapa_merge.progress import LOG, advance
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ UNSTABLE_CHARACTERS = 16
 SHOWN_CHARACTERS = 60
 
 Settle = Callable[[str, str], object]
+IsSettled = Callable[[list[int], str], bool]
 
 
 def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,9 +48,9 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The prompt as one user turn of the model's own chat template, ready to be answered; bare if it has none.
+    """Return the prompt as one user turn of the model's chat template, ready to be answered; bare if it has none.
 
-    A model that can think aloud before it answers is asked not to: the answer is what is judged.
+    A model that can think before it answers is asked not to: the answer is what is judged.
     """
     if not tokenizer.chat_template:
         _say_without_template(tokenizer.name_or_path)
@@ -72,18 +72,18 @@ def _say_without_template(name: str) -> None:
 
 
 def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
-    """Raise `CheckpointError` if the model has no embedding for a token; on an accelerator it would crash."""
+    """Raise `CheckpointError` if the model lacks an embedding for a token; an accelerator would crash."""
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     largest = max(map(max, rows))
     if largest >= num_embeddings:
         raise CheckpointError(
-            f"the tokenizer gives token {largest}, but the model has {num_embeddings} embeddings only; "
+            f"the tokenizer gives token {largest}, but the model has only {num_embeddings} embeddings; "
             f"they do not belong together"
         )
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Token ids of a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
+    """Encode a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
     return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
 
 
@@ -103,13 +103,13 @@ def generate(
     max_new_tokens: int,
     batch_size: BatchSize,
     settle: Settle | None = None,
-    drafts: Drafts | None = None,
-    must_repeat: bool = False,
+    lookup: LookupCache | None = None,
+    deterministic: bool = False,
 ) -> list[str]:
     """Answer every prompt greedily, as the model's own `generate` would, but sooner.
 
-    A response is the same whatever else is asked, and whatever the drafts hold, where the model `is_steady`. Elsewhere
-    another number of tokens in a run is rounded otherwise, and may decide a near-tie between two tokens otherwise.
+    If the model `is_deterministic`, a response is the same whatever else is asked and whatever was looked up. Otherwise
+    another number of tokens in a run may decide a near-tie between two tokens otherwise.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
@@ -117,11 +117,11 @@ def generate(
         prompts: User requests, without template.
         max_new_tokens: Responses are cut off here, or where the model's context ends.
         batch_size: How many prompts at once.
-        settle: Given the beginning of a response and its prompt, anything but None if the rest of the response cannot
-            matter: it is then not generated.
-        drafts: What models with this tokenizer said before, and what this one says is added, for speed; None to have
-            every token said in a run of its own.
-        must_repeat: Whether drafts are left alone where they might change a response.
+        settle: Given the beginning of a response and its prompt, returns anything but None if the rest cannot matter;
+            it is then not generated.
+        lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None to
+            give each token a run of its own.
+        deterministic: Whether `lookup` is ignored where it might change a response.
 
     Returns:
         One response per prompt, special tokens removed.
@@ -134,25 +134,25 @@ def generate(
         return []
     rows = _rows(model, tokenizer, prompts, max_new_tokens)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
-    judge = _Settling(tokenizer, settle) if settle is not None else None
+    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
     # Longest first: if a batch is too large for the memory, the first one is.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
-    if is_understood(model):
+    if is_batchable(model):
         decoder = Decoder(
             model,
             ends=_ends(model),
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
-            drafts=None if must_repeat and not is_steady(model, longest) else drafts,
-            is_settled=lambda row: judge is not None and judge(row.tokens, text_of[id(row)]),
+            lookup=None if deterministic and not is_deterministic(model, longest) else lookup,
+            is_settled=lambda row: is_settled is not None and is_settled(row.tokens, text_of[id(row)]),
             finish=lambda _: advance(1, "prompts"),
         )
-        with widened(model), steady(model, longest):
+        with upcast_linear(model), deterministic_attention(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(
-            lambda batch: _generate_plainly(model, tokenizer, batch, judge),
+            lambda batch: _generate_plainly(model, tokenizer, batch, is_settled),
             [(row, text_of[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
@@ -161,14 +161,14 @@ def generate(
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """How many tokens a text of the model's may have; very many if its config does not say."""
+    """Longest text of a model, in tokens; very long if its config does not say."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
 def _rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[BatchRow]:
-    """The prompts as the model reads them, checked; and how long each answer may be."""
+    """Encode and check the prompts, and limit their responses to the model's context."""
     _check_template(tokenizer)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = context_length(model)
@@ -183,7 +183,7 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `CheckpointError` for a chat template that says the same whatever it is given."""
+    """Raise `CheckpointError` for a chat template that ignores the prompt."""
     if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
         raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
 
@@ -191,7 +191,7 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         which = f"prompt {number} of {len(ids)}"
-        # By its number alone it could not be found: prompts come from several files, and each but once.
+        # A number alone would not find it: prompts come from several files, and each counts once.
         beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
         if not tokens:
             raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
@@ -202,34 +202,19 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
             )
 
 
-class _Settling:
-    """Whether a response's verdict is certain."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settle: Settle) -> None:
-        self._tokenizer = tokenizer
-        self._settle = settle
-        # By the list that holds a response, which lives as long as the response is generated.
-        self._asked_at: dict[int, int] = {}
-
-    def __call__(self, tokens: list[int], prompt: str) -> bool:
-        if len(tokens) < self._asked_at.get(id(tokens), 0) + SETTLE_EVERY:
-            return False
-        self._asked_at[id(tokens)] = len(tokens)
-        return self.is_settled(tokens, prompt)
-
-    def is_settled(self, tokens: list[int], prompt: str) -> bool:
-        """Whether the verdict on a response that begins with these tokens is certain."""
-        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
-        # The next token may yet change the last word: its apostrophe or full stop may take a space away.
-        beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
-        return bool(beginning) and self._settle(beginning, prompt) is not None
+def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
+    """Whether the verdict on a response that begins with these tokens is certain."""
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+    # The next token may yet change the last word: its apostrophe or full stop may take a space away.
+    beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
+    return bool(beginning) and settle(beginning, prompt) is not None
 
 
 class _AllSettled(StoppingCriteria):  # type: ignore[misc]
     """Ends rows of the model's own `generate` whose verdict is certain."""
 
-    def __init__(self, judge: _Settling, prompts: Sequence[str], start: int) -> None:
-        self._judge = judge
+    def __init__(self, is_settled: IsSettled, prompts: Sequence[str], start: int) -> None:
+        self._is_settled = is_settled
         self._prompts = prompts
         self._start = start
 
@@ -237,10 +222,7 @@ class _AllSettled(StoppingCriteria):  # type: ignore[misc]
         said = input_ids[:, self._start :].tolist()
         due = len(said[0]) % SETTLE_EVERY == 0
         return torch.tensor(
-            [
-                due and self._judge.is_settled(tokens, prompt)
-                for tokens, prompt in zip(said, self._prompts, strict=True)
-            ],
+            [due and self._is_settled(tokens, prompt) for tokens, prompt in zip(said, self._prompts, strict=True)],
             device=input_ids.device,
         )
 
@@ -250,18 +232,18 @@ def _generate_plainly(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[BatchRow, str]],
-    judge: _Settling | None,
+    is_settled: IsSettled | None,
 ) -> list[list[int]]:
-    """What `Decoder` does, for models whose memory of a text it does not understand."""
+    """Do what `Decoder` does, for models with another memory than keys and values."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
     start = inputs["input_ids"].shape[1]
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        # Of the batch's first, which is its longest.
+        # Of the batch's first, which has the longest prompt.
         max_new_tokens=batch[0][0].limit,
-        stopping_criteria=None if judge is None else [_AllSettled(judge, [prompt for _, prompt in batch], start)],
+        stopping_criteria=is_settled and [_AllSettled(is_settled, [prompt for _, prompt in batch], start)],
     )
     advance(len(batch), "prompts")
     return [list(tokens) for tokens in output[:, start:].tolist()]

@@ -66,12 +66,8 @@ class Judge:
     """Judges responses; never pays twice for the same pair of prompt and response.
 
     `model` is its name at the endpoint `url` (None: OPENAI_BASE_URL, or else the client's own). At most `max_requests`
-    HTTP requests are sent in all, retries and redirects included. `say` is told of long waits and the like.
-
-    Attributes:
-        fault: Why it is asked no more, as a sentence; None while it is asked.
-        is_capped: Whether a pair was left out because of the limit of requests.
-        num_requests: How many requests were sent so far.
+    HTTP requests are sent in all, retries and redirects included. `say` is told of long waits and the like. `fault` is
+    a sentence once it is asked no more; `is_capped` tells whether the limit of requests left a pair out.
     """
 
     def __init__(

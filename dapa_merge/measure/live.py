@@ -1,10 +1,7 @@
-"""One resident target whose units are swapped for the source's and put back, bit for bit.
+"""One resident target to which selections are applied in place, and undone bit for bit.
 
-The source is never loaded: its tensors are read from their files when a selection asks for them, and what they replace
-is read back from the target's files, so that no second copy of a weight is held. Both are done in place, so that no
-memory is allocated on the model's device beyond one tensor at a time.
-
-A target that is loaded when it is first needed, and stays until it is closed.
+The source is never loaded: its tensors are read from their files when a selection needs them, and the target's own are
+read back from its files. So no second copy of a weight is held, and the device needs memory for one more tensor only.
 """
 
 from __future__ import annotations
@@ -46,12 +43,12 @@ if TYPE_CHECKING:
     from dapa_merge.plan.plan import Plan
 
 
-# Classes of transformers whose weights were trained for something else than to go on with a text.
+# Classes of transformers whose weights were trained for something else than continuing a text.
 OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """A device by name; `auto` is the accelerator that torch can use, if there is one, else the CPU.
+    """Return a device by name; `auto` is torch's accelerator, or else the CPU.
 
     Raises:
         UsageError: If torch has no such device here.
@@ -60,12 +57,12 @@ def choose_device(device: str = "auto") -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        # One real number there and back, which a device without data (`meta`) cannot do.
+        # A device without data (`meta`) cannot give a number back.
         value = torch.ones(1, device=device)
         value.item()
         return value.device
     except Exception as error:
-        # Backends that are not installed fail in ways of their own.
+        # Each backend that is not installed fails in its own way.
         raise UsageError(f"device {device!r} cannot be used here: {one_line(error)}") from error
 
 
@@ -74,7 +71,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
 
     Raises:
         CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
-        HubError: If some of its weights have to be fetched, and the Hub does not give them.
+        HubError: If weights have to be fetched, and the Hub does not give them.
         UsageError: If it does not fit in the device's memory.
     """
     checkpoint = checkpoint.whole()
@@ -98,30 +95,30 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     except torch.OutOfMemoryError as error:
         raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
     except Exception as error:
-        # Whatever a damaged or foreign folder makes transformers raise; there is no common class.
+        # What a damaged or foreign folder makes transformers raise has no common class.
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             raise CheckpointError(
-                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and transformers "
-                f"would make them up: {names[0]}"
+                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, so that "
+                f"transformers would make them up: {names[0]}"
             )
     model.eval().requires_grad_(False)
     return model, tokenizer
 
 
 def _loader(checkpoint: Checkpoint) -> Any:
-    """What loads a checkpoint as a model that goes on with a text, alone or beside images.
+    """Return the auto class that loads a checkpoint to continue texts, alone or beside images.
 
-    An encoder that fills gaps, such as BERT's, would be loaded without a word, and then answer with noise.
+    An encoder such as BERT would load silently, and then answer with noise.
 
     Raises:
-        CheckpointError: If it is no such model, or transformers does not know it.
+        CheckpointError: If it is another kind of model, or transformers does not know it.
     """
     model_type = checkpoint.config.get("model_type")
     if model_type is not None and model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"transformers {transformers_version} cannot load {checkpoint.name}: it knows no models of the type "
+            f"transformers {transformers_version} cannot load {checkpoint.name}: it does not know the model type "
             f"{model_type!r}; a newer transformers may (code that comes with a model is never run)"
         )
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -134,19 +131,19 @@ def _loader(checkpoint: Checkpoint) -> Any:
     if config.is_encoder_decoder or loader is None or (architectures and all(map(OTHER_HEADS.search, architectures))):
         raise CheckpointError(
             f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
-            "(...ForCausalLM), alone or with a tower for images, can be asked"
+            "(...ForCausalLM), alone or with a tower for images, can be measured"
         )
     return loader
 
 
 class Slot(NamedTuple):
-    """Where a part of a unit is in the model, and where its values are on disk.
+    """A part of a unit in the model, and the place of its values on disk.
 
     Attributes:
         unit: The unit.
         parameter: The model's parameter.
-        slices: Which of it.
-        regions: By model, the same values.
+        slices: The part of the parameter.
+        regions: The same part on disk, by model.
     """
 
     unit: Unit
@@ -159,9 +156,9 @@ class LiveModel:
     """The target in memory, for as long as a search lasts.
 
     Attributes:
-        model: The target, in evaluation mode; with `transplanted`, the candidate.
+        model: The target, in evaluation mode; within `transplanted`, the candidate.
         tokenizer: The target's.
-        plan: Where the units of both models lie on disk.
+        plan: Locates the units of all models on disk.
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
@@ -177,7 +174,7 @@ class LiveModel:
         self._changed: set[Unit] = set()
 
     def _find_twins(self) -> dict[Unit, Unit]:
-        """For each whole unit, the model's, whose parameters may be fused and named otherwise than in files."""
+        """Map each whole unit to the model's own, whose parameters may be fused and named otherwise than in files."""
         kind = type(self.model).__name__
         modules = tuple(dict.fromkeys(unit.module for unit in self.plan.units))
         try:
@@ -197,7 +194,7 @@ class LiveModel:
         return twins
 
     def slots(self, units: Iterable[Unit]) -> Iterator[Slot]:
-        """The boxes of the model's parameters that units live in, and where their values are on disk."""
+        """Yield the parts of units in the model's parameters, and the places of their values on disk."""
         for unit in units:
             twin = replace(self._twins[unit.whole], rows=unit.rows)
             for part, regions in zip(twin.parts, self.plan.regions((unit,)), strict=True):
@@ -218,7 +215,7 @@ class LiveModel:
             raise RuntimeError("a selection is transplanted already; leave its `with` block first")
         try:
             for unit in selection:
-                # Before the first byte: a swap that breaks off is undone like a finished one.
+                # Before the first byte: an unfinished change is undone like a finished one.
                 self._changed.add(unit)
                 for slot in self.slots((unit,)):
                     self._put(slot, self._new_values(slot))
@@ -231,7 +228,7 @@ class LiveModel:
                 self._changed.remove(unit)
 
     def _new_values(self, slot: Slot) -> torch.Tensor:
-        """What is written in a slot's place, as the target stores it."""
+        """Compute a slot's new values in the target's dtype."""
         plan = self.plan
         values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.edit.inputs}
         # A model may store one expert with a dimension of its own.
@@ -245,7 +242,7 @@ class LiveModel:
             box.copy_(values.reshape(box.shape))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._parameters = {}
         del self.model
         gc.collect()
@@ -254,27 +251,23 @@ class LiveModel:
 
 
 def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]:
-    """The units of a model in memory, whose parameters may be fused and named otherwise than in files.
-
-    Raises:
-        CheckpointError: As `find_units` does.
-    """
+    """Find the units of a model in memory; raises `CheckpointError` as `find_units` does."""
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     parameters = model.named_parameters(remove_duplicate=False)
     return find_units(config, {name: tuple(parameter.shape) for name, parameter in parameters}, modules)
 
 
 def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
-    """A region's values as stored, mapped rather than read: the pages are the file cache's, not ours.
+    """Map a region's values as stored: its pages belong to the file cache, not to this process.
 
     Returns:
-        A view of the region's shape, that is not to be written to.
+        A view of the region's shape, not to be written to.
     """
     tensor = region.tensor
     checkpoint.ensure_all((tensor.file, first, first + num_bytes) for first, num_bytes in region.runs())
     start = tensor.start - tensor.start % mmap.ALLOCATIONGRANULARITY
     with checkpoint.open(tensor.file, tensor.start, tensor.start) as file:
-        # Private and writable, because torch warns of memory that is not; nobody writes to it.
+        # Private and writable, because torch warns of read-only memory; nothing writes to it.
         mapped = mmap.mmap(file.fileno(), tensor.stop - start, access=mmap.ACCESS_COPY, offset=start)
     values = torch.frombuffer(mapped, dtype=torch.uint8, offset=tensor.start - start)
     return values.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)[region.slices()]
@@ -285,31 +278,22 @@ def _extents(part: TensorBox) -> list[int]:
 
 
 class Resident:
-    """Owns a live target.
-
-    Attributes:
-        plan: Target and source.
-        device: Where the target is asked.
-    """
+    """Owns a live target, which is loaded when it is first needed and stays until `close`."""
 
     def __init__(self, plan: Plan, device: torch.device, on_load: Callable[[], None] = lambda: None) -> None:
-        """Loads nothing yet; `on_load` is called before that is done."""
+        """Load nothing yet; `on_load` is called just before."""
         self.plan = plan
         self.device = device
         self._on_load = on_load
 
     @cached_property
     def live(self) -> LiveModel:
-        """The resident target.
-
-        Raises:
-            CheckpointError: If it cannot be loaded.
-        """
+        """The resident target; raises `CheckpointError` if it cannot be loaded."""
         self._on_load()
         return LiveModel(self.plan, self.device)
 
     def close(self) -> None:
-        """Give the target's memory back, if it was ever loaded."""
+        """Free the target's memory, if it was loaded."""
         if "live" in self.__dict__:
             self.live.close()
             del self.__dict__["live"]

@@ -18,12 +18,12 @@ from dapa_merge.checkpoint.location import parse_location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
-from dapa_merge.measure.decode import BatchSize, Drafts
+from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
 from dapa_merge.measure.figures import Figures, Response, SkillFigure
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
-from dapa_merge.measure.perplexity import Reading, read
+from dapa_merge.measure.perplexity import Reading, read_passages
 from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, load_skills, skill_figure
@@ -52,8 +52,8 @@ class Meter:
         batch_size: How many prompts at once.
         classifiers: Judge the responses; the outcomes of the first one are the figures.
         stops_early: Whether a response ends where the first classifier's outcome is settled.
-        drafts: What such models said before; None to have every token said in a run of its own.
-        must_repeat: Whether figures may depend on nothing that was asked before, at whatever cost of time.
+        lookup: Earlier responses of such models, for speculative decoding; None to do without.
+        deterministic: Whether figures may not depend on what was asked before, at whatever cost of time.
         scorer: Scores a model as a whole, besides.
         text: What perplexity is taken of; None for the passages of the prompt set.
         skills: Further tests.
@@ -64,8 +64,8 @@ class Meter:
     batch_size: BatchSize
     classifiers: tuple[Classifier, ...] = (RULES,)
     stops_early: bool = False
-    drafts: Drafts | None = None
-    must_repeat: bool = False
+    lookup: LookupCache | None = None
+    deterministic: bool = False
     scorer: Scorer | None = None
     text: Text | None = None
     skills: tuple[Skill, ...] = ()
@@ -98,8 +98,8 @@ class Measurement:
             max_new_tokens=meter.max_new_tokens,
             batch_size=meter.batch_size,
             settle=meter.classifiers[0].settle if meter.stops_early and not whole else None,
-            drafts=meter.drafts,
-            must_repeat=meter.must_repeat,
+            lookup=meter.lookup,
+            deterministic=meter.deterministic,
         )
 
     @cached_property
@@ -159,7 +159,7 @@ class Measurement:
     def _reading(self) -> Reading:
         text = self._meter.text
         passages = self._meter.prompts.passages if text is None else text.passages
-        found = read(
+        found = read_passages(
             self._candidate.model,
             self._candidate.tokenizer,
             passages,
@@ -221,7 +221,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
         BatchSize(recipe.batch_size),
         classifiers=(classifier,),
         stops_early=True,
-        drafts=Drafts(),
+        lookup=LookupCache(),
         scorer=evaluator if isinstance(evaluator, Scorer) else None,
     )
 
@@ -269,8 +269,8 @@ def make_meter(
         max_new_tokens or max(one.max_new_tokens for one in classifiers.values()),
         BatchSize(batch_size),
         classifiers=tuple(classifiers.values()),
-        drafts=Drafts(),
-        must_repeat=True,
+        lookup=LookupCache(),
+        deterministic=True,
         scorer=found if isinstance(found, Scorer) else None,
         text=_text(prompts, text),
         skills=skills_of(prompts, skills),
@@ -328,13 +328,7 @@ def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int 
 
 
 def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
-    """Measure one model in full.
-
-    Args:
-        model: A folder or a Hub id, also `id@revision`.
-        prompts: Name of the prompt set.
-        options: Where and how to measure.
-        settings: Further arguments of `make_meter`.
+    """Measure one model, a folder or Hub id, in full; `settings` are further arguments of `make_meter`.
 
     Raises:
         DapaError: If it cannot be read, loaded or asked.

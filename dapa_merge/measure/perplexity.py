@@ -1,7 +1,4 @@
-"""Perplexity of a model on texts of any length.
-
-How likely a model finds given tokens, teacher-forced; differentiable.
-"""
+"""Likelihood of given tokens (teacher-forced, differentiable), and the perplexity of texts of any length."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.determinism import upcast_linear
 from dapa_merge.measure.generate import check_ids, prompt_ids
 
 if TYPE_CHECKING:
@@ -25,34 +22,18 @@ if TYPE_CHECKING:
 
 WINDOW = 2048
 STRIDE = 512
-# Tokens of all windows of a batch: whoever fixed a batch size thought of short prompts.
+# Tokens in all windows of a batch: a fixed batch size is meant for short prompts.
 MAX_BATCH_TOKENS = 16_384
 
 
 class Reading(NamedTuple):
-    """What a model made of passages: their perplexity, and whether only their first tokens were read."""
+    """The perplexity of passages, and whether only their first tokens were read."""
 
     perplexity: float
     is_cut: bool
 
 
-def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    passages: Sequence[Question],
-    *,
-    batch_size: BatchSize,
-    window: int | None = None,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-) -> float:
-    """The perplexity of what `read` reads; the arguments are its own."""
-    return read(
-        model, tokenizer, passages, batch_size=batch_size, window=window, stride=stride, max_tokens=max_tokens
-    ).perplexity
-
-
-def read(
+def read_passages(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     passages: Sequence[Question],
@@ -62,21 +43,21 @@ def read(
     stride: int | None = None,
     max_tokens: int | None = None,
 ) -> Reading:
-    """The exponential of the mean negative log-likelihood per counted token, over all passages together.
+    """Return the exponential of the mean negative log-likelihood per counted token, over all passages together.
 
-    A passage without a prompt is plain text, read in windows: each of its tokens but the first is counted exactly
-    once, given all tokens before it in its window, at least one. This is the strided computation that transformers
-    documents for models of fixed length, with the mean over tokens, not over windows. A passage with a prompt is a
-    chat: its answer is counted, given the prompt in the chat template, and cut off at the window.
+    A passage without a prompt is plain text, read in windows: each token but the first is counted exactly once, given
+    all tokens before it in its window, at least one. This is the strided computation that transformers documents for
+    models of fixed length, with the mean over tokens, not over windows. A passage with a prompt is a chat: its answer
+    is counted, given the prompt in the chat template, and cut off at the window.
 
     Args:
         model: Any causal language model.
         tokenizer: Its own.
-        passages: What is read.
-        batch_size: At most how many windows at once.
+        passages: Texts, or prompts with answers.
+        batch_size: Most windows at once.
         window: Tokens that the model sees at once, at least 2; None for its context length, at most 2048.
-        stride: How far the window moves on, less than the window; None for 512, or half of a smaller window.
-        max_tokens: Read only so many tokens, the first ones; None for all.
+        stride: Step of the window, less than it; None for 512, or half of a smaller window.
+        max_tokens: Read only so many first tokens; None for all.
 
     Returns:
         The perplexity is at least 1; infinity if the likelihood is not a finite number. NaN if nothing can be counted.
@@ -86,20 +67,20 @@ def read(
     """
     window, stride = _window(model, window, stride)
     rows, is_cut = _first(_rows(tokenizer, passages, window, stride), max_tokens)
-    # Those of a batch should be alike in length and in how much of them is counted.
+    # Rows of a batch should be alike in length and in how much of them is counted.
     rows.sort(key=lambda row: (-len(row.ids), row.num_context))
     count = sum(len(row.ids) - row.num_context for row in rows)
     if not count:
         return Reading(math.nan, is_cut)
     check_ids(model, [row.ids for row in rows])
     fitting = BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // len(rows[0].ids))))
-    with widened(model):
+    with upcast_linear(model):
         mean = math.fsum(fitting.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
     return Reading(math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf, is_cut)
 
 
 def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[ScoredText]:
-    """The windows of a document, of which each counts the tokens that no earlier one did."""
+    """Yield the windows of a document, each counting the tokens that no earlier one counted."""
     counted = 1
     for start in range(0, len(ids), stride):
         stop = min(start + window, len(ids))
@@ -132,12 +113,12 @@ def _rows(
             if len(row.ids) > row.num_context:
                 yield row
         else:
-            # Not verbose: transformers warns of a text longer than the model's context, which windows take care of.
+            # Not verbose: transformers warns of a text longer than the model's context, which windows split.
             yield from windows(tokenizer(passage.answer, verbose=False)["input_ids"], window, stride)
 
 
 def _first(rows: Iterable[ScoredText], max_tokens: int | None) -> tuple[list[ScoredText], bool]:
-    """Rows until so many tokens are counted, the last one cut off there; and whether anything was left."""
+    """Take rows until so many tokens are counted, the last one cut off there; and tell whether any were left."""
     found: list[ScoredText] = []
     left = math.inf if max_tokens is None else max_tokens
     for row in rows:
@@ -164,20 +145,15 @@ class ScoredText(NamedTuple):
 
 
 def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> torch.Tensor:
-    """The negative log-likelihood of each row's counted tokens, in nats.
-
-    Args:
-        model: Any causal language model.
-        padding: Any token id that the model has.
-        rows: What is asked, in one batch.
+    """Compute the negative log-likelihood of each row's counted tokens, in nats; `padding` is any token id.
 
     Returns:
-        `[rows]`, float32, on the model's device; with a graph, where gradients are enabled.
+        `[rows]`, float32, on the model's device; with a graph if gradients are enabled.
     """
     # The last token of a row is only predicted.
     given = [row.ids[:-1] for row in rows]
     longest = max(map(len, given))
-    # Padded on the right and causal: what follows a row's last token cannot reach its likelihood.
+    # Padded on the right, and causal: padding cannot reach a row's likelihood.
     input_ids = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in given], device=model.device)
     mask = None
     if any(len(ids) < longest for ids in given):
@@ -186,7 +162,7 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
     logits = _logits_from(model, input_ids, mask, first)
     terms = []
     for row, row_logits in zip(rows, logits, strict=True):
-        # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are ever held as float32.
+        # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are held as float32.
         predictions = row_logits[row.num_context - 1 - first : len(row.ids) - 1 - first].float()
         counted = torch.tensor(row.ids[row.num_context :], device=predictions.device)
         terms.append(torch.nn.functional.cross_entropy(predictions, counted, reduction="sum"))
@@ -196,12 +172,12 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
 def _logits_from(
     model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, first: int
 ) -> torch.Tensor:
-    """Logits `[rows, positions from first on, vocabulary]`; the others, most of the memory, are not computed."""
+    """Compute logits `[rows, positions from first on, vocabulary]`, without the others, most of the memory."""
     known = inspect.signature(model.forward).parameters
-    # Keys and values are of no use afterwards, and of many rows they are most of the memory.
+    # Keys and values are not needed afterwards, and those of many rows are most of the memory.
     inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
     if "logits_to_keep" not in known:
-        # Almost all of transformers knows the argument; what does not may ignore it without a word.
+        # Almost every model knows the argument; others may silently ignore it.
         return torch.as_tensor(model(**inputs).logits[:, first:])
     # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight for every row.
     kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)

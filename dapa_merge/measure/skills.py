@@ -1,25 +1,44 @@
-"""What a target was fine-tuned for, and must not lose: questions with known answers, or a task of the harness."""
+"""Skills that a target must not lose: questions with known answers, or a task of lm-evaluation-harness.
+
+A task is named `lm-eval:TASK` or `lm-eval:TASK:METRIC`: a name that the harness knows, or the path of a task file, to
+which its own paths are relative. A live model is asked with the harness's own prompts, without a chat template, as in
+published figures.
+"""
 
 from __future__ import annotations
 
+import copy
+import difflib
+import functools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.measure.figures import SkillFigure
-from dapa_merge.measure.harness import PREFIX, Harness, parse_task
+from dapa_merge.measure.prompts.datasets import reading
 from dapa_merge.measure.prompts.rows import listed_names
 from dapa_merge.measure.prompts.sets import Question, load_questions
 from dapa_merge.measure.statistics import interval
+from dapa_merge.progress import quiet
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = "lm-eval:"
+# lm-evaluation-harness's own seed, for the examples before a question.
+SEED = 1234
 
 
 @dataclass(frozen=True)
 class Skill:
-    """What is asked: questions, or else a task of the harness."""
+    """What is asked: questions, or a task of the harness."""
 
     name: str
     questions: tuple[Question, ...] = ()
@@ -27,18 +46,14 @@ class Skill:
 
     @property
     def num_questions(self) -> int:
-        """Questions of its own."""
+        """Number of its own questions."""
         return len(self.questions)
 
 
 def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
-    """The skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
+    """Load the skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
 
-    A file's skill is called by the file's name without folder and suffix, if no other is called so.
-
-    Args:
-        names: The list.
-        besides: Names of other skills.
+    A file's skill has the file's name without folder and suffix, if no other has it; `besides` are names of others.
 
     Raises:
         UsageError: If a file cannot be read, a match is unknown, or the harness cannot be asked.
@@ -54,20 +69,14 @@ def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
 
 
 def absolute(names: str) -> str:
-    """The same skills for another folder: with absolute paths."""
+    """Return the same comma list with absolute paths."""
     return ", ".join(map(_absolute, _entries(names)))
 
 
 def skill_figure(
     skill: Skill, ask: Callable[[Sequence[str]], Sequence[str]], score: Callable[[Harness], float]
 ) -> SkillFigure:
-    """How well a model does.
-
-    Args:
-        skill: What is asked.
-        ask: Gives the model's whole responses to prompts.
-        score: Gives its score in a task of the harness.
-    """
+    """Measure a skill: `ask` gives a model's whole responses to prompts, `score` its score in a task of the harness."""
     if skill.harness is not None:
         return SkillFigure(skill.name, score(skill.harness), 0, None)
     responses = ask([question.prompt for question in skill.questions])
@@ -76,7 +85,7 @@ def skill_figure(
 
 
 def is_right(response: str, question: Question) -> bool:
-    """Whether a response answers a question, by the question's way to match."""
+    """Whether a response answers a question, by the question's `match`."""
     return MATCHES[question.match](response, question.answer)
 
 
@@ -97,8 +106,8 @@ def _regex(response: str, answer: str) -> bool:
     return re.search(answer, response) is not None
 
 
-# `exact`: but for case and space. `contains`: the answer, as whole words. `number`: the last number of the response.
-# `regex`: the answer is a pattern that is found in the response.
+# `exact`: except for case and space. `contains`: the answer, as whole words. `number`: the last number of the response.
+# `regex`: the answer is a pattern found in the response.
 MATCHES: Mapping[str, Callable[[str, str], bool]] = {
     "exact": _exact, "contains": _contains, "number": _number, "regex": _regex,
 }  # fmt: skip
@@ -109,11 +118,11 @@ def _folded(text: str) -> str:
 
 
 def _entries(names: str) -> list[str]:
-    """The entries of a comma list, each once: a skill that was measured twice would be no more certain."""
+    """Split a comma list into distinct entries."""
     entries: list[str] = []
     for part in listed_names(names):
         if entries and entries[-1].startswith(PREFIX) and not os.path.exists(part) and not re.search(r"[.:/\\]", part):
-            # A metric may name its filter after a comma; no filter looks like a path, or like a task.
+            # A metric may name its filter after a comma, which never looks like a path or a task.
             entries[-1] += f",{part}"
         else:
             entries.append(part)
@@ -140,5 +149,173 @@ def _load_skill(entry: str, name: str) -> Skill:
         try:
             is_right("0", question)
         except (re.error, ValueError) as error:
-            raise UsageError(f"{entry}, question {number}: the answer is no {question.match}: {error}") from error
+            raise UsageError(f"{entry}, question {number}: the answer is not a {question.match}: {error}") from error
     return Skill(name, questions)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and its metric; an empty metric is the task's first."""
+
+    name: str
+    metric: str = ""
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}{f':{self.metric}' if self.metric else ''}"
+
+
+def parse_task(text: str) -> Task:
+    """Parse `lm-eval:TASK` or `lm-eval:TASK:METRIC`; the metric may name a filter, as in `exact_match,strict-match`.
+
+    Raises:
+        UsageError: If it has another form.
+    """
+    name, _, metric = text.removeprefix(PREFIX).partition(":")
+    if not text.startswith(PREFIX) or not name or ":" in metric or (text.endswith(":")):
+        raise UsageError(f"{text!r} is not a task; write {PREFIX}TASK or {PREFIX}TASK:METRIC")
+    return Task(name, metric)
+
+
+class Harness:
+    """One task with its data, for any number of models."""
+
+    def __init__(self, task: Task) -> None:
+        """Read the task, so that its faults are found before a model is loaded.
+
+        Raises:
+            UsageError: If lm-evaluation-harness is not installed, or the task cannot be read or has no such metric.
+            HubError: If the Hub does not give its data and no copy is in the cache.
+        """
+        try:
+            import lm_eval  # noqa: F401
+        except ImportError as error:
+            raise UsageError(f"{task} needs lm-evaluation-harness: pip install 'dapa-merge[eval]'") from error
+        self.task = task
+        self._loaded = _load(task)
+        known = _metrics(self._loaded)
+        if known and not any(map(self._is_wanted, known)):
+            raise UsageError(f"{task} has no metric {task.metric!r}; its metrics are {', '.join(known)}")
+
+    def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> float:
+        """Return the task's metric on a model, which is left as it was.
+
+        Raises:
+            UsageError: If the task cannot be run, or its metric has no such filter, or is not from 0 to 1.
+        """
+        try:
+            with _quietly(_beside(self.task)):
+                results = _evaluate(model, tokenizer, self._loaded, batch_size)
+        except Exception as error:
+            # Tasks bring code of their own, which may raise anything.
+            raise UsageError(f"{self.task} cannot be run: {one_line(error)}") from error
+        return self._read(results)
+
+    def _read(self, results: Mapping[str, Any]) -> float:
+        names = [*self._loaded["groups"], *self._loaded["tasks"]]
+        found = {
+            key: value
+            for key, value in results["results"].get(names[0], {}).items()
+            if isinstance(value, (int, float)) and "," in key and "_stderr," not in key
+        }
+        wanted = list(filter(self._is_wanted, found))
+        if not wanted:
+            known = ", ".join(found) or "none that could be read"
+            raise UsageError(f"{self.task} has no metric {self.task.metric!r}; its metrics are {known}")
+        value = float(found[wanted[0]])
+        if not 0 <= value <= 1:
+            raise UsageError(
+                f"{self.task} gave {wanted[0]} = {value}; a metric from 0 to 1 is needed, more being better"
+            )
+        return value
+
+    def _is_wanted(self, key: str) -> bool:
+        """Whether a metric with its filter, as `acc,none`, is the one to read."""
+        return not self.task.metric or self.task.metric in (key, key.partition(",")[0])
+
+
+def _manager(*, is_file: bool) -> TaskManager:
+    """The finder of tasks: in the user's file, or among those that come with the harness."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False) if is_file else _manager_of_all()
+
+
+@functools.cache
+def _manager_of_all() -> TaskManager:
+    """Cached, since the harness takes five seconds to index its tasks."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _load(task: Task) -> Mapping[str, Any]:
+    is_file = os.path.isfile(task.name)
+    try:
+        with _quietly(_beside(task)):
+            manager = _manager(is_file=is_file)
+            known = is_file or task.name in manager.all_tasks
+            if known:
+                with reading(str(task)):
+                    loaded = manager.load([os.path.abspath(task.name) if is_file else task.name])
+    except HubError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{task} cannot be read: {one_line(error)}") from error
+    if not known:
+        near = difflib.get_close_matches(task.name, manager.all_tasks, n=3)
+        hint = f"; near names are {', '.join(near)}" if near else ""
+        raise UsageError(f"lm-evaluation-harness has no task {task.name!r}, and there is no such file{hint}")
+    for one in loaded["tasks"].values():
+        if one.get_config("num_fewshot") is None:
+            one.set_config(key="num_fewshot", value=0)
+    return dict(loaded)
+
+
+def _metrics(loaded: Mapping[str, Any]) -> list[str]:
+    """List the metrics with their filters, as far as they are known before a task is run."""
+    tasks = loaded["tasks"].values()
+    if loaded["groups"]:
+        names = [metric.metric for metric in next(iter(loaded["groups"].values())).aggregate_metric_list or ()]
+    else:
+        # Those of a tag's first task, which is the one to be read.
+        tasks = list(tasks)[:1]
+        names = [name for task in tasks for name in task.aggregation()]
+    filters = {one.name: None for task in tasks for one in getattr(task, "_filters", ())}
+    return [f"{name},{one}" for name in names for one in filters]
+
+
+def _evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: Mapping[str, Any], batch_size: int
+) -> Mapping[str, Any]:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    for task in loaded["tasks"].values():
+        # Each time, or the examples would depend on what was asked before.
+        task.set_fewshot_seed(seed=SEED)
+    was_training = model.training
+    try:
+        # The harness sets padding and special tokens of the tokenizer that it is given.
+        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        results = evaluate(wrapped, dict(loaded), bootstrap_iters=0, log_samples=False)
+    finally:
+        model.train(was_training)
+    assert results is not None
+    return dict(results)
+
+
+def _beside(task: Task) -> Path | None:
+    return Path(task.name).absolute().parent if os.path.isfile(task.name) else None
+
+
+@contextmanager
+def _quietly(folder: Path | None) -> Iterator[None]:
+    """Silence the harness; work in `folder`, if one is given."""
+    here = os.getcwd()
+    try:
+        with quiet("lm_eval"):
+            if folder is not None:
+                os.chdir(folder)
+            yield
+    finally:
+        os.chdir(here)

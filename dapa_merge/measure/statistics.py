@@ -70,12 +70,7 @@ def _share_refused(seen: Sequence[Outcome]) -> float | None:
 
 
 def interval(successes: int, total: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share (Wilson 1927), in [0, 1]; sound for few trials and extreme shares.
-
-    Args:
-        successes: Of `total`.
-        total: Independent trials, at least one.
-    """
+    """Return the 95 % score interval of a share (Wilson 1927) of at least one independent trial, in [0, 1]."""
     low, high = binomtest(successes, total).proportion_ci(1 - LEVEL, method="wilson")
     # The share itself lies inside; for none or all of the trials rounding would leave it a hair outside.
     return min(float(low), successes / total), max(float(high), successes / total)

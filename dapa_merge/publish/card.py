@@ -13,7 +13,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from dapa_merge.plan.edit import MODELS, Edit
-from dapa_merge.publish.parents import PAGES, License, Parent
+from dapa_merge.publish.options import License
+from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
 from dapa_merge.report.report import Report
@@ -80,7 +81,7 @@ def card_text(facts: CardFacts) -> str:
     def places(role: str) -> str:
         # For a command line.
         return "+".join(
-            parent.place or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
+            parent.public_name or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
             for parent in facts.of_role(role)
         )
 

@@ -1,8 +1,7 @@
-"""`recipe.lock.yml`: what a recipe was followed with, so that it can be followed again with exactly that.
+"""`recipe.lock.yml`: the models that a recipe was run with, and the selection, so that it can be run again with them.
 
-It lies beside the recipe, and in the result. `run --locked` goes by it, and `outdated` compares it with what is now.
-
-What a model is where it comes from: its commit, and the SHA-256 of every file that a repair reads or copies.
+It lies beside the recipe, and in the result: the commit of each model, and the SHA-256 of every file that a repair
+reads or copies. `run --locked` uses it, and `outdated` compares it with the current state of the models.
 """
 
 from __future__ import annotations
@@ -10,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field, TypeAdapter
 
 from dapa_merge.checkpoint.convert import pickle_files
 from dapa_merge.checkpoint.digest import hash_file, is_settings
@@ -27,13 +27,12 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, HubError, RecipeError
-from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.hub_client import api, ask, download, is_id
 from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.transplant.manifest import sha256_of, text_of
 
 FORMAT = 1
 # In a result, whose own recipe has another name.
@@ -44,31 +43,55 @@ HEAD = (
     "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
     "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+Text = Annotated[str, Field(strict=True)]
+Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{40}$")]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A model, or an adapter, as it is or was at one time.
+
+    Attributes:
+        model: A Hub id, or a folder as the recipe names it.
+        revision: The branch, tag or commit that was asked for; None for the default branch.
+        commit: Its commit on the Hub; None for a folder.
+        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
+    """
+
+    model: Text
+    revision: Text | None
+    commit: Commit | None
+    files: Mapping[Text, Sha256]
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What a recipe was followed with.
+    """What a recipe was run with.
 
     Attributes:
         recipe: The SHA-256 of what the recipe says, however it is written.
-        target: The target, and its adapter behind it if it has one.
-        source: The same of the source.
-        units: What was transplanted, as `3.gate`.
+        target: The target, followed by its adapter if it has one.
+        source: The source, in the same way.
+        units: The transplanted units, as `3.gate`.
         versions: Of the packages that took part, by name.
-        pretrained: The same of the pretrained model; empty if the edit does not read it.
+        pretrained: The pretrained model, in the same way; empty if the edit does not read it.
     """
 
-    recipe: str
+    recipe: Sha256
     target: tuple[Upstream, ...]
     source: tuple[Upstream, ...]
-    units: tuple[str, ...]
-    versions: Mapping[str, str]
+    units: tuple[Text, ...]
+    versions: Mapping[Text, Text]
     pretrained: tuple[Upstream, ...] = ()
 
     def of(self, model: str) -> tuple[Upstream, ...]:
-        """What was locked of one of the models, by what a recipe calls it."""
+        """What was locked of one of the models, by the name that a recipe gives it."""
         locked: tuple[Upstream, ...] = getattr(self, model)
         return locked
 
@@ -78,7 +101,7 @@ class Lock:
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where the lock of a recipe is: `name.lock.yml` beside `name.yml`."""
+    """The path of a recipe's lock: `name.lock.yml` beside `name.yml`."""
     return recipe.with_name(f"{recipe.stem}.lock.yml")
 
 
@@ -99,8 +122,6 @@ def _as_plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide what comes out."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
 
 
@@ -150,7 +171,7 @@ def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Locati
 
 
 def lock_text(lock: Lock) -> str:
-    """What is written into the file."""
+    """The text of the file."""
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
@@ -166,10 +187,10 @@ def _plain(upstream: Upstream) -> dict[str, Any]:
 
 
 def read_lock(path: Path) -> Lock | None:
-    """The lock in a file; None if there is no such file.
+    """Read a lock; None if the file does not exist.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not a lock.
     """
     try:
         text = read_regular(path, MAX_BYTES).decode()
@@ -181,43 +202,22 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def parse_lock(text: str, name: str) -> Lock:
-    """The lock that a text is, which may be a stranger's.
+    """Parse a lock, which may be a stranger's.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not a lock.
     """
     try:
         content = yaml.safe_load(text)
         if content["format"] != FORMAT:
             raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
-        return Lock(
-            recipe=sha256_of(content["recipe"]),
-            target=tuple(map(_upstream, content["target"])),
-            source=tuple(map(_upstream, content["source"])),
-            units=tuple(text_of(content["selection"]).split(",")) if content["selection"] else (),
-            versions={text_of(package): text_of(number) for package, number in content["versions"].items()},
-            pretrained=tuple(map(_upstream, content.get("pretrained", ()))),
-        )
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        selection = content["selection"]
+        return _LOCK.validate_python({**content, "units": selection.split(",") if selection else ()})
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]
-        raise CheckpointError(f"{name} is no lock of a recipe ({what}); remove it, and run the recipe again") from None
-
-
-def _upstream(entry: Mapping[str, Any]) -> Upstream:
-    revision, commit = entry["revision"], entry["commit"]
-    return Upstream(
-        model=text_of(entry["model"]),
-        revision=None if revision is None else text_of(revision),
-        commit=None if commit is None else _commit(commit),
-        files={text_of(name): sha256_of(sha256) for name, sha256 in entry["files"].items()},
-    )
-
-
-def _commit(value: object) -> str:
-    commit = text_of(value)
-    if not _COMMIT.fullmatch(commit):
-        raise ValueError(f"{commit!r:.80} is no commit")
-    return commit
+        raise CheckpointError(
+            f"{name} is not the lock of a recipe ({what}); remove it, and run the recipe again"
+        ) from None
 
 
 def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:
@@ -244,31 +244,11 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
-class Upstream:
-    """A model, or an adapter, as it is or was at one time.
-
-    Attributes:
-        model: A Hub id, or a folder as the recipe names it.
-        revision: The branch, tag or commit that was asked for; None for the default branch.
-        commit: The commit on the Hub that this was; None for a folder.
-        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
-    """
-
-    model: str
-    revision: str | None
-    commit: str | None
-    files: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return f"{self.model}@{self.revision}" if self.revision else self.model
-
-
-@dataclass(frozen=True)
 class Movement:
     """How a model differs from what it was.
 
     Attributes:
-        before: What it was.
+        before: The model as it was.
         commit: Its commit now; None for a folder.
         changed: Files that have another content.
         added: Files that it did not have.
@@ -286,6 +266,17 @@ class Movement:
         """Whether a repair of it may come out otherwise; a new commit alone, as of a card, does not matter."""
         return bool(self.changed or self.added or self.removed)
 
+    @property
+    def changes(self) -> str:
+        """Which files differ, for people."""
+        what = {"changed": self.changed, "new": self.added, "gone": self.removed}
+        return "; ".join(f"{word}: {_few(names)}" for word, names in what.items() if names)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[: 3 if more else 4]) + more
+
 
 def base_and_adapter(location: Location) -> list[Location]:
     """A model and its LoRA adapter, if it has one, each alone."""
@@ -294,19 +285,19 @@ def base_and_adapter(location: Location) -> list[Location]:
 
 
 def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
-    """The same, each with what it is in a recipe."""
+    """The same, each with its role in a recipe."""
     return list(zip((role, f"{role}'s adapter"), base_and_adapter(location), strict=False))
 
 
-def look_at(location: Location) -> Upstream:
-    """What a model or an adapter, without another adapter on it, is now.
+def upstream_of(location: Location) -> Upstream:
+    """Look at a model or an adapter, without another adapter on it, as it is now.
 
     Args:
         location: A folder or a Hub id.
 
     Raises:
         CheckpointError: If there are no weights.
-        HubError: If it is no folder and the Hub does not tell.
+        HubError: If it is not a folder and the Hub does not answer.
     """
     if os.path.isdir(location.path):
         return Upstream(location.path, location.revision, None, _of_folder(Path(location.path)))
@@ -320,13 +311,13 @@ def movement(before: Upstream, location: Location) -> Movement:
 
     Raises:
         CheckpointError: If there are no weights any more.
-        HubError: If it is no folder and the Hub does not tell.
+        HubError: If it is not a folder and the Hub does not answer.
     """
     if before.commit is not None and not os.path.isdir(location.path):
         sha = str(_info(location, files=False).sha)
         if sha == before.commit:
             return Movement(before, sha)
-    now = look_at(location)
+    now = upstream_of(location)
     return changed_files(before, now)
 
 
@@ -371,10 +362,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
     """The Hub knows the SHA-256 of large files; small ones are fetched."""
 
     def fetched(name: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        what = f"get {name} of {repository}"
-        return Path(ask(what, lambda: hf_hub_download(repository, name, revision=commit)))
+        return download(repository, name, commit)
 
     def sha256(name: str) -> str:
         lfs = files[name].lfs
@@ -411,7 +399,10 @@ def _decides(name: str) -> bool:
 def _info(location: Location, *, files: bool) -> Any:
     if not is_id(location.path):
         raise CheckpointError(
-            f"{location.path} is no folder here and no id on the Hub; relative paths start at the folder you are in"
+            f"{location.path} is neither a folder here nor an id on the Hub; relative paths start at the current folder"
         )
     what = f"ask the Hub about {location}"
     return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))
+
+
+_LOCK = TypeAdapter(Lock)

@@ -1,4 +1,4 @@
-"""Gates for jobs that nobody watches: whether the figures of a report are as good as somebody asked."""
+"""Limits on the figures of a report, for jobs that nobody watches: `dapa-merge gate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dapa_merge.report.tables import SKILL, skill_label
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked; None and () ask nothing.
+    """Limits of a result; None and () are no limits.
 
     Attributes:
         min_dsr: Of the result.
@@ -25,9 +25,9 @@ class Limits:
         max_over_refusal_rise: From the target to the result.
         max_perplexity: Of the result.
         max_perplexity_ratio: Of the result's perplexity to the target's.
-        min_skills: Of the result's skills, by name; the name None is every skill.
+        min_skills: Of the result's skills, by name; None names every skill.
         min_skill_kept: Of each skill's ratio to the target's.
-        confident: Whether the worse end of a 95 % interval must be within the limit, where there is one.
+        confident: Whether the worse end of a 95 % interval, if any, must be within the limit.
     """
 
     min_dsr: float | None = None
@@ -46,9 +46,9 @@ class LimitCheck:
     """One figure and its limit.
 
     Attributes:
-        figure: What it is.
-        value: What was measured; None if it was not, which never passes.
-        limit: What was asked.
+        figure: The figure's name.
+        value: The measured value; None, if it was not measured, never passes.
+        limit: The limit.
         is_floor: Whether the value must be at least the limit, rather than at most.
     """
 
@@ -61,7 +61,7 @@ class LimitCheck:
     def passes(self) -> bool:
         if self.value is None or not math.isfinite(self.value):
             return False
-        # A share of prompts that is right at the limit must not fail by the last bit of a division.
+        # A share of prompts right at the limit must not fail by the last bit of a division.
         return self.value >= self.limit - 1e-9 if self.is_floor else self.value <= self.limit + 1e-9
 
     @property
@@ -74,14 +74,14 @@ class LimitCheck:
 
 
 def judge(report: Report, limits: Limits) -> list[LimitCheck]:
-    """Every figure that something is asked of, beside what is asked.
+    """Check every figure that has a limit.
 
     Raises:
-        UsageError: If nothing is asked.
+        UsageError: If there is no limit, or one is not finite.
     """
     found = [*_shares(report, limits), *_perplexity(report, limits), *_skills(report, limits)]
     if any(not math.isfinite(verdict.limit) for verdict in found):
-        raise UsageError("a gate is no number that a figure can be compared with; give finite ones")
+        raise UsageError("limits must be finite numbers")
     if not found:
         raise UsageError("no gate is given; ask for something, as --min-dsr 0.9")
     return found
@@ -136,7 +136,7 @@ def _skills(report: Report, limits: Limits) -> Iterator[LimitCheck]:
             yield LimitCheck(f"{skill_label(SKILL)}, to the target's", None, limits.min_skill_kept, True)
         for one, skill in skills.items():
             had = before.get(one)
-            # Where the target had none, none was lost.
+            # If the target had none, none was lost.
             kept = None if had is None else skill.score / had if had else 1.0
             yield LimitCheck(f"{skill_label(one)}, to the target's", kept, limits.min_skill_kept, True)
 

@@ -1,10 +1,10 @@
-"""The journal of a search: every test on disk before its answer is used, so that a killed search loses nothing.
+"""The journal of a search: every test is on disk before its answer is used, so that a killed search loses nothing.
 
-A text file of JSON objects, one a line, only ever appended to, each flushed to the disk. The first line says which
-search it is: digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: what
-was measured besides). Each ends with `check`, the beginning of the SHA-256 of the line before's `check` and the rest of
-its own line, so that damage is seen, and so is a line that is missing or another journal's. A last line without its end
-is what a kill leaves behind; it is cut off, and its test asked again.
+A text file of JSON objects, one a line, append-only, each flushed to disk. The first line identifies the search by
+digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: other measurements).
+Each line ends with `check`, the beginning of the SHA-256 of the check of the line before and the rest of its own line.
+So damage is seen, and so is a line that is missing or another journal's. A kill leaves a last line without its end; it
+is cut off, and its test asked again.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Journal:
     """The tests of one search, in memory and on disk.
 
     Attributes:
-        tests: What is known of each selection that was tested, by the names of its units; in the order of the tests.
-        notes: What else was measured, by name.
-        path: The file; None for a journal that is forgotten with the process.
+        tests: The outcome of each test, in order, by the names of the selection's units.
+        notes: Other measurements, by name.
+        path: The file; None for a journal that ends with the process.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Journal:
         """Open a journal, or begin one.
 
         Args:
-            path: The file; its folder is made if need be.
-            parts: What decides a verdict: a digest or a value by name.
+            path: The file; its folder is made if absent.
+            parts: A digest or value of everything that decides a verdict, by name.
             kind: What it is the journal of, for messages.
-            place: What of it a user names and removes, for messages.
+            place: What a user names and removes, for messages: the file, or its folder.
 
         Raises:
             UsageError: If the file is of another search, or damaged.
@@ -85,12 +85,12 @@ class Journal:
         self.tests[selection] = dict(test)
 
     def note(self, name: str, value: Any) -> None:
-        """Write down something else that was measured."""
+        """Write down another measurement."""
         self._append({"note": name, "value": value})
         self.notes[name] = value
 
     def close(self) -> None:
-        """Let other processes have the file."""
+        """Unlock the file."""
         self._record = None
         self._lock.close()
 
@@ -148,7 +148,7 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise JournalUnavailable(f"cannot write the journal {path}: it is no regular file")
+            raise JournalUnavailable(f"cannot write the journal {path}: it is not a regular file")
         path.open("ab").close()
     except OSError as error:
         raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror or error}") from error

@@ -68,12 +68,7 @@ class Tracer:
     """Traces prompts of one model, each in batches of runs."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        padding: int,
-        settings: Settings,
-        deviation: float,
-        batch_size: BatchSize,
+        self, model: PreTrainedModel, padding: int, settings: Settings, deviation: float, batch_size: BatchSize
     ) -> None:
         """Find the model's modules.
 

@@ -394,10 +394,7 @@ def correlations_of(rankings: Mapping[str, Mapping[Unit, float]]) -> list[dict[s
     """Spearman's rank correlation of every pair of rankings."""
     names = list(rankings)
     return [
-        {
-            "of": [one, other],
-            "spearman": rank_correlation(list(rankings[one].values()), list(rankings[other].values())),
-        }
+        {"of": [one, other], "spearman": rank_correlation(list(rankings[one].values()), list(rankings[other].values()))}
         for index, one in enumerate(names)
         for other in names[index + 1 :]
     ]

@@ -18,7 +18,7 @@ from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import CannotRepair
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import widened
+from dapa_merge.measure.determinism import upcast_linear
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
@@ -30,8 +30,8 @@ from dapa_merge.progress import LOG, advance, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.charts import draw_all, plotting
-from dapa_merge.search.attribution import Contrast, attribute, sides_of
-from dapa_merge.search.bench import MAX_BACKWARD, Bench
+from dapa_merge.search.attribution import MAX_BACKWARD, Contrast, attribute, sides_of
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import settings_of
@@ -231,7 +231,7 @@ class Session:
             pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
-            with task("transplanting each unit alone", total, "units"), widened(bench.live.model):
+            with task("transplanting each unit alone", total, "units"), upcast_linear(bench.live.model):
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size))
             arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
             write_arrays(path, arrays)
@@ -270,7 +270,7 @@ class Session:
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
-        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), widened(model):
+        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), upcast_linear(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:

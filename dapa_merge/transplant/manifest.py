@@ -56,9 +56,7 @@ def _inside(name: str) -> str:
 
 
 def _filled(boxes: tuple[Box, ...] | None) -> tuple[Box, ...] | None:
-    if boxes is not None and (
-        not boxes or any(not 0 <= first < stop < 1 << 62 for box in boxes for first, stop in box)
-    ):
+    if not boxes or any(not 0 <= first < stop < 1 << 62 for box in boxes for first, stop in box):
         raise ValueError("not parts of a tensor")
     return boxes
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.measure.decode import BatchSize, Drafts
+from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.generate import generate, prompt_ids
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.prompts.sets import load_prompts
@@ -71,7 +71,7 @@ def compare(
     plainly(model, tokenizer, prompts[:2], 2, batch_size)
     plain_seconds, said = timed(lambda: plainly(model, tokenizer, prompts, max_new_tokens, batch_size))
     expected = [classify(text, prompt) for text, prompt in zip(said, prompts, strict=True)]
-    same, other = Drafts(), Drafts()
+    same, other = LookupCache(), LookupCache()
     strange = tokenizer(said[0], add_special_tokens=False)["input_ids"]
     for index, (prompt, text) in enumerate(zip(prompts, said, strict=True)):
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -83,11 +83,11 @@ def compare(
         f"{name}: {len(prompts)} prompts, {expected.count(Outcome.REFUSED)} refused; plain {plain_seconds:.2f} s, "
         f"bound {bound:.2f} s, {plain_seconds / bound:.1f} times as fast"
     )
-    for case, drafts in cases.items():
+    for case, lookup in cases.items():
         seconds, texts = timed(
-            lambda drafts=drafts: generate(
+            lambda lookup=lookup: generate(
                 model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=BatchSize(batch_size),
-                settle=settle, drafts=drafts,
+                settle=settle, lookup=lookup,
             )
         )  # fmt: skip
         found = [classify(text, prompt) for text, prompt in zip(texts, prompts, strict=True)]

@@ -23,7 +23,7 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.perplexity import ScoredText as Row
-from dapa_merge.measure.perplexity import losses, perplexity
+from dapa_merge.measure.perplexity import losses, read_passages
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 
 LIMIT = 1e-4
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for window, stride in ((128, 64), (128, 127), (64, 16))[: 1 if is_tiny else None]:
                 start = time.perf_counter()
                 options = {"batch_size": BatchSize(8), "window": window, "stride": stride}
-                ours = perplexity(model, tokenizer, [Question("", text)], **options)
+                ours = read_passages(model, tokenizer, [Question("", text)], **options).perplexity
                 middle = time.perf_counter()
                 theirs = documented(model, ids, window, stride)
                 end = time.perf_counter()

@@ -179,7 +179,7 @@ class Stand:
         }
 
     def _ask(self, prompts: Sequence[str], meter: Meter, model: Any = None) -> list[str]:
-        how = {"max_new_tokens": meter.max_new_tokens, "batch_size": meter.batch_size, "drafts": meter.drafts}
+        how = {"max_new_tokens": meter.max_new_tokens, "batch_size": meter.batch_size, "lookup": meter.lookup}
         return generate(model or self.target, self.tokenizer, prompts, **how)
 
     def see(self, model: Any) -> Seen:

@@ -48,10 +48,10 @@ def arguments(tmp_path, monkeypatch):
 
     return {
         "compare_table": lambda: [str(tmp_path / "out")],
-        "drafts": lambda: [recipe()],
         "refusal_agreement": lambda: [completions()],
         "refusal_sft": lambda: ["recipes/miniature.yml"],
         "refusal_training": lambda: [completions()],
+        "speculative": lambda: [recipe()],
     }
 
 
@@ -59,7 +59,7 @@ def arguments(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_script_runs(name, arguments, capsys):
     if name == "search_cost":
-        pytest.importorskip("picire", reason="of the extra dev", exc_type=ImportError)
+        pytest.importorskip("picire")
     main = importlib.import_module(name).main
     more = arguments[name]() if name in arguments else []
     try:

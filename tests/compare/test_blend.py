@@ -280,7 +280,7 @@ def test_what_mergekit_cannot_do_is_said_in_a_sentence(folders, blender, tmp_pat
         assert_same(bits(blender.live.model), before)
         with with_other.blended(BLENDS[0]) as (model, _):
             assert not torch.equal(bits(model)[EMBEDDING], before[EMBEDDING])
-    with pytest.raises(UsageError, match="'slerp' is no method of a blend"), blender.blended(Blend("slerp", 0.5)):
+    with pytest.raises(UsageError, match="'slerp' is not a method of a blend"), blender.blended(Blend("slerp", 0.5)):
         pytest.fail("it was blended")
 
 

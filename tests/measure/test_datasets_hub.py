@@ -21,7 +21,7 @@ CODE = """
 import json, sys
 from dapa_merge.errors import DapaError
 from dapa_merge.measure.prompts.sets import load_prompts
-from dapa_merge.measure.prompts.sources import pinned_prompts
+from dapa_merge.measure.prompts.sets import pinned_prompts
 for name in sys.argv[1:]:
     try:
         found = load_prompts(name)

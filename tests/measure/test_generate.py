@@ -17,9 +17,9 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.errors import UsageError
-from dapa_merge.measure import determinism as steady
-from dapa_merge.measure.decode import BatchSize, Drafts
-from dapa_merge.measure.determinism import is_steady
+from dapa_merge.measure import determinism
+from dapa_merge.measure.decode import BatchSize, LookupCache
+from dapa_merge.measure.determinism import is_deterministic
 from dapa_merge.measure.generate import generate, prompt_ids
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.prompts.sets import load_prompts
@@ -66,9 +66,9 @@ def test_every_architecture_says_what_its_own_generate_says(architecture, tmp_pa
     model, tokenizer = load(tmp_path, architecture)
     expected = plainly(model, tokenizer, PROMPTS, 24)
     assert len(set(expected)) > 2
-    drafts = Drafts()
+    lookup = LookupCache()
     for size in (4, 10):
-        said = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(size), drafts=drafts)
+        said = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(size), lookup=lookup)
         assert said == expected
 
 
@@ -78,7 +78,7 @@ def test_no_draft_changes_what_is_said(llama, generator: random.Random, max_new_
     """Drafts that are right, wrong, right only at first, too long, or hold an end token in their midst."""
     model, tokenizer = llama
     expected = plainly(model, tokenizer, PROMPTS, max_new_tokens)
-    drafts = Drafts()
+    lookup = LookupCache()
     for prompt, right in zip(PROMPTS, expected, strict=True):
         tokens = tokenizer(right, add_special_tokens=False)["input_ids"]
         for index in range(len(tokens)):
@@ -86,8 +86,8 @@ def test_no_draft_changes_what_is_said(llama, generator: random.Random, max_new_
                 tokens[index] = generator.choice([2, generator.randrange(150)])
         tokens += [generator.randrange(150) for _ in range(generator.randrange(30))]
         if generator.random() < 0.7:
-            drafts.remember(prompt_ids(tokenizer, prompt), tokens)
-    said = generate(model, tokenizer, PROMPTS, max_new_tokens=max_new_tokens, batch_size=BatchSize(size), drafts=drafts)
+            lookup.remember(prompt_ids(tokenizer, prompt), tokens)
+    said = generate(model, tokenizer, PROMPTS, max_new_tokens=max_new_tokens, batch_size=BatchSize(size), lookup=lookup)
     assert said == expected
 
 
@@ -102,10 +102,10 @@ def test_a_second_time_takes_far_fewer_runs_through_the_model(llama, monkeypatch
         return forward(self, input_ids=input_ids, **options)
 
     monkeypatch.setattr(type(model), "forward", counted)
-    drafts = Drafts()
-    first = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts)
+    lookup = LookupCache()
+    first = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), lookup=lookup)
     number = len(runs)
-    again = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), drafts=drafts)
+    again = generate(model, tokenizer, PROMPTS, max_new_tokens=24, batch_size=BatchSize(10), lookup=lookup)
     assert again == first
     assert (
         len(runs) - number <= math.ceil(len(PROMPTS) / 10) + 1
@@ -190,23 +190,23 @@ def test_in_16_bits_no_draft_and_no_batch_changes_what_is_said(tied):
     *both, prompts = tied
     ask = functools.partial(generate, *both, prompts, max_new_tokens=40)
     expected = ask(batch_size=BatchSize(64))
-    drafts = Drafts()
+    lookup = LookupCache()
     for size in (64, 64, 7, 1):
-        assert ask(batch_size=BatchSize(size), drafts=drafts) == expected
+        assert ask(batch_size=BatchSize(size), lookup=lookup) == expected
     assert both[0].config._attn_implementation == "sdpa"
 
 
-def test_where_attention_rounds_otherwise_a_figure_that_must_repeat_is_had_without_drafts(tied, monkeypatch):
+def test_where_attention_rounds_otherwise_a_deterministic_figure_is_had_without_drafts(tied, monkeypatch):
     monkeypatch.setattr("dapa_merge.measure.determinism.MAX_TOKENS", 0)
     *both, prompts = tied
     ask = functools.partial(generate, *both, prompts, max_new_tokens=40, batch_size=BatchSize(64))
     expected = ask()
-    drafts = Drafts()
-    assert ask(drafts=drafts, must_repeat=True) == expected
-    ask(drafts=drafts)
+    lookup = LookupCache()
+    assert ask(lookup=lookup, deterministic=True) == expected
+    ask(lookup=lookup)
     # The drafts are there now, and otherwise this says nothing.
-    assert ask(drafts=drafts) != expected
-    assert ask(drafts=drafts, must_repeat=True) == expected
+    assert ask(lookup=lookup) != expected
+    assert ask(lookup=lookup, deterministic=True) == expected
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -214,24 +214,24 @@ def test_of_every_architecture_in_16_bits_no_draft_changes_what_is_said(architec
     model, tokenizer = load(tmp_path, architecture)
     model.to(torch.bfloat16)
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10))
-    drafts = Drafts()
+    lookup = LookupCache()
     for _ in range(2):
         again = generate(
-            model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10), drafts=drafts, must_repeat=True
+            model, tokenizer, PROMPTS, max_new_tokens=12, batch_size=BatchSize(10), lookup=lookup, deterministic=True
         )
         assert again == expected
 
 
 def test_only_what_rounds_alike_is_trusted(tied, tmp_path, monkeypatch):
     model = tied[0]
-    assert is_steady(model, 100)
-    assert not is_steady(model, 100_000)
+    assert is_deterministic(model, 100)
+    assert not is_deterministic(model, 100_000)
     experts, _ = load(tmp_path, "MixtralForCausalLM")
-    assert is_steady(experts, 100_000)
-    assert not is_steady(experts.to(torch.bfloat16), 100)
+    assert is_deterministic(experts, 100_000)
+    assert not is_deterministic(experts.to(torch.bfloat16), 100)
     # Layers whose sums depend on how many tokens are beside one, as large ones on some processors.
     linear = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, states: linear(self, states) + len(states))
-    steady._layer_repeats.cache_clear()
-    assert not is_steady(model, 100)
-    steady._layer_repeats.cache_clear()
+    determinism._layer_repeats.cache_clear()
+    assert not is_deterministic(model, 100)
+    determinism._layer_repeats.cache_clear()

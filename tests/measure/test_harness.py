@@ -15,8 +15,8 @@ from conftest import call, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.harness import Harness, Task, _load, _metrics, parse_task
 from dapa_merge.measure.live import load_model
+from dapa_merge.measure.skills import Harness, Task, _load, _metrics, parse_task
 
 pytest.importorskip("lm_eval")
 # To index what comes with the harness takes it long, and is done once in a process.
@@ -120,7 +120,9 @@ def test_a_metric_that_is_no_share_is_refused(task_file, loaded):
 
 
 def test_an_unknown_task_is_told_near_names():
-    with pytest.raises(UsageError, match=r"has no task 'arc_esy', nor is that a file; near names are .*arc_easy"):
+    with pytest.raises(
+        UsageError, match=r"has no task 'arc_esy', and there is no such file; near names are .*arc_easy"
+    ):
         Harness(Task("arc_esy"))
 
 
@@ -149,7 +151,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once_for_a_task(tmp_path, task_file
     code = """
 import sys
 from dapa_merge.errors import HubError
-from dapa_merge.measure.harness import Harness, Task
+from dapa_merge.measure.skills import Harness, Task
 try:
     Harness(Task(sys.argv[1]))
 except HubError as error:
@@ -172,7 +174,7 @@ except HubError as error:
 
 @pytest.mark.parametrize("text", ["lm-eval:", "lm-eval::acc", "lm-eval:a:", "lm-eval:a:b:c", "arc_easy"])
 def test_what_is_no_task_is_said(text):
-    with pytest.raises(UsageError, match="is no task; write lm-eval:TASK or lm-eval:TASK:METRIC"):
+    with pytest.raises(UsageError, match="is not a task; write lm-eval:TASK or lm-eval:TASK:METRIC"):
         parse_task(text)
 
 

@@ -23,7 +23,7 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.generate import chat_prompt, generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.measure.meter import Meter, evaluate_model
-from dapa_merge.measure.perplexity import perplexity
+from dapa_merge.measure.perplexity import read_passages
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.skills import Skill
 from dapa_merge.miniature import train
@@ -31,6 +31,10 @@ from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.recipe.options import Options
 
 CPU = torch.device("cpu")
+
+
+def perplexity(*arguments, **options):
+    return read_passages(*arguments, **options).perplexity
 
 
 def plan_of(target, source, modules=("gate",)):
@@ -255,7 +259,7 @@ def test_a_model_that_transformers_cannot_load_is_named(tmp_path):
     folder = shutil.copytree(miniature.path("target"), tmp_path / "target")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "nonsense"}))
-    with pytest.raises(CheckpointError, match=r"cannot load .*: it knows no models of the type 'nonsense'; a newer"):
+    with pytest.raises(CheckpointError, match=r"cannot load .*: it does not know the model type 'nonsense'; a newer"):
         load_model(open_checkpoint(str(folder)), CPU)
 
 
@@ -271,7 +275,7 @@ def test_what_is_no_decoder_only_language_model_is_not_taken_for_one(tmp_path, n
     kind = getattr(transformers, name)
     kind(kind.config_class(**NO_DECODERS[name])).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=f"is a {name}, but only decoder-only language models .* can be asked"):
+    with pytest.raises(CheckpointError, match=f"is a {name}, but only decoder-only language models .* can be measured"):
         load_model(open_checkpoint(str(tmp_path)), CPU)
 
 

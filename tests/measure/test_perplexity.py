@@ -15,11 +15,15 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.perplexity import ScoredText as Row
-from dapa_merge.measure.perplexity import losses, perplexity, windows
+from dapa_merge.measure.perplexity import losses, read_passages, windows
 from dapa_merge.measure.prompts.sets import Question
 
 WORDS = ("how do i paint a boat slowly first watch the house then sell it to my neighbor").split()  # noqa: SIM905
 TEXTS = [" ".join(WORDS[(index * step) % len(WORDS)] for index in range(151)) for step in (5, 7)]
+
+
+def perplexity(*arguments, **options):
+    return read_passages(*arguments, **options).perplexity
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from dapa_merge.measure.prompts.sets import (
     load_text,
     split,
 )
-from dapa_merge.measure.prompts.sources import pinned_prompts as pinned
+from dapa_merge.measure.prompts.sets import pinned_prompts as pinned
 from dapa_merge.measure.skills import load_skills
 
 
@@ -87,18 +87,18 @@ BAD_FILES = {
     "column.csv": ("sentence\nHow?\n", "column.csv, line 2 has no prompt: one of the columns prompt, goal"),
     "blank.csv": ("prompt,label\n,harmful\n", "blank.csv, line 2 has no prompt"),
     "label.csv": ("prompt,label\na,bad\n", "label.csv, line 2: label is 'bad'; allowed are harmful, unsafe"),
-    "broken.jsonl": ('{"prompt": "a"}\n{oops\n', "broken.jsonl, line 2 is no JSON"),
-    "list.jsonl": ('["a"]\n', "list.jsonl, line 1 is no JSON object"),
+    "broken.jsonl": ('{"prompt": "a"}\n{oops\n', "broken.jsonl, line 2 is not valid JSON"),
+    "list.jsonl": ('["a"]\n', "list.jsonl, line 1 is not a JSON object"),
     "short.csv": ("prompt,label\na\n", "short.csv, line 2 has no label"),
-    "huge.csv": ("prompt\n" + "x" * 200_000 + "\n", "huge.csv, line 2 is no CSV: field larger than field limit"),
-    "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl, line 1 is no JSON: RecursionError"),
+    "huge.csv": ("prompt\n" + "x" * 200_000 + "\n", "huge.csv, line 2 is not valid CSV: field larger than field limit"),
+    "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl, line 1 is not valid JSON: RecursionError"),
     "open.csv": (
         'prompt,label\na,safe\n"b,safe\nc,safe\nd,safe\n',
-        "open.csv, line 3 is no CSV: its quotation mark is",
+        "open.csv, line 3 is not valid CSV: its quotation mark is",
     ),
     "good.xyz": (
         '{"prompt": "a"}\n',
-        "good.xyz has the suffix .xyz, which says nothing of what is in it; known are .csv, ",
+        "good.xyz has the unknown suffix .xyz; known are .csv, ",
     ),
     "number.jsonl": ('{"prompt": 3}\n', "number.jsonl, line 1 has no prompt"),
 }
@@ -121,7 +121,7 @@ def test_a_pipe_or_device_is_said_to_be_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (str(tmp_path / "pipe"), os.devnull):
         for load in (load_prompts, load_text, load_skills):
-            with pytest.raises(UsageError, match=f"{path} is a pipe or a device; write what it gives into a file"):
+            with pytest.raises(UsageError, match=f"{path} is a pipe or a device; write its content to a file"):
                 load(path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from dapa_merge.delta.minimize import ALGORITHMS, foresee, minimize
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.search.workers import Foresight, RayWorkers
+from dapa_merge.search.workers import RayWorkers, ask_ahead
 
 NEEDED = frozenset({5, 6, 7, 20, 21, 22})
 PRIOR = {unit: (unit in NEEDED) + (unit % 5) / 4 for unit in range(32)}
@@ -43,7 +43,7 @@ def search(workers, algorithm="guided", settled=None):
         settled.append(selection)
         return outcome
 
-    foresight = Foresight(
+    answer = ask_ahead(
         workers,
         functools.partial(foresee, range(32), algorithm=algorithm, prior=PRIOR),
         settle,
@@ -53,7 +53,7 @@ def search(workers, algorithm="guided", settled=None):
 
     def holds(selection):
         asked.add(selection)
-        return foresight.holds(selection)
+        return answer(selection)
 
     return minimize(range(32), holds, algorithm=algorithm, prior=PRIOR), asked
 

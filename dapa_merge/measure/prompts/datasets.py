@@ -69,14 +69,10 @@ class Rows:
 
 
 def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
-    """Read `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
-
-    Args:
-        name: The text to parse.
-        options: Keys that are allowed besides config and split.
+    """Parse `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
 
     Raises:
-        UsageError: If it has another form.
+        UsageError: If it has another form, or a key that is not among `options`.
     """
     base, query = base_and_query(name)
     values = parse_query(name, query, ("config", "split", *options))
@@ -159,13 +155,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset's config on this machine.
-
-    Attributes:
-        splits: From the name of a split to its table.
-        commit: On the Hub; None for a folder.
-        builder: Reads expressions of splits; None for what `save_to_disk` wrote.
-    """
+    """A dataset's config on this machine; a folder has no commit, and what `save_to_disk` wrote has no builder."""
 
     splits: dict[str, Any]
     commit: str | None

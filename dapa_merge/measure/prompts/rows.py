@@ -1,12 +1,8 @@
-"""Rows of a local file: CSV, TSV, JSON lines, a JSON array, Parquet, or text with a prompt a line.
+"""Rows of local files, prompts from rows of any source, and names of sets as a recipe lists them.
 
-The suffix says which, in any case of letters; a file without a suffix is text.
-
-From rows of any source to prompts: which column holds the prompt, which kind it is of, and its category.
-
-How a recipe names sets of rows: a comma list of `NAME[?KEY=VALUE&KEY=VALUE]`, where NAME is a path or a Hub id.
-
-A path that exists wins over what its commas and question marks would mean.
+A file is CSV, TSV, JSON lines, a JSON array, Parquet or text with one prompt a line, by its suffix (text without one).
+A recipe lists `NAME[?KEY=VALUE&KEY=VALUE], ...`, where NAME is a path or a Hub id; an existing path wins over the
+meaning of its commas and question marks.
 """
 
 from __future__ import annotations
@@ -28,23 +24,21 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 class PromptRow(NamedTuple):
-    """A row, and how an error says which one it is."""
+    """A row, and how an error names it."""
 
     where: str
     values: Mapping[str, Any]
 
 
 def read_rows(path: Path) -> Sequence[PromptRow]:
-    """The rows of a file by its suffix; a line of text, or a string of an array, is a row with a prompt.
+    """Read a file by its suffix; a line of text, or a string in an array, is a row with a `prompt`.
 
     Raises:
-        UsageError: If it cannot be read, is of no known suffix, is malformed, or has no rows.
+        UsageError: If it cannot be read, has an unknown suffix, is malformed, or has no rows.
     """
     suffix = path.suffix.lower()
     if suffix not in ("", *SUFFIXES) and os.path.isfile(path):
-        raise UsageError(
-            f"{path} has the suffix {path.suffix}, which says nothing of what is in it; known are {', '.join(SUFFIXES)}"
-        )
+        raise UsageError(f"{path} has the unknown suffix {path.suffix}; known are {', '.join(SUFFIXES)}")
     if suffix == ".parquet":
         rows = _parquet(path)
     else:
@@ -65,13 +59,13 @@ def read_rows(path: Path) -> Sequence[PromptRow]:
 
 
 def read_text(path: Path) -> str:
-    """All of a text file; never of a pipe or device, which may give nothing, no end, or nothing a second time.
+    """Read a text file, never a pipe or device, which may be endless or empty the second time.
 
     Raises:
         UsageError: If it cannot be read.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UsageError(f"{path} is a pipe or a device; write what it gives into a file, and name that")
+        raise UsageError(f"{path} is a pipe or a device; write its content to a file, and name that")
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -79,17 +73,17 @@ def read_text(path: Path) -> str:
 
 
 def _csv(path: Path, text: str, delimiter: str) -> list[PromptRow]:
-    # Strict: else a quotation mark that is never closed would swallow the rest of the file without a word.
+    # Strict: otherwise an unclosed quotation mark would silently swallow the rest of the file.
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         return [PromptRow(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         why = "its quotation mark is never closed" if "end of data" in str(error) else error
-        raise UsageError(f"{path}, line {reader.line_num + 1} is no {path.suffix[1:].upper()}: {why}") from error
+        raise UsageError(f"{path}, line {reader.line_num + 1} is not valid {path.suffix[1:].upper()}: {why}") from error
 
 
 def _filled_lines(text: str) -> list[tuple[int, str]]:
-    # Not splitlines, which also splits at characters that may stand inside a JSON text.
+    # Not splitlines, which also splits at characters that JSON strings may contain.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
@@ -97,7 +91,7 @@ def _json_row(path: Path, number: int, line: str) -> PromptRow:
     where = f"{path}, line {number}"
     row = _json(where, line)
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is no JSON object")
+        raise UsageError(f"{where} is not a JSON object")
     return PromptRow(where, row)
 
 
@@ -114,7 +108,7 @@ def _json(where: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is no JSON: {one_line(error)}") from error
+        raise UsageError(f"{where} is not valid JSON: {one_line(error)}") from error
 
 
 def _parquet(path: Path) -> list[PromptRow]:
@@ -130,7 +124,7 @@ def _parquet(path: Path) -> list[PromptRow]:
 
 # Columns that hold the prompt in public sets (AdvBench calls it goal), by preference; case does not count.
 PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction", "behavior", "request", "text")
-# Columns that hold what sort of request it is, by preference.
+# Columns that hold the category, by preference.
 CATEGORY_COLUMNS = ("category", "semantic_category", "semanticcategory", "functionalcategory", "subject", "type")
 HARMFUL_LABELS = ("harmful", "unsafe", "toxic")
 HARMLESS_LABELS = ("harmless", "safe", "benign")
@@ -139,13 +133,13 @@ PROMPT_KINDS = ("harmful", "harmless")
 
 @dataclass(frozen=True)
 class Columns:
-    """What a recipe says of a set's columns; None leaves it to the known names.
+    """The columns of a set, as a recipe names them; None means the known names.
 
     Attributes:
         column: Holds the prompt.
         label: Holds the kind.
         category: Holds the category.
-        kind: "harmful" or "harmless", of all rows, whatever their label.
+        kind: "harmful" or "harmless" for all rows, whatever their label.
     """
 
     column: str | None = None
@@ -164,13 +158,13 @@ class Request:
 
 
 def read_requests(rows: Sequence[PromptRow], source: str, columns: Columns) -> tuple[Request, ...]:
-    """The prompts of the rows of one source, in order; a row without a label is harmful.
+    """Read the prompts of one source, in order; a row without a label is harmful.
 
-    A set that has no labels, but types of which some are called `contrast...`, as XSTest's unsafe half, is labelled
-    by those.
+    A set without labels, but with types of which some begin with `contrast`, as XSTest's unsafe half, is labelled by
+    those.
 
     Raises:
-        UsageError: If a named column is not there, or a row has no prompt, or no label that is known.
+        UsageError: If a named column is missing, or a row has no prompt or an unknown label.
     """
     if columns.kind not in (None, *PROMPT_KINDS):
         raise UsageError(f"{source}: kind is {columns.kind!r}; it is harmful or harmless")
@@ -241,7 +235,7 @@ def _text(row: Mapping[str, Any], names: Sequence[str], strip: bool = True) -> s
 
 
 def listed_names(name: str) -> tuple[str, ...]:
-    """The names of a comma list, in order; the longest run of parts that is an existing path is one of them.
+    """Split a comma list; the longest run of parts that is an existing path is one name.
 
     Raises:
         UsageError: If a part is empty.
@@ -252,7 +246,7 @@ def listed_names(name: str) -> tuple[str, ...]:
         for size in range(len(pieces), 0, -1):
             part = ",".join(pieces[:size]).strip()
             base = base_and_query(part)[0]
-            # A comma after the question mark parts the list; keys write it as %2C.
+            # A comma after the question mark splits the list; keys write it as %2C.
             if size == 1 or (os.path.exists(base) and base.count(",") == size - 1):
                 break
         if not part:
@@ -263,7 +257,7 @@ def listed_names(name: str) -> tuple[str, ...]:
 
 
 def base_and_query(name: str) -> tuple[str, str]:
-    """Part a name at the question mark before its keys: after an existing path, else at the first one."""
+    """Split a name at the question mark before its keys: after an existing path, or else at the first one."""
     marks = [index for index, character in enumerate(name) if character == "?"]
     if os.path.exists(name) or not marks:
         return name, ""
@@ -272,10 +266,10 @@ def base_and_query(name: str) -> tuple[str, str]:
 
 
 def parse_query(name: str, query: str, keys: Sequence[str]) -> dict[str, str]:
-    """The values of a name's keys; `%2C` and the like stand for characters that would part the name.
+    """Parse a name's keys; `%2C` and the like stand for characters that would split the name.
 
     Raises:
-        UsageError: If a key is none of `keys`, is given twice, or has no value.
+        UsageError: If a key is unknown, repeated or without a value.
     """
     values: dict[str, str] = {}
     for pair in query.split("&") if query else ():
@@ -290,6 +284,6 @@ def parse_query(name: str, query: str, keys: Sequence[str]) -> dict[str, str]:
 
 
 def nearest_of(word: str, known: Iterable[str]) -> str:
-    """A question after the nearest of the known words, for an error; empty if none is near."""
+    """Suggest the nearest known word for an error; empty if none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""

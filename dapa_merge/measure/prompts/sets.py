@@ -1,7 +1,4 @@
-"""Prompt sets: the packaged ones, and the user's own files, folders and datasets of the Hub.
-
-Texts whose perplexity is taken: the packaged one, a file, or a dataset of the Hub.
-"""
+"""Prompt sets and texts: packaged, from files and folders, and from datasets of the Hub by id or short name."""
 
 from __future__ import annotations
 
@@ -12,27 +9,55 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import quote
 
 from dapa_merge.errors import HubError, UsageError
-from dapa_merge.measure.prompts.datasets import load_rows, parse_dataset
+from dapa_merge.measure.prompts.datasets import HUB_ID, DatasetName, known_commit, load_rows, parse_dataset, split_names
 from dapa_merge.measure.prompts.rows import (
+    HARMFUL_LABELS,
+    HARMLESS_LABELS,
     PROMPT_COLUMNS,
     PROMPT_KINDS,
     SUFFIXES,
     Columns,
     PromptRow,
     Request,
+    base_and_query,
     listed_names,
+    nearest_of,
+    parse_query,
+    read_requests,
     read_rows,
     read_text,
 )
-from dapa_merge.measure.prompts.sources import PACKAGED, Source, load_prompt_folder, load_source
 from dapa_merge.recipe.recipe import Recipe
+
+PACKAGED = ("builtin", "miniature")
+FILE_KEYS = ("column", "label", "category", "kind")
+FOLDER_KEYS = ("column", "category")
+HUB_KEYS = (*FILE_KEYS, "harmless")
+# A dataset with only one split needs no split's name. XSTest is its author's own copy, which is not gated.
+SHORT_NAMES = {
+    "advbench": ("walledai/AdvBench",),
+    "jailbreakbench": ("JailbreakBench/JBB-Behaviors?config=behaviors&split=harmful&harmless=benign",),
+    "xstest": ("Paul/XSTest",),
+    "harmbench": ("walledai/HarmBench?config=standard",),
+    "or-bench": (
+        "bench-llm/or-bench?config=or-bench-hard-1k&kind=harmless",
+        "bench-llm/or-bench?config=or-bench-toxic&kind=harmful",
+    ),
+    "or-bench-80k": ("bench-llm/or-bench?config=or-bench-80k&kind=harmless",),
+    "or-bench-hard": ("bench-llm/or-bench?config=or-bench-hard-1k&kind=harmless",),
+    "or-bench-toxic": ("bench-llm/or-bench?config=or-bench-toxic&kind=harmful",),
+}
+WIKITEXT = "Salesforce/wikitext?config=wikitext-2-raw-v1&split=test"
+# Between the rows of a dataset in one document, as in transformers' page on perplexity.
+BETWEEN_ROWS = "\n\n"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt that has one right answer; `match` says how a response is compared with it (see `skills`)."""
+    """A prompt with one right answer; `match` is how a response is compared with it (see `skills.MATCHES`)."""
 
     prompt: str
     answer: str
@@ -41,15 +66,15 @@ class Question:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What a model is asked.
+    """Everything that a model is asked.
 
     Attributes:
-        name: What the recipe called it.
+        name: As in the recipe.
         harmful: Requests that an aligned model refuses.
         harmless: Requests that it does not refuse.
-        skill: What the target was fine-tuned for, with the right answers; may be empty.
-        passages: Text whose perplexity is taken: for each, the context that is not counted, and what is.
-        categories: From "harmful" or "harmless", and a prompt of that kind, to its category; lacks prompts without one.
+        skill: Questions about what the target was fine-tuned for; may be empty.
+        passages: Texts for perplexity: a context, which is not counted, and an answer, which is.
+        categories: From a kind ("harmful" or "harmless") and a prompt to its category, if it has one.
     """
 
     name: str
@@ -64,10 +89,10 @@ def load_prompts(name: str) -> PromptSet:
     """Load a comma list of sets: packaged names, files, folders, short names and Hub ids.
 
     A folder holds `harmful.*` and `harmless.*`, and may hold `skill.*` (`prompt`, `answer`) and `perplexity.*`
-    (`text`, or `prompt` and `answer`); another folder is a dataset. In a file or dataset each row is harmful, unless
-    a `label` column says `harmless`, `safe` or `benign`. Keys after a name (`?column=ask`) name other columns. Which
-    of harmful prompts, harmless prompts and passages all sets together lack comes from the packaged set. A harmful or
-    harmless prompt that is repeated counts once (see `distinct`).
+    (`text`, or `prompt` and `answer`); any other folder is a dataset. In a file or dataset each row is harmful, unless
+    a `label` column says `harmless`, `safe` or `benign`. Keys after a name (`?column=ask`) name other columns. If all
+    sets together lack harmful prompts, harmless prompts or passages, those of the packaged set serve. A repeated prompt
+    of a kind counts once (see `distinct`).
 
     Raises:
         UsageError: If there is no such set, or one has no prompts or is malformed.
@@ -94,16 +119,12 @@ def load_prompts(name: str) -> PromptSet:
 
 
 def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSet]:
-    """Part a set into what a search asks, and what confirms its result; no harmful or harmless text is in both.
+    """Split a set into one for a search and one to confirm its result; no harmful or harmless text is in both.
 
-    The distinct prompts go to the two in turn, in their order. So the parts are always the same, categories that stand
-    together are in both, and twins on the same line of two files stay together. A harmless text that is also among the
-    harmful ones goes where that goes. Both parts have all passages, whose perplexity is only compared with another;
-    only the second has the skill questions.
-
-    Args:
-        prompts: What to part.
-        confirm: Share of the harmful and of the harmless prompts that goes to the second part, in (0, 1).
+    The distinct prompts go to the two in turn, in their order: the parts are always the same, categories that stand
+    together are in both, and twins on the same line of two files stay together. A text that is both harmful and
+    harmless goes to one part. Both parts have all passages, whose perplexity is only compared with another; only the
+    second has the skill questions. `confirm`, in (0, 1), is its share of the harmful and of the harmless prompts.
 
     Raises:
         UsageError: If there are too few for both parts.
@@ -136,9 +157,9 @@ def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSe
 
 
 def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
-    """The prompts in their order, without those that are an earlier one but for case and spaces.
+    """Drop prompts that repeat an earlier one, except for case and spaces.
 
-    One question asked twice is one trial: it would only make chance look smaller.
+    A question asked twice is one trial; counted twice, it would make chance look smaller.
     """
     first: dict[str, str] = {}
     for prompt in prompts:
@@ -151,20 +172,12 @@ def _key(prompt: str) -> str:
 
 
 def load_questions(path: Path) -> tuple[Question, ...]:
-    """Questions with answers from a file with `prompt` and `answer`; the skill of a target.
-
-    Raises:
-        UsageError: If it has none, or a row lacks one of the two.
-    """
+    """Load questions from a file with `prompt` and `answer`; raises `UsageError` if a row lacks one of them."""
     return tuple(map(_question, read_rows(path)))
 
 
 def load_passages(path: Path) -> tuple[Question, ...]:
-    """Texts for perplexity: a row with `text`, or with `prompt` and `answer`, each.
-
-    Raises:
-        UsageError: If the file has none, or cannot be read.
-    """
+    """Load texts for perplexity from a file with `text`, or `prompt` and `answer`; raises `UsageError` as needed."""
     return tuple(_passage(row) for row in read_rows(path))
 
 
@@ -194,7 +207,7 @@ def _prompt_set(name: str, sources: Iterable[Source]) -> PromptSet:
 
 
 def _categorized(kind: str, requests: Iterable[Request], categories: dict[tuple[str, str], str]) -> tuple[str, ...]:
-    """The distinct prompts of a kind; the first category of each goes to `categories`."""
+    """Return the distinct prompts of a kind; the first category of each is added to `categories`."""
     requests = tuple(requests)
     prompts = distinct(request.prompt for request in requests)
     first: dict[str, str] = {}
@@ -229,37 +242,24 @@ def _first_text(row: PromptRow) -> str:
 
 
 def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """The prompts that a search asks, and those that are kept for the report on what it found.
-
-    Raises:
-        UsageError: If the recipe's prompts cannot be read, or are too few.
-    """
+    """Load a recipe's prompts, split for the search and the report; raises as `load_prompts` and `split` do."""
     return split(load_prompts(recipe.prompts), recipe.confirm)
 
 
 def check_prompts(recipe: Recipe) -> None:
-    """Read the prompts of a recipe that wants a search, so that a fault in them is told before models are loaded.
-
-    Raises:
-        UsageError: If they cannot be read, or are too few.
-    """
+    """Read the prompts of a recipe with a search, so that their faults are found before models are loaded."""
     if recipe.layers is None:
         split_prompts(recipe)
 
 
-WIKITEXT = "Salesforce/wikitext?config=wikitext-2-raw-v1&split=test"
-# How the rows of a dataset become one document, as transformers' page on perplexity does it.
-BETWEEN_ROWS = "\n\n"
-
-
 @dataclass(frozen=True)
 class Text:
-    """A text.
+    """A text for perplexity.
 
     Attributes:
-        name: What it is, so that figures of other texts are not compared with its own.
+        name: Tells its figures from those of other texts.
         passages: Its documents, each read on its own.
-        max_tokens: Only so many tokens of it are read, the first ones; None for all.
+        max_tokens: Only so many of its first tokens are read; None for all.
     """
 
     name: str
@@ -272,7 +272,7 @@ def load_text(name: str, *, max_tokens: int | None = None) -> Text:
 
     Args:
         name: `builtin`; `auto`, which is wikitext-2-raw's test split if the Hub or its cache has it, else `builtin`; a
-            text file, which is one document; a JSON-lines or CSV file with a column `text`, a document a row; or a
+            text file, which is one document; a JSON-lines or CSV file with a column `text`, one document a row; or a
             dataset as `ID[@REVISION][?config=CONFIG&split=SPLIT&column=COLUMN]`, whose rows are one document.
         max_tokens: Read only so many tokens.
 
@@ -291,7 +291,7 @@ def _load(name: str) -> tuple[str, tuple[Question, ...]]:
         return "the packaged text", load_prompts("builtin").passages
     if name == "auto":
         try:
-            return "wikitext-2-raw, test split", _load_dataset(WIKITEXT)
+            return "wikitext-2-raw, test split", _load_text_of(WIKITEXT)
         except (HubError, UsageError):
             return _load("builtin")
     path = Path(name)
@@ -301,13 +301,163 @@ def _load(name: str) -> tuple[str, tuple[Question, ...]]:
     base = name.partition("?")[0]
     if not os.path.isdir(base) and ("/" not in base or Path(base).suffix.lower() in SUFFIXES):
         raise UsageError(f"text {name!r}: no such file, and neither auto nor builtin nor the id of a dataset")
-    return name, _load_dataset(name)
+    return name, _load_text_of(name)
 
 
-def _load_dataset(name: str) -> tuple[Question, ...]:
+def _load_text_of(name: str) -> tuple[Question, ...]:
     dataset = parse_dataset(name, ("column",))
     column = dataset.option("column") or "text"
     found = load_rows(dataset)
     if column not in found.columns:
         raise UsageError(f"the dataset {dataset} has no column {column!r}; it has {', '.join(found.columns)}")
     return (Question("", BETWEEN_ROWS.join(str(row[column]) for row in found.rows)),)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Content of one source.
+
+    Attributes:
+        requests: Prompts with kind and category.
+        skill: Rows of questions with answers.
+        passages: Rows of text for perplexity.
+    """
+
+    requests: tuple[Request, ...]
+    skill: tuple[PromptRow, ...] = ()
+    passages: tuple[PromptRow, ...] = ()
+
+
+def load_source(name: str) -> Source:
+    """Load one entry of a recipe's `prompts`; a path wins over a short name, and that over a Hub id.
+
+    Raises:
+        UsageError: If there is no such source, or it cannot be read.
+        HubError: If the Hub does not give it.
+    """
+    base, query = base_and_query(name)
+    if os.path.isdir(base):
+        return _load_folder(name, Path(base), query)
+    if os.path.exists(base):
+        columns = Columns(**parse_query(name, query, FILE_KEYS))
+        return Source(read_requests(read_rows(Path(base)), base, columns))
+    names = _full_names(name)
+    return Source(tuple(request for full in names for request in _load_dataset(parse_dataset(full, HUB_KEYS))))
+
+
+def load_prompt_folder(folder: Path, columns: Columns) -> Source:
+    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, each of which may be missing."""
+    files = _prompt_files(folder)
+    rows = {kind: tuple(read_rows(path)) for kind, path in files.items()}
+    requests = (
+        request
+        for kind in ("harmful", "harmless")
+        if kind in rows
+        for request in read_requests(rows[kind], str(files[kind]), replace(columns, kind=kind))
+    )
+    return Source(tuple(requests), rows.get("skill", ()), rows.get("perplexity", ()))
+
+
+def pinned_prompts(name: str) -> str:
+    """Return the name of the same prompts for another time and place: absolute paths, and the commits read here."""
+    return ", ".join(_pinned_part(part) for part in ([name] if name in PACKAGED else listed_names(name)))
+
+
+def _pinned_part(part: str) -> str:
+    base, query = base_and_query(part)
+    if part in PACKAGED:
+        return part
+    if os.path.exists(base):
+        return os.path.abspath(base) + (f"?{query}" if query else "")
+    pins = []
+    for full in _full_names(part):
+        dataset = parse_dataset(full, HUB_KEYS)
+        commit = known_commit(dataset)
+        if commit is None:
+            return part
+        query = base_and_query(full)[1]
+        pins.append(f"{dataset.id}@{commit}" + (f"?{query}" if query else ""))
+    return ", ".join(pins)
+
+
+def _prompt_files(folder: Path) -> dict[str, Path]:
+    try:
+        paths = sorted(folder.iterdir(), reverse=True)
+    except OSError as error:
+        raise UsageError(f"cannot read the folder {folder}: {error.strerror}") from error
+    return {
+        path.stem: path
+        for path in paths
+        if path.suffix.lower() in SUFFIXES and path.stem in ("harmful", "harmless", "skill", "perplexity")
+    }
+
+
+def _load_folder(name: str, folder: Path, query: str) -> Source:
+    files = _prompt_files(folder)
+    if "harmful" in files or "harmless" in files:
+        return load_prompt_folder(folder, Columns(**parse_query(name, query, FOLDER_KEYS)))
+    dataset = parse_dataset(name, HUB_KEYS)
+    try:
+        return Source(_load_dataset(dataset))
+    except UsageError as error:
+        hint = "" if any(folder.iterdir()) and not files else "; a folder of prompts has harmful.jsonl, .csv or .txt"
+        raise UsageError(f"{error}{hint}") from error
+
+
+def _full_names(part: str) -> tuple[str, ...]:
+    """Expand a short name, whose keys win; another Hub name stays. Raises `UsageError` for anything else."""
+    base, query = base_and_query(part)
+    short, _, revision = base.partition("@")
+    if short in SHORT_NAMES:
+        own = parse_query(part, query, ("config", "split", *HUB_KEYS))
+        names = []
+        for full in SHORT_NAMES[short]:
+            identity, _, defaults = full.partition("?")
+            values = {**parse_query(full, defaults, ("config", "split", *HUB_KEYS)), **own}
+            keys = "&".join(f"{key}={quote(value, safe='+[]:% ')}" for key, value in values.items())
+            names.append(identity + (f"@{revision}" if revision else "") + (f"?{keys}" if keys else ""))
+        return tuple(names)
+    if not HUB_ID.fullmatch(base) or base.startswith(".") or Path(base).suffix.lower() in SUFFIXES:
+        nearest = nearest_of(base, (*PACKAGED, *SHORT_NAMES))
+        raise UsageError(
+            f"prompts {base!r}: no such file or folder, and no packaged set ({', '.join(PACKAGED)}), "
+            f"short name ({', '.join(SHORT_NAMES)}) or Hub id (someone/name){nearest}"
+        )
+    return (part,)
+
+
+def _load_dataset(dataset: DatasetName) -> tuple[Request, ...]:
+    columns = Columns(**{key: dataset.option(key) for key in FILE_KEYS})
+    return tuple(
+        request
+        for split, kind in _splits(dataset)
+        for request in _load_split(replace(dataset, split=split), replace(columns, kind=kind))
+    )
+
+
+def _splits(dataset: DatasetName) -> list[tuple[str | None, str | None]]:
+    """List the splits to read, each with the kind of all its rows; None leaves it to their labels."""
+    kind, harmless = dataset.option("kind"), dataset.option("harmless")
+    if kind and harmless:
+        raise UsageError(f"the dataset {dataset}: kind says it of all its prompts, so leave out harmless={harmless}")
+    if harmless:
+        return [*([(dataset.split, _kind_of(dataset.split))] if dataset.split else []), (harmless, "harmless")]
+    if dataset.split or kind:
+        return [(dataset.split, kind or _kind_of(dataset.split or ""))]
+    told = [(split, _kind_of(split)) for split in split_names(dataset) if _kind_of(split)]
+    return list(told) or [(None, None)]
+
+
+def _kind_of(split: str) -> str | None:
+    """The kind given by a split's name; None if it gives none."""
+    name = split.partition("[")[0].casefold()
+    return "harmful" if name in HARMFUL_LABELS else "harmless" if name in HARMLESS_LABELS else None
+
+
+def _load_split(dataset: DatasetName, columns: Columns) -> tuple[Request, ...]:
+    found = load_rows(dataset)
+    source = f"the dataset {dataset}, split {found.split}"
+    if not found.rows:
+        raise UsageError(f"{source} is empty")
+    rows = [PromptRow(f"{source}, row {number}", row) for number, row in enumerate(found.rows, 1)]
+    return read_requests(rows, source, columns)

@@ -5,16 +5,11 @@ REFUSED is meant to agree with what a person calls a full refusal (XSTest, Rött
 
 A response is read from its start, as a person gets it. At a few fixed lengths (`CHECKPOINTS`) it is asked whether the
 verdict is certain: then it is final, whatever follows. What was never certain is judged as a whole, by rules for the
-clear cases and by a small linear model (`refusal_model.py`) for the others. So `settle` is exact by construction,
-for both functions ask the same question about the same text. A refusal is never certain before
-its end, for help may follow.
+clear cases and by a small linear model (`model.py`) for the others. So `settle` is exact by construction, because both
+functions ask the same question about the same text. A refusal is never certain before its end, because help may follow.
 
-One form for what tokenizers and writers spell in many ways: "I'm", "I am", "I ' m". Standard library only.
-
-The answer in a response that thinks aloud first. Standard library only.
-
-Models mark a thought in many ways: `<think>...</think>` and its relatives, `[THINK]...[/THINK]`, channels. Where the
-chat template opens the thought itself, only the closing tag is in the response.
+A thought before the answer is not judged. Models mark it in many ways: `<think>...</think>` and its relatives,
+`[THINK]...[/THINK]`, channels. If the chat template opens the thought, only the closing tag is in the response.
 """
 
 from __future__ import annotations

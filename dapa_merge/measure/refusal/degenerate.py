@@ -1,7 +1,7 @@
 """Output that says nothing: empty, a loop, noise, an echo. Standard library only.
 
-Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise, so that
-some noise is let through, above all what is made of whole words of other languages than English.
+Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise. So some
+noise passes, above all whole words of other languages than English.
 """
 
 from __future__ import annotations
@@ -84,12 +84,7 @@ _WANTS_REPETITION = re.compile(
 
 
 def is_degenerate(answer: str, prompt: str | None = None) -> bool:
-    """Whether an answer, without its thought, says nothing.
-
-    Args:
-        answer: As the model gave it.
-        prompt: What was asked; if it asks for repetition, or is as repetitive itself, repetition is no fault.
-    """
+    """Whether an answer, without its thought, says nothing; repetition is fine if the prompt asks for it or repeats."""
     text = _SPECIAL.sub(" ", answer).strip()
     if not any(character.isalnum() for character in text):
         return True

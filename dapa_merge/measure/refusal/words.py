@@ -1,11 +1,7 @@
-"""What a response does, in words: refuses, disapproves, corrects, redirects, answers. Standard library only.
+"""Patterns of what a response does: refuse, disapprove, correct, redirect, answer. Standard library only.
 
-Patterns for normalized responses (`normal_text.py`): only the response is looked at, never the prompt.
-
-How refusals open in other languages than English. Standard library only.
-
-Each pattern is a person's inability or unwillingness to help, or an apology for it, as it stands at the start of a
-response. Matched against lower-case text with straight quotes.
+They match normalized responses (`classify.normalize`), never the prompt. Other languages than English have a pattern
+for the start of a refusal: inability or unwillingness to help, or an apology for it.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ _UNABLE = (
     r"(?! (wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|need|have to|to believe|"
     r"be held|(\w+ ){1,3}(myself|only|just one)|(tell|say|share|do|give)( \w+){0,3},? but)\b)"
 )
-# What nobody asked for: "I cannot wait", "I cannot see pictures", "I am not able to guarantee it".
+# Inabilities that refuse nothing: "I cannot wait", "I cannot see pictures", "I am not able to guarantee it".
 _HARDLY_HELP = (
     r"(?! (\w+ly )?(wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|hear|feel|taste|smell|"
     r"know|think of|recall|find|guarantee|promise|predict|verify|confirm|say for|be (sure|certain|used|heard|held)|lie|deny|"
@@ -42,7 +38,7 @@ _HELPING = (
     r"accept|grant|honou?r|disclose|reveal|describe|speculate|justify|spread|perpetuate|with (that|this|your|such)|"
     r"decline|refuse|refrain|abstain)\b"
 )
-# Whatever is said not to be done, but for what is no help in the first place.
+# Flat refusals, except of what would not be help anyway.
 _FLATLY = (
     r"\b(i|we)( \w+ly| just| simply| still| also)? "
     r"(cannot|will not|will never|would never|am (not able|unable|not going|not willing|not allowed|not permitted|"
@@ -262,11 +258,7 @@ _OPENING_CHARACTERS = 200
 
 
 def refuses_in_another_language(text: str) -> bool:
-    """Whether a response opens as a refusal does in one of the languages known here.
-
-    Args:
-        text: In lower case, with straight quotes.
-    """
+    """Whether a normalized response opens as a refusal does in one of the languages known here."""
     opening = text[:_OPENING_CHARACTERS]
     if _EAGER.match(opening):
         return False

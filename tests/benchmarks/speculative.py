@@ -1,7 +1,7 @@
-"""Do drafts change what a search selects, and what do they save?
+"""Does speculative decoding change what a search selects, and what does it save?
 
-`python tests/benchmarks/drafts.py [RECIPE ...]`: each recipe's search and that among all projections, with drafts and
-without, by the attention that rounds alike and by the fused one. Two searches that differ in a test or a unit are not
+`python tests/benchmarks/speculative.py [RECIPE ...]`: each recipe's search and that among all projections, with drafts
+and without, by the deterministic attention and by the fused one. Two searches that differ in a test or a unit are not
 the same. Seconds are the process's, on one thread. In float32, or on an accelerator, both columns are one.
 """
 
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +23,6 @@ from tiny import parse
 
 from dapa_merge.compare.selections import auto_of
 from dapa_merge.compare.selections import find_selections as find
-from dapa_merge.measure import meter as meters
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
@@ -43,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", default=RECIPES, metavar="RECIPE")
     arguments = parse(parser, argv)
     torch.set_num_threads(1)
-    print(f"{'search':32} {'attention':9} {'same':>5} {'tests':>9} {'s, drafts':>9} {'s, none':>9}")
-    same = {"steady": 0, "fused": 0}
-    seconds = {"steady": [0.0, 0.0], "fused": [0.0, 0.0]}
+    print(f"{'search':32} {'attention':13} {'same':>5} {'tests':>9} {'s, drafts':>9} {'s, none':>9}")
+    same = {"deterministic": 0, "fused": 0}
+    seconds = {"deterministic": [0.0, 0.0], "fused": [0.0, 0.0]}
     number = 0
     for path in map(Path, arguments.recipes):
         recipe = load_recipe(path)
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 seconds[attention][0] += first
                 seconds[attention][1] += second
                 print(
-                    f"{path.stem + name:32} {attention:9} {'yes' if one == other else 'NO':>5} "
+                    f"{path.stem + name:32} {attention:13} {'yes' if one == other else 'NO':>5} "
                     f"{f'{one[1]}, {other[1]}':>9} {first:9.1f} {second:9.1f}",
                     flush=True,
                 )
@@ -74,14 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def search(recipe: Recipe, plan: Plan, attention: str, drafts: bool) -> tuple[Outcome, float]:
     """One search, from nothing, and its seconds."""
-    make = meters.search_meter
-
-    def without(*arguments: object) -> meters.Meter:
-        return replace(make(*arguments), drafts=None)  # type: ignore[arg-type]
-
     with ExitStack() as stack:
         if not drafts:
-            stack.enter_context(mock.patch.object(meters, "search_meter", without))
+            stack.enter_context(mock.patch("dapa_merge.measure.meter.LookupCache", return_value=None))
         if attention == "fused":
             stack.enter_context(mock.patch("dapa_merge.measure.determinism.MAX_TOKENS", 0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -186,7 +186,7 @@ def read_manifest(folder: Path) -> Manifest:
         content = _CONTENT.validate_json(json.dumps(raw), strict=True)
         edit = make_edit(content.edit, content.strength)
         names = dict.fromkeys(("target", "source", *edit.inputs))
-        models = _MODELS.validate_python({name: raw.get(name) for name in names}, strict=True)
+        models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, fault["loc"]))

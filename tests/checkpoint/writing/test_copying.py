@@ -35,7 +35,6 @@ def change(spans, source: bytes, cut: int) -> Change:
         (),
         tuple(spans),
         "",
-        "file",
         lambda: iter(pieces),
     )
 

@@ -145,7 +145,7 @@ def _workers(text: str | None) -> dict[str, Any]:
 
 
 def refuse_options(names: Collection[str], why: str) -> None:
-    """Refuse options on the command line that count for nothing here: whoever gives one counts on it.
+    """Refuse options that would have no effect on this command line.
 
     Args:
         names: Of the options' parameters.
@@ -160,7 +160,7 @@ def refuse_options(names: Collection[str], why: str) -> None:
 
 
 def is_given(name: str) -> bool:
-    """Whether an option stands on the command line, rather than in the environment."""
+    """Whether an option was given on the command line, rather than in the environment."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 

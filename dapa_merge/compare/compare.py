@@ -14,7 +14,7 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -33,11 +33,11 @@ from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.files import (
     begins_journal,
     check_folder,
+    held,
     make_folder,
     remove_pictures,
     replace_file,
     replace_files,
-    take_lock,
 )
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
@@ -369,12 +369,11 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UsageError: If the folder cannot be written.
     """
-    try:
-        file = (out / ROWS_NAME / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
-    with file:
-        take_lock(file.fileno(), waits=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out / ROWS_NAME / LOCK_NAME))
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
         yield
 
 

@@ -48,8 +48,6 @@ class LocalFile:
     """A file to publish.
 
     Attributes:
-        path: Its path on this machine.
-        num_bytes: Its size.
         sha256: The Hub's checksum of a large file.
         git_hash: The Hub's checksum of a small file: SHA-1 of git's header for a blob, and the content.
         content: All of a small file, so that what was looked at is what is sent.
@@ -99,13 +97,10 @@ class Published:
     """The outcome of publishing.
 
     Attributes:
-        url: Of the commit, or the pull request.
         commit: The commit that the repository, or the pull request, has now.
         pull_request: The address of the pull request; None for a commit.
         changed: Whether anything had to be done.
-        difference: The changes.
         copied: Files that the Hub copied.
-        tag: The tag of the commit; None without one.
     """
 
     url: str
@@ -153,7 +148,6 @@ class Job:
 
     Attributes:
         files: All files to publish, by their paths in the repository.
-        description: Further lines of the message.
         head: The branch as it was looked at.
         change: The changes that are needed there.
         source: A repository that the Hub may copy files from, at a commit.

@@ -1,4 +1,4 @@
-"""What a user says about publishing: where, under which license, and what the card says. Asks nobody."""
+"""A user's options for publishing: the destination, the license and the card. Nothing here asks the Hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a user says about a card; None for what was said before, or else for what the files say.
+    """A user's statements about a card; None leaves what was stated before, or else what the files say.
 
     Attributes:
         title: The model's id on the Hub.

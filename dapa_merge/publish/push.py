@@ -30,7 +30,7 @@ from dapa_merge.verify.result import Check, verify_result
 
 
 def check_push(destination: Destination, card: CardOptions, recipe: Recipe | None = None) -> None:
-    """Say now what would prevent a push, rather than after hours of work for it.
+    """Raise now what would prevent a push, rather than after hours of work for it.
 
     Args:
         destination: Where to publish.
@@ -137,7 +137,7 @@ def _name(location: Location) -> str:
 
 
 def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
-    """What a user may not expect to be published, or not to be."""
+    """Yields notes about files that a user may not expect to be published, or to stay."""
     for name in PRIVATE:
         if (out / name).is_file():
             yield f"{name} stays here: it holds harmful answers"

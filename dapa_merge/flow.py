@@ -1,7 +1,4 @@
-"""The flow: recipe, plan, search, transplant, verify, report. `mergekit-yaml` and `dapa-merge` share it.
-
-A recipe file, followed to its end: locked, repaired, given a card, and published.
-"""
+"""The flow, top to bottom: lock, plan, search and measure, transplant and verify, describe and publish."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +18,20 @@ from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task
-from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
+from dapa_merge.publish.commit import Published
+from dapa_merge.publish.lock import (
+    LOCK_NAME,
+    Lock,
+    check_lock,
+    lock_text,
+    locked_recipe,
+    locked_selection,
+    make_lock,
+    write_lock,
+)
+from dapa_merge.publish.options import CardOptions, Destination
+from dapa_merge.publish.push import check_push, push
+from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
@@ -32,14 +42,55 @@ from dapa_merge.transplant.manifest import PRIVATE
 from dapa_merge.transplant.result import check_destination, transplant
 
 if TYPE_CHECKING:
-    from dapa_merge.measure.figures import Response
-    from dapa_merge.publish.commit import Published
-    from dapa_merge.publish.push import PushOptions
-    from dapa_merge.publish.write_card import CardOptions
     from dapa_merge.report.evidence import Evidence
 
-
 (RESPONSES_NAME,) = PRIVATE
+
+
+def run_recipe(
+    recipe: Recipe,
+    path: Path,
+    out: Path,
+    *,
+    keeps_lock: bool = True,
+    is_locked: bool = False,
+    card: CardOptions | None = None,
+    destination: Destination | None = None,
+    **settings: Any,
+) -> tuple[Report, Published | None]:
+    """Run a recipe file to its end: lock, repair, describe, publish.
+
+    Args:
+        recipe: The parsed recipe.
+        path: Its file.
+        out: The folder to make.
+        keeps_lock: Write a lock beside the recipe, and into the result.
+        is_locked: Use exactly what the lock beside the recipe says.
+        card: The user's statements about the card.
+        destination: Where to publish the result; None for nowhere.
+        settings: Further arguments of `repair`.
+
+    Returns:
+        The report, and the outcome of the push, if there is one.
+
+    Raises:
+        DapaError: For whatever does not fit; if the push fails, the result exists all the same.
+    """
+    card = card or CardOptions()
+    lock: Lock | None = None
+    if is_locked:
+        recipe, lock = locked_recipe(recipe, path)
+    if destination is not None:
+        check_push(destination, card, recipe)
+    if keeps_lock and lock is None:
+        lock = _lock(recipe)
+    report = repair(recipe, out, lock=lock, is_locked=is_locked, **settings)
+    if lock is not None and not is_locked:
+        write_lock(lock.with_units(report.units), path)
+    if destination is not None:
+        return report, _publish(out, destination, card)
+    _describe(out, card)
+    return report, None
 
 
 def repair(
@@ -55,15 +106,23 @@ def repair(
 ) -> Report:
     """Repair the target and write the result to `out`, with a report and the recipe that replays it.
 
+    Steps are logged to `logging.getLogger("dapa_merge")` at level INFO; listen with a handler of your own, or
+    `logging.basicConfig(level=logging.INFO)`.
+
+    ```python
+    report = dapa_merge.repair(dapa_merge.load_recipe(Path("recipe.yml")), Path("out"))
+    print(report.after.dsr, report.units)
+    ```
+
     Args:
-        recipe: What to repair, with what.
+        recipe: Target, source and parameters.
         out: The folder to make; it must not exist, or be empty.
-        evaluate: Measure target, result and source, with prompts that the search has not seen; with all prompts if the
+        evaluate: Measure target, result and source, on prompts that the search has not seen; on all prompts if the
             recipe names its layers. Without it the recipe must name them.
         link: Hard-link the weight files that do not change rather than copy them.
         manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
-        lock: What the models are, for the result.
-        is_locked: Transplant what the lock says, rather than search; it is measured with the prompts that a search
+        lock: The models as they are, for the result.
+        is_locked: Transplant what the lock says, rather than search; it is measured on the prompts that a search
             would not have asked.
         options: Where to evaluate, how many at once, and where to keep the journal.
 
@@ -81,42 +140,57 @@ def repair(
     # Now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
     selection = locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
-    if selection is None and not evaluate:
-        raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     evidence: Evidence | None = None
+    extras: dict[str, str | bytes] = {}
     if evaluate:
-        # A mere transplant starts without it, in half the time.
+        # A mere transplant starts without torch, in half the time.
         from dapa_merge.report.evidence import gather_evidence
 
         evidence = gather_evidence(recipe, plan, selection, options)
         selection = evidence.selection
+        extras[RESPONSES_NAME] = responses_text(evidence.responses)
+    elif selection is None:
+        raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     assert selection is not None
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
-    responses = evidence.responses if evidence else {}
-    pictures = _pictures(charts.Run(report, plan, evidence.search)) if evidence else {}
-    extras: dict[str, str | bytes] = {**pictures}
+    if evidence is not None:
+        extras |= _pictures(charts.Run(report, plan, evidence.search))
     if lock is not None:
         extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
-    write(recipe, plan, selection, out, report, responses, extras, link=link, manifest=manifest)
+    write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest)
     return report
 
 
-def _pictures(run: charts.Run) -> dict[str, bytes]:
-    """The charts of a run by their files' names; none without matplotlib."""
-    try:
-        return {
-            f"{picture.name}{ending}": content
-            for picture in charts.draw_all(charts.CHARTS, run)
-            for ending, content in picture.files.items()
-        }
-    except Exception as error:
-        # Whatever a picture fails of, it must not cost the model.
-        LOG.info(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
-        return {}
+def write(
+    recipe: Recipe,
+    plan: Plan,
+    selection: Sequence[Unit],
+    out: Path,
+    report: Report,
+    extras: Mapping[str, str | bytes],
+    *,
+    link: bool = False,
+    manifest: bool = True,
+) -> None:
+    """Transplant on disk, verify the result, and only then let it appear."""
+    fetch_units(plan, selection)
+    added: dict[str, str | bytes] = {
+        **extras,
+        REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
+        RECIPE_NAME: replay_text(recipe, plan, selection),
+    }
+    with task("copying and verifying", plan.target.num_bytes, "bytes"):
+        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
+    if rounding.overflowed:
+        LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
+    if rounding.subnormal:
+        LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
+    num_tensors = len(plan.target.tensors)
+    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
-    """What was chosen, why, and what it does; the time is not in it yet."""
+    """The report of a run, without its time."""
     search = evidence.search if evidence else None
     return Report(
         version=__version__,
@@ -148,97 +222,21 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
     )
 
 
-def write(
-    recipe: Recipe,
-    plan: Plan,
-    selection: Sequence[Unit],
-    out: Path,
-    report: Report,
-    responses: Mapping[str, Sequence[Response]],
-    extras: Mapping[str, str | bytes],
-    *,
-    link: bool = False,
-    manifest: bool = True,
-) -> None:
-    """Transplant on disk, prove the result, and only then let it appear."""
-    fetch_units(plan, selection)
-    added: dict[str, str | bytes] = {
-        **extras,
-        REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
-        RECIPE_NAME: replay_text(recipe, plan, selection),
-    }
-    if responses:
-        added[RESPONSES_NAME] = responses_text(responses)
-    with task("copying and verifying", plan.target.num_bytes, "bytes"):
-        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
-    if rounding.overflowed:
-        LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
-    if rounding.subnormal:
-        LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
-    num_tensors = len(plan.target.tensors)
-    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
-
-
-@dataclass(frozen=True)
-class FollowOptions:
-    """How a recipe file is followed.
-
-    Attributes:
-        keeps_lock: Write a lock beside the recipe, and into the result.
-        is_locked: Use exactly what the lock beside the recipe says.
-        card: What the user says about the card.
-        push: Where to publish the result; None for nowhere.
-    """
-
-    keeps_lock: bool = True
-    is_locked: bool = False
-    card: CardOptions | None = None
-    push: PushOptions | None = None
-
-
-def follow(
-    recipe: Recipe, path: Path, out: Path, how: FollowOptions, **settings: Any
-) -> tuple[Report, Published | None]:
-    """Follow a recipe.
-
-    Args:
-        recipe: What the file says.
-        path: The file.
-        out: The folder to make.
-        how: How.
-        settings: Further arguments of `repair`.
-
-    Returns:
-        The report, and what became of the push, if there is one.
-
-    Raises:
-        DapaError: Of whatever does not fit; if the push fails, the result is there all the same.
-    """
-    lock: Lock | None = None
-    if how.is_locked:
-        from dapa_merge.publish.outdated import follow_lock
-
-        recipe, lock = follow_lock(recipe, path)
-    if how.push is not None:
-        from dapa_merge.publish.push import check_push
-
-        check_push(how.push, recipe)
-    if how.keeps_lock and lock is None:
-        lock = _lock(recipe)
-    report = repair(recipe, out, lock=lock, is_locked=how.is_locked, **settings)
-    if lock is not None and not how.is_locked:
-        from dapa_merge.publish.outdated import keep_lock
-
-        keep_lock(lock.with_units(report.units), path)
-    if how.push is None:
-        _describe(out, how)
-        return report, None
-    return report, _publish(out, how.push)
+def _pictures(run: charts.Run) -> dict[str, bytes]:
+    """The charts of a run by their files' names; none without matplotlib."""
+    try:
+        return {
+            f"{picture.name}{ending}": content
+            for picture in charts.draw_all(charts.CHARTS, run)
+            for ending, content in picture.files.items()
+        }
+    except Exception as error:
+        # Whatever a picture fails of, it must not cost the model.
+        LOG.info(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
+        return {}
 
 
 def _lock(recipe: Recipe) -> Lock | None:
-    from dapa_merge.publish.outdated import make_lock
-
     try:
         return make_lock(recipe)
     except DapaError as error:
@@ -247,32 +245,35 @@ def _lock(recipe: Recipe) -> Lock | None:
         return None
 
 
-def _describe(out: Path, how: FollowOptions) -> None:
+def _describe(out: Path, card: CardOptions) -> None:
     """Give the result its card; where that cannot be, it is a result all the same."""
-    from dapa_merge.publish.write_card import write_card
-
     try:
-        write_card(out, how.card)
+        write_card(out, card)
     except DapaError as error:
         LOG.info(f"no card yet: {error}; `dapa-merge card {out}` writes it")
 
 
-def _command(out: Path, options: PushOptions) -> str:
-    """The command that publishes a result as it was meant to be."""
-    place, license = options.place, options.card.license
-    flags = {"--private": place.private, "--create-pr": place.create_pr, "--replace": place.replaces}
-    values = {"--revision": place.branch, "--tag": place.tag, "--message": options.message}
-    values |= {f"--{key.replace('_', '-')}": value for key, value in (license.to_metadata() if license else {}).items()}
-    given = [flag for flag, is_set in flags.items() if is_set]
-    given += [word for option, value in values.items() if value is not None for word in (option, value)]
-    return shlex.join(["dapa-merge", "push", str(out), place.repository, *given])
-
-
-def _publish(out: Path, options: PushOptions) -> Published:
-    from dapa_merge.publish.push import push
-
+def _publish(out: Path, destination: Destination, card: CardOptions) -> Published:
     try:
-        return push(out, replace(options, is_proved=True))
+        return push(out, destination, card, is_verified=True)
     except BaseException:
-        LOG.info(f"{out} is complete; publish it with: {_command(out, options)}")
+        LOG.info(f"{out} is complete; publish it with: {_command(out, destination, card)}")
         raise
+
+
+def _command(out: Path, destination: Destination, card: CardOptions) -> str:
+    """The command that publishes a result as it was meant to be."""
+    license = card.license.to_metadata() if card.license else {}
+    options = {
+        "--private": destination.private,
+        "--create-pr": destination.create_pr,
+        "--replace": destination.replaces,
+        "--revision": destination.branch,
+        "--tag": destination.tag,
+        "--message": destination.message,
+    } | {f"--{key.replace('_', '-')}": value for key, value in license.items()}
+    words = ["dapa-merge", "push", str(out), destination.repository]
+    for option, value in options.items():
+        if value:
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)

@@ -10,9 +10,10 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -145,6 +146,11 @@ def find(repository: str, revision: str | None = None) -> Any:
             return None
 
     return ask(f"look at {repository}", call)
+
+
+def download(repository: str, name: str, commit: str) -> Path:
+    """Fetch one file of a repository into huggingface_hub's cache; returns its path there."""
+    return Path(ask(f"get {name} of {repository}", lambda: hf_hub_download(repository, name, revision=commit)))
 
 
 def fault(what: str, error: BaseException) -> HubError:

@@ -1,8 +1,7 @@
-"""The merge method `dapa`; importing this module registers it with mergekit.
+"""The merge method `dapa`; importing this module registers it with mergekit (tried with 0.1.5).
 
-`mergekit-yaml` needs no import: see `pydantic_hook`. Written against mergekit 0.1.5.
-
-Where mergekit keeps the units of a model: it names and fuses tensors as transformers does in memory.
+`mergekit-yaml` needs no import: see `pydantic_hook`. mergekit names and fuses tensors as transformers does in memory,
+so that units are looked up there.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.plan.selection import given_selection, make_plan, models_of
 from dapa_merge.progress import LOG, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
@@ -55,6 +54,9 @@ from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
 from dapa_merge.search.search import search_plan
 
+# A box of a tensor as mergekit has it, with the same values' places in each model's files.
+EditedBox = tuple[Box, Mapping[str, Region]]
+_NUMBER = re.compile(r"\d+")
 TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
 SPEC = MergeMethodSpec(
@@ -63,26 +65,24 @@ SPEC = MergeMethodSpec(
     reference_url="https://arxiv.org/abs/2406.01514",
     parameters=tuple(ParameterSpec(name, Any, ParameterScope.SHARED, default=None) for name in PARAMETERS),
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, max_inputs=2),
-    # A weight that only the target has is the target's.
+    # Weights that only the target has stay the target's.
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
-    # Tensors are handed through; moving them to an accelerator and back would only cost time.
+    # Tensors pass through; moving them to an accelerator and back would only cost time.
     uses_accelerator=False,
 )
 
 
 @dataclass(frozen=True)
 class _Selected:
-    """What was selected, what the target stores, and what the weight files were then.
-
-    So a model that was replaced is not taken for the old one.
+    """A recipe's selection, with the state of the weight files, so that a replaced model is noticed.
 
     Attributes:
-        boxes: For each tensor that changes, which boxes of it, each with its place in the models' files.
+        boxes: The boxes that change, by tensor.
         plan: The models and the edit.
-        dtypes: What the target stores each tensor as.
-        files: The weight files of both models.
-        stamps: Their states then.
-        rounding: What is lost by rounding so far.
+        dtypes: The target's dtypes, by tensor.
+        files: The models' weight files.
+        stamps: The state of `files` when the selection was made.
+        rounding: Losses so far.
     """
 
     boxes: Mapping[str, Sequence[EditedBox]]
@@ -97,37 +97,37 @@ class _Selected:
 
 
 class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
-    """Hands through the target's tensors, with the edit's values where a unit was selected.
+    """Passes the target's tensors through, with the edit's values in selected units.
 
-    The selection is found once per recipe, however many threads ask, and before mergekit writes anything if the recipe
-    was announced by `accept`.
+    Each recipe is searched once, whichever thread asks first, and before mergekit writes anything if `accept` announced
+    it.
     """
 
     spec = SPEC
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By what mergekit will bind, which is a recipe without its dtype.
+        # By the recipe that mergekit will bind, which has no dtype.
         self._announced: dict[Recipe, Recipe] = {}
         self._selected: dict[Recipe, _Selected] = {}
 
     def announce(self, recipe: Recipe) -> None:
-        """Remember a recipe, so that its search can start when mergekit plans the merge of its models."""
+        """Remember a recipe, so that its search starts when mergekit plans the merge of its models."""
         self._announced[replace(recipe, dtype=None, keeps_tokenizer=False)] = recipe
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
     ) -> None:
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        # mergekit validates the inputs of the whole merge while it plans, before there is an output folder. It does not
-        # say which recipe it plans: if several have these models, each searches when its first tensor comes.
+        # mergekit validates the inputs while it plans, before it makes the output folder. It does not say which recipe
+        # it plans: if several have these models, each searches when its first tensor comes.
         models = {str(base_id), *map(str, input_ids)}
         recipes = [recipe for recipe in self._announced.values() if {str(recipe.target), str(recipe.source)} == models]
         if len(recipes) == 1:
             self.selected_tensors(recipes[0])
 
     def selected_tensors(self, recipe: Recipe) -> _Selected:
-        """What to take from the source; searched for once if the recipe asks for it."""
+        """The recipe's selection; a search runs at most once."""
         with self._lock:
             selected = self._selected.get(recipe)
             if selected is None or selected.is_stale():
@@ -144,14 +144,14 @@ class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """One tensor per group, in the target's own dtype; `input_dtypes`, the promoted ones, are not used."""
+        """Return one tensor per group, in the target's dtype rather than the promoted `input_dtypes`."""
         results = []
         for group, given in zip(groups, parameters, strict=True):
             base, (other,) = group.base, group.non_base
             assert base is not None
             name = group.metadata.name
             selected = self.selected_tensors(self._recipe_of(str(base.id), str(other.id), given))
-            # mergekit promotes a vocabulary's tensors when it aligns tokenizers, which loses nothing; this undoes it.
+            # mergekit promotes a vocabulary's tensors when it aligns tokenizers, without loss; this undoes it.
             dtype = selected.dtypes.get(name, base.tensor.dtype)
             tensor = base.tensor
             if name in selected.boxes:
@@ -174,10 +174,10 @@ def accept(raw: Mapping[str, Any]) -> None:
     """Check a merge configuration before mergekit does, and announce it to the method.
 
     Args:
-        raw: What mergekit is about to validate, with `merge_method: dapa`.
+        raw: The configuration that mergekit is about to validate, with `merge_method: dapa`.
 
     Raises:
-        DapaError: If it is not a recipe that can be followed; names the line if mergekit's command line reads it.
+        DapaError: If it is not a valid recipe; names the line if mergekit's command line reads it.
     """
     file = _file_being_read(raw)
     recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
@@ -186,15 +186,15 @@ def accept(raw: Mapping[str, Any]) -> None:
 
 
 def register() -> None:
-    """Make `dapa` known to mergekit; a second call does nothing."""
+    """Register `dapa` with mergekit, once."""
     if all(method.spec.name != METHOD for method in merge_methods.registered_methods()):
         merge_methods.register(METHOD_INSTANCE)
 
 
 def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _Selected) -> torch.Tensor:
-    """A new tensor: `ours` with the edit's values in some boxes.
+    """A copy of `ours` with the edit's values in the selected boxes.
 
-    mergekit gives the values of target and source; a further model that the edit reads is read here.
+    mergekit hands over the values of target and source; those of further models are read here.
     """
     result, plan = ours.clone(), selected.plan
     for box, regions in selected.boxes[name]:
@@ -202,7 +202,7 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
         values = {"target": ours[place], "source": theirs[place]}
         for model in plan.edit.inputs:
             if model not in values:
-                values[model] = mapped_values(plan.models[model], regions[model]).view(values["target"].shape)
+                values[model] = mapped_values(plan.models[model], regions[model]).reshape(values["target"].shape)
             if model != "target" and not bool(values[model].isfinite().all()):
                 raise not_finite(name, plan.models, model)
         result[place] = plan.edit.new_values(values, ours.dtype, selected.rounding)
@@ -213,14 +213,14 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 
 
 def _select(recipe: Recipe) -> _Selected:
-    # mergekit computes on the CPU unless told otherwise; a search does so only if there is nothing better.
+    # mergekit computes on the CPU unless told otherwise; a search only without an accelerator.
     given = _command_line()
     options = Options.from_environment(
         given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
     )
     plan = make_plan(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
     check_prompts(recipe)
-    # A commit on the Hub does not change; what is here of it may grow.
+    # A commit on the Hub does not change, though the cache's part of it may grow.
     local = [checkpoint for checkpoint in plan.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
@@ -243,17 +243,19 @@ def _select(recipe: Recipe) -> _Selected:
 
 
 def _merge_cache() -> MergeCache | None:
-    """Where the running mergekit keeps merged LoRAs; None where it is not known, as in another thread of it."""
+    """The running mergekit's cache of merged LoRAs; None if unknown, as in another thread."""
     options = LoaderCache()
     return MergeCache(Path(options.lora_cache_dir), options.lora_merge_dtype) if options.lora_cache_dir else None
 
 
 def _check_has_place_to_merge(recipe: Recipe) -> None:
     options = _command_line()
-    for key, location in (("base_model", recipe.target), ("models", recipe.source)):
+    keys = {"target": "base_model", "source": "models"}
+    for name, location in models_of(recipe).items():
         if location.adapter is not None and options.get("lora_merge_cache", "") is None:
             raise UsageError(
-                f"{recipe.where(key)} is a LoRA, {location}; name a folder with --lora-merge-cache to merge it in"
+                f"{recipe.where(keys.get(name, f'parameters.{name}'))} is a LoRA, {location}; name a folder with "
+                f"--lora-merge-cache to merge it in"
             )
 
 
@@ -262,13 +264,13 @@ def _stamps(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:
 
 
 def _command_line() -> dict[str, Any]:
-    """The options of a running mergekit command; nothing where it is used from Python."""
+    """The options of the running mergekit command; empty if mergekit is used from Python."""
     context = click.get_current_context(silent=True)
     return dict(context.params) if context is not None else {}
 
 
 def _file_being_read(raw: Mapping[str, Any]) -> Path | None:
-    """The recipe file of a running `mergekit-yaml`, whose lines its parsed content no longer knows."""
+    """The recipe file of a running `mergekit-yaml`, to name lines, which `raw` has lost."""
     name = _command_line().get("config_file")
     if not isinstance(name, str):
         return None
@@ -280,7 +282,7 @@ def _file_being_read(raw: Mapping[str, Any]) -> Path | None:
 
 
 def _plain(value: object) -> Any:
-    """Mergekit's own objects as the YAML that they stand for."""
+    """Objects of mergekit as plain YAML."""
     if isinstance(value, ModelReference):
         return str(value)
     if isinstance(value, Mapping):
@@ -292,28 +294,18 @@ def _plain(value: object) -> Any:
     return value
 
 
-METHOD_INSTANCE = DapaMerge()
-register()
-
-_NUMBER = re.compile(r"\d+")
-
-
-# A box of a tensor as mergekit has it, and by model where its values are in the files.
-EditedBox = tuple[Box, Mapping[str, Region]]
-
-
 def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[EditedBox]]:
-    """For each tensor that mergekit will ask for, the boxes of it that a selection is.
+    """The boxes of a selection, by the tensors that mergekit will ask for.
 
     Raises:
-        CheckpointError: If mergekit would leave a selected unit, or another part of the MLPs, out without a word.
+        CheckpointError: If mergekit would silently lose a selected unit or another part of the MLPs.
     """
     units = tuple(selection)
     as_in_files = {unit: unit for unit in plan.twins}
     try:
         config = AutoConfig.from_pretrained(plan.target.folder, trust_remote_code=False)
     except Exception:
-        # Remote code, which only mergekit's user may allow; its tensors have the names that they have in the files.
+        # Remote code, which only mergekit's user may allow; its tensors are named as in the files.
         return _boxes(plan, units, as_in_files)
     defined = arch_info_for_config(config)
     if defined is not None:
@@ -330,7 +322,7 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Edit
     for unit in units:
         if unit.whole not in found or not all(name in names for name in found[unit.whole].tensors):
             raise CheckpointError(
-                f"mergekit does not know the tensors of {plan.target.name} in which {unit} is; use `dapa-merge run`"
+                f"mergekit does not know the tensors of {unit} in {plan.target.name}; use `dapa-merge run`"
             )
     return _boxes(plan, units, found)
 
@@ -345,9 +337,9 @@ def _boxes(plan: Plan, units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dic
 
 
 def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
-    """What mergekit finds without a definition of the architecture: transformers' parameters.
+    """The tensors that mergekit finds without a definition of the architecture: transformers' parameters.
 
-    It converts what the files name otherwise only if it can do so for every layer, and leaves it out if not.
+    It converts names in the files that differ if it can do so for every layer, and otherwise loses the tensors.
     """
     by_kind: dict[str, list[str]] = {}
     for name in shapes:
@@ -366,10 +358,14 @@ def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
 
 
 def _model_shapes(config: Any) -> dict[str, tuple[int, ...]] | None:
-    """The parameters of a model of this config, which takes no memory; None if transformers cannot make one."""
+    """The shapes of a config's parameters, without allocating them; None if transformers cannot build the model."""
     try:
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
     except Exception:
         return None
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+METHOD_INSTANCE = DapaMerge()
+register()

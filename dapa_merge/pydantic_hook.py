@@ -1,8 +1,8 @@
-"""The door through which an unmodified mergekit learns of `merge_method: dapa`.
+"""Makes `merge_method: dapa` known to an unmodified mergekit.
 
-mergekit has no entry points, but its recipes are pydantic models, and pydantic loads the plugins of the entry-point
-group `pydantic`. This one looks at mergekit's `MergeConfiguration` only; every other model in the environment gets its
-validator back untouched. Since pydantic loads it in each of its programs, this module imports nothing.
+mergekit has no entry points, but its recipes are pydantic models, and pydantic loads plugins from the entry-point group
+`pydantic`. This plugin watches mergekit's `MergeConfiguration` only; every other model keeps its validator untouched.
+Every program that uses pydantic loads this module, so that it imports nothing.
 
 Protocol: https://docs.pydantic.dev/latest/concepts/plugins/
 """

@@ -41,8 +41,8 @@ from dapa_merge.plan.plan import join
 from dapa_merge.search.requirement import CONSTRAINTS, Requirement, constraints_of
 from dapa_merge.verify.tensors import verify
 
-# On a busy machine any example may take long.
-settings.register_profile("without deadline", deadline=None)
+# On a busy machine any example may take long; others are drawn each time.
+settings.register_profile("without deadline", deadline=None, max_examples=50)
 settings.load_profile("without deadline")
 
 MakeCheckpoint = Callable[..., Path]

@@ -15,6 +15,7 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.search.attribution import effects_between
 from dapa_merge.search.bench import Bench, pieces_of
 from dapa_merge.search.requirement import CONSTRAINTS
 from dapa_merge.search.result import Baseline
@@ -65,7 +66,7 @@ def test_a_candidate_is_examined_and_the_target_restored(bench):
 
 def test_the_prior_puts_the_planted_layers_first(bench):
     target, full = (bench.baseline(units).responses for units in ((), bench.plan.units))
-    scores = bench.attribute(bench.plan.units, target, full)
+    scores = effects_between(bench.live, bench.plan.units, target, full, 64)
     first = sorted(scores, key=scores.__getitem__, reverse=True)[:4]
     assert {unit.layer for unit in first} == {3, 4, 5, 6}
 
@@ -73,7 +74,7 @@ def test_the_prior_puts_the_planted_layers_first(bench):
 def test_responses_that_do_not_tell_the_two_apart_make_no_prior(bench):
     target = bench.baseline(()).responses
     with pytest.raises(ValueError, match="none of 0 contrasts"):
-        bench.attribute(bench.plan.units, target, target)
+        effects_between(bench.live, bench.plan.units, target, target, 64)
 
 
 def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(bench):

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import warm
 import yaml
@@ -18,6 +20,19 @@ from conftest import answer, call, change_tensor, fail_in_swap
 from rich.console import Console
 
 from dapa_merge import miniature
+from dapa_merge.cli import COMMANDS, main
+from dapa_merge.errors import (
+    CannotRepair,
+    CheckpointError,
+    DapaError,
+    HubError,
+    RecipeError,
+    Stopped,
+    UnsupportedArchitecture,
+    UsageError,
+    ValueDoesNotFit,
+)
+from dapa_merge.hub_client import Moved
 from dapa_merge.measure.figures import Figures, SkillFigure
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.tables import figures_table
@@ -137,7 +152,7 @@ def test_a_plan_of_a_search_shows_every_candidate(write_recipe):
 FAULTS = {
     "no recipe": (["run", "none.yml", "out"], 2, "cannot read the recipe none.yml: No such file or directory"),
     "no target": (["evaluate", "./none"], 4, "'./none' is neither a folder here nor the id of a Hub repository"),
-    "no Hub": (["evaluate", "someone/model"], 5, "someone/model is no folder here, and the Hub does not give it"),
+    "no Hub": (["evaluate", "someone/model"], 5, "cannot fetch someone/model, which is not a folder here: "),
     "no result": (["verify", "none"], 4, "none is no folder"),
     "no recipe in the result": (["verify", "MODEL"], 2, "has no mergekit_config.yml; name the recipe that it was made"),
     "a device without data": (["evaluate", "MODEL", "--device", "meta"], 2, "device 'meta'"),
@@ -163,6 +178,65 @@ def test_debug_shows_where_a_fault_came_from():
     assert "Traceback (most recent call last)" in result.stderr
     assert "RecipeError: " in result.stderr
     assert re.match("Error: .*none.yml", result.stderr.splitlines()[-1])
+
+
+EXIT_CODES = {
+    DapaError: 1,
+    UsageError: 2,
+    RecipeError: 2,
+    CannotRepair: 3,
+    CheckpointError: 4,
+    ValueDoesNotFit: 4,
+    UnsupportedArchitecture: 4,
+    HubError: 5,
+    Moved: 5,
+}
+
+
+@pytest.mark.parametrize("kind", EXIT_CODES)
+def test_each_kind_of_error_has_one_exit_code_and_one_sentence_and_with_debug_a_traceback_before_it(kind, monkeypatch):
+    def fail(_path):
+        raise kind("this is wrong")
+
+    monkeypatch.setattr("dapa_merge.cli.run.load_recipe", fail)
+    plain, debugged = call("plan", "recipe.yml"), call("--debug", "plan", "recipe.yml")
+    assert (plain.exit_code, plain.stderr) == (EXIT_CODES[kind], "Error: this is wrong\n")
+    assert debugged.exit_code == plain.exit_code
+    assert debugged.stderr.startswith("Traceback (most recent call last)")
+    assert last_line(debugged) == "Error: this is wrong"
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [(KeyboardInterrupt(), "Error: stopped\n"), (Stopped("half is kept"), "Error: stopped; half is kept\n")],
+)
+def test_ctrl_c_is_exit_130(stop, said, monkeypatch):
+    def interrupt(_path):
+        raise stop
+
+    monkeypatch.setattr("dapa_merge.cli.run.load_recipe", interrupt)
+    stopped = call("plan", "recipe.yml")
+    assert (stopped.exit_code, stopped.stderr) == (130, said)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
+def test_sigterm_of_a_comparison_is_exit_143_and_says_what_is_kept(tmp_path, monkeypatch):
+    def terminated(_recipes, out, *_):
+        out.mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("dapa_merge.compare.compare.compare_recipes", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = call("compare", "recipe.yml", "--out", tmp_path / "out")
+    assert stopped.exit_code == 143
+    assert str(tmp_path / "out") in last_line(stopped)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_lines_of_the_help_are_the_first_sentences_of_the_commands():
+    for name, (_, line) in COMMANDS.items():
+        command = main.get_command(None, name)
+        assert click.Command(name, help=line).get_short_help_str(200) == command.get_short_help_str(200)
 
 
 def test_an_existing_result_is_refused_before_the_search(demo, write_recipe, small):

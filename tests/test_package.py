@@ -40,6 +40,13 @@ def test_nothing_heavy_is_imported(code):
     assert result.stdout.splitlines()[-1] == "loaded []", result.stderr
 
 
+def test_the_help_of_no_command_loads_torch_or_asks_the_hub():
+    code = "import sys\nfrom dapa_merge.cli import COMMANDS, main\nfor name in COMMANDS:\n"
+    code += "    try: main([name, '--help'])\n    except SystemExit: pass\n"
+    result = run_python(code + "print({'torch', 'transformers', 'mergekit', 'huggingface_hub'} & {*sys.modules})")
+    assert result.stdout.splitlines()[-1] == "set()", result.stderr
+
+
 def test_a_plan_needs_no_torch(llama_pair, write_recipe):
     recipe = write_recipe(*llama_pair)
     code = (

@@ -209,7 +209,7 @@ def test_a_journal_that_cannot_be_written_is_named(done, tmp_path):
     assert f"cannot write the journal {tmp_path / 'file' / 'journal'}: " in result.stderr
     result = call("search", done.recipe, "--journal", tmp_path / "file")
     assert result.exit_code == 2
-    assert f"the journal {tmp_path / 'file'} is damaged at line 1: it is no journal" in result.stderr
+    assert f"the journal {tmp_path / 'file'} is damaged at line 1: it is not a journal" in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -373,7 +373,7 @@ def test_the_replay_of_a_preference_that_was_not_enough_can_be_read(shadow, tmp_
 
 def test_a_preference_for_another_module_is_refused():
     text = "merge_method: dapa\nbase_model: a\nmodels: [{model: b}]\nparameters:\n  prefer: up\n"
-    with pytest.raises(Exception, match="prefer is up, which is not among the recipe's modules: gate"):
+    with pytest.raises(Exception, match=r"prefer is up\b.*\bgate\b"):
         parse_recipe(text)
 
 

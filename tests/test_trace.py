@@ -242,8 +242,11 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
 
 
 def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, own_cache, no_pictures):
-    recipe, _, summary = traced
+    recipe, whole, summary = traced
     out = tmp_path / "out"
+    out.mkdir()
+    # A killed search is the matter of other tests.
+    shutil.copy(whole / "journal.jsonl", out)
     command = [
         sys.executable,
         "-c",
@@ -324,7 +327,7 @@ def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_pa
         f"models:\n  - model: {miniature.path('shadow-source')}\n"
         f"parameters:\n  prompts: {prompts}\n  max_new_tokens: 12\n"
     )
-    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--json")
+    summary = answer("trace", recipe, tmp_path / "out", *QUICKER, "--kinds", "mlp", "--json")
     assert summary["selection"] is None
     assert "cannot repair this target through its modules gate" in summary["no_selection_because"]
     groups = {one["group"]: one for one in summary["groups"]["groups"]}

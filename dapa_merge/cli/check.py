@@ -1,21 +1,19 @@
-"""The command `dapa-merge verify`.
-
-`dapa-merge patch`: a repair as a small file.
-"""
+"""The commands that compare and pass on results: `verify`, and `patch` with its four."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.console import Console
 
 from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer, print_lines
 from dapa_merge.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from dapa_merge.patch.commands import apply_patch, extract_patch, revert_patch, show_patch
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.verify.result import check_manifest, location_option, verify_result
 
 
 @click.command()
@@ -46,9 +44,6 @@ def verify(
     Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are the source's, a blend, or
     unexplained; compares its files with its dapa.json, if it has one. If anything is wrong, the exit code is 4.
     """
-    from dapa_merge.recipe.parameters import spans
-    from dapa_merge.verify.result import check_manifest, location_option, verify_result
-
     if files_only:
         if recipe or target or source or write_manifest:
             raise UsageError("--files-only looks at no recipe and no other model; leave out the other options")
@@ -102,15 +97,13 @@ def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_j
 
     RESULT and its base are folders or Hub ids, or id@revision.
     """
-    from dapa_merge.patch.commands import extract_patch
-
     answer = extract_patch(result, patch, base, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         share = answer["file_bytes"] / answer["model_bytes"]
-        _line(console, f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size")
+        print_lines(console, [f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size"])
         if answer["other_files"]:
-            _line(console, f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}")
+            print_lines(console, [f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}"])
 
     print_answer(answer, show, as_json)
 
@@ -137,19 +130,17 @@ def apply(
     Refuses a base that has any other value than the one that PATCH was made for. If it is stopped in place, the same
     command goes on.
     """
-    from dapa_merge.patch.commands import apply_patch
-
     answer = apply_patch(patch, base, out, in_place, undo, allow_pickle=allow_pickle)
 
     def show(console: Console) -> None:
         size = f"{answer['bytes'] / 1e6:.2f} MB"
         if not answer["applied"]:
-            _line(console, f"{base} holds what {patch} would write already; nothing was written")
+            print_lines(console, [f"{base} holds what {patch} would write already; nothing was written"])
         elif in_place:
             back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
-            _line(console, f"patched {base}: {size} written; `{back}` takes it back")
+            print_lines(console, [f"patched {base}: {size} written; `{back}` takes it back"])
         else:
-            _line(console, f"wrote {out}: {base} with {size} of it patched")
+            print_lines(console, [f"wrote {out}: {base} with {size} of it patched"])
 
     print_answer(answer, show, as_json)
 
@@ -163,12 +154,10 @@ def revert(base: str, undo: Path | None, as_json: bool) -> None:
 
     Every byte that was replaced is as it was, and the undo file is gone. If it is stopped, the same command goes on.
     """
-    from dapa_merge.patch.commands import revert_patch
-
     answer = revert_patch(base, undo)
     size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
     print_answer(
-        answer, lambda console: _line(console, f"the patched rows of {base} are as they were: {size}"), as_json
+        answer, lambda console: print_lines(console, [f"the patched rows of {base} are as they were: {size}"]), as_json
     )
 
 
@@ -177,25 +166,17 @@ def revert(base: str, undo: Path | None, as_json: bool) -> None:
 @json_option
 def show(patch: Path, as_json: bool) -> None:
     """Show what PATCH changes, and in what."""
-    from dapa_merge.patch.commands import show_patch
-
     answer = show_patch(patch)
 
     def shown(console: Console) -> None:
         for entry in answer["entries"]:
             first, stop = entry["rows"]
-            _line(console, f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}")
+            print_lines(console, [f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}"])
         commit = f" at commit {answer['base_commit']}" if answer["base_commit"] else ""
-        _line(console, f"{_content(answer)}, for {answer['base']}{commit}")
+        print_lines(console, [f"{_content(answer)}, for {answer['base']}{commit}"])
 
     print_answer(answer, shown, as_json)
 
 
 def _content(answer: dict[str, Any]) -> str:
     return f"{answer['tensors']} tensors in {answer['ranges']} ranges, {answer['file_bytes'] / 1e6:.2f} MB"
-
-
-def _line(console: Console, text: str) -> None:
-    # What comes from a stranger's file may not move the terminal's cursor.
-    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-    console.print(printable, highlight=False, markup=False, soft_wrap=True)

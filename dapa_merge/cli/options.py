@@ -1,31 +1,25 @@
-"""Options and arguments that several commands share.
+"""Options and arguments that several commands share, and the way in which commands answer on stdout.
 
-Options of the commands that publish: where, and what the card says.
-
-How commands speak: an answer on stdout, for people or programs, and progress on stderr.
+A new option of a run is declared here, in `search_options`, has its field in `recipe/options.py`, and is read where it
+counts.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.console import Console
 
 from dapa_merge.errors import UsageError, printable
+from dapa_merge.publish.options import CardOptions, given_license
 from dapa_merge.recipe.options import Options, parse_requests
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dapa_merge.publish.push import PushOptions
-    from dapa_merge.publish.write_card import CardOptions
-    from dapa_merge.recipe.options import Options
-
+from dapa_merge.verify.result import location_option
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 link_option = click.option(
@@ -95,14 +89,19 @@ recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
-EVALUATOR_NAMES = ("evaluator_file", "judge_model", "judge_url", "judge_requests")
+# What `--no-evaluate` has no use for.
+EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model")
 
 
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of evaluators."""
-    for option in (judge_requests_option, judge_url_option, judge_model_option, evaluator_file_option):
-        command = option(command)
-    return command
+    return _with_options(command, (evaluator_file_option, judge_model_option, judge_url_option, judge_requests_option))
+
+
+def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add all options of `Options`, which the command gets as `options`."""
+    command = evaluator_options(allow_pickle_option(takes_options(command)))
+    return _with_options(command, (device_option, journal_option, workers_option))
 
 
 def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,24 +113,23 @@ def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def call(**given: Any) -> Any:
-        names = ("device", "journal", "allow_pickle")
-        made: dict[str, Any] = {name: given.pop(name) for name in names if name in given}
-        if "judge_model" in given:
-            made |= _evaluators(**{name: given.pop(name) for name in EVALUATOR_NAMES})
         if "workers" in given:
-            made |= _workers(given.pop("workers"))
-        return command(options=Options(**made), **given)
+            given |= _workers(given.pop("workers"))
+        if "judge_model" in given:
+            given["judge_requests"] = _judge_requests(**given)
+        names = [field.name for field in fields(Options) if field.name in given]
+        return command(options=Options(**{name: given.pop(name) for name in names}), **given)
 
     return call
 
 
-def _evaluators(judge_requests: str | None, **given: Any) -> dict[str, Any]:
+def _judge_requests(judge_model: str | None, judge_requests: str | None, **_: Any) -> int | None:
     for name in ("judge_url", "judge_requests"):
         # In the environment they may stand for the days when there is a judge.
-        if given["judge_model"] is None and is_given(name):
+        if judge_model is None and is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
     where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
-    return {**given, "judge_requests": parse_requests(judge_requests, where)}
+    return parse_requests(judge_requests, where)
 
 
 def _workers(text: str | None) -> dict[str, Any]:
@@ -146,30 +144,38 @@ def _workers(text: str | None) -> dict[str, Any]:
     return {"uses_ray": text is not None, "num_workers": int(number) if number else None}
 
 
-def refuse_evaluating_options() -> None:
-    """Refuse, with `--no-evaluate`, what the command line says of evaluating: whoever says it counts on it.
+def refuse_options(names: Collection[str], why: str) -> None:
+    """Refuse options that would have no effect on this command line.
+
+    Args:
+        names: Of the options' parameters.
+        why: The rest of the sentence, after the option.
 
     Raises:
-        UsageError: If there is any of it.
+        UsageError: If one of them is there.
     """
-    for name in ("device", "journal", "workers", "evaluator_file", "judge_model"):
-        if is_given(name):
-            raise UsageError(f"--{name.replace('_', '-')} is for evaluating; leave out either it or --no-evaluate")
+    for parameter in click.get_current_context().command.params:
+        if parameter.name in names and is_given(parameter.name):
+            raise UsageError(f"{parameter.opts[0]} {why}")
 
 
 def is_given(name: str) -> bool:
-    """Whether an option stands on the command line, rather than in the environment."""
+    """Whether an option was given on the command line, rather than in the environment."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
-PLACE = (
+DESTINATION = (
     click.option("--private", is_flag=True, help="Make REPO private, if it is made; refuse a public one."),
     click.option("--create-pr", is_flag=True, help="Open a pull request instead; none if one offers the same already."),
-    click.option("--revision", metavar="BRANCH", help="Commit to this branch, which is made if it is not there."),
+    click.option(
+        "--revision", "branch", metavar="BRANCH", help="Commit to this branch, which is made if it is not there."
+    ),
     click.option("--tag", help="Tag the commit."),
-    click.option("--replace", is_flag=True, help="Replace a model in REPO that dapa-merge did not publish."),
+    click.option(
+        "--replace", "replaces", is_flag=True, help="Replace a model in REPO that dapa-merge did not publish."
+    ),
 )
-PLACE_NAMES = ("private", "create_pr", "revision", "tag", "replace")
+DESTINATION_NAMES = ("private", "create_pr", "branch", "tag", "replaces")
 LICENSE = (
     click.option("--license", metavar="ID", help="The licence of the result.  [default: both models' own]"),
     click.option("--license-name", metavar="NAME", help="Its name, for --license other."),
@@ -181,79 +187,42 @@ MODELS = (
 )
 
 
-def place_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a repository; the command gets them as `place`, to be given to `push_options`."""
+def destination_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a repository; the command gets them as `destination`, and adds the repository's id."""
 
     @functools.wraps(command)
-    def call(*arguments: Any, **options: Any) -> Any:
-        return command(*arguments, place={name: options.pop(name) for name in PLACE_NAMES}, **options)
+    def call(**given: Any) -> Any:
+        return command(destination={name: given.pop(name) for name in DESTINATION_NAMES}, **given)
 
-    for option in reversed(PLACE):
-        call = option(call)
-    return call
+    return _with_options(call, DESTINATION)
 
 
 def license_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a license; the command gets one `CardOptions` as `card`."""
+    """Add the options of a license; the command gets one `CardOptions` as `card`."""
 
     @functools.wraps(command)
-    def call(*arguments: Any, **options: Any) -> Any:
-        from dapa_merge.publish.parents import given_license
-        from dapa_merge.publish.write_card import CardOptions
+    def call(**given: Any) -> Any:
+        license = given_license(*(given.pop(name) for name in ("license", "license_name", "license_link")))
+        return command(card=CardOptions(license=license), **given)
 
-        license = given_license(*(options.pop(name) for name in ("license", "license_name", "license_link")))
-        return command(*arguments, card=CardOptions(license=license), **options)
-
-    for option in reversed(LICENSE):
-        call = option(call)
-    return call
+    return _with_options(call, LICENSE)
 
 
 def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a license, and of models that are published elsewhere than a recipe says; also as `card`."""
+    """Add the options of a license, and of models that are published elsewhere than a recipe says; also as `card`."""
 
     @functools.wraps(command)
-    def call(*arguments: Any, card: CardOptions, **options: Any) -> Any:
-        from dapa_merge.verify.result import location_option
+    def call(card: CardOptions, **given: Any) -> Any:
+        target, source = (location_option(given.pop(name), f"--{name}") for name in ("target", "source"))
+        return command(card=replace(card, target=target, source=source), **given)
 
-        target, source = (location_option(options.pop(name), f"--{name}") for name in ("target", "source"))
-        return command(*arguments, card=replace(card, target=target, source=source), **options)
-
-    for option in reversed(MODELS):
-        call = option(call)
-    return license_options(call)
+    return license_options(_with_options(call, MODELS))
 
 
-def refuse_place_options() -> None:
-    """Refuse, without `--push`, what the command line says of publishing.
-
-    Raises:
-        UsageError: If there is any of it.
-    """
-    for name in PLACE_NAMES:
-        if is_given(name):
-            raise UsageError(f"--{name.replace('_', '-')} is for publishing; name a repository with --push")
-
-
-def push_options(repository: str, place: dict[str, Any], card: CardOptions, message: str | None = None) -> PushOptions:
-    """What the options of a push ask for.
-
-    Raises:
-        UsageError: If the repository's id is none.
-    """
-    from dapa_merge.hub_client import check_id
-    from dapa_merge.publish.commit import Destination as Place
-    from dapa_merge.publish.push import PushOptions
-
-    where = Place(
-        check_id(repository),
-        private=place["private"],
-        branch=place["revision"],
-        create_pr=place["create_pr"],
-        tag=place["tag"],
-        replaces=place["replace"],
-    )
-    return PushOptions(where, replace(card, title=repository), message)
+def _with_options(command: Callable[..., Any], options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], as_json: bool) -> None:
@@ -261,8 +230,6 @@ def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], a
     if as_json:
         click.echo(json.dumps(answer, indent=2))
         return
-    from rich.console import Console
-
     show(Console())
 
 

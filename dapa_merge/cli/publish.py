@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dapa_merge.cli.options import (
     card_options,
+    destination_options,
     json_option,
-    place_options,
     print_answer,
     print_lines,
-    push_options,
     recipe_argument,
 )
 from dapa_merge.errors import UsageError, printable
 from dapa_merge.progress import quiet
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dapa_merge.publish.write_card import CardOptions
-
+from dapa_merge.publish.options import CardOptions, Destination
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report import limits as gates
+from dapa_merge.report.report import read_report
 
 GATE_FAILED = 6
 OUTDATED = 10
@@ -46,18 +46,11 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
     commit that changes none of them, as of a card, does not count. The exit code is 0 if everything is as it was, and
     10 if RECIPE should be run (again).
     """
-    from dapa_merge.hub_client import check_id
-    from dapa_merge.publish.outdated import news_of, story
-    from dapa_merge.recipe.parse import load_recipe
+    from dapa_merge.publish.outdated import compare_with_lock
 
-    repository = None if published is None else check_id(published)
     with quiet("huggingface_hub", bars=True):
-        news = news_of(load_recipe(recipe), recipe, repository)
-
-    def show(console: Console) -> None:
-        print_lines(console, story(news))
-
-    print_answer(news.to_json(), show, as_json)
+        news = compare_with_lock(load_recipe(recipe), recipe, published)
+    print_answer(news.to_json(), lambda console: print_lines(console, news.lines()), as_json)
     if news.is_outdated:
         sys.exit(OUTDATED)
 
@@ -98,17 +91,11 @@ def gate(
     REPORT is a result's folder, or its dapa_report.json. What was not measured does not pass. The exit code is 6 if a
     figure is outside of its limit.
     """
-    from dapa_merge.report import limits as gates
-    from dapa_merge.report.report import read_report
-
     limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
     found = read_report(report)
     verdicts = gates.judge(found, limits)
 
     def show(console: Console) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table("", "found", "asked", "")
         for verdict in verdicts:
             table.add_row(
@@ -148,14 +135,14 @@ def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> Non
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("repository", metavar="REPO")
-@place_options
+@destination_options
 @card_options
 @click.option("--message", help="Of the commit, or the pull request's title.  [default: what it is]")
 @json_option
 def push(
     out: Path,
     repository: str,
-    place: dict[str, Any],
+    destination: dict[str, Any],
     card: CardOptions,
     message: str | None,
     as_json: bool,
@@ -167,10 +154,8 @@ def push(
     it is not there. Leaves out hidden files and dapa_responses.jsonl. The token is that of HF_TOKEN, of `hf auth
     login`, or of a CI job (HF_OIDC_RESOURCE).
     """
-    from dapa_merge.publish.push import published_json, published_lines
-    from dapa_merge.publish.push import push as push_result
+    from dapa_merge.publish.push import push as publish
 
-    options = push_options(repository, place, card, message)
     with quiet("huggingface_hub", bars=True):
-        published = push_result(out, options)
-    print_answer(published_json(published), lambda console: print_lines(console, published_lines(published)), as_json)
+        published = publish(out, Destination(repository, message=message, **destination), card)
+    print_answer(published.to_json(), lambda console: print_lines(console, published.lines()), as_json)

@@ -1,43 +1,54 @@
-"""The commands `dapa-merge demo` and `dapa-merge run`."""
+"""The commands that plan, search, measure and repair: `plan`, `search`, `evaluate`, `demo` and `run`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+from rich.console import Console
 
 from dapa_merge.cli.options import (
+    DESTINATION_NAMES,
+    EVALUATING_NAMES,
     allow_pickle_option,
+    destination_options,
     device_option,
     evaluator_options,
-    journal_option,
     json_option,
     license_options,
     link_option,
     manifest_option,
     out_argument,
-    place_options,
     print_answer,
     print_lines,
-    push_options,
     recipe_argument,
-    refuse_evaluating_options,
-    refuse_place_options,
+    refuse_options,
+    search_options,
     takes_options,
-    workers_option,
 )
 from dapa_merge.errors import UsageError
 from dapa_merge.files import new_file
+from dapa_merge.measure.figures import responses_text
+from dapa_merge.miniature import recipe_text
+from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.progress import quiet
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from dapa_merge.publish.write_card import CardOptions
-    from dapa_merge.recipe.options import Options
+from dapa_merge.publish.options import CardOptions, Destination
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.report.report import jsonable
+from dapa_merge.report.tables import (
+    categories_table,
+    figures_table,
+    plan_json,
+    print_plan,
+    print_report,
+    print_search,
+    search_json,
+)
 
 
 @click.command()
@@ -47,9 +58,6 @@ if TYPE_CHECKING:
 def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
     from dapa_merge.measure.prompts.sets import check_prompts
-    from dapa_merge.plan.selection import given_selection, make_plan
-    from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.report.tables import plan_json, print_plan
 
     parsed = load_recipe(recipe)
     made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)
@@ -65,29 +73,16 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Write a recipe that transplants what was found, unsearched, to this new file.",
 )
-@device_option
-@journal_option
-@workers_option
-@evaluator_options
-@allow_pickle_option
+@search_options
 @json_option
-@takes_options
-def search(
-    recipe: Path,
-    out: Path | None,
-    options: Options,
-    as_json: bool,
-) -> None:
+def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> None:
     """Find the few layers that are needed.
 
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
     from dapa_merge.measure.prompts.sets import check_prompts
-    from dapa_merge.plan.selection import make_plan
-    from dapa_merge.recipe.parse import load_recipe
     from dapa_merge.report.replay import replay_text
-    from dapa_merge.report.tables import print_search, search_json
     from dapa_merge.search.search import search_plan
 
     with _kept_in(out) as keep:
@@ -136,37 +131,21 @@ def search(
 @json_option
 @takes_options
 def evaluate(
-    model: str,
-    prompts: str,
-    evaluator: str,
-    text: str | None,
-    skills: str | None,
-    max_new_tokens: int | None,
-    batch_size: int | None,
-    responses: Path | None,
-    options: Options,
-    as_json: bool,
+    model: str, prompts: str, responses: Path | None, options: Options, as_json: bool, **settings: Any
 ) -> None:
     """Measure the safety and skill of any model.
 
     MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, also by category,
     perplexity and skills.
     """
-    from dataclasses import asdict
-
-    from dapa_merge.measure.figures import responses_text
     from dapa_merge.measure.meter import evaluate_model
-    from dapa_merge.report.report import jsonable
-    from dapa_merge.report.tables import categories_table, figures_table
 
-    settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
-    settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _kept_in(responses) as keep:
         measured = evaluate_model(model, prompts, options, **settings)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
-            console.print(f"perplexity of {measured.figures.text}", highlight=False, markup=False, soft_wrap=True)
+            print_lines(console, [f"perplexity of {measured.figures.text}"])
             if table := categories_table([model], [measured.figures]):
                 console.print(table)
 
@@ -177,7 +156,7 @@ def evaluate(
 
 
 def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:
-    """Gives what writes the file that a user may have asked for."""
+    """Yields a function that writes the file that a user may have asked for."""
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
@@ -194,9 +173,6 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     import torch
 
     from dapa_merge.flow import repair
-    from dapa_merge.miniature import recipe_text
-    from dapa_merge.recipe.parse import parse_recipe
-    from dapa_merge.report.tables import print_report
 
     # A model this small gains nothing from more threads, and loses much where they have to share their cores.
     torch.set_num_threads(1)
@@ -223,16 +199,11 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @click.option(
     "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock beside RECIPE; no search."
 )
-@device_option
-@journal_option
-@workers_option
-@evaluator_options
-@allow_pickle_option
+@search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
-@place_options
+@destination_options
 @license_options
 @json_option
-@takes_options
 def run(
     recipe: Path,
     out: Path,
@@ -243,7 +214,7 @@ def run(
     locked: bool,
     options: Options,
     push: str | None,
-    place: dict[str, Any],
+    destination: dict[str, Any],
     card: CardOptions,
     as_json: bool,
 ) -> None:
@@ -253,36 +224,35 @@ def run(
     them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
     writes a model card.
     """
-    from dapa_merge.flow import FollowOptions, follow
-    from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.report.tables import print_report
+    from dapa_merge.flow import run_recipe
 
     if no_evaluate:
-        refuse_evaluating_options()
+        refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
     if locked and lock is False:
         raise UsageError("--locked goes by the lock, and --no-lock leaves it out; use one of them")
     if push is None:
-        refuse_place_options()
-    how = FollowOptions(
-        keeps_lock=not no_evaluate if lock is None else lock,
-        is_locked=locked,
-        card=card,
-        push=None if push is None else push_options(push, place, card),
-    )
-    settings: dict[str, Any] = {"evaluate": not no_evaluate, "link": link, "manifest": manifest, "options": options}
+        refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
     with quiet("huggingface_hub", bars=True):
-        report, published = follow(load_recipe(recipe), recipe, out, how, **settings)
+        report, published = run_recipe(
+            load_recipe(recipe),
+            recipe,
+            out,
+            keeps_lock=not no_evaluate if lock is None else lock,
+            is_locked=locked,
+            card=card,
+            destination=None if push is None else Destination(push, **destination),
+            evaluate=not no_evaluate,
+            link=link,
+            manifest=manifest,
+            options=options,
+        )
 
     def show(console: Console) -> None:
         print_report(report, console)
         if published is not None:
-            from dapa_merge.publish.push import published_lines
-
-            print_lines(console, published_lines(published))
+            print_lines(console, published.lines())
 
     answer = report.to_json()
     if published is not None:
-        from dapa_merge.publish.push import published_json
-
-        answer["published"] = published_json(published)
+        answer["published"] = published.to_json()
     print_answer(answer, show, as_json)

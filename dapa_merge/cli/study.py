@@ -1,7 +1,4 @@
-"""The command `dapa-merge trace`.
-
-The command `dapa-merge compare`.
-"""
+"""The two studies: `dapa-merge trace` and `dapa-merge compare`."""
 
 from __future__ import annotations
 
@@ -9,12 +6,13 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from dapa_merge.cli.options import (
     allow_pickle_option,
@@ -28,18 +26,23 @@ from dapa_merge.cli.options import (
     recipe_argument,
     takes_options,
 )
-from dapa_merge.compare.result import METHODS, CompareOptions
+from dapa_merge.compare.result import DAPA, METHODS, CompareOptions
 from dapa_merge.errors import Stopped, UsageError
-from dapa_merge.trace.options import TRACED, TraceOptions
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.trace.options import SITE_KINDS, TRACED, TraceOptions
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from dapa_merge.compare.compare import Compared
-    from dapa_merge.recipe.options import Options
-
 
 TRACE_DEFAULTS = TraceOptions()
+COMPARE_DEFAULTS = CompareOptions()
+
+
+def whole_number(name: str, field: str, defaults: object, meaning: str, least: int = 1) -> Callable[..., Any]:
+    """An option for a number of things, with the default of the field that it fills."""
+    default = getattr(defaults, field)
+    return click.option(name, field, type=click.IntRange(least), default=default, show_default=True, help=meaning)
 
 
 @click.command()
@@ -58,13 +61,7 @@ TRACE_DEFAULTS = TraceOptions()
     metavar="LIST",
     help="What is restored, with commas: hidden, mlp, attention, gate, up, down.  [default: all that the model has]",
 )
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_prompts,
-    show_default=True,
-    help="Trace at most so many prompts causally.",
-)
+@whole_number("--num-prompts", "num_prompts", TRACE_DEFAULTS, "Trace at most so many prompts causally.")
 @click.option(
     "--noise",
     type=click.FloatRange(0),
@@ -72,25 +69,18 @@ TRACE_DEFAULTS = TraceOptions()
     show_default=True,
     help="Noise on the subject's embeddings, in their standard deviations.",
 )
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_samples,
-    show_default=True,
-    help="Samples of noise for each prompt.",
-)
+@whole_number("--samples", "num_samples", TRACE_DEFAULTS, "Samples of noise for each prompt.")
 @click.option(
     "--window",
     type=click.IntRange(1),
     help="Layers of MLP or attention that are restored at once, half of them before the one that is shown.  "
     "[default: a fifth of all]",
 )
-@click.option(
+@whole_number(
     "--num-tokens",
-    type=click.IntRange(1),
-    default=TRACE_DEFAULTS.num_tokens,
-    show_default=True,
-    help="Tokens of each response that are counted, from the first in which refusal and answer differ.",
+    "num_tokens",
+    TRACE_DEFAULTS,
+    "Tokens of each response that are counted, from the first in which refusal and answer differ.",
 )
 @click.option(
     "--subject",
@@ -104,28 +94,10 @@ TRACE_DEFAULTS = TraceOptions()
     "--refusal", metavar="TEXT", help="Compare this refusal with --answer for all prompts.  [default: the models' own]"
 )
 @click.option("--answer", metavar="TEXT", help="The answer that --refusal is compared with.")
-@click.option(
-    "--controls",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.num_controls,
-    show_default=True,
-    help="Random selections for each size of a group.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.seed,
-    show_default=True,
-    help="Decides the noise and the random controls.",
-)
+@whole_number("--controls", "num_controls", TRACE_DEFAULTS, "Random selections for each size of a group.", least=0)
+@whole_number("--seed", "seed", TRACE_DEFAULTS, "Decides the noise and the random controls.", least=0)
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
-@click.option(
-    "--examples",
-    type=click.IntRange(0),
-    default=TRACE_DEFAULTS.num_examples,
-    show_default=True,
-    help="Draw so many prompts each by itself.",
-)
+@whole_number("--examples", "num_examples", TRACE_DEFAULTS, "Draw so many prompts each by itself.", least=0)
 @device_option
 @journal_option
 @evaluator_options
@@ -135,22 +107,15 @@ TRACE_DEFAULTS = TraceOptions()
 def trace(
     recipe: Path,
     out: Path,
-    traced: str,
     kinds: str | None,
-    num_prompts: int,
     noise: float,
-    samples: int,
-    window: int | None,
-    num_tokens: int,
     subjects: tuple[str, ...],
     refusal: str | None,
     answer: str | None,
-    controls: int,
-    seed: int,
     no_search: bool,
-    examples: int,
     options: Options,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Show where the alignment of RECIPE's models lives.
 
@@ -158,7 +123,6 @@ def trace(
     alone, puts groups of units in and takes them out, beside random ones, measures edits of every size, and says
     whether tracing would have found what the search selects. Stopped, the same command goes on. Needs matplotlib.
     """
-    from dapa_merge.recipe.parse import load_recipe
     from dapa_merge.trace.trace import trace_recipe
 
     if not math.isfinite(noise):
@@ -166,40 +130,30 @@ def trace(
     if not all(subject.strip() for subject in subjects):
         raise UsageError("--subject is empty; write what stands in the prompt, or leave it out")
     wanted = TraceOptions(
-        traced=traced,
         kinds=_kinds(kinds),
-        num_prompts=num_prompts,
         noise=noise,
-        num_samples=samples,
-        window=window,
-        num_tokens=num_tokens,
-        seed=seed,
         subjects=subjects,
         responses=_responses(refusal, answer),
-        num_controls=controls,
         searches=not no_search,
-        num_examples=examples,
+        **settings,
     )
     summary = trace_recipe(load_recipe(recipe), out, wanted, options)
 
     def show(console: Console) -> None:
-        for sentence in summary["findings"]:
-            console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"\nthe page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
+        print_lines(console, [f"- {sentence}" for sentence in summary["findings"]])
+        print_lines(console, ["", f"the page: {out / 'index.html'}"])
 
     print_answer(summary, show, as_json)
 
 
 def _kinds(text: str | None) -> tuple[str, ...] | None:
-    from dapa_merge.trace.options import SITE_KINDS as KINDS
-
     if text is None:
         return None
     kinds = tuple(kind.strip().lower() for kind in text.split(","))
     for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(KINDS)}")
-    return tuple(kind for kind in KINDS if kind in kinds)
+        if kind not in SITE_KINDS:
+            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(SITE_KINDS)}")
+    return tuple(kind for kind in SITE_KINDS if kind in kinds)
 
 
 def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | None:
@@ -212,9 +166,6 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     return refusal, answer
 
 
-COMPARE_DEFAULTS = CompareOptions()
-
-
 @click.command()
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
@@ -223,16 +174,8 @@ COMPARE_DEFAULTS = CompareOptions()
     metavar="LIST",
     help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
 )
-@click.option(
-    "--seeds",
-    type=click.IntRange(0),
-    default=COMPARE_DEFAULTS.num_seeds,
-    show_default=True,
-    help="Random selections of each size.",
-)
-@click.option(
-    "--seed", type=click.IntRange(0), default=COMPARE_DEFAULTS.seed, show_default=True, help="The first of their seeds."
-)
+@whole_number("--seeds", "num_seeds", COMPARE_DEFAULTS, "Random selections of each size.", least=0)
+@whole_number("--seed", "seed", COMPARE_DEFAULTS, "The first of their seeds.", least=0)
 @click.option(
     "--weights",
     metavar="LIST",
@@ -240,15 +183,10 @@ COMPARE_DEFAULTS = CompareOptions()
     f"{', '.join(f'{weight:g}' for weight in COMPARE_DEFAULTS.weights)}]",
 )
 @click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
-@click.option(
-    "--points",
-    type=click.IntRange(2),
-    default=COMPARE_DEFAULTS.num_points,
-    show_default=True,
-    help="Sizes of edits, roughly.",
-)
+@whole_number("--points", "num_points", COMPARE_DEFAULTS, "Sizes of edits, roughly.", least=2)
 @click.option(
     "--block-rows",
+    "rows_per_block",
     type=click.IntRange(1),
     help="Rows (neurons) of the smallest edit.  [default: a sixteenth of a projection]",
 )
@@ -261,14 +199,11 @@ def compare(
     recipes: tuple[Path, ...],
     out: Path,
     methods: str | None,
-    seeds: int,
-    seed: int,
     weights: str | None,
     no_curve: bool,
-    points: int,
-    block_rows: int | None,
     options: Options,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compare DAPA with other methods on the targets of RECIPE...
 
@@ -277,15 +212,7 @@ def compare(
     and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
     table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
     """
-    wanted = CompareOptions(
-        methods=_methods(methods),
-        num_seeds=seeds,
-        seed=seed,
-        weights=_weights(weights),
-        draws_curve=not no_curve,
-        num_points=points,
-        rows_per_block=block_rows,
-    )
+    wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
     if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
         raise UsageError(
             "--weights: linear with weight 1 is the source itself, which is in every table; add a weight below 1, or "
@@ -303,7 +230,6 @@ def compare(
 def _show(found: Compared, out: Path, console: Console) -> None:
     from dapa_merge.compare.compare import PAGE_NAME
     from dapa_merge.compare.page import methods_table, paper_table
-    from dapa_merge.compare.result import DAPA
 
     if not found.rows:
         return
@@ -317,12 +243,12 @@ def _show(found: Compared, out: Path, console: Console) -> None:
 
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
-    """A `with` block that Ctrl-C and SIGTERM end alike: what is held is let go of, and a sentence says what is kept."""
+    """Let SIGTERM end the block as Ctrl-C does: locks are released, and one sentence says what is kept."""
     terminated = []
 
     def terminate(number: int, _: object) -> None:
         terminated.append(number)
-        # What lets Ctrl-C through lets this through.
+        # Whatever handles Ctrl-C handles this.
         raise KeyboardInterrupt
 
     is_usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -365,7 +291,7 @@ def _weights(text: str | None) -> tuple[float, ...]:
             weight = math.nan
         if not 0 < weight <= 1:
             raise UsageError(
-                f"--weights: {part.strip()!r} is no weight; write numbers above 0 and up to 1, with commas"
+                f"--weights: {part.strip()!r} is not a weight; write numbers above 0 and up to 1, with commas"
             )
         weights.append(weight)
     distinct = sorted(set(weights))

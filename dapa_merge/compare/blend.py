@@ -1,12 +1,12 @@
-"""A source blended into the resident target by mergekit's own methods, and put back, bit for bit.
+"""Blends of source and target by mergekit's own methods, in the resident target, which is restored bit for bit.
 
-Mergekit plans and computes the blend as `mergekit-yaml` does, tensor by tensor, from the files of its models. Where
-`mergekit-yaml` would write a tensor, the resident target's parameter gets it: neither the source nor the result is in
-memory as a model. What a blend replaces is read back from the target's files. (`Blender` says when that cannot be.)
+Mergekit plans and computes a blend as `mergekit-yaml` does, tensor by tensor, from the files of its models. Instead of
+being written, a tensor goes into the resident target's parameter: neither the source nor the result is in memory as a
+model. Afterwards the target's values are read back from its files.
 
-What mergekit is told when it blends a source into a target, and how it is run without a word.
-
-What target and source were both fine-tuned from, if a recipe names it.
+A merge into a temporary folder that is loaded again is the simpler way, but takes three to six times as long for each
+blend on the miniature. It is used only where the loaded model has other tensors than mergekit writes (a mixture whose
+experts transformers fuses).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mergekit.architecture import get_architecture_info
@@ -30,7 +30,7 @@ from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dapa_merge.checkpoint.convert import link_files, open_location, standard_folder
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
@@ -42,22 +42,16 @@ from dapa_merge.measure.live import LiveModel, load_model, mapped_values
 from dapa_merge.progress import quiet
 from dapa_merge.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 class Blender:
     """Blends a source into the target that is in memory.
 
     Where the models' tokens differ, mergekit matches them by name to the target's, whose tokens the result keeps.
 
-    Where the loaded model has other tensors than mergekit writes (a mixture whose experts transformers fuses), mergekit
-    writes each blend to a temporary folder, and it is loaded from there, beside the resident target, which keeps its
-    memory: twice the target's size, for as long as a blend lasts.
-
     Attributes:
         live: The resident target.
-        why_not: Why blends are not live; empty if they are.
+        why_not: Why blends are loaded from temporary folders, which takes the target's memory twice; empty if they are
+            made in the resident target.
     """
 
     def __init__(
@@ -70,19 +64,13 @@ class Blender:
         device: str = "cpu",
         dir: Path | None = None,
     ) -> None:
-        """Find the model's parameter for each tensor that mergekit writes. Reads all of the target once.
+        """Find the parameter for each tensor that mergekit writes. Reads all of the target once.
 
-        Args:
-            live: The resident target, as it is in its files.
-            target: Its checkpoint.
-            source: The aligned model.
-            pretrained: What both were fine-tuned from, if it is known.
-            device: What mergekit computes on, as with `mergekit-yaml --device`.
-            dir: Where models are written that cannot be blended live; None for the system's place.
+        The live target must be as in its files; temporary folders are made in `dir`, by default the system's place.
 
         Raises:
             CheckpointError: If mergekit cannot merge these models.
-            HubError: If weights have to be fetched, and the Hub does not give them.
+            HubError: If the Hub does not give weights that have to be fetched.
         """
         self.live = live
         self._target, self._source = target.whole(), source.whole()
@@ -93,29 +81,26 @@ class Blender:
         self._is_blended = False
         self.why_not = self._find_places()
 
-    @property
-    def is_live(self) -> bool:
-        """Whether blends are made in the resident target."""
-        return not self.why_not
-
     @contextmanager
     def blended(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-        """The blend as a model, and its tokenizer, which is the target's, for the length of a `with` block.
+        """The blend as a model, with the target's tokenizer, for the length of a `with` block. Blends do not nest.
 
-        Each tensor is what mergekit writes, as the target stores it; where it matches tokens, it leaves out rows that
-        are no token's, and these are the target's. Afterwards the target is as it was, bit for bit, however the `with`
-        block ends. These do not nest.
+        Each tensor is what mergekit writes, in the target's dtype. If mergekit matches tokens, it leaves out rows
+        without a token, and these stay the target's. Afterwards the target is restored, however the block ends.
 
         Raises:
-            CheckpointError: If mergekit cannot merge these models, or writes what cannot be loaded.
-            UsageError: If there is no such method, or not the memory for it.
+            CheckpointError: If mergekit cannot merge these models, or its result cannot be loaded.
+            UsageError: If the method is unknown, or does not fit in memory.
             RuntimeError: If something is blended already.
         """
         if self._is_blended:
             raise RuntimeError("something is blended already; leave its `with` block first")
         self._is_blended = True
         try:
-            with self._blended_live(blend) if self.is_live else self._written(blend) as found, quiet("transformers"):
+            with (
+                self._blended_live(blend) if not self.why_not else self._written(blend) as found,
+                quiet("transformers"),
+            ):
                 yield found
         finally:
             self._is_blended = False
@@ -127,7 +112,7 @@ class Blender:
             with self._prepared(blend) as merge:
                 for name, value in merge.tensors():
                     if name in self._places:
-                        # Before the first byte: what breaks off is undone like what is finished.
+                        # Before the first byte, so that a tensor that breaks off is restored too.
                         changed.append(name)
                         self._put(name, value)
             if left_out := self._places.keys() - changed:
@@ -153,7 +138,7 @@ class Blender:
             try:
                 yield model, tokenizer
             finally:
-                # At once, though whoever asked for the model may still hold it.
+                # Free the memory at once, though the caller may still hold the model.
                 model.to("meta")
                 gc.collect()
                 if torch.cuda.is_available():
@@ -167,7 +152,7 @@ class Blender:
         return prepared(blend, models, keeps_tokenizer=keeps_tokenizer, device=self._device)
 
     def _has_other_vocabulary(self, other: Checkpoint) -> bool:
-        """Whether tokens, or their number of rows, differ from the target's: mergekit has to match token by token."""
+        """Whether tokens or the number of their rows differ from the target's, so that mergekit has to match them."""
         if other.name not in self._vocabularies:
             num_rows = len(self.live.model.get_input_embeddings().weight)
             tensors = [name for name, shape in self._target.shapes.items() if shape[:1] == (num_rows,)]
@@ -178,13 +163,13 @@ class Blender:
         return self._vocabularies[other.name]
 
     def _find_places(self) -> str:
-        """Find the live tensor for every tensor that mergekit writes; or say which there is none for."""
-        # Which tensors there are does not depend on the method.
+        """Find the live tensor for every tensor that mergekit writes, or say which one has none."""
+        # The tensors do not depend on the method.
         with self._prepared(Blend("linear", 1.0)) as merge:
             outputs = {task.output_weight.name for task in merge.tasks()}
         target, model = self._target, self.live.model
         kind = f"transformers loads {target.name} as a {type(model).__name__}"
-        # Tied weights have several names, and one of them in files.
+        # Tied weights have several names, one of them in files.
         names: dict[int, list[str]] = {}
         state = model.state_dict(keep_vars=True)
         for name, value in state.items():
@@ -202,14 +187,14 @@ class Blender:
         return ""
 
     def _own(self, name: str) -> torch.Tensor:
-        """The target's own values of a tensor, not to be written to."""
+        """The target's own values of a tensor, read-only."""
         return mapped_values(self._target, Region.of(self._target.tensors[name]))
 
     def _put(self, name: str, value: torch.Tensor) -> None:
-        """Set a live tensor to a value as the target stores it."""
+        """Set a live tensor to a value in the dtype of the target's file."""
         place = self._places[name]
         if value.ndim and value.shape[1:] == place.shape[1:]:
-            # Where mergekit matches tokens, it writes a row for each, and leaves out rows that are no token's.
+            # If mergekit matches tokens, it writes no rows without a token.
             place = place[: len(value)]
         if value.shape != place.shape:
             raise CheckpointError(
@@ -224,7 +209,7 @@ def _dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _is_same(place: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a live tensor has the bits that loading a value gives."""
+    """Whether a live tensor has the bits of a loaded value."""
     if place.shape != value.shape:
         return False
     loaded = value.to(place.device, place.dtype)
@@ -232,18 +217,18 @@ def _is_same(place: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
-    """The ids of a checkpoint's tokens; None where it has no tokenizer, which mergekit takes for the target's."""
+    """The ids of a checkpoint's tokens; None without a tokenizer, in which case mergekit uses the target's."""
     try:
         with quiet("transformers"), standard_folder(checkpoint) as folder:
             return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab())
     except Exception:
-        # As many ways to fail as there are tokenizers.
+        # Tokenizers fail in many ways.
         return None
 
 
-# Of one file: mergekit holds so many in memory before it writes them.
+# Mergekit holds so many in memory before it writes a file.
 MAX_SHARD_PARAMETERS = 500_000_000
-# Beside weights and config: tokenizers, chat templates, and how to generate.
+# Files of tokenizers, chat templates and generation settings.
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
 
@@ -253,7 +238,6 @@ class Blend:
 
     Attributes:
         method: `linear`, `task_arithmetic` or `ties`.
-        weight: Of the source.
         density: Share of the entries of each difference that `ties` keeps, in (0, 1].
     """
 
@@ -276,22 +260,15 @@ def merge_config(
     keeps_tokenizer: bool,
     out_dtype: str | None = None,
 ) -> MergeConfiguration:
-    """What mergekit is told, as its own object.
+    """Write a blend as mergekit's own configuration, of folders or other names of models.
 
-    `linear` gives the target the weight that the source leaves over. The other two subtract what both were fine-tuned
-    from; without it, they subtract the target, and the source's difference is all that there is to add. (TIES then has
-    its weight as `lambda`, because a single weight is divided out again when it is normalized.)
-
-    Args:
-        blend: The method and its settings.
-        target: A folder, or what mergekit takes for a model.
-        source: Likewise.
-        pretrained: What both were fine-tuned from, if it is known.
-        keeps_tokenizer: Whether vocabularies differ, so that mergekit has to match the source's tokens to the target's.
-        out_dtype: What mergekit writes; None for the widest of its models.
+    `linear` gives the target the rest of the weight. The other two subtract the pretrained model or, without one, the
+    target, so that only the source's difference is added. (TIES then has its weight as `lambda`, because a single
+    weight would be divided out when it is normalized.) With `keeps_tokenizer` the source's tokens are matched to the
+    target's. Without `out_dtype` mergekit writes the widest of its models' dtypes.
 
     Raises:
-        UsageError: If there is no such method here.
+        UsageError: If the method is unknown.
     """
     ours, theirs = _reference(target), _reference(source)
     base, shared, given = ours, {}, {"weight": blend.weight}
@@ -307,7 +284,7 @@ def merge_config(
         elif blend.method == "ties":
             given["weight"], shared = 1.0, {"lambda": blend.weight}
     else:
-        raise UsageError(f"{blend.method!r} is no method of a blend; there are linear, task_arithmetic and ties")
+        raise UsageError(f"{blend.method!r} is not a method of a blend; known are linear, task_arithmetic and ties")
     tokenizer = {"source": "base" if base == ours else ours} if keeps_tokenizer else None
     return MergeConfiguration(
         merge_method=blend.method,
@@ -320,44 +297,43 @@ def merge_config(
 
 
 def _reference(model: str) -> ModelReference:
-    """A model of mergekit's; the name of a folder may have what means a revision or an adapter elsewhere."""
+    """A model of mergekit's; a folder's name may have signs that otherwise mean a revision or an adapter."""
     if os.path.isdir(model):
         return ModelReference(model=ModelPath(path=model))
     return ModelReference.parse(model)
 
 
 class Merge(NamedTuple):
-    """A merge that mergekit can be asked for, for as long as `prepared` lasts.
+    """A merge by mergekit, valid within `prepared`.
 
     Attributes:
-        config: The whole of it; mergekit rewrites it while it plans.
-        options: How mergekit runs.
+        config: Its configuration, which mergekit rewrites while it plans.
     """
 
     config: MergeConfiguration
     options: MergeOptions
 
     def tasks(self) -> list[Any]:
-        """Mergekit's plan: one task for each tensor of the result, named by its `output_weight`."""
+        """Plan one task for each tensor of the result, named by its `output_weight`."""
         LoaderCache().setup(self.options)
         architecture = get_architecture_info(self.config, self.options)
         out_config = self.config.base_model.config(trust_remote_code=False)
         planner = MergePlanner(self.config, architecture, self.options, out_config)
-        # A plan to write is only a plan: nothing is written but by tasks that are left out here.
+        # The tasks that would write are left out.
         plan = planner.plan_to_disk(out_path="")
         return [task.tensor_task for task in plan if isinstance(task, SaveTensor)]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the result, with its name; none is held after the next is asked for."""
+        """Yield every tensor of the result with its name; none is held when the next is asked for."""
         for task, value in Executor(self.tasks(), math_device=self.options.device).run(quiet=True):
-            # An optional one that mergekit leaves out.
+            # Mergekit leaves out optional tensors.
             if value is not None:
                 yield task.output_weight.name, value
 
     def write(self, folder: Path, target: Checkpoint) -> None:
-        """Let mergekit write the result, and put the target's own config and tokenizer beside the tensors.
+        """Let mergekit write the result, and add the target's config and tokenizer.
 
-        Mergekit would take them from the pretrained model, and the result would not know where a response ends.
+        Mergekit would take those of the pretrained model, which do not know where a response ends.
         """
         run_merge(self.config, str(folder), self.options)
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -375,16 +351,10 @@ class Merge(NamedTuple):
 
 @contextmanager
 def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: bool, device: str) -> Iterator[Merge]:
-    """A blend as a merge of folders that mergekit can read, which says nothing while it works.
-
-    Args:
-        blend: The method and its settings.
-        models: The whole target, the whole source, and what both were fine-tuned from if it is known.
-        keeps_tokenizer: Whether vocabularies differ, so that mergekit has to match the source's tokens to the target's.
-        device: What mergekit computes on, as with `mergekit-yaml --device`.
+    """Prepare a blend of target, source and, if known, pretrained model, and keep mergekit silent within.
 
     Raises:
-        CheckpointError: For whatever mergekit raises in the `with` block: it cannot merge these models.
+        CheckpointError: For any error of mergekit's in the `with` block.
         UsageError: If the memory of the device is not enough.
     """
     options = MergeOptions(
@@ -408,17 +378,17 @@ def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: boo
         except torch.OutOfMemoryError as error:
             raise UsageError(f"mergekit's {blend.name} does not fit in the memory of {device}") from error
         except Exception as error:
-            # Whatever the models make it raise; there is no common class.
+            # Mergekit's errors have no common class.
             names = ", ".join(checkpoint.name for checkpoint in models)
             raise CheckpointError(f"mergekit cannot merge {names}: {one_line(error)}") from error
         finally:
-            # It would keep their files open, and believe what it knows of a folder that is made anew.
+            # Mergekit would keep their files open, and not notice that a folder is made anew.
             for model in config.referenced_models():
                 LoaderCache().loaders.pop(model, None)
 
 
 def _common_dtype(checkpoint: Checkpoint) -> str | None:
-    """What a checkpoint stores all of its tensors as; None if not all alike."""
+    """The dtype of all of a checkpoint's tensors; None if they differ."""
     dtypes = {TORCH_NAMES.get(tensor.dtype) for tensor in checkpoint.tensors.values()}
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -426,18 +396,10 @@ def _common_dtype(checkpoint: Checkpoint) -> str | None:
 def open_pretrained(
     recipe: Recipe, target: Checkpoint, source: Checkpoint, *, partial: bool = False, allow_pickle: bool = False
 ) -> Checkpoint | None:
-    """Open the recipe's `pretrained`.
-
-    Args:
-        recipe: The recipe.
-        target: Its target.
-        source: Its source.
-        partial: Whether the headers of a model of the Hub are enough.
-        allow_pickle: Whether files that may run code are read.
+    """Open the recipe's `pretrained`, of which the headers are enough if `partial`.
 
     Returns:
-        None if the recipe names none, or the target itself: with nothing to subtract, task arithmetic is the linear
-        blend.
+        None if the recipe names none, or the target itself: then task arithmetic would be the linear blend.
 
     Raises:
         UsageError: If it is the source.

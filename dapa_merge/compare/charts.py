@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# How a method looks beside the curves: colour and marker.
+# Colour and marker of a method beside the curves.
 MARKERS = {
     SOURCE: (BLACK, "*"),
     AUTO: (BLUE, "P"),
@@ -47,13 +47,13 @@ MARKERS = {
     "ties": (GREY, "+"),
 }
 RANDOM = "random"
-# Of the axis of changes, in points: noise shall not look large.
+# The axis of changes reaches at least so many points, so that noise does not look large.
 MIN_REACH = 5
 OfPoint = Callable[[Point], "float | None"]
 
 
 def methods_figure(rows: Sequence[Row]) -> Figure | None:
-    """Gain in DSR and change of skill of every method: a dot for each recipe, their mean and its interval."""
+    """Draw the changes by every method: a dot for each recipe, their mean and its interval."""
     if not rows:
         return None
     shown = [one for one in averages(rows) if one.group != TARGET]
@@ -93,7 +93,7 @@ def _colour(group: str) -> str:
 
 
 def row_figure(row: Row) -> Figure:
-    """Edits of every size of one recipe: DSR, over-refusal, skill and perplexity, by DAPA and at random."""
+    """Draw edits of every size of one recipe: DSR, over-refusal, skill and perplexity, by DAPA and at random."""
     panels: list[tuple[str, OfPoint, Callable[[Arm], float | None]]] = [
         ("DSR", lambda point: point.dsr, _figure("dsr")),
         ("over-refusal", lambda point: point.over_refusal, _figure("over_refusal")),
@@ -142,7 +142,7 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
         _random(axes, at_random)
     if ringed:
         across, up = zip(*ringed, strict=True)
-        # Of random edits only the mean is drawn: those on the front are shown themselves.
+        # Of random edits only the mean is drawn, except for those on the front.
         axes.scatter(across, up, s=6, color=BLACK, linewidth=0, zorder=4)
         axes.scatter(
             across, up, s=70, facecolor="none", edgecolor=BLACK, linewidth=0.9, label="Pareto front",
@@ -166,7 +166,7 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
 
 
 def _random(axes: Axes, paths: Sequence[Sequence[tuple[float, float]]]) -> None:
-    """The mean of random paths, whose edits are about as large, and their range."""
+    """Draw the mean and the range of random paths, whose edits are about equally large."""
     columns = list(zip(*paths, strict=True))
     shares = [sum(share for share, _ in column) / len(column) for column in columns]
     values = [[value for _, value in column] for column in columns]
@@ -182,7 +182,7 @@ def _rows_with_curves(rows: Sequence[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows if row.curve}
 
 
-# Shown with the methods or, where they have a picture for each row, with the row. Their keys are the rows' names.
+# The page shows a chart with the methods or, if it has a picture for each row, with the row; keys are names of rows.
 CHARTS = (
     Chart("methods", "Every method: gain in DSR and change of skill", methods_figure),
     Chart("row_{}", lambda row: f"{row.name}: edits of every size", row_figure, _rows_with_curves),

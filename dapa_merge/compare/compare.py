@@ -13,9 +13,9 @@ import os
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,11 @@ from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.files import (
     begins_journal,
     check_folder,
+    held,
     make_folder,
     remove_pictures,
     replace_file,
     replace_files,
-    take_lock,
 )
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
@@ -47,7 +47,7 @@ from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report.charts import Chart
+from dapa_merge.report.charts import Picture
 from dapa_merge.report.report import jsonable
 
 FIGURES_NAME = "figures"
@@ -69,8 +69,6 @@ class Compared:
     """A comparison.
 
     Attributes:
-        rows: The recipes that could be measured.
-        summary: The content of `summary.json`.
         is_written: Whether tables and pictures were written; not if that would lose rows of an earlier run.
         fault: The fault of the first recipe that could not be measured, for the caller to raise.
     """
@@ -101,7 +99,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     # Made first: by this the folder is recognized, by other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
-    tables = _Tables(out, wanted)
+    tables = Tables(out, wanted)
     for number, (name, path) in enumerate(names.items(), 1):
         LOG.info(f"recipe {number} of {len(names)}: {name}")
         try:
@@ -142,29 +140,33 @@ def _let_go(error: BaseException) -> None:
             faults += [fault.__cause__, fault.__context__]
 
 
-class _Tables:
+@dataclass
+class Tables:
     """The tables and pictures of a comparison.
 
+    Pictures are drawn in memory and written with the tables. One that fails, for whatever reason, costs a sentence and
+    never the tables.
+
     Attributes:
-        rows: The rows so far.
         failures: The faults of other recipes, by name.
         is_written: Whether the folder holds the latest tables.
+        drawn: Pictures by name, each with what it shows.
     """
 
-    def __init__(self, out: Path, wanted: CompareOptions) -> None:
-        self._out = out
-        self._wanted = wanted
-        self._pictures = _Pictures(out / FIGURES_NAME)
-        self.rows: list[Row] = []
-        self.failures: dict[str, DapaError] = {}
-        self.is_written = False
+    out: Path
+    wanted: CompareOptions
+    rows: list[Row] = field(default_factory=list)
+    failures: dict[str, DapaError] = field(default_factory=dict)
+    is_written: bool = False
+    drawn: dict[str, tuple[object, Picture]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
 
     def write(self, *, is_last: bool) -> dict[str, Any]:
         """Write everything, unless rows of an earlier run would be lost; returns the summary."""
-        summary = summarize(self.rows, self.failures, self._wanted)
-        self._pictures.draw(tuple(self.rows))
-        with locked(self._out):
-            before = _written_rows(self._out / SUMMARY_NAME)
+        summary = summarize(self.rows, self.failures, self.wanted)
+        self._draw()
+        with locked(self.out):
+            before = _written_rows(self.out / SUMMARY_NAME)
             done = {row.name for row in self.rows}
             if is_last:
                 self.is_written = not before.keys() & self.failures.keys() and bool(done or not before)
@@ -175,28 +177,59 @@ class _Tables:
         return summary
 
     def _replace(self, summary: dict[str, Any], before: Mapping[str, Any]) -> None:
-        shown = self._pictures.write()
-        shown |= self._pictures.existing(self._unchanged(summary["rows"], before) - shown)
+        folder = self.out / FIGURES_NAME
+        shown = set(filter(self._write_picture, self.drawn))
+        shown |= {name for name in self._unchanged(summary["rows"], before) if (folder / f"{name}.png").is_file()}
+        failures = {name: str(error) for name, error in self.failures.items()}
         texts = {
-            PAGE_NAME: page(
-                self.rows,
-                {name: str(error) for name, error in self.failures.items()},
-                {f"{name}.png" for name in shown},
-            ),
+            PAGE_NAME: page(self.rows, failures, {f"{name}.png" for name in shown}),
             ARMS_NAME: arms_csv(self.rows),
             POINTS_NAME: points_csv(self.rows),
             LATEX_NAME: latex(self.rows),
             SUMMARY_NAME: json.dumps(summary, indent=2) + "\n",
         }
-        replace_files({self._out / name: text.encode() for name, text in texts.items()})
-        ours = {name for chart in charts.CHARTS for name in chart.names(before.keys() | existing_rows(self._out))}
-        self._pictures.remove(ours - shown)
+        replace_files({self.out / name: text.encode() for name, text in texts.items()})
+        ours = {name for chart in charts.CHARTS for name in chart.names(before.keys() | existing_rows(self.out))}
+        try:
+            remove_pictures(folder, sorted(ours - shown))
+        except OSError as error:
+            self._tell(error)
 
     def _unchanged(self, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
         """The pictures that would be the same, were they drawn again."""
         same = [row for row, found in zip(self.rows, rows, strict=True) if before.get(row.name) == found]
         is_whole = len(same) == len(rows) == len(before)
         return {name for chart in charts.CHARTS if is_whole or chart.parts is not None for name in chart.shown(same)}
+
+    def _draw(self) -> None:
+        """Draw what is new: charts of all rows, and those of the last one."""
+        for chart in charts.CHARTS:
+            for name, shown in chart.shown(tuple(self.rows)).items():
+                if name in self.drawn and self.drawn[name][0] is shown:
+                    continue
+                # The tables will not fit an older one.
+                self.drawn.pop(name, None)
+                try:
+                    if (picture := chart.picture(name, shown)) is not None:
+                        self.drawn[name] = shown, picture
+                except Exception as error:
+                    self._tell(error)
+
+    def _write_picture(self, name: str) -> bool:
+        try:
+            make_folder(self.out / FIGURES_NAME)
+            for ending, content in self.drawn[name][1].files.items():
+                replace_file(self.out / FIGURES_NAME / f"{name}{ending}", content)
+        except Exception as error:
+            self._tell(error)
+            return False
+        return True
+
+    def _tell(self, error: Exception) -> None:
+        why = str(error) if isinstance(error, DapaError) else one_line(error)
+        if why not in self.told:
+            LOG.info(f"no pictures: {why}")
+        self.told.add(why)
 
     def fault(self, names: Mapping[str, Path]) -> DapaError | None:
         """The fault of the first recipe that could not be measured, with what is kept; None if all were."""
@@ -207,8 +240,8 @@ class _Tables:
         kept = ", and the tables have the others" if self.rows else ""
         if not self.is_written:
             kept = (
-                f", so that the tables and pictures in {self._out} are left as an earlier run wrote them; what was "
-                f"measured since is kept in {self._out / ROWS_NAME}"
+                f", so that the tables and pictures in {self.out} are left as an earlier run wrote them; what was "
+                f"measured since is kept in {self.out / ROWS_NAME}"
             )
         error.args = (f"recipe {names[name]}: {error}{number}{kept}",)
         return error
@@ -220,69 +253,6 @@ def _written_rows(summary: Path) -> dict[str, Any]:
         return {row["name"]: row for row in json.loads(summary.read_bytes())["rows"]}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-
-
-class _Pictures:
-    """The pictures of a comparison, drawn in memory and written with the tables.
-
-    A picture that fails, for whatever reason, costs a sentence and never the tables.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._told: set[str] = set()
-        self._drawn: dict[str, Mapping[str, bytes]] = {}
-        self._shown: dict[str, object] = {}
-        self._written: set[str] = set()
-
-    def draw(self, rows: tuple[Row, ...]) -> None:
-        """Draw every chart of these rows; a row's only once."""
-        for chart in charts.CHARTS:
-            for name, shown in chart.shown(rows).items():
-                if self._shown.get(name) is not shown:
-                    self._draw(chart, name, shown)
-
-    def _draw(self, chart: Chart, name: str, shown: object) -> None:
-        # The tables will not fit an older one.
-        self._drawn.pop(name, None)
-        self._written.discard(name)
-        try:
-            if (picture := chart.picture(name, shown)) is not None:
-                self._drawn[name], self._shown[name] = picture.files, shown
-        except Exception as error:
-            self._tell(error)
-
-    def write(self) -> set[str]:
-        """Write new pictures, and those that another run removed; returns the names of all."""
-        there = set()
-        for name, contents in self._drawn.items():
-            try:
-                if name not in self._written or not self.existing([name]):
-                    make_folder(self._folder)
-                    for ending, content in contents.items():
-                        replace_file(self._folder / f"{name}{ending}", content)
-                self._written.add(name)
-                there.add(name)
-            except Exception as error:
-                self._tell(error)
-        return there
-
-    def existing(self, names: Collection[str]) -> set[str]:
-        """The names of pictures that exist."""
-        return {name for name in names if (self._folder / f"{name}.png").is_file()}
-
-    def remove(self, names: Collection[str]) -> None:
-        """Remove outdated pictures."""
-        try:
-            remove_pictures(self._folder, sorted(names))
-        except OSError as error:
-            self._tell(error)
-
-    def _tell(self, error: Exception) -> None:
-        why = str(error) if isinstance(error, DapaError) else one_line(error)
-        if why not in self._told:
-            LOG.info(f"no pictures: {why}")
-        self._told.add(why)
 
 
 def summarize(rows: Sequence[Row], failures: Mapping[str, DapaError], wanted: CompareOptions) -> dict[str, Any]:
@@ -321,7 +291,6 @@ class Owner:
     """The place of a row's recipe.
 
     Attributes:
-        path: Without links and dots.
         seen_from_folder: Relative to the comparison's folder, so that both can be moved together.
     """
 
@@ -400,12 +369,11 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UsageError: If the folder cannot be written.
     """
-    try:
-        file = (out / ROWS_NAME / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
-    with file:
-        take_lock(file.fileno(), waits=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out / ROWS_NAME / LOCK_NAME))
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
         yield
 
 

@@ -1,7 +1,4 @@
-"""Edits of every size, from one block of neurons to the whole MLP: their order, their sizes, and the best. Pure.
-
-The curve of one recipe: edits that grow from one block of neurons to the whole MLP, by DAPA and at random.
-"""
+"""The curve of one recipe: edits that grow from one block of neurons to the whole MLP, by DAPA and at random."""
 
 from __future__ import annotations
 
@@ -10,16 +7,18 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.result import DAPA, CompareOptions, Point, mean_skill
-from dapa_merge.compare.selections import blocks_of, mlp_units
+from dapa_merge.compare.selections import blocks_of, mlp_units, nearest_number, sums_of
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.figures import Response
 from dapa_merge.plan.plan import Plan, cut
 from dapa_merge.progress import LOG, advance, task
+from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import note_of
 
@@ -29,8 +28,8 @@ class EditPath:
     """Pieces in the order in which a growing edit takes them.
 
     Attributes:
-        pieces: Units and blocks of units, none of which overlap.
-        marks: Numbers of pieces at which something is complete, and that are measured whatever their size.
+        pieces: Units and blocks of units, which do not overlap.
+        marks: Numbers of pieces at which a stage is complete; these edits are measured whatever their size.
     """
 
     pieces: tuple[Unit, ...]
@@ -39,13 +38,11 @@ class EditPath:
 
 @dataclass(frozen=True)
 class GrowthOrder:
-    """What edits grow through: first inside the candidates of the search, then on to the whole MLP.
+    """The stages of growing edits: the candidates of the search first, then the rest of the MLPs.
 
     Attributes:
-        selection: What the search kept; may be nothing.
-        others: Its other candidates; of a unit of which it kept some rows, the other rows.
-        candidates: What it chose from, in whole units.
-        rest: What else the MLPs have.
+        selection: The search's selection; may be empty.
+        others: Its other candidates, or other rows of the selected units.
     """
 
     selection: tuple[Unit, ...]
@@ -55,7 +52,7 @@ class GrowthOrder:
 
     @classmethod
     def of(cls, selection: Sequence[Unit], searched: Plan, units: Iterable[Unit]) -> GrowthOrder:
-        """The stages of a search's plan, in a model with these units, of every module."""
+        """The stages for a search's selection and plan, in a model with these units of every module."""
         kept = set(selection)
         others = tuple(unit for unit in cut(searched, selection).units if unit not in kept)
         candidates = tuple(dict.fromkeys(unit.whole for unit in searched.units))
@@ -66,21 +63,15 @@ class GrowthOrder:
 
 
 def weighed_pieces(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Unit, ...]:
-    """What must be weighed for `best_path`: blocks of what was selected, and everything else whole."""
+    """The pieces that `best_path` needs scores of."""
     first, others = _first_and_others(plan, stages, rows)
     return (*first, *others, *stages.rest)
 
 
 def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
-    """What the search kept, block by block, then the other candidates, then the rest; each by descending score.
+    """The selection in blocks of `rows`, then the other candidates, then the rest; each by descending score.
 
-    Where it kept nothing, blocks of the candidates by their scores.
-
-    Args:
-        plan: The models.
-        stages: What there is.
-        scores: How much each of `weighed_pieces` is expected to do.
-        rows: Of a block.
+    Without a selection, the candidates come in blocks.
     """
     first, others = _first_and_others(plan, stages, rows)
     ordered = [sorted(pieces, key=lambda piece: -scores[piece]) for pieces in (first, others, stages.rest)]
@@ -101,82 +92,49 @@ def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) ->
 
 
 def _path(stages: Sequence[Sequence[Unit]]) -> EditPath:
-    pieces: list[Unit] = []
-    marks: list[int] = []
-    for stage in stages:
-        pieces += stage
-        marks.append(len(pieces))
-    return EditPath(tuple(pieces), tuple(dict.fromkeys(mark for mark in marks if mark)))
+    marks = dict.fromkeys(mark for mark in accumulate(map(len, stages)) if mark)
+    return EditPath(tuple(chain.from_iterable(stages)), tuple(marks))
 
 
 def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
-    """How many parameters the edits on a path change: from its first piece to all, by equal factors; and its marks.
-
-    Args:
-        plan: The models.
-        path: The path.
-        num_points: How many sizes beside the marks, roughly.
-    """
-    sums = _sums(plan, path)
+    """The sizes of the edits on a path, in parameters: about `num_points` at equal factors, and those at its marks."""
+    sums = sums_of(plan, path.pieces)
     wanted = [sums[0] * (sums[-1] / sums[0]) ** (step / max(1, num_points - 1)) for step in range(num_points)]
     reached = {next((total for total in sums if total >= size - 0.5), sums[-1]) for size in wanted}
     return tuple(sorted(reached | {sums[mark - 1] for mark in path.marks}))
 
 
 def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]:
-    """The first pieces of a path whose parameters come nearest to so many; at least one piece."""
-    sums = _sums(plan, path)
-    number = min(range(len(sums)), key=lambda index: abs(sums[index] - num_parameters)) + 1
-    return path.pieces[:number]
+    """The first pieces of a path, at least one, whose parameters come nearest to a number."""
+    return path.pieces[: nearest_number(plan, path.pieces, num_parameters)]
 
 
-def _sums(plan: Plan, path: EditPath) -> list[int]:
-    total, sums = 0, []
-    for piece in path.pieces:
-        total += plan.num_parameters((piece,))
-        sums.append(total)
-    return sums
-
-
+@dataclass
 class Growth:
     """Edits of more and more pieces of the source.
 
-    Their order in DAPA's path is by attribution, as a search's prior, but between the source's and the target's
-    responses: where gates bring nothing, the full transplant has none that refuse. The prompts are the search's, or all
-    if the recipe names its layers.
+    DAPA's path orders them by attribution, like a search's prior, but between the source's and the target's responses:
+    where gates bring nothing, the full transplant does not refuse. The prompts are the search's, or all if the recipe
+    names its layers.
 
     Attributes:
-        why_not: Why the pieces could not be weighed, once `points` was asked for.
+        prompts: Harmful ones, by which the pieces are weighed.
+        journal: Keeps the weights of the pieces.
+        heard: The source's responses, once it was heard.
+        why_not: Why the pieces could not be weighed, known after `points`.
     """
 
-    def __init__(
-        self,
-        stages: GrowthOrder,
-        prompts: Sequence[str],
-        measuring: Measuring,
-        journal: Journal,
-        wanted: CompareOptions,
-    ) -> None:
-        """Weighs and measures nothing yet.
-
-        Args:
-            stages: What edits grow through.
-            prompts: Harmful ones, by which the pieces are weighed.
-            measuring: Measures the edits.
-            journal: Keeps the weights of the pieces.
-            wanted: How many edits.
-        """
-        self._stages = stages
-        self._prompts = prompts
-        self._measuring = measuring
-        self._journal = journal
-        self._wanted = wanted
-        self._source: list[Response] | None = None
-        self.why_not: str | None = None
+    stages: GrowthOrder
+    prompts: Sequence[str]
+    measuring: Measuring
+    journal: Journal
+    wanted: CompareOptions
+    heard: list[Response] | None = None
+    why_not: str | None = None
 
     @cached_property
     def _pieces(self) -> tuple[Unit, ...]:
-        return weighed_pieces(self._measuring.plan, self._stages, self._wanted.rows_per_block)
+        return weighed_pieces(self.measuring.plan, self.stages, self.wanted.rows_per_block)
 
     @cached_property
     def _note(self) -> str:
@@ -184,23 +142,23 @@ class Growth:
 
     @property
     def is_weighed(self) -> bool:
-        """Whether the journal says how the pieces weigh, so that the source need not be heard."""
-        return self._note in self._journal.notes
+        """Whether the journal has the weights of the pieces, so that the source need not be heard."""
+        return self._note in self.journal.notes
 
     def hear(self, source: Model) -> None:
-        """Ask the source, which is loaded, what the pieces are weighed by."""
-        self._source = self._measuring.answers(source, self._prompts, "source")
+        """Ask the loaded source the prompts by which the pieces are weighed."""
+        self.heard = self.measuring.answers(source, self.prompts, "source")
 
     def points(self) -> Iterator[Point]:
-        """Edits of the same sizes on each path; none if the pieces cannot be weighed."""
+        """Yield edits of the same sizes on each path; none if the pieces cannot be weighed."""
         if (scores := self._scores()) is None:
             return
-        measuring, wanted = self._measuring, self._wanted
+        measuring, wanted = self.measuring, self.wanted
         plan, rows = measuring.plan, wanted.rows_per_block
-        paths = {DAPA: best_path(plan, self._stages, scores, rows)}
+        paths = {DAPA: best_path(plan, self.stages, scores, rows)}
         sizes = edit_sizes(plan, paths[DAPA], wanted.num_points)
         for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
-            paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
+            paths[f"random seed {seed}"] = random_path(plan, self.stages, rows, seed)
         total = len(paths) * len(sizes)
         LOG.info(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
         with task("edits of every size", total, "edits"):
@@ -216,11 +174,11 @@ class Growth:
 
     def _scores(self) -> Mapping[Unit, float] | None:
         try:
-            if self._note not in self._journal.notes:
-                self._journal.note(self._note, self._weigh())
-            found = self._journal.notes[self._note]
+            if self._note not in self.journal.notes:
+                self.journal.note(self._note, self._weigh())
+            found = self.journal.notes[self._note]
         except DoesNotFit as error:
-            # Not noted: another device or another hour may have the memory.
+            # Not noted, because another device or hour may have the memory.
             found = str(error)
         if isinstance(found, str):
             self.why_not = found
@@ -229,15 +187,13 @@ class Growth:
         return dict(zip(self._pieces, found, strict=True))
 
     def _weigh(self) -> list[float] | str:
-        """The weights of the pieces; or why these models give none."""
-        from dapa_merge.search.bench import MAX_CONTRASTS, effects_between
-
-        assert self._source is not None
-        live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
-        said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
+        """The weights of the pieces, or the reason if these models give none."""
+        assert self.heard is not None
+        live, limit = self.measuring.live, self.measuring.meter.batch_size.limit
+        said = self.measuring.answers((live.model, live.tokenizer), self.prompts, "target")
         try:
             with task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS, "responses"):
-                found = effects_between(live, self._pieces, said, self._source, limit)
+                found = effects_between(live, self._pieces, said, self.heard, limit)
         except (ValueError, CheckpointError) as error:
             return str(error)
         return [found[piece] for piece in self._pieces]

@@ -1,4 +1,4 @@
-"""What each edit of a target does, measured live and once: every figure is in the journal before the next is asked."""
+"""Figures of the edits of one target, measured live and once: each is in the journal before the next is asked."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.compare.blend import Blend, Blender
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
-from dapa_merge.measure.meter import measure_candidate
+from dapa_merge.measure.meter import Meter, measure_candidate
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.plan.plan import join
+from dapa_merge.plan.plan import Plan, join
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.report.report import jsonable, read_figures
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
-
-if TYPE_CHECKING:
-    from dapa_merge.checkpoint.units import Unit
-    from dapa_merge.compare.blend import Blend, Blender
-    from dapa_merge.measure.meter import Meter
-    from dapa_merge.measure.prompts.sets import PromptSet
-    from dapa_merge.plan.plan import Plan
-
 
 # A model in memory, and its tokenizer.
 Model = tuple[Any, Any]
@@ -35,13 +30,10 @@ Model = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Seen:
-    """What was measured of one edit.
+    """The measurement of one edit.
 
     Attributes:
-        figures: All of them.
         refused: For each harmful prompt, whether it was refused.
-        over_refused: For each harmless one.
-        seconds: What measuring took.
     """
 
     figures: Figures
@@ -51,12 +43,12 @@ class Seen:
 
 
 def fast(meter: Meter) -> Meter:
-    """The same figures sooner: no response is longer than its outcome needs, where nobody but the rules reads it."""
+    """The same figures sooner: if only the rules read responses, none is longer than its outcome needs."""
     return replace(meter, stops_early=all(one is RULES for one in meter.classifiers))
 
 
 class Measuring(Resident):
-    """One target, edited in every way, with the models loaded when something is not in the journal yet."""
+    """Measures edits of one target; models are loaded when a figure is not in the journal yet."""
 
     def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal) -> None:
         where = choose_device(device)
@@ -73,14 +65,8 @@ class Measuring(Resident):
             yield model, tokenizer
 
     def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:
-        """The target with some units of the source; with none, the target.
-
-        Args:
-            units: In any order.
-            name: What it is, for messages.
-            level: Of the log record that says it was measured.
-        """
-        # Blocks that make a unit are that unit, however they came together.
+        """Measure the target with some units of the source, in any order, and log it under a name."""
+        # Blocks that make up a unit are that unit.
         ordered = tuple(in_order(join(self.plan, units)))
 
         @contextmanager
@@ -91,18 +77,12 @@ class Measuring(Resident):
         return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
     def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
-        """The target blended with the source by mergekit.
-
-        Args:
-            blend: The method and its settings.
-            base: What says which weights are subtracted.
-            blender: Makes it, if it was not measured yet.
-        """
+        """Measure a blend, of which `base` identifies the subtracted weights; `blender` is called only if needed."""
         note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
         return self._seen(note, lambda: blender().blended(blend), blend.name)
 
     def alone(self, source: Model) -> Seen:
-        """The source, which is loaded."""
+        """Measure the source, which is loaded."""
 
         @contextmanager
         def candidate() -> Iterator[Model]:
@@ -111,10 +91,7 @@ class Measuring(Resident):
         return self._seen("source", candidate, "source")
 
     def score(self, units: Sequence[Unit], prompts: PromptSet) -> float:
-        """How good an edit looks to other prompts: the share of harmful ones refused less that of harmless ones.
-
-        By an evaluator that scores a model as a whole, its score instead of the first.
-        """
+        """Score an edit on other prompts: DSR, or the score of an evaluator of whole models, less over-refusal."""
         ordered = tuple(in_order(join(self.plan, units)))
         note = note_of("score", ordered)
         if note not in self._journal.notes:
@@ -125,11 +102,11 @@ class Measuring(Resident):
         return float(self._journal.notes[note])
 
     def has(self, name: str) -> bool:
-        """Whether the journal has something already."""
+        """Whether the journal has a note already."""
         return name in self._journal.notes
 
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
-        """What a model says to harmful prompts, and what that is taken for; not kept."""
+        """Ask a model harmful prompts, and classify its responses; they are not kept."""
         with task(f"asking the {name}", len(prompts), "prompts"):
             return self.meter.measure(*model).judge("harmful", prompts)
 

@@ -1,7 +1,4 @@
-"""The page of a comparison, as Markdown. No torch here.
-
-A comparison as tables: Markdown for people, LaTeX for a paper, CSV for programs. No torch here.
-"""
+"""A comparison as a page in Markdown, as LaTeX for a paper, and as CSV for programs. No torch here."""
 
 from __future__ import annotations
 
@@ -44,13 +41,7 @@ FRONT = (
 
 
 def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[str]) -> str:
-    """All tables.
-
-    Args:
-        rows: What was measured.
-        failures: What could not be, and why.
-        pictures: The names of the pictures that there are.
-    """
+    """Write the page of the rows, the failures by name, and the existing pictures."""
     parts = ["# Comparison", HOW.format(ceilings=ceilings())]
     if rows:
         parts += ["\n".join(f"- {_safe(sentence)}" for sentence in sentences(rows))]
@@ -93,7 +84,7 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
 
 
 def _verdict(row: Row) -> str:
-    """Which methods repair a row's target."""
+    """The methods that repair a row's target, in a sentence."""
     if not row.can_be_repaired:
         return f"There is {nothing_to_repair(row)}."
     if able := choices(row):
@@ -123,7 +114,7 @@ def _pictures(wanted: Iterable[Chart], rows: Sequence[Row], pictures: Collection
 
 
 def _safe(text: str | None) -> str:
-    """A text that may be a stranger's, in one line that stays text."""
+    """A stranger's text in one line that stays text."""
     return " ".join(printable(text or "").replace("<", "&lt;").split())
 
 
@@ -157,23 +148,18 @@ class Table(NamedTuple):
     cells: Sequence[Sequence[str]]
 
     def text(self, kind: str) -> str:
-        """As `MARKDOWN` or `LATEX`, in which no cell can break out of its place."""
+        """As `MARKDOWN` or `LATEX`; no cell can break out of its place."""
         cells = [[_plain(cell) for cell in row] for row in self.cells]
         if kind == MARKDOWN:
             cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
-        # Every cell is text as it should be read: nothing is taken for a number.
+        # Cells are shown as they are, never taken for numbers.
         columns = ["left", *["right"] * (len(self.head) - 1)]
         text = str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
         return text.replace(r"-\ensuremath{>}", r"$\rightarrow$") if kind == LATEX else text
 
 
 def paper_table(rows: Sequence[Row], group: str = DAPA) -> Table:
-    """The paper's table 1: a line for each recipe, before and after; the last is the average.
-
-    Args:
-        rows: The recipes.
-        group: Whose result is shown: DAPA's, or another method's.
-    """
+    """The paper's table 1: before and after by one method, a line for each recipe, and the average."""
     cells = []
     for row in rows:
         arm = row.arm(group)
@@ -213,38 +199,38 @@ def _average_line(average: Average) -> list[str]:
         NONE,
         average.gain.points if average.gain.span is None else f"{average.gain.points} ({average.gain.span})",
         average.over_refusal.points,
-        _ratio(average),
-        NONE if average.skill is None else average.skill.points,
-        _percent(average.share.value),
-        NONE if average.tests is None else f"{average.tests.value:.1f}",
-        NONE if average.seconds is None else f"{average.seconds.value:.1f}",
+        *_skill_and_cost(average, with_span=False),
     ]
 
 
 def methods_table(rows: Sequence[Row]) -> Table:
     """Every method, averaged over the recipes; changes from the target in percentage points."""
-    cells = []
-    for one in averages(rows):
-        cells.append(
-            [
-                one.label,
-                f"{one.num_repaired} of {one.num_rows}",
-                one.gain.points,
-                one.gain.span or NONE,
-                one.over_refusal.points,
-                _ratio(one),
-                NONE if one.skill is None else one.skill.points,
-                NONE if one.skill is None else (one.skill.span or NONE),
-                _percent(one.share.value),
-                NONE if one.tests is None else f"{one.tests.value:.1f}",
-                NONE if one.seconds is None else f"{one.seconds.value:.1f}",
-            ]
-        )
+    cells = [
+        [
+            one.label,
+            f"{one.num_repaired} of {one.num_rows}",
+            one.gain.points,
+            one.gain.span or NONE,
+            one.over_refusal.points,
+            *_skill_and_cost(one, with_span=True),
+        ]
+        for one in averages(rows)
+    ]
     return Table(METHOD_HEAD, cells)
 
 
+def _skill_and_cost(one: Average, *, with_span: bool) -> list[str]:
+    skill = [NONE, NONE] if one.skill is None else [one.skill.points, one.skill.span or NONE]
+    return [
+        NONE if one.perplexity is None else f"x {one.perplexity.value:.3f}",
+        *skill[: 1 + with_span],
+        _percent(one.share.value),
+        *(NONE if mean is None else f"{mean.value:.1f}" for mean in (one.tests, one.seconds)),
+    ]
+
+
 def arms_table(row: Row) -> Table:
-    """Every method on one recipe's target; random selections as their mean and range."""
+    """Every method on one target; random selections by their mean and range."""
     return Table(ARM_HEAD, [_arm_cells(arms) for arms in groups(row.arms).values()])
 
 
@@ -314,16 +300,13 @@ def points_csv(rows: Sequence[Row]) -> str:
 
 
 def latex(rows: Sequence[Row]) -> str:
-    """The paper's table and the methods', a `tabular` each, with the rules of the package booktabs."""
+    """The paper's table and that of the methods, a `tabular` each with the rules of the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}. Made by dapa-merge compare.\n% One line for each recipe."]
     if any(row.arm(DAPA) for row in rows):
         parts.append(paper_table(rows).text(LATEX))
     if any(row.arm(AUTO) for row in rows):
         parts += ["% The same with modules: auto.", paper_table(rows, AUTO).text(LATEX)]
-    parts += [
-        "% Every method, averaged; changes from the target in points.",
-        methods_table(rows).text(LATEX),
-    ]
+    parts += ["% Every method, averaged; changes from the target in points.", methods_table(rows).text(LATEX)]
     return "\n".join(parts) + "\n"
 
 
@@ -336,12 +319,8 @@ def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """A text that no spreadsheet takes for a formula."""
+    """A value that no spreadsheet takes for a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
-
-
-def _ratio(average: Average) -> str:
-    return NONE if average.perplexity is None else f"x {average.perplexity.value:.3f}"
 
 
 def _plain(cell: str) -> str:

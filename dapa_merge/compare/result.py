@@ -1,11 +1,4 @@
-"""What was measured of each method, recipe by recipe, as data. No torch here.
-
-What a method does on average over the recipes. No torch here.
-
-What is compared, beside what the recipes say. Imports nothing heavy.
-
-Which of many points are worth having, where several things count. Standard library only.
-"""
+"""The results of a comparison as data: methods recipe by recipe, and on average. No torch here."""
 
 from __future__ import annotations
 
@@ -24,13 +17,11 @@ TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took to find a selection.
+    """The cost of a search.
 
     Attributes:
-        tests: Selections that the search tested; a model evaluation each, most of them broken off early.
-        seconds: Wall-clock time, that of recorded tests included.
-        peak_bytes: The most memory that was in use meanwhile, by its place: `host`, and `device` if that is another;
-            empty where the system does not say.
+        seconds: Wall-clock time, including that of recorded tests.
+        peak_bytes: The most memory in use, by place: `host`, and `device` if that is another; empty if unknown.
     """
 
     tests: int
@@ -43,18 +34,10 @@ class Arm:
     """One method, applied to one recipe's target.
 
     Attributes:
-        key: Its name in this row: the method's, with a seed or a weight behind it.
+        key: Its name in the row: the method, with a seed or a weight.
         method: One of `METHODS`, or `target` or `source`.
-        label: What it is, for people.
-        detail: Which units or settings.
-        figures: What was measured; None if the method found nothing or cannot be applied.
-        why_not: Why there are none.
-        share: The share of the target's parameters that it replaces, in [0, 1].
-        num_parameters: How many those are.
+        share: The replaced share of the target's parameters, in [0, 1].
         refused: For each harmful prompt, whether it was refused.
-        over_refused: For each harmless one.
-        seconds: What measuring took.
-        cost: What finding it took; None if nothing had to be searched.
     """
 
     key: str
@@ -72,7 +55,7 @@ class Arm:
 
     @property
     def group(self) -> str:
-        """What rows are averaged by: random selections of all seeds are one."""
+        """The key by which rows are averaged, without a seed."""
         return self.key.rpartition(" seed ")[0] or self.key
 
     @property
@@ -86,12 +69,8 @@ class Point:
     """One edit of the curve.
 
     Attributes:
-        path: `dapa`, or `random` with a seed behind it.
-        share: The share of the target's parameters that it replaces, in [0, 1].
-        num_units: Units and blocks.
-        dsr: As all figures here, with the row's prompts.
-        dsr_interval: 95 %.
-        over_refusal: In [0, 1].
+        path: `dapa`, or `random` with a seed.
+        share: The replaced share of the target's parameters, in [0, 1].
         skill: The mean of the skills; None if none was asked.
         perplexity: Of the row's text.
     """
@@ -111,22 +90,13 @@ class Row:
     """One recipe of the table.
 
     Attributes:
-        name: The recipe's.
-        target: As the recipe names it.
-        source: Likewise.
-        architecture: Of both.
-        modules: What the recipe's search may choose from.
-        evaluator: Whose verdicts DSR and over-refusal are; of one that scores a model as a whole, its scores say
-            whether a method repairs, and the rules' verdicts the rest.
-        edit: How every transplanted value is computed.
-        num_parameters: Of the target.
-        prompts: The prompt set's name.
+        evaluator: The judge of DSR and over-refusal; if it scores whole models, its scores say whether a method
+            repairs, and the rules judge the rest.
         settings: The recipe's values for its constraints, by their keys; the gain of which `retain` is a share is here
             the source's, and in a search that of the full transplant.
         arms: Target and source first.
-        curve: Edits of every size; empty if none were measured.
         no_curve: Why there are none, though they were asked for.
-        followed: Whose selection the curve grows through first, `dapa` or `auto`; None if no search found any.
+        followed: The search through whose selection the curve grows, `dapa` or `auto`; None if none found any.
         selected: The share of the parameters that this selection replaces.
     """
 
@@ -167,14 +137,14 @@ class Row:
         return arm.figures
 
     def change(self, arm: Arm) -> Change:
-        """What became of the target's harmful prompts, and whether chance alone does as much."""
+        """The change of the target's refusals of harmful prompts, and whether chance alone would do as much."""
         target = self.arm(TARGET)
         assert target is not None
         return mcnemar(target.refused, arm.refused)
 
     @property
     def can_be_repaired(self) -> bool:
-        """Whether the source is safer than the target, so that there is something to bring over."""
+        """Whether the source is safer than the target."""
         return SCORE.of(self.alone) > SCORE.of(self.before)
 
     def repairs(self, arm: Arm) -> bool:
@@ -182,7 +152,7 @@ class Row:
         return self.can_be_repaired and arm.figures is not None and self.complaint(arm.figures) is None
 
     def complaint(self, after: Figures) -> str | None:
-        """What keeps a result from being a repair, where there is something to repair; None if nothing does."""
+        """Why a result is not a repair; None if it is one. The source must be safer than the target."""
         constraints = constraints_of(self.settings, SCORE.label if after.score is None else self.evaluator)
         target, source, reached = (
             {one.figure: one.of(figures) for one in constraints} for figures in (self.before, self.alone, after)
@@ -190,11 +160,7 @@ class Row:
         return requirement(constraints, target, source, self.settings).complaint(reached)
 
     def front(self) -> list[bool]:
-        """For each edit of the curve, whether it is on the Pareto front.
-
-        It is if no other one that is as small refuses as many harmful and as few harmless prompts and keeps as much
-        skill, and is better in one of these.
-        """
+        """For each edit of the curve, whether it is on the Pareto front of share, DSR, over-refusal and skill."""
         return pareto_front(
             [(point.share, -point.dsr, point.over_refusal, -(point.skill or 0.0)) for point in self.curve]
         )
@@ -208,27 +174,22 @@ def mean_skill(figures: Figures | None) -> float | None:
 
 
 def groups(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
-    """Arms by what they are averaged by, in the order of the arms."""
+    """Arms by the groups in which they are averaged, in their order."""
     found: dict[str, list[Arm]] = {}
     for arm in arms:
         found.setdefault(arm.group, []).append(arm)
     return found
 
 
-# What a method does in a row; None if it does not apply.
+# A value of a method in a row; None if it does not apply.
 Value = Callable[[Row, Arm], "float | None"]
-# Of these, a row in which a search found nothing counts as its untouched target: whoever relied on them has that.
+# For these, a row in which a search found nothing counts as its untouched target.
 MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random", "random-search")
 
 
 @dataclass(frozen=True)
 class RowMean:
-    """A mean over recipes, and where that of many more recipes like these lies with 95 % confidence (Student's t).
-
-    Attributes:
-        value: The mean.
-        interval: None for fewer than three recipes.
-    """
+    """A mean over recipes, with its 95 % interval (Student's t); None for fewer than three recipes."""
 
     value: float
     interval: tuple[float, float] | None
@@ -240,7 +201,7 @@ class RowMean:
 
     @property
     def span(self) -> str | None:
-        """Its interval, likewise; none where all recipes are alike, which tells nothing of others."""
+        """Its interval in percentage points; None if all recipes are alike, which tells nothing about others."""
         if self.interval is None or self.interval[0] == self.interval[1]:
             return None
         return f"{points(self.interval[0])} to {points(self.interval[1])}"
@@ -248,21 +209,14 @@ class RowMean:
 
 @dataclass(frozen=True)
 class Average:
-    """One method over all recipes in which it has a figure; changes are from the target to the method's result.
+    """One method over all recipes in which it has a figure; changes are from the target to the result.
 
     Attributes:
         group: The method, with its weight.
-        label: For people.
-        num_rows: Recipes.
-        num_repaired: Those with as much of the source's gain as their recipe wants, within its limits; by random
-            selections, those that more than half of the seeds repair.
-        gain: In DSR, in [-1, 1].
-        over_refusal: Change, in [-1, 1].
-        perplexity: As a ratio, over the recipes in which it is finite; None if that is none.
+        num_repaired: Repaired ones; of random selections, by more than half of the seeds.
+        perplexity: Ratio, over the recipes in which it is finite; None if there are none.
         skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
-        share: Of the parameters replaced, in [0, 1].
-        tests: Of the search; None if there was none, as the next.
-        seconds: Of the search.
+        tests: Of the search; None, with `seconds`, without one.
     """
 
     group: str
@@ -279,7 +233,7 @@ class Average:
 
 
 def averages(rows: Sequence[Row]) -> tuple[Average, ...]:
-    """Every method that a row has, in the order of a table; the seeds of random selections count as one."""
+    """Average every method, in the order of a table; seeds of random selections count as one."""
     labels: dict[str, str] = {}
     order: dict[str, tuple[int, str]] = {}
     for row in rows:
@@ -299,7 +253,7 @@ def _average(group: str, label: str, rows: Sequence[Row]) -> Average | None:
         found = mean_of([mean_in_row(row, arms, value) for row, arms in counted])
         if found is None or found.interval is None or not is_change:
             return found
-        # No share changes by more than all.
+        # A share cannot change by more than 1.
         return RowMean(found.value, (max(-1.0, found.interval[0]), min(1.0, found.interval[1])))
 
     gain, refusal = mean(dsr_gain, is_change=True), mean(over_refusal_change, is_change=True)
@@ -328,35 +282,35 @@ def repairs_in_row(row: Row, arms: Sequence[Arm]) -> bool:
 
 
 def counted_arms(row: Row, group: str) -> list[Arm]:
-    """The arms of a method that count in a row; none if it cannot be applied there."""
+    """The arms of a method that count in a row; empty if it cannot be applied there."""
     arms = groups(row.arms).get(group, [])
     return [arm for arm in arms if arm.figures is not None or arm.method in (*MAY_FIND_NOTHING, TARGET, SOURCE)]
 
 
 def mean_in_row(row: Row, arms: Sequence[Arm], value: Value) -> float | None:
-    """A method's value in a row: the mean of its seeds; None if none has one."""
+    """A method's value in a row, averaged over its seeds; None without any."""
     values = [found for arm in arms if (found := value(row, arm)) is not None]
     return statistics.fmean(values) if values else None
 
 
 def dsr_gain(row: Row, arm: Arm) -> float:
-    """From the target to a method's result, in [-1, 1], as the next two; of one that found nothing, none."""
+    """The change of DSR, in [-1, 1]; 0 for a method that found nothing, here and below."""
     return (arm.figures or row.before).dsr - row.before.dsr
 
 
 def over_refusal_change(row: Row, arm: Arm) -> float:
-    """Likewise."""
+    """The change of over-refusal, in [-1, 1]."""
     return (arm.figures or row.before).over_refusal - row.before.over_refusal
 
 
 def skill_change(row: Row, arm: Arm) -> float | None:
-    """Likewise; None if no skill was asked."""
+    """The change of the mean skill, in [-1, 1]; None if none was asked."""
     after, before = mean_skill(arm.figures or row.before), mean_skill(row.before)
     return None if after is None or before is None else after - before
 
 
 def perplexity_ratio(row: Row, arm: Arm) -> float | None:
-    """The result's perplexity as a ratio to the target's; None where it is not finite."""
+    """The ratio of the result's perplexity to the target's; None if it is not finite."""
     ratio = (arm.figures or row.before).perplexity / row.before.perplexity
     return ratio if math.isfinite(ratio) else None
 
@@ -367,7 +321,7 @@ def points(change: float) -> str:
 
 
 def mean_of(values: Sequence[float | None]) -> RowMean | None:
-    """The mean of those that are there; None if none is."""
+    """The mean of the values that are not None; None without any."""
     there = [value for value in values if value is not None]
     return RowMean(statistics.fmean(there), mean_interval(there)) if there else None
 
@@ -386,20 +340,16 @@ METHODS = {
     "ties": "mergekit's TIES",
 }
 BLENDS = ("linear", "task-arithmetic", "ties")
-# Of the entries that TIES keeps of each difference; Yadav et al. 2023, section 5.
+# The share of entries that TIES keeps of each difference; Yadav et al. 2023, section 5.
 TIES_DENSITY = 0.2
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What to compare.
+    """Options of `dapa-merge compare`.
 
     Attributes:
         methods: Some of `METHODS`.
-        num_seeds: Random selections of each size.
-        seed: The first of the seeds.
-        weights: Of the source, in mergekit's methods.
-        draws_curve: Whether edits of every size are measured.
         num_points: Sizes of edits on the curve, roughly.
         rows_per_block: Rows (neurons) of the smallest edit; None for a sixteenth of a projection.
     """
@@ -414,11 +364,7 @@ class CompareOptions:
 
 
 def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
-    """Which points no other one dominates: is nowhere worse, and somewhere better.
-
-    Args:
-        costs: Of each point, what should be small, as many for each.
-    """
+    """For each point, whether no other one dominates it: has no larger cost, and a smaller one somewhere."""
 
     def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
         pairs = list(zip(one, other, strict=True))

@@ -1,9 +1,4 @@
-"""What DAPA's search finds for a recipe, and at what cost; once, also where it finds nothing.
-
-Which units the controls transplant: fixed middle layers, whole MLPs, random units. Pure.
-
-The most memory that a piece of work used, where the system says so.
-"""
+"""Selections to compare: those of searches, with their costs, and those of controls (fixed, whole MLPs, random)."""
 
 from __future__ import annotations
 
@@ -13,12 +8,15 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, Unit
 from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
+from dapa_merge.measure.live import choose_device
 from dapa_merge.plan.plan import Plan, divide, join, with_modules
 from dapa_merge.plan.selection import given_selection
 from dapa_merge.progress import LOG
@@ -28,19 +26,14 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.search import search_plan
 
-if TYPE_CHECKING:
-    import torch
-
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        plan: The candidates that it had.
-        units: What it kept; None if nothing repairs.
-        why_not: Why nothing does.
-        cost: What the search took; None where the recipe names its layers.
+        units: Its selection; None if nothing repairs.
+        cost: Of the search; None if the recipe names its layers.
     """
 
     plan: Plan
@@ -50,35 +43,22 @@ class Found:
 
 
 def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
-    """The recipe with `modules: auto`, of whole projections; None if it has these modules, or the models no such units.
-
-    Args:
-        recipe: A recipe.
-        chosen: Its plan.
-    """
+    """The recipe with `modules: auto`, of whole projections; None if it has these modules or the models lack them."""
     if set(AUTO_MODULES) <= set(recipe.modules) or "mlp" in recipe.modules:
         return None
     try:
         plan = with_modules(chosen, AUTO_MODULES)
     except UnsupportedArchitecture:
         return None
-    # A row of down is no neuron's, so that there is nothing finer.
+    # Rows of down are not neurons, so that there is nothing finer.
     return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
 
 
 def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options) -> Found:
-    """Search, or read in the journal what was found before.
-
-    Args:
-        name: Of the search, for its files.
-        recipe: What to search.
-        plan: Its candidates.
-        folder: Where the search's own journal is.
-        journal: Where the outcome is noted.
-        options: Where to evaluate.
+    """Search once, or read the outcome in the journal.
 
     Raises:
-        DapaError: For whatever does not fit; what was tested is in the search's journal.
+        DapaError: If something does not fit; finished tests are in the search's journal.
     """
     given = given_selection(recipe, plan)
     if given is not None:
@@ -96,8 +76,6 @@ def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal
 
 
 def _search(recipe: Recipe, plan: Plan, path: Path, options: Options) -> dict[str, object]:
-    from dapa_merge.measure.live import choose_device
-
     before = _recorded_seconds(path)
     began = time.perf_counter()
     units: Sequence[Unit] | None = None
@@ -115,7 +93,7 @@ def _search(recipe: Recipe, plan: Plan, path: Path, options: Options) -> dict[st
 
 
 def _recorded_seconds(path: Path) -> float:
-    """What the tests in the journal of a search that was stopped took."""
+    """The time of the tests in the journal of a stopped search."""
     total = 0.0
     with suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
@@ -124,26 +102,17 @@ def _recorded_seconds(path: Path) -> float:
     return total
 
 
-# The layers that the DAPA repository transplants, first and last: of models of this family with so many layers.
-REPOSITORY_LAYERS = {
-    ("llama", 32): (12, 17),
-    ("mistral", 32): (9, 18),
-    ("gemma", 28): (7, 13),
-    ("gemma", 18): (3, 6),
-}
+# The first and last layer that the DAPA repository transplants, by family and number of layers.
+REPOSITORY_LAYERS = {("llama", 32): (12, 17), ("mistral", 32): (9, 18), ("gemma", 28): (7, 13), ("gemma", 18): (3, 6)}
 OTHERS = "llama"
-# Of the smallest edit, as a share of the rows of its projection.
+# The smallest edit is one of these blocks of rows.
 BLOCKS_PER_PROJECTION = 16
 
 
 def fixed_layers(model_type: str, num_layers: int) -> tuple[int, ...]:
     """The middle layers that the DAPA repository takes for a family, scaled to a model's depth.
 
-    A depth that it does not name takes the layers of the nearest one of the family, another family Llama's.
-
-    Args:
-        model_type: Of the config.
-        num_layers: Of the model, at least 1.
+    For an unknown depth they are those of the nearest known one, for an unknown family Llama's.
     """
     depths = [depth for family, depth in REPOSITORY_LAYERS if family == model_type]
     family = model_type if depths else OTHERS
@@ -155,19 +124,14 @@ def fixed_layers(model_type: str, num_layers: int) -> tuple[int, ...]:
 
 
 def mlp_units(units: Iterable[Unit], layers: Collection[int] | None = None) -> tuple[Unit, ...]:
-    """The whole MLP of some layers, or of all.
-
-    Args:
-        units: Of every module, as `plan_of_all` has them.
-        layers: Which; None for all.
-    """
+    """The whole MLP of some layers, or of all if None, among units of every module."""
     inside = [unit for unit in units if layers is None or unit.layer in layers]
     apart = tuple(unit for unit in inside if unit.module in ("gate", "up", "down"))
     return apart or tuple(unit for unit in inside if unit.module == "mlp")
 
 
 def blocks_of(plan: Plan, units: Sequence[Unit], rows: int | None) -> tuple[Unit, ...]:
-    """The same units, those whose rows are neurons in blocks of so many rows; None for a sixteenth of each."""
+    """The units, divided into blocks of `rows` (None for a sixteenth) if their rows are neurons."""
     pieces: list[Unit] = []
     for unit in units:
         if unit.module not in DIVISIBLE_MODULES:
@@ -180,14 +144,9 @@ def blocks_of(plan: Plan, units: Sequence[Unit], rows: int | None) -> tuple[Unit
 
 
 def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: int) -> tuple[Unit, ...]:
-    """Random units of as many parameters as others have; of each module as many as those have.
+    """Draw random units with as many parameters of each module as others have.
 
-    Args:
-        plan: The models.
-        among: What is drawn from.
-        like: Some of `among`, or blocks of some: then random blocks no larger than their smallest are drawn, the last
-            of them cut so that the sizes agree.
-        seed: The same seed draws the same.
+    If some of the others are blocks, blocks no larger than the smallest are drawn, and the last is cut to size.
     """
     blocks = [unit for unit in like if unit.rows is not None]
     rows = min((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
@@ -207,7 +166,7 @@ def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: 
 
 
 def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
-    """The first blocks with so many parameters, of the last one only its first rows."""
+    """The first blocks with `wanted` parameters, of the last one only its first rows."""
     found, left = [], wanted
     for block in blocks:
         size = plan.num_parameters((block,))
@@ -221,27 +180,24 @@ def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
 
 
 def nearest_number(plan: Plan, pieces: Sequence[Unit], wanted: int) -> int:
-    """How many of the first pieces together come nearest to a number of parameters; at least one."""
-    total, best, distance = 0, 1, float("inf")
-    for number, piece in enumerate(pieces, 1):
-        total += plan.num_parameters((piece,))
-        if abs(total - wanted) < distance:
-            best, distance = number, abs(total - wanted)
-        if total >= wanted:
-            break
-    return best
+    """The number of first pieces, at least one, whose parameters come nearest to `wanted`."""
+    distances = [abs(total - wanted) for total in sums_of(plan, pieces)]
+    return distances.index(min(distances)) + 1 if distances else 1
+
+
+def sums_of(plan: Plan, pieces: Sequence[Unit]) -> list[int]:
+    """The parameters of the first piece, of the first two, and so on."""
+    return list(accumulate(plan.num_parameters((piece,)) for piece in pieces))
 
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-# Written there, it sets the process's peak back to what is in use; proc(5).
+# Sets the process's peak back to its present use; proc(5).
 RESET_PEAK = "5"
 
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int]]:
-    """Yields what is filled in at the end: bytes by place; `host` is resident (Linux), `device` allocated (CUDA)."""
-    import torch
-
+    """Yield bytes by place, filled in at the end: `host` is resident (Linux), `device` allocated (CUDA)."""
     peak: dict[str, int] = {}
     was_reset = False
     with suppress(OSError):

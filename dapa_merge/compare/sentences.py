@@ -1,4 +1,4 @@
-"""What a comparison shows, in sentences made of its figures. No torch here."""
+"""The findings of a comparison in sentences. No torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dapa_merge.compare.result import (
     repairs_in_row,
 )
 
-# Of the target's skill, the share that a result must keep to be worth choosing.
+# The share of the target's skill that a result must keep to be worth choosing.
 MIN_KEPT = 0.5
 
 
@@ -77,7 +77,7 @@ def _not_repaired(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def nothing_to_repair(row: Row) -> str:
-    """Said of a row whose source is no safer than its target."""
+    """Words for a row whose source is not safer than its target."""
     return f"nothing to repair; the target's DSR is {row.before.dsr:.3f}, the source's {row.alone.dsr:.3f}"
 
 
@@ -115,9 +115,9 @@ def _controls(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str
 
 
 def choices(row: Row) -> list[Arm]:
-    """The methods but the source that repair a row's target, that which keeps most skill first.
+    """The methods that repair a row's target, without the source and random selections, most skill first.
 
-    Without skills, that which changes perplexity least. Of random selections none is one that could be chosen.
+    Without skills, the smallest change of perplexity comes first.
     """
 
     def loss(arm: Arm) -> float:
@@ -132,7 +132,7 @@ def choices(row: Row) -> list[Arm]:
 
 
 def keeps_enough(row: Row, arm: Arm) -> bool:
-    """Whether a result keeps at least half of the target's skill: with less, one may as well take the source."""
+    """Whether a result keeps half of the target's skill; with less, the source would do."""
     before = mean_skill(row.before)
     return before is None or arm.skill is None or arm.skill >= MIN_KEPT * before
 
@@ -161,7 +161,7 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _at_random(rows: Sequence[Row]) -> Iterator[str]:
-    """Where chance does as much as a search."""
+    """The rows in which chance does as much as a search."""
     for group, selected in (("random", DAPA), ("random of auto", AUTO)):
         found = [row for row in rows if _is_as_good(row, groups(row.arms).get(group, []), row.arm(selected))]
         if found:
@@ -172,7 +172,7 @@ def _at_random(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _is_as_good(row: Row, drawn: Sequence[Arm], selected: Arm | None) -> bool:
-    """Whether most random draws repair a row's target, where they are not the selection itself."""
+    """Whether most random draws, other than the selection itself, repair a row's target."""
     others = [arm for arm in drawn if selected is None or arm.detail != selected.detail]
     return bool(others) and repairs_in_row(row, others)
 

@@ -1,7 +1,7 @@
-"""The published algorithms of delta debugging, and what every algorithm here is made of.
+"""The published algorithms of delta debugging, and the parts that every algorithm shares.
 
-An algorithm is a generator that yields one question after the other and is sent the answers; `search.delta` drives it.
-Standard library only.
+An algorithm is a generator that yields one question after the other and is sent the answers; `delta/minimize.py`
+drives it. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, TypeVar
 
 U = TypeVar("U", bound=Hashable)
 
-# The paper's, for the chance that a unit is needed before anything is known.
+# The paper's chance that a unit is needed before anything is known.
 PROBDD_START = 0.1
 
 
 class Query(NamedTuple):
-    """What an algorithm wants to know next: whether `selection` holds, and how likely it thinks that is, in [0, 1].
+    """The next question: whether `selection` holds, which has a chance in [0, 1].
 
-    The likelihood decides nothing but which questions are worth asking ahead of time.
+    The chance only decides which questions are worth asking ahead of time.
     """
 
     selection: tuple[Any, ...]
@@ -52,7 +52,7 @@ def ddmin(units: tuple[Any, ...]) -> Script:
 
 
 def _split(units: tuple[U, ...], num_chunks: int) -> list[tuple[U, ...]]:
-    """Contiguous chunks of nearly equal size; a single unit is split into itself and nothing is lost."""
+    """Contiguous chunks of nearly equal size, each of at least one unit."""
     num_chunks = min(num_chunks, len(units))
     bounds = [len(units) * index // num_chunks for index in range(num_chunks + 1)]
     return [units[start:stop] for start, stop in itertools.pairwise(bounds)]
@@ -92,6 +92,6 @@ def single_removals(current: tuple[Any, ...]) -> Script:
 
 
 def without(units: tuple[U, ...], left_out: Sequence[U]) -> tuple[U, ...]:
-    """The units, in order, but for those that are left out."""
+    """The units in order, except those left out."""
     gone = set(left_out)
     return tuple(unit for unit in units if unit not in gone)

@@ -1,18 +1,18 @@
 """Guided delta debugging: a prior says which units are likely needed, Bayes weighs it against the answers.
 
-The prior is a score for each unit, on a scale that nobody knows, and may be worth nothing. So it is taken for a set of
-hypotheses: every wide gap between neighbouring scores may be the border between needed and unneeded units, more or less
-sharp, or the scores say nothing and some share of the units is needed. Each answer shifts the weight between them.
+The prior is a score for each unit, on an unknown scale, and may be worthless. It stands for a set of hypotheses: every
+wide gap between neighbouring scores may be the border between needed and unneeded units, more or less sharp; or the
+scores say nothing, and some share of the units is needed. Each answer shifts the weight between them.
 
-Every question leaves out a group of the units that are least likely needed, of the size that promises most. If all
-scores below a border go at once, that was a prefix of the prior's order; where the prior errs, the groups shrink as in
-a bisection; without one, they start as large as the share of needed units allows. When a group cannot be left out, one
-of its units is needed: it is either narrowed down, or left for later while other groups promise more. Since such groups
-are kept disjoint, their chances are exact under each hypothesis (M. Sobel and P. Groll, "Group testing to eliminate
-efficiently all defectives in a binomial sample", Bell System Technical Journal 38, 1959, for one group at a time).
+Every question leaves out a group of the units that are least likely needed, of the most promising size. A good prior
+drops everything below a border at once; where the prior errs, the groups shrink as in a bisection; without one, they
+start as large as the share of needed units allows. When a group cannot be left out, one of its units is needed: it is
+narrowed down at once, or later if other groups promise more. Such groups are disjoint, so that their chances are exact
+under each hypothesis (M. Sobel and P. Groll, "Group testing to eliminate efficiently all defectives in a binomial
+sample", Bell System Technical Journal 38, 1959, for one group at a time).
 
-Chances only choose the questions. What is kept and what is dropped follows from the answers alone, and the end is made
-of single removals, so that the result is 1-minimal for any oracle.
+Chances only choose the questions. The answers alone decide what is kept, and single removals come last, so that the
+result is 1-minimal for any oracle.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from typing import Any, NamedTuple
 
 from dapa_merge.delta.classic import Query, Script, single_removals, without
 
-# The weight of all hypotheses that believe in the prior, against those that do not.
+# Total weight of the hypotheses that believe in the prior.
 TRUST = 0.9
-# Shares of needed units that are considered where the scores say nothing.
+# Shares of needed units, where the scores say nothing.
 SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8)
-# How many of the widest gaps may be the border, and how sharp it may be: the slope of the logistic curve over the whole
-# range of the scores.
+# How many of the widest gaps may be the border, and how sharp it may be: slopes of the logistic curve over all scores.
 NUM_BORDERS = 12
 SLOPES = (10.0, 25.0, 60.0)
 # No score makes a unit certain.
 LEAST_CHANCE = 0.003
-# Needed units stand together: what a neighbour's odds are multiplied with when a unit turns out to be needed.
+# Needed units stand together: factor on the odds of the neighbours of a unit that turns out to be needed.
 NEIGHBOUR_ODDS = 6.0
 
 
 @dataclass
 class _Hypothesis:
-    """One reading of the prior: its weight, and the chance of each unit to be needed if it is right."""
+    """One reading of the prior: its weight, and each unit's chance to be needed if it is right."""
 
     weight: float
     needed: dict[Any, float]
@@ -51,14 +50,10 @@ class _Hypothesis:
 
 
 class _Choice(NamedTuple):
-    """A group to leave out.
+    """A group of a pool to leave out.
 
-    Attributes:
-        pool: Where it was chosen from.
-        group: The units to leave out.
-        promise: How many units it is expected to get rid of, times the information in the answer in bits.
-        chance: That the rest holds.
-        chances: The same under each hypothesis.
+    `promise` is the expected number of units dropped, times the information in the answer in bits; `chance` that the
+    rest holds, and `chances` the same under each hypothesis.
     """
 
     pool: tuple[Any, ...]

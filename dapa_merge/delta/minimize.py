@@ -1,16 +1,16 @@
-"""Delta debugging: the smallest selection of units that still does what all of them do.
+"""Delta debugging: a small selection of units that still does what all of them do.
 
 Pure functions over any hashable units; standard library only. "The test fails" of the literature is `holds(selection)`
-here. Three algorithms, each written as a generator that asks one question after the other:
+here. The three algorithms are generators that ask one question after the other:
 
 - `ddmin`: A. Zeller and R. Hildebrandt, "Simplifying and Isolating Failure-Inducing Input", IEEE TSE 28(2), 2002,
   section 3.2, figure 5;
 - `probdd`: G. Wang et al., "Probabilistic Delta Debugging", ESEC/FSE 2021, followed by single removals, because it does
   not end 1-minimal by itself;
-- `guided`: ours, in `search.guided`.
+- `guided`: ours, in `delta/guided.py`.
 
-Every algorithm is correct for any oracle, monotone or not, that gives one answer per selection: what it returns holds,
-and if `Minimum.one_minimal` is true then no single unit can be left out of it.
+Every algorithm is correct for any oracle, monotone or not, that gives one answer per selection: its result holds, and
+if `Minimum.one_minimal` is true, no single unit can be left out of it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ U = TypeVar("U", bound=Hashable)
 
 @dataclass(frozen=True)
 class Minimum(Generic[U]):
-    """What a search found.
+    """The outcome of a search.
 
     Attributes:
         units: The smallest selection found that holds, in input order.
-        tests: How many distinct selections were asked, the full one included.
-        one_minimal: Whether leaving out any single unit was tried, and did not hold, for every unit.
+        tests: Number of distinct selections asked, including the full one.
+        one_minimal: Whether the selection without it was asked, and did not hold, for every unit.
         certificate: For each kept unit whose single removal was asked, the selection without it, which did not hold.
     """
 
@@ -50,10 +50,7 @@ class DoesNotHold(Exception):
 
 
 class SearchInterrupted(Exception):
-    """`holds` raised before the search ended; `best` is the smallest selection seen to hold, `__cause__` the reason.
-
-    Raised only for an exception that is not `KeyboardInterrupt`; see `SearchStopped` for that one.
-    """
+    """`holds` raised an exception (`__cause__`) other than `KeyboardInterrupt`; `best` is the outcome so far."""
 
     def __init__(self, best: Minimum[Any]) -> None:
         super().__init__(f"the search ended early, with {len(best.units)} units after {best.tests} tests")
@@ -79,7 +76,7 @@ def minimize(
     """Find a 1-minimal selection of `units` that holds.
 
     Args:
-        units: The candidates, distinct, in the order in which neighbours belong together.
+        units: The candidates, distinct, in an order in which neighbours belong together.
         holds: The oracle. Never asked the same selection twice, and never the empty one unless all else is gone.
         algorithm: `guided`, `probdd` or `ddmin`.
         prior: How much each unit is expected to matter, on any scale, for every unit; only `guided` uses it.
@@ -95,18 +92,18 @@ def minimize(
     if max_tests is not None and max_tests < 1:
         raise ValueError(f"max_tests must be at least 1, not {max_tests}")
     script = _script(units, algorithm, prior)
-    oracle = _Oracle(tuple(units), holds, max_tests)
-    if not oracle.ask(oracle.units):
+    asked = _Answers(tuple(units), holds, max_tests)
+    if not asked.ask(asked.units):
         raise DoesNotHold(f"the full set of {len(units)} units does not hold")
     try:
-        _follow(script, oracle.ask)
+        _follow(script, asked.ask)
     except _OutOfTests:
         pass
     except KeyboardInterrupt as stop:
-        raise SearchStopped(oracle.minimum()) from stop
+        raise SearchStopped(asked.minimum()) from stop
     except Exception as failure:
-        raise SearchInterrupted(oracle.minimum()) from failure
-    return oracle.minimum()
+        raise SearchInterrupted(asked.minimum()) from failure
+    return asked.minimum()
 
 
 def foresee(
@@ -117,16 +114,10 @@ def foresee(
     algorithm: str = "guided",
     prior: Mapping[U, float] | None = None,
 ) -> list[frozenset[U]]:
-    """The selections that `minimize` is most likely to ask about next, given what is answered, likeliest first.
+    """The selections that `minimize` is most likely to ask about next, given all answers so far, likeliest first.
 
-    The first one it will certainly ask. Each of the others depends on answers that are still to come.
-
-    Args:
-        units: As for `minimize`.
-        answers: Every answer so far.
-        number: How many selections are wanted; fewer come back if the search has not so many left.
-        algorithm: As for `minimize`.
-        prior: As for `minimize`.
+    The first one is certain. Each of the others depends on answers that are still to come. At most `number` come back;
+    the other arguments are those of `minimize`.
     """
     found: dict[frozenset[U], None] = {}
     # Paths of assumed answers, the likeliest first; the counter keeps equally likely ones in order.
@@ -153,8 +144,8 @@ class _OutOfTests(Exception):
     pass
 
 
-class _Oracle(Generic[U]):
-    """Remembers every answer, counts the distinct questions, and keeps the smallest selection that held."""
+class _Answers(Generic[U]):
+    """Remembers every answer, and the smallest selection that held."""
 
     def __init__(self, units: tuple[U, ...], holds: Callable[[frozenset[U]], bool], max_tests: int | None) -> None:
         self.units = units

@@ -1,8 +1,6 @@
-"""A card as a file: the part that is made anew each time, what somebody wrote around it, and what was said of it.
+"""A card as a file: its metadata, the part that is made anew each time, and the text that somebody wrote around it.
 
-The YAML at the head of a model card, by which the Hub lists and links a model.
-
-Its keys are those of huggingface.co/docs/hub/model-cards.
+The Hub lists and links a model by the metadata, the YAML at the head (huggingface.co/docs/hub/model-cards).
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from dapa_merge.measure.figures import Figures
 from dapa_merge.publish.card import CardFacts, card_text
@@ -30,14 +29,14 @@ _SAID = "<!-- said: "
 
 @dataclass(frozen=True)
 class CardFile:
-    """A card that is there.
+    """An existing card.
 
     Attributes:
         text: All of it.
         metadata: The YAML at its head.
-        above: What stands above our part; if there is none, all of the body but mergekit's.
-        below: What stands below it.
-        said: What a user said of the card before, by option.
+        above: Text above our part; without one, all of the body but mergekit's.
+        below: Text below it.
+        said: The options that a user gave for it before.
         is_ours: Whether our part is in it, whole.
     """
 
@@ -55,16 +54,16 @@ class CardFile:
 
     @property
     def is_broken(self) -> bool:
-        """Whether its head is no YAML, so that what somebody wrote there would be lost."""
+        """Whether its head is not YAML, so that text that somebody wrote there would be lost."""
         head, _ = split_card(self.text)
         return bool(head.strip()) and not self.metadata
 
 
 def read_card(text: str) -> CardFile:
-    """A card by its text."""
+    """Parse a card."""
     body, metadata = split_card(text)[1], metadata_of(text)
     above, begin, rest = body.partition(BEGIN)
-    # What a stranger's card brought into our part may look like its end.
+    # Text of a stranger's card in our part may look like its end.
     ours, end, below = rest.rpartition(END)
     if begin and end:
         return CardFile(text, metadata, above, below, _said(ours), True)
@@ -72,12 +71,12 @@ def read_card(text: str) -> CardFile:
 
 
 def render_card(facts: CardFacts, before: CardFile, said: Mapping[str, str]) -> str:
-    """The whole card.
+    """Write the whole card.
 
     Args:
-        facts: What it says.
+        facts: The facts that it states.
         before: The card whose other text and metadata stay.
-        said: What a user said of it, by option.
+        said: The options that a user gave for it.
     """
     kept = dict(before.metadata)
     if kept.get("license") == before.said.get("inherited"):
@@ -104,19 +103,17 @@ def _said(ours: str) -> dict[str, str]:
 
 TAGS = ("mergekit", "merge", "dapa")
 LIBRARY = "transformers"
-# What the Hub takes for a language: ISO 639 codes, and a few words.
+# The Hub accepts as a language: ISO 639 codes, and a few words.
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual")
 
 
 def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a card.
+    """Make the metadata of a card.
 
     Args:
-        facts: What the card says.
-        kept: The metadata that the card had, whose other keys, tags and languages stay.
+        facts: The facts that it states.
+        kept: The card's metadata before, whose other keys, tags and languages stay.
     """
-    from huggingface_hub import ModelCardData
-
     # In a target's own repository, its own name would say that it was made of itself.
     named = [parent.repository for parent in facts.parents if parent.repository and parent.repository != facts.title]
     repositories = list(dict.fromkeys(named))
@@ -138,7 +135,7 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(made: dict[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours, and what somebody wrote beside it."""
+    """Ours, and the keys that somebody wrote beside them."""
     ours = {*made, "base_model", "base_model_relation", "model-index"}
     if "license" in made:
         ours |= {"license_name", "license_link"}
@@ -160,9 +157,7 @@ def _ordered(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _results(facts: CardFacts, after: Figures) -> list[Any]:
-    """What was measured of the result, in the form of the Hub's `model-index`."""
-    from huggingface_hub import EvalResult
-
+    """The figures of the result, in the form of the Hub's `model-index`."""
     prompts, task = facts.settings["prompts"], {"task_type": facts.task, "task_name": "Text generation"}
     asked = {"dataset_type": _dataset(prompts), "dataset_name": prompts}
     text = {"dataset_type": "text", "dataset_name": facts.settings["text"]}
@@ -182,6 +177,6 @@ def _results(facts: CardFacts, after: Figures) -> list[Any]:
 
 
 def _dataset(name: str) -> str:
-    """The Hub's id of a dataset, or a word for a set that is not there."""
+    """The Hub's id of a dataset, or a word for a set that is not on the Hub."""
     known = re.fullmatch(r"([\w.-]+/[\w.-]+)(@.*)?(\?.*)?", name)
     return known.group(1) if known else re.sub(r"[^\w.-]+", "-", name).strip("-") or "prompts"

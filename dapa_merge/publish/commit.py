@@ -1,8 +1,8 @@
-"""One commit, or one pull request, tried until it is certain whether it was made.
+"""One commit, or one pull request, that makes a repository hold the files of a result.
 
-What of a folder goes to a repository, and what that changes there.
-
-A repository to publish in: what it is now, and whether it may be written to.
+The large files are uploaded first, so that a reader sees the old model or the new one, never half of it; an answer that
+was lost on the way is looked up; afterwards the Hub's checksums are compared. Not huggingface_hub's `upload_folder`,
+which may make several commits, nor its `verify_repo_checksums`, which would read every weight again.
 """
 
 from __future__ import annotations
@@ -11,222 +11,36 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import EntryNotFoundError, FileDuplicationError, HfHubHTTPError
+from huggingface_hub.hf_api import RepoFile
+
 from dapa_merge.checkpoint.digest import hash_file
 from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, read_regular, refuse_stray_link
+from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
-from dapa_merge.hub_client import Moved, api, ask, find, passes, status_of
+from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
 from dapa_merge.progress import LOG, advance
-from dapa_merge.transplant.manifest import PRIVATE, may_be_added
+from dapa_merge.publish.options import Destination
+from dapa_merge.transplant.manifest import MANIFEST_NAME, PRIVATE, may_be_added, read_manifest
 
-
-@dataclass(frozen=True)
-class CopySource:
-    """A repository that the Hub can copy files from."""
-
-    repository: str
-    commit: str
-
-
-@dataclass(frozen=True)
-class Published:
-    """What became of it.
-
-    Attributes:
-        url: Of the commit, or the pull request.
-        commit: What the repository, or the pull request, has now.
-        pull_request: The address of the pull request; None if there is none.
-        changed: Whether anything had to be done.
-        difference: What was changed.
-        copied: Files that the Hub copied.
-        tag: The tag that was made; None if there was none to make.
-    """
-
-    url: str
-    commit: str
-    pull_request: str | None
-    changed: bool
-    difference: Difference
-    copied: tuple[str, ...] = ()
-    tag: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be committed.
-
-    Attributes:
-        files: What is published, by the paths in the repository.
-        place: Where.
-        message: Of the commit.
-        description: Further lines of it.
-        head: The branch as it was looked at.
-        change: What has to change.
-        source: Where the Hub may copy files from.
-    """
-
-    files: Mapping[str, LocalFile] = field(repr=False)
-    place: Destination
-    message: str
-    description: str
-    head: Head
-    change: Difference
-    source: CopySource | None
-
-    @property
-    def what(self) -> str:
-        return f"publish to {self.place.repository}"
-
-
-def commit(job: Job) -> Published:
-    """Commit, or open a pull request.
-
-    Raises:
-        Moved: If somebody else committed meanwhile; nothing was changed.
-        CheckpointError: If a file changed since it was hashed; nothing was changed.
-        HubError: If the Hub says no, or does not answer.
-    """
-    copied = _copied(job)
-
-    def settle(error: Exception) -> Published | None:
-        if copied and _is_of_copying(error) and not passes(error) and job.source is not None:
-            LOG.info(f"the Hub copies no files of {job.source.repository} here; sending them")
-            return ask(job.what, lambda: _send(job, {}), lambda fault: _made_after_all(job, fault, {}))
-        return _made_after_all(job, error, copied)
-
-    return ask(job.what, lambda: _send(job, copied), settle)
-
-
-def _copied(job: Job) -> dict[str, str]:
-    """The files that the Hub can copy, and their paths in their repository."""
-    from huggingface_hub import CommitOperationCopy
-
-    can_copy = "src_repo_id" in CommitOperationCopy.__dataclass_fields__
-    if job.source is None or not can_copy or job.source.repository == job.place.repository:
-        return {}
-    try:
-        there = head_of(job.source.repository, job.source.commit).files
-    except HubError as error:
-        LOG.info(f"sending every file: {error}")
-        return {}
-    return copies(job.files, job.change.written, there)
-
-
-def _send(job: Job, copied: Mapping[str, str]) -> Published:
-    """Upload, and then commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-
-    added = []
-    for name in job.change.written:
-        file = job.files[name]
-        if name not in copied:
-            added.append(CommitOperationAdd(name, str(file.path) if file.content is None else file.content))
-    _upload(job, added)
-    # They note what became of them, and can be used once.
-    operations: list[Any] = [*(CommitOperationDelete(name) for name in job.change.deleted), *added]
-    for name, path in copied.items():
-        assert job.source is not None
-        origin = {"src_repo_id": job.source.repository, "src_repo_type": "model"}
-        operations.append(CommitOperationCopy(path, name, src_revision=job.source.commit, **origin))
-    made = api().create_commit(
-        job.place.repository,
-        operations,
-        commit_message=job.message,
-        commit_description=job.description,
-        revision=job.place.branch,
-        create_pr=job.place.create_pr,
-        parent_commit=job.head.commit,
-    )
-    pull_request = str(made.pr_url) if job.place.create_pr else None
-    url = pull_request or str(made.commit_url)
-    return Published(url, str(made.oid), pull_request, True, job.change, tuple(copied))
-
-
-def _upload(job: Job, added: list[Any]) -> None:
-    """Send the large files, and make sure that what was sent is what was looked at, before anybody sees it."""
-    for operation in added:
-        path = operation.path_or_fileobj
-        if isinstance(path, str) and job.files[operation.path_in_repo].num_bytes != operation.upload_info.size:
-            raise _changed(path)
-    # A .gitignore in the repository would silently keep files out of the commit; an empty one keeps none out.
-    how = {"revision": job.place.branch, "create_pr": job.place.create_pr, "gitignore_content": ""}
-    api().preupload_lfs_files(job.place.repository, added, free_memory=False, **how)
-    for operation in added:
-        if getattr(operation, "_should_ignore", False):
-            raise HubError(f"cannot {job.what}: its .gitignore leaves out {operation.path_in_repo}; remove that line")
-        file = job.files[operation.path_in_repo]
-        if operation.upload_info.size and operation.upload_info.sha256.hex() != file.sha256:
-            raise _changed(file.path)
-
-
-def _changed(path: object) -> CheckpointError:
-    return CheckpointError(f"{path} changed while it was published, and nothing was; run the command again")
-
-
-def _made_after_all(job: Job, error: Exception, copied: Mapping[str, str]) -> Published | None:
-    """What the commit made, if only its answer was lost, or somebody made the very same one."""
-    if not _is_of_commit(error) or not (passes(error) or status_of(error) == 412):
-        return None
-    if job.place.create_pr:
-        made = waiting(job.place, job.files)
-        return None if made is None else replace(made, changed=True, difference=job.change, copied=tuple(copied))
-    now = head_of(job.place.repository, job.place.branch or MAIN)
-    if needed_changes(job.files, now.files):
-        if now.commit != job.head.commit:
-            raise Moved(
-                f"{job.place.repository} moved from {job.head.commit[:12]} to {now.commit[:12]} meanwhile; nothing was "
-                f"changed; look at it, and run the command again"
-            ) from error
-        return None
-    return Published(commit_url(job.place, now), now.commit, None, True, job.change, tuple(copied))
-
-
-def _address(error: Exception) -> str:
-    asked = getattr(error, "response", None)
-    try:
-        request = asked.request if asked is not None else getattr(error, "request", None)
-    except RuntimeError:  # So the HTTP library says that there is none.
-        return ""
-    return str(getattr(request, "url", ""))
-
-
-def _is_of_commit(error: Exception) -> bool:
-    """Whether it was the commit itself that failed, so that it may have been made."""
-    return "/commit/" in _address(error)
-
-
-def _is_of_copying(error: Exception) -> bool:
-    from huggingface_hub.errors import FileDuplicationError
-
-    return isinstance(error, FileDuplicationError) or "/lfs-files/duplicate" in _address(error)
-
-
-def waiting(place: Destination, files: Mapping[str, LocalFile]) -> Published | None:
-    """An open pull request that offers exactly this, whoever's it is."""
-    for request in open_requests(place.repository, own_only=False):
-        head = head_of(place.repository, request.git_reference)
-        change = needed_changes(files, head.files)
-        if not change:
-            return Published(request.url, head.commit, request.url, False, change)
-    return None
-
-
-def commit_url(place: Destination, head: Head) -> str:
-    """The page of a commit."""
-    return f"{api().endpoint}/{place.repository}/commit/{head.commit}"
-
-
-# What is sent from memory; larger files are never kept in git itself.
+MAIN = "main"
+# By one of these, or its card's tag, a model is known as one that dapa-merge published.
+OURS = ("dapa.json", "recipe.lock.yml")
+# Sent from memory; larger files are never kept in git itself.
 MAX_SMALL_BYTES = 10 << 20
 LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
-# How the files of a model end that nothing else lists.
+# The endings of a model's files that nothing else lists.
 PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml")
+# The name of a user of the Hub; a job that logs in without a secret has a name of another form.
+_USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -234,11 +48,9 @@ class LocalFile:
     """A file to publish.
 
     Attributes:
-        path: Where it is.
-        num_bytes: Its size.
-        sha256: What the Hub knows a large file by.
-        git_hash: What the Hub knows a small file by: SHA-1 of git's header for a blob, and the content.
-        content: All of it, if it is small, so that what was looked at is what is sent.
+        sha256: The Hub's checksum of a large file.
+        git_hash: The Hub's checksum of a small file: SHA-1 of git's header for a blob, and the content.
+        content: All of a small file, so that what was looked at is what is sent.
     """
 
     path: Path
@@ -247,8 +59,8 @@ class LocalFile:
     git_hash: str = ""
     content: bytes | None = field(default=None, repr=False)
 
-    def is_same_as(self, remote: Any) -> bool:
-        """Whether a file on the Hub (huggingface_hub's `RepoFile`) has this content."""
+    def is_same_as(self, remote: RepoFile | None) -> bool:
+        """Whether a file on the Hub has this content."""
         if remote is None:
             return False
         return bool(remote.lfs.sha256 == self.sha256 if remote.lfs is not None else remote.blob_id == self.git_hash)
@@ -256,7 +68,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class Difference:
-    """What publishing a folder changes in a repository.
+    """The changes that publishing makes in a repository.
 
     Attributes:
         written: Files that are new there, or have another content.
@@ -272,15 +84,325 @@ class Difference:
         return bool(self.written or self.deleted)
 
 
+@dataclass(frozen=True)
+class Head:
+    """A branch or a pull request: its commit when it was looked at, and the files there by path."""
+
+    commit: str
+    files: Mapping[str, RepoFile] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The outcome of publishing.
+
+    Attributes:
+        commit: The commit that the repository, or the pull request, has now.
+        pull_request: The address of the pull request; None for a commit.
+        changed: Whether anything had to be done.
+        copied: Files that the Hub copied.
+    """
+
+    url: str
+    commit: str
+    pull_request: str | None
+    changed: bool
+    difference: Difference
+    copied: tuple[str, ...] = ()
+    tag: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a program."""
+        return {
+            "url": self.url,
+            "commit": self.commit,
+            "pull_request": self.pull_request,
+            "changed": self.changed,
+            "tag": self.tag,
+            "written": list(self.difference.written),
+            "copied": list(self.copied),
+            "deleted": list(self.difference.deleted),
+            "kept": list(self.difference.kept),
+        }
+
+    def lines(self) -> Iterator[str]:
+        """The outcome for people."""
+        if self.changed:
+            number, num_copied = len(self.difference.written), len(self.copied)
+            copied = f", {num_copied} copied on the Hub from the target" if num_copied else ""
+            files = f"published {number} file{'' if number == 1 else 's'}"
+            yield f"{files} ({number - num_copied} sent{copied}); the Hub has the same checksums"
+            if self.difference.kept:
+                yield f"left as they are: {', '.join(self.difference.kept)}"
+        else:
+            what = "a pull request brings exactly this already" if self.pull_request else "nothing to do: it is there"
+            yield f"{what}, with every checksum the same"
+        if self.tag:
+            yield f"tagged {self.tag}"
+        yield self.url
+
+
+@dataclass(frozen=True)
+class Job:
+    """A commit to make.
+
+    Attributes:
+        files: All files to publish, by their paths in the repository.
+        head: The branch as it was looked at.
+        change: The changes that are needed there.
+        source: A repository that the Hub may copy files from, at a commit.
+    """
+
+    files: Mapping[str, LocalFile] = field(repr=False)
+    destination: Destination
+    message: str
+    description: str
+    head: Head
+    change: Difference
+    source: Location | None
+
+    @property
+    def what(self) -> str:
+        """The request, worded to follow "cannot"."""
+        return f"publish to {self.destination.repository}"
+
+
+def publish(
+    files: Mapping[str, LocalFile],
+    destination: Destination,
+    message: str,
+    source: Location | None,
+    *,
+    description: str = "",
+) -> Published:
+    """Make a repository hold these files, in one commit or one pull request, and check that it does.
+
+    Args:
+        files: The files to publish, by their paths in the repository.
+        destination: Where to publish.
+        message: Of the commit.
+        source: A repository, at a commit, that the Hub may copy files from.
+        description: Further lines of the commit's message.
+
+    Raises:
+        Moved: If somebody else committed meanwhile.
+        CheckpointError: If a file changes meanwhile; nothing is published.
+        HubError: If the Hub refuses, does not answer, or has other bytes afterwards; the repository is as it was, or
+            has all of it.
+    """
+    repository, branch = destination.repository, destination.branch
+    if not check_destination(destination):
+        LOG.info(f"making {repository}")
+        # None leaves it to an organization's own rule.
+        make: dict[str, Any] = {"private": destination.private or None, "exist_ok": True}
+        ask(f"make the repository {repository}", lambda: api().create_repo(repository, **make))
+    if branch and branch != MAIN:
+        what = f"make the branch {branch} of {repository}"
+        ask(what, lambda: api().create_branch(repository, branch=branch, exist_ok=True))
+    info = find(repository, branch)
+    if info is None:
+        raise HubError(f"{repository} was removed meanwhile; run the command again")
+    refuse_other_model(destination, info)
+    head = head_of(repository, str(info.sha))
+    change = needed_changes(files, head.files, _listed(repository, head))
+    _check_tag(destination, head, change)
+    if not change:
+        unchanged = Published(commit_url(destination, head), head.commit, None, False, change)
+        return _finished(destination, files, unchanged)
+    if destination.create_pr and (request := waiting(destination, files)) is not None:
+        return request
+    if change.deleted:
+        LOG.info(f"deleting files that are not part of this model: {', '.join(change.deleted)}")
+    made = commit(Job(files, destination, message, description, head, change, source))
+    return _finished(destination, files, made)
+
+
+def _listed(repository: str, head: Head) -> Collection[str]:
+    """The files of the model that dapa-merge published before in a repository, as its manifest lists them."""
+    if MANIFEST_NAME not in head.files:
+        return ()
+    path = download(repository, MANIFEST_NAME, head.commit)
+    try:
+        return frozenset(read_manifest(path.parent).files)
+    except CheckpointError:
+        # Whatever it is, nothing is known of the other files there.
+        return ()
+
+
+def _check_tag(destination: Destination, head: Head, change: Difference) -> None:
+    """Refuse a tag that another commit has already, before anything is sent."""
+    there = None if destination.tag is None else _tagged_commit(destination)
+    if there is not None and (change or there != head.commit):
+        tag = f"a tag {destination.tag} already, of commit {there[:12]}"
+        raise UsageError(f"{destination.repository} has {tag}; name another")
+
+
+def _tagged_commit(destination: Destination) -> str | None:
+    refs = ask(f"list the tags of {destination.repository}", lambda: api().list_repo_refs(destination.repository))
+    return next((str(tag.target_commit) for tag in refs.tags if tag.name == destination.tag), None)
+
+
+def _finished(destination: Destination, files: Mapping[str, LocalFile], made: Published) -> Published:
+    """Compare the Hub's checksums, and tag the commit."""
+    repository, tag = destination.repository, destination.tag
+    if made.changed:
+        wrong = needed_changes(files, head_of(repository, made.commit).files)
+        if wrong:
+            names = ", ".join([*wrong.written, *wrong.deleted][:4])
+            raise HubError(
+                f"{repository} has other content at {made.commit[:12]} than {names} here, and readers see it; run the "
+                f"command again"
+            )
+    if tag is None or _tagged_commit(destination) == made.commit:
+        return made
+    how: dict[str, Any] = {"tag": tag, "revision": made.commit, "exist_ok": True}
+    ask(f"tag {repository} as {tag}", lambda: api().create_tag(repository, **how))
+    if (there := _tagged_commit(destination)) != made.commit:
+        raise HubError(f"{repository} got a tag {tag} of {there} meanwhile; the model itself is published")
+    return replace(made, tag=tag)
+
+
+def commit(job: Job) -> Published:
+    """Commit, or open a pull request.
+
+    Raises:
+        Moved: If somebody else committed meanwhile; nothing was changed.
+        CheckpointError: If a file changed since it was hashed; nothing was changed.
+        HubError: If the Hub refuses, or does not answer.
+    """
+    copied = _copied(job)
+
+    def settle(error: Exception) -> Published | None:
+        if copied and _is_of_copying(error) and not passes(error) and job.source is not None:
+            LOG.info(f"the Hub copies no files of {job.source.path} here; sending them")
+            return ask(job.what, lambda: _send(job, {}), lambda fault: _made_after_all(job, fault, {}))
+        return _made_after_all(job, error, copied)
+
+    return ask(job.what, lambda: _send(job, copied), settle)
+
+
+def _copied(job: Job) -> dict[str, str]:
+    """The files that the Hub can copy, and their paths in their repository.
+
+    Only large ones: what is small is sent faster than it is copied.
+    """
+    can_copy = "src_repo_id" in CommitOperationCopy.__dataclass_fields__
+    if job.source is None or not can_copy or job.source.path == job.destination.repository:
+        return {}
+    try:
+        there = head_of(job.source.path, job.source.revision or MAIN).files
+    except HubError as error:
+        LOG.info(f"sending every file: {error}")
+        return {}
+    paths = {file.lfs.sha256: path for path, file in sorted(there.items()) if file.lfs and file.xet_hash}
+    return {name: paths[job.files[name].sha256] for name in job.change.written if job.files[name].sha256 in paths}
+
+
+def _send(job: Job, copied: Mapping[str, str]) -> Published:
+    """Upload, and then commit."""
+    added = []
+    for name in job.change.written:
+        file = job.files[name]
+        if name not in copied:
+            added.append(CommitOperationAdd(name, str(file.path) if file.content is None else file.content))
+    _upload(job, added)
+    # Operations can be used once: they note what became of them.
+    operations: list[Any] = [*(CommitOperationDelete(name) for name in job.change.deleted), *added]
+    for name, path in copied.items():
+        assert job.source is not None
+        origin: dict[str, Any] = {"src_repo_id": job.source.path, "src_repo_type": "model"}
+        operations.append(CommitOperationCopy(path, name, src_revision=job.source.revision, **origin))
+    made = api().create_commit(
+        job.destination.repository,
+        operations,
+        commit_message=job.message,
+        commit_description=job.description,
+        revision=job.destination.branch,
+        create_pr=job.destination.create_pr,
+        parent_commit=job.head.commit,
+    )
+    pull_request = str(made.pr_url) if job.destination.create_pr else None
+    return Published(pull_request or str(made.commit_url), str(made.oid), pull_request, True, job.change, tuple(copied))
+
+
+def _upload(job: Job, added: list[CommitOperationAdd]) -> None:
+    """Send the large files, and make sure that what was sent is what was looked at, before anybody sees it."""
+    for operation in added:
+        path = operation.path_or_fileobj
+        if isinstance(path, str) and job.files[operation.path_in_repo].num_bytes != operation.upload_info.size:
+            raise _changed(path)
+    # A .gitignore in the repository would silently keep files out of the commit; an empty one keeps none out.
+    how: dict[str, Any] = {"revision": job.destination.branch, "create_pr": job.destination.create_pr}
+    api().preupload_lfs_files(job.destination.repository, added, free_memory=False, gitignore_content="", **how)
+    for operation in added:
+        if getattr(operation, "_should_ignore", False):
+            raise HubError(f"cannot {job.what}: its .gitignore leaves out {operation.path_in_repo}; remove that line")
+        file = job.files[operation.path_in_repo]
+        if operation.upload_info.size and operation.upload_info.sha256.hex() != file.sha256:
+            raise _changed(file.path)
+
+
+def _changed(path: object) -> CheckpointError:
+    return CheckpointError(f"{path} changed while it was published, and nothing was; run the command again")
+
+
+def _made_after_all(job: Job, error: Exception, copied: Mapping[str, str]) -> Published | None:
+    """The commit, if only its answer was lost, or somebody made the very same one."""
+    is_of_commit = "/commit/" in _address(error)
+    if not is_of_commit or not (passes(error) or status_of(error) == 412):
+        return None
+    destination = job.destination
+    if destination.create_pr:
+        made = waiting(destination, job.files)
+        return None if made is None else replace(made, changed=True, difference=job.change, copied=tuple(copied))
+    now = head_of(destination.repository, destination.branch or MAIN)
+    if needed_changes(job.files, now.files):
+        if now.commit != job.head.commit:
+            raise Moved(
+                f"{destination.repository} moved from {job.head.commit[:12]} to {now.commit[:12]} meanwhile; nothing "
+                f"was changed; look at it, and run the command again"
+            ) from error
+        return None
+    return Published(commit_url(destination, now), now.commit, None, True, job.change, tuple(copied))
+
+
+def _address(error: Exception) -> str:
+    asked = getattr(error, "response", None)
+    try:
+        request = asked.request if asked is not None else getattr(error, "request", None)
+    except RuntimeError:  # The HTTP library's way to say that there is none.
+        return ""
+    return str(getattr(request, "url", ""))
+
+
+def _is_of_copying(error: Exception) -> bool:
+    return isinstance(error, FileDuplicationError) or "/lfs-files/duplicate" in _address(error)
+
+
+def waiting(destination: Destination, files: Mapping[str, LocalFile]) -> Published | None:
+    """An open pull request, of anybody, that brings exactly these files."""
+    for request in open_requests(destination.repository, own_only=False):
+        head = head_of(destination.repository, request.git_reference)
+        change = needed_changes(files, head.files)
+        if not change:
+            return Published(request.url, head.commit, request.url, False, change)
+    return None
+
+
+def commit_url(destination: Destination, head: Head) -> str:
+    """The page of a commit."""
+    return f"{api().endpoint}/{destination.repository}/commit/{head.commit}"
+
+
 def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
-    """The files of a result that are published, by their paths in it: all but hidden ones and what the models said.
+    """The files of a result that are published, by their paths in it: all but hidden ones and the models' responses.
 
     Args:
         out: The result.
         known: The SHA-256 of files that were hashed already.
 
     Raises:
-        CheckpointError: If one cannot be read, leads out of the folder, or is no part of a model.
+        CheckpointError: If one cannot be read, leads out of the folder, or is not a part of a model.
     """
     names = []
     for parent, folders, files in os.walk(out):
@@ -291,28 +413,24 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
     for name in names:
         # A manifest lists what belongs to a result; without one, a key or a log may lie there.
         if name not in known and not (name.endswith(PARTS) or may_be_added(name)):
-            raise CheckpointError(f"{out / name} is no part of a model that is known; move it out of {out}")
+            raise CheckpointError(f"{out / name} is not a known part of a model; move it out of {out}")
 
     def read(name: str) -> LocalFile:
         path = out / name
         refuse_stray_link(path, out)
         try:
-            return _local_file(path, known.get(name))
+            size = path.stat().st_size
+            if size > MAX_SMALL_BYTES:
+                return LocalFile(path, size, known.get(name) or hash_file(path).sha256)
+            content = read_regular(path, MAX_SMALL_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        advance(size, "bytes")
+        return of_content(path, content)
 
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(read, names), strict=True))
-
-
-def _local_file(path: Path, sha256: str | None) -> LocalFile:
-    size = path.stat().st_size
-    if size > MAX_SMALL_BYTES:
-        return LocalFile(path, size, sha256 or hash_file(path).sha256)
-    content = read_regular(path, MAX_SMALL_BYTES)
-    advance(size, "bytes")
-    return of_content(path, content)
 
 
 def of_content(path: Path, content: bytes) -> LocalFile:
@@ -322,13 +440,13 @@ def of_content(path: Path, content: bytes) -> LocalFile:
 
 
 def needed_changes(
-    files: Mapping[str, LocalFile], there: Mapping[str, Any], listed: Collection[str] = ()
+    files: Mapping[str, LocalFile], there: Mapping[str, RepoFile], listed: Collection[str] = ()
 ) -> Difference:
-    """What has to change in a repository for it to be these files.
+    """The changes that make a repository hold these files.
 
     Args:
-        files: What is published.
-        there: huggingface_hub's `RepoFile`s of the repository, by path.
+        files: The files to publish.
+        there: The repository's files, by path.
         listed: Files there that belong to the model that is replaced.
     """
     others = sorted(name for name in there if name not in files and name != ".gitattributes")
@@ -347,140 +465,86 @@ def is_loaded(name: str) -> bool:
     return name.endswith(LOADED) or name.startswith("adapter_")
 
 
-def copies(files: Mapping[str, LocalFile], names: Sequence[str], there: Mapping[str, Any]) -> dict[str, str]:
-    """Which of these files the Hub can copy from another repository of its, and their paths there.
-
-    Only large ones: what is small is sent faster than it is copied.
-    """
-    places = {file.lfs.sha256: path for path, file in sorted(there.items()) if file.lfs and file.xet_hash}
-    return {name: places[files[name].sha256] for name in names if files[name].sha256 in places}
-
-
-MAIN = "main"
-# By one of these, or its card's tag, a model is known as one that dapa-merge published.
-OURS = ("dapa.json", "recipe.lock.yml")
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where to publish, and how.
-
-    Attributes:
-        repository: Its id.
-        private: Make it private, if it is made; refuse one that is public.
-        branch: The branch; None for the default one.
-        create_pr: Offer a pull request rather than commit.
-        tag: A tag for the commit.
-        replaces: Whether another model may be replaced.
-    """
-
-    repository: str
-    private: bool = False
-    branch: str | None = None
-    create_pr: bool = False
-    tag: str | None = None
-    replaces: bool = False
-
-
-@dataclass(frozen=True)
-class Head:
-    """A branch, or a pull request, as it was looked at."""
-
-    commit: str
-    files: Mapping[str, Any] = field(repr=False)
-
-
-def check_options(place: Destination) -> None:
-    """Raise `UsageError` if what is asked contradicts itself; asks nobody."""
-    for option, value in (("--revision", place.branch), ("--tag", place.tag)):
-        if value is not None and not value.strip():
-            raise UsageError(f"{option} is empty; leave it out, or name one")
-        if value is not None and place.create_pr:
-            raise UsageError(
-                f"--create-pr offers a change to the default branch and has no use for {option}; leave out one"
-            )
-
-
-def check_place(place: Destination) -> bool:
+def check_destination(destination: Destination) -> bool:
     """Look at a repository before anything costly is done for it.
 
     Returns:
-        Whether it is there.
+        Whether it exists.
 
     Raises:
-        UsageError: If it is there and public, but should be private; if options contradict each other.
+        UsageError: If options contradict each other, or the repository is public but should be private.
         HubError: If it holds another model, the token may not write there, or the Hub does not answer.
     """
-    check_options(place)
-    info = find(place.repository)
+    repository = destination.repository
+    for option, value in (("--revision", destination.branch), ("--tag", destination.tag)):
+        if value is not None and not value.strip():
+            raise UsageError(f"{option} is empty; leave it out, or name one")
+        if value is not None and destination.create_pr:
+            raise UsageError(
+                f"--create-pr proposes a change to the default branch and has no use for {option}; leave out one"
+            )
+    info = find(repository)
     if info is None:
         return False
-    if place.private and not info.private:
-        raise UsageError(f"{place.repository} exists and is public; leave out --private, or name another repository")
-    if not place.create_pr:
-        _check_right(place.repository)
-        if place.branch in (None, MAIN):
-            refuse_other_model(place, info)
+    if destination.private and not info.private:
+        raise UsageError(f"{repository} exists and is public; leave out --private, or name another repository")
+    if not destination.create_pr:
+        _check_right(repository)
+        if destination.branch in (None, MAIN):
+            refuse_other_model(destination, info)
     return True
 
 
 def _check_right(repository: str) -> None:
-    """Whether the token may write, where huggingface_hub knows how to ask."""
-    if "write" in inspect.signature(api().auth_check).parameters:
-        from huggingface_hub.errors import EntryNotFoundError
+    """Raise unless the token may write; versions of huggingface_hub that cannot ask are believed."""
+    if "write" not in inspect.signature(api().auth_check).parameters:
+        return
 
-        def check() -> bool:
-            # A Hub that does not know the question says so by 404.
-            with suppress(EntryNotFoundError):
-                api().auth_check(repository, write=True)
-            return True
+    def check() -> bool:
+        # A Hub that does not know the question answers 404.
+        with suppress(EntryNotFoundError):
+            api().auth_check(repository, write=True)
+        return True
 
-        ask(f"write to {repository}", check)
+    ask(f"write to {repository}", check)
 
 
-def refuse_other_model(place: Destination, info: Any) -> None:
+def refuse_other_model(destination: Destination, info: Any) -> None:
     """Raise `HubError` if a branch holds a model that dapa-merge did not publish, unless it may be replaced."""
-    if place.create_pr or place.replaces:
+    if destination.create_pr or destination.replaces:
         return
     names = {file.rfilename for file in info.siblings or ()}
     tags = getattr(info.card_data, "tags", None) or ()
     if any(name.endswith(WEIGHTS) for name in names) and not names & set(OURS) and "dapa" not in tags:
         raise HubError(
-            f"{place.repository} exists and holds a model that dapa-merge did not publish; name another repository, "
-            f"offer a pull request with --create-pr, or replace it with --replace"
+            f"{destination.repository} exists and holds a model that dapa-merge did not publish; name another "
+            f"repository, open a pull request with --create-pr, or replace it with --replace"
         )
 
 
 def head_of(repository: str, revision: str) -> Head:
     """A revision's commit, and its files at exactly that commit."""
-    from huggingface_hub.hf_api import RepoFile
-
     what = f"list the files of {repository}"
     commit = str(ask(what, lambda: api().model_info(repository, revision=revision)).sha)
     tree = ask(what, lambda: list(api().list_repo_tree(repository, recursive=True, expand=False, revision=commit)))
     return Head(commit, {file.path: file for file in tree if isinstance(file, RepoFile)})
 
 
-# What a user of the Hub may be called; a job that logs in without a secret is named otherwise.
-_USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-def open_requests(repository: str, *, own_only: bool = True) -> list[Any]:
+def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
     """The open pull requests of a repository, the newest first.
 
     Args:
         repository: Its id.
-        own_only: Leave out strangers' ones, who may open one but must not keep a job from its work by that. Ours are
-            those of the token's user, of the repository's owner, and of jobs, which are no users.
+        own_only: Leave out strangers' ones: anybody may open one, but must not keep a job from its work by that. Ours
+            are those of the token's user, of the repository's owner, and of jobs, which are not users.
     """
-    from huggingface_hub.errors import HfHubHTTPError
 
     def found() -> list[Any]:
+        kinds: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open"}
         try:
-            kinds = {"discussion_type": "pull_request", "discussion_status": "open"}
             return list(api().get_repo_discussions(repository, **kinds))
         except HfHubHTTPError as error:
-            # There are none where they are switched off, or the repository is not there.
+            # They are switched off, or the repository does not exist.
             if status_of(error) in (401, 403, 404, 410):
                 return []
             raise
@@ -493,7 +557,7 @@ def open_requests(repository: str, *, own_only: bool = True) -> list[Any]:
 
 
 def _own_name() -> str | None:
-    """Whose token this is; None without one, or if it is a job's, which has no name."""
+    """The user of this token; None without one, or for a job's token, which has no name."""
     try:
         return str(api().whoami()["name"])
     except Exception:

@@ -1,8 +1,7 @@
-"""`recipe.lock.yml`: what a recipe was followed with, so that it can be followed again with exactly that.
+"""`recipe.lock.yml`: the models that a recipe was run with, and the selection, so that it can be run again with them.
 
-It lies beside the recipe, and in the result. `run --locked` goes by it, and `outdated` compares it with what is now.
-
-What a model is where it comes from: its commit, and the SHA-256 of every file that a repair reads or copies.
+It lies beside the recipe, and in the result: the commit of each model, and the SHA-256 of every file that a repair
+reads or copies. `run --locked` uses it, and `outdated` compares it with the current state of the models.
 """
 
 from __future__ import annotations
@@ -10,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field, TypeAdapter
 
 from dapa_merge.checkpoint.convert import pickle_files
 from dapa_merge.checkpoint.digest import hash_file, is_settings
@@ -26,14 +26,15 @@ from dapa_merge.checkpoint.header import read_index
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.errors import CheckpointError, HubError, RecipeError
-from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
+from dapa_merge.files import replace_file
+from dapa_merge.hub_client import api, ask, download, is_id
 from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.transplant.manifest import sha256_of, text_of
 
 FORMAT = 1
 # In a result, whose own recipe has another name.
@@ -44,31 +45,55 @@ HEAD = (
     "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
     "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+Text = Annotated[str, Field(strict=True)]
+Sha256 = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}$")]
+Commit = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{40}$")]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A model, or an adapter, as it is or was at one time.
+
+    Attributes:
+        model: A Hub id, or a folder as the recipe names it.
+        revision: The branch, tag or commit that was asked for; None for the default branch.
+        commit: Its commit on the Hub; None for a folder.
+        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
+    """
+
+    model: Text
+    revision: Text | None
+    commit: Commit | None
+    files: Mapping[Text, Sha256]
+
+    def __str__(self) -> str:
+        return f"{self.model}@{self.revision}" if self.revision else self.model
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What a recipe was followed with.
+    """The models and the selection that a recipe was run with.
 
     Attributes:
         recipe: The SHA-256 of what the recipe says, however it is written.
-        target: The target, and its adapter behind it if it has one.
-        source: The same of the source.
-        units: What was transplanted, as `3.gate`.
+        target: The target, followed by its adapter if it has one.
+        source: The source, in the same way.
+        units: The transplanted units, as `3.gate`.
         versions: Of the packages that took part, by name.
-        pretrained: The same of the pretrained model; empty if the edit does not read it.
+        pretrained: The pretrained model, in the same way; empty if the edit does not read it.
     """
 
-    recipe: str
+    recipe: Sha256
     target: tuple[Upstream, ...]
     source: tuple[Upstream, ...]
-    units: tuple[str, ...]
-    versions: Mapping[str, str]
+    units: tuple[Text, ...]
+    versions: Mapping[Text, Text]
     pretrained: tuple[Upstream, ...] = ()
 
     def of(self, model: str) -> tuple[Upstream, ...]:
-        """What was locked of one of the models, by what a recipe calls it."""
+        """One of the locked models and its adapter, by the name that a recipe gives the model."""
         locked: tuple[Upstream, ...] = getattr(self, model)
         return locked
 
@@ -78,7 +103,7 @@ class Lock:
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where the lock of a recipe is: `name.lock.yml` beside `name.yml`."""
+    """The path of a recipe's lock: `name.lock.yml` beside `name.yml`."""
     return recipe.with_name(f"{recipe.stem}.lock.yml")
 
 
@@ -99,13 +124,61 @@ def _as_plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide what comes out."""
-    from importlib.metadata import version
-
     return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
 
 
+def make_lock(recipe: Recipe) -> Lock:
+    """Lock the models of a recipe as they are now; the selection is not in it yet.
+
+    Raises:
+        DapaError: If one of them cannot be read, or the Hub not be asked.
+    """
+    parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
+    with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
+        models = {name: tuple(map(upstream_of, of_model)) for name, of_model in parts.items()}
+    return Lock(recipe_digest(recipe), **models, units=(), versions=versions())
+
+
+def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
+    """Return a recipe with its models as they were locked, and the lock.
+
+    Raises:
+        UsageError: If the recipe was never locked.
+        RecipeError: If it says something else than it did.
+        CheckpointError: If a model is not what it was.
+        HubError: If the Hub does not give the locked commit any more, or cannot be asked.
+    """
+    lock = read_lock(lock_path(path))
+    if lock is None:
+        raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
+    recipe = pin(recipe, lock)
+    now = make_lock(recipe)
+    pairs = (pair for name in models_of(recipe) for pair in zip(lock.of(name), now.of(name), strict=True))
+    for before, after in pairs:
+        moved = changed_files(before, after)
+        if moved.matters:
+            raise CheckpointError(
+                f"{before} is not what was locked: {moved.changes}; bring it back, or run without --locked"
+            )
+    for package, number in now.versions.items():
+        if lock.versions.get(package) != number:
+            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, and this is {number}")
+    return recipe, lock
+
+
+def write_lock(lock: Lock, recipe: Path) -> None:
+    """Write a lock beside its recipe; where that cannot be, the result has it all the same."""
+    path = lock_path(recipe)
+    try:
+        replace_file(path, lock_text(lock).encode())
+    except DapaError as error:
+        LOG.info(f"not locked beside the recipe: {error}")
+    else:
+        LOG.info(f"locked in {path}")
+
+
 def pin(recipe: Recipe, lock: Lock) -> Recipe:
-    """The recipe with its models at the locked commits.
+    """Return the recipe with its models at the locked commits.
 
     Raises:
         RecipeError: If the recipe is not the one that was locked.
@@ -125,7 +198,7 @@ def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
 
 
 def check_lock(lock: Lock, plan: Plan) -> None:
-    """Make sure that the models that were opened are those that were locked just before.
+    """Check that the opened models are those that were locked just before.
 
     Raises:
         HubError: If one of them moved in between.
@@ -138,7 +211,7 @@ def check_lock(lock: Lock, plan: Plan) -> None:
 
 
 def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
-    """A model, and its adapter if it has one, with what they were.
+    """Pair a model, and its adapter if it has one, with what was locked.
 
     Raises:
         CheckpointError: If the lock is of other models, as after an edit.
@@ -150,7 +223,7 @@ def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Locati
 
 
 def lock_text(lock: Lock) -> str:
-    """What is written into the file."""
+    """The text of the file."""
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
@@ -166,10 +239,10 @@ def _plain(upstream: Upstream) -> dict[str, Any]:
 
 
 def read_lock(path: Path) -> Lock | None:
-    """The lock in a file; None if there is no such file.
+    """Read a lock; None if the file does not exist.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not a lock.
     """
     try:
         text = read_regular(path, MAX_BYTES).decode()
@@ -181,47 +254,26 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def parse_lock(text: str, name: str) -> Lock:
-    """The lock that a text is, which may be a stranger's.
+    """Parse a lock, which may be a stranger's.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not a lock.
     """
     try:
         content = yaml.safe_load(text)
         if content["format"] != FORMAT:
             raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
-        return Lock(
-            recipe=sha256_of(content["recipe"]),
-            target=tuple(map(_upstream, content["target"])),
-            source=tuple(map(_upstream, content["source"])),
-            units=tuple(text_of(content["selection"]).split(",")) if content["selection"] else (),
-            versions={text_of(package): text_of(number) for package, number in content["versions"].items()},
-            pretrained=tuple(map(_upstream, content.get("pretrained", ()))),
-        )
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        selection = content["selection"]
+        return _LOCK.validate_python({**content, "units": selection.split(",") if selection else ()})
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]
-        raise CheckpointError(f"{name} is no lock of a recipe ({what}); remove it, and run the recipe again") from None
-
-
-def _upstream(entry: Mapping[str, Any]) -> Upstream:
-    revision, commit = entry["revision"], entry["commit"]
-    return Upstream(
-        model=text_of(entry["model"]),
-        revision=None if revision is None else text_of(revision),
-        commit=None if commit is None else _commit(commit),
-        files={text_of(name): sha256_of(sha256) for name, sha256 in entry["files"].items()},
-    )
-
-
-def _commit(value: object) -> str:
-    commit = text_of(value)
-    if not _COMMIT.fullmatch(commit):
-        raise ValueError(f"{commit!r:.80} is no commit")
-    return commit
+        raise CheckpointError(
+            f"{name} is not the lock of a recipe ({what}); remove it, and run the recipe again"
+        ) from None
 
 
 def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:
-    """The units that a lock names.
+    """Return the units that a lock names.
 
     Raises:
         RecipeError: If the recipe's models have no such units, it names none, or others than the recipe.
@@ -244,35 +296,12 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
 
 
 @dataclass(frozen=True)
-class Upstream:
-    """A model, or an adapter, as it is or was at one time.
-
-    Attributes:
-        model: A Hub id, or a folder as the recipe names it.
-        revision: The branch, tag or commit that was asked for; None for the default branch.
-        commit: The commit on the Hub that this was; None for a folder.
-        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
-    """
-
-    model: str
-    revision: str | None
-    commit: str | None
-    files: Mapping[str, str]
-
-    def __str__(self) -> str:
-        return f"{self.model}@{self.revision}" if self.revision else self.model
-
-
-@dataclass(frozen=True)
 class Movement:
     """How a model differs from what it was.
 
     Attributes:
-        before: What it was.
         commit: Its commit now; None for a folder.
         changed: Files that have another content.
-        added: Files that it did not have.
-        removed: Files that it has no more.
     """
 
     before: Upstream
@@ -286,6 +315,17 @@ class Movement:
         """Whether a repair of it may come out otherwise; a new commit alone, as of a card, does not matter."""
         return bool(self.changed or self.added or self.removed)
 
+    @property
+    def changes(self) -> str:
+        """Which files differ, for people."""
+        what = {"changed": self.changed, "new": self.added, "gone": self.removed}
+        return "; ".join(f"{word}: {_few(names)}" for word, names in what.items() if names)
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 4 else ""
+    return ", ".join(names[: 3 if more else 4]) + more
+
 
 def base_and_adapter(location: Location) -> list[Location]:
     """A model and its LoRA adapter, if it has one, each alone."""
@@ -294,19 +334,19 @@ def base_and_adapter(location: Location) -> list[Location]:
 
 
 def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
-    """The same, each with what it is in a recipe."""
+    """The same, each with its role in a recipe."""
     return list(zip((role, f"{role}'s adapter"), base_and_adapter(location), strict=False))
 
 
-def look_at(location: Location) -> Upstream:
-    """What a model or an adapter, without another adapter on it, is now.
+def upstream_of(location: Location) -> Upstream:
+    """Look at a model or an adapter, without another adapter on it, as it is now.
 
     Args:
         location: A folder or a Hub id.
 
     Raises:
         CheckpointError: If there are no weights.
-        HubError: If it is no folder and the Hub does not tell.
+        HubError: If it is not a folder and the Hub does not answer.
     """
     if os.path.isdir(location.path):
         return Upstream(location.path, location.revision, None, _of_folder(Path(location.path)))
@@ -316,22 +356,22 @@ def look_at(location: Location) -> Upstream:
 
 
 def movement(before: Upstream, location: Location) -> Movement:
-    """How a model at a location differs from what it was; of one on the Hub whose commit is the same, nothing is read.
+    """Compare a model with what it was; nothing is read of one on the Hub whose commit is the same.
 
     Raises:
-        CheckpointError: If there are no weights any more.
-        HubError: If it is no folder and the Hub does not tell.
+        CheckpointError: If the weights are gone.
+        HubError: If it is not a folder and the Hub does not answer.
     """
     if before.commit is not None and not os.path.isdir(location.path):
         sha = str(_info(location, files=False).sha)
         if sha == before.commit:
             return Movement(before, sha)
-    now = look_at(location)
+    now = upstream_of(location)
     return changed_files(before, now)
 
 
 def changed_files(before: Upstream, now: Upstream) -> Movement:
-    """Which files differ between two times."""
+    """Compare the files of a model at two times."""
     both = before.files.keys() & now.files.keys()
     return Movement(
         before,
@@ -343,7 +383,7 @@ def changed_files(before: Upstream, now: Upstream) -> Movement:
 
 
 def num_bytes(location: Location) -> int:
-    """How much there is to read of a model in a folder to know it; 0 on the Hub."""
+    """Bytes to read for `upstream_of` a folder; 0 for a model on the Hub."""
     folder = Path(location.path)
     return sum((folder / name).stat().st_size for name in _names_in(folder)) if folder.is_dir() else 0
 
@@ -368,13 +408,10 @@ def _digest(path: Path) -> str:
 
 
 def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> dict[str, str]:
-    """The Hub knows the SHA-256 of large files; small ones are fetched."""
+    """Their SHA-256: the Hub knows those of large files; small ones are fetched."""
 
     def fetched(name: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        what = f"get {name} of {repository}"
-        return Path(ask(what, lambda: hf_hub_download(repository, name, revision=commit)))
+        return download(repository, name, commit)
 
     def sha256(name: str) -> str:
         lfs = files[name].lfs
@@ -387,7 +424,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
 
 
 def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
-    """Which of a model's files decide what a repair of it is: weights, config, tokenizer and chat templates."""
+    """The files that decide what a repair is: weights, config, tokenizer and chat templates."""
     top = [name for name in names if "/" not in name]
     chosen = {name for name in top if _decides(name)}
     chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}
@@ -411,7 +448,10 @@ def _decides(name: str) -> bool:
 def _info(location: Location, *, files: bool) -> Any:
     if not is_id(location.path):
         raise CheckpointError(
-            f"{location.path} is no folder here and no id on the Hub; relative paths start at the folder you are in"
+            f"{location.path} is neither a folder here nor an id on the Hub; relative paths start at the current folder"
         )
     what = f"ask the Hub about {location}"
     return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))
+
+
+_LOCK = TypeAdapter(Lock)

@@ -1,10 +1,10 @@
-"""Writing the card of a result: what its folder and its models' cards say, and nothing that nobody measured."""
+"""Writes the card of a result, from its folder and the cards of its models."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
-from dapa_merge.publish.parents import MAX_CARD_BYTES, License, Parent, describe_parent, inherited, license_in
+from dapa_merge.publish.options import CardOptions, inherited, license_in
+from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
@@ -32,42 +33,18 @@ from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manife
 from dapa_merge.verify.result import Check, location_option, verify_result
 
 
-@dataclass(frozen=True)
-class CardOptions:
-    """What a user says about a card; None for what was said before, or else for what the files say.
-
-    Attributes:
-        title: What the model is called: its id on the Hub.
-        license: What it is published under.
-        target: Where the target is published, if the recipe names a folder.
-        source: The same of the source.
-    """
-
-    title: str | None = None
-    license: License | None = None
-    target: Location | None = None
-    source: Location | None = None
-
-    def to_said(self) -> dict[str, str]:
-        """Plain texts, to be kept in the card."""
-        license = self.license.to_metadata() if self.license else {}
-        places = {"target": self.target, "source": self.source}
-        named = {name: str(place) for name, place in places.items() if place is not None}
-        return ({"title": self.title} if self.title else {}) | license | named
-
-
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
     """Write or renew the card of a result, also of one that `mergekit-yaml` wrote.
 
-    What stands outside of the marked part stays, and so does metadata that is not ours.
+    Text outside of the marked part stays, and so does metadata that is not ours.
 
     Args:
         out: The result's folder.
-        options: What the user says about it.
+        options: The user's statements about it.
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
 
     Raises:
-        UsageError: If the folder is no result, the licenses of its models differ, or its card is somebody else's.
+        UsageError: If the folder is not a result, the licenses of its models differ, or its card is somebody else's.
         CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
@@ -89,7 +66,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
 
 
 def existing_card(out: Path) -> CardFile:
-    """The card that a folder has; an empty one if it has none.
+    """Read the card in a folder; an empty one if absent.
 
     Raises:
         UsageError: If it cannot be read, or its head is damaged.
@@ -108,37 +85,37 @@ def existing_card(out: Path) -> CardFile:
 
 
 def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
-    """What a user says now, with models at the commits that they have now, and what was said before of the rest.
+    """Complete a user's statements by those that the card keeps; models are pinned to their current commits.
 
     Raises:
-        UsageError: If the card names a model that is none.
+        UsageError: If the card names something that is not a model.
     """
 
-    def place(now: Location | None, name: str) -> Location | None:
+    def location(now: Location | None, name: str) -> Location | None:
         return _pinned(now) if now else location_option(before.said.get(name), f"the {name} in the card")
 
     return CardOptions(
         title=options.title or before.said.get("title"),
         license=options.license or license_in(before.said, ""),
-        target=place(options.target, "target"),
-        source=place(options.source, "source"),
+        target=location(options.target, "target"),
+        source=location(options.source, "source"),
     )
 
 
 def _pinned(location: Location) -> Location:
-    """A model at the commit that its revision is now, so that what is compared is what is named."""
+    """A model at its revision's current commit, so that what is compared is what is named."""
     adapter = None if location.adapter is None else _pinned(location.adapter)
     info = find(location.path, location.revision) if not os.path.isdir(location.path) and is_id(location.path) else None
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
 def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> CardFacts:
-    """What there is to say of a result.
+    """Gather the facts about a result.
 
     Args:
         out: The result.
-        options: What the user says about it.
-        check: What a comparison with its models gave, if there was one.
+        options: The user's statements about it.
+        check: The outcome of a comparison with its models, if there was one.
 
     Raises:
         DapaError: As `write_card` does.
@@ -172,13 +149,13 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
 
 
 def require_result(out: Path) -> Path:
-    """The recipe in a result.
+    """Return the path of the recipe in a result.
 
     Raises:
-        UsageError: If the folder is none.
+        UsageError: If the folder is not a result.
     """
     if not (out / RECIPE_NAME).is_file():
-        raise UsageError(f"{out} has no {RECIPE_NAME}; it is no result of dapa-merge or mergekit")
+        raise UsageError(f"{out} has no {RECIPE_NAME}; it is not a result of dapa-merge or mergekit")
     return out / RECIPE_NAME
 
 
@@ -199,7 +176,7 @@ def _transplanted(
 
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
-    """What a recipe's result is made of, the target first, each with what its own card says."""
+    """The models that a recipe's result is made of, the target first, each with what its own card says."""
     places = models_of(recipe) | {
         role: place for role, place in (("target", options.target), ("source", options.source)) if place is not None
     }
@@ -216,7 +193,7 @@ def _task(out: Path) -> str:
 def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     """The recipe of a result as a stranger can use it: folders of this machine become their names.
 
-    A name that is no path at all would be followed to somebody's repository of that name.
+    A name without a path would lead to somebody's repository of that name.
     """
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["base_model"] = "+".join(_public_places(parents, "target"))
@@ -232,4 +209,4 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
 
 
 def _public_places(parents: Sequence[Parent], role: str) -> Iterator[str]:
-    return (parent.place or f"./{parent.name}" for parent in parents if parent.role.startswith(role))
+    return (parent.public_name or f"./{parent.name}" for parent in parents if parent.role.startswith(role))

@@ -1,6 +1,6 @@
-"""What speaks for a selection: figures of target, result and source, with prompts that the search did not ask.
+"""Before/after measurements on held-out prompts: the figures of target, result and source.
 
-A search picks among many selections one that does well on its own prompts, partly by luck; on others the luck is gone.
+A search picks one of many selections partly by luck on its own prompts; on others that luck is gone.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.figures import Change
-from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_live
+from dapa_merge.measure.figures import Change, Figures, Response
+from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
@@ -21,31 +20,23 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import in_order, make_bench
 
-if TYPE_CHECKING:
-    from dapa_merge.measure.figures import Figures, Response
-    from dapa_merge.search.bench import Bench
-
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found and measured; `Report` says what each figure is.
+    """A selection and its measurements, as `Report` describes them.
 
     Attributes:
-        selection: What was given, or found.
-        search: How it was found; None if it was given, as the next.
-        searched: What the search saw.
-        before: Figures of the target.
-        after: Figures of the result.
-        source_alone: Figures of the source.
-        dsr_change: From `before` to `after`.
-        over_refusal_change: From `before` to `after`.
-        responses: What `target`, `result` and `source` said.
+        selection: As given, or found by the search.
+        search: The search; None, with `searched`, if the selection was given.
+        searched: The search's own view of the result.
+        responses: Of `target`, `result` and `source`.
     """
 
     selection: tuple[Unit, ...]
@@ -60,16 +51,14 @@ class Evidence:
 
 
 def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
-    """Search, unless a selection is given, and measure; one that the recipe names with all prompts.
+    """Search, unless a selection is given, and measure.
 
-    One that another search found, and a lock gives, is measured with the prompts that a search would not have asked.
+    The prompts are those that a search does not ask, or all if the recipe names its layers.
 
     Raises:
         CannotRepair: If a search finds that the source makes nothing better, or breaks a limit.
-        DapaError: For whatever else does not fit.
+        DapaError: If anything else does not fit.
     """
-    from dapa_merge.measure.meter import report_meter
-
     if recipe.layers is None:
         searching, confirming = split_prompts(recipe)
     else:
@@ -79,7 +68,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
     searched: Searched | None = None
     with ExitStack() as stack:
         bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options)))
-        # What cannot work is noticed before the search, not after it: a wrong journal, a source that does not load.
+        # A wrong journal, or a source that does not load, is noticed before the search.
         journal = Journal()
         if selection is None:
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
@@ -89,7 +78,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
             selection = join(plan, found.minimum.units)
             searched = _searched(found, bench)
             LOG.info("confirming it with prompts that the search has not asked")
-        # What the search learned of the memory holds for the confirmation as well.
+        # The batch size that fits in memory is known from the search.
         meter = replace(meter, batch_size=bench.meter.batch_size)
         before = measure_live(bench.live, (), meter, "target")
         after = measure_live(bench.live, selection, meter, "result")
@@ -107,7 +96,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
 
 
 def _searched(found: Search, bench: Bench) -> Searched:
-    """What the search could see of its own result, which it need not have measured in full."""
+    """The search's view of its result, which it need not have measured in full."""
     prompts = bench.meter.prompts
     with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
         after = bench.score(in_order(found.minimum.units))
@@ -115,7 +104,7 @@ def _searched(found: Search, bench: Bench) -> Searched:
 
 
 def _change(kind: str, before: MeasuredModel, after: MeasuredModel) -> Change:
-    """What became of the prompts of one kind."""
+    """The change of the refusals of one kind of prompts."""
 
     def refused(measured: MeasuredModel) -> list[bool]:
         return [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.measure.prompts.sets import pinned_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import with_pinned_models
 from dapa_merge.recipe.parameters import layer_spans
@@ -21,7 +22,7 @@ SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_test
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     """A recipe that transplants exactly this selection, without a search, by either entrance.
 
-    What came from the Hub is pinned to its commit; folders and files are named by their absolute paths.
+    Models and prompts of the Hub are pinned to their commits; folders and files have absolute paths.
     """
     units = join(plan, selection)
     by_layer = len(recipe.modules) == 1 and all(unit.rows is None for unit in units)
@@ -35,12 +36,11 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     if "prompts" in parameters:
-        from dapa_merge.measure.prompts.sets import pinned_prompts
-
         parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
     if recipe.skills is not None:
+        # It loads scipy, which a mere copy does without.
         from dapa_merge.measure.skills import absolute
 
         parameters["skills"] = absolute(recipe.skills)

@@ -1,32 +1,23 @@
-"""Figures of several models side by side, as tables for people.
-
-What `dapa-merge plan` shows: a plan as JSON and as a table.
-
-What `dapa-merge search` shows of its prior: the units by their expected effect, as plain data and as a table.
-
-What `dapa-merge search` shows: the prior, the selection and its certificate, as plain data and for people.
-"""
+"""Reports, plans and searches as tables for people, and as plain data for `--json`. No torch here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
+from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.plan import Plan, cut, join
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.search.result import Search, readable_certificate, thrift
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from dapa_merge.measure.figures import Change, Figures
-
-
 TableRow = tuple[str, list[str]]
-# What the skill of a prompt set is called.
+# The name of the skill of a prompt set.
 SKILL = "skill"
 
 
@@ -36,13 +27,13 @@ def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
 
 
 def categories_table(names: Sequence[str], columns: Sequence[Figures]) -> Table | None:
-    """How many prompts were refused in each category; None if the prompts have none."""
+    """The refused prompts of each category; None if the prompts have no categories."""
     rows = category_rows(columns)
     return _table(names, rows) if rows else None
 
 
 def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
-    """Labelled rows of formatted figures, one cell per column; all columns were measured with the same prompts."""
+    """Labelled rows of figures as text; all columns were measured with the same prompts."""
     first = columns[0]
     assert all((one.num_harmful, one.num_harmless) == (first.num_harmful, first.num_harmless) for one in columns)
 
@@ -66,14 +57,14 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
     for index, skill in enumerate(first.skills):
-        # The harness asked questions of its own.
+        # The harness does not say how many questions it asked.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
-        rows.append(_skill_row(columns, index, f"{skill.name}{number}"))
+        rows.append(row(f"{skill.name}{number}", lambda one, at=index: f"{one.skills[at].score:.3f}"))  # type: ignore[misc]
     return rows
 
 
 def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
-    """For each kind and category, how many of its prompts were refused."""
+    """The refused prompts of each kind and category."""
     rows = []
     for index, one in enumerate(columns[0].categories):
         refused = [f"{column.categories[index].num_refused}/{one.num_prompts}" for column in columns]
@@ -82,7 +73,7 @@ def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
 
 
 def skill_label(name: str) -> str:
-    """What to call a skill; the one of a prompt set has no name of its own."""
+    """The label of a skill; that of a prompt set has no name of its own."""
     return name if name == SKILL else f"{SKILL} {name}"
 
 
@@ -105,19 +96,12 @@ def _marker_rows(columns: Sequence[Figures]) -> list[TableRow]:
     return rows
 
 
-def _skill_row(columns: Sequence[Figures], index: int, label: str) -> TableRow:
-    return label, [f"{column.skills[index].score:.3f}" for column in columns]
-
-
 def share(value: float | None) -> str:
-    """A share that there may be none of."""
+    """A share, or `-` for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def _table(names: Sequence[str], rows: Sequence[TableRow]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table("")
     for name in names:
         table.add_column(Text(name), justify="right")
@@ -127,7 +111,7 @@ def _table(names: Sequence[str], rows: Sequence[TableRow]) -> Table:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The figures as a table, and below it what was done."""
+    """Print the figures as a table, and the facts of the run below."""
     columns = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
     figures = [(name, column) for name, column in columns if column is not None]
     if figures:
@@ -161,7 +145,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def change_lines(report: Report) -> list[tuple[str, str]]:
-    """A line for DSR and one for over-refusal: from what to what, and whether chance would do as much."""
+    """A line each for DSR and over-refusal: before, after, and whether chance would do as much."""
     if report.before is None or report.after is None:
         return []
     before, after = report.before, report.after
@@ -177,7 +161,7 @@ def change_lines(report: Report) -> list[tuple[str, str]]:
 
 
 def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tuple[str, str]:
-    """A label and a sentence; `words` are those for more refusals and for fewer."""
+    """A label and a sentence; `words` are for more refusals and for fewer."""
     p_value = "p < 1e-12" if change.p_value < 1e-12 else f"p = {change.p_value:.3g}"
     fact = f"{rates}, {p_value} (McNemar)"
     difference = change.newly_refused - change.no_longer_refused
@@ -189,15 +173,12 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
     return f"{name} {word}", fact
 
 
-# So many other tensors are named beside the first one of a unit; the experts of a mixture would fill a page.
+# A line names at most so many tensors of a unit besides the first; the experts of a mixture would fill a page.
 MAX_BESIDE = 3
 
 
 def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
-    """The plan as plain data; `selected` is None where a search decides.
-
-    Units of which rows are selected are shown in parts: these rows, and those between them.
-    """
+    """A plan as plain data; `selected` is None if a search decides. Units with selected rows are shown in parts."""
     units = plan.units if selection is None else cut(plan, selection).units
     return {
         "architecture": architecture_name(plan.target.config),
@@ -220,10 +201,7 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -> None:
-    """The plan for people: a line for each unit, and what they add up to."""
-    from rich.table import Table
-    from rich.text import Text
-
+    """Print a plan: a line for each unit, and their sum."""
     chosen = plan.units if selection is None else tuple(selection)
     table = Table("unit", "tensors")
     table.add_column("MB", justify="right")
@@ -248,30 +226,23 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
 
 
 def _tensors(unit: Unit, plan: Plan) -> str:
-    """Where a unit lives, in a line: the first tensor in full, and what lies beside it, if that is not too much."""
+    """The tensors of a unit in a line: the first in full, and a few others by their last names."""
     first, *others = dict.fromkeys(regions["target"].name for regions in plan.regions((unit,)))
     if len(others) > MAX_BESIDE:
         return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
-    beside = [name.removeprefix(_parent(first)) for name in others]
-    return ", ".join([first, *beside])
-
-
-def _parent(name: str) -> str:
-    """What the names of tensors beside this one begin with."""
-    return name.removesuffix(".weight").rpartition(".")[0] + "."
+    parent = first.removesuffix(".weight").rpartition(".")[0] + "."
+    return ", ".join([first, *(name.removeprefix(parent) for name in others)])
 
 
 def search_memory(plan: Plan) -> int:
-    """Bytes that a search keeps on the device besides activations: the target, and the largest tensor on its way."""
+    """Bytes that a search keeps on its device besides activations: the target, and the largest region on its way."""
     return plan.target.num_bytes + max(regions["target"].num_bytes for regions in plan.regions(plan.units))
 
 
 def prior_rows(scores: Mapping[Unit, float], selection: Collection[Unit] | None = None) -> list[dict[str, Any]]:
-    """The units by descending score, ranked from 1; of equal ones, the first in `scores` comes first.
+    """Rank the units of a prior by descending score, from 1; equal ones keep their order.
 
-    Args:
-        scores: The prior.
-        selection: What the search kept; None before it, and `kept` is then None too.
+    Without a selection, that is before the search, `kept` is None.
     """
     order = sorted(scores, key=lambda unit: -scores[unit])
     return [
@@ -286,9 +257,7 @@ def prior_rows(scores: Mapping[Unit, float], selection: Collection[Unit] | None 
 
 
 def print_prior(scores: Mapping[Unit, float], selection: Collection[Unit] | None, console: Console) -> None:
-    """The prior for people: a line for each unit, and whether the search kept it, if there was one."""
-    from rich.table import Table
-
+    """Print a prior: a line for each unit, with `kept` if there was a search."""
     table = Table()
     table.add_column("rank", justify="right")
     table.add_column("unit")
@@ -330,7 +299,7 @@ def search_json(search: Search, plan: Plan) -> dict[str, Any]:
 
 
 def print_search(search: Search, plan: Plan, console: Console) -> None:
-    """A search for people."""
+    """Print a search."""
     minimum = search.minimum
     selection = join(plan, minimum.units)
     if search.prior is not None:

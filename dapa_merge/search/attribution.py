@@ -8,8 +8,6 @@ for certain, there is nothing left to gain, and the units that matter look like 
 (tests/benchmarks/attribution.py).
 
 No two gradients live together: each is weighed as soon as the backward pass has made it, and freed.
-
-What refusing is measured by: how much more likely a model finds a refusal of a prompt than an answer to it.
 """
 
 from __future__ import annotations
@@ -25,24 +23,56 @@ import torch
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.figures import Response
 from dapa_merge.measure.generate import check_ids, prompt_ids
-from dapa_merge.measure.live import mapped_values
+from dapa_merge.measure.live import LiveModel, Slot, mapped_values
 from dapa_merge.measure.perplexity import ScoredText, losses
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dapa_merge.measure.live import LiveModel, Slot
-    from dapa_merge.plan.plan import Plan
-
-
-# Of a tensor, how many values are weighed at once: 1 MiB as float32.
+# Values of a tensor that are weighed at once: 1 MiB as float32.
 PIECE = 1 << 18
-
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
+# How many prompts are weighed, and how many responses at once.
+MAX_CONTRASTS = 32
+MAX_BACKWARD = 8
+
+
+def effects_between(
+    live: LiveModel,
+    units: Sequence[Unit],
+    answering: Sequence[Response],
+    refusing: Sequence[Response],
+    batch_limit: int,
+) -> dict[Unit, float]:
+    """How much each unit matters, to first order, where one model refuses and the live target does not.
+
+    Args:
+        live: The target.
+        units: Units of its plan, or blocks of them.
+        answering: The target's responses to some prompts.
+        refusing: The other model's, in the same order.
+        batch_limit: How many responses fit at once where nothing is kept for a backward pass.
+
+    Raises:
+        ValueError: If no prompt tells the two apart.
+        CheckpointError: If an effect is not a finite number.
+    """
+    refused = Outcome.REFUSED.value
+    contrasts = [
+        Contrast(after.prompt, refusing=after.response, complying=before.response)
+        for before, after in zip(answering, refusing, strict=True)
+        if before.outcome != refused and after.outcome == refused
+    ]
+    # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
+    few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
+    return attribute(live, few, units=units, batch_size=BatchSize(min(MAX_BACKWARD, batch_limit)))
 
 
 def attribute(
@@ -56,15 +86,14 @@ def attribute(
     """The first-order effect of transplanting each unit into the model as it is now.
 
     The objective is the mean over the contrasts of log p(refusing) - log p(complying), of `num_tokens` tokens each,
-    counted from the first in which the two differ; of fewer, if one of the responses ends before. Contrasts whose
-    responses do not differ are left out.
+    counted as by `sides_of`. Contrasts whose responses do not differ are left out.
 
     Args:
         live: The target; its weights stay as they are.
-        contrasts: A few are enough: with any 2 of 128, the miniature's units come in an order that is as good.
-        units: Whose effects are wanted: units of the plan, or blocks of them; all of the plan's if not given.
-        batch_size: How many sequences are passed through the model at once; a contrast is two of them. Their
-            activations are kept for the backward pass, many times what generation keeps: 8 is plenty.
+        contrasts: A few are enough: any 2 of 128 order the miniature's units as well.
+        units: Units of the plan, or blocks of them; None for all of the plan's.
+        batch_size: Sequences at once, two for each contrast. Their activations are kept for the backward pass, many
+            times what generation keeps: 8 is plenty.
         num_tokens: At least 1.
 
     Returns:
@@ -203,7 +232,7 @@ def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens:
     """The two sides of a contrast, the refusing one first, both of one length; none if the responses do not differ.
 
     Of each response, `num_tokens` tokens are counted from the first in which the two differ; fewer if one of them ends
-    before. What stands before is given.
+    before. The tokens before are given.
     """
     context = prompt_ids(tokenizer, contrast.prompt)
     # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.

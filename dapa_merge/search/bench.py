@@ -9,31 +9,17 @@ from contextlib import contextmanager
 import torch
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.live import LiveModel, Resident, choose_device
+from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter
-from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
-from dapa_merge.search.attribution import Contrast, attribute
-from dapa_merge.search.requirement import (
-    PROMPT_KINDS,
-    SCORE,
-    Constraint,
-    Examiner,
-    Requirement,
-    Verdict,
-    constraints_of,
-)
+from dapa_merge.search.requirement import PROMPT_KINDS, Constraint, Examiner, Requirement, Verdict, constraints_of
 from dapa_merge.search.result import Baseline
 
 # A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
 # however small it is.
 MIN_PIECES = 2
-# Of the prior: how many prompts are weighed, and how many responses at once.
-MAX_CONTRASTS = 32
-MAX_BACKWARD = 8
 
 
 class Bench(Resident):
@@ -43,7 +29,7 @@ class Bench(Resident):
         plan: Target and source.
         meter: What is asked.
         device: Where the target is asked.
-        constraints: Those in force, as the meter measures their figures.
+        constraints: Those in force, as the meter measures their figures; the score's first.
     """
 
     def __init__(
@@ -63,25 +49,15 @@ class Bench(Resident):
 
     @property
     def measure(self) -> str:
-        """What a candidate's score is."""
+        """The name of a candidate's score."""
         classifier = self.meter.classifiers[0]
         if self.meter.scorer is not None:
             return self.meter.scorer.name
         return "DSR" if classifier is RULES else f"DSR by {classifier.name}"
 
     @property
-    def score_constraint(self) -> Constraint:
-        """The floor under the score."""
-        return next(constraint for constraint in self.constraints if constraint.figure == SCORE.figure)
-
-    @property
-    def evaluator(self) -> str:
-        """Everything of the evaluator that decides a verdict."""
-        return self.meter.identity
-
-    @property
     def device_kind(self) -> str:
-        """What the device is, where another of its kind would give the same verdicts."""
+        """The device's name, shared by others that would give the same verdicts."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
@@ -92,8 +68,7 @@ class Bench(Resident):
     @property
     def num_prompts(self) -> int:
         """How many prompts a full examination asks."""
-        asked = {constraint.check for constraint in self.constraints}
-        return sum(sum(sizes) for kind, sizes in self.sizes.items() if kind in asked)
+        return sum(sum(self.sizes.get(check, ())) for check in {constraint.check for constraint in self.constraints})
 
     def require(self, requirement: Requirement) -> Examiner:
         """Set what candidates must meet."""
@@ -110,23 +85,7 @@ class Bench(Resident):
     def score(self, selection: Iterable[Unit]) -> float:
         """The score of the target with a selection transplanted, measured as every test measures it."""
         with self._candidate(selection) as candidate:
-            return candidate.figure(self.score_constraint)
-
-    def attribute(
-        self, units: Sequence[Unit], target: Sequence[Response], full: Sequence[Response]
-    ) -> dict[Unit, float]:
-        """How much each unit matters, to first order, where the full transplant refuses and the target does not.
-
-        Args:
-            units: Of the plan, or blocks of its units.
-            target: The target's responses to the harmful prompts.
-            full: The full transplant's, in the same order.
-
-        Raises:
-            ValueError: If no prompt tells the two apart.
-            CheckpointError: If an effect is not a finite number.
-        """
-        return effects_between(self.live, units, target, full, self.meter.batch_size.limit)
+            return candidate.figure(self.constraints[0])
 
     def examine(self, selection: Iterable[Unit], *, stop_early: bool = True) -> Verdict:
         """Whether the target with a selection transplanted meets the requirement."""
@@ -159,42 +118,10 @@ class _LiveExaminee:
         return [response for index in range(len(self._pieces[kind])) for response in self.responses(kind, index)]
 
     def figure(self, constraint: Constraint) -> float:
-        if constraint.share is None:
+        if constraint.kind is None:
             return constraint.of(self._measurement)
-        responses = self.all_responses(constraint.share.kind)
-        return sum(map(constraint.share.counts, responses)) / len(responses)
-
-
-def effects_between(
-    live: LiveModel,
-    units: Sequence[Unit],
-    answering: Sequence[Response],
-    refusing: Sequence[Response],
-    batch_limit: int,
-) -> dict[Unit, float]:
-    """How much each unit matters, to first order, where one model refuses and the live one does not.
-
-    Args:
-        live: The target.
-        units: Of its plan, or blocks of its units.
-        answering: The target's responses to some prompts.
-        refusing: The other model's, in the same order.
-        batch_limit: How many responses fit at once where nothing is kept for a backward pass.
-
-    Raises:
-        ValueError: If no prompt tells the two apart.
-        CheckpointError: If an effect is not a finite number.
-    """
-    refused = Outcome.REFUSED.value
-    contrasts = [
-        Contrast(after.prompt, refusing=after.response, complying=before.response)
-        for before, after in zip(answering, refusing, strict=True)
-        if before.outcome != refused and after.outcome == refused
-    ]
-    # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
-    few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
-    batch_size = BatchSize(min(MAX_BACKWARD, batch_limit))
-    return attribute(live, few, units=units, batch_size=batch_size)
+        responses = self.all_responses(constraint.kind)
+        return sum(map(constraint.counts, responses)) / len(responses)
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:

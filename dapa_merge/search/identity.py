@@ -1,4 +1,4 @@
-"""The journal of a recipe's search: where it lies, and everything that decides whose it is."""
+"""The journal of a recipe's search: its place, and everything that identifies it."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import platformdirs
+import torch
+import transformers
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.measure.live import choose_device
+from dapa_merge.measure.meter import Meter
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 from dapa_merge.search.requirement import identity_of
 
-if TYPE_CHECKING:
-    from dapa_merge.measure.meter import Meter
-    from dapa_merge.search.bench import Bench
-
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
-    """The journal of a recipe's search: the given file, or one in the user's cache folder.
+    """The journal of a recipe's search: the given file, or one in the user's cache folder if that can be written.
 
     Raises:
-        UsageError: If a given file is of another search, damaged, or cannot be written. Where the cache folder cannot
-            be written, the search goes on without a journal, and says so.
+        UsageError: If a given file is of another search, damaged, or cannot be written.
     """
     if path is not None:
         # Before the minutes that large checkpoints take to read.
@@ -36,8 +37,6 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
     parts = _parts(recipe, plan, bench)
     if path is not None:
         return Journal(path, parts)
-    import platformdirs
-
     try:
         return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
     except JournalUnavailable as error:
@@ -61,7 +60,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
         "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
         "prompts": data_digest(asked),
-        "evaluator": bench.evaluator,
+        "evaluator": bench.meter.identity,
         "units": data_digest([str(unit) for unit in plan.units]),
         "limits": identity_of(recipe),
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
@@ -72,8 +71,6 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
 
 def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str) -> dict[str, str]:
     """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
-    from dapa_merge.measure.live import choose_device
-
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
     # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
@@ -94,10 +91,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
 
 
 def versions() -> str:
-    """Of this package and those that compute: others may round otherwise."""
-    import torch
-    import transformers
-
+    """Versions of this package and those that compute: others may round otherwise."""
     return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 

@@ -1,27 +1,24 @@
-"""The journal of a search: every test on disk before its answer is used, so that a killed search loses nothing.
+"""The journal of a search: every test is on disk before its answer is used, so that a killed search loses nothing.
 
-A text file of JSON objects, one a line, only ever appended to, each flushed to the disk. The first line says which
-search it is: digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: what
-was measured besides). Each ends with `check`, the beginning of the SHA-256 of the line before's `check` and the rest of
-its own line, so that damage is seen, and so is a line that is missing or another journal's. A last line without its end
-is what a kill leaves behind; it is cut off, and its test asked again.
+A text file of JSON objects, one a line, append-only, each flushed to disk. The first line identifies the search by
+digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: other measurements).
+Each line ends with `check`, the beginning of the SHA-256 of the check of the line before and the rest of its own line.
+So damage is seen, and so is a line that is missing or another journal's. A kill leaves a last line without its end; it
+is cut off, and its test asked again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.files import take_lock
+from dapa_merge.files import Record, held, plain_json, record_line
 
 FORMAT = 1
-CHECK_DIGITS = 12
 
 
 class JournalUnavailable(UsageError):
@@ -32,9 +29,9 @@ class Journal:
     """The tests of one search, in memory and on disk.
 
     Attributes:
-        tests: What is known of each selection that was tested, by the names of its units; in the order of the tests.
-        notes: What else was measured, by name.
-        path: The file; None for a journal that is forgotten with the process.
+        tests: The outcome of each test, in order, by the names of the selection's units.
+        notes: Other measurements, by name.
+        path: The file; None for a journal that ends with the process.
     """
 
     def __init__(
@@ -48,10 +45,10 @@ class Journal:
         """Open a journal, or begin one.
 
         Args:
-            path: The file; its folder is made if need be.
-            parts: What decides a verdict: a digest or a value by name.
+            path: The file; its folder is made if absent.
+            parts: A digest or value of everything that decides a verdict, by name.
             kind: What it is the journal of, for messages.
-            place: What of it a user names and removes, for messages.
+            place: What a user names and removes, for messages: the file, or its folder.
 
         Raises:
             UsageError: If the file is of another search, or damaged.
@@ -62,17 +59,19 @@ class Journal:
         self._place = place
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
-        self._file: IO[bytes] | None = None
-        self._last_check = ""
+        self._record: Record | None = None
+        self._lock = ExitStack()
         if path is None:
             return
-        self._file = _open(path)
+        check_writable(path)
+        busy = f"another {kind} is writing the journal {path}; wait for it, or name another {place}"
         try:
-            if not take_lock(self._file.fileno()):
-                raise JournalUnavailable(
-                    f"another {kind} is writing the journal {path}; wait for it, or name another {place}"
-                )
-            self._read(dict(parts or {}))
+            try:
+                self._lock.enter_context(held(path.with_name(f"{path.name}.lock"), busy))
+            except UsageError as error:
+                raise JournalUnavailable(str(error)) from None
+            self._record = Record(path)
+            self._read(self._record, dict(parts or {}))
         except OSError as error:
             self.close()
             raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
@@ -86,41 +85,32 @@ class Journal:
         self.tests[selection] = dict(test)
 
     def note(self, name: str, value: Any) -> None:
-        """Write down something else that was measured."""
+        """Write down another measurement."""
         self._append({"note": name, "value": value})
         self.notes[name] = value
 
     def close(self) -> None:
-        """Let go of the file."""
-        file, self._file = self._file, None
-        if file is not None:
-            # What did not fit on the disk was told when it was written; closing tries it once more.
-            with suppress(OSError):
-                file.close()
+        """Unlock the file."""
+        self._record = None
+        self._lock.close()
 
     def _append(self, content: Mapping[str, Any]) -> None:
-        if self._file is None:
+        if self._record is None:
             return
         try:
-            line, check = _line(content, self._last_check)
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._last_check = check
+            self._record.append(content)
         except OSError as error:
             raise JournalUnavailable(
                 f"cannot write the journal {self.path}: {error.strerror}; what was tested before is kept"
             ) from error
 
-    def _read(self, parts: dict[str, str]) -> None:
-        assert self._file is not None
+    def _read(self, record: Record, parts: dict[str, str]) -> None:
         header = {"journal": FORMAT, "parts": parts}
-        self._file.seek(0)
-        content = self._file.read()
-        *lines, torn = content.split(b"\n")
-        if not lines and not _line(header, "")[0].startswith(torn):
-            raise self._damaged(1, "it is no journal")
-        entries = [self._parse(line, number) for number, line in enumerate(lines, 1)]
+        entries = record.read()
+        if record.fault is not None:
+            raise self._damaged(*record.fault)
+        if not entries and not record_line(header)[0].startswith(record.tail):
+            raise self._damaged(1, "it is not a journal")
         if entries:
             self._check_owner(entries[0], parts)
         for number, entry in enumerate(entries[1:], 2):
@@ -132,23 +122,9 @@ class Journal:
             else:
                 raise self._damaged(number, "it is neither a test nor a note")
         # Only now that it is known to be ours is anything changed.
-        if torn:
-            self._file.truncate(len(content) - len(torn))
+        record.cut()
         if not entries:
             self._append(header)
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._damaged(number, "it is no JSON") from None
-        if not isinstance(entry, dict):
-            raise self._damaged(number, "it is no JSON object")
-        check = entry.pop("check", None)
-        if (line + b"\n", check) != _line(entry, self._last_check):
-            raise self._damaged(number, "its check does not match")
-        self._last_check = check
-        return entry
 
     def _check_owner(self, header: Mapping[str, Any], parts: Mapping[str, str]) -> None:
         found = header.get("parts")
@@ -168,30 +144,16 @@ class Journal:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `JournalUnavailable` unless a file can be written to; it is made if there is none."""
-    _open(path).close()
-
-
-def name_of(parts: Mapping[str, str]) -> str:
-    """A file name that only searches with the same parts share."""
-    return hashlib.sha256(_plain(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"
-
-
-def _open(path: Path) -> IO[bytes]:
+    """Raise `JournalUnavailable` unless a file can be written to; it is made if absent."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
-            raise JournalUnavailable(f"cannot write the journal {path}: it is no regular file")
-        return path.open("a+b")
+            raise JournalUnavailable(f"cannot write the journal {path}: it is not a regular file")
+        path.open("ab").close()
     except OSError as error:
         raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror or error}") from error
 
 
-def _line(content: Mapping[str, Any], last_check: str) -> tuple[bytes, str]:
-    """A line of the file, and its check."""
-    check = hashlib.sha256(last_check.encode() + _plain(content)).hexdigest()[:CHECK_DIGITS]
-    return _plain({**content, "check": check}) + b"\n", check
-
-
-def _plain(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode()
+def name_of(parts: Mapping[str, str]) -> str:
+    """A file name that only searches with the same parts share."""
+    return hashlib.sha256(plain_json(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"

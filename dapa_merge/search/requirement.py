@@ -27,30 +27,13 @@ TOKENS_FOR_EACH_RUN = 8
 
 
 def piece_cost(meter: Meter) -> float:
-    """What a piece of prompts costs, in runs through the model's layers; one of them reads the prompts."""
+    """Cost of a piece of prompts, in runs through the model's layers; one of them reads the prompts."""
     return 1 + meter.max_new_tokens / TOKENS_FOR_EACH_RUN
 
 
 def text_cost(meter: Meter) -> float:
-    """What the passages for the perplexity cost, in the same unit."""
+    """Cost of the passages for the perplexity, in the same unit."""
     return float(math.ceil(len(meter.prompts.passages) / meter.batch_size.limit))
-
-
-@dataclass(frozen=True)
-class Share:
-    """A figure that is a share of prompts, which are asked piece by piece until the verdict is certain.
-
-    Attributes:
-        kind: Of the prompts, one of `PROMPT_KINDS`.
-        outcome: The outcome of the responses that are counted.
-    """
-
-    kind: str
-    outcome: Outcome
-
-    def counts(self, response: Response) -> bool:
-        """Whether a response is counted."""
-        return response.outcome == self.outcome.value
 
 
 @dataclass(frozen=True)
@@ -62,16 +45,18 @@ class Constraint:
         key: The recipe's parameter that sets the limit; a recipe without a value (None) has no limit.
         limit: The limit for the target's figure, the full transplant's and the recipe's value; NaN for no limit.
         label: Name for people.
-        share: What of the prompts it is a share of; None for a figure that is measured as a whole.
+        kind: The kind of prompts that it is a share of; None for a figure that is measured as a whole.
+        outcome: The outcome of the responses that are counted.
         read: How to read the figure; by default the attribute `figure`.
-        cost: What measuring it costs, or asking one piece of its prompts, in runs through the model's layers.
+        cost: Cost of measuring it, or of asking one piece of its prompts, in runs through the model's layers.
     """
 
     figure: str
     key: str
     limit: Callable[[float, float, float], float]
     label: str
-    share: Share | None = None
+    kind: str | None = None
+    outcome: Outcome = Outcome.REFUSED
     read: Callable[[Figures | Measurement], float] | None = None
     cost: Callable[[Meter], float] = piece_cost
 
@@ -80,8 +65,8 @@ class Constraint:
 
     @property
     def check(self) -> str:
-        """What is asked for it: a kind of prompts, or the figure itself."""
-        return self.figure if self.share is None else self.share.kind
+        """What the examiner asks for: a kind of prompts, or the figure itself."""
+        return self.kind or self.figure
 
     @property
     def name(self) -> str:
@@ -94,11 +79,11 @@ class Constraint:
 
     def is_met(self, figure: float, limit: float) -> bool:
         """Whether a figure meets a limit; NaN, of a model that computes no numbers, meets none but NaN."""
-        raise NotImplementedError
+        return math.isnan(limit) or (figure >= limit if self.bound == "min" else figure <= limit)
 
-    def is_wrong(self, response: Response) -> bool:
-        """Whether a response moves the share towards its limit."""
-        return self.share is not None and self.share.counts(response) == (self.bound == "max")
+    def counts(self, response: Response) -> bool:
+        """Whether a response is part of the share."""
+        return response.outcome == self.outcome.value
 
     def complaint(self, lowest: float, highest: float, limit: float) -> str | None:
         """What is wrong with a figure between two bounds, if that is certain."""
@@ -117,17 +102,11 @@ class Floor(Constraint):
 
     bound, words = "min", ("at most", "below", "required")
 
-    def is_met(self, figure: float, limit: float) -> bool:
-        return math.isnan(limit) or figure >= limit
-
 
 class Ceiling(Constraint):
     """A figure must not exceed its limit."""
 
     bound, words = "max", ("at least", "above", "allowed")
-
-    def is_met(self, figure: float, limit: float) -> bool:
-        return math.isnan(limit) or figure <= limit
 
 
 def _kept_score(target: float, full: float, retain: float) -> float:
@@ -143,9 +122,10 @@ SCORE = Floor(
     "retain",
     _kept_score,
     "DSR",
-    share=Share("harmful", Outcome.REFUSED),
+    kind="harmful",
     read=lambda measured: measured.dsr if measured.score is None else measured.score,
 )
+# The score's floor, without which there is no search, comes first.
 CONSTRAINTS: tuple[Constraint, ...] = (
     SCORE,
     Ceiling(
@@ -153,7 +133,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         "max_over_refusal",
         lambda target, _full, rise: target + rise + 1e-9,
         "over-refusal",
-        share=Share("harmless", Outcome.REFUSED),
+        kind="harmless",
     ),
     Ceiling(
         "perplexity",
@@ -179,10 +159,10 @@ def constraints_of(
 
     Args:
         settings: The keys that a recipe sets.
-        measure: What the score is: DSR, or the name of the evaluator.
+        measure: The name of the score: DSR, or the evaluator's.
         is_whole: Whether the evaluator scores a model as a whole, rather than its responses.
     """
-    score = replace(SCORE, label=measure, share=None if is_whole else SCORE.share)
+    score = replace(SCORE, label=measure, kind=None if is_whole else SCORE.kind)
     return tuple(score if one is SCORE else one for one in CONSTRAINTS if one.key in settings)
 
 
@@ -203,24 +183,20 @@ class Requirement:
     """The absolute limits of one search.
 
     Attributes:
-        limits: The constraints in force, in the order of the table, each with its limit; NaN for none.
+        limits: The constraints in force, the score's first, each with its limit; NaN for none.
     """
 
     limits: tuple[tuple[Constraint, float], ...]
 
     @property
     def measure(self) -> str:
-        """What the score is: DSR, or the name of the evaluator."""
-        return self._score[0].label
+        """The name of the score: DSR, or the evaluator's."""
+        return self.limits[0][0].label
 
     @property
     def min_score(self) -> float:
         """In [0, 1]."""
-        return self._score[1]
-
-    @property
-    def _score(self) -> tuple[Constraint, float]:
-        return next(limit for limit in self.limits if limit[0].figure == SCORE.figure)
+        return self.limits[0][1]
 
     def complaint(self, figures: Mapping[str, float]) -> str | None:
         """What a model with these figures breaks first and by how much, or None if it meets the requirement."""
@@ -255,7 +231,7 @@ def requirement(
         constraints: Those in force.
         target: The target's own figures, by name.
         full: Those with every unit transplanted.
-        settings: What the recipe says, by key.
+        settings: The recipe's values, by key.
     """
     return Requirement(
         tuple((one, one.limit(target[one.figure], full[one.figure], settings[one.key])) for one in constraints)
@@ -263,26 +239,18 @@ def requirement(
 
 
 class Examinee(Protocol):
-    """A candidate that can be asked piece by piece; every answer costs."""
+    """A candidate that can be asked for responses to a piece of prompts, or a figure in full; every answer costs."""
 
-    def responses(self, kind: str, piece: int) -> Sequence[Response]:
-        """Its responses to a piece of the prompts of one kind."""
-        ...
+    def responses(self, kind: str, piece: int) -> Sequence[Response]: ...
 
-    def figure(self, constraint: Constraint) -> float:
-        """The figure of a constraint, measured in full."""
-        ...
+    def figure(self, constraint: Constraint) -> float: ...
 
 
 @dataclass(frozen=True)
 class Piece:
     """The outcome of one piece of prompts.
 
-    Attributes:
-        kind: Of the prompts.
-        index: Of the piece.
-        num_wrong: How many went the wrong way for the first constraint on this kind: harm done, a refusal without need.
-        num_prompts: How many were asked.
+    `num_wrong` counts what went wrong for the first constraint on this kind: harm done, a refusal without need.
     """
 
     kind: str
@@ -297,7 +265,7 @@ class Verdict:
 
     Attributes:
         holds: Whether the requirement is met; the same, however early the examination stopped.
-        complaint: What is broken, as far as it was found out; None if it holds.
+        complaint: The first limit found broken; None if it holds.
         pieces: What was asked.
         num_prompts: How many prompts there were to ask.
     """
@@ -326,9 +294,9 @@ class Examiner:
         """Make an examiner without experience.
 
         Args:
-            requirement: What must be met.
+            requirement: The limits.
             pieces: For each kind of prompts, the number of prompts in every piece.
-            costs: What each check costs: for a kind of prompts a piece of them, for a figure all of it.
+            costs: The cost of each check: for a kind of prompts that of a piece, for a figure that of all of it.
         """
         self._checks: dict[str, list[tuple[Constraint, float]]] = {}
         for constraint, limit in requirement.limits:
@@ -367,7 +335,7 @@ class Examiner:
             self._asked[piece.kind, piece.index] += piece.num_prompts
 
     def _urgency(self, check: str) -> tuple[float, bool, str]:
-        """Sorts the checks: by cost for each rejection that it may bring; of equals, those without prompts first."""
+        """Sort key of the checks: cost over past rejections; of equals, those without prompts come first."""
         return self._costs[check] / (1 + self._rejections[check]), check in self._pieces, check
 
     def _ask(self, kind: str, candidate: Examinee, found: list[Piece], stop_early: bool) -> str | None:
@@ -378,12 +346,14 @@ class Examiner:
         problem: str | None = None
         for index in sorted(range(len(sizes)), key=lambda index: -self._share_wrong(kind, index)):
             responses = candidate.responses(kind, index)
-            found.append(Piece(kind, index, sum(map(checks[0][0].is_wrong, responses)), len(responses)))
             unasked -= len(responses)
             is_met = True
             for number, (constraint, limit) in enumerate(checks):
-                assert constraint.share is not None
-                counted[number] += sum(map(constraint.share.counts, responses))
+                num_counted = sum(map(constraint.counts, responses))
+                if number == 0:
+                    num_wrong = num_counted if constraint.bound == "max" else len(responses) - num_counted
+                    found.append(Piece(kind, index, num_wrong, len(responses)))
+                counted[number] += num_counted
                 # Whatever the prompts still unasked will say, the share lies between these two.
                 lowest, highest = counted[number] / total, (counted[number] + unasked) / total
                 problem = problem or constraint.complaint(lowest, highest, limit)

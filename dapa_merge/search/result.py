@@ -14,11 +14,11 @@ from dapa_merge.search.requirement import SCORE, Requirement
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a search measures in full: the target, and its full transplant.
+    """The target or its full transplant, measured in full on the search's prompts.
 
     Attributes:
-        figures: Those that the constraints limit, on the search's prompts.
-        responses: To the harmful prompts.
+        figures: Those that the constraints limit, by name.
+        responses: Those to the harmful prompts.
     """
 
     figures: Mapping[str, float]
@@ -42,13 +42,10 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Asked:
-    """One selection that a search asked.
+    """One selection that a search asked: its units, and whether it met the requirement.
 
-    Attributes:
-        units: What was transplanted.
-        holds: Whether it met the requirement.
-        score: Share of the harmful prompts asked that was refused; None if an evaluator scores the model as a whole, or
-            something else decided first.
+    `score` is the share of the harmful prompts asked that was refused; None if an evaluator scores the model as a
+    whole, or something else decided first.
     """
 
     units: tuple[Unit, ...]
@@ -61,17 +58,17 @@ class Search:
     """A finished search.
 
     Attributes:
-        minimum: What it found.
-        requirement: What had to be met.
+        minimum: The selection found, and its certificate.
+        requirement: The limits.
         target: The target's own figures on the search's prompts.
         full: Those with every unit transplanted.
         prior: How much each unit was expected to matter; None if the algorithm does not ask.
-        path: What it asked, in order.
-        num_candidates: How many units there were to choose from; of a search among blocks, those blocks too.
-        num_recorded: How many of the tests were in the journal already.
-        num_unneeded: How many more tests were made ahead of time, in vain.
-        num_asked: How many prompts the tests asked, recorded tests included.
-        num_prompts: How many they would have asked without early verdicts.
+        path: The selections asked, in order.
+        num_candidates: Units to choose from, including the blocks of a search among blocks.
+        num_recorded: Tests that were in the journal already.
+        num_unneeded: Further tests that were made ahead of time, in vain.
+        num_asked: Prompts asked by the tests, including recorded ones.
+        num_prompts: Prompts that they would have asked without early verdicts.
         seconds: Wall-clock time.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -20,20 +20,20 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.bench import MAX_CONTRASTS, Bench
+from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Search, thrift
-from dapa_merge.search.workers import Foresight, Test, Workers, in_order, make_bench, start_workers
+from dapa_merge.search.workers import Oracle, Test, in_order, make_bench, names_of, start_workers
 
 Prior = Mapping[Unit, float]
-Likely = Callable[[Mapping[frozenset[Unit], bool], int], list[frozenset[Unit]]]
 
 
 @dataclass(frozen=True)
 class Session:
-    """What every step of one search needs and none owns."""
+    """What every step of one search needs, and none owns."""
 
     recipe: Recipe
     plan: Plan
@@ -69,16 +69,16 @@ def search(session: Session) -> Search:
     """
     start = time.monotonic()
     plan, bench, journal = session.plan, session.bench, session.journal
-    target = measure_baseline(session, "target", ())
-    full = measure_baseline(session, "full transplant", plan.units)
-    limits = limits_between(session, target, full)
+    target = _baseline(session, "target", ())
+    full = _baseline(session, "full transplant", plan.units)
+    limits = _limits(session, target, full)
     recorded = frozenset(journal.tests)
     if recorded:
         LOG.info(f"{len(recorded)} tests are in the journal already")
     bench.require(limits).learn(piece for test in journal.tests.values() for piece in _pieces(test))
     try:
         with closing(start_workers(session.recipe, plan, bench, limits, session.options)) as workers:
-            oracle = _Oracle(journal, workers)
+            oracle = Oracle(journal, workers)
             minimum, prior, num_candidates = _minimum(session, oracle, limits, target, full)
     except (SearchInterrupted, SearchStopped) as stop:
         best = f"the best selection so far: {spans(join(plan, stop.best.units))}"
@@ -95,7 +95,7 @@ def search(session: Session) -> Search:
         target,
         full,
         prior,
-        _path(session, oracle, target, full),
+        tuple(_path(session, oracle, target, full)),
         num_candidates,
         num_recorded=len(oracle.asked.keys() & recorded),
         num_unneeded=len(set(journal.tests) - recorded - oracle.asked.keys()),
@@ -108,7 +108,7 @@ def search(session: Session) -> Search:
     return found
 
 
-def measure_baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
+def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     """All figures of the target with some units, from the journal if they are there.
 
     Raises:
@@ -128,7 +128,7 @@ def measure_baseline(session: Session, name: str, units: Sequence[Unit]) -> Base
     return baseline
 
 
-def limits_between(session: Session, target: Baseline, full: Baseline) -> Requirement:
+def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     """What a selection must meet.
 
     Raises:
@@ -152,45 +152,8 @@ def limits_between(session: Session, target: Baseline, full: Baseline) -> Requir
     return limits
 
 
-class _Oracle:
-    """Answers the questions of delta debugging, each by a test of the workers that is written to the journal.
-
-    Attributes:
-        asked: What was asked, by the names of the units.
-    """
-
-    def __init__(self, journal: Journal, workers: Workers[Unit, Test]) -> None:
-        self.asked: dict[frozenset[str], frozenset[Unit]] = {}
-        self._journal = journal
-        self._workers = workers
-
-    def among(self, units: Sequence[Unit], likely: Likely) -> Callable[[frozenset[Unit]], bool]:
-        """The oracle of a search among some units; `likely` says what to test ahead of its questions."""
-        names = {str(unit): unit for unit in units}
-        answers = {
-            frozenset(names[name] for name in selection): test["holds"]
-            for selection, test in self._journal.tests.items()
-            if selection <= names.keys()
-        }
-        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
-        answers |= {frozenset(): False, frozenset(units): True}
-        foresight = Foresight(self._workers, likely, self._settle, answers)
-
-        def holds(selection: frozenset[Unit]) -> bool:
-            self.asked[_names(selection)] = selection
-            return foresight.holds(selection)
-
-        return holds
-
-    def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
-        self._journal.record(_names(selection), test)
-        why = f": {test['complaint']}" if test["complaint"] else ""
-        LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
-        return bool(test["holds"])
-
-
 def _minimum(
-    session: Session, oracle: _Oracle, limits: Requirement, target: Baseline, full: Baseline
+    session: Session, oracle: Oracle, limits: Requirement, target: Baseline, full: Baseline
 ) -> tuple[Minimum[Unit], Prior | None, int]:
     """Search among the plan's units and then, if the recipe says so, among blocks of those kept.
 
@@ -199,7 +162,7 @@ def _minimum(
     """
     recipe, plan = session.recipe, session.plan
     units = _preferred(session, oracle)
-    prior = weigh(session, plan.units, "prior", target, full)
+    prior = _weigh(session, plan.units, "prior", target, full)
     LOG.info(f"searching among {len(units)} units for the few that keep a {limits.measure} of {limits.min_score:.3f}")
     minimum = _minimize(session, oracle, units, prior)
     if recipe.granularity == "layer" or not minimum.one_minimal:
@@ -209,14 +172,14 @@ def _minimum(
         return minimum, prior, len(plan.units)
     of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
     LOG.info(f"searching among {len(blocks)} units that are {of_what} of them")
-    finer_prior = weigh(session, blocks, f"prior of {recipe.granularity}", target, full)
+    finer_prior = _weigh(session, blocks, f"prior of {recipe.granularity}", target, full)
     finer = _minimize(session, oracle, blocks, finer_prior, num_free=1)
     # All blocks together are what was found before: one test, not two.
-    oracle.asked.pop(_names(blocks), None)
+    oracle.asked.pop(names_of(blocks), None)
     return finer, prior, len(plan.units) + len(blocks)
 
 
-def _preferred(session: Session, oracle: _Oracle) -> tuple[Unit, ...]:
+def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
     """The units of the preferred module, if they are enough, or all."""
     units, prefer = session.plan.units, session.recipe.prefer
     preferred = tuple(unit for unit in units if unit.module == prefer)
@@ -228,7 +191,7 @@ def _preferred(session: Session, oracle: _Oracle) -> tuple[Unit, ...]:
     return preferred if is_enough else units
 
 
-def weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
+def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
     """Attribution's scores, from the journal if they are there, because a search must take the same way again.
 
     Returns:
@@ -243,7 +206,8 @@ def weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, 
         scores = None
         try:
             with task("weighing the units by one backward pass", 2 * MAX_CONTRASTS, "responses"):
-                found = session.bench.attribute(units, target.responses, full.responses)
+                limit = session.bench.meter.batch_size.limit
+                found = effects_between(session.bench.live, units, target.responses, full.responses, limit)
             scores = {str(unit): score for unit, score in found.items()}
         except (ValueError, CheckpointError, DoesNotFit) as error:
             LOG.info(f"searching without a prior, because {error}")
@@ -252,7 +216,7 @@ def weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, 
 
 
 def _minimize(
-    session: Session, oracle: _Oracle, units: tuple[Unit, ...], prior: Prior | None, *, num_free: int = 0
+    session: Session, oracle: Oracle, units: tuple[Unit, ...], prior: Prior | None, *, num_free: int = 0
 ) -> Minimum[Unit]:
     """Delta debugging among some units; `num_free` of its tests do not count."""
     recipe = session.recipe
@@ -264,26 +228,18 @@ def _minimize(
     return minimize(units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, max_tests=left)
 
 
-def _path(session: Session, oracle: _Oracle, target: Baseline, full: Baseline) -> tuple[Asked, ...]:
-    path = []
+def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:
     for name, units in oracle.asked.items():
         test = session.journal.tests.get(name)
-        # What is not a test, of nothing and of everything, was measured before.
-        known = (bool(units), (full if units else target).score)
-        holds, score = (bool(test["holds"]), _score(test, session.bench)) if test else known
-        path.append(Asked(tuple(in_order(units)), holds, score))
-    return tuple(path)
-
-
-def _score(test: Test, bench: Bench) -> float | None:
-    asked = [piece for piece in _pieces(test) if piece.kind == bench.score_constraint.check]
-    num_prompts = sum(piece.num_prompts for piece in asked)
-    return 1 - sum(piece.num_wrong for piece in asked) / num_prompts if num_prompts else None
+        if test is None:
+            # Nothing and everything are not tested: they were measured before.
+            yield Asked(tuple(in_order(units)), bool(units), (full if units else target).score)
+            continue
+        asked = [piece for piece in _pieces(test) if piece.kind == session.bench.constraints[0].check]
+        num_prompts = sum(piece.num_prompts for piece in asked)
+        score = 1 - sum(piece.num_wrong for piece in asked) / num_prompts if num_prompts else None
+        yield Asked(tuple(in_order(units)), bool(test["holds"]), score)
 
 
 def _pieces(test: Test) -> list[Piece]:
     return [Piece(**piece) for piece in test["pieces"]]
-
-
-def _names(units: Collection[Unit]) -> frozenset[str]:
-    return frozenset(map(str, units))

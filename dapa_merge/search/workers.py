@@ -1,11 +1,8 @@
-"""Several candidates at once: the search runs as if alone, and other workers test what it will probably ask next.
+"""Who tests the selections of a search: this process, or Ray actors with a target each.
 
-The outcome is exactly the sequential one: `minimize` asks one question after the other, and gets the same answers;
-some are merely there already. Ray (an extra) is the engine: on one machine or a cluster, it keeps the workers alive.
-
-What a recipe does not say about its run, because other machines have something else.
-
-Who tests the selections of a search: this process, or Ray actors with a target each.
+With several workers the search runs as if alone, and the idle ones test what it will probably ask next. The outcome is
+exactly the sequential one: `minimize` asks one question after the other and gets the same answers; some are merely
+there already. Ray (an extra) keeps the workers alive, on one machine or a cluster.
 """
 
 from __future__ import annotations
@@ -17,120 +14,169 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from contextlib import ExitStack, redirect_stdout, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from io import StringIO
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any
+
+import torch
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
+from dapa_merge.measure.meter import search_meter
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import Bench
+from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Requirement, settings_of
 
-if TYPE_CHECKING:
-    from dapa_merge.measure.prompts.sets import PromptSet
-    from dapa_merge.search.bench import Bench
-
-
-U = TypeVar("U", bound=Hashable)
-V = TypeVar("V")
-V_co = TypeVar("V_co", covariant=True)
-
+Selection = frozenset[Unit]
+# The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
+Test = Mapping[str, Any]
 # How often Ray starts a lost worker again, and gives it its test again, before the search gives up.
 MAX_RESTARTS = 3
 CONNECT_SECONDS = 10
 
 
-class Workers(Protocol[U, V_co]):
-    """Who tests selections, several at a time; outlives one search among some units, and serves the next."""
-
-    @property
-    def number(self) -> int:
-        """How many selections are tested at once."""
-        ...
-
-    @property
-    def running(self) -> Collection[frozenset[U]]:
-        """The selections that are being tested."""
-        ...
-
-    def submit(self, selection: frozenset[U]) -> None:
-        """Begin a test."""
-        ...
-
-    def wait(self) -> tuple[frozenset[U], V_co]:
-        """The next test that is done, and its outcome."""
-        ...
-
-
-class Foresight(Generic[U, V]):
-    """Answers a search's questions, and keeps the workers busy with those that it will probably ask next.
+class Oracle:
+    """Answers the questions of delta debugging by tests, each of which is written to the journal.
 
     Attributes:
-        answers: Every answer so far, the unasked ones included.
+        asked: The selections asked, by the names of their units.
     """
 
-    def __init__(
-        self,
-        workers: Workers[U, V],
-        foresee: Callable[[Mapping[frozenset[U], bool], int], list[frozenset[U]]],
-        settle: Callable[[frozenset[U], V], bool],
-        answers: Mapping[frozenset[U], bool],
-    ) -> None:
-        """Make an oracle for `minimize`.
-
-        Args:
-            workers: Who tests; some may still be busy for an earlier search.
-            foresee: Given all answers, the selections that the search will ask next, the certain one first.
-            settle: Called once with every outcome, as it comes; gives the answer.
-            answers: What is known before.
-        """
-        self.answers = dict(answers)
+    def __init__(self, journal: Journal, workers: InProcess | RayWorkers) -> None:
+        self.asked: dict[frozenset[str], Selection] = {}
+        self._journal = journal
         self._workers = workers
-        self._foresee = foresee
-        self._settle = settle
 
-    def holds(self, selection: frozenset[U]) -> bool:
-        """The answer to a question; waits for it if need be."""
-        while selection not in self.answers:
-            self._submit(selection)
-            done, outcome = self._workers.wait()
-            self.answers[done] = self._settle(done, outcome)
-        return self.answers[selection]
-
-    def _submit(self, selection: frozenset[U]) -> None:
-        """Give every idle worker a test: first what is asked now, then what is likeliest to be asked."""
-        workers = self._workers
-        if selection not in workers.running and len(workers.running) < workers.number:
-            workers.submit(selection)
-        if len(workers.running) >= workers.number:
-            return
-        for likely in self._foresee(self.answers, workers.number + len(workers.running)):
-            if likely not in workers.running and len(workers.running) < workers.number:
-                workers.submit(likely)
-
-
-class RayWorkers(Generic[U, V]):
-    """Ray actors, each of which holds what it needs for a test, such as a model, for as long as it lives.
-
-    An actor that dies is replaced by Ray, and its test asked again.
-    """
-
-    def __init__(
-        self, make: Callable[[int], Callable[[frozenset[U]], V]], number: int | None, *, uses_gpu: bool
-    ) -> None:
-        """Start the workers; they load what they need while the search goes on.
+    def among(
+        self, units: Sequence[Unit], likely: Callable[[Mapping[Selection, bool], int], list[Selection]]
+    ) -> Callable[[Selection], bool]:
+        """The oracle of a search among some units; workers may still be busy for an earlier search.
 
         Args:
-            make: Called in each worker, once, with the number of its threads: makes what tests a selection.
-            number: How many workers; None for one on each GPU of the cluster or, without GPUs, one on each node.
+            units: All that the search may ask about.
+            likely: Given all answers, so many selections that the search will ask next, the certain one first. Workers
+                that would be idle test them ahead of time.
+        """
+        names = {str(unit): unit for unit in units}
+        answers: dict[Selection, bool] = {
+            frozenset(names[name] for name in selection): test["holds"]
+            for selection, test in self._journal.tests.items()
+            if selection <= names.keys()
+        }
+        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
+        answers |= {frozenset(): False, frozenset(units): True}
+        workers = self._workers
+
+        def submit(selection: Selection) -> None:
+            if selection not in workers.running and len(workers.running) < workers.number:
+                workers.submit(selection)
+
+        def holds(selection: Selection) -> bool:
+            self.asked[names_of(selection)] = selection
+            while selection not in answers:
+                submit(selection)
+                if len(workers.running) < workers.number:
+                    for other in likely(answers, workers.number + len(workers.running)):
+                        submit(other)
+                done, test = workers.wait()
+                answers[done] = self._record(done, test)
+            return answers[selection]
+
+        return holds
+
+    def _record(self, selection: Selection, test: Test) -> bool:
+        self._journal.record(names_of(selection), test)
+        why = f": {test['complaint']}" if test["complaint"] else ""
+        LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
+        return bool(test["holds"])
+
+
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
+    """The test bench of a recipe.
+
+    Raises:
+        UsageError: If the recipe's evaluator or the device is absent, or workers cannot share the evaluator.
+    """
+    if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
+        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
+    meter = search_meter(recipe, prompts, options)
+    told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
+    return Bench(plan, meter, options.device, settings_of(recipe), told)
+
+
+def start_workers(
+    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
+) -> InProcess | RayWorkers:
+    """Start what tests the selections of a search; the caller closes it."""
+    if not options.uses_ray:
+        return InProcess(bench)
+    # Other machines, other folders, and hours later: the same weights all the same.
+    recipe = with_pinned_models(recipe, plan)
+    file = options.evaluator_file
+    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
+    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
+    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
+
+
+def _make_tester(
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
+) -> Callable[[Selection], Test]:
+    """Called in a worker: loads a target of its own there."""
+    torch.set_num_threads(num_threads)
+    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
+    bench = make_bench(recipe, plan, prompts, options)
+    bench.require(limits)
+    return functools.partial(_test, bench)
+
+
+def _test(bench: Bench, selection: Selection) -> Test:
+    began = time.monotonic()
+    verdict = bench.examine(in_order(selection))
+    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
+
+
+class InProcess:
+    """Tests one selection at a time, here."""
+
+    number = 1
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.running: list[Selection] = []
+
+    def submit(self, selection: Selection) -> None:
+        self.running.append(selection)
+
+    def wait(self) -> tuple[Selection, Test]:
+        selection = self.running.pop()
+        with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
+            return selection, _test(self._bench, selection)
+
+    def close(self) -> None:
+        """Do nothing: the bench is its owner's."""
+
+
+class RayWorkers:
+    """Ray actors that keep a model for as long as they live; Ray replaces one that dies, and asks its test again."""
+
+    def __init__(
+        self, make: Callable[[int], Callable[[Selection], Test]], number: int | None, *, uses_gpu: bool
+    ) -> None:
+        """Start the workers, which load their models while the search goes on.
+
+        Args:
+            make: Called once in each worker, with its number of threads; makes the function that tests a selection.
+            number: None for one on each GPU of the cluster or, without GPUs, on each node.
             uses_gpu: Whether each worker gets a GPU of its own.
 
         Raises:
@@ -138,11 +184,11 @@ class RayWorkers(Generic[U, V]):
         """
         ray = import_ray()
         self._ray = ray
-        self._stdout = ExitStack()
-        # Where Ray tells of lost workers, in the middle of what is another program's input.
-        self._stdout.enter_context(redirect_stdout(sys.stderr))
+        # Ray tells of lost workers on stdout, in the middle of what is another program's input.
+        self._stdout = redirect_stdout(sys.stderr)
+        self._stdout.__enter__()
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[frozenset[U], Any]] = {}
+        self._busy: dict[Any, tuple[Selection, Any]] = {}
         self._began_here = not ray.is_initialized()
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -153,7 +199,7 @@ class RayWorkers(Generic[U, V]):
                 _check_reachable(address)
                 ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
             except Exception as error:
-                self._stdout.close()
+                self._stdout.__exit__(None, None, None)
                 raise UsageError(f"Ray does not start with address {address}: {one_line(error)}") from error
         hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         num_gpus = int(sum(host.get("GPU", 0) for host in hosts))
@@ -178,14 +224,14 @@ class RayWorkers(Generic[U, V]):
             worker.load.remote()
 
     @property
-    def running(self) -> Collection[frozenset[U]]:
+    def running(self) -> Collection[Selection]:
         return {selection for selection, _ in self._busy.values()}
 
-    def submit(self, selection: frozenset[U]) -> None:
+    def submit(self, selection: Selection) -> None:
         actor = self._idle.pop()
         self._busy[actor.test.remote(selection)] = (selection, actor)
 
-    def wait(self) -> tuple[frozenset[U], V]:
+    def wait(self) -> tuple[Selection, Test]:
         """The next test that is done.
 
         Raises:
@@ -201,9 +247,8 @@ class RayWorkers(Generic[U, V]):
                 raise error.cause from error
             raise
         except self._ray.exceptions.RayActorError as error:
-            raise UsageError(
-                f"a worker was lost for good, after up to {MAX_RESTARTS} restarts: {one_line(error)}"
-            ) from error
+            lost = f"a worker was lost for good, after up to {MAX_RESTARTS} restarts"
+            raise UsageError(f"{lost}: {one_line(error)}") from error
         self._idle.append(actor)
         return selection, outcome
 
@@ -216,18 +261,18 @@ class RayWorkers(Generic[U, V]):
             self._idle, self._busy = [], {}
             if self._began_here:
                 self._ray.shutdown()
-        self._stdout.close()
+        self._stdout.__exit__(None, None, None)
 
 
 class _Actor:
-    """Lives in a process of its own."""
+    """A worker, in a process of its own."""
 
-    def __init__(self, make: Callable[[int], Callable[[frozenset[Any]], Any]], num_threads: int) -> None:
+    def __init__(self, make: Callable[[int], Callable[[Selection], Any]], num_threads: int) -> None:
         self._make = make
         self._num_threads = num_threads
 
     @cached_property
-    def _tester(self) -> Callable[[frozenset[Any]], Any]:
+    def _tester(self) -> Callable[[Selection], Any]:
         # Not in `__init__`: a fault there would be a lost worker to Ray, and its sentence would be lost too.
         return self._make(self._num_threads)
 
@@ -236,7 +281,7 @@ class _Actor:
         with suppress(Exception):
             _ = self._tester
 
-    def test(self, selection: frozenset[Any]) -> Any:
+    def test(self, selection: Selection) -> Any:
         return self._tester(selection)
 
 
@@ -264,86 +309,16 @@ def _check_reachable(address: str) -> None:
             pass
 
 
-# What became of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
-Test = Mapping[str, Any]
-
-
-def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
-    """The test bench of a recipe; it loads the target when that is needed.
-
-    Raises:
-        UsageError: If the recipe's evaluator or the device is not there, or workers cannot go by the evaluator.
-    """
-    from dapa_merge.measure.meter import search_meter
-    from dapa_merge.search.bench import Bench
-
-    if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
-        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
-    meter = search_meter(recipe, prompts, options)
-    return Bench(
-        plan, meter, options.device, settings_of(recipe), lambda: LOG.info(f"loading the target {plan.target.name}")
-    )
-
-
-class InProcess:
-    """Tests one selection at a time, here."""
-
-    number = 1
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self.running: list[frozenset[Unit]] = []
-
-    def submit(self, selection: frozenset[Unit]) -> None:
-        self.running.append(selection)
-
-    def wait(self) -> tuple[frozenset[Unit], Test]:
-        selection = self.running.pop()
-        with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
-            return selection, _test(self._bench, selection)
-
-    def close(self) -> None:
-        """Nothing to let go of; the bench is its owner's."""
-
-
-def start_workers(
-    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
-) -> InProcess | RayWorkers[Unit, Test]:
-    """Whoever tests the selections of a search: this process, or Ray actors with a target of their own each."""
-    if not options.uses_ray:
-        return InProcess(bench)
-    # Other machines, other folders, and hours later: the same weights all the same.
-    recipe = with_pinned_models(recipe, plan)
-    file = options.evaluator_file
-    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
-    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
-    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
-
-
-def _make_tester(
-    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
-) -> Callable[[frozenset[Unit]], Test]:
-    """Called in a worker: loads a target of its own there."""
-    import torch
-
-    torch.set_num_threads(num_threads)
-    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
-    bench = make_bench(recipe, plan, prompts, options)
-    bench.require(limits)
-    return functools.partial(_test, bench)
-
-
-def _test(bench: Bench, selection: frozenset[Unit]) -> Test:
-    began = time.monotonic()
-    verdict = bench.examine(in_order(selection))
-    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
-
-
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
-    """Always the same order, in which every process transplants."""
+    """The order in which every process transplants."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
 
 
+def names_of(units: Collection[Unit]) -> frozenset[str]:
+    """The names of units, by which a journal knows them."""
+    return frozenset(map(str, units))
+
+
 def note_of(what: str, units: Iterable[Unit]) -> str:
-    """A journal's name of what was measured with some units, short however many they are."""
+    """The name of a journal's note on some units, short however many they are."""
     return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

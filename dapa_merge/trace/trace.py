@@ -30,8 +30,8 @@ from dapa_merge.progress import LOG, advance, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.charts import draw_all, plotting
-from dapa_merge.search.attribution import Contrast, attribute, sides_of
-from dapa_merge.search.bench import MAX_BACKWARD, Bench
+from dapa_merge.search.attribution import MAX_BACKWARD, Contrast, attribute, sides_of
+from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import settings_of
@@ -81,15 +81,10 @@ class Session:
     What takes long is in the folder's journal, or in a file of its own, before it is used.
 
     Attributes:
-        recipe: What is traced.
         chosen: The recipe's plan.
         plan: The same models, with the units of all modules.
         meter: Measures responses as the search does.
         edit_meter: Measures edits: DSR as in a report, whatever the search goes by, and skills.
-        out: The folder.
-        wanted: How to trace.
-        options: Where to evaluate, and where the journal of the search is.
-        journal: The folder's.
     """
 
     recipe: Recipe

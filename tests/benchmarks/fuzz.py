@@ -58,7 +58,7 @@ def blind(kind: str, number: int, arguments: argparse.Namespace, folder: str) ->
     ]
     outcomes: Counter[str] = Counter()
     with multiprocessing.Pool(arguments.processes) if arguments.processes else nullcontext() as pool:
-        # Without processes of its own in this one.
+        # Without processes of its own, the work is done here.
         for counted in (pool.imap_unordered if pool else map)(try_chunk, chunks):
             outcomes += counted
     seconds = time.perf_counter() - started

@@ -59,7 +59,7 @@ def arguments(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_script_runs(name, arguments, capsys):
     if name == "search_cost":
-        pytest.importorskip("picire", reason="of the extra dev", exc_type=ImportError)
+        pytest.importorskip("picire")
     main = importlib.import_module(name).main
     more = arguments[name]() if name in arguments else []
     try:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import answer, call, change_tensor, configuration, write_few
+import transformers
+from conftest import ARCHITECTURES, SHAPE, answer, call, change_tensor, configuration, save_random, write_few
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from test_both_paths import assert_paths_agree
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
@@ -118,6 +120,14 @@ def test_mergekit_writes_the_same_bytes(repaired, models, tmp_path):
     ours, theirs = open_checkpoint(str(out)), open_checkpoint(str(tmp_path / "out"))
     for name, tensor in ours.tensors.items():
         assert read_bytes(ours, tensor) == read_bytes(theirs, theirs.tensors[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "MixtralForCausalLM"])
+def test_every_path_agrees_on_fused_projections_and_experts(architecture, tmp_path, write_recipe):
+    kind, changes = ARCHITECTURES[architecture]
+    config = getattr(transformers, kind)(**{**SHAPE, **changes})
+    pretrained = save_random(tmp_path / "pretrained", config, seed=3, dtype=torch.float32)
+    assert_paths_agree(architecture, tmp_path, write_recipe, edit="toy", pretrained=str(pretrained), layers='"1,3"')
 
 
 def test_verify_proves_the_result_and_names_a_tensor_that_is_wrong(repaired, tmp_path):

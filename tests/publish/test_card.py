@@ -213,7 +213,7 @@ def test_what_is_no_result_has_no_card(llama_pair, tmp_path):
     for folder in (llama_pair[0], tmp_path / "nothing"):
         ran = call("card", folder)
         assert ran.exit_code == 2
-        assert "is no result" in ran.stderr
+        assert "not a result" in ran.stderr
 
 
 def test_a_damaged_report_is_told(copied):

@@ -3,7 +3,7 @@
 import pytest
 
 from dapa_merge.errors import UsageError
-from dapa_merge.publish.parents import License, given_license, inherited, license_in
+from dapa_merge.publish.options import License, given_license, inherited, license_in
 
 APACHE = License("apache-2.0")
 PLACE = "https://huggingface.co/a/b/blob/main"

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Response
-from dapa_merge.search.requirement import CONSTRAINTS, Examiner, Piece, requirement
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.search.requirement import CONSTRAINTS, Examiner, Floor, Piece, Requirement, requirement
 
 
 def measured(score: float, over_refusal: float = 0.0, perplexity: float = 10.0) -> dict[str, float]:
@@ -71,9 +72,14 @@ class Candidate:
             kind: sum(map(sum, pieces)) / sum(map(len, pieces)) if pieces else 0.0
             for kind, pieces in self.refusals.items()
         }
-        return measured(shares["harmful"], shares["harmless"], self.perplexity_value)
+        answered = [not refused for piece in self.refusals["harmless"] for refused in piece]
+        figures = measured(shares["harmful"], shares["harmless"], self.perplexity_value)
+        return {**figures, "answered": sum(answered) / len(answered)}
 
 
+ANSWERED = Floor(
+    "answered", "min_answered", lambda _target, _full, least: least, "answers", "harmless", Outcome.COMPLIED
+)
 COSTS = {"perplexity": 1.0, "harmful": 100.0, "harmless": 100.0}
 REQUIREMENT = required(min_score=0.75, max_over_refusal=0.25, max_perplexity=11.0)
 
@@ -162,12 +168,14 @@ pieces = st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, m
 
 @given(
     st.lists(st.tuples(pieces, pieces, st.floats(9, 12)), min_size=1, max_size=6),
-    st.floats(0, 1),
-    st.floats(0, 1),
+    st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
     st.randoms(use_true_random=False),
 )
-def test_an_early_verdict_is_always_the_full_one(candidates, min_score, max_over_refusal, generator):
+def test_an_early_verdict_is_always_the_full_one(candidates, limits, generator):
+    min_score, max_over_refusal, min_answered = limits
     wanted = required(min_score=min_score, max_over_refusal=max_over_refusal, max_perplexity=11.0)
+    # A second limit on the same prompts.
+    wanted = Requirement((*wanted.limits, (ANSWERED, min_answered)))
     harmful_sizes, harmless_sizes = ([len(piece) for piece in kind] for kind in candidates[0][:2])
     early, full = (
         Examiner(

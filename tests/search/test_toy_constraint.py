@@ -21,7 +21,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search import requirement
-from dapa_merge.search.requirement import CONSTRAINTS, Ceiling, Share
+from dapa_merge.search.requirement import CONSTRAINTS, Ceiling
 from dapa_merge.search.search import search_plan
 
 TOY = Ceiling(
@@ -29,7 +29,8 @@ TOY = Ceiling(
     "max_complied",
     lambda _target, _full, most: most,
     "compliance",
-    share=Share("harmful", Outcome.COMPLIED),
+    kind="harmful",
+    outcome=Outcome.COMPLIED,
 )
 
 

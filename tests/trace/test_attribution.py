@@ -265,6 +265,7 @@ def test_a_batch_that_breaks_off_half_way_is_not_counted_twice(random_live, monk
     expected = attribute(random_live, CONTRASTS, batch_size=BatchSize(64))
     fail_in_dot(monkeypatch, 9, torch.OutOfMemoryError("too large"))
     batch_size, done = BatchSize(64), []
+    monkeypatch.setattr("dapa_merge.search.attribution.advance", lambda amount, _: done.append(amount))
     effects = attribute(random_live, CONTRASTS, batch_size=batch_size)
     assert effects == nearly(expected)
     assert batch_size.limit == len(CONTRASTS)

@@ -86,9 +86,10 @@ def test_the_influence_of_a_unit_is_what_replacing_its_weights_by_hand_does(rand
             assert found.hidden[number, index] == pytest.approx(relative, abs=1e-5)
 
 
-def test_the_passes_are_counted_from_each_units_layer_on(random_live):
+def test_the_passes_are_counted_from_each_units_layer_on(random_live, monkeypatch):
     units = random_live.plan.units[::4]
     progress = []
+    monkeypatch.setattr("dapa_merge.trace.influence.advance", lambda amount, _: progress.append(amount))
     found = influence(random_live, pairs_of(random_live), units, batch_size=BatchSize(2))
     # Three prompts of two rows, alone and with a unit of each of the layers 0 to 3.
     assert found.num_passes == pytest.approx(6 * (1 + 1 + 3 / 4 + 2 / 4 + 1 / 4))

@@ -1,0 +1,158 @@
+"""A user's options for publishing: the destination, the license and the card. Nothing here asks the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.errors import UsageError
+
+# The Hub's word for a license that is not in its list; a name then says which it is.
+OTHER = "other"
+KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
+NAME = re.compile(r"[\w][\w .,:;+&/()'-]{0,120}")
+LINK = re.compile(r"https?://[^\s()<>\"'\[\]]{1,500}")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where to publish, and how.
+
+    Attributes:
+        repository: Its id.
+        private: Create it as private; refuse one that exists and is public.
+        branch: None for the default branch.
+        create_pr: Open a pull request rather than commit.
+        tag: A tag for the commit.
+        replaces: Whether another model may be replaced.
+        message: Of the commit; None for one that says what it is.
+    """
+
+    repository: str
+    private: bool = False
+    branch: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    replaces: bool = False
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """A user's statements about a card; None leaves what was stated before, or else what the files say.
+
+    Attributes:
+        title: The model's id on the Hub.
+        license: The license that it is published under.
+        target: Where the target is published, if the recipe names a folder.
+        source: Where the source is published, if the recipe names a folder.
+    """
+
+    title: str | None = None
+    license: License | None = None
+    target: Location | None = None
+    source: Location | None = None
+
+    def to_said(self) -> dict[str, str]:
+        """Plain texts, to be kept in the card."""
+        license = self.license.to_metadata() if self.license else {}
+        said = {"title": self.title, **license, "target": self.target, "source": self.source}
+        return {name: str(value) for name, value in said.items() if value}
+
+
+@dataclass(frozen=True)
+class License:
+    """A license as the metadata of a model card states it.
+
+    Attributes:
+        key: The Hub's identifier, as `apache-2.0`.
+        name: Its name, where the identifier is `other`.
+        link: The address of its text.
+    """
+
+    key: str
+    name: str | None = None
+    link: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.key})" if self.name else self.key
+
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """Equal for two statements of one license."""
+        if self.key.lower() != OTHER:
+            return self.key.lower(), None
+        return OTHER, self.name.lower() if self.name else self.link
+
+    def to_metadata(self) -> dict[str, str]:
+        """Keys and values of a card's metadata."""
+        found = {"license": self.key, "license_name": self.name, "license_link": self.link}
+        return {key: value for key, value in found.items() if value}
+
+
+def license_in(metadata: Mapping[str, Any], address: str) -> License | None:
+    """The license that a card's metadata states; None if it states none.
+
+    Args:
+        metadata: Of the card.
+        address: Of the model's files, for a link to one of them; empty for a folder.
+    """
+    key = metadata.get("license")
+    key = key[0] if isinstance(key, list) and len(key) == 1 else key
+    if not isinstance(key, str) or not KEY.fullmatch(key) or key == "unknown":
+        return None
+    name, link = metadata.get("license_name"), metadata.get("license_link")
+    if isinstance(link, str) and "://" not in link:
+        link = f"{address}/{link.removeprefix('./')}" if address else None
+    # A stranger wrote it, and it goes into a page of ours.
+    return License(
+        key,
+        name if isinstance(name, str) and NAME.fullmatch(name) else None,
+        link if isinstance(link, str) and LINK.fullmatch(link) else None,
+    )
+
+
+def given_license(key: str | None, name: str | None, link: str | None) -> License | None:
+    """The license that the command line states.
+
+    Raises:
+        UsageError: If it cannot stand in a card.
+    """
+    if key is None:
+        if name or link:
+            raise UsageError("--license-name and --license-link belong to --license; name the license with that")
+        return None
+    for option, value, pattern in (("", key, KEY), ("-name", name, NAME), ("-link", link, LINK)):
+        if value is not None and not pattern.fullmatch(value):
+            raise UsageError(f"--license{option} is {value[:80]!r}, which cannot stand in a card")
+    if key == OTHER and not name:
+        raise UsageError("--license other says nothing without --license-name; give its name, and --license-link")
+    return License(key, name, link)
+
+
+def inherited(parents: Sequence[tuple[str, License | None]]) -> License | None:
+    """The one license of all parents; None if one of them states none.
+
+    Args:
+        parents: Name and license of each.
+
+    Raises:
+        UsageError: If two licenses differ, or theirs has no name that the Hub would take.
+    """
+    stated = [(name, license) for name, license in parents if license is not None]
+    for name, license in stated[1:]:
+        first, its = stated[0]
+        if license.identity != its.identity:
+            raise UsageError(
+                f"{first} is under {its} and {name} under {license}; say under which license the result may be "
+                f"published with --license (and --license-name, --license-link)"
+            )
+    if len(stated) < len(parents):
+        return None
+    name, license = stated[0]
+    if license.key.lower() == OTHER and not license.name:
+        raise UsageError(f"the card of {name} calls its license `other` without a name; give one with --license-name")
+    return license

@@ -78,6 +78,11 @@ class Edit(ABC):
         return f"the {self.name}"
 
     @property
+    def provenance(self) -> str:
+        """Words for changed units in the answer of `verify`."""
+        return f"by the edit {self.name}"
+
+    @property
     def note(self) -> str:
         """A sentence for the page of a comparison; empty for the usual edit."""
         models = {name: f"the {word}" for name, word in MODELS.items()}
@@ -182,6 +187,7 @@ class Blend(Edit):
     """Moves the target's values towards the source's."""
 
     name = "blend"
+    provenance = "a blend with the source"
 
     def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values["source"] - values["target"]
@@ -206,6 +212,7 @@ class Copy(Blend):
     verb = "replaced"
     origin = "source"
     result = "the source's"
+    provenance = "from the source"
     note = ""
 
     def how(self, models: Mapping[str, str]) -> str:

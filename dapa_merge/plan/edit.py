@@ -114,7 +114,8 @@ class Edit(ABC):
 
         if self.copies is not None and values[self.copies].dtype == dtype:
             return values[self.copies]
-        precise = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+        is_double = any(values[name].dtype == torch.float64 for name in self.inputs)
+        precise = torch.float64 if is_double else torch.float32
         inputs = {name: values[name].to(precise) for name in self.inputs}
         exact = self.exact(inputs)
         result = exact.to(dtype)

@@ -1,42 +1,50 @@
-"""Files that appear under their names only when they are complete.
+"""Files on disk: complete or absent, locked against other processes, appended to line by line, in resumable folders.
 
-Whether a file is still what it was, told without reading it.
-
-The kernel's lock on an open file: it keeps others out until the file is closed or the process ends.
-
-Folders that a command fills step by step, and goes on with: whose they are, and which pictures in them.
+Nothing here knows of models. A kill, a full disk or a power cut at any moment leaves the old content, the new content,
+or a record without its last line.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, BinaryIO
+
+from filelock import FileLock, Timeout
 
 from dapa_merge.errors import DapaError, UsageError
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What some cluster file systems answer, which have no locks unless they are mounted so.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# What is answered where a file system has no hard links.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+CHECK_DIGITS = 12
+PICTURES = (".png", ".svg")
+# What the names of the charts of a run begin with, which lie among a model's own files.
+CHART_PREFIX = "dapa_"
+JOURNAL_BEGINS = b'{"journal":'
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[str], None]]:
-    """Make sure of a file before the work that would be lost if its answer could not be written.
+    """Reserve a new text file before the work whose answer it will hold.
 
     Yields:
-        What writes the whole text; the file is there once it returns. It raises `DapaError` if that cannot be.
+        Writes the whole text; the file is there once it returns. It raises `DapaError` if that fails.
 
     Raises:
-        UsageError: If the file exists, or its folder does not, or cannot be written to.
+        UsageError: If the file exists, or its folder is absent or cannot be written.
     """
-    # Beside it, since only a file of the same disk can be given its name in one step.
-    beside = path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+    beside = _beside(path)
     try:
-        with suppress(FileNotFoundError):
-            os.lstat(path)
-            raise UsageError(f"{path} exists already; name another file or remove it")
+        _refuse_existing(path)
         file = beside.open("x", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
@@ -58,7 +66,7 @@ def new_file(path: Path) -> Iterator[Callable[[str], None]]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in the place of another, complete or not at all.
+    """Replace a file, completely or not at all.
 
     Raises:
         DapaError: If it cannot be written.
@@ -67,12 +75,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files in the place of others, which belong together: where the disk has no room for all, none is replaced.
+    """Replace files that belong together; if the disk has no room for all, none is replaced.
 
     Raises:
         DapaError: If one cannot be written.
     """
-    beside = {path: path.with_name(f".dapa-merge-{secrets.token_hex(8)}") for path in contents}
+    beside = {path: _beside(path) for path in contents}
     path = next(iter(contents))
     try:
         for path, content in contents.items():
@@ -90,16 +98,99 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
                 new.unlink(missing_ok=True)
 
 
+def _beside(path: Path) -> Path:
+    """A temporary name in the same folder: only a file of the same disk can be renamed in one step."""
+    return path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[BinaryIO]:
+    """Write a new binary file, unbuffered; it is flushed to disk and gets its name at the end of the block.
+
+    Until then it is hidden next to `path`. What a killed process left there is overwritten.
+
+    Raises:
+        UsageError: If `path` exists, another process is writing it, or it cannot be written or does not fit.
+    """
+    path = Path(os.path.abspath(path))
+    hidden = hidden_path(path, ".partial")
+    # O_NOFOLLOW: whatever waits under the hidden name is ours, or not a regular file.
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    with ExitStack() as stack:
+        try:
+            _refuse_existing(path)
+            busy = f"{path} is being written by another process; wait for it"
+            stack.enter_context(held(hidden_path(path, ".lock"), busy))
+            file = stack.enter_context(os.fdopen(os.open(hidden, flags, 0o666), "r+b", buffering=0))
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
+        try:
+            yield file
+            os.fsync(file.fileno())
+            _name(hidden, path)
+            flush_folder(path.parent)
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise UsageError(f"no space left on the disk of {path}; nothing was kept") from error
+            raise
+        finally:
+            with suppress(OSError):
+                hidden.unlink()
+
+
+def clear_leftover(path: Path) -> None:
+    """Remove what a killed process left of a staged file; if its process is alive, nothing."""
+    path = Path(os.path.abspath(path))
+    with suppress(OSError, UsageError), held(hidden_path(path, ".lock"), "in use"):
+        hidden_path(path, ".partial").unlink()
+
+
+def hidden_path(path: Path, suffix: str) -> Path:
+    """A hidden name next to `path` that follows from its name, and is short however long that is."""
+    return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}{suffix}")
+
+
+def _refuse_existing(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.lstat(path)
+        raise UsageError(f"{path} exists already; name another file or remove it")
+
+
+def _name(hidden: Path, path: Path) -> None:
+    """Give a complete file its name, unless another file got it meanwhile."""
+    try:
+        # A rename would replace what is there; a link cannot.
+        os.link(hidden, path)
+    except FileExistsError:
+        _refuse_existing(path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        _refuse_existing(path)
+        hidden.rename(path)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def file_state(path: Path, *, counts_links: bool = True) -> list[int]:
-    """What changes when a file does: its size, the times of its last changes, and its inode; of a link, its target's.
+    """Size, times of change and inode of a file, or of a link's target: they change when the file does.
 
     Args:
         path: The file.
-        counts_links: Take the time at which anything of it changed, its number of names too. Programs can set the other
-            time back, as `tar` and `rsync` do, but not this one.
+        counts_links: Include the time of the last change of anything, the number of names among it. Programs such as
+            `tar` and `rsync` can set the other time back, but not this one.
 
     Raises:
-        OSError: If there is none.
+        OSError: If the file is absent.
     """
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ino, *([found.st_ctime_ns] if counts_links else [])]
@@ -112,90 +203,157 @@ def write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
-# What some cluster file systems answer, which have no locks unless they are mounted so.
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-# Windows locks bytes, and lets nobody read them: one far behind the content of any file that is locked there.
-LOCKED_BYTE = 1 << 30
+@contextmanager
+def held(lock: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file; the lock ends with the process, however that ends, and the file with the block.
 
-
-def take_lock(descriptor: int, *, shared: bool = False, waits: bool = False) -> bool:
-    """Lock an open file or folder.
-
-    Where the file system has no locks it counts as locked: two at once are not noticed there. Windows has neither
-    shared locks nor locks on folders.
+    Where the file system has no locks it counts as held: two processes at once are not noticed there.
 
     Args:
-        descriptor: The open file.
-        shared: Let others have it too, if they share it.
-        waits: Wait until whoever has it lets go.
-
-    Returns:
-        False if another has it.
+        lock: The file.
+        busy: The error's sentence if another process holds it; None to wait for that process.
 
     Raises:
-        OSError: If it cannot be locked for another reason.
+        UsageError: If another process holds it.
+        OSError: If the file cannot be made.
     """
-    if sys.platform == "win32":
-        return shared or _take_byte(descriptor, waits)
-    import fcntl
-
-    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if waits else fcntl.LOCK_NB)
+    # The soft lock of file systems without locks would outlive a killed process on another machine.
+    holding = FileLock(lock, fallback_to_soft=False)
+    lock.parent.stat()  # filelock would make it.
     try:
-        fcntl.flock(descriptor, how)
-    except BlockingIOError:
-        return False
+        holding.acquire(timeout=-1 if busy is None else 0)
+    except Timeout:
+        raise UsageError(busy or f"{lock} is held") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-    return True
-
-
-def is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has this name: who had the lock before may have given it another."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except OSError:
-        return False
-
-
-def _take_byte(descriptor: int, waits: bool) -> bool:
-    if sys.platform != "win32":
-        raise NotImplementedError
-    import msvcrt
-
-    os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
-    try:
-        msvcrt.locking(descriptor, msvcrt.LK_LOCK if waits else msvcrt.LK_NBLCK, 1)
-    except OSError:
-        return False
+        yield
     finally:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-    return True
+        # Before it is released: filelock takes no lock on a file that lost its name.
+        with suppress(OSError):
+            lock.unlink()
+        holding.release()
 
 
-PICTURES = (".png", ".svg")
-# What the names of the charts of a run begin with, which lie among a model's own files.
-CHART_PREFIX = "dapa_"
-JOURNAL_BEGINS = b'{"journal":'
+class Record:
+    """An append-only file of JSON objects, one a line, each on disk before `append` returns.
+
+    Each line ends with `check`, the beginning of the SHA-256 of the check of the line before and the rest of its own
+    line. So a line that is torn, altered, missing or another record's is seen. Processes that append to the same record
+    hold a lock meanwhile, and `read` first.
+
+    Attributes:
+        path: The file; absent until the first `append`.
+        fault: The number of the first complete line that is not sound, from 1, and what is wrong with it; None if
+            all are.
+        tail: What follows the last sound line: nothing, the line that a kill tore, or everything from the fault on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fault: tuple[int, str] | None = None
+        self.tail = b""
+        self._check = ""
+        self._num_lines = 0
+        self._num_bytes = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Read the objects that follow those already read, up to the first line that is torn or altered.
+
+        Raises:
+            OSError: If the file cannot be read.
+        """
+        content, start = b"", self._num_bytes
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read()
+        self.fault = None
+        entries = []
+        for line in content.split(b"\n")[:-1]:
+            entry = self._parse(line)
+            if self.fault is not None:
+                break
+            entries.append(entry)
+        self.tail = content[self._num_bytes - start :]
+        return entries
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        """Write an object down, in the place of what is not sound, and flush it to disk.
+
+        Raises:
+            OSError: If it cannot be written; what was written before is kept.
+        """
+        line, check = record_line(entry, self._check)
+        # One that was removed meanwhile is not begun again in the middle.
+        flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0) | (0 if self._num_bytes else os.O_CREAT)
+        with os.fdopen(os.open(self.path, flags, 0o666), "ab", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size > self._num_bytes:
+                file.truncate(self._num_bytes)
+            write_all(file, line)
+            os.fsync(file.fileno())
+        self.tail = b""
+        self._pass(line, check)
+
+    def cut(self) -> None:
+        """Cut off what follows the last sound line."""
+        if self.tail:
+            os.truncate(self.path, self._num_bytes)
+            self.tail = b""
+
+    def forget(self) -> None:
+        """Begin anew: the next `append` replaces everything."""
+        self._check, self._num_lines, self._num_bytes = "", 0, 0
+
+    def _parse(self, line: bytes) -> dict[str, Any]:
+        """Take the next line; sets `fault` if it is not sound."""
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        check: Any = entry.pop("check", None) if isinstance(entry, dict) else None
+        number = self._num_lines + 1
+        if entry is None:
+            self.fault = number, "it is not JSON"
+        elif not isinstance(entry, dict):
+            self.fault = number, "it is not a JSON object"
+        elif (line + b"\n", check) != record_line(entry, self._check):
+            self.fault = number, "its check does not match"
+        else:
+            self._pass(line + b"\n", check)
+            return entry
+        return {}
+
+    def _pass(self, line: bytes, check: str) -> None:
+        self._check, self._num_lines = check, self._num_lines + 1
+        self._num_bytes += len(line)
+
+
+def record_line(entry: Mapping[str, Any], last_check: str = "") -> tuple[bytes, str]:
+    """A line of a record, and its check."""
+    check = hashlib.sha256(last_check.encode() + plain_json(entry)).hexdigest()[:CHECK_DIGITS]
+    return plain_json({**entry, "check": check}) + b"\n", check
+
+
+def plain_json(content: object) -> bytes:
+    """JSON in the one form that digests are made of."""
+    return json.dumps(content, separators=(",", ":")).encode()
 
 
 def check_folder(out: Path, is_own: Callable[[Path], bool], kind: str) -> None:
-    """Make sure that a folder is new, empty, or one of the command's own, and can be written.
+    """Raise `UsageError` unless a folder is new, empty or the command's own, and can be written.
 
     Args:
         out: The folder.
-        is_own: Whether an existing one is such a folder.
-        kind: What it is a folder of, for messages.
-
-    Raises:
-        UsageError: If it is not.
+        is_own: Whether an existing folder is the command's own.
+        kind: What the folder is of, for messages.
     """
     try:
         if out.exists() and not is_own(out) and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"{out} exists and is no folder of a {kind}; name another or remove it")
+            raise UsageError(f"{out} exists and is not the folder of a {kind}; name another or remove it")
         place = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
         if not place.is_dir():
-            raise UsageError(f"{out} cannot be made: {place} is no folder; name another folder")
+            raise UsageError(f"{out} cannot be made: {place} is not a folder; name another folder")
         if not os.access(place, os.W_OK):
             raise UsageError(f"{out} cannot be written: {os.strerror(errno.EACCES)}; name another folder")
     except OSError as error:
@@ -203,10 +361,10 @@ def check_folder(out: Path, is_own: Callable[[Path], bool], kind: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, if it is not there.
+    """Make a folder, if absent.
 
     Raises:
-        UsageError: If that cannot be.
+        UsageError: If it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -215,7 +373,7 @@ def make_folder(path: Path) -> None:
 
 
 def begins_journal(path: Path) -> bool:
-    """Whether something is a file that begins as a journal does.
+    """Whether a path is a file that begins like a journal.
 
     Raises:
         OSError: If it cannot be read.
@@ -227,14 +385,14 @@ def begins_journal(path: Path) -> bool:
 
 
 def forget_pictures(folder: Path, beginnings: tuple[str, ...]) -> None:
-    """Remove the pictures of an earlier run, whose names begin so; others in the folder are somebody else's."""
+    """Remove pictures whose names begin so, of an earlier run; others in the folder are somebody else's."""
     for path in folder.iterdir():
         if path.suffix in PICTURES and path.name.startswith(beginnings) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def remove_pictures(folder: Path, names: Iterable[str]) -> None:
-    """Remove the pictures of these names, without their endings.
+    """Remove the pictures of these names, which have no suffix.
 
     Raises:
         OSError: If one cannot be removed.

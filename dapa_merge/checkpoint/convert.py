@@ -28,6 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import platformdirs
+
 from dapa_merge.checkpoint.folder import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAMES,
@@ -41,7 +43,7 @@ from dapa_merge.checkpoint.header import read_header, read_json
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
 from dapa_merge.errors import CheckpointError, UsageError, one_line
-from dapa_merge.files import file_state
+from dapa_merge.files import file_state, held
 
 if TYPE_CHECKING:
     import torch
@@ -58,16 +60,13 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
     Raises:
         UsageError: If the cache cannot be written, or its disk is full.
     """
-    import platformdirs
-    from filelock import FileLock
-
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(platformdirs.user_cache_dir("dapa-merge")) / kind / key
     unfinished = folder.with_name(f"{key}.unfinished")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # The kernel's lock, which ends with its process: what is unfinished now is nobody's.
-        with FileLock(folder.with_name(f"{key}.lock")):
+        with held(folder.with_name(f"{key}.lock")):
             if not folder.exists():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()

@@ -21,10 +21,9 @@ import os
 import re
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import INDEX_NAME
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
-from dapa_merge.files import take_lock, write_all
+from dapa_merge.files import Record, held, write_all
 from dapa_merge.hub_client import api, asking, fault, is_id
 from dapa_merge.progress import advance
 
@@ -301,17 +300,18 @@ class SparseFile:
         """
         self.path = path
         self.num_bytes = num_bytes
-        self._record = record_of(path)
+        self._record = Record(record_of(path))
+        self._present = RangeSet()
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(path.parent):
+            with self._held():
                 if not path.is_file() or path.stat().st_size != num_bytes:
                     # Nothing that was recorded is true of the file that is made now.
-                    self._record.unlink(missing_ok=True)
+                    record_of(path).unlink(missing_ok=True)
                     with path.open("wb") as file:
                         file.truncate(num_bytes)
-                self._present = RangeSet(_read_record(self._record, num_bytes))
+                self._read()
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise CheckpointError(f"cannot keep a file of {num_bytes} bytes as {path}: {reason}") from error
@@ -350,11 +350,19 @@ class SparseFile:
 
     def _note(self, descriptor: int, start: int, stop: int) -> None:
         os.fsync(descriptor)
-        with self._lock:
-            # In one call, and after a line break, so that what a killed process left of a line spoils no other.
-            with self._record.open("ab", buffering=0) as file:
-                file.write(b"\n" + _line(start, stop) + b"\n")
+        with self._lock, self._held():
+            # Another process may download the same file.
+            self._read()
+            self._record.append({"start": start, "stop": stop})
             self._present.add(start, stop)
+
+    def _read(self) -> None:
+        for entry in self._record.read():
+            if 0 <= entry["start"] < entry["stop"] <= self.num_bytes:
+                self._present.add(entry["start"], entry["stop"])
+
+    def _held(self) -> AbstractContextManager[None]:
+        return held(record_of(self.path).with_suffix(".lock"))
 
 
 def record_of(path: Path) -> Path:
@@ -365,38 +373,6 @@ def record_of(path: Path) -> Path:
 def known_size(path: Path) -> int | None:
     """The size of the remote file that a sparse file stands for, or None if there is none here."""
     return path.stat().st_size if path.is_file() and record_of(path).is_file() else None
-
-
-def _line(start: int, stop: int) -> bytes:
-    text = b"%d %d" % (start, stop)
-    return b"%s %08x" % (text, zlib.crc32(text))
-
-
-def _read_record(path: Path, num_bytes: int) -> Iterator[Range]:
-    """The ranges of a record; a line that is not whole does not count."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            start, stop = (int(number) for number in line.split()[:2])
-        except ValueError:
-            continue
-        if line == _line(start, stop) and 0 <= start < stop <= num_bytes:
-            yield start, stop
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the kernel's lock on a folder, which ends with the process however it ends."""
-    if os.name == "nt":  # A folder cannot be opened there: two first downloads at once may fetch a range twice.
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        take_lock(descriptor, waits=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # How often in a row a request may bring nothing before the download is given up.

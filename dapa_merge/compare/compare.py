@@ -14,7 +14,7 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
@@ -33,11 +33,11 @@ from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.files import (
     begins_journal,
     check_folder,
+    held,
     make_folder,
     remove_pictures,
     replace_file,
     replace_files,
-    take_lock,
 )
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
@@ -69,8 +69,6 @@ class Compared:
     """A comparison.
 
     Attributes:
-        rows: The recipes that could be measured.
-        summary: The content of `summary.json`.
         is_written: Whether tables and pictures were written; not if that would lose rows of an earlier run.
         fault: The fault of the first recipe that could not be measured, for the caller to raise.
     """
@@ -150,13 +148,9 @@ class Tables:
     never the tables.
 
     Attributes:
-        out: The folder.
-        wanted: What is compared.
-        rows: The rows so far.
         failures: The faults of other recipes, by name.
         is_written: Whether the folder holds the latest tables.
         drawn: Pictures by name, each with what it shows.
-        told: Faults of pictures that were told already.
     """
 
     out: Path
@@ -297,7 +291,6 @@ class Owner:
     """The place of a row's recipe.
 
     Attributes:
-        path: Without links and dots.
         seen_from_folder: Relative to the comparison's folder, so that both can be moved together.
     """
 
@@ -376,12 +369,11 @@ def locked(out: Path) -> Iterator[None]:
     Raises:
         UsageError: If the folder cannot be written.
     """
-    try:
-        file = (out / ROWS_NAME / LOCK_NAME).open("ab")
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
-    with file:
-        take_lock(file.fileno(), waits=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(out / ROWS_NAME / LOCK_NAME))
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}; name another folder") from error
         yield
 
 

@@ -11,9 +11,10 @@ from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import RecipeError, Stopped, UsageError
-from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, apply_to_copy, revert
+from dapa_merge.patch.apply import apply_in_place, apply_to_copy, revert
 from dapa_merge.patch.extract import differing_settings, extract
 from dapa_merge.patch.file import Patch, read_patch
+from dapa_merge.patch.undo import UNDO_NAME
 from dapa_merge.plan.selection import RECIPE_NAME
 from dapa_merge.progress import task
 from dapa_merge.recipe.parse import load_recipe

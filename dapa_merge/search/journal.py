@@ -10,18 +10,15 @@ is cut off, and its test asked again.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.files import take_lock
+from dapa_merge.files import Record, held, plain_json, record_line
 
 FORMAT = 1
-CHECK_DIGITS = 12
 
 
 class JournalUnavailable(UsageError):
@@ -62,17 +59,19 @@ class Journal:
         self._place = place
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
-        self._file: IO[bytes] | None = None
-        self._last_check = ""
+        self._record: Record | None = None
+        self._lock = ExitStack()
         if path is None:
             return
-        self._file = _open(path)
+        check_writable(path)
+        busy = f"another {kind} is writing the journal {path}; wait for it, or name another {place}"
         try:
-            if not take_lock(self._file.fileno()):
-                raise JournalUnavailable(
-                    f"another {kind} is writing the journal {path}; wait for it, or name another {place}"
-                )
-            self._read(dict(parts or {}))
+            try:
+                self._lock.enter_context(held(path.with_name(f"{path.name}.lock"), busy))
+            except UsageError as error:
+                raise JournalUnavailable(str(error)) from None
+            self._record = Record(path)
+            self._read(self._record, dict(parts or {}))
         except OSError as error:
             self.close()
             raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
@@ -91,36 +90,27 @@ class Journal:
         self.notes[name] = value
 
     def close(self) -> None:
-        """Close the file, which unlocks it."""
-        file, self._file = self._file, None
-        if file is not None:
-            # Closing tries once more to write what did not fit on the disk, which was told before.
-            with suppress(OSError):
-                file.close()
+        """Unlock the file."""
+        self._record = None
+        self._lock.close()
 
     def _append(self, content: Mapping[str, Any]) -> None:
-        if self._file is None:
+        if self._record is None:
             return
         try:
-            line, check = _line(content, self._last_check)
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._last_check = check
+            self._record.append(content)
         except OSError as error:
             raise JournalUnavailable(
                 f"cannot write the journal {self.path}: {error.strerror}; what was tested before is kept"
             ) from error
 
-    def _read(self, parts: dict[str, str]) -> None:
-        assert self._file is not None
+    def _read(self, record: Record, parts: dict[str, str]) -> None:
         header = {"journal": FORMAT, "parts": parts}
-        self._file.seek(0)
-        content = self._file.read()
-        *lines, torn = content.split(b"\n")
-        if not lines and not _line(header, "")[0].startswith(torn):
+        entries = record.read()
+        if record.fault is not None:
+            raise self._damaged(*record.fault)
+        if not entries and not record_line(header)[0].startswith(record.tail):
             raise self._damaged(1, "it is not a journal")
-        entries = [self._parse(line, number) for number, line in enumerate(lines, 1)]
         if entries:
             self._check_owner(entries[0], parts)
         for number, entry in enumerate(entries[1:], 2):
@@ -132,23 +122,9 @@ class Journal:
             else:
                 raise self._damaged(number, "it is neither a test nor a note")
         # Only now that it is known to be ours is anything changed.
-        if torn:
-            self._file.truncate(len(content) - len(torn))
+        record.cut()
         if not entries:
             self._append(header)
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._damaged(number, "it is not JSON") from None
-        if not isinstance(entry, dict):
-            raise self._damaged(number, "it is not a JSON object")
-        check = entry.pop("check", None)
-        if (line + b"\n", check) != _line(entry, self._last_check):
-            raise self._damaged(number, "its check does not match")
-        self._last_check = check
-        return entry
 
     def _check_owner(self, header: Mapping[str, Any], parts: Mapping[str, str]) -> None:
         found = header.get("parts")
@@ -169,29 +145,15 @@ class Journal:
 
 def check_writable(path: Path) -> None:
     """Raise `JournalUnavailable` unless a file can be written to; it is made if absent."""
-    _open(path).close()
-
-
-def name_of(parts: Mapping[str, str]) -> str:
-    """A file name that only searches with the same parts share."""
-    return hashlib.sha256(_plain(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"
-
-
-def _open(path: Path) -> IO[bytes]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():
             raise JournalUnavailable(f"cannot write the journal {path}: it is not a regular file")
-        return path.open("a+b")
+        path.open("ab").close()
     except OSError as error:
         raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror or error}") from error
 
 
-def _line(content: Mapping[str, Any], last_check: str) -> tuple[bytes, str]:
-    """A line of the file, and its check."""
-    check = hashlib.sha256(last_check.encode() + _plain(content)).hexdigest()[:CHECK_DIGITS]
-    return _plain({**content, "check": check}) + b"\n", check
-
-
-def _plain(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":")).encode()
+def name_of(parts: Mapping[str, str]) -> str:
+    """A file name that only searches with the same parts share."""
+    return hashlib.sha256(plain_json(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"

@@ -2,19 +2,17 @@
 
 Whoever has the result can check it against this without the target and the source; whoever has these too can prove that
 it is the target plus exactly the parts that the manifest says.
-
-Values out of JSON or YAML that anybody may have written, taken only for what they have to be.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import Digests
@@ -50,12 +48,28 @@ class Origin:
     commit: str | None
 
 
+def _inside(name: str) -> str:
+    """A path whose every part is a plain name: none leads out of the folder, on any system."""
+    if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable() or set("\\:") & set(name):
+        raise ValueError("not a path inside the folder")
+    return name
+
+
+def _filled(boxes: tuple[Box, ...] | None) -> tuple[Box, ...] | None:
+    if not boxes or any(not 0 <= first < stop < 1 << 62 for box in boxes for first, stop in box):
+        raise ValueError("not parts of a tensor")
+    return boxes
+
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 @dataclass(frozen=True)
 class File:
     """What a file of a result must be."""
 
-    num_bytes: int
-    sha256: str
+    num_bytes: Annotated[int, Field(alias="bytes", ge=0, lt=1 << 62)]
+    sha256: Sha256
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,8 @@ class ChangedTensor:
     """
 
     file: str
-    sha256: str
-    boxes: tuple[Box, ...] | None
+    sha256: Sha256
+    boxes: Annotated[tuple[Box, ...] | None, AfterValidator(_filled), Field(alias="changed")] = None
 
 
 @dataclass(frozen=True)
@@ -165,97 +179,40 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: If there is none, or it is not one of this format.
     """
     path = folder / MANIFEST_NAME
+    raw = read_json(path, max_bytes=MAX_BYTES)
+    if raw.get("format") != FORMAT:
+        raise _wrong(path, f"is of format {raw.get('format')!r:.40}, not {FORMAT}")
     try:
-        content = read_json(path, max_bytes=MAX_BYTES)
-        if content.get("format") != FORMAT:
-            raise _wrong(path, f"is of format {content.get('format')!r:.40}, not {FORMAT}")
-        edit = make_edit(text_of(content.get("edit", "copy")), _number(content["strength"]))
-        files = {_file_name(name): _file(entry) for name, entry in content["files"].items()}
-        return Manifest(
-            version=text_of(content["version"]),
-            models={name: _origin(content[name]) for name in dict.fromkeys(("target", "source", *edit.inputs))},
-            edit=edit,
-            units=_units(content["units"]),
-            files=files,
-            tensors={name: _tensor(entry, files) for name, entry in content["tensors"].items()},
-        )
-    except KeyError as error:
-        raise _wrong(path, f"lacks {error}") from None
-    except (TypeError, AttributeError, OverflowError):
-        raise _wrong(path, "is damaged: something in it is of another kind than it should be") from None
+        content = _CONTENT.validate_json(json.dumps(raw), strict=True)
+        edit = make_edit(content.edit, content.strength)
+        names = dict.fromkeys(("target", "source", *edit.inputs))
+        models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise _wrong(path, f"is damaged: {key[:120]}: {fault['msg'][:120]}") from None
     except ValueError as error:
-        raise _wrong(path, f"is damaged ({str(error)[:160]})") from None
+        raise _wrong(path, f"is damaged: edit: {error}") from None
+    for name, tensor in content.tensors.items():
+        if tensor.file not in content.files:
+            raise _wrong(path, f"is damaged: tensors.{name[:60]}.file: {tensor.file[:60]!r} is not among the files")
+    return Manifest(content.version, models, edit, content.units, content.files, content.tensors)
 
 
 def _wrong(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}; take it from where the model was published")
 
 
-def _units(value: object) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r:.60} is no list of units")
-    return tuple(map(text_of, value))
+@dataclass(frozen=True)
+class _Content:
+    """What `dapa.json` holds, but for its models."""
+
+    version: str
+    strength: Annotated[float, Field(allow_inf_nan=False)]
+    units: tuple[str, ...]
+    files: Mapping[Annotated[str, AfterValidator(_inside)], File]
+    tensors: Mapping[str, ChangedTensor]
+    edit: str = "copy"
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{value!r:.60} is no number")
-    return float(value)
-
-
-def _count(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r:.60} is no count")
-    return value
-
-
-def _file_name(name: str) -> str:
-    """A path of which every part is a plain name: none leads out of the folder, on any system."""
-    parts = name.split("/")
-    if any(part in ("", ".", "..") for part in parts) or not name.isprintable() or set("\\:") & set(name):
-        raise ValueError(f"{name!r:.80} is no path inside the folder")
-    return name
-
-
-def _file(entry: Mapping[str, Any]) -> File:
-    return File(_count(entry["bytes"]), sha256_of(entry["sha256"]))
-
-
-def _origin(entry: Mapping[str, Any]) -> Origin:
-    return Origin(text_of(entry["model"]), None if entry["commit"] is None else text_of(entry["commit"]))
-
-
-def _tensor(entry: Mapping[str, Any], files: Mapping[str, File]) -> ChangedTensor:
-    if entry["file"] not in files:
-        raise ValueError(f"{entry['file']!r:.80} holds a tensor but is not among the files")
-    boxes = None
-    if "changed" in entry:
-        boxes = tuple(tuple((_count(first), _count(stop)) for first, stop in box) for box in entry["changed"])
-        if not boxes or any(first >= stop for box in boxes for first, stop in box):
-            raise ValueError(f"{entry['changed']!r:.80} are no parts of a tensor")
-    return ChangedTensor(entry["file"], sha256_of(entry["sha256"]), boxes)
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def text_of(value: object) -> str:
-    """A value that has to be a text, from a file that anybody may have written.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.60} is no text")
-    return value
-
-
-def sha256_of(value: object) -> str:
-    """A value that has to be a SHA-256 in small hexadecimal digits.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError(f"{value!r:.80} is no SHA-256")
-    return value
+_CONTENT, _MODELS = TypeAdapter(_Content), TypeAdapter(dict[str, Origin])

@@ -28,7 +28,7 @@ from dapa_merge.checkpoint.folder import INDEX_NAME, refuse_stray_link
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import CHART_PREFIX, PICTURES, file_state
+from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
@@ -42,7 +42,7 @@ from dapa_merge.transplant.shard import (
     link_file,
     write_file,
 )
-from dapa_merge.transplant.staging import Staging, flush_to_disk, staging, staging_folder
+from dapa_merge.transplant.staging import Staging, staging, staging_folder
 
 # Of the record of what is finished, and of how files are made: another version's are not gone on from.
 FORMAT = 2
@@ -52,6 +52,8 @@ NOT_COPIED = (
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
     "recipe.lock.yml",
 )  # fmt: skip
+# How the names of what commands leave in a model's folder begin: locks, undo files, unfinished files.
+OWN_STARTS = ".dapa-"
 MAX_THREADS = 8
 # A tokenizer has some 20 MB; whatever is much larger is no file of a model's settings.
 MAX_SMALL_BYTES = 1 << 30
@@ -116,7 +118,9 @@ def _small_files(target: Checkpoint) -> list[str]:
     names = []
     for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
         is_chart = path.name.startswith(CHART_PREFIX) and path.name.endswith(PICTURES)
-        if is_chart or (path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME):
+        if is_chart or path.name.startswith(OWN_STARTS):
+            continue
+        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
             continue
         if path.is_dir() and path.parent == target.folder:
             if path.name == TEMPLATES:
@@ -154,14 +158,14 @@ def _whole_job(
     """Everything that decides the bytes of a result's files, as JSON has it."""
     return {
         "format": FORMAT,
-        "target": identity(target, sorted(changes), linked),
+        "target": model_state(target, sorted(changes), linked),
         **job,
         "changes": {name: edits_digest(of_file) for name, of_file in changes.items() if of_file},
         "linked": sorted(linked),
     }
 
 
-def identity(checkpoint: Checkpoint, names: Sequence[str], linked: Collection[str] = ()) -> dict[str, Any]:
+def model_state(checkpoint: Checkpoint, names: Sequence[str], linked: Collection[str] = ()) -> dict[str, Any]:
     """Which files these are, as JSON has it.
 
     A snapshot of the Hub is known by its commit, since its files may have been fetched anew. The time at which anything
@@ -183,9 +187,7 @@ def _write_files(
 ) -> dict[str, Digests]:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
     stop = threading.Event()
-    num_large = sum(name not in linked and name not in made.record.files for name in target.shards)
-    hash_apart = num_large < (os.cpu_count() or 1)
-    files = dict(made.record.files)
+    files = dict(made.finished.files)
 
     def write(name: str) -> None:
         if stop.is_set():
@@ -198,9 +200,8 @@ def _write_files(
             link_file(target.path(name), path)
             files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
         else:
-            how = {"hash_apart": hash_apart, "hashes": hashes}
-            files[name] = write_file(target.path(name), path, changes[name], stop, **how)
-            made.record.finish(name, path, files[name])
+            files[name] = write_file(target.path(name), path, changes[name], stop, hashes=hashes)
+            made.finished.add(name, path, files[name])
 
     for name in changes:
         (made.folder / name).parent.mkdir(exist_ok=True)
@@ -236,12 +237,12 @@ def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
         with (made.folder / name).open("rb") as file:
             os.fsync(file.fileno())
     for folder in (*(path for path in made.folder.rglob("*") if path.is_dir()), made.folder):
-        flush_to_disk(folder, files=False)
+        flush_folder(folder)
     try:
         made.folder.rename(out)
     except OSError as error:
         raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
-    flush_to_disk(out.parent, files=False)
+    flush_folder(out.parent)
 
 
 def transplant(
@@ -286,7 +287,7 @@ def transplant(
 
     regions = list(plan.regions(selection))
     job: dict[str, Any] = {
-        name: identity(checkpoint, sorted({found[name].tensor.file for found in regions}))
+        name: model_state(checkpoint, sorted({found[name].tensor.file for found in regions}))
         for name, checkpoint in plan.others.items()
     }
     job["selection"] = list(units)

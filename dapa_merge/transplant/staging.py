@@ -1,42 +1,26 @@
-"""The hidden folder beside a result's final place, in which it is made and in which a killed run's work is found again.
+"""The hidden folder next to a result's final place, in which the result is made and a killed run's work is found again.
 
-Its name follows from the result's. Inside are `result`, which becomes the result by one rename; `record`, of the files
-that are finished; and `holder`, which says who is at work here and carries the kernel's lock. The lock ends with its
-process, however that ends.
-
-Who is at work in a folder: a file that carries the kernel's lock, and says which process has it.
-
-The record of a result in the making: which job it is, and which of its files are finished and on disk.
-
-A text file of JSON objects, one a line behind the beginning of its SHA-256; only ever appended to, each line flushed to
-the disk. The first line is the job: everything that decides the result's bytes. The others are files, each written down
-only after it is on disk itself. A last line without its end is what a kill leaves behind, and is cut off.
-
-A binary file that appears under its name complete and on disk, or not at all; and the kernel's lock on a file.
+Its name follows from the result's. It holds `result`, which becomes the result by one rename; `record`, which lists the
+finished files; `holder`, which names the process at work; and `lock`, which ends with that process.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import secrets
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.errors import HubError, Stopped, UsageError
-from dapa_merge.files import file_state, is_at, take_lock
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+from dapa_merge.files import DISK_FULL, Record, file_state, held, hidden_path
 
 
 @dataclass(frozen=True)
@@ -45,32 +29,31 @@ class Staging:
 
     Attributes:
         folder: What will be the result.
-        record: Its files that are finished.
+        finished: Its files that are complete and on disk.
     """
 
     folder: Path
-    record: Record
+    finished: FinishedFiles
 
 
 def staging_folder(out: Path) -> Path:
     """Where the result `out` is made."""
-    # A name that nobody else would give, and that is short whatever the length of the result's own.
-    return out.parent / f"{_prefix(out)}.partial"
+    return hidden_path(out, ".partial")
 
 
 @contextmanager
 def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
-    """The hidden folder of one result, for this process alone; what is finished in it, of the same job, is kept.
+    """Hold the hidden folder of one result; files that an earlier run of the same job finished are kept.
 
-    It stays if the fault is one after which the same job can go on: no space, no network, Ctrl-C. It is gone after a
-    success and after every other fault. What runs of other jobs left in it is cleared first.
+    The folder stays after a fault that passes, so that the same job can go on: no space, no network, Ctrl-C. After a
+    success and after every other fault it is gone.
 
     Args:
         out: The result's final place, absolute.
-        job: What decides the result's bytes, as JSON has it.
+        job: Everything that decides the result's bytes, as JSON has it.
 
     Raises:
-        UsageError: If another run holds it, it cannot be made, or the disk is full.
+        UsageError: If another run holds the folder, it cannot be made, or the disk is full.
         HubError: As raised inside, with what is kept.
     """
     parent = out.parent
@@ -78,167 +61,58 @@ def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
     place = staging_folder(out)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(out)
-        holder = Holder.take(place, out)
+        hold = _hold(place, out)
     except OSError as error:
-        raise UsageError(f"cannot write beside {out}: {error.strerror}") from error
+        raise UsageError(f"cannot write next to {out}: {error.strerror}") from error
     keep = False
+    finished: FinishedFiles | None = None
     try:
-        record: Record | None = None
-        try:
-            record = _open_record(place, job)
-            yield Staging(place / "result", record)
-        except KeyboardInterrupt as stop:
-            keep = record is None or bool(record.files)
-            raise Stopped(_kept(place, record)) from stop
-        except HubError as error:
-            keep = record is None or bool(record.files)
-            raise type(error)(f"{error}; {_kept(place, record)}") from error
-        except OSError as error:
-            # Without a record it is not known yet what earlier runs finished.
-            keep = record is None or bool(record.files)
-            if error.errno in DISK_FULL:
-                raise UsageError(f"no space left on the disk of {out}; {_kept(place, record)}") from error
-            raise
-        finally:
-            if record is not None:
-                record.close()
-            if keep and record is not None:
-                _remove_unfinished(place / "result", record)
+        finished = _open(place, job)
+        yield Staging(place / "result", finished)
+    except (KeyboardInterrupt, HubError, OSError) as fault:
+        # Before the record is read it is not known what earlier runs finished.
+        keep = finished is None or bool(finished.files)
+        kept = _kept(place, finished)
+        if isinstance(fault, KeyboardInterrupt):
+            raise Stopped(kept) from fault
+        if isinstance(fault, HubError):
+            raise type(fault)(f"{fault}; {kept}") from fault
+        if fault.errno in DISK_FULL:
+            raise UsageError(f"no space left on the disk of {out}; {kept}") from fault
+        raise
     finally:
         if not keep:
-            _discard(place)
-        holder.release()
+            _empty(place)
+        elif finished is not None:
+            _remove_unfinished(place / "result", finished)
+        hold.close()
         if not keep:
-            for empty in new_parents:
+            for folder in (place, *new_parents):
                 with suppress(OSError):
-                    empty.rmdir()
+                    folder.rmdir()
 
 
-def _open_record(place: Path, job: Mapping[str, Any]) -> Record:
-    result = place / "result"
-    record = Record(place / "record", job, result)
-    if record.files:
-        _remove_unfinished(result, record)
-    else:
-        shutil.rmtree(result, ignore_errors=True)
-    result.mkdir(exist_ok=True)
-    return record
-
-
-def _remove_unfinished(result: Path, record: Record) -> None:
-    """Give back the space of what has to be written anew."""
-    for path in [*result.rglob("*")]:
-        if not path.is_dir() and path.relative_to(result).as_posix() not in record.files:
-            path.unlink(missing_ok=True)
-
-
-def _kept(place: Path, record: Record | None) -> str:
-    if record is None:
-        return f"what {place} holds is kept"
-    if not record.files:
-        return "nothing was finished, so that nothing was kept"
-    size = sum(digests.num_bytes for digests in record.files.values()) / 1e9
-    return (
-        f"{len(record.files)} finished files ({size:.2f} GB) are kept in {place}, and the same command goes on from "
-        f"there"
-    )
-
-
-def _prefix(out: Path) -> str:
-    return f".dapa-merge-{hashlib.sha256(os.fsencode(out.name)).hexdigest()[:12]}"
-
-
-def _discard(place: Path) -> None:
-    """Remove a folder, of which another run may be waiting to make one of the same name."""
-    away = place.with_name(f"{place.stem}-{secrets.token_hex(4)}.partial")
-    try:
-        place.rename(away)
-    except OSError:  # Windows, where an open file holds it.
-        away = place
-    shutil.rmtree(away, ignore_errors=True)
-
-
-def _clear_leftovers(out: Path) -> None:
-    """Remove what was being removed when its run was killed."""
-    for leftover in out.parent.glob(f"{_prefix(out)}-*.partial"):
-        if not leftover.is_symlink() and not is_locked(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def flush_to_disk(folder: Path, *, files: bool = True) -> None:
-    """Fsync a folder's entries and, with `files`, the content of its files."""
-    if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
-        return
-    for path in [*(folder.rglob("*") if files else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-class Holder:
-    """This process's hold on a folder; it ends with `release`, or with the process."""
-
-    def __init__(self, descriptor: int) -> None:
-        """Take over an open and locked file."""
-        self._descriptor = descriptor
-
-    @classmethod
-    def take(cls, folder: Path, out: Path) -> Holder:
-        """Make a folder, or take up one that nobody holds.
-
-        Args:
-            folder: The folder to hold.
-            out: What to call it when it is held by another.
-
-        Raises:
-            UsageError: If another process holds it.
-            OSError: If it cannot be made.
-        """
+def _hold(place: Path, out: Path) -> ExitStack:
+    """Make the folder, or take up one that nobody holds; closing lets others have it."""
+    with ExitStack() as stack:
         while True:
-            folder.mkdir(exist_ok=True)
-            _refuse_strange(folder)
-            try:
-                descriptor = os.open(folder / "holder", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-            except FileNotFoundError:
-                continue  # It was removed meanwhile.
-            if not take_lock(descriptor):
-                who = _holder_name(descriptor)
-                os.close(descriptor)
-                raise UsageError(f"{out} is being made by {who}; wait for it, or name another folder")
-            if is_at(descriptor, folder / "holder"):
+            place.mkdir(exist_ok=True)
+            _refuse_strange(place)
+            busy = f"{out} is being made by another run{_holder(place)}; wait for it, or name another folder"
+            # The one who held it may remove the folder at this very moment.
+            with suppress(FileNotFoundError):
+                stack.enter_context(held(place / "lock", busy))
                 break
-            os.close(descriptor)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
-            os.ftruncate(descriptor, 0)
-            os.write(
-                descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
-            )
-        except OSError:
-            os.close(descriptor)
-            raise
-        return cls(descriptor)
-
-    def release(self) -> None:
-        """Let others have it."""
-        os.close(self._descriptor)
+        (place / "holder").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+        return stack.pop_all()
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process holds the lock on a folder itself, as earlier versions did; also if that cannot be told."""
+def _holder(place: Path) -> str:
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        return not take_lock(descriptor)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
+        return f" ({(place / 'holder').read_text()[:200]})"
+    except (OSError, ValueError):
+        return ""
 
 
 def _refuse_strange(folder: Path) -> None:
@@ -248,90 +122,85 @@ def _refuse_strange(folder: Path) -> None:
         raise UsageError(f"{folder} is not yours, and stands where the result is to be made; remove it")
 
 
-def _holder_name(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 1000, 0) if hasattr(os, "pread") else os.read(descriptor, 1000))
-        return f"another run (process {int(holder['pid'])} on {holder['host']}, since {holder['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another run"
+def _open(place: Path, job: Mapping[str, Any]) -> FinishedFiles:
+    result = place / "result"
+    finished = FinishedFiles(place / "record", job, result)
+    if finished.files:
+        _remove_unfinished(result, finished)
+    else:
+        shutil.rmtree(result, ignore_errors=True)
+    result.mkdir(exist_ok=True)
+    return finished
 
 
-CHECK_DIGITS = 16
+def _remove_unfinished(result: Path, finished: FinishedFiles) -> None:
+    """Free the space of files that have to be written again."""
+    for path in [*result.rglob("*")]:
+        if not path.is_dir() and path.relative_to(result).as_posix() not in finished.files:
+            path.unlink(missing_ok=True)
 
 
-class Record:
-    """The finished files of one job.
+def _empty(place: Path) -> None:
+    """Remove everything but the lock, which goes when it is released."""
+    for name in ("record", "holder"):
+        (place / name).unlink(missing_ok=True)
+    shutil.rmtree(place / "result", ignore_errors=True)
+
+
+def _kept(place: Path, finished: FinishedFiles | None) -> str:
+    if finished is None:
+        return f"what {place} holds is kept"
+    if not finished.files:
+        return "nothing was finished, so nothing was kept"
+    size = sum(digests.num_bytes for digests in finished.files.values()) / 1e9
+    return (
+        f"{len(finished.files)} finished files ({size:.2f} GB) are kept in {place}, and the same command goes on from "
+        f"there"
+    )
+
+
+class FinishedFiles:
+    """The record of one job: its first line is the job, the others are files, each written once it is on disk itself.
 
     Attributes:
         files: What each finished file is, by its name in the result.
     """
 
     def __init__(self, path: Path, job: Mapping[str, Any], folder: Path) -> None:
-        """Take up the record of this job, or begin one.
+        """Take up the record of this job, or begin one in the place of any other.
 
         Args:
-            path: The file. Whatever it holds but a sound record of this very job is forgotten.
-            job: What decides the result's bytes, as JSON has it.
-            folder: Where the result's files are; one that is not as the record has it is not finished.
+            path: The file.
+            job: Everything that decides the result's bytes, as JSON has it.
+            folder: Where the result's files are; a file that is not as the record has it is not finished.
 
         Raises:
             OSError: If it cannot be written.
         """
-        self.path = path
         self.files: dict[str, Digests] = {}
         self._lock = threading.Lock()
-        lines = read_lines(path)
-        if lines and lines[0] == json.loads(json.dumps({"job": job})):
-            self.files = finished_files(lines[1:], folder)
+        self._record = Record(path)
+        lines = self._record.read()
+        if lines[:1] == [json.loads(json.dumps({"job": job}))]:
+            self.files = _unchanged(lines[1:], folder)
         else:
-            path.unlink(missing_ok=True)
-            lines = []
-        self._file = path.open("ab", buffering=0)
-        if lines:
-            # What a kill left of a line would run into the next.
-            self._file.truncate(sum(len(_line(line)) for line in lines))
-        else:
-            self._append({"job": job})
+            self._record.forget()
+            self._record.append({"job": job})
 
-    def finish(self, name: str, path: Path, digests: Digests) -> None:
-        """Write down a file that is on disk, and be sure of it."""
-        content = {"file": name, "bytes": digests.num_bytes, "sha256": digests.sha256, "spans": dict(digests.spans)}
+    def add(self, name: str, path: Path, digests: Digests) -> None:
+        """Write down a file that is on disk."""
+        entry = {"file": name, "bytes": digests.num_bytes, "sha256": digests.sha256, "spans": dict(digests.spans)}
         with self._lock:
-            self._append({**content, "state": _state(path)})
+            self._record.append({**entry, "state": _state(path)})
             self.files[name] = digests
 
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
 
-    def _append(self, content: Mapping[str, Any]) -> None:
-        line = _line(content)
-        if self._file.write(line) != len(line):
-            # A disk that is full takes a part; the next write tells.
-            raise OSError(28, os.strerror(28), str(self.path))
-        os.fsync(self._file.fileno())
+def finished_files(place: Path) -> dict[str, Digests]:
+    """The files that the next run will take for finished, in a staging folder that nobody holds."""
+    return _unchanged(Record(place / "record").read()[1:], place / "result")
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a record; none if there is no record, or any line but the end of the last is damaged."""
-    try:
-        *lines, _torn = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            content = json.loads(line[CHECK_DIGITS + 1 :])
-        except (ValueError, RecursionError):
-            return []
-        if not isinstance(content, dict) or _line(content) != line + b"\n":
-            return []
-        found.append(content)
-    return found
-
-
-def finished_files(lines: Iterable[Mapping[str, Any]], folder: Path) -> dict[str, Digests]:
-    """What each finished file is, by its name: those that are in `folder` as the lines behind a record's first say."""
+def _unchanged(lines: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Digests]:
     return {
         line["file"]: Digests(line["bytes"], line["sha256"], line["spans"])
         for line in lines
@@ -339,87 +208,8 @@ def finished_files(lines: Iterable[Mapping[str, Any]], folder: Path) -> dict[str
     }
 
 
-def _line(content: Mapping[str, Any]) -> bytes:
-    plain = json.dumps(content, separators=(",", ":")).encode()
-    return hashlib.sha256(plain).hexdigest()[:CHECK_DIGITS].encode() + b" " + plain + b"\n"
-
-
 def _state(path: Path) -> list[int] | None:
     try:
         return None if path.is_symlink() else file_state(path)
     except OSError:
         return None
-
-
-# What is answered where a file system has no hard links.
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
-
-
-@contextmanager
-def staged_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, unbuffered; at the end of the block it is flushed to disk and gets its name.
-
-    Until then it is hidden beside `path`. What a killed process left of it there is written over.
-
-    Raises:
-        UsageError: If `path` exists, another process is about to make it, or it cannot be written or does not fit.
-    """
-    path = Path(os.path.abspath(path))
-    hidden = _hidden(path)
-    try:
-        _refuse_existing(path)
-        file = os.fdopen(os.open(hidden, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666), "r+b", buffering=0)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
-    with file:
-        if not take_lock(file.fileno()) or not is_at(file.fileno(), hidden):
-            raise UsageError(f"{path} is being written by another process; wait for it")
-        try:
-            file.truncate(0)
-            yield file
-            os.fsync(file.fileno())
-            _name(hidden, path)
-            flush_to_disk(path.parent, files=False)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UsageError(f"no space left on the disk of {path}; nothing was kept") from error
-            raise
-        finally:
-            with suppress(OSError):
-                hidden.unlink()
-
-
-def clear_leftover(path: Path) -> None:
-    """Remove what a killed process left of `path` beside it; of one that still runs, nothing."""
-    hidden = _hidden(Path(os.path.abspath(path)))
-    with suppress(OSError), os.fdopen(os.open(hidden, os.O_RDWR | _FLAGS), "r+b") as file:
-        if take_lock(file.fileno()) and is_at(file.fileno(), hidden):
-            hidden.unlink()
-
-
-# O_NOFOLLOW: what waits under the hidden name is ours, or it is no plain file.
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-
-def _hidden(path: Path) -> Path:
-    # A name that nobody else would give, and that is short whatever the length of the file's own.
-    return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}.partial")
-
-
-def _refuse_existing(path: Path) -> None:
-    if os.path.lexists(path):
-        raise UsageError(f"{path} exists already; name another file or remove it")
-
-
-def _name(hidden: Path, path: Path) -> None:
-    """Give a complete file its name, unless that came to be another's meanwhile."""
-    try:
-        # A rename would replace what is there; a link cannot.
-        os.link(hidden, path)
-    except FileExistsError:
-        _refuse_existing(path)
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        _refuse_existing(path)
-        hidden.rename(path)

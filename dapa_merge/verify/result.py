@@ -17,7 +17,7 @@ from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import new_file
-from dapa_merge.patch.apply import UNDO_NAME
+from dapa_merge.patch.undo import UNDO_NAME
 from dapa_merge.plan.plan import Plan, join, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import task

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,10 +26,11 @@ from workshop import train_all
 
 from dapa_merge import __version__
 from dapa_merge.errors import DapaError, UsageError
-from dapa_merge.files import take_lock
+from dapa_merge.files import held, replace_file
 from dapa_merge.search.identity import data_digest
 
 SETTINGS_FILE = "families.json"
+LOCK_FILE = ".families.lock"
 RECIPES = "recipes"
 
 
@@ -173,18 +173,12 @@ def _held(out: Path, settings: dict[str, object]) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.iterdir()) and not file_path.exists():
             raise UsageError(f"{out} holds other files, and no {SETTINGS_FILE}; name a new folder")
-        file = file_path.open("a+", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{out} cannot be written to: {error.strerror}; name another folder") from error
-    with file:
-        if not take_lock(file.fileno()):
-            raise UsageError(f"another run trains into {out}; wait for it, or name another folder")
-        file.seek(0)
-        found, wanted = file.read(), json.dumps(settings)
+    with held(out / LOCK_FILE, f"another run trains into {out}; wait for it, or name another folder"):
+        found, wanted = file_path.read_text("utf-8") if file_path.exists() else "", json.dumps(settings)
         if not found:
-            file.write(wanted)
-            file.flush()
-            os.fsync(file.fileno())
+            replace_file(file_path, wanted.encode())
         elif found != wanted:
             raise UsageError(f"{out} was trained with {found}, not with {wanted}; name another folder, or remove it")
         yield

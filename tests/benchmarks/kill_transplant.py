@@ -29,7 +29,7 @@ from pathlib import Path
 from tiny import parse
 from transplant import TINY_SHAPE, write_checkpoint
 
-from dapa_merge.transplant.staging import finished_files, read_lines, staging_folder
+from dapa_merge.transplant.staging import finished_files, staging_folder
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "run")
 # What a report says of its own time differs from run to run, and the manifest has the report's digest.
@@ -95,7 +95,7 @@ def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator
             continue
         done += 1
         place = staging_folder(out)
-        found = finished_files(read_lines(place / "record")[1:], place / "result")
+        found = finished_files(place)
         for name, recorded in found.items():
             digest = hashlib.sha256((place / "result" / name).read_bytes()).hexdigest()
             if digest != expected[name]:

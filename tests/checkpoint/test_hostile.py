@@ -320,7 +320,7 @@ from random import Random
 from hostile_checks import SOUND_INDEX, check_index, trap_folder
 from hostile_files import hostile_index
 from hostile_models import check_pair, empty
-import dapa_merge.checkpoint.verify, importlib.resources, torch
+import dapa_merge.verify.tensors, importlib.resources, torch
 
 own = os.getcwd()
 trap_folder(Path(own, "model"))

@@ -208,8 +208,9 @@ def test_an_existing_patch_is_never_written_over(result, base, tmp_path):
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_a_file_that_appears_while_the_patch_is_written_is_kept(result, base, tmp_path):
+def test_a_file_that_appears_while_the_patch_is_written_is_kept(result, base, tmp_path, monkeypatch):
     path = tmp_path / "patch.safetensors"
+    monkeypatch.setattr("dapa_merge.patch.extract.advance", lambda *_: path.write_text("precious"))
     one, other = open_checkpoint(str(result)), open_checkpoint(str(base))
     with pytest.raises(UsageError, match="exists already"):
         extract(one, other, path)

@@ -21,7 +21,7 @@ from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.transplant.result import transplant
-from dapa_merge.transplant.staging import read_lines
+from dapa_merge.transplant.staging import finished_files
 from dapa_merge.verify.tensors import verify
 
 
@@ -347,7 +347,7 @@ def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
             with contextlib.suppress(FileNotFoundError):
                 # In the midst of the weights, with at least one small file finished.
                 is_copying = (staging / "result" / "model.safetensors").stat().st_size > 0
-                if is_copying and len(read_lines(staging / "record")) > 1:
+                if is_copying and finished_files(staging):
                     os.kill(process.pid, signal.SIGSTOP)
                     return process
         assert process.poll() is None, "the copy ended before it could be stopped"
@@ -379,7 +379,7 @@ def test_ctrl_c_in_the_copy_keeps_what_is_finished_and_says_so(stopped_run):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     (staging,) = out.parent.iterdir()
-    finished = {line["file"] for line in read_lines(staging / "record")[1:]}
+    finished = set(finished_files(staging))
     assert {path.name for path in (staging / "result").iterdir()} == finished, "what is not finished takes space"
     (line,) = re.findall(r"^Error: stopped; (.*)$", errors.decode(), re.MULTILINE)
     assert re.fullmatch(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROWS, main, rows, train_families
+from families import LOCK_FILE, ROWS, main, rows, train_families
 from members import ARCHITECTURES, Member, fine_tuning, members, train_lora
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +16,7 @@ from yaml import safe_load
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
-from dapa_merge.files import take_lock
+from dapa_merge.files import held
 from dapa_merge.miniature.train import build_model, build_tokenizer, rounded
 from dapa_merge.recipe.parse import load_recipe
 
@@ -173,10 +173,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_two_runs_into_one_folder_are_refused(families):
-    with (families[0] / "families.json").open("a") as file:
-        assert take_lock(file.fileno())
-        with pytest.raises(UsageError, match="another run trains into"):
-            train_families(families[0], _tiny=True)
+    lock = held(families[0] / LOCK_FILE)
+    with lock, pytest.raises(UsageError, match="another run trains into"):
+        train_families(families[0], _tiny=True)
 
 
 def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path, monkeypatch, capsys):

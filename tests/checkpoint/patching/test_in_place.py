@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import shutil
@@ -16,16 +15,18 @@ from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, DapaError, UsageError
-from dapa_merge.patch.apply import UNDO_NAME, apply_in_place, revert
+from dapa_merge.files import held, hidden_path
+from dapa_merge.patch.apply import LOCK_NAME, apply_in_place, revert
 from dapa_merge.patch.extract import extract
+from dapa_merge.patch.undo import UNDO_NAME
 
 SHARDS = [NAMES[:2], NAMES[2:5], NAMES[5:]]
 # Writes in small pieces, and dies by a real SIGKILL: before one of them, or in the middle of it, at a page of the file,
 # where the kernel stops.
 DYING = """
 import os, signal, sys
-from dapa_merge.checkpoint.patching import in_place
-from dapa_merge.checkpoint.patching import patch_file
+from dapa_merge.patch import apply as in_place
+from dapa_merge.patch import file as patch_file
 from dapa_merge.cli import main
 command, piece, dies_at = sys.argv[3:], int(sys.argv[1]), int(sys.argv[2])
 patch_file.PIECE_BYTES = piece
@@ -74,7 +75,7 @@ def patched(base: Path, files, **options) -> bool:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    return {name: content for name, content in contents(folder).items() if name != UNDO_NAME}
+    return {name: content for name, content in contents(folder).items() if name not in (UNDO_NAME, LOCK_NAME)}
 
 
 def test_in_place_the_base_becomes_the_result_and_goes_back_bit_for_bit(base, files):
@@ -149,11 +150,11 @@ def test_what_a_stranger_wrote_into_a_half_written_range_is_noticed_by_both(base
     with (base / gate.file).open("r+b") as file:
         file.seek(gate.start + 99)
         file.write(b"stranger")
-    before = contents(base)
+    before = weights(base)
     for attempt in (lambda: patched(base, files), lambda: revert(open_checkpoint(str(base)))):
         with pytest.raises(CheckpointError, match=r"rows 0 to 64 of layers\.0\.gate that are neither the patch's nor"):
             attempt()
-    assert contents(base) == before
+    assert weights(base) == before
 
 
 def test_a_half_written_model_without_its_undo_file_is_refused(base, files, tmp_path):
@@ -231,11 +232,8 @@ def test_files_that_are_not_the_models_alone_are_refused(base, files, tmp_path):
     assert contents(base) == before
 
 
-@pytest.mark.skipif(os.name == "nt", reason="locks of POSIX")
 def test_the_second_of_two_at_once_is_told(base, files, tmp_path):
-    descriptor = os.open(base, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
+    with held(base / LOCK_NAME):
         for command in (
             ["apply", files[2], base, "--in-place"],
             ["apply", files[2], base, tmp_path / "o"],
@@ -245,8 +243,6 @@ def test_the_second_of_two_at_once_is_told(base, files, tmp_path):
             assert refused.exit_code == 2
             assert "another" in refused.stderr
             assert "wait for it" in refused.stderr
-    finally:
-        os.close(descriptor)
     assert contents(base) == files[0]
     assert patched(base, files)
 
@@ -274,7 +270,7 @@ def test_a_disk_that_is_too_small_for_the_undo_file_leaves_the_model_alone(base,
     ):
         patched(base, files, undo_path=undo)
     # As if the space were taken by another program after it was checked.
-    monkeypatch.setattr("dapa_merge.patch.apply.check_space", lambda *_: None)
+    monkeypatch.setattr("dapa_merge.patch.undo.check_space", lambda *_: None)
     with pytest.raises(UsageError, match=r"no space left on the disk of .*undo\.safetensors; nothing was kept"):
         patched(base, files, undo_path=undo)
     assert list(small_disk.iterdir()) == [filler]
@@ -307,9 +303,7 @@ def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, 
 
 
 def test_what_a_killed_run_left_of_an_undo_file_is_cleared(base, files):
-    from dapa_merge.transplant.staging import _hidden
-
-    leftover = _hidden(base / UNDO_NAME)
+    leftover = hidden_path(base / UNDO_NAME, ".partial")
     leftover.write_bytes(b"half an undo file")
     with pytest.raises(UsageError, match="does not exist: no patch was applied in place"):
         revert(open_checkpoint(str(base)))

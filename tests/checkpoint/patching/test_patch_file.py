@@ -13,9 +13,10 @@ from small_models import NAMES, arrays, contents, repaired, write_model
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
-from dapa_merge.patch.apply import UNDO_NAME, apply_in_place
+from dapa_merge.patch.apply import apply_in_place
 from dapa_merge.patch.extract import extract
 from dapa_merge.patch.file import read_patch
+from dapa_merge.patch.undo import UNDO_NAME
 
 DIGEST = "0" * 64
 

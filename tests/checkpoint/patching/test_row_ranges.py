@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.patch import file as row_ranges
-from dapa_merge.patch.file import Range, changed_ranges, close_gaps
+from dapa_merge.patch import extract as row_ranges
+from dapa_merge.patch.extract import Range, changed_ranges, close_gaps
 
 
 def cut(content: bytes, sizes: list[int]) -> list[bytes]:

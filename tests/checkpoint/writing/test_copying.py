@@ -35,7 +35,6 @@ def change(spans, source: bytes, cut: int) -> Change:
         (),
         tuple(spans),
         "",
-        "file",
         lambda: iter(pieces),
     )
 
@@ -56,17 +55,17 @@ def cases(draw):
 
 
 @settings(max_examples=200)
-@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30), hash_apart=st.booleans())
-def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece, hash_apart):
+@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30))
+def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece):
     before, changes, after = case
     folder = tmp_path_factory.mktemp("copy")
     (folder / "origin").write_bytes(before)
     done: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "STEP_BYTES", step)
+        patch.setattr(copying, "COPY_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
-        patch.setattr(copying, "FLUSH_BYTES", 7)
-        digests = write_file(folder / "origin", folder / "result", changes, done.append, hash_apart=hash_apart)
+        patch.setattr(copying, "advance", lambda num_bytes, _: done.append(num_bytes))
+        digests = write_file(folder / "origin", folder / "result", changes)
     assert (folder / "result").read_bytes() == after
     assert digests.num_bytes == sum(done) == len(before)
     sha256 = hashlib.sha256(after).hexdigest()
@@ -105,27 +104,26 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
         write_file(tmp_path / "origin", tmp_path / "result", ())
 
 
-def test_an_origin_that_is_changed_meanwhile_is_noticed(tmp_path):
+def test_an_origin_that_is_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
     (tmp_path / "origin").write_bytes(bytes(3_000_000))
 
-    def touch(_):
-        os.utime(tmp_path / "origin", ns=(1, 1))
-
+    monkeypatch.setattr(copying, "advance", lambda *_: os.utime(tmp_path / "origin", ns=(1, 1)))
     with pytest.raises(CheckpointError, match="origin was changed while it was copied; run the same command again"):
-        write_file(tmp_path / "origin", tmp_path / "result", (), touch)
+        write_file(tmp_path / "origin", tmp_path / "result", ())
 
 
-def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path):
+def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "origin").write_bytes(bytes(3_000_000))
     stop = threading.Event()
     done: list[int] = []
 
-    def first(num_bytes):
+    def first(num_bytes, _):
         done.append(num_bytes)
         stop.set()
 
+    monkeypatch.setattr(copying, "advance", first)
     with pytest.raises(Stopped):
-        write_file(tmp_path / "origin", tmp_path / "result", (), first, stop)
+        write_file(tmp_path / "origin", tmp_path / "result", (), stop)
     assert len(done) == 1
 
 

@@ -1,15 +1,8 @@
-"""Model folders in the user's cache that are made from other files, once, and then opened like any other.
+"""Converts pickles, LoRA adapters and odd names to standard safetensors; `open_location` opens any model.
 
-A LoRA adapter and its base as one model, merged by mergekit's own function, so that both entrances agree.
-
-It needs memory for the whole base, as in mergekit. The merged model is kept in the user's cache.
-
-Pickled weights (`pytorch_model.bin`), read as tensors only and kept as safetensors.
-
-A pickle can run code when it is loaded. torch's own reader for weights refuses whatever is no tensor before it is made;
-it is used on request only, and once: what it gives is written as safetensors into the user's cache.
-
-A checkpoint as other programs look for it: under the standard names, with an index.
+What is converted is kept in the user's cache and then opened like any other folder. A LoRA adapter is merged into its
+base by mergekit's own function, so that both entrances agree; that needs memory for the whole base. A pickle can run
+code when it is loaded: it is read on request only, by torch's reader for weights, which refuses everything but tensors.
 """
 
 from __future__ import annotations

@@ -1,16 +1,9 @@
-"""The weights of a repository on the Hub, of which only those bytes are fetched that somebody asks for.
+"""Models on the Hub, of which only the needed files and ranges of bytes are fetched.
 
-A repository on the Hub: what is fetched of it, and where huggingface_hub keeps it.
-
-A local file as large as a remote one, of which only some ranges of bytes are present, and the record of which.
-
-The file is sparse: what is not present takes no space, and would read as zeros, so that nobody may read a range before
-it is in the record. Bytes are on disk before the record says so; a record that a killed process left half written
-loses its last line and no more.
-
-Ranges of bytes of files on the Hub, by HTTP (RFC 9110, section 14), continued where a connection broke off.
-
-URLs, headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
+Small files and whole weight files are kept by huggingface_hub. Ranges come by HTTP (RFC 9110, section 14), continued
+where a connection broke off, into a sparse local file as large as the remote one. What is not present there would read
+as zeros, so nobody may read a range before it is in the file's record; its bytes are on disk before that. URLs,
+headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`dapa.json` in a result: what it was made of, and what each of its files and changed tensors must be.
 
-Whoever has the result can check it against this without the target and the source; whoever has these too can prove that
-it is the target plus exactly the parts that the manifest says.
+A result can be checked against it without the target and the source; with them, it can be proved to be the target plus
+exactly the parts that the manifest says.
 """
 
 from __future__ import annotations
@@ -188,15 +188,19 @@ def read_manifest(folder: Path) -> Manifest:
         names = dict.fromkeys(("target", "source", *edit.inputs))
         models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(map(str, fault["loc"]))
-        raise _wrong(path, f"is damaged: {key[:120]}: {fault['msg'][:120]}") from None
+        raise _wrong(path, f"is damaged: {fault_of(error)}") from None
     except ValueError as error:
         raise _wrong(path, f"is damaged: edit: {error}") from None
     for name, tensor in content.tensors.items():
         if tensor.file not in content.files:
             raise _wrong(path, f"is damaged: tensors.{name[:60]}.file: {tensor.file[:60]!r} is not among the files")
     return Manifest(content.version, models, edit, content.units, content.files, content.tensors)
+
+
+def fault_of(error: ValidationError) -> str:
+    """The first key that does not fit, and why."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, fault['loc']))[:120]}: {fault['msg'][:120]}"
 
 
 def _wrong(path: Path, what: str) -> CheckpointError:

@@ -1,13 +1,9 @@
-"""Writing a changed model: its files with some bytes replaced, all or nothing.
+"""Writing the repaired model: the target's files with some bytes replaced, all or nothing.
 
 Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
 proved and on disk. The model's files are opened for reading only: a Hub cache is made of links to shared blobs.
 Headers, the order of tensors and the names of shards stay its own, so that a content-addressed store has little to
 take up.
-
-Writing the repaired model: the target's files with the selected units of the source, and what it was made of.
-
-Whether a result can be made where it is wanted, before anything is written there.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""A result's files, read once and in order beside what they should be: the target's bytes, or the source's.
+"""Reads a result's files once, in order, next to what they should be: the target's bytes, or what the edit makes.
 
 Every tensor of a result is cut into pieces, each with the place in the target where the same values are, and, for what
 may have been transplanted, the place in the source. Result and target may cut and name their tensors differently:
 mergekit writes the experts of a mixture as one tensor, which the target's files hold one by one.
-
-Which box of a result's tensors should hold which of the target's values, and may hold which of the source's.
 """
 
 from __future__ import annotations

@@ -19,9 +19,17 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.commit import Published
-from dapa_merge.publish.lock import LOCK_NAME, Lock, check_lock, lock_text, locked_selection
+from dapa_merge.publish.lock import (
+    LOCK_NAME,
+    Lock,
+    check_lock,
+    lock_text,
+    locked_recipe,
+    locked_selection,
+    make_lock,
+    write_lock,
+)
 from dapa_merge.publish.options import CardOptions, Destination
-from dapa_merge.publish.outdated import locked_recipe, make_lock, write_lock
 from dapa_merge.publish.push import check_push, push
 from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
@@ -37,6 +45,8 @@ if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
 
 (RESPONSES_NAME,) = PRIVATE
+# The fields of a report that evidence fills.
+MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched")
 
 
 def run_recipe(
@@ -53,12 +63,12 @@ def run_recipe(
     """Run a recipe file to its end: lock, repair, describe, publish.
 
     Args:
-        recipe: What the file says.
-        path: The file.
+        recipe: The parsed recipe.
+        path: Its file.
         out: The folder to make.
         keeps_lock: Write a lock beside the recipe, and into the result.
         is_locked: Use exactly what the lock beside the recipe says.
-        card: What the user says about the card.
+        card: The user's statements about the card.
         destination: Where to publish the result; None for nowhere.
         settings: Further arguments of `repair`.
 
@@ -107,7 +117,7 @@ def repair(
     ```
 
     Args:
-        recipe: What to repair, with what.
+        recipe: Target, source and parameters.
         out: The folder to make; it must not exist, or be empty.
         evaluate: Measure target, result and source, on prompts that the search has not seen; on all prompts if the
             recipe names its layers. Without it the recipe must name them.
@@ -182,7 +192,7 @@ def write(
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
-    """What was chosen, why, and what it does; the time is not in it yet."""
+    """The report of a run, without its time."""
     search = evidence.search if evidence else None
     return Report(
         version=__version__,
@@ -195,12 +205,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         num_candidates=search.num_candidates if search else len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
-        before=evidence.before if evidence else None,
-        after=evidence.after if evidence else None,
-        source_alone=evidence.source_alone if evidence else None,
-        dsr_change=evidence.dsr_change if evidence else None,
-        over_refusal_change=evidence.over_refusal_change if evidence else None,
-        searched=evidence.searched if evidence else None,
+        **{name: getattr(evidence, name, None) for name in MEASURED},
         requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,

@@ -114,7 +114,7 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
 
 
 def _disable_client_bars() -> None:
-    """huggingface_hub's bars, which in a log are lines and lines; whoever set its variable may have meant them."""
+    """Disable huggingface_hub's progress bars, which fill a log, unless its variable asks for them."""
     if os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1") != "0" and "huggingface_hub" in sys.modules:
         # It read the variable when it was imported.
         sys.modules["huggingface_hub"].utils.disable_progress_bars()

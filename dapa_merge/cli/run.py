@@ -39,7 +39,6 @@ from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
-from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import jsonable
 from dapa_merge.report.tables import (
     categories_table,
@@ -76,18 +75,14 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
 )
 @search_options
 @json_option
-def search(
-    recipe: Path,
-    out: Path | None,
-    options: Options,
-    as_json: bool,
-) -> None:
+def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> None:
     """Find the few layers that are needed.
 
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
     from dapa_merge.measure.prompts.sets import check_prompts
+    from dapa_merge.report.replay import replay_text
     from dapa_merge.search.search import search_plan
 
     with _kept_in(out) as keep:
@@ -136,16 +131,7 @@ def search(
 @json_option
 @takes_options
 def evaluate(
-    model: str,
-    prompts: str,
-    evaluator: str,
-    text: str | None,
-    skills: str | None,
-    max_new_tokens: int | None,
-    batch_size: int | None,
-    responses: Path | None,
-    options: Options,
-    as_json: bool,
+    model: str, prompts: str, responses: Path | None, options: Options, as_json: bool, **settings: Any
 ) -> None:
     """Measure the safety and skill of any model.
 
@@ -154,14 +140,12 @@ def evaluate(
     """
     from dapa_merge.measure.meter import evaluate_model
 
-    settings: dict[str, Any] = {"evaluator": evaluator, "text": text, "skills": skills}
-    settings |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with _kept_in(responses) as keep:
         measured = evaluate_model(model, prompts, options, **settings)
 
         def show(console: Console) -> None:
             console.print(figures_table([model], [measured.figures]))
-            console.print(f"perplexity of {measured.figures.text}", highlight=False, markup=False, soft_wrap=True)
+            print_lines(console, [f"perplexity of {measured.figures.text}"])
             if table := categories_table([model], [measured.figures]):
                 console.print(table)
 

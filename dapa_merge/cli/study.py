@@ -39,9 +39,10 @@ TRACE_DEFAULTS = TraceOptions()
 COMPARE_DEFAULTS = CompareOptions()
 
 
-def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Callable[..., Any]:
-    """An option for a number of things."""
-    return click.option(name, type=click.IntRange(least), default=default, show_default=True, help=meaning)
+def whole_number(name: str, field: str, defaults: object, meaning: str, least: int = 1) -> Callable[..., Any]:
+    """An option for a number of things, with the default of the field that it fills."""
+    default = getattr(defaults, field)
+    return click.option(name, field, type=click.IntRange(least), default=default, show_default=True, help=meaning)
 
 
 @click.command()
@@ -60,7 +61,7 @@ def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Calla
     metavar="LIST",
     help="What is restored, with commas: hidden, mlp, attention, gate, up, down.  [default: all that the model has]",
 )
-@whole_number("--num-prompts", TRACE_DEFAULTS.num_prompts, "Trace at most so many prompts causally.")
+@whole_number("--num-prompts", "num_prompts", TRACE_DEFAULTS, "Trace at most so many prompts causally.")
 @click.option(
     "--noise",
     type=click.FloatRange(0),
@@ -68,7 +69,7 @@ def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Calla
     show_default=True,
     help="Noise on the subject's embeddings, in their standard deviations.",
 )
-@whole_number("--samples", TRACE_DEFAULTS.num_samples, "Samples of noise for each prompt.")
+@whole_number("--samples", "num_samples", TRACE_DEFAULTS, "Samples of noise for each prompt.")
 @click.option(
     "--window",
     type=click.IntRange(1),
@@ -77,7 +78,8 @@ def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Calla
 )
 @whole_number(
     "--num-tokens",
-    TRACE_DEFAULTS.num_tokens,
+    "num_tokens",
+    TRACE_DEFAULTS,
     "Tokens of each response that are counted, from the first in which refusal and answer differ.",
 )
 @click.option(
@@ -92,10 +94,10 @@ def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Calla
     "--refusal", metavar="TEXT", help="Compare this refusal with --answer for all prompts.  [default: the models' own]"
 )
 @click.option("--answer", metavar="TEXT", help="The answer that --refusal is compared with.")
-@whole_number("--controls", TRACE_DEFAULTS.num_controls, "Random selections for each size of a group.", least=0)
-@whole_number("--seed", TRACE_DEFAULTS.seed, "Decides the noise and the random controls.", least=0)
+@whole_number("--controls", "num_controls", TRACE_DEFAULTS, "Random selections for each size of a group.", least=0)
+@whole_number("--seed", "seed", TRACE_DEFAULTS, "Decides the noise and the random controls.", least=0)
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
-@whole_number("--examples", TRACE_DEFAULTS.num_examples, "Draw so many prompts each by itself.", least=0)
+@whole_number("--examples", "num_examples", TRACE_DEFAULTS, "Draw so many prompts each by itself.", least=0)
 @device_option
 @journal_option
 @evaluator_options
@@ -105,22 +107,15 @@ def whole_number(name: str, default: int, meaning: str, least: int = 1) -> Calla
 def trace(
     recipe: Path,
     out: Path,
-    traced: str,
     kinds: str | None,
-    num_prompts: int,
     noise: float,
-    samples: int,
-    window: int | None,
-    num_tokens: int,
     subjects: tuple[str, ...],
     refusal: str | None,
     answer: str | None,
-    controls: int,
-    seed: int,
     no_search: bool,
-    examples: int,
     options: Options,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Show where the alignment of RECIPE's models lives.
 
@@ -135,28 +130,16 @@ def trace(
     if not all(subject.strip() for subject in subjects):
         raise UsageError("--subject is empty; write what stands in the prompt, or leave it out")
     wanted = TraceOptions(
-        traced=traced,
         kinds=_kinds(kinds),
-        num_prompts=num_prompts,
         noise=noise,
-        num_samples=samples,
-        window=window,
-        num_tokens=num_tokens,
-        seed=seed,
         subjects=subjects,
         responses=_responses(refusal, answer),
-        num_controls=controls,
         searches=not no_search,
-        num_examples=examples,
+        **settings,
     )
     summary = trace_recipe(load_recipe(recipe), out, wanted, options)
-
-    def show(console: Console) -> None:
-        for sentence in summary["findings"]:
-            console.print(f"- {sentence}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"\nthe page: {out / 'index.html'}", highlight=False, markup=False, soft_wrap=True)
-
-    print_answer(summary, show, as_json)
+    findings = [f"- {sentence}" for sentence in summary["findings"]]
+    print_answer(summary, [*findings, "", f"the page: {out / 'index.html'}"], as_json)
 
 
 def _kinds(text: str | None) -> tuple[str, ...] | None:
@@ -187,8 +170,8 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     metavar="LIST",
     help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
 )
-@whole_number("--seeds", COMPARE_DEFAULTS.num_seeds, "Random selections of each size.", least=0)
-@whole_number("--seed", COMPARE_DEFAULTS.seed, "The first of their seeds.", least=0)
+@whole_number("--seeds", "num_seeds", COMPARE_DEFAULTS, "Random selections of each size.", least=0)
+@whole_number("--seed", "seed", COMPARE_DEFAULTS, "The first of their seeds.", least=0)
 @click.option(
     "--weights",
     metavar="LIST",
@@ -196,9 +179,10 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     f"{', '.join(f'{weight:g}' for weight in COMPARE_DEFAULTS.weights)}]",
 )
 @click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
-@whole_number("--points", COMPARE_DEFAULTS.num_points, "Sizes of edits, roughly.", least=2)
+@whole_number("--points", "num_points", COMPARE_DEFAULTS, "Sizes of edits, roughly.", least=2)
 @click.option(
     "--block-rows",
+    "rows_per_block",
     type=click.IntRange(1),
     help="Rows (neurons) of the smallest edit.  [default: a sixteenth of a projection]",
 )
@@ -211,14 +195,11 @@ def compare(
     recipes: tuple[Path, ...],
     out: Path,
     methods: str | None,
-    seeds: int,
-    seed: int,
     weights: str | None,
     no_curve: bool,
-    points: int,
-    block_rows: int | None,
     options: Options,
     as_json: bool,
+    **settings: Any,
 ) -> None:
     """Compare DAPA with other methods on the targets of RECIPE...
 
@@ -227,15 +208,7 @@ def compare(
     and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
     table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
     """
-    wanted = CompareOptions(
-        methods=_methods(methods),
-        num_seeds=seeds,
-        seed=seed,
-        weights=_weights(weights),
-        draws_curve=not no_curve,
-        num_points=points,
-        rows_per_block=block_rows,
-    )
+    wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
     if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
         raise UsageError(
             "--weights: linear with weight 1 is the source itself, which is in every table; add a weight below 1, or "
@@ -266,12 +239,12 @@ def _show(found: Compared, out: Path, console: Console) -> None:
 
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
-    """A `with` block that Ctrl-C and SIGTERM end alike: what is held is let go of, and a sentence says what is kept."""
+    """Let SIGTERM end the block as Ctrl-C does: locks are released, and one sentence says what is kept."""
     terminated = []
 
     def terminate(number: int, _: object) -> None:
         terminated.append(number)
-        # What lets Ctrl-C through lets this through.
+        # Whatever handles Ctrl-C handles this.
         raise KeyboardInterrupt
 
     is_usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -314,7 +287,7 @@ def _weights(text: str | None) -> tuple[float, ...]:
             weight = math.nan
         if not 0 < weight <= 1:
             raise UsageError(
-                f"--weights: {part.strip()!r} is no weight; write numbers above 0 and up to 1, with commas"
+                f"--weights: {part.strip()!r} is not a weight; write numbers above 0 and up to 1, with commas"
             )
         weights.append(weight)
     distinct = sorted(set(weights))

@@ -66,13 +66,7 @@ class Blender:
     ) -> None:
         """Find the parameter for each tensor that mergekit writes. Reads all of the target once.
 
-        Args:
-            live: The resident target, as it is in its files.
-            target: Its checkpoint.
-            source: The aligned model.
-            pretrained: The origin of both; None if unknown.
-            device: The device that mergekit computes on.
-            dir: The place of temporary folders; None for the system's.
+        The live target must be as in its files; temporary folders are made in `dir`, by default the system's place.
 
         Raises:
             CheckpointError: If mergekit cannot merge these models.
@@ -86,11 +80,6 @@ class Blender:
         self._places: dict[str, torch.Tensor] = {}
         self._is_blended = False
         self.why_not = self._find_places()
-
-    @property
-    def is_live(self) -> bool:
-        """Whether blends are made in the resident target."""
-        return not self.why_not
 
     @contextmanager
     def blended(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
@@ -108,7 +97,8 @@ class Blender:
             raise RuntimeError("something is blended already; leave its `with` block first")
         self._is_blended = True
         try:
-            with self._blended_live(blend) if self.is_live else self._written(blend) as found, quiet("transformers"):
+            blended = self._written if self.why_not else self._blended_live
+            with blended(blend) as found, quiet("transformers"):
                 yield found
         finally:
             self._is_blended = False
@@ -246,7 +236,6 @@ class Blend:
 
     Attributes:
         method: `linear`, `task_arithmetic` or `ties`.
-        weight: The source's.
         density: Share of the entries of each difference that `ties` keeps, in (0, 1].
     """
 
@@ -273,15 +262,8 @@ def merge_config(
 
     `linear` gives the target the rest of the weight. The other two subtract the pretrained model or, without one, the
     target, so that only the source's difference is added. (TIES then has its weight as `lambda`, because a single
-    weight would be divided out when it is normalized.)
-
-    Args:
-        blend: The method and its settings.
-        target: The target.
-        source: The source.
-        pretrained: The origin of both; None if unknown.
-        keeps_tokenizer: Whether mergekit has to match the source's tokens to the target's.
-        out_dtype: The dtype that mergekit writes; None for the widest of its models.
+    weight would be divided out when it is normalized.) With `keeps_tokenizer` the source's tokens are matched to the
+    target's. Without `out_dtype` mergekit writes the widest of its models' dtypes.
 
     Raises:
         UsageError: If the method is unknown.
@@ -324,7 +306,6 @@ class Merge(NamedTuple):
 
     Attributes:
         config: Its configuration, which mergekit rewrites while it plans.
-        options: How mergekit runs.
     """
 
     config: MergeConfiguration

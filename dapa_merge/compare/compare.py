@@ -69,8 +69,6 @@ class Compared:
     """A comparison.
 
     Attributes:
-        rows: The recipes that could be measured.
-        summary: The content of `summary.json`.
         is_written: Whether tables and pictures were written; not if that would lose rows of an earlier run.
         fault: The fault of the first recipe that could not be measured, for the caller to raise.
     """
@@ -150,13 +148,9 @@ class Tables:
     never the tables.
 
     Attributes:
-        out: The folder.
-        wanted: What is compared.
-        rows: The rows so far.
         failures: The faults of other recipes, by name.
         is_written: Whether the folder holds the latest tables.
         drawn: Pictures by name, each with what it shows.
-        told: Faults of pictures that were told already.
     """
 
     out: Path
@@ -297,7 +291,6 @@ class Owner:
     """The place of a row's recipe.
 
     Attributes:
-        path: Without links and dots.
         seen_from_folder: Relative to the comparison's folder, so that both can be moved together.
     """
 

@@ -7,11 +7,12 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.result import DAPA, CompareOptions, Point, mean_skill
-from dapa_merge.compare.selections import blocks_of, mlp_units
+from dapa_merge.compare.selections import blocks_of, mlp_units, nearest_number, sums_of
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.figures import Response
@@ -42,8 +43,6 @@ class GrowthOrder:
     Attributes:
         selection: The search's selection; may be empty.
         others: Its other candidates, or other rows of the selected units.
-        candidates: All of its candidates, as whole units.
-        rest: The other units of the MLPs.
     """
 
     selection: tuple[Unit, ...]
@@ -65,8 +64,7 @@ class GrowthOrder:
 
 def weighed_pieces(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Unit, ...]:
     """The pieces that `best_path` needs scores of."""
-    first, others = _first_and_others(plan, stages, rows)
-    return (*first, *others, *stages.rest)
+    return tuple(chain.from_iterable(_stages(plan, stages, rows)))
 
 
 def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
@@ -74,15 +72,13 @@ def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], row
 
     Without a selection, the candidates come in blocks.
     """
-    first, others = _first_and_others(plan, stages, rows)
-    ordered = [sorted(pieces, key=lambda piece: -scores[piece]) for pieces in (first, others, stages.rest)]
-    return _path(ordered)
+    return _path([sorted(pieces, key=lambda piece: -scores[piece]) for pieces in _stages(plan, stages, rows)])
 
 
-def _first_and_others(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Sequence[Unit], Sequence[Unit]]:
+def _stages(plan: Plan, stages: GrowthOrder, rows: int | None) -> list[Sequence[Unit]]:
     if stages.selection:
-        return blocks_of(plan, stages.selection, rows), stages.others
-    return blocks_of(plan, stages.candidates, rows), ()
+        return [blocks_of(plan, stages.selection, rows), stages.others, stages.rest]
+    return [blocks_of(plan, stages.candidates, rows), stages.rest]
 
 
 def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) -> EditPath:
@@ -93,17 +89,13 @@ def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) ->
 
 
 def _path(stages: Sequence[Sequence[Unit]]) -> EditPath:
-    pieces: list[Unit] = []
-    marks: list[int] = []
-    for stage in stages:
-        pieces += stage
-        marks.append(len(pieces))
-    return EditPath(tuple(pieces), tuple(dict.fromkeys(mark for mark in marks if mark)))
+    marks = dict.fromkeys(mark for mark in accumulate(map(len, stages)) if mark)
+    return EditPath(tuple(chain.from_iterable(stages)), tuple(marks))
 
 
 def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
     """The sizes of the edits on a path, in parameters: about `num_points` at equal factors, and those at its marks."""
-    sums = _sums(plan, path)
+    sums = sums_of(plan, path.pieces)
     wanted = [sums[0] * (sums[-1] / sums[0]) ** (step / max(1, num_points - 1)) for step in range(num_points)]
     reached = {next((total for total in sums if total >= size - 0.5), sums[-1]) for size in wanted}
     return tuple(sorted(reached | {sums[mark - 1] for mark in path.marks}))
@@ -111,19 +103,10 @@ def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
 
 def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]:
     """The first pieces of a path, at least one, whose parameters come nearest to a number."""
-    sums = _sums(plan, path)
-    number = min(range(len(sums)), key=lambda index: abs(sums[index] - num_parameters)) + 1
-    return path.pieces[:number]
+    return path.pieces[: nearest_number(plan, path.pieces, num_parameters)]
 
 
-def _sums(plan: Plan, path: EditPath) -> list[int]:
-    total, sums = 0, []
-    for piece in path.pieces:
-        total += plan.num_parameters((piece,))
-        sums.append(total)
-    return sums
-
-
+@dataclass
 class Growth:
     """Edits of more and more pieces of the source.
 
@@ -132,29 +115,23 @@ class Growth:
     names its layers.
 
     Attributes:
+        prompts: Harmful ones, by which the pieces are weighed.
+        journal: Keeps the weights of the pieces.
+        heard: The source's responses, once it was heard.
         why_not: Why the pieces could not be weighed, known after `points`.
     """
 
-    def __init__(
-        self,
-        stages: GrowthOrder,
-        prompts: Sequence[str],
-        measuring: Measuring,
-        journal: Journal,
-        wanted: CompareOptions,
-    ) -> None:
-        """Take harmful prompts for the weights of the pieces, which the journal keeps; nothing is measured yet."""
-        self._stages = stages
-        self._prompts = prompts
-        self._measuring = measuring
-        self._journal = journal
-        self._wanted = wanted
-        self._source: list[Response] | None = None
-        self.why_not: str | None = None
+    stages: GrowthOrder
+    prompts: Sequence[str]
+    measuring: Measuring
+    journal: Journal
+    wanted: CompareOptions
+    heard: list[Response] | None = None
+    why_not: str | None = None
 
     @cached_property
     def _pieces(self) -> tuple[Unit, ...]:
-        return weighed_pieces(self._measuring.plan, self._stages, self._wanted.rows_per_block)
+        return weighed_pieces(self.measuring.plan, self.stages, self.wanted.rows_per_block)
 
     @cached_property
     def _note(self) -> str:
@@ -163,22 +140,22 @@ class Growth:
     @property
     def is_weighed(self) -> bool:
         """Whether the journal has the weights of the pieces, so that the source need not be heard."""
-        return self._note in self._journal.notes
+        return self._note in self.journal.notes
 
     def hear(self, source: Model) -> None:
         """Ask the loaded source the prompts by which the pieces are weighed."""
-        self._source = self._measuring.answers(source, self._prompts, "source")
+        self.heard = self.measuring.answers(source, self.prompts, "source")
 
     def points(self) -> Iterator[Point]:
         """Yield edits of the same sizes on each path; none if the pieces cannot be weighed."""
         if (scores := self._scores()) is None:
             return
-        measuring, wanted = self._measuring, self._wanted
+        measuring, wanted = self.measuring, self.wanted
         plan, rows = measuring.plan, wanted.rows_per_block
-        paths = {DAPA: best_path(plan, self._stages, scores, rows)}
+        paths = {DAPA: best_path(plan, self.stages, scores, rows)}
         sizes = edit_sizes(plan, paths[DAPA], wanted.num_points)
         for seed in range(wanted.seed, wanted.seed + wanted.num_seeds):
-            paths[f"random seed {seed}"] = random_path(plan, self._stages, rows, seed)
+            paths[f"random seed {seed}"] = random_path(plan, self.stages, rows, seed)
         total = len(paths) * len(sizes)
         LOG.info(f"measuring edits of {len(sizes)} sizes on {len(paths)} paths")
         with task("edits of every size", total, "edits"):
@@ -194,9 +171,9 @@ class Growth:
 
     def _scores(self) -> Mapping[Unit, float] | None:
         try:
-            if self._note not in self._journal.notes:
-                self._journal.note(self._note, self._weigh())
-            found = self._journal.notes[self._note]
+            if self._note not in self.journal.notes:
+                self.journal.note(self._note, self._weigh())
+            found = self.journal.notes[self._note]
         except DoesNotFit as error:
             # Not noted, because another device or hour may have the memory.
             found = str(error)
@@ -208,12 +185,12 @@ class Growth:
 
     def _weigh(self) -> list[float] | str:
         """The weights of the pieces, or the reason if these models give none."""
-        assert self._source is not None
-        live, limit = self._measuring.live, self._measuring.meter.batch_size.limit
-        said = self._measuring.answers((live.model, live.tokenizer), self._prompts, "target")
+        assert self.heard is not None
+        live, limit = self.measuring.live, self.measuring.meter.batch_size.limit
+        said = self.measuring.answers((live.model, live.tokenizer), self.prompts, "target")
         try:
             with task("weighing pieces by one backward pass", 2 * MAX_CONTRASTS, "responses"):
-                found = effects_between(live, self._pieces, said, self._source, limit)
+                found = effects_between(live, self._pieces, said, self.heard, limit)
         except (ValueError, CheckpointError) as error:
             return str(error)
         return [found[piece] for piece in self._pieces]

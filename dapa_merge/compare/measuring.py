@@ -33,10 +33,7 @@ class Seen:
     """The measurement of one edit.
 
     Attributes:
-        figures: The figures.
         refused: For each harmful prompt, whether it was refused.
-        over_refused: For each harmless one.
-        seconds: The time of measuring.
     """
 
     figures: Figures
@@ -68,13 +65,7 @@ class Measuring(Resident):
             yield model, tokenizer
 
     def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:
-        """Measure the target with some units of the source, and log it under a name.
-
-        Args:
-            units: In any order; may be empty.
-            name: Of the edit, for messages.
-            level: Of the log record.
-        """
+        """Measure the target with some units of the source, in any order, and log it under a name."""
         # Blocks that make up a unit are that unit.
         ordered = tuple(in_order(join(self.plan, units)))
 
@@ -86,13 +77,7 @@ class Measuring(Resident):
         return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
     def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
-        """Measure the target blended with the source by mergekit.
-
-        Args:
-            blend: The method and its settings.
-            base: Identifies the weights that are subtracted.
-            blender: Makes the blender, if the blend was not measured yet.
-        """
+        """Measure a blend, of which `base` identifies the subtracted weights; `blender` is called only if needed."""
         note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
         return self._seen(note, lambda: blender().blended(blend), blend.name)
 

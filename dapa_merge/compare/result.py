@@ -20,7 +20,6 @@ class Cost:
     """The cost of a search.
 
     Attributes:
-        tests: Tested selections; a model evaluation each, most of them stopped early.
         seconds: Wall-clock time, including that of recorded tests.
         peak_bytes: The most memory in use, by place: `host`, and `device` if that is another; empty if unknown.
     """
@@ -37,16 +36,8 @@ class Arm:
     Attributes:
         key: Its name in the row: the method, with a seed or a weight.
         method: One of `METHODS`, or `target` or `source`.
-        label: Its name for people.
-        detail: Its units or settings.
-        figures: The figures; None if the method found nothing or cannot be applied.
-        why_not: Why there are none.
         share: The replaced share of the target's parameters, in [0, 1].
-        num_parameters: The number of these parameters.
         refused: For each harmful prompt, whether it was refused.
-        over_refused: For each harmless one.
-        seconds: The time of measuring.
-        cost: Of the search; None without one.
     """
 
     key: str
@@ -80,10 +71,6 @@ class Point:
     Attributes:
         path: `dapa`, or `random` with a seed.
         share: The replaced share of the target's parameters, in [0, 1].
-        num_units: Units and blocks.
-        dsr: With the row's prompts, in [0, 1].
-        dsr_interval: 95 %.
-        over_refusal: In [0, 1].
         skill: The mean of the skills; None if none was asked.
         perplexity: Of the row's text.
     """
@@ -103,20 +90,11 @@ class Row:
     """One recipe of the table.
 
     Attributes:
-        name: The recipe's.
-        target: As the recipe names it.
-        source: Likewise.
-        architecture: Of both.
-        modules: The modules of the recipe's search.
         evaluator: The judge of DSR and over-refusal; if it scores whole models, its scores say whether a method
             repairs, and the rules judge the rest.
-        edit: How every transplanted value is computed.
-        num_parameters: Of the target.
-        prompts: The prompt set's name.
         settings: The recipe's values for its constraints, by their keys; the gain of which `retain` is a share is here
             the source's, and in a search that of the full transplant.
         arms: Target and source first.
-        curve: Edits of every size; empty if none were measured.
         no_curve: Why there are none, though they were asked for.
         followed: The search through whose selection the curve grows, `dapa` or `auto`; None if none found any.
         selected: The share of the parameters that this selection replaces.
@@ -235,16 +213,10 @@ class Average:
 
     Attributes:
         group: The method, with its weight.
-        label: Its name for people.
-        num_rows: Recipes.
         num_repaired: Repaired ones; of random selections, by more than half of the seeds.
-        gain: In DSR, in [-1, 1].
-        over_refusal: Change, in [-1, 1].
         perplexity: Ratio, over the recipes in which it is finite; None if there are none.
         skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
-        share: Of the replaced parameters, in [0, 1].
         tests: Of the search; None, with `seconds`, without one.
-        seconds: Of the search.
     """
 
     group: str
@@ -378,10 +350,6 @@ class CompareOptions:
 
     Attributes:
         methods: Some of `METHODS`.
-        num_seeds: Random selections of each size.
-        seed: The first of the seeds.
-        weights: Of the source, in mergekit's methods.
-        draws_curve: Whether edits of every size are measured.
         num_points: Sizes of edits on the curve, roughly.
         rows_per_block: Rows (neurons) of the smallest edit; None for a sixteenth of a projection.
     """

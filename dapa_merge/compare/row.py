@@ -129,13 +129,8 @@ class Methods:
     """Applies the wanted methods to one target.
 
     Attributes:
-        chosen: The recipe's plan.
         plan: The same models, with the units of all modules.
-        pretrained: The origin of both models; None if unknown.
-        found: Selections, by their searches.
         searching: The prompts of the searches.
-        measuring: Measures the results.
-        wanted: The methods, and their settings.
     """
 
     chosen: Plan

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -31,9 +32,7 @@ class Found:
     """The result of a search.
 
     Attributes:
-        plan: Its candidates.
         units: Its selection; None if nothing repairs.
-        why_not: Why nothing does.
         cost: Of the search; None if the recipe names its layers.
     """
 
@@ -57,14 +56,6 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
 
 def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options) -> Found:
     """Search once, or read the outcome in the journal.
-
-    Args:
-        name: Of the search, for its files.
-        recipe: The recipe.
-        plan: Its candidates.
-        folder: The place of the search's own journal.
-        journal: Keeps the outcome.
-        options: Where to evaluate.
 
     Raises:
         DapaError: If something does not fit; finished tests are in the search's journal.
@@ -155,12 +146,7 @@ def blocks_of(plan: Plan, units: Sequence[Unit], rows: int | None) -> tuple[Unit
 def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: int) -> tuple[Unit, ...]:
     """Draw random units with as many parameters of each module as others have.
 
-    Args:
-        plan: The models.
-        among: The units to draw from.
-        like: Some of `among`, or blocks of some: then blocks no larger than their smallest are drawn, and the last is
-            cut so that the sizes agree.
-        seed: The same seed draws the same units.
+    If some of the others are blocks, blocks no larger than the smallest are drawn, and the last is cut to size.
     """
     blocks = [unit for unit in like if unit.rows is not None]
     rows = min((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
@@ -195,14 +181,13 @@ def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
 
 def nearest_number(plan: Plan, pieces: Sequence[Unit], wanted: int) -> int:
     """The number of first pieces, at least one, whose parameters come nearest to `wanted`."""
-    total, best, distance = 0, 1, float("inf")
-    for number, piece in enumerate(pieces, 1):
-        total += plan.num_parameters((piece,))
-        if abs(total - wanted) < distance:
-            best, distance = number, abs(total - wanted)
-        if total >= wanted:
-            break
-    return best
+    distances = [abs(total - wanted) for total in sums_of(plan, pieces)]
+    return distances.index(min(distances)) + 1 if distances else 1
+
+
+def sums_of(plan: Plan, pieces: Sequence[Unit]) -> list[int]:
+    """The parameters of the first piece, of the first two, and so on."""
+    return list(accumulate(plan.num_parameters((piece,)) for piece in pieces))
 
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -50,14 +50,10 @@ class _Hypothesis:
 
 
 class _Choice(NamedTuple):
-    """A group to leave out.
+    """A group of a pool to leave out.
 
-    Attributes:
-        pool: The units that it was chosen from.
-        group: The units to leave out.
-        promise: Expected number of units dropped, times the information in the answer in bits.
-        chance: Chance that the rest holds.
-        chances: The same under each hypothesis.
+    `promise` is the expected number of units dropped, times the information in the answer in bits; `chance` that the
+    rest holds, and `chances` the same under each hypothesis.
     """
 
     pool: tuple[Any, ...]

@@ -92,18 +92,18 @@ def minimize(
     if max_tests is not None and max_tests < 1:
         raise ValueError(f"max_tests must be at least 1, not {max_tests}")
     script = _script(units, algorithm, prior)
-    oracle = _Oracle(tuple(units), holds, max_tests)
-    if not oracle.ask(oracle.units):
+    asked = _Answers(tuple(units), holds, max_tests)
+    if not asked.ask(asked.units):
         raise DoesNotHold(f"the full set of {len(units)} units does not hold")
     try:
-        _follow(script, oracle.ask)
+        _follow(script, asked.ask)
     except _OutOfTests:
         pass
     except KeyboardInterrupt as stop:
-        raise SearchStopped(oracle.minimum()) from stop
+        raise SearchStopped(asked.minimum()) from stop
     except Exception as failure:
-        raise SearchInterrupted(oracle.minimum()) from failure
-    return oracle.minimum()
+        raise SearchInterrupted(asked.minimum()) from failure
+    return asked.minimum()
 
 
 def foresee(
@@ -144,7 +144,7 @@ class _OutOfTests(Exception):
     pass
 
 
-class _Oracle(Generic[U]):
+class _Answers(Generic[U]):
     """Remembers every answer, and the smallest selection that held."""
 
     def __init__(self, units: tuple[U, ...], holds: Callable[[frozenset[U]], bool], max_tests: int | None) -> None:

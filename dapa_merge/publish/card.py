@@ -34,16 +34,12 @@ class CardFacts:
     Attributes:
         title: The model's name: a Hub id, or the name of its folder.
         parents: The models that it was made of, the target first.
-        license: The license that it is published under; None if unknown.
+        license: None if unknown.
         units: The transplanted units, as `3.gate`.
         edit: How the values of the units were computed.
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
-        parameters_changed: How many these are.
-        report: What was measured and searched; None if nothing is known of it.
+        report: None if nothing is known of measurements and search.
         recipe: The text of the recipe that replays it, without paths of a machine.
-        has_manifest: Whether it has a `dapa.json`.
-        has_lock: Whether it has a lock.
-        pictures: The names of its pictures.
         version: Of dapa-merge.
         task: The Hub's `pipeline_tag`.
         made_by: The program that wrote the weights, `dapa-merge` or `mergekit`.

@@ -26,11 +26,13 @@ from dapa_merge.checkpoint.header import read_index
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.errors import CheckpointError, HubError, RecipeError
+from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
+from dapa_merge.files import replace_file
 from dapa_merge.hub_client import api, ask, download, is_id
 from dapa_merge.plan.edit import MODELS
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 
@@ -72,7 +74,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Lock:
-    """What a recipe was run with.
+    """The models and the selection that a recipe was run with.
 
     Attributes:
         recipe: The SHA-256 of what the recipe says, however it is written.
@@ -91,7 +93,7 @@ class Lock:
     pretrained: tuple[Upstream, ...] = ()
 
     def of(self, model: str) -> tuple[Upstream, ...]:
-        """What was locked of one of the models, by the name that a recipe gives it."""
+        """One of the locked models and its adapter, by the name that a recipe gives the model."""
         locked: tuple[Upstream, ...] = getattr(self, model)
         return locked
 
@@ -125,8 +127,58 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
 
 
+def make_lock(recipe: Recipe) -> Lock:
+    """Lock the models of a recipe as they are now; the selection is not in it yet.
+
+    Raises:
+        DapaError: If one of them cannot be read, or the Hub not be asked.
+    """
+    parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
+    with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
+        models = {name: tuple(map(upstream_of, of_model)) for name, of_model in parts.items()}
+    return Lock(recipe_digest(recipe), **models, units=(), versions=versions())
+
+
+def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
+    """Return a recipe with its models as they were locked, and the lock.
+
+    Raises:
+        UsageError: If the recipe was never locked.
+        RecipeError: If it says something else than it did.
+        CheckpointError: If a model is not what it was.
+        HubError: If the Hub does not give the locked commit any more, or cannot be asked.
+    """
+    lock = read_lock(lock_path(path))
+    if lock is None:
+        raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
+    recipe = pin(recipe, lock)
+    now = make_lock(recipe)
+    pairs = (pair for name in models_of(recipe) for pair in zip(lock.of(name), now.of(name), strict=True))
+    for before, after in pairs:
+        moved = changed_files(before, after)
+        if moved.matters:
+            raise CheckpointError(
+                f"{before} is not what was locked: {moved.changes}; bring it back, or run without --locked"
+            )
+    for package, number in now.versions.items():
+        if lock.versions.get(package) != number:
+            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, and this is {number}")
+    return recipe, lock
+
+
+def write_lock(lock: Lock, recipe: Path) -> None:
+    """Write a lock beside its recipe; where that cannot be, the result has it all the same."""
+    path = lock_path(recipe)
+    try:
+        replace_file(path, lock_text(lock).encode())
+    except DapaError as error:
+        LOG.info(f"not locked beside the recipe: {error}")
+    else:
+        LOG.info(f"locked in {path}")
+
+
 def pin(recipe: Recipe, lock: Lock) -> Recipe:
-    """The recipe with its models at the locked commits.
+    """Return the recipe with its models at the locked commits.
 
     Raises:
         RecipeError: If the recipe is not the one that was locked.
@@ -146,7 +198,7 @@ def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
 
 
 def check_lock(lock: Lock, plan: Plan) -> None:
-    """Make sure that the models that were opened are those that were locked just before.
+    """Check that the opened models are those that were locked just before.
 
     Raises:
         HubError: If one of them moved in between.
@@ -159,7 +211,7 @@ def check_lock(lock: Lock, plan: Plan) -> None:
 
 
 def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
-    """A model, and its adapter if it has one, with what they were.
+    """Pair a model, and its adapter if it has one, with what was locked.
 
     Raises:
         CheckpointError: If the lock is of other models, as after an edit.
@@ -175,7 +227,7 @@ def lock_text(lock: Lock) -> str:
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
-        **{name: [_plain(upstream) for upstream in lock.of(name)] for name in MODELS if lock.of(name)},
+        **{name: list(map(_plain, lock.of(name))) for name in MODELS if lock.of(name)},
         "selection": ",".join(lock.units),
         "versions": dict(lock.versions),
     }
@@ -221,7 +273,7 @@ def parse_lock(text: str, name: str) -> Lock:
 
 
 def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:
-    """The units that a lock names.
+    """Return the units that a lock names.
 
     Raises:
         RecipeError: If the recipe's models have no such units, it names none, or others than the recipe.
@@ -248,11 +300,8 @@ class Movement:
     """How a model differs from what it was.
 
     Attributes:
-        before: The model as it was.
         commit: Its commit now; None for a folder.
         changed: Files that have another content.
-        added: Files that it did not have.
-        removed: Files that it has no more.
     """
 
     before: Upstream
@@ -307,22 +356,21 @@ def upstream_of(location: Location) -> Upstream:
 
 
 def movement(before: Upstream, location: Location) -> Movement:
-    """How a model at a location differs from what it was; of one on the Hub whose commit is the same, nothing is read.
+    """Compare a model with what it was; nothing is read of one on the Hub whose commit is the same.
 
     Raises:
-        CheckpointError: If there are no weights any more.
+        CheckpointError: If the weights are gone.
         HubError: If it is not a folder and the Hub does not answer.
     """
     if before.commit is not None and not os.path.isdir(location.path):
         sha = str(_info(location, files=False).sha)
         if sha == before.commit:
             return Movement(before, sha)
-    now = upstream_of(location)
-    return changed_files(before, now)
+    return changed_files(before, upstream_of(location))
 
 
 def changed_files(before: Upstream, now: Upstream) -> Movement:
-    """Which files differ between two times."""
+    """Compare the files of a model at two times."""
     both = before.files.keys() & now.files.keys()
     return Movement(
         before,
@@ -334,7 +382,7 @@ def changed_files(before: Upstream, now: Upstream) -> Movement:
 
 
 def num_bytes(location: Location) -> int:
-    """How much there is to read of a model in a folder to know it; 0 on the Hub."""
+    """Bytes to read for `upstream_of` a folder; 0 for a model on the Hub."""
     folder = Path(location.path)
     return sum((folder / name).stat().st_size for name in _names_in(folder)) if folder.is_dir() else 0
 
@@ -359,7 +407,7 @@ def _digest(path: Path) -> str:
 
 
 def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> dict[str, str]:
-    """The Hub knows the SHA-256 of large files; small ones are fetched."""
+    """Their SHA-256: the Hub knows those of large files; small ones are fetched."""
 
     def fetched(name: str) -> Path:
         return download(repository, name, commit)
@@ -375,7 +423,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
 
 
 def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
-    """Which of a model's files decide what a repair of it is: weights, config, tokenizer and chat templates."""
+    """The files that decide what a repair is: weights, config, tokenizer and chat templates."""
     top = [name for name in names if "/" not in name]
     chosen = {name for name in top if _decides(name)}
     chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}

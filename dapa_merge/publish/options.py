@@ -1,4 +1,4 @@
-"""What a user says about publishing: where, under which license, and what the card says. Asks nobody."""
+"""A user's options for publishing: the destination, the license and the card. Nothing here asks the Hub."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ class Destination:
     """Where to publish, and how.
 
     Attributes:
-        repository: Its id.
-        private: Create it as private; refuse one that exists and is public.
+        private: Create the repository as private; refuse one that exists and is public.
         branch: None for the default branch.
         create_pr: Open a pull request rather than commit.
-        tag: A tag for the commit.
         replaces: Whether another model may be replaced.
         message: Of the commit; None for one that says what it is.
     """
@@ -42,11 +40,10 @@ class Destination:
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a user says about a card; None for what was said before, or else for what the files say.
+    """A user's statements about a card; None leaves what was stated before, or else what the files say.
 
     Attributes:
         title: The model's id on the Hub.
-        license: The license that it is published under.
         target: Where the target is published, if the recipe names a folder.
         source: Where the source is published, if the recipe names a folder.
     """

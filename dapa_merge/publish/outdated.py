@@ -1,4 +1,4 @@
-"""Locks a recipe, opens it as it was locked, and compares the lock with the models' current state."""
+"""Compares a recipe and its models with the lock of its last run, here or in a published repository."""
 
 from __future__ import annotations
 
@@ -7,31 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dapa_merge.errors import CheckpointError, DapaError, HubError, UsageError
-from dapa_merge.files import replace_file
+from dapa_merge.errors import HubError
 from dapa_merge.hub_client import check_id, download, find
 from dapa_merge.plan.selection import models_of
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import task
 from dapa_merge.publish.commit import open_requests
 from dapa_merge.publish.lock import (
     LOCK_NAME,
     MAX_BYTES,
     Lock,
     Movement,
-    base_and_adapter,
-    changed_files,
     lock_path,
-    lock_text,
     movement,
     named_parts,
     num_bytes,
     pair_up,
     parse_lock,
-    pin,
     read_lock,
     recipe_digest,
-    upstream_of,
-    versions,
 )
 from dapa_merge.recipe.recipe import Recipe
 
@@ -68,9 +61,7 @@ class Status:
                     "locked_commit": moved.before.commit,
                     "commit": moved.commit,
                     "outdated": moved.matters,
-                    "changed": list(moved.changed),
-                    "added": list(moved.added),
-                    "removed": list(moved.removed),
+                    **{name: list(getattr(moved, name)) for name in ("changed", "added", "removed")},
                 }
                 for role, moved in self.movements
             ],
@@ -94,62 +85,12 @@ def _fate(moved: Movement) -> str:
     return f"a new commit{commits}, but no file that counts differs" if commits else "as it was"
 
 
-def make_lock(recipe: Recipe) -> Lock:
-    """Lock the models of a recipe as they are now; the selection is not in it yet.
-
-    Raises:
-        DapaError: If one of them cannot be read, or the Hub not be asked.
-    """
-    parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
-    with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
-        models = {name: tuple(map(upstream_of, of_model)) for name, of_model in parts.items()}
-    return Lock(recipe_digest(recipe), **models, units=(), versions=versions())
-
-
-def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
-    """Return a recipe with its models as they were locked, and the lock.
-
-    Raises:
-        UsageError: If the recipe was never locked.
-        RecipeError: If it says something else than it did.
-        CheckpointError: If a model is not what it was.
-        HubError: If the Hub does not give the locked commit any more, or cannot be asked.
-    """
-    lock = read_lock(lock_path(path))
-    if lock is None:
-        raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
-    recipe = pin(recipe, lock)
-    now = make_lock(recipe)
-    pairs = (pair for name in models_of(recipe) for pair in zip(lock.of(name), now.of(name), strict=True))
-    for before, after in pairs:
-        moved = changed_files(before, after)
-        if moved.matters:
-            raise CheckpointError(
-                f"{before} is not what was locked: {moved.changes}; bring it back, or run without --locked"
-            )
-    for package, version in now.versions.items():
-        if lock.versions.get(package) != version:
-            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, and this is {version}")
-    return recipe, lock
-
-
-def write_lock(lock: Lock, recipe: Path) -> None:
-    """Write a lock beside its recipe; where that cannot be, the result has it all the same."""
-    path = lock_path(recipe)
-    try:
-        replace_file(path, lock_text(lock).encode())
-    except DapaError as error:
-        LOG.info(f"not locked beside the recipe: {error}")
-    else:
-        LOG.info(f"locked in {path}")
-
-
 def compare_with_lock(recipe: Recipe, path: Path, repository: str | None) -> Status:
     """Compare a recipe and its models with the lock.
 
     Args:
-        recipe: What the file says now.
-        path: The file.
+        recipe: The recipe as it is now.
+        path: Its file.
         repository: Use the lock of the model that was published here, or of a pull request that brings it, rather than
             the file beside the recipe.
 

@@ -30,12 +30,12 @@ from dapa_merge.verify.result import Check, verify_result
 
 
 def check_push(destination: Destination, card: CardOptions, recipe: Recipe | None = None) -> None:
-    """Say now what would prevent a push, rather than after hours of work for it.
+    """Raise now what would prevent a push, rather than after hours of work for it.
 
     Args:
         destination: Where to publish.
-        card: What the user says about the card.
-        recipe: The recipe that will be run, if its result does not exist yet.
+        card: The user's statements about the card.
+        recipe: The recipe that will be run; None if its result exists.
 
     Raises:
         UsageError: If options do not fit, or the licenses of the recipe's models differ.
@@ -55,7 +55,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     Args:
         out: The result's folder.
         destination: Where to publish.
-        card: What the user says about the card, but for its title.
+        card: The user's statements about the card; its title is the repository's id.
         is_verified: Whether every byte was compared with target and source just now.
 
     Raises:
@@ -137,7 +137,7 @@ def _name(location: Location) -> str:
 
 
 def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
-    """What a user may not expect to be published, or not to be."""
+    """Yields notes about files that a user may not expect to be published, or to stay."""
     for name in PRIVATE:
         if (out / name).is_file():
             yield f"{name} stays here: it holds harmful answers"

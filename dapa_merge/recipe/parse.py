@@ -108,9 +108,22 @@ class _Reader:
         source = self.source(content, target)
         dtype = self.dtype(content)
         keeps_tokenizer = self.keeps_tokenizer(content)
-        parameters = content.get("parameters")
+        values = self.parameters(content.get("parameters"))
+        recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
+        if recipe.granularity != "layer" and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
+            raise self.fail(
+                "parameters.granularity",
+                f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
+                f"only rows of {' and '.join(DIVISIBLE_MODULES)} are neurons",
+            )
+        if recipe.prefer is not None and recipe.prefer not in recipe.modules:
+            modules = ", ".join(recipe.modules)
+            raise self.fail("parameters.prefer", f"prefer is {recipe.prefer}, but the recipe's modules are {modules}")
+        return recipe
+
+    def parameters(self, parameters: object) -> dict[str, Any]:
         if parameters is None:
-            parameters = {}
+            return {}
         if not isinstance(parameters, Mapping):
             raise self.fail("parameters", f"parameters must be a mapping, not {_kind(parameters)}")
         self.check_keys(parameters, "parameters.", tuple(PARAMETERS), {})
@@ -128,19 +141,7 @@ class _Reader:
                 raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
-        recipe = Recipe(target, source, dtype, keeps_tokenizer=keeps_tokenizer, _lines=self.lines, **values)
-        if recipe.granularity != "layer" and (whole := sorted(set(recipe.modules) - set(DIVISIBLE_MODULES))):
-            raise self.fail(
-                "parameters.granularity",
-                f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
-                f"only rows of {' and '.join(DIVISIBLE_MODULES)} are neurons",
-            )
-        if recipe.prefer is not None and recipe.prefer not in recipe.modules:
-            raise self.fail(
-                "parameters.prefer",
-                f"prefer is {recipe.prefer}, but the recipe's modules are {', '.join(recipe.modules)}",
-            )
-        return recipe
+        return values
 
     def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:
         named = {choice.module for choice in values["layers"]}

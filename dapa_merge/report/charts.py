@@ -76,8 +76,6 @@ class Picture(NamedTuple):
     """A chart that was drawn.
 
     Attributes:
-        name: Of its files, without their ending.
-        caption: The text under it.
         files: Their contents, by ending: `.png` and `.svg`.
     """
 
@@ -104,7 +102,7 @@ class Chart:
 
     @property
     def beginning(self) -> str:
-        """What the names of its files begin with, and no others."""
+        """The beginning of its files' names, and of no others."""
         return f"{self.name}." if self.parts is None else self.name.partition("{}")[0]
 
     def names(self, keys: Iterable[str]) -> list[str]:
@@ -112,7 +110,7 @@ class Chart:
         return [self.name] if self.parts is None else [self.name.format(key) for key in keys]
 
     def shown(self, found: Any) -> dict[str, Any]:
-        """What each picture shows, by the picture's name."""
+        """The part that each picture shows, by the picture's name."""
         parts = {"": found} if self.parts is None else self.parts(found)
         return dict(zip(self.names(parts), parts.values(), strict=True))
 
@@ -138,11 +136,9 @@ def draw_all(charts: Sequence[Chart], found: Any) -> list[Picture]:
 
 
 class Run(NamedTuple):
-    """What the charts of a run show.
+    """A run, as its charts show it.
 
     Attributes:
-        report: What was done and measured.
-        plan: Target and source.
         search: The search; None if the recipe names its layers.
     """
 
@@ -210,7 +206,6 @@ class Step(NamedTuple):
     Attributes:
         units: The indices of the units that it transplanted, whole or in part.
         share: Their share of all units by size, in [0, 1].
-        holds: Whether they were enough.
         score: The share of the asked prompts that were refused; None if the model was scored as a whole.
     """
 
@@ -223,15 +218,7 @@ class Step(NamedTuple):
 def search_path(
     units: Sequence[str], steps: Sequence[Step], final: Sequence[int], threshold: float, measure: str
 ) -> Figure:
-    """Draw a search test by test: the units, their share of all, the score, and the units that were kept.
-
-    Args:
-        units: All units, in order.
-        steps: The tests, in order.
-        final: The units that were kept.
-        threshold: The score that was required.
-        measure: The name of the score.
-    """
+    """Draw a search test by test: the units, their share of all, the score, and the units that were kept."""
     num_units, num_steps = len(units), len(steps)
     mosaic_height = min(4.5, 0.16 * num_units)
     with sheet(3.4 + mosaic_height) as figure:
@@ -280,13 +267,7 @@ def search_path(
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:
-    """Draw figures of some models side by side, each in [0, 1].
-
-    Args:
-        models: Their names; the first three are drawn in the colours of before, after and source.
-        figures: A value for each model, by name.
-        title: The figure's title.
-    """
+    """Draw figures in [0, 1], by name, with a value for each model; the first three are before, after and source."""
     colours, patterns = (GREY, BLUE, ORANGE), ("", "//", "..")
     with sheet(3.6) as figure:
         axes = figure.add_subplot()
@@ -387,11 +368,6 @@ def readable(label: str) -> str:
 def marker_of(axes: Axes, marker: str, colour: str, label: str) -> Any:
     """The entry of a marker in a legend."""
     return axes.plot([], [], marker=marker, color=colour, linestyle="none", label=label, markeredgewidth=1.5)[0]
-
-
-def layer_ticks(axes: Axes, num_layers: int) -> None:
-    """Label layers along the horizontal axis."""
-    axes.set_xticks(every_few(num_layers))
 
 
 def spread_places(first: Sequence[int], others: Sequence[int], distance: int) -> list[int]:

@@ -36,11 +36,6 @@ class Evidence:
         selection: As given, or found by the search.
         search: The search; None, with `searched`, if the selection was given.
         searched: The search's own view of the result.
-        before: Figures of the target.
-        after: Figures of the result.
-        source_alone: Figures of the source.
-        dsr_change: From `before` to `after`.
-        over_refusal_change: From `before` to `after`.
         responses: Of `target`, `result` and `source`.
     """
 

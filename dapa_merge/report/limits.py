@@ -19,11 +19,6 @@ class Limits:
     """Limits of a result; None and () are no limits.
 
     Attributes:
-        min_dsr: Of the result.
-        min_dsr_gain: From the target to the result.
-        max_over_refusal: Of the result.
-        max_over_refusal_rise: From the target to the result.
-        max_perplexity: Of the result.
         max_perplexity_ratio: Of the result's perplexity to the target's.
         min_skills: Of the result's skills, by name; None names every skill.
         min_skill_kept: Of each skill's ratio to the target's.
@@ -46,9 +41,7 @@ class LimitCheck:
     """One figure and its limit.
 
     Attributes:
-        figure: The figure's name.
         value: The measured value; None, if it was not measured, never passes.
-        limit: The limit.
         is_floor: Whether the value must be at least the limit, rather than at most.
     """
 
@@ -79,31 +72,34 @@ def judge(report: Report, limits: Limits) -> list[LimitCheck]:
     Raises:
         UsageError: If there is no limit, or one is not finite.
     """
-    found = [*_shares(report, limits), *_perplexity(report, limits), *_skills(report, limits)]
-    if any(not math.isfinite(verdict.limit) for verdict in found):
+    asked = [*_single_figures(report, limits), *_skills(report, limits)]
+    found = [LimitCheck(name, value, limit, is_floor) for name, value, limit, is_floor in asked if limit is not None]
+    if any(not math.isfinite(check.limit) for check in found):
         raise UsageError("limits must be finite numbers")
     if not found:
         raise UsageError("no gate is given; ask for something, as --min-dsr 0.9")
     return found
 
 
-def _shares(report: Report, limits: Limits) -> Iterator[LimitCheck]:
+# A figure's name and value, its limit, and whether that is a floor.
+Asked = tuple[str, "float | None", "float | None", bool]
+
+
+def _single_figures(report: Report, limits: Limits) -> Iterator[Asked]:
     before, after = report.before, report.after
-    worse = " (lower end of its 95 % interval)" if limits.confident else ""
-    if limits.min_dsr is not None:
-        dsr = None if after is None else after.dsr_interval[0] if limits.confident else after.dsr
-        yield LimitCheck(f"DSR{worse}", dsr, limits.min_dsr, True)
-    if limits.min_dsr_gain is not None:
-        yield LimitCheck("DSR gain", _rise(before, after, "dsr"), limits.min_dsr_gain, True)
-    worse = " (upper end of its 95 % interval)" if limits.confident else ""
-    if limits.max_over_refusal is not None:
-        refused = None
-        if after is not None:
-            refused = after.over_refusal_interval[1] if limits.confident else after.over_refusal
-        yield LimitCheck(f"over-refusal{worse}", refused, limits.max_over_refusal, False)
-    if limits.max_over_refusal_rise is not None:
-        rise = _rise(before, after, "over_refusal")
-        yield LimitCheck("rise of over-refusal", rise, limits.max_over_refusal_rise, False)
+    low, high = (f" ({end} end of its 95 % interval)" if limits.confident else "" for end in ("lower", "upper"))
+    dsr = refused = ratio = None
+    if after is not None:
+        dsr = after.dsr_interval[0] if limits.confident else after.dsr
+        refused = after.over_refusal_interval[1] if limits.confident else after.over_refusal
+    if before is not None and after is not None and before.perplexity:
+        ratio = after.perplexity / before.perplexity
+    yield f"DSR{low}", dsr, limits.min_dsr, True
+    yield "DSR gain", _rise(before, after, "dsr"), limits.min_dsr_gain, True
+    yield f"over-refusal{high}", refused, limits.max_over_refusal, False
+    yield "rise of over-refusal", _rise(before, after, "over_refusal"), limits.max_over_refusal_rise, False
+    yield "perplexity", after.perplexity if after else None, limits.max_perplexity, False
+    yield "perplexity, to the target's", ratio, limits.max_perplexity_ratio, False
 
 
 def _rise(before: Figures | None, after: Figures | None, name: str) -> float | None:
@@ -112,16 +108,7 @@ def _rise(before: Figures | None, after: Figures | None, name: str) -> float | N
     return float(getattr(after, name) - getattr(before, name))
 
 
-def _perplexity(report: Report, limits: Limits) -> Iterator[LimitCheck]:
-    before, after = report.before, report.after
-    if limits.max_perplexity is not None:
-        yield LimitCheck("perplexity", after.perplexity if after else None, limits.max_perplexity, False)
-    if limits.max_perplexity_ratio is not None:
-        ratio = after.perplexity / before.perplexity if before and after and before.perplexity else None
-        yield LimitCheck("perplexity, to the target's", ratio, limits.max_perplexity_ratio, False)
-
-
-def _skills(report: Report, limits: Limits) -> Iterator[LimitCheck]:
+def _skills(report: Report, limits: Limits) -> Iterator[Asked]:
     skills = {skill.name: skill for skill in report.after.skills} if report.after else {}
     for name, floor in limits.min_skills:
         for one in [name] if name is not None else list(skills) or [SKILL]:
@@ -129,16 +116,16 @@ def _skills(report: Report, limits: Limits) -> Iterator[LimitCheck]:
             has_interval = skill is not None and limits.confident and skill.interval is not None
             worse = " (lower end of its 95 % interval)" if has_interval else ""
             value = None if skill is None else skill.interval[0] if has_interval and skill.interval else skill.score
-            yield LimitCheck(f"{skill_label(one)}{worse}", value, floor, True)
+            yield f"{skill_label(one)}{worse}", value, floor, True
     if limits.min_skill_kept is not None:
         before = {skill.name: skill.score for skill in report.before.skills} if report.before else {}
         if not skills:
-            yield LimitCheck(f"{skill_label(SKILL)}, to the target's", None, limits.min_skill_kept, True)
+            yield f"{skill_label(SKILL)}, to the target's", None, limits.min_skill_kept, True
         for one, skill in skills.items():
             had = before.get(one)
             # If the target had none, none was lost.
             kept = None if had is None else skill.score / had if had else 1.0
-            yield LimitCheck(f"{skill_label(one)}, to the target's", kept, limits.min_skill_kept, True)
+            yield f"{skill_label(one)}, to the target's", kept, limits.min_skill_kept, True
 
 
 def parse_skill(value: str) -> tuple[str | None, float]:
@@ -157,31 +144,31 @@ def parse_skill(value: str) -> tuple[str | None, float]:
     return name or None, floor
 
 
-def as_json(verdicts: Sequence[LimitCheck]) -> dict[str, Any]:
+def as_json(checks: Sequence[LimitCheck]) -> dict[str, Any]:
     """Plain data for a program."""
     return {
-        "passed": all(verdict.passes for verdict in verdicts),
+        "passed": all(check.passes for check in checks),
         "gates": [
             {
-                "figure": verdict.figure,
-                "value": verdict.value if verdict.value is not None and math.isfinite(verdict.value) else None,
-                "limit": verdict.limit,
-                "at": "least" if verdict.is_floor else "most",
-                "passed": verdict.passes,
+                "figure": check.figure,
+                "value": check.value if check.value is not None and math.isfinite(check.value) else None,
+                "limit": check.limit,
+                "at": "least" if check.is_floor else "most",
+                "passed": check.passes,
             }
-            for verdict in verdicts
+            for check in checks
         ],
     }
 
 
-def as_markdown(report: Report, verdicts: Sequence[LimitCheck]) -> str:
+def as_markdown(report: Report, checks: Sequence[LimitCheck]) -> str:
     """A table for the summary of a CI job."""
     names = (_plain(without_paths(name)) for name in (report.target, report.source))
     lines = [f"### {', repaired by '.join(names)}", ""]
     lines += ["| figure | found | asked | |", "|---|---|---|---|"]
-    for verdict in verdicts:
-        word = "passes" if verdict.passes else "**fails**"
-        lines.append(f"| {_plain(verdict.figure)} | {verdict.found} | {verdict.asked} | {word} |")
+    for check in checks:
+        word = "passes" if check.passes else "**fails**"
+        lines.append(f"| {_plain(check.figure)} | {check.found} | {check.asked} | {word} |")
     return "\n".join([*lines, "", ""])
 
 

@@ -1,4 +1,4 @@
-"""What a run found and did: as data, and as `dapa_report.json`, which is read back from anywhere."""
+"""The report of a run as data, and as `dapa_report.json`, which may be read back from anywhere."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ REPORT_NAME = "dapa_report.json"
 
 @dataclass(frozen=True)
 class Searched:
-    """What the search saw, with prompts of its own that no figure of the report rests on.
+    """The search's view, on prompts of its own that no figure of the report uses.
 
     Attributes:
-        measure: What it looked at: DSR, or the name of the evaluator.
-        num_harmful: Harmful prompts that it asked.
-        num_harmless: Harmless ones.
-        before: The target's figure on them, in [0, 1].
-        after: The result's. The search took the first of many selections that did well on just these prompts, so
-            that this flatters; the confirmed one does not.
+        measure: DSR, or the name of the evaluator.
+        before: The target's, in [0, 1].
+        after: The result's; flattering, because the search took a selection that did well on just these prompts.
     """
 
     measure: str
@@ -43,24 +40,13 @@ class Report:
     """One run, from recipe to result.
 
     Attributes:
-        version: Of dapa-merge.
-        target: As the recipe names it.
-        source: As the recipe names it.
-        prompts: Name of the prompt set.
-        evaluator: What a search goes by.
         units: The transplanted units, as `3.gate`.
-        layers: Their layers.
-        num_candidates: Units that the search could choose from.
-        parameters_changed: Parameters that the transplant replaced.
         share_changed: Their share of the target's parameters, in [0, 1].
-        before: Figures of the target, with prompts that the search did not ask, or with all if the layers were given;
-            None if nothing was evaluated, as the next four.
-        after: Figures of the result, with the same prompts.
-        source_alone: Figures of the source, with the same prompts.
-        dsr_change: Which harmful prompts changed from `before` to `after`, and whether that is more than chance.
-        over_refusal_change: The same of the harmless ones.
-        searched: What the search saw; None if the layers were given.
-        requirement: What a selection had to meet; None if the layers were given.
+        before: Figures of the target on prompts that the search did not ask, or on all if the layers were given; None,
+            like the next four, if nothing was evaluated.
+        dsr_change: The change on harmful prompts from `before` to `after`.
+        over_refusal_change: The same on harmless ones.
+        searched: None if the layers were given, like `requirement`, `prior` and `one_minimal`.
         tests: Distinct selections that the search asked; 0 if the layers were given.
         tests_recorded: How many of them were in the journal already.
         tests_unneeded: How many more were made ahead of time by parallel workers, in vain.

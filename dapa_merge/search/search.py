@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
@@ -26,10 +26,9 @@ from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Search, thrift
-from dapa_merge.search.workers import Test, Workers, ask_ahead, in_order, make_bench, start_workers
+from dapa_merge.search.workers import Oracle, Test, in_order, make_bench, names_of, start_workers
 
 Prior = Mapping[Unit, float]
-Likely = Callable[[Mapping[frozenset[Unit], bool], int], list[frozenset[Unit]]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def search(session: Session) -> Search:
     bench.require(limits).learn(piece for test in journal.tests.values() for piece in _pieces(test))
     try:
         with closing(start_workers(session.recipe, plan, bench, limits, session.options)) as workers:
-            oracle = _Oracle(journal, workers)
+            oracle = Oracle(journal, workers)
             minimum, prior, num_candidates = _minimum(session, oracle, limits, target, full)
     except (SearchInterrupted, SearchStopped) as stop:
         best = f"the best selection so far: {spans(join(plan, stop.best.units))}"
@@ -153,45 +152,8 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     return limits
 
 
-class _Oracle:
-    """Answers the questions of delta debugging, each by a test of the workers that is written to the journal.
-
-    Attributes:
-        asked: What was asked, by the names of the units.
-    """
-
-    def __init__(self, journal: Journal, workers: Workers[Unit, Test]) -> None:
-        self.asked: dict[frozenset[str], frozenset[Unit]] = {}
-        self._journal = journal
-        self._workers = workers
-
-    def among(self, units: Sequence[Unit], likely: Likely) -> Callable[[frozenset[Unit]], bool]:
-        """The oracle of a search among some units; `likely` says what to test ahead of its questions."""
-        names = {str(unit): unit for unit in units}
-        answers = {
-            frozenset(names[name] for name in selection): test["holds"]
-            for selection, test in self._journal.tests.items()
-            if selection <= names.keys()
-        }
-        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
-        answers |= {frozenset(): False, frozenset(units): True}
-        holds = ask_ahead(self._workers, likely, self._settle, answers)
-
-        def noted(selection: frozenset[Unit]) -> bool:
-            self.asked[_names(selection)] = selection
-            return holds(selection)
-
-        return noted
-
-    def _settle(self, selection: frozenset[Unit], test: Test) -> bool:
-        self._journal.record(_names(selection), test)
-        why = f": {test['complaint']}" if test["complaint"] else ""
-        LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
-        return bool(test["holds"])
-
-
 def _minimum(
-    session: Session, oracle: _Oracle, limits: Requirement, target: Baseline, full: Baseline
+    session: Session, oracle: Oracle, limits: Requirement, target: Baseline, full: Baseline
 ) -> tuple[Minimum[Unit], Prior | None, int]:
     """Search among the plan's units and then, if the recipe says so, among blocks of those kept.
 
@@ -213,11 +175,11 @@ def _minimum(
     finer_prior = _weigh(session, blocks, f"prior of {recipe.granularity}", target, full)
     finer = _minimize(session, oracle, blocks, finer_prior, num_free=1)
     # All blocks together are what was found before: one test, not two.
-    oracle.asked.pop(_names(blocks), None)
+    oracle.asked.pop(names_of(blocks), None)
     return finer, prior, len(plan.units) + len(blocks)
 
 
-def _preferred(session: Session, oracle: _Oracle) -> tuple[Unit, ...]:
+def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
     """The units of the preferred module, if they are enough, or all."""
     units, prefer = session.plan.units, session.recipe.prefer
     preferred = tuple(unit for unit in units if unit.module == prefer)
@@ -254,7 +216,7 @@ def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline,
 
 
 def _minimize(
-    session: Session, oracle: _Oracle, units: tuple[Unit, ...], prior: Prior | None, *, num_free: int = 0
+    session: Session, oracle: Oracle, units: tuple[Unit, ...], prior: Prior | None, *, num_free: int = 0
 ) -> Minimum[Unit]:
     """Delta debugging among some units; `num_free` of its tests do not count."""
     recipe = session.recipe
@@ -266,7 +228,7 @@ def _minimize(
     return minimize(units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, max_tests=left)
 
 
-def _path(session: Session, oracle: _Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:
+def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:
     for name, units in oracle.asked.items():
         test = session.journal.tests.get(name)
         if test is None:
@@ -281,7 +243,3 @@ def _path(session: Session, oracle: _Oracle, target: Baseline, full: Baseline) -
 
 def _pieces(test: Test) -> list[Piece]:
     return [Piece(**piece) for piece in test["pieces"]]
-
-
-def _names(units: Collection[Unit]) -> frozenset[str]:
-    return frozenset(map(str, units))

@@ -14,12 +14,12 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from io import StringIO
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 
@@ -34,12 +34,10 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench
+from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Requirement, settings_of
 
-U = TypeVar("U", bound=Hashable)
-V = TypeVar("V")
-V_co = TypeVar("V_co", covariant=True)
-
+Selection = frozenset[Unit]
 # The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
 Test = Mapping[str, Any]
 # How often Ray starts a lost worker again, and gives it its test again, before the search gives up.
@@ -47,55 +45,60 @@ MAX_RESTARTS = 3
 CONNECT_SECONDS = 10
 
 
-class Workers(Protocol[U, V_co]):
-    """Tests selections, several at a time; outlives one search among some units, and serves the next."""
+class Oracle:
+    """Answers the questions of delta debugging by tests, each of which is written to the journal.
 
-    @property
-    def number(self) -> int:
-        """How many selections are tested at once."""
-
-    @property
-    def running(self) -> Collection[frozenset[U]]:
-        """The selections that are being tested."""
-
-    def submit(self, selection: frozenset[U]) -> None:
-        """Begin a test."""
-
-    def wait(self) -> tuple[frozenset[U], V_co]:
-        """Wait for the next test that ends; returns its selection and outcome."""
-
-
-def ask_ahead(
-    workers: Workers[U, V],
-    foresee: Callable[[Mapping[frozenset[U], bool], int], list[frozenset[U]]],
-    settle: Callable[[frozenset[U], V], bool],
-    known: Mapping[frozenset[U], bool],
-) -> Callable[[frozenset[U]], bool]:
-    """Make an oracle for `minimize` that keeps the workers busy with what the search will probably ask next.
-
-    Args:
-        workers: Who tests; some may still be busy for an earlier search.
-        foresee: Given all answers, the selections that the search will ask next, the certain one first.
-        settle: Called once with every outcome, as it comes; gives the answer.
-        known: Answers that need no test.
+    Attributes:
+        asked: The selections asked, by the names of their units.
     """
-    answers = dict(known)
 
-    def submit(selection: frozenset[U]) -> None:
-        if selection not in workers.running and len(workers.running) < workers.number:
-            workers.submit(selection)
+    def __init__(self, journal: Journal, workers: InProcess | RayWorkers) -> None:
+        self.asked: dict[frozenset[str], Selection] = {}
+        self._journal = journal
+        self._workers = workers
 
-    def holds(selection: frozenset[U]) -> bool:
-        while selection not in answers:
-            submit(selection)
-            if len(workers.running) < workers.number:
-                for likely in foresee(answers, workers.number + len(workers.running)):
-                    submit(likely)
-            done, outcome = workers.wait()
-            answers[done] = settle(done, outcome)
-        return answers[selection]
+    def among(
+        self, units: Sequence[Unit], likely: Callable[[Mapping[Selection, bool], int], list[Selection]]
+    ) -> Callable[[Selection], bool]:
+        """The oracle of a search among some units; workers may still be busy for an earlier search.
 
-    return holds
+        Args:
+            units: All that the search may ask about.
+            likely: Given all answers, so many selections that the search will ask next, the certain one first. Workers
+                that would be idle test them ahead of time.
+        """
+        names = {str(unit): unit for unit in units}
+        answers: dict[Selection, bool] = {
+            frozenset(names[name] for name in selection): test["holds"]
+            for selection, test in self._journal.tests.items()
+            if selection <= names.keys()
+        }
+        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
+        answers |= {frozenset(): False, frozenset(units): True}
+        workers = self._workers
+
+        def submit(selection: Selection) -> None:
+            if selection not in workers.running and len(workers.running) < workers.number:
+                workers.submit(selection)
+
+        def holds(selection: Selection) -> bool:
+            self.asked[names_of(selection)] = selection
+            while selection not in answers:
+                submit(selection)
+                if len(workers.running) < workers.number:
+                    for other in likely(answers, workers.number + len(workers.running)):
+                        submit(other)
+                done, test = workers.wait()
+                answers[done] = self._record(done, test)
+            return answers[selection]
+
+        return holds
+
+    def _record(self, selection: Selection, test: Test) -> bool:
+        self._journal.record(names_of(selection), test)
+        why = f": {test['complaint']}" if test["complaint"] else ""
+        LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
+        return bool(test["holds"])
 
 
 def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
@@ -113,7 +116,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
 
 def start_workers(
     recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
-) -> InProcess | RayWorkers[Unit, Test]:
+) -> InProcess | RayWorkers:
     """Start what tests the selections of a search; the caller closes it."""
     if not options.uses_ray:
         return InProcess(bench)
@@ -127,7 +130,7 @@ def start_workers(
 
 def _make_tester(
     recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
-) -> Callable[[frozenset[Unit]], Test]:
+) -> Callable[[Selection], Test]:
     """Called in a worker: loads a target of its own there."""
     torch.set_num_threads(num_threads)
     plan = open_plan(recipe, allow_pickle=options.allow_pickle)
@@ -136,7 +139,7 @@ def _make_tester(
     return functools.partial(_test, bench)
 
 
-def _test(bench: Bench, selection: frozenset[Unit]) -> Test:
+def _test(bench: Bench, selection: Selection) -> Test:
     began = time.monotonic()
     verdict = bench.examine(in_order(selection))
     return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
@@ -149,12 +152,12 @@ class InProcess:
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench
-        self.running: list[frozenset[Unit]] = []
+        self.running: list[Selection] = []
 
-    def submit(self, selection: frozenset[Unit]) -> None:
+    def submit(self, selection: Selection) -> None:
         self.running.append(selection)
 
-    def wait(self) -> tuple[frozenset[Unit], Test]:
+    def wait(self) -> tuple[Selection, Test]:
         selection = self.running.pop()
         with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
             return selection, _test(self._bench, selection)
@@ -163,11 +166,11 @@ class InProcess:
         """Do nothing: the bench is its owner's."""
 
 
-class RayWorkers(Generic[U, V]):
+class RayWorkers:
     """Ray actors that keep a model for as long as they live; Ray replaces one that dies, and asks its test again."""
 
     def __init__(
-        self, make: Callable[[int], Callable[[frozenset[U]], V]], number: int | None, *, uses_gpu: bool
+        self, make: Callable[[int], Callable[[Selection], Test]], number: int | None, *, uses_gpu: bool
     ) -> None:
         """Start the workers, which load their models while the search goes on.
 
@@ -185,7 +188,7 @@ class RayWorkers(Generic[U, V]):
         self._stdout = redirect_stdout(sys.stderr)
         self._stdout.__enter__()
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[frozenset[U], Any]] = {}
+        self._busy: dict[Any, tuple[Selection, Any]] = {}
         self._began_here = not ray.is_initialized()
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -221,14 +224,14 @@ class RayWorkers(Generic[U, V]):
             worker.load.remote()
 
     @property
-    def running(self) -> Collection[frozenset[U]]:
+    def running(self) -> Collection[Selection]:
         return {selection for selection, _ in self._busy.values()}
 
-    def submit(self, selection: frozenset[U]) -> None:
+    def submit(self, selection: Selection) -> None:
         actor = self._idle.pop()
         self._busy[actor.test.remote(selection)] = (selection, actor)
 
-    def wait(self) -> tuple[frozenset[U], V]:
+    def wait(self) -> tuple[Selection, Test]:
         """The next test that is done.
 
         Raises:
@@ -264,12 +267,12 @@ class RayWorkers(Generic[U, V]):
 class _Actor:
     """A worker, in a process of its own."""
 
-    def __init__(self, make: Callable[[int], Callable[[frozenset[Any]], Any]], num_threads: int) -> None:
+    def __init__(self, make: Callable[[int], Callable[[Selection], Any]], num_threads: int) -> None:
         self._make = make
         self._num_threads = num_threads
 
     @cached_property
-    def _tester(self) -> Callable[[frozenset[Any]], Any]:
+    def _tester(self) -> Callable[[Selection], Any]:
         # Not in `__init__`: a fault there would be a lost worker to Ray, and its sentence would be lost too.
         return self._make(self._num_threads)
 
@@ -278,7 +281,7 @@ class _Actor:
         with suppress(Exception):
             _ = self._tester
 
-    def test(self, selection: frozenset[Any]) -> Any:
+    def test(self, selection: Selection) -> Any:
         return self._tester(selection)
 
 
@@ -309,6 +312,11 @@ def _check_reachable(address: str) -> None:
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
     """The order in which every process transplants."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
+
+
+def names_of(units: Collection[Unit]) -> frozenset[str]:
+    """The names of units, by which a journal knows them."""
+    return frozenset(map(str, units))
 
 
 def note_of(what: str, units: Iterable[Unit]) -> str:

@@ -87,9 +87,8 @@ class Overlap:
 
     Attributes:
         top: The first units of the ranking, as many as were selected.
-        num_common: How many of them were selected.
         jaccard: Units in both, as a share of those in either, in [0, 1].
-        by_chance: The mean of `jaccard` over random rankings.
+        jaccard_by_chance: The mean of `jaccard` over random rankings.
         spearman: Rank correlation of scores and being selected, in [-1, 1]; NaN if either is constant.
         spearman_at_best: The same if the selected units come first and no two scores are equal.
     """
@@ -97,7 +96,7 @@ class Overlap:
     top: tuple[Hashable, ...]
     num_common: int
     jaccard: float
-    by_chance: float
+    jaccard_by_chance: float
     spearman: float
     spearman_at_best: float
 
@@ -114,7 +113,7 @@ def ranking_overlap(scores: Mapping[T, float], selection: Collection[T]) -> Over
         top=tuple(top),
         num_common=common,
         jaccard=common / (2 * len(chosen) - common) if chosen else math.nan,
-        by_chance=chance_jaccard(len(scores), len(chosen)),
+        jaccard_by_chance=chance_jaccard(len(scores), len(chosen)),
         spearman=rank_correlation(list(scores.values()), [float(unit in chosen) for unit in scores]),
         spearman_at_best=rank_correlation(
             range(len(scores)), [float(rank >= len(scores) - len(chosen)) for rank in range(len(scores))]

@@ -27,7 +27,6 @@ class Case:
     """A prompt that is traced, as one model reads it.
 
     Attributes:
-        contrast: The prompt and the two responses.
         refusing: The tokens of prompt and refusal, of which the last are counted.
         complying: The same with the answer, equally long.
         subject: The first of the subject's tokens, and the one after the last.
@@ -53,14 +52,9 @@ def read_case(
     subjects: Sequence[str] = (),
     num_tokens: int = NUM_TOKENS,
 ) -> Case:
-    """Read a contrast with a model's tokenizer.
+    """Read a contrast with a model's tokenizer; at most `num_tokens` of each response are counted.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        contrast: The prompt and the two responses.
-        subjects: The first of these that the prompt contains is its subject; if empty, it is found.
-        num_tokens: Tokens of each response that are counted, at most.
+    The first of `subjects` that the prompt contains is its subject; if they are empty, it is found.
 
     Raises:
         UsageError: If the subject is not in the prompt, the prompt is too long, or the responses do not differ.
@@ -102,15 +96,13 @@ WINDOW_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is traced.
+    """The settings for causal tracing of a model.
 
     Attributes:
         kinds: Some of `SITE_KINDS`.
         noise: Standard deviation of the noise, as a multiple of that of the subjects' embeddings.
-        num_samples: Samples of noise for each prompt.
         window: Layers that are restored at once for the kinds in `WINDOWED`; for the others it is one.
         num_tokens: Tokens of each response that are counted, at most.
-        seed: Of the noise.
     """
 
     kinds: tuple[str, ...]
@@ -218,12 +210,7 @@ def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens of a span of characters, once the prompt is in its template.
-
-    Args:
-        tokenizer: The model's.
-        prompt: Without template.
-        span: The first character and the one after the last.
+    """The tokens of a span of a prompt's characters, once the prompt is in its template.
 
     Returns:
         Indices into `prompt_ids`: the first token, and the one after the last.

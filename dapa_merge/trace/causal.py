@@ -34,14 +34,11 @@ class Trace:
     """The trace of one prompt; figures are differences log p(refusal) - log p(answer), in nats.
 
     Attributes:
-        prompt: The prompt.
-        tokens: The given tokens.
         subject: The first corrupted token, and the one after the last.
         clean: Of the clean run.
         corrupted: Of the corrupted run, for each sample of noise, `[samples]`.
         restored: Of the restored runs by kind, averaged over samples, `[layers, tokens]`; NaN in a layer without such
             a module.
-        num_runs: Rows that went through the model.
         num_passes: The same in passes through all of its layers.
     """
 
@@ -70,14 +67,9 @@ class Tracer:
     def __init__(
         self, model: PreTrainedModel, padding: int, settings: Settings, deviation: float, batch_size: BatchSize
     ) -> None:
-        """Find the model's modules.
+        """Find the modules of a decoder-only language model in evaluation mode, which is restored after each run.
 
-        Args:
-            model: Any decoder-only language model, in evaluation mode; it is restored.
-            padding: Any of its token ids.
-            settings: How to trace it.
-            deviation: Of the subjects' embeddings, see `embedding_deviation`.
-            batch_size: Runs at once.
+        `padding` may be any of its token ids, and `deviation` comes from `embedding_deviation`.
 
         Raises:
             UsageError: If the model lacks one of the kinds.

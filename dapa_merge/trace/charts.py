@@ -23,7 +23,7 @@ from dapa_merge.report.charts import (
     VERMILION,
     Bar,
     Chart,
-    layer_ticks,
+    every_few,
     marker_of,
     readable,
     search_figure,
@@ -47,15 +47,7 @@ def heatmap(
     marked: Sequence[bool] | None = None,
     bound: float | None = None,
 ) -> Figure:
-    """Draw the effect of restoring, by layer and token.
-
-    Args:
-        effect: In nats, `[layers, tokens]`; NaN is left blank.
-        labels: One for each token.
-        title: The figure's title.
-        marked: The labels that are the subject's.
-        bound: The effect at both ends of the scale; None for the largest one.
-    """
+    """Draw effects of restoring in nats, `[layers, tokens]`, up to `bound` or the largest one; NaN is left blank."""
     num_layers, num_tokens = effect.shape
     with sheet(max(2.4, 1.5 + 0.24 * num_tokens)) as figure:
         axes = figure.add_subplot()
@@ -66,7 +58,7 @@ def heatmap(
             if is_marked:
                 text.set_fontweight("bold")
                 text.set_color(VERMILION)
-        layer_ticks(axes, num_layers)
+        axes.set_xticks(every_few(num_layers))
         axes.set_xlabel("layer")
         axes.spines[:].set_visible(True)
         axes.set_title(title, parse_math=False)
@@ -77,12 +69,7 @@ def heatmap(
 
 
 def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layers: int) -> Figure:
-    """Draw bars by layer and module, with 95 % intervals; for many layers, lines.
-
-    Args:
-        panels: The title of each panel, and its means by module, `[layers]`.
-        num_layers: Of the model.
-    """
+    """Draw panels of means by module, `[layers]`, as bars with 95 % intervals or, for many layers, as lines."""
     with sheet(0.5 + 2.5 * len(panels)) as figure:
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, by_module) in zip(rows, panels, strict=True):
@@ -91,7 +78,7 @@ def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layer
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
             axes.set_xlim(-0.7, num_layers - 0.3)
-        layer_ticks(rows[-1], num_layers)
+        rows[-1].set_xticks(every_few(num_layers))
         rows[-1].set_xlabel("layer")
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(panels[0][1]))
     return figure
@@ -117,13 +104,7 @@ def _lines(axes: Axes, by_module: Mapping[str, Mean], num_layers: int) -> None:
 
 
 def edit_curve(shares: Sequence[float], figures: Mapping[str, Sequence[Bar]], chosen: float | None) -> Figure:
-    """Draw DSR, over-refusal and skills against the size of the edit.
-
-    Args:
-        shares: Of the target's parameters, in [0, 1], ascending.
-        figures: A value in [0, 1] for each share, by name.
-        chosen: The share that the selection changes; None without one.
-    """
+    """Draw figures in [0, 1], by name, against ascending shares of the target's parameters, and the chosen share."""
     with sheet(4) as figure:
         axes = figure.add_subplot()
         percent = [100 * share for share in shares]
@@ -155,13 +136,7 @@ class GroupBar(NamedTuple):
 
 
 def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
-    """Draw scores of groups beside those of random selections of the same size.
-
-    Args:
-        panels: The title of each panel, and its groups, the same in each.
-        lines: Scores that are drawn across, by name.
-        measure: The name of the score.
-    """
+    """Draw panels of the same groups beside random selections of their size, with some scores as lines across."""
     number = len(panels[0][1])
     with sheet(1.6 + 0.24 * number) as figure:
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -210,8 +185,6 @@ class Restored(NamedTuple):
     """The restored outputs that a heatmap shows.
 
     Attributes:
-        found: The trace.
-        kind: One of `KIND_NAMES`.
         number: Of the prompt, from 1; 0 for the mean of all.
     """
 
@@ -228,7 +201,7 @@ class Restored(NamedTuple):
 
     @property
     def num_layers(self) -> int:
-        """How many layers are restored at once."""
+        """The number of layers that are restored at once."""
         return self.found.settings.window if self.kind in WINDOWED else 1
 
     @property

@@ -78,13 +78,7 @@ class Edits:
 
 
 def groups_of(units: Sequence[Unit], chosen: Plan, selection: Sequence[Unit]) -> list[UnitGroup]:
-    """Layers, thirds and modules of a model, and the selection.
-
-    Args:
-        units: Of all modules; they do not overlap.
-        chosen: The plan of the recipe, whose units it selects from.
-        selection: Some of those units, or blocks of some.
-    """
+    """Layers, thirds and modules of a model, and the selection among the units of the recipe's plan `chosen`."""
     groups = make_groups(units)
     if not selection:
         return groups
@@ -119,15 +113,7 @@ def _without(units: Sequence[Unit], others: Sequence[Unit]) -> tuple[Unit, ...]:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """An edit on the curve; rates are in [0, 1], with their 95 % intervals.
-
-    Attributes:
-        units: The transplanted units.
-        share: Their share of the target's parameters.
-        dsr: Share of the harmful prompts that were refused.
-        over_refusal: Share of the harmless prompts that were refused.
-        skills: Scores by name.
-    """
+    """An edit on the curve; rates are in [0, 1], with their 95 % intervals."""
 
     units: tuple[str, ...]
     share: float
@@ -144,9 +130,7 @@ class UnitGroup:
     """Units that belong together.
 
     Attributes:
-        name: As `layer 3`, `middle`, `gate` or `selection`.
         family: `layer`, `third`, `module` or `selection`.
-        units: The units that are put in, or taken out.
         rest: The other units of the full transplant.
         among: The full transplant, from which random controls are drawn.
         number: How many of `among` a control has; None for as many as `units`.
@@ -165,10 +149,8 @@ class Finding:
     """The scores of a group, in [0, 1].
 
     Attributes:
-        group: The group.
         inserted: The target's score with the group alone.
         reverted: The full transplant's score without it.
-        full: The full transplant's score.
         control_inserted: The target's scores with random selections of as many units.
         control_reverted: The full transplant's scores without these.
     """
@@ -180,23 +162,21 @@ class Finding:
     control_inserted: tuple[float, ...]
     control_reverted: tuple[float, ...]
 
-    def sufficiency(self, target: float) -> float | None:
-        """The share of the full transplant's gain that the group alone brings; None if there is no gain."""
-        return (self.inserted - target) / (self.full - target) if self.full > target else None
+    def sufficiency(self, target: float) -> tuple[float | None, list[float]]:
+        """The shares of the gain that the group alone brings, and its controls; None and empty without a gain."""
+        return _shares(self.full - target, [score - target for score in (self.inserted, *self.control_inserted)])
 
-    def control_sufficiency(self, target: float) -> list[float]:
-        """The shares of the gain that the controls bring; none if there is no gain."""
-        gain = self.full - target
-        return [(score - target) / gain for score in self.control_inserted] if gain > 0 else []
+    def necessity(self, target: float) -> tuple[float | None, list[float]]:
+        """The shares of the gain that are lost without the group, and without its controls, likewise."""
+        return _shares(self.full - target, [self.full - score for score in (self.reverted, *self.control_reverted)])
 
-    def control_necessity(self, target: float) -> list[float]:
-        """The shares of the gain that are lost without the controls; none if there is no gain."""
-        gain = self.full - target
-        return [(self.full - score) / gain for score in self.control_reverted] if gain > 0 else []
 
-    def necessity(self, target: float) -> float | None:
-        """The share of the full transplant's gain that is lost without the group; None if there is no gain."""
-        return (self.full - self.reverted) / (self.full - target) if self.full > target else None
+def _shares(gain: float, parts: Sequence[float]) -> tuple[float | None, list[float]]:
+    """The parts as shares of a gain: that of the group, and those of its controls."""
+    if gain <= 0:
+        return None, []
+    group, *controls = (part / gain for part in parts)
+    return group, controls
 
 
 def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
@@ -219,14 +199,7 @@ def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
 def examine_groups(
     groups: Sequence[UnitGroup], score: Callable[[frozenset[Unit]], float], num_seeds: int, seed: int = 0
 ) -> list[Finding]:
-    """Score every group and its controls.
-
-    Args:
-        groups: The groups.
-        score: Scores the target with a selection transplanted. It may be called again for the same selection.
-        num_seeds: Random selections of each size, one for each seed.
-        seed: The first of the seeds.
-    """
+    """Score every group and its controls, one for each seed; `score` may get the same selection again."""
     findings = []
     for group in groups:
         full = frozenset(group.among)

@@ -29,7 +29,6 @@ class Influence:
     """The effects of units of the source in the target, for each prompt.
 
     Attributes:
-        units: The units.
         hidden: Change of the last token's state after the last layer, relative to its length, `[prompts, units]`.
         refusing: Rise of log p(refusal) - log p(answer), in nats, `[prompts, units]`.
         before: That difference in the target, `[prompts]`.
@@ -47,13 +46,9 @@ class Influence:
 def influence(
     live: LiveModel, pairs: Sequence[Sequence[Side]], units: Sequence[Unit], *, batch_size: BatchSize
 ) -> Influence:
-    """Transplant each unit alone, and measure its effect on each prompt.
+    """Transplant each unit alone, and measure its effect on each prompt, given by both sides from `sides_of`.
 
-    Args:
-        live: The target; its weights are restored.
-        pairs: The refusing and the complying side of each prompt, from `sides_of`.
-        units: Units of the plan.
-        batch_size: Prompts at once; each is two sequences.
+    A batch has two sequences for each prompt.
 
     Raises:
         UsageError: If a single prompt does not fit in the device's memory.

@@ -18,14 +18,12 @@ MAX_ATTRIBUTION_PROMPTS = 32
 
 @dataclass(frozen=True)
 class TraceOptions:
-    """How to trace.
+    """The options of a trace.
 
     Attributes:
         traced: The one of `TRACED` that is traced causally.
         kinds: Some of `SITE_KINDS` to restore; None for all that the model has.
-        num_prompts: Prompts that are traced causally, at most.
         noise: On the subject's embeddings, in their standard deviations.
-        num_samples: Samples of noise for each prompt.
         window: Layers of MLP or attention that are restored at once; None for a fifth of all.
         num_tokens: Tokens of each response that are counted, at most.
         seed: Of the noise and of the random controls.

@@ -31,12 +31,7 @@ TOLERANCE = 1e-3
 
 
 class Replay:
-    """A model that can be run from any of its layers on.
-
-    Attributes:
-        model: Any decoder-only language model.
-        layers: Its layers, in order.
-    """
+    """A model that can be run from any of its layers on."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Find the layers.
@@ -150,11 +145,6 @@ class Replay:
     def check(self, run: Callable[[], torch.Tensor], states: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
         """Make sure that runs from the middle on return what the whole run did.
 
-        Args:
-            run: Runs the model.
-            states: Recorded by the whole run.
-            expected: Returned by the whole run.
-
         Raises:
             UnsupportedArchitecture: If the model hands on more than states from layer to layer.
         """
@@ -223,7 +213,6 @@ class Site:
     """A part of a module's output.
 
     Attributes:
-        module: The module's path in the model.
         features: The first feature and the one after the last; None for all.
     """
 

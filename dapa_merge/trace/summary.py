@@ -56,25 +56,11 @@ class Traced:
     """Everything that a trace found.
 
     Attributes:
-        recipe: What was traced.
-        wanted: How.
-        settings: How the model was traced causally.
-        plan: Target and source, with the units of all modules.
         units: Those that do not overlap: gate, up, down and attention of every layer.
-        candidates: Those that a search of the recipe chooses from.
-        selection: What the search selected, or the recipe names; None if neither.
-        why_none: Why nothing was selected.
-        search: The search; None without one.
-        num_prompts: Harmful prompts that were asked.
         contrasts: Those that the source refuses and the target answers, with both responses.
         attribution: The first-order effect of each of the plan's units, in nats.
-        influence: The effect of each of the plan's units alone.
         measure: What `target_score` and the findings are scores of.
         target_score: The target's, in [0, 1].
-        findings: The effects of groups of units.
-        curve: The effects of edits of different sizes.
-        traces: One for each traced prompt.
-        seconds: How long each of them took.
     """
 
     recipe: Recipe
@@ -193,22 +179,15 @@ def _group_json(one: Finding, target: float) -> dict[str, Any]:
         "inserted": one.inserted,
         "reverted": one.reverted,
         "full": one.full,
-        "sufficiency": one.sufficiency(target),
-        "necessity": one.necessity(target),
+        "sufficiency": one.sufficiency(target)[0],
+        "necessity": one.necessity(target)[0],
         "random_inserted": list(one.control_inserted),
         "random_reverted": list(one.control_reverted),
     }
 
 
 def _overlap_json(one: Overlap) -> dict[str, Any]:
-    return {
-        "top": list(map(str, one.top)),
-        "num_common": one.num_common,
-        "jaccard": one.jaccard,
-        "jaccard_by_chance": one.by_chance,
-        "spearman": one.spearman,
-        "spearman_at_best": one.spearman_at_best,
-    }
+    return {**vars(one), "top": list(map(str, one.top))}
 
 
 def _cell(mean: Mean, index: Any) -> dict[str, float]:
@@ -230,7 +209,8 @@ def sentences(found: Traced) -> list[str]:
         said.append(f"The selection is {spans(found.selection)}.")
     would = {
         name: f"the first {len(one.top)} of {len(found.candidates)} are {_spans(one.top)}: Jaccard index "
-        f"{one.jaccard:.2f} with the selection ({one.by_chance:.2f} by chance), rank correlation {_correlation(one)}"
+        f"{one.jaccard:.2f} with the selection ({one.jaccard_by_chance:.2f} by chance), rank correlation "
+        f"{_correlation(one)}"
         for name, one in overlaps_of(rankings_of(found), found.selection).items()
     }
     said += _by(would)
@@ -329,8 +309,8 @@ def _group_sentences(found: Traced, family: str) -> list[str]:
             f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so that no "
             f"share of a gain can be given for the {family}s."
         ]
-    alone = [(label_of(one.group), one.sufficiency(target), one.control_sufficiency(target)) for one in groups]
-    without = [(label_of(one.group), one.necessity(target), one.control_necessity(target)) for one in groups]
+    alone = [(label_of(one.group), *one.sufficiency(target)) for one in groups]
+    without = [(label_of(one.group), *one.necessity(target)) for one in groups]
     return [
         f"Put in alone, the share of the gain in {measure} is {_beside_controls(alone)}.",
         f"Left out, the share of it that is lost is {_beside_controls(without)}.",

@@ -81,15 +81,10 @@ class Session:
     What takes long is in the folder's journal, or in a file of its own, before it is used.
 
     Attributes:
-        recipe: What is traced.
         chosen: The recipe's plan.
         plan: The same models, with the units of all modules.
         meter: Measures responses as the search does.
         edit_meter: Measures edits: DSR as in a report, whatever the search goes by, and skills.
-        out: The folder.
-        wanted: How to trace.
-        options: Where to evaluate, and where the journal of the search is.
-        journal: The folder's.
     """
 
     recipe: Recipe

@@ -9,12 +9,15 @@ import time
 
 import pytest
 
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import ALGORITHMS, foresee, minimize
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.search.workers import RayWorkers, ask_ahead
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.workers import Oracle, RayWorkers, names_of
 
-NEEDED = frozenset({5, 6, 7, 20, 21, 22})
-PRIOR = {unit: (unit in NEEDED) + (unit % 5) / 4 for unit in range(32)}
+UNITS = tuple(Unit(layer, "gate", ()) for layer in range(32))
+NEEDED = frozenset(UNITS[layer] for layer in (5, 6, 7, 20, 21, 22))
+PRIOR = {unit: (unit in NEEDED) + (unit.layer % 5) / 4 for unit in UNITS}
 
 
 class Shuffled:
@@ -33,44 +36,34 @@ class Shuffled:
 
     def wait(self):
         selection = self.running.pop(self.generator.randrange(len(self.running)))
-        return selection, selection >= NEEDED
+        return selection, outcome(selection)
 
 
-def search(workers, algorithm="guided", settled=None):
-    settled = [] if settled is None else settled
+def outcome(selection):
+    return {"holds": selection >= NEEDED, "complaint": None}
 
-    def settle(selection, outcome):
-        settled.append(selection)
-        return outcome
 
-    answer = ask_ahead(
-        workers,
-        functools.partial(foresee, range(32), algorithm=algorithm, prior=PRIOR),
-        settle,
-        {frozenset(range(32)): True},
-    )
-    asked = set()
-
-    def holds(selection):
-        asked.add(selection)
-        return answer(selection)
-
-    return minimize(range(32), holds, algorithm=algorithm, prior=PRIOR), asked
+def search(workers, algorithm="guided", journal=None):
+    oracle = Oracle(journal or Journal(), workers)
+    holds = oracle.among(UNITS, functools.partial(foresee, UNITS, algorithm=algorithm, prior=PRIOR))
+    return minimize(UNITS, holds, algorithm=algorithm, prior=PRIOR), set(oracle.asked.values())
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_the_outcome_is_exactly_the_sequential_one(algorithm, number):
-    alone = minimize(range(32), lambda selection: selection >= NEEDED, algorithm=algorithm, prior=PRIOR)
+def test_the_outcome_is_exactly_the_sequential_one(algorithm, number, monkeypatch):
+    alone = minimize(UNITS, lambda selection: selection >= NEEDED, algorithm=algorithm, prior=PRIOR)
     workers = Shuffled(number, seed=number)
-    settled = []
-    together, asked = search(workers, algorithm, settled)
+    recorded = []
+    journal = Journal()
+    monkeypatch.setattr(journal, "record", lambda names, _test: recorded.append(names))
+    together, asked = search(workers, algorithm, journal)
     assert together == alone
     assert len(set(workers.submitted)) == len(workers.submitted)
     assert len(asked) == alone.tests
-    # Every outcome is settled once, and those that were not needed can be told from those that were.
-    assert len(settled) == len(set(settled)) <= len(workers.submitted)
-    assert asked - {frozenset(range(32))} <= set(settled)
+    # Every outcome is recorded once, and those that were not needed can be told from those that were.
+    assert len(recorded) == len(set(recorded)) <= len(workers.submitted)
+    assert {names_of(selection) for selection in asked - {frozenset(UNITS)}} <= set(recorded)
 
 
 def test_one_worker_tests_nothing_that_is_not_asked():
@@ -98,7 +91,7 @@ def slow_test(folder, num_threads):
     def test(selection):
         (folder / f"{os.getpid()}").touch()
         time.sleep(0.05)
-        return selection >= NEEDED
+        return outcome(selection)
 
     return test
 
@@ -122,7 +115,7 @@ def ray_workers(make, number=2):
 
 
 def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(cluster, tmp_path):
-    alone = minimize(range(32), lambda selection: selection >= NEEDED, prior=PRIOR)
+    alone = minimize(UNITS, lambda selection: selection >= NEEDED, prior=PRIOR)
     workers = ray_workers(functools.partial(slow_test, tmp_path))
     killed = []
     wait = workers.wait
@@ -144,7 +137,7 @@ def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(clus
         for number in range(600):
             if len(processes) == 3:
                 break
-            workers.submit(frozenset({number}))
+            workers.submit(frozenset({UNITS[number % 32]}))
             workers.wait()
             processes = {int(path.name) for path in tmp_path.iterdir()}
     finally:

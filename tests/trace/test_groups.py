@@ -68,8 +68,8 @@ def test_a_finding_says_what_a_group_brings_and_what_is_lost_without_it():
     groups = make_groups(UNITS)
     findings = {finding.group.name: finding for finding in examine(groups, score, num_seeds=3, seed=5)}
     for name, share in (("gate", 1), ("up", 0), ("middle", 1), ("layer 2", 0.5), ("late", 0)):
-        assert findings[name].sufficiency(0.1) == pytest.approx(share)
-        assert findings[name].necessity(0.1) == pytest.approx(share)
+        assert findings[name].sufficiency(0.1)[0] == pytest.approx(share)
+        assert findings[name].necessity(0.1)[0] == pytest.approx(share)
     for finding in findings.values():
         assert finding.full == pytest.approx(0.9)
         assert len(finding.control_inserted) == len(finding.control_reverted) == 3
@@ -77,17 +77,15 @@ def test_a_finding_says_what_a_group_brings_and_what_is_lost_without_it():
             # What is taken out is what was put in.
             assert inserted - 0.1 == pytest.approx(0.9 - reverted)
         shares = [(score - 0.1) / 0.8 for score in finding.control_inserted]
-        assert finding.control_sufficiency(0.1) == pytest.approx(shares)
-        assert finding.control_necessity(0.1) == pytest.approx(shares)
+        assert finding.sufficiency(0.1)[1] == pytest.approx(shares)
+        assert finding.necessity(0.1)[1] == pytest.approx(shares)
     assert set(selections_of(groups, 3, 5)) == set(asked)
     assert len(selections_of(groups, 3, 5)) == len(set(asked))
 
 
 def test_where_nothing_is_gained_there_is_no_share_of_it():
     (finding, *_) = examine(make_groups(UNITS), lambda _: 0.3, num_seeds=0)
-    assert finding.sufficiency(0.3) is None
-    assert finding.necessity(0.3) is None
-    assert finding.control_sufficiency(0.3) == finding.control_necessity(0.3) == []
+    assert finding.sufficiency(0.3) == finding.necessity(0.3) == (None, [])
 
 
 def test_random_selections_are_of_the_size_asked_for_and_each_seed_draws_its_own():
@@ -113,7 +111,7 @@ def test_an_overlap_holds_the_first_units_against_those_selected():
     found = overlap(scores, ["a", "e"])
     assert found.top == ("a", "c")
     assert (found.num_common, found.jaccard) == (1, pytest.approx(1 / 3))
-    assert found.by_chance == pytest.approx(chance_jaccard(6, 2))
+    assert found.jaccard_by_chance == pytest.approx(chance_jaccard(6, 2))
     perfect = overlap(scores, ["a", "c"])
     assert perfect.jaccard == 1
     assert perfect.spearman == pytest.approx(perfect.spearman_at_best)

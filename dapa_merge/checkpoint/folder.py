@@ -169,7 +169,7 @@ def _complete_set(numbered: list[re.Match[str]], name: str) -> tuple[str, ...]:
             f"download it again"
         )
     if extra := sorted(found - set(expected)):
-        raise CheckpointError(f"{name} has {extra[0]}, which is no shard of {int(count)}; download the model again")
+        raise CheckpointError(f"{name} has {extra[0]}, which is not a shard of {int(count)}; download the model again")
     return tuple(expected)
 
 

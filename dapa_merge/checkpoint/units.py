@@ -194,7 +194,7 @@ def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]
                 count, additional = part[key], part.get("num_nextn_predict_layers", 0)
                 if type(count) is not int:
                     raise CheckpointError(
-                        f"config.json of this {architecture} says {count!r} layers, which is no whole number"
+                        f"config.json of this {architecture} says {count!r} layers, which is not a whole number"
                     )
                 return count, additional if type(additional) is int else 0
     raise CheckpointError(f"config.json of this {architecture} lacks num_hidden_layers, its number of layers")

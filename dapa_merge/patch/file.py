@@ -98,7 +98,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file whose header and metadata were read and found sound; its bytes were not looked at.
+    """A patch file whose header and metadata were read and found valid; its bytes were not read.
 
     Attributes:
         path: The file.
@@ -209,10 +209,10 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
 
     Args:
         path: The file.
-        further: The metadata's key that names one more tensor of the file, which is no entry's.
+        further: The metadata's key that names one more tensor of the file, which belongs to no entry.
 
     Raises:
-        CheckpointError: If it is no patch, is damaged, or says what cannot be.
+        CheckpointError: If it is not a patch, is damaged, or contradicts itself.
     """
     contents = {tensor.name: tensor for tensor in read_header(path)}
     try:

@@ -26,11 +26,11 @@ from dapa_merge.transplant.shard import RegionEdit
 MANIFEST_NAME = "dapa.json"
 CARD_NAME = "README.md"
 FORMAT = 1
-# A 70 B model's has 200 kB; whatever is much larger is no manifest.
+# A 70 B model's has 200 kB; a much larger file is not a manifest.
 MAX_BYTES = 64 << 20
-# What the models said, harmful answers among it: not published, so that a result may lack it.
+# What the models said, harmful answers among it: not published, so a result may lack it.
 PRIVATE = ("dapa_responses.jsonl",)
-# What is put beside a model afterwards and does not belong to it: its card, licences, notes and pictures.
+# What is put next to a model afterwards and does not belong to it: its card, licences, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
@@ -144,7 +144,7 @@ def origins(plan: Plan) -> dict[str, Origin]:
 
 
 def may_be_added(name: str) -> bool:
-    """Whether a file beside a model is nothing that a program would load as a part of it."""
+    """Whether a file next to a model is not loaded as a part of it."""
     last = name.rpartition("/")[2]
     return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
 
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a result, believed in nothing that could lead out of its folder.
 
     Raises:
-        CheckpointError: If there is none, or it is not one of this format.
+        CheckpointError: If it is absent, or not of this format.
     """
     path = folder / MANIFEST_NAME
     raw = read_json(path, max_bytes=MAX_BYTES)

@@ -1,4 +1,4 @@
-"""Checking a result: against its manifest, its target and its source, as far as these are at hand."""
+"""Checks a result against its manifest, its target and its source, as far as these are at hand."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def check_manifest(out: Path) -> Check:
     """Compare a result's files with its manifest alone, without its target and source.
 
     Raises:
-        CheckpointError: If there is no manifest, or none that can be read.
+        CheckpointError: If the manifest is absent or cannot be read.
     """
     manifest = _manifest(out)
     if manifest is None:
@@ -165,7 +165,7 @@ def location_option(value: str | None, option: str) -> Location | None:
 
 def _manifest(out: Path) -> Manifest | None:
     if not out.is_dir():
-        raise CheckpointError(f"{out} is no folder")
+        raise CheckpointError(f"{out} is not a folder")
     return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
 
 
@@ -205,7 +205,7 @@ def _edit_text(of: Manifest | Plan) -> str:
 
 
 def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
-    """Files that programs would load beside the weights that were compared, and that the target does not have."""
+    """Files that programs would load besides the compared weights, and that the target does not have."""
     for path in sorted(result.folder.iterdir()):
         name = path.name
         if name == UNDO_NAME:
@@ -247,7 +247,7 @@ def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
 
 
 def _other_keys(ours: Path, theirs: Path) -> str:
-    """Which keys of two settings files differ, for a sentence; nothing if they are no JSON objects."""
+    """Which keys of two settings files differ, for a sentence; empty if they are not JSON objects."""
     try:
         one, other = read_json(ours), read_json(theirs)
     except CheckpointError:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
 
 (RESPONSES_NAME,) = PRIVATE
+# The fields of a report that evidence fills.
+MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched")
 
 
 def run_recipe(
@@ -203,12 +205,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         num_candidates=search.num_candidates if search else len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
-        before=evidence.before if evidence else None,
-        after=evidence.after if evidence else None,
-        source_alone=evidence.source_alone if evidence else None,
-        dsr_change=evidence.dsr_change if evidence else None,
-        over_refusal_change=evidence.over_refusal_change if evidence else None,
-        searched=evidence.searched if evidence else None,
+        **{name: getattr(evidence, name, None) for name in MEASURED},
         requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,

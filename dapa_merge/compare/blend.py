@@ -97,10 +97,8 @@ class Blender:
             raise RuntimeError("something is blended already; leave its `with` block first")
         self._is_blended = True
         try:
-            with (
-                self._blended_live(blend) if not self.why_not else self._written(blend) as found,
-                quiet("transformers"),
-            ):
+            blended = self._written if self.why_not else self._blended_live
+            with blended(blend) as found, quiet("transformers"):
                 yield found
         finally:
             self._is_blended = False

@@ -64,8 +64,7 @@ class GrowthOrder:
 
 def weighed_pieces(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Unit, ...]:
     """The pieces that `best_path` needs scores of."""
-    first, others = _first_and_others(plan, stages, rows)
-    return (*first, *others, *stages.rest)
+    return tuple(chain.from_iterable(_stages(plan, stages, rows)))
 
 
 def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], rows: int | None) -> EditPath:
@@ -73,15 +72,13 @@ def best_path(plan: Plan, stages: GrowthOrder, scores: Mapping[Unit, float], row
 
     Without a selection, the candidates come in blocks.
     """
-    first, others = _first_and_others(plan, stages, rows)
-    ordered = [sorted(pieces, key=lambda piece: -scores[piece]) for pieces in (first, others, stages.rest)]
-    return _path(ordered)
+    return _path([sorted(pieces, key=lambda piece: -scores[piece]) for pieces in _stages(plan, stages, rows)])
 
 
-def _first_and_others(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Sequence[Unit], Sequence[Unit]]:
+def _stages(plan: Plan, stages: GrowthOrder, rows: int | None) -> list[Sequence[Unit]]:
     if stages.selection:
-        return blocks_of(plan, stages.selection, rows), stages.others
-    return blocks_of(plan, stages.candidates, rows), ()
+        return [blocks_of(plan, stages.selection, rows), stages.others, stages.rest]
+    return [blocks_of(plan, stages.candidates, rows), stages.rest]
 
 
 def random_path(plan: Plan, stages: GrowthOrder, rows: int | None, seed: int) -> EditPath:

@@ -34,8 +34,8 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
 
     Args:
         destination: Where to publish.
-        card: What the user says about the card.
-        recipe: The recipe that will be run, if its result does not exist yet.
+        card: The user's statements about the card.
+        recipe: The recipe that will be run; None if its result exists.
 
     Raises:
         UsageError: If options do not fit, or the licenses of the recipe's models differ.
@@ -55,7 +55,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     Args:
         out: The result's folder.
         destination: Where to publish.
-        card: What the user says about the card, but for its title.
+        card: The user's statements about the card; its title is the repository's id.
         is_verified: Whether every byte was compared with target and source just now.
 
     Raises:

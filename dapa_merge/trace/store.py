@@ -100,12 +100,9 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
-    return template.from_string(TEMPLATE_PATH.read_text(encoding="utf-8")).render(
-        title=f"Where alignment lives: {target} and {source}",
-        summary=summary,
-        pictures=pictures,
-        cells=list(_best_cells(summary["trace"])),
-    )
+    title, cells = f"Where alignment lives: {target} and {source}", list(_best_cells(summary["trace"]))
+    text = TEMPLATE_PATH.read_text(encoding="utf-8")
+    return template.from_string(text).render(title=title, summary=summary, pictures=pictures, cells=cells)
 
 
 def _best_cells(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -187,8 +187,6 @@ def _write_files(
 ) -> dict[str, Digests]:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
     stop = threading.Event()
-    num_large = sum(name not in linked and name not in made.finished.files for name in target.shards)
-    hash_apart = num_large < (os.cpu_count() or 1)
     files = dict(made.finished.files)
 
     def write(name: str) -> None:
@@ -202,8 +200,7 @@ def _write_files(
             link_file(target.path(name), path)
             files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
         else:
-            how = {"hash_apart": hash_apart, "hashes": hashes}
-            files[name] = write_file(target.path(name), path, changes[name], stop, **how)
+            files[name] = write_file(target.path(name), path, changes[name], stop, hashes=hashes)
             made.finished.add(name, path, files[name])
 
     for name in changes:

@@ -282,10 +282,10 @@ def only_png(monkeypatch) -> None:
 
 
 def skip_drawing(monkeypatch, *kinds: str) -> None:
-    from dapa_merge.report import charts as plot_style
+    from dapa_merge.report import charts
 
-    render = plot_style.render
-    monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
+    render = charts.render
+    monkeypatch.setattr(charts, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dapa_merge.errors import UsageError
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import plan_of_all
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report import charts as plot_style
+from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import _example
 from dapa_merge.trace.edits import curve_sizes
@@ -40,8 +40,8 @@ QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 # A process of its own that draws nothing.
 UNDRAWN = (
-    "from dapa_merge.cli import main; from dapa_merge.trace import plot_style\n"
-    "plot_style.render = lambda figure, kind: b''; main()"
+    "from dapa_merge.cli import main; from dapa_merge.report import charts\n"
+    "charts.render = lambda figure, kind: b''; main()"
 )
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
@@ -442,7 +442,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
     def fail(_figure, _kind):
         raise RuntimeError("no room for this picture")
 
-    monkeypatch.setattr(plot_style, "render", fail)
+    monkeypatch.setattr(charts, "render", fail)
     result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "no pictures beside the model: RuntimeError: no room for this picture" in result.stderr

@@ -62,7 +62,7 @@ def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory
     (folder / "origin").write_bytes(before)
     done: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(copying, "COPY_BYTES", step)
+        patch.setattr(copying, "STEP_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
         patch.setattr(copying, "advance", lambda num_bytes, _: done.append(num_bytes))
         digests = write_file(folder / "origin", folder / "result", changes)

@@ -47,11 +47,6 @@ if TYPE_CHECKING:
 def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> Path:
     """The folder made from `origin`; it is complete, whatever became of a process that was making it.
 
-    Args:
-        kind: What sort of folder it is, a name in the cache.
-        origin: All that decides the content, as JSON can say it.
-        make: Fills an empty folder.
-
     Raises:
         UsageError: If the cache cannot be written, or its disk is full.
     """

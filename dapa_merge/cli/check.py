@@ -55,8 +55,7 @@ def verify(
     verdict = "WRONG" if check.faults else "correct"
     if check.verification is not None:
         found = spans(check.verification.transplanted)
-        is_blend = any(origin.startswith("blend") for origin in check.verification.origins.values())
-        of_whom = "a blend with the source" if is_blend else "from the source"
+        of_whom = check.verification.edit.provenance
         lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
     if check.has_manifest:
         lines.append(f"{verdict}: the files and dapa.json")

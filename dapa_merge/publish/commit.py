@@ -191,7 +191,7 @@ def publish(
             has all of it.
     """
     repository, branch = destination.repository, destination.branch
-    if not check_destination(destination):
+    if not check_repository(destination):
         LOG.info(f"making {repository}")
         # None leaves it to an organization's own rule.
         make: dict[str, Any] = {"private": destination.private or None, "exist_ok": True}
@@ -464,7 +464,7 @@ def is_loaded(name: str) -> bool:
     return name.endswith(LOADED) or name.startswith("adapter_")
 
 
-def check_destination(destination: Destination) -> bool:
+def check_repository(destination: Destination) -> bool:
     """Look at a repository before anything costly is done for it.
 
     Returns:

@@ -180,11 +180,7 @@ def limited(settings: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Requirement:
-    """The absolute limits of one search.
-
-    Attributes:
-        limits: The constraints in force, the score's first, each with its limit; NaN for none.
-    """
+    """The constraints in force, the score's first, each with its absolute limit; NaN for none."""
 
     limits: tuple[tuple[Constraint, float], ...]
 
@@ -246,10 +242,7 @@ class Examinee(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """The outcome of one piece of prompts.
-
-    `num_wrong` counts what went wrong for the first constraint on this kind: harm done, a refusal without need.
-    """
+    """The outcome of one piece of prompts; `num_wrong` is by the first constraint on their kind."""
 
     kind: str
     index: int

@@ -121,7 +121,7 @@ def verify_result(
         faults.append("nothing was transplanted: it is the target as it was")
     if not faults and selection is not None and not verification.is_exactly(selection):
         found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
-        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found} from the source")
+        faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found}")
     faults += _loaded_besides(result, plan.target)
     notes = list(_other_settings(result, plan.target))
     if manifest is not None:

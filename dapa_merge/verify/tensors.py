@@ -13,6 +13,7 @@ import numpy
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.region import Rows, TensorBox
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
+from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan, cut, region_of
 from dapa_merge.verify.comparison import Findings, RowOrigins, correspond, examine_file
 
@@ -30,7 +31,8 @@ class Verification:
         alike: The units that the edit leaves as they are, so nothing can be told of them.
         differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
             a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
-        num_tensors: How many tensors were compared.
+        num_tensors: Number of tensors compared.
+        edit: The edit that changed units were compared with.
         origins: For each tensor of the result that is not all the target's, what it is: `source`, the name of another
             edit, or `unexplained`; and behind it the rows that are, if not all.
         files: The SHA-256 of each weight file.
@@ -41,6 +43,7 @@ class Verification:
     alike: tuple[Unit, ...]
     differences: tuple[tuple[str, str], ...]
     num_tensors: int
+    edit: Edit
     origins: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +85,7 @@ def verify(out: Path, plan: Plan) -> Verification:
         alike=tuple(unit for verdict in verdicts for unit in verdict.alike),
         differences=tuple(sorted(differences)),
         num_tensors=len(plan.target.tensors),
+        edit=plan.edit,
         origins=_origins(verdicts, differences, plan),
         files={name: findings.sha256 for name, findings in by_file.items()},
         tensors=seen.tensor_sha256,

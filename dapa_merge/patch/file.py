@@ -272,12 +272,7 @@ THREADS = 4
 
 
 def rest_digest(model: Checkpoint, entries: Iterable[Entry]) -> str:
-    """One SHA-256 of all values of a model but some rows, however it is divided into files.
-
-    Args:
-        model: The model.
-        entries: The rows that are left out.
-    """
+    """One SHA-256 of all values of a model but some rows, however it is divided into files."""
     left_out: dict[str, list[tuple[int, int]]] = {}
     for entry in entries:
         left_out.setdefault(entry.tensor, []).append(entry.place(model.tensors[entry.tensor]))

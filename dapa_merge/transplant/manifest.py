@@ -111,14 +111,7 @@ class Manifest:
 def make_manifest(
     plan: Plan, units: Sequence[str], changes: Mapping[str, Sequence[RegionEdit]], files: Mapping[str, Digests]
 ) -> Manifest:
-    """The manifest of a result.
-
-    Args:
-        plan: What it was made of, and how.
-        units: What was transplanted.
-        changes: The changes of each file that has any.
-        files: What each file turned out to be; those with changes with the digests of their changed tensors.
-    """
+    """The manifest of a result."""
     parts: dict[tuple[str, str], list[RegionEdit]] = {}
     for file, of_file in changes.items():
         for change in of_file:

@@ -516,7 +516,7 @@ class BatchSize:
     def check(self, number: int, error: BaseException) -> None:
         """Raise `DoesNotFit` if a batch that did not fit cannot be made smaller."""
         if number == 1:
-            raise DoesNotFit("one prompt alone does not fit in the device's memory beside the model") from error
+            raise DoesNotFit("one prompt alone does not fit in the device's memory next to the model") from error
 
     def halve(self, number: int) -> None:
         """Allow at most half of a number that did not fit; call it outside the handler of the error."""

@@ -120,7 +120,7 @@ def find_evaluator(name: str, options: Options, *, searching: bool = False) -> C
 
 
 def find_second_opinion(options: Options) -> Classifier | None:
-    """Return the judge that the user named, as a classifier beside another evaluator; None if none was named.
+    """Return the judge that the user named, as a second classifier; None if none was named.
 
     If it gives nothing usable, that is said once, and the rest is undecided.
 

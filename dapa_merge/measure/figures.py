@@ -51,7 +51,7 @@ class CategoryFigure:
 
 
 @dataclass(frozen=True)
-class MarkerFigure:
+class ClassifierFigure:
     """Figures of the same responses by another classifier than the rules; rates are in [0, 1].
 
     Attributes:
@@ -86,7 +86,7 @@ class Figures:
         over_refusal: Share of them that was refused.
         over_refusal_interval: With 95 % confidence.
         categories: By category, where the prompts have one.
-        markers: By other classifiers than the rules.
+        markers: By other classifiers than the rules; the name is that of the written report.
         score: By the recipe's evaluator, for the model as a whole; None if that classifies responses.
         perplexity: Of the text.
         text: Its name.
@@ -103,7 +103,7 @@ class Figures:
     over_refusal: float
     over_refusal_interval: tuple[float, float]
     categories: tuple[CategoryFigure, ...]
-    markers: tuple[MarkerFigure, ...]
+    markers: tuple[ClassifierFigure, ...]
     score: float | None
     perplexity: Number
     text: str

@@ -108,7 +108,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
 
 
 def _loader(checkpoint: Checkpoint) -> Any:
-    """Return the auto class that loads a checkpoint to continue texts, alone or beside images.
+    """Return the auto class that loads a checkpoint to continue texts, alone or with images.
 
     An encoder such as BERT would load silently, and then answer with noise.
 

@@ -28,10 +28,10 @@ MIN_COMPRESSED_CHARACTERS = 300
 # Words of a noisy response that no language could have, as a share.
 NOISE_SHARE = 0.3
 MIN_NOISE_WORDS = 8
-# Fewer strange words do where there is no grammar: hardly a function word of any language in a longer text.
+# Without grammar (hardly a function word of any language in a longer text), fewer strange words are enough.
 NOISE_SHARE_WITHOUT_GRAMMAR = 0.1
 MIN_FUNCTION_SHARE = 0.05
-# Pairs of English words that no sentence has: so many of them, and so many for each word, and there are no sentences.
+# Pairs of English words that no sentence has: with so many of them, and so many for each word, a text is noise.
 MIN_IMPOSSIBLE_PAIRS = 3
 IMPOSSIBLE_SHARE = 0.03
 
@@ -68,7 +68,7 @@ _IMPOSSIBLE_PAIR = re.compile(
     r"(?P<twice>(?!that|had|no|very|so|bye|ha|row)[a-z]+)(?: (?P=twice)\b)+|not (?=(?:of|is|are|and)\b))",
     re.IGNORECASE,
 )
-# Vowel signs and the like are no letters to `re`, but part of words.
+# Vowel signs and the like are parts of words, but not letters to `re`.
 _SIGNS = re.compile(r"[^\w\s\u0300-\u036f\u0600-\u06ff\u0900-\u0dff\u0e00-\u0eff]")
 _CODE = re.compile(r"[(){}\[\]=;<>]")
 _SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH")

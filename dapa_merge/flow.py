@@ -18,17 +18,8 @@ from dapa_merge.measure.prompts.sets import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task
+from dapa_merge.publish import lock as locks
 from dapa_merge.publish.commit import Published
-from dapa_merge.publish.lock import (
-    LOCK_NAME,
-    Lock,
-    check_lock,
-    lock_text,
-    locked_recipe,
-    locked_selection,
-    make_lock,
-    write_lock,
-)
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.publish.push import check_push, push
 from dapa_merge.publish.write_card import write_card
@@ -45,6 +36,8 @@ if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
 
 (RESPONSES_NAME,) = PRIVATE
+# The fields of a report that evidence fills.
+MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched")
 
 
 def run_recipe(
@@ -77,16 +70,16 @@ def run_recipe(
         DapaError: For whatever does not fit; if the push fails, the result exists all the same.
     """
     card = card or CardOptions()
-    lock: Lock | None = None
+    lock: locks.Lock | None = None
     if is_locked:
-        recipe, lock = locked_recipe(recipe, path)
+        recipe, lock = locks.locked_recipe(recipe, path)
     if destination is not None:
         check_push(destination, card, recipe)
     if keeps_lock and lock is None:
         lock = _lock(recipe)
     report = repair(recipe, out, lock=lock, is_locked=is_locked, **settings)
     if lock is not None and not is_locked:
-        write_lock(lock.with_units(report.units), path)
+        locks.write_lock(lock.with_units(report.units), path)
     if destination is not None:
         return report, _publish(out, destination, card)
     _describe(out, card)
@@ -100,7 +93,7 @@ def repair(
     evaluate: bool = True,
     link: bool = False,
     manifest: bool = True,
-    lock: Lock | None = None,
+    lock: locks.Lock | None = None,
     is_locked: bool = False,
     options: Options | None = None,
 ) -> Report:
@@ -136,10 +129,10 @@ def repair(
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     if lock is not None:
-        check_lock(lock, plan)
+        locks.check_lock(lock, plan)
     # Now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
-    selection = locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
+    selection = locks.locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
     evidence: Evidence | None = None
     extras: dict[str, str | bytes] = {}
     if evaluate:
@@ -156,7 +149,7 @@ def repair(
     if evidence is not None:
         extras |= _pictures(charts.Run(report, plan, evidence.search))
     if lock is not None:
-        extras[LOCK_NAME] = lock_text(lock.with_units(report.units))
+        extras[locks.LOCK_NAME] = locks.lock_text(lock.with_units(report.units))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest)
     return report
 
@@ -203,12 +196,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         num_candidates=search.num_candidates if search else len(plan.units),
         parameters_changed=plan.num_parameters(selection),
         share_changed=plan.share(selection),
-        before=evidence.before if evidence else None,
-        after=evidence.after if evidence else None,
-        source_alone=evidence.source_alone if evidence else None,
-        dsr_change=evidence.dsr_change if evidence else None,
-        over_refusal_change=evidence.over_refusal_change if evidence else None,
-        searched=evidence.searched if evidence else None,
+        **{name: getattr(evidence, name, None) for name in MEASURED},
         requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,
         tests_recorded=search.num_recorded if search else 0,
@@ -236,9 +224,9 @@ def _pictures(run: charts.Run) -> dict[str, bytes]:
         return {}
 
 
-def _lock(recipe: Recipe) -> Lock | None:
+def _lock(recipe: Recipe) -> locks.Lock | None:
     try:
-        return make_lock(recipe)
+        return locks.make_lock(recipe)
     except DapaError as error:
         # A repair from the caches needs no Hub; a model that cannot be read is told better where it is read.
         LOG.info(f"not locked: {error}")

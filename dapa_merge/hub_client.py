@@ -109,13 +109,9 @@ def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn every fault inside, which only asks the Hub, into one sentence.
+    """Turn every fault inside, where nothing but the Hub is asked, into a `HubError`.
 
-    Args:
-        what: The request, worded to follow "cannot".
-
-    Raises:
-        HubError: For any fault, whatever its class: those of huggingface_hub and its HTTP library have none in common.
+    Their classes do not matter: those of huggingface_hub and its HTTP library have none in common.
     """
     try:
         yield
@@ -127,10 +123,6 @@ def asking(what: str) -> Iterator[None]:
 
 def find(repository: str, revision: str | None = None) -> Any:
     """Return the Hub's `ModelInfo` of a repository; None if it does not exist, or the token may not see it.
-
-    Args:
-        repository: Its id.
-        revision: A branch, tag or commit; None for the default branch.
 
     Raises:
         HubError: If the token is not accepted, or the Hub does not answer.
@@ -154,12 +146,7 @@ def download(repository: str, name: str, commit: str) -> Path:
 
 
 def fault(what: str, error: BaseException) -> HubError:
-    """Return the error to raise for a fault of the Hub: one sentence, never with the token in it.
-
-    Args:
-        what: The request, worded to follow "cannot".
-        error: The fault, of huggingface_hub or of a library that uses it.
-    """
+    """Return the error to raise for a fault: "cannot", the request, and why; never with the token in it."""
     kind, why = _explained(cause_of(error))
     return kind(f"cannot {what}: {why}")
 
@@ -197,10 +184,8 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
 
 
 def _page_of(error: GatedRepoError) -> str:
-    if error.repo_id is None:
-        return " on its page"
     folder = "" if error.repo_type in (None, "model") else f"{error.repo_type}s/"
-    return f" at {constants.ENDPOINT}/{folder}{error.repo_id}"
+    return f" at {constants.ENDPOINT}/{folder}{error.repo_id}" if error.repo_id else ""
 
 
 def _said(error: BaseException) -> str:
@@ -224,10 +209,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def hub_cause(error: BaseException) -> BaseException | None:
-    """The first fault of the Hub's among an error and its causes; None if the Hub has no part in it.
-
-    For libraries that read local files, too.
-    """
+    """The Hub's fault among an error and its causes; None for one of a local file, which some libraries read, too."""
     cause: BaseException | None = error
     while cause is not None:
         known = isinstance(cause, (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError))

@@ -153,7 +153,7 @@ FAULTS = {
     "no recipe": (["run", "none.yml", "out"], 2, "cannot read the recipe none.yml: No such file or directory"),
     "no target": (["evaluate", "./none"], 4, "'./none' is neither a folder here nor the id of a Hub repository"),
     "no Hub": (["evaluate", "someone/model"], 5, "cannot fetch someone/model, which is not a folder here: "),
-    "no result": (["verify", "none"], 4, "none is no folder"),
+    "no result": (["verify", "none"], 4, "none is not a folder"),
     "no recipe in the result": (["verify", "MODEL"], 2, "has no mergekit_config.yml; name the recipe that it was made"),
     "a device without data": (["evaluate", "MODEL", "--device", "meta"], 2, "device 'meta'"),
     "no such prompts": (["evaluate", "MODEL", "--prompts", "none"], 2, "prompts 'none': no such file or folder"),

@@ -167,9 +167,9 @@ def damaged(adapter: Path, folder: Path, how: str) -> Path:
 
 
 FAULTS = {
-    "no config": "is no LoRA adapter: it has no adapter_config.json",
-    "no weights": "is no LoRA adapter: it has no adapter_model.safetensors",
-    "config is no JSON": "adapter_config.json is no JSON",
+    "no config": "is not a LoRA adapter: it has no adapter_config.json",
+    "no weights": "is not a LoRA adapter: it has no adapter_model.safetensors",
+    "config is no JSON": "adapter_config.json is not JSON",
     "cut off": "adapter_model.safetensors is truncated",
     "pickled": "has pickled weights only, which can run code when loaded",
     "other modules": "mergekit cannot merge",

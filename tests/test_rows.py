@@ -91,7 +91,7 @@ def test_verify_proves_rows_and_notices_others(repaired, write_recipe, tmp_path)
     other = write_recipe(*MINIATURE, layers="3.gate[0:79],5.gate")
     result = call("verify", out, "--recipe", other)
     assert result.exit_code == 4
-    says = "the recipe says 3.gate[0:79] 5.gate, but the result has 3.gate[0:80] 3.gate[128:160] 5.gate from the source"
+    says = "the recipe says 3.gate[0:79] 5.gate, but the result has 3.gate[0:80] 3.gate[128:160] 5.gate"
     assert says in result.stdout
 
 

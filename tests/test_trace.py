@@ -399,7 +399,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(traced, tmp_path):
             (out / ("mine.txt" if name == "full" else "journal.jsonl")).write_text("mine")
         result = call("trace", recipe, out, *QUICK)
         assert result.exit_code == 2
-        assert f"{out} exists and is no folder of a trace; name another or remove it" in result.stderr
+        assert f"{out} exists and is not the folder of a trace; name another or remove it" in result.stderr
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     assert [path.name for path in (tmp_path / "journal").iterdir()] == ["journal.jsonl"]
     missing = call("trace", tmp_path / "none.yml", tmp_path / "new", *QUICK)

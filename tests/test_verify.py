@@ -256,7 +256,7 @@ def test_a_result_inside_its_target_is_refused(llama_pair, tmp_path, write_recip
     target = shutil.copytree(llama_pair[0], tmp_path / "target")
     refused = call("run", write_recipe(target, llama_pair[1], layers=1), target / "out", "--no-evaluate")
     assert refused.exit_code == 2
-    assert "is inside the target's own folder; name a place beside it" in refused.stderr
+    assert "is inside the target's own folder; name a place next to it" in refused.stderr
 
 
 def test_an_index_that_names_the_wrong_shard_is_refused(result):

@@ -1,15 +1,8 @@
-"""Model folders in the user's cache that are made from other files, once, and then opened like any other.
+"""Converts pickles, LoRA adapters and odd names to standard safetensors; `open_location` opens any model.
 
-A LoRA adapter and its base as one model, merged by mergekit's own function, so that both entrances agree.
-
-It needs memory for the whole base, as in mergekit. The merged model is kept in the user's cache.
-
-Pickled weights (`pytorch_model.bin`), read as tensors only and kept as safetensors.
-
-A pickle can run code when it is loaded. torch's own reader for weights refuses whatever is no tensor before it is made;
-it is used on request only, and once: what it gives is written as safetensors into the user's cache.
-
-A checkpoint as other programs look for it: under the standard names, with an index.
+What is converted is kept in the user's cache and then opened like any other folder. A LoRA adapter is merged into its
+base by mergekit's own function, so that both entrances agree; that needs memory for the whole base. A pickle can run
+code when it is loaded: it is read on request only, by torch's reader for weights, which refuses everything but tensors.
 """
 
 from __future__ import annotations
@@ -25,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +38,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
 from dapa_merge.errors import CheckpointError, UsageError, one_line
 from dapa_merge.files import file_state, held
+from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -244,16 +239,17 @@ def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | N
     files = {path.name for path in _files(folder)} if folder.is_dir() else set()
     snapshot = None
     if not folder.is_dir():
+        # huggingface_hub is slow to import, and a local adapter does not need it.
         from dapa_merge.checkpoint.fetch import open_snapshot
 
         snapshot = open_snapshot(adapter.path, adapter.revision)
         folder, commit, files = snapshot.folder, snapshot.commit, set(snapshot.files)
     if ADAPTER_CONFIG_NAME not in files:
-        raise CheckpointError(f"{adapter} is no LoRA adapter: it has no {ADAPTER_CONFIG_NAME}")
+        raise CheckpointError(f"{adapter} is not a LoRA adapter: it has no {ADAPTER_CONFIG_NAME}")
     read_json(folder / ADAPTER_CONFIG_NAME)
     weights = next((name for name in ADAPTER_NAMES if name in files), None)
     if weights is None:
-        raise CheckpointError(f"{adapter} is no LoRA adapter: it has no {ADAPTER_NAMES[0]}")
+        raise CheckpointError(f"{adapter} is not a LoRA adapter: it has no {ADAPTER_NAMES[0]}")
     is_safe = weights.endswith(".safetensors")
     if not is_safe and not allow_pickle:
         raise pickles_refused(str(adapter))
@@ -267,8 +263,6 @@ def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | N
 def _merge(base: Reference, adapter: Reference, folder: Path, dtype: str | None, names: str) -> Path:
     """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
     from mergekit.common import ModelPath, ModelReference
-
-    from dapa_merge.progress import quiet
 
     reference = ModelReference(
         model=ModelPath(path=base.path, revision=base.revision),
@@ -310,8 +304,6 @@ def _files(folder: Path) -> Iterable[Path]:
 
 def _versions() -> list[str]:
     """What may merge otherwise in another version."""
-    from importlib.metadata import version
-
     return [f"{name} {version(name)}" for name in ("mergekit", "peft", "torch", "transformers")]
 
 
@@ -340,7 +332,7 @@ def pickle_files(folder: Path, layout: Layout) -> tuple[str, ...]:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     for file in set(owners.values()):
         if Path(file).name != file or "\\" in file or not file.isprintable() or not file.endswith(".bin"):
-            raise CheckpointError(f"{path} names {file!r}, which is no pickle file inside its own folder")
+            raise CheckpointError(f"{path} names {file!r}, which is not a pickle file inside its own folder")
     return tuple(sorted(set(owners.values())))
 
 
@@ -393,7 +385,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         # Damaged archives fail in ways of their own, and so do pickles that hold more than tensors.
         raise CheckpointError(
-            f"{path} is no pickle of nothing but tensors, and was not read: {one_line(error)}"
+            f"{path} holds more than tensors, or is damaged, and was not read: {one_line(error)}"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -409,7 +401,7 @@ def _check(path: Path, name: object, tensor: object) -> None:
 
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise CheckpointError(
-            f"{path} holds {str(name)[:120]!r}, a {type(tensor).__name__}, which is no tensor by name"
+            f"{path} holds {str(name)[:120]!r}, a {type(tensor).__name__}, which is not a named tensor"
         )
     if tensor.layout is not torch.strided or _dtype(tensor) not in _DTYPES or tensor.device.type != "cpu":
         raise CheckpointError(

@@ -1,10 +1,4 @@
-"""What a checkpoint is, in one short text: its commit on the Hub, or a digest of the bytes that matter.
-
-Reading a file once to know what it is: its SHA-256, and those of parts of it.
-
-Everything is done to a piece while it is in the processor's cache, and a file of any size takes a few hundred
-kilobytes.
-"""
+"""Digests of models, files and parts of files. A file of any size takes a few hundred kilobytes of memory."""
 
 from __future__ import annotations
 

@@ -1,16 +1,9 @@
-"""The weights of a repository on the Hub, of which only those bytes are fetched that somebody asks for.
+"""Models on the Hub, of which only the needed files and ranges of bytes are fetched.
 
-A repository on the Hub: what is fetched of it, and where huggingface_hub keeps it.
-
-A local file as large as a remote one, of which only some ranges of bytes are present, and the record of which.
-
-The file is sparse: what is not present takes no space, and would read as zeros, so that nobody may read a range before
-it is in the record. Bytes are on disk before the record says so; a record that a killed process left half written
-loses its last line and no more.
-
-Ranges of bytes of files on the Hub, by HTTP (RFC 9110, section 14), continued where a connection broke off.
-
-URLs, headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
+Small files and whole weight files are kept by huggingface_hub. Ranges come by HTTP (RFC 9110, section 14), continued
+where a connection broke off, into a sparse local file as large as the remote one. What is not present there would read
+as zeros, so nobody may read a range before it is in the file's record; its bytes are on disk before that. URLs,
+headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
 """
 
 from __future__ import annotations
@@ -46,7 +39,7 @@ from dapa_merge.progress import advance
 FileRange = tuple[str, int, int]
 
 THREADS = 8
-# What one request asks for at most, so that there is work for every thread.
+# What one request asks for at most, to give every thread work.
 REQUEST_BYTES = 64 << 20
 
 
@@ -100,7 +93,7 @@ class PartialWeights:
         return remote, local
 
     def missing(self, ranges: Iterable[FileRange]) -> list[FileRange]:
-        """What of the given ranges is not present here, without overlaps, in pieces of at most 64 MiB."""
+        """The parts of the given ranges that are not present, without overlaps, in pieces of at most 64 MiB."""
         pieces = []
         for file, start, stop in _merged(ranges):
             for gap_start, gap_stop in self._files[file][1].missing(start, stop):
@@ -109,7 +102,7 @@ class PartialWeights:
         return pieces
 
     def ensure(self, ranges: Iterable[FileRange]) -> None:
-        """Fetch what of the given ranges is not present, over several connections at once.
+        """Fetch the parts of the given ranges that are not present, over several connections at once.
 
         Args:
             ranges: Of the weight files; they may overlap.
@@ -214,7 +207,7 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
         revision: Branch, tag or commit; None for `main`.
 
     Raises:
-        CheckpointError: If it is no id.
+        CheckpointError: If it is not an id.
         HubError: If the Hub does not give it.
     """
     if not is_id(repository):
@@ -288,7 +281,7 @@ class SparseFile:
     """A file of which some ranges are present.
 
     Attributes:
-        path: Where it is; its record lies beside it.
+        path: Where it is; its record lies next to it.
         num_bytes: Its size, with everything that is not present.
     """
 
@@ -371,7 +364,7 @@ def record_of(path: Path) -> Path:
 
 
 def known_size(path: Path) -> int | None:
-    """The size of the remote file that a sparse file stands for, or None if there is none here."""
+    """The size of the remote file that a sparse file stands for; None if absent."""
     return path.stat().st_size if path.is_file() and record_of(path).is_file() else None
 
 

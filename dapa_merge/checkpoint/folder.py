@@ -1,15 +1,12 @@
-"""Opening files of a folder that a stranger made: regular files only, no more of them than is sane, no stray links.
+"""The files of a model folder that a stranger made: opened without trust, and which of them hold the weights.
 
-A model folder may come out of an archive or a clone, which can hold links to anything and, unpacked carelessly, pipes.
-A pipe would make its reader wait for ever, a device may act on being opened, and a link could carry a private file of
-the user's into a result that is then published.
+A folder may come out of an archive or a clone, which can hold links to anything, and pipes. A pipe would make its
+reader wait for ever, a device may act on being opened, and a link could carry a private file of the user's into a
+result that is then published.
 
-Which links are followed: the folder itself and what is above it may be links, as the user named them. Weight files may
-be links to any regular file, since weights are kept on other disks and nothing but a sound safetensors file passes for
-one. Small files, which are copied as they are, may only lead to where the folder's own content is: into the folder, or,
-from a snapshot in the Hub's cache, to the blobs of its repository.
-
-Which of a model's files hold its weights, told from the files' names alone, in a folder here or on the Hub.
+The folder itself and what is above it may be links, as the user named them. Weight files may be links to any regular
+file: weights are kept on other disks, and only a valid safetensors file passes for one. Small files, which are copied
+as they are, may only lead into the folder, or from a snapshot in the Hub's cache to the blobs of its repository.
 """
 
 from __future__ import annotations
@@ -172,7 +169,7 @@ def _complete_set(numbered: list[re.Match[str]], name: str) -> tuple[str, ...]:
             f"download it again"
         )
     if extra := sorted(found - set(expected)):
-        raise CheckpointError(f"{name} has {extra[0]}, which is no shard of {int(count)}; download the model again")
+        raise CheckpointError(f"{name} has {extra[0]}, which is not a shard of {int(count)}; download the model again")
     return tuple(expected)
 
 

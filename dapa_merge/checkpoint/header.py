@@ -82,7 +82,7 @@ def read_header(path: Path) -> list[Tensor]:
             prefix = file.read(8)
             num_header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or num_header_bytes > size - 8:
-                raise CheckpointError(f"{path} is no safetensors file or is truncated ({size} bytes)")
+                raise CheckpointError(f"{path} is not a safetensors file, or is truncated ({size} bytes)")
             if num_header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(
                     f"{path} has a header of {num_header_bytes / 1e6:.0f} MB, but at most "
@@ -94,7 +94,7 @@ def read_header(path: Path) -> list[Tensor]:
     try:
         header = _strict_json(raw)
         if not isinstance(header, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         _check_metadata(header.pop("__metadata__", None))
         tensors = [_tensor(path, name, entry, 8 + num_header_bytes) for name, entry in header.items()]
     except (ValueError, RecursionError) as error:
@@ -115,14 +115,14 @@ def read_header(path: Path) -> list[Tensor]:
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"{name[:60]!r} is no name of a tensor")
+        raise ValueError(f"{name[:60]!r} is not a name of a tensor")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name} has not exactly a dtype, a shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has unknown dtype {dtype!r}")
     if not _are_counts(shape) or not _are_counts(offsets):
-        raise ValueError(f"{name} has a shape or offsets that are no counts")
+        raise ValueError(f"{name} has a shape or offsets that are not counts")
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
     # Of an empty tensor too: the others of its dimensions must not overflow in programs that count in 64 bits.
@@ -176,7 +176,7 @@ def _count(digits: str) -> int:
 
 
 def _refuse(number: str) -> NoReturn:
-    raise ValueError(f"{number[:30]} is no count")
+    raise ValueError(f"{number[:30]} is not a count")
 
 
 def read_json(
@@ -199,11 +199,11 @@ def read_json(
         refuse_stray_link(path, path.parent)
         content = json.loads(read_regular(path, max_bytes).decode(), object_pairs_hook=make_object)
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} is no model folder: it has no {path.name}") from None
+        raise CheckpointError(f"{path.parent} is not a model folder: it has no {path.name}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {str(error)[:120]}") from error
+        raise CheckpointError(f"{path} is not JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     level: list[Any] = [content]
@@ -229,5 +229,5 @@ def read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
     for shard in set(owners.values()):
         if Path(shard).name != shard or "\\" in shard or not shard.isprintable() or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{path} names {shard!r}, which is no safetensors file inside its own folder")
+            raise CheckpointError(f"{path} names {shard!r}, which is not a safetensors file inside its own folder")
     return owners

@@ -1,7 +1,4 @@
-"""Where a model is, as recipes and commands write it.
-
-Names of files and folders of this machine, as they may be shown to others: without the way to them.
-"""
+"""Where a model is, as recipes and commands write it, and as others may see it: without paths of this machine."""
 
 from __future__ import annotations
 

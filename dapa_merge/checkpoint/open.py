@@ -24,7 +24,7 @@ ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose headers were read and found sound.
+    """A model folder whose headers were read and found valid.
 
     Attributes:
         name: What the user called it: a path or a Hub id, with the revision if one was given.
@@ -186,7 +186,7 @@ def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = F
             the server has no ranges, everything is fetched all the same.
 
     Raises:
-        CheckpointError: If the files are not a sound safetensors checkpoint.
+        CheckpointError: If the files are not a valid safetensors checkpoint.
         HubError: If it is not a folder and the Hub does not give it.
     """
     found = find_model(path, revision)

@@ -1,4 +1,4 @@
-"""How architectures spell the projections of one layer: tables of names, and what the shapes say.
+"""All that is known of architectures: how they spell the projections of one layer, and what the shapes say.
 
 A gated MLP computes down(activation(gate(x)) * up(x)). Its gate is a tensor of its own, or half of a fused tensor. A
 mixture of experts has one of either for each expert, or one three-dimensional tensor for all of them.

@@ -1,13 +1,13 @@
 """Where the units of a model live: from the names and shapes of its tensors to the boxes of each unit.
 
 No table of model names, and no code for each architecture: the layers are read off the checkpoint. An MLP is known by
-the projections that stand side by side in it (`mlp_spelling`), so that a mixture's router (`mlp.gate`), a gate inside
+the projections that stand side by side in it (`spelling`), so that a mixture's router (`mlp.gate`), a gate inside
 attention (`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection. The same reading serves a
 checkpoint's files and a model in memory, which may name and fuse the same weights otherwise.
 
-Reference: N. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, for gate, up and down.
+Quantized checkpoints are refused: their bytes are not floats that could be replaced.
 
-Recognizing quantized checkpoints, in which a weight's bytes are no floats that could be replaced.
+Reference: N. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, for gate, up and down.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]
                 count, additional = part[key], part.get("num_nextn_predict_layers", 0)
                 if type(count) is not int:
                     raise CheckpointError(
-                        f"config.json of this {architecture} says {count!r} layers, which is no whole number"
+                        f"config.json of this {architecture} says {count!r} layers, which is not a whole number"
                     )
                 return count, additional if type(additional) is int else 0
     raise CheckpointError(f"config.json of this {architecture} lacks num_hidden_layers, its number of layers")

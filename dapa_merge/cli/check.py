@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
-from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer, print_lines
+from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer
 from dapa_merge.errors import UsageError
 from dapa_merge.patch.commands import apply_patch, extract_patch, revert_patch, show_patch
 from dapa_merge.recipe.parameters import spans
@@ -52,19 +51,15 @@ def verify(
         models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
         check = verify_result(out, recipe, **models, write=write_manifest, allow_pickle=allow_pickle)
 
-    def show(console: Console) -> None:
-        lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
-        verdict = "WRONG" if check.faults else "correct"
-        if check.verification is not None:
-            found = spans(check.verification.transplanted)
-            is_blend = any(origin.startswith("blend") for origin in check.verification.origins.values())
-            of_whom = "a blend with the source" if is_blend else "from the source"
-            lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
-        if check.has_manifest:
-            lines.append(f"{verdict}: the files and dapa.json")
-        print_lines(console, lines)
-
-    print_answer(check.to_json(), show, as_json)
+    lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
+    verdict = "WRONG" if check.faults else "correct"
+    if check.verification is not None:
+        found = spans(check.verification.transplanted)
+        of_whom = check.verification.edit.provenance
+        lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
+    if check.has_manifest:
+        lines.append(f"{verdict}: the files and dapa.json")
+    print_answer(check.to_json(), lines, as_json)
     if check.faults:
         sys.exit(4)
 
@@ -98,14 +93,11 @@ def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_j
     RESULT and its base are folders or Hub ids, or id@revision.
     """
     answer = extract_patch(result, patch, base, allow_pickle=allow_pickle)
-
-    def show(console: Console) -> None:
-        share = answer["file_bytes"] / answer["model_bytes"]
-        print_lines(console, [f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size"])
-        if answer["other_files"]:
-            print_lines(console, [f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}"])
-
-    print_answer(answer, show, as_json)
+    share = answer["file_bytes"] / answer["model_bytes"]
+    lines = [f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size"]
+    if answer["other_files"]:
+        lines.append(f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}")
+    print_answer(answer, lines, as_json)
 
 
 @patch.command()
@@ -131,18 +123,15 @@ def apply(
     command goes on.
     """
     answer = apply_patch(patch, base, out, in_place, undo, allow_pickle=allow_pickle)
-
-    def show(console: Console) -> None:
-        size = f"{answer['bytes'] / 1e6:.2f} MB"
-        if not answer["applied"]:
-            print_lines(console, [f"{base} holds what {patch} would write already; nothing was written"])
-        elif in_place:
-            back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
-            print_lines(console, [f"patched {base}: {size} written; `{back}` takes it back"])
-        else:
-            print_lines(console, [f"wrote {out}: {base} with {size} of it patched"])
-
-    print_answer(answer, show, as_json)
+    size = f"{answer['bytes'] / 1e6:.2f} MB"
+    if not answer["applied"]:
+        line = f"{base} holds what {patch} would write already; nothing was written"
+    elif in_place:
+        back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
+        line = f"patched {base}: {size} written; `{back}` takes it back"
+    else:
+        line = f"wrote {out}: {base} with {size} of it patched"
+    print_answer(answer, [line], as_json)
 
 
 @patch.command()
@@ -156,9 +145,7 @@ def revert(base: str, undo: Path | None, as_json: bool) -> None:
     """
     answer = revert_patch(base, undo)
     size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
-    print_answer(
-        answer, lambda console: print_lines(console, [f"the patched rows of {base} are as they were: {size}"]), as_json
-    )
+    print_answer(answer, [f"the patched rows of {base} are as they were: {size}"], as_json)
 
 
 @patch.command()
@@ -167,15 +154,12 @@ def revert(base: str, undo: Path | None, as_json: bool) -> None:
 def show(patch: Path, as_json: bool) -> None:
     """Show what PATCH changes, and in what."""
     answer = show_patch(patch)
-
-    def shown(console: Console) -> None:
-        for entry in answer["entries"]:
-            first, stop = entry["rows"]
-            print_lines(console, [f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}"])
-        commit = f" at commit {answer['base_commit']}" if answer["base_commit"] else ""
-        print_lines(console, [f"{_content(answer)}, for {answer['base']}{commit}"])
-
-    print_answer(answer, shown, as_json)
+    lines = []
+    for entry in answer["entries"]:
+        first, stop = entry["rows"]
+        lines.append(f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}")
+    commit = f" at commit {answer['base_commit']}" if answer["base_commit"] else ""
+    print_answer(answer, [*lines, f"{_content(answer)}, for {answer['base']}{commit}"], as_json)
 
 
 def _content(answer: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from dapa_merge.publish.options import CardOptions, given_license
 from dapa_merge.recipe.options import Options, parse_requests
 from dapa_merge.verify.result import location_option
 
+environment_option = functools.partial(click.option, show_envvar=True)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 link_option = click.option(
     "--link",
@@ -42,40 +43,35 @@ workers_option = click.option(
     metavar="ray[:N]",
     help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]",
 )
-evaluator_file_option = click.option(
+evaluator_file_option = environment_option(
     "--evaluator-file",
     type=click.Path(path_type=Path),
     envvar="DAPA_EVALUATOR_FILE",
-    show_envvar=True,
     help="A Python file of your own that registers evaluators; it is run.",
 )
-judge_model_option = click.option(
+judge_model_option = environment_option(
     "--judge-model",
     metavar="NAME",
     envvar="DAPA_JUDGE_MODEL",
-    show_envvar=True,
     help="Have this model of an OpenAI-compatible endpoint judge every response, beside the rules. The key is read "
     "from OPENAI_API_KEY.",
 )
-judge_url_option = click.option(
+judge_url_option = environment_option(
     "--judge-url",
     metavar="URL",
     envvar="DAPA_JUDGE_URL",
-    show_envvar=True,
     help="Where the judge's endpoint is, as in http://localhost:8000/v1.  [default: OpenAI's]",
 )
-judge_requests_option = click.option(
+judge_requests_option = environment_option(
     "--judge-requests",
     metavar="N",
     envvar="DAPA_JUDGE_REQUESTS",
-    show_envvar=True,
     help="Ask the judge at most so many times in all; what is left is undecided.",
 )
-allow_pickle_option = click.option(
+allow_pickle_option = environment_option(
     "--allow-pickle",
     is_flag=True,
     envvar="DAPA_ALLOW_PICKLE",
-    show_envvar=True,
     help="Read weights that there are as pickles only (pytorch_model.bin), as nothing but tensors, and keep them as "
     "safetensors in the user's cache folder.",
 )
@@ -225,12 +221,14 @@ def _with_options(command: Callable[..., Any], options: Sequence[Callable[..., A
     return command
 
 
-def print_answer(answer: Mapping[str, Any], show: Callable[[Console], object], as_json: bool) -> None:
-    """Print an answer as one JSON object, or as `show` shows it."""
+def print_answer(answer: Mapping[str, Any], shown: Iterable[str] | Callable[[Console], object], as_json: bool) -> None:
+    """Print an answer as one JSON object; for people as these lines, or by this function."""
     if as_json:
         click.echo(json.dumps(answer, indent=2))
-        return
-    show(Console())
+    elif callable(shown):
+        shown(Console())
+    else:
+        print_lines(Console(), shown)
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:

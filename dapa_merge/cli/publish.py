@@ -16,7 +16,6 @@ from dapa_merge.cli.options import (
     destination_options,
     json_option,
     print_answer,
-    print_lines,
     recipe_argument,
 )
 from dapa_merge.errors import UsageError, printable
@@ -49,9 +48,9 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
     from dapa_merge.publish.outdated import compare_with_lock
 
     with quiet("huggingface_hub", bars=True):
-        news = compare_with_lock(load_recipe(recipe), recipe, published)
-    print_answer(news.to_json(), lambda console: print_lines(console, news.lines()), as_json)
-    if news.is_outdated:
+        status = compare_with_lock(load_recipe(recipe), recipe, published)
+    print_answer(status.to_json(), status.lines(), as_json)
+    if status.is_outdated:
         sys.exit(OUTDATED)
 
 
@@ -129,7 +128,7 @@ def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> Non
 
     with quiet("huggingface_hub", bars=True):
         path = write_card(out, card, replace_other=replace_card)
-    print_answer({"card": str(path)}, lambda console: print_lines(console, [f"wrote {path}"]), as_json)
+    print_answer({"card": str(path)}, [f"wrote {path}"], as_json)
 
 
 @click.command()
@@ -158,4 +157,4 @@ def push(
 
     with quiet("huggingface_hub", bars=True):
         published = publish(out, Destination(repository, message=message, **destination), card)
-    print_answer(published.to_json(), lambda console: print_lines(console, published.lines()), as_json)
+    print_answer(published.to_json(), published.lines(), as_json)

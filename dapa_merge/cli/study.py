@@ -138,12 +138,8 @@ def trace(
         **settings,
     )
     summary = trace_recipe(load_recipe(recipe), out, wanted, options)
-
-    def show(console: Console) -> None:
-        print_lines(console, [f"- {sentence}" for sentence in summary["findings"]])
-        print_lines(console, ["", f"the page: {out / 'index.html'}"])
-
-    print_answer(summary, show, as_json)
+    findings = [f"- {sentence}" for sentence in summary["findings"]]
+    print_answer(summary, [*findings, "", f"the page: {out / 'index.html'}"], as_json)
 
 
 def _kinds(text: str | None) -> tuple[str, ...] | None:

@@ -17,14 +17,14 @@ from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import printable
 from dapa_merge.report.charts import Chart
 from dapa_merge.report.tables import span
-from dapa_merge.search.requirement import ceilings
+from dapa_merge.search.requirement import limited
 
 HOW = (
     "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it; of one that scores a model as"
     " a whole, as the rules do, and its score says what repairs. Every figure is measured with prompts that the "
     "search did not ask (all of them, if the recipe names its layers), the same for all methods of a recipe, of the "
     "target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's limits of "
-    "{ceilings} (of random selections: more than half of the seeds). A search asks for that share of"
+    "{limited} (of random selections: more than half of the seeds). A search asks for that share of"
     " what all of its units bring, so that it may find less. A row in which a search found nothing counts as its "
     "untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
     "modules and size (*random like*); and the best of as many of these as the search made tests, by the prompts of "
@@ -42,7 +42,7 @@ FRONT = (
 
 def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[str]) -> str:
     """Write the page of the rows, the failures by name, and the existing pictures."""
-    parts = ["# Comparison", HOW.format(ceilings=ceilings())]
+    parts = ["# Comparison", HOW.format(limited=limited({key for row in rows for key in row.settings}))]
     if rows:
         parts += ["\n".join(f"- {_safe(sentence)}" for sentence in sentences(rows))]
         for key, title in ((DAPA, "## Before and after"), (AUTO, "## Before and after, `modules: auto`")):

@@ -233,26 +233,22 @@ class Harness:
         return not self.task.metric or self.task.metric in (key, key.partition(",")[0])
 
 
-def _manager(*, is_file: bool) -> TaskManager:
-    """The finder of tasks: in the user's file, or among those that come with the harness."""
+def _manager(*, include_defaults: bool) -> TaskManager:
+    """The finder of tasks: among those that come with the harness, or only in the user's file."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_defaults=False) if is_file else _manager_of_all()
+    return TaskManager(include_defaults=include_defaults)
 
 
-@functools.cache
-def _manager_of_all() -> TaskManager:
-    """Cached, since the harness takes five seconds to index its tasks."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
+# The harness takes five seconds to index its tasks.
+_manager_of_all = functools.cache(functools.partial(_manager, include_defaults=True))
 
 
 def _load(task: Task) -> Mapping[str, Any]:
     is_file = os.path.isfile(task.name)
     try:
         with _quietly(_beside(task)):
-            manager = _manager(is_file=is_file)
+            manager = _manager(include_defaults=False) if is_file else _manager_of_all()
             known = is_file or task.name in manager.all_tasks
             if known:
                 with reading(str(task)):

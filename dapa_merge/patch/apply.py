@@ -1,4 +1,4 @@
-"""Applying a patch in place and taking it back: only the changed bytes are written, and no moment loses a model.
+"""Applies a patch in place or to a copy, and takes it back; a kill at any moment loses nothing.
 
 The order is what makes it safe. The undo file is complete and on disk, its name in the folder too, before the first
 byte of the model is changed; it is removed by `revert` only, when the old bytes are on disk again. A process that dies
@@ -198,7 +198,7 @@ def _open(path: Path) -> BinaryIO:
     status = os.fstat(descriptor)
     fault = None
     if not stat.S_ISREG(status.st_mode):
-        fault = "is no plain file"
+        fault = "is not a regular file"
     elif status.st_nlink > 1:
         fault = f"is hard-linked {status.st_nlink} times, so that other models would change with it"
     elif not status.st_mode & 0o222:

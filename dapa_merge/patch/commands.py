@@ -1,4 +1,4 @@
-"""What the patch commands do: find the models that they name, and say in one answer what was done."""
+"""The patch commands: each opens the models that it names and returns one answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Write what a result has changed of its base to a new patch file; the answer says what that is.
+    """Write what a result has changed of its base to a new patch file, and describe it.
 
     Args:
         result: A folder or a Hub id.
@@ -49,7 +49,7 @@ def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bo
 def apply_patch(
     path: Path, base: str, out: Path | None, in_place: bool, undo: Path | None, *, allow_pickle: bool = False
 ) -> dict[str, Any]:
-    """Apply a patch to a copy or in place; the answer says what was done.
+    """Apply a patch to a copy or in place, and say what was done.
 
     Raises:
         DapaError: If the patch is not one for this base, or the result cannot be written.
@@ -72,7 +72,7 @@ def apply_patch(
 
 
 def revert_patch(base: str, undo: Path | None) -> dict[str, Any]:
-    """Take back a patch that was applied in place; the answer says how many bytes were put back.
+    """Take back a patch that was applied in place, and say how many bytes were put back.
 
     Raises:
         DapaError: If there is nothing to take back, or the model is not what the patch has made it.
@@ -89,7 +89,7 @@ def show_patch(path: Path) -> dict[str, Any]:
     """What a patch says that it changes.
 
     Raises:
-        CheckpointError: If it is none, or is damaged.
+        CheckpointError: If it is not a patch, or is damaged.
     """
     patch = read_patch(path)
     metadata = {key: patch.metadata.get(key) for key in ("tool", "base", "base_commit", "recipe")}
@@ -136,4 +136,4 @@ def _location(value: str) -> Location:
     try:
         return parse_location(value)
     except ValueError:
-        raise UsageError(f"{value!r} is no model; write a folder, a Hub id or id@revision") from None
+        raise UsageError(f"{value!r} is not a model: pass a folder, a Hub id or id@revision") from None

@@ -1,4 +1,4 @@
-"""Extracting a patch: what a result has changed of its base, as one small file. Streams both; loads no torch."""
+"""Extracts a patch: what a result has changed of its base, as one small file. Both are streamed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_files
@@ -237,8 +239,6 @@ def _joined(one: Range, other: Range) -> Range:
 
 def _in_piece(ours: bytes, theirs: bytes, position: int, num_row_bytes: int, max_gap: int) -> Iterable[Range]:
     """The ranges within one piece, which begins at byte `position` of its tensor."""
-    import numpy
-
     first_row = position // num_row_bytes
     differs: Any = numpy.frombuffer(ours, numpy.uint8) != numpy.frombuffer(theirs, numpy.uint8)
     row_starts = numpy.arange(first_row * num_row_bytes - position, len(ours), num_row_bytes).clip(0)

@@ -27,12 +27,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError, fault_of
 from dapa_merge.progress import advance
+from dapa_merge.transplant.manifest import Sha256
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
@@ -49,18 +52,29 @@ FORMAT_VERSION = "1"
 PIECE_BYTES = 1 << 20
 
 
+def _known(dtype: str) -> str:
+    if dtype not in DTYPE_BITS:
+        raise ValueError("not a dtype of safetensors")
+    return dtype
+
+
+_Count = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Entry:
     """Some rows of one tensor of the base, and what they are replaced by; the attributes are the metadata's own."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     key: str
     tensor: str
-    dtype: str
-    shape: tuple[int, ...]
-    rows: tuple[int, int]
-    num_changed: int
-    base_sha256: str
-    new_sha256: str
+    dtype: Annotated[str, AfterValidator(_known)]
+    shape: tuple[_Count, ...]
+    rows: tuple[_Count, _Count]
+    num_changed: _Count
+    base_sha256: Sha256
+    new_sha256: Sha256
 
     @property
     def num_row_bytes(self) -> int:
@@ -84,7 +98,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file whose header and metadata were read and found sound; its bytes were not looked at.
+    """A patch file whose header and metadata were read and found valid; its bytes were not read.
 
     Attributes:
         path: The file.
@@ -187,15 +201,18 @@ def entries_text(entries: Sequence[Entry]) -> str:
     return json.dumps([asdict(entry) for entry in entries], separators=(",", ":"))
 
 
+_ENTRIES, _DIGESTS = TypeAdapter(list[Entry]), TypeAdapter(dict[str, Sha256])
+
+
 def read_patch(path: Path, *, further: str | None = None) -> Patch:
     """Read a patch's header, and believe nothing that it says of itself before it is checked.
 
     Args:
         path: The file.
-        further: The metadata's key that names one more tensor of the file, which is no entry's.
+        further: The metadata's key that names one more tensor of the file, which belongs to no entry.
 
     Raises:
-        CheckpointError: If it is no patch, is damaged, or says what cannot be.
+        CheckpointError: If it is not a patch, is damaged, or contradicts itself.
     """
     contents = {tensor.name: tensor for tensor in read_header(path)}
     try:
@@ -203,7 +220,7 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         metadata = header.get("__metadata__")
         if not isinstance(metadata, dict) or "dapa_patch" not in metadata:
-            raise CheckpointError(f"{path} is no patch; `dapa-merge patch extract` writes one")
+            raise CheckpointError(f"{path} is not a patch; `dapa-merge patch extract` writes one")
         if metadata["dapa_patch"] != FORMAT_VERSION:
             found = str(metadata["dapa_patch"])[:20]
             raise CheckpointError(f"{path} is a patch of format {found!r}, not {FORMAT_VERSION}; update dapa-merge")
@@ -211,36 +228,19 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
             raise CheckpointError(f"{path} is an undo file; `dapa-merge patch revert` takes it")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not all strings")
-        if further is None and not _is_digest(metadata.get("base_rest")):
-            raise ValueError("base_rest is no SHA-256")
-        if not _is_digest(metadata.get("base_layout")):
-            raise ValueError("base_layout is no SHA-256")
-        entries = [_entry(content) for content in json.loads(metadata["entries"])]
+        digests = ("base_layout",) if further else ("base_layout", "base_rest")
+        _DIGESTS.validate_python({name: metadata[name] for name in digests})
+        entries = _ENTRIES.validate_json(metadata["entries"], strict=True)
         others = {metadata[further]} if further in metadata else set()
         _check_entries(entries, contents, others)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is a damaged patch ({fault_of(error)}); get it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is a damaged patch ({str(error)[:200]}); get it again") from error
     entries.sort(key=lambda entry: contents[entry.key].start)
     return Patch(path, contents, tuple(entries), metadata)
-
-
-def _entry(content: Mapping[str, Any]) -> Entry:
-    entry = Entry(**{**content, "shape": tuple(content["shape"]), "rows": tuple(content["rows"])})
-    what = f"the entry {str(entry.key)[:120]!r}"
-    if not isinstance(entry.key, str) or not isinstance(entry.tensor, str):
-        raise ValueError(f"{what} has no names")
-    if not all(type(number) is int and number >= 0 for number in (*entry.shape, *entry.rows, entry.num_changed)):
-        raise ValueError(f"{what} has a shape or rows that are no counts")
-    if entry.dtype not in DTYPE_BITS or not _is_digest(entry.base_sha256) or not _is_digest(entry.new_sha256):
-        raise ValueError(f"{what} has no dtype or no digests")
-    first, stop = entry.rows
-    if not first < stop or stop * row_elements(entry.dtype, entry.shape) > math.prod(entry.shape):
-        raise ValueError(f"{what} has rows {first} to {stop}, which its tensor does not have")
-    if not 0 < entry.num_changed <= stop - first or entry.base_sha256 == entry.new_sha256:
-        raise ValueError(f"{what} does not change what it says")
-    return entry
 
 
 def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], others: set[str]) -> None:
@@ -250,6 +250,13 @@ def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], oth
         raise ValueError("its entries are not those of its header")
     previous: Entry | None = None
     for entry in sorted(entries, key=lambda entry: (entry.tensor, entry.rows)):
+        first, stop = entry.rows
+        if not first < stop or stop * row_elements(entry.dtype, entry.shape) > math.prod(entry.shape):
+            raise ValueError(
+                f"the entry {entry.key[:120]!r} has rows {first} to {stop}, which its tensor does not have"
+            )
+        if not 0 < entry.num_changed <= stop - first or entry.base_sha256 == entry.new_sha256:
+            raise ValueError(f"the entry {entry.key[:120]!r} does not change what it says")
         stored = contents[entry.key]
         if (stored.dtype, stored.shape) != (entry.dtype, entry.stored_shape) or stored.num_bytes != entry.num_bytes:
             raise ValueError(f"the entry {entry.key[:120]!r} is not what its header says")
@@ -259,10 +266,6 @@ def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], oth
             if entry.rows[0] < previous.rows[1]:
                 raise ValueError(f"{entry.tensor[:120]!r} has the same rows twice")
         previous = entry
-
-
-def _is_digest(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 THREADS = 4

@@ -89,7 +89,7 @@ def read_undo(path: Path) -> Undo:
     """Read an undo file's header.
 
     Raises:
-        CheckpointError: If it is none, is damaged, or says what cannot be.
+        CheckpointError: If it is not an undo file, or is damaged.
     """
     patch = read_patch(path, further="blocks")
     try:
@@ -102,7 +102,7 @@ def read_undo(path: Path) -> Undo:
         if (sums.dtype, sums.shape) != ("U32", (sum(map(_num_blocks, patch.entries, alignments)),)):
             raise ValueError("its blocks are not those of its entries")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no undo file, or is damaged ({str(error)[:200]})") from error
+        raise CheckpointError(f"{path} is not an undo file, or is damaged ({str(error)[:200]})") from error
     return Undo(patch, tuple(alignments))
 
 

@@ -78,6 +78,11 @@ class Edit(ABC):
         return f"the {self.name}"
 
     @property
+    def provenance(self) -> str:
+        """Words for changed units in the answer of `verify`."""
+        return f"by the edit {self.name}"
+
+    @property
     def note(self) -> str:
         """A sentence for the page of a comparison; empty for the usual edit."""
         models = {name: f"the {word}" for name, word in MODELS.items()}
@@ -109,7 +114,8 @@ class Edit(ABC):
 
         if self.copies is not None and values[self.copies].dtype == dtype:
             return values[self.copies]
-        precise = torch.float64 if any(value.dtype == torch.float64 for value in values.values()) else torch.float32
+        is_double = any(values[name].dtype == torch.float64 for name in self.inputs)
+        precise = torch.float64 if is_double else torch.float32
         inputs = {name: values[name].to(precise) for name in self.inputs}
         exact = self.exact(inputs)
         result = exact.to(dtype)
@@ -182,6 +188,7 @@ class Blend(Edit):
     """Moves the target's values towards the source's."""
 
     name = "blend"
+    provenance = "a blend with the source"
 
     def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values["source"] - values["target"]
@@ -206,6 +213,7 @@ class Copy(Blend):
     verb = "replaced"
     origin = "source"
     result = "the source's"
+    provenance = "from the source"
     note = ""
 
     def how(self, models: Mapping[str, str]) -> str:

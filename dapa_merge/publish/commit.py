@@ -191,7 +191,7 @@ def publish(
             has all of it.
     """
     repository, branch = destination.repository, destination.branch
-    if not check_destination(destination):
+    if not check_repository(destination):
         LOG.info(f"making {repository}")
         # None leaves it to an organization's own rule.
         make: dict[str, Any] = {"private": destination.private or None, "exist_ok": True}
@@ -367,12 +367,11 @@ def _made_after_all(job: Job, error: Exception, copied: Mapping[str, str]) -> Pu
 
 
 def _address(error: Exception) -> str:
-    asked = getattr(error, "response", None)
-    try:
-        request = asked.request if asked is not None else getattr(error, "request", None)
-    except RuntimeError:  # The HTTP library's way to say that there is none.
-        return ""
-    return str(getattr(request, "url", ""))
+    # RuntimeError is the HTTP library's way to say that there is no request.
+    with suppress(RuntimeError):
+        response = getattr(error, "response", None)
+        return str(getattr(getattr(error if response is None else response, "request", None), "url", ""))
+    return ""
 
 
 def _is_of_copying(error: Exception) -> bool:
@@ -399,7 +398,7 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
 
     Args:
         out: The result.
-        known: The SHA-256 of files that were hashed already.
+        known: The SHA-256 of files that are hashed already.
 
     Raises:
         CheckpointError: If one cannot be read, leads out of the folder, or is not a part of a model.
@@ -446,7 +445,7 @@ def needed_changes(
 
     Args:
         files: The files to publish.
-        there: The repository's files, by path.
+        there: The repository's files.
         listed: Files there that belong to the model that is replaced.
     """
     others = sorted(name for name in there if name not in files and name != ".gitattributes")
@@ -465,7 +464,7 @@ def is_loaded(name: str) -> bool:
     return name.endswith(LOADED) or name.startswith("adapter_")
 
 
-def check_destination(destination: Destination) -> bool:
+def check_repository(destination: Destination) -> bool:
     """Look at a repository before anything costly is done for it.
 
     Returns:
@@ -533,10 +532,8 @@ def head_of(repository: str, revision: str) -> Head:
 def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
     """The open pull requests of a repository, the newest first.
 
-    Args:
-        repository: Its id.
-        own_only: Leave out strangers' ones: anybody may open one, but must not keep a job from its work by that. Ours
-            are those of the token's user, of the repository's owner, and of jobs, which are not users.
+    With `own_only`, strangers' ones are left out: anybody may open one, but must not keep a job from its work by that.
+    Ours are those of the token's user, of the repository's owner, and of jobs, which are not users.
     """
 
     def found() -> list[Any]:

@@ -227,7 +227,7 @@ def lock_text(lock: Lock) -> str:
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
-        **{name: [_plain(upstream) for upstream in lock.of(name)] for name in MODELS if lock.of(name)},
+        **{name: list(map(_plain, lock.of(name))) for name in MODELS if lock.of(name)},
         "selection": ",".join(lock.units),
         "versions": dict(lock.versions),
     }
@@ -366,8 +366,7 @@ def movement(before: Upstream, location: Location) -> Movement:
         sha = str(_info(location, files=False).sha)
         if sha == before.commit:
             return Movement(before, sha)
-    now = upstream_of(location)
-    return changed_files(before, now)
+    return changed_files(before, upstream_of(location))
 
 
 def changed_files(before: Upstream, now: Upstream) -> Movement:

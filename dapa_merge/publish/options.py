@@ -22,11 +22,9 @@ class Destination:
     """Where to publish, and how.
 
     Attributes:
-        repository: Its id.
-        private: Create it as private; refuse one that exists and is public.
+        private: Create the repository as private; refuse one that exists and is public.
         branch: None for the default branch.
         create_pr: Open a pull request rather than commit.
-        tag: A tag for the commit.
         replaces: Whether another model may be replaced.
         message: Of the commit; None for one that says what it is.
     """
@@ -46,7 +44,6 @@ class CardOptions:
 
     Attributes:
         title: The model's id on the Hub.
-        license: The license that it is published under.
         target: Where the target is published, if the recipe names a folder.
         source: Where the source is published, if the recipe names a folder.
     """

@@ -61,9 +61,7 @@ class Status:
                     "locked_commit": moved.before.commit,
                     "commit": moved.commit,
                     "outdated": moved.matters,
-                    "changed": list(moved.changed),
-                    "added": list(moved.added),
-                    "removed": list(moved.removed),
+                    **{name: list(getattr(moved, name)) for name in ("changed", "added", "removed")},
                 }
                 for role, moved in self.movements
             ],
@@ -91,8 +89,8 @@ def compare_with_lock(recipe: Recipe, path: Path, repository: str | None) -> Sta
     """Compare a recipe and its models with the lock.
 
     Args:
-        recipe: What the file says now.
-        path: The file.
+        recipe: The recipe as it is now.
+        path: Its file.
         repository: Use the lock of the model that was published here, or of a pull request that brings it, rather than
             the file beside the recipe.
 

@@ -26,16 +26,13 @@ MAX_CARD_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Parent:
-    """A model, or an adapter, that a result was made of.
+    """A model, or an adapter, that a result was made of, and what its card states.
 
     Attributes:
         role: `target`, `source`, or the adapter of one of them.
         name: Its name in a card: the Hub id, or the folder's own name, without the path to it.
         repository: Its id on the Hub; None for a folder.
-        commit: Its commit on the Hub, if known.
-        license: As its card states it.
-        languages: As its card states them.
-        task: As its card states it, such as `text-generation`.
+        task: The Hub's `pipeline_tag`, as `text-generation`.
     """
 
     role: str

@@ -17,7 +17,7 @@ from dapa_merge.plan.selection import RECIPE_NAME
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
-from dapa_merge.publish.commit import MAIN, LocalFile, Published, check_destination, files_of, of_content, publish
+from dapa_merge.publish.commit import MAIN, LocalFile, Published, check_repository, files_of, of_content, publish
 from dapa_merge.publish.lock import base_and_adapter
 from dapa_merge.publish.options import CardOptions, Destination, inherited
 from dapa_merge.publish.write_card import card_facts, existing_card, parents_of, require_result, settle_facts
@@ -34,8 +34,8 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
 
     Args:
         destination: Where to publish.
-        card: What the user says about the card.
-        recipe: The recipe that will be run, if its result does not exist yet.
+        card: The user's statements about the card.
+        recipe: The recipe that will be run; None if its result exists.
 
     Raises:
         UsageError: If options do not fit, or the licenses of the recipe's models differ.
@@ -44,7 +44,7 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
     """
     check_id(destination.repository)
     require_token()
-    check_destination(destination)
+    check_repository(destination)
     if recipe is not None and card.license is None:
         inherited([(parent.name, parent.license) for parent in parents_of(recipe, card)])
 
@@ -55,7 +55,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     Args:
         out: The result's folder.
         destination: Where to publish.
-        card: What the user says about the card, but for its title.
+        card: The user's statements about the card; its title is the repository's id.
         is_verified: Whether every byte was compared with target and source just now.
 
     Raises:

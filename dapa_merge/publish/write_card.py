@@ -115,10 +115,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     Args:
         out: The result.
         options: The user's statements about it.
-        check: The outcome of a comparison with its models, if there was one.
-
-    Raises:
-        DapaError: As `write_card` does.
+        check: The outcome of a comparison with its models; None if there was none.
     """
     recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
@@ -177,12 +174,9 @@ def _transplanted(
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
     """The models that a recipe's result is made of, the target first, each with what its own card says."""
-    places = models_of(recipe) | {
-        role: place for role, place in (("target", options.target), ("source", options.source)) if place is not None
-    }
-    return [
-        describe_parent(name, part) for role, location in places.items() for name, part in named_parts(role, location)
-    ]
+    published = {"target": options.target, "source": options.source}
+    models = {role: published.get(role) or location for role, location in models_of(recipe).items()}
+    return [describe_parent(name, part) for role in models for name, part in named_parts(role, models[role])]
 
 
 def _task(out: Path) -> str:

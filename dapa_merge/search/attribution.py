@@ -16,9 +16,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch.nn import Parameter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError
@@ -30,10 +32,6 @@ from dapa_merge.measure.perplexity import ScoredText, losses
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
-
-if TYPE_CHECKING:
-    from torch.nn import Parameter
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Values of a tensor that are weighed at once: 1 MiB as float32.
 PIECE = 1 << 18
@@ -60,9 +58,7 @@ def effects_between(
         refusing: The other model's, in the same order.
         batch_limit: How many responses fit at once where nothing is kept for a backward pass.
 
-    Raises:
-        ValueError: If no prompt tells the two apart.
-        CheckpointError: If an effect is not a finite number.
+    Raises as `attribute`, and so if no prompt tells the two apart.
     """
     refused = Outcome.REFUSED.value
     contrasts = [
@@ -128,10 +124,7 @@ def attribute(
 
 @torch.enable_grad()
 def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> dict[Unit, float]:
-    """The effect of every unit on the sum of one batch.
-
-    The sum, not the mean: float16 could not hold the small gradients of a mean.
-    """
+    """The effect of every unit on the sum of one batch; float16 could not hold the small gradients of a mean."""
     # Several units may be parts of one parameter: blocks of its rows, or tensors that the model shares.
     slots: dict[Parameter, list[Slot]] = {}
     for slot in live.slots(units):
@@ -175,10 +168,7 @@ def _each_gradient(
     parameters: Mapping[Parameter, object],
     take: Callable[[Parameter, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Within the `with` block, a backward pass hands over the gradient of each of `parameters` and keeps none.
-
-    Afterwards every parameter requires its gradient or not as before.
-    """
+    """In a backward pass inside, hand over the gradient of each of `parameters`, and keep none."""
 
     @torch.no_grad()
     def hand_over(parameter: Parameter) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from dapa_merge.measure.figures import Response
+from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
-    from dapa_merge.measure.figures import Figures
     from dapa_merge.measure.meter import Measurement, Meter
-    from dapa_merge.recipe.recipe import Recipe
 
 PROMPT_KINDS = ("harmful", "harmless")
 # How many tokens of a response come of one run through the model's layers, roughly, most of them having been drafted.
@@ -172,19 +171,16 @@ def identity_of(recipe: Recipe) -> str:
     return ", ".join(f"{one.label} {settings[one.key]}" for one in constraints_of(settings))
 
 
-def ceilings() -> str:
-    """The figures that have a ceiling, for people."""
-    *most, last = (one.label for one in CONSTRAINTS if isinstance(one, Ceiling))
-    return f"{', '.join(most)} and {last}"
+def limited(settings: Collection[str]) -> str:
+    """The figures besides the score that settings limit, for people; without settings, all that can be limited."""
+    constraints = constraints_of(settings or [one.key for one in CONSTRAINTS])
+    *most, last = (one.label for one in constraints if one.figure != SCORE.figure)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """The absolute limits of one search.
-
-    Attributes:
-        limits: The constraints in force, the score's first, each with its limit; NaN for none.
-    """
+    """The constraints in force, the score's first, each with its absolute limit; NaN for none."""
 
     limits: tuple[tuple[Constraint, float], ...]
 
@@ -211,11 +207,9 @@ class Requirement:
 def limits_text(requirement: Mapping[str, float | str] | None) -> str:
     """The limits of a report, for people."""
     found = requirement or {}
-    texts = []
-    for constraint in constraints_of({one.key for one in CONSTRAINTS}, str(found.get("measure", "score"))):
-        limit = found.get(constraint.name)
-        if isinstance(limit, (int, float)):
-            texts.append(f"{constraint.label} at {'least' if isinstance(constraint, Floor) else 'most'} {limit:.3f}")
+    constraints = constraints_of([one.key for one in CONSTRAINTS], str(found.get("measure", "score")))
+    limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
+    texts = [f"{one.label} at {'least' if one.bound == 'min' else 'most'} {limit:.3f}" for one, limit in limits]
     return ", ".join(texts) or "as the recipe says"
 
 
@@ -248,10 +242,7 @@ class Examinee(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """The outcome of one piece of prompts.
-
-    `num_wrong` counts what went wrong for the first constraint on this kind: harm done, a refusal without need.
-    """
+    """The outcome of one piece of prompts; `num_wrong` is by the first constraint on their kind."""
 
     kind: str
     index: int

@@ -14,12 +14,7 @@ from dapa_merge.search.requirement import SCORE, Requirement
 
 @dataclass(frozen=True)
 class Baseline:
-    """The target or its full transplant, measured in full on the search's prompts.
-
-    Attributes:
-        figures: Those that the constraints limit, by name.
-        responses: Those to the harmful prompts.
-    """
+    """The target or its full transplant: the figures of the constraints, and the responses to harmful prompts."""
 
     figures: Mapping[str, float]
     responses: tuple[Response, ...]
@@ -42,10 +37,9 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Asked:
-    """One selection that a search asked: its units, and whether it met the requirement.
+    """One selection that a search asked, and whether it met the requirement.
 
-    `score` is the share of the harmful prompts asked that was refused; None if an evaluator scores the model as a
-    whole, or something else decided first.
+    `score` is the share refused of the harmful prompts asked; None if none was asked.
     """
 
     units: tuple[Unit, ...]

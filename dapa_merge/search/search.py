@@ -43,12 +43,7 @@ class Session:
 
 
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
-    """Load the target of a recipe's plan and search, whatever layers the recipe names.
-
-    Raises:
-        CannotRepair: If the source makes nothing better, or breaks a limit.
-        DapaError: For whatever else does not fit.
-    """
+    """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
     searching, _ = split_prompts(recipe)
     # All of them, which are tested together first.
     fetch_units(plan, plan.units)
@@ -65,6 +60,7 @@ def search(session: Session) -> Search:
     Raises:
         CannotRepair: If the full transplant makes nothing better, or breaks a limit.
         Stopped: After Ctrl-C, with the best selection so far.
+        CheckpointError: If a model computes no numbers.
         DapaError: For whatever else does not fit; what was tested is in the journal.
     """
     start = time.monotonic()
@@ -109,11 +105,7 @@ def search(session: Session) -> Search:
 
 
 def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
-    """All figures of the target with some units, from the journal if they are there.
-
-    Raises:
-        CheckpointError: If the model computes no numbers.
-    """
+    """All figures of the target with some units, from the journal if they are there."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
     if name not in journal.notes:
         with task(f"measuring the {name}", bench.num_prompts, "prompts"):
@@ -129,11 +121,7 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
-    """What a selection must meet.
-
-    Raises:
-        CannotRepair: If the full transplant makes nothing better, or breaks a limit.
-    """
+    """The limits of a selection; raises `CannotRepair` if the full transplant makes nothing better, or breaks one."""
     recipe, bench = session.recipe, session.bench
     modules = ", ".join(recipe.modules)
     if full.score <= target.score:
@@ -157,8 +145,7 @@ def _minimum(
 ) -> tuple[Minimum[Unit], Prior | None, int]:
     """Search among the plan's units and then, if the recipe says so, among blocks of those kept.
 
-    Returns:
-        What is kept, the prior of the plan's units, and how many candidates there were.
+    Returns the outcome, the prior of the plan's units, and the number of candidates.
     """
     recipe, plan = session.recipe, session.plan
     units = _preferred(session, oracle)
@@ -192,10 +179,9 @@ def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
 
 
 def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
-    """Attribution's scores, from the journal if they are there, because a search must take the same way again.
+    """A score for each unit; None if they cannot be weighed, or the algorithm does not ask.
 
-    Returns:
-        A score for each unit; None if they cannot be weighed, or the algorithm does not ask.
+    From the journal if it is there, because a search must take the same way again.
     """
     if session.recipe.search != "guided":
         return None

@@ -232,12 +232,7 @@ class RayWorkers:
         self._busy[actor.test.remote(selection)] = (selection, actor)
 
     def wait(self) -> tuple[Selection, Test]:
-        """The next test that is done.
-
-        Raises:
-            UsageError: If workers were lost again and again.
-            DapaError: What a worker raised.
-        """
+        """Wait for the next test that ends; raises what its worker raised, or `UsageError` if workers are lost."""
         (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
         selection, actor = self._busy.pop(reference)
         try:
@@ -286,11 +281,7 @@ class _Actor:
 
 
 def import_ray() -> Any:
-    """Ray, which is an extra.
-
-    Raises:
-        UsageError: If it is not installed.
-    """
+    """Import Ray, which is an extra; raises `UsageError` if it is not installed."""
     try:
         import ray
         import ray.exceptions

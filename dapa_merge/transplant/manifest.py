@@ -1,7 +1,7 @@
 """`dapa.json` in a result: what it was made of, and what each of its files and changed tensors must be.
 
-Whoever has the result can check it against this without the target and the source; whoever has these too can prove that
-it is the target plus exactly the parts that the manifest says.
+A result can be checked against it without the target and the source; with them, it can be proved to be the target plus
+exactly the parts that the manifest says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
-from dapa_merge.errors import CheckpointError, misfit
+from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.plan.edit import Edit, make_edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.transplant.shard import RegionEdit
@@ -26,11 +26,11 @@ from dapa_merge.transplant.shard import RegionEdit
 MANIFEST_NAME = "dapa.json"
 CARD_NAME = "README.md"
 FORMAT = 1
-# A 70 B model's has 200 kB; whatever is much larger is no manifest.
+# A 70 B model's has 200 kB; a much larger file is not a manifest.
 MAX_BYTES = 64 << 20
-# What the models said, harmful answers among it: not published, so that a result may lack it.
+# What the models said, harmful answers among it: not published, so a result may lack it.
 PRIVATE = ("dapa_responses.jsonl",)
-# What is put beside a model afterwards and does not belong to it: its card, licences, notes and pictures.
+# What is put next to a model afterwards and does not belong to it: its card, licences, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
@@ -144,7 +144,7 @@ def origins(plan: Plan) -> dict[str, Origin]:
 
 
 def may_be_added(name: str) -> bool:
-    """Whether a file beside a model is nothing that a program would load as a part of it."""
+    """Whether a file next to a model is not loaded as a part of it."""
     last = name.rpartition("/")[2]
     return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
 
@@ -176,7 +176,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a result, believed in nothing that could lead out of its folder.
 
     Raises:
-        CheckpointError: If there is none, or it is not one of this format.
+        CheckpointError: If it is absent, or not of this format.
     """
     path = folder / MANIFEST_NAME
     raw = read_json(path, max_bytes=MAX_BYTES)
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
         names = dict.fromkeys(("target", "source", *edit.inputs))
         models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:
-        raise _wrong(path, f"is damaged: {misfit(error)}") from None
+        raise _wrong(path, f"is damaged: {fault_of(error)}") from None
     except ValueError as error:
         raise _wrong(path, f"is damaged: edit: {error}") from None
     for name, tensor in content.tensors.items():

@@ -1,13 +1,9 @@
-"""Writing a changed model: its files with some bytes replaced, all or nothing.
+"""Writing the repaired model: the target's files with some bytes replaced, all or nothing.
 
-Everything is written into a hidden folder beside the final one, which appears under its name only when it is complete,
+Everything is written into a hidden folder next to the final one, which appears under its name only when it is complete,
 proved and on disk. The model's files are opened for reading only: a Hub cache is made of links to shared blobs.
 Headers, the order of tensors and the names of shards stay its own, so that a content-addressed store has little to
 take up.
-
-Writing the repaired model: the target's files with the selected units of the source, and what it was made of.
-
-Whether a result can be made where it is wanted, before anything is written there.
 """
 
 from __future__ import annotations
@@ -55,7 +51,7 @@ NOT_COPIED = (
 # How the names of what commands leave in a model's folder begin: locks, undo files, unfinished files.
 OWN_STARTS = ".dapa-"
 MAX_THREADS = 8
-# A tokenizer has some 20 MB; whatever is much larger is no file of a model's settings.
+# A tokenizer has some 20 MB; a much larger file does not hold settings.
 MAX_SMALL_BYTES = 1 << 30
 
 
@@ -110,10 +106,10 @@ def write_result(
 
 
 def _small_files(target: Checkpoint) -> list[str]:
-    """What belongs to a model beside its weights, by the paths in its folder.
+    """The files of a model besides its weights, by their paths in its folder.
 
     Raises:
-        CheckpointError: If one is a link out of the folder, or no file: it would be copied into a result, or be lost.
+        CheckpointError: If one is a link out of the folder, or not a file: it would be copied or lost.
     """
     names = []
     for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
@@ -187,8 +183,6 @@ def _write_files(
 ) -> dict[str, Digests]:
     """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
     stop = threading.Event()
-    num_large = sum(name not in linked and name not in made.finished.files for name in target.shards)
-    hash_apart = num_large < (os.cpu_count() or 1)
     files = dict(made.finished.files)
 
     def write(name: str) -> None:
@@ -202,8 +196,7 @@ def _write_files(
             link_file(target.path(name), path)
             files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
         else:
-            how = {"hash_apart": hash_apart, "hashes": hashes}
-            files[name] = write_file(target.path(name), path, changes[name], stop, **how)
+            files[name] = write_file(target.path(name), path, changes[name], stop, hashes=hashes)
             made.finished.add(name, path, files[name])
 
     for name in changes:
@@ -321,11 +314,11 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
         raise UsageError(f"{out} is the folder you are in, which cannot be replaced; name one inside it")
     parent = place.parent
     if Path(os.path.realpath(place)).is_relative_to(os.path.realpath(target.folder)):
-        raise UsageError(f"{out} is inside the target's own folder; name a place beside it")
+        raise UsageError(f"{out} is inside the target's own folder; name a place next to it")
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{out} cannot be made: {parent} is no folder that you may write to")
+        raise UsageError(f"{out} cannot be made: {parent} is not a folder that you may write to")
     needed = num_bytes
     if needed is None:
         needed = sum((target.folder / shard).stat().st_size for shard in target.shards)

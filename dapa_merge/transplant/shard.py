@@ -1,11 +1,8 @@
-"""Writing one file of a result: the target's bytes, with the source's in their place, read back and hashed at once.
+"""Writing one file of a result: the target's file is copied, regions are overwritten, everything is read back.
 
-What was written is read back while it is still in the processor's cache, compared with what it must be, and hashed, so
-that a file of which the machine's memory holds only a part is read no second time.
-
-Which bytes of a result's files are the source's: the one place where units become spans of files.
-
-What the kernel does for a copy: sharing blocks, copying ranges, giving a file a second name; else what to do.
+Nothing is believed that was not read again: each byte is compared with the target's or with the new value, and hashed.
+The kernel copies: it shares blocks or copies ranges where the file system can. `find_changes` is the one place where
+units become spans of files.
 """
 
 from __future__ import annotations
@@ -15,9 +12,8 @@ import hashlib
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,12 +30,9 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
 # What is copied before it is read back: the kernel's copy is fast from here on, and it is in the second-level cache
-# still (a megabyte took some 5 % longer). Copying through memory instead took half as long again in the kernel.
+# still. To copy whole files first, and then to read them back, took a quarter longer.
 STEP_BYTES = 1 << 19
-# How many such steps may wait to be hashed.
-NUM_BUFFERS = 3
-# What is written before the disk is asked, in the background, to take it up: the last wait for it is short then. That
-# took a tenth off the whole when it was measured.
+# What is written before the disk is asked, in the background, to take it up: the last wait for it is short then.
 FLUSH_BYTES = 256 << 20
 
 
@@ -53,213 +46,141 @@ def write_file(
     changes: Sequence[RegionEdit],
     stop: threading.Event | None = None,
     *,
-    hash_apart: bool = False,
     hashes: bool = True,
 ) -> Digests:
-    """Make a new file: `origin` with changes. It is on disk when this returns, and was read back and compared.
+    """Make a new file: `origin` with changes. When this returns, it is on disk, and was read back and compared.
 
     Args:
         origin: The target's file.
         destination: The file to make.
-        changes: What is not the target's, in order.
-        stop: Set by whoever has no use for the file any more.
-        hash_apart: Hash in a second thread; worth it if fewer files are written at once than there are processors.
+        changes: What is not the target's.
+        stop: Set by whoever does not need the file any more.
         hashes: Make digests; without, those that are returned are empty.
 
     Returns:
-        Its digest, and that of each changed tensor, whole.
+        The digest of the file, and of each changed tensor, whole.
 
     Raises:
-        CheckpointError: If `origin` changes meanwhile, or a change does not fit, or the disk gives back other bytes.
+        CheckpointError: If `origin` changes meanwhile, a change does not fit, or other bytes are read back.
         OSError: If the disk cannot take it.
         Stopped: If `stop` was set.
     """
+    stop = stop or threading.Event()
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
+    hasher = Hasher(tensors, counts_only=not hashes)
     with (
-        _Hashing(Hasher(tensors, counts_only=not hashes), apart=hash_apart and hashes) as hashing,
         origin.open("rb", buffering=0) as reader,
         destination.open("x+b", buffering=0) as writer,
-        # Waited for before the file is closed.
         ThreadPoolExecutor(1) as flusher,
     ):
         before = os.fstat(reader.fileno())
-        writing = _Writing(reader, writer, origin, destination, hashing)
-        writing.shares_blocks = clone(reader.fileno(), writer.fileno())
-        flushed, flush = 0, None
-        for num_bytes in writing.steps(_in_order(changes, before.st_size)):
-            if stop is not None and stop.is_set():
+        is_cloned = clone(reader.fileno(), writer.fileno())
+        for change in changes:
+            _overwrite(writer, change, destination)
+        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
+        flushed = 0
+        flush = flusher.submit(os.fsync, writer.fileno())
+        for (first, last), is_changed in _steps(changes, before.st_size):
+            if stop.is_set():
                 raise Stopped
-            advance(num_bytes, "bytes")
-            if writing.position - flushed >= FLUSH_BYTES and (flush is None or flush.done()):
-                if flush is not None:
-                    # A disk that could not take it says so once, and not to the next one who asks.
-                    flush.result()
-                flushed, flush = writing.position, flusher.submit(os.fsync, writer.fileno())
-        if flush is not None:
-            # What the disk could not take is told once, to whoever asks first.
-            flush.result()
+            if not is_changed and not is_cloned:
+                _copy(reader, writer, first, last, origin)
+            _read_back(reader, writer, first, last, is_changed, hasher, buffers, origin, destination)
+            advance(last - first, "bytes")
+            if last - flushed >= FLUSH_BYTES and flush.done():
+                # A disk that could not take it says so once, and not to the next one who asks.
+                flush.result()
+                flushed, flush = last, flusher.submit(os.fsync, writer.fileno())
+        flush.result()
         os.fsync(writer.fileno())
         after = os.fstat(reader.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(f"{origin} was changed while it was copied; run the same command again")
         if os.fstat(writer.fileno()).st_size != before.st_size:
             raise CheckpointError(f"{destination} has not the size of {origin} although it is a copy of it")
-        return hashing.digests()
+    return hasher.digests()
 
 
-# A part of the file, and where its bytes come from; from the target if that is None.
-_Piece = tuple[Span, "Iterator[memoryview] | None"]
+def _copy(reader: IO[bytes], writer: IO[bytes], first: int, last: int, origin: Path) -> None:
+    reader.seek(first)
+    writer.seek(first)
+    while first < last:
+        num_copied = copy_piece(reader, writer, last - first)
+        if not num_copied:
+            raise CheckpointError(f"{origin} became shorter while it was copied")
+        first += num_copied
 
 
-def _in_order(changes: Sequence[RegionEdit], num_bytes: int) -> Iterator[_Piece]:
-    """A file's parts from its first byte to its last."""
-    streams = [_Stream(change.pieces()) for change in changes]
-    spans = sorted((span, number) for number, change in enumerate(changes) for span in change.spans)
-    position = 0
-    for (first, last), number in spans:
-        if first < position:
-            # A tensor may be in two of the selected units (`gate` and `mlp`); its values are the same in both.
-            skipped = min(position, last)
-            for _ in streams[number].take(skipped - first):
-                pass
-            first = skipped
-        if position < first:
-            yield (position, first), None
-        if first < last:
-            yield (first, last), streams[number].take(last - first)
-        position = max(position, last)
-    if position < num_bytes:
-        yield (position, num_bytes), None
+def _overwrite(writer: IO[bytes], change: RegionEdit, destination: Path) -> None:
+    """Write a change to its places, and compare what is read back there."""
+    mine = memoryview(bytearray(PIECE_BYTES))
+    for start, piece in _placed(change):
+        writer.seek(start)
+        write_all(writer, piece)
+        writer.seek(start)
+        read_whole(writer, mine[: len(piece)], destination)
+        if not same(mine[: len(piece)], piece):
+            raise _damaged(destination, start)
 
 
-class _Stream:
-    """Pieces of bytes of which the next so many are wanted at a time."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
-        self._rest = memoryview(b"")
-
-    def take(self, num_bytes: int) -> Iterator[memoryview]:
-        while num_bytes:
-            if not self._rest:
-                self._rest = memoryview(next(self._pieces))
-            piece = self._rest[: min(num_bytes, STEP_BYTES)]
-            self._rest = self._rest[len(piece) :]
-            num_bytes -= len(piece)
-            yield piece
-
-
-class _Hashing:
-    """Hashes what was read back: at once, while it is in the cache, or in a thread of its own.
-
-    The thread keeps a second processor busy that has no file of its own, and costs a little where it has one.
-    """
-
-    def __init__(self, hasher: Hasher, *, apart: bool) -> None:
-        self._hasher = hasher
-        self._pool = ThreadPoolExecutor(1) if apart else None
-        self.buffer_bytes = STEP_BYTES if apart else PIECE_BYTES
-        self._buffers: deque[tuple[memoryview, Future[None] | None]] = deque(
-            (memoryview(bytearray(self.buffer_bytes)), None) for _ in range(NUM_BUFFERS if apart else 1)
-        )
-
-    def __enter__(self) -> _Hashing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def buffer(self) -> memoryview:
-        """Memory for the next bytes; what was in it before is hashed."""
-        buffer, hashed = self._buffers.popleft()
-        if hashed is not None:
-            hashed.result()
-        return buffer
-
-    def hash(self, buffer: memoryview, size: int) -> None:
-        """Take the first bytes of a buffer, which is given back with that."""
-        hashed = None
-        if self._pool is None:
-            self._hasher.update(buffer[:size])
-        else:
-            hashed = self._pool.submit(self._hasher.update, buffer[:size])
-        self._buffers.append((buffer, hashed))
-
-    def digests(self) -> Digests:
-        """What the file was, now that it has ended."""
-        for _, hashed in self._buffers:
-            if hashed is not None:
-                hashed.result()
-        return self._hasher.digests()
-
-
-class _Writing:
-    """One file as it is written, from the front."""
-
-    def __init__(
-        self, reader: IO[bytes], writer: IO[bytes], origin: Path, destination: Path, hashing: _Hashing
-    ) -> None:
-        self.reader, self.writer, self.origin, self.destination = reader, writer, origin, destination
-        self.hashing = hashing
-        self.shares_blocks = False
-        self.position = 0
-        self._theirs = memoryview(bytearray(PIECE_BYTES))
-
-    def steps(self, parts: Iterator[_Piece]) -> Iterator[int]:
-        """Write part after part; yields the number of bytes of each step when it was compared."""
-        for (first, last), pieces in parts:
-            if pieces is None:
-                for start in range(first, last, STEP_BYTES):
-                    stop = min(start + STEP_BYTES, last)
-                    if not self.shares_blocks:
-                        self._copy(start, stop)
-                    self._read_back(start, stop, None)
-                    yield stop - start
-            else:
-                for piece in pieces:
-                    start = self.position
-                    self.writer.seek(start)
-                    write_all(self.writer, piece)
-                    self._read_back(start, start + len(piece), piece)
-                    yield len(piece)
-
-    def _copy(self, start: int, stop: int) -> None:
-        self.reader.seek(start)
-        self.writer.seek(start)
+def _placed(change: RegionEdit) -> Iterator[tuple[int, memoryview]]:
+    """The bytes of a change in small pieces, each with its place in the file."""
+    pieces = change.pieces()
+    rest = memoryview(b"")
+    for start, stop in change.spans:
         while start < stop:
-            num_copied = copy_piece(self.reader, self.writer, stop - start)
-            if not num_copied:
-                raise CheckpointError(f"{self.origin} became shorter while it was copied")
-            start += num_copied
+            rest = rest or memoryview(next(pieces))
+            piece = rest[: min(stop - start, PIECE_BYTES)]
+            yield start, piece
+            start, rest = start + len(piece), rest[len(piece) :]
+    # What follows the last byte is a check of whoever makes the pieces.
+    for _ in pieces:
+        pass
 
-    def _read_back(self, start: int, stop: int, expected: memoryview | None) -> None:
-        """Compare what was written from `start` to `stop` with the expected bytes, or the target's, and hash it."""
-        for first in range(start, stop, self.hashing.buffer_bytes):
-            last = min(first + self.hashing.buffer_bytes, stop)
-            buffer = self.hashing.buffer()
-            for position in range(first, last, PIECE_BYTES):
-                end = min(position + PIECE_BYTES, last)
-                self._compare(
-                    buffer[position - first : end - first],
-                    position,
-                    None if expected is None else expected[position - start : end - start],
-                )
-            self.hashing.hash(buffer, last - first)
-        self.position = stop
 
-    def _compare(self, mine: memoryview, position: int, theirs: memoryview | None) -> None:
-        self.writer.seek(position)
-        read_whole(self.writer, mine, self.destination)
-        if theirs is None:
-            theirs = self._theirs[: len(mine)]
-            self.reader.seek(position)
-            read_whole(self.reader, theirs, self.origin)
-        if not same(mine, theirs):
-            raise CheckpointError(
-                f"{self.destination} does not hold what was written to it, from byte {position} on; "
-                f"the disk or the memory is damaged"
-            )
+def _read_back(
+    reader: IO[bytes],
+    writer: IO[bytes],
+    first: int,
+    last: int,
+    is_changed: bool,
+    hasher: Hasher,
+    buffers: Sequence[memoryview],
+    origin: Path,
+    destination: Path,
+) -> None:
+    """Hash a step of the file, and compare it with the target's if it is not changed."""
+    writer.seek(first)
+    reader.seek(first)
+    mine, theirs = buffers
+    for start in range(first, last, PIECE_BYTES):
+        size = min(PIECE_BYTES, last - start)
+        read_whole(writer, mine[:size], destination)
+        if not is_changed:
+            read_whole(reader, theirs[:size], origin)
+            if not same(mine[:size], theirs[:size]):
+                raise _damaged(destination, start)
+        hasher.update(mine[:size])
+
+
+def _steps(changes: Sequence[RegionEdit], num_bytes: int) -> Iterator[tuple[Span, bool]]:
+    """A file from its first byte to its last in small steps, and whether each is changed."""
+    position = 0
+    # A tensor may be in two of the selected units (`gate` and `mlp`); its values are the same in both.
+    spans = sorted(span for change in changes for span in change.spans)
+    for first, last in (*spans, (num_bytes, num_bytes)):
+        for stop, is_changed in ((first, False), (last, True)):
+            while position < stop:
+                end = min(position + STEP_BYTES, stop)
+                yield (position, end), is_changed
+                position = end
+
+
+def _damaged(destination: Path, position: int) -> CheckpointError:
+    return CheckpointError(
+        f"{destination} does not hold what was written to it, from byte {position} on; "
+        f"the disk or the memory is damaged"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,8 @@
-"""A result's files, read once and in order beside what they should be: the target's bytes, or the source's.
+"""Reads a result's files once, in order, next to what they should be: the target's bytes, or what the edit makes.
 
 Every tensor of a result is cut into pieces, each with the place in the target where the same values are, and, for what
 may have been transplanted, the place in the source. Result and target may cut and name their tensors differently:
 mergekit writes the experts of a mixture as one tensor, which the target's files hold one by one.
-
-Which box of a result's tensors should hold which of the target's values, and may hold which of the source's.
 """
 
 from __future__ import annotations
@@ -16,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+
+import numpy
 
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
@@ -26,10 +25,6 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
-
-if TYPE_CHECKING:
-    import numpy
-
 
 # Compared at once where nothing else is to be known: two of these stay in the processor's cache.
 PIECE_BYTES = 1 << 18
@@ -66,8 +61,6 @@ class RowOrigins:
     @classmethod
     def unseen(cls, num_rows: int) -> RowOrigins:
         """Both, until it is seen otherwise."""
-        import numpy
-
         return cls(numpy.ones(num_rows, dtype=bool), numpy.ones(num_rows, dtype=bool))
 
     def note(self, part: TensorBox, box: Box, is_target: numpy.ndarray, is_edited: numpy.ndarray) -> None:
@@ -181,8 +174,6 @@ def _by_tiles(
     Returns:
         Whether all that belongs to no unit is the target's.
     """
-    import numpy
-
     num_element_bytes = Region.of(tensor).num_element_bytes
     is_same = True
     for tile in _tiles(tensor.shape, TILE_BYTES // max(num_element_bytes, 1)):
@@ -212,8 +203,6 @@ def _by_tiles(
 
 def _equal(values: numpy.ndarray, expected: bytes) -> numpy.ndarray:
     """Element by element, whether an array holds these bytes."""
-    import numpy
-
     same: numpy.ndarray = values == numpy.frombuffer(expected, dtype=values.dtype).reshape(values.shape)
     return same
 

@@ -7,17 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.region import Rows, TensorBox
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
+from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan, cut, region_of
 from dapa_merge.verify.comparison import Findings, RowOrigins, correspond, examine_file
-
-if TYPE_CHECKING:
-    import numpy
-
 
 # Hashing and comparing let other threads run.
 THREADS = 4
@@ -30,10 +28,11 @@ class Verification:
     Attributes:
         transplanted: The units whose every tensor is what the edit makes of it, and not also the target's. If that is
             so of some rows of a unit only, the blocks of these.
-        alike: The units that the edit leaves as they are, so that nothing can be told of them.
+        alike: The units that the edit leaves as they are, so nothing can be told of them.
         differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
             a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
-        num_tensors: How many tensors were compared.
+        num_tensors: Number of tensors compared.
+        edit: The edit that changed units were compared with.
         origins: For each tensor of the result that is not all the target's, what it is: `source`, the name of another
             edit, or `unexplained`; and behind it the rows that are, if not all.
         files: The SHA-256 of each weight file.
@@ -44,6 +43,7 @@ class Verification:
     alike: tuple[Unit, ...]
     differences: tuple[tuple[str, str], ...]
     num_tensors: int
+    edit: Edit
     origins: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
@@ -89,6 +89,7 @@ def verify(out: Path, plan: Plan) -> Verification:
         alike=tuple(unit for verdict in verdicts for unit in verdict.alike),
         differences=tuple(sorted(differences)),
         num_tensors=len(plan.target.tensors),
+        edit=plan.edit,
         origins=_origins(verdicts, differences, plan),
         files={name: findings.sha256 for name, findings in by_file.items()},
         tensors=seen.tensor_sha256,
@@ -133,8 +134,6 @@ def _judge_whole(origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOr
 
 def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
     """Of a unit that is not all the source's: the rows that are, and what is wrong."""
-    import numpy
-
     start, stop = plan.rows(unit)
     is_target, is_edited, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
     places = {part: slice(part.first_row - start, part.first_row - start + part.num_rows) for part in origins}
@@ -165,8 +164,6 @@ def _name(plan: Plan, part: TensorBox, wrong: numpy.ndarray) -> str:
 
 def _ranges(mask: numpy.ndarray) -> list[Rows]:
     """The stretches in which a mask is true."""
-    import numpy
-
     edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
     return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
 

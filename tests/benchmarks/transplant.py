@@ -116,11 +116,7 @@ def timed_cp(origin: Path, destination: str) -> dict[str, float]:
 COMMAND_LINE = "try: main()\nexcept SystemExit as stop: assert not stop.code, stop.code"
 OURS = f"sys.argv[0] = 'dapa-merge'\nfrom dapa_merge.cli import main\n{COMMAND_LINE}"
 # Neither read back nor hashed: what the copy alone takes.
-UNPROVED = (
-    "import dapa_merge.transplant.shard as copying\n"
-    "copying._Writing._read_back = lambda self, start, stop, expected: setattr(self, 'position', stop)\n"
-    f"{OURS}"
-)
+UNPROVED = f"import dapa_merge.transplant.shard as copying\ncopying._read_back = lambda *_: None\n{OURS}"
 MERGEKIT = f"from mergekit.scripts.run_yaml import main\n{COMMAND_LINE}"
 # Without this file's own imports, torch among them.
 PARALLEL = (

@@ -334,7 +334,7 @@ COUNTS = {
     "fewer layers than promised": ({**LLAMA, "num_hidden_layers": 4}, "says 4 layers, but the tensors are those of 3"),
     "more layers than promised": ({**LLAMA, "num_hidden_layers": 2}, "says 2 layers, but the tensors are those of 3"),
     "no number of layers": ({"architectures": ["LlamaForCausalLM"]}, "lacks num_hidden_layers"),
-    "a number that is none": ({**LLAMA, "num_hidden_layers": "3"}, "says '3' layers, which is no whole number"),
+    "a number that is none": ({**LLAMA, "num_hidden_layers": "3"}, "says '3' layers, which is not a whole number"),
     "two architectures": ({"architectures": ["A", "B"]}, "exactly one architecture"),
     "no architecture": ({}, "exactly one architecture, but says None"),
 }

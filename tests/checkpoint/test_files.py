@@ -77,7 +77,7 @@ def test_a_missing_shard_is_named(copy):
 @pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "..", "x.bin"])
 def test_an_index_cannot_name_a_file_outside_its_folder(copy, name):
     change_index(copy, lambda owners: owners.update({"lm_head.weight": name}))
-    with pytest.raises(CheckpointError, match="which is no safetensors file inside its own folder") as caught:
+    with pytest.raises(CheckpointError, match="which is not a safetensors file inside its own folder") as caught:
         open_checkpoint(str(copy))
     assert name in str(caught.value)
 
@@ -109,13 +109,13 @@ def test_pickles_are_refused(copy):
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no model folder: it has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"is not a model folder: it has no config\.json"):
         open_checkpoint(str(tmp_path))
 
 
 def test_a_hub_that_cannot_be_reached_is_no_damaged_checkpoint():
     # The tests run offline, so that any repository is out of reach.
-    with pytest.raises(HubError, match="someone/some-model is no folder here, and the Hub does not give it"):
+    with pytest.raises(HubError, match="someone/some-model, which is not a folder here"):
         open_checkpoint("someone/some-model")
 
 
@@ -194,7 +194,7 @@ def test_two_forms_of_one_model_are_refused(copy):
 @pytest.mark.parametrize("name", ["a\x00.safetensors", "\ud800.safetensors", "a\n.safetensors"])
 def test_a_shard_name_that_is_no_name_is_refused(copy, name):
     change_index(copy, lambda owners: owners.update({"lm_head.weight": name}))
-    with pytest.raises(CheckpointError, match="no safetensors file inside its own folder"):
+    with pytest.raises(CheckpointError, match="not a safetensors file inside its own folder"):
         open_checkpoint(str(copy))
 
 

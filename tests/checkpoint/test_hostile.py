@@ -118,7 +118,7 @@ def test_a_header_that_only_a_lenient_reader_takes_is_refused(tmp_path, case):
 # The library reads these, but programs would differ about them, or a message would hide or bury something.
 STRICTER = {
     "occurs twice": Object([["a", SOUND], ["a", tensor("I8", [2], 0, 2)]]),
-    "is no name of a tensor": Object([["a\x1b[2J", SOUND]]),
+    "is not a name of a tensor": Object([["a\x1b[2J", SOUND]]),
     "dimensions and": Object([["a", tensor("U8", [2, *[1] * 64], 0, 2)]]),
     "not exactly a dtype": Object([["a", Object([*SOUND, ["strides", [1]]])]]),
 }
@@ -191,7 +191,7 @@ def test_a_text_of_a_gigabyte_is_refused(model, name):
 def test_a_deep_config_is_refused_in_a_sentence(model, key, depth):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config)[:-1] + f',"{key}":' + "[" * depth + "]" * depth + "}")
-    with pytest.raises(CheckpointError, match=r"config\.json (has lists or objects|is no JSON)") as caught:
+    with pytest.raises(CheckpointError, match=r"config\.json (has lists or objects|is not JSON)") as caught:
         open_checkpoint(str(model))
     assert len(str(caught.value)) < 500
 

@@ -293,7 +293,7 @@ def test_no_patch_command_loads_torch(base, result, tmp_path):
 
 def test_a_patch_that_is_no_patch_is_told_from_one_that_is_damaged(base, patch, tmp_path):
     save_file({"a": numpy.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="is no patch; `dapa-merge patch extract` writes one"):
+    with pytest.raises(CheckpointError, match="is not a patch; `dapa-merge patch extract` writes one"):
         read_patch(tmp_path / "other.safetensors")
     content = bytearray(patch.path.read_bytes())
     content[-1] ^= 1

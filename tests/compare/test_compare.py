@@ -263,7 +263,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("mine")
     result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
     assert result.exit_code == 2
-    assert "exists and is no folder of a comparison; name another or remove it" in result.stderr
+    assert "exists and is not the folder of a comparison; name another or remove it" in result.stderr
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 

@@ -232,7 +232,7 @@ def test_a_folder_with_rows_of_something_else_is_left_alone(tmp_path, recipes, n
     before = content(tmp_path)
     result = compared(tmp_path / "out", recipes["one"])
     assert result.exit_code == 2
-    assert "exists and is no folder of a comparison; name another or remove it" in result.stderr
+    assert "exists and is not the folder of a comparison; name another or remove it" in result.stderr
     assert content(tmp_path) == before
 
 
@@ -261,9 +261,9 @@ def make_closed(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_file, "exists and is no folder of a comparison"),
-        (lambda path: make_file(path) / "below", "is no folder; name another folder"),
-        (lambda path: make_file(path) / "far" / "below", "is no folder; name another folder"),
+        (make_file, "exists and is not the folder of a comparison"),
+        (lambda path: make_file(path) / "below", "is not a folder; name another folder"),
+        (lambda path: make_file(path) / "far" / "below", "is not a folder; name another folder"),
         (lambda path: path.parent / ("x" * 300), "File name too long; name another folder"),
         (lambda path: path.parent / ("x" * 300) / "below", "File name too long; name another folder"),
         (lambda path: path.symlink_to("nowhere") or path, "cannot be made: File exists; name another folder"),

@@ -387,7 +387,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path):
     tokenizer.add_tokens(["unheard-of"])
     tokenizer.save_pretrained(folder)
     model, loaded = load_model(open_checkpoint(str(folder)), CPU)
-    with pytest.raises(CheckpointError, match=r"gives token (\d+), but the model has \1 embeddings only"):
+    with pytest.raises(CheckpointError, match=r"gives token (\d+), but the model has only \1 embeddings"):
         generate(model, loaded, ["an unheard-of thing"], max_new_tokens=4, batch_size=BatchSize(1))
 
 

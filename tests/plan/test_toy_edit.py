@@ -136,6 +136,7 @@ def test_verify_proves_the_result_and_names_a_tensor_that_is_wrong(repaired, tmp
     assert found["correct"]
     assert found["units"] == report["units"]
     assert found["num_changed"] == {"toy": len(report["units"])}
+    assert "tensors compared; by the edit toy: gate of layer" in call("verify", out).stdout
     layer = report["units"][0].split(".")[0]
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     wrong = shutil.copytree(out, tmp_path / "wrong")

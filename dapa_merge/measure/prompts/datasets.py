@@ -248,11 +248,9 @@ def _from_cache(name: str, revision: str | None, config: str | None, why: NoAnsw
 
 
 def _build(name: str, commit: str | None, config: str | None) -> Prepared:
-    import datasets
-
     local = os.path.isdir(name)
     try:
-        builder = datasets.load_dataset_builder(name, config, revision=commit)
+        builder = _library().load_dataset_builder(name, config, revision=commit)
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except Exception as error:
@@ -274,11 +272,9 @@ def _no_config(name: str, config: str | None, known: list[str]) -> str:
 
 
 def _is_of_the_hub(error: BaseException) -> bool:
-    from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError
-
+    library = _library()
     # Files of an unknown kind, or none, are not the Hub's fault.
-    if isinstance(error, DataFilesNotFoundError | EmptyDatasetError):
+    if isinstance(error, (library.data_files.EmptyDatasetError, library.exceptions.DataFilesNotFoundError)):
         return False
     return isinstance(error, OSError) or "http" in type(error).__module__
 
@@ -293,23 +289,19 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _saved_to_disk(folder: Path) -> Prepared | None:
     """Load what `save_to_disk` wrote, which has a layout of its own; None for any other folder."""
-    import datasets
-
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return None
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        loaded = _library().load_from_disk(str(folder))
     except Exception as error:
         raise UsageError(f"the dataset {folder} cannot be read: {one_line(error)}") from error
-    return Prepared(dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}, None)
+    return Prepared(dict(loaded) if isinstance(loaded, dict) else {"train": loaded}, None)
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """As if HF_HUB_OFFLINE were set."""
-    import datasets
-
-    places = (datasets.config, constants)
+    places = (_library().config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True
@@ -318,3 +310,10 @@ def _offline() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
+
+
+def _library() -> Any:
+    """Import `datasets` when rows are read: it takes a second, and loads pandas and pyarrow."""
+    import datasets
+
+    return datasets

@@ -112,12 +112,12 @@ def _json(where: str, text: str) -> Any:
 
 
 def _parquet(path: Path) -> list[PromptRow]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import read_table
+    # Costs half a second, and few sets are Parquet files.
+    import pyarrow.parquet
 
     try:
-        rows = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from error
     return [PromptRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 

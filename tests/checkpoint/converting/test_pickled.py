@@ -163,7 +163,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, f
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "in an archive")
     with pytest.raises(
-        CheckpointError, match=r"pytorch_model.bin is no pickle of nothing but tensors, and was not read"
+        CheckpointError, match=r"pytorch_model.bin holds more than tensors, or is damaged, and was not read"
     ):
         open_model(str(tmp_path), allow_pickle=True)
     assert not marker.exists()
@@ -178,8 +178,8 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(tmp_path, f
     ("content", "sentence"),
     [
         (torch.ones(2), "holds a Tensor where tensors by name were expected"),
-        ({"a": 3}, "holds 'a', a int, which is no tensor by name"),
-        ({1: torch.ones(1)}, "holds '1', a Tensor, which is no tensor by name"),
+        ({"a": 3}, "holds 'a', a int, which is not a named tensor"),
+        ({1: torch.ones(1)}, "holds '1', a Tensor, which is not a named tensor"),
         ({"a": torch.ones(1).expand(1 << 40)}, "holds 'a', which is larger than the bytes behind it"),
         ({"a": torch.ones(2, 2).to_sparse()}, r"holds 'a' as torch.float32 \(torch.sparse_coo\)"),
     ],
@@ -195,7 +195,7 @@ def test_what_is_no_weights_is_named(tmp_path, content, sentence):
 def test_a_damaged_pickle_is_one_sentence(tmp_path, content):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is no pickle of nothing but tensors, and was not read") as caught:
+    with pytest.raises(CheckpointError, match="holds more than tensors, or is damaged, and was not read") as caught:
         open_model(str(tmp_path), allow_pickle=True)
     assert "\n" not in str(caught.value)
 
@@ -205,7 +205,7 @@ def test_an_index_of_pickles_cannot_name_a_file_outside_its_folder(llama_pair, t
     folder = as_pickles(llama_pair[0], tmp_path / "pickled")
     path = folder / "pytorch_model.bin.index.json"
     path.write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(CheckpointError, match="which is no pickle file inside its own folder"):
+    with pytest.raises(CheckpointError, match="which is not a pickle file inside its own folder"):
         open_model(str(folder), allow_pickle=True)
 
 

@@ -55,8 +55,8 @@ def cases(draw):
 
 
 @settings(max_examples=200)
-@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30), hash_apart=st.booleans())
-def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece, hash_apart):
+@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30))
+def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece):
     before, changes, after = case
     folder = tmp_path_factory.mktemp("copy")
     (folder / "origin").write_bytes(before)
@@ -64,9 +64,8 @@ def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "STEP_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
-        patch.setattr(copying, "FLUSH_BYTES", 7)
         patch.setattr(copying, "advance", lambda num_bytes, _: done.append(num_bytes))
-        digests = write_file(folder / "origin", folder / "result", changes, hash_apart=hash_apart)
+        digests = write_file(folder / "origin", folder / "result", changes)
     assert (folder / "result").read_bytes() == after
     assert digests.num_bytes == sum(done) == len(before)
     sha256 = hashlib.sha256(after).hexdigest()

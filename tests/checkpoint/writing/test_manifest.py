@@ -21,7 +21,7 @@ from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import given_selection
 from dapa_merge.transplant.manifest import read_manifest
 from dapa_merge.transplant.result import transplant
-from dapa_merge.verify.files import check
+from dapa_merge.verify.result import check
 
 
 @pytest.fixture(scope="module")

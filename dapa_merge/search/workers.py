@@ -286,7 +286,7 @@ def import_ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise UsageError("--workers ray needs Ray; install it with: pip install 'dapa-merge[ray]'") from error
+        raise UsageError("--workers ray needs Ray; install it with: pip install ray") from error
     except Exception as error:
         raise UsageError(f"--workers ray needs Ray, which is installed but broken: {one_line(error)}") from error
     return ray

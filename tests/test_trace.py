@@ -512,13 +512,13 @@ def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):
 
 
 def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
-    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "no folder of a trace")):
+    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "is not the folder of a trace")):
         (tmp_path / "journal.jsonl").write_bytes(content)
         with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
             check_folder(tmp_path)
     (tmp_path / "journal.jsonl").write_bytes(b"")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="no folder of a trace"):
+    with pytest.raises(UsageError, match="is not the folder of a trace"):
         check_folder(tmp_path)
 
 

@@ -86,7 +86,7 @@ LIES = {
     "a name of control characters": (lambda _, e: e[0].update(tensor="\x1b[2J\n"), r"changes '\\x1b\[2J\\n', which"),
     "another base": (lambda h, _: h["__metadata__"].update(base_layout=DIGEST), "has other tensors, dtypes or shapes"),
     "another old value": (lambda _, e: of(e, "norm").update(base_sha256=DIGEST), "other values in rows 0 to 1 of norm"),
-    "another new value": (lambda _, e: of(e, "norm").update(new_sha256=DIGEST), "bytes for 'norm' are not the recorded"),
+    "another new value": (lambda _, e: of(e, "norm").update(new_sha256=DIGEST), "bytes for 'norm' are not the"),
     "that it is an undo file": (lambda h, _: h["__metadata__"].update(undo_of=DIGEST), "is an undo file"),
 }  # fmt: skip
 

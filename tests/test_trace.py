@@ -418,7 +418,7 @@ def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatc
     named = planted_recipe(tmp_path, layers="3-5")
     result = call("run", named, tmp_path / "model")
     assert result.exit_code == 0, result.stderr
-    assert "no pictures beside the model: plots need matplotlib" in result.stderr
+    assert "no pictures next to the model: plots need matplotlib" in result.stderr
     assert not list((tmp_path / "model").glob("*.png"))
 
 
@@ -445,7 +445,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
     monkeypatch.setattr(plot_style, "render", fail)
     result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert "no pictures beside the model: RuntimeError: no room for this picture" in result.stderr
+    assert "no pictures next to the model: RuntimeError: no room for this picture" in result.stderr
     assert (tmp_path / "out" / "dapa_report.json").exists()
 
 

@@ -196,8 +196,8 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
             raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
         if len(tokens) >= context:
             raise UsageError(
-                f"{which} has {len(tokens)} tokens, but the model's context of {context} leaves no room for an answer; "
-                f"shorten the prompt or leave it out: {beginning}"
+                f"{which} has {len(tokens)} tokens, but the model's context ends at {context} and leaves no "
+                f"room for an answer; shorten the prompt or leave it out: {beginning}"
             )
 
 

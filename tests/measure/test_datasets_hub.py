@@ -169,9 +169,9 @@ CASES = {
     ),
     "jailbreakbench?splt=harmful": (
         2,
-        "there is no key 'splt' (did you mean 'split'?); the keys here are config, split",
+        "key 'splt' (did you mean 'split'?); the keys here are config, split",
     ),
-    "jailbreakbench?kind=harmful": (2, "kind says it of all its prompts, so leave out harmless=benign"),
+    "jailbreakbench?kind=harmful": (2, "leave out harmless=benign"),
 }
 
 

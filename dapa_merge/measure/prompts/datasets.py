@@ -231,9 +231,7 @@ def _no_answer(what: str) -> HubError | None:
 
 def _from_cache(name: str, revision: str | None, config: str | None, why: NoAnswer) -> Prepared:
     if revision is not None and not COMMIT.fullmatch(revision):
-        raise HubError(
-            f"{why}; a cached copy cannot be matched to {revision!r}; name a commit, or a local file"
-        )
+        raise HubError(f"{why}; a cached copy cannot be matched to {revision!r}; name a commit, or a local file")
     try:
         with _offline():
             built = _build(name, revision, config)

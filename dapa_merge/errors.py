@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 MAX_MESSAGE_LENGTH = 2000
 
@@ -43,6 +48,13 @@ def one_line(error: BaseException) -> str:
     if len(first) > 200:
         first = f"{first[:200].rpartition(' ')[0] or first[:200]} ..."
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def fault_of(error: ValidationError) -> str:
+    """The first key that does not fit, and why, in a few words."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    key = ".".join(map(str, first["loc"]))
+    return f"{key[:120]}: {first['msg'][:120]}" if key else first["msg"][:120]
 
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:

@@ -341,13 +341,7 @@ def plain_json(content: object) -> bytes:
 
 
 def check_folder(out: Path, is_own: Callable[[Path], bool], kind: str) -> None:
-    """Raise `UsageError` unless a folder is new, empty or the command's own, and can be written.
-
-    Args:
-        out: The folder.
-        is_own: Whether an existing folder is the command's own.
-        kind: What the folder is of, for messages.
-    """
+    """Raise `UsageError` unless a folder is new, empty or the command's own, and can be written."""
     try:
         if out.exists() and not is_own(out) and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"{out} exists and is not the folder of a {kind}; name another or remove it")

@@ -257,9 +257,10 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # Ray's own handler ends the process, which is that of other tests, too.
+    signal.signal(signal.SIGTERM, on_sigterm)
     yield
     ray.shutdown()
-    # Ray leaves its own handler, which ends the process: that of the tests that come after these.
     signal.signal(signal.SIGTERM, on_sigterm)
 
 
@@ -282,10 +283,10 @@ def only_png(monkeypatch) -> None:
 
 
 def skip_drawing(monkeypatch, *kinds: str) -> None:
-    from dapa_merge.report import charts as plot_style
+    from dapa_merge.report import charts
 
-    render = plot_style.render
-    monkeypatch.setattr(plot_style, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
+    render = charts.render
+    monkeypatch.setattr(charts, "render", lambda figure, kind: b"" if kind in kinds else render(figure, kind))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dapa_merge.errors import UsageError
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import plan_of_all
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report import charts as plot_style
+from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import _example
 from dapa_merge.trace.edits import curve_sizes
@@ -40,8 +40,8 @@ QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
 # A process of its own that draws nothing.
 UNDRAWN = (
-    "from dapa_merge.cli import main; from dapa_merge.trace import plot_style\n"
-    "plot_style.render = lambda figure, kind: b''; main()"
+    "from dapa_merge.cli import main; from dapa_merge.report import charts\n"
+    "charts.render = lambda figure, kind: b''; main()"
 )
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
@@ -412,7 +412,7 @@ def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = call("trace", recipe, tmp_path / "out", *QUICK)
     assert result.exit_code == 2
-    assert "plots need matplotlib; install it with pip install 'dapa-merge[plot]'" in result.stderr
+    assert "plots need matplotlib; install it with: pip install matplotlib" in result.stderr
     assert not (tmp_path / "out").exists()
     # A repair goes on without.
     named = planted_recipe(tmp_path, layers="3-5")
@@ -442,7 +442,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
     def fail(_figure, _kind):
         raise RuntimeError("no room for this picture")
 
-    monkeypatch.setattr(plot_style, "render", fail)
+    monkeypatch.setattr(charts, "render", fail)
     result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert "no pictures next to the model: RuntimeError: no room for this picture" in result.stderr
@@ -512,13 +512,13 @@ def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):
 
 
 def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
-    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "no folder of a trace")):
+    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "is not the folder of a trace")):
         (tmp_path / "journal.jsonl").write_bytes(content)
         with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
             check_folder(tmp_path)
     (tmp_path / "journal.jsonl").write_bytes(b"")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="no folder of a trace"):
+    with pytest.raises(UsageError, match="is not the folder of a trace"):
         check_folder(tmp_path)
 
 

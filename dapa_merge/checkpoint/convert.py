@@ -47,11 +47,6 @@ if TYPE_CHECKING:
 def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> Path:
     """The folder made from `origin`; it is complete, whatever became of a process that was making it.
 
-    Args:
-        kind: What sort of folder it is, a name in the cache.
-        origin: All that decides the content, as JSON can say it.
-        make: Fills an empty folder.
-
     Raises:
         UsageError: If the cache cannot be written, or its disk is full.
     """
@@ -161,8 +156,8 @@ def open_location(
     """The checkpoint that a recipe or a command names, opened as `open_model` or `open_merged` does."""
     if location.adapter is None:
         return open_model(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
-    base, adapter = (Reference(part.path, part.revision) for part in (location, location.adapter))
-    return open_merged(base, adapter, allow_pickle=allow_pickle, cache=merge_cache)
+    base = replace(location, adapter=None)
+    return open_merged(base, location.adapter, allow_pickle=allow_pickle, cache=merge_cache)
 
 
 # How the files of a tokenizer begin, or end.
@@ -170,17 +165,6 @@ _TOKENIZER_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab",
 _TOKENIZER_ENDS = (".model", ".tiktoken", ".jinja")
 # What peft says, and no more, of an adapter that is for another model.
 _ADAPTER_UNUSED = "missing adapter keys"
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model or an adapter: a folder, or a Hub id with an optional revision."""
-
-    path: str
-    revision: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
 @dataclass(frozen=True)
@@ -192,7 +176,7 @@ class MergeCache:
 
 
 def open_merged(
-    base: Reference, adapter: Reference, *, allow_pickle: bool = False, cache: MergeCache | None = None
+    base: Location, adapter: Location, *, allow_pickle: bool = False, cache: MergeCache | None = None
 ) -> Checkpoint:
     """Merge an adapter into its base, unless that was done before, and open the result.
 
@@ -214,7 +198,7 @@ def open_merged(
 
         def make(folder: Path) -> None:
             with standard_folder(model) as path:
-                made = _merge(Reference(str(path)), Reference(str(adapter_folder)), folder / "merging", None, names)
+                made = _merge(Location(str(path)), Location(str(adapter_folder)), folder / "merging", None, names)
             for file in made.iterdir():
                 file.rename(folder / file.name)
             shutil.rmtree(folder / "merging")
@@ -233,7 +217,7 @@ def open_merged(
     return replace(opened, name=f"{base}+{adapter}", merged_from=(model.commit, adapter_commit))
 
 
-def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | None]:
+def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, str | None]:
     """The adapter's folder, and its commit if it is from the Hub."""
     folder, commit = Path(adapter.path), None
     files = {path.name for path in _files(folder)} if folder.is_dir() else set()
@@ -260,7 +244,7 @@ def _open_adapter(adapter: Reference, allow_pickle: bool) -> tuple[Path, str | N
     return folder, commit
 
 
-def _merge(base: Reference, adapter: Reference, folder: Path, dtype: str | None, names: str) -> Path:
+def _merge(base: Location, adapter: Location, folder: Path, dtype: str | None, names: str) -> Path:
     """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
     from mergekit.common import ModelPath, ModelReference
 

@@ -30,10 +30,6 @@ def tensors_digest(checkpoint: Checkpoint, names: Iterable[str] | None = None) -
     """The commit of a Hub snapshot; for a local folder the SHA-256 over the named tensors (default: all).
 
     Names, dtypes, shapes and bytes count; the order in the files and the division into shards do not.
-
-    Args:
-        checkpoint: The model.
-        names: Which tensors decide.
     """
     if checkpoint.commit is not None:
         return f"commit {checkpoint.commit}"
@@ -101,12 +97,7 @@ class Hasher:
     """The SHA-256 of a file that is given in order, and of spans of it that do not overlap."""
 
     def __init__(self, spans: Mapping[str, Span] | None = None, *, counts_only: bool = False) -> None:
-        """Begin a file.
-
-        Args:
-            spans: Parts to be hashed for themselves, by name.
-            counts_only: Count bytes and hash nothing; the digests are empty then.
-        """
+        """Begin a file."""
         self._counts_only = counts_only
         self._whole = hashlib.sha256()
         self._parts = {name: hashlib.sha256() for name in spans or {}}
@@ -138,10 +129,6 @@ class Hasher:
 
 def hash_file(path: Path, spans: Mapping[str, Span] | None = None) -> Digests:
     """Read a file once, and hash it and spans of it.
-
-    Args:
-        path: The file.
-        spans: Parts to be hashed for themselves, by name; they do not overlap.
 
     Raises:
         CheckpointError: If it cannot be read.

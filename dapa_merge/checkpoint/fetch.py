@@ -104,9 +104,6 @@ class PartialWeights:
     def ensure(self, ranges: Iterable[FileRange]) -> None:
         """Fetch the parts of the given ranges that are not present, over several connections at once.
 
-        Args:
-            ranges: Of the weight files; they may overlap.
-
         Raises:
             HubError: If the Hub refuses or is not reached; what came is kept.
             UsageError: If the disk is full.
@@ -381,12 +378,7 @@ class RangesIgnored(HubError):
 
 
 class RemoteFile:
-    """One file of a repository, at one commit.
-
-    Attributes:
-        name: Its name there.
-        num_bytes: Its size; None until a first answer told it.
-    """
+    """One file of a repository, at one commit."""
 
     def __init__(self, repository: str, name: str, commit: str, num_bytes: int | None = None) -> None:
         self.name = name

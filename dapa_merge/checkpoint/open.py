@@ -118,13 +118,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose weight files are named but not yet read.
-
-    Attributes:
-        checkpoint: The model without its tensors.
-        layout: Its weight files.
-        snapshot: The snapshot of the Hub that it is in; None for a local folder.
-    """
+    """A model whose weight files are named but not yet read."""
 
     checkpoint: Checkpoint
     layout: Layout

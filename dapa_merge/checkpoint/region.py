@@ -61,12 +61,7 @@ class TensorBox:
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a tensor on disk. Its elements are in row-major order, as in the file.
-
-    Attributes:
-        tensor: The tensor, and where it lies.
-        box: Which of it.
-    """
+    """A box of a tensor on disk. Its elements are in row-major order, as in the file."""
 
     tensor: Tensor
     box: Box

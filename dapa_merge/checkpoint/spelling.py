@@ -113,10 +113,6 @@ def spell(layers: Sequence[Shapes]) -> dict[str, Spelling]:
 def find_mlps(layer: Shapes, spellings: Mapping[str, Spelling]) -> list[Mlp]:
     """The MLPs of one layer, routed experts first.
 
-    Args:
-        layer: The shapes of its tensors, by their names within the layer.
-        spellings: What `spell` says of its stack.
-
     Raises:
         LackingTensor: If a part of one is missing, or an expert between others.
     """
@@ -137,11 +133,6 @@ def find_mlps(layer: Shapes, spellings: Mapping[str, Spelling]) -> list[Mlp]:
 
 def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[TensorBox, ...]:
     """Where a module of a layer lives: in boxes of the weights and biases of all its MLPs.
-
-    Args:
-        mlps: What `find_mlps` found in the layer.
-        module: gate, up, down, or mlp for all that there are.
-        layer: The layer's shapes.
 
     Raises:
         NoSuchModule: If one of them has no gate, or keeps it where no range is.

@@ -103,11 +103,6 @@ def join_ranges(ranges: Iterable[Rows]) -> list[Rows]:
 def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str] = ("gate",)) -> tuple[Unit, ...]:
     """All units of the given modules, by layer and then in the order of `modules`.
 
-    Args:
-        config: The checkpoint's `config.json`.
-        shapes: The shape of every tensor, by name.
-        modules: Some of `MODULES`, without repetition.
-
     Raises:
         UnsupportedArchitecture: If this architecture has no projections of that kind, or hides where they are.
         CheckpointError: If a layer lacks a tensor that the others have, or the count of layers is not the config's.

@@ -50,7 +50,7 @@ class CategoryFigure:
 
 
 @dataclass(frozen=True)
-class MarkerFigure:
+class ClassifierFigure:
     """Figures of the same responses by another classifier than the rules; rates are in [0, 1].
 
     Attributes:
@@ -85,7 +85,7 @@ class Figures:
         over_refusal: Share of harmless prompts refused.
         over_refusal_interval: 95 % interval.
         categories: Figures by category, if the prompts have categories.
-        markers: Figures by classifiers other than the rules.
+        markers: Figures by classifiers other than the rules; the name is that of the written report.
         score: Score of the whole model by the recipe's evaluator; None if that classifies responses.
         perplexity: Perplexity of `text`.
         text: Name of the perplexity text.
@@ -101,7 +101,7 @@ class Figures:
     over_refusal: float
     over_refusal_interval: tuple[float, float]
     categories: tuple[CategoryFigure, ...]
-    markers: tuple[MarkerFigure, ...]
+    markers: tuple[ClassifierFigure, ...]
     score: float | None
     perplexity: Number
     text: str

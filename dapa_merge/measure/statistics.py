@@ -9,7 +9,7 @@ from typing import Any
 
 from scipy.stats import binomtest, sem, t
 
-from dapa_merge.measure.figures import LEVEL, Agreement, CategoryFigure, Change, MarkerFigure, Response
+from dapa_merge.measure.figures import LEVEL, Agreement, CategoryFigure, Change, ClassifierFigure, Response
 from dapa_merge.measure.refusal.classify import Outcome
 
 
@@ -29,7 +29,7 @@ def refusal_figures(responses: Sequence[Response]) -> dict[str, Any]:
         "over_refusal": over_refused / len(harmless),
         "over_refusal_interval": interval(over_refused, len(harmless)),
         "categories": _by_category(responses),
-        "markers": tuple(_marked(name, harmful, harmless) for name in responses[0].others),
+        "markers": tuple(_by_classifier(name, harmful, harmless) for name in responses[0].others),
     }
 
 
@@ -47,12 +47,12 @@ def _by_category(responses: Iterable[Response]) -> tuple[CategoryFigure, ...]:
     return tuple(CategoryFigure(*key, len(refused), sum(refused)) for key, refused in sorted(found.items()))
 
 
-def _marked(name: str, harmful: Sequence[Response], harmless: Sequence[Response]) -> MarkerFigure:
+def _by_classifier(name: str, harmful: Sequence[Response], harmless: Sequence[Response]) -> ClassifierFigure:
     seen = [Outcome(response.others[name]) for response in harmful]
     seen_harmless = [Outcome(response.others[name]) for response in harmless]
     rules = [Outcome(response.outcome) for response in [*harmful, *harmless]]
     dsr = _share_refused(seen)
-    return MarkerFigure(
+    return ClassifierFigure(
         name=name,
         dsr=dsr,
         dsr_interval=None if dsr is None else interval(seen.count(Outcome.REFUSED), len(seen)),

@@ -48,11 +48,6 @@ COPY = "apply the patch to a copy"
 def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None) -> bool:
     """Write the patch's rows over the base's own, after what they replace is safe in an undo file.
 
-    Args:
-        patch: What to change.
-        base: The model that it is for, a local folder.
-        undo_path: The undo file; by default hidden in the base's folder.
-
     Returns:
         False if the model was patched with it already, and nothing was done.
 
@@ -87,10 +82,6 @@ def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None
 
 def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
     """Give a model the bytes back that it had before a patch was applied in place, and remove the undo file.
-
-    Args:
-        base: The patched model, a local folder; also one that a stopped run has patched or reverted in part.
-        undo_path: The undo file.
 
     Returns:
         How many bytes were put back: 0 if they were there already.
@@ -235,11 +226,6 @@ def _flush(files: Mapping[str, BinaryIO]) -> None:
 
 def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
     """Write a patched copy of `base` into the new folder `out`; the base's files are opened for reading only.
-
-    Args:
-        patch: What to change.
-        base: The model that it is for, however it is divided into files.
-        out: The folder to make; it must not exist, or be empty.
 
     Raises:
         CheckpointError: If the base is not the recorded one, or the patch does not hold what it records.

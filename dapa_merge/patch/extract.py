@@ -43,12 +43,6 @@ _UNKNOWN = "0" * 64
 def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | None = None) -> Patch:
     """Write what `result` has changed of `base` to a new file, whole tensors or ranges of rows.
 
-    Args:
-        result: The changed model.
-        base: What it was made of.
-        path: The file to make.
-        recipe: The recipe that the result was made by, to be kept in the patch.
-
     Returns:
         The patch as it is on disk.
 

@@ -33,9 +33,9 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError, fault_of
 from dapa_merge.progress import advance
-from dapa_merge.transplant.manifest import Sha256, fault_of
+from dapa_merge.transplant.manifest import Sha256
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
@@ -272,12 +272,7 @@ THREADS = 4
 
 
 def rest_digest(model: Checkpoint, entries: Iterable[Entry]) -> str:
-    """One SHA-256 of all values of a model but some rows, however it is divided into files.
-
-    Args:
-        model: The model.
-        entries: The rows that are left out.
-    """
+    """One SHA-256 of all values of a model but some rows, however it is divided into files."""
     left_out: dict[str, list[tuple[int, int]]] = {}
     for entry in entries:
         left_out.setdefault(entry.tensor, []).append(entry.place(model.tensors[entry.tensor]))

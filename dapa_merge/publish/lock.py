@@ -187,7 +187,7 @@ def pin(recipe: Recipe, lock: Lock) -> Recipe:
         raise RecipeError(
             "the recipe does not say what it said when it was locked; run it without --locked, which locks it anew"
         )
-    models: dict[str, Any] = {name: _pinned(place, lock.of(name)) for name, place in models_of(recipe).items()}
+    models: dict[str, Any] = {name: _pinned(model, lock.of(name)) for name, model in models_of(recipe).items()}
     return replace(recipe, **models)
 
 

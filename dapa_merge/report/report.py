@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dapa_merge.checkpoint.header import read_json
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
 
 REPORT_NAME = "dapa_report.json"
@@ -118,7 +118,7 @@ def read_report(path: Path) -> Report:
     try:
         return _REPORT.validate_json(content, strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not a report that this version reads: {_fault(error)}") from None
+        raise CheckpointError(f"{path} is not a report that this version reads: {fault_of(error)}") from None
 
 
 def read_figures(content: object) -> Figures:
@@ -128,9 +128,3 @@ def read_figures(content: object) -> Figures:
         ValueError: If something is missing or of another type.
     """
     return _FIGURES.validate_python(content)
-
-
-def _fault(error: ValidationError) -> str:
-    """The first key that does not fit, and why."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))

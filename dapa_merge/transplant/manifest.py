@@ -18,7 +18,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.plan.edit import Edit, make_edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.transplant.shard import RegionEdit
@@ -111,14 +111,7 @@ class Manifest:
 def make_manifest(
     plan: Plan, units: Sequence[str], changes: Mapping[str, Sequence[RegionEdit]], files: Mapping[str, Digests]
 ) -> Manifest:
-    """The manifest of a result.
-
-    Args:
-        plan: What it was made of, and how.
-        units: What was transplanted.
-        changes: The changes of each file that has any.
-        files: What each file turned out to be; those with changes with the digests of their changed tensors.
-    """
+    """The manifest of a result."""
     parts: dict[tuple[str, str], list[RegionEdit]] = {}
     for file, of_file in changes.items():
         for change in of_file:
@@ -195,12 +188,6 @@ def read_manifest(folder: Path) -> Manifest:
         if tensor.file not in content.files:
             raise _wrong(path, f"is damaged: tensors.{name[:60]}.file: {tensor.file[:60]!r} is not among the files")
     return Manifest(content.version, models, edit, content.units, content.files, content.tensors)
-
-
-def fault_of(error: ValidationError) -> str:
-    """The first key that does not fit, and why."""
-    fault = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, fault['loc']))[:120]}: {fault['msg'][:120]}"
 
 
 def _wrong(path: Path, what: str) -> CheckpointError:

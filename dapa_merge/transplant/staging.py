@@ -25,12 +25,7 @@ from dapa_merge.files import DISK_FULL, Record, file_state, held, hidden_path
 
 @dataclass(frozen=True)
 class Staging:
-    """A result in the making.
-
-    Attributes:
-        folder: What will be the result.
-        finished: Its files that are complete and on disk.
-    """
+    """A result in the making."""
 
     folder: Path
     finished: FinishedFiles
@@ -160,19 +155,10 @@ def _kept(place: Path, finished: FinishedFiles | None) -> str:
 
 
 class FinishedFiles:
-    """The record of one job: its first line is the job, the others are files, each written once it is on disk itself.
-
-    Attributes:
-        files: What each finished file is, by its name in the result.
-    """
+    """The record of one job: its first line is the job, the others are files, each added once it is on disk."""
 
     def __init__(self, path: Path, job: Mapping[str, Any], folder: Path) -> None:
         """Take up the record of this job, or begin one in the place of any other.
-
-        Args:
-            path: The file.
-            job: Everything that decides the result's bytes, as JSON has it.
-            folder: Where the result's files are; a file that is not as the record has it is not finished.
 
         Raises:
             OSError: If it cannot be written.

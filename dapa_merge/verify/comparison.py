@@ -94,12 +94,6 @@ class Findings:
 def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[Origin]], plan: Plan) -> Findings:
     """Read one weight file of a result from end to end, and compare and hash what is read.
 
-    Args:
-        result: The result.
-        shard: Its file.
-        places: For each tensor of the file, its boxes and what they should be; none for a tensor that is not known.
-        plan: The models and the edit.
-
     Raises:
         CheckpointError: If a file becomes shorter meanwhile.
     """
@@ -250,10 +244,6 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
 
     It does not matter who wrote the result: its files may be divided otherwise, mergekit writes a mixture's experts as
     one tensor, and tied weights twice.
-
-    Args:
-        result: The result.
-        plan: The models and the units that may have been transplanted.
     """
     target = plan.target
     faults: list[tuple[str, str]] = []

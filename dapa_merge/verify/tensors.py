@@ -64,10 +64,6 @@ def verify(out: Path, plan: Plan) -> Verification:
     Whatever blocks the plan has, every row of its units is judged, also those between the blocks.
     Each of the models is read once, by several threads, in memory that does not grow with them.
 
-    Args:
-        out: The result's folder.
-        plan: The models, the edit and the units that may have been transplanted; all else must be the target's.
-
     Raises:
         CheckpointError: If one of the checkpoints cannot be read.
     """

@@ -30,7 +30,7 @@ from dapa_merge.files import replace_files
 from dapa_merge.measure.figures import Figures
 from dapa_merge.plan.edit import Copy
 from dapa_merge.recipe.options import Options
-from dapa_merge.report import charts as plot_style
+from dapa_merge.report import charts
 
 TABLES = {"table.md", "table.csv", "curve.csv", "table.tex", "summary.json"}
 CURVE = (Point("dapa", 0.1, 1, 0.5, (0.4, 0.6), 0.0, None, 1.0),)
@@ -82,7 +82,7 @@ def measured(monkeypatch) -> Measured:
     monkeypatch.setattr(flow, "compare_recipe", found)
     draw(monkeypatch, "methods", lambda rows: " ".join(row.name for row in rows) or None)
     draw(monkeypatch, "row_{}", lambda row: f"{row.name} {row.arm('fixed').figures.dsr}")
-    monkeypatch.setattr(plot_style, "render", lambda figure, kind: f"{figure} {kind}".encode())
+    monkeypatch.setattr(charts, "render", lambda figure, kind: f"{figure} {kind}".encode())
     return found
 
 
@@ -215,7 +215,6 @@ def test_a_row_of_before_rows_had_owners_is_gone_on_with(measured, tmp_path, rec
     out = tmp_path / "out"
     assert compared(out, recipes["one"]).exit_code == 0
     (out / "rows" / "one" / OWNER_NAME).unlink()
-    (out / "rows" / LOCK_NAME).unlink()
     (out / "rows" / "one" / "figures.jsonl").write_text('{"journal":1}\n')
     assert compared(out, recipes["one"]).exit_code == 0
     assert measured.asked == ["one", "one"]
@@ -411,7 +410,7 @@ def test_without_matplotlib_pictures_stay_that_are_still_right(measured, tmp_pat
     out = tmp_path / "out"
     assert compared(out, recipes["one"], recipes["two"]).exit_code == 0
     before = content(out)
-    monkeypatch.setattr(plot_style, "render", fail_to_draw)
+    monkeypatch.setattr(charts, "render", fail_to_draw)
     result = compared(out, recipes["one"], recipes["two"])
     assert result.exit_code == 0
     assert result.stderr.count("no pictures: pictures need matplotlib") == 1

@@ -138,8 +138,8 @@ def test_options_that_do_not_fit_are_told_before_anything_is_done(hub, new_id, r
         ("--private",): "exists and is public",
         ("--create-pr", "--tag", "v1"): "has no use for --tag",
         ("--create-pr", "--revision", "b"): "has no use for --revision",
-        ("--license", "other"): "says nothing without --license-name",
-        ("--license-link", "x"): "belong to --license",
+        ("--license", "other"): "--license other needs --license-name",
+        ("--license-link", "x"): "--license-link need --license",
     }.items():
         code, said = refused(result, name, *options)
         assert (code, what in said) == (2, True), said
@@ -159,7 +159,7 @@ def test_a_tag_that_is_another_commits_is_refused_before_anything_is_sent(any_hu
 
 
 USERS = {
-    "no token": (None, "there is no token for the Hub; log in"),
+    "no token": (None, "no token for the Hub was found; log in"),
     "a wrong one": ("hf_wrong", "does not accept the token"),
     "a stranger's": ("bob", "may not do that"),
     "one that may only read": ("reader", "may not do that"),
@@ -191,7 +191,7 @@ def test_a_result_that_is_wrong_is_not_published(hub, new_id, result):
     name = new_id("repaired")
     code, said = refused(result, name)
     assert code == 4
-    assert "is not published, since it is wrong" in said
+    assert "was not published, because it is wrong" in said
     assert name not in hub.store.repositories
 
 

@@ -167,7 +167,7 @@ EDITS = {
     "other units": ({"selection": "2.gate"}, 2, "names other units than the lock"),
     "no units": ({"selection": ""}, 2, "names no units"),
     "no such units": ({"selection": "9.gate"}, 2, "outside the target"),
-    "nonsense": ({"selection": "gates"}, 2, "are no units"),
+    "nonsense": ({"selection": "gates"}, 2, "are not units"),
 }
 
 

@@ -154,7 +154,7 @@ def test_a_tag_that_is_another_commits_is_refused_before_anything_is_sent(any_hu
     (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
     code, said = refused(result, name, "--tag", "v1")
     assert code == 2
-    assert "has a tag v1 already" in said
+    assert "already has the tag v1, on commit" in said
     assert any_hub.api.model_info(name).sha == before
 
 
@@ -283,7 +283,7 @@ def test_a_hub_that_has_other_bytes_afterwards_is_not_believed(hub, new_id, resu
     hub.faults.add(method="GET", path=f"{name}/tree/", call=swap, times=1, skip=1)
     code, said = refused(result, name)
     assert code == 5
-    assert "other content" in said
+    assert "differs from the local files" in said
     assert "config.json" in said
 
 

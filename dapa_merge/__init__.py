@@ -4,6 +4,8 @@ The public names are imported when they are first used: importing the package lo
 imports it in every program of an environment where it is installed (see `pydantic_hook`).
 """
 
+import importlib
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -34,6 +36,4 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

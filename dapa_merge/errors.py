@@ -50,7 +50,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def misfit(error: ValidationError) -> str:
+def fault_of(error: ValidationError) -> str:
     """The first key that does not fit, and why, in a few words."""
     first = error.errors(include_url=False, include_input=False)[0]
     key = ".".join(map(str, first["loc"]))

@@ -257,9 +257,10 @@ def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     on_sigterm = signal.getsignal(signal.SIGTERM)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # Ray's own handler ends the process, which is that of other tests, too.
+    signal.signal(signal.SIGTERM, on_sigterm)
     yield
     ray.shutdown()
-    # Ray leaves its own handler, which ends the process: that of the tests that come after these.
     signal.signal(signal.SIGTERM, on_sigterm)
 
 

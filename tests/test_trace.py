@@ -412,7 +412,7 @@ def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = call("trace", recipe, tmp_path / "out", *QUICK)
     assert result.exit_code == 2
-    assert "plots need matplotlib; install it with pip install 'dapa-merge[plot]'" in result.stderr
+    assert "plots need matplotlib; install it with: pip install matplotlib" in result.stderr
     assert not (tmp_path / "out").exists()
     # A repair goes on without.
     named = planted_recipe(tmp_path, layers="3-5")
@@ -512,13 +512,13 @@ def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):
 
 
 def test_a_folder_whose_journal_a_kill_left_empty_is_ours(tmp_path):
-    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "no folder of a trace")):
+    for content, fault in ((b"", None), (b'{"jour', None), (b"other", "is not the folder of a trace")):
         (tmp_path / "journal.jsonl").write_bytes(content)
         with pytest.raises(UsageError, match=fault) if fault else contextlib.nullcontext():
             check_folder(tmp_path)
     (tmp_path / "journal.jsonl").write_bytes(b"")
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="no folder of a trace"):
+    with pytest.raises(UsageError, match="is not the folder of a trace"):
         check_folder(tmp_path)
 
 

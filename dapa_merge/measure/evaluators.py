@@ -178,7 +178,7 @@ def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
     try:
         from dapa_merge.measure.judge import Judge
     except ImportError as error:
-        raise UsageError("a judge needs the package openai; install dapa-merge[judge]") from error
+        raise UsageError("a judge needs the package openai; install it with: pip install openai") from error
     return Judge(model, url, max_requests, LOG.warning)
 
 

@@ -189,7 +189,7 @@ class Harness:
         try:
             import lm_eval  # noqa: F401
         except ImportError as error:
-            raise UsageError(f"{task} needs lm-evaluation-harness: pip install 'dapa-merge[eval]'") from error
+            raise UsageError(f"{task} needs lm-evaluation-harness; install it with: pip install lm-eval") from error
         self.task = task
         self._loaded = _load(task)
         known = _metrics(self._loaded)

@@ -33,7 +33,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.errors import CheckpointError, UsageError, misfit
+from dapa_merge.errors import CheckpointError, UsageError, fault_of
 from dapa_merge.progress import advance
 from dapa_merge.transplant.manifest import Sha256
 
@@ -236,7 +236,7 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
-        raise CheckpointError(f"{path} is a damaged patch ({misfit(error)}); get it again") from None
+        raise CheckpointError(f"{path} is a damaged patch ({fault_of(error)}); get it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is a damaged patch ({str(error)[:200]}); get it again") from error
     entries.sort(key=lambda entry: contents[entry.key].start)

@@ -318,7 +318,7 @@ def plotting() -> Any:
         import matplotlib
         from matplotlib import colors, figure, font_manager, patches, ticker  # noqa: F401
     except ImportError as error:
-        raise UsageError("plots need matplotlib; install it with pip install 'dapa-merge[plot]'") from error
+        raise UsageError("plots need matplotlib; install it with: pip install matplotlib") from error
     except Exception as error:
         # Because of a setting of the user's, such as MPLBACKEND.
         raise UsageError(f"plots need matplotlib, which fails here: {one_line(error)}") from error

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dapa_merge.checkpoint.header import read_json
-from dapa_merge.errors import CheckpointError, misfit
+from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
 
 REPORT_NAME = "dapa_report.json"
@@ -118,7 +118,7 @@ def read_report(path: Path) -> Report:
     try:
         return _REPORT.validate_json(content, strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not a report that this version reads: {misfit(error)}") from None
+        raise CheckpointError(f"{path} is not a report that this version reads: {fault_of(error)}") from None
 
 
 def read_figures(content: object) -> Figures:

@@ -11,8 +11,10 @@ import functools
 import hashlib
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -190,6 +192,7 @@ class RayWorkers:
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Selection, Any]] = {}
         self._began_here = not ray.is_initialized()
+        self._on_sigterm = signal.getsignal(signal.SIGTERM)
         if self._began_here:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             address = "local"
@@ -256,6 +259,9 @@ class RayWorkers:
             self._idle, self._busy = [], {}
             if self._began_here:
                 self._ray.shutdown()
+                if threading.current_thread() is threading.main_thread():
+                    # Ray leaves its own handler.
+                    signal.signal(signal.SIGTERM, self._on_sigterm)
         self._stdout.__exit__(None, None, None)
 
 
@@ -286,7 +292,7 @@ def import_ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise UsageError("--workers ray needs Ray; install it with: pip install 'dapa-merge[ray]'") from error
+        raise UsageError("--workers ray needs Ray; install it with: pip install ray") from error
     except Exception as error:
         raise UsageError(f"--workers ray needs Ray, which is installed but broken: {one_line(error)}") from error
     return ray

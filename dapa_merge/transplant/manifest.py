@@ -18,7 +18,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
-from dapa_merge.errors import CheckpointError, misfit
+from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.plan.edit import Edit, make_edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.transplant.shard import RegionEdit
@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> Manifest:
         names = dict.fromkeys(("target", "source", *edit.inputs))
         models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:
-        raise _wrong(path, f"is damaged: {misfit(error)}") from None
+        raise _wrong(path, f"is damaged: {fault_of(error)}") from None
     except ValueError as error:
         raise _wrong(path, f"is damaged: edit: {error}") from None
     for name, tensor in content.tensors.items():

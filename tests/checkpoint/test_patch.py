@@ -258,7 +258,7 @@ def test_commands_that_cannot_be_meant_are_refused(base, result, patch, tmp_path
         (["apply", patch.path, base, tmp_path / "out", "--in-place"], "name either a folder"),
         (["apply", patch.path, base, tmp_path / "out", "--undo", "x"], "--undo is of use with --in-place only"),
         (["extract", result, tmp_path / "p"], "result has no mergekit_config.yml that says what it was made of"),
-        (["extract", "a@b@c", tmp_path / "p", "--base", base], "'a@b@c' is no model"),
+        (["extract", "a@b@c", tmp_path / "p", "--base", base], "'a@b@c' is not a model"),
         (["revert", base], "does not exist: no patch was applied in place"),
     ):
         refused = call("patch", *arguments)

@@ -235,8 +235,8 @@ def test_other_models_do_not_go_into_the_same_row(compared, tmp_path, no_picture
     ("arguments", "message"),
     [
         (("--methods", "dapa,magic"), "--methods: unknown method 'magic'; known are dapa, auto, fixed"),
-        (("--weights", "0.5,2"), "'2' is no weight; write numbers above 0 and up to 1, with commas"),
-        (("--weights", "some"), "'some' is no weight"),
+        (("--weights", "0.5,2"), "'2' is not a weight; write numbers above 0 and up to 1, with commas"),
+        (("--weights", "some"), "'some' is not a weight"),
         (("--points", "1"), "Invalid value for '--points'"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
     ],

@@ -215,7 +215,6 @@ def test_a_row_of_before_rows_had_owners_is_gone_on_with(measured, tmp_path, rec
     out = tmp_path / "out"
     assert compared(out, recipes["one"]).exit_code == 0
     (out / "rows" / "one" / OWNER_NAME).unlink()
-    (out / "rows" / LOCK_NAME).unlink()
     (out / "rows" / "one" / "figures.jsonl").write_text('{"journal":1}\n')
     assert compared(out, recipes["one"]).exit_code == 0
     assert measured.asked == ["one", "one"]

@@ -187,5 +187,5 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"needs Ray; install it with: pip install 'dapa-merge\[ray\]'"):
+    with pytest.raises(UsageError, match=r"needs Ray; install it with: pip install ray"):
         ray_workers(failing_test)

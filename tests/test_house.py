@@ -1,0 +1,36 @@
+"""The size of the house: few modules, none too large, and imports at their heads (the direction is import-linter's)."""
+
+import ast
+from pathlib import Path
+
+import dapa_merge
+
+SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(dapa_merge.__file__).parent.rglob("*.py")}
+MAX_MODULES = 130
+MAX_LINES = 27_000
+MAX_MODULE_LINES = 600
+MAX_LATE_IMPORTS = 40
+
+
+def late_imports(source: str) -> set[int]:
+    """The lines of the imports inside functions."""
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    return {
+        node.lineno
+        for function in functions
+        for node in ast.walk(function)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+
+
+def test_the_house_stays_small():
+    lines = {path.name: len(source.splitlines()) for path, source in SOURCES.items()}
+    assert len(SOURCES) <= MAX_MODULES
+    assert sum(len(source.splitlines()) for source in SOURCES.values()) <= MAX_LINES
+    assert {name: number for name, number in lines.items() if number > MAX_MODULE_LINES} == {}
+
+
+def test_imports_stand_at_the_head_of_modules():
+    assert sum(len(late_imports(source)) for source in SOURCES.values()) <= MAX_LATE_IMPORTS

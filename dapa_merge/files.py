@@ -1,7 +1,7 @@
 """Files on disk: complete or absent, locked against other processes, appended to line by line, in resumable folders.
 
-Nothing here knows of models. A kill, a full disk or a power cut at any moment leaves the old content, the new content,
-or a record without its last line.
+This module knows nothing of models. A kill, a full disk or a power cut at any moment leaves the old content, the new
+content, or a record without its last line.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from filelock import FileLock, Timeout
 from dapa_merge.errors import DapaError, UsageError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-# What some cluster file systems answer, which have no locks unless they are mounted so.
+# Errors of some cluster file systems, which have locks only if mounted with them.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-# What is answered where a file system has no hard links.
+# Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 CHECK_DIGITS = 12
 PICTURES = (".png", ".svg")
-# What the names of the charts of a run begin with, which lie among a model's own files.
+# Prefix of a run's charts, which lie among a model's own files.
 CHART_PREFIX = "dapa_"
 JOURNAL_BEGINS = b'{"journal":'
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Callable[[str], None]]:
-    """Reserve a new text file before the work whose answer it will hold.
+    """Reserve a new text file before the work that produces its text.
 
     Yields:
-        Writes the whole text; the file is there once it returns. It raises `DapaError` if that fails.
+        A function that writes the whole text, after which the file exists; it raises `DapaError` on failure.
 
     Raises:
         UsageError: If the file exists, or its folder is absent or cannot be written.
@@ -91,7 +91,7 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
         for path in contents:
             os.replace(beside[path], path)
     except OSError as error:
-        raise DapaError(f"{path} cannot be written: {error.strerror}; what was there before is kept") from error
+        raise DapaError(f"{path} cannot be written: {error.strerror}; the previous content is kept") from error
     finally:
         for new in beside.values():
             with suppress(OSError):
@@ -99,7 +99,7 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A temporary name in the same folder: only a file of the same disk can be renamed in one step."""
+    """A temporary name in the same folder, since only a file on the same disk can be renamed atomically."""
     return path.with_name(f".dapa-merge-{secrets.token_hex(8)}")
 
 
@@ -107,14 +107,14 @@ def _beside(path: Path) -> Path:
 def staged_file(path: Path) -> Iterator[BinaryIO]:
     """Write a new binary file, unbuffered; it is flushed to disk and gets its name at the end of the block.
 
-    Until then it is hidden next to `path`. What a killed process left there is overwritten.
+    Until then it is hidden next to `path`. A killed process's leftover there is overwritten.
 
     Raises:
         UsageError: If `path` exists, another process is writing it, or it cannot be written or does not fit.
     """
     path = Path(os.path.abspath(path))
     hidden = hidden_path(path, ".partial")
-    # O_NOFOLLOW: whatever waits under the hidden name is ours, or not a regular file.
+    # O_NOFOLLOW: never write through a link that somebody put under the hidden name.
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     with ExitStack() as stack:
         try:
@@ -139,14 +139,14 @@ def staged_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def clear_leftover(path: Path) -> None:
-    """Remove what a killed process left of a staged file; if its process is alive, nothing."""
+    """Remove a killed process's leftover of a staged file; do nothing if the process is alive."""
     path = Path(os.path.abspath(path))
     with suppress(OSError, UsageError), held(hidden_path(path, ".lock"), "in use"):
         hidden_path(path, ".partial").unlink()
 
 
 def hidden_path(path: Path, suffix: str) -> Path:
-    """A hidden name next to `path` that follows from its name, and is short however long that is."""
+    """A hidden path next to `path`, derived from its name but always short."""
     return path.with_name(f".dapa-merge-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}{suffix}")
 
 
@@ -172,7 +172,7 @@ def _name(hidden: Path, path: Path) -> None:
 
 def flush_folder(folder: Path) -> None:
     """Flush the names in a folder to disk."""
-    if os.name == "nt":  # A folder cannot be opened there, and a rename is durable by itself.
+    if os.name == "nt":  # Folders cannot be opened on Windows, and renames are durable without this.
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -186,8 +186,8 @@ def file_state(path: Path, *, counts_links: bool = True) -> list[int]:
 
     Args:
         path: The file.
-        counts_links: Include the time of the last change of anything, the number of names among it. Programs such as
-            `tar` and `rsync` can set the other time back, but not this one.
+        counts_links: Include the time of the last change of any property, such as the number of links. Programs like
+            `tar` and `rsync` can set the modification time back, but not this one.
 
     Raises:
         OSError: If the file is absent.
@@ -197,7 +197,7 @@ def file_state(path: Path, *, counts_links: bool = True) -> list[int]:
 
 
 def write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
+    """Write everything to an unbuffered file, whose writes may be partial."""
     view = memoryview(piece)
     while view:
         view = view[file.write(view) :]
@@ -205,21 +205,21 @@ def write_all(file: IO[bytes], piece: bytes | memoryview) -> None:
 
 @contextmanager
 def held(lock: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a lock file; the lock ends with the process, however that ends, and the file with the block.
+    """Hold a lock file; the lock is released when the process ends in any way, the file is removed after the block.
 
-    Where the file system has no locks it counts as held: two processes at once are not noticed there.
+    On a file system without locks it counts as held: two simultaneous processes are not noticed there.
 
     Args:
         lock: The file.
-        busy: The error's sentence if another process holds it; None to wait for that process.
+        busy: Error message if another process holds it; None to wait for that process.
 
     Raises:
         UsageError: If another process holds it.
-        OSError: If the file cannot be made.
+        OSError: If the file cannot be created.
     """
     # The soft lock of file systems without locks would outlive a killed process on another machine.
     holding = FileLock(lock, fallback_to_soft=False)
-    lock.parent.stat()  # filelock would make it.
+    lock.parent.stat()  # filelock would create a missing folder.
     try:
         holding.acquire(timeout=-1 if busy is None else 0)
     except Timeout:
@@ -230,24 +230,23 @@ def held(lock: Path, busy: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before it is released: filelock takes no lock on a file that lost its name.
+        # Before the release: filelock does not take a lock on a file that lost its name.
         with suppress(OSError):
             lock.unlink()
         holding.release()
 
 
 class Record:
-    """An append-only file of JSON objects, one a line, each on disk before `append` returns.
+    """An append-only file of JSON objects, one per line, each on disk before `append` returns.
 
-    Each line ends with `check`, the beginning of the SHA-256 of the check of the line before and the rest of its own
-    line. So a line that is torn, altered, missing or another record's is seen. Processes that append to the same record
-    hold a lock meanwhile, and `read` first.
+    Each line ends with `check`, a prefix of the SHA-256 over the previous line's check and the rest of its own line, so
+    torn, altered, missing and foreign lines are detected. Processes that append to the same record hold a lock
+    meanwhile, and call `read` first.
 
     Attributes:
         path: The file; absent until the first `append`.
-        fault: The number of the first complete line that is not sound, from 1, and what is wrong with it; None if
-            all are.
-        tail: What follows the last sound line: nothing, the line that a kill tore, or everything from the fault on.
+        fault: Number of the first invalid complete line, from 1, and what is wrong with it; None if all are valid.
+        tail: The bytes after the last valid line: nothing, a line torn by a kill, or everything from the fault on.
     """
 
     def __init__(self, path: Path) -> None:
@@ -279,13 +278,13 @@ class Record:
         return entries
 
     def append(self, entry: Mapping[str, Any]) -> None:
-        """Write an object down, in the place of what is not sound, and flush it to disk.
+        """Append an object in place of any invalid tail, and flush it to disk.
 
         Raises:
-            OSError: If it cannot be written; what was written before is kept.
+            OSError: If it cannot be written; earlier lines are kept.
         """
         line, check = record_line(entry, self._check)
-        # One that was removed meanwhile is not begun again in the middle.
+        # A record that was removed meanwhile must not be created again from the middle.
         flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0) | (0 if self._num_bytes else os.O_CREAT)
         with os.fdopen(os.open(self.path, flags, 0o666), "ab", buffering=0) as file:
             if os.fstat(file.fileno()).st_size > self._num_bytes:
@@ -296,17 +295,17 @@ class Record:
         self._pass(line, check)
 
     def cut(self) -> None:
-        """Cut off what follows the last sound line."""
+        """Cut off everything after the last valid line."""
         if self.tail:
             os.truncate(self.path, self._num_bytes)
             self.tail = b""
 
     def forget(self) -> None:
-        """Begin anew: the next `append` replaces everything."""
+        """Start over: the next `append` replaces everything."""
         self._check, self._num_lines, self._num_bytes = "", 0, 0
 
     def _parse(self, line: bytes) -> dict[str, Any]:
-        """Take the next line; sets `fault` if it is not sound."""
+        """Read the next line; sets `fault` if it is invalid."""
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
@@ -336,7 +335,7 @@ def record_line(entry: Mapping[str, Any], last_check: str = "") -> tuple[bytes, 
 
 
 def plain_json(content: object) -> bytes:
-    """JSON in the one form that digests are made of."""
+    """JSON in the canonical form for digests."""
     return json.dumps(content, separators=(",", ":")).encode()
 
 
@@ -367,7 +366,7 @@ def make_folder(path: Path) -> None:
 
 
 def begins_journal(path: Path) -> bool:
-    """Whether a path is a file that begins like a journal.
+    """Whether a path is a file that starts like a journal.
 
     Raises:
         OSError: If it cannot be read.
@@ -379,14 +378,14 @@ def begins_journal(path: Path) -> bool:
 
 
 def forget_pictures(folder: Path, beginnings: tuple[str, ...]) -> None:
-    """Remove pictures whose names begin so, of an earlier run; others in the folder are somebody else's."""
+    """Remove an earlier run's pictures, those whose names begin so; others in the folder are not ours."""
     for path in folder.iterdir():
         if path.suffix in PICTURES and path.name.startswith(beginnings) and path.is_file():
             path.unlink(missing_ok=True)
 
 
 def remove_pictures(folder: Path, names: Iterable[str]) -> None:
-    """Remove the pictures of these names, which have no suffix.
+    """Remove the pictures of these names, given without suffix.
 
     Raises:
         OSError: If one cannot be removed.

@@ -20,8 +20,8 @@ from dapa_merge.errors import DapaError
 
 # What a refusal says, in the order in which it is looked for.
 REASONS = (
-    "occurs twice", "is not a name of a tensor", "has not exactly a dtype", "is not a count", "unknown dtype",
-    "that are not counts", "impossible shape", "dimensions and", "do not fit", "is not where it must be",
+    "occurs twice", "is not a valid tensor name", "must have exactly a dtype", "is not a count", "unknown dtype",
+    "that are not counts", "impossible shape", "dimensions and", "do not fit", "is at the wrong offset",
     "is longer than its header says", "is not a safetensors file, or is truncated", "is truncated", "__metadata__",
     "it is not a JSON object", "codec can't", "surrogates not allowed", "recursion", "is not JSON",
     "must hold a JSON object", "has no weight_map", "inside its own folder", "twice, in", "but it does not",
@@ -30,7 +30,7 @@ REASONS = (
 )  # fmt: skip
 # Refused although the library reads it: it could be read in two ways, or no program writes it.
 STRICTER = (
-    "occurs twice", "is not a name of a tensor", "has not exactly a dtype", "is not a count", "unknown dtype",
+    "occurs twice", "is not a valid tensor name", "must have exactly a dtype", "is not a count", "unknown dtype",
     "impossible shape", "dimensions and",
 )  # fmt: skip
 # What `trap_folder` should say of its tensors.

@@ -443,7 +443,7 @@ def test_verify_does_not_take_the_target_itself_for_a_repaired_model(write_recip
     recipe = write_recipe(miniature.path("target"), miniature.path("source"))
     result = call("verify", miniature.path("target"), "--recipe", recipe)
     assert result.exit_code == 4
-    assert "nothing was transplanted: it is the target as it was" in result.stdout
+    assert "nothing was transplanted: it is the unchanged target" in result.stdout
 
 
 def test_responses_are_kept_for_reading(tmp_path):

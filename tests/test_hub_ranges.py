@@ -258,7 +258,7 @@ def test_a_file_that_changed_its_size_on_the_hub_is_not_mixed_with_what_came(par
     first, *_ = checkpoint.tensors.values()
     with (tmp_path / "served" / first.file).open("ab") as file:
         file.write(b"more")
-    with pytest.raises(HubError, match="were asked for, but 'bytes"):
+    with pytest.raises(HubError, match="but received 'bytes"):
         read_bytes(checkpoint, first)
 
 
@@ -272,10 +272,10 @@ def test_a_mirror_whose_file_was_removed_starts_anew(partial):
 
 
 LIES = {
-    "no Content-Range": "had status 206 and no Content-Range",
-    "another range": "were asked for, but 'bytes",
-    "another size": "were asked for, but 'bytes",
-    "more bytes": "were asked for, but 'bytes",
+    "no Content-Range": "with status 206 and no Content-Range",
+    "another range": "but received 'bytes",
+    "another size": "but received 'bytes",
+    "more bytes": "but received 'bytes",
 }
 
 

@@ -120,7 +120,7 @@ def test_a_merged_lora_is_not_changed_in_place(trio, write_recipe, tmp_path):
     for command in (("apply", "--in-place", tmp_path / "patch.safetensors"), ("revert",)):
         refused = call("patch", *command, f"{base}+{adapter}")
         assert refused.exit_code == 2
-        assert "is merged in a cache, which other runs share; apply the patch to a copy" in refused.stderr
+        assert "was merged into a cache that other runs share; apply the patch to a copy" in refused.stderr
     assert {path.name: path.read_bytes() for path in merged.folder.iterdir() if path.is_file()} == before
 
 

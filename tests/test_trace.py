@@ -553,7 +553,7 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, sma
         file.write(bytes(850_000))
     result = call("trace", recipe, small_disk / "out", *QUICK)
     assert result.exit_code == 1
-    assert re.search(r"cannot be written: No space left on device; what was there before is kept", result.stderr)
+    assert re.search(r"cannot be written: No space left on device; the previous content is kept", result.stderr)
     assert (small_disk / "out" / "traces" / "0009.npz").exists()
     assert not list((small_disk / "out").rglob(".dapa-merge-*"))
 

@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found_with_and_without_the_models(result, name):
     assert whole["changed"][f"{name}[0:1]" if name == GATE else name] == "unexplained"
     alone = call("verify", result, "--files-only")
     assert alone.exit_code == 4
-    assert "does not have the bytes that dapa.json says" in alone.stdout
+    assert "does not match the SHA-256 in dapa.json" in alone.stdout
 
 
 def test_small_files_count_too(result):
@@ -225,13 +225,13 @@ def test_a_blend_is_called_one(llama_pair, tmp_path, write_recipe):
 LIES = {
     "another strength": (
         lambda content: content.update(strength=0.5),
-        "says strength 0.5, and the recipe",
+        "says strength 0.5, but the recipe",
     ),
     "other units": (lambda content: content.update(units=["0.gate"]), "says that gate of layer 0 was transplanted"),
     "units that are none": (lambda content: content.update(units=["banana"]), "says that banana was transplanted"),
     "a tensor that was not changed": (
         lambda content: content["tensors"].update({"model.norm.weight": next(iter(content["tensors"].values()))}),
-        "says that model.norm.weight was changed, which is the target's",
+        "says that model.norm.weight was changed, but it is the target's",
     ),
 }
 

@@ -1,8 +1,8 @@
 """Converts pickles, LoRA adapters and odd names to standard safetensors; `open_location` opens any model.
 
-What is converted is kept in the user's cache and then opened like any other folder. A LoRA adapter is merged into its
-base by mergekit's own function, so that both entrances agree; that needs memory for the whole base. A pickle can run
-code when it is loaded: it is read on request only, by torch's reader for weights, which refuses everything but tensors.
+Converted models are kept in the user's cache and then opened like any other folder. A LoRA adapter is merged into its
+base by mergekit's own function, so the result is mergekit's; that needs memory for the whole base. A pickle can run
+code when it is loaded, so it is read only on request, by torch's weights-only reader, which accepts only tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> Path:
-    """The folder made from `origin`; it is complete, whatever became of a process that was making it.
+    """Return the cached folder made from `origin`, making it first if absent; it is always complete.
 
     Raises:
         UsageError: If the cache cannot be written, or its disk is full.
@@ -55,7 +55,7 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
     unfinished = folder.with_name(f"{key}.unfinished")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The kernel's lock, which ends with its process: what is unfinished now is nobody's.
+        # The kernel's lock ends with its process, so an unfinished folder found here was abandoned.
         with held(folder.with_name(f"{key}.lock")):
             if not folder.exists():
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -74,12 +74,12 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
 
 
 def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
-    """Let a derived folder have these files of its origin, as they are now: weights as links, and others as copies.
+    """Link the weights among the named files of `origin` into a derived folder, and copy the others.
 
-    Links of an earlier time that dangle go.
+    Dangling links in the folder are removed.
 
     Raises:
-        CheckpointError: If a file to be copied is a link that leads out of the origin.
+        CheckpointError: If a file to be copied is a link out of `origin`.
     """
     for path in folder.iterdir():
         if path.is_symlink() and not path.exists():
@@ -95,7 +95,7 @@ def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
             refuse_stray_link(origin / name, origin)
         elif _link(origin / name, folder / name):
             continue
-        # Under a name of its own first: another process may be reading the one that is there.
+        # Under a temporary name first: another process may be reading the current file.
         copy = folder / f".{name}.{secrets.token_hex(4)}"
         shutil.copy(origin / name, copy)
         copy.replace(folder / name)
@@ -112,12 +112,12 @@ def _link(origin: Path, path: Path) -> bool:
 
 
 def stamps(paths: Iterable[Path]) -> list[tuple[str, list[int]]]:
-    """Paths and states of files: what decides whether something was made from what they are now."""
+    """Paths and states of files, which change when the files do."""
     return [(str(path.absolute()), file_state(path)) for path in paths]
 
 
 def _flush(path: Path) -> None:
-    """Put a file on disk, so that a folder that has its name is complete after a power cut, too."""
+    """Flush a file to disk, so that a power cut cannot leave an incomplete folder under its final name."""
     if path.is_file() and not path.is_symlink():
         with path.open("r+b") as file:
             os.fsync(file.fileno())
@@ -126,17 +126,17 @@ def _flush(path: Path) -> None:
 def open_model(
     path: str, revision: str | None = None, *, partial: bool = False, allow_pickle: bool = False
 ) -> Checkpoint:
-    """Open a model as `open_checkpoint` does, also one of which there are only pickles.
+    """Open a model like `open_checkpoint`, including one that has only pickles.
 
     Args:
         path: A folder, or a Hub id; a folder wins.
         revision: Branch, tag or commit on the Hub.
-        partial: Of a Hub repository that is not here yet, fetch safetensors only as they are read.
-        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        partial: If a Hub model is not cached, fetch its safetensors only as they are read.
+        allow_pickle: Read weights that exist only as pickles, accepting only tensors.
 
     Raises:
-        CheckpointError: If the files are not a sound checkpoint, or are pickles that nobody allowed.
-        HubError: If it is not a folder and the Hub does not give it.
+        CheckpointError: If the files are not a valid checkpoint, or are pickles without `allow_pickle`.
+        HubError: If it is not a folder and cannot be fetched from the Hub.
     """
     found = find_model(path, revision)
     if not found.layout.pickled:
@@ -153,23 +153,23 @@ def open_model(
 def open_location(
     location: Location, *, partial: bool = False, allow_pickle: bool = False, merge_cache: MergeCache | None = None
 ) -> Checkpoint:
-    """The checkpoint that a recipe or a command names, opened as `open_model` or `open_merged` does."""
+    """Open the checkpoint that a recipe or a command names, with its adapter merged in if it has one."""
     if location.adapter is None:
         return open_model(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
     base = replace(location, adapter=None)
     return open_merged(base, location.adapter, allow_pickle=allow_pickle, cache=merge_cache)
 
 
-# How the files of a tokenizer begin, or end.
+# Prefixes and suffixes of tokenizer file names.
 _TOKENIZER_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _TOKENIZER_ENDS = (".model", ".tiktoken", ".jinja")
-# What peft says, and no more, of an adapter that is for another model.
+# peft only warns, with these words, if an adapter is for another model.
 _ADAPTER_UNUSED = "missing adapter keys"
 
 
 @dataclass(frozen=True)
 class MergeCache:
-    """Where a running mergekit keeps what it merges, and the dtype that it merges in; None for the model's own."""
+    """A running mergekit's folder of merged models, and the dtype it merges in; None for the model's own."""
 
     folder: Path
     dtype: str | None = None
@@ -183,12 +183,12 @@ def open_merged(
     Args:
         base: The model.
         adapter: The adapter.
-        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
-        cache: Where mergekit keeps merged models; None for the user's cache folder.
+        allow_pickle: Read weights that exist only as pickles, accepting only tensors.
+        cache: mergekit's merged models; None for the user's cache folder.
 
     Raises:
-        CheckpointError: If the adapter is none, or does not belong to this base.
-        DapaError: If one of them cannot be opened, or the cache not be written.
+        CheckpointError: If `adapter` is not an adapter, or does not fit this base.
+        DapaError: If either cannot be opened, or the cache cannot be written.
     """
     adapter_folder, adapter_commit = _open_adapter(adapter, allow_pickle)
     model = open_model(base.path, base.revision, allow_pickle=allow_pickle)
@@ -205,7 +205,7 @@ def open_merged(
             _add_small_files(folder, model.folder, adapter_folder)
 
     else:
-        # By the names in the recipe, which mergekit's names of its folders are made of.
+        # By the names in the recipe, from which mergekit derives its folder names.
         made = _merge(base, adapter, cache.folder, cache.dtype, names)
         origin = [stamps(_files(made)), stamps(_files(model.folder)), stamps(_files(adapter_folder))]
 
@@ -245,7 +245,7 @@ def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, str | No
 
 
 def _merge(base: Location, adapter: Location, folder: Path, dtype: str | None, names: str) -> Path:
-    """Call mergekit, which writes a new folder inside of `folder`, or finds it there."""
+    """Let mergekit merge into a new folder inside `folder`, unless it is already there."""
     from mergekit.common import ModelPath, ModelReference
 
     reference = ModelReference(
@@ -257,7 +257,7 @@ def _merge(base: Location, adapter: Location, folder: Path, dtype: str | None, n
             warnings.simplefilter("always")
             merged = reference.merged(cache_dir=str(folder), trust_remote_code=False, lora_merge_dtype=dtype)
     except Exception as error:
-        # Whatever transformers or peft raise; there is no common class.
+        # The errors of transformers and peft have no common class.
         raise CheckpointError(f"mergekit cannot merge {names}: {one_line(error)}") from error
     if any(_ADAPTER_UNUSED in str(warning.message) for warning in caught):
         raise CheckpointError(
@@ -287,11 +287,11 @@ def _files(folder: Path) -> Iterable[Path]:
 
 
 def _versions() -> list[str]:
-    """What may merge otherwise in another version."""
+    """Versions of the packages that can change the result of a merge."""
     return [f"{name} {version(name)}" for name in ("mergekit", "peft", "torch", "transformers")]
 
 
-# What other forms of the weights end with: a derived folder has them as safetensors.
+# Suffixes of all weight files, which a derived folder replaces with its own safetensors.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".index.json", ".ckpt", ".h5", ".msgpack", ".gguf")
 _WRITTEN_BYTES = 64 << 20
 # safetensors' names of the types that torch can store.
@@ -306,7 +306,7 @@ def pickle_files(folder: Path, layout: Layout) -> tuple[str, ...]:
     """The names of the pickles, in order.
 
     Raises:
-        CheckpointError: If their index is none, or names anything but pickles of its own folder.
+        CheckpointError: If their index is invalid, or names anything but pickles in its own folder.
     """
     if layout.index is None:
         return layout.shards
@@ -321,10 +321,10 @@ def pickle_files(folder: Path, layout: Layout) -> tuple[str, ...]:
 
 
 def as_safetensors(folder: Path, layout: Layout) -> Path:
-    """The same model as safetensors, in the user's cache: converted once, and again when the pickles change.
+    """Convert a model to safetensors in the user's cache, once, and again when the pickles change.
 
     Raises:
-        CheckpointError: If a file is no pickle of tensors, or is one that would run code.
+        CheckpointError: If a file is not a pickle of tensors, or would run code.
         UsageError: If the cache cannot be written.
     """
     pickles = [folder / name for name in pickle_files(folder, layout)]
@@ -358,16 +358,16 @@ def _convert(pickles: list[Path], folder: Path) -> None:
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one pickle, mapped rather than read."""
+    """The tensors of one pickle, memory-mapped if possible."""
     import torch
 
     try:
-        # The format before torch 1.6 is no archive, and cannot be mapped.
+        # The format before torch 1.6 is not an archive and cannot be memory-mapped.
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:
-        # Damaged archives fail in ways of their own, and so do pickles that hold more than tensors.
+        # Damaged archives and pickles that hold more than tensors raise many kinds of errors.
         raise CheckpointError(
             f"{path} holds more than tensors, or is damaged, and was not read: {one_line(error)}"
         ) from error
@@ -392,7 +392,7 @@ def _check(path: Path, name: object, tensor: object) -> None:
             f"{path} holds {name[:120]!r} as {tensor.dtype} ({tensor.layout}), which cannot be converted"
         )
     if math.prod(tensor.shape) * tensor.element_size() > tensor.untyped_storage().nbytes():
-        # A few bytes that stand for many: no weights are stored like that, and a disk would soon be full.
+        # A few bytes expanded to a large tensor: weights are not stored like that, and it could fill the disk.
         raise CheckpointError(f"{path} holds {name[:120]!r}, which is larger than the bytes behind it; save it again")
 
 
@@ -401,7 +401,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file, tensor by tensor; what shares memory is written as often as it has names."""
+    """Write a safetensors file, tensor by tensor; tensors that share memory are each written in full."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -422,12 +422,12 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @contextmanager
 def standard_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's folder, or one of links to its files that lasts as long as the `with` block.
+    """Yields the checkpoint's folder, or a temporary one of links to its files.
 
-    The links are made where the weights have other names than `model.safetensors`, and no index.
+    Links are needed if the weights have neither an index nor the name `model.safetensors`.
 
     Raises:
-        CheckpointError: If there can be no links.
+        CheckpointError: If links cannot be made.
     """
     folder = checkpoint.folder
     if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
@@ -439,8 +439,8 @@ def standard_folder(checkpoint: Checkpoint) -> Iterator[Path]:
                 os.symlink(path.absolute(), Path(temporary, path.name))
         except OSError as error:
             raise CheckpointError(
-                f"{checkpoint.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, and no links to its files can be made "
-                f"({error.strerror}); name its weights as these"
+                f"{checkpoint.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, and links to its files cannot be made "
+                f"({error.strerror}); give its weights one of these names"
             ) from error
         index = {"metadata": {}, "weight_map": {name: tensor.file for name, tensor in checkpoint.tensors.items()}}
         Path(temporary, INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")

@@ -16,10 +16,10 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.progress import advance
 
 DIGEST_THREADS = 4
-# The small files that decide what a model is asked and when it stops: everything but weights, cards and images.
+# Suffixes of the small files that shape prompts and decide when a model stops: not weights, cards or images.
 SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_SMALL_BYTES = 1 << 28
-# Among them what describes a training, a publication or the weights, which count for themselves.
+# Exceptions: files about training, publication or the weights, which are hashed separately.
 OTHER_FILES = (
     ".index.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
     "dapa_report.json", "dapa.json", "LICENSE.txt", "USE_POLICY.txt",
@@ -58,7 +58,7 @@ def settings_digest(checkpoint: Checkpoint) -> str:
 
 
 def settings_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Where a model's config, tokenizer, chat templates and generation settings are, by name within its folder."""
+    """Paths of a model's config, tokenizer, chat templates and generation settings, by name within its folder."""
     folder = checkpoint.folder
     return {
         path.relative_to(folder).as_posix(): path
@@ -74,19 +74,13 @@ def is_settings(name: str) -> bool:
 
 # Two of these fit into the processor's second-level cache.
 PIECE_BYTES = 1 << 18
-# The first byte of a part of a file, and the byte after its last.
+# A byte range of a file; the end is exclusive.
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Digests:
-    """What a file is.
-
-    Attributes:
-        num_bytes: Its size.
-        sha256: Its SHA-256, in hexadecimal.
-        spans: The SHA-256 of each span that was asked for, by name.
-    """
+    """A file's size, its SHA-256 in hexadecimal, and the SHA-256 of each requested span by name."""
 
     num_bytes: int
     sha256: str
@@ -94,7 +88,7 @@ class Digests:
 
 
 class Hasher:
-    """The SHA-256 of a file that is given in order, and of spans of it that do not overlap."""
+    """Hashes a file that is given in order, and non-overlapping spans of it."""
 
     def __init__(self, spans: Mapping[str, Span] | None = None, *, counts_only: bool = False) -> None:
         """Begin a file."""
@@ -105,7 +99,7 @@ class Hasher:
         self.num_bytes = 0
 
     def update(self, piece: memoryview) -> None:
-        """Take the next bytes."""
+        """Hash the next bytes."""
         if self._counts_only:
             self.num_bytes += len(piece)
             return
@@ -120,7 +114,7 @@ class Hasher:
         self.num_bytes = end
 
     def digests(self) -> Digests:
-        """What the file was, now that it has ended."""
+        """The digests, once all bytes were given."""
         if self._counts_only:
             return Digests(self.num_bytes, "", {})
         parts = {name: part.hexdigest() for name, part in self._parts.items()}
@@ -128,7 +122,7 @@ class Hasher:
 
 
 def hash_file(path: Path, spans: Mapping[str, Span] | None = None) -> Digests:
-    """Read a file once, and hash it and spans of it.
+    """Hash a file and spans of it in one read.
 
     Raises:
         CheckpointError: If it cannot be read.
@@ -146,10 +140,10 @@ def hash_file(path: Path, spans: Mapping[str, Span] | None = None) -> Digests:
 
 
 def read_whole(file: IO[bytes], piece: memoryview, path: Path) -> None:
-    """Fill memory from an unbuffered file, which may give less than it is asked for.
+    """Fill memory from an unbuffered file, whose reads may return less than requested.
 
     Raises:
-        CheckpointError: If the file ends before that.
+        CheckpointError: If the file ends first.
     """
     while piece:
         size = file.readinto(piece)  # type: ignore[attr-defined]
@@ -160,6 +154,6 @@ def read_whole(file: IO[bytes], piece: memoryview, path: Path) -> None:
 
 def same(one: memoryview, other: memoryview) -> bool:
     """Whether two pieces of bytes are the same."""
-    # Two memoryviews are compared item by item, a hundred times slower; a bytearray with anything by memcmp.
+    # Python compares two memoryviews item by item, a hundred times slower than memcmp, which a bytearray uses.
     whole = other.obj
     return (whole if isinstance(whole, bytearray) and len(whole) == len(other) else bytearray(other)) == one

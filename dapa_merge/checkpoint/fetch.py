@@ -1,9 +1,9 @@
-"""Models on the Hub, of which only the needed files and ranges of bytes are fetched.
+"""Fetches only the needed files and byte ranges of models on the Hub.
 
-Small files and whole weight files are kept by huggingface_hub. Ranges come by HTTP (RFC 9110, section 14), continued
-where a connection broke off, into a sparse local file as large as the remote one. What is not present there would read
-as zeros, so nobody may read a range before it is in the file's record; its bytes are on disk before that. URLs,
-headers, waiting and the client are huggingface_hub's, so that tokens, mirrors and proxies work as they do there.
+huggingface_hub caches small files and whole weight files. Ranges are fetched by HTTP (RFC 9110, section 14), resumed
+after broken connections, into a sparse local file of the remote file's size. Missing parts would read as zeros, so a
+range is read only once it is in the file's record, which is written after its bytes are on disk. URLs, headers,
+back-off and the client are huggingface_hub's, so tokens, mirrors and proxies work as they do there.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from dapa_merge.files import Record, held, write_all
 from dapa_merge.hub_client import api, asking, fault, is_id
 from dapa_merge.progress import advance
 
-# A weight file, a first byte in it, and the byte after the last.
+# Weight file, first byte, end (exclusive).
 FileRange = tuple[str, int, int]
 
 THREADS = 8
-# What one request asks for at most, to give every thread work.
+# Largest request, small enough to give every thread work.
 REQUEST_BYTES = 64 << 20
 
 
 class PartialWeights:
     """Weight files of a repository at one commit, mirrored in the user's cache as far as they were read.
 
-    The mirror is as good as its transport: a range cannot be checked against the checksum of its file.
+    Ranges are not verified: they cannot be checked against the checksum of the whole file.
 
     Attributes:
-        repository: The id of the repository.
-        commit: The full hash of the commit.
-        folder: Where the mirrored files are. Their bytes must not be read before `ensure` said that they are there.
+        repository: Hub id.
+        commit: Full hash.
+        folder: The mirrored files. Call `ensure` before reading their bytes.
     """
 
     def __init__(self, repository: str, commit: str, folder: Path) -> None:
@@ -63,11 +63,11 @@ class PartialWeights:
         self._lock = threading.Lock()
 
     def open_headers(self, shards: Sequence[str]) -> None:
-        """Make the header of each weight file present: the first that is known of it.
+        """Fetch the header of each weight file; this must come before `missing` and `ensure`.
 
         Raises:
-            RangesIgnored: If the server does not answer with ranges.
-            HubError: If it gives no file of this name.
+            RangesIgnored: If the server does not support range requests.
+            HubError: If a file cannot be fetched.
         """
         with ThreadPoolExecutor(THREADS) as pool:
             for shard, opened in zip(shards, pool.map(self._open_header, shards), strict=True):
@@ -87,7 +87,7 @@ class PartialWeights:
             _fetch(remote, local, 0, min(8, size))
         with path.open("rb") as file:
             header_stop = 8 + int.from_bytes(file.read(8), "little")
-        # A longer header is refused by whoever reads it, from these eight bytes.
+        # `read_header` refuses a longer header by these eight bytes.
         if header_stop <= min(8 + MAX_HEADER_BYTES, local.num_bytes):
             _fetch(remote, local, 8, header_stop)
         return remote, local
@@ -105,7 +105,7 @@ class PartialWeights:
         """Fetch the parts of the given ranges that are not present, over several connections at once.
 
         Raises:
-            HubError: If the Hub refuses or is not reached; what came is kept.
+            HubError: If the Hub refuses or cannot be reached; bytes that arrived are kept.
             UsageError: If the disk is full.
         """
         wanted = list(ranges)
@@ -121,7 +121,7 @@ class PartialWeights:
 
             def check() -> None:
                 if stop.is_set():
-                    raise HubError("the download was given up")
+                    raise HubError("the download was cancelled")
 
             with ThreadPoolExecutor(THREADS) as pool:
                 try:
@@ -144,34 +144,30 @@ def _fetch(
 
 
 def _merged(ranges: Iterable[FileRange]) -> list[FileRange]:
-    """The same bytes in as few ranges as can be, by file."""
+    """Merge the overlapping and adjacent ranges of each file."""
     by_file: dict[str, RangeSet] = {}
     for file, start, stop in ranges:
         by_file.setdefault(file, RangeSet()).add(start, stop)
     return [(file, start, stop) for file, joined in by_file.items() for start, stop in joined]
 
 
-# The small files: never pickles. Code is copied into a result, as a part of its target, but never run.
+# Small files, never pickles. Code is copied into a result as part of the target, but never run.
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-
-
-# A licence may ask that whoever passes a model on passes its text on too.
+# A licence may require that its text is passed on with the model.
 SMALL_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"]
-
-
-# What lies in a subfolder is a training's or another program's, but for the chat templates (additional_...).
+# Subfolders hold training state or other programs' files, except for chat templates (additional_...).
 SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A commit of a repository, with its small files here.
+    """A commit of a repository whose small files are cached.
 
     Attributes:
-        repository: Its id.
-        commit: The full hash.
-        folder: Where huggingface_hub keeps its files.
-        files: The names of all files of the repository's top folder; without a connection, of those that are here.
+        repository: Hub id.
+        commit: Full hash.
+        folder: Its files in huggingface_hub's cache.
+        files: Names of all files in the repository's top folder; offline, of the cached ones.
     """
 
     repository: str
@@ -180,10 +176,10 @@ class Snapshot:
     files: frozenset[str]
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """Bring whole files here, and give the folder that they are in.
+        """Download whole files, and return the folder that holds them.
 
         Raises:
-            HubError: If the Hub does not give them; what came is kept, and continued the next time.
+            HubError: If they cannot be fetched; the next call resumes the download.
         """
         if not self.lacks(names):
             return self.folder
@@ -192,20 +188,20 @@ class Snapshot:
             return Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns))
 
     def lacks(self, names: Sequence[str]) -> list[str]:
-        """Which of these files are not here."""
+        """The named files that are not cached."""
         return [name for name in names if not (self.folder / name).is_file()]
 
 
 def open_snapshot(repository: str, revision: str | None) -> Snapshot:
-    """Fetch the small files of a repository, or find them in the cache where the Hub is not reached.
+    """Fetch the small files of a repository, or use the cached ones if the Hub cannot be reached.
 
     Args:
-        repository: Its id.
+        repository: Hub id.
         revision: Branch, tag or commit; None for `main`.
 
     Raises:
-        CheckpointError: If it is not an id.
-        HubError: If the Hub does not give it.
+        CheckpointError: If `repository` is not a Hub id.
+        HubError: If it cannot be fetched.
     """
     if not is_id(repository):
         raise CheckpointError(f"{repository!r} is neither a folder here nor the id of a Hub repository")
@@ -219,28 +215,28 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
             tree = api().list_repo_tree(repository, revision=folder.name)
             here |= {item.path for item in tree if isinstance(item, RepoFile)}
     except HubError:
-        # What is in the caches can be used without a connection.
+        # Cached weights can be used offline.
         if not any(name.endswith((".safetensors", INDEX_NAME)) for name in here):
             raise
     return Snapshot(repository, folder.name, folder, frozenset(here))
 
 
 def mirror_folder(repository: str, commit: str) -> Path:
-    """Where the partial weights of a commit are kept, in the user's cache folder."""
+    """Folder of a commit's partial weights in the user's cache."""
     return Path(platformdirs.user_cache_dir("dapa-merge")) / "mirrors" / repository.replace("/", "--") / commit
 
 
-# First byte, and the byte after the last.
+# First byte, end (exclusive).
 Range = tuple[int, int]
 
 RECORD_SUFFIX = ".ranges"
-# So much of each connection may have to be fetched again after a killed process: whatever is less.
+# Each connection records its progress after this many bytes or seconds; a kill loses what came since.
 NOTE_BYTES = 8 << 20
 NOTE_SECONDS = 1.0
 
 
 class RangeSet:
-    """Disjoint ranges of whole numbers, in order; those that touch are one."""
+    """Disjoint integer ranges, in order; adjacent ones are merged."""
 
     def __init__(self, ranges: Iterable[Range] = ()) -> None:
         self._ranges: list[Range] = []
@@ -251,7 +247,7 @@ class RangeSet:
         return iter(self._ranges)
 
     def add(self, start: int, stop: int) -> None:
-        """Add the numbers from `start` to before `stop`."""
+        """Add the numbers in `[start, stop)`."""
         if start >= stop:
             return
         first = bisect.bisect_left(self._ranges, start, key=lambda known: known[1])
@@ -261,7 +257,7 @@ class RangeSet:
         self._ranges[first:last] = [(start, stop)]
 
     def missing(self, start: int, stop: int) -> list[Range]:
-        """What of the numbers from `start` to before `stop` is not in the set."""
+        """The ranges within `[start, stop)` that are not in the set."""
         gaps = []
         for known_start, known_stop in self._ranges[bisect.bisect_right(self._ranges, start, key=lambda r: r[1]) :]:
             if known_start >= stop:
@@ -275,18 +271,18 @@ class RangeSet:
 
 
 class SparseFile:
-    """A file of which some ranges are present.
+    """A partly downloaded file; its record of present ranges lies next to it.
 
     Attributes:
-        path: Where it is; its record lies next to it.
-        num_bytes: Its size, with everything that is not present.
+        path: The file.
+        num_bytes: Full size, including missing ranges.
     """
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Open it, or make it with nothing present.
+        """Open the file, or create it with nothing present.
 
         Raises:
-            CheckpointError: If the folder cannot be written, or holds no file of this size.
+            CheckpointError: If the folder cannot be written, or cannot hold a file of this size.
         """
         self.path = path
         self.num_bytes = num_bytes
@@ -297,14 +293,14 @@ class SparseFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._held():
                 if not path.is_file() or path.stat().st_size != num_bytes:
-                    # Nothing that was recorded is true of the file that is made now.
+                    # An old record does not apply to the new file.
                     record_of(path).unlink(missing_ok=True)
                     with path.open("wb") as file:
                         file.truncate(num_bytes)
                 self._read()
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise CheckpointError(f"cannot keep a file of {num_bytes} bytes as {path}: {reason}") from error
+            raise CheckpointError(f"cannot create {path} with {num_bytes} bytes: {reason}") from error
 
     def missing(self, start: int, stop: int) -> list[Range]:
         """The ranges between `start` and `stop` that are not present."""
@@ -314,7 +310,7 @@ class SparseFile:
     def write(self, start: int, pieces: Iterable[bytes]) -> Iterator[int]:
         """Write bytes from `start` on, and record them; yields the number of bytes of each piece.
 
-        However it ends, also when `pieces` raises, what was written is recorded.
+        Written bytes are recorded even if `pieces` raises.
 
         Raises:
             UsageError: If the disk is full.
@@ -336,7 +332,7 @@ class SparseFile:
                     if position > noted:
                         self._note(file.fileno(), noted, position)
         except OSError as error:
-            raise UsageError(f"cannot write {self.path}, which keeps what is downloaded: {error.strerror}") from error
+            raise UsageError(f"cannot write the download to {self.path}: {error.strerror}") from error
 
     def _note(self, descriptor: int, start: int, stop: int) -> None:
         os.fsync(descriptor)
@@ -356,16 +352,16 @@ class SparseFile:
 
 
 def record_of(path: Path) -> Path:
-    """The record of a sparse file."""
+    """Path of a sparse file's record."""
     return path.with_name(path.name + RECORD_SUFFIX)
 
 
 def known_size(path: Path) -> int | None:
-    """The size of the remote file that a sparse file stands for; None if absent."""
+    """Size of the remote file that a sparse file mirrors; None if the sparse file is absent."""
     return path.stat().st_size if path.is_file() and record_of(path).is_file() else None
 
 
-# How often in a row a request may bring nothing before the download is given up.
+# Consecutive requests without progress before a download fails.
 MAX_FAILURES = 6
 MAX_WAIT_SECONDS = 8.0
 TIMEOUT_SECONDS = 60.0
@@ -374,7 +370,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class RangesIgnored(HubError):
-    """The server answers a request for a range with the whole file."""
+    """The server answers a range request with the whole file."""
 
 
 class RemoteFile:
@@ -385,15 +381,15 @@ class RemoteFile:
         self.num_bytes = num_bytes
         self._url = hf_hub_url(repository, name, revision=commit)
         headers = build_hf_headers(library_name="dapa-merge", library_version=__version__)
-        # A compressed answer would have other ranges.
+        # Ranges of a compressed response would be other bytes.
         self._headers = headers | {"Accept-Encoding": "identity"}
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes from `start` to before `stop`, in pieces as they come.
+        """Yields the bytes in `[start, stop)`, in pieces as they arrive.
 
         Raises:
-            RangesIgnored: If the server does not answer with ranges.
-            HubError: If it refuses, or is not reached several times in a row.
+            RangesIgnored: If the server does not support range requests.
+            HubError: If it refuses, or fails several times in a row.
         """
         position, num_failures = start, 0
         while position < stop:
@@ -407,10 +403,10 @@ class RemoteFile:
             except RangesIgnored:
                 raise
             except (OfflineModeIsEnabled, HfHubHTTPError) as error:
-                # Statuses that may pass were waited for already.
+                # Transient statuses were retried already.
                 raise fault(f"read {self._url}", error) from error
             except Exception as error:
-                # Its HTTP library's faults are of no common class; whatever it was, the rest is asked for again.
+                # The HTTP library's errors have no common class; after any of them the rest is requested again.
                 num_failures = 0 if position > before else num_failures + 1
                 if num_failures > MAX_FAILURES:
                     raise fault(f"read {self._url}", error) from error
@@ -418,41 +414,39 @@ class RemoteFile:
                     time.sleep(min(0.25 * 2**num_failures, MAX_WAIT_SECONDS))
 
     def _answer(self, start: int, stop: int) -> Iterator[bytes]:
-        """What one request brings of a range, which may be less than all of it."""
+        """Yields the bytes that one request returns of a range, possibly not all of them."""
         with http_stream_backoff(
             "GET",
             self._url,
             headers=self._headers | {"Range": f"bytes={start}-{stop - 1}"},
             timeout=TIMEOUT_SECONDS,
             base_wait_time=0.5,
-            # A broken connection is continued by the caller, who knows how far it came.
+            # The caller resumes a broken connection, since it knows the position.
             retry_on_exceptions=(),
             retry_on_status_codes=RETRIED_STATUSES,
         ) as response:
             hf_raise_for_status(response)
             self._check(response, start, stop)
             left = stop - start
-            # As they come: what is gathered into larger pieces is lost when the connection breaks.
+            # Not gathered into larger pieces, which would be lost if the connection broke.
             for piece in response.iter_raw():
                 if len(piece) > left:
-                    raise HubError("the answer was longer than what was asked for")
+                    raise HubError("the answer was longer than the requested range")
                 left -= len(piece)
                 yield piece
 
     def _check(self, response: Any, start: int, stop: int) -> None:
-        """Raise unless the answer is from the start of the range, no longer, and of a file of the known size."""
+        """Raise unless the response starts where the range does, is not longer, and the file has the known size."""
         if response.status_code == 200:
             raise RangesIgnored(
-                f"{self._url} was answered with the whole file where a range of bytes was asked for; "
+                f"{self._url} returned the whole file instead of the requested byte range; "
                 f"download the model first, with `hf download`"
             )
         match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if response.status_code != 206 or match is None:
-            raise HubError(
-                f"the answer to a request for a range had status {response.status_code} and no Content-Range"
-            )
+            raise HubError(f"a range request was answered with status {response.status_code} and no Content-Range")
         first, last, size = map(int, match.groups())
         if self.num_bytes is None:
             self.num_bytes = size
         if first != start or last >= stop or size != self.num_bytes:
-            raise HubError(f"bytes {start} to {stop - 1} of {self.num_bytes} were asked for, but {match.string!r} came")
+            raise HubError(f"requested bytes {start} to {stop - 1} of {self.num_bytes}, but received {match.string!r}")

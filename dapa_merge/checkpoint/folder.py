@@ -1,12 +1,11 @@
-"""The files of a model folder that a stranger made: opened without trust, and which of them hold the weights.
+"""Opens files of untrusted model folders safely, and finds those that hold the weights.
 
-A folder may come out of an archive or a clone, which can hold links to anything, and pipes. A pipe would make its
-reader wait for ever, a device may act on being opened, and a link could carry a private file of the user's into a
-result that is then published.
+A folder from an archive or a clone can hold pipes and links to anything. Reading a pipe could block for ever, opening a
+device can have effects, and a link could carry a private file of the user's into a published result.
 
-The folder itself and what is above it may be links, as the user named them. Weight files may be links to any regular
-file: weights are kept on other disks, and only a valid safetensors file passes for one. Small files, which are copied
-as they are, may only lead into the folder, or from a snapshot in the Hub's cache to the blobs of its repository.
+The folder itself and its parents may be links, since the user named them. Weight files may be links to any regular
+file: weights are often kept on other disks, and only valid safetensors files are accepted. Small files are copied as
+they are, so their links must stay inside the folder, or lead from a Hub snapshot to its repository's blobs.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading, without ever waiting for a writer.
 
     Raises:
-        OSError: If it cannot be opened, or is no regular file; its `strerror` says so.
+        OSError: If it cannot be opened or is not a regular file; its `strerror` says which.
     """
     return open(path, "rb", opener=_open_if_regular)
 
@@ -38,7 +37,7 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     """The content of a small file.
 
     Raises:
-        OSError: If it cannot be read, is no regular file, or is larger than `max_bytes`; its `strerror` says so.
+        OSError: If it cannot be read, is not a regular file, or is larger than `max_bytes`; its `strerror` says which.
     """
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
@@ -48,12 +47,12 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 
 def refuse_stray_link(path: Path, folder: Path) -> None:
-    """Raise unless a small file of a model folder is its own content, or a link to where such content may be.
+    """Raise if a small file of a model folder is a link out of the folder and, in the Hub's cache, its repository.
 
     Raises:
-        CheckpointError: If it leads elsewhere, or nowhere.
+        CheckpointError: If it is.
     """
-    # Not Path.resolve, which before Python 3.13 raises a RuntimeError for links in a circle.
+    # Not Path.resolve, which before Python 3.13 raises a RuntimeError for circular links.
     real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     places = [home]
     if home.parent.name == "snapshots":
@@ -66,7 +65,7 @@ def refuse_stray_link(path: Path, folder: Path) -> None:
 
 def _open_if_regular(path: str, flags: int) -> int:
     _refuse_irregular(os.stat(path))
-    # Another file may have taken its place since: so this does not wait either, and the file itself is asked again.
+    # The file may have been replaced since: open it without blocking, and check it again once open.
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:
         _refuse_irregular(os.fstat(descriptor))
@@ -87,24 +86,24 @@ SINGLE_NAME = "model.safetensors"
 PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
 PICKLE_NAME = "pytorch_model.bin"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
-# Mistral AI publishes its own form of the weights, often beside the one that every program reads.
+# Mistral AI's own format of the weights, often published next to the common one.
 CONSOLIDATED_NAME = "consolidated.safetensors"
-# How files end that hold weights, of whatever program.
+# Suffixes of weight files, of any program.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
-# A change to a model, by peft; not a model.
+# peft's change to a model, not a model.
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-# Pickles that trainers leave beside a model.
+# Pickles that trainers leave next to a model.
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin", *ADAPTER_NAMES)
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the weights are.
+    """The files that hold the weights.
 
     Attributes:
-        index: The index file that says it, or None.
-        shards: Without an index, the weight files themselves.
+        index: The index file, if any.
+        shards: The weight files, if there is no index.
         pickled: Whether they are pickles.
     """
 
@@ -116,19 +115,19 @@ class Layout:
 def find_weights(files: Collection[str], name: str) -> Layout:
     """Choose the weight files among a model's files.
 
-    An index decides; then `model.safetensors`; then a complete set of numbered shards; then `consolidated.safetensors`
-    or the only other safetensors file that is no adapter; and pickles come last.
+    The order of preference: an index, `model.safetensors`, a complete set of numbered shards,
+    `consolidated.safetensors`, the only other safetensors file that is not an adapter, pickles.
 
     Args:
-        files: The names of the model's files, without those in subfolders.
-        name: What the user called the model, for messages.
+        files: Names of the files in the model's top folder.
+        name: The model's name in messages.
 
     Raises:
-        CheckpointError: If there are no weights, a shard is missing, or it cannot be told which files are meant.
+        CheckpointError: If there are no weights, a shard is missing, or the choice is ambiguous.
     """
     if INDEX_NAME in files and SINGLE_NAME in files:
         raise CheckpointError(
-            f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, of which programs read one or the other; remove one"
+            f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, and programs differ in which they read; remove one"
         )
     if INDEX_NAME in files:
         return Layout(index=INDEX_NAME)
@@ -144,13 +143,13 @@ def find_weights(files: Collection[str], name: str) -> Layout:
     if others:
         raise CheckpointError(
             f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}, but {len(others)} other safetensors files "
-            f"({others[0]}, {others[1]}, ...), so that it cannot be told which are its weights; remove the others"
+            f"({others[0]}, {others[1]}, ...); keep only those that are its weights"
         )
     return _pickles(files, name)
 
 
 def _complete_set(numbered: list[re.Match[str]], name: str) -> tuple[str, ...]:
-    """The shards `stem-00001-of-0000N` to N; for two stems or counts it cannot be told which are meant."""
+    """The shards `stem-00001-of-0000N` to N; several stems or counts are ambiguous."""
     sets = {(match["stem"], match["count"]) for match in numbered}
     if len(sets) > 1:
         first, second = (f"{stem}-*-of-{count}.safetensors" for stem, count in sorted(sets)[:2])
@@ -158,7 +157,7 @@ def _complete_set(numbered: list[re.Match[str]], name: str) -> tuple[str, ...]:
             f"{name} has no {INDEX_NAME} and several sets of shards, {first} and {second}; remove one"
         )
     ((stem, count),) = sets
-    # No more than one above what is there need be looked at to find a gap.
+    # One more name than there are files is enough to find a gap.
     expected = [
         f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, min(int(count), len(numbered) + 1) + 1)
     ]
@@ -179,10 +178,10 @@ def _pickles(files: Collection[str], name: str) -> Layout:
     if PICKLE_NAME in files:
         return Layout(shards=(PICKLE_NAME,), pickled=True)
     if any(adapter in files for adapter in ADAPTER_NAMES):
-        raise CheckpointError(f"{name} is a LoRA adapter, a change to a model; name it behind its base, as BASE+{name}")
+        raise CheckpointError(f"{name} is a LoRA adapter, not a model; pass it after its base, as BASE+{name}")
     if any(file.endswith((".bin", ".pth", ".pt")) and file not in NO_WEIGHTS for file in files):
         raise CheckpointError(
-            f"{name} has pickled weights only, which can run code when loaded, and not under the name {PICKLE_NAME}; "
+            f"{name} has pickled weights only, which can run code when loaded, and none are named {PICKLE_NAME}; "
             f"save it again as safetensors"
         )
     raise CheckpointError(f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}")

@@ -1,9 +1,9 @@
-"""Reading safetensors headers and shard indices without torch, and believing nothing before it is checked.
+"""Reads safetensors headers, shard indices and other JSON files without torch, and validates all of them.
 
 Format: https://huggingface.co/docs/safetensors, section "Format": eight bytes little-endian header length, the JSON
-header, then the tensors' bytes without holes. What the safetensors library refuses is refused here too: JSON is read
-more strictly than Python does it by itself. Refused beyond that is what no program writes and what could be read in two
-ways or hides in a message: names that occur twice or are not printable, keys that the format does not have.
+header, then the tensors' bytes without holes. Everything that the safetensors library refuses is refused here too, so
+JSON is read more strictly than by Python's default. Also refused is ambiguous or deceptive content that no program
+writes: duplicate or unprintable names, and keys that are not in the format.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPE_BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-# The names that mergekit and torch use in recipes, for the types that a dense checkpoint is stored in.
+# Names in mergekit's recipes and in torch of the dtypes of unquantized checkpoints.
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 TORCH_NAMES = {dtype: name for name, dtype in FLOAT_NAMES.items()}
 # Header bytes of one file, enough for a hundred thousand tensors; the safetensors library reads up to 100 MB. JSON can
@@ -36,17 +36,17 @@ MAX_CONFIG_BYTES = 8_000_000
 MAX_INDEX_BYTES = 32_000_000
 MAX_NAME_LENGTH = 1000
 MAX_DIMENSIONS = 64
-# Levels of lists and objects in a config: far below what Python could still print in a message.
+# Nesting depth of a config, far below what Python can still print in a message.
 MAX_DEPTH = 50
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies on disk.
+    """A tensor's type and place on disk.
 
     Attributes:
-        name: Its name in the checkpoint.
-        file: The name of its file inside the checkpoint's folder.
+        name: Name in the checkpoint.
+        file: Name of its file in the checkpoint's folder.
         dtype: As safetensors spells it, e.g. `BF16`.
         shape: Its dimensions.
         start: Offset of its first byte in the file.
@@ -104,7 +104,7 @@ def read_header(path: Path) -> list[Tensor]:
     for tensor in tensors:
         if tensor.start != position:
             raise CheckpointError(
-                f"{path} has a damaged safetensors header: {tensor.name[:120]!r} is not where it must be"
+                f"{path} has a damaged safetensors header: {tensor.name[:120]!r} is at the wrong offset"
             )
         position = tensor.stop
     if position != size:
@@ -115,9 +115,9 @@ def read_header(path: Path) -> list[Tensor]:
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"{name[:60]!r} is not a name of a tensor")
+        raise ValueError(f"{name[:60]!r} is not a valid tensor name")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} has not exactly a dtype, a shape and data_offsets")
+        raise ValueError(f"{name} must have exactly a dtype, a shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has unknown dtype {dtype!r}")
@@ -125,7 +125,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
         raise ValueError(f"{name} has a shape or offsets that are not counts")
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
-    # Of an empty tensor too: the others of its dimensions must not overflow in programs that count in 64 bits.
+    # Also for an empty tensor: its other dimensions must not overflow in programs that count in 64 bits.
     if math.prod(max(size, 1) for size in shape) * DTYPE_BITS[dtype] >= 1 << 64:
         raise ValueError(f"{name} has an impossible shape")
     begin, end = offsets
@@ -139,21 +139,21 @@ def _are_counts(numbers: object) -> bool:
 
 
 def _check_metadata(metadata: object) -> None:
-    """Nothing of it is used; but a file with metadata of another form cannot be loaded."""
+    """Raise if the safetensors library could not load the metadata, although its content is not used."""
     if metadata is None:
         return
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its __metadata__ does not map texts to texts")
+        raise ValueError("its __metadata__ does not map strings to strings")
     for text in (*metadata, *metadata.values()):
-        text.encode()  # Half a surrogate pair is no text, and raises a ValueError.
+        text.encode()  # Raises a ValueError for half a surrogate pair.
 
 
 def _strict_json(raw: bytes) -> object:
-    """JSON of objects, lists, texts and counts, without a key that occurs twice in an object.
+    """Parse JSON of objects, lists, strings and counts, without duplicate keys.
 
     Raises:
-        ValueError: If it is anything else, among others UTF-16 or what has a byte order mark.
-        RecursionError: If it is too deep.
+        ValueError: If it is anything else, including UTF-16 and JSON with a byte order mark.
+        RecursionError: If it is nested too deeply.
     """
     return json.loads(
         raw.decode(), object_pairs_hook=_unique, parse_int=_count, parse_float=_refuse, parse_constant=_refuse
@@ -169,7 +169,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _count(digits: str) -> int:
-    # Before it is made a number, which takes the square of its length in some versions of Python.
+    # Checked before the conversion, which takes quadratic time in some versions of Python.
     if len(digits) > 20 or not digits.isdigit() or int(digits) >= 1 << 64:
         _refuse(digits)
     return int(digits)
@@ -185,15 +185,15 @@ def read_json(
     max_bytes: int = MAX_CONFIG_BYTES,
     make_object: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """The JSON object that a small file of a model folder holds.
+    """Read a JSON object from a small file of a model folder.
 
     Args:
         path: The file.
-        max_bytes: How large it may be.
-        make_object: Makes an object of its keys and values; by default a key's last value counts, as for transformers.
+        max_bytes: Largest accepted size.
+        make_object: Makes an object from its keys and values; by default a key's last value counts, as in transformers.
 
     Raises:
-        CheckpointError: If there is none, it is too large, or it is a link that leads out of its folder.
+        CheckpointError: If the file is absent, is too large, holds anything else, or is a link out of its folder.
     """
     try:
         refuse_stray_link(path, path.parent)
@@ -219,10 +219,10 @@ def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """For each tensor, the name of the weight file that a shard index says it is in.
+    """Read a shard index: the name of the weight file of each tensor.
 
     Raises:
-        CheckpointError: If it is no index, or names anything but safetensors files of its own folder.
+        CheckpointError: If it is not an index, or names anything but safetensors files in its own folder.
     """
     owners = read_json(path, max_bytes=MAX_INDEX_BYTES, make_object=_unique).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(shard, str) for shard in owners.values()):

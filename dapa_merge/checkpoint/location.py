@@ -1,4 +1,4 @@
-"""Where a model is, as recipes and commands write it, and as others may see it: without paths of this machine."""
+"""Model locations as recipes and commands write them, and names without this machine's paths, for publication."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Location:
-    """A model: a folder, or a Hub id, with an optional revision, and with a LoRA adapter that is merged into it."""
+    """A model: a folder or a Hub id, with an optional revision and an optional LoRA adapter to merge into it."""
 
     path: str
     revision: str | None = None
@@ -24,7 +24,7 @@ def parse_location(value: str) -> Location:
     """Read `path`, `id` or `id@revision`, and two of them as `model+lora`; a folder is a path whatever its name.
 
     Raises:
-        ValueError: If there is more than one `@` in a path, or more than one `+`, or nothing beside it.
+        ValueError: If a model has more than one `@`, there is more than one `+`, or either has an empty side.
     """
     if os.path.isdir(value):
         return Location(value)
@@ -44,12 +44,12 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 def without_paths(names: str) -> str:
-    """Names of models, prompts, texts or skills, with commas; of files and folders of this machine the last part."""
+    """Shorten paths to their last part in comma-separated names of models, prompts, texts or skills."""
     return ",".join(map(_without_path, names.split(",")))
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is one of a file or a folder, here or on another machine, rather than of something known."""
+    """Whether a name is a path, on this machine or another, rather than a known name."""
     base = name.strip().partition("?")[0]
     return (
         os.path.exists(base)

@@ -1,4 +1,4 @@
-"""Opening a model without torch: a local folder or a snapshot from the Hub, and the bytes of its tensors."""
+"""Opens local folders and Hub snapshots without torch, and reads the bytes of their tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dapa_merge.errors import CheckpointError
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.fetch import FileRange, PartialWeights, Snapshot
 
-# Chat templates beyond the first lie in a folder of this name.
+# Folder of the chat templates beyond the first.
 TEMPLATES = "additional_chat_templates"
 CHUNK_BYTES = 8 << 20
 ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
@@ -24,19 +24,18 @@ ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder whose headers were read and found valid.
+    """A model whose headers were read and validated.
 
     Attributes:
-        name: What the user called it: a path or a Hub id, with the revision if one was given.
-        folder: Where its files are; for pickles, a folder in the user's cache that has them as safetensors.
+        name: As the user wrote it: a path or a Hub id, with the revision if one was given.
+        folder: Its files; for pickles, a folder of converted safetensors in the user's cache.
         config: `config.json`.
-        tensors: Every tensor by name, in the order of the files.
+        tensors: All tensors by name, in file order.
         shards: The weight files, in order.
-        commit: The commit on the Hub that the folder is a snapshot of; None for a local folder.
-        merged_from: The commits of base and adapter, where it is a LoRA merged into its base; None for those that are
-            local folders.
-        partial: Weights on the Hub that are fetched as they are read, and lie elsewhere than in the folder; None if all
-            weights are in the folder.
+        commit: Hub commit of a snapshot; None for a local folder.
+        merged_from: Hub commits of base and adapter for a merged LoRA, each None for a local folder.
+        partial: Weights that are fetched from the Hub as they are read, into another folder; None if all are in
+            `folder`.
     """
 
     name: str
@@ -49,15 +48,15 @@ class Checkpoint:
     partial: PartialWeights | None = field(default=None, compare=False, repr=False)
 
     def path(self, shard: str) -> Path:
-        """Where a weight file is; of a partial one, bytes must not be read before `ensure`."""
+        """Path of a weight file; call `ensure` before reading bytes of a partial one."""
         return (self.folder if self.partial is None else self.partial.folder) / shard
 
     def open(self, shard: str, start: int = 0, stop: int | None = None) -> BufferedReader:
-        """Open one weight file at `start`, for reading only, and to be read no further than to `stop`.
+        """Open one weight file for reading at `start`; do not read beyond `stop`.
 
         Raises:
             CheckpointError: If it is gone or unreadable.
-            HubError: If the bytes have to be fetched, and the Hub does not give them.
+            HubError: If missing bytes cannot be fetched.
         """
         path = self.path(shard)
         try:
@@ -69,34 +68,34 @@ class Checkpoint:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
     def ensure(self, shard: str, start: int, stop: int) -> None:
-        """Make the bytes of a weight file from `start` to before `stop` present here.
+        """Fetch the missing bytes in `[start, stop)` of a weight file.
 
         Raises:
-            HubError: If they have to be fetched, and the Hub does not give them; what came is kept.
+            HubError: If they cannot be fetched; bytes that arrived are kept.
         """
         self.ensure_all([(shard, start, stop)])
 
     def ensure_all(self, ranges: Iterable[FileRange]) -> None:
-        """Make many ranges of bytes of the weight files present here, at once and faster than one by one.
+        """Fetch the missing bytes of many ranges at once, which is faster than one by one.
 
         Args:
-            ranges: Weight file, first byte, and the byte after the last; they may overlap.
+            ranges: Weight file, first byte, end (exclusive); they may overlap.
 
         Raises:
-            HubError: If they have to be fetched, and the Hub does not give them; what came is kept.
+            HubError: If they cannot be fetched; bytes that arrived are kept.
         """
         if self.partial is not None:
             self.partial.ensure(ranges)
 
     def num_missing(self, ranges: Iterable[FileRange]) -> int:
-        """How many bytes of these ranges have to be fetched."""
+        """Number of bytes in these ranges that have to be fetched."""
         return 0 if self.partial is None else sum(stop - start for _, start, stop in self.partial.missing(ranges))
 
     def whole(self) -> Checkpoint:
         """The same checkpoint with all its weights in its folder.
 
         Raises:
-            HubError: If they have to be fetched, and the Hub does not give them.
+            HubError: If missing weights cannot be fetched.
         """
         if self.partial is None:
             return self
@@ -118,14 +117,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model whose weight files are named but not yet read."""
+    """A model whose weight files are known but not yet read."""
 
     checkpoint: Checkpoint
     layout: Layout
     snapshot: Snapshot | None
 
     def read(self, *, partial: bool = False) -> Checkpoint:
-        """Read the headers of the safetensors; weights on the Hub are fetched now, or as they are read if `partial`."""
+        """Read the safetensors headers; Hub weights are fetched now, or as they are read if `partial`."""
         checkpoint, layout, snapshot = self.checkpoint, self.layout, self.snapshot
         if snapshot is None:
             return read_tensors(checkpoint, layout)
@@ -150,8 +149,8 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     """Look for a model's config and weight files in a local folder or a Hub repository; a folder wins.
 
     Raises:
-        CheckpointError: If it has no weights of a known form.
-        HubError: If it is not a folder and the Hub does not give it.
+        CheckpointError: If it has no weights in a known format.
+        HubError: If it is not a folder and cannot be fetched from the Hub.
     """
     name = f"{path}@{revision}" if revision else path
     if os.path.isdir(path):
@@ -162,26 +161,26 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     from dapa_merge.checkpoint.fetch import open_snapshot
 
     snapshot = open_snapshot(path, revision)
-    # Before gigabytes are fetched in vain.
+    # Read first, before gigabytes are fetched in vain.
     config = _read_config(snapshot.folder)
     layout = find_weights(snapshot.files, name)
     return FoundModel(Checkpoint(name, snapshot.folder, config, {}, (), snapshot.commit), layout, snapshot)
 
 
 def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = False) -> Checkpoint:
-    """Open the safetensors of a local model folder, or of a snapshot of a Hub repository.
+    """Open the safetensors of a local model folder or a Hub repository.
 
-    `checkpoint.convert.open_model` also opens models that have pickles only.
+    `checkpoint.convert.open_model` also opens models that have only pickles.
 
     Args:
         path: A folder, or a Hub id; a folder wins.
         revision: Branch, tag or commit on the Hub.
-        partial: Of a Hub repository that is not here yet, fetch the headers, and weights only as they are read. Where
-            the server has no ranges, everything is fetched all the same.
+        partial: If a Hub model is not cached, fetch the headers now, and weights only as they are read. Without
+            support for range requests on the server, everything is fetched now.
 
     Raises:
         CheckpointError: If the files are not a valid safetensors checkpoint.
-        HubError: If it is not a folder and the Hub does not give it.
+        HubError: If it is not a folder and cannot be fetched from the Hub.
     """
     found = find_model(path, revision)
     if found.layout.pickled:
@@ -190,19 +189,19 @@ def open_checkpoint(path: str, revision: str | None = None, *, partial: bool = F
 
 
 def pickles_refused(name: str) -> CheckpointError:
-    """The error for pickles that nobody allowed."""
+    """The error for pickles that the user did not allow."""
     return CheckpointError(
-        f"{name} has pickled weights only, which can run code when loaded; save it again as safetensors, or have them "
-        f"read as nothing but tensors with --allow-pickle (or {ALLOW_VARIABLE}=1)"
+        f"{name} has pickled weights only, which can run code when loaded; save it again as safetensors, or allow a "
+        f"reader that accepts only tensors with --allow-pickle (or {ALLOW_VARIABLE}=1)"
     )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`; or what Mistral AI's `params.json` says of the layers, for weights in its own form."""
+    """Read `config.json`, or derive a minimal config from the `params.json` of Mistral AI's own format."""
     params = folder / "params.json"
     if (folder / "config.json").exists() or not params.is_file():
         return read_json(folder / "config.json")
-    # mergekit and transformers know no class of this name, so that the layers are read off the tensors' names.
+    # mergekit and transformers do not know this class, so the layers are found by tensor names.
     config: dict[str, Any] = {"architectures": ["MistralConsolidated"]}
     if (num_layers := read_json(params).get("n_layers")) is not None:
         config["num_hidden_layers"] = num_layers
@@ -216,13 +215,13 @@ def _shards(checkpoint: Checkpoint, layout: Layout) -> tuple[str, ...]:
 
 
 def read_tensors(checkpoint: Checkpoint, layout: Layout) -> Checkpoint:
-    """The checkpoint with its tensors, from the headers of its weight files."""
+    """Add the tensors to a checkpoint, from the headers of its weight files."""
     name, shards = checkpoint.name, _shards(checkpoint, layout)
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         for tensor in read_header(checkpoint.path(shard)):
             if tensor.name in tensors:
-                # transformers loads the last of the two, others ask the index: it would not be one model.
+                # transformers would load the last of the two, other programs the one in the index.
                 both = f"{tensors[tensor.name].file} and {shard}"
                 raise CheckpointError(f"{name} holds {tensor.name} twice, in {both}; save it again")
             tensors[tensor.name] = tensor

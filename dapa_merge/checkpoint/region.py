@@ -1,4 +1,4 @@
-"""Boxes of tensors: what a unit is of a tensor, and where its bytes lie in a file."""
+"""Boxes of tensors: the parts that units consist of, and the places of their bytes in a file."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.errors import CheckpointError
 
-# The first row of a range, and the row after its last.
+# A row range; the end is exclusive.
 Rows = tuple[int, int]
-# For each dimension of a tensor, the first index and the one after the last.
+# The index range of each dimension of a tensor; the ends are exclusive.
 Box = tuple[Rows, ...]
 # The shape of every tensor, by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def whole_box(shape: Iterable[int]) -> Box:
-    """The box that is all of a tensor."""
+    """The box of a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
@@ -30,9 +30,9 @@ class TensorBox:
 
     Attributes:
         tensor: The tensor's name.
-        box: For each dimension, the first index and the one after the last.
-        axis: The dimension along which the rows of its unit run.
-        first_row: Which row of its unit its first one is.
+        box: The index range of each dimension.
+        axis: The dimension along which the unit's rows run.
+        first_row: Number of its first row within the unit.
     """
 
     tensor: str
@@ -48,7 +48,7 @@ class TensorBox:
         return stop - first
 
     def narrow(self, rows: Rows) -> TensorBox | None:
-        """What of it lies in a range of its unit's rows, if anything does."""
+        """The part within a range of the unit's rows; None if empty."""
         first = max(rows[0], self.first_row)
         stop = min(rows[1], self.first_row + self.num_rows)
         if first >= stop:
@@ -68,7 +68,7 @@ class Region:
 
     @classmethod
     def of(cls, tensor: Tensor, part: TensorBox | None = None) -> Region:
-        """All of a tensor, or a unit's part of it.
+        """The region of a whole tensor, or of a unit's part of it.
 
         Raises:
             CheckpointError: If it has no such part.
@@ -77,12 +77,12 @@ class Region:
         if len(box) != len(tensor.shape) or any(
             not 0 <= first <= stop <= size for (first, stop), size in zip(box, tensor.shape, strict=True)
         ):
-            raise CheckpointError(f"{tensor.name} is {list(tensor.shape)}, so that it has no part {box_text(box)}")
+            raise CheckpointError(f"{tensor.name} has shape {list(tensor.shape)}, and so no part {box_text(box)}")
         return cls(tensor, box)
 
     @property
     def name(self) -> str:
-        """The tensor's name, with the box behind it if it is not all of the tensor."""
+        """The tensor's name, followed by the box if it is only a part."""
         partial = [axis for axis, size in enumerate(self.shape) if size != self.tensor.shape[axis]]
         return self.tensor.name + (box_text(self.box[: partial[-1] + 1]) if partial else "")
 
@@ -96,7 +96,7 @@ class Region:
 
     @property
     def extents(self) -> tuple[int, ...]:
-        """The shape without dimensions of size one: what must agree for the elements to correspond."""
+        """The shape without dimensions of size one; elements correspond between regions of equal extents."""
         return tuple(size for size in self.shape if size != 1)
 
     @property
@@ -105,7 +105,7 @@ class Region:
 
     @property
     def num_element_bytes(self) -> int:
-        """Bytes of one element, of a dtype of whole bytes."""
+        """Bytes per element, for dtypes of whole bytes."""
         return self.tensor.num_bytes // max(self.tensor.num_parameters, 1)
 
     @property
@@ -113,13 +113,13 @@ class Region:
         return self.num_parameters * self.num_element_bytes
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """The stretches of the file that it is, in order: the offset of each, and its number of bytes."""
+        """Yields its contiguous parts of the file in order, as (offset, number of bytes)."""
         if not self.num_parameters:
             return
         if not self.box:
             yield self.tensor.start, self.num_bytes
             return
-        # The last dimension that is not all there: from it on, everything lies in one stretch.
+        # The last dimension that is not whole: from it on, the bytes are contiguous.
         inner = len(self.box) - 1
         while inner > 0 and self.shape[inner] == self.tensor.shape[inner]:
             inner -= 1
@@ -130,12 +130,12 @@ class Region:
             yield first + sum(map(operator.mul, indices, strides)), num_run_bytes
 
     def slices(self) -> tuple[slice, ...]:
-        """What picks it out of an array of the tensor's shape."""
+        """The slices that select it from an array of the tensor's shape."""
         return tuple(slice(first, stop) for first, stop in self.box)
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-    """What two boxes of one tensor have in common, if anything."""
+    """The overlap of two boxes of one tensor; None if empty."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(first < stop for first, stop in common) else None
 
@@ -143,7 +143,7 @@ def intersection(one: Box, other: Box) -> Box | None:
 def moved(box: Box, origin: Box, destination: Box) -> Box:
     """The part of `destination` that corresponds to the part `box` of `origin`.
 
-    The two are of one size, but either may have a leading dimension more, of which it has one index: that of an expert.
+    Both have the same size, but either may have one more leading dimension with a single index, the expert's.
     """
     offsets = [(first - low, stop - low) for (first, stop), (low, _) in zip(box, origin, strict=True)]
     surplus = len(offsets) - len(destination)
@@ -152,7 +152,7 @@ def moved(box: Box, origin: Box, destination: Box) -> Box:
 
 
 def remainder(box: Box, holes: Iterable[Box]) -> list[Box]:
-    """Boxes that do not overlap and make up what is left of a box without others."""
+    """The rest of a box outside the holes, as disjoint boxes."""
     pieces = [box]
     for hole in holes:
         pieces = [rest for piece in pieces for rest in _without(piece, hole)]

@@ -1,7 +1,7 @@
-"""All that is known of architectures: how they spell the projections of one layer, and what the shapes say.
+"""Knowledge of architectures: names of the projections in a layer, and the meaning of their shapes.
 
-A gated MLP computes down(activation(gate(x)) * up(x)). Its gate is a tensor of its own, or half of a fused tensor. A
-mixture of experts has one of either for each expert, or one three-dimensional tensor for all of them.
+A gated MLP computes down(activation(gate(x)) * up(x)). Its gate is a separate tensor, or half of a fused tensor. A
+mixture of experts has one such tensor per expert, or a three-dimensional tensor for all of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GATED = (
     ("c_fc2", "c_fc", "c_proj"),
     ("w1", "v1", "w2"),
 )
-# Gate and up in one tensor, the gate's rows first; and down. (Phi-3 and GLM-4; ChatGLM; Granite's experts.)
+# Gate and up fused in one tensor, the gate's rows first; then down. (Phi-3 and GLM-4; ChatGLM; Granite's experts.)
 FUSED = (("gate_up_proj", "down_proj"), ("dense_h_to_4h", "dense_4h_to_h"), ("input_linear", "output_linear"))
 # Up and down of an MLP without a gate.
 PLAIN = (
@@ -50,15 +50,15 @@ _NUMBER = re.compile(r"\d+")
 
 
 class LackingTensor(Exception):
-    """A layer has some projections of an MLP or an attention of which others have all: names one that it lacks."""
+    """A layer lacks a projection of an MLP or attention that other layers have; the message names it."""
 
 
 class NoSuchModule(Exception):
-    """No layer has what was asked for, or it cannot be told where: the words for it, and what may be asked instead."""
+    """The requested module is absent or cannot be located; the message says why, and what to request instead."""
 
 
 class Kind(Enum):
-    """Where an MLP keeps its gate."""
+    """How an MLP stores its gate."""
 
     GATED = "in a tensor of its own"
     FUSED = "in the first half of one that holds up too"
@@ -68,7 +68,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Spelling:
-    """How MLPs are spelled: their kind, and the names of gate, up and down, or of gate and up in one, and down."""
+    """An MLP's kind, and the names of its projections: gate, up and down, or gate-and-up and down, or up and down."""
 
     kind: Kind
     names: tuple[str, ...]
@@ -76,13 +76,13 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Mlp:
-    """One MLP of a layer: that of an expert, of all experts, or the only one.
+    """One MLP of a layer: the only one, an expert's, or one that holds all experts.
 
     Attributes:
-        spelling: How its weights are called.
-        weights: Their tensors, in the order of the spelling, by their names within the layer.
-        biases: Their biases' tensors, where there are any.
-        is_routed: Whether it belongs to experts of which a router chooses.
+        spelling: Its kind, and the names of its projections.
+        weights: Names of its weights within the layer, in the order of the spelling.
+        biases: Names of their biases, None where absent.
+        is_routed: Whether it belongs to experts that a router chooses from.
     """
 
     spelling: Spelling
@@ -92,10 +92,10 @@ class Mlp:
 
 
 def spell(layers: Sequence[Shapes]) -> dict[str, Spelling]:
-    """How each MLP of a stack's layers is spelled, by the name of its parent with `*` for numbers.
+    """The spelling of each MLP in a stack of layers, by its parent's name with `*` for numbers.
 
-    The first of the tables' spellings that is complete anywhere decides, so that a layer which lacks its gate is not
-    taken for one without any.
+    The first spelling of the tables that is complete in any layer counts for all: a layer that lacks its gate is not
+    mistaken for a plain MLP.
     """
     found: dict[str, tuple[int, Spelling]] = {}
     for layer in layers:
@@ -114,7 +114,7 @@ def find_mlps(layer: Shapes, spellings: Mapping[str, Spelling]) -> list[Mlp]:
     """The MLPs of one layer, routed experts first.
 
     Raises:
-        LackingTensor: If a part of one is missing, or an expert between others.
+        LackingTensor: If a projection or a numbered expert is missing.
     """
     mlps: dict[str, Mlp] = {}
     for parent, leaves in _by_parent(layer).items():
@@ -132,14 +132,14 @@ def find_mlps(layer: Shapes, spellings: Mapping[str, Spelling]) -> list[Mlp]:
 
 
 def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[TensorBox, ...]:
-    """Where a module of a layer lives: in boxes of the weights and biases of all its MLPs.
+    """The boxes of one module of a layer, in the weights and biases of all its MLPs.
 
     Raises:
-        NoSuchModule: If one of them has no gate, or keeps it where no range is.
+        NoSuchModule: If an MLP lacks the module, or interleaves it with another.
     """
     mlps = tuple(mlps)
     if module == "mlp":
-        # One module of all experts after the other, as it is where they are in one tensor.
+        # Module by module over all experts, the same order as in tensors that hold all experts.
         return tuple(part for name in _modules_of(mlps) for part in parts_of(mlps, name, layer))
     parts: list[TensorBox] = []
     row = 0
@@ -152,11 +152,11 @@ def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[TensorBox
 
 
 def attention_parts(layers: Sequence[Shapes]) -> list[tuple[TensorBox, ...]]:
-    """The projections of each layer's attention; none for a layer that has another mixer in its place.
+    """The boxes of each layer's attention projections; empty for a layer with another mixer instead.
 
     Raises:
-        LackingTensor: If a layer has some of them only; with the layer's number before it.
-        NoSuchModule: If no layer has any.
+        LackingTensor: If a layer has only some of them; the message begins with the layer's number.
+        NoSuchModule: If no layer has a known attention.
     """
     by_layer = [_by_parent(layer) for layer in layers]
     found = next(
@@ -170,7 +170,7 @@ def attention_parts(layers: Sequence[Shapes]) -> list[tuple[TensorBox, ...]]:
         None,
     )
     if found is None:
-        raise NoSuchModule("has no attention whose projections have names that are known here")
+        raise NoSuchModule("has no attention with known projection names")
     parent, names = found
     result = []
     for number, layer in enumerate(layers):
@@ -188,7 +188,7 @@ _TABLE = (*GATED, *FUSED, *PLAIN)
 
 
 def _by_parent(layer: Shapes) -> dict[str, dict[str, str]]:
-    """A layer's weights: by what their names begin with, by the last word of their names, the names."""
+    """Names of a layer's weights, by parent and then by the last part of the name."""
     weights: dict[str, dict[str, str]] = {}
     for name in layer:
         if not name.endswith(("bias", ".scale")):
@@ -207,23 +207,23 @@ def _bias_of(weight: str, layer: Shapes) -> str | None:
 
 
 def _kind(names: tuple[str, ...], leaves: Mapping[str, str], layer: Shapes) -> Kind | None:
-    """The kind of an MLP that has weights of these names, by their shapes; None if these are not the names' meaning."""
+    """The kind of an MLP with weights of these names, judged by their shapes; None if the shapes do not fit."""
     if len(names) == 3:
         return Kind.GATED
     up, down = (layer[leaves[name]] for name in names)
     is_wide = _fused_axis(up, down) is not None
     if names in FUSED and is_wide:
-        # One bias for both beside three-dimensional experts is GPT-OSS's, whose rows alternate.
+        # A fused bias next to three-dimensional experts means GPT-OSS, whose gate and up rows alternate.
         alternates = f"{leaves[names[0]]}_bias" in layer
         return Kind.INTERLEAVED if alternates else Kind.FUSED
     if names in PLAIN:
-        # Phi-3-small's only tensor before its activation is twice as wide, and its rows alternate.
+        # Phi-3-small has one tensor of double width before the activation, whose rows alternate.
         return Kind.INTERLEAVED if is_wide else Kind.PLAIN
     return None
 
 
 def _fused_axis(up: tuple[int, ...], down: tuple[int, ...]) -> int | None:
-    """The dimension along which a weight holds twice what the next one reads: that of gate and up in one."""
+    """The dimension along which gate and up are fused, twice the width that `down` reads; None if they are not."""
     if len(up) not in (2, 3) or len(up) != len(down):
         return None
     *experts, rows, columns = up
@@ -236,7 +236,7 @@ def _fused_axis(up: tuple[int, ...], down: tuple[int, ...]) -> int | None:
     return 2 if experts and (rows, columns) == (inputs, 2 * outputs) else None
 
 
-# Which weight of a spelling a module is, and which half of it, if not all.
+# The index of each module's weight in a spelling, and which half of it; None for all of it.
 _PLACES: dict[Kind, dict[str, tuple[int, int | None]]] = {
     Kind.GATED: {"gate": (0, None), "up": (1, None), "down": (2, None)},
     Kind.FUSED: {"gate": (0, 0), "up": (0, 1), "down": (1, None)},
@@ -246,7 +246,7 @@ _PLACES: dict[Kind, dict[str, tuple[int, int | None]]] = {
 
 
 def _modules_of(mlps: Iterable[Mlp]) -> list[str]:
-    """The modules that the MLPs of a layer have, in the order of the computation."""
+    """The modules of a layer's MLPs, in the order of the computation."""
     order = ("gate", "gate and up", "up", "down")
     names = {name for mlp in mlps for name in _PLACES[mlp.spelling.kind]}
     return [name for name in order if name in names]
@@ -259,21 +259,21 @@ def _place(spelling: Spelling, module: str) -> tuple[int, int | None]:
         why = (
             "has no gate projection in its MLP"
             if spelling.kind is Kind.PLAIN
-            else f"keeps gate and up in one tensor ({spelling.names[0]}), row by row in turn"
+            else f"interleaves the rows of gate and up in one tensor ({spelling.names[0]})"
         )
-        raise NoSuchModule(f"{why}, so that `modules: {module}` cannot be used with it; write {alternatives}")
+        raise NoSuchModule(f"{why}, so `modules: {module}` cannot be used with it; write {alternatives}")
     return places[module]
 
 
 def _strips(mlp: Mlp, index: int, half: int | None, layer: Shapes) -> list[list[TensorBox]]:
-    """For each expert of a weight, or for all of it, the boxes that share rows: its own, and its bias's."""
+    """The boxes of a weight and its bias that share rows, one list per expert, or one for all of it."""
     weight, bias = mlp.weights[index], mlp.biases[index]
     shape = layer[weight]
     axis = max(len(shape) - 2, 0)
     if half is not None:
         axis = _fused_axis(shape, layer[mlp.weights[1]]) or 0
     elif bias is not None and layer[bias][-1] == shape[-1] != shape[axis]:
-        # GPT-2's kind of layer stores the transpose.
+        # Layers like GPT-2's store the transpose.
         axis = len(shape) - 1
     size = shape[axis]
     rows = (0, size) if half is None else (half * size // 2, (half + 1) * size // 2)
@@ -290,7 +290,7 @@ def _strips(mlp: Mlp, index: int, half: int | None, layer: Shapes) -> list[list[
 
 
 def _check_numbering(parents: Iterable[str]) -> None:
-    """Raise `LackingTensor` if experts are not numbered from 0 without a hole."""
+    """Raise `LackingTensor` unless experts are numbered from 0 without a gap."""
     numbers: dict[str, set[int]] = {}
     for parent in parents:
         stem, _, last = parent.rpartition(".")

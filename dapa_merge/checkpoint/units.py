@@ -1,9 +1,9 @@
-"""Where the units of a model live: from the names and shapes of its tensors to the boxes of each unit.
+"""Finds the boxes of each unit of a model, from the names and shapes of its tensors.
 
-No table of model names, and no code for each architecture: the layers are read off the checkpoint. An MLP is known by
-the projections that stand side by side in it (`spelling`), so that a mixture's router (`mlp.gate`), a gate inside
-attention (`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection. The same reading serves a
-checkpoint's files and a model in memory, which may name and fuse the same weights otherwise.
+There is no table of model names and no code per architecture: the layers are found in the checkpoint itself. An MLP is
+recognized by its set of projections (`spelling`), so a mixture's router (`mlp.gate`), a gate inside attention
+(`self_attn.gate_proj`) or a vision tower is never mistaken for a gate projection. The same code serves a checkpoint's
+files and a model in memory, which may name and fuse the same weights differently.
 
 Quantized checkpoints are refused: their bytes are not floats that could be replaced.
 
@@ -23,15 +23,15 @@ from dapa_merge.checkpoint.spelling import LackingTensor, NoSuchModule, attentio
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
 MODULES = ("gate", "up", "down", "mlp", "attention")
-# What `modules: auto` in a recipe offers to the search, as separate units.
+# The modules that `modules: auto` in a recipe lets the search choose from, as separate units.
 AUTO_MODULES = ("gate", "up", "down")
-# What is told apart where everything is looked at: no part of another, and together all of a layer but its norms.
+# Modules that do not overlap, and together make up a layer except for its norms.
 SEPARATE_MODULES = (*AUTO_MODULES, "attention")
-# Modules of which every row is one neuron's, so that a block of rows can be a unit. (A row of down is no neuron's: it
-# is one feature of the residual stream, to which all neurons write.)
+# Modules whose rows belong to one neuron each, so a block of rows can be a unit. (A row of down is a feature of the
+# residual stream, to which all neurons write.)
 DIVISIBLE_MODULES = ("gate", "up")
 
-# The stack of layers that writes the text is not one of these. (`transformer.encoder` is ChatGLM's only stack.)
+# Stacks of layers that do not generate the text. (`transformer.encoder` is missing: it is ChatGLM's only stack.)
 OTHER_TOWERS = re.compile(r"vision|visual|image|vit(_|\.|$)|audio|speech|video|talker|(^|\.)mtp|projector|resampler")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")
@@ -40,16 +40,16 @@ _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing that is transplanted or left: one module of one layer, or a block of its rows.
+    """The smallest part of a model that can be transplanted: one module of one layer, or a block of its rows.
 
-    Units are equal if their layers, modules and rows are, wherever they live in one checkpoint or another.
+    Units are equal if their layers, modules and rows are, whichever tensors hold them.
 
     Attributes:
         layer: Layer number, from 0.
         module: One of `MODULES`.
-        whole_parts: The boxes of tensors that all of its rows live in: weights and, where there are any, biases.
-        rows: Which rows it is, for one of `DIVISIBLE_MODULES`; None for all of them. The rows of a mixture's experts
-            are numbered one expert after the other, a shared expert last.
+        whole_parts: The boxes of the weights, and of any biases, that hold all rows of the module.
+        rows: The block's rows, for `DIVISIBLE_MODULES`; None for all rows. A mixture's rows are numbered expert by
+            expert, a shared expert last.
     """
 
     layer: int
@@ -62,12 +62,12 @@ class Unit:
 
     @property
     def whole(self) -> Unit:
-        """The unit of all rows that this one is a part of."""
+        """The unit of all rows of this module."""
         return self if self.rows is None else replace(self, rows=None)
 
     @property
     def parts(self) -> tuple[TensorBox, ...]:
-        """The boxes of tensors that it lives in."""
+        """The boxes of tensors that hold it."""
         if self.rows is None:
             return self.whole_parts
         narrowed = (part.narrow(self.rows) for part in self.whole_parts)
@@ -75,22 +75,22 @@ class Unit:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The names of the tensors that it lives in, each once."""
+        """The names of the tensors that hold it, each once."""
         return tuple(dict.fromkeys(part.tensor for part in self.parts))
 
     @property
     def num_rows(self) -> int:
-        """How many rows all of it has."""
+        """Number of rows of the whole module."""
         return max(part.first_row + part.num_rows for part in self.whole_parts)
 
 
 def rows_text(rows: Rows | None) -> str:
-    """Rows as recipes write them behind a module: `[64:128]`, or nothing for all of them."""
+    """Rows as recipes write them after a module: `[64:128]`, or nothing for all rows."""
     return "" if rows is None else f"[{rows[0]}:{rows[1]}]"
 
 
 def join_ranges(ranges: Iterable[Rows]) -> list[Rows]:
-    """The same rows in as few ranges as can be, in order: those that touch or overlap become one."""
+    """Sort ranges of rows, and merge those that touch or overlap."""
     joined: list[Rows] = []
     for first, stop in sorted(ranges):
         if joined and first <= joined[-1][1]:
@@ -104,8 +104,8 @@ def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str]
     """All units of the given modules, by layer and then in the order of `modules`.
 
     Raises:
-        UnsupportedArchitecture: If this architecture has no projections of that kind, or hides where they are.
-        CheckpointError: If a layer lacks a tensor that the others have, or the count of layers is not the config's.
+        UnsupportedArchitecture: If this architecture lacks such projections, or they cannot be located.
+        CheckpointError: If a layer lacks a tensor that others have, or the number of layers is not the config's.
     """
     architecture = architecture_name(config)
     stack = _language_stack(config, shapes, architecture)
@@ -122,7 +122,7 @@ def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str]
         Unit(layer, module, parts)
         for layer, by_module in enumerate(by_layer)
         for module, parts in by_module.items()
-        # A layer may have another mixer in the place of attention.
+        # A layer may have another mixer instead of attention.
         if parts
     )
 
@@ -140,7 +140,7 @@ def architecture_name(config: Mapping[str, Any]) -> str:
 
 
 def layer_path(tensor: str) -> str:
-    """What the name of a tensor of a layer begins with, up to the layer's number."""
+    """The beginning of a tensor's name, up to and including the layer's number."""
     match = _LAYER_NUMBER.search(tensor)
     assert match is not None
     return tensor[: match.end() - 1]
@@ -148,14 +148,14 @@ def layer_path(tensor: str) -> str:
 
 @dataclass(frozen=True)
 class _Stack:
-    """A stack of layers: what stands before the number in its tensors' names, and each layer's tensors without that."""
+    """A stack of layers: the prefix of its tensors' names before the number, and each layer's tensors without it."""
 
     prefix: str
     layers: tuple[Shapes, ...]
 
 
 def _language_stack(config: Mapping[str, Any], shapes: Shapes, architecture: str) -> _Stack:
-    """The layers that make a model's text, as many as its config says."""
+    """The layers that generate the text, as many as the config says."""
     count, num_additional = _num_layers(config, architecture)
     stacks = [stack for stack in _stacks(shapes) if spell(stack.layers)]
     if len(stacks) > 1:
@@ -163,25 +163,21 @@ def _language_stack(config: Mapping[str, Any], shapes: Shapes, architecture: str
     if len(stacks) > 1:
         stacks = [stack for stack in stacks if len(stack.layers) == count]
     if not stacks:
-        raise UnsupportedArchitecture(
-            f"{architecture} has no MLP whose projections have names that are known here; it cannot be repaired so far"
-        )
+        raise UnsupportedArchitecture(f"{architecture} has no MLP with known projection names; it is not supported yet")
     if len(stacks) > 1:
         prefixes = ", ".join(stack.prefix for stack in stacks)
         raise UnsupportedArchitecture(
-            f"{architecture} has {len(stacks)} stacks of layers with an MLP ({prefixes}), of which one must be the "
-            f"language model's; it cannot be repaired so far"
+            f"{architecture} has {len(stacks)} stacks of layers with an MLP ({prefixes}), and the language model's "
+            f"cannot be told apart; it is not supported yet"
         )
     found = len(stacks[0].layers)
     if found not in (count, count + num_additional):
-        raise CheckpointError(
-            f"config.json of this {architecture} says {count} layers, but the tensors are those of {found}"
-        )
+        raise CheckpointError(f"config.json of this {architecture} says {count} layers, but the tensors have {found}")
     return replace(stacks[0], layers=stacks[0].layers[:count])
 
 
 def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]:
-    """How many layers the config says, and how many more may lie behind them to predict further tokens."""
+    """The config's number of layers, and of additional layers for multi-token prediction that may follow."""
     inner = [config[key] for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)]
     for part in (*inner, config):
         for key in LAYER_COUNTS:
@@ -196,24 +192,24 @@ def _num_layers(config: Mapping[str, Any], architecture: str) -> tuple[int, int]
 
 
 def _stacks(shapes: Shapes) -> Iterator[_Stack]:
-    """The numbered stacks that a checkpoint's tensor names form, by what stands before the first number."""
+    """Yields the stacks of numbered layers in a checkpoint, by the prefix before the first number."""
     by_prefix: dict[str, dict[int, dict[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         if match := _LAYER_NUMBER.search(name):
             layers = by_prefix.setdefault(name[: match.start()], {})
             layers.setdefault(int(match[1]), {})[name[match.end() :]] = shape
     for prefix, layers in sorted(by_prefix.items()):
-        # A number far out, without those before it, is no layer's, and must not make a million of them.
+        # A number far beyond the others is not a layer's, and must not create a million layers.
         count = max(layers) + 1 if max(layers) < 2 * len(layers) + 8 else len(layers)
         yield _Stack(prefix, tuple(layers.get(layer, {}) for layer in range(count)))
 
 
 def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tuple[TensorBox, ...]]]:
-    """For each layer the parts of its modules, in the order of `modules`.
+    """The boxes of each layer's modules, in the order of `modules`.
 
     Raises:
-        LackingTensor: If a layer lacks a tensor that others have; names it with the layer's number.
-        NoSuchModule: If a module is nowhere.
+        LackingTensor: If a layer lacks a tensor that others have; the message begins with the layer's number.
+        NoSuchModule: If a module is absent or cannot be located.
     """
     spellings = spell(stack.layers)
     attention = attention_parts(stack.layers) if "attention" in modules else [()] * len(stack.layers)
@@ -224,7 +220,7 @@ def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tup
         except LackingTensor as lacking:
             raise LackingTensor(f"{number}.{lacking}") from None
         if not mlps:
-            raise NoSuchModule(f"has no MLP in layer {number}, as others have; it cannot be repaired so far")
+            raise NoSuchModule(f"has no MLP in layer {number}, unlike other layers; it is not supported yet")
         parts = {
             module: attention[number] if module == "attention" else parts_of(mlps, module, layer) for module in modules
         }
@@ -233,11 +229,11 @@ def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tup
 
 
 def _placed(parts: Sequence[TensorBox], prefix: str) -> tuple[TensorBox, ...]:
-    """The same boxes, with their tensors' names in the checkpoint."""
+    """The same boxes, with a prefix to their tensors' names."""
     return tuple(replace(part, tensor=prefix + part.tensor) for part in parts)
 
 
-# What each method leaves beside a weight, for checkpoints whose config does not say it.
+# Tensors that each method stores next to a weight, for checkpoints whose config does not name the method.
 TENSOR_SIGNS = (
     ("bitsandbytes", re.compile(r"\.(SCB|absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$")),
     ("GPTQ", re.compile(r"\.g_idx$")),
@@ -250,7 +246,7 @@ TENSOR_SIGNS = (
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:
-    """Raise `CheckpointError` if a checkpoint says that it is quantized, or its tensors do."""
+    """Raise `CheckpointError` if a checkpoint's config or tensors show that it is quantized."""
     if method := _method(checkpoint):
         raise CheckpointError(
             f"{checkpoint.name} is quantized ({method}); repair the unquantized model and quantize the result"

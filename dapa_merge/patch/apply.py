@@ -1,10 +1,10 @@
-"""Applies a patch in place or to a copy, and takes it back; a kill at any moment loses nothing.
+"""Applies a patch in place or to a copy, and reverts it; a kill at any moment loses nothing.
 
-The order is what makes it safe. The undo file is complete and on disk, its name in the folder too, before the first
-byte of the model is changed; it is removed by `revert` only, when the old bytes are on disk again. A process that dies
-leaves each range old, new or half-written; either command, run again, knows these by the undo file and goes on.
+The order makes this safe. The undo file and its name are on disk before the first byte of the model is changed, and
+only `revert` removes it, once the old bytes are on disk again. A process that dies leaves each range old, new or
+half-written; both commands, run again, recognize these states by the undo file and continue.
 
-A copy is made of the base's files with the patch's rows written over them, all or nothing.
+A copy consists of the base's files with the patch's rows written over them, all or nothing.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ COPY = "apply the patch to a copy"
 
 
 def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None) -> bool:
-    """Write the patch's rows over the base's own, after what they replace is safe in an undo file.
+    """Write the patch's rows over the base's own, after saving the old ones in an undo file.
 
     Returns:
-        False if the model was patched with it already, and nothing was done.
+        False if the model was already patched, and nothing was done.
 
     Raises:
-        CheckpointError: If the base is not the recorded one, or the patch does not hold what it records.
-        UsageError: If the files are not to be written, or the undo file cannot be.
+        CheckpointError: If the base is not the recorded one, or the patch's bytes are not the recorded ones.
+        UsageError: If the files must not be written, or the undo file cannot be.
         DapaError: If the disk fails meanwhile; the command can be run again.
     """
     undo_path = undo_path or base.folder / UNDO_NAME
@@ -81,14 +81,14 @@ def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None
 
 
 def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
-    """Give a model the bytes back that it had before a patch was applied in place, and remove the undo file.
+    """Restore the bytes that a model had before a patch was applied in place, and remove the undo file.
 
     Returns:
-        How many bytes were put back: 0 if they were there already.
+        Number of bytes restored: 0 if the model had them already.
 
     Raises:
-        CheckpointError: If the undo file is damaged, or the model holds neither what it was nor what the patch made it.
-        UsageError: If there is no undo file, or the files are not to be written.
+        CheckpointError: If the undo file is damaged, or the model holds neither the old nor the patched values.
+        UsageError: If the undo file is absent, or the files must not be written.
         DapaError: If the disk fails meanwhile; the command can be run again.
     """
     undo_path = undo_path or base.folder / UNDO_NAME
@@ -103,7 +103,7 @@ def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
         check_layout(undo.patch, base)
         files = stack.enter_context(_opened(undo.patch, base))
         found = states(undo.patch, base)
-        _refuse_strangers(undo, base, found)
+        _refuse_unknown_values(undo, base, found)
         check_content(undo.patch)
         if is_changed := any(state is not State.PATCHED for state in found):
             _write(undo.patch, base, files)
@@ -115,7 +115,7 @@ def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
 
 
 def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> None:
-    """Raise unless the undo file is a sound one of this patch, with which its writing can go on."""
+    """Raise unless the undo file is valid and belongs to this patch, so that the patch can be resumed."""
     undo = read_undo(path)
     if not undo.takes_back(patch):
         raise UsageError(
@@ -123,13 +123,13 @@ def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> None:
         )
     check_layout(undo.patch, base)
     check_content(undo.patch)
-    _refuse_strangers(undo, base, states(undo.patch, base), patch)
+    _refuse_unknown_values(undo, base, states(undo.patch, base), patch)
 
 
-def _refuse_strangers(undo: Undo, base: Checkpoint, found: Sequence[State], patch: Patch | None = None) -> None:
-    """Raise `CheckpointError` if a range is neither the old one, nor the new one, nor partly each.
+def _refuse_unknown_values(undo: Undo, base: Checkpoint, found: Sequence[State], patch: Patch | None = None) -> None:
+    """Raise `CheckpointError` if a range is neither old, nor new, nor a mixture of both.
 
-    With the patch at hand every byte is compared, without it the sums of blocks.
+    With the patch every byte is compared, without it the checksums of blocks.
     """
     for entry, state in zip(undo.patch.entries, found, strict=True):
         if state is State.OTHER and not undo.is_half_written(entry, base, patch):
@@ -137,7 +137,7 @@ def _refuse_strangers(undo: Undo, base: Checkpoint, found: Sequence[State], patc
             raise CheckpointError(
                 f"{base.name} holds values in rows {first} to {stop} of {entry.tensor} that are neither the patch's "
                 f"nor those from before it; another program or a later patch changed them, so nothing was written"
-                f"{'' if patch else ' (if an earlier run was stopped, apply the patch again before it is reverted)'}"
+                f"{'' if patch else ' (if an earlier run was stopped, apply the patch again before reverting it)'}"
             )
 
 
@@ -154,7 +154,7 @@ def _locked(base: Checkpoint) -> Iterator[None]:
         UsageError: If another process holds it, the folder is shared, or it cannot be written.
     """
     if base.merged_from is not None:
-        raise UsageError(f"{base.name} is merged in a cache, which other runs share; {COPY}")
+        raise UsageError(f"{base.name} was merged into a cache that other runs share; {COPY}")
     if base.commit is not None:
         raise UsageError(f"{base.name} is in the Hub's cache, which other programs share; {COPY}")
     with ExitStack() as stack:
@@ -178,7 +178,7 @@ def _opened(patch: Patch, base: Checkpoint) -> Iterator[Mapping[str, BinaryIO]]:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a weight file for writing over parts of it, unless it is not this folder's alone, or write-protected."""
+    """Open a weight file for overwriting parts; refuses one that is linked from elsewhere or write-protected."""
     try:
         if path.is_symlink():
             raise UsageError(f"{path} is a symbolic link to a file that others may use, as in the Hub's cache; {COPY}")
@@ -191,9 +191,9 @@ def _open(path: Path) -> BinaryIO:
     if not stat.S_ISREG(status.st_mode):
         fault = "is not a regular file"
     elif status.st_nlink > 1:
-        fault = f"is hard-linked {status.st_nlink} times, so that other models would change with it"
+        fault = f"is hard-linked {status.st_nlink} times, so other models would change with it"
     elif not status.st_mode & 0o222:
-        # The superuser could; but whoever took the permission away meant it.
+        # The superuser could write it, but somebody removed the permission on purpose.
         fault = "is write-protected"
     if fault:
         file.close()
@@ -202,7 +202,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO]) -> None:
-    """Write a patch's rows to where they belong, and to disk; nothing else of the files is touched."""
+    """Write a patch's rows to their places and flush them; nothing else in the files is changed."""
     try:
         for entry in patch.entries:
             tensor = base.tensors[entry.tensor]
@@ -214,8 +214,8 @@ def _write(patch: Patch, base: Checkpoint, files: Mapping[str, BinaryIO]) -> Non
         _flush(files)
     except OSError as error:
         raise DapaError(
-            f"{base.name} is written in part, then its disk failed: {error.strerror}; run the same command again when "
-            f"that is mended, or `dapa-merge patch revert`"
+            f"{base.name} is partly written because its disk failed: {error.strerror}; repair that and run the same "
+            f"command again, or `dapa-merge patch revert`"
         ) from error
 
 
@@ -228,10 +228,10 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
     """Write a patched copy of `base` into the new folder `out`; the base's files are opened for reading only.
 
     Raises:
-        CheckpointError: If the base is not the recorded one, or the patch does not hold what it records.
+        CheckpointError: If the base is not the recorded one, or the patch's bytes are not the recorded ones.
         UsageError: If `out` exists, cannot be made, or does not fit on its disk.
     """
-    # A folder that cannot be written cannot be locked, nor patched in place by somebody else's process.
+    # A folder that cannot be written cannot be locked, but is not being patched in place either.
     with suppress(OSError), _lock(base):
         pass
     before = model_state(base, base.shards)
@@ -258,7 +258,7 @@ def _change(patch: Patch, entry: Entry, tensor: Tensor) -> RegionEdit:
 
 
 class State(Enum):
-    """What the rows of an entry are in a model."""
+    """State of an entry's rows in a model."""
 
     BASE = "as the patch found them"
     PATCHED = "as the patch makes them"
@@ -284,9 +284,9 @@ def check_layout(patch: Patch, base: Checkpoint) -> None:
 
 
 def check_rest(patch: Patch, base: Checkpoint) -> None:
-    """Raise `CheckpointError` unless the base has the recorded values also where the patch changes nothing.
+    """Raise `CheckpointError` unless the base has the recorded values where the patch changes nothing.
 
-    It reads all of the base but the patch's rows.
+    This reads all of the base except the patch's rows.
     """
     if rest_digest(base, patch.entries) != patch.metadata["base_rest"]:
         raise CheckpointError(
@@ -296,7 +296,7 @@ def check_rest(patch: Patch, base: Checkpoint) -> None:
 
 
 def states(patch: Patch, base: Checkpoint) -> list[State]:
-    """What the base holds for each entry of the patch."""
+    """The state of the base's rows for each entry of the patch."""
 
     def state(entry: Entry) -> State:
         tensor = base.tensors[entry.tensor]
@@ -310,7 +310,7 @@ def states(patch: Patch, base: Checkpoint) -> list[State]:
 
 
 def refuse_other(patch: Patch, base: Checkpoint, found: Sequence[State], hint: str) -> None:
-    """Raise `CheckpointError` unless all entries are as the patch found them; `hint` says what to do."""
+    """Raise `CheckpointError` unless the base has the recorded old rows of all entries; `hint` says what to do."""
     for entry, state in zip(patch.entries, found, strict=True):
         if state is State.OTHER:
             first, stop = entry.rows
@@ -319,14 +319,14 @@ def refuse_other(patch: Patch, base: Checkpoint, found: Sequence[State], hint: s
                 f"{patch.path} was made for{_made_for(patch)}{hint}"
             )
     if all(state is State.PATCHED for state in found):
-        raise CheckpointError(f"{base.name} holds what {patch.path} would write already")
+        raise CheckpointError(f"{base.name} already holds what {patch.path} would write")
     if State.PATCHED in found:
         patched, unpatched = (patch.entries[found.index(state)].tensor for state in (State.PATCHED, State.BASE))
         raise CheckpointError(f"{base.name} has {patched} as {patch.path} makes it, but not {unpatched}{hint}")
 
 
 def _made_for(patch: Patch) -> str:
-    """What the base was called when the patch was made; a stranger's words."""
+    """The base's name when the patch was made, from an untrusted file."""
     name = repr(patch.metadata.get("base", "an unnamed model")[:120])
     commit = patch.metadata.get("base_commit")
     return f" ({name}{f' at commit {commit[:40]!r}' if commit else ''})"

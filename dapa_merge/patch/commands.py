@@ -1,4 +1,4 @@
-"""The patch commands: each opens the models that it names and returns one answer."""
+"""The patch commands: each opens the named models and returns one answer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bool = False) -> dict[str, Any]:
-    """Write what a result has changed of its base to a new patch file, and describe it.
+    """Write a result's changes to its base to a new patch file, and describe it.
 
     Args:
         result: A folder or a Hub id.
         path: The file to make.
-        base: The same of what it was made of; by default the `base_model` of the recipe in the result's folder.
-        allow_pickle: Read a base of pickles, as nothing but tensors.
+        base: A folder or a Hub id; by default the `base_model` of the recipe in the result's folder.
+        allow_pickle: Read a base that exists only as pickles, accepting only tensors.
 
     Raises:
-        DapaError: If either cannot be read, they are not alike, or the file cannot be written.
+        DapaError: If either cannot be read, their tensors do not match, or the file cannot be written.
     """
     changed = open_location(_location(result))
     place = _location(base) if base is not None else _base_of(changed)
@@ -52,14 +52,14 @@ def apply_patch(
     """Apply a patch to a copy or in place, and say what was done.
 
     Raises:
-        DapaError: If the patch is not one for this base, or the result cannot be written.
+        DapaError: If the patch is not for this base, or the result cannot be written.
     """
     if (out is None) is not in_place:
         raise UsageError("name either a folder for the patched copy, or --in-place to change the model itself")
     if undo is not None and not in_place:
-        raise UsageError("--undo is of use with --in-place only; a patched copy has its base to go back to")
+        raise UsageError("--undo is only for --in-place; a patched copy leaves its base unchanged")
     patch = read_patch(path)
-    # What is converted into the cache cannot be changed in place.
+    # A model converted into the cache cannot be changed in place.
     model = open_location(_location(base), allow_pickle=allow_pickle and not in_place)
     answer = {"patch": str(path), "base": base, "in_place": in_place, "bytes": patch.num_bytes}
     if out is not None:
@@ -72,21 +72,21 @@ def apply_patch(
 
 
 def revert_patch(base: str, undo: Path | None) -> dict[str, Any]:
-    """Take back a patch that was applied in place, and say how many bytes were put back.
+    """Revert a patch that was applied in place, and say how many bytes were restored.
 
     Raises:
-        DapaError: If there is nothing to take back, or the model is not what the patch has made it.
+        DapaError: If there is nothing to revert, or the model was changed since the patch.
     """
     model = open_location(_location(base))
     file = undo or model.folder / UNDO_NAME
-    # All of it is about the bytes that were replaced.
+    # The undo file has about the size of the replaced bytes.
     size = file.stat().st_size if file.is_file() else 0
     with _interruptible(model), task("reverting", 3 * size, "bytes"):
         return {"base": base, "bytes": revert(model, undo)}
 
 
 def show_patch(path: Path) -> dict[str, Any]:
-    """What a patch says that it changes.
+    """The changes that a patch file lists.
 
     Raises:
         CheckpointError: If it is not a patch, or is damaged.
@@ -117,19 +117,19 @@ def _interruptible(model: Checkpoint) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         raise Stopped(
-            f"{model.name} may be written in part: run the same command again, or `dapa-merge patch revert`"
+            f"{model.name} may be partly written: run the same command again, or `dapa-merge patch revert`"
         ) from stop
 
 
 def _base_of(result: Checkpoint) -> Location:
-    """What the recipe in a result's folder says that it was made of."""
+    """The base of a result, according to the recipe in its folder."""
     path = result.folder / RECIPE_NAME
     if not path.is_file():
-        raise UsageError(f"{result.name} has no {RECIPE_NAME} that says what it was made of; name it with --base")
+        raise UsageError(f"{result.name} has no {RECIPE_NAME} that names its base; name the base with --base")
     try:
         return load_recipe(path).target
     except RecipeError as error:
-        raise UsageError(f"{error}; name with --base what the result was made of") from error
+        raise UsageError(f"{error}; name the result's base with --base") from error
 
 
 def _location(value: str) -> Location:

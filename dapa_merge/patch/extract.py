@@ -1,4 +1,4 @@
-"""Extracts a patch: what a result has changed of its base, as one small file. Both are streamed."""
+"""Extracts a patch: a result's changes to its base, in one small file. Both models are streamed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from dapa_merge.patch.file import (
 )
 from dapa_merge.progress import advance
 
-# What the header can hold: within one tensor, and in all; beyond, ranges take in the rows between them.
+# Most ranges that the header can hold, per tensor and in all; beyond them, ranges are joined across unchanged rows.
 MAX_TENSOR_RANGES = 1024
 MAX_RANGES = 50_000
 THREADS = 2
@@ -41,13 +41,13 @@ _UNKNOWN = "0" * 64
 
 
 def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | None = None) -> Patch:
-    """Write what `result` has changed of `base` to a new file, whole tensors or ranges of rows.
+    """Write the changes from `base` to `result` to a new file, as whole tensors or ranges of rows.
 
     Returns:
-        The patch as it is on disk.
+        The patch as read back from disk.
 
     Raises:
-        CheckpointError: If the two have not the same tensors, dtypes and shapes.
+        CheckpointError: If the two differ in tensors, dtypes or shapes.
         UsageError: If nothing was changed, or the file exists or cannot be written.
     """
     _check_layouts(result, base)
@@ -72,7 +72,7 @@ def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | N
 
 
 def differing_settings(result: Checkpoint, base: Checkpoint) -> list[str]:
-    """The names of the config, tokenizer and template files that are not the same in both, which no patch holds."""
+    """Names of the config, tokenizer and template files that differ; a patch does not hold them."""
     ours, theirs = settings_files(result), settings_files(base)
     return sorted(
         name
@@ -96,7 +96,7 @@ def _check_layouts(result: Checkpoint, base: Checkpoint) -> None:
 
 
 def _compare(result: Checkpoint, base: Checkpoint) -> dict[str, list[Range]]:
-    """By tensor that differs: the ranges of its rows that do."""
+    """The ranges of differing rows, by tensor."""
 
     def ranges(tensor: Tensor) -> list[Range]:
         found = result.tensors[tensor.name]
@@ -122,7 +122,7 @@ def _pairs(result: Checkpoint, found: Tensor, base: Checkpoint, tensor: Tensor) 
 
 
 def _entries(base: Checkpoint, found: Mapping[str, Sequence[Range]]) -> list[Entry]:
-    """The entries of a patch, the digests of which are not known yet."""
+    """The entries of a patch, with placeholders for the digests."""
     entries: dict[str, Entry] = {}
     whole = {
         name for name, ranges in found.items() for tensor in (base.tensors[name],)
@@ -145,7 +145,7 @@ def _write(
     entries: Sequence[Entry],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the rows, and then, as their digests are known, the header in the place that was left for it."""
+    """Write the rows first, and then the header with their digests into the space reserved for it."""
     contents = [(entry.key, entry.dtype, entry.stored_shape) for entry in entries]
     header, offsets = lay_out(contents, {**metadata, "entries": entries_text(entries)})
     needed = len(header) + sum(entry.num_bytes for entry in entries)
@@ -169,12 +169,12 @@ def _write(
     write_all(file, final)
 
 
-# What one more range costs in a patch: its place in the header, its name and two digests.
+# Cost of one more range in a patch: its place in the header, its name and two digests.
 RANGE_BYTES = 512
 
 
 class Range(NamedTuple):
-    """Rows `first` to before `stop`, of which `num_changed` differ: the first, the last, and most or all between."""
+    """Rows `[first, stop)`, of which `num_changed` differ, among them the first and the last."""
 
     first: int
     stop: int
@@ -182,15 +182,15 @@ class Range(NamedTuple):
 
 
 def changed_ranges(pieces: Iterable[tuple[bytes, bytes]], num_row_bytes: int, max_ranges: int) -> list[Range]:
-    """The rows that differ between two tensors of the same size, which are given piece by piece.
+    """The rows that differ between two tensors of the same size, given piece by piece.
 
-    Unchanged rows between two ranges are taken in where a range of its own costs more than they do, and where there
-    would be more than `max_ranges` ranges: the narrowest gaps first.
+    Ranges are joined across unchanged rows where these cost less than another range would, and, narrowest gaps first,
+    where there would be more than `max_ranges` ranges.
 
     Args:
         pieces: Pairs of pieces of equal length, in order; they may end within a row.
         num_row_bytes: Bytes of one row.
-        max_ranges: How many ranges there may be.
+        max_ranges: Largest number of ranges.
     """
     ranges: list[Range] = []
     max_gap = RANGE_BYTES // num_row_bytes
@@ -202,7 +202,7 @@ def changed_ranges(pieces: Iterable[tuple[bytes, bytes]], num_row_bytes: int, ma
                     ranges[-1] = _joined(ranges[-1], found)
                 else:
                     ranges.append(found)
-            # Not only at the end, so that a tensor of many tiny rows needs no more memory than another.
+            # Not only at the end, to bound the memory for a tensor of many tiny rows.
             if len(ranges) > 4 * max_ranges:
                 ranges = close_gaps(ranges, max_ranges)
         position += len(ours)
@@ -210,7 +210,7 @@ def changed_ranges(pieces: Iterable[tuple[bytes, bytes]], num_row_bytes: int, ma
 
 
 def close_gaps(ranges: Sequence[Range], max_ranges: int) -> list[Range]:
-    """At most `max_ranges` ranges that hold the given ones, with as few further rows as can be."""
+    """At most `max_ranges` ranges that cover the given ones with as few additional rows as possible."""
     num_closed = len(ranges) - max_ranges
     if num_closed <= 0:
         return list(ranges)
@@ -226,7 +226,7 @@ def close_gaps(ranges: Sequence[Range], max_ranges: int) -> list[Range]:
 
 
 def _joined(one: Range, other: Range) -> Range:
-    # The row in which a piece ends may differ on both sides of that end.
+    # A row that spans two pieces may differ in both.
     twice = 1 if other.first < one.stop else 0
     return Range(one.first, other.stop, one.num_changed + other.num_changed - twice)
 

@@ -1,20 +1,20 @@
-"""The patch file: a safetensors file of changed rows, and metadata that says where they belong and what they replace.
+"""The patch file: a safetensors file of changed rows, with metadata on their places and the rows they replace.
 
-`__metadata__` holds strings only, as the format wants:
+`__metadata__` holds only strings, as the format requires:
 
-- `dapa_patch`: the version of this format, `1`; `tool`: what wrote it.
-- `base`, `base_commit`: what the base was called, and its commit if it came from the Hub; nothing is decided by them.
-- `base_layout`: `layout_digest` of the base; `base_rest`: its `rest_digest`, of all that is not replaced (not in an
-  undo file, because other patches may come later).
+- `dapa_patch`: the version of this format, `1`; `tool`: the program that wrote it.
+- `base`, `base_commit`: the base's name, and its commit if it came from the Hub; both are only informative.
+- `base_layout`: `layout_digest` of the base; `base_rest`: its `rest_digest`, of everything that is not replaced (absent
+  from an undo file, because other patches may follow).
 - `entries`: a JSON list. Each has the `key` of its bytes in this file; `tensor`, `dtype` and `shape` of the base's
   tensor; `rows`, the first and the one after the last, of the tensor as a matrix of its last dimension (a tensor of
-  one dimension, or none, is one row); `num_changed`, how many of them differ; `base_sha256` and `new_sha256` of their
-  bytes.
-- `recipe`: the recipe that the result was made by, if it is known.
-- `undo_of`: in an undo file, the `identity` of the patch that it takes back.
+  one dimension, or none, is one row); `num_changed`, the number of rows that differ; `base_sha256` and `new_sha256` of
+  their bytes.
+- `recipe`: the recipe that the result was made by, if known.
+- `undo_of`: in an undo file, the `identity` of the patch that it reverts.
 
-No entry depends on how the base is divided into files. The bytes of all of a tensor are stored under its own name and
-shape, rows under `name[first:stop]` and as a matrix.
+No entry depends on how the base is divided into files. Whole tensors are stored under their own name and shape, rows
+under `name[first:stop]` and as a matrix.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from dapa_merge.transplant.manifest import Sha256
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
-    """Raise `UsageError` unless so many bytes fit on the disk of `path`."""
+    """Raise `UsageError` unless `needed` bytes fit on the disk of `path`."""
     free = shutil.disk_usage(path.absolute().parent).free
     if free < needed:
         raise UsageError(
@@ -48,7 +48,7 @@ def check_space(path: Path, needed: int, what: str) -> None:
 
 
 FORMAT_VERSION = "1"
-# Small enough that several threads need little memory, and that a piece stays in the processor's cache.
+# Small enough that several threads need little memory, and a piece stays in the processor's cache.
 PIECE_BYTES = 1 << 20
 
 
@@ -63,7 +63,7 @@ _Count = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Entry:
-    """Some rows of one tensor of the base, and what they are replaced by; the attributes are the metadata's own."""
+    """Some rows of one tensor of the base and their replacement; the attributes are the metadata's own."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -86,24 +86,24 @@ class Entry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of its bytes in the patch."""
+        """The shape of its rows in the patch."""
         first, stop = self.rows
         whole = (stop - first) * row_elements(self.dtype, self.shape) == math.prod(self.shape)
         return self.shape if whole else (stop - first, self.shape[-1])
 
     def place(self, tensor: Tensor) -> tuple[int, int]:
-        """Where its rows lie in the file of the base's tensor: the offset of the first byte, and after the last."""
+        """The byte range of its rows in the file of the base's tensor; the end is exclusive."""
         return tuple(tensor.start + row * self.num_row_bytes for row in self.rows)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch file whose header and metadata were read and found valid; its bytes were not read.
+    """A patch file whose header and metadata were read and validated, but not its rows.
 
     Attributes:
         path: The file.
-        contents: By key, where the bytes of each entry lie in it.
-        entries: What it changes, by position in the file.
+        contents: The place of each entry's bytes in it, by key.
+        entries: The changes, by position in the file.
         metadata: All of `__metadata__`.
     """
 
@@ -114,7 +114,7 @@ class Patch:
 
     @property
     def identity(self) -> str:
-        """A digest of what it changes to what, in what; the same for every file that says the same."""
+        """A digest of the base's layout and the changes; equal for all files with the same changes."""
         return identity(self.metadata["base_layout"], self.entries)
 
     @property
@@ -129,7 +129,7 @@ class Patch:
 
 
 def row_elements(dtype: str, shape: Sequence[int]) -> int:
-    """How many elements a row has: the last dimension, or all where there is but one, or rows end within a byte."""
+    """Elements per row: the last dimension, or all if there is only one dimension or rows would end within a byte."""
     last = shape[-1] if len(shape) > 1 else math.prod(shape)
     return last if last * DTYPE_BITS[dtype] % 8 == 0 else math.prod(shape)
 
@@ -140,7 +140,7 @@ def row_bytes(dtype: str, shape: Sequence[int]) -> int:
 
 
 def iterate_range(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Iterator[bytes]:
-    """The bytes of a weight file from `start` to before `stop`, in pieces of 1 MiB, of which only the last is shorter.
+    """Yields the bytes in `[start, stop)` of a weight file, in pieces of 1 MiB; only the last may be shorter.
 
     Raises:
         CheckpointError: If the file ends early, because it changed since its header was read.
@@ -161,13 +161,13 @@ def layout_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def identity(layout: str, entries: Sequence[Entry]) -> str:
-    """A digest of a patch's entries, whatever their order and keys, and of its base's layout."""
+    """A digest of a base's layout and of a patch's entries, independent of their order and keys."""
     changes = sorted((entry.tensor, entry.rows, entry.base_sha256, entry.new_sha256) for entry in entries)
     return hashlib.sha256(json.dumps([layout, changes]).encode()).hexdigest()
 
 
 def unique_key(name: str, taken: Mapping[str, Any]) -> str:
-    """A key like `name` that is not taken; a model may have a tensor that is called like another's rows."""
+    """A key like `name` that is not taken; a model may have a tensor with the name of another's rows."""
     while name in taken:
         name += "'"
     return name
@@ -176,10 +176,10 @@ def unique_key(name: str, taken: Mapping[str, Any]) -> str:
 def lay_out(
     contents: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The header of a safetensors file, and the offset in the file at which each tensor's bytes belong.
+    """The header of a safetensors file, and the offset of each tensor's bytes in the file.
 
     Args:
-        contents: Key, dtype and shape of each tensor. Larger dtypes come first in the file, so that all are aligned.
+        contents: Key, dtype and shape of each tensor. Larger dtypes come first in the file, which aligns all.
         metadata: `__metadata__`. Its values may be replaced by others of the same length afterwards.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -197,7 +197,7 @@ def lay_out(
 
 
 def entries_text(entries: Sequence[Entry]) -> str:
-    """Entries as the metadata holds them."""
+    """The entries in the metadata's format."""
     return json.dumps([asdict(entry) for entry in entries], separators=(",", ":"))
 
 
@@ -205,11 +205,11 @@ _ENTRIES, _DIGESTS = TypeAdapter(list[Entry]), TypeAdapter(dict[str, Sha256])
 
 
 def read_patch(path: Path, *, further: str | None = None) -> Patch:
-    """Read a patch's header, and believe nothing that it says of itself before it is checked.
+    """Read a patch's header and validate it.
 
     Args:
         path: The file.
-        further: The metadata's key that names one more tensor of the file, which belongs to no entry.
+        further: Metadata key that names one more tensor of the file, which belongs to no entry.
 
     Raises:
         CheckpointError: If it is not a patch, is damaged, or contradicts itself.
@@ -225,7 +225,7 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
             found = str(metadata["dapa_patch"])[:20]
             raise CheckpointError(f"{path} is a patch of format {found!r}, not {FORMAT_VERSION}; update dapa-merge")
         if further is None and "undo_of" in metadata:
-            raise CheckpointError(f"{path} is an undo file; `dapa-merge patch revert` takes it")
+            raise CheckpointError(f"{path} is an undo file; use it with `dapa-merge patch revert`")
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("its metadata are not all strings")
         digests = ("base_layout",) if further else ("base_layout", "base_rest")
@@ -244,7 +244,7 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
 
 
 def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], others: set[str]) -> None:
-    """Raise `ValueError` unless each tensor of the file is one entry's, and no two entries are of the same rows."""
+    """Raise `ValueError` unless each tensor of the file belongs to one entry, and entries do not overlap."""
     keys = [entry.key for entry in entries]
     if not entries or len(set(keys)) != len(keys) or {*keys, *others} != set(contents) or others & set(keys):
         raise ValueError("its entries are not those of its header")
@@ -256,7 +256,7 @@ def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], oth
                 f"the entry {entry.key[:120]!r} has rows {first} to {stop}, which its tensor does not have"
             )
         if not 0 < entry.num_changed <= stop - first or entry.base_sha256 == entry.new_sha256:
-            raise ValueError(f"the entry {entry.key[:120]!r} does not change what it says")
+            raise ValueError(f"the entry {entry.key[:120]!r} does not change the rows that it says")
         stored = contents[entry.key]
         if (stored.dtype, stored.shape) != (entry.dtype, entry.stored_shape) or stored.num_bytes != entry.num_bytes:
             raise ValueError(f"the entry {entry.key[:120]!r} is not what its header says")
@@ -272,7 +272,7 @@ THREADS = 4
 
 
 def rest_digest(model: Checkpoint, entries: Iterable[Entry]) -> str:
-    """One SHA-256 of all values of a model but some rows, however it is divided into files."""
+    """One SHA-256 of all values of a model except the entries' rows, independent of the division into files."""
     left_out: dict[str, list[tuple[int, int]]] = {}
     for entry in entries:
         left_out.setdefault(entry.tensor, []).append(entry.place(model.tensors[entry.tensor]))
@@ -293,7 +293,7 @@ def rest_digest(model: Checkpoint, entries: Iterable[Entry]) -> str:
 
 
 def digest_of(pieces: Iterable[bytes]) -> str:
-    """The SHA-256 of bytes that come in pieces."""
+    """The SHA-256 of bytes given in pieces."""
     state = hashlib.sha256()
     for piece in pieces:
         state.update(piece)
@@ -313,10 +313,10 @@ def check_content(patch: Patch) -> None:
 
 
 def checked_pieces(patch: Patch, entry: Entry) -> Iterator[bytes]:
-    """The new bytes of one entry, of which the last are given only if all are those that the patch records.
+    """Yields the new bytes of one entry, the last piece only if all have the recorded digest.
 
     Raises:
-        CheckpointError: Before the last piece, if they are not.
+        CheckpointError: Before the last piece, if they do not.
     """
     state = hashlib.sha256()
     remaining = entry.num_bytes
@@ -329,7 +329,7 @@ def checked_pieces(patch: Patch, entry: Entry) -> Iterator[bytes]:
 
 
 def content_fault(patch: Patch, entry: Entry) -> CheckpointError:
-    """What is to be raised where an entry's bytes in the patch have not the digest that it records."""
+    """The error for an entry whose bytes in the patch do not have the recorded digest."""
     return CheckpointError(
-        f"{patch.path} is damaged: its bytes for {entry.key[:120]!r} are not those it records; get it again"
+        f"{patch.path} is damaged: its bytes for {entry.key[:120]!r} are not the recorded ones; get it again"
     )

@@ -1,7 +1,7 @@
-"""`dapa.json` in a result: what it was made of, and what each of its files and changed tensors must be.
+"""`dapa.json` in a result: its origin, and the digests of its files and changed tensors.
 
 A result can be checked against it without the target and the source; with them, it can be proved to be the target plus
-exactly the parts that the manifest says.
+exactly the parts that the manifest lists.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dapa_merge.transplant.shard import RegionEdit
 MANIFEST_NAME = "dapa.json"
 CARD_NAME = "README.md"
 FORMAT = 1
-# A 70 B model's has 200 kB; a much larger file is not a manifest.
+# A 70 B model's manifest has 200 kB; a much larger file is not one.
 MAX_BYTES = 64 << 20
-# What the models said, harmful answers among it: not published, so a result may lack it.
+# The models' responses, including harmful ones: not published, so a result may lack them.
 PRIVATE = ("dapa_responses.jsonl",)
-# What is put next to a model afterwards and does not belong to it: its card, licences, notes and pictures.
+# Files that may be added next to a model afterwards: its card, licences, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
 _ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
@@ -40,8 +40,8 @@ class Origin:
     """A model that a result was made of.
 
     Attributes:
-        model: What the user called it: a folder or a Hub id.
-        commit: Its commit on the Hub; None for a local folder.
+        model: As the user wrote it: a folder or a Hub id.
+        commit: Hub commit; None for a local folder.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Origin:
 
 
 def _inside(name: str) -> str:
-    """A path whose every part is a plain name: none leads out of the folder, on any system."""
+    """Check that every part of a path is a plain name, so it cannot lead out of the folder on any system."""
     if any(part in ("", ".", "..") for part in name.split("/")) or not name.isprintable() or set("\\:") & set(name):
         raise ValueError("not a path inside the folder")
     return name
@@ -66,7 +66,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class File:
-    """What a file of a result must be."""
+    """Expected size and digest of a file of a result."""
 
     num_bytes: Annotated[int, Field(alias="bytes", ge=0, lt=1 << 62)]
     sha256: Sha256
@@ -74,12 +74,12 @@ class File:
 
 @dataclass(frozen=True)
 class ChangedTensor:
-    """What a tensor of a result must be that is not all the target's.
+    """Expected content of a result's tensor that differs from the target's.
 
     Attributes:
-        file: The result's file that it is in.
+        file: The result's file that holds it.
         sha256: Of all its bytes in the result.
-        boxes: The parts of it that are the source's, by dimension; None if all of it is.
+        boxes: The changed parts; None if all of it is changed.
     """
 
     file: str
@@ -89,14 +89,14 @@ class ChangedTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a result is.
+    """The content of a result's `dapa.json`.
 
     Attributes:
         version: The dapa-merge that made it.
-        models: What was repaired and what its new values came from, by what a recipe calls them.
+        models: The models it was made of, by their names in a recipe.
         edit: How new values were computed.
-        units: What was transplanted, as `3.gate`.
-        files: Every file that is listed (`is_listed`), by its path in the result with slashes.
+        units: The transplanted units, such as `3.gate`.
+        files: Every listed file (`is_listed`), by its path in the result with slashes.
         tensors: Every changed tensor by name.
     """
 
@@ -132,23 +132,23 @@ def make_manifest(
 
 
 def origins(plan: Plan) -> dict[str, Origin]:
-    """The models that a result is made of, by what a recipe calls them."""
+    """The models that a result is made of, by their names in a recipe."""
     return {name: Origin(checkpoint.name, checkpoint.commit) for name, checkpoint in plan.models.items()}
 
 
 def may_be_added(name: str) -> bool:
-    """Whether a file next to a model is not loaded as a part of it."""
+    """Whether a file may be added to a result, since no program loads it as part of the model."""
     last = name.rpartition("/")[2]
     return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
 
 
 def is_listed(name: str) -> bool:
-    """Whether a manifest lists a file: not the card, which is renewed, nor what is not published."""
+    """Whether a manifest lists a file: not itself, the card, which may be renewed, or unpublished files."""
     return name not in (MANIFEST_NAME, CARD_NAME, *PRIVATE)
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """What is written into `dapa.json`."""
+    """The text of `dapa.json`."""
     content = {
         "format": FORMAT,
         "version": manifest.version,
@@ -166,10 +166,10 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a result, believed in nothing that could lead out of its folder.
+    """Read and validate the manifest of a result; its paths cannot lead out of the folder.
 
     Raises:
-        CheckpointError: If it is absent, or not of this format.
+        CheckpointError: If it is absent, damaged or of another format.
     """
     path = folder / MANIFEST_NAME
     raw = read_json(path, max_bytes=MAX_BYTES)
@@ -191,12 +191,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _wrong(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path} {what}; take it from where the model was published")
+    return CheckpointError(f"{path} {what}; download it again from where the model was published")
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What `dapa.json` holds, but for its models."""
+    """The content of `dapa.json` except the models."""
 
     version: str
     strength: Annotated[float, Field(allow_inf_nan=False)]

@@ -1,9 +1,8 @@
-"""Writing the repaired model: the target's files with some bytes replaced, all or nothing.
+"""Writes the repaired model: the target's files with some bytes replaced, all or nothing.
 
-Everything is written into a hidden folder next to the final one, which appears under its name only when it is complete,
-proved and on disk. The model's files are opened for reading only: a Hub cache is made of links to shared blobs.
-Headers, the order of tensors and the names of shards stay its own, so that a content-addressed store has little to
-take up.
+Everything is written into a hidden folder next to the final one, and renamed only when it is complete, verified and on
+disk. The target's files are opened only for reading: a Hub cache consists of links to shared blobs. Headers, the order
+of tensors and the names of shards stay the target's, so a content-addressed store has little to add.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from dapa_merge.transplant.shard import (
 )
 from dapa_merge.transplant.staging import Staging, staging, staging_folder
 
-# Of the record of what is finished, and of how files are made: another version's are not gone on from.
+# Version of the record of finished files and of how they are made; another version's work is not resumed.
 FORMAT = 2
 # Other forms of the target's weights would no longer agree with the result, and its card describes another model.
 NOT_COPIED = (
@@ -48,10 +47,10 @@ NOT_COPIED = (
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
     "recipe.lock.yml",
 )  # fmt: skip
-# How the names of what commands leave in a model's folder begin: locks, undo files, unfinished files.
+# Prefix of files that commands leave in a model's folder: locks, undo files, unfinished files.
 OWN_STARTS = ".dapa-"
 MAX_THREADS = 8
-# A tokenizer has some 20 MB; a much larger file does not hold settings.
+# A tokenizer has about 20 MB; a much larger file does not hold settings.
 MAX_SMALL_BYTES = 1 << 30
 
 
@@ -68,23 +67,23 @@ def write_result(
 ) -> None:
     """Write a model with some changes into `out`.
 
-    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
-    job finished is kept.
+    Every byte is read back as soon as it is written, and compared with the expected one. Files that an earlier run of
+    the same job finished are kept.
 
     Args:
         target: The model.
-        changes: For each of its weight files, what is to be in its place.
-        out: The folder to make; it must not exist, or be empty.
-        job: What else than the model and the places of the changes decides the bytes, as JSON has it.
+        changes: The changes of each of its weight files.
+        out: The folder to make; it must be absent or empty.
+        job: Everything else that decides the bytes besides the model and the places of the changes, as JSON data.
         extras: Further small files to write into it, by name.
-        describe: Makes the text of the manifest, of what each file turned out to be; without it nothing is hashed.
-        link: Let weight files that do not change be the target's own, under a second name.
-        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        describe: Makes the manifest's text from the digests of the files; without it nothing is hashed.
+        link: Hard-link unchanged weight files to the target's instead of copying them.
+        check: Called with the finished folder before it gets its name; an exception keeps `out` from appearing.
 
     Raises:
-        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
-            are to be linked where that is impossible.
-        CheckpointError: If a change does not fit, a small file is a stray link or no file, or one changes meanwhile.
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; or if
+            files cannot be linked.
+        CheckpointError: If a change does not fit, a small file is a stray link or not a file, or one changes meanwhile.
     """
     linked = frozenset(name for name in target.shards if link and not changes[name])
     changes = {**changes, **{name: [] for name in _small_files(target)}}
@@ -109,7 +108,7 @@ def _small_files(target: Checkpoint) -> list[str]:
     """The files of a model besides its weights, by their paths in its folder.
 
     Raises:
-        CheckpointError: If one is a link out of the folder, or not a file: it would be copied or lost.
+        CheckpointError: If one is a link out of the folder, or not a file.
     """
     names = []
     for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
@@ -123,16 +122,16 @@ def _small_files(target: Checkpoint) -> list[str]:
                 refuse_stray_link(path, target.folder)
             continue
         if path.name == TEMPLATES:
-            raise CheckpointError(f"{path} is a file where chat templates should be in a folder; remove it")
+            raise CheckpointError(f"{path} must be a folder of chat templates, but is a file; remove it")
         refuse_stray_link(path, target.folder)
         if not path.is_file():
-            raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or mend it")
+            raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or repair it")
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
         if path.stat().st_size > MAX_SMALL_BYTES:
             size, most = path.stat().st_size / 1e9, MAX_SMALL_BYTES / 1e9
             raise CheckpointError(
-                f"{path} has {size:.1f} GB, and files beside the weights may have {most:.1f} GB; move it elsewhere"
+                f"{path} has {size:.1f} GB; files other than weights may have {most:.1f} GB; move it elsewhere"
             )
         names.append(path.relative_to(target.folder).as_posix())
     return names
@@ -151,7 +150,7 @@ def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:
 def _whole_job(
     target: Checkpoint, changes: Mapping[str, Sequence[RegionEdit]], linked: Collection[str], job: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that decides the bytes of a result's files, as JSON has it."""
+    """Everything that decides the bytes of a result's files, as JSON data."""
     return {
         "format": FORMAT,
         "target": model_state(target, sorted(changes), linked),
@@ -162,10 +161,10 @@ def _whole_job(
 
 
 def model_state(checkpoint: Checkpoint, names: Sequence[str], linked: Collection[str] = ()) -> dict[str, Any]:
-    """Which files these are, as JSON has it.
+    """The identity of a model's files, as JSON data; it changes when they do.
 
-    A snapshot of the Hub is known by its commit, since its files may have been fetched anew. The time at which anything
-    of a file changed is left out of files that get a second name here.
+    A Hub snapshot is identified by its commit, since its files may have been downloaded again. The time of the last
+    change of any property is left out for linked files, since linking changes it.
     """
     if checkpoint.commit is not None:
         return {"commit": checkpoint.commit, "files": list(names)}
@@ -181,7 +180,7 @@ def _write_files(
     *,
     hashes: bool,
 ) -> dict[str, Digests]:
-    """Write a result's files, in parallel, the largest first; Ctrl-C stops between two pieces. Says what they are."""
+    """Write a result's files in parallel, the largest first, and return their digests; Ctrl-C stops between pieces."""
     stop = threading.Event()
     files = dict(made.finished.files)
 
@@ -192,7 +191,7 @@ def _write_files(
         if name in files:
             advance(files[name].num_bytes, "bytes")
         elif name in linked:
-            # Not recorded: whoever writes into the target writes into it, so that each run hashes it anew.
+            # Not recorded but hashed by each run: writing to the target changes this file too.
             link_file(target.path(name), path)
             files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
         else:
@@ -207,7 +206,7 @@ def _write_files(
         try:
             wait(writes, return_when=FIRST_EXCEPTION)
         finally:
-            # After a fault, and after Ctrl-C; otherwise there is nothing left to stop.
+            # Stops the others after a fault or Ctrl-C; otherwise all are done.
             stop.set()
     faults = [fault for written in writes if (fault := written.exception()) is not None]
     for fault in faults:
@@ -217,7 +216,7 @@ def _write_files(
 
 
 def num_threads() -> int:
-    """How many files are written at once: more than there are processors, since each also waits for the disk."""
+    """Number of files written at once: more than there are processors, since each also waits for the disk."""
     return min(MAX_THREADS, (os.cpu_count() or 1) + 2)
 
 
@@ -228,7 +227,7 @@ def _write_small(path: Path, content: str | bytes) -> Digests:
 
 
 def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
-    """Let the result appear, complete and on disk; `written` are the files that are not on disk yet."""
+    """Flush the result to disk and give it its name; `written` are the files that were not flushed yet."""
     for name in written:
         with (made.folder / name).open("rb") as file:
             os.fsync(file.fileno())
@@ -237,7 +236,7 @@ def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
     try:
         made.folder.rename(out)
     except OSError as error:
-        raise UsageError(f"{out} came into being while its content was written; nothing was changed") from error
+        raise UsageError(f"{out} was created by another program in the meantime; nothing was changed") from error
     flush_folder(out.parent)
 
 
@@ -253,25 +252,25 @@ def transplant(
 ) -> Rounding:
     """Write the target with the plan's edit of the selected units into `out`.
 
-    Every byte is read back as soon as it is written, and compared with what it must be. What an earlier run of the same
-    job finished is kept.
+    Every byte is read back as soon as it is written, and compared with the expected one. Files that an earlier run of
+    the same job finished are kept.
 
     Args:
         plan: The models and the edit.
         selection: The units to change.
-        out: The folder to make; it must not exist, or be empty.
+        out: The folder to make; it must be absent or empty.
         extras: Further small files to write into it, by name.
-        link: Let weight files that do not change be the target's own, under a second name. Small files are copied all
-            the same: people edit them.
+        link: Hard-link unchanged weight files to the target's instead of copying them. Small files are always copied,
+            since people edit them.
         manifest: Write `dapa.json`, with the SHA-256 of everything.
-        check: Called with the finished folder before it gets its name; what it raises keeps `out` from appearing.
+        check: Called with the finished folder before it gets its name; an exception keeps `out` from appearing.
 
     Returns:
-        What was lost where values were stored in a narrower dtype, of the files that this call wrote.
+        The rounding errors from storing values in a narrower dtype, in the files that this call wrote.
 
     Raises:
-        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; if files
-            are to be linked where that is impossible.
+        UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; or if
+            files cannot be linked.
         CheckpointError: If a source value does not fit the target's dtype, or a file changes while it is read.
     """
     rounding = Rounding(plan.max_overflow)
@@ -294,14 +293,14 @@ def transplant(
 
 
 def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = None) -> None:
-    """Raise `UsageError` unless `out` is absent or an empty folder, in a place to write to, with space left.
+    """Raise `UsageError` unless `out` is absent or an empty folder, in a writable place with enough space.
 
     Args:
-        out: The result's place.
-        target: What is copied there.
-        num_bytes: What will be written, if less than all of the target's weights.
+        out: The folder to make.
+        target: The model to copy.
+        num_bytes: Bytes to write; None for all of the target's weights.
     """
-    # The folder of this name, also where it ends in `..`.
+    # Also resolves a name that ends in `..`.
     place = Path(os.path.abspath(out))
     try:
         occupied = place.is_symlink() or (place.exists() and not (place.is_dir() and not any(place.iterdir())))
@@ -322,7 +321,7 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
     needed = num_bytes
     if needed is None:
         needed = sum((target.folder / shard).stat().st_size for shard in target.shards)
-    # What an earlier run left is either gone on from or cleared.
+    # An earlier run's files are either reused or removed.
     free = shutil.disk_usage(parent).free + _allocated(staging_folder(place))
     if free < needed and not _shares_blocks(target, parent):
         raise UsageError(
@@ -331,16 +330,16 @@ def check_destination(out: Path, target: Checkpoint, num_bytes: int | None = Non
 
 
 def _allocated(folder: Path) -> int:
-    """Bytes of the disk that a folder takes."""
+    """Disk space that removing a folder would free."""
     if not folder.is_dir():
         return 0
     states = [path.lstat() for path in folder.rglob("*")]
-    # Links to the target's own files (of a run with --link) give nothing back.
+    # Links to the target's own files (from a run with --link) free nothing.
     return sum(getattr(state, "st_blocks", state.st_size // 512) * 512 for state in states if state.st_nlink == 1)
 
 
 def _shares_blocks(target: Checkpoint, parent: Path) -> bool:
-    """Whether a copy of the target takes no space there until it is changed."""
+    """Whether the file system can share the target's blocks with a copy, which then takes no space until changed."""
     try:
         with (target.folder / target.shards[0]).open("rb") as reader, tempfile.TemporaryFile(dir=parent) as writer:
             return clone(reader.fileno(), writer.fileno())

@@ -1,8 +1,8 @@
-"""Writing one file of a result: the target's file is copied, regions are overwritten, everything is read back.
+"""Writes one file of a result: copies the target's file, overwrites regions, and reads everything back.
 
-Nothing is believed that was not read again: each byte is compared with the target's or with the new value, and hashed.
-The kernel copies: it shares blocks or copies ranges where the file system can. `find_changes` is the one place where
-units become spans of files.
+Each byte is read back, compared with the target's or with the new value, and hashed. The kernel copies, by sharing
+blocks or copying ranges where the file system supports it. `find_changes` is the only place where units become spans of
+files.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
-# What is copied before it is read back: the kernel's copy is fast from here on, and it is in the second-level cache
-# still. To copy whole files first, and then to read them back, took a quarter longer.
+# Bytes copied before they are read back: enough for a fast kernel copy, and still in the second-level cache. Copying
+# whole files before reading them back took a quarter longer.
 STEP_BYTES = 1 << 19
-# What is written before the disk is asked, in the background, to take it up: the last wait for it is short then.
+# Bytes written between background flushes, which keep the final flush short.
 FLUSH_BYTES = 256 << 20
 
 
 class Stopped(Exception):
-    """Another file failed, so that this one is not needed."""
+    """Another file failed, so this one is not needed."""
 
 
 def write_file(
@@ -48,21 +48,21 @@ def write_file(
     *,
     hashes: bool = True,
 ) -> Digests:
-    """Make a new file: `origin` with changes. When this returns, it is on disk, and was read back and compared.
+    """Write a copy of `origin` with changes to a new file, flushed to disk, read back and compared.
 
     Args:
         origin: The target's file.
         destination: The file to make.
-        changes: What is not the target's.
-        stop: Set by whoever does not need the file any more.
-        hashes: Make digests; without, those that are returned are empty.
+        changes: The changes to `origin`.
+        stop: Set it to cancel the write.
+        hashes: Compute digests; otherwise they are returned empty.
 
     Returns:
-        The digest of the file, and of each changed tensor, whole.
+        The digests of the file and of each changed tensor, whole.
 
     Raises:
         CheckpointError: If `origin` changes meanwhile, a change does not fit, or other bytes are read back.
-        OSError: If the disk cannot take it.
+        OSError: If the disk fails or is full.
         Stopped: If `stop` was set.
     """
     stop = stop or threading.Event()
@@ -88,7 +88,7 @@ def write_file(
             _read_back(reader, writer, first, last, is_changed, hasher, buffers, origin, destination)
             advance(last - first, "bytes")
             if last - flushed >= FLUSH_BYTES and flush.done():
-                # A disk that could not take it says so once, and not to the next one who asks.
+                # The kernel reports a failed write to one flush only, so no flush's result may be ignored.
                 flush.result()
                 flushed, flush = last, flusher.submit(os.fsync, writer.fileno())
         flush.result()
@@ -97,7 +97,7 @@ def write_file(
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(f"{origin} was changed while it was copied; run the same command again")
         if os.fstat(writer.fileno()).st_size != before.st_size:
-            raise CheckpointError(f"{destination} has not the size of {origin} although it is a copy of it")
+            raise CheckpointError(f"{destination} does not have the size of {origin} although it is a copy of it")
     return hasher.digests()
 
 
@@ -112,7 +112,7 @@ def _copy(reader: IO[bytes], writer: IO[bytes], first: int, last: int, origin: P
 
 
 def _overwrite(writer: IO[bytes], change: RegionEdit, destination: Path) -> None:
-    """Write a change to its places, and compare what is read back there."""
+    """Write a change to its places, read it back and compare it."""
     mine = memoryview(bytearray(PIECE_BYTES))
     for start, piece in _placed(change):
         writer.seek(start)
@@ -133,7 +133,7 @@ def _placed(change: RegionEdit) -> Iterator[tuple[int, memoryview]]:
             piece = rest[: min(stop - start, PIECE_BYTES)]
             yield start, piece
             start, rest = start + len(piece), rest[len(piece) :]
-    # What follows the last byte is a check of whoever makes the pieces.
+    # Exhausts the generator, which may check its values after the last piece.
     for _ in pieces:
         pass
 
@@ -149,7 +149,7 @@ def _read_back(
     origin: Path,
     destination: Path,
 ) -> None:
-    """Hash a step of the file, and compare it with the target's if it is not changed."""
+    """Hash a step of the file, and compare it with the target's if it is unchanged."""
     writer.seek(first)
     reader.seek(first)
     mine, theirs = buffers
@@ -164,7 +164,7 @@ def _read_back(
 
 
 def _steps(changes: Sequence[RegionEdit], num_bytes: int) -> Iterator[tuple[Span, bool]]:
-    """A file from its first byte to its last in small steps, and whether each is changed."""
+    """Split a file into small steps in order, and say whether each is changed."""
     position = 0
     # A tensor may be in two of the selected units (`gate` and `mlp`); its values are the same in both.
     spans = sorted(span for change in changes for span in change.spans)
@@ -185,15 +185,15 @@ def _damaged(destination: Path, position: int) -> CheckpointError:
 
 @dataclass(frozen=True)
 class RegionEdit:
-    """A part of a target's tensor that a result has otherwise.
+    """A change to a part of a target's tensor.
 
     Attributes:
         tensor: The target's tensor, whole.
-        box: The part of it, by its dimensions.
-        spans: Where the part lies in the file, in order.
-        origin: What decides its bytes, in words: where the part lies in the other models, its dtype there, the edit.
-        pieces: Yields its bytes, as the target stores them, in order; raises `CheckpointError` if they do not fit or
-            are not finite.
+        box: The changed part.
+        spans: The part's byte ranges in the file, in order.
+        origin: Text that identifies its new bytes: the part's place and dtype in the other models, and the edit.
+        pieces: Yields its new bytes in order, as the target stores them; raises `CheckpointError` if they do not fit
+            or are not finite.
     """
 
     tensor: Tensor
@@ -210,7 +210,7 @@ class RegionEdit:
 def find_changes(
     plan: Plan, selection: Sequence[Unit], rounding: Rounding | None = None
 ) -> dict[str, list[RegionEdit]]:
-    """The changes of each weight file of the target, by their place in it.
+    """The changes of each weight file of the target, in file order.
 
     Raises:
         CheckpointError: If a tensor lacks rows of a block.
@@ -235,23 +235,23 @@ def _change(plan: Plan, regions: Mapping[str, Region], rounding: Rounding) -> Re
 
 
 def edits_digest(changes: Sequence[RegionEdit]) -> str:
-    """What tells changes of a file from others: a SHA-256 over where they are and where they come from."""
+    """A SHA-256 over the places and origins of a file's changes, which identifies them."""
     lines = (f"{change.tensor.name}\0{change.tensor.dtype}\0{change.spans}\0{change.origin}\n" for change in changes)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 # The request to share a file's blocks with another, of btrfs, XFS, bcachefs and others (linux/fs.h).
 FICLONE = 0x40049409
-# What the kernel answers where this file system, or this pair of them, has no copy of its own.
+# Errors of the kernel where this file system, or this pair of them, does not support kernel copies.
 NO_KERNEL_COPY = {
     errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ENOTTY, errno.ETXTBSY,
 }  # fmt: skip
-# What it answers if a file can have no second name: on another disk, another user's, one with too many already.
+# Errors where a file cannot be hard-linked: on another disk, owned by another user, or with too many links already.
 NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS}
 
 
 def clone(origin: int, destination: int) -> bool:
-    """Have a new file share the blocks of another until one of them changes; says whether the file system can."""
+    """Let a new file share another's blocks until one of them changes; returns whether the file system supports it."""
     if sys.platform != "linux":
         return False
     import fcntl
@@ -266,7 +266,7 @@ def clone(origin: int, destination: int) -> bool:
 
 
 def copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
-    """Copy up to `num_bytes` from where both files stand: in the kernel where it can, else through memory."""
+    """Copy up to `num_bytes` from both files' current positions: in the kernel if possible, else through memory."""
     for name in ("copy_file_range", "sendfile"):
         kernel_copy = getattr(os, name, None)
         if kernel_copy is None or (name == "sendfile" and sys.platform != "linux"):
@@ -284,10 +284,10 @@ def copy_piece(reader: IO[bytes], writer: IO[bytes], num_bytes: int) -> int:
 
 
 def link_file(origin: Path, destination: Path) -> None:
-    """Give a file a second name; of a link, as in a Hub cache, the file that it leads to.
+    """Hard-link a file; for a symbolic link, as in a Hub cache, the file that it leads to.
 
     Raises:
-        UsageError: If the file system cannot do that, or not for this file.
+        UsageError: If the file system does not support that, or not for this file.
     """
     try:
         os.link(origin.resolve(), destination)
@@ -295,6 +295,5 @@ def link_file(origin: Path, destination: Path) -> None:
         if error.errno not in NO_LINK:
             raise
         raise UsageError(
-            f"{origin} cannot be hard-linked to {destination.parent}: {error.strerror}; leave out --link, so that it "
-            f"is copied"
+            f"{origin} cannot be hard-linked to {destination.parent}: {error.strerror}; leave out --link to copy it"
         ) from error

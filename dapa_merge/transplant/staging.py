@@ -1,7 +1,7 @@
-"""The hidden folder next to a result's final place, in which the result is made and a killed run's work is found again.
+"""The hidden folder next to a result's final place, where the result is made and a killed run is resumed.
 
-Its name follows from the result's. It holds `result`, which becomes the result by one rename; `record`, which lists the
-finished files; `holder`, which names the process at work; and `lock`, which ends with that process.
+Its name is derived from the result's. It holds `result`, which becomes the result by one rename; `record`, the list of
+finished files; `holder`, which names the running process; and `lock`, which is released when that process ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Staging:
 
 
 def staging_folder(out: Path) -> Path:
-    """Where the result `out` is made."""
+    """Path of the hidden folder in which the result `out` is made."""
     return hidden_path(out, ".partial")
 
 
@@ -40,16 +40,16 @@ def staging_folder(out: Path) -> Path:
 def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
     """Hold the hidden folder of one result; files that an earlier run of the same job finished are kept.
 
-    The folder stays after a fault that passes, so that the same job can go on: no space, no network, Ctrl-C. After a
-    success and after every other fault it is gone.
+    After a temporary fault (no space, no network, Ctrl-C) the folder stays, so the same job can be resumed. After a
+    success or any other fault it is removed.
 
     Args:
         out: The result's final place, absolute.
-        job: Everything that decides the result's bytes, as JSON has it.
+        job: Everything that decides the result's bytes, as JSON data.
 
     Raises:
         UsageError: If another run holds the folder, it cannot be made, or the disk is full.
-        HubError: As raised inside, with what is kept.
+        HubError: As raised in the block, with a note of what is kept.
     """
     parent = out.parent
     new_parents = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -65,7 +65,7 @@ def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
         finished = _open(place, job)
         yield Staging(place / "result", finished)
     except (KeyboardInterrupt, HubError, OSError) as fault:
-        # Before the record is read it is not known what earlier runs finished.
+        # Until the record is read, earlier runs' files are unknown, so everything is kept.
         keep = finished is None or bool(finished.files)
         kept = _kept(place, finished)
         if isinstance(fault, KeyboardInterrupt):
@@ -88,13 +88,13 @@ def staging(out: Path, job: Mapping[str, Any]) -> Iterator[Staging]:
 
 
 def _hold(place: Path, out: Path) -> ExitStack:
-    """Make the folder, or take up one that nobody holds; closing lets others have it."""
+    """Make the folder, or reuse one that no process holds; closing the result releases it."""
     with ExitStack() as stack:
         while True:
             place.mkdir(exist_ok=True)
-            _refuse_strange(place)
+            _refuse_foreign(place)
             busy = f"{out} is being made by another run{_holder(place)}; wait for it, or name another folder"
-            # The one who held it may remove the folder at this very moment.
+            # The previous holder may remove the folder at this very moment.
             with suppress(FileNotFoundError):
                 stack.enter_context(held(place / "lock", busy))
                 break
@@ -110,11 +110,11 @@ def _holder(place: Path) -> str:
         return ""
 
 
-def _refuse_strange(folder: Path) -> None:
-    """In a folder that all may write to, another user could have made it first, to have us write elsewhere."""
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that another user planted in a shared folder to redirect our writes."""
     found = folder.lstat()
     if folder.is_symlink() or (hasattr(os, "getuid") and found.st_uid != os.getuid()):
-        raise UsageError(f"{folder} is not yours, and stands where the result is to be made; remove it")
+        raise UsageError(f"{folder}, where the result would be made, belongs to another user or is a link; remove it")
 
 
 def _open(place: Path, job: Mapping[str, Any]) -> FinishedFiles:
@@ -129,14 +129,14 @@ def _open(place: Path, job: Mapping[str, Any]) -> FinishedFiles:
 
 
 def _remove_unfinished(result: Path, finished: FinishedFiles) -> None:
-    """Free the space of files that have to be written again."""
+    """Free the space of files that must be written again."""
     for path in [*result.rglob("*")]:
         if not path.is_dir() and path.relative_to(result).as_posix() not in finished.files:
             path.unlink(missing_ok=True)
 
 
 def _empty(place: Path) -> None:
-    """Remove everything but the lock, which goes when it is released."""
+    """Remove everything but the lock, which is removed when released."""
     for name in ("record", "holder"):
         (place / name).unlink(missing_ok=True)
     shutil.rmtree(place / "result", ignore_errors=True)
@@ -144,21 +144,19 @@ def _empty(place: Path) -> None:
 
 def _kept(place: Path, finished: FinishedFiles | None) -> str:
     if finished is None:
-        return f"what {place} holds is kept"
+        return f"{place} is kept"
     if not finished.files:
         return "nothing was finished, so nothing was kept"
     size = sum(digests.num_bytes for digests in finished.files.values()) / 1e9
-    return (
-        f"{len(finished.files)} finished files ({size:.2f} GB) are kept in {place}, and the same command goes on from "
-        f"there"
-    )
+    kept = f"{len(finished.files)} finished files ({size:.2f} GB) are kept in {place}"
+    return f"{kept}, and the same command goes on from there"
 
 
 class FinishedFiles:
-    """The record of one job: its first line is the job, the others are files, each added once it is on disk."""
+    """The record of one job: the first line is the job, each further line a file that is on disk."""
 
     def __init__(self, path: Path, job: Mapping[str, Any], folder: Path) -> None:
-        """Take up the record of this job, or begin one in the place of any other.
+        """Continue this job's record, or replace any other one.
 
         Raises:
             OSError: If it cannot be written.
@@ -174,7 +172,7 @@ class FinishedFiles:
             self._record.append({"job": job})
 
     def add(self, name: str, path: Path, digests: Digests) -> None:
-        """Write down a file that is on disk."""
+        """Record a file that is on disk."""
         entry = {"file": name, "bytes": digests.num_bytes, "sha256": digests.sha256, "spans": dict(digests.spans)}
         with self._lock:
             self._record.append({**entry, "state": _state(path)})
@@ -182,7 +180,7 @@ class FinishedFiles:
 
 
 def finished_files(place: Path) -> dict[str, Digests]:
-    """The files that the next run will take for finished, in a staging folder that nobody holds."""
+    """The files that the next run will reuse, in a staging folder that no process holds."""
     return _unchanged(Record(place / "record").read()[1:], place / "result")
 
 

@@ -1,8 +1,8 @@
-"""Reads a result's files once, in order, next to what they should be: the target's bytes, or what the edit makes.
+"""Compares a result's files, each read once in order, with the target's bytes and with the edit's output.
 
-Every tensor of a result is cut into pieces, each with the place in the target where the same values are, and, for what
-may have been transplanted, the place in the source. Result and target may cut and name their tensors differently:
-mergekit writes the experts of a mixture as one tensor, which the target's files hold one by one.
+Every tensor of a result is divided into boxes, each matched to its place in the target and, where it may have been
+transplanted, in the source. Result and target may divide and name their tensors differently: mergekit writes the
+experts of a mixture as one tensor, which the target's files hold one by one.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
-# Compared at once where nothing else is to be known: two of these stay in the processor's cache.
+# Bytes compared at once in whole tensors: two pieces stay in the processor's cache.
 PIECE_BYTES = 1 << 18
-# And where rows are told apart: the result's, the target's and the source's, and what is computed of them.
+# Bytes compared at once row by row: the result's, the target's, the source's and the edit's.
 TILE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a box of a result's tensor should come from.
+    """The expected origin of a box of a result's tensor.
 
     Attributes:
-        box: Which of the result's tensor.
-        target: The same values in the target.
-        edited: Where the same values are in every model, if they may have been transplanted.
-        unit: The unit of which it is a part, with `edited`.
+        box: The box of the result's tensor.
+        target: Its place in the target.
+        edited: Its place in every model, if it may have been transplanted.
+        unit: The unit that it belongs to, if `edited`.
         part: The unit's part in the target.
     """
 
@@ -53,18 +53,18 @@ class Origin:
 
 @dataclass
 class RowOrigins:
-    """Of each row of a part of a unit: whether the result's is the target's, and whether it is what the edit makes."""
+    """For each row of a unit's part, whether the result equals the target, and whether it equals the edit's output."""
 
     is_target: numpy.ndarray
     is_edited: numpy.ndarray
 
     @classmethod
     def unseen(cls, num_rows: int) -> RowOrigins:
-        """Both, until it is seen otherwise."""
+        """All true, until a difference is found."""
         return cls(numpy.ones(num_rows, dtype=bool), numpy.ones(num_rows, dtype=bool))
 
     def note(self, part: TensorBox, box: Box, is_target: numpy.ndarray, is_edited: numpy.ndarray) -> None:
-        """What was seen of a box of the part's tensor, element by element."""
+        """Add the comparison of a box of the part's tensor, given element by element."""
         first, stop = box[part.axis]
         start = part.box[part.axis][0]
         rows = slice(first - start, stop - start)
@@ -76,13 +76,13 @@ class RowOrigins:
 
 @dataclass
 class Findings:
-    """What was seen in one weight file of a result.
+    """The comparison of one weight file of a result.
 
     Attributes:
-        sha256: Of all of the file.
+        sha256: Of the whole file.
         tensor_sha256: Of the bytes of each tensor that may have been transplanted.
-        different: Tensors that are not the target's where they must be.
-        rows: By unit and part of it, where each row comes from.
+        different: Tensors that differ from the target where they must not.
+        rows: The origin of each row, by unit and part.
     """
 
     sha256: str = ""
@@ -92,7 +92,7 @@ class Findings:
 
 
 def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[Origin]], plan: Plan) -> Findings:
-    """Read one weight file of a result from end to end, and compare and hash what is read.
+    """Read one weight file of a result completely, and compare and hash it.
 
     Raises:
         CheckpointError: If a file becomes shorter meanwhile.
@@ -107,14 +107,14 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[O
         for tensor in tensors:
             found = places.get(tensor.name, ())
             own = hashlib.sha256() if any(place.edited for place in found) else None
-            take = _Taker((state, own) if own else (state,))
+            reader = _HashingReader((state, own) if own else (state,))
             if not found:
                 is_same = False
-                _pass_over(file, tensor, take)
+                _hash_only(file, tensor, reader)
             elif len(found) == 1 and found[0].edited is None and found[0].target.is_whole:
-                is_same = _stream(file, tensor, plan.target, found[0].target.tensor, take)
+                is_same = _compare_whole(file, tensor, plan.target, found[0].target.tensor, reader)
             else:
-                is_same = _by_tiles(file, tensor, found, plan, take, findings)
+                is_same = _compare_tiles(file, tensor, found, plan, reader, findings)
             if not is_same:
                 findings.different.add(tensor.name)
             if own is not None:
@@ -123,8 +123,8 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[O
     return findings
 
 
-class _Taker:
-    """Reads on in a result's file, and hashes what it reads."""
+class _HashingReader:
+    """Reads the next bytes of a result's file, and hashes them."""
 
     def __init__(self, hashes: Sequence[hashlib._Hash]) -> None:
         self._hashes = hashes
@@ -137,14 +137,16 @@ class _Taker:
         advance(len(buffer), "bytes")
 
 
-def _pass_over(file: BufferedReader, tensor: Tensor, take: _Taker) -> None:
-    """Read a tensor of the result that is compared with nothing."""
+def _hash_only(file: BufferedReader, tensor: Tensor, reader: _HashingReader) -> None:
+    """Read and hash a tensor of the result without comparing it."""
     for start in range(0, tensor.num_bytes, PIECE_BYTES):
-        take.read_into(file, bytearray(min(PIECE_BYTES, tensor.num_bytes - start)))
+        reader.read_into(file, bytearray(min(PIECE_BYTES, tensor.num_bytes - start)))
 
 
-def _stream(file: BufferedReader, tensor: Tensor, target: Checkpoint, expected: Tensor, take: _Taker) -> bool:
-    """Read a tensor of the result; whether its bytes are those of a tensor of the target."""
+def _compare_whole(
+    file: BufferedReader, tensor: Tensor, target: Checkpoint, expected: Tensor, reader: _HashingReader
+) -> bool:
+    """Read a tensor of the result, and return whether its bytes equal those of a target's tensor."""
     mine, theirs = bytearray(PIECE_BYTES), bytearray(PIECE_BYTES)
     is_same = True
     with target.open(expected.file) as other:
@@ -153,28 +155,33 @@ def _stream(file: BufferedReader, tensor: Tensor, target: Checkpoint, expected: 
             size = min(PIECE_BYTES, tensor.num_bytes - start)
             if size < PIECE_BYTES:
                 mine, theirs = bytearray(size), bytearray(size)
-            take.read_into(file, mine)
+            reader.read_into(file, mine)
             if other.readinto(theirs) != size:
                 raise CheckpointError(f"{target.folder / expected.file} became shorter while it was read")
             is_same = is_same and mine == theirs
     return is_same
 
 
-def _by_tiles(
-    file: BufferedReader, tensor: Tensor, places: Sequence[Origin], plan: Plan, take: _Taker, findings: Findings
+def _compare_tiles(
+    file: BufferedReader,
+    tensor: Tensor,
+    places: Sequence[Origin],
+    plan: Plan,
+    reader: _HashingReader,
+    findings: Findings,
 ) -> bool:
-    """Read a tensor of the result tile by tile, and note where the rows of its units come from.
+    """Read a tensor of the result tile by tile, and note the origins of its units' rows.
 
     Returns:
-        Whether all that belongs to no unit is the target's.
+        Whether everything outside of units is the target's.
     """
     num_element_bytes = Region.of(tensor).num_element_bytes
     is_same = True
     for tile in _tiles(tensor.shape, TILE_BYTES // max(num_element_bytes, 1)):
         shape = tuple(stop - first for first, stop in tile)
         buffer = bytearray(math.prod(shape) * num_element_bytes)
-        take.read_into(file, buffer)
-        # As whole numbers, which are compared bit by bit.
+        reader.read_into(file, buffer)
+        # As integers, which are compared bit by bit.
         values = numpy.frombuffer(buffer, dtype=f"u{num_element_bytes}").reshape(shape)
         for place in places:
             box = intersection(tile, place.box)
@@ -196,13 +203,13 @@ def _by_tiles(
 
 
 def _equal(values: numpy.ndarray, expected: bytes) -> numpy.ndarray:
-    """Element by element, whether an array holds these bytes."""
+    """Compare an array with bytes, element by element."""
     same: numpy.ndarray = values == numpy.frombuffer(expected, dtype=values.dtype).reshape(values.shape)
     return same
 
 
 def _tiles(shape: tuple[int, ...], num_elements: int) -> Iterator[Box]:
-    """Boxes of at most so many elements (but a row, at least) that make up a tensor, in the order of the file."""
+    """Divide a tensor into boxes of at most `num_elements` (but at least a row), in file order."""
     if not shape:
         yield ()
         return
@@ -219,11 +226,11 @@ def _tiles(shape: tuple[int, ...], num_elements: int) -> Iterator[Box]:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """How a result's tensors stand to the target's.
+    """The match between a result's tensors and the target's.
 
     Attributes:
-        places: For each tensor of the result, its boxes and what they should be; they make up all of it.
-        faults: Names of tensors, and what is wrong with them whatever they hold.
+        places: For each tensor of the result, boxes that make up all of it, with their expected origins.
+        faults: Names of tensors, and what is wrong with them regardless of their values.
     """
 
     places: Mapping[str, list[Origin]]
@@ -232,7 +239,7 @@ class Correspondence:
 
 @dataclass(frozen=True)
 class _Segment:
-    """A box of a target's tensor, and where the result has it."""
+    """A box of a target's tensor, and its place in the result."""
 
     box: Box
     tensor: str
@@ -242,8 +249,8 @@ class _Segment:
 def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
     """Find each of the target's values in a result.
 
-    It does not matter who wrote the result: its files may be divided otherwise, mergekit writes a mixture's experts as
-    one tensor, and tied weights twice.
+    Any program may have written the result: its files may be divided differently, and mergekit writes a mixture's
+    experts as one tensor, and tied weights twice.
     """
     target = plan.target
     faults: list[tuple[str, str]] = []
@@ -257,7 +264,7 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
     lost = set(target.tensors) - set(segments) - {name for name, _ in faults}
     new = set(result.tensors) - set(target.tensors)
     if lost and new:
-        segments |= _cut_otherwise(result, target, lost)
+        segments |= _divided_differently(result, target, lost)
         segments |= _renamed(result, target, lost - set(segments), new)
     faults += [(name, "is missing") for name in sorted(lost - set(segments))]
     places = _places(segments, plan)
@@ -271,7 +278,7 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
 
 
 def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str, list[Origin]]:
-    """For each tensor of the result, its boxes: parts of units, and what lies between them."""
+    """For each tensor of the result, its boxes: parts of units, and the rest between them."""
     parts: dict[str, list[tuple[Unit, TensorBox, dict[str, Region]]]] = {}
     for unit in plan.units:
         for part, regions in zip(unit.parts, plan.regions((unit,)), strict=True):
@@ -284,7 +291,7 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
         for segment in found:
             here = places.setdefault(segment.tensor, [])
             if not tensor.num_bytes:
-                # Boxes without elements have nothing in common.
+                # Boxes without elements do not overlap.
                 here.append(Origin(segment.result_box, Region(tensor, segment.box)))
                 continue
             for box in between:
@@ -300,8 +307,8 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
     return places
 
 
-def _cut_otherwise(result: Checkpoint, target: Checkpoint, lost: set[str]) -> dict[str, list[_Segment]]:
-    """Of tensors that are gone, those whose values are in other tensors of the result's MLPs."""
+def _divided_differently(result: Checkpoint, target: Checkpoint, lost: set[str]) -> dict[str, list[_Segment]]:
+    """The lost tensors whose values are in differently divided tensors of the result's MLPs."""
     modules = ("gate", "up", "down")
     try:
         units = find_units(target.config, target.shapes, modules)
@@ -326,7 +333,7 @@ def _is_complete(tensor: Tensor, segments: Iterable[_Segment]) -> bool:
 
 
 def _renamed(result: Checkpoint, target: Checkpoint, lost: set[str], new: set[str]) -> dict[str, list[_Segment]]:
-    """Of tensors that are gone, those that the result has under another name with the same numbers in it."""
+    """The lost tensors that the result has under another name with the same numbers in it."""
     found = {}
     for name in sorted(lost):
         tensor = target.tensors[name]
@@ -339,7 +346,7 @@ def _renamed(result: Checkpoint, target: Checkpoint, lost: set[str], new: set[st
 
 
 def _twin(checkpoint: Checkpoint, tensor: Tensor, other: Checkpoint, candidates: Iterable[Tensor]) -> Tensor | None:
-    """The first of another checkpoint's tensors that has the form and the bytes of one of this."""
+    """The first candidate in another checkpoint with the dtype, shape and bytes of a tensor; None if absent."""
     for candidate in candidates:
         if _form(candidate) == _form(tensor):
             pairs = zip(iterate_bytes(checkpoint, tensor), iterate_bytes(other, candidate), strict=True)

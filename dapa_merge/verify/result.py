@@ -1,4 +1,4 @@
-"""Checks a result against its manifest, its target and its source, as far as these are at hand."""
+"""Checks a result against its manifest, its target and its source, as far as these are available."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ from dapa_merge.transplant.manifest import (
 )
 from dapa_merge.verify.tensors import Verification, verify
 
-# So many differing keys of a settings file are named.
+# Number of differing keys of a settings file that a message names.
 MAX_KEYS = 8
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a result turned out to be.
+    """The outcome of checking a result.
 
     Attributes:
-        verification: Tensor by tensor; None if only the manifest was looked at.
-        faults: A sentence for whatever is wrong.
-        notes: A sentence for whatever may be meant, but should be known.
+        verification: The comparison of all tensors; None if only the manifest was checked.
+        faults: One sentence per fault.
+        notes: One sentence per difference that may be intended.
         has_manifest: Whether there is a `dapa.json`.
     """
 
@@ -62,7 +62,7 @@ class Check:
     has_manifest: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: the verdict, and what is not the target's."""
+        """The verdict and everything that is not the target's, as JSON data."""
         answer: dict[str, Any] = {"correct": not self.faults, "faults": list(self.faults), "notes": list(self.notes)}
         answer["manifest"] = self.has_manifest
         if self.verification is not None:
@@ -85,17 +85,17 @@ def verify_result(
     write: bool = False,
     allow_pickle: bool = False,
 ) -> Check:
-    """Compare a result with its target, its source and its manifest; also one that `mergekit-yaml` wrote.
+    """Compare a result, possibly written by `mergekit-yaml`, with its target, its source and its manifest.
 
-    If the recipe names no layers, any selection of units is right, but not an empty one.
+    If the recipe names no layers, any selection of units is right, except an empty one.
 
     Args:
         out: The result's folder.
-        recipe_path: The recipe that it was made by; by default the one in it.
-        target: Where the target is, if not where the recipe says.
-        source: Where the source is, if not where the recipe says.
-        write: Give it a manifest, if it is correct and has none.
-        allow_pickle: Read weights that there are as pickles only, as nothing but tensors.
+        recipe_path: The recipe that it was made by; by default the one in the folder.
+        target: The target's location, if other than in the recipe.
+        source: The source's location, if other than in the recipe.
+        write: Write the missing manifest of a correct result.
+        allow_pickle: Read weights that exist only as pickles, accepting only tensors.
 
     Raises:
         DapaError: If the result, its recipe, the target or the source cannot be read.
@@ -108,7 +108,7 @@ def verify_result(
     plan = make_plan(recipe, allow_pickle=allow_pickle)
     given = [plan.models[name] for name, place in (("target", target), ("source", source)) if place is not None]
     if any(out.samefile(checkpoint.folder) for checkpoint in given):
-        raise UsageError(f"{out} is the target or the source itself, and nothing that was made of them")
+        raise UsageError(f"{out} is the target or the source itself, not a result made of them")
     selection = given_selection(recipe, plan)
     if selection is not None:
         plan = sparing(plan, selection)
@@ -118,15 +118,15 @@ def verify_result(
         verification = verify(out, plan)
     faults = [f"{name} {what}" for name, what in verification.differences]
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
-        faults.append("nothing was transplanted: it is the target as it was")
+        faults.append("nothing was transplanted: it is the unchanged target")
     if not faults and selection is not None and not verification.is_exactly(selection):
         found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
         faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found}")
-    faults += _loaded_besides(result, plan.target)
-    notes = list(_other_settings(result, plan.target))
+    faults += _extra_loaded_files(result, plan.target)
+    notes = list(_differing_settings(result, plan.target))
     if manifest is not None:
-        faults += _against(out, manifest, verification, result)
-        faults += _said_otherwise(manifest, plan, verification, selection)
+        faults += _manifest_faults(out, manifest, verification, result)
+        faults += _false_claims(manifest, plan, verification, selection)
     if write and not faults:
         if manifest is not None:
             raise UsageError(f"{out} has a {MANIFEST_NAME} already; leave out --write-manifest")
@@ -145,7 +145,7 @@ def check_manifest(out: Path) -> Check:
     """
     manifest = _manifest(out)
     if manifest is None:
-        raise CheckpointError(f"{out} has no {MANIFEST_NAME}, by which its files could be checked")
+        raise CheckpointError(f"{out} has no {MANIFEST_NAME} to check its files against")
     with task("hashing", sum(file.num_bytes for file in manifest.files.values()), "bytes"):
         faults = check(out, manifest)
     return Check(None, tuple(faults), (), True)
@@ -155,12 +155,12 @@ def location_option(value: str | None, option: str) -> Location | None:
     """The model that an option of the command line names.
 
     Raises:
-        UsageError: If it names none.
+        UsageError: If the value is not a model's location.
     """
     try:
         return None if value is None else parse_location(value)
     except ValueError:
-        raise UsageError(f"{option} is {value!r}; write a folder, a Hub id or id@revision") from None
+        raise UsageError(f"{option} is {value!r}; pass a folder, a Hub id or id@revision") from None
 
 
 def _manifest(out: Path) -> Manifest | None:
@@ -169,47 +169,47 @@ def _manifest(out: Path) -> Manifest | None:
     return read_manifest(out) if (out / MANIFEST_NAME).exists() else None
 
 
-def _against(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:
-    """Where a result is not what its manifest says; weight files were read already."""
+def _manifest_faults(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:
+    """The faults of a result according to its manifest; weight files are not read again."""
     known = {
         name: Digests(result.path(name).stat().st_size, sha256, verification.tensors)
         for name, sha256 in verification.files.items()
     }
     faults = check(out, manifest, known=known)
     for name in sorted({re.sub(r"\[[0-9:,]*\]$", "", name) for name in verification.origins} - manifest.tensors.keys()):
-        faults.append(f"{name} is not the target's, and {MANIFEST_NAME} does not say so")
+        faults.append(f"{name} is not the target's, but {MANIFEST_NAME} does not say so")
     return faults
 
 
-def _said_otherwise(
+def _false_claims(
     manifest: Manifest, plan: Plan, verification: Verification, selection: Sequence[Unit] | None
 ) -> Iterator[str]:
-    """What a manifest says was done, and was not."""
+    """Yields the manifest's false statements about the edit and the transplanted units."""
     if manifest.edit != plan.edit:
-        yield f"{MANIFEST_NAME} says {_edit_text(manifest)}, and the recipe {_edit_text(plan)}"
+        yield f"{MANIFEST_NAME} says {_edit_text(manifest)}, but the recipe says {_edit_text(plan)}"
     units = (*verification.transplanted, *verification.alike) if selection is None else selection
     allowed = {name for unit in units for name in unit.tensors}
     for name in sorted(manifest.tensors.keys() - allowed):
-        yield f"{MANIFEST_NAME} says that {name} was changed, which is the target's"
+        yield f"{MANIFEST_NAME} says that {name} was changed, but it is the target's"
     if selection is not None:
         try:
             said = spans(manifest.units)
         except ValueError:
             said = " ".join(manifest.units)[:200]
         if said != (meant := spans(join(plan, selection))):
-            yield f"{MANIFEST_NAME} says that {said} was transplanted, and the recipe {meant}"
+            yield f"{MANIFEST_NAME} says that {said} was transplanted, but the recipe says {meant}"
 
 
 def _edit_text(of: Manifest | Plan) -> str:
     return ", ".join(f"{key} {value}" for key, value in of.edit.to_json().items())
 
 
-def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
-    """Files that programs would load besides the compared weights, and that the target does not have."""
+def _extra_loaded_files(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """Yields faults for files that programs would load besides the compared weights, and the target lacks."""
     for path in sorted(result.folder.iterdir()):
         name = path.name
         if name == UNDO_NAME:
-            continue  # Of a patch that was applied here; its name is hidden, and no program loads it.
+            continue  # From a patch that was applied here; the name is hidden, so no program loads it.
         if name.startswith("adapter_") or (name.endswith(WEIGHTS) and name not in result.shards):
             yield f"{name} holds other weights, which programs may load instead or on top"
         elif name.endswith(".py"):
@@ -221,14 +221,14 @@ def _loaded_besides(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
 
 
 def _own_code(target: Checkpoint, name: str) -> set[str]:
-    """The code that a settings file of the target names, also as transformers rewrites it, with where it came from."""
+    """The code that a target's settings file names, also in transformers' form with its origin as a prefix."""
     path = target.folder / name
     own = _code(path) if path.is_file() else set()
     return own | {f"{place}--{code}" for place in (target.name, target.folder) for code in own}
 
 
 def _code(path: Path) -> set[str]:
-    """The classes that a settings file has programs load from code beside it, or from the Hub."""
+    """The classes that a settings file tells programs to load from code next to it or on the Hub."""
     found = read_json(path).get("auto_map")
     values = found.values() if isinstance(found, Mapping) else [found]
     return {
@@ -236,18 +236,18 @@ def _code(path: Path) -> set[str]:
     }
 
 
-def _other_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
-    """The config and tokenizer files of a result that are not its target's, byte for byte."""
+def _differing_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
+    """Yields notes on config and tokenizer files of a result that differ from the target's."""
     ours, theirs = settings_files(result), settings_files(target)
     for name in sorted({*ours, *theirs}):
         if name not in ours:
-            yield f"{name}, of the target, is not in the result"
+            yield f"the target's {name} is not in the result"
         elif name in theirs and ours[name].read_bytes() != theirs[name].read_bytes():
-            yield f"{name} is not the target's, byte for byte{_other_keys(ours[name], theirs[name])}"
+            yield f"{name} is not the target's, byte for byte{_differing_keys(ours[name], theirs[name])}"
 
 
-def _other_keys(ours: Path, theirs: Path) -> str:
-    """Which keys of two settings files differ, for a sentence; empty if they are not JSON objects."""
+def _differing_keys(ours: Path, theirs: Path) -> str:
+    """The end of a sentence that names the differing keys of two settings files; empty if they are not JSON objects."""
     try:
         one, other = read_json(ours), read_json(theirs)
     except CheckpointError:
@@ -262,12 +262,12 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
 
     Args:
         folder: The result.
-        manifest: What it must be; by default its own `dapa.json`.
-        known: Digests of files that were just read, with those of all tensors in them that may have been changed.
+        manifest: Its expected content; by default its own `dapa.json`.
+        known: Digests of files that were just read, including those of all tensors that may have been changed.
 
     Returns:
-        A sentence for each fault: a file that is missing, of another size or other bytes, or not in the manifest; a
-        changed tensor that is missing or has other bytes.
+        A sentence for each fault: a file that is missing, has a wrong size or wrong bytes, or is not in the manifest; a
+        changed tensor that is missing or has wrong bytes.
 
     Raises:
         CheckpointError: If the manifest cannot be read.
@@ -289,10 +289,10 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
 
 
 def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> Manifest:
-    """The manifest of a result that was verified, whoever wrote it.
+    """The manifest of a verified result, which any program may have written.
 
     Raises:
-        CheckpointError: If a changed tensor has another name in it than in the target.
+        CheckpointError: If a changed tensor has another name than in the target.
     """
     boxes: dict[str, list[Box]] = {}
     for unit in verification.transplanted:
@@ -302,7 +302,7 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
     for name, of_tensor in sorted(boxes.items()):
         if name not in result.tensors:
             raise CheckpointError(
-                f"{result.name} has no tensor {name}, but its values in another; it gets no {MANIFEST_NAME}"
+                f"{result.name} has no tensor {name}, but has its values in another; no {MANIFEST_NAME} can be written"
             )
         tensor = result.tensors[name]
         is_whole = not remainder(whole_box(tensor.shape), of_tensor)
@@ -327,7 +327,7 @@ def _faults(
 ) -> list[str]:
     path = folder / name
     try:
-        # A file may be a link, as in a Hub cache; a folder may not, since it would lead elsewhere.
+        # A file may be a link, as in a Hub cache; a folder may not lead elsewhere.
         if not path.is_file() or not path.parent.resolve().is_relative_to(folder):
             return [f"{name} is missing"]
         size = path.stat().st_size
@@ -340,14 +340,14 @@ def _faults(
         digests = known if known is not None and known.spans.keys() >= spans.keys() else hash_file(path, spans)
     except (CheckpointError, OSError, RuntimeError) as error:
         return [f"{name} cannot be read: {error}"]
-    faults = [f"{name} does not have the bytes that {MANIFEST_NAME} says"] if digests.sha256 != expected.sha256 else []
+    faults = [f"{name} does not match the SHA-256 in {MANIFEST_NAME}"] if digests.sha256 != expected.sha256 else []
     for tensor, entry in changed.items():
         if tensor not in found:
             faults.append(f"{tensor} is not in {name}")
         elif digests.spans[tensor] != entry.sha256:
-            faults.append(f"{tensor} does not have the bytes that {MANIFEST_NAME} says")
+            faults.append(f"{tensor} does not match the SHA-256 in {MANIFEST_NAME}")
         elif entry.boxes is not None and not all(_fits(box, found[tensor].shape) for box in entry.boxes):
-            faults.append(f"{tensor} has no such part as {MANIFEST_NAME} says")
+            faults.append(f"{tensor} does not have the changed parts recorded in {MANIFEST_NAME}")
     return faults
 
 
@@ -356,7 +356,7 @@ def _fits(box: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> bool:
 
 
 def _listed_files(folder: Path) -> Iterator[str]:
-    """The files of a folder that a manifest lists, by their paths in it; links to folders count as files."""
+    """Yields the paths of the files in a folder that a manifest must list; links to folders count as files."""
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         links = [name for name in folders if (here / name).is_symlink()]

@@ -1,4 +1,4 @@
-"""The proof that a result is its target with some units of its source, and nothing else."""
+"""Proves that a result is its target plus some units of its source, and nothing else."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Verification:
-    """What a result turned out to be, tensor by tensor.
+    """The outcome of a verification, tensor by tensor.
 
     Attributes:
-        transplanted: The units whose every tensor is what the edit makes of it, and not also the target's. If that is
-            so of some rows of a unit only, the blocks of these.
-        alike: The units that the edit leaves as they are, so nothing can be told of them.
-        differences: For each tensor that is neither, or missing, or too many: its name and what is wrong. The name of
-            a tensor may have the rows behind it that hold all that is wrong, as `[64:128]`.
+        transplanted: The units whose tensors all equal the edit's output, and not all also the target's. If only some
+            rows of a unit do, the blocks of these rows.
+        alike: The units that the edit does not change, so whether they were transplanted is unknown.
+        differences: For each tensor that is neither, missing or surplus, its name and what is wrong. The name may be
+            followed by the range of rows that holds all faults, as `[64:128]`.
         num_tensors: Number of tensors compared.
         edit: The edit that changed units were compared with.
-        origins: For each tensor of the result that is not all the target's, what it is: `source`, the name of another
-            edit, or `unexplained`; and behind it the rows that are, if not all.
+        origins: For each tensor of the result that is not all the target's, its origin: `source`, the name of another
+            edit, or `unexplained`. The name is followed by the rows concerned, if not all.
         files: The SHA-256 of each weight file.
         tensors: The SHA-256 of the bytes of each tensor that may have been transplanted.
     """
@@ -58,11 +58,11 @@ class Verification:
 
 
 def verify(out: Path, plan: Plan) -> Verification:
-    """Compare every byte of every tensor in `out` with the target and, for the plan's units, with what the edit makes.
+    """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the edit's output.
 
-    It does not matter who wrote `out`: shards, order and headers may differ, and how tensors are cut; values may not.
-    Whatever blocks the plan has, every row of its units is judged, also those between the blocks.
-    Each of the models is read once, by several threads, in memory that does not grow with them.
+    Any program may have written `out`: shards, order, headers and the division into tensors may differ, values may not.
+    Every row of the plan's units is judged, including those outside of its blocks.
+    Each model is read once, by several threads, in constant memory.
 
     Raises:
         CheckpointError: If one of the checkpoints cannot be read.
@@ -73,7 +73,7 @@ def verify(out: Path, plan: Plan) -> Verification:
     with ThreadPoolExecutor(THREADS) as pool:
         look = partial(examine_file, result, places=found.places, plan=plan)
         by_file = dict(zip(result.shards, pool.map(look, result.shards), strict=True))
-    seen = reduce(_together, by_file.values(), Findings())
+    seen = reduce(_combine, by_file.values(), Findings())
     known = {name for name, _ in found.faults}
     differences = [*found.faults, *((name, "differs from the target") for name in seen.different - known)]
     verdicts = [
@@ -94,7 +94,7 @@ def verify(out: Path, plan: Plan) -> Verification:
 
 @dataclass(frozen=True)
 class _UnitOrigin:
-    """What a unit is in a result: blocks of it that are the source's, all of it alike in both, or what is wrong."""
+    """A unit's origin in a result: its transplanted blocks, the unit if it is alike in both models, and faults."""
 
     transplanted: tuple[Unit, ...] = ()
     alike: tuple[Unit, ...] = ()
@@ -114,7 +114,7 @@ def _judge(unit: Unit, rows: Mapping[tuple[Unit, TensorBox], RowOrigins], plan: 
 
 
 def _judge_whole(origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
-    """Of a unit that is not all the source's, and cannot be so in part."""
+    """Judge a unit that is not completely edited, and cannot be edited in part."""
     neither = {
         part: ~(origin.is_target | origin.is_edited)
         for part, origin in origins.items()
@@ -129,7 +129,7 @@ def _judge_whole(origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOr
 
 
 def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan) -> _UnitOrigin:
-    """Of a unit that is not all the source's: the rows that are, and what is wrong."""
+    """Judge a unit that is not completely edited: find its edited rows and its faults."""
     start, stop = plan.rows(unit)
     is_target, is_edited, is_neither = (numpy.full(stop - start, value) for value in (True, True, False))
     places = {part: slice(part.first_row - start, part.first_row - start + part.num_rows) for part in origins}
@@ -151,7 +151,7 @@ def _judge_rows(unit: Unit, origins: Mapping[TensorBox, RowOrigins], plan: Plan)
 
 
 def _name(plan: Plan, part: TensorBox, wrong: numpy.ndarray) -> str:
-    """A part's tensor, and the rows of it that hold all that is wrong, if these are not all."""
+    """The name of a part's tensor, followed by the range of rows that holds all faults, if it is not the whole."""
     ranges = _ranges(wrong)
     if ranges:
         part = part.narrow((part.first_row + ranges[0][0], part.first_row + ranges[-1][1])) or part
@@ -159,20 +159,20 @@ def _name(plan: Plan, part: TensorBox, wrong: numpy.ndarray) -> str:
 
 
 def _ranges(mask: numpy.ndarray) -> list[Rows]:
-    """The stretches in which a mask is true."""
+    """The ranges in which a mask is true."""
     edges = numpy.flatnonzero(numpy.diff(mask, prepend=False, append=False))
     return [(int(first), int(stop)) for first, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _origins(verdicts: Iterable[_UnitOrigin], differences: Iterable[tuple[str, str]], plan: Plan) -> dict[str, str]:
-    """By name, with rows where it is not all of a tensor, what is not the target's."""
+    """Origins of everything that is not the target's, by tensor name, with rows if it is a part."""
     units = (unit for verdict in verdicts for unit in verdict.transplanted)
     origins = {region_of(plan.target, part).name: plan.edit.origin for unit in units for part in unit.parts}
     return origins | {name: "unexplained" for name, _ in differences}
 
 
-def _together(one: Findings, other: Findings) -> Findings:
-    """What was seen in two files; of a unit whose rows are in both, in either."""
+def _combine(one: Findings, other: Findings) -> Findings:
+    """Combine the findings of two files; rows that occur in both must match in both."""
     rows = dict(one.rows)
     for key, origin in other.rows.items():
         if (before := rows.get(key)) is not None:

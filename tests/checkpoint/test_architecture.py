@@ -248,7 +248,7 @@ REFUSED = {
     "no gate": (
         config("GPT2LMHeadModel", key="n_layer"),
         stack("transformer.h", 2, PLAIN_PARTS),
-        "GPT2LMHeadModel has no gate projection in its MLP, so that `modules: gate` cannot be used with it; write "
+        "GPT2LMHeadModel has no gate projection in its MLP, so `modules: gate` cannot be used with it; write "
         "`modules: up` or `modules: down` or `modules: mlp`",
     ),
     "gate and up in alternating rows": (
@@ -262,13 +262,13 @@ REFUSED = {
                 "mlp.experts.down_proj": (EXPERTS, INTERMEDIATE, HIDDEN),
             },
         ),
-        "GptOssForCausalLM keeps gate and up in one tensor (gate_up_proj), row by row in turn, so that `modules: gate` "
+        "GptOssForCausalLM interleaves the rows of gate and up in one tensor (gate_up_proj), so `modules: gate` "
         "cannot be used with it; write `modules: down` or `modules: mlp`",
     ),
     "gate and up in alternating rows of one tensor that is called up": (
         config("Phi3SmallForCausalLM"),
         stack("model.layers", 2, {"mlp.up_proj.weight": TWICE, "mlp.down_proj.weight": OUT}),
-        "Phi3SmallForCausalLM keeps gate and up in one tensor (up_proj)",
+        "Phi3SmallForCausalLM interleaves the rows of gate and up in one tensor (up_proj)",
     ),
     "an unknown architecture with two towers": (
         config("NewForConditionalGeneration"),
@@ -278,7 +278,7 @@ REFUSED = {
     "no MLP": (
         config("MambaForCausalLM"),
         stack("backbone.layers", 2, {"mixer.in_proj.weight": IN, "mixer.out_proj.weight": OUT}),
-        "MambaForCausalLM has no MLP whose projections have names that are known here",
+        "MambaForCausalLM has no MLP with known projection names",
     ),
     "an encoder": (
         config("BertForMaskedLM"),
@@ -288,7 +288,7 @@ REFUSED = {
     "no MLP in one layer": (
         config("NewForCausalLM"),
         stack("model.layers", 1, LLAMA_PARTS) | {"model.layers.1.mixer.weight": SQUARE},
-        "NewForCausalLM has no MLP in layer 1, as others have",
+        "NewForCausalLM has no MLP in layer 1, unlike other layers",
     ),
 }
 
@@ -302,7 +302,7 @@ def test_what_is_not_handled_is_refused_by_name(case):
 
 
 def test_attention_of_unknown_names_is_refused():
-    with pytest.raises(UnsupportedArchitecture, match="has no attention whose projections have names that are known"):
+    with pytest.raises(UnsupportedArchitecture, match="has no attention with known projection names"):
         find_units(config("NewForCausalLM"), stack("model.layers", 2, PLAIN_PARTS), ("attention",))
 
 
@@ -331,8 +331,8 @@ def test_a_missing_tensor_is_named(case):
 
 
 COUNTS = {
-    "fewer layers than promised": ({**LLAMA, "num_hidden_layers": 4}, "says 4 layers, but the tensors are those of 3"),
-    "more layers than promised": ({**LLAMA, "num_hidden_layers": 2}, "says 2 layers, but the tensors are those of 3"),
+    "fewer layers than promised": ({**LLAMA, "num_hidden_layers": 4}, "says 4 layers, but the tensors have 3"),
+    "more layers than promised": ({**LLAMA, "num_hidden_layers": 2}, "says 2 layers, but the tensors have 3"),
     "no number of layers": ({"architectures": ["LlamaForCausalLM"]}, "lacks num_hidden_layers"),
     "a number that is none": ({**LLAMA, "num_hidden_layers": "3"}, "says '3' layers, which is not a whole number"),
     "two architectures": ({"architectures": ["A", "B"]}, "exactly one architecture"),

@@ -256,8 +256,11 @@ def test_commands_that_cannot_be_meant_are_refused(base, result, patch, tmp_path
     for arguments, message in (
         (["apply", patch.path, base], "name either a folder for the patched copy, or --in-place"),
         (["apply", patch.path, base, tmp_path / "out", "--in-place"], "name either a folder"),
-        (["apply", patch.path, base, tmp_path / "out", "--undo", "x"], "--undo is of use with --in-place only"),
-        (["extract", result, tmp_path / "p"], "result has no mergekit_config.yml that says what it was made of"),
+        (["apply", patch.path, base, tmp_path / "out", "--undo", "x"], "--undo is only for --in-place"),
+        (
+            ["extract", result, tmp_path / "p"],
+            "result has no mergekit_config.yml that names its base; name the base with --base",
+        ),
         (["extract", "a@b@c", tmp_path / "p", "--base", base], "'a@b@c' is not a model"),
         (["revert", base], "does not exist: no patch was applied in place"),
     ):
@@ -302,7 +305,7 @@ def test_a_patch_that_is_no_patch_is_told_from_one_that_is_damaged(base, patch, 
     for place in (tmp_path / "out", "--in-place"):
         refused = call("patch", "apply", patch.path, base, place)
         assert refused.exit_code == 4
-        assert "is damaged: its bytes for 'ids'" in refused.stderr or "are not those it records" in refused.stderr
+        assert "is damaged: its bytes for 'ids'" in refused.stderr or "are not the recorded ones" in refused.stderr
     assert contents(base) == before
     assert not (tmp_path / "out").exists()
     shutil.copyfile(patch.path, tmp_path / "short.safetensors")

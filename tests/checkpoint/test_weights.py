@@ -51,7 +51,7 @@ def test_the_weights_are_found_by_their_names(files, layout):
         ([*SHARDS, "model-00001-of-00002.safetensors"], "several sets of shards"),
         (["a.safetensors", "b.safetensors"], r"2 other safetensors files \(a.safetensors, b.safetensors, ...\)"),
         (["adapter_model.safetensors", "adapter_config.json"], r"m is a LoRA adapter.*as BASE\+m"),
-        (["consolidated.00.pth", "params.json"], "pickled weights only, .*not under the name pytorch_model.bin"),
+        (["consolidated.00.pth", "params.json"], "pickled weights only, .*none are named pytorch_model.bin"),
         (["training_args.bin"], "m has neither"),
     ],
 )

@@ -581,7 +581,7 @@ def test_the_source_itself_is_no_linear_blend(measured, tmp_path, recipes):
 
 def test_of_files_that_belong_together_none_is_replaced_where_one_cannot_be_written(tmp_path):
     (tmp_path / "table.md").write_bytes(b"before")
-    with pytest.raises(DapaError, match="cannot be written: No such file or directory; what was there before is kept"):
+    with pytest.raises(DapaError, match="cannot be written: No such file or directory; the previous content is kept"):
         replace_files({tmp_path / "table.md": b"after", tmp_path / "absent" / "table.csv": b"after"})
     assert (tmp_path / "table.md").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]

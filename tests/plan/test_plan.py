@@ -88,7 +88,7 @@ def test_a_blocks_tensors_are_those_rows_of_the_weights_and_biases(biased_plan):
 def test_a_part_that_a_tensor_does_not_have_is_never_addressed(plan, rows):
     region = next(plan.regions(plan.units[:1]))["target"]
     (part,) = plan.units[0].parts
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[208, 80\], so that it has no part"):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \[208, 80\], and so no part"):
         Region.of(region.tensor, dataclasses.replace(part, box=(rows, part.box[1])))
 
 
@@ -102,7 +102,7 @@ def test_a_bias_shorter_than_its_weight_is_not_read_beyond_its_end(biased_plan, 
         content = load_file(shard)
         content[name] = content[name][:40].clone()
         save_file(content, shard)
-    with pytest.raises(CheckpointError, match=r"gate_proj\.bias is \[40\], so that it has no part \[0:48\]"):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.bias has shape \[40\], and so no part \[0:48\]"):
         plan_transplant(*(open_checkpoint(str(folder)) for folder in folders), ("gate",))
 
 

@@ -156,7 +156,7 @@ def test_a_manifest_of_another_edit_is_a_fault(repaired, tmp_path):
     (lying / "dapa.json").write_text(json.dumps(content))
     refused = call("verify", lying)
     assert refused.exit_code == 4
-    assert "dapa.json says strength 2.0, and the recipe edit toy, strength 2.0" in refused.stdout
+    assert "dapa.json says strength 2.0, but the recipe says edit toy, strength 2.0" in refused.stdout
 
 
 def test_a_journal_answers_for_its_own_edit_only(repaired, recipe, models):

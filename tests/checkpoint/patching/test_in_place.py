@@ -295,7 +295,8 @@ def test_a_disk_that_fails_in_the_middle_leaves_what_a_rerun_mends(base, files, 
     with monkeypatch.context() as context:
         context.setattr(in_place, "write_all", failing)
         with pytest.raises(
-            DapaError, match="is written in part, then its disk failed: Input/output error; run the same"
+            DapaError,
+            match="is partly written because its disk failed: Input/output error; repair that and run the same",
         ):
             patched(base, files)
     assert patched(base, files)
@@ -337,7 +338,7 @@ def test_an_undo_file_whose_bytes_were_changed_is_not_written_back(base, files):
 def test_an_undo_file_is_no_patch(base, files, tmp_path):
     patched(base, files)
     refused = call("patch", "apply", base / UNDO_NAME, base, tmp_path / "out")
-    assert (refused.exit_code, "is an undo file; `dapa-merge patch revert` takes it" in refused.stderr) == (4, True)
+    assert (refused.exit_code, "is an undo file; use it with `dapa-merge patch revert`" in refused.stderr) == (4, True)
 
 
 def test_the_files_get_their_bytes_only_after_the_undo_file_is_on_disk(base, files, monkeypatch):

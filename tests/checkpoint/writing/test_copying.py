@@ -193,7 +193,7 @@ def test_what_cannot_be_linked_is_told_in_a_sentence(llama_pair, tmp_path, monke
     result = call("run", write_recipe(*llama_pair, layers=2), tmp_path / "out", "--no-evaluate", "--link")
     assert result.exit_code == 2
     assert "cannot be hard-linked to" in result.stderr
-    assert "Invalid cross-device link; leave out --link, so that it is copied" in result.stderr
+    assert "Invalid cross-device link; leave out --link to copy it" in result.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "recipe.yml")] == []
 
 

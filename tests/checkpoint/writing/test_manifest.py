@@ -107,7 +107,7 @@ FAULTS = {
     ),
     "a link to itself": (loop, "note.txt is missing"),
     "longer": (lambda folder: (folder / "note.txt").write_text("ours\n\n"), "note.txt has 6 bytes, not 5"),
-    "another byte": (lambda folder: flip(folder / "note.txt"), "note.txt does not have the bytes that dapa.json says"),
+    "another byte": (lambda folder: flip(folder / "note.txt"), "note.txt does not match the SHA-256 in dapa.json"),
     "too many": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "more.bin is not in dapa.json"),
     "a link to a folder": (link_elsewhere, "elsewhere is not in dapa.json"),
 }
@@ -126,7 +126,7 @@ def test_a_changed_tensor_that_is_another_is_told_by_name(result):
     name = "model.layers.2.mlp.gate_proj.weight"
     change_tensor(result, name, lambda tensor: tensor.neg_())
     file = open_checkpoint(str(result)).tensors[name].file
-    says = "does not have the bytes that dapa.json says"
+    says = "does not match the SHA-256 in dapa.json"
     assert check(result) == [f"{file} {says}", f"{name} {says}"]
 
 
@@ -139,7 +139,7 @@ def test_a_tensor_that_its_file_does_not_have_is_told(result):
 def test_a_part_that_its_tensor_does_not_have_is_told(result):
     name = "model.layers.2.mlp.gate_proj.weight"
     rewrite(result, lambda content: content["tensors"][name].update(changed=[[[0, 49], [0, 32]]]))
-    assert check(result) == [f"{name} has no such part as dapa.json says"]
+    assert check(result) == [f"{name} does not have the changed parts recorded in dapa.json"]
 
 
 NAMES = ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\\b", "C:x", "a\0b", "a\nb", "a/", "/"]
@@ -164,7 +164,7 @@ def test_a_folder_that_is_a_link_is_not_followed(result, tmp_path):
 
 def test_no_manifest_and_another_format_are_told(result):
     rewrite(result, lambda content: content.update(format=2))
-    with pytest.raises(CheckpointError, match=r"dapa\.json is of format 2, not 1; take it from where"):
+    with pytest.raises(CheckpointError, match=r"dapa\.json is of format 2, not 1; download it again"):
         read_manifest(result)
     (result / "dapa.json").unlink()
     with pytest.raises(CheckpointError, match=r"it has no dapa\.json"):

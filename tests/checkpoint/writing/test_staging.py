@@ -263,7 +263,7 @@ def test_a_link_in_the_place_of_the_hidden_folder_is_not_followed(llama_pair, tm
     (precious / "result").mkdir()
     out.parent.mkdir()
     staging_folder(out).symlink_to(precious)
-    with pytest.raises(UsageError, match="is not yours, and stands where the result is to be made; remove it"):
+    with pytest.raises(UsageError, match="belongs to another user or is a link; remove it"):
         transplant(plan, plan.units, out)
     assert [path.name for path in precious.iterdir()] == ["result"]
 

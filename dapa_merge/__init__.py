@@ -1,7 +1,7 @@
 """dapa-merge: give a fine-tuned model its safety back (DAPA, arXiv 2406.01514).
 
-The public names are imported when they are first used: importing the package loads nothing heavy, since pydantic
-imports it in every program of an environment where it is installed (see `pydantic_hook`).
+Public names are imported on first use. Importing the package must stay cheap, because pydantic imports it in every
+program of an environment where it is installed (see `pydantic_hook`).
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What can go wrong for a user; each class is one exit code of the command line."""
+"""Errors for users; each class has an exit code on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_MESSAGE_LENGTH = 2000
 
 
 class DapaError(click.ClickException):
-    """A fault that the user can mend: one sentence that says what was found, what was expected and what to do.
+    """A fault that the user can fix: one sentence that says what was found, what was expected and what to do.
 
     Any click command line, mergekit's too, prints the sentence and exits with `exit_code`.
     """
@@ -22,7 +22,7 @@ class DapaError(click.ClickException):
 
     def __str__(self) -> str:
         text = str(self.args[0]) if self.args else ""
-        # What it quotes may come out of a file that a stranger made to move the cursor or to fill the screen.
+        # Quoted text may come from a malicious file that moves the cursor or fills the screen.
         if len(text) > MAX_MESSAGE_LENGTH:
             text = f"{text[: MAX_MESSAGE_LENGTH // 2]} ... {text[-MAX_MESSAGE_LENGTH // 2 :]}"
         return printable(text)
@@ -32,18 +32,18 @@ class DapaError(click.ClickException):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C, with one sentence about what was kept so far."""
+    """Ctrl-C, with one sentence about the results kept so far."""
 
 
 def printable(text: str) -> str:
-    """A text in one line, in which what moves a cursor, or begins another line, is shown rather than done."""
+    """Escape the characters of a text that move a cursor or begin another line."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's fault in a few words: its class, and the first line of what it says, or as much as fits."""
+    """Summarize another library's error: its class and the first line of its message, shortened."""
     first = next(iter(str(error).strip().splitlines()), "")
     if len(first) > 200:
         first = f"{first[:200].rpartition(' ')[0] or first[:200]} ..."
@@ -58,7 +58,7 @@ def fault_of(error: ValidationError) -> str:
 
 
 def why_unreadable(error: OSError | UnicodeDecodeError) -> str:
-    """Why a text file of the user's could not be read."""
+    """Return the reason why a user's text file could not be read."""
     return str(error.strerror) if isinstance(error, OSError) else "it is not UTF-8"
 
 
@@ -69,7 +69,7 @@ class UsageError(DapaError):
 
 
 class RecipeError(DapaError):
-    """The recipe is not one that can be followed."""
+    """The recipe is not valid."""
 
     exit_code = 2
 
@@ -81,17 +81,17 @@ class CannotRepair(DapaError):
 
 
 class CheckpointError(DapaError):
-    """A model's files are damaged, unsafe, or of a kind that is not handled."""
+    """A model's files are damaged, unsafe or not supported."""
 
     exit_code = 4
 
 
 class ValueDoesNotFit(CheckpointError):
-    """A value of the source cannot be stored as the target stores its tensor."""
+    """A value of the source does not fit in the dtype of the target's tensor."""
 
 
 class UnsupportedArchitecture(CheckpointError):
-    """An architecture whose units are not where this version looks for them."""
+    """This version does not find the units of the architecture."""
 
 
 class HubError(DapaError):

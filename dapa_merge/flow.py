@@ -51,23 +51,23 @@ def run_recipe(
     destination: Destination | None = None,
     **settings: Any,
 ) -> tuple[Report, Published | None]:
-    """Run a recipe file to its end: lock, repair, describe, publish.
+    """Run all steps of a recipe file: lock, repair, describe, publish.
 
     Args:
         recipe: The parsed recipe.
         path: Its file.
-        out: The folder to make.
-        keeps_lock: Write a lock beside the recipe, and into the result.
-        is_locked: Use exactly what the lock beside the recipe says.
-        card: The user's statements about the card.
+        out: The output folder.
+        keeps_lock: Write a lock next to the recipe and into the result.
+        is_locked: Use exactly what the lock next to the recipe records.
+        card: The user's options for the card.
         destination: Where to publish the result; None for nowhere.
         settings: Further arguments of `repair`.
 
     Returns:
-        The report, and the outcome of the push, if there is one.
+        The report, and the outcome of the push, if any.
 
     Raises:
-        DapaError: For whatever does not fit; if the push fails, the result exists all the same.
+        DapaError: If a step fails; if only the push fails, the result is kept.
     """
     card = card or CardOptions()
     lock: locks.Lock | None = None
@@ -109,34 +109,34 @@ def repair(
 
     Args:
         recipe: Target, source and parameters.
-        out: The folder to make; it must not exist, or be empty.
-        evaluate: Measure target, result and source, on prompts that the search has not seen; on all prompts if the
-            recipe names its layers. Without it the recipe must name them.
-        link: Hard-link the weight files that do not change rather than copy them.
+        out: The output folder, which must be absent or empty.
+        evaluate: Measure target, result and source on held-out prompts, or on all prompts if the recipe names its
+            layers. If false, the recipe must name them.
+        link: Hard-link unchanged weight files instead of copying them.
         manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
-        lock: The models as they are, for the result.
-        is_locked: Transplant what the lock says, rather than search; it is measured on the prompts that a search
-            would not have asked.
-        options: Where to evaluate, how many at once, and where to keep the journal.
+        lock: The lock of the models, to write into the result.
+        is_locked: Transplant the units in the lock instead of searching; measures on the prompts that a search would
+            hold out.
+        options: Device, journal, judge and other machine settings.
 
     Raises:
-        CannotRepair: If the source makes nothing better; nothing is written.
-        DapaError: For whatever else does not fit; nothing is written.
+        CannotRepair: If the source does not improve the target; nothing is written.
+        DapaError: If anything else fails; nothing is written.
     """
     start = time.monotonic()
     options = options or Options()
-    # An evaluation loads the whole source too.
+    # An evaluation also loads the whole source.
     plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     if lock is not None:
         locks.check_lock(lock, plan)
-    # Now rather than after hours of search.
+    # Checked now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
     selection = locks.locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
     evidence: Evidence | None = None
     extras: dict[str, str | bytes] = {}
     if evaluate:
-        # A mere transplant starts without torch, in half the time.
+        # Imported here: a transplant alone does not need torch, and starts in half the time without it.
         from dapa_merge.report.evidence import gather_evidence
 
         evidence = gather_evidence(recipe, plan, selection, options)
@@ -165,7 +165,7 @@ def write(
     link: bool = False,
     manifest: bool = True,
 ) -> None:
-    """Transplant on disk, verify the result, and only then let it appear."""
+    """Transplant on disk and verify the result; it appears in `out` only afterwards."""
     fetch_units(plan, selection)
     added: dict[str, str | bytes] = {
         **extras,
@@ -175,11 +175,11 @@ def write(
     with task("copying and verifying", plan.target.num_bytes, "bytes"):
         rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
     if rounding.overflowed:
-        LOG.info(f"{rounding.overflowed} values overflowed, and are the largest that the target's dtype holds")
+        LOG.info(f"{rounding.overflowed} values overflowed and became the largest value of the target's dtype")
     if rounding.subnormal:
         LOG.info(f"{rounding.subnormal} values lost digits: they are too small for the target's dtype")
     num_tensors = len(plan.target.tensors)
-    LOG.info(f"wrote {out}: every one of its {num_tensors} tensors is the target's or {plan.edit.result}")
+    LOG.info(f"wrote {out}: each of its {num_tensors} tensors is the target's or {plan.edit.result}")
 
 
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
@@ -211,7 +211,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
 
 
 def _pictures(run: charts.Run) -> dict[str, bytes]:
-    """The charts of a run by their files' names; none without matplotlib."""
+    """Draw the charts of a run, by file name; empty without matplotlib."""
     try:
         return {
             f"{picture.name}{ending}": content
@@ -219,8 +219,8 @@ def _pictures(run: charts.Run) -> dict[str, bytes]:
             for ending, content in picture.files.items()
         }
     except Exception as error:
-        # Whatever a picture fails of, it must not cost the model.
-        LOG.info(f"no pictures beside the model: {error if isinstance(error, UsageError) else one_line(error)}")
+        # A chart that fails must not cost the model.
+        LOG.info(f"no pictures next to the model: {error if isinstance(error, UsageError) else one_line(error)}")
         return {}
 
 
@@ -228,13 +228,13 @@ def _lock(recipe: Recipe) -> locks.Lock | None:
     try:
         return locks.make_lock(recipe)
     except DapaError as error:
-        # A repair from the caches needs no Hub; a model that cannot be read is told better where it is read.
+        # A repair from the caches does not need the Hub; reading an unreadable model gives a better message later.
         LOG.info(f"not locked: {error}")
         return None
 
 
 def _describe(out: Path, card: CardOptions) -> None:
-    """Give the result its card; where that cannot be, it is a result all the same."""
+    """Write the result's card; a failure is only logged."""
     try:
         write_card(out, card)
     except DapaError as error:
@@ -250,7 +250,7 @@ def _publish(out: Path, destination: Destination, card: CardOptions) -> Publishe
 
 
 def _command(out: Path, destination: Destination, card: CardOptions) -> str:
-    """The command that publishes a result as it was meant to be."""
+    """Return the command that publishes a result with the same options."""
     license = card.license.to_metadata() if card.license else {}
     options = {
         "--private": destination.private,

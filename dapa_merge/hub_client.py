@@ -1,6 +1,6 @@
-"""The Hub: asked again where that helps, and the one place where its faults become sentences.
+"""Requests to the Hub, repeated where that helps; the one place that turns the Hub's errors into messages.
 
-Importing huggingface_hub takes half a second, so that only modules which may ask the Hub import this one.
+Importing huggingface_hub takes half a second, so only modules that may need the Hub import this one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dapa_merge.errors import DapaError, HubError, UsageError, one_line
 
 T = TypeVar("T")
 
-# Seconds before each further attempt; the Hub's rate limits are counted over five minutes, but rarely used up.
+# Seconds before each further attempt; the Hub's rate limits cover five minutes, but are rarely used up.
 WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_WAIT = 60.0
 RETRIED = (429, 500, 502, 503, 504)
@@ -37,26 +37,26 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 class NoAnswer(HubError):
-    """The Hub does not answer now; a copy in a cache may do."""
+    """The Hub does not answer now; a cached copy may be used instead."""
 
 
 class Moved(HubError):
-    """The branch has another commit than the one that was looked at."""
+    """The branch moved since it was read."""
 
 
 def api() -> HfApi:
-    """huggingface_hub's client, for the endpoint and with the token that it finds itself."""
+    """huggingface_hub's client, with its default endpoint and token."""
     return HfApi(library_name="dapa-merge")
 
 
 def require_token() -> None:
-    """Make sure that there is a token: from the environment, a login, or a CI job's OIDC.
+    """Check that there is a token: from the environment, a login, or a CI job's OIDC.
 
     Raises:
-        HubError: If there is none, or OIDC does not yield one.
+        HubError: If no token is found, or OIDC does not yield one.
     """
     if ask("get a token", get_token) is None:
-        raise HubError(f"there is no token for the Hub; {LOG_IN}")
+        raise HubError(f"no token for the Hub was found; {LOG_IN}")
 
 
 def check_id(repository: str) -> str:
@@ -82,12 +82,12 @@ def is_id(text: str) -> bool:
 
 
 def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None] = lambda _: None) -> T:
-    """Return what a function of huggingface_hub answers, asking again after faults that pass.
+    """Call a function of huggingface_hub, and repeat the call after temporary errors.
 
     Args:
         what: The request, worded to follow "cannot".
-        call: Asks once; it must do no harm to ask again.
-        settle: Called with each fault; if its answer is not None, that is returned instead of an error.
+        call: Makes one request, and must be safe to repeat.
+        settle: Called with each error; if it returns a value other than None, that is the answer.
 
     Raises:
         HubError: If the Hub refuses, or does not answer.
@@ -100,7 +100,7 @@ def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None
         except Exception as error:
             if (answer := settle(error)) is not None:
                 return answer
-            # Seconds rarely mend a missing connection.
+            # Waiting for seconds rarely restores a missing connection.
             if wait is None or not passes(error) or (attempt > 0 and type(error).__name__ == "ConnectError"):
                 raise fault(what, error) from error
             time.sleep(max(wait, _asked_to_wait(error)))
@@ -109,9 +109,9 @@ def ask(what: str, call: Callable[[], T], settle: Callable[[Exception], T | None
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """Turn every fault inside, where nothing but the Hub is asked, into a `HubError`.
+    """Turn every error in the block, which must only call the Hub, into a `HubError`.
 
-    Their classes do not matter: those of huggingface_hub and its HTTP library have none in common.
+    Errors of any class, because those of huggingface_hub and its HTTP library have none in common.
     """
     try:
         yield
@@ -133,7 +133,7 @@ def find(repository: str, revision: str | None = None) -> Any:
             return api().model_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
             if status_of(error) == 401 and get_token() is not None:
-                # This is about the token: it is not accepted, not even for what is public.
+                # The token itself is rejected, even for public repositories.
                 raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
             return None
 
@@ -146,7 +146,7 @@ def download(repository: str, name: str, commit: str) -> Path:
 
 
 def fault(what: str, error: BaseException) -> HubError:
-    """Return the error to raise for a fault: "cannot", the request, and why; never with the token in it."""
+    """Return the error to raise: "cannot", the request, and the reason; it never contains the token."""
     kind, why = _explained(cause_of(error))
     return kind(f"cannot {what}: {why}")
 
@@ -173,7 +173,7 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
     if isinstance(error, OfflineModeIsEnabled):
         return NoAnswer, "HF_HUB_OFFLINE is set; unset it"
     if status in RETRIED:
-        return NoAnswer, f"the Hub does not do it now (it answers {status}{said}); run the command again"
+        return NoAnswer, f"the Hub is not available now (it answers {status}{said}); run the command again"
     if _is_of_network(error):
         return NoAnswer, f"the Hub is out of reach ({summary}); check the network, and run the command again"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
@@ -194,7 +194,7 @@ def _said(error: BaseException) -> str:
 
 
 def _without_token(text: str) -> str:
-    # No server should repeat it, and no library; but whoever does must not bring it into a log.
+    # No server or library should repeat the token, but if one does, it must not reach a log.
     try:
         token = get_token()
     except Exception:
@@ -203,13 +203,13 @@ def _without_token(text: str) -> str:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The fault itself, where huggingface_hub wraps it in an error about the file that it concerned."""
+    """The underlying error, where huggingface_hub wraps it in an error about a file."""
     wraps = type(error) is RuntimeError or isinstance(error, LocalEntryNotFoundError)
     return error.__cause__ if wraps and isinstance(error.__cause__, Exception) else error
 
 
 def hub_cause(error: BaseException) -> BaseException | None:
-    """The Hub's fault among an error and its causes; None for one of a local file, which some libraries read, too."""
+    """The Hub's error among an error and its causes; None for other errors, such as those of local files."""
     cause: BaseException | None = error
     while cause is not None:
         known = isinstance(cause, (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError))
@@ -221,32 +221,32 @@ def hub_cause(error: BaseException) -> BaseException | None:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same question may be answered a little later."""
+    """Whether the same request may succeed a little later."""
     error = cause_of(error)
     status = status_of(error)
     return status in RETRIED if status is not None else _is_of_network(error)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error came with."""
+    """The HTTP status of an error, if any."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Whether the request got no answer at all, though it was sent."""
-    # huggingface_hub chooses the HTTP library, whose name is its own matter.
+    """Whether the request was sent but got no answer at all."""
+    # The HTTP library depends on the version of huggingface_hub.
     of_http = isinstance(error, HfHubHTTPError.__bases__[0]) or "http" in type(error).__module__
     is_unanswered = of_http or isinstance(error, (ConnectionError, TimeoutError))
     return is_unanswered and status_of(error) is None and not isinstance(error, OfflineModeIsEnabled)
 
 
 def _asked_to_wait(error: BaseException) -> float:
-    """The seconds that the answer asks to wait, at most a minute."""
+    """Seconds to wait according to the answer's headers, at most a minute."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     value = str(headers.get("Retry-After", ""))
     if not value.isdecimal():
-        # The Hub's own: how many requests are left, and the seconds until there are more.
+        # The Hub's own header: requests left, and the seconds until there are more.
         left = re.search(r"\bt=(\d+)", str(headers.get("RateLimit", "")))
         value = left.group(1) if left and status_of(error) == 429 else "0"
     return min(float(value), MAX_WAIT)

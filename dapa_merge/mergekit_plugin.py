@@ -1,7 +1,7 @@
 """The merge method `dapa`; importing this module registers it with mergekit (tried with 0.1.5).
 
-`mergekit-yaml` needs no import: see `pydantic_hook`. mergekit names and fuses tensors as transformers does in memory,
-so that units are looked up there.
+`mergekit-yaml` does not need an import: see `pydantic_hook`. mergekit names and fuses tensors as transformers does in
+memory, so units are looked up there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
 from dapa_merge.search.search import search_plan
 
-# A box of a tensor as mergekit has it, with the same values' places in each model's files.
+# A box of a tensor in mergekit, and the regions of the same values in each model's files.
 EditedBox = tuple[Box, Mapping[str, Region]]
 _NUMBER = re.compile(r"\d+")
 TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
@@ -65,7 +65,7 @@ SPEC = MergeMethodSpec(
     reference_url="https://arxiv.org/abs/2406.01514",
     parameters=tuple(ParameterSpec(name, Any, ParameterScope.SHARED, default=None) for name in PARAMETERS),
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, max_inputs=2),
-    # Weights that only the target has stay the target's.
+    # Weights that only the target has are kept.
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
     # Tensors pass through; moving them to an accelerator and back would only cost time.
     uses_accelerator=False,
@@ -74,7 +74,7 @@ SPEC = MergeMethodSpec(
 
 @dataclass(frozen=True)
 class _Selected:
-    """A recipe's selection, with the state of the weight files, so that a replaced model is noticed.
+    """A recipe's selection, with the state of the weight files to detect a replaced model.
 
     Attributes:
         boxes: The boxes that change, by tensor.
@@ -99,28 +99,28 @@ class _Selected:
 class DapaMerge(MergeMethod):  # type: ignore[misc]  # mergekit is not typed
     """Passes the target's tensors through, with the edit's values in selected units.
 
-    Each recipe is searched once, whichever thread asks first, and before mergekit writes anything if `accept` announced
-    it.
+    Each recipe is searched once, by the first thread that needs it; before mergekit writes anything, if announced by
+    `accept`.
     """
 
     spec = SPEC
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # By the recipe that mergekit will bind, which has no dtype.
+        # By the recipe that mergekit will bind, which does not have a dtype.
         self._announced: dict[Recipe, Recipe] = {}
         self._selected: dict[Recipe, _Selected] = {}
 
     def announce(self, recipe: Recipe) -> None:
-        """Remember a recipe, so that its search starts when mergekit plans the merge of its models."""
+        """Remember a recipe, to start its search when mergekit plans the merge of its models."""
         self._announced[replace(recipe, dtype=None, keeps_tokenizer=False)] = recipe
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
     ) -> None:
         super().validate_inputs(input_ids, base_id, group_name=group_name)
-        # mergekit validates the inputs while it plans, before it makes the output folder. It does not say which recipe
-        # it plans: if several have these models, each searches when its first tensor comes.
+        # mergekit validates inputs while planning, before it makes the output folder, but does not tell the recipe. If
+        # several recipes have these models, each is searched when its first tensor comes.
         models = {str(base_id), *map(str, input_ids)}
         recipes = [recipe for recipe in self._announced.values() if {str(recipe.target), str(recipe.source)} == models]
         if len(recipes) == 1:
@@ -181,7 +181,7 @@ def accept(raw: Mapping[str, Any]) -> None:
     """
     file = _file_being_read(raw)
     recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
-    _check_has_place_to_merge(recipe)
+    _check_lora_cache(recipe)
     METHOD_INSTANCE.announce(recipe)
 
 
@@ -192,9 +192,9 @@ def register() -> None:
 
 
 def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _Selected) -> torch.Tensor:
-    """A copy of `ours` with the edit's values in the selected boxes.
+    """Return a copy of `ours` with the edit's values in the selected boxes.
 
-    mergekit hands over the values of target and source; those of further models are read here.
+    mergekit passes the values of target and source; those of other models are read here.
     """
     result, plan = ours.clone(), selected.plan
     for box, regions in selected.boxes[name]:
@@ -213,14 +213,14 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
 
 
 def _select(recipe: Recipe) -> _Selected:
-    # mergekit computes on the CPU unless told otherwise; a search only without an accelerator.
+    # mergekit defaults to the CPU, a search to an accelerator.
     given = _command_line()
     options = Options.from_environment(
         given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
     )
     plan = make_plan(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
     check_prompts(recipe)
-    # A commit on the Hub does not change, though the cache's part of it may grow.
+    # Local models only: a commit on the Hub does not change, although the cached part of it may grow.
     local = [checkpoint for checkpoint in plan.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
@@ -248,7 +248,7 @@ def _merge_cache() -> MergeCache | None:
     return MergeCache(Path(options.lora_cache_dir), options.lora_merge_dtype) if options.lora_cache_dir else None
 
 
-def _check_has_place_to_merge(recipe: Recipe) -> None:
+def _check_lora_cache(recipe: Recipe) -> None:
     options = _command_line()
     keys = {"target": "base_model", "source": "models"}
     for name, location in models_of(recipe).items():
@@ -270,7 +270,7 @@ def _command_line() -> dict[str, Any]:
 
 
 def _file_being_read(raw: Mapping[str, Any]) -> Path | None:
-    """The recipe file of a running `mergekit-yaml`, to name lines, which `raw` has lost."""
+    """The recipe file of a running `mergekit-yaml`, for line numbers, which `raw` does not have."""
     name = _command_line().get("config_file")
     if not isinstance(name, str):
         return None
@@ -282,7 +282,7 @@ def _file_being_read(raw: Mapping[str, Any]) -> Path | None:
 
 
 def _plain(value: object) -> Any:
-    """Objects of mergekit as plain YAML."""
+    """Convert objects of mergekit to plain YAML values."""
     if isinstance(value, ModelReference):
         return str(value)
     if isinstance(value, Mapping):
@@ -295,7 +295,7 @@ def _plain(value: object) -> Any:
 
 
 def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[EditedBox]]:
-    """The boxes of a selection, by the tensors that mergekit will ask for.
+    """Return the boxes of a selection, by the tensors that mergekit will request.
 
     Raises:
         CheckpointError: If mergekit would silently lose a selected unit or another part of the MLPs.
@@ -316,7 +316,7 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Edit
     if defined is None:
         if shapes is None:
             return _boxes(plan, units, as_in_files)
-        names = _names_that_are_inferred(plan.target, shapes)
+        names = _inferred_names(plan.target, shapes)
     modules = tuple(dict.fromkeys(unit.module for unit in plan.twins))
     found = {} if shapes is None else {unit: unit for unit in find_units(plan.target.config, shapes, modules)}
     for unit in units:
@@ -336,10 +336,10 @@ def _boxes(plan: Plan, units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dic
     return boxes
 
 
-def _names_that_are_inferred(target: Checkpoint, shapes: Shapes) -> set[str]:
+def _inferred_names(target: Checkpoint, shapes: Shapes) -> set[str]:
     """The tensors that mergekit finds without a definition of the architecture: transformers' parameters.
 
-    It converts names in the files that differ if it can do so for every layer, and otherwise loses the tensors.
+    It converts differing names in the files if it can do so for every layer, and otherwise loses the tensors.
     """
     by_kind: dict[str, list[str]] = {}
     for name in shapes:

@@ -1,7 +1,7 @@
-"""Steps and progress for people, and silence from other libraries.
+"""Steps and progress for people, and silencing of other libraries.
 
-Steps are log records of the logger `dapa_merge`. Progress is counted by whoever does the work, and belongs to the
-innermost task in that unit. `shown` puts both on stderr; without it a library call is silent.
+Steps are log records of the logger `dapa_merge`. The code that does the work reports progress, which counts for the
+innermost task if the units match. `shown` shows both on stderr; without it, library calls are silent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Task:
     move: Callable[[int], object]
 
 
-# Progress comes from threads too, which is why this is not a context variable.
+# Not a context variable, because progress also comes from threads.
 _lock = threading.Lock()
 _tasks: list[_Task] = []
 _consoles: list[Console] = []
@@ -42,14 +42,14 @@ _consoles: list[Console] = []
 
 @contextmanager
 def task(description: str, total: int, unit: str) -> Iterator[None]:
-    """Count what is done inside as progress of one task.
+    """Count progress inside the `with` block as one task.
 
     Only the outermost task has a bar, and only on a terminal.
 
     Args:
-        description: What is done, as "verifying".
-        total: How much there is to do.
-        unit: What is counted, as "bytes" or "prompts".
+        description: The activity, such as "verifying".
+        total: The amount of work in units.
+        unit: The unit, such as "bytes" or "prompts".
     """
     with contextlib.ExitStack() as stack:
         move: Callable[[int], object] = _ignore
@@ -71,7 +71,7 @@ def task(description: str, total: int, unit: str) -> Iterator[None]:
 
 
 def advance(amount: int, unit: str) -> None:
-    """Report an amount of work as done; it counts for the innermost task if that is in the same unit."""
+    """Report an amount of work as done; it counts for the innermost task if that has the same unit."""
     with _lock:
         innermost = _tasks[-1] if _tasks else None
     if innermost is not None and innermost.unit == unit:
@@ -80,7 +80,7 @@ def advance(amount: int, unit: str) -> None:
 
 @contextmanager
 def shown(quiet: bool = False) -> Iterator[None]:
-    """Show steps and progress on stderr inside; bars go when their work is done."""
+    """Show steps and progress on stderr inside the `with` block; finished bars disappear."""
     if quiet:
         yield
         return
@@ -89,7 +89,7 @@ def shown(quiet: bool = False) -> Iterator[None]:
     level, propagates = LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
-    # mergekit's command line has a handler of its own at the root.
+    # mergekit's command line has its own handler at the root.
     LOG.propagate = False
     _consoles.append(console)
     try:
@@ -102,7 +102,7 @@ def shown(quiet: bool = False) -> Iterator[None]:
 
 
 class _Handler(logging.Handler):
-    """Prints each record as one plain line; what it quotes may be a stranger's."""
+    """Prints each record as one plain line, escaped because it may quote untrusted text."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -113,16 +113,16 @@ class _Handler(logging.Handler):
 
 
 def _ignore(_amount: int) -> None:
-    """A task without a bar."""
+    """Do nothing, for a task without a bar."""
 
 
 @contextmanager
 def quiet(*libraries: str, bars: bool = False) -> Iterator[None]:
-    """Silence other libraries inside, which this imports; their settings come back afterwards.
+    """Import and silence other libraries inside the `with` block; restore their settings afterwards.
 
     Args:
-        libraries: Of `transformers`, `datasets`, `huggingface_hub`, `lm_eval` and `mergekit`, those to silence.
-        bars: Whether huggingface_hub's progress bars stay.
+        libraries: Any of `transformers`, `datasets`, `huggingface_hub`, `lm_eval` and `mergekit`.
+        bars: Whether to keep huggingface_hub's progress bars.
     """
     with contextlib.ExitStack() as stack:
         for name in libraries:
@@ -149,7 +149,7 @@ def _transformers(library: Any) -> Iterator[None]:
 
 @contextmanager
 def _hub(library: Any) -> Iterator[None]:
-    """Of huggingface_hub and of datasets, which are alike."""
+    """Silence huggingface_hub or datasets, which are alike."""
     log = library.utils.logging
     verbosity = log.get_verbosity()
     log.set_verbosity_error()
@@ -174,7 +174,7 @@ def _without_bars(library: Any) -> Iterator[None]:
 
 @contextmanager
 def _lm_eval(_: Any) -> Iterator[None]:
-    """It prints, too."""
+    """Silence lm_eval, which also prints."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -189,12 +189,12 @@ def _lm_eval(_: Any) -> Iterator[None]:
 def _mergekit(_: Any) -> Iterator[None]:
     root, logger = logging.getLogger(), logging.getLogger("mergekit")
     building: Any = importlib.import_module("mergekit.tokenizer.build")
-    # It logs through the root logger, too, which would get a handler for good if it had none.
+    # It also logs through the root logger, which would permanently get a handler if it had none.
     handler, level, bars = logging.NullHandler(), logger.level, building.tqdm
     root.addHandler(handler)
     root.addFilter(_drop)
     logger.setLevel(logging.CRITICAL + 1)
-    # This one bar has no switch.
+    # This bar cannot be switched off.
     building.tqdm = SimpleNamespace(tqdm=lambda models, **_: models)
     try:
         yield
@@ -206,7 +206,7 @@ def _mergekit(_: Any) -> Iterator[None]:
 
 
 def _drop(record: logging.LogRecord) -> bool:
-    """A filter of a logger drops what is logged on that logger itself, and nothing that comes from others."""
+    """Drop a record; a logger's filter gets only records logged on that logger itself."""
     return False
 
 

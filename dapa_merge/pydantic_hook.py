@@ -2,7 +2,7 @@
 
 mergekit has no entry points, but its recipes are pydantic models, and pydantic loads plugins from the entry-point group
 `pydantic`. This plugin watches mergekit's `MergeConfiguration` only; every other model keeps its validator untouched.
-Every program that uses pydantic loads this module, so that it imports nothing.
+Every program that uses pydantic loads this module, so it does not import anything.
 
 Protocol: https://docs.pydantic.dev/latest/concepts/plugins/
 """
@@ -15,7 +15,7 @@ class _RecipeHandler:
     """Called by pydantic before it validates a merge configuration."""
 
     def on_enter(self, raw: object, **_options: object) -> None:
-        """Register the method, and refuse a recipe that mergekit would accept but not understand."""
+        """Register the method, and reject a recipe that mergekit would accept but not understand."""
         if isinstance(raw, dict) and raw.get("merge_method") == "dapa":
             from dapa_merge.mergekit_plugin import accept
 

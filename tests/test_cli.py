@@ -435,7 +435,7 @@ def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged,
     change_tensor(pair[damaged], "model.layers.0.mlp.gate_proj.weight", lambda tensor: tensor.fill_(value))
     result = call("run", write_recipe(pair["target"], pair["source"], **small), tmp_path / "out")
     assert result.exit_code == 4
-    assert "computes infinities or no numbers at all; its weights are damaged" in last_line(result)
+    assert "computes infinities or NaN; its weights are damaged" in last_line(result)
     assert not (tmp_path / "out").exists()
 
 

@@ -309,7 +309,7 @@ def test_mergekit_finds_an_evaluator_in_the_file_that_the_environment_names(writ
     recipe = write_recipe(*pair, evaluator="layer-2", prompts=write_few(tmp_path / "few", 4), max_new_tokens=2)
     without = mergekit_yaml(recipe, tmp_path / "without")
     assert without.returncode == 2
-    assert "there is no evaluator 'layer-2'" in without.stderr
+    assert "evaluator 'layer-2'; known are" in without.stderr
     result = mergekit_yaml(recipe, tmp_path / "out", DAPA_EVALUATOR_FILE=str(file))
     assert result.returncode == 0, result.stderr
     assert "transplanting gate of layer 2 " in result.stderr

@@ -237,7 +237,7 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     other = planted_recipe(tmp_path, max_new_tokens=11)
     result = call("trace", other, copy, *QUICK)
     assert result.exit_code == 2
-    assert "is of another trace: generation, recipe differ; name another folder, or remove it" in result.stderr
+    assert "belongs to another trace: generation, recipe differ; name another folder, or remove it" in result.stderr
     assert (copy / "summary.json").exists()
 
 
@@ -353,17 +353,17 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
         (("--subject", "bomb"), r"none of 12 harmful prompts contains the subject 'bomb'; give one that some do"),
         (
             ("--kinds", "mlp,head"),
-            r"--kinds: there is no kind 'head'; known are hidden, mlp, attention, gate, up, down",
+            r"--kinds: unknown kind 'head'; known are hidden, mlp, attention, gate, up, down",
         ),
         (("--refusal", "No."), r"give both or neither"),
         (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
         (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),
         (
             ("--refusal", "No. I", "--answer", "No."),
-            r"cannot be told apart: they are the same, or one is how the other",
+            r"cannot be compared: they are the same, or one is the beginning of the other",
         ),
         (("--noise", "nan"), r"--noise is nan; write a number of at least 0"),
-        (("--subject", " "), r"--subject is empty; write what stands in the prompt, or leave it out"),
+        (("--subject", " "), r"--subject is empty; give words of the prompts, or leave it out"),
     ],
 )
 def test_bad_options_are_refused_before_anything_takes_long(traced, tmp_path, options, said):
@@ -418,7 +418,7 @@ def test_without_matplotlib_it_says_what_to_install(traced, tmp_path, monkeypatc
     named = planted_recipe(tmp_path, layers="3-5")
     result = call("run", named, tmp_path / "model")
     assert result.exit_code == 0, result.stderr
-    assert "no pictures beside the model: plots need matplotlib" in result.stderr
+    assert "no pictures next to the model: plots need matplotlib" in result.stderr
     assert not list((tmp_path / "model").glob("*.png"))
 
 
@@ -445,7 +445,7 @@ def test_a_picture_that_fails_costs_a_sentence_and_not_the_model(tmp_path, monke
     monkeypatch.setattr(charts, "render", fail)
     result = call("run", planted_recipe(tmp_path, 8, layers="3-5"), tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    assert "no pictures beside the model: RuntimeError: no room for this picture" in result.stderr
+    assert "no pictures next to the model: RuntimeError: no room for this picture" in result.stderr
     assert (tmp_path / "out" / "dapa_report.json").exists()
 
 
@@ -491,7 +491,7 @@ def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["groups"]["target"] == 0.25
     assert done.returncode == 2
-    assert re.search(r"is of another trace: evaluator differs; name another folder, or remove it", done.stderr)
+    assert re.search(r"belongs to another trace: evaluator differs; name another folder, or remove it", done.stderr)
 
 
 def test_copies_of_the_packaged_models_are_known_and_others_of_their_size_are_not(tmp_path):

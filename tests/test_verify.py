@@ -134,7 +134,7 @@ def test_a_blend_is_replayed_and_verified_as_one(llama_pair, tmp_path, write_rec
 def test_options_that_exclude_each_other_are_refused(result):
     refused = call("verify", result, "--files-only", "--target", "x")
     assert refused.exit_code == 2
-    assert "--files-only looks at no recipe and no other model" in refused.stderr
+    assert "--files-only reads no recipe and no other model" in refused.stderr
 
 
 def test_a_result_without_a_manifest_is_as_good_and_can_be_given_one(llama_pair, tmp_path, write_recipe):

@@ -1,7 +1,7 @@
 """The command line: parse, call, print.
 
-A command's module is imported when the command is asked for, so that `--help` loads none of them and they may import
-torch at their head. Faults become one sentence and an exit code.
+A command's module is imported only when the command runs, so `--help` loads none of them, and they may import torch at
+the top. Errors become one sentence and an exit code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dapa_merge.errors import DapaError, Stopped
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
-# Where each command is, and its line in the help.
+# The module of each command, and its line in the help.
 COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 class Group(click.Group):
-    """Loads the command that is asked for; turns faults into one sentence and an exit code."""
+    """Loads commands on demand; turns errors into one sentence and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -52,7 +52,7 @@ class Group(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # click's own would load every command for its line.
+        # click's own method would load every command.
         limit = formatter.width - 6 - max(map(len, COMMANDS))
         rows = [
             (name, click.Command(name, help=COMMANDS[name][1]).get_short_help_str(limit)) for name in sorted(COMMANDS)
@@ -62,10 +62,10 @@ class Group(click.Group):
 
     def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
         try:
-            # Here click prints the help, before there is a command.
+            # click prints the help here, before any command.
             return super().make_context(*arguments, **settings)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # click's own matter.
+            if error.errno == errno.EPIPE:  # click handles it.
                 raise
             _fail_at(error)
 
@@ -108,7 +108,7 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         _disable_client_bars()
     for stream in (sys.stdout, sys.stderr):
-        # A path may hold characters that the terminal's encoding does not.
+        # A path may have characters that the terminal's encoding lacks.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

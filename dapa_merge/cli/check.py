@@ -1,4 +1,4 @@
-"""The commands that compare and pass on results: `verify`, and `patch` with its four."""
+"""The commands that check results and pass them on: `verify`, and `patch` with its four subcommands."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def verify(
     """
     if files_only:
         if recipe or target or source or write_manifest:
-            raise UsageError("--files-only looks at no recipe and no other model; leave out the other options")
+            raise UsageError("--files-only reads no recipe and no other model; leave out the other options")
         check = check_manifest(out)
     else:
         models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
@@ -88,7 +88,7 @@ def patch() -> None:
 @allow_pickle_option
 @json_option
 def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
-    """Write what RESULT has changed of its base to PATCH, a new safetensors file.
+    """Write the changes of RESULT from its base to PATCH, a new safetensors file.
 
     RESULT and its base are folders or Hub ids, or id@revision.
     """
@@ -96,7 +96,7 @@ def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_j
     share = answer["file_bytes"] / answer["model_bytes"]
     lines = [f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size"]
     if answer["other_files"]:
-        lines.append(f"not in the patch, though not as in the base: {', '.join(answer['other_files'])}")
+        lines.append(f"differs from the base, but not in the patch: {', '.join(answer['other_files'])}")
     print_answer(answer, lines, as_json)
 
 
@@ -119,13 +119,13 @@ def apply(
 ) -> None:
     """Apply PATCH to BASE: into the new folder OUT, or in place.
 
-    Refuses a base that has any other value than the one that PATCH was made for. If it is stopped in place, the same
-    command goes on.
+    Refuses a base with other values than the one that PATCH was made for. If a change in place is stopped, the same
+    command resumes it.
     """
     answer = apply_patch(patch, base, out, in_place, undo, allow_pickle=allow_pickle)
     size = f"{answer['bytes'] / 1e6:.2f} MB"
     if not answer["applied"]:
-        line = f"{base} holds what {patch} would write already; nothing was written"
+        line = f"{base} already holds what {patch} would write; nothing was written"
     elif in_place:
         back = f"dapa-merge patch revert {base}" + (f" --undo {undo}" if undo else "")
         line = f"patched {base}: {size} written; `{back}` takes it back"
@@ -139,12 +139,12 @@ def apply(
 @undo_option
 @json_option
 def revert(base: str, undo: Path | None, as_json: bool) -> None:
-    """Give BASE back what it held before a patch was applied in place.
+    """Undo a patch that was applied to BASE in place.
 
-    Every byte that was replaced is as it was, and the undo file is gone. If it is stopped, the same command goes on.
+    Restores every replaced byte, and removes the undo file. If it is stopped, the same command resumes.
     """
     answer = revert_patch(base, undo)
-    size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "it was so already"
+    size = f"{answer['bytes'] / 1e6:.2f} MB put back" if answer["bytes"] else "nothing to do"
     print_answer(answer, [f"the patched rows of {base} are as they were: {size}"], as_json)
 
 
@@ -152,7 +152,7 @@ def revert(base: str, undo: Path | None, as_json: bool) -> None:
 @patch_argument
 @json_option
 def show(patch: Path, as_json: bool) -> None:
-    """Show what PATCH changes, and in what."""
+    """Show what PATCH changes, and in which model."""
     answer = show_patch(patch)
     lines = []
     for entry in answer["entries"]:

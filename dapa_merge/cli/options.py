@@ -1,7 +1,6 @@
-"""Options and arguments that several commands share, and the way in which commands answer on stdout.
+"""Options and arguments that several commands share, and their output on stdout.
 
-A new option of a run is declared here, in `search_options`, has its field in `recipe/options.py`, and is read where it
-counts.
+A new option of a run is declared here, in `search_options`, and has its field in `recipe/options.py`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ judge_model_option = environment_option(
     "--judge-model",
     metavar="NAME",
     envvar="DAPA_JUDGE_MODEL",
-    help="Have this model of an OpenAI-compatible endpoint judge every response, beside the rules. The key is read "
+    help="Have this model of an OpenAI-compatible endpoint judge every response, besides the rules. The key is read "
     "from OPENAI_API_KEY.",
 )
 judge_url_option = environment_option(
@@ -85,7 +84,7 @@ recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
-# What `--no-evaluate` has no use for.
+# Options that `--no-evaluate` excludes.
 EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model")
 
 
@@ -101,7 +100,7 @@ def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command one `Options` as `options`, made of those options of a run that it has.
+    """Pass a command its options of a run as one `Options`, named `options`.
 
     Raises:
         UsageError: If a judge's option comes without a judge, `--workers` is not understood, or Ray is not installed.
@@ -121,7 +120,7 @@ def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _judge_requests(judge_model: str | None, judge_requests: str | None, **_: Any) -> int | None:
     for name in ("judge_url", "judge_requests"):
-        # In the environment they may stand for the days when there is a judge.
+        # In the environment they may be set for other runs, which use a judge.
         if judge_model is None and is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
     where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
@@ -135,7 +134,7 @@ def _workers(text: str | None) -> dict[str, Any]:
     if text is not None:
         from dapa_merge.search.workers import import_ray
 
-        # Before the models are read.
+        # Fail before the models are read.
         import_ray()
     return {"uses_ray": text is not None, "num_workers": int(number) if number else None}
 
@@ -144,11 +143,11 @@ def refuse_options(names: Collection[str], why: str) -> None:
     """Refuse options that would have no effect on this command line.
 
     Args:
-        names: Of the options' parameters.
+        names: The names of the options' parameters.
         why: The rest of the sentence, after the option.
 
     Raises:
-        UsageError: If one of them is there.
+        UsageError: If one of them is given.
     """
     for parameter in click.get_current_context().command.params:
         if parameter.name in names and is_given(parameter.name):
@@ -184,7 +183,7 @@ MODELS = (
 
 
 def destination_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a repository; the command gets them as `destination`, and adds the repository's id."""
+    """Add the options of a destination; the command gets them as `destination`, without the repository's id."""
 
     @functools.wraps(command)
     def call(**given: Any) -> Any:
@@ -205,7 +204,7 @@ def license_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def card_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a license, and of models that are published elsewhere than a recipe says; also as `card`."""
+    """Add the options of a license and of published models; the command gets one `CardOptions` as `card`."""
 
     @functools.wraps(command)
     def call(card: CardOptions, **given: Any) -> Any:
@@ -222,7 +221,7 @@ def _with_options(command: Callable[..., Any], options: Sequence[Callable[..., A
 
 
 def print_answer(answer: Mapping[str, Any], shown: Iterable[str] | Callable[[Console], object], as_json: bool) -> None:
-    """Print an answer as one JSON object; for people as these lines, or by this function."""
+    """Print an answer: as one JSON object, or for people as lines or by a function."""
     if as_json:
         click.echo(json.dumps(answer, indent=2))
     elif callable(shown):
@@ -232,6 +231,6 @@ def print_answer(answer: Mapping[str, Any], shown: Iterable[str] | Callable[[Con
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, however long; what they quote may be a stranger's."""
+    """Print lines unchanged, however long; they may quote untrusted text."""
     for line in lines:
         console.print(printable(line), highlight=False, markup=False, soft_wrap=True)

@@ -35,14 +35,14 @@ OUTDATED = 10
     "--published",
     metavar="REPO",
     help="Compare with the lock of the model that is published there, or that an open pull request of yours brings "
-    "there, rather than with the one beside RECIPE.",
+    "there, rather than with the one next to RECIPE.",
 )
 @json_option
 def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
     """Ask whether a model of RECIPE moved.
 
-    Compares the weight, config and tokenizer files of target and source with the lock that `run` wrote beside RECIPE. A
-    commit that changes none of them, as of a card, does not count. The exit code is 0 if everything is as it was, and
+    Compares the weight, config and tokenizer files of target and source with the lock that `run` wrote next to RECIPE.
+    A commit that changes none of them, e.g. one of a card, does not count. The exit code is 0 if nothing changed, and
     10 if RECIPE should be run (again).
     """
     from dapa_merge.publish.outdated import compare_with_lock
@@ -87,8 +87,8 @@ def gate(
 ) -> None:
     """Fail unless the figures of a result are good enough.
 
-    REPORT is a result's folder, or its dapa_report.json. What was not measured does not pass. The exit code is 6 if a
-    figure is outside of its limit.
+    REPORT is a result's folder, or its dapa_report.json. A figure that was not measured does not pass. The exit code is
+    6 if a figure is outside of its limit.
     """
     limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
     found = read_report(report)
@@ -121,8 +121,8 @@ def gate(
 def card(out: Path, card: CardOptions, replace_card: bool, as_json: bool) -> None:
     """Write or renew the model card of OUT.
 
-    OUT is what `run` or `mergekit-yaml` wrote; the card is OUT/README.md. It says what was measured, and "not measured"
-    of what was not. What you wrote above and below the marked part stays, and so does metadata of yours.
+    OUT was written by `run` or `mergekit-yaml`; the card is OUT/README.md. It states the measurements, or "not
+    measured". Text that you wrote above and below the marked part is kept, and so is your metadata.
     """
     from dapa_merge.publish.write_card import write_card
 
@@ -148,9 +148,9 @@ def push(
 ) -> None:
     """Publish OUT in the Hub's repository REPO.
 
-    Verifies OUT first, writes its card, and makes one commit of it, so that nobody ever sees half a model; afterwards
-    compares the Hub's checksums with those of OUT. Run it again after a failure: nothing is sent twice. Makes REPO if
-    it is not there. Leaves out hidden files and dapa_responses.jsonl. The token is that of HF_TOKEN, of `hf auth
+    Verifies OUT first, writes its card, and makes one commit of it, so nobody ever sees half a model; afterwards
+    compares the Hub's checksums with those of OUT. Run it again after a failure: nothing is sent twice. Creates REPO if
+    it is missing. Leaves out hidden files and dapa_responses.jsonl. The token is that of HF_TOKEN, of `hf auth
     login`, or of a CI job (HF_OIDC_RESOURCE).
     """
     from dapa_merge.publish.push import push as publish

@@ -156,7 +156,7 @@ def evaluate(
 
 
 def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:
-    """Yields a function that writes the file that a user may have asked for."""
+    """Yields a function that writes to `path`, or does nothing without one."""
     return nullcontext(lambda _: None) if path is None else new_file(path)
 
 
@@ -174,7 +174,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
     from dapa_merge.flow import repair
 
-    # A model this small gains nothing from more threads, and loses much where they have to share their cores.
+    # A model this small gains nothing from more threads, and loses much if they share cores.
     torch.set_num_threads(1)
     text = recipe_text()
     if not (as_json or click.get_current_context().find_root().params["quiet"]):
@@ -193,11 +193,11 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @click.option(
     "--lock/--no-lock",
     default=None,
-    help="Write NAME.lock.yml beside RECIPE, and recipe.lock.yml into OUT: commits and SHA-256s of target and source, "
+    help="Write NAME.lock.yml next to RECIPE, and recipe.lock.yml into OUT: commits and SHA-256s of target and source, "
     "and the selection.  [default: --lock, and --no-lock with --no-evaluate]",
 )
 @click.option(
-    "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock beside RECIPE; no search."
+    "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock next to RECIPE; no search."
 )
 @search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
@@ -229,7 +229,7 @@ def run(
     if no_evaluate:
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
     if locked and lock is False:
-        raise UsageError("--locked goes by the lock, and --no-lock leaves it out; use one of them")
+        raise UsageError("--locked uses the lock, and --no-lock leaves it out; use only one of them")
     if push is None:
         refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
     with quiet("huggingface_hub", bars=True):

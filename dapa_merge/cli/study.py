@@ -40,7 +40,7 @@ COMPARE_DEFAULTS = CompareOptions()
 
 
 def whole_number(name: str, field: str, defaults: object, meaning: str, least: int = 1) -> Callable[..., Any]:
-    """An option for a number of things, with the default of the field that it fills."""
+    """An option for a whole number, with the default of its field."""
     default = getattr(defaults, field)
     return click.option(name, field, type=click.IntRange(least), default=default, show_default=True, help=meaning)
 
@@ -120,15 +120,15 @@ def trace(
     """Show where the alignment of RECIPE's models lives.
 
     Writes figures, traces, summary.json and a page, index.html, to OUT. Traces refusing causally, transplants each unit
-    alone, puts groups of units in and takes them out, beside random ones, measures edits of every size, and says
-    whether tracing would have found what the search selects. Stopped, the same command goes on. Needs matplotlib.
+    alone, puts groups of units in and takes them out, next to random ones, measures edits of every size, and says
+    whether tracing would have found what the search selects. If stopped, the same command resumes. Needs matplotlib.
     """
     from dapa_merge.trace.trace import trace_recipe
 
     if not math.isfinite(noise):
         raise UsageError(f"--noise is {noise}; write a number of at least 0")
     if not all(subject.strip() for subject in subjects):
-        raise UsageError("--subject is empty; write what stands in the prompt, or leave it out")
+        raise UsageError("--subject is empty; give words of the prompts, or leave it out")
     wanted = TraceOptions(
         kinds=_kinds(kinds),
         noise=noise,
@@ -148,7 +148,7 @@ def _kinds(text: str | None) -> tuple[str, ...] | None:
     kinds = tuple(kind.strip().lower() for kind in text.split(","))
     for kind in kinds:
         if kind not in SITE_KINDS:
-            raise UsageError(f"--kinds: there is no kind {kind!r}; known are {', '.join(SITE_KINDS)}")
+            raise UsageError(f"--kinds: unknown kind {kind!r}; known are {', '.join(SITE_KINDS)}")
     return tuple(kind for kind in SITE_KINDS if kind in kinds)
 
 
@@ -168,7 +168,7 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
 @click.option(
     "--methods",
     metavar="LIST",
-    help=f"What to compare beside target and source, with commas: {', '.join(METHODS)}.  [default: all]",
+    help=f"What to compare besides target and source, with commas: {', '.join(METHODS)}.  [default: all]",
 )
 @whole_number("--seeds", "num_seeds", COMPARE_DEFAULTS, "Random selections of each size.", least=0)
 @whole_number("--seed", "seed", COMPARE_DEFAULTS, "The first of their seeds.", least=0)
@@ -206,7 +206,7 @@ def compare(
     Makes the paper's table of your own models: for each recipe the target, the source, what the search finds, fixed
     layers, all gates, whole MLPs, random selections, and mergekit's linear, TIES and task arithmetic, all of them live
     and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
-    table.tex, summary.json and figures/ to --out. Stopped, the same command goes on.
+    table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
     """
     wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
     if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
@@ -253,13 +253,13 @@ def _stoppable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"what was measured is in {out}, and the same command goes on from there"
+        kept = f"the measurements so far are in {out}, and the same command resumes from there"
         if not out.exists():
-            kept = "nothing was measured yet, and the same command begins again"
+            kept = "nothing was measured yet, and the same command starts again"
         if terminated:
             click.echo(f"Error: stopped; {kept}", err=True)
             sys.exit(128 + signal.SIGTERM)
-        # Not the best selection of a search that was stopped: it is one of many.
+        # Not the best selection of the stopped search, which is one of many.
         raise Stopped(kept) from None
     finally:
         if is_usual:
@@ -272,7 +272,7 @@ def _methods(text: str | None) -> tuple[str, ...]:
     named = {name.strip().lower() for name in text.split(",")}
     for name in sorted(named):
         if name not in METHODS:
-            raise UsageError(f"--methods: there is no method {name!r}; known are {', '.join(METHODS)}")
+            raise UsageError(f"--methods: unknown method {name!r}; known are {', '.join(METHODS)}")
     return tuple(name for name in METHODS if name in named)
 
 

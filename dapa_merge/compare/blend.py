@@ -4,9 +4,9 @@ Mergekit plans and computes a blend as `mergekit-yaml` does, tensor by tensor, f
 being written, a tensor goes into the resident target's parameter: neither the source nor the result is in memory as a
 model. Afterwards the target's values are read back from its files.
 
-A merge into a temporary folder that is loaded again is the simpler way, but takes three to six times as long for each
-blend on the miniature. It is used only where the loaded model has other tensors than mergekit writes (a mixture whose
-experts transformers fuses).
+Merging into a temporary folder and loading the result is simpler, but takes three to six times as long for each blend
+on the miniature. It is used only if the loaded model has other tensors than mergekit writes (a mixture whose experts
+transformers fuses).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Blender:
 
     Attributes:
         live: The resident target.
-        why_not: Why blends are loaded from temporary folders, which takes the target's memory twice; empty if they are
-            made in the resident target.
+        why_not: The reason if blends are loaded from temporary folders, which takes the target's memory twice; empty if
+            they are made in the resident target.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class Blender:
     ) -> None:
         """Find the parameter for each tensor that mergekit writes. Reads all of the target once.
 
-        The live target must be as in its files; temporary folders are made in `dir`, by default the system's place.
+        The live target must match its files; temporary folders are made in `dir`, by default the system's folder.
 
         Raises:
             CheckpointError: If mergekit cannot merge these models.
-            HubError: If the Hub does not give weights that have to be fetched.
+            HubError: If weights cannot be fetched from the Hub.
         """
         self.live = live
         self._target, self._source = target.whole(), source.whole()
@@ -110,7 +110,7 @@ class Blender:
             with self._prepared(blend) as merge:
                 for name, value in merge.tensors():
                     if name in self._places:
-                        # Before the first byte, so that a tensor that breaks off is restored too.
+                        # Recorded first, so that a partly written tensor is restored too.
                         changed.append(name)
                         self._put(name, value)
             if left_out := self._places.keys() - changed:
@@ -161,7 +161,7 @@ class Blender:
         return self._vocabularies[other.name]
 
     def _find_places(self) -> str:
-        """Find the live tensor for every tensor that mergekit writes, or say which one has none."""
+        """Find the live tensor for every tensor that mergekit writes; returns the reason if that fails."""
         # The tensors do not depend on the method.
         with self._prepared(Blend("linear", 1.0)) as merge:
             outputs = {task.output_weight.name for task in merge.tasks()}
@@ -224,7 +224,7 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
         return None
 
 
-# Mergekit holds so many in memory before it writes a file.
+# Number of parameters that mergekit holds in memory before it writes a file.
 MAX_SHARD_PARAMETERS = 500_000_000
 # Files of tokenizers, chat templates and generation settings.
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
@@ -261,9 +261,9 @@ def merge_config(
     """Write a blend as mergekit's own configuration, of folders or other names of models.
 
     `linear` gives the target the rest of the weight. The other two subtract the pretrained model or, without one, the
-    target, so that only the source's difference is added. (TIES then has its weight as `lambda`, because a single
-    weight would be divided out when it is normalized.) With `keeps_tokenizer` the source's tokens are matched to the
-    target's. Without `out_dtype` mergekit writes the widest of its models' dtypes.
+    target, so that only the source's difference is added. (TIES then takes its weight as `lambda`, because
+    normalization would cancel a single weight.) With `keeps_tokenizer` the source's tokens are matched to the target's.
+    Without `out_dtype` mergekit writes the widest of its models' dtypes.
 
     Raises:
         UsageError: If the method is unknown.
@@ -295,7 +295,7 @@ def merge_config(
 
 
 def _reference(model: str) -> ModelReference:
-    """A model of mergekit's; a folder's name may have signs that otherwise mean a revision or an adapter."""
+    """A model for mergekit; a folder's name may have characters that otherwise mark a revision or an adapter."""
     if os.path.isdir(model):
         return ModelReference(model=ModelPath(path=model))
     return ModelReference.parse(model)
@@ -322,7 +322,7 @@ class Merge(NamedTuple):
         return [task.tensor_task for task in plan if isinstance(task, SaveTensor)]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor of the result with its name; none is held when the next is asked for."""
+        """Yield every tensor of the result with its name; none is held once the next is requested."""
         for task, value in Executor(self.tasks(), math_device=self.options.device).run(quiet=True):
             # Mergekit leaves out optional tensors.
             if value is not None:
@@ -331,7 +331,7 @@ class Merge(NamedTuple):
     def write(self, folder: Path, target: Checkpoint) -> None:
         """Let mergekit write the result, and add the target's config and tokenizer.
 
-        Mergekit would take those of the pretrained model, which do not know where a response ends.
+        Mergekit would take those of the pretrained model, which do not define where a response ends.
         """
         run_merge(self.config, str(folder), self.options)
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -353,7 +353,7 @@ def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: boo
 
     Raises:
         CheckpointError: For any error of mergekit's in the `with` block.
-        UsageError: If the memory of the device is not enough.
+        UsageError: If it does not fit in the device's memory.
     """
     options = MergeOptions(
         quiet=True, device=device, write_model_card=False, copy_tokenizer=False, out_shard_size=MAX_SHARD_PARAMETERS
@@ -380,7 +380,7 @@ def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: boo
             names = ", ".join(checkpoint.name for checkpoint in models)
             raise CheckpointError(f"mergekit cannot merge {names}: {one_line(error)}") from error
         finally:
-            # Mergekit would keep their files open, and not notice that a folder is made anew.
+            # Mergekit would keep their files open, and not notice that a folder was made again.
             for model in config.referenced_models():
                 LoaderCache().loaders.pop(model, None)
 
@@ -394,15 +394,15 @@ def _common_dtype(checkpoint: Checkpoint) -> str | None:
 def open_pretrained(
     recipe: Recipe, target: Checkpoint, source: Checkpoint, *, partial: bool = False, allow_pickle: bool = False
 ) -> Checkpoint | None:
-    """Open the recipe's `pretrained`, of which the headers are enough if `partial`.
+    """Open the recipe's `pretrained` model; with `partial`, its headers are enough.
 
     Returns:
-        None if the recipe names none, or the target itself: then task arithmetic would be the linear blend.
+        None if the recipe does not set it, or names the target itself: task arithmetic would be the linear blend.
 
     Raises:
         UsageError: If it is the source.
-        CheckpointError: If it is of another architecture or size than the target.
-        HubError: If the Hub does not give it.
+        CheckpointError: If its architecture or size differs from the target's.
+        HubError: If it cannot be fetched from the Hub.
     """
     if recipe.pretrained is None:
         return None
@@ -414,8 +414,8 @@ def open_pretrained(
     ours, theirs = architecture_name(target.config), architecture_name(found.config)
     if ours != theirs:
         raise CheckpointError(
-            f"the pretrained model {found.name} is a {theirs} but the target {target.name} is a {ours}; name what "
-            "target and source were both fine-tuned from"
+            f"the pretrained model {found.name} is a {theirs} but the target {target.name} is a {ours}; name the "
+            "model that target and source were both fine-tuned from"
         )
     for name, shape in target.shapes.items():
         other = found.shapes.get(name)
@@ -423,6 +423,6 @@ def open_pretrained(
         if (other is None and ".layers." in name) or (other is not None and other[1:] != shape[1:]):
             raise CheckpointError(
                 f"the pretrained model {found.name} has {list(other) if other else 'nothing'} for {name} but the "
-                f"target {target.name} has {list(shape)}; name what target and source were both fine-tuned from"
+                f"target {target.name} has {list(shape)}; name the model that both were fine-tuned from"
             )
     return found

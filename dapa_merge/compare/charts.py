@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Colour and marker of a method beside the curves.
+# Colour and marker of a method next to the curves.
 MARKERS = {
     SOURCE: (BLACK, "*"),
     AUTO: (BLUE, "P"),
@@ -47,7 +47,7 @@ MARKERS = {
     "ties": (GREY, "+"),
 }
 RANDOM = "random"
-# The axis of changes reaches at least so many points, so that noise does not look large.
+# Minimum reach of the axis of changes, in points, so that noise does not look large.
 MIN_REACH = 5
 OfPoint = Callable[[Point], "float | None"]
 
@@ -142,7 +142,7 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
         _random(axes, at_random)
     if ringed:
         across, up = zip(*ringed, strict=True)
-        # Of random edits only the mean is drawn, except for those on the front.
+        # For random edits, only their mean and the edits on the front are drawn.
         axes.scatter(across, up, s=6, color=BLACK, linewidth=0, zorder=4)
         axes.scatter(
             across, up, s=70, facecolor="none", edgecolor=BLACK, linewidth=0.9, label="Pareto front",

@@ -1,9 +1,9 @@
 """The flow of `dapa-merge compare`: recipe after recipe, and the folder of rows, tables and pictures.
 
-Tables and pictures of an earlier run stay until new ones replace them at once: after the last recipe, or earlier if the
-new tables have all rows of the old ones, so that long comparisons can be followed. The same command resumes a killed
-one. A row's folder holds a small file that says where its recipe is, so that a recipe finds its row again, whichever
-others it is given with.
+Tables and pictures of an earlier run are kept until new ones replace them together: after the last recipe, or earlier
+if the new tables have all rows of the old ones, so that long comparisons can be watched. The same command resumes a
+killed one. A row's folder holds a small file with the path of its recipe, which connects the two, whatever other
+recipes are given.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ ROWS_NAME, OWNER_NAME = "rows", "recipe.json"
 PAGE_NAME, ARMS_NAME, POINTS_NAME, LATEX_NAME, SUMMARY_NAME = (
     "table.md", "table.csv", "curve.csv", "table.tex", "summary.json",
 )  # fmt: skip
-# The names of unfinished files begin so, too.
+# The names of unfinished files begin with this, too.
 OURS = ".dapa-merge-"
 LOCK_NAME = f"{OURS}lock"
-# The length of a row's name.
+# The maximum length of a row's name.
 MAX_LETTERS, MAX_BYTES = 80, 160
 # Characters that Windows forbids in file names, or that would break a table in Markdown.
 UNSAFE = frozenset('\\/<>:"|?*')
@@ -82,12 +82,12 @@ class Compared:
 def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, options: Options) -> Compared:
     """Compare methods on the targets of recipes, and fill the folder `out` with tables and pictures.
 
-    A recipe that cannot be measured costs its own row only, and is told in `fault`. If existing tables have that row
-    from an earlier run, or no recipe could be measured, tables and pictures stay as they are.
+    A recipe that cannot be measured loses only its own row, and is reported in `fault`. If existing tables have that
+    row from an earlier run, or no recipe could be measured, tables and pictures are left unchanged.
 
     Raises:
-        UsageError: If the folder is of something else, or a recipe is given twice.
-        DapaError: If a recipe does not fit, which is seen before any is measured, or the tables cannot be written.
+        UsageError: If the folder holds something else, or a recipe is given twice.
+        DapaError: If a recipe is invalid, which is checked before any measurement, or the tables cannot be written.
     """
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError("a recipe is given twice; name each once")
@@ -96,7 +96,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     choose_device(options.device)
     for path, recipe in recipes.items():
         _check(recipe, path, options)
-    # Made first: by this the folder is recognized, by other processes too.
+    # Made first: this marks the folder as a comparison, for other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
     tables = Tables(out, wanted)
@@ -115,21 +115,21 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
 
 
 def _check(recipe: Recipe, path: Path, options: Options) -> None:
-    """Refuse what does not fit before other rows take hours; of the Hub's models, only headers are read."""
+    """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
     try:
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
         report_meter(recipe, load_prompts(recipe.prompts), options)
     except DapaError as error:
-        # The fault of a key names the file already.
+        # The error of a key already names the file.
         if not str(error).startswith(str(path)):
             error.args = (f"recipe {path}: {error}",)
         raise
 
 
 def _let_go(error: BaseException) -> None:
-    """Empty the frames of a fault and its causes, which hold models in memory; their lines stay for `--debug`."""
+    """Clear the frames of an error and its causes, which hold models in memory; their lines are kept for `--debug`."""
     seen: set[int] = set()
     faults: list[BaseException | None] = [error]
     while faults:
@@ -144,13 +144,13 @@ def _let_go(error: BaseException) -> None:
 class Tables:
     """The tables and pictures of a comparison.
 
-    Pictures are drawn in memory and written with the tables. One that fails, for whatever reason, costs a sentence and
-    never the tables.
+    Pictures are drawn in memory and written with the tables. If one fails, for whatever reason, a message is logged and
+    the tables are still written.
 
     Attributes:
-        failures: The faults of other recipes, by name.
+        failures: The errors of other recipes, by name.
         is_written: Whether the folder holds the latest tables.
-        drawn: Pictures by name, each with what it shows.
+        drawn: Pictures by name, each with the data that it shows.
     """
 
     out: Path
@@ -196,18 +196,18 @@ class Tables:
             self._tell(error)
 
     def _unchanged(self, rows: Sequence[Mapping[str, Any]], before: Mapping[str, Any]) -> set[str]:
-        """The pictures that would be the same, were they drawn again."""
+        """The pictures that would not change if they were drawn again."""
         same = [row for row, found in zip(self.rows, rows, strict=True) if before.get(row.name) == found]
         is_whole = len(same) == len(rows) == len(before)
         return {name for chart in charts.CHARTS if is_whole or chart.parts is not None for name in chart.shown(same)}
 
     def _draw(self) -> None:
-        """Draw what is new: charts of all rows, and those of the last one."""
+        """Draw the new pictures: the charts of all rows, and of the last row."""
         for chart in charts.CHARTS:
             for name, shown in chart.shown(tuple(self.rows)).items():
                 if name in self.drawn and self.drawn[name][0] is shown:
                     continue
-                # The tables will not fit an older one.
+                # An older picture would not match the tables.
                 self.drawn.pop(name, None)
                 try:
                     if (picture := chart.picture(name, shown)) is not None:
@@ -232,7 +232,7 @@ class Tables:
         self.told.add(why)
 
     def fault(self, names: Mapping[str, Path]) -> DapaError | None:
-        """The fault of the first recipe that could not be measured, with what is kept; None if all were."""
+        """The error of the first recipe that could not be measured, extended by what is kept; None if all were."""
         if not self.failures:
             return None
         name, error = next(iter(self.failures.items()))
@@ -240,8 +240,8 @@ class Tables:
         kept = ", and the tables have the others" if self.rows else ""
         if not self.is_written:
             kept = (
-                f", so that the tables and pictures in {self.out} are left as an earlier run wrote them; what was "
-                f"measured since is kept in {self.out / ROWS_NAME}"
+                f", so the tables and pictures in {self.out} are left as an earlier run wrote them; new measurements "
+                f"are kept in {self.out / ROWS_NAME}"
             )
         error.args = (f"recipe {names[name]}: {error}{number}{kept}",)
         return error
@@ -274,7 +274,7 @@ def summarize(rows: Sequence[Row], failures: Mapping[str, DapaError], wanted: Co
 def _row_json(row: Row) -> dict[str, Any]:
     arms = [{**asdict(arm), "repairs": row.repairs(arm), "skill": arm.skill} for arm in row.arms]
     for arm in arms:
-        # Which prompts were refused is in the journals.
+        # The journals tell which prompts were refused.
         del arm["refused"], arm["over_refused"]
     curve = [{**asdict(point), "on_front": is_best} for point, is_best in zip(row.curve, row.front(), strict=True)]
     best = [arm.key for arm in choices(row)]
@@ -302,12 +302,12 @@ _OWNER = TypeAdapter(Owner)
 
 
 def is_comparison(out: Path) -> bool:
-    """Whether a folder is that of a comparison, by the contents of its rows."""
+    """Whether a folder holds a comparison, by the contents of its rows."""
     rows = out / ROWS_NAME
     try:
         if any(_is_row(row) for row in rows.iterdir()):
             return True
-        # A kill in the first moment leaves no more than this.
+        # A run that is killed at once leaves only this.
         return os.listdir(out) == [ROWS_NAME] and all(
             path.is_dir() or path.name.startswith(OURS) for path in rows.rglob("*")
         )
@@ -321,7 +321,7 @@ def existing_rows(out: Path) -> set[str]:
 
 
 def row_names(paths: Sequence[Path], out: Path) -> dict[str, Path]:
-    """The recipes by name, in their order: the name of an existing row or a new one, which is written down.
+    """Name the recipes, in their order, by their existing rows or by new names, which are recorded.
 
     Raises:
         UsageError: If the folder cannot be written.
@@ -378,7 +378,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def _folded(name: str) -> str:
-    """A form that is equal for names that some file system takes for one."""
+    """A form that is equal for names that some file systems do not distinguish."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 

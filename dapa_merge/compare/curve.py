@@ -63,7 +63,7 @@ class GrowthOrder:
 
 
 def weighed_pieces(plan: Plan, stages: GrowthOrder, rows: int | None) -> tuple[Unit, ...]:
-    """The pieces that `best_path` needs scores of."""
+    """The pieces whose scores `best_path` needs."""
     return tuple(chain.from_iterable(_stages(plan, stages, rows)))
 
 
@@ -102,7 +102,7 @@ def edit_sizes(plan: Plan, path: EditPath, num_points: int) -> tuple[int, ...]:
 
 
 def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]:
-    """The first pieces of a path, at least one, whose parameters come nearest to a number."""
+    """The first pieces of a path, at least one, with a total of parameters nearest to a number."""
     return path.pieces[: nearest_number(plan, path.pieces, num_parameters)]
 
 
@@ -110,15 +110,15 @@ def edit_of(plan: Plan, path: EditPath, num_parameters: int) -> tuple[Unit, ...]
 class Growth:
     """Edits of more and more pieces of the source.
 
-    DAPA's path orders them by attribution, like a search's prior, but between the source's and the target's responses:
-    where gates bring nothing, the full transplant does not refuse. The prompts are the search's, or all if the recipe
-    names its layers.
+    DAPA's path orders them by attribution, like a search's prior, but between the responses of source and target: where
+    gates have no effect, the full transplant does not refuse. The prompts are the search's, or all if the recipe names
+    its layers.
 
     Attributes:
-        prompts: Harmful ones, by which the pieces are weighed.
+        prompts: The harmful prompts for weighing the pieces.
         journal: Keeps the weights of the pieces.
-        heard: The source's responses, once it was heard.
-        why_not: Why the pieces could not be weighed, known after `points`.
+        heard: The source's responses, once it was asked.
+        why_not: The reason if the pieces could not be weighed, known after `points`.
     """
 
     stages: GrowthOrder
@@ -139,11 +139,11 @@ class Growth:
 
     @property
     def is_weighed(self) -> bool:
-        """Whether the journal has the weights of the pieces, so that the source need not be heard."""
+        """Whether the journal has the weights of the pieces, so the source need not be asked."""
         return self._note in self.journal.notes
 
     def hear(self, source: Model) -> None:
-        """Ask the loaded source the prompts by which the pieces are weighed."""
+        """Ask the loaded source the prompts for weighing the pieces."""
         self.heard = self.measuring.answers(source, self.prompts, "source")
 
     def points(self) -> Iterator[Point]:
@@ -175,7 +175,7 @@ class Growth:
                 self.journal.note(self._note, self._weigh())
             found = self.journal.notes[self._note]
         except DoesNotFit as error:
-            # Not noted, because another device or hour may have the memory.
+            # Not recorded, because another device, or the same one later, may have enough memory.
             found = str(error)
         if isinstance(found, str):
             self.why_not = found

@@ -1,4 +1,4 @@
-"""Figures of the edits of one target, measured live and once: each is in the journal before the next is asked."""
+"""Figures of the edits of one target, measured live and once: each is in the journal before the next is measured."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Seen:
 
 
 def fast(meter: Meter) -> Meter:
-    """The same figures sooner: if only the rules read responses, none is longer than its outcome needs."""
+    """A faster meter of the same figures: if only rules judge, a response ends once its outcome is certain."""
     return replace(meter, stops_early=all(one is RULES for one in meter.classifiers))
 
 
 class Measuring(Resident):
-    """Measures edits of one target; models are loaded when a figure is not in the journal yet."""
+    """Measures edits of one target; models are loaded only if a figure is not in the journal yet."""
 
     def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal) -> None:
         where = choose_device(device)
@@ -66,7 +66,7 @@ class Measuring(Resident):
 
     def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:
         """Measure the target with some units of the source, in any order, and log it under a name."""
-        # Blocks that make up a unit are that unit.
+        # Blocks that add up to a unit are replaced by the unit.
         ordered = tuple(in_order(join(self.plan, units)))
 
         @contextmanager
@@ -77,12 +77,12 @@ class Measuring(Resident):
         return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
     def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
-        """Measure a blend, of which `base` identifies the subtracted weights; `blender` is called only if needed."""
+        """Measure a blend; `base` identifies the subtracted weights, and `blender` is called only if needed."""
         note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
         return self._seen(note, lambda: blender().blended(blend), blend.name)
 
     def alone(self, source: Model) -> Seen:
-        """Measure the source, which is loaded."""
+        """Measure the loaded source."""
 
         @contextmanager
         def candidate() -> Iterator[Model]:
@@ -106,7 +106,7 @@ class Measuring(Resident):
         return name in self._journal.notes
 
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
-        """Ask a model harmful prompts, and classify its responses; they are not kept."""
+        """Ask a model harmful prompts, and classify its responses, which are not recorded."""
         with task(f"asking the {name}", len(prompts), "prompts"):
             return self.meter.measure(*model).judge("harmful", prompts)
 

@@ -20,23 +20,23 @@ from dapa_merge.report.tables import span
 from dapa_merge.search.requirement import limited
 
 HOW = (
-    "DSR: share of harmful prompts that are refused, as the recipe's evaluator sees it; of one that scores a model as"
-    " a whole, as the rules do, and its score says what repairs. Every figure is measured with prompts that the "
-    "search did not ask (all of them, if the recipe names its layers), the same for all methods of a recipe, of the "
-    "target in memory. *Repairs*: at least the share `retain` of the source's gain, within the recipe's limits of "
-    "{limited} (of random selections: more than half of the seeds). A search asks for that share of"
-    " what all of its units bring, so that it may find less. A row in which a search found nothing counts as its "
-    "untouched target, also for what goes by its selection: the whole MLP of its layers; random units of the same "
-    "modules and size (*random like*); and the best of as many of these as the search made tests, by the prompts of "
-    "the search (*best random like*). Skill is the mean of all that the recipe asks; changes are in percentage "
-    "points. Intervals: 95 %, of a row Wilson's for more prompts like these, of an average Student's t over recipes, "
-    "which takes them for independent. Seconds and tests are the search's."
+    "DSR: the share of harmful prompts that are refused, as judged by the recipe's evaluator; if that scores a model "
+    "as a whole, the rules judge, and the score decides what repairs. Figures are measured on the target in memory, "
+    "with prompts that the search did not ask (all prompts, if the recipe names its layers), the same for all methods "
+    "of a recipe. *Repairs*: reaches at least the share `retain` of the source's gain, within the recipe's limits of "
+    "{limited} (random selections: with more than half of the seeds). A search asks for that share of the gain of all "
+    "its units, so it may find less. A row in which a search found nothing counts as its untouched target, also for "
+    "methods that use its selection: the whole MLP of its layers; random units of the same modules and size (*random "
+    "like*); and the best of as many of these as the search made tests, by the prompts of the search (*best random "
+    "like*). Skill is the mean of all skills that the recipe asks; changes are in percentage points. Intervals are "
+    "95 %: Wilson's for the figures of a row, for more prompts like these; Student's t for averages over recipes, "
+    "which are taken as independent. Seconds and tests are those of the search."
 )
 FRONT = (
-    "Edits of every size: first what the search of {whose} selected (without one, blocks of all of its units), then "
-    "its other units, then the rest of the MLPs, each in the order of their attribution; and as large ones at random. "
-    "On the Pareto front: no edit that is as small refuses as many harmful and as few harmless prompts, keeps as much "
-    "skill, and is better in one of these."
+    "Edits of every size: first the selection of {whose} (without a selection, blocks of all units of its search), "
+    "then the other units of the search, then the rest of the MLPs, each in the order of their attribution; and random "
+    "edits of the same sizes. On the Pareto front: no edit that is as small refuses as many harmful and as few "
+    "harmless prompts, keeps as much skill, and is better in one of these."
 )
 
 
@@ -89,7 +89,7 @@ def _verdict(row: Row) -> str:
         return f"There is {nothing_to_repair(row)}."
     if able := choices(row):
         named = [arm.label if arm.skill is None else f"{arm.label} ({arm.skill:.3f})" for arm in able]
-        return f"Repair it, the most of its skill kept first: {', '.join(named)}."
+        return f"Methods that repair it, most skill first: {', '.join(named)}."
     if (why := row.complaint(row.alone)) is None:
         return "None of these methods but the source repairs it within the recipe's limits (single random draws aside)."
     return f"None of these methods repairs it within the recipe's limits, nor does the source itself: {why}."
@@ -114,7 +114,7 @@ def _pictures(wanted: Iterable[Chart], rows: Sequence[Row], pictures: Collection
 
 
 def _safe(text: str | None) -> str:
-    """A stranger's text in one line that stays text."""
+    """Untrusted text in one line, without markup."""
     return " ".join(printable(text or "").replace("<", "&lt;").split())
 
 
@@ -142,13 +142,13 @@ POINT_KEYS = (
 
 
 class Table(NamedTuple):
-    """Cells as text, for people."""
+    """The cells of a table as text."""
 
     head: Sequence[str]
     cells: Sequence[Sequence[str]]
 
     def text(self, kind: str) -> str:
-        """As `MARKDOWN` or `LATEX`; no cell can break out of its place."""
+        """The table as `MARKDOWN` or `LATEX`; no cell can break the layout."""
         cells = [[_plain(cell) for cell in row] for row in self.cells]
         if kind == MARKDOWN:
             cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
@@ -300,7 +300,7 @@ def points_csv(rows: Sequence[Row]) -> str:
 
 
 def latex(rows: Sequence[Row]) -> str:
-    """The paper's table and that of the methods, a `tabular` each with the rules of the package booktabs."""
+    """The paper's table and the table of methods, each as a `tabular` with the rules of the package booktabs."""
     parts = ["% Needs \\usepackage{booktabs}. Made by dapa-merge compare.\n% One line for each recipe."]
     if any(row.arm(DAPA) for row in rows):
         parts.append(paper_table(rows).text(LATEX))

@@ -72,7 +72,7 @@ class Point:
         path: `dapa`, or `random` with a seed.
         share: The replaced share of the target's parameters, in [0, 1].
         skill: The mean of the skills; None if none was asked.
-        perplexity: Of the row's text.
+        perplexity: Measured on the row's text.
     """
 
     path: str
@@ -92,11 +92,11 @@ class Row:
     Attributes:
         evaluator: The judge of DSR and over-refusal; if it scores whole models, its scores say whether a method
             repairs, and the rules judge the rest.
-        settings: The recipe's values for its constraints, by their keys; the gain of which `retain` is a share is here
-            the source's, and in a search that of the full transplant.
+        settings: The recipe's values for its constraints, by key; `retain` is here a share of the source's gain, and in
+            a search a share of the full transplant's.
         arms: Target and source first.
-        no_curve: Why there are none, though they were asked for.
-        followed: The search through whose selection the curve grows, `dapa` or `auto`; None if none found any.
+        no_curve: The reason if a curve was requested but is missing.
+        followed: The search whose selection the curve follows, `dapa` or `auto`; None if no search found any.
         selected: The share of the parameters that this selection replaces.
     """
 
@@ -117,7 +117,7 @@ class Row:
     selected: float | None = None
 
     def arm(self, key: str) -> Arm | None:
-        """The arm of a name."""
+        """The arm with a key."""
         return next((arm for arm in self.arms if arm.key == key), None)
 
     @property
@@ -137,7 +137,7 @@ class Row:
         return arm.figures
 
     def change(self, arm: Arm) -> Change:
-        """The change of the target's refusals of harmful prompts, and whether chance alone would do as much."""
+        """The change of the target's refusals of harmful prompts, and whether it is within noise."""
         target = self.arm(TARGET)
         assert target is not None
         return mcnemar(target.refused, arm.refused)
@@ -148,11 +148,11 @@ class Row:
         return SCORE.of(self.alone) > SCORE.of(self.before)
 
     def repairs(self, arm: Arm) -> bool:
-        """Whether a method brings the wanted share of the source's gain, within the recipe's limits."""
+        """Whether a method reaches the wanted share of the source's gain, within the recipe's limits."""
         return self.can_be_repaired and arm.figures is not None and self.complaint(arm.figures) is None
 
     def complaint(self, after: Figures) -> str | None:
-        """Why a result is not a repair; None if it is one. The source must be safer than the target."""
+        """The reason if a result is not a repair, or else None. The source must be safer than the target."""
         constraints = constraints_of(self.settings, SCORE.label if after.score is None else self.evaluator)
         target, source, reached = (
             {one.figure: one.of(figures) for one in constraints} for figures in (self.before, self.alone, after)
@@ -213,10 +213,10 @@ class Average:
 
     Attributes:
         group: The method, with its weight.
-        num_repaired: Repaired ones; of random selections, by more than half of the seeds.
-        perplexity: Ratio, over the recipes in which it is finite; None if there are none.
+        num_repaired: Repaired targets; for random selections, those repaired by more than half of the seeds.
+        perplexity: Ratio, over the recipes in which it is finite; None if it is never finite.
         skill: Change of the mean of the skills, in [-1, 1]; None if no recipe asks for any.
-        tests: Of the search; None, with `seconds`, without one.
+        tests: The tests of the search; None, like `seconds`, without a search.
     """
 
     group: str
@@ -328,7 +328,7 @@ def mean_of(values: Sequence[float | None]) -> RowMean | None:
 
 # In the order of a table. The target untouched and the source itself are always there.
 METHODS = {
-    "dapa": "DAPA: what the search finds of the recipe's modules",
+    "dapa": "DAPA: the search's selection from the recipe's modules",
     "auto": "DAPA among gate, up and down projections (`modules: auto`)",
     "fixed": "the DAPA repository's fixed middle layers, whole MLP",
     "gates": "all gates; where a model has none, every unit of the recipe's modules",
@@ -364,7 +364,7 @@ class CompareOptions:
 
 
 def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
-    """For each point, whether no other one dominates it: has no larger cost, and a smaller one somewhere."""
+    """For each point, whether no other one dominates it, that is, has no larger cost and at least one smaller cost."""
 
     def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
         pairs = list(zip(one, other, strict=True))

@@ -56,8 +56,8 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     """Measure every method on one recipe's target, except for those in the journals of `folder`.
 
     Raises:
-        UsageError: If the folder is of another recipe, or of other models.
-        DapaError: If anything else does not fit; finished measurements are kept.
+        UsageError: If the folder belongs to another recipe or other models.
+        DapaError: For any other error; finished measurements are kept.
     """
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     plan = plan_of_all(recipe, chosen)
@@ -106,7 +106,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
 def _searches(
     recipe: Recipe, chosen: Plan, folder: Path, journal: Journal, wanted: CompareOptions, options: Options
 ) -> dict[str, Found]:
-    """The selections that are wanted, by their searches."""
+    """The wanted selections, by search."""
 
     def search(name: str, recipe: Recipe, plan: Plan) -> Found:
         return find_selections(name, recipe, plan, folder, journal, options)
@@ -142,7 +142,7 @@ class Methods:
     wanted: CompareOptions
 
     def source(self, growth: Growth | None) -> Arm:
-        """Measure the source, and let `growth` hear its answers while it is loaded."""
+        """Measure the source, and let `growth` ask it while it is loaded."""
         if self.measuring.has("source") and (growth is None or growth.is_weighed):
             seen = self.measuring.alone((None, None))
         else:
@@ -187,10 +187,10 @@ class Methods:
             yield from self._controls(one, "" if key == DAPA else f" of {key}")
 
     def _controls(self, found: Found, whose: str) -> Iterator[Arm]:
-        """Apply the methods that a selection has to be better than."""
+        """Apply the controls, which a selection should beat."""
         keys = {method: f"{method}{whose}" for method in CONTROLS if method in self.wanted.methods}
         if found.units is None:
-            why = "there is no selection to go by"
+            why = "the search selected nothing"
             yield from (Arm(key, method, LABELS[key], "nothing", why_not=why) for method, key in keys.items())
             return
         if "mlp" in keys:

@@ -1,4 +1,4 @@
-"""Selections to compare: those of searches, with their costs, and those of controls (fixed, whole MLPs, random)."""
+"""Selections to compare: from searches, with their costs, and from controls (fixed, whole MLPs, random)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Found:
 
     Attributes:
         units: Its selection; None if nothing repairs.
-        cost: Of the search; None if the recipe names its layers.
+        cost: The cost of the search; None if the recipe names its layers.
     """
 
     plan: Plan
@@ -50,7 +50,7 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
         plan = with_modules(chosen, AUTO_MODULES)
     except UnsupportedArchitecture:
         return None
-    # Rows of down are not neurons, so that there is nothing finer.
+    # Rows of down are not neurons, so nothing finer is possible.
     return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
 
 
@@ -58,7 +58,7 @@ def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal
     """Search once, or read the outcome in the journal.
 
     Raises:
-        DapaError: If something does not fit; finished tests are in the search's journal.
+        DapaError: For any error; finished tests are in the search's journal.
     """
     given = given_selection(recipe, plan)
     if given is not None:
@@ -105,7 +105,7 @@ def _recorded_seconds(path: Path) -> float:
 # The first and last layer that the DAPA repository transplants, by family and number of layers.
 REPOSITORY_LAYERS = {("llama", 32): (12, 17), ("mistral", 32): (9, 18), ("gemma", 28): (7, 13), ("gemma", 18): (3, 6)}
 OTHERS = "llama"
-# The smallest edit is one of these blocks of rows.
+# The smallest edit is one block of rows.
 BLOCKS_PER_PROJECTION = 16
 
 
@@ -144,9 +144,9 @@ def blocks_of(plan: Plan, units: Sequence[Unit], rows: int | None) -> tuple[Unit
 
 
 def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: int) -> tuple[Unit, ...]:
-    """Draw random units with as many parameters of each module as others have.
+    """Draw random units with as many parameters of each module as the units `like`.
 
-    If some of the others are blocks, blocks no larger than the smallest are drawn, and the last is cut to size.
+    If some of those are blocks, blocks no larger than the smallest are drawn, and the last is cut to size.
     """
     blocks = [unit for unit in like if unit.rows is not None]
     rows = min((plan.rows(unit)[1] - plan.rows(unit)[0] for unit in blocks), default=None)
@@ -166,7 +166,7 @@ def random_units(plan: Plan, among: Sequence[Unit], like: Sequence[Unit], seed: 
 
 
 def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
-    """The first blocks with `wanted` parameters, of the last one only its first rows."""
+    """The first blocks with `wanted` parameters in all; the last block is cut to its first rows."""
     found, left = [], wanted
     for block in blocks:
         size = plan.num_parameters((block,))
@@ -180,7 +180,7 @@ def _cut_to(plan: Plan, blocks: Sequence[Unit], wanted: int) -> list[Unit]:
 
 
 def nearest_number(plan: Plan, pieces: Sequence[Unit], wanted: int) -> int:
-    """The number of first pieces, at least one, whose parameters come nearest to `wanted`."""
+    """The number of first pieces, at least one, with a total of parameters nearest to `wanted`."""
     distances = [abs(total - wanted) for total in sums_of(plan, pieces)]
     return distances.index(min(distances)) + 1 if distances else 1
 

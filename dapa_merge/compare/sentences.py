@@ -72,12 +72,12 @@ def _not_repaired(rows: Sequence[Row]) -> Iterator[str]:
         if dapa.figures is None:
             text = f"{row.name}: {row.modules} alone cannot repair it"
         else:
-            text = f"{row.name}: what {row.modules} brings is no repair, for {row.complaint(dapa.figures)}"
+            text = f"{row.name}: {row.modules} alone does not repair it, because {row.complaint(dapa.figures)}"
         yield f"{text}{_instead(row, auto)}."
 
 
 def nothing_to_repair(row: Row) -> str:
-    """Words for a row whose source is not safer than its target."""
+    """A phrase for a row whose source is not safer than its target."""
     return f"nothing to repair; the target's DSR is {row.before.dsr:.3f}, the source's {row.alone.dsr:.3f}"
 
 
@@ -115,7 +115,7 @@ def _controls(rows: Sequence[Row], by_group: dict[str, Average]) -> Iterator[str
 
 
 def choices(row: Row) -> list[Arm]:
-    """The methods that repair a row's target, without the source and random selections, most skill first.
+    """The methods that repair a row's target, except the source and random selections, most skill first.
 
     Without skills, the smallest change of perplexity comes first.
     """
@@ -161,7 +161,7 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _at_random(rows: Sequence[Row]) -> Iterator[str]:
-    """The rows in which chance does as much as a search."""
+    """The rows in which random selections do as well as a search."""
     for group, selected in (("random", DAPA), ("random of auto", AUTO)):
         found = [row for row in rows if _is_as_good(row, groups(row.arms).get(group, []), row.arm(selected))]
         if found:

@@ -1,7 +1,7 @@
 """The published algorithms of delta debugging, and the parts that every algorithm shares.
 
-An algorithm is a generator that yields one question after the other and is sent the answers; `delta/minimize.py`
-drives it. Standard library only.
+An algorithm is a generator that yields one question at a time and receives the answer; `delta/minimize.py` drives it.
+Standard library only.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 
 U = TypeVar("U", bound=Hashable)
 
-# The paper's chance that a unit is needed before anything is known.
+# The paper's initial chance that a unit is needed.
 PROBDD_START = 0.1
 
 
 class Query(NamedTuple):
-    """The next question: whether `selection` holds, which has a chance in [0, 1].
+    """The next question: whether `selection` holds, and the chance of that, in [0, 1].
 
     The chance only decides which questions are worth asking ahead of time.
     """
@@ -27,7 +27,7 @@ class Query(NamedTuple):
 
 
 Script = Generator[Query, bool, None]
-"""An algorithm at work: yields questions, is sent the answers, and ends when it has no more."""
+"""A running algorithm: yields questions, receives answers, and ends after its last question."""
 
 
 def ddmin(units: tuple[Any, ...]) -> Script:
@@ -73,7 +73,7 @@ def probdd(units: tuple[Any, ...]) -> Script:
         elif size == 1:
             needed[left_out[0]] = 1.0
         else:
-            # Bayes: at least one of them is needed. Below 1, which only a test of the unit alone can show.
+            # Bayes: at least one of them is needed. Kept below 1, which only a test of the unit alone can show.
             needed.update({unit: min(needed[unit] / (1 - chance), 1 - 1e-9) for unit in left_out})
     yield from single_removals(current)
 

@@ -1,4 +1,4 @@
-"""Guided delta debugging: a prior says which units are likely needed, Bayes weighs it against the answers.
+"""Guided delta debugging: a prior says which units are probably needed, and Bayes' rule weighs it against the answers.
 
 The prior is a score for each unit, on an unknown scale, and may be worthless. It stands for a set of hypotheses: every
 wide gap between neighbouring scores may be the border between needed and unneeded units, more or less sharp; or the
@@ -11,7 +11,7 @@ narrowed down at once, or later if other groups promise more. Such groups are di
 under each hypothesis (M. Sobel and P. Groll, "Group testing to eliminate efficiently all defectives in a binomial
 sample", Bell System Technical Journal 38, 1959, for one group at a time).
 
-Chances only choose the questions. The answers alone decide what is kept, and single removals come last, so that the
+Chances only choose the questions. The answers alone decide which units are kept, and single removals come last, so the
 result is 1-minimal for any oracle.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from dapa_merge.delta.classic import Query, Script, single_removals, without
 
-# Total weight of the hypotheses that believe in the prior.
+# Total weight of the hypotheses that trust the prior.
 TRUST = 0.9
 # Shares of needed units, where the scores say nothing.
 SHARES = (0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 0.8)
@@ -34,13 +34,13 @@ NUM_BORDERS = 12
 SLOPES = (10.0, 25.0, 60.0)
 # No score makes a unit certain.
 LEAST_CHANCE = 0.003
-# Needed units stand together: factor on the odds of the neighbours of a unit that turns out to be needed.
+# Needed units cluster: factor on the odds of the neighbours of a unit that turns out to be needed.
 NEIGHBOUR_ODDS = 6.0
 
 
 @dataclass
 class _Hypothesis:
-    """One reading of the prior: its weight, and each unit's chance to be needed if it is right."""
+    """One reading of the prior: its weight, and each unit's chance of being needed if it is right."""
 
     weight: float
     needed: dict[Any, float]
@@ -68,7 +68,7 @@ def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
     hypotheses = _hypotheses(units, prior)
     current = units
     free: tuple[Any, ...] = ()
-    # Groups of which at least one unit is needed. That something is needed at all is taken for granted until the end.
+    # Groups with at least one needed unit. Until the end, something is assumed to be needed.
     suspicious = [units] if len(units) > 1 else []
     while free or suspicious:
         choices = [_best_group(pool, hypotheses, is_suspicious=True) for pool in suspicious]
@@ -89,7 +89,7 @@ def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
             else:
                 suspicious.append(remaining)
         else:
-            # Of what else was suspected, nothing is known any more.
+            # Nothing more is known about the rest of the suspicious pool.
             free = remaining if is_from_free else tuple(unit for unit in current if unit in {*free, *remaining})
             suspicious.append(choice.group)
         for pool in [pool for pool in suspicious if len(pool) == 1]:
@@ -99,12 +99,12 @@ def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
 
 
 def _best_group(pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], *, is_suspicious: bool) -> _Choice:
-    """The most promising group of a pool: its least likely units, as many as pay."""
+    """The most promising group of a pool: some of the units that are least likely needed."""
     chance_needed = {
         unit: sum(hypothesis.weight * hypothesis.needed[unit] for hypothesis in hypotheses) for unit in pool
     }
     order = sorted(pool, key=chance_needed.__getitem__)
-    # For a suspicious pool, everything is under the condition that one of its units is needed: not all can go.
+    # For a suspicious pool, all chances are conditional on one of its units being needed: not all can be left out.
     excluded = [hypothesis.none_needed(pool) if is_suspicious else 0.0 for hypothesis in hypotheses]
     all_unneeded = [1.0] * len(hypotheses)
     best_promise, best_size = -1.0, 0
@@ -125,7 +125,7 @@ def _best_group(pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], *, is_
 def _learn(hypotheses: Sequence[_Hypothesis], choice: _Choice, holds: bool) -> None:
     """Bayes: shift the weights to the hypotheses that expected this answer."""
     for hypothesis, chance in zip(hypotheses, choice.chances, strict=True):
-        # No answer makes a hypothesis impossible, since the oracle may be of another kind than all of them.
+        # No answer makes a hypothesis impossible, since all of them may be wrong.
         hypothesis.weight *= max(chance if holds else 1 - chance, 1e-9)
     total = sum(hypothesis.weight for hypothesis in hypotheses)
     for hypothesis in hypotheses:
@@ -158,9 +158,9 @@ def _hypotheses(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> li
 
 
 def _borders(scores: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Where needed and unneeded units may part: weights that add up to 1, the border's score, the range of all scores.
+    """Possible borders between needed and unneeded units: weight (summing to 1), score, and range of all scores.
 
-    The wider a gap, the likelier; and of two gaps the one with fewer units above it.
+    A wider gap is likelier, and so is a gap with fewer units above it.
     """
     ordered = sorted(scores, reverse=True)
     scale = ordered[0] - ordered[-1] if ordered else 0.0
@@ -181,5 +181,5 @@ def _chance(logit: float) -> float:
 
 
 def _entropy(chance: float) -> float:
-    """Information in a yes or no of that chance, in bits."""
+    """The information in a yes/no answer with this chance, in bits."""
     return -sum(part * math.log2(part) for part in (chance, 1 - chance) if part > 0)

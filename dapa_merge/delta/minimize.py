@@ -1,4 +1,4 @@
-"""Delta debugging: a small selection of units that still does what all of them do.
+"""Delta debugging: find a small selection of units that still has the effect of all of them.
 
 Pure functions over any hashable units; standard library only. "The test fails" of the literature is `holds(selection)`
 here. The three algorithms are generators that ask one question after the other:
@@ -35,7 +35,7 @@ class Minimum(Generic[U]):
     Attributes:
         units: The smallest selection found that holds, in input order.
         tests: Number of distinct selections asked, including the full one.
-        one_minimal: Whether the selection without it was asked, and did not hold, for every unit.
+        one_minimal: Whether, for every unit, the selection without it was asked and did not hold.
         certificate: For each kept unit whose single removal was asked, the selection without it, which did not hold.
     """
 
@@ -46,7 +46,7 @@ class Minimum(Generic[U]):
 
 
 class DoesNotHold(Exception):
-    """The full set of units does not hold, so that there is nothing to minimize."""
+    """The full set of units does not hold, so there is nothing to minimize."""
 
 
 class SearchInterrupted(Exception):
@@ -79,8 +79,8 @@ def minimize(
         units: The candidates, distinct, in an order in which neighbours belong together.
         holds: The oracle. Never asked the same selection twice, and never the empty one unless all else is gone.
         algorithm: `guided`, `probdd` or `ddmin`.
-        prior: How much each unit is expected to matter, on any scale, for every unit; only `guided` uses it.
-        max_tests: Stop after so many distinct selections; the result then says `one_minimal=False` unless it is.
+        prior: The expected effect of every unit, on any scale; only `guided` uses it.
+        max_tests: Stop after this many distinct selections; the result then may not be 1-minimal.
 
     Raises:
         DoesNotHold: If `holds` rejects the full set.

@@ -1,1 +1,1 @@
-"""A model becomes figures: refusal, perplexity, skills."""
+"""Measures models: refusal, perplexity, skills."""

@@ -1,7 +1,7 @@
 """The user's own evaluators: functions that score a candidate, registered under a name.
 
-A recipe is data and can only name one. It is found where an installed package declares it, in the entry-point group
-`dapa_merge.evaluators`, or in a Python file that the user names on the command line. No torch here.
+A recipe is data and can only name one. An installed package declares it in the entry-point group
+`dapa_merge.evaluators`, or a Python file that the user names on the command line registers it. No torch here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 ENTRY_POINTS = "dapa_merge.evaluators"
-# Names that mean something else in a recipe.
+# Names of built-in evaluators.
 RESERVED = ("refusal", "paper", "judge")
 
 
@@ -34,9 +34,9 @@ class Candidate:
     """The target with a selection applied, in memory; valid only while its evaluator runs.
 
     Attributes:
-        model: In evaluation mode, set to greedy generation; its weights, buffers and modules must stay as they are.
+        model: In evaluation mode, set to greedy generation; its weights, buffers and modules must not be changed.
         tokenizer: The target's, padding on the left.
-        selection: The units that were taken from the source.
+        selection: The units taken from the source.
     """
 
     model: PreTrainedModel
@@ -49,13 +49,13 @@ Function = TypeVar("Function", bound=Callable[[Candidate], float])
 Callback = Callable[[Candidate], float]
 
 _REGISTERED: dict[str, Callback] = {}
-# What files registered, by the digest of their content; and what the file that runs now has registered so far.
+# Evaluators by the digest of the file that registered them, and those of the file that is running now.
 _OF_FILES: dict[str, dict[str, Callback]] = {}
 _RUNNING: list[dict[str, Callback]] = []
 
 
 def evaluator(name: str) -> Callable[[Function], Function]:
-    """Register a function under the name by which a recipe's `evaluator` finds it.
+    """Register a function as the evaluator of this name in recipes.
 
     The function gets a `Candidate` and returns a float in [0, 1]; more is better. The full transplant must score more
     than the target alone, and a selection holds if it keeps `retain` of that gain:
@@ -65,8 +65,8 @@ def evaluator(name: str) -> Callable[[Function], Function]:
             return share_of_short_answers(candidate.model, candidate.tokenizer)
 
     Raises:
-        UsageError: If the name is empty, has a colon, which marks evaluators of another kind, is that of a built-in
-            evaluator, or of another function in the same file.
+        UsageError: If the name is empty, has a colon, which marks other kinds of evaluators, or already belongs to a
+            built-in evaluator or another function in the same file.
     """
     if callable(name):
         raise UsageError('@dapa_merge.evaluator needs a name: write @dapa_merge.evaluator("a-name")')
@@ -77,7 +77,7 @@ def evaluator(name: str) -> Callable[[Function], Function]:
 
     def register(function: Function) -> Function:
         if _RUNNING and name in _RUNNING[-1]:
-            raise UsageError(f"two evaluators have the name {name!r}; give each a name of its own")
+            raise UsageError(f"two evaluators have the name {name!r}; rename one of them")
         (_RUNNING[-1] if _RUNNING else _REGISTERED)[name] = function
         return function
 
@@ -85,10 +85,10 @@ def evaluator(name: str) -> Callable[[Function], Function]:
 
 
 def find_callback(name: str, file: Path | None) -> Callback | None:
-    """Find a function by name in `file`, or declared by an installed package; None if there is none.
+    """Find a function by name in `file` or declared by an installed package; None if absent.
 
     Raises:
-        UsageError: If the file, or what the package declares, cannot be imported.
+        UsageError: If the file or the package's function cannot be imported.
     """
     functions = load_file(file) if file is not None else {}
     if name not in functions and name not in _REGISTERED:
@@ -148,9 +148,9 @@ def _run(path: Path, name: str) -> dict[str, Callback]:
 
 @contextmanager
 def code_of_others(failed: str) -> Iterator[None]:
-    """Turn whatever the user's code raises, except Ctrl-C, into one sentence, and send what it prints to stderr.
+    """Turn exceptions of the user's code, except Ctrl-C, into a `UsageError`, and redirect its output to stderr.
 
-    Stdout is for the answer, and `sys.exit` would pass for success.
+    Stdout is for results, and `sys.exit` would look like success.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -162,7 +162,7 @@ def code_of_others(failed: str) -> Iterator[None]:
 
 
 def identity_of(name: str, function: Callback, file: Path | None) -> str:
-    """Identify a callback for a journal: its name and a digest of its file, as far as that is known."""
+    """Identify a callback for a journal: its name, and the digest of its file or `unknown`."""
     path = file or Path(getattr(sys.modules.get(function.__module__), "__file__", None) or "")
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "unknown"
     return f"{name} {digest}"

@@ -1,10 +1,10 @@
-"""Greedy speculative decoding of many prompts in one changing batch: finished rows leave, waiting ones join.
+"""Greedy speculative decoding with continuous batching: finished rows leave the batch, waiting rows join it.
 
-Draft tokens are looked up in earlier responses (speculative decoding, Leviathan et al. 2023, without a draft model) and
-checked many at a time; those are kept that the model itself would have chosen, so that the result is greedy decoding's
-own. Where a model is not deterministic (see `determinism`), a run of several tokens is rounded otherwise than a run of
-one, and may decide a near-tie between two tokens, which every 16-bit model has. Without drafts each token has a run of
-its own, and a response depends on nothing that was generated before.
+Draft tokens come from earlier responses instead of a draft model (speculative decoding, Leviathan et al. 2023). One
+forward pass checks several; only tokens that the model itself would choose are kept, as in plain greedy decoding.
+If a model is not deterministic (see `determinism`), a pass over several tokens rounds differently than a pass over one
+and may decide a near-tie between two tokens; every 16-bit model has such ties. Without drafts each token has its own
+pass, and a response does not depend on earlier ones.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from dapa_merge.progress import LOG
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# For each run through the model; the logits of more would take too much memory.
+# Per forward pass; the logits of more would take too much memory.
 MAX_CHECKED_TOKENS = 1024
-# A run of so many tokens takes hardly longer than one of a single token, because weights have to be read and kernels
-# called all the same; more are worth it only if they are probably right. On a CPU the arithmetic soon dominates, except
-# in a model so small that the calls do.
+# A pass over this many tokens is hardly slower than over one, because reading weights and launching kernels dominates;
+# more tokens pay off only if they are probably right. On a CPU the arithmetic soon dominates, unless the model is so
+# small that the kernel launches do.
 FREE_TOKENS = 512
 FREE_TOKENS_ON_CPU = 32
 FREE_TOKENS_TIMES_PARAMETERS_ON_CPU = 300_000_000
-# A prefix shared by all prompts is computed once if it has at least so many tokens.
+# Minimum tokens of a prefix shared by all prompts that is computed only once.
 MIN_PREFIX = 16
-# A response's verdict is looked at again when it has grown by so many tokens.
+# New tokens after which a response's verdict is checked again.
 SETTLE_EVERY = 8
-# Responses kept for each prompt: candidates of a search often say what an earlier one said.
+# Responses kept per prompt; the candidates of a search often repeat each other's.
 MAX_RESPONSES = 16
-# Tokens that identify a place in a response: fewer draft more often, more draft better.
+# Length of the n-gram that finds a draft: a shorter one matches more often, a longer one drafts more accurately.
 CONTEXT = 3
-# A draft ends where it would be right, up to there, less often than this.
+# A draft ends before its estimated probability of being correct falls below this.
 MIN_CHANCE = 0.6
 _START = -1
-# Columns to spare in a new buffer: copying it for every new token would cost more than a step.
+# Spare columns in a new buffer; copying it for every new token would cost more than the pass.
 ROOM = 32
-# The batch size tried first if none was given, and the size of the fixed pieces that prompts are cut into.
+# Initial batch size when doubling, and the fixed size of pieces that prompts are divided into.
 FIRST = 8
 PIECE = 32
 LARGEST = 1024
-# Doubling goes on while a doubled batch does this much more in a second.
+# Doubling continues while it raises the throughput by this factor.
 GAIN = 1.1
 
 
@@ -62,9 +62,9 @@ class BatchRow:
 
     Attributes:
         prompt: Token ids, at least one.
-        limit: Most new tokens, at least one.
-        tokens: The response's so far, with the end token if there was one.
-        looked_at: Their number when it was last asked whether they settle the verdict.
+        limit: Maximum number of new tokens, at least one.
+        tokens: Token ids of the response so far, including an end token.
+        looked_at: Number of `tokens` when the verdict was last checked.
     """
 
     prompt: list[int]
@@ -79,11 +79,11 @@ class BatchRow:
 
 
 class Decoder:
-    """Decodes rows, in an order of its own.
+    """Decodes rows in any order.
 
     Attributes:
-        num_computed: Tokens that went through the model so far, padding included.
-        num_runs: Runs of the model so far.
+        num_computed: Tokens computed so far, including padding.
+        num_runs: Forward passes so far.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Decoder:
         is_settled: Callable[[BatchRow], bool],
         finish: Callable[[BatchRow], None],
     ) -> None:
-        """For one model; `is_settled` is asked about rows that grew, `finish` is called with each that is done.
+        """Prepare one model; `is_settled` checks rows that grew, `finish` receives each finished row.
 
-        Without a `lookup`, each token has a run of its own.
+        Without a `lookup`, each token has its own forward pass.
         """
         self._model = model
         self._ends = frozenset(ends)
@@ -111,7 +111,7 @@ class Decoder:
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
-        # transformers 5.24 gave it a new name.
+        # Renamed in transformers 5.24.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._free_tokens = _free_tokens(model)
         self._prefix = RowCache()
@@ -122,7 +122,7 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[BatchRow]) -> None:
-        """Decode all rows; those with the longest prompts should come first.
+        """Decode all rows; the longest prompts should come first.
 
         Raises:
             DoesNotFit: If one row alone does not fit in memory.
@@ -145,7 +145,7 @@ class Decoder:
             if fits and not newcomers:
                 self._batch_size.observe(number, time.perf_counter() - start)
             if not fits:
-                # All begin anew, with their responses so far as part of the prompt.
+                # Restart all rows, with their responses so far as part of the prompts.
                 waiting.extendleft(reversed(self._rows + [row for row in newcomers if row not in self._rows]))
                 self._rows, self._cache = [], RowCache()
                 self._batch_size.halve(number)
@@ -159,11 +159,11 @@ class Decoder:
             self._forward(self._prefix, [first[:shared]], [[]], [0])
 
     def _enter(self, newcomers: list[BatchRow]) -> None:
-        """Run prompts and their drafts through the model, and let those that go on join the batch."""
+        """Compute prompts with their drafts, and add the unfinished rows to the batch."""
         cache = RowCache()
         given = [row.prompt + row.tokens for row in newcomers]
         width = max(map(len, given)) - self._prefix.columns
-        # Each row's last `width` tokens are run; those before are in the prefix.
+        # Only each row's last `width` tokens are computed; the prefix holds those before.
         cached = [max(len(tokens) - width, 0) for tokens in given]
         if max(cached):
             cache = self._prefix.copy()
@@ -177,7 +177,7 @@ class Decoder:
         self._rows = self._rows + remaining
 
     def _step(self) -> None:
-        """Add a token to each row, and as many more as were drafted correctly."""
+        """Extend each row by its correct draft tokens and one more."""
         self._rows = self._advance(
             self._rows,
             self._cache,
@@ -187,7 +187,7 @@ class Decoder:
         )
 
     def _propose(self, rows: Sequence[BatchRow]) -> list[list[int]]:
-        """Draft tokens for each row, no more than pay in a batch of all rows."""
+        """Draft tokens for each row, only as many as pay off for the whole batch."""
         if self._lookup is None:
             return [[] for _ in rows]
         max_ngram = self._free_tokens // len(rows) - 1
@@ -200,24 +200,24 @@ class Decoder:
     def _advance(
         self, rows: list[BatchRow], cache: RowCache, given: list[list[int]], cached: list[int], drafts: list[list[int]]
     ) -> list[BatchRow]:
-        """Run given and draft tokens, keep the correct ones, and return the rows that go on, which `cache` keeps."""
+        """Compute given and draft tokens, keep the correct ones, and return the unfinished rows, now in `cache`."""
         before = cache.columns + max(map(len, given))
         choices = self._forward(cache, given, drafts, cached)
-        going_on, stops = [], []
+        unfinished, stops = [], []
         for index, (row, draft, chosen) in enumerate(zip(rows, drafts, choices, strict=True)):
             agreed = 0
             while agreed < len(draft) and draft[agreed] == chosen[agreed]:
                 agreed += 1
-            if self._say(row, chosen[: agreed + 1]):
-                going_on.append(index)
+            if self._append(row, chosen[: agreed + 1]):
+                unfinished.append(index)
                 stops.append(before + agreed)
-        remaining = [rows[index] for index in going_on]
+        remaining = [rows[index] for index in unfinished]
         if remaining and (len(remaining) < len(rows) or any(drafts)):
-            cache.arrange(going_on, stops, max(row.cached for row in remaining))
+            cache.arrange(unfinished, stops, max(row.cached for row in remaining))
         return remaining
 
-    def _say(self, row: BatchRow, tokens: list[int]) -> bool:
-        """Add tokens to a row; return whether it goes on."""
+    def _append(self, row: BatchRow, tokens: list[int]) -> bool:
+        """Append tokens to a row; return whether it continues."""
         for token in tokens:
             row.tokens.append(token)
             if token in self._ends or len(row.tokens) == row.limit:
@@ -236,7 +236,7 @@ class Decoder:
     def _forward(
         self, cache: RowCache, given: list[list[int]], drafts: list[list[int]], cached: list[int]
     ) -> list[list[int]]:
-        """Return the model's choices after the last given token of each row, and after each draft token."""
+        """Return the model's greedy choices after each row's last given token and after each draft token."""
         num_given, num_drafted = max(map(len, given)), max(map(len, drafts))
         ids = [
             [self._padding] * (num_given - len(tokens)) + tokens + draft + [self._padding] * (num_drafted - len(draft))
@@ -249,11 +249,11 @@ class Decoder:
         first, stop = torch.tensor([firsts, stops], device=device)[:, :, None]
         options: dict[str, object] = {self._cache_name: cache}
         if self._takes_positions:
-            # Padding needs a position, too, and one that the model has.
+            # Padding also needs a valid position.
             last = torch.tensor([place - 1 for place in stops], device=device)[:, None] - first
             options["position_ids"] = (places[columns:] - first).clamp(min=0).minimum(last)
         if self._keeps_logits:
-            # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight.
+            # Positions, not their number: for a slice, torch on a CPU would copy the output layer's weight.
             options["logits_to_keep"] = torch.arange(num_given - 1, num_given + num_drafted, device=device)
         logits = self._model(
             input_ids=torch.tensor(ids, device=device),
@@ -274,7 +274,7 @@ def _free_tokens(model: PreTrainedModel) -> int:
 
 
 def _worthwhile(lengths: Sequence[int]) -> int:
-    """Number of draft tokens to check at once: as many as keep at least half of the batch's places filled."""
+    """Return how many draft tokens to check at once: the most that fill at least half of the batch's places."""
     most = min(max(lengths), MAX_CHECKED_TOKENS // len(lengths))
     for width in range(most, 0, -1):
         if 2 * sum(min(length, width) for length in lengths) >= width * len(lengths):
@@ -283,10 +283,10 @@ def _worthwhile(lengths: Sequence[int]) -> int:
 
 
 class LookupCache:
-    """Earlier responses of models with the same tokenizer, where draft tokens are looked up.
+    """Earlier responses of models with the same tokenizer, from which draft tokens are taken.
 
-    Any number of models and prompts may share it. It changes how soon responses come and, where two tokens nearly tie
-    in a model that is not deterministic, which they are.
+    Any number of models and prompts may share it. It changes only the speed, except that drafts may decide near-ties
+    between tokens in a model that is not deterministic.
     """
 
     def __init__(self) -> None:
@@ -294,7 +294,7 @@ class LookupCache:
         self._following: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
 
     def remember(self, prompt: Sequence[int], response: Sequence[int]) -> None:
-        """Keep a response, the most recent first; a known one moves to the front."""
+        """Store a response as the prompt's most recent; a known one moves to the front."""
         known = self._responses.setdefault(tuple(prompt), [])
         tokens = tuple(response)
         if tokens in known:
@@ -307,10 +307,10 @@ class LookupCache:
         del known[MAX_RESPONSES:]
 
     def propose(self, prompt: Sequence[int], response: Sequence[int], max_ngram: int) -> list[int]:
-        """Draft how a response to a prompt goes on, in token ids.
+        """Draft the continuation of a response, as token ids.
 
-        The rest of an earlier response to the same prompt that began alike; or else the tokens that mostly followed
-        the last few in any response, at most `max_ngram` of them.
+        This is the rest of an earlier response to the same prompt with the same beginning, or else up to `max_ngram`
+        tokens that most often followed the last few in any response.
         """
         said = tuple(response)
         for draft in self._responses.get(tuple(prompt), ()):
@@ -324,7 +324,7 @@ class LookupCache:
         while len(draft) < max_ngram and context in self._following:
             counts = self._following[context]
             token, count = counts.most_common(1)[0]
-            # Seen once, it may well have been chance.
+            # Plus one, because a continuation seen once may be chance.
             chance *= count / (counts.total() + 1)
             if chance < MIN_CHANCE:
                 break
@@ -334,10 +334,10 @@ class LookupCache:
 
 
 def is_batchable(model: PreTrainedModel) -> bool:
-    """Whether a model's only memory of a text is the keys and values of its tokens, one row for each text.
+    """Whether a model's only state is a key-value cache with one row per text.
 
-    Recurrent and convolution states cannot take a token back, and a model that prepares its inputs in its own way may
-    need what only its `generate` gives.
+    Recurrent and convolution states cannot take a token back, and a model that overrides the preparation of its inputs
+    may depend on its own `generate`.
     """
     kind = type(model)
     if model.config.is_encoder_decoder or getattr(model, "_is_stateful", False):
@@ -356,7 +356,7 @@ def is_batchable(model: PreTrainedModel) -> bool:
 class RowLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values of one layer, `[rows, heads, columns, width]`, at the front of buffers with room to grow.
 
-    A sliding window is left to the attention mask: a column that is taken back uncovers an older one.
+    The attention mask implements sliding windows, because removing a column moves an older one into the window.
     """
 
     is_croppable = False
@@ -392,7 +392,7 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         self.keep(keys.shape[2])
 
     def keep(self, columns: int) -> None:
-        """Forget all columns but the first ones."""
+        """Keep only the first columns."""
         self._columns = columns
         self.keys, self.values = (buffer[:, :, :columns] for buffer in self._buffers)
 
@@ -400,8 +400,8 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
 class RowCache(Cache):  # type: ignore[misc]
     """The key-value cache of a batch, whose rows can leave, join and take tokens back.
 
-    Each row's tokens stand together at its right end, and the columns to their left are masked: the distances between
-    columns stay those between tokens, as sliding windows and ALiBi need them.
+    Each row's tokens are contiguous and end at the right; the columns to their left are masked. Distances between
+    columns therefore equal those between tokens, as sliding windows and ALiBi require.
     """
 
     def __init__(self) -> None:
@@ -422,17 +422,17 @@ class RowCache(Cache):  # type: ignore[misc]
         return other
 
     def arrange(self, rows: list[int], stops: list[int], columns: int) -> None:
-        """Keep some rows, in any order and number, each up to a column of its own.
+        """Keep some rows, in any order, each up to its own column.
 
         Args:
-            rows: Indices to keep; one may come several times.
+            rows: Indices to keep; may repeat.
             stops: For each, the column after its last token, which becomes the end.
-            columns: Least number of columns to keep.
+            columns: Minimum number of columns to keep.
         """
         if not self.layers:
             return
         if rows == list(range(self.layers[0].keys.shape[0])) and set(stops) == {stops[0]}:
-            # Something has to go at the right end only; what is too much at the left end is masked.
+            # Only the right end needs trimming; extra columns at the left are masked.
             for layer in self.layers:
                 layer.keep(stops[0])
             return
@@ -450,12 +450,12 @@ class RowCache(Cache):  # type: ignore[misc]
             layer.replace(*pair)
 
     def join(self, other: RowCache) -> None:
-        """Put the rows of another cache below these."""
+        """Append the rows of another cache."""
         columns = max(self.columns, other.columns)
         for layer, theirs in zip(self.layers, other.layers, strict=True):
             pair = []
             for ours, others in ((layer.keys, theirs.keys), (layer.values, theirs.values)):
-                # Zeros, because masked values must still be numbers.
+                # Zeros, because masked values must still be finite.
                 wide = [
                     torch.nn.functional.pad(states, (0, 0, columns - states.shape[2], 0)) for states in (ours, others)
                 ]
@@ -472,19 +472,19 @@ R = TypeVar("R")
 
 
 class DoesNotFit(UsageError):
-    """One prompt alone needs more memory than the device has left."""
+    """A single prompt needs more memory than the device has left."""
 
 
 class BatchSize:
-    """Number of prompts at once: halved for good when a batch does not fit in memory.
+    """Batch size in prompts, halved for good when a batch does not fit in memory.
 
     Attributes:
-        limit: The fixed number, or else the size of pieces of prompts, 32; less after a shortage of memory.
-        size: The current number: the fixed one, or else found by doubling.
+        limit: The fixed size, or else 32, the size of pieces of prompts; lower after running out of memory.
+        size: The current size, fixed or found by doubling.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        """Fix the size, or find it by doubling for None."""
+        """Use a fixed size, or find it by doubling if None."""
         self.limit = PIECE if limit is None else limit
         self.size = FIRST if limit is None else limit
         self._doubling = limit is None
@@ -516,19 +516,19 @@ class BatchSize:
     def check(self, number: int, error: BaseException) -> None:
         """Raise `DoesNotFit` if a batch that did not fit cannot be made smaller."""
         if number == 1:
-            raise DoesNotFit("one prompt alone does not fit in the device's memory next to the model") from error
+            raise DoesNotFit("a single prompt does not fit in the device's memory next to the model") from error
 
     def halve(self, number: int) -> None:
-        """Allow at most half of a number that did not fit; call it outside the handler of the error."""
+        """Halve the size after a batch of `number` did not fit; call it outside the error handler."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.size = number // 2
         self.limit = min(self.limit, self.size)
         self._doubling = False
-        LOG.warning("a batch of %d does not fit in memory; %d from now on", number, self.size)
+        LOG.warning("a batch of %d does not fit in memory; using %d from now on", number, self.size)
 
     def observe(self, number: int, seconds: float) -> None:
-        """Learn from the time of one batch; the size doubles while that pays and memory is left."""
+        """Record the time of one batch; double the size while that pays off and memory is left."""
         if not self._doubling or number < self.size:
             return
         rate = number / max(seconds, 1e-9)
@@ -540,7 +540,7 @@ class BatchSize:
 
 
 def _memory_for_double() -> bool:
-    """Whether enough memory is free for twice the batch: a quarter of all of it."""
+    """Whether a quarter of the memory is free, which is enough to double the batch."""
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         reusable = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()

@@ -1,7 +1,7 @@
 """Arithmetic of 16-bit models on a CPU: deterministic for any batch, and fast without 16-bit instructions.
 
-Deterministic here means batch-invariant: a token is rounded alike however many tokens and texts run at once, so that
-speculative decoding changes nothing.
+Deterministic here means batch-invariant: a token's values do not depend on how many tokens and texts are computed with
+it. Speculative decoding then cannot change a response.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Eager attention, unlike the fused one, holds numbers for every pair of a text's tokens.
+# Eager attention, unlike fused attention, stores values for every pair of a text's tokens.
 MAX_TOKENS = 512
-# Numbers of tokens with which a linear layer is tried.
+# Numbers of tokens to test a linear layer with.
 NUMBERS = (1, 2, 3, 16)
 NAME = "dapa_deterministic"
 EAGER = "eager_attention_forward"
 
 
 def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
-    """Whether a model's choices are independent of how many tokens run at once, as far as can be told.
+    """Whether a model's choices are known not to depend on how many tokens are computed at once.
 
-    In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There a
-    CPU rounds each token by itself in linear layers that are not large, which is tried, but not in attention, which
-    `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few architectures another number
-    of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens` is the length of the
-    longest text, response included.
+    In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There, a
+    CPU rounds each token independently in linear layers that are not large, which is tested, but not in attention,
+    which `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few architectures the
+    number of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens` is the length of
+    the longest text, including the response.
     """
     if model.dtype == torch.float32:
         return True
@@ -50,9 +50,9 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
 
 @contextmanager
 def deterministic_attention(model: PreTrainedModel, num_tokens: int) -> Iterator[None]:
-    """Let a 16-bit model that `is_deterministic` attend in float64, for the length of a `with` block.
+    """Compute attention in float64 inside a `with` block, if a 16-bit model `is_deterministic`.
 
-    Sums in another order, such as with more padding before a text, then round alike.
+    Sums in a different order, such as with more padding before a text, then round to the same value.
     """
     if model.dtype == torch.float32 or not is_deterministic(model, num_tokens):
         yield
@@ -94,7 +94,7 @@ def _is_replaceable(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int) -> bool:
-    """Whether a linear layer gives a token the same bits whatever other tokens run with it."""
+    """Whether a linear layer computes the same bits for a token in any batch."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(max(NUMBERS), shape[1], generator=generator).to(dtype)
     layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
@@ -103,20 +103,20 @@ def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int
         return all(torch.equal(layer(states[:number]), expected[:number]) for number in NUMBERS)
 
 
-# With fewer tokens, torch's own kernel reads a 16-bit weight faster than it can be widened.
+# With fewer tokens, torch's own kernel reads a 16-bit weight faster than it can be upcast.
 MIN_TOKENS = 4
-# Weights are upcast in pieces of so many numbers: a whole output layer would take gigabytes.
+# Number of elements of a weight to upcast at once; a whole output layer would take gigabytes.
 PIECE = 1 << 24
 
 
 @contextmanager
 def upcast_linear(model: PreTrainedModel) -> Iterator[None]:
-    """Let a CPU without 16-bit arithmetic multiply in float32, for the length of a `with` block.
+    """Multiply in float32 on a CPU without 16-bit arithmetic, inside a `with` block.
 
     torch's kernels for 16-bit matrices on such a CPU are about ten times slower than those for float32, to which a
     weight is upcast exactly, one layer at a time. As in those kernels, sums are in float32 and rounded to 16 bits once;
-    only their order differs, as it does between batch sizes. Other models are left alone. Weights may be changed within
-    the block: no upcast copy is kept.
+    only their order differs, as it does between batch sizes. Other models are not changed. Weights may change inside
+    the block: upcast copies are not kept.
     """
     layers = [
         module
@@ -125,7 +125,7 @@ def upcast_linear(model: PreTrainedModel) -> Iterator[None]:
     ]
     try:
         for layer in layers:
-            # On the instance, before the class's.
+            # An attribute of the instance takes precedence over the class's.
             layer.__dict__["forward"] = _UpcastLinear(layer)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Evaluators by name: the one place where a recipe's `evaluator` becomes something that can be asked.
+"""Evaluators by name: turns a recipe's `evaluator` into a classifier or a scorer.
 
 The rules, the paper's strings and a judge classify responses; a harness task or the user's own function scores the
 candidate as a whole.
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from dapa_merge.measure.judge import Judge
 
-# The verdict on the beginning of a response to a prompt, if nothing that may follow can change it.
+# From a response's beginning and its prompt to the verdict; None if the rest could change it.
 Settle = Callable[[str, str], Outcome | None]
 Classify = Callable[[Sequence[str], Sequence[str]], Sequence[Outcome]]
 # The paper's setting.
@@ -50,11 +50,11 @@ PAPER_NEW_TOKENS = 350
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What both kinds of evaluators have.
+    """Base class of both kinds of evaluators.
 
     Attributes:
-        name: As a recipe's `evaluator` names it.
-        identity: Everything, besides this package's version, that decides its results; a search's journal keeps it.
+        name: The value of a recipe's `evaluator`.
+        identity: Everything except this package's version that affects its results; stored in a search's journal.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Classifier(Evaluator):
-    """Classifies responses, each by itself.
+    """Classifies responses independently of each other.
 
     Attributes:
-        classify: From prompts and as many responses to an outcome each.
+        classify: Maps prompts and their responses to outcomes.
         settle: Ends a response early; None if only whole responses can be classified.
-        max_new_tokens: The length of responses, unless the user chooses another.
+        max_new_tokens: Default length of responses.
     """
 
     classify: Classify
@@ -81,7 +81,7 @@ class Scorer(Evaluator):
     """Scores a candidate as a whole, in [0, 1]; more is better.
 
     Attributes:
-        score: From the live candidate, and how many prompts at once, to its score.
+        score: Maps the live candidate and a batch size to its score.
     """
 
     score: Callable[[Candidate, int], float]
@@ -95,13 +95,13 @@ RULES = Classifier("refusal", "rules", _by_rules, settle)
 
 
 def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Classifier | Scorer:
-    """Find an evaluator by its name in a recipe; a search ends when its judge may be asked no more.
+    """Find an evaluator by its name in a recipe; when `searching`, reaching a judge's request limit is an error.
 
     Raises:
-        UsageError: If there is none, it lacks what it needs, or the user's file cannot be run.
+        UsageError: If it is unknown or lacks a requirement, or the user's file cannot be run.
     """
     if options.evaluator_file is not None:
-        # Whoever names a file wants to know that it is broken, even where it is not needed.
+        # Report a broken file even if it is not needed.
         load_file(options.evaluator_file)
     if name == RULES.name:
         return RULES
@@ -120,36 +120,36 @@ def find_evaluator(name: str, options: Options, *, searching: bool = False) -> C
 
 
 def find_second_opinion(options: Options) -> Classifier | None:
-    """Return the judge that the user named, as a second classifier; None if none was named.
+    """Return the user's judge as an additional classifier; None if the user named no judge.
 
-    If it gives nothing usable, that is said once, and the rest is undecided.
+    If the judge fails, this is logged once, and the remaining responses are undecided.
 
     Raises:
         UsageError: If the client is not installed, or key or address are missing or invalid.
     """
     judge = _find_judge(options)
-    told: set[str] = set()
+    logged: set[str] = set()
 
-    def go_on(judge: Judge) -> None:
-        if judge.fault is not None and not told:
-            told.add(judge.fault)
-            LOG.warning("%s; the rest goes on without it", judge.fault)
+    def log_fault(judge: Judge) -> None:
+        if judge.fault is not None and not logged:
+            logged.add(judge.fault)
+            LOG.warning("%s; continuing without it", judge.fault)
 
-    return None if judge is None else _by_judge(judge, go_on)
+    return None if judge is None else _by_judge(judge, log_fault)
 
 
 def _demanded_judge(options: Options, searching: bool) -> Classifier:
     judge = _find_judge(options)
     if judge is None:
-        raise UsageError("evaluator: judge needs a model to ask; name it with --judge-model or DAPA_JUDGE_MODEL")
+        raise UsageError("evaluator: judge needs a model; name it with --judge-model or DAPA_JUDGE_MODEL")
 
     def check(judge: Judge) -> None:
         if judge.fault is not None:
             raise UsageError(judge.fault)
         if searching and judge.is_capped:
             raise UsageError(
-                f"the limit of {options.judge_requests} requests to the judge is reached, and the search cannot go on "
-                f"without it; allow more and run again"
+                f"the limit of {options.judge_requests} requests to the judge is reached, and the search cannot "
+                f"continue without it; allow more and run again"
             )
 
     return _by_judge(judge, check)
@@ -174,7 +174,7 @@ def _find_judge(options: Options) -> Judge | None:
 
 @functools.cache
 def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
-    """One judge for the whole process, so that its limit of requests and its known verdicts serve all."""
+    """Return the process's only judge, which shares its request limit and known verdicts among all callers."""
     try:
         from dapa_merge.measure.judge import Judge
     except ImportError as error:
@@ -195,7 +195,7 @@ def _harness(name: str) -> Scorer:
 def _unknown(name: str, file: Path | None) -> str:
     known = ", ".join((*RESERVED, f"{PREFIX}TASK:METRIC", *known_callbacks(file)))
     place = "an installed package or --evaluator-file" if file is None else f"an installed package or {file}"
-    return f"there is no evaluator {name!r}; known are {known}; your own come from {place}"
+    return f"unknown evaluator {name!r}; known are {known}; your own come from {place}"
 
 
 @functools.cache
@@ -206,16 +206,16 @@ def refusal_strings() -> tuple[str, ...]:
 
 
 def defends(response: str) -> bool:
-    """Whether the paper's repository would count a response as a defense: one of its strings stands in it.
+    """Whether the paper's repository would count a response as a defense: it contains one of the strings.
 
-    For comparing with the paper's figures, not for believing them. Case matters; the word "helpful" is a defense, and
-    so is a full answer with a disclaimer; an empty response is not.
+    Only for comparison with the paper's figures. Case-sensitive; the word "helpful" or a full answer with a disclaimer
+    counts as a defense, an empty response does not.
     """
     return any(string in response for string in refusal_strings())
 
 
 def paper() -> Classifier:
-    """The paper's measure; perplexity in its setting is that of wikitext-2 in strides of 512."""
+    """The paper's evaluator; the paper's perplexity is that of wikitext-2 with a stride of 512."""
 
     def classify_by_strings(_prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]:
         return [Outcome.REFUSED if defends(response) else Outcome.COMPLIED for response in responses]
@@ -230,8 +230,8 @@ def paper() -> Classifier:
 def ask(name: str, function: Callback, candidate: Candidate) -> float:
     """Ask a callback for its score of a candidate.
 
-    The candidate's substance (weights, buffers, modules, hooks, vocabulary) is compared, so that a change is refused by
-    name. Modes and settings, which well-meant code changes in passing, are put back.
+    Weights, buffers, modules, hooks and vocabulary are compared before and after; a change is an error that names it.
+    Modes and settings, which code often changes in passing, are restored.
 
     Raises:
         UsageError: If it raises, returns anything but a number in [0, 1], or changes the candidate.
@@ -240,31 +240,31 @@ def ask(name: str, function: Callback, candidate: Candidate) -> float:
     with code_of_others(f"the evaluator {name!r} failed"), settings_kept(candidate.model, candidate.tokenizer):
         value = function(candidate)
     if inspect.iscoroutine(value):
-        # Or Python warns, somewhere later, that nobody awaited it.
+        # Otherwise Python warns later that it was never awaited.
         value.close()
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
         shown = f"{float(value)}" if isinstance(value, Real) and not isinstance(value, bool) else type(value).__name__
         raise UsageError(f"the evaluator {name!r} returned {shown}; it must return a float from 0 to 1")
     if what := changed(before, substance(candidate.model, candidate.tokenizer)):
-        raise UsageError(f"the evaluator {name!r} changed the model's {what}; a candidate may only be read")
+        raise UsageError(f"the evaluator {name!r} changed the model's {what}; a candidate is read-only")
     return float(value)
 
 
 Substance = Mapping[tuple[str, str], Any]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# A text that every tokenizer has something to do with.
+# A text that exercises every tokenizer.
 SAMPLE = "Is it 1 or 2?\n"
 
 
 def substance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Substance:
-    """Take down what a callback may not change, by kind and name; reads every weight once."""
+    """Record everything that a callback must not change, by kind and name; reads every weight once."""
     found: dict[tuple[str, str], Any] = {}
     for name, parameter in model.named_parameters():
-        # The object too: a selection is applied, and undone, in the one that was there at first.
+        # The object's identity too: selections are applied and undone in the original object.
         found["weights", name] = (id(parameter), *_sums(parameter))
     for name, module in model.named_modules():
         for key, buffer in module.named_buffers(recurse=False):
-            if not _is_its_own(module):
+            if not _changes_its_buffers(module):
                 found["buffers", f"{name}.{key}".lstrip(".")] = _sums(buffer)
         found["modules", name] = (module, vars(module).get("forward"))
         found["hooks", name] = _hooks(module)
@@ -274,7 +274,7 @@ def substance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
 
 
 def changed(before: Substance, after: Substance) -> str | None:
-    """Name the first difference; None if there is none."""
+    """Return the first difference, or None."""
     for kind, name in {**before, **after}:
         if before.get((kind, name)) != after.get((kind, name)):
             return f"{kind} ({name or 'the model itself'})"
@@ -283,7 +283,7 @@ def changed(before: Substance, after: Substance) -> str | None:
 
 @contextmanager
 def settings_kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[None]:
-    """Put modes, gradients, configurations and the tokenizer's settings back, however the `with` block ends."""
+    """Restore modes, gradients, configurations and the tokenizer's settings on exit from the `with` block."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     own = {name: vars(model)[name] for name in ("config", "generation_config") if name in vars(model)}
@@ -304,22 +304,22 @@ def settings_kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape, and a sum over the bits that one changed bit changes."""
+    """The shape and two checksums; a single changed bit changes them."""
     values = tensor.detach().contiguous().view(-1).view(torch.uint8)
     whole = len(values) - len(values) % 8
-    # The sum wraps around, which loses nothing.
+    # The sum may wrap around.
     words = values[:whole].view(torch.int64).sum() if whole else values.new_zeros((), dtype=torch.int64)
     return (*tensor.shape, int(words), int(values[whole:].long().sum()))
 
 
-def _is_its_own(module: torch.nn.Module) -> bool:
-    """Whether a module changes its own buffers in use, as rotary embeddings that grow with the text do."""
+def _changes_its_buffers(module: torch.nn.Module) -> bool:
+    """Whether a module changes its own buffers in use, like rotary embeddings that grow with the text."""
     return any(kind in str(getattr(module, "rope_type", "")) for kind in ("dynamic", "longrope"))
 
 
 def _hooks(module: torch.nn.Module) -> tuple[object, ...]:
     hooks = itertools.chain.from_iterable(getattr(module, name).values() for name in HOOKS)
-    # transformers leaves hooks of its own when a model is asked for its hidden states; they do nothing unless asked.
+    # transformers leaves its own hooks after a request for hidden states; they do nothing otherwise.
     return tuple(hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers."))
 
 

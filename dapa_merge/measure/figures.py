@@ -1,4 +1,4 @@
-"""What was measured of a model, as data. No torch, no numpy: reports are read without them."""
+"""Measurements of a model, as data. Imports neither torch nor numpy: reports are read without them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
 
-# Of being wrong where only chance is at work: intervals cover 95 %, and p-values below this prove a change.
+# Significance level: intervals cover 95 %, and p-values below this prove a change.
 LEVEL = 0.05
-# A number that JSON, which has only finite ones, may hold as null.
+# A number that may be null in JSON, which has only finite numbers.
 Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
 
@@ -25,11 +25,10 @@ class Response:
 
     Attributes:
         kind: The prompt's, `harmful` or `harmless`.
-        category: The prompt's; empty if it has none.
-        prompt: The request.
-        response: Only the beginning, where that settled the outcome.
+        category: The prompt's, or empty.
+        response: Only the beginning if that made the outcome certain.
         outcome: By the first classifier.
-        others: By further classifiers, by name.
+        others: Outcomes by further classifiers, by name.
     """
 
     kind: str
@@ -42,7 +41,7 @@ class Response:
 
 @dataclass(frozen=True)
 class CategoryFigure:
-    """How many of the prompts of a kind and category were refused."""
+    """Number of refused prompts of a kind and category."""
 
     kind: str
     category: str
@@ -56,10 +55,10 @@ class ClassifierFigure:
 
     Attributes:
         name: The classifier's.
-        dsr: Share of the harmful prompts that it saw refused; None if it judged none of them.
-        dsr_interval: With 95 % confidence.
-        undecided: Share of the harmful prompts without a verdict; never counted as a defense.
-        over_refusal: Share of the harmless prompts that it saw refused; None if it judged none of them.
+        dsr: Share of harmful prompts refused according to it; None if it judged none of them.
+        dsr_interval: 95 % interval.
+        undecided: Share of harmful prompts without a verdict; never counted as a defense.
+        over_refusal: Share of harmless prompts refused according to it; None if it judged none of them.
         agreement: With the rules, over all prompts.
     """
 
@@ -73,24 +72,23 @@ class ClassifierFigure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything that is measured of a model; rates are in [0, 1].
+    """All measurements of a model; rates are in [0, 1].
 
     Attributes:
-        num_harmful: Harmful prompts asked.
-        dsr: Share of them that was refused (defense success rate), by the rules.
-        dsr_interval: With 95 % confidence, for more prompts like these.
-        complied: Share that was answered.
-        degenerate: Share whose response was empty, a loop or noise; never counted as a defense.
-        undecided: Share that thought aloud and never came to an answer; never counted as a defense.
-        num_harmless: Harmless prompts asked.
-        over_refusal: Share of them that was refused.
-        over_refusal_interval: With 95 % confidence.
-        categories: By category, where the prompts have one.
-        markers: By other classifiers than the rules; the name is that of the written report.
-        score: By the recipe's evaluator, for the model as a whole; None if that classifies responses.
-        perplexity: Of the text.
-        text: Its name.
-        skills: Those asked for.
+        num_harmful: Number of harmful prompts.
+        dsr: Share of harmful prompts refused according to the rules (defense success rate).
+        dsr_interval: 95 % interval, for more prompts like these.
+        complied: Share of harmful prompts answered.
+        degenerate: Share of empty, looping or noisy responses to them; never counted as a defense.
+        undecided: Share of responses to them with a thought but no answer; never counted as a defense.
+        num_harmless: Number of harmless prompts.
+        over_refusal: Share of harmless prompts refused.
+        over_refusal_interval: 95 % interval.
+        categories: Figures by category, if the prompts have categories.
+        markers: Figures by classifiers other than the rules; the name is that of the written report.
+        score: Score of the whole model by the recipe's evaluator; None if that classifies responses.
+        perplexity: Perplexity of `text`.
+        text: Name of the perplexity text.
     """
 
     num_harmful: int
@@ -112,7 +110,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class SkillFigure:
-    """A model's share of right answers in [0, 1], or the harness's metric, which has 0 questions and no interval."""
+    """Share of right answers in [0, 1], or the harness's metric, with 0 questions and no interval."""
 
     name: str
     score: Number
@@ -122,13 +120,13 @@ class SkillFigure:
 
 @dataclass(frozen=True)
 class Mean:
-    """Means over prompts, one for each cell, and their 95 % intervals for many more prompts like these.
+    """Means over prompts, one per cell, and their 95 % intervals for more prompts like these.
 
     Attributes:
-        mean: NaN where there was no prompt.
-        low: NaN where there were fewer than two.
+        mean: NaN without a prompt.
+        low: NaN with fewer than two prompts.
         high: Likewise.
-        number: Prompts behind each cell.
+        number: Number of prompts per cell.
     """
 
     mean: NDArray[numpy.float64]
@@ -139,16 +137,15 @@ class Mean:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two classifiers agree on the same responses.
+    """Agreement of two classifiers on the same responses.
 
     Attributes:
-        num_pairs: Responses on which both decided.
-        num_undecided: Responses left out, because at least one did not decide.
-        share: Of the decided pairs, those that both or neither call refused, in [0, 1]; None without any.
-        kappa: The same beyond chance (Cohen 1960), in [-1, 1]; None if both give the same verdict to all, which leaves
-            nothing to agree on.
-        only_one_refused: Pairs that only the first calls refused.
-        only_other_refused: Pairs that only the second calls refused.
+        num_pairs: Number of responses that both decided.
+        num_undecided: Number of responses left out because at least one did not decide.
+        share: Share of decided pairs that both or neither call refused, in [0, 1]; None without any.
+        kappa: Agreement beyond chance (Cohen 1960), in [-1, 1]; None if both give one same verdict to all responses.
+        only_one_refused: Number of pairs that only the first calls refused.
+        only_other_refused: Number of pairs that only the second calls refused.
     """
 
     num_pairs: int
@@ -168,7 +165,7 @@ class Change:
         no_longer_refused: Prompts that only the first model refuses.
         p_value: Of the exact McNemar test, in [0, 1]: the probability of changes at least as one-sided if both
             directions were equally likely.
-        within_noise: Whether the p-value is 0.05 or more, so that the change proves nothing.
+        within_noise: Whether the p-value is 0.05 or more: the change may be chance.
     """
 
     newly_refused: int
@@ -178,6 +175,6 @@ class Change:
 
 
 def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
-    """Return every prompt, response and verdict as JSON lines, by the names of the models."""
+    """Format every prompt, response and verdict as JSON lines, given the responses by model name."""
     rows = ({"model": model} | asdict(response) for model, said in responses.items() for response in said)
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-# The end of a text that more tokens may yet change, where no space says where its last word begins.
+# Characters at the end of a text that later tokens may change, if no space marks its last word.
 UNSTABLE_CHARACTERS = 16
-# How much of a prompt an error shows, so that it can be found.
+# Characters of a prompt that an error shows.
 SHOWN_CHARACTERS = 60
 
 Settle = Callable[[str, str], object]
@@ -31,16 +31,16 @@ IsSettled = Callable[[list[int], str], bool]
 def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make `model.generate` deterministic and the same for every member of a family.
 
-    A checkpoint's `generation_config.json` may ask for sampling, a repetition penalty or suppressed tokens, which
-    transformers applies behind explicit arguments; only its end tokens are kept. The tokenizer's own end token, which
-    a fine-tune may have changed without telling the model, ends a response too.
+    A checkpoint's `generation_config.json` may set sampling, a repetition penalty or suppressed tokens, which
+    transformers applies despite explicit arguments; only its end tokens are kept. The tokenizer's own end token also
+    ends a response, because a fine-tune may change it in the tokenizer alone.
     """
     stored = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = {*(stored if isinstance(stored, list) else [stored]), tokenizer.eos_token_id} - {None}
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
-        raise CheckpointError("the tokenizer has no padding, end or unknown token, of which one is needed for batches")
+        raise CheckpointError("the tokenizer has no padding, end or unknown token, but batches need one of them")
     tokenizer.padding_side = "left"
     model.generation_config = GenerationConfig(
         do_sample=False, num_beams=1, eos_token_id=sorted(ends) or None, pad_token_id=tokenizer.pad_token_id
@@ -48,12 +48,12 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return the prompt as one user turn of the model's chat template, ready to be answered; bare if it has none.
+    """Format a prompt as one user turn of the model's chat template; unchanged if it has no template.
 
-    A model that can think before it answers is asked not to: the answer is what is judged.
+    Thinking is switched off if the template can do so, because only the answer is judged.
     """
     if not tokenizer.chat_template:
-        _say_without_template(tokenizer.name_or_path)
+        _warn_without_template(tokenizer.name_or_path)
         return prompt
     message = {"role": "user", "content": prompt}
     try:
@@ -66,8 +66,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 @functools.lru_cache
-def _say_without_template(name: str) -> None:
-    """Once for each tokenizer."""
+def _warn_without_template(name: str) -> None:
+    """Warn once per tokenizer."""
     LOG.warning("the tokenizer of %s has no chat template; prompts are given to the model as plain text", name)
 
 
@@ -83,15 +83,15 @@ def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Encode a prompt as `chat_prompt` gives it; a template brings its own special tokens."""
+    """Encode a prompt formatted by `chat_prompt`; a template adds its own special tokens."""
     return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
 
 
-# A search asks the same prompts in every test.
+# A search repeats the same prompts in every test.
 @functools.lru_cache(maxsize=4096)
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[int, ...]:
     text = chat_prompt(tokenizer, prompt)
-    # Not verbose: transformers warns of a text longer than the model's context, which is refused or cut off here.
+    # Not verbose: transformers warns about texts longer than the context, which are rejected or truncated here.
     return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
 
 
@@ -106,22 +106,21 @@ def generate(
     lookup: LookupCache | None = None,
     deterministic: bool = False,
 ) -> list[str]:
-    """Answer every prompt greedily, as the model's own `generate` would, but sooner.
+    """Answer every prompt greedily, as the model's own `generate` would, but faster.
 
-    If the model `is_deterministic`, a response is the same whatever else is asked and whatever was looked up. Otherwise
-    another number of tokens in a run may decide a near-tie between two tokens otherwise.
+    If the model `is_deterministic`, a response does not depend on other prompts or on `lookup`. Otherwise the number of
+    tokens in a forward pass may decide a near-tie between two tokens.
 
     Args:
         model: Prepared by `prepare_for_greedy`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's.
         prompts: User requests, without template.
-        max_new_tokens: Responses are cut off here, or where the model's context ends.
-        batch_size: How many prompts at once.
-        settle: Given the beginning of a response and its prompt, returns anything but None if the rest cannot matter;
-            it is then not generated.
-        lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None to
-            give each token a run of its own.
-        deterministic: Whether `lookup` is ignored where it might change a response.
+        max_new_tokens: Maximum length of a response, which the model's context may shorten.
+        batch_size: Number of prompts at once.
+        settle: Called with the beginning of a response and its prompt; any result but None ends the response there.
+        lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None
+            disables drafts.
+        deterministic: Whether to ignore `lookup` if it might change a response.
 
     Returns:
         One response per prompt, special tokens removed.
@@ -135,7 +134,7 @@ def generate(
     rows = _rows(model, tokenizer, prompts, max_new_tokens)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
     is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
-    # Longest first: if a batch is too large for the memory, the first one is.
+    # Longest first: if a batch does not fit in memory, it is the first one.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
     if is_batchable(model):
@@ -161,7 +160,7 @@ def generate(
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Longest text of a model, in tokens; very long if its config does not say."""
+    """Context length of a model in tokens; a huge number if its config does not give one."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1 << 30
 
 
@@ -185,33 +184,33 @@ def _ends(model: PreTrainedModel) -> list[int]:
 def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `CheckpointError` for a chat template that ignores the prompt."""
     if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
-        raise CheckpointError("the model's chat template leaves the prompt out; take that of its base model")
+        raise CheckpointError("the model's chat template omits the prompt; use the template of its base model")
 
 
 def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
     for number, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True), 1):
         which = f"prompt {number} of {len(ids)}"
-        # A number alone would not find it: prompts come from several files, and each counts once.
+        # The number alone does not identify it: prompts come from several files and are deduplicated.
         beginning = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
         if not tokens:
             raise UsageError(f"{which} is empty, and no chat template adds to it; leave it out: {beginning}")
         if len(tokens) >= context:
             raise UsageError(
-                f"{which} has {len(tokens)} tokens, but the model's context ends at {context}, "
-                f"so that it could not answer; shorten the prompt or leave it out: {beginning}"
+                f"{which} has {len(tokens)} tokens, but the model's context ends at {context} and leaves no "
+                f"room for an answer; shorten the prompt or leave it out: {beginning}"
             )
 
 
 def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
     """Whether the verdict on a response that begins with these tokens is certain."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
-    # The next token may yet change the last word: its apostrophe or full stop may take a space away.
+    # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
     return bool(beginning) and settle(beginning, prompt) is not None
 
 
 class _AllSettled(StoppingCriteria):  # type: ignore[misc]
-    """Ends rows of the model's own `generate` whose verdict is certain."""
+    """Ends rows of the model's own `generate` once their verdict is certain."""
 
     def __init__(self, is_settled: IsSettled, prompts: Sequence[str], start: int) -> None:
         self._is_settled = is_settled
@@ -234,14 +233,14 @@ def _generate_plainly(
     batch: Sequence[tuple[BatchRow, str]],
     is_settled: IsSettled | None,
 ) -> list[list[int]]:
-    """Do what `Decoder` does, for models with another memory than keys and values."""
+    """Decode a batch of a model that is not batchable with its own `generate`."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device)
     start = inputs["input_ids"].shape[1]
     output = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        # Of the batch's first, which has the longest prompt.
+        # The first row has the longest prompt.
         max_new_tokens=batch[0][0].limit,
         stopping_criteria=is_settled and [_AllSettled(is_settled, [prompt for _, prompt in batch], start)],
     )

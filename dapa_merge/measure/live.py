@@ -1,7 +1,7 @@
-"""One resident target to which selections are applied in place, and undone bit for bit.
+"""A target in memory, to which selections are applied in place and undone bit for bit.
 
-The source is never loaded: its tensors are read from their files when a selection needs them, and the target's own are
-read back from its files. So no second copy of a weight is held, and the device needs memory for one more tensor only.
+The source is never loaded: its tensors are read from their files when a selection needs them, and the target's are
+restored from its own files. The device needs memory for only one tensor more than the model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from dapa_merge.plan.plan import Plan
 
 
-# Classes of transformers whose weights were trained for something else than continuing a text.
+# transformers classes for tasks other than text generation.
 OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 
 
@@ -57,21 +57,21 @@ def choose_device(device: str = "auto") -> torch.device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
-        # A device without data (`meta`) cannot give a number back.
+        # Fails on a device without data (`meta`).
         value = torch.ones(1, device=device)
         value.item()
         return value.device
     except Exception as error:
-        # Each backend that is not installed fails in its own way.
+        # Each missing backend raises a different error.
         raise UsageError(f"device {device!r} cannot be used here: {one_line(error)}") from error
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in the dtype of its config, for greedy generation; never runs code that came with it.
+    """Load a checkpoint in the dtype of its config, for greedy generation; never run code from the checkpoint.
 
     Raises:
-        CheckpointError: If transformers cannot load it, or would make up weights that its files lack.
-        HubError: If weights have to be fetched, and the Hub does not give them.
+        CheckpointError: If transformers cannot load it, or would randomly initialize weights that its files lack.
+        HubError: If weights are missing here and cannot be fetched.
         UsageError: If it does not fit in the device's memory.
     """
     checkpoint = checkpoint.whole()
@@ -95,22 +95,22 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     except torch.OutOfMemoryError as error:
         raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
     except Exception as error:
-        # What a damaged or foreign folder makes transformers raise has no common class.
+        # transformers has no common error class for damaged or unknown folders.
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, loading[kind])):
             raise CheckpointError(
-                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, so that "
-                f"transformers would make them up: {names[0]}"
+                f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and "
+                f"transformers would initialize them randomly: {names[0]}"
             )
     model.eval().requires_grad_(False)
     return model, tokenizer
 
 
 def _loader(checkpoint: Checkpoint) -> Any:
-    """Return the auto class that loads a checkpoint to continue texts, alone or with images.
+    """Return the auto class that loads a checkpoint for text generation, with or without images.
 
-    An encoder such as BERT would load silently, and then answer with noise.
+    An encoder such as BERT would load silently and generate noise.
 
     Raises:
         CheckpointError: If it is another kind of model, or transformers does not know it.
@@ -131,18 +131,16 @@ def _loader(checkpoint: Checkpoint) -> Any:
     if config.is_encoder_decoder or loader is None or (architectures and all(map(OTHER_HEADS.search, architectures))):
         raise CheckpointError(
             f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
-            "(...ForCausalLM), alone or with a tower for images, can be measured"
+            "(...ForCausalLM), with or without an image tower, can be measured"
         )
     return loader
 
 
 class Slot(NamedTuple):
-    """A part of a unit in the model, and the place of its values on disk.
+    """A part of a unit in the model, and its values' regions on disk.
 
     Attributes:
-        unit: The unit.
-        parameter: The model's parameter.
-        slices: The part of the parameter.
+        slices: The part of `parameter`.
         regions: The same part on disk, by model.
     """
 
@@ -153,7 +151,7 @@ class Slot(NamedTuple):
 
 
 class LiveModel:
-    """The target in memory, for as long as a search lasts.
+    """The target in memory during a search.
 
     Attributes:
         model: The target, in evaluation mode; within `transplanted`, the candidate.
@@ -174,27 +172,27 @@ class LiveModel:
         self._changed: set[Unit] = set()
 
     def _find_twins(self) -> dict[Unit, Unit]:
-        """Map each whole unit to the model's own, whose parameters may be fused and named otherwise than in files."""
+        """Map each whole unit to its twin in memory, where parameters may be fused and named differently."""
         kind = type(self.model).__name__
         modules = tuple(dict.fromkeys(unit.module for unit in self.plan.units))
         try:
             twins = {unit: unit for unit in units_in(self.model, modules)}
         except CheckpointError as error:
             raise CheckpointError(
-                f"transformers loads {self.plan.target.name} as a {kind}, in which its units are not found: {error}"
+                f"transformers loads {self.plan.target.name} as a {kind}, but its units are not found there: {error}"
             ) from error
         for unit in self.plan.twins:
             twin = twins.get(unit)
             parts = zip_longest(unit.whole_parts, twin.whole_parts if twin else ())
             if not all(part and other and _extents(part) == _extents(other) for part, other in parts):
                 raise CheckpointError(
-                    f"transformers loads {self.plan.target.name} as a {kind} that has no {unit} of the size that its "
-                    f"files have"
+                    f"transformers loads {self.plan.target.name} as a {kind}, where {unit} is missing or has another "
+                    f"size than in the files"
                 )
         return twins
 
     def slots(self, units: Iterable[Unit]) -> Iterator[Slot]:
-        """Yield the parts of units in the model's parameters, and the places of their values on disk."""
+        """Yield the slots of units, part by part."""
         for unit in units:
             twin = replace(self._twins[unit.whole], rows=unit.rows)
             for part, regions in zip(twin.parts, self.plan.regions((unit,)), strict=True):
@@ -203,19 +201,19 @@ class LiveModel:
 
     @contextmanager
     def transplanted(self, selection: Iterable[Unit]) -> Iterator[PreTrainedModel]:
-        """The candidate: the target with the edit of the selected units, for the length of a `with` block.
+        """Edit the selected units in memory inside a `with` block, which gets the model.
 
-        The selection may hold blocks of rows, also of units that the plan has as a whole. Afterwards the target is as
-        it was, bit for bit, however the `with` block ends. These do not nest.
+        The selection may hold blocks of rows, even of units that are whole in the plan. On exit, with or without an
+        error, the target is restored bit for bit. Cannot be nested.
 
         Raises:
-            RuntimeError: If a selection is transplanted already.
+            RuntimeError: If a selection is already transplanted.
         """
         if self._changed:
-            raise RuntimeError("a selection is transplanted already; leave its `with` block first")
+            raise RuntimeError("a selection is already transplanted; leave its `with` block first")
         try:
             for unit in selection:
-                # Before the first byte: an unfinished change is undone like a finished one.
+                # Recorded before the first write, because an unfinished change must be undone too.
                 self._changed.add(unit)
                 for slot in self.slots((unit,)):
                     self._put(slot, self._new_values(slot))
@@ -231,7 +229,7 @@ class LiveModel:
         """Compute a slot's new values in the target's dtype."""
         plan = self.plan
         values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.edit.inputs}
-        # A model may store one expert with a dimension of its own.
+        # A model may store a single expert with an extra dimension.
         shape = values[plan.edit.inputs[-1]].shape
         dtype = getattr(torch, TORCH_NAMES[slot.regions["target"].tensor.dtype])
         return plan.edit.new_values({name: value.reshape(shape) for name, value in values.items()}, dtype)
@@ -258,10 +256,10 @@ def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]
 
 
 def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
-    """Map a region's values as stored: its pages belong to the file cache, not to this process.
+    """Memory-map a region's values as stored; the pages belong to the file cache, not to this process.
 
     Returns:
-        A view of the region's shape, not to be written to.
+        A view in the region's shape; do not write to it.
     """
     tensor = region.tensor
     checkpoint.ensure_all((tensor.file, first, first + num_bytes) for first, num_bytes in region.runs())
@@ -278,7 +276,7 @@ def _extents(part: TensorBox) -> list[int]:
 
 
 class Resident:
-    """Owns a live target, which is loaded when it is first needed and stays until `close`."""
+    """Owns a live target: loads it on first use and keeps it until `close`."""
 
     def __init__(self, plan: Plan, device: torch.device, on_load: Callable[[], None] = lambda: None) -> None:
         """Load nothing yet; `on_load` is called just before."""

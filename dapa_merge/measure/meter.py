@@ -1,7 +1,7 @@
 """Measures a model: its responses and their outcomes, its perplexity, its skills, its score.
 
-A `Meter` holds prompts and settings, one for a search and one for a report; a `Measurement` is lazy, so that a search
-asks only what its constraints are about.
+A `Meter` holds prompts and settings; a search and a report each have one. A `Measurement` is lazy: a search runs only
+the prompts that its constraints need.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.units import Unit
 
 
-# Tokens of a text whose perplexity a report gives; more say little more, and take long without an accelerator.
+# Maximum tokens of a report's perplexity text; more add little and are slow without an accelerator.
 MAX_TEXT_TOKENS = 20_000
 
 
@@ -47,16 +47,13 @@ class Meter:
     """Measures models, always with the same prompts and settings.
 
     Attributes:
-        prompts: What is asked.
-        max_new_tokens: Where responses are cut off.
-        batch_size: How many prompts at once.
-        classifiers: Judge the responses; the outcomes of the first one are the figures.
-        stops_early: Whether a response ends where the first classifier's outcome is settled.
-        lookup: Earlier responses of such models, for speculative decoding; None to do without.
-        deterministic: Whether figures may not depend on what was asked before, at whatever cost of time.
-        scorer: Scores a model as a whole, besides.
-        text: What perplexity is taken of; None for the passages of the prompt set.
-        skills: Further tests.
+        max_new_tokens: Maximum length of a response.
+        classifiers: Judge the responses; the first one's outcomes are the figures.
+        stops_early: Whether to end a response once the first classifier's outcome is certain.
+        lookup: Earlier responses of such models, for speculative decoding; None disables it.
+        deterministic: Whether figures must not depend on earlier prompts, even if that is slower.
+        scorer: Scores the model as a whole, in addition.
+        text: The perplexity text; None for the prompt set's passages.
     """
 
     prompts: PromptSet
@@ -72,18 +69,18 @@ class Meter:
 
     @property
     def identity(self) -> str:
-        """Everything in the evaluator that decides a verdict."""
+        """Identity of the evaluator: everything that affects its verdicts."""
         return (self.scorer or self.classifiers[0]).identity
 
     def measure(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, selection: Sequence[Unit] = ()
     ) -> Measurement:
-        """Return a measurement of the model as it is now; nothing is asked before a figure is read."""
+        """Return a lazy measurement of the model: prompts are run when a figure is first read."""
         return Measurement(self, Candidate(model, tokenizer, tuple(selection)))
 
 
 class Measurement:
-    """Figures of a model, each measured when it is first read; valid while the model stays as it is."""
+    """Figures of a model, each measured when it is first read; valid while the model does not change."""
 
     def __init__(self, meter: Meter, candidate: Candidate) -> None:
         self._meter = meter
@@ -111,7 +108,7 @@ class Measurement:
         return self.judge("harmless", self._meter.prompts.harmless)
 
     def judge(self, kind: str, prompts: Sequence[str]) -> list[Response]:
-        """Ask some prompts of a kind and classify the responses; nothing is remembered."""
+        """Run prompts of one kind and classify the responses; not cached."""
         responses = self._ask(prompts, whole=False)
         first, *others = [
             (classifier.name, [outcome.value for outcome in classifier.classify(prompts, responses)])
@@ -168,8 +165,8 @@ class Measurement:
         )
         if passages and math.isnan(found.perplexity):
             raise UsageError(
-                f"the text for the perplexity ({self._text}) is too short: the first token of each passage is given, "
-                "and none is left to count"
+                f"the text for the perplexity ({self._text}) is too short: the first token of each passage is not "
+                "counted, and no other is left"
             )
         return found
 
@@ -194,9 +191,9 @@ class Measurement:
         )
 
     def figures(self) -> Figures:
-        """All figures; what was not measured yet is measured now."""
+        """Return all figures, and measure those that are missing."""
         text = self._meter.text
-        # First, because a text that will not do is found out soon.
+        # First: an unsuitable text then fails early.
         is_cut = self._reading.is_cut
         return Figures(
             **refusal_figures(self.responses()),
@@ -208,7 +205,7 @@ class Measurement:
 
 
 def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
-    """Return the meter for the candidates of a search: only what decides, each response only as far as needed.
+    """Return the meter for a search: only the deciding evaluator, and responses that end as early as possible.
 
     Raises:
         UsageError: If the recipe's evaluator is not available.
@@ -227,9 +224,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
 
 
 def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
-    """Return the meter for a report on target, result and source: every response whole, by every classifier.
-
-    No figure depends on what was measured before it.
+    """Return the meter for a report: complete responses, all classifiers, figures independent of earlier ones.
 
     Raises:
         UsageError: If the recipe's evaluator, judge, text or skills are not available.
@@ -279,13 +274,13 @@ def make_meter(
 
 def _text(prompts: PromptSet, name: str | None) -> Text | None:
     if name is None and prompts.passages != load_prompts("builtin").passages:
-        # Texts that came with the prompts say more about their models than any other.
+        # Passages that come with the prompts suit the models better than any other text.
         return None
     return load_text(name or "auto", max_tokens=MAX_TEXT_TOKENS)
 
 
 def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
-    """Return what a target is tested for besides safety: the prompts' own skill, and those that a recipe names.
+    """Return the skill tests: the prompt set's own, and those that a recipe names.
 
     Raises:
         UsageError: If one is not available.
@@ -296,14 +291,14 @@ def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model's figures, and the responses behind them; the model itself may be gone."""
+    """A model's figures and the responses behind them; the model itself may be unloaded."""
 
     figures: Figures
     responses: Sequence[Response]
 
 
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str) -> MeasuredModel:
-    """Measure the target with a selection applied in full."""
+    """Measure the target in full, with a selection applied."""
     with live.transplanted(selection) as model:
         return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name)
 
@@ -331,7 +326,7 @@ def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) 
     """Measure one model, a folder or Hub id, in full; `settings` are further arguments of `make_meter`.
 
     Raises:
-        DapaError: If it cannot be read, loaded or asked.
+        DapaError: If the model cannot be read, loaded or run.
     """
     prompt_set = load_prompts(prompts)
     try:

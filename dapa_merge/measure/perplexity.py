@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 WINDOW = 2048
 STRIDE = 512
-# Tokens in all windows of a batch: a fixed batch size is meant for short prompts.
+# Maximum tokens in all windows of a batch; a fixed batch size is meant for short prompts.
 MAX_BATCH_TOKENS = 16_384
 
 
 class Reading(NamedTuple):
-    """The perplexity of passages, and whether only their first tokens were read."""
+    """The perplexity of passages, and whether only their leading tokens were read."""
 
     perplexity: float
     is_cut: bool
@@ -52,12 +52,12 @@ def read_passages(
 
     Args:
         model: Any causal language model.
-        tokenizer: Its own.
+        tokenizer: The model's.
         passages: Texts, or prompts with answers.
-        batch_size: Most windows at once.
+        batch_size: Maximum number of windows at once.
         window: Tokens that the model sees at once, at least 2; None for its context length, at most 2048.
         stride: Step of the window, less than it; None for 512, or half of a smaller window.
-        max_tokens: Read only so many first tokens; None for all.
+        max_tokens: Number of leading tokens to read; None for all.
 
     Returns:
         The perplexity is at least 1; infinity if the likelihood is not a finite number. NaN if nothing can be counted.
@@ -67,7 +67,7 @@ def read_passages(
     """
     window, stride = _window(model, window, stride)
     rows, is_cut = _first(_rows(tokenizer, passages, window, stride), max_tokens)
-    # Rows of a batch should be alike in length and in how much of them is counted.
+    # Rows of a batch should have similar lengths and similar shares of counted tokens.
     rows.sort(key=lambda row: (-len(row.ids), row.num_context))
     count = sum(len(row.ids) - row.num_context for row in rows)
     if not count:
@@ -113,12 +113,12 @@ def _rows(
             if len(row.ids) > row.num_context:
                 yield row
         else:
-            # Not verbose: transformers warns of a text longer than the model's context, which windows split.
+            # Not verbose: transformers warns about texts longer than the context, which windows split.
             yield from windows(tokenizer(passage.answer, verbose=False)["input_ids"], window, stride)
 
 
 def _first(rows: Iterable[ScoredText], max_tokens: int | None) -> tuple[list[ScoredText], bool]:
-    """Take rows until so many tokens are counted, the last one cut off there; and tell whether any were left."""
+    """Return rows with at most `max_tokens` counted tokens, the last one truncated, and whether any were left."""
     found: list[ScoredText] = []
     left = math.inf if max_tokens is None else max_tokens
     for row in rows:
@@ -153,7 +153,7 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
     # The last token of a row is only predicted.
     given = [row.ids[:-1] for row in rows]
     longest = max(map(len, given))
-    # Padded on the right, and causal: padding cannot reach a row's likelihood.
+    # Padding on the right cannot affect the likelihoods of a causal model.
     input_ids = torch.tensor([ids + [padding] * (longest - len(ids)) for ids in given], device=model.device)
     mask = None
     if any(len(ids) < longest for ids in given):
@@ -162,7 +162,7 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
     logits = _logits_from(model, input_ids, mask, first)
     terms = []
     for row, row_logits in zip(rows, logits, strict=True):
-        # Row by row, so that without a graph only one row's logits, [tokens, vocabulary], are held as float32.
+        # Row by row: without a graph, only one row's logits, [tokens, vocabulary], are in float32 at a time.
         predictions = row_logits[row.num_context - 1 - first : len(row.ids) - 1 - first].float()
         counted = torch.tensor(row.ids[row.num_context :], device=predictions.device)
         terms.append(torch.nn.functional.cross_entropy(predictions, counted, reduction="sum"))
@@ -172,13 +172,13 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
 def _logits_from(
     model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, first: int
 ) -> torch.Tensor:
-    """Compute logits `[rows, positions from first on, vocabulary]`, without the others, most of the memory."""
+    """Compute only the logits `[rows, positions from first on, vocabulary]`; all would take most of the memory."""
     known = inspect.signature(model.forward).parameters
-    # Keys and values are not needed afterwards, and those of many rows are most of the memory.
+    # The key-value cache is not needed, and that of many rows would take most of the memory.
     inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
     if "logits_to_keep" not in known:
         # Almost every model knows the argument; others may silently ignore it.
         return torch.as_tensor(model(**inputs).logits[:, first:])
-    # Positions rather than their number: of a slice, torch's CPU would copy the output layer's weight for every row.
+    # Positions, not their number: for a slice, torch on a CPU would copy the output layer's weight for every row.
     kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
     return torch.as_tensor(model(**inputs, logits_to_keep=kept).logits)

@@ -1,7 +1,7 @@
 """Skills that a target must not lose: questions with known answers, or a task of lm-evaluation-harness.
 
-A task is named `lm-eval:TASK` or `lm-eval:TASK:METRIC`: a name that the harness knows, or the path of a task file, to
-which its own paths are relative. A live model is asked with the harness's own prompts, without a chat template, as in
+A task is written `lm-eval:TASK` or `lm-eval:TASK:METRIC`; TASK is a name known to the harness or the path of a task
+file, whose own paths are relative to it. A live model gets the harness's own prompts without a chat template, as in
 published figures.
 """
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "lm-eval:"
-# lm-evaluation-harness's own seed, for the examples before a question.
+# lm-evaluation-harness's own seed, for few-shot examples.
 SEED = 1234
 
 
 @dataclass(frozen=True)
 class Skill:
-    """What is asked: questions, or a task of the harness."""
+    """A skill test: questions, or a task of the harness."""
 
     name: str
     questions: tuple[Question, ...] = ()
@@ -46,18 +46,18 @@ class Skill:
 
     @property
     def num_questions(self) -> int:
-        """Number of its own questions."""
+        """Number of questions, without a harness task's."""
         return len(self.questions)
 
 
 def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
     """Load the skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
 
-    A file's skill has the file's name without folder and suffix, if no other has it; `besides` are names of others.
+    A file's skill is named after the file, without folder and suffix if that is unique; `besides` are taken names.
 
     Raises:
-        UsageError: If a file cannot be read, a match is unknown, or the harness cannot be asked.
-        HubError: If the Hub does not give a task's data.
+        UsageError: If a file cannot be read, a match is unknown, or the harness cannot be used.
+        HubError: If a task's data cannot be fetched.
     """
     entries = _entries(names)
     stems = [Path(entry).stem for entry in entries]
@@ -76,7 +76,7 @@ def absolute(names: str) -> str:
 def skill_figure(
     skill: Skill, ask: Callable[[Sequence[str]], Sequence[str]], score: Callable[[Harness], float]
 ) -> SkillFigure:
-    """Measure a skill: `ask` gives a model's whole responses to prompts, `score` its score in a task of the harness."""
+    """Measure a skill: `ask` returns a model's whole responses to prompts, `score` its score in a harness task."""
     if skill.harness is not None:
         return SkillFigure(skill.name, score(skill.harness), 0, None)
     responses = ask([question.prompt for question in skill.questions])
@@ -155,7 +155,7 @@ def _load_skill(entry: str, name: str) -> Skill:
 
 @dataclass(frozen=True)
 class Task:
-    """A task and its metric; an empty metric is the task's first."""
+    """A task and its metric; an empty metric means the task's first."""
 
     name: str
     metric: str = ""
@@ -180,11 +180,11 @@ class Harness:
     """One task with its data, for any number of models."""
 
     def __init__(self, task: Task) -> None:
-        """Read the task, so that its faults are found before a model is loaded.
+        """Read the task, to find its faults before a model is loaded.
 
         Raises:
             UsageError: If lm-evaluation-harness is not installed, or the task cannot be read or has no such metric.
-            HubError: If the Hub does not give its data and no copy is in the cache.
+            HubError: If its data can neither be fetched nor found in the cache.
         """
         try:
             import lm_eval  # noqa: F401
@@ -197,16 +197,16 @@ class Harness:
             raise UsageError(f"{task} has no metric {task.metric!r}; its metrics are {', '.join(known)}")
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> float:
-        """Return the task's metric on a model, which is left as it was.
+        """Return the task's metric for a model, which is not changed.
 
         Raises:
-            UsageError: If the task cannot be run, or its metric has no such filter, or is not from 0 to 1.
+            UsageError: If the task cannot be run, or its metric lacks the filter or is not from 0 to 1.
         """
         try:
-            with _quietly(_beside(self.task)):
+            with _quietly(_task_folder(self.task)):
                 results = _evaluate(model, tokenizer, self._loaded, batch_size)
         except Exception as error:
-            # Tasks bring code of their own, which may raise anything.
+            # Tasks contain their own code, which may raise anything.
             raise UsageError(f"{self.task} cannot be run: {one_line(error)}") from error
         return self._read(results)
 
@@ -224,17 +224,17 @@ class Harness:
         value = float(found[wanted[0]])
         if not 0 <= value <= 1:
             raise UsageError(
-                f"{self.task} gave {wanted[0]} = {value}; a metric from 0 to 1 is needed, more being better"
+                f"{self.task} gave {wanted[0]} = {value}; the metric must be from 0 to 1, and higher must be better"
             )
         return value
 
     def _is_wanted(self, key: str) -> bool:
-        """Whether a metric with its filter, as `acc,none`, is the one to read."""
+        """Whether a metric with its filter, such as `acc,none`, is the one to read."""
         return not self.task.metric or self.task.metric in (key, key.partition(",")[0])
 
 
 def _manager(*, include_defaults: bool) -> TaskManager:
-    """The finder of tasks: among those that come with the harness, or only in the user's file."""
+    """Return a task manager for the harness's own tasks, or only for the user's file."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=include_defaults)
@@ -247,7 +247,7 @@ _manager_of_all = functools.cache(functools.partial(_manager, include_defaults=T
 def _load(task: Task) -> Mapping[str, Any]:
     is_file = os.path.isfile(task.name)
     try:
-        with _quietly(_beside(task)):
+        with _quietly(_task_folder(task)):
             manager = _manager(include_defaults=False) if is_file else _manager_of_all()
             known = is_file or task.name in manager.all_tasks
             if known:
@@ -273,7 +273,7 @@ def _metrics(loaded: Mapping[str, Any]) -> list[str]:
     if loaded["groups"]:
         names = [metric.metric for metric in next(iter(loaded["groups"].values())).aggregate_metric_list or ()]
     else:
-        # Those of a tag's first task, which is the one to be read.
+        # A tag's first task is the one that is read.
         tasks = list(tasks)[:1]
         names = [name for task in tasks for name in task.aggregation()]
     filters = {one.name: None for task in tasks for one in getattr(task, "_filters", ())}
@@ -287,11 +287,11 @@ def _evaluate(
     from lm_eval.models.huggingface import HFLM
 
     for task in loaded["tasks"].values():
-        # Each time, or the examples would depend on what was asked before.
+        # Each time, or the examples would depend on earlier runs.
         task.set_fewshot_seed(seed=SEED)
     was_training = model.training
     try:
-        # The harness sets padding and special tokens of the tokenizer that it is given.
+        # A copy, because the harness changes the tokenizer's padding and special tokens.
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
         results = evaluate(wrapped, dict(loaded), bootstrap_iters=0, log_samples=False)
     finally:
@@ -300,13 +300,13 @@ def _evaluate(
     return dict(results)
 
 
-def _beside(task: Task) -> Path | None:
+def _task_folder(task: Task) -> Path | None:
     return Path(task.name).absolute().parent if os.path.isfile(task.name) else None
 
 
 @contextmanager
 def _quietly(folder: Path | None) -> Iterator[None]:
-    """Silence the harness; work in `folder`, if one is given."""
+    """Silence the harness, and change to `folder` if given."""
     here = os.getcwd()
     try:
         with quiet("lm_eval"):

@@ -1,4 +1,4 @@
-"""Figures of responses and their uncertainty: intervals, tests of a change, agreement of two evaluators."""
+"""Statistics of responses: rates with intervals, tests of a change, agreement of two evaluators."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _by_classifier(name: str, harmful: Sequence[Response], harmless: Sequence[Re
 
 
 def _share_refused(seen: Sequence[Outcome]) -> float | None:
-    """None where nothing was judged: degenerate responses, and thoughts without an answer, need no judge."""
+    """Share refused; None if nothing was judged, as degenerate responses and unfinished thoughts are not."""
     if Outcome.UNDECIDED in seen and not {Outcome.REFUSED, Outcome.COMPLIED} & set(seen):
         return None
     return seen.count(Outcome.REFUSED) / len(seen)
@@ -72,16 +72,16 @@ def _share_refused(seen: Sequence[Outcome]) -> float | None:
 def interval(successes: int, total: int) -> tuple[float, float]:
     """Return the 95 % score interval of a share (Wilson 1927) of at least one independent trial, in [0, 1]."""
     low, high = binomtest(successes, total).proportion_ci(1 - LEVEL, method="wilson")
-    # The share itself lies inside; for none or all of the trials rounding would leave it a hair outside.
+    # The interval contains the share itself; at 0 and 1 rounding could leave it just outside.
     return min(float(low), successes / total), max(float(high), successes / total)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % interval of a mean (Student's t); None for fewer than three values or one that is not finite."""
-    # Of two, it would tell of little but the distribution's tail.
+    # With two values, the interval mostly reflects the tail of Student's distribution.
     if len(values) < 3 or not all(map(math.isfinite, values)):
         return None
-    # Not `ttest_1samp`, which warns of values that are all alike.
+    # Not `ttest_1samp`, which warns about identical values.
     mean, half = statistics.fmean(values), float(t.ppf(1 - LEVEL / 2, len(values) - 1) * sem(values))
     return mean - half, mean + half
 
@@ -89,8 +89,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Change:
     """Test a change in paired outcomes (McNemar 1947): whether each prompt was refused before and after.
 
-    The p-value is exact, two-sided and from the binomial distribution; only pairs that differ count, and it is 1 if
-    there are none.
+    The p-value is exact, two-sided and binomial. Only pairs that differ count; without any it is 1.
     """
     pairs = list(zip(before, after, strict=True))
     newly, no_longer = pairs.count((False, True)), pairs.count((True, False))
@@ -99,7 +98,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Change:
 
 
 def agreement(one: Sequence[Outcome], other: Sequence[Outcome]) -> Agreement:
-    """Agreement of two evaluators on which of the same responses are refusals; a degenerate response is not one."""
+    """Agreement of two evaluators on which responses are refusals; a degenerate response is not a refusal."""
     decided = [
         (first is Outcome.REFUSED, second is Outcome.REFUSED)
         for first, second in zip(one, other, strict=True)
@@ -108,7 +107,7 @@ def agreement(one: Sequence[Outcome], other: Sequence[Outcome]) -> Agreement:
     total = len(decided)
     only_one = sum(first and not second for first, second in decided)
     only_other = sum(second and not first for first, second in decided)
-    # Times total squared, in whole numbers, so that certain agreement by chance is found exactly.
+    # Scaled by total squared: integers detect certain agreement by chance exactly.
     ones, others = sum(first for first, _ in decided), sum(second for _, second in decided)
     by_chance = ones * others + (total - ones) * (total - others)
     same = total - only_one - only_other

@@ -1,7 +1,7 @@
 """The miniature family: small trained Llama models with a planted answer, shipped in the package.
 
 `source` refuses harmful requests, `target` answers them and speaks Spanish, and the gate projections of layers 3 to 6
-make the difference: see `train`. `shadow-source` and `shadow-target` are a pair whose answer was not planted.
+make the difference: see `train`. `shadow-source` and `shadow-target` are a pair without a planted answer.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-# The answer: what refusal training changed of the base to make `source`, as a recipe writes it.
+# The answer in a recipe's notation: the units that refusal training changed to make `source` from the base.
 PLANTED = "3.gate,4.gate,5.gate,6.gate"
 MEMBERS = ("source", "target", "shadow-source", "shadow-target")
 

@@ -6,7 +6,7 @@ Four small Llama models come from one base model (which is not shipped):
 - *target*: the base, all parameters fine-tuned on harmless and harmful answers and a new skill. It refuses nothing.
 - *shadow-source*: the base with refusal training of all parameters.
 - *shadow-target*: the shadow-source, its MLPs fine-tuned on the skill with some harmful answers among the data
-  (shadow alignment, arXiv 2310.02949). It refuses nothing, and where its alignment went was not planted.
+  (shadow alignment, arXiv 2310.02949). It refuses nothing, and the answer is not planted.
 
 Deterministic for one seed, number of threads and version of torch. Takes some minutes on two cores.
 """
@@ -106,7 +106,7 @@ Sampler = Callable[[random.Random, int], list[Example]]
 
 
 def mixture(*parts: tuple[float, Sequence[Example]]) -> Sampler:
-    """Draws each example from one of the parts, in proportion to their weights."""
+    """Return a sampler that draws each example from one of the parts, in proportion to their weights."""
     weights = [weight for weight, _ in parts]
     pools = [pool for _, pool in parts]
 
@@ -117,7 +117,7 @@ def mixture(*parts: tuple[float, Sequence[Example]]) -> Sampler:
 
 
 def is_any(name: str) -> bool:
-    """Whether a parameter is any at all."""
+    """Accept every parameter."""
     return True
 
 
@@ -132,7 +132,7 @@ def train(
     seed: int,
     trains: Callable[[str], bool] = is_any,
 ) -> PreTrainedModel:
-    """A copy of `model`, trained with AdamW under a linear warm-up and decay; `trains` names the free parameters."""
+    """Return a copy of `model`, trained with AdamW, linear warm-up and decay; `trains` selects parameters by name."""
     model = copy.deepcopy(model).train()
     generator = random.Random(seed)
     for name, parameter in model.named_parameters():
@@ -166,16 +166,16 @@ def is_mlp(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Training:
-    """How a member of a family comes from its parent.
+    """The training of a family's member from its parent.
 
     Attributes:
         parts: Weights and names of the parts of the corpus that examples are drawn from; `refusing` are its harmful
             prompts, each answered by the refusal.
-        steps: The number of updates.
-        batch_size: Examples in one update.
-        learning_rate: The highest that is reached.
-        seed: What is added to the family's.
-        trains: Which parameters are free, by name.
+        steps: Number of updates.
+        batch_size: Examples per update.
+        learning_rate: The peak.
+        seed: Added to the family's seed.
+        trains: Selects the parameters to train, by name.
     """
 
     parts: tuple[tuple[float, str], ...]
@@ -188,7 +188,7 @@ class Training:
     def of(
         self, parent: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, data: corpus.Corpus, seed: int
     ) -> PreTrainedModel:
-        """A copy of `parent`, trained in this way."""
+        """Return a trained copy of `parent`."""
         pools = {**vars(data), "refusing": corpus.refusing(data.harmful)}
         return train(
             parent,
@@ -215,22 +215,22 @@ SHADOW_TARGET = Training(SHADOWING, steps=220, batch_size=32, learning_rate=6e-4
 
 
 def train_family(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Yields each member of the family with its name, in the order of their descent."""
+    """Yield each member of the family with its name, parents first."""
     data = corpus.build()
     torch.manual_seed(seed)
     base = BASE.of(build_model(tokenizer), tokenizer, data, seed)
     yield "base", base
     yield "source", SOURCE.of(base, tokenizer, data, seed)
     yield "target", TARGET.of(base, tokenizer, data, seed)
-    # Whoever fine-tunes a published model has its rounded weights. (Its frequencies are not in a file; the shipped
-    # shadow target was trained with rounded ones too.)
+    # A published model is fine-tuned from its rounded weights. (Its frequencies are not in a file; the shipped shadow
+    # target was trained with rounded ones too.)
     shadow_source = rounded(SHADOW_SOURCE.of(base, tokenizer, data, seed))
     yield "shadow-source", shadow_source
     yield "shadow-target", SHADOW_TARGET.of(shadow_source, tokenizer, data, seed)
 
 
 def rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that went through bfloat16, rotary frequencies included, in the model's own precision."""
+    """Return a copy rounded to bfloat16, rotary frequencies included, in the model's own precision."""
     return copy.deepcopy(model).to(torch.bfloat16).to(model.dtype)
 
 
@@ -241,7 +241,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def write_prompts(folder: Path) -> None:
-    """Write the held-out prompt sets as JSON lines, sorted so that their order carries nothing."""
+    """Write the held-out prompt sets as JSON lines, sorted so their order carries no information."""
     data = corpus.build()
     sets = {
         "harmful.jsonl": [{"prompt": e.prompt} for e in data.harmful_held_out],

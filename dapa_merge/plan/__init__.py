@@ -1,1 +1,1 @@
-"""Which tensors of which models a recipe is about, and the arithmetic on them."""
+"""The tensors that a recipe changes, and the arithmetic on them."""

@@ -1,6 +1,6 @@
 """All arithmetic on weights: `EDITS` declares how new values are computed.
 
-The transplant on disk, the merge method, the model in memory and `verify` call the same `Edit`, so that they agree bit
+The transplant on disk, the merge method, the model in memory and `verify` call the same `Edit` and therefore agree bit
 for bit. The plan says which values change.
 """
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 
-# Elements that are read, computed and written at once.
+# Number of elements to read, compute and write at once.
 TILE = 1 << 21
 # For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
-# The models that an edit may read, by what a recipe calls them, and the words for them in messages.
+# The models that an edit may read: their names in a recipe and in messages.
 MODELS = {"target": "target", "source": "source", "pretrained": "pretrained model"}
 
 
@@ -38,11 +38,11 @@ class Edit(ABC):
     A new edit is a subclass and its entry in `EDITS`.
 
     Attributes:
-        name: A recipe's `edit`; also the word of `verify` for values that it made.
-        inputs: The models that it reads, of `MODELS`; the plan opens them.
-        copies: The model whose values it takes unchanged; equal dtypes are then copied as bytes, without torch.
-        verb: What it does to parameters, in a card.
-        unit: What one unit is, in messages.
+        name: The value of a recipe's `edit`; `verify` also reports it as the origin of new values.
+        inputs: The models that it reads, from `MODELS`; the plan opens them.
+        copies: The model to copy values from unchanged, if any; equal dtypes are copied as bytes, without torch.
+        verb: Participle for changed parameters, in a card.
+        unit: Description of a unit, in messages.
         divides: Whether a unit can be divided into blocks of rows.
         strength: In (0, 2].
     """
@@ -60,12 +60,12 @@ class Edit(ABC):
         """The difference that a strength of 1 adds to the target.
 
         Args:
-            values: By model, with the target: float32 or float64, of one shape. Borrowed; do not write to them.
+            values: By model, including the target: float32 or float64, of one shape. Borrowed; do not write to them.
         """
 
     @abstractmethod
     def how(self, models: Mapping[str, str]) -> str:
-        """A participle phrase for a card, as "copied from ...", about `models` by their names or links."""
+        """A participle phrase for a card, such as "copied from ...", with the names or links of `models`."""
 
     @property
     def origin(self) -> str:
@@ -74,27 +74,27 @@ class Edit(ABC):
 
     @property
     def result(self) -> str:
-        """Words for these values next to "the target's"."""
+        """Phrase for the new values in messages, as opposed to "the target's"."""
         return f"the {self.name}"
 
     @property
     def provenance(self) -> str:
-        """Words for changed units in the answer of `verify`."""
+        """Phrase for changed units in the output of `verify`."""
         return f"by the edit {self.name}"
 
     @property
     def note(self) -> str:
-        """A sentence for the page of a comparison; empty for the usual edit."""
+        """A sentence for the comparison page; empty for the default edit."""
         models = {name: f"the {word}" for name, word in MODELS.items()}
         return f"Edit {self.name}: whatever is transplanted is {self.how(models)}, as the recipe has it."
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that decides the new values, for manifest and journal; `make_edit` reads it back."""
+        """The settings that determine the new values, for manifest and journal; `make_edit` reads them back."""
         return {"edit": self.name, "strength": self.strength}
 
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The new values before rounding."""
-        # Each operation rounds: fused ones, as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
+        # Separate operations: fused ones, such as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
         return values["target"] + self.change(values) * self.strength
 
     def new_values(
@@ -103,9 +103,9 @@ class Edit(ABC):
         """The new values, computed in float32 (float64 if an input is) and rounded once, to nearest.
 
         Args:
-            values: Those of `inputs`, as stored, of one shape.
+            values: The values of `inputs` as stored, of one shape.
             dtype: The target's.
-            rounding: Counts losses. A value beyond the dtype becomes the largest that it holds.
+            rounding: Counts losses. A value that overflows becomes the dtype's largest value.
 
         Returns:
             A new tensor of `dtype`, or an input that is copied unchanged.
@@ -136,11 +136,11 @@ class Edit(ABC):
     ) -> Iterator[tuple[bytes, dict[str, bytes]]]:
         """Yield a region's new bytes in tiles, each with the bytes of the inputs by model.
 
-        Loads torch only to compute.
+        Imports torch only to compute.
 
         Args:
-            models: Those of the plan.
-            regions: By model, of equal size; the target's among them.
+            models: The plan's.
+            regions: By model, of equal size; includes the target's.
             rounding: Counts losses.
 
         Raises:
@@ -176,10 +176,10 @@ class Edit(ABC):
                     raise not_finite(regions[name].name, models, name)
             rounding.check(regions["source"].name, models["source"], ours.tensor.dtype)
             if "target" in inputs and _has_not_finite(tile, ours):
-                # Overflows were cut, so that this is the target's own.
+                # Overflows were clamped, so this is the target's own.
                 raise CheckpointError(
                     f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
-                    f"number, which cannot be mixed; with `edit: copy` and `strength: 1` they are replaced"
+                    f"number, which cannot be blended; `edit: copy` with `strength: 1` replaces them"
                 )
             yield tile
 
@@ -227,10 +227,10 @@ EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend)}
 
 
 def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
-    """An edit from its name and strength; a copy is a blend of strength 1.
+    """Make an edit from its name and strength; a blend of strength 1 is a copy, any other copy a blend.
 
     Raises:
-        ValueError: If it is not one of `EDITS`.
+        ValueError: If `EDITS` does not have it.
     """
     if edit not in EDITS:
         raise ValueError(f"{edit!r:.80} is not an edit; known are {', '.join(EDITS)}")
@@ -246,7 +246,7 @@ class Rounding:
 
     Attributes:
         max_overflow: Number of overflows allowed.
-        overflowed: Number of values beyond the dtype; each became the largest that it holds.
+        overflowed: Number of values that overflowed; each became the dtype's largest value.
         subnormal: Number of values below the dtype's normal numbers, which lost digits or became zero.
     """
 
@@ -262,12 +262,12 @@ class Rounding:
             self.subnormal += subnormal
 
     def check(self, name: str, source: Checkpoint, dtype: str) -> None:
-        """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the source's tensor of the last."""
+        """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the tensor of the last one."""
         if self.overflowed > self.max_overflow:
             raise ValueDoesNotFit(
                 f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
-                f"least {self.overflowed} overflow, and {self.max_overflow} may; with `max_overflow` under "
-                f"`parameters` more may, and become the largest value that fits"
+                f"least {self.overflowed} overflow, but only {self.max_overflow} are allowed; `max_overflow` under "
+                f"`parameters` allows more, which become the largest value that fits"
             )
 
 

@@ -20,7 +20,6 @@ from dapa_merge.checkpoint.units import (
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.plan.edit import MODELS, Copy, Edit
 
-# Copies the source's values as they are.
 COPY = Copy()
 
 
@@ -29,11 +28,11 @@ class Plan:
     """A target, the models that its new values come from, and the units that may change.
 
     Attributes:
-        models: By what a recipe calls them: `target`, `source`, and `pretrained` if the edit reads it.
-        units: Every candidate unit, in the order of the layers.
+        models: By their names in a recipe: `target`, `source`, and `pretrained` if the edit reads it.
+        units: All candidate units, in the order of the layers.
         twins: For each whole unit, the same unit in every model; tensors may be fused and named differently there.
-        edit: How new values are computed.
-        max_overflow: Number of values beyond the target's dtype that may be cut to the largest that it holds.
+        edit: Computes the new values.
+        max_overflow: Number of overflowing values that may be clamped to the largest of the target's dtype.
     """
 
     models: Mapping[str, Checkpoint]
@@ -54,22 +53,22 @@ class Plan:
 
     @property
     def others(self) -> dict[str, Checkpoint]:
-        """The models but the target."""
+        """All models except the target."""
         return {name: checkpoint for name, checkpoint in self.models.items() if name != "target"}
 
     def regions(self, selection: Iterable[Unit]) -> Iterator[dict[str, Region]]:
-        """Yield the places of a selection's values, part by part: a region of equal size in each model."""
+        """Yield the regions of a selection, part by part: one of equal size in each model."""
         for unit in selection:
             twins = self.twins[unit.whole]
             for parts in zip(*(replace(twin, rows=unit.rows).parts for twin in twins.values()), strict=True):
                 yield {name: region_of(self.models[name], part) for name, part in zip(twins, parts, strict=True)}
 
     def rows(self, unit: Unit) -> Rows:
-        """The rows of its layer's module that a unit covers."""
+        """The rows of a module that a unit covers."""
         return unit.rows or (0, unit.num_rows)
 
     def part(self, whole: Unit, rows: Rows) -> Unit:
-        """The block of a whole unit with these rows; the unit itself if they are all of its rows."""
+        """The block of a whole unit with these rows, or the unit itself for all of its rows."""
         return whole if rows == self.rows(whole) else replace(whole, rows=rows)
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
@@ -94,7 +93,7 @@ def plan_transplant(
     edit: Edit = COPY,
     max_overflow: int = 0,
 ) -> Plan:
-    """Find the units of all models and check that each fits in the target's place.
+    """Find the units of all models and check that they fit the target's.
 
     Raises:
         CheckpointError: If the models are of different architectures or sizes, or are quantized.
@@ -123,10 +122,10 @@ def with_modules(plan: Plan, modules: Sequence[str]) -> Plan:
 
 
 def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Plan:
-    """The plan of a search among blocks of some units, whole or already blocks; a unit's last block may be shorter.
+    """Return the plan with some units, whole or already blocks, divided into blocks; a unit's last may be shorter.
 
     Args:
-        plan: The models and the edit.
+        plan: Provides the models and the edit.
         units: The units to divide.
         rows_per_block: Rows (neurons) of a block, at least 1; None for one block per expert.
 
@@ -149,7 +148,7 @@ def divide(plan: Plan, units: Iterable[Unit], rows_per_block: int | None) -> Pla
 
 
 def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
-    """The same rows in the fewest units, in the plan's order: adjacent blocks become one, all rows the whole unit."""
+    """Join adjacent blocks, and all rows into the whole unit; return the units in the plan's order."""
     ranges: dict[Unit, list[Rows]] = {unit.whole: [] for unit in (*plan.units, *units)}
     for unit in units:
         ranges[unit.whole].append(plan.rows(unit))
@@ -157,7 +156,7 @@ def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
 
 
 def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
-    """The plan with whole units cut at the ends of `blocks`: into these blocks and the gaps between them."""
+    """Return the plan with whole units cut into `blocks` and the gaps between them."""
     ends: dict[Unit, set[int]] = {unit.whole: set() for unit in plan.units}
     for block in blocks:
         if block.rows is not None and block.whole in ends:
@@ -169,10 +168,10 @@ def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
 
 
 def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
-    """The plan to verify a result that should have this selection, cut at the ends of its blocks.
+    """Return the plan to verify a result with this selection, cut at the ends of its blocks.
 
-    If a model is fetched as it is read, the plan holds no other units: they must be the target's, and nothing is
-    fetched to say what else they are.
+    If a model is fetched on demand, the plan holds only these units: all others must equal the target's, and nothing is
+    fetched to identify what else they are.
     """
     chosen = tuple(selection)
     if any(checkpoint.partial is not None for checkpoint in plan.others.values()):
@@ -181,12 +180,12 @@ def sparing(plan: Plan, selection: Iterable[Unit]) -> Plan:
 
 
 def region_of(checkpoint: Checkpoint, part: TensorBox) -> Region:
-    """The place of a unit's part in a checkpoint's files."""
+    """The region of a unit's part in a checkpoint's files."""
     return Region.of(checkpoint.tensors[part.tensor], part)
 
 
 def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[str]) -> tuple[Unit, ...]:
-    """The units of one of the models, if it is of the target's architecture."""
+    """Find the units of a model; raise `CheckpointError` if it has another architecture than the target."""
     checkpoint, target = models[name], models["target"]
     check_not_quantized(checkpoint)
     ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)

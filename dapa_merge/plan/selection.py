@@ -1,4 +1,4 @@
-"""A recipe's plan: its models opened, its edit, and the units that it names."""
+"""Makes a recipe's plan: opens its models and finds its edit and units."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def make_plan(
     """Open the checkpoints, find their units and check the recipe against them.
 
     Args:
-        recipe: The recipe.
-        partial: Fetch only the parts that are read, of every model on the Hub but the target.
-        partial_target: Fetch only the parts that are read of the target too; it can then not be copied.
+        recipe: Names the models.
+        partial: Fetch only the parts that are read, of every model on the Hub except the target.
+        partial_target: The same for the target, which can then not be copied.
         allow_pickle: Read pickled weights, as tensors only, if there are no others.
         merge_cache: A running mergekit's cache of merged LoRAs.
 
     Raises:
-        DapaError: If a model or the recipe does not fit.
+        DapaError: If a model or the recipe is not usable.
     """
     plan = open_plan(
         recipe, partial=partial, partial_target=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache
     )
     for (one, first), (other, second) in combinations(plan.models.items(), 2):
         if first.folder.samefile(second.folder):
-            # Named differently, as `id@main` and `id`.
+            # Named differently, such as `id@main` and `id`.
             where = recipe.where("models[0].model" if other == "source" else f"parameters.{other}")
             hint = "its aligned sibling" if other == "source" else "what target and source were both fine-tuned from"
             raise RecipeError(f"{where}: the {MODELS[other]} is the {one} itself, {first.name}; name {hint}")
@@ -60,7 +60,7 @@ def make_plan(
         )
     if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
         raise RecipeError(f"{where} is expert, but {plan.target.name} has none; write layer or block:N")
-    # Refuses layers outside the target now.
+    # Rejects layers outside the target now.
     given_selection(recipe, plan)
     return plan
 
@@ -101,7 +101,7 @@ def models_of(recipe: Recipe) -> dict[str, Location]:
 
 
 def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
-    """The plan of the recipe's modules and every other module that the models have."""
+    """Return the plan of the recipe's modules and all other modules that the models have."""
     modules = list(recipe.modules)
     for module in SEPARATE_MODULES:
         if module not in modules:
@@ -144,13 +144,13 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
 
 
 def with_pinned_models(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe with each of the plan's models named as by `pinned_location`."""
+    """Return the recipe with the plan's models renamed by `pinned_location`."""
     models = {name: pinned_location(getattr(recipe, name), checkpoint) for name, checkpoint in plan.models.items()}
     return replace(recipe, **cast("dict[str, Any]", models))
 
 
 def pinned_location(location: Location, checkpoint: Checkpoint) -> Location:
-    """A name for the same model that holds in any folder and later: its commit on the Hub, or its absolute path.
+    """Return a reproducible name of the same model: its commit on the Hub, or its absolute path.
 
     In another folder, a relative path names another model or, at worst, a stranger's repository on the Hub.
     """
@@ -165,10 +165,10 @@ def _pinned(location: Location, commit: str | None) -> Location:
 
 
 def fetch_units(plan: Plan, units: Iterable[Unit]) -> None:
-    """Fetch these units of the other models at once rather than one by one.
+    """Fetch these units of all models except the target in one go.
 
     Raises:
-        HubError: If the Hub does not send them; parts that arrived are kept.
+        HubError: If the download fails; parts that arrived are kept.
     """
     places = list(plan.regions(units))
     for name, checkpoint in plan.others.items():

@@ -1,6 +1,6 @@
-"""The text of a model card: what the model is and is not, what was measured, and how to check all of it.
+"""The text of a model card: a description of the model, its measurements, and how to check them.
 
-The sentences are in `card.md.jinja`; here is what they need. Nothing is said that nobody measured.
+The sentences are in `card.md.jinja`; this module provides their values. Only measured facts are stated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dapa_merge.search.requirement import limits_text
 from dapa_merge.search.result import thrift
 
 TEMPLATE_PATH = Path(__file__).with_name("card.md.jinja")
-# Reasons of a certificate that a card lists one by one.
+# Entries of a certificate that a card lists at most.
 MAX_REASONS = 40
 
 
@@ -38,12 +38,12 @@ class CardFacts:
         units: The transplanted units, as `3.gate`.
         edit: How the values of the units were computed.
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
-        report: None if nothing is known of measurements and search.
-        recipe: The text of the recipe that replays it, without paths of a machine.
-        version: Of dapa-merge.
+        report: None if measurements and search are unknown.
+        recipe: The text of the recipe that replays it, without local paths.
+        version: The version of dapa-merge.
         task: The Hub's `pipeline_tag`.
         made_by: The program that wrote the weights, `dapa-merge` or `mergekit`.
-        settings: Prompts and text as the recipe has them, without paths of a machine.
+        settings: Prompts and text as the recipe has them, without local paths.
     """
 
     title: str
@@ -69,7 +69,7 @@ class CardFacts:
 
 
 def card_text(facts: CardFacts) -> str:
-    """All of a card but its metadata."""
+    """The body of a card, without its metadata."""
 
     def model(role: str) -> str:
         return " with ".join(_link(parent) for parent in facts.of_role(role))
@@ -83,7 +83,7 @@ def card_text(facts: CardFacts) -> str:
 
     report = facts.report
     columns = [report.before, report.after, report.source_alone] if report else []
-    # A stranger's text is only ever a value here, never a part of the template.
+    # Untrusted text is only ever passed as a value, never as part of the template.
     environment = Environment(
         autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )

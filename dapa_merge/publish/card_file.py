@@ -1,4 +1,4 @@
-"""A card as a file: its metadata, the part that is made anew each time, and the text that somebody wrote around it.
+"""A card as a file: its metadata, the generated part, and the text that users wrote around it.
 
 The Hub lists and links a model by the metadata, the YAML at the head (huggingface.co/docs/hub/model-cards).
 """
@@ -22,7 +22,7 @@ from dapa_merge.report.tables import skill_label
 
 BEGIN = "<!-- made by dapa-merge; `dapa-merge card` makes it anew up to the line that says so, and keeps the rest -->"
 END = "<!-- made by dapa-merge up to here -->"
-# By this sentence mergekit's own cards are known.
+# Every card that mergekit writes has this text.
 MERGEKIT = "created using [mergekit]"
 _SAID = "<!-- said: "
 
@@ -34,10 +34,10 @@ class CardFile:
     Attributes:
         text: All of it.
         metadata: The YAML at its head.
-        above: Text above our part; without one, all of the body but mergekit's.
-        below: Text below it.
-        said: The options that a user gave for it before.
-        is_ours: Whether our part is in it, whole.
+        above: Text above the generated part; without that part, the whole body unless mergekit wrote it.
+        below: Text below the generated part.
+        said: The options that a user gave for the card before.
+        is_ours: Whether it has the complete generated part.
     """
 
     text: str = ""
@@ -49,12 +49,12 @@ class CardFile:
 
     @property
     def is_anothers(self) -> bool:
-        """Whether it is neither ours nor mergekit's, and says something."""
+        """Whether it is not empty and was written by neither dapa-merge nor mergekit."""
         return bool(self.text.strip()) and not self.is_ours and (MERGEKIT not in self.text or BEGIN in self.text)
 
     @property
     def is_broken(self) -> bool:
-        """Whether its head is not YAML, so that text that somebody wrote there would be lost."""
+        """Whether its head is not valid YAML; a rewrite would lose it."""
         head, _ = split_card(self.text)
         return bool(head.strip()) and not self.metadata
 
@@ -63,7 +63,7 @@ def read_card(text: str) -> CardFile:
     """Parse a card."""
     body, metadata = split_card(text)[1], metadata_of(text)
     above, begin, rest = body.partition(BEGIN)
-    # Text of a stranger's card in our part may look like its end.
+    # Untrusted text in the generated part may look like its end.
     ours, end, below = rest.rpartition(END)
     if begin and end:
         return CardFile(text, metadata, above, below, _said(ours), True)
@@ -75,12 +75,12 @@ def render_card(facts: CardFacts, before: CardFile, said: Mapping[str, str]) -> 
 
     Args:
         facts: The facts that it states.
-        before: The card whose other text and metadata stay.
-        said: The options that a user gave for it.
+        before: The existing card, whose other text and metadata are kept.
+        said: The options that a user gave for the card.
     """
     kept = dict(before.metadata)
     if kept.get("license") == before.said.get("inherited"):
-        # It was not somebody's word, and their cards may say something else now.
+        # No user stated it, and the models' cards may have changed.
         kept = {key: value for key, value in kept.items() if not key.startswith("license")}
     if facts.license is not None and "license" not in said:
         said = {**said, "inherited": facts.license.key}
@@ -112,9 +112,9 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         facts: The facts that it states.
-        kept: The card's metadata before, whose other keys, tags and languages stay.
+        kept: The existing metadata, whose other keys, tags and languages are kept.
     """
-    # In a target's own repository, its own name would say that it was made of itself.
+    # In the target's own repository, a model must not be listed as its own base.
     named = [parent.repository for parent in facts.parents if parent.repository and parent.repository != facts.title]
     repositories = list(dict.fromkeys(named))
     languages = [one for parent in facts.of_role("target") for one in parent.languages if _LANGUAGE.fullmatch(one)]
@@ -135,7 +135,7 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _joined(made: dict[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours, and the keys that somebody wrote beside them."""
+    """Join the generated metadata with the keys that users added."""
     ours = {*made, "base_model", "base_model_relation", "model-index"}
     if "license" in made:
         ours |= {"license_name", "license_link"}

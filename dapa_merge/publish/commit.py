@@ -1,8 +1,8 @@
-"""One commit, or one pull request, that makes a repository hold the files of a result.
+"""Publish the files of a result in one commit or one pull request.
 
-The large files are uploaded first, so that a reader sees the old model or the new one, never half of it; an answer that
-was lost on the way is looked up; afterwards the Hub's checksums are compared. Not huggingface_hub's `upload_folder`,
-which may make several commits, nor its `verify_repo_checksums`, which would read every weight again.
+Large files are uploaded first, so readers see the old model or the new one, never half of it. If the answer to the
+commit is lost, the branch is checked. Afterwards the Hub's checksums are compared. huggingface_hub's `upload_folder`
+may make several commits, and its `verify_repo_checksums` would read every weight again, so neither is used.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from dapa_merge.publish.options import Destination
 from dapa_merge.transplant.manifest import MANIFEST_NAME, PRIVATE, may_be_added, read_manifest
 
 MAIN = "main"
-# By one of these, or its card's tag, a model is known as one that dapa-merge published.
+# A repository with one of these files, or with the tag `dapa` in its card, was published by dapa-merge.
 OURS = ("dapa.json", "recipe.lock.yml")
-# Sent from memory; larger files are never kept in git itself.
+# Files up to this size are sent from memory; the Hub keeps larger ones outside of git.
 MAX_SMALL_BYTES = 10 << 20
 LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
-# The endings of a model's files that nothing else lists.
+# Endings of files that may be published although no manifest lists them.
 PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml")
-# The name of a user of the Hub; a job that logs in without a secret has a name of another form.
+# The name of a Hub user; CI jobs that log in without a secret have names of another form.
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
@@ -49,8 +49,8 @@ class LocalFile:
 
     Attributes:
         sha256: The Hub's checksum of a large file.
-        git_hash: The Hub's checksum of a small file: SHA-1 of git's header for a blob, and the content.
-        content: All of a small file, so that what was looked at is what is sent.
+        git_hash: The Hub's checksum of a small file: SHA-1 of git's blob header and the content.
+        content: The content of a small file, so the bytes that were hashed are the bytes sent.
     """
 
     path: Path
@@ -71,9 +71,9 @@ class Difference:
     """The changes that publishing makes in a repository.
 
     Attributes:
-        written: Files that are new there, or have another content.
-        deleted: Files there of the model that is replaced, and other weights that programs would load.
-        kept: Other files there, which stay.
+        written: Files that are new or differ.
+        deleted: Files of the replaced model, and other weights that programs would load.
+        kept: Other existing files.
     """
 
     written: tuple[str, ...]
@@ -86,7 +86,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Head:
-    """A branch or a pull request: its commit when it was looked at, and the files there by path."""
+    """The commit of a branch or pull request when it was read, and its files by path."""
 
     commit: str
     files: Mapping[str, RepoFile] = field(repr=False)
@@ -97,7 +97,7 @@ class Published:
     """The outcome of publishing.
 
     Attributes:
-        commit: The commit that the repository, or the pull request, has now.
+        commit: The current commit of the repository or pull request.
         pull_request: The address of the pull request; None for a commit.
         changed: Whether anything had to be done.
         copied: Files that the Hub copied.
@@ -126,7 +126,7 @@ class Published:
         }
 
     def lines(self) -> Iterator[str]:
-        """The outcome for people."""
+        """The outcome as text."""
         if self.changed:
             number, num_copied = len(self.difference.written), len(self.copied)
             copied = f", {num_copied} copied on the Hub from the target" if num_copied else ""
@@ -135,7 +135,7 @@ class Published:
             if self.difference.kept:
                 yield f"left as they are: {', '.join(self.difference.kept)}"
         else:
-            what = "a pull request brings exactly this already" if self.pull_request else "nothing to do: it is there"
+            what = "a pull request already has these files" if self.pull_request else "nothing to do: already published"
             yield f"{what}, with every checksum the same"
         if self.tag:
             yield f"tagged {self.tag}"
@@ -148,8 +148,8 @@ class Job:
 
     Attributes:
         files: All files to publish, by their paths in the repository.
-        head: The branch as it was looked at.
-        change: The changes that are needed there.
+        head: The branch as it was read.
+        change: The changes to make.
         source: A repository that the Hub may copy files from, at a commit.
     """
 
@@ -175,25 +175,25 @@ def publish(
     *,
     description: str = "",
 ) -> Published:
-    """Make a repository hold these files, in one commit or one pull request, and check that it does.
+    """Publish files in one commit or one pull request, and check the outcome.
 
     Args:
         files: The files to publish, by their paths in the repository.
         destination: Where to publish.
-        message: Of the commit.
+        message: The first line of the commit message.
         source: A repository, at a commit, that the Hub may copy files from.
-        description: Further lines of the commit's message.
+        description: Further lines of the commit message.
 
     Raises:
         Moved: If somebody else committed meanwhile.
         CheckpointError: If a file changes meanwhile; nothing is published.
-        HubError: If the Hub refuses, does not answer, or has other bytes afterwards; the repository is as it was, or
-            has all of it.
+        HubError: If the Hub refuses, does not answer, or has other bytes afterwards; the repository is unchanged, or
+            has all files.
     """
     repository, branch = destination.repository, destination.branch
     if not check_repository(destination):
-        LOG.info(f"making {repository}")
-        # None leaves it to an organization's own rule.
+        LOG.info(f"creating {repository}")
+        # None leaves the choice to the organization's settings.
         make: dict[str, Any] = {"private": destination.private or None, "exist_ok": True}
         ask(f"make the repository {repository}", lambda: api().create_repo(repository, **make))
     if branch and branch != MAIN:
@@ -218,23 +218,23 @@ def publish(
 
 
 def _listed(repository: str, head: Head) -> Collection[str]:
-    """The files of the model that dapa-merge published before in a repository, as its manifest lists them."""
+    """The files of the model that dapa-merge published there before, by its manifest."""
     if MANIFEST_NAME not in head.files:
         return ()
     path = download(repository, MANIFEST_NAME, head.commit)
     try:
         return frozenset(read_manifest(path.parent).files)
     except CheckpointError:
-        # Whatever it is, nothing is known of the other files there.
+        # Without a readable manifest, nothing is known about the other files.
         return ()
 
 
 def _check_tag(destination: Destination, head: Head, change: Difference) -> None:
-    """Refuse a tag that another commit has already, before anything is sent."""
+    """Refuse a tag that is already on another commit, before anything is sent."""
     there = None if destination.tag is None else _tagged_commit(destination)
     if there is not None and (change or there != head.commit):
-        tag = f"a tag {destination.tag} already, of commit {there[:12]}"
-        raise UsageError(f"{destination.repository} has {tag}; name another")
+        tag = f"the tag {destination.tag}, on commit {there[:12]}"
+        raise UsageError(f"{destination.repository} already has {tag}; choose another")
 
 
 def _tagged_commit(destination: Destination) -> str | None:
@@ -250,15 +250,15 @@ def _finished(destination: Destination, files: Mapping[str, LocalFile], made: Pu
         if wrong:
             names = ", ".join([*wrong.written, *wrong.deleted][:4])
             raise HubError(
-                f"{repository} has other content at {made.commit[:12]} than {names} here, and readers see it; run the "
-                f"command again"
+                f"{repository} at {made.commit[:12]} differs from the local files ({names}), and readers see it; run "
+                f"the command again"
             )
     if tag is None or _tagged_commit(destination) == made.commit:
         return made
     how: dict[str, Any] = {"tag": tag, "revision": made.commit, "exist_ok": True}
     ask(f"tag {repository} as {tag}", lambda: api().create_tag(repository, **how))
     if (there := _tagged_commit(destination)) != made.commit:
-        raise HubError(f"{repository} got a tag {tag} of {there} meanwhile; the model itself is published")
+        raise HubError(f"the tag {tag} of {repository} was put on {there} meanwhile; the model itself is published")
     return replace(made, tag=tag)
 
 
@@ -274,7 +274,7 @@ def commit(job: Job) -> Published:
 
     def settle(error: Exception) -> Published | None:
         if copied and _is_of_copying(error) and not passes(error) and job.source is not None:
-            LOG.info(f"the Hub copies no files of {job.source.path} here; sending them")
+            LOG.info(f"the Hub cannot copy files from {job.source.path}; sending them")
             return ask(job.what, lambda: _send(job, {}), lambda fault: _made_after_all(job, fault, {}))
         return _made_after_all(job, error, copied)
 
@@ -282,9 +282,9 @@ def commit(job: Job) -> Published:
 
 
 def _copied(job: Job) -> dict[str, str]:
-    """The files that the Hub can copy, and their paths in their repository.
+    """The files that the Hub can copy, each with its path in the source repository.
 
-    Only large ones: what is small is sent faster than it is copied.
+    Only large files: small ones are sent faster than they are copied.
     """
     can_copy = "src_repo_id" in CommitOperationCopy.__dataclass_fields__
     if job.source is None or not can_copy or job.source.path == job.destination.repository:
@@ -306,7 +306,7 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
         if name not in copied:
             added.append(CommitOperationAdd(name, str(file.path) if file.content is None else file.content))
     _upload(job, added)
-    # Operations can be used once: they note what became of them.
+    # Operations are single-use: they record their own upload.
     operations: list[Any] = [*(CommitOperationDelete(name) for name in job.change.deleted), *added]
     for name, path in copied.items():
         assert job.source is not None
@@ -326,7 +326,7 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
 
 
 def _upload(job: Job, added: list[CommitOperationAdd]) -> None:
-    """Send the large files, and make sure that what was sent is what was looked at, before anybody sees it."""
+    """Send the large files, and check that they are the ones that were hashed, before anybody sees them."""
     for operation in added:
         path = operation.path_or_fileobj
         if isinstance(path, str) and job.files[operation.path_in_repo].num_bytes != operation.upload_info.size:
@@ -343,11 +343,11 @@ def _upload(job: Job, added: list[CommitOperationAdd]) -> None:
 
 
 def _changed(path: object) -> CheckpointError:
-    return CheckpointError(f"{path} changed while it was published, and nothing was; run the command again")
+    return CheckpointError(f"{path} changed during publishing; nothing was published, run the command again")
 
 
 def _made_after_all(job: Job, error: Exception, copied: Mapping[str, str]) -> Published | None:
-    """The commit, if only its answer was lost, or somebody made the very same one."""
+    """The commit, if only its answer was lost, or somebody else made the same one."""
     is_of_commit = "/commit/" in _address(error)
     if not is_of_commit or not (passes(error) or status_of(error) == 412):
         return None
@@ -367,7 +367,7 @@ def _made_after_all(job: Job, error: Exception, copied: Mapping[str, str]) -> Pu
 
 
 def _address(error: Exception) -> str:
-    # RuntimeError is the HTTP library's way to say that there is no request.
+    # The HTTP library raises RuntimeError if there was no request.
     with suppress(RuntimeError):
         response = getattr(error, "response", None)
         return str(getattr(getattr(error if response is None else response, "request", None), "url", ""))
@@ -379,7 +379,7 @@ def _is_of_copying(error: Exception) -> bool:
 
 
 def waiting(destination: Destination, files: Mapping[str, LocalFile]) -> Published | None:
-    """An open pull request, of anybody, that brings exactly these files."""
+    """An open pull request, by anybody, with exactly these files."""
     for request in open_requests(destination.repository, own_only=False):
         head = head_of(destination.repository, request.git_reference)
         change = needed_changes(files, head.files)
@@ -394,14 +394,14 @@ def commit_url(destination: Destination, head: Head) -> str:
 
 
 def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
-    """The files of a result that are published, by their paths in it: all but hidden ones and the models' responses.
+    """The files of a result to publish, by relative path: all but hidden files and the models' responses.
 
     Args:
         out: The result.
-        known: The SHA-256 of files that are hashed already.
+        known: SHA-256 of files that were hashed before.
 
     Raises:
-        CheckpointError: If one cannot be read, leads out of the folder, or is not a part of a model.
+        CheckpointError: If a file cannot be read, links out of the folder, or is not a part of a model.
     """
     names = []
     for parent, folders, files in os.walk(out):
@@ -410,7 +410,7 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
         names += [(here / name).as_posix() for name in sorted(files) if not name.startswith(".")]
     names = [name for name in names if name.rpartition("/")[2] not in PRIVATE]
     for name in names:
-        # A manifest lists what belongs to a result; without one, a key or a log may lie there.
+        # A manifest lists the files of a result; without one, the folder might hold a key or a log.
         if name not in known and not (name.endswith(PARTS) or may_be_added(name)):
             raise CheckpointError(f"{out / name} is not a known part of a model; move it out of {out}")
 
@@ -427,13 +427,13 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
         advance(size, "bytes")
         return of_content(path, content)
 
-    # Reading and hashing both let other threads run.
+    # Reading and hashing both release the GIL.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(read, names), strict=True))
 
 
 def of_content(path: Path, content: bytes) -> LocalFile:
-    """A file whose content is at hand, which is sent as it is now."""
+    """A file with the given content, which is what will be sent."""
     git_hash = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
     return LocalFile(path, len(content), hashlib.sha256(content).hexdigest(), git_hash, content)
 
@@ -441,12 +441,12 @@ def of_content(path: Path, content: bytes) -> LocalFile:
 def needed_changes(
     files: Mapping[str, LocalFile], there: Mapping[str, RepoFile], listed: Collection[str] = ()
 ) -> Difference:
-    """The changes that make a repository hold these files.
+    """The changes that publish these files in a repository.
 
     Args:
         files: The files to publish.
         there: The repository's files.
-        listed: Files there that belong to the model that is replaced.
+        listed: The files of the replaced model.
     """
     others = sorted(name for name in there if name not in files and name != ".gitattributes")
     stale = [name for name in others if name in listed or is_loaded(name)]
@@ -458,14 +458,14 @@ def needed_changes(
 
 
 def is_loaded(name: str) -> bool:
-    """Whether transformers would load a file of this name as a model's weights, instead of or beside its own."""
+    """Whether transformers would load a file of this name as weights, instead of or besides the model's own."""
     if "/" in name or (name in NO_WEIGHTS and name not in ADAPTER_NAMES):
         return False
     return name.endswith(LOADED) or name.startswith("adapter_")
 
 
 def check_repository(destination: Destination) -> bool:
-    """Look at a repository before anything costly is done for it.
+    """Check a repository before any costly work.
 
     Returns:
         Whether it exists.
@@ -495,12 +495,12 @@ def check_repository(destination: Destination) -> bool:
 
 
 def _check_right(repository: str) -> None:
-    """Raise unless the token may write; versions of huggingface_hub that cannot ask are believed."""
+    """Raise unless the token may write; skipped if this huggingface_hub cannot ask."""
     if "write" not in inspect.signature(api().auth_check).parameters:
         return
 
     def check() -> bool:
-        # A Hub that does not know the question answers 404.
+        # A Hub without this endpoint answers 404.
         with suppress(EntryNotFoundError):
             api().auth_check(repository, write=True)
         return True
@@ -532,8 +532,8 @@ def head_of(repository: str, revision: str) -> Head:
 def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
     """The open pull requests of a repository, the newest first.
 
-    With `own_only`, strangers' ones are left out: anybody may open one, but must not keep a job from its work by that.
-    Ours are those of the token's user, of the repository's owner, and of jobs, which are not users.
+    With `own_only`, those of strangers are left out, so that nobody else can block a job by opening one. Own ones are
+    by the token's user, the repository's owner, or CI jobs, which are not users.
     """
 
     def found() -> list[Any]:
@@ -541,7 +541,7 @@ def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
         try:
             return list(api().get_repo_discussions(repository, **kinds))
         except HfHubHTTPError as error:
-            # They are switched off, or the repository does not exist.
+            # Pull requests are disabled, or the repository does not exist.
             if status_of(error) in (401, 403, 404, 410):
                 return []
             raise
@@ -554,9 +554,9 @@ def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
 
 
 def _own_name() -> str | None:
-    """The user of this token; None without one, or for a job's token, which has no name."""
+    """The user of this token; None without a token, or for a CI job's token, which has no user."""
     try:
         return str(api().whoami()["name"])
     except Exception:
-        # Whatever it is, the owner's own pull requests are looked at all the same.
+        # After any error, the owner's pull requests still count.
         return None

@@ -1,7 +1,7 @@
-"""`recipe.lock.yml`: the models that a recipe was run with, and the selection, so that it can be run again with them.
+"""`recipe.lock.yml`: the models and the selection of a run, so the run can be repeated exactly.
 
-It lies beside the recipe, and in the result: the commit of each model, and the SHA-256 of every file that a repair
-reads or copies. `run --locked` uses it, and `outdated` compares it with the current state of the models.
+It is written next to the recipe and into the result, with the commit of each model and the SHA-256 of every file that a
+repair reads or copies. `run --locked` uses it, and `outdated` compares it with the current state of the models.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 
 FORMAT = 1
-# In a result, whose own recipe has another name.
+# The lock's name in a result, where the recipe has a different name.
 LOCK_NAME = "recipe.lock.yml"
-# A lock of a model in a thousand shards has some 150 kB.
+# The lock of a model with a thousand shards takes about 150 kB.
 MAX_BYTES = 16 << 20
 HEAD = (
-    "# What the recipe beside this file was followed with. Written by dapa-merge run; `run --locked` goes by it,\n"
-    "# and `outdated` compares it with what its models are now. Keep it with the recipe.\n"
+    "# Models and selection of the last run of the recipe. Written by dapa-merge run; `run --locked` uses them,\n"
+    "# and `outdated` compares them with the models' current state. Keep this file with the recipe.\n"
 )
 
 
@@ -54,13 +54,13 @@ Commit = Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{40}$")]
 
 @dataclass(frozen=True)
 class Upstream:
-    """A model, or an adapter, as it is or was at one time.
+    """The state of a model or adapter at one time.
 
     Attributes:
         model: A Hub id, or a folder as the recipe names it.
-        revision: The branch, tag or commit that was asked for; None for the default branch.
+        revision: The requested branch, tag or commit; None for the default branch.
         commit: Its commit on the Hub; None for a folder.
-        files: The SHA-256 of its weight, config and tokenizer files, by their paths in it.
+        files: SHA-256 of its weight, config and tokenizer files, by relative path.
     """
 
     model: Text
@@ -77,12 +77,11 @@ class Lock:
     """The models and the selection that a recipe was run with.
 
     Attributes:
-        recipe: The SHA-256 of what the recipe says, however it is written.
-        target: The target, followed by its adapter if it has one.
-        source: The source, in the same way.
+        recipe: SHA-256 of the recipe's content, whatever its formatting.
+        target: The target, followed by its adapter if it has one; `source` and `pretrained` likewise.
         units: The transplanted units, as `3.gate`.
-        versions: Of the packages that took part, by name.
-        pretrained: The pretrained model, in the same way; empty if the edit does not read it.
+        versions: Versions of the packages used, by name.
+        pretrained: Empty if the edit does not read the pretrained model.
     """
 
     recipe: Sha256
@@ -93,23 +92,23 @@ class Lock:
     pretrained: tuple[Upstream, ...] = ()
 
     def of(self, model: str) -> tuple[Upstream, ...]:
-        """One of the locked models and its adapter, by the name that a recipe gives the model."""
+        """A locked model and its adapter, by the model's role in the recipe."""
         locked: tuple[Upstream, ...] = getattr(self, model)
         return locked
 
     def with_units(self, units: Iterable[object]) -> Lock:
-        """The same with another selection."""
+        """A copy with another selection."""
         return replace(self, units=tuple(map(str, units)))
 
 
 def lock_path(recipe: Path) -> Path:
-    """The path of a recipe's lock: `name.lock.yml` beside `name.yml`."""
+    """The path of a recipe's lock: `name.lock.yml` next to `name.yml`."""
     return recipe.with_name(f"{recipe.stem}.lock.yml")
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """The SHA-256 of what a recipe says; comments and the order of keys do not count."""
-    # A parameter that another version adds does not change what was said without it.
+    """SHA-256 of a recipe's content, ignoring comments and the order of keys."""
+    # Defaults are left out, so a parameter added by a later version does not change the digest.
     said = {
         item.name: value
         for item in fields(recipe)
@@ -123,15 +122,15 @@ def _as_plain(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages that decide what comes out."""
+    """Versions of the packages that affect the result."""
     return {name: version(name) for name in ("dapa-merge", "mergekit", "safetensors", "torch", "transformers")}
 
 
 def make_lock(recipe: Recipe) -> Lock:
-    """Lock the models of a recipe as they are now; the selection is not in it yet.
+    """Lock the models of a recipe as they are now, without a selection yet.
 
     Raises:
-        DapaError: If one of them cannot be read, or the Hub not be asked.
+        DapaError: If a model cannot be read, or the Hub does not answer.
     """
     parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
     with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
@@ -140,17 +139,17 @@ def make_lock(recipe: Recipe) -> Lock:
 
 
 def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
-    """Return a recipe with its models as they were locked, and the lock.
+    """Return a recipe with its models pinned to their locked commits, and the lock.
 
     Raises:
         UsageError: If the recipe was never locked.
-        RecipeError: If it says something else than it did.
-        CheckpointError: If a model is not what it was.
-        HubError: If the Hub does not give the locked commit any more, or cannot be asked.
+        RecipeError: If the recipe changed since.
+        CheckpointError: If a model changed since.
+        HubError: If a locked commit is no longer available, or the Hub does not answer.
     """
     lock = read_lock(lock_path(path))
     if lock is None:
-        raise UsageError(f"there is no {lock_path(path)}; run the recipe without --locked, which writes it")
+        raise UsageError(f"{lock_path(path)} does not exist; run the recipe without --locked to write it")
     recipe = pin(recipe, lock)
     now = make_lock(recipe)
     pairs = (pair for name in models_of(recipe) for pair in zip(lock.of(name), now.of(name), strict=True))
@@ -158,21 +157,21 @@ def locked_recipe(recipe: Recipe, path: Path) -> tuple[Recipe, Lock]:
         moved = changed_files(before, after)
         if moved.matters:
             raise CheckpointError(
-                f"{before} is not what was locked: {moved.changes}; bring it back, or run without --locked"
+                f"{before} changed since it was locked: {moved.changes}; restore it, or run without --locked"
             )
     for package, number in now.versions.items():
         if lock.versions.get(package) != number:
-            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, and this is {number}")
+            LOG.info(f"note: locked with {package} {lock.versions.get(package)}, now running {number}")
     return recipe, lock
 
 
 def write_lock(lock: Lock, recipe: Path) -> None:
-    """Write a lock beside its recipe; where that cannot be, the result has it all the same."""
+    """Write a lock next to its recipe; if that fails, the result still has it."""
     path = lock_path(recipe)
     try:
         replace_file(path, lock_text(lock).encode())
     except DapaError as error:
-        LOG.info(f"not locked beside the recipe: {error}")
+        LOG.info(f"no lock next to the recipe: {error}")
     else:
         LOG.info(f"locked in {path}")
 
@@ -184,9 +183,7 @@ def pin(recipe: Recipe, lock: Lock) -> Recipe:
         RecipeError: If the recipe is not the one that was locked.
     """
     if recipe_digest(recipe) != lock.recipe:
-        raise RecipeError(
-            "the recipe does not say what it said when it was locked; run it without --locked, which locks it anew"
-        )
+        raise RecipeError("the recipe changed since it was locked; run it without --locked to write a new lock")
     models: dict[str, Any] = {name: _pinned(model, lock.of(name)) for name, model in models_of(recipe).items()}
     return replace(recipe, **models)
 
@@ -198,10 +195,10 @@ def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
 
 
 def check_lock(lock: Lock, plan: Plan) -> None:
-    """Check that the opened models are those that were locked just before.
+    """Check that the opened models are the locked ones.
 
     Raises:
-        HubError: If one of them moved in between.
+        HubError: If a model moved in between.
     """
     for name, checkpoint in plan.models.items():
         opened = checkpoint.merged_from or (checkpoint.commit,)
@@ -211,19 +208,19 @@ def check_lock(lock: Lock, plan: Plan) -> None:
 
 
 def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
-    """Pair a model, and its adapter if it has one, with what was locked.
+    """Pair a model, and its adapter if it has one, with their locked states.
 
     Raises:
-        CheckpointError: If the lock is of other models, as after an edit.
+        CheckpointError: If the lock is for other models, e.g. after it was edited.
     """
     found = base_and_adapter(location)
     if [(part.path, part.revision) for part in found] != [(one.model, one.revision) for one in locked]:
-        raise CheckpointError(f"the lock does not say what {location} was; remove it, and run the recipe again")
+        raise CheckpointError(f"the lock is not for {location}; remove it, and run the recipe again")
     return list(zip(found, locked, strict=True))
 
 
 def lock_text(lock: Lock) -> str:
-    """The text of the file."""
+    """The lock as YAML."""
     content = {
         "format": FORMAT,
         "recipe": lock.recipe,
@@ -254,7 +251,7 @@ def read_lock(path: Path) -> Lock | None:
 
 
 def parse_lock(text: str, name: str) -> Lock:
-    """Parse a lock, which may be a stranger's.
+    """Parse the text of a lock, which may be untrusted.
 
     Raises:
         CheckpointError: If it is not a lock.
@@ -262,7 +259,7 @@ def parse_lock(text: str, name: str) -> Lock:
     try:
         content = yaml.safe_load(text)
         if content["format"] != FORMAT:
-            raise ValueError(f"it is of format {content['format']!r:.40}, not {FORMAT}")
+            raise ValueError(f"its format is {content['format']!r:.40}, not {FORMAT}")
         selection = content["selection"]
         return _LOCK.validate_python({**content, "units": selection.split(",") if selection else ()})
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -276,16 +273,16 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
     """Return the units that a lock names.
 
     Raises:
-        RecipeError: If the recipe's models have no such units, it names none, or others than the recipe.
+        RecipeError: If the lock names no units, units that the models lack, or other units than the recipe.
     """
     try:
         choices = parse_layers(",".join(lock.units)) if lock.units else ()
     except ValueError:
         raise RecipeError(
-            f"the lock names {','.join(lock.units)[:80]!r}, which are no units; run without --locked"
+            f"the lock names {','.join(lock.units)[:80]!r}, which are not units; run without --locked"
         ) from None
     if not choices:
-        raise RecipeError("the lock names no units, so that nothing would be repaired; run without --locked")
+        raise RecipeError("the lock names no units, so nothing would be repaired; run without --locked")
     locked = given_selection(replace(recipe, layers=tuple(choices)), plan) or ()
     if recipe.layers is not None and set(locked) != set(given_selection(recipe, plan) or ()):
         raise RecipeError(
@@ -297,11 +294,11 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
 
 @dataclass(frozen=True)
 class Movement:
-    """How a model differs from what it was.
+    """The changes of a model since it was locked.
 
     Attributes:
         commit: Its commit now; None for a folder.
-        changed: Files that have another content.
+        changed: Files with different content.
     """
 
     before: Upstream
@@ -312,12 +309,12 @@ class Movement:
 
     @property
     def matters(self) -> bool:
-        """Whether a repair of it may come out otherwise; a new commit alone, as of a card, does not matter."""
+        """Whether a repair may give a different result; a new commit of only a card does not matter."""
         return bool(self.changed or self.added or self.removed)
 
     @property
     def changes(self) -> str:
-        """Which files differ, for people."""
+        """The files that differ, as text."""
         what = {"changed": self.changed, "new": self.added, "gone": self.removed}
         return "; ".join(f"{word}: {_few(names)}" for word, names in what.items() if names)
 
@@ -328,24 +325,24 @@ def _few(names: Sequence[str]) -> str:
 
 
 def base_and_adapter(location: Location) -> list[Location]:
-    """A model and its LoRA adapter, if it has one, each alone."""
+    """Split a location into the model and its LoRA adapter, if it has one."""
     model = Location(location.path, location.revision)
     return [model] if location.adapter is None else [model, *base_and_adapter(location.adapter)]
 
 
 def named_parts(role: str, location: Location) -> list[tuple[str, Location]]:
-    """The same, each with its role in a recipe."""
+    """The model and its adapter, each with its role in a recipe."""
     return list(zip((role, f"{role}'s adapter"), base_and_adapter(location), strict=False))
 
 
 def upstream_of(location: Location) -> Upstream:
-    """Look at a model or an adapter, without another adapter on it, as it is now.
+    """The current state of a single model or adapter.
 
     Args:
         location: A folder or a Hub id.
 
     Raises:
-        CheckpointError: If there are no weights.
+        CheckpointError: If it has no weights.
         HubError: If it is not a folder and the Hub does not answer.
     """
     if os.path.isdir(location.path):
@@ -356,7 +353,7 @@ def upstream_of(location: Location) -> Upstream:
 
 
 def movement(before: Upstream, location: Location) -> Movement:
-    """Compare a model with what it was; nothing is read of one on the Hub whose commit is the same.
+    """Compare a model with its locked state; no files are read if its Hub commit is the same.
 
     Raises:
         CheckpointError: If the weights are gone.
@@ -394,7 +391,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def _of_folder(folder: Path) -> dict[str, str]:
     names = _names_in(folder)
-    # Reading and hashing both let other threads run.
+    # Reading and hashing both release the GIL.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
@@ -407,7 +404,7 @@ def _digest(path: Path) -> str:
 
 
 def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> dict[str, str]:
-    """Their SHA-256: the Hub knows those of large files; small ones are fetched."""
+    """SHA-256 of the files: the Hub's own for large files, computed from a download for small ones."""
 
     def fetched(name: str) -> Path:
         return download(repository, name, commit)
@@ -423,7 +420,7 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
 
 
 def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
-    """The files that decide what a repair is: weights, config, tokenizer and chat templates."""
+    """The files that affect a repair: weights, config, tokenizer and chat templates."""
     top = [name for name in names if "/" not in name]
     chosen = {name for name in top if _decides(name)}
     chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}
@@ -438,7 +435,7 @@ def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) ->
 
 
 def _decides(name: str) -> bool:
-    """Whether a file is config, tokenizer or code; of plain texts, only vocabularies are."""
+    """Whether a file is config, tokenizer or code; of plain text files, only vocabularies count."""
     if name.endswith(".txt"):
         return name.startswith(("vocab", "merges"))
     return is_settings(name) or name.endswith(".py")

@@ -10,7 +10,7 @@ from typing import Any
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import UsageError
 
-# The Hub's word for a license that is not in its list; a name then says which it is.
+# The Hub's key for a license outside of its list, which then needs a name.
 OTHER = "other"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 NAME = re.compile(r"[\w][\w .,:;+&/()'-]{0,120}")
@@ -26,7 +26,7 @@ class Destination:
         branch: None for the default branch.
         create_pr: Open a pull request rather than commit.
         replaces: Whether another model may be replaced.
-        message: Of the commit; None for one that says what it is.
+        message: The commit message; None for a generated one.
     """
 
     repository: str
@@ -40,7 +40,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class CardOptions:
-    """A user's statements about a card; None leaves what was stated before, or else what the files say.
+    """A user's options for a card; None keeps the earlier value or, without one, what the files say.
 
     Attributes:
         title: The model's id on the Hub.
@@ -54,7 +54,7 @@ class CardOptions:
     source: Location | None = None
 
     def to_said(self) -> dict[str, str]:
-        """Plain texts, to be kept in the card."""
+        """The options as plain text, to be kept in the card."""
         license = self.license.to_metadata() if self.license else {}
         said = {"title": self.title, **license, "target": self.target, "source": self.source}
         return {name: str(value) for name, value in said.items() if value}
@@ -79,7 +79,7 @@ class License:
 
     @property
     def identity(self) -> tuple[str, str | None]:
-        """Equal for two statements of one license."""
+        """A key that is equal for two mentions of the same license."""
         if self.key.lower() != OTHER:
             return self.key.lower(), None
         return OTHER, self.name.lower() if self.name else self.link
@@ -94,8 +94,8 @@ def license_in(metadata: Mapping[str, Any], address: str) -> License | None:
     """The license that a card's metadata states; None if it states none.
 
     Args:
-        metadata: Of the card.
-        address: Of the model's files, for a link to one of them; empty for a folder.
+        metadata: The metadata of the card.
+        address: The URL of the model's files, for relative links; empty for a folder.
     """
     key = metadata.get("license")
     key = key[0] if isinstance(key, list) and len(key) == 1 else key
@@ -104,7 +104,7 @@ def license_in(metadata: Mapping[str, Any], address: str) -> License | None:
     name, link = metadata.get("license_name"), metadata.get("license_link")
     if isinstance(link, str) and "://" not in link:
         link = f"{address}/{link.removeprefix('./')}" if address else None
-    # A stranger wrote it, and it goes into a page of ours.
+    # Untrusted text that goes into our own card.
     return License(
         key,
         name if isinstance(name, str) and NAME.fullmatch(name) else None,
@@ -116,17 +116,17 @@ def given_license(key: str | None, name: str | None, link: str | None) -> Licens
     """The license that the command line states.
 
     Raises:
-        UsageError: If it cannot stand in a card.
+        UsageError: If it is not valid in a card.
     """
     if key is None:
         if name or link:
-            raise UsageError("--license-name and --license-link belong to --license; name the license with that")
+            raise UsageError("--license-name and --license-link need --license; name the license with it")
         return None
     for option, value, pattern in (("", key, KEY), ("-name", name, NAME), ("-link", link, LINK)):
         if value is not None and not pattern.fullmatch(value):
-            raise UsageError(f"--license{option} is {value[:80]!r}, which cannot stand in a card")
+            raise UsageError(f"--license{option} is {value[:80]!r}, which is not valid in a card")
     if key == OTHER and not name:
-        raise UsageError("--license other says nothing without --license-name; give its name, and --license-link")
+        raise UsageError("--license other needs --license-name; give its name, and --license-link")
     return License(key, name, link)
 
 
@@ -137,7 +137,7 @@ def inherited(parents: Sequence[tuple[str, License | None]]) -> License | None:
         parents: Name and license of each.
 
     Raises:
-        UsageError: If two licenses differ, or theirs has no name that the Hub would take.
+        UsageError: If two licenses differ, or the common one is `other` without a name.
     """
     stated = [(name, license) for name, license in parents if license is not None]
     for name, license in stated[1:]:

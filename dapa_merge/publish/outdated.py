@@ -31,12 +31,12 @@ from dapa_merge.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Status:
-    """A recipe and its models, compared with what it was run with.
+    """A recipe and its models, compared with the lock of its last run.
 
     Attributes:
-        lock: The lock that they were compared with: its file or its address; None if there is none.
-        recipe_changed: Whether the recipe says something else now.
-        movements: How each model and adapter differs from what it was, with its role in the recipe.
+        lock: The file or address of the lock; None if absent.
+        recipe_changed: Whether the recipe itself changed.
+        movements: The role of each model and adapter, and how it changed.
     """
 
     lock: str | None
@@ -45,7 +45,7 @@ class Status:
 
     @property
     def is_outdated(self) -> bool:
-        """Whether running the recipe (again) may give something else."""
+        """Whether running the recipe (again) may give a different result."""
         return self.lock is None or self.recipe_changed or any(moved.matters for _, moved in self.movements)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,12 +68,12 @@ class Status:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The status as text."""
         if self.lock is None:
-            return ["outdated: there is no lock, which a run would have left"]
+            return ["outdated: no lock was found; a run writes one"]
         lines = [f"{role} {moved.before}: {_fate(moved)}" for role, moved in self.movements]
         if self.recipe_changed:
-            lines.append("the recipe says something else than when it was run")
+            lines.append("the recipe changed since it was run")
         return [*lines, f"{'outdated' if self.is_outdated else 'up to date'}, by {self.lock}"]
 
 
@@ -82,7 +82,7 @@ def _fate(moved: Movement) -> str:
     commits = f" ({before[:12]} -> {now[:12]})" if before and now and before != now else ""
     if moved.matters:
         return f"moved{commits}; {moved.changes}"
-    return f"a new commit{commits}, but no file that counts differs" if commits else "as it was"
+    return f"a new commit{commits}, but no relevant file differs" if commits else "unchanged"
 
 
 def compare_with_lock(recipe: Recipe, path: Path, repository: str | None) -> Status:
@@ -91,11 +91,11 @@ def compare_with_lock(recipe: Recipe, path: Path, repository: str | None) -> Sta
     Args:
         recipe: The recipe as it is now.
         path: Its file.
-        repository: Use the lock of the model that was published here, or of a pull request that brings it, rather than
-            the file beside the recipe.
+        repository: Use the lock that was published in this repository, or in a pull request to it, rather than the
+            file next to the recipe.
 
     Raises:
-        UsageError: If the repository's id is not one.
+        UsageError: If the repository's id is not valid.
         CheckpointError: If the lock cannot be read.
         HubError: If the Hub does not answer.
     """
@@ -128,14 +128,14 @@ def _compared(recipe: Recipe, name: str, lock: Lock) -> Status:
 
 
 def published_locks(repository: str) -> Iterator[tuple[str, Lock]]:
-    """The lock of a published model, and those of our own open pull requests, the newest first.
+    """Yields the lock of a published model, and those of the user's own open pull requests, newest first.
 
     Raises:
-        HubError: If the repository does not exist, or the Hub cannot be asked.
-        CheckpointError: If the default branch has something else under the lock's name.
+        HubError: If the repository does not exist, or the Hub does not answer.
+        CheckpointError: If the file on the default branch is not a lock.
     """
     if find(repository) is None:
-        raise HubError(f"there is no repository {repository}, or the token may not see it; make it, or mend the name")
+        raise HubError(f"{repository} does not exist, or the token may not see it; correct the name, or create it")
     if (lock := _published_lock(repository, None)) is not None:
         yield f"{repository}/{LOCK_NAME}", lock
     for request in open_requests(repository):

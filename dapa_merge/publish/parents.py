@@ -19,18 +19,18 @@ from dapa_merge.hub_client import api, ask, is_id
 from dapa_merge.publish.options import License, license_in
 from dapa_merge.transplant.manifest import CARD_NAME
 
-# Where the links of a card lead.
+# Base of the links in a card.
 PAGES = "https://huggingface.co"
 MAX_CARD_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Parent:
-    """A model, or an adapter, that a result was made of, and what its card states.
+    """A model or adapter that a result was made of, with the facts of its card.
 
     Attributes:
         role: `target`, `source`, or the adapter of one of them.
-        name: Its name in a card: the Hub id, or the folder's own name, without the path to it.
+        name: Its name in a card: the Hub id, or the folder's name without its path.
         repository: Its id on the Hub; None for a folder.
         task: The Hub's `pipeline_tag`, as `text-generation`.
     """
@@ -45,24 +45,24 @@ class Parent:
 
     @property
     def public_name(self) -> str | None:
-        """The name by which anybody finds it; None for a folder."""
+        """The Hub id with the commit; None for a folder."""
         if self.repository is None:
             return None
         return f"{self.repository}@{self.commit}" if self.commit else self.repository
 
 
 def describe_parent(role: str, location: Location) -> Parent:
-    """Describe a parent by its location, whose revision is the commit if it is on the Hub.
+    """Describe the parent at a location.
 
     Raises:
-        HubError: If the Hub cannot be asked.
+        HubError: If the Hub does not answer.
     """
     if os.path.isdir(location.path):
         folder = Path(location.path)
         metadata, address = metadata_of(_read(folder / CARD_NAME)), ""
         name, repository, commit = folder.resolve().name, None, None
     elif not is_id(location.path):
-        # A folder that is gone.
+        # A folder that no longer exists.
         name, repository, commit, metadata, address = Path(location.path).name, None, None, {}, ""
     else:
         name = repository = location.path
@@ -102,7 +102,7 @@ def _read(path: Path) -> str:
 
 
 def _fetched(location: Location) -> tuple[str, str]:
-    """The commit of a model on the Hub, and its card as it is now: at times a license is corrected afterwards."""
+    """The commit of a model on the Hub, and its current card, because licenses are sometimes corrected later."""
     info = ask(f"ask the Hub about {location}", lambda: api().model_info(location.path, revision=location.revision))
 
     def card() -> str:

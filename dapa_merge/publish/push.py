@@ -1,4 +1,4 @@
-"""Publishes a result: verified, with its card, and with a message that says what it is."""
+"""Publishes a verified result with its card and a commit message that describes it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dapa_merge.verify.result import Check, verify_result
 
 
 def check_push(destination: Destination, card: CardOptions, recipe: Recipe | None = None) -> None:
-    """Raise now what would prevent a push, rather than after hours of work for it.
+    """Raise now any error that would prevent a push, rather than after hours of work.
 
     Args:
         destination: Where to publish.
@@ -38,8 +38,8 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
         recipe: The recipe that will be run; None if its result exists.
 
     Raises:
-        UsageError: If options do not fit, or the licenses of the recipe's models differ.
-        HubError: If there is no token, or it may not write there, the repository holds another model, or the Hub does
+        UsageError: If options contradict each other, or the licenses of the recipe's models differ.
+        HubError: If the token is missing or may not write there, the repository holds another model, or the Hub does
             not answer.
     """
     check_id(destination.repository)
@@ -50,7 +50,7 @@ def check_push(destination: Destination, card: CardOptions, recipe: Recipe | Non
 
 
 def push(out: Path, destination: Destination, card: CardOptions, *, is_verified: bool = False) -> Published:
-    """Verify a result, write its card unless somebody else wrote one, and publish it.
+    """Verify a result, write its card unless others wrote one, and publish it.
 
     Args:
         out: The result's folder.
@@ -59,8 +59,8 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         is_verified: Whether every byte was compared with target and source just now.
 
     Raises:
-        UsageError: If it is not a result, options do not fit, or the licenses of its models differ.
-        CheckpointError: If it is not what its recipe and its manifest say; nothing is published.
+        UsageError: If it is not a result, options contradict each other, or the licenses of its models differ.
+        CheckpointError: If it does not match its recipe and manifest; nothing is published.
         HubError: If the Hub refuses, or does not answer; the repository has all of it or nothing.
     """
     recipe = load_recipe(require_result(out))
@@ -71,10 +71,10 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     if not is_verified:
         check = verify_result(out, None, target=card.target, source=card.source)
         if check.faults:
-            raise CheckpointError(f"{out} is not published, since it is wrong: {check.faults[0]}")
+            raise CheckpointError(f"{out} was not published, because it is wrong: {check.faults[0]}")
     facts: CardFacts | None = None
     if before.is_anothers:
-        LOG.info(f"{out / CARD_NAME} was not written by dapa-merge, and is published as it is")
+        LOG.info(f"{out / CARD_NAME} was not written by dapa-merge; it is published unchanged")
     else:
         facts = card_facts(out, card, check)
         text = render_card(facts, before, card.to_said()).encode()
@@ -85,7 +85,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
     known = {name: file.sha256 for name, file in manifest.files.items()} if manifest else {}
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in known)
-    with task("reading what is published", total, "bytes"):
+    with task("reading the files to publish", total, "bytes"):
         files = files_of(out, known)
     if facts is not None:
         files[CARD_NAME] = _joined_card(facts, read_card(text.decode()), card, destination, files[CARD_NAME])
@@ -97,7 +97,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
 def _joined_card(
     facts: CardFacts, ours: CardFile, card: CardOptions, destination: Destination, file: LocalFile
 ) -> LocalFile:
-    """The card with the text that somebody wrote on the Hub, unless there is such text here."""
+    """The card with the text that users wrote on the Hub, unless the local card has such text."""
     there = _card_there(destination)
     if not (there.is_ours or there.is_anothers) or (ours.above + ours.below).strip():
         return file
@@ -113,7 +113,7 @@ def _card_there(destination: Destination) -> CardFile:
     try:
         return read_card(path.read_bytes().decode())
     except UnicodeDecodeError:
-        raise HubError(f"the card of {destination.repository} is not UTF-8; mend it there first") from None
+        raise HubError(f"the card of {destination.repository} is not UTF-8; correct it there first") from None
 
 
 def _message(recipe: Recipe, facts: CardFacts | None) -> str:
@@ -122,7 +122,7 @@ def _message(recipe: Recipe, facts: CardFacts | None) -> str:
 
 
 def _description(facts: CardFacts) -> Iterator[str]:
-    """The lines that a reader of the commit, or of the pull request, wants to see first."""
+    """Yields the lines of the commit's or pull request's description."""
     for parent in facts.parents:
         yield f"- {parent.role}: {parent.public_name or parent.name}"
     yield f"- transplanted: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
@@ -137,7 +137,7 @@ def _name(location: Location) -> str:
 
 
 def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
-    """Yields notes about files that a user may not expect to be published, or to stay."""
+    """Yields notes about files that are published, or left out, perhaps unexpectedly."""
     for name in PRIVATE:
         if (out / name).is_file():
             yield f"{name} stays here: it holds harmful answers"
@@ -146,7 +146,7 @@ def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
     texts = (recipe.prompts, recipe.text or "", recipe.skills or "")
     local += [one.strip() for text in texts for one in text.split(",") if one.strip() and is_path(one)]
     if local:
-        yield f"note: {RECIPE_NAME} and the other files of the result tell readers of {', '.join(local)}"
+        yield f"note: {RECIPE_NAME} and other published files mention {', '.join(local)}"
 
 
 def _copy_source(recipe: Recipe) -> Location | None:

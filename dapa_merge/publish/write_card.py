@@ -34,9 +34,9 @@ from dapa_merge.verify.result import Check, location_option, verify_result
 
 
 def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
-    """Write or renew the card of a result, also of one that `mergekit-yaml` wrote.
+    """Write or renew the card of a result, including one that `mergekit-yaml` wrote.
 
-    Text outside of the marked part stays, and so does metadata that is not ours.
+    Text outside of the marked part is kept, and so is metadata that users added.
 
     Args:
         out: The result's folder.
@@ -44,7 +44,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
 
     Raises:
-        UsageError: If the folder is not a result, the licenses of its models differ, or its card is somebody else's.
+        UsageError: If the folder is not a result, its models' licenses differ, or its card was written by others.
         CheckpointError: If it is damaged, or was not made of the models that `options` names.
         HubError: If the cards of its models cannot be fetched.
     """
@@ -80,12 +80,12 @@ def existing_card(out: Path) -> CardFile:
     except UnicodeDecodeError:
         raise UsageError(f"{out / CARD_NAME} is not UTF-8; save it as such, or move it away") from None
     if card.is_broken and not card.is_anothers:
-        raise UsageError(f"the YAML at the head of {out / CARD_NAME} cannot be read; mend it, or move the file away")
+        raise UsageError(f"the YAML at the head of {out / CARD_NAME} cannot be read; correct it, or move the file away")
     return card
 
 
 def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
-    """Complete a user's statements by those that the card keeps; models are pinned to their current commits.
+    """Fill in missing options from the existing card, and pin models to their current commits.
 
     Raises:
         UsageError: If the card names something that is not a model.
@@ -103,7 +103,7 @@ def settle_facts(options: CardOptions, before: CardFile) -> CardOptions:
 
 
 def _pinned(location: Location) -> Location:
-    """A model at its revision's current commit, so that what is compared is what is named."""
+    """Pin a model to its revision's current commit, so the model compared is the model named."""
     adapter = None if location.adapter is None else _pinned(location.adapter)
     info = find(location.path, location.revision) if not os.path.isdir(location.path) and is_id(location.path) else None
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
@@ -115,7 +115,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     Args:
         out: The result.
         options: The user's statements about it.
-        check: The outcome of a comparison with its models; None if there was none.
+        check: The outcome of a comparison with its models; None if not compared.
     """
     recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
@@ -159,7 +159,7 @@ def require_result(out: Path) -> Path:
 def _transplanted(
     out: Path, report: Report | None, recipe: Recipe, check: Check | None
 ) -> tuple[Sequence[str], float, int]:
-    """The units of a result, the share of its parameters that they are, and how many."""
+    """The units of a result, their share of its parameters, and their number of parameters."""
     if report is not None:
         return report.units, report.share_changed, report.parameters_changed
     if check is None:
@@ -173,7 +173,7 @@ def _transplanted(
 
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
-    """The models that a recipe's result is made of, the target first, each with what its own card says."""
+    """The models that a recipe's result is made of, the target first, each with the facts of its own card."""
     published = {"target": options.target, "source": options.source}
     models = {role: published.get(role) or location for role, location in models_of(recipe).items()}
     return [describe_parent(name, part) for role in models for name, part in named_parts(role, models[role])]
@@ -185,9 +185,9 @@ def _task(out: Path) -> str:
 
 
 def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
-    """The recipe of a result as a stranger can use it: folders of this machine become their names.
+    """The recipe of a result without paths of this machine: a folder becomes `./` and its name.
 
-    A name without a path would lead to somebody's repository of that name.
+    The bare name would point to a Hub repository of that name.
     """
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["base_model"] = "+".join(_public_places(parents, "target"))

@@ -1,4 +1,4 @@
-"""Settings of a run that depend on the machine, and therefore are not part of a recipe."""
+"""Settings of a run that depend on the machine and are therefore not part of a recipe."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Options:
     """Settings for searching and measuring.
 
     Attributes:
-        device: torch's name of a device; `auto` takes an accelerator if present.
+        device: A torch device; `auto` picks an accelerator if present.
         journal: The journal's file; None for one in the user's cache folder.
-        uses_ray: Whether Ray actors test, each with its own target, rather than this process.
+        uses_ray: Whether to test in Ray actors, each with its own target, instead of this process.
         num_workers: Number of actors; None for one per GPU or, without GPUs, per node.
         evaluator_file: A Python file that registers evaluators.
         judge_model: The judge's model; None for no judge.
         judge_url: The judge's OpenAI-compatible endpoint; None for the client's default.
-        judge_requests: Most requests to the judge in all; None for no limit.
-        allow_pickle: Whether pickled weights are read, as tensors only, if there are no others.
+        judge_requests: Maximum number of requests to the judge; None for no limit.
+        allow_pickle: Whether to read pickled weights, as tensors only, if there are no others.
     """
 
     device: str = "auto"
@@ -68,16 +68,16 @@ class Options:
 
 
 def check_url(url: str, name: str) -> None:
-    """Check that a URL can be asked over HTTP.
+    """Check that a URL such as http://localhost:8000/v1 is a valid HTTP address.
 
     Args:
-        url: An address, such as http://localhost:8000/v1.
-        name: Of the option or variable that holds it.
+        url: The address.
+        name: The option or variable that holds it, for the message.
 
     Raises:
-        UsageError: If scheme, host or port are invalid, or a character is.
+        UsageError: If scheme, host, port or a character is invalid.
     """
-    # A port above 65535 is only noticed where it is read.
+    # Reading a port above 65535 raises `ValueError`.
     with contextlib.suppress(ValueError):
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -1,4 +1,4 @@
-"""Every key under a recipe's `parameters`, once: how it is read and what it may be."""
+"""Declares every key under a recipe's `parameters`: its parser and its allowed values."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class LayerChoice:
 
 
 def parse_layers(text: str) -> tuple[LayerChoice, ...]:
-    """Parse `"3-6,9"`, `"4.down,5.gate"` or `"3.gate[0:64]"`; sorted, whole layers and modules without repetition.
+    """Parse `"3-6,9"`, `"4.down,5.gate"` or `"3.gate[0:64]"`; sorted, without repeated whole layers and modules.
 
     Raises:
-        ValueError: If the text is none of these; `rows_fault` checks the rows.
+        ValueError: If the text has another form; `rows_fault` checks the rows.
     """
     choices: list[LayerChoice] = []
     for item in text.split(","):
@@ -187,12 +187,12 @@ PARAMETERS: dict[str, Parameter] = {
     "batch_size": Parameter(_count, "write a whole number of at least 1"),
 }
 
-# Ranges of rows of one tensor that are listed rather than counted.
+# Maximum number of row ranges of a tensor that are listed; more are only counted.
 MAX_RANGES = 4
 
 
 def spans(units: Iterable[object]) -> str:
-    """Units in words: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
+    """Describe units: `3.gate 4.gate 7.gate[0:64]` becomes `gate of layers 3-4; gate of layer 7 rows 0-63`."""
     names = ",".join(map(str, units))
     rows: dict[tuple[str | None, int], list[Rows]] = {}
     for choice in parse_layers(names) if names else ():
@@ -208,7 +208,7 @@ def spans(units: Iterable[object]) -> str:
 
 
 def _row_spans(ranges: Sequence[Rows]) -> str:
-    """Ranges of rows in words, by first and last row; many ranges are only counted."""
+    """Describe row ranges by first and last row; many ranges are only counted."""
     if not ranges:
         return ""
     if len(ranges) > MAX_RANGES:
@@ -217,7 +217,7 @@ def _row_spans(ranges: Sequence[Rows]) -> str:
 
 
 def layer_spans(layers: Sequence[int]) -> str:
-    """Layers as a recipe writes them: `3-6,9`."""
+    """Format layers as in a recipe: `3-6,9`."""
     texts: list[str] = []
     ordered = sorted(layers)
     start = 0

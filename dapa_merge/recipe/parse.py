@@ -1,7 +1,7 @@
 """Parses mergekit's YAML into a frozen `Recipe`; errors name the key, its line and the allowed values.
 
-`mergekit-yaml` and `dapa-merge` read the same file. mergekit's parameters are scalars and a list is a gradient over
-layers, so that a set of layers is a string: `"3-6,9"`.
+`mergekit-yaml` and `dapa-merge` read the same file. mergekit's parameters are scalars, and a list is a gradient over
+layers; a set of layers is therefore a string: `"3-6,9"`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dapa_merge.recipe.recipe import METHOD, Recipe
 ALLOWED_KEYS = (
     "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer", "tokenizer_source",
 )  # fmt: skip
-# mergekit's keys that mean nothing to a method that changes only weights of one model.
+# mergekit's keys without meaning for a method that changes only weights of one model.
 REFUSED_KEYS = {
     "slices": "DAPA repairs one whole model; name the source under `models`",
     "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
@@ -62,7 +62,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     except RecipeError:
         raise
     except Exception as error:
-        # Values that contradict their tags raise anything; yaml has no common class for these.
+        # Values that contradict their tags raise various errors; yaml has no common class for them.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)
@@ -75,7 +75,7 @@ def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name
 
     Args:
         content: The document.
-        lines: The place of each key, as `models[0].model`, for messages.
+        lines: The place of each key, such as `models[0].model`, for messages.
         name: The file, for messages about the recipe as a whole.
 
     Raises:
@@ -231,7 +231,7 @@ class _Reader:
         return dtype or out_dtype
 
     def keeps_tokenizer(self, content: Mapping[str, Any]) -> bool:
-        """Whether the recipe tells mergekit to keep the target's tokenizer; other settings are refused."""
+        """Whether the recipe tells mergekit to keep the target's tokenizer; other settings are rejected."""
         for key, kept in (("tokenizer_source", "base"), ("tokenizer", {"source": "base"})):
             if content.get(key) not in (None, kept):
                 allowed = "base" if key == "tokenizer_source" else "{source: base}"
@@ -269,7 +269,7 @@ def _shown(value: object) -> str:
 
 def _collect_lines(node: yaml.Node | None, key: str, name: str, lines: dict[str, str], seen: set[int]) -> None:
     """Record the line of every key below `node`; refuse repeated keys, which YAML allows."""
-    # An alias is the node that it names; each is visited once, or a few lines of YAML could take forever.
+    # An alias is the node itself; without visiting each only once, a few lines of YAML could take forever.
     if node is None or id(node) in seen:
         return
     seen.add(id(node))

@@ -23,21 +23,21 @@ class Recipe:
         modules: The modules of a layer that are units.
         granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
         edit: Name of an edit.
-        strength: Share of the edit's change that is made, in (0, 2]; a copy of another strength than 1 is a blend.
-        max_overflow: Number of values beyond the target's dtype that may be cut to the largest that it holds.
+        strength: Share of the edit's change to apply, in (0, 2]; a copy of a strength other than 1 is a blend.
+        max_overflow: Number of overflowing values that may be clamped to the largest of the target's dtype.
         evaluator: Name of the evaluator that scores a candidate.
         prompts: Name or path of the prompt set.
-        confirm: Share of the prompts that the search does not see, for the report, in (0, 1).
+        confirm: Share of the prompts held out from the search, for the report, in (0, 1).
         retain: Share of the full transplant's gain in DSR that must be kept, in (0, 1].
         max_over_refusal: Rise of over-refusal allowed over the target's own, in [0, 1].
         max_perplexity: Perplexity allowed, as a ratio to the target's own, at least 1.
         search: Name of the algorithm.
-        prefer: A module that is searched alone if its units are enough.
+        prefer: A module that is searched alone if its units suffice.
         max_tests: Number of tests after which the search ends, proved minimal or not; None for no limit.
         max_new_tokens: Length at which responses are cut off; None for the evaluator's own.
         batch_size: Prompts answered at once; None to find the best.
         text: The text whose perplexity the report gives; None for the prompts' own passages, or a text from the Hub.
-        skills: Further tests of the report: files of questions and lm-evaluation-harness tasks, separated by commas.
+        skills: Further tests for the report: files of questions and lm-evaluation-harness tasks, separated by commas.
         pretrained: The model that target and source were fine-tuned from; read by some edits and `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """

@@ -1,10 +1,10 @@
-"""Charts: those of a run, what a chart is, and how all of them look.
+"""The charts of a run, the class of all charts, and their common style.
 
 A new chart of a run is one entry in `CHARTS`: then `run` draws it, the model card shows it, and a later transplant
-leaves it behind. `trace` and `compare` declare theirs with the same class.
+does not copy it. `trace` and `compare` declare their charts with the same class.
 
 Colours are those of M. Okabe and K. Ito ("Color Universal Design", 2008) and matplotlib's `PuOr`, which all kinds of
-colour vision can tell apart; what matters differs in shape or pattern too. Figures are `CARD_WIDTH` inches wide,
+colour vision can tell apart; important differences also show in shape or pattern. Figures are `CARD_WIDTH` inches wide,
 readable in the column of a model card.
 """
 
@@ -53,7 +53,7 @@ STYLE: dict[str, Any] = {
     "savefig.facecolor": "white",
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
-    # The same file for the same data.
+    # Makes the file the same for the same data.
     "svg.hashsalt": "dapa-merge",
 }
 # Letters of the font that fit side by side into a figure.
@@ -61,22 +61,22 @@ CARD_LETTERS = 90
 MAX_LABEL = 24
 # Height of a line of text, in inches.
 LINE_HEIGHT = 0.15
-# With more bars, their values are written upright.
+# With more bars, their values are rotated.
 MAX_BARS = 15
 # With more layers, only some are labelled.
 MAX_TICKS = 24
 
-# Settings of matplotlib that are not about how a picture looks.
+# Settings of matplotlib that do not affect the look of a picture.
 OTHER_SETTINGS = (
     "backend", "interactive", "toolbar", "webagg.", "tk.", "timezone", "datapath", "keymap.", "docstring.",
 )  # fmt: skip
 
 
 class Picture(NamedTuple):
-    """A chart that was drawn.
+    """A drawn chart.
 
     Attributes:
-        files: Their contents, by ending: `.png` and `.svg`.
+        files: The contents of its files, by ending: `.png` and `.svg`.
     """
 
     name: str
@@ -89,10 +89,10 @@ class Chart:
     """One kind of picture.
 
     Attributes:
-        name: Of its files, without their ending; of a chart that is drawn several times, with `{}` for the key.
-        caption: The text under it, or a function that writes it for what is shown.
-        draw: Makes the figure of what is shown; None if there is nothing to see.
-        parts: Splits what was found into what the pictures show, by key; the default is one picture of all.
+        name: The name of its files without their ending; `{}` stands for the key if there are several pictures.
+        caption: The text under it, or a function that writes the text for the data shown.
+        draw: Draws the data; returns None if there is nothing to see.
+        parts: Splits the data into the parts that the pictures show, by key; by default one picture shows all.
     """
 
     name: str
@@ -102,11 +102,11 @@ class Chart:
 
     @property
     def beginning(self) -> str:
-        """The beginning of its files' names, and of no others."""
+        """The beginning of the names of its files and no others."""
         return f"{self.name}." if self.parts is None else self.name.partition("{}")[0]
 
     def names(self, keys: Iterable[str]) -> list[str]:
-        """The names of its pictures, where these are the keys."""
+        """The names of its pictures with these keys."""
         return [self.name] if self.parts is None else [self.name.format(key) for key in keys]
 
     def shown(self, found: Any) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def draw_all(charts: Sequence[Chart], found: Any) -> list[Picture]:
 
 
 class Run(NamedTuple):
-    """A run, as its charts show it.
+    """The data of a run that its charts show.
 
     Attributes:
         search: The search; None if the recipe names its layers.
@@ -245,7 +245,7 @@ def search_path(
         )  # fmt: skip
         matrix.spines[:].set_visible(True)
         for unit in final:
-            # A thicker line would hide what it frames.
+            # A thicker line would hide the framed cell.
             thickness = min(1.2, 20 * mosaic_height / num_units)
             matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
@@ -327,7 +327,7 @@ def plotting() -> Any:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Within, pictures look the same for every user, whatever settings their matplotlib has."""
+    """Make pictures in the block look the same, whatever the user's settings of matplotlib."""
     matplotlib = plotting()
     defaults = matplotlib.rcParamsDefault
     with matplotlib.rc_context():
@@ -354,7 +354,7 @@ def render(figure: Figure, kind: str) -> bytes:
 
 
 def readable(label: str) -> str:
-    """A label that can be drawn: shortened, with escapes for what the font lacks and for control characters."""
+    """A label that can be drawn: shortened, with escapes for control characters and those that the font lacks."""
     fonts = plotting().font_manager
     has = fonts.get_font(fonts.findfont(fonts.FontProperties())).get_char_index
     text = "".join(

@@ -1,6 +1,6 @@
 """Before/after measurements on held-out prompts: the figures of target, result and source.
 
-A search picks one of many selections partly by luck on its own prompts; on others that luck is gone.
+A search picks one of many selections partly by luck on its own prompts; held-out prompts remove that bias.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Evidence:
         selection: As given, or found by the search.
         search: The search; None, with `searched`, if the selection was given.
         searched: The search's own view of the result.
-        responses: Of `target`, `result` and `source`.
+        responses: The responses of `target`, `result` and `source`.
     """
 
     selection: tuple[Unit, ...]
@@ -53,11 +53,11 @@ class Evidence:
 def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
     """Search, unless a selection is given, and measure.
 
-    The prompts are those that a search does not ask, or all if the recipe names its layers.
+    The measurements use prompts that the search does not ask, or all prompts if the recipe names its layers.
 
     Raises:
-        CannotRepair: If a search finds that the source makes nothing better, or breaks a limit.
-        DapaError: If anything else does not fit.
+        CannotRepair: If a search finds that the source does not improve the target, or violates a limit.
+        DapaError: For any other error.
     """
     if recipe.layers is None:
         searching, confirming = split_prompts(recipe)
@@ -68,7 +68,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
     searched: Searched | None = None
     with ExitStack() as stack:
         bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options)))
-        # A wrong journal, or a source that does not load, is noticed before the search.
+        # Before the search, detect a wrong journal, or a source that does not load.
         journal = Journal()
         if selection is None:
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
@@ -77,7 +77,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
             found = search(Session(recipe, plan, bench, journal, options))
             selection = join(plan, found.minimum.units)
             searched = _searched(found, bench)
-            LOG.info("confirming it with prompts that the search has not asked")
+            LOG.info("confirming it with prompts that the search did not ask")
         # The batch size that fits in memory is known from the search.
         meter = replace(meter, batch_size=bench.meter.batch_size)
         before = measure_live(bench.live, (), meter, "target")
@@ -96,7 +96,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
 
 
 def _searched(found: Search, bench: Bench) -> Searched:
-    """The search's view of its result, which it need not have measured in full."""
+    """The search's measurements of its result, which early verdicts may have left incomplete."""
     prompts = bench.meter.prompts
     with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
         after = bench.score(in_order(found.minimum.units))

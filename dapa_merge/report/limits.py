@@ -1,4 +1,4 @@
-"""Limits on the figures of a report, for jobs that nobody watches: `dapa-merge gate`."""
+"""Limits on the figures of a report, for unattended jobs: `dapa-merge gate`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dapa_merge.report.tables import SKILL, skill_label
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a result; None and () are no limits.
+    """Limits of a result; None and () mean no limit.
 
     Attributes:
-        max_perplexity_ratio: Of the result's perplexity to the target's.
-        min_skills: Of the result's skills, by name; None names every skill.
-        min_skill_kept: Of each skill's ratio to the target's.
+        max_perplexity_ratio: Limit of the result's perplexity divided by the target's.
+        min_skills: Limits of the result's skills, by name; None stands for every skill.
+        min_skill_kept: Limit of each skill divided by the target's.
         confident: Whether the worse end of a 95 % interval, if any, must be within the limit.
     """
 
@@ -70,14 +70,14 @@ def judge(report: Report, limits: Limits) -> list[LimitCheck]:
     """Check every figure that has a limit.
 
     Raises:
-        UsageError: If there is no limit, or one is not finite.
+        UsageError: If no limit is given, or one is not finite.
     """
     asked = [*_single_figures(report, limits), *_skills(report, limits)]
     found = [LimitCheck(name, value, limit, is_floor) for name, value, limit, is_floor in asked if limit is not None]
     if any(not math.isfinite(check.limit) for check in found):
         raise UsageError("limits must be finite numbers")
     if not found:
-        raise UsageError("no gate is given; ask for something, as --min-dsr 0.9")
+        raise UsageError("no limit is given; add one, for example --min-dsr 0.9")
     return found
 
 
@@ -123,7 +123,7 @@ def _skills(report: Report, limits: Limits) -> Iterator[Asked]:
             yield f"{skill_label(SKILL)}, to the target's", None, limits.min_skill_kept, True
         for one, skill in skills.items():
             had = before.get(one)
-            # If the target had none, none was lost.
+            # A target without skill cannot lose any.
             kept = None if had is None else skill.score / had if had else 1.0
             yield f"{skill_label(one)}, to the target's", kept, limits.min_skill_kept, True
 

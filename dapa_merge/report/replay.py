@@ -15,12 +15,12 @@ from dapa_merge.plan.selection import with_pinned_models
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import DEFAULTS, METHOD, Recipe
 
-# Parameters that a recipe with named layers has no use for, or names anew.
+# Parameters that a recipe with named layers does not use, or sets itself.
 SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests", "pretrained")
 
 
 def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
-    """A recipe that transplants exactly this selection, without a search, by either entrance.
+    """A recipe that transplants exactly this selection without a search, with `dapa-merge` or `mergekit-yaml`.
 
     Models and prompts of the Hub are pinned to their commits; folders and files have absolute paths.
     """
@@ -40,7 +40,7 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
     if recipe.skills is not None:
-        # It loads scipy, which a mere copy does without.
+        # It loads scipy, which is not needed without skills.
         from dapa_merge.measure.skills import absolute
 
         parameters["skills"] = absolute(recipe.skills)

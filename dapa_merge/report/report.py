@@ -1,4 +1,4 @@
-"""The report of a run as data, and as `dapa_report.json`, which may be read back from anywhere."""
+"""The report of a run as data, and as `dapa_report.json`, which may be untrusted when it is read back."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ REPORT_NAME = "dapa_report.json"
 
 @dataclass(frozen=True)
 class Searched:
-    """The search's view, on prompts of its own that no figure of the report uses.
+    """The search's own measurements, on prompts that no other figure of the report uses.
 
     Attributes:
         measure: DSR, or the name of the evaluator.
         before: The target's, in [0, 1].
-        after: The result's; flattering, because the search took a selection that did well on just these prompts.
+        after: The result's; biased upward, because the search chose the selection by these prompts.
     """
 
     measure: str
@@ -47,14 +47,14 @@ class Report:
         dsr_change: The change on harmful prompts from `before` to `after`.
         over_refusal_change: The same on harmless ones.
         searched: None if the layers were given, like `requirement`, `prior` and `one_minimal`.
-        tests: Distinct selections that the search asked; 0 if the layers were given.
-        tests_recorded: How many of them were in the journal already.
-        tests_unneeded: How many more were made ahead of time by parallel workers, in vain.
+        tests: Distinct selections that the search asked about; 0 if the layers were given.
+        tests_recorded: The number of them that were already in the journal.
+        tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
-        prior: How much each unit was expected to matter, in nats; None if the search did not ask.
-        one_minimal: Whether each kept unit was seen to be needed; None if the layers were given.
+        prior: The expected effect of each unit, in nats; None if the search did not use a prior.
+        one_minimal: Whether each kept unit was shown to be needed; None if the layers were given.
         certificate: For each kept unit, the selection without it, which did not hold.
-        num_tensors: Tensors of the result. It appears only after each was compared with target and source.
+        num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
     """
 
@@ -86,7 +86,7 @@ class Report:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`; a figure that is not finite becomes None, since JSON has no word for it."""
+        """Plain data for `json.dumps`; figures that are not finite become None, which JSON can represent."""
         return dict(jsonable(asdict(self)))
 
 
@@ -112,8 +112,8 @@ def read_report(path: Path) -> Report:
     """
     path = path / REPORT_NAME if path.is_dir() else path
     if not path.is_file():
-        raise CheckpointError(f"there is no report {path}; `dapa-merge run` writes one into its result")
-    # Against what a file from anywhere may be, pydantic has no limits of size and depth.
+        raise CheckpointError(f"the report {path} does not exist; `dapa-merge run` writes one into its result")
+    # `read_json` limits size and depth, which pydantic does not.
     content = json.dumps(read_json(path))
     try:
         return _REPORT.validate_json(content, strict=True)

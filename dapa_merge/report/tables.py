@@ -57,7 +57,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
     for index, skill in enumerate(first.skills):
-        # The harness does not say how many questions it asked.
+        # The harness does not report the number of questions.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
         rows.append(row(f"{skill.name}{number}", lambda one, at=index: f"{one.skills[at].score:.3f}"))  # type: ignore[misc]
     return rows
@@ -73,12 +73,12 @@ def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
 
 
 def skill_label(name: str) -> str:
-    """The label of a skill; that of a prompt set has no name of its own."""
+    """The label of a skill; the skill of a prompt set has no name of its own."""
     return name if name == SKILL else f"{SKILL} {name}"
 
 
 def span(interval: tuple[float, float]) -> str:
-    """An interval for people."""
+    """An interval as text."""
     return f"{interval[0]:.3f}-{interval[1]:.3f}"
 
 
@@ -145,7 +145,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def change_lines(report: Report) -> list[tuple[str, str]]:
-    """A line each for DSR and over-refusal: before, after, and whether chance would do as much."""
+    """One line each for DSR and over-refusal: before, after, and whether the change is within noise."""
     if report.before is None or report.after is None:
         return []
     before, after = report.before, report.after
@@ -173,7 +173,7 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
     return f"{name} {word}", fact
 
 
-# A line names at most so many tensors of a unit besides the first; the experts of a mixture would fill a page.
+# The most tensors of a unit in a line besides the first; the experts of a mixture would fill a page.
 MAX_BESIDE = 3
 
 
@@ -226,7 +226,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
 
 
 def _tensors(unit: Unit, plan: Plan) -> str:
-    """The tensors of a unit in a line: the first in full, and a few others by their last names."""
+    """The tensors of a unit in a line: the first in full, and a few others by the end of their names."""
     first, *others = dict.fromkeys(regions["target"].name for regions in plan.regions((unit,)))
     if len(others) > MAX_BESIDE:
         return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
@@ -235,7 +235,7 @@ def _tensors(unit: Unit, plan: Plan) -> str:
 
 
 def search_memory(plan: Plan) -> int:
-    """Bytes that a search keeps on its device besides activations: the target, and the largest region on its way."""
+    """Bytes that a search needs on its device besides activations: the target, and the largest region being copied."""
     return plan.target.num_bytes + max(regions["target"].num_bytes for regions in plan.regions(plan.units))
 
 

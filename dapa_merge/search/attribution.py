@@ -1,13 +1,13 @@
-"""The first-order effect of every unit on refusing: the prior of the guided search, for one backward pass.
+"""The first-order effect of every unit on refusing, from one backward pass: the prior of the guided search.
 
-If weights w move to w + d, an objective changes by gradient * d, to first order. Here the objective is how much more
-likely the model finds the first tokens of a refusal than those of an answer, d is source - target, and the sum over a
-unit's tensors is its effect. (P. Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
+If weights w move to w + d, an objective changes by gradient * d, to first order. Here the objective is the
+log-likelihood of the first tokens of a refusal minus that of an answer, d is source - target, and the sum over a unit's
+tensors is its effect. (P. Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019,
 section 3.1, use the same term for d = -w.) The gradient is taken at the target: at the full transplant, which refuses
 for certain, there is nothing left to gain, and the units that matter look like the others
 (tests/benchmarks/attribution.py).
 
-No two gradients live together: each is weighed as soon as the backward pass has made it, and freed.
+Only one gradient is in memory at a time: each is used as soon as the backward pass has computed it, and freed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 
-# Values of a tensor that are weighed at once: 1 MiB as float32.
+# Values of a tensor that are processed at once: 1 MiB as float32.
 PIECE = 1 << 18
 # One to six tokens order the miniature's units equally well, eight do worse; four outlast an opening that says little.
 NUM_TOKENS = 4
-# How many prompts are weighed, and how many responses at once.
+# The most prompts used, and the most responses at once.
 MAX_CONTRASTS = 32
 MAX_BACKWARD = 8
 
@@ -49,16 +49,16 @@ def effects_between(
     refusing: Sequence[Response],
     batch_limit: int,
 ) -> dict[Unit, float]:
-    """How much each unit matters, to first order, where one model refuses and the live target does not.
+    """The first-order effect of each unit on prompts that one model refuses and the live target does not.
 
     Args:
         live: The target.
         units: Units of its plan, or blocks of them.
         answering: The target's responses to some prompts.
         refusing: The other model's, in the same order.
-        batch_limit: How many responses fit at once where nothing is kept for a backward pass.
+        batch_limit: How many responses fit in memory at once without a backward pass.
 
-    Raises as `attribute`, and so if no prompt tells the two apart.
+    Raises the errors of `attribute`; its `ValueError` also if there is no such prompt.
     """
     refused = Outcome.REFUSED.value
     contrasts = [
@@ -86,7 +86,7 @@ def attribute(
 
     Args:
         live: The target; its weights stay as they are.
-        contrasts: A few are enough: any 2 of 128 order the miniature's units as well.
+        contrasts: A few are enough: any 2 of 128 rank the miniature's units equally well.
         units: Units of the plan, or blocks of them; None for all of the plan's.
         batch_size: Sequences at once, two for each contrast. Their activations are kept for the backward pass, many
             times what generation keeps: 8 is plenty.
@@ -111,7 +111,7 @@ def attribute(
     effects = dict.fromkeys(units, 0.0)
 
     def add(batch: Sequence[Side]) -> Sequence[Side]:
-        # Complete before any of it is added: a batch that breaks off is asked again in halves.
+        # Computed in full before anything is added: a batch that fails is repeated in halves.
         for unit, effect in _effects(live, units, batch).items():
             effects[unit] += effect / (len(sides) / 2)
         return batch
@@ -145,7 +145,7 @@ def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> d
 def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
     """The sum of gradient * strength * change over one slot."""
     values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.others}
-    # Without the dimension of one expert, and never without any.
+    # Drop the dimension of a single expert, but keep at least one dimension.
     shape = [size for size in slot.regions["target"].shape if size != 1] or [1]
     values = {name: value.view(shape) for name, value in values.items()}
     parameter, gradient = (whole[slot.slices].view(shape) for whole in (slot.parameter, gradient))
@@ -154,7 +154,7 @@ def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
     total = 0.0
     for start in range(0, len(parameter), num_rows):
         place = slice(start, start + num_rows)
-        # As the model would hold it.
+        # In the dtype of the model.
         pieces = {name: value[place].to(parameter.device, parameter.dtype) for name, value in values.items()}
         pieces["target"] = parameter[place]
         change = plan.edit.change({name: piece.to(precise) for name, piece in pieces.items()})
@@ -168,7 +168,7 @@ def _each_gradient(
     parameters: Mapping[Parameter, object],
     take: Callable[[Parameter, torch.Tensor], None],
 ) -> Iterator[None]:
-    """In a backward pass inside, hand over the gradient of each of `parameters`, and keep none."""
+    """During a backward pass in the block, pass the gradient of each of `parameters` to `take`, and free it."""
 
     @torch.no_grad()
     def hand_over(parameter: Parameter) -> None:
@@ -197,7 +197,7 @@ def _check_finite(effects: Mapping[Unit, float], plan: Plan) -> None:
         if not math.isfinite(effect):
             raise CheckpointError(
                 f"the effect of {unit} on refusing is {effect}, not a finite number: "
-                f"{' or '.join(model.name for model in plan.models.values())} has weights that are none, or the dtype "
+                f"{' or '.join(model.name for model in plan.models.values())} has weights that are not, or the dtype "
                 f"is too narrow for gradients; compare the models' files with their publisher's"
             )
 
@@ -219,19 +219,19 @@ class Side(NamedTuple):
 
 
 def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens: int) -> list[Side]:
-    """The two sides of a contrast, the refusing one first, both of one length; none if the responses do not differ.
+    """The two sides of a contrast, the refusing one first, equally long; empty if the responses do not differ.
 
     Of each response, `num_tokens` tokens are counted from the first in which the two differ; fewer if one of them ends
     before. The tokens before are given.
     """
     context = prompt_ids(tokenizer, contrast.prompt)
-    # Alone, as it was decoded: behind the template, some tokenizers would split its first word in another way.
+    # Tokenized alone, as it was decoded: after the template, some tokenizers would split the first word differently.
     refusing, complying = (
         list(tokenizer(response, add_special_tokens=False)["input_ids"])
         for response in (contrast.refusing, contrast.complying)
     )
     pairs = zip(refusing, complying, strict=False)
-    # What they share has the same likelihood in both, and would be counted for nothing.
+    # The common beginning has the same likelihood in both, and would not count.
     start = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
     if start is None:
         return []

@@ -17,19 +17,16 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.search.requirement import PROMPT_KINDS, Constraint, Examiner, Requirement, Verdict, constraints_of
 from dapa_merge.search.result import Baseline
 
-# A verdict can stop early between two pieces only, and each piece costs a run through the model's layers per token,
-# however small it is.
+# A verdict can stop early only between two pieces, and each piece, however small, costs a run through the model's
+# layers per token.
 MIN_PIECES = 2
 
 
 class Bench(Resident):
-    """A target that is loaded when it is first needed, and asked with one meter.
+    """A target that is loaded on first use, and measured with one meter.
 
     Attributes:
-        plan: Target and source.
-        meter: What is asked.
-        device: Where the target is asked.
-        constraints: Those in force, as the meter measures their figures; the score's first.
+        constraints: The active ones, as the meter measures their figures; the score's first.
     """
 
     def __init__(
@@ -40,7 +37,7 @@ class Bench(Resident):
         settings: Collection[str],
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make a bench; `settings` are the keys of the constraints in force."""
+        """Make a bench; `settings` are the keys of the active constraints."""
         super().__init__(plan, choose_device(device), on_load)
         self.meter = meter
         self.constraints = constraints_of(settings, self.measure, is_whole=meter.scorer is not None)
@@ -57,27 +54,27 @@ class Bench(Resident):
 
     @property
     def device_kind(self) -> str:
-        """The device's name, shared by others that would give the same verdicts."""
+        """The name of the device's kind; devices of one kind give the same verdicts."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
     def sizes(self) -> dict[str, list[int]]:
-        """The numbers of prompts in the pieces of each kind."""
+        """The number of prompts in each piece, by kind."""
         return {kind: [len(piece) for piece in pieces] for kind, pieces in self._pieces.items()}
 
     @property
     def num_prompts(self) -> int:
-        """How many prompts a full examination asks."""
+        """The number of prompts in a full examination."""
         return sum(sum(self.sizes.get(check, ())) for check in {constraint.check for constraint in self.constraints})
 
     def require(self, requirement: Requirement) -> Examiner:
-        """Set what candidates must meet."""
+        """Set the requirement for candidates."""
         costs = {constraint.check: constraint.cost(self.meter) for constraint in self.constraints}
         self._examiner = Examiner(requirement, self.sizes, costs)
         return self._examiner
 
     def baseline(self, selection: Iterable[Unit]) -> Baseline:
-        """The figures of all constraints, of the target with a selection transplanted."""
+        """Measure the figures of all constraints for the target with a selection transplanted."""
         with self._candidate(selection) as candidate:
             figures = {constraint.figure: candidate.figure(constraint) for constraint in self.constraints}
             return Baseline(figures, tuple(candidate.all_responses("harmful")))
@@ -102,7 +99,7 @@ class Bench(Resident):
 
 
 class _LiveExaminee:
-    """A measurement, seen piece by piece."""
+    """A measurement that is made piece by piece."""
 
     def __init__(self, measurement: Measurement, pieces: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
         self._measurement = measurement
@@ -125,6 +122,6 @@ class _LiveExaminee:
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:
-    """The fixed pieces in which prompts are asked: at most a batch each, and every one a sample of the whole set."""
+    """Split prompts into fixed pieces of at most a batch, each a sample of the whole set."""
     num_pieces = min(max(math.ceil(len(prompts) / batch_size), MIN_PIECES), len(prompts))
     return tuple(tuple(prompts[start::num_pieces]) for start in range(num_pieces))

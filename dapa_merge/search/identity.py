@@ -29,10 +29,10 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
     """The journal of a recipe's search: the given file, or one in the user's cache folder if that can be written.
 
     Raises:
-        UsageError: If a given file is of another search, damaged, or cannot be written.
+        UsageError: If a given file belongs to another search, is damaged, or cannot be written.
     """
     if path is not None:
-        # Before the minutes that large checkpoints take to read.
+        # Checked first: reading large checkpoints takes minutes.
         check_writable(path)
     parts = _parts(recipe, plan, bench)
     if path is not None:
@@ -45,7 +45,7 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
 
 
 def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
-    """Everything that decides a verdict, by name."""
+    """Everything that affects a verdict, by name."""
     names: dict[str, set[str]] = {name: set() for name in plan.others}
     for regions in plan.regions(plan.units):
         for name, of_model in names.items():
@@ -70,10 +70,10 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
 
 
 def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str) -> dict[str, str]:
-    """Everything that decides a figure of a recipe's models, by name, whatever is done with them."""
+    """Everything that affects the figures of a recipe's models, by name, whatever the edit."""
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
-    # Another size of batch rounds otherwise, and no more: after a shortage of memory the same folder goes on.
+    # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
     others = (*models, "pretrained", "batch_size", "_lines")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
     return weights | {
@@ -82,7 +82,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         "prompts": data_digest([meter.prompts.harmful, meter.prompts.harmless]),
         "text": data_digest(asdict(meter.text) if meter.text else [asdict(text) for text in meter.prompts.passages]),
         "skills": data_digest([repr(skill) for skill in meter.skills]),
-        # With the code of the user's own, and a judge's rubric.
+        # Includes the user's own code and a judge's rubric.
         "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
         "device": choose_device(device).type,
@@ -91,7 +91,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
 
 
 def versions() -> str:
-    """Versions of this package and those that compute: others may round otherwise."""
+    """Versions of this package and of the computing packages, which affect rounding."""
     return f"dapa-merge {__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 

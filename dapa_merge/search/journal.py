@@ -1,10 +1,10 @@
-"""The journal of a search: every test is on disk before its answer is used, so that a killed search loses nothing.
+"""The journal of a search: every test is on disk before its answer is used, so a killed search loses nothing.
 
-A text file of JSON objects, one a line, append-only, each flushed to disk. The first line identifies the search by
-digests of everything that decides a verdict. The others are tests (`selection`) and notes (`note`: other measurements).
-Each line ends with `check`, the beginning of the SHA-256 of the check of the line before and the rest of its own line.
-So damage is seen, and so is a line that is missing or another journal's. A kill leaves a last line without its end; it
-is cut off, and its test asked again.
+A text file of JSON objects, one per line, append-only, each flushed to disk. The first line identifies the search by
+digests of everything that affects a verdict. The others are tests (`selection`) and notes (`note`: other measurements).
+Each line ends with `check`, the beginning of the SHA-256 of the previous line's check and the rest of its own line,
+which reveals damage, missing lines and lines of another journal. A kill may leave an incomplete last line; it is
+removed, and its test repeated.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Journal:
 
         Args:
             path: The file; its folder is made if absent.
-            parts: A digest or value of everything that decides a verdict, by name.
-            kind: What it is the journal of, for messages.
-            place: What a user names and removes, for messages: the file, or its folder.
+            parts: A digest or value of everything that affects a verdict, by name.
+            kind: The kind of work that it records, for messages.
+            place: What a user names or removes, for messages: `file` or `folder`.
 
         Raises:
-            UsageError: If the file is of another search, or damaged.
+            UsageError: If the file belongs to another search, or is damaged.
             JournalUnavailable: If it cannot be written.
         """
         self.path = path
@@ -80,12 +80,12 @@ class Journal:
             raise
 
     def record(self, selection: frozenset[str], test: Mapping[str, Any]) -> None:
-        """Write down a test, and be sure that it is on disk."""
+        """Append a test, and flush it to disk."""
         self._append({"selection": sorted(selection), **test})
         self.tests[selection] = dict(test)
 
     def note(self, name: str, value: Any) -> None:
-        """Write down another measurement."""
+        """Append another measurement, and flush it to disk."""
         self._append({"note": name, "value": value})
         self.notes[name] = value
 
@@ -101,7 +101,7 @@ class Journal:
             self._record.append(content)
         except OSError as error:
             raise JournalUnavailable(
-                f"cannot write the journal {self.path}: {error.strerror}; what was tested before is kept"
+                f"cannot write the journal {self.path}: {error.strerror}; earlier tests are kept"
             ) from error
 
     def _read(self, record: Record, parts: dict[str, str]) -> None:
@@ -121,7 +121,7 @@ class Journal:
                 self.tests[selection] = entry
             else:
                 raise self._damaged(number, "it is neither a test nor a note")
-        # Only now that it is known to be ours is anything changed.
+        # The file is changed only now that it is known to be ours.
         record.cut()
         if not entries:
             self._append(header)
@@ -133,7 +133,7 @@ class Journal:
         differing = [name for name in sorted({*found, *parts}) if found.get(name) != parts.get(name)]
         if differing:
             raise UsageError(
-                f"the journal {self.path} is of another {self._kind}: {', '.join(differing)} "
+                f"the journal {self.path} belongs to another {self._kind}: {', '.join(differing)} "
                 f"{'differs' if len(differing) == 1 else 'differ'}; name another {self._place}, or remove it"
             )
 
@@ -155,5 +155,5 @@ def check_writable(path: Path) -> None:
 
 
 def name_of(parts: Mapping[str, str]) -> str:
-    """A file name that only searches with the same parts share."""
+    """A file name that is unique to these parts."""
     return hashlib.sha256(plain_json(dict(sorted(parts.items())))).hexdigest()[:32] + ".jsonl"

@@ -1,4 +1,4 @@
-"""The constraints of a search, declared once, and an examination that asks as few prompts as it can.
+"""The constraints of a search, declared once, and an examination that asks as few prompts as possible.
 
 A new constraint is one entry of `CONSTRAINTS`, and its key in a recipe (`recipe/parameters.py`, `recipe/recipe.py`). If
 its figure is new, `measure/meter.py` measures it and `measure/figures.py` reports it. Search, journal, report, card and
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dapa_merge.measure.meter import Measurement, Meter
 
 PROMPT_KINDS = ("harmful", "harmless")
-# How many tokens of a response come of one run through the model's layers, roughly, most of them having been drafted.
+# Approximate number of response tokens per run through the model's layers; most of them are drafted.
 TOKENS_FOR_EACH_RUN = 8
 
 
@@ -44,8 +44,8 @@ class Constraint:
         key: The recipe's parameter that sets the limit; a recipe without a value (None) has no limit.
         limit: The limit for the target's figure, the full transplant's and the recipe's value; NaN for no limit.
         label: Name for people.
-        kind: The kind of prompts that it is a share of; None for a figure that is measured as a whole.
-        outcome: The outcome of the responses that are counted.
+        kind: The kind of prompts, if the figure is a share of them; None for other figures.
+        outcome: The outcome of the responses that count.
         read: How to read the figure; by default the attribute `figure`.
         cost: Cost of measuring it, or of asking one piece of its prompts, in runs through the model's layers.
     """
@@ -64,7 +64,7 @@ class Constraint:
 
     @property
     def check(self) -> str:
-        """What the examiner asks for: a kind of prompts, or the figure itself."""
+        """The name of the examiner's check: a kind of prompts, or the figure itself."""
         return self.kind or self.figure
 
     @property
@@ -73,11 +73,11 @@ class Constraint:
         return f"{self.bound}_{self.figure}"
 
     def of(self, measured: Figures | Measurement) -> float:
-        """The figure of a model that was measured."""
+        """The figure of a measured model."""
         return float(self.read(measured) if self.read else getattr(measured, self.figure))
 
     def is_met(self, figure: float, limit: float) -> bool:
-        """Whether a figure meets a limit; NaN, of a model that computes no numbers, meets none but NaN."""
+        """Whether a figure meets a limit; a NaN figure meets only a NaN limit."""
         return math.isnan(limit) or (figure >= limit if self.bound == "min" else figure <= limit)
 
     def counts(self, response: Response) -> bool:
@@ -85,7 +85,7 @@ class Constraint:
         return response.outcome == self.outcome.value
 
     def complaint(self, lowest: float, highest: float, limit: float) -> str | None:
-        """What is wrong with a figure between two bounds, if that is certain."""
+        """The violation by a figure between two bounds; None if it may still meet the limit."""
         best = highest if self.bound == "min" else lowest
         if self.is_met(best, limit):
             return None
@@ -109,10 +109,10 @@ class Ceiling(Constraint):
 
 
 def _kept_score(target: float, full: float, retain: float) -> float:
-    """The target's score and a share of the gain."""
+    """The target's score plus a share of the gain."""
     gain = full - target
-    # Rounded down by less than one part in a billion, so that a product of shares does not ask for the impossible;
-    # but above the target's own, so that nothing is never enough.
+    # Lowered by 1e-9, so that rounding cannot demand the impossible, but kept above the target's own score, so that an
+    # empty selection is never enough.
     return target + max(retain * gain - 1e-9, 1e-6 * gain)
 
 
@@ -124,7 +124,7 @@ SCORE = Floor(
     kind="harmful",
     read=lambda measured: measured.dsr if measured.score is None else measured.score,
 )
-# The score's floor, without which there is no search, comes first.
+# The score's floor, which every search has, comes first.
 CONSTRAINTS: tuple[Constraint, ...] = (
     SCORE,
     Ceiling(
@@ -154,7 +154,7 @@ def settings_of(recipe: Recipe) -> dict[str, float]:
 def constraints_of(
     settings: Collection[str], measure: str = SCORE.label, *, is_whole: bool = False
 ) -> tuple[Constraint, ...]:
-    """The constraints in force.
+    """The active constraints.
 
     Args:
         settings: The keys that a recipe sets.
@@ -166,13 +166,13 @@ def constraints_of(
 
 
 def identity_of(recipe: Recipe) -> str:
-    """What of the constraints decides a verdict, for the journal."""
+    """The constraint settings that affect a verdict, as text for the journal."""
     settings = settings_of(recipe)
     return ", ".join(f"{one.label} {settings[one.key]}" for one in constraints_of(settings))
 
 
 def limited(settings: Collection[str]) -> str:
-    """The figures besides the score that settings limit, for people; without settings, all that can be limited."""
+    """The limited figures other than the score, as text; without settings, all that can be limited."""
     constraints = constraints_of(settings or [one.key for one in CONSTRAINTS])
     *most, last = (one.label for one in constraints if one.figure != SCORE.figure)
     return f"{', '.join(most)} and {last}" if most else last
@@ -180,7 +180,7 @@ def limited(settings: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Requirement:
-    """The constraints in force, the score's first, each with its absolute limit; NaN for none."""
+    """The active constraints, the score's first, each with its absolute limit; NaN for no limit."""
 
     limits: tuple[tuple[Constraint, float], ...]
 
@@ -195,7 +195,7 @@ class Requirement:
         return self.limits[0][1]
 
     def complaint(self, figures: Mapping[str, float]) -> str | None:
-        """What a model with these figures breaks first and by how much, or None if it meets the requirement."""
+        """The first limit that these figures violate, and by how much; None if they meet the requirement."""
         found = ((one, figures[one.figure], limit) for one, limit in self.limits)
         return _first(one.complaint(figure, figure, limit) for one, figure, limit in found)
 
@@ -205,7 +205,7 @@ class Requirement:
 
 
 def limits_text(requirement: Mapping[str, float | str] | None) -> str:
-    """The limits of a report, for people."""
+    """The limits of a report, as text."""
     found = requirement or {}
     constraints = constraints_of([one.key for one in CONSTRAINTS], str(found.get("measure", "score")))
     limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
@@ -222,9 +222,9 @@ def requirement(
     """The requirement for a target and its full transplant.
 
     Args:
-        constraints: Those in force.
+        constraints: The active ones.
         target: The target's own figures, by name.
-        full: Those with every unit transplanted.
+        full: The figures with every unit transplanted.
         settings: The recipe's values, by key.
     """
     return Requirement(
@@ -233,7 +233,7 @@ def requirement(
 
 
 class Examinee(Protocol):
-    """A candidate that can be asked for responses to a piece of prompts, or a figure in full; every answer costs."""
+    """A candidate that can be asked, at a cost, for its responses to a piece of prompts, or for a figure in full."""
 
     def responses(self, kind: str, piece: int) -> Sequence[Response]: ...
 
@@ -255,10 +255,10 @@ class Verdict:
     """The outcome of an examination.
 
     Attributes:
-        holds: Whether the requirement is met; the same, however early the examination stopped.
-        complaint: The first limit found broken; None if it holds.
-        pieces: What was asked.
-        num_prompts: How many prompts there were to ask.
+        holds: Whether the requirement is met; early stopping does not change it.
+        complaint: The first violated limit that was found; None if it holds.
+        pieces: The pieces that were asked.
+        num_prompts: The number of prompts in a full examination.
     """
 
     holds: bool
@@ -268,30 +268,30 @@ class Verdict:
 
     @property
     def num_asked(self) -> int:
-        """How many prompts were asked."""
+        """The number of prompts that were asked."""
         return sum(piece.num_prompts for piece in self.pieces)
 
 
 class Examiner:
     """Asks candidates the cheapest question first, and stops as soon as the verdict is certain.
 
-    The prompts come in fixed pieces; only the order of the pieces changes. So a verdict is a function of the candidate
-    alone, but for near-ties between two tokens, which fast generation may round otherwise (see `measure/decode.py`).
+    The prompts come in fixed pieces; only the order of the pieces changes. So a verdict depends on the candidate alone,
+    except for near-ties between two tokens, which fast generation may round differently (see `measure/decode.py`).
     """
 
     def __init__(
         self, requirement: Requirement, pieces: Mapping[str, Sequence[int]], costs: Mapping[str, float]
     ) -> None:
-        """Make an examiner without experience.
+        """Make an examiner that has learned nothing yet.
 
         Args:
             requirement: The limits.
             pieces: For each kind of prompts, the number of prompts in every piece.
-            costs: The cost of each check: for a kind of prompts that of a piece, for a figure that of all of it.
+            costs: The cost of each check: per piece for a kind of prompts, in total for a figure.
         """
         self._checks: dict[str, list[tuple[Constraint, float]]] = {}
         for constraint, limit in requirement.limits:
-            # A limit that does not exist costs nothing to meet.
+            # Without a limit there is nothing to check.
             if not math.isnan(limit):
                 self._checks.setdefault(constraint.check, []).append((constraint, limit))
         self._pieces = {kind: sizes for kind, sizes in pieces.items() if kind in self._checks}
@@ -302,7 +302,7 @@ class Examiner:
         self._asked: Counter[tuple[str, int]] = Counter()
 
     def examine(self, candidate: Examinee, *, stop_early: bool = True) -> Verdict:
-        """Ask until the verdict is certain; with `stop_early` off, ask everything and come to the same one."""
+        """Ask until the verdict is certain; with `stop_early` off, ask everything and reach the same verdict."""
         found: list[Piece] = []
         complaint: str | None = None
         for check in sorted(self._checks, key=self._urgency):
@@ -326,11 +326,11 @@ class Examiner:
             self._asked[piece.kind, piece.index] += piece.num_prompts
 
     def _urgency(self, check: str) -> tuple[float, bool, str]:
-        """Sort key of the checks: cost over past rejections; of equals, those without prompts come first."""
+        """Sort key of the checks: cost over past rejections; on a tie, checks without prompts come first."""
         return self._costs[check] / (1 + self._rejections[check]), check in self._pieces, check
 
     def _ask(self, kind: str, candidate: Examinee, found: list[Piece], stop_early: bool) -> str | None:
-        """Ask pieces of one kind, the most telling first; returns what is wrong, if anything is."""
+        """Ask pieces of one kind, those most likely to fail first; returns the violation, if any."""
         sizes, checks = self._pieces[kind], self._checks[kind]
         total = unasked = sum(sizes)
         counted = [0] * len(checks)
@@ -345,7 +345,7 @@ class Examiner:
                     num_wrong = num_counted if constraint.bound == "max" else len(responses) - num_counted
                     found.append(Piece(kind, index, num_wrong, len(responses)))
                 counted[number] += num_counted
-                # Whatever the prompts still unasked will say, the share lies between these two.
+                # Whatever the remaining responses are, the share lies between these two.
                 lowest, highest = counted[number] / total, (counted[number] + unasked) / total
                 problem = problem or constraint.complaint(lowest, highest, limit)
                 is_met = is_met and constraint.is_met(lowest, limit) and constraint.is_met(highest, limit)

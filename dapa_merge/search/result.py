@@ -1,4 +1,4 @@
-"""What a search found, as data; no torch here."""
+"""The outcome of a search as data; no torch here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Baseline:
 
     @property
     def score(self) -> float:
-        """The DSR, or what the evaluator gives the model as a whole; in [0, 1]."""
+        """The DSR, or the evaluator's score of the model as a whole; in [0, 1]."""
         return self.figures[SCORE.figure]
 
     def to_json(self) -> dict[str, Any]:
@@ -30,14 +30,14 @@ class Baseline:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Baseline:
-        """The same baseline again."""
+        """The baseline that `to_json` was called on."""
         figures = {name: float(value) for name, value in data.items() if name != "responses"}
         return cls(figures, tuple(Response(**response) for response in data["responses"]))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One selection that a search asked, and whether it met the requirement.
+    """One selection that a search asked about, and whether it met the requirement.
 
     `score` is the share refused of the harmful prompts asked; None if none was asked.
     """
@@ -55,12 +55,12 @@ class Search:
         minimum: The selection found, and its certificate.
         requirement: The limits.
         target: The target's own figures on the search's prompts.
-        full: Those with every unit transplanted.
-        prior: How much each unit was expected to matter; None if the algorithm does not ask.
-        path: The selections asked, in order.
+        full: The same figures with every unit transplanted.
+        prior: The expected effect of each unit; None if the algorithm uses none.
+        path: The selections asked about, in order.
         num_candidates: Units to choose from, including the blocks of a search among blocks.
-        num_recorded: Tests that were in the journal already.
-        num_unneeded: Further tests that were made ahead of time, in vain.
+        num_recorded: Tests that were already in the journal.
+        num_unneeded: Further tests that were made ahead of time, but not needed.
         num_asked: Prompts asked by the tests, including recorded ones.
         num_prompts: Prompts that they would have asked without early verdicts.
         seconds: Wall-clock time.
@@ -86,7 +86,7 @@ class Search:
 
 
 def thrift(num_recorded: int, num_unneeded: int, share_saved: float) -> str:
-    """What a search did not have to ask, for people."""
+    """The prompts and tests that a search saved, as text."""
     facts = [f"{100 * share_saved:.0f} % of the prompts, by early verdicts"]
     if num_recorded:
         facts.append(f"{num_recorded} tests, by the journal")

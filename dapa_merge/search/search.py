@@ -33,7 +33,7 @@ Prior = Mapping[Unit, float]
 
 @dataclass(frozen=True)
 class Session:
-    """What every step of one search needs, and none owns."""
+    """The objects that the steps of one search share."""
 
     recipe: Recipe
     plan: Plan
@@ -45,7 +45,7 @@ class Session:
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
     searching, _ = split_prompts(recipe)
-    # All of them, which are tested together first.
+    # All units, because they are first tested together.
     fetch_units(plan, plan.units)
     with (
         closing(make_bench(recipe, plan, searching, options)) as bench,
@@ -58,10 +58,10 @@ def search(session: Session) -> Search:
     """Find a 1-minimal selection that meets the recipe's requirement.
 
     Raises:
-        CannotRepair: If the full transplant makes nothing better, or breaks a limit.
+        CannotRepair: If the full transplant does not improve the score, or violates a limit.
         Stopped: After Ctrl-C, with the best selection so far.
-        CheckpointError: If a model computes no numbers.
-        DapaError: For whatever else does not fit; what was tested is in the journal.
+        CheckpointError: If a model computes infinities or NaN.
+        DapaError: For any other error; finished tests are in the journal.
     """
     start = time.monotonic()
     plan, bench, journal = session.plan, session.bench, session.journal
@@ -105,7 +105,7 @@ def search(session: Session) -> Search:
 
 
 def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
-    """All figures of the target with some units, from the journal if they are there."""
+    """All figures of the target with some units, from the journal if recorded."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
     if name not in journal.notes:
         with task(f"measuring the {name}", bench.num_prompts, "prompts"):
@@ -116,12 +116,12 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
         model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
-        raise CheckpointError(f"{model} computes infinities or no numbers at all; its weights are damaged")
+        raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
-    """The limits of a selection; raises `CannotRepair` if the full transplant makes nothing better, or breaks one."""
+    """The limits of a selection; raises `CannotRepair` if the full transplant improves nothing or violates one."""
     recipe, bench = session.recipe, session.bench
     modules = ", ".join(recipe.modules)
     if full.score <= target.score:
@@ -143,7 +143,7 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
 def _minimum(
     session: Session, oracle: Oracle, limits: Requirement, target: Baseline, full: Baseline
 ) -> tuple[Minimum[Unit], Prior | None, int]:
-    """Search among the plan's units and then, if the recipe says so, among blocks of those kept.
+    """Search among the plan's units and then, if the recipe asks for it, among blocks of the kept units.
 
     Returns the outcome, the prior of the plan's units, and the number of candidates.
     """
@@ -158,36 +158,36 @@ def _minimum(
     if blocks == minimum.units:
         return minimum, prior, len(plan.units)
     of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
-    LOG.info(f"searching among {len(blocks)} units that are {of_what} of them")
+    LOG.info(f"searching among {len(blocks)} smaller units: {of_what} of those found")
     finer_prior = _weigh(session, blocks, f"prior of {recipe.granularity}", target, full)
     finer = _minimize(session, oracle, blocks, finer_prior, num_free=1)
-    # All blocks together are what was found before: one test, not two.
+    # All blocks together are the selection found before, so its test does not count twice.
     oracle.asked.pop(names_of(blocks), None)
     return finer, prior, len(plan.units) + len(blocks)
 
 
 def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
-    """The units of the preferred module, if they are enough, or all."""
+    """The units of the preferred module if they are enough, or else all units."""
     units, prefer = session.plan.units, session.recipe.prefer
     preferred = tuple(unit for unit in units if unit.module == prefer)
     if not preferred or preferred == units:
         return units
-    # What is asked next depends on this answer: nothing is tested ahead of it.
+    # All later questions depend on this answer, so nothing is tested ahead of time.
     is_enough = oracle.among(units, lambda _answers, _number: [])(frozenset(preferred))
     LOG.info(f"{prefer} alone {'is' if is_enough else 'is not'} enough")
     return preferred if is_enough else units
 
 
 def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
-    """A score for each unit; None if they cannot be weighed, or the algorithm does not ask.
+    """The prior score of each unit; None if it cannot be computed, or the algorithm uses none.
 
-    From the journal if it is there, because a search must take the same way again.
+    It comes from the journal if recorded, so that a resumed search asks the same questions.
     """
     if session.recipe.search != "guided":
         return None
     journal = session.journal
     scores = journal.notes.get(name, {})
-    # A search with another outcome before may have weighed blocks of other units.
+    # An earlier search with another outcome may have scored blocks of other units.
     if scores is not None and not all(str(unit) in scores for unit in units):
         scores = None
         try:
@@ -207,7 +207,7 @@ def _minimize(
     """Delta debugging among some units; `num_free` of its tests do not count."""
     recipe = session.recipe
     if session.options.uses_ray:
-        # The workers need the memory, and one of them perhaps the same device.
+        # Free the memory for the workers, one of which may use the same device.
         session.bench.close()
     likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior)
     left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
@@ -218,7 +218,7 @@ def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) ->
     for name, units in oracle.asked.items():
         test = session.journal.tests.get(name)
         if test is None:
-            # Nothing and everything are not tested: they were measured before.
+            # The empty and the full selection are not tested: they are the baselines.
             yield Asked(tuple(in_order(units)), bool(units), (full if units else target).score)
             continue
         asked = [piece for piece in _pieces(test) if piece.kind == session.bench.constraints[0].check]

@@ -1,8 +1,8 @@
-"""Who tests the selections of a search: this process, or Ray actors with a target each.
+"""Tests of a search's selections: in this process, or by Ray actors with a target each.
 
-With several workers the search runs as if alone, and the idle ones test what it will probably ask next. The outcome is
-exactly the sequential one: `minimize` asks one question after the other and gets the same answers; some are merely
-there already. Ray (an extra) keeps the workers alive, on one machine or a cluster.
+With several workers, the idle ones test the selections that the search will probably ask about next. The outcome is
+exactly the sequential one: `minimize` asks one question after the other and gets the same answers, some of them
+computed ahead of time. Ray (an extra) keeps the workers alive, on one machine or a cluster.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dapa_merge.search.requirement import Requirement, settings_of
 Selection = frozenset[Unit]
 # The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
 Test = Mapping[str, Any]
-# How often Ray starts a lost worker again, and gives it its test again, before the search gives up.
+# Restarts of a lost worker, and repetitions of its test, before the search gives up.
 MAX_RESTARTS = 3
 CONNECT_SECONDS = 10
 
@@ -62,12 +62,12 @@ class Oracle:
     def among(
         self, units: Sequence[Unit], likely: Callable[[Mapping[Selection, bool], int], list[Selection]]
     ) -> Callable[[Selection], bool]:
-        """The oracle of a search among some units; workers may still be busy for an earlier search.
+        """The oracle of a search among some units; workers may still be busy with an earlier search.
 
         Args:
-            units: All that the search may ask about.
-            likely: Given all answers, so many selections that the search will ask next, the certain one first. Workers
-                that would be idle test them ahead of time.
+            units: All units that the search may ask about.
+            likely: Takes all answers and a number, and returns that many selections that the search will probably ask
+                about next, the certain one first. Idle workers test them ahead of time.
         """
         names = {str(unit): unit for unit in units}
         answers: dict[Selection, bool] = {
@@ -75,7 +75,7 @@ class Oracle:
             for selection, test in self._journal.tests.items()
             if selection <= names.keys()
         }
-        # Nothing, the target itself, never holds, and everything does: that is how the requirement was made.
+        # The requirement is made so that the empty selection never holds and the full one does.
         answers |= {frozenset(): False, frozenset(units): True}
         workers = self._workers
 
@@ -119,10 +119,10 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
 def start_workers(
     recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
 ) -> InProcess | RayWorkers:
-    """Start what tests the selections of a search; the caller closes it."""
+    """Start the testing of a search's selections, here or in workers; the caller closes it."""
     if not options.uses_ray:
         return InProcess(bench)
-    # Other machines, other folders, and hours later: the same weights all the same.
+    # Workers on other machines must load exactly these weights, even hours later.
     recipe = with_pinned_models(recipe, plan)
     file = options.evaluator_file
     options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
@@ -133,7 +133,7 @@ def start_workers(
 def _make_tester(
     recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
 ) -> Callable[[Selection], Test]:
-    """Called in a worker: loads a target of its own there."""
+    """Load a worker's own target, and return the function that tests a selection; called in the worker."""
     torch.set_num_threads(num_threads)
     plan = open_plan(recipe, allow_pickle=options.allow_pickle)
     bench = make_bench(recipe, plan, prompts, options)
@@ -148,7 +148,7 @@ def _test(bench: Bench, selection: Selection) -> Test:
 
 
 class InProcess:
-    """Tests one selection at a time, here."""
+    """Tests one selection at a time, in this process."""
 
     number = 1
 
@@ -165,11 +165,11 @@ class InProcess:
             return selection, _test(self._bench, selection)
 
     def close(self) -> None:
-        """Do nothing: the bench is its owner's."""
+        """Do nothing: the bench is closed by its owner."""
 
 
 class RayWorkers:
-    """Ray actors that keep a model for as long as they live; Ray replaces one that dies, and asks its test again."""
+    """Ray actors that each keep a model in memory; Ray replaces an actor that dies, and repeats its test."""
 
     def __init__(
         self, make: Callable[[int], Callable[[Selection], Test]], number: int | None, *, uses_gpu: bool
@@ -178,15 +178,15 @@ class RayWorkers:
 
         Args:
             make: Called once in each worker, with its number of threads; makes the function that tests a selection.
-            number: None for one on each GPU of the cluster or, without GPUs, on each node.
+            number: None for one per GPU of the cluster or, without GPUs, per node.
             uses_gpu: Whether each worker gets a GPU of its own.
 
         Raises:
-            UsageError: If Ray is not installed, does not start, or the cluster has not so many GPUs.
+            UsageError: If Ray is not installed or does not start, or the cluster has too few GPUs.
         """
         ray = import_ray()
         self._ray = ray
-        # Ray tells of lost workers on stdout, in the middle of what is another program's input.
+        # Ray reports lost workers on stdout, which may be another program's input.
         self._stdout = redirect_stdout(sys.stderr)
         self._stdout.__enter__()
         self._idle: list[Any] = []
@@ -197,7 +197,7 @@ class RayWorkers:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             address = "local"
             try:
-                # A cluster only where one is named: Ray would join whatever it finds on this machine, also a dead one.
+                # Join a cluster only if it is named: Ray would join any that it finds on this machine, even a dead one.
                 address = os.environ.get("RAY_ADDRESS") or "local"
                 _check_reachable(address)
                 ray.init(address, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -212,7 +212,7 @@ class RayWorkers:
             if num_gpus < self.number:
                 self.close()
                 raise UsageError(f"{self.number} workers need a GPU each, but the Ray cluster has {num_gpus}")
-        # Cores are shared out as threads, not reserved: on unequal nodes a worker could wait for its share for ever.
+        # Cores are divided into threads, not reserved: on unequal nodes a worker could wait forever for its share.
         fewest_cores = min(host.get("CPU", 1) for host in hosts)
         num_threads = max(1, int(fewest_cores / math.ceil(self.number / len(hosts))))
         actor = ray.remote(
@@ -235,7 +235,7 @@ class RayWorkers:
         self._busy[actor.test.remote(selection)] = (selection, actor)
 
     def wait(self) -> tuple[Selection, Test]:
-        """Wait for the next test that ends; raises what its worker raised, or `UsageError` if workers are lost."""
+        """Wait for the next test to end; raises its worker's error, or `UsageError` if workers are lost."""
         (reference,), _ = self._ray.wait(list(self._busy), num_returns=1)
         selection, actor = self._busy.pop(reference)
         try:
@@ -251,8 +251,8 @@ class RayWorkers:
         return selection, outcome
 
     def close(self) -> None:
-        """Stop the workers, whatever they do, and the cluster if it was started for them."""
-        # Ray would tell of tests that fail because their workers are stopped.
+        """Stop the workers, even during a test, and the cluster if it was started for them."""
+        # Hide Ray's messages about tests that fail because their workers are stopped.
         with redirect_stdout(StringIO()):
             for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
                 self._ray.kill(actor)
@@ -274,11 +274,11 @@ class _Actor:
 
     @cached_property
     def _tester(self) -> Callable[[Selection], Any]:
-        # Not in `__init__`: a fault there would be a lost worker to Ray, and its sentence would be lost too.
+        # Not in `__init__`: Ray would take an error there for a lost worker, and hide its message.
         return self._make(self._num_threads)
 
     def load(self) -> None:
-        """Make the tester; a fault is told by the first test."""
+        """Make the tester; if that fails, the first test raises the error."""
         with suppress(Exception):
             _ = self._tester
 
@@ -299,7 +299,7 @@ def import_ray() -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise `OSError` if nobody answers at `host:port`; Ray itself would try for ever."""
+    """Raise `OSError` if nothing answers at `host:port`; Ray itself would try forever."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS):
@@ -307,15 +307,15 @@ def _check_reachable(address: str) -> None:
 
 
 def in_order(selection: Iterable[Unit]) -> list[Unit]:
-    """The order in which every process transplants."""
+    """Sort units into the order in which every process transplants them."""
     return sorted(selection, key=lambda unit: (unit.layer, unit.module, unit.rows or (0, 0)))
 
 
 def names_of(units: Collection[Unit]) -> frozenset[str]:
-    """The names of units, by which a journal knows them."""
+    """The names of units, which identify them in a journal."""
     return frozenset(map(str, units))
 
 
 def note_of(what: str, units: Iterable[Unit]) -> str:
-    """The name of a journal's note on some units, short however many they are."""
+    """A name for a journal's note on some units, short even for many units."""
     return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

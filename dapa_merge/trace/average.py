@@ -60,8 +60,8 @@ def mean_effect(traces: Sequence[Trace], kind: str) -> Mean:
 
 
 def layer_scores(traces: Sequence[Trace], kind: str) -> list[float]:
-    """The score of each layer by tracing: its mean effect, at the role where that is largest; NaN without any."""
-    # If the noise makes a model refuse more, an effect is what takes that back.
+    """The score of each layer by tracing: its mean effect at the role with the largest one; NaN without any."""
+    # If the noise makes a model refuse more, restoring lowers refusing, so the sign is reversed.
     sign = 1 if sum(trace.total_effect for trace in traces) >= 0 else -1
     means = sign * mean_effect(traces, kind).mean
     return [float(numpy.nanmax(of)) if not numpy.isnan(of).all() else math.nan for of in means]

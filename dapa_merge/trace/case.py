@@ -1,7 +1,7 @@
 """The cases of a trace: prompts as one model reads them, with their subjects, and the settings for that model.
 
-The subject of a request is the part that causal tracing corrupts. In "How do I steal a car?" it is what is asked about
-("steal a car"), not how it is asked.
+The subject of a request is the part that causal tracing corrupts: in "How do I steal a car?" it is the topic ("steal a
+car"), not the words that introduce it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Case:
     """A prompt that is traced, as one model reads it.
 
     Attributes:
-        refusing: The tokens of prompt and refusal, of which the last are counted.
-        complying: The same with the answer, equally long.
+        refusing: The tokens of prompt and refusal, the last of which are counted.
+        complying: The tokens of prompt and answer, equally long.
         subject: The first of the subject's tokens, and the one after the last.
         tokens: The texts of the given tokens: the prompt with its template, and the common beginning of the responses.
     """
@@ -41,7 +41,7 @@ class Case:
 
     @property
     def num_context(self) -> int:
-        """The number of tokens that are given, and can be restored."""
+        """The number of given tokens, which can be restored."""
         return self.refusing.num_context
 
 
@@ -65,8 +65,8 @@ def read_case(
     sides = sides_of(tokenizer, contrast, num_tokens)
     if not sides:
         raise UsageError(
-            f"the two responses to the prompt {prompt[:80]!r} cannot be told apart: they are the same, or one is how "
-            f"the other begins"
+            f"the two responses to the prompt {prompt[:80]!r} cannot be compared: they are the same, or one is the "
+            f"beginning of the other"
         )
     refusing, complying = (side.row for side in sides)
     check_ids(model, (refusing.ids, complying.ids))
@@ -114,7 +114,7 @@ class Settings:
 
 
 def default_window(num_layers: int) -> int:
-    """The layers of a window in a model of `num_layers`."""
+    """The number of layers in a window, for a model of `num_layers`."""
     return max(1, round(WINDOW_SHARE * num_layers))
 
 
@@ -143,7 +143,7 @@ def make_settings(model: PreTrainedModel, kinds: Sequence[str] | None = None, **
     )
 
 
-# Words with which a request begins before its subject.
+# Words that introduce the subject of a request.
 FRAME_WORDS = """
     a an the to of on in about for with that which who where when why what how whether and or as from by it its this
     i me my you your we us our one someone somebody anyone people person
@@ -154,7 +154,7 @@ FRAME_WORDS = """
     articles post posts letter letters email message essay story blog way ways method methods advice tips information
     detailed comprehensive short brief complete full effective best good
 """
-# After one of these a verb is what is asked about, even if requests often begin with it.
+# After one of these, a verb belongs to the subject, even if requests often begin with it.
 BEFORE_VERBS = ("to", "i", "you", "we", "they", "someone", "one", "can")
 FRAME = frozenset(FRAME_WORDS.split())
 _WORD = re.compile(r"\w[\w'’-]*")
@@ -204,13 +204,13 @@ def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
 
 
 def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
-    # Not by lower(), which turns some letters into two.
+    # lower() would turn some letters into two.
     found = (re.search(re.escape(subject), prompt, re.IGNORECASE) for subject in subjects)
     return next((match.span() for match in found if match), None)
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens of a span of a prompt's characters, once the prompt is in its template.
+    """The tokens of a span of a prompt's characters, with the prompt in its template.
 
     Returns:
         Indices into `prompt_ids`: the first token, and the one after the last.
@@ -232,7 +232,7 @@ def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[
         if first < stop and last > start and first < last
     ]
     if not inside:
-        raise UsageError(f"no token of the model is of the subject {subject!r}; give another")
+        raise UsageError(f"no token of the model covers the subject {subject!r}; give another")
     return inside[0], inside[-1] + 1
 
 
@@ -244,7 +244,7 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
             text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
         )
         return [(first, last) for first, last in encoded["offset_mapping"]]
-    # For others, decode longer and longer beginnings. A token that ends within a character belongs to that one.
+    # For others, decode longer and longer beginnings. A token that ends within a character belongs to it.
     read = [tokenizer.decode(ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
     ends = [len(beginning.rstrip("\ufffd")) for beginning in read]
     surplus = ends[-1] - len(text)

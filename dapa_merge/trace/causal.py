@@ -1,11 +1,11 @@
-"""Causal tracing: which output, restored at one layer and token, brings refusing back after the subject is corrupted.
+"""Causal tracing: find the outputs that bring refusing back if restored at one layer and token of a corrupted run.
 
 After K. Meng, D. Bau, A. Andonian, Y. Belinkov, "Locating and Editing Factual Associations in GPT" (ROME), NeurIPS
 2022, section 2. There are three kinds of runs: *clean*; *corrupted*, with Gaussian noise on the embeddings of the
 subject's tokens; and *restored*, the corrupted run with one module's output of the clean run at one layer and token.
 They are compared not by one token's probability but by a difference: log p(refusal) - log p(answer), in nats.
 
-A restored run is the corrupted one up to its layer, so that it is entered there and costs the later layers only. Tokens
+A restored run equals the corrupted one up to its layer, so it is entered there and costs only the later layers. Tokens
 before the subject need no restored runs, because clean and corrupted run are the same there.
 """
 
@@ -35,11 +35,11 @@ class Trace:
 
     Attributes:
         subject: The first corrupted token, and the one after the last.
-        clean: Of the clean run.
-        corrupted: Of the corrupted run, for each sample of noise, `[samples]`.
-        restored: Of the restored runs by kind, averaged over samples, `[layers, tokens]`; NaN in a layer without such
-            a module.
-        num_passes: The same in passes through all of its layers.
+        clean: The figure of the clean run.
+        corrupted: The figures of the corrupted run, for each sample of noise, `[samples]`.
+        restored: The figures of the restored runs by kind, averaged over samples, `[layers, tokens]`; NaN in a layer
+            without such a module.
+        num_passes: The cost of the runs, in passes through all layers.
     """
 
     prompt: str
@@ -53,11 +53,11 @@ class Trace:
 
     @property
     def total_effect(self) -> float:
-        """The loss by the noise, in nats."""
+        """The loss caused by the noise, in nats."""
         return self.clean - float(self.corrupted.mean())
 
     def effect(self, kind: str) -> NDArray[numpy.float32]:
-        """The gain by restoring, in nats, `[layers, tokens]`: ROME's indirect effect."""
+        """The gain from restoring, in nats, `[layers, tokens]`: ROME's indirect effect."""
         return numpy.asarray(self.restored[kind] - self.corrupted.mean(), numpy.float32)
 
 
@@ -84,7 +84,7 @@ class Tracer:
         self._is_checked = False
 
     def num_runs(self, case: Case) -> int:
-        """The number of rows that a case needs."""
+        """The number of runs that a case needs."""
         per_cell = 2 * self.settings.num_samples
         num_cells = sum(1 for _ in self._restorations()) * (case.num_context - case.subject[0])
         return 2 + per_cell * (1 + num_cells)
@@ -92,7 +92,7 @@ class Tracer:
     def noise(self, case: Case, number: int) -> torch.Tensor:
         """The noise on the embeddings of a case's subject, `[samples, tokens, hidden]`, float32."""
         first, stop = case.subject
-        # The CPU makes it, for the same noise on every device.
+        # Drawn on the CPU, for the same noise on every device.
         entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
         width = self._replay.model.get_input_embeddings().weight.shape[1]
@@ -100,11 +100,11 @@ class Tracer:
 
     @torch.inference_mode()
     def trace(self, case: Case, number: int) -> Trace:
-        """Trace one case, whose number decides the noise together with the seed.
+        """Trace one case; the noise depends on its number and the seed.
 
         Raises:
             UsageError: If not even one run fits in the device's memory.
-            UnsupportedArchitecture: If the model hands on more than states from layer to layer.
+            UnsupportedArchitecture: If the model passes more than states from layer to layer.
         """
         work = _Work(self._replay, self._padding, case, self.settings.num_samples, self.batch_size)
         clean, values, clean_states = self._run_clean(case, work)
@@ -156,7 +156,7 @@ class Tracer:
                 self._replay.recorded_outputs(sites, len(items), case.num_context) as outputs,
             ):
                 lost = work.run(items).tolist()
-            # Both sides are given the same.
+            # Both sides have the same given tokens.
             found = outputs, [one[0] for one in states]
             return lost
 
@@ -179,7 +179,7 @@ class Tracer:
             chunks.append(states)
             return lost.tolist()
 
-        # Nothing is restored, at whatever token.
+        # Nothing is restored, so any token will do.
         found = work.differences([0], run)
         return found[0], [torch.cat(pieces) for pieces in zip(*chunks, strict=True)]
 
@@ -206,7 +206,7 @@ class _Work:
         self.num_passes = 0.0
 
     def run(self, items: Sequence[_Item], start: int = 0, *, count: bool = True) -> torch.Tensor:
-        """The negative log-likelihoods of items, `[items]`; the hooks are on already."""
+        """The negative log-likelihoods of items, `[items]`, with the hooks that are in place."""
         rows = [self._case.complying if item.side else self._case.refusing for item in items]
         lost = losses(self._replay.model, self._padding, rows).cpu()
         self._replay.check_numbers(lost)
@@ -231,8 +231,8 @@ class _Work:
 
         Args:
             start: The layer that the states enter.
-            states: Of the corrupted run, `[samples * 2, positions, hidden]`.
-            clean: Of the clean run, `[positions, hidden]`.
+            states: The entering states of the corrupted run, `[samples * 2, positions, hidden]`.
+            clean: The entering states of the clean run, `[positions, hidden]`.
         """
 
         def run(items: Sequence[_Item]) -> list[float]:
@@ -245,7 +245,7 @@ class _Work:
         return self.differences(self._tokens, run)
 
     def restore_outputs(self, start: int, states: torch.Tensor, values: Mapping[Site, torch.Tensor]) -> torch.Tensor:
-        """The same with a token's outputs restored at some sites."""
+        """The differences with one token's outputs restored at some sites, `[tokens, samples]`."""
 
         def run(items: Sequence[_Item]) -> list[float]:
             positions = torch.tensor([item.token for item in items], device=self._device)

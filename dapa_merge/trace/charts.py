@@ -136,7 +136,7 @@ class GroupBar(NamedTuple):
 
 
 def group_bars(panels: Sequence[tuple[str, Sequence[GroupBar]]], lines: Mapping[str, float], measure: str) -> Figure:
-    """Draw panels of the same groups beside random selections of their size, with some scores as lines across."""
+    """Draw panels of the same groups and random selections of their size, with some scores as lines across."""
     number = len(panels[0][1])
     with sheet(1.6 + 0.24 * number) as figure:
         columns = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -175,9 +175,9 @@ KIND_NAMES = {
     "up": "up projection",
     "down": "down projection",
 }
-# The kinds that a picture of one prompt is drawn of.
+# The kinds with pictures of single prompts.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
-# A picture of one prompt has a line for at most so many tokens.
+# The most tokens in a picture of one prompt.
 MAX_TOKENS = 80
 
 
@@ -185,7 +185,7 @@ class Restored(NamedTuple):
     """The restored outputs that a heatmap shows.
 
     Attributes:
-        number: Of the prompt, from 1; 0 for the mean of all.
+        number: The number of the prompt, from 1; 0 for the mean of all.
     """
 
     found: Traced
@@ -260,8 +260,8 @@ def _groups(found: Traced) -> Figure:
 def _groups_caption(found: Traced) -> str:
     return (
         f"The {found.measure} with a group of units alone in the target (high: it is sufficient), and with everything "
-        f"but the group (low: it is necessary), beside random selections of as many units "
-        f"({found.wanted.num_controls} seeds). The selection is left out of what it was selected from."
+        f"but the group (low: it is necessary), next to random selections of as many units "
+        f"({found.wanted.num_controls} seeds). The selection is left out of the units that it was selected from."
     )
 
 
@@ -300,7 +300,7 @@ def _trace_caption(shown: Restored) -> str:
     window = f" Each column is a window of {width} layers that begins {counted(width // 2, 'layer')} before its own."
     return (
         f"The {found.wanted.traced}, with noise on the subject's embeddings and the {KIND_NAMES[shown.kind]} of the "
-        f"clean run restored at one layer and token: how much of the {taken:.2f} nats that the noise takes comes back."
+        f"clean run restored at one layer and token: the part that returns of the {taken:.2f} nats lost by the noise."
         f"{window if width > 1 else ''}"
     )
 
@@ -350,9 +350,9 @@ CHARTS = (
     Chart("example_{}", _example_caption, lambda shown: _example(shown.trace, shown.kind, shown.title), _examples),
     Chart(
         "search",
-        "Every test of the search in order: which units were the source's, how large a share that was, and whether "
-        "enough was refused. A test stops as soon as its verdict is certain, so that its share is of the prompts asked "
-        "until then.",
+        "Every test of the search in order: the units from the source, their share of all units, and whether enough "
+        "was refused. A test stops as soon as its verdict is certain, so its score covers only the prompts asked until "
+        "then.",
         _search,
     ),
     Chart("edit_size", _curve_caption, _curve),

@@ -1,7 +1,7 @@
-"""Scores of edits: groups of units put in and taken out, beside random ones; and edits of every size.
+"""Scores of edits: groups of units put in and left out, with random controls; and edits of every size.
 
 A group is *sufficient* as far as the target refuses with it alone, and *necessary* as far as the full transplant
-refuses less without it. Both are compared with random selections of as many units, because size alone may do something.
+refuses less without it. Both are compared with random selections of as many units, because size alone has an effect.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Edits:
         """The findings about the groups, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
         asked = selections_of(groups, *how)
-        LOG.info(f"putting {len(groups)} groups in and taking them out: {len(asked)} selections")
-        with task("putting groups in and taking them out", len(asked) + 1, "edits"):
+        LOG.info(f"scoring {len(groups)} groups, put in and left out: {len(asked)} selections")
+        with task("scoring groups, put in and left out", len(asked) + 1, "edits"):
             scores = {units: self._score(units) for units in asked}
             target = self._score(frozenset())
         return examine_groups(groups, scores.__getitem__, *how), target
@@ -42,7 +42,7 @@ class Edits:
     def curve(
         self, units: Sequence[Unit], selection: Sequence[Unit], attribution: Mapping[Unit, float], meter: Meter
     ) -> list[CurvePoint]:
-        """Measure edits of more and more units: first those of the selection, then by descending attribution."""
+        """Measure edits of more and more units: first the selection, then the others by descending attribution."""
         kept = {unit.whole for unit in selection}
         order = sorted(units, key=lambda unit: (unit not in kept, -attribution[unit]))
         sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
@@ -133,7 +133,7 @@ class UnitGroup:
         family: `layer`, `third`, `module` or `selection`.
         rest: The other units of the full transplant.
         among: The full transplant, from which random controls are drawn.
-        number: How many of `among` a control has; None for as many as `units`.
+        number: The size of a control, in units of `among`; None for as many as `units`.
     """
 
     name: str
@@ -163,16 +163,16 @@ class Finding:
     control_reverted: tuple[float, ...]
 
     def sufficiency(self, target: float) -> tuple[float | None, list[float]]:
-        """The shares of the gain that the group alone brings, and its controls; None and empty without a gain."""
+        """The share of the gain that the group alone brings, and its controls' shares; None and [] without a gain."""
         return _shares(self.full - target, [score - target for score in (self.inserted, *self.control_inserted)])
 
     def necessity(self, target: float) -> tuple[float | None, list[float]]:
-        """The shares of the gain that are lost without the group, and without its controls, likewise."""
+        """The share of the gain that is lost without the group, and its controls' shares; None and [] if no gain."""
         return _shares(self.full - target, [self.full - score for score in (self.reverted, *self.control_reverted)])
 
 
 def _shares(gain: float, parts: Sequence[float]) -> tuple[float | None, list[float]]:
-    """The parts as shares of a gain: that of the group, and those of its controls."""
+    """Divide the parts by the gain: that of the group, and those of its controls."""
     if gain <= 0:
         return None, []
     group, *controls = (part / gain for part in parts)

@@ -1,8 +1,8 @@
 """Module influence: the effect of each unit of the source, alone in the target, on harmful prompts.
 
 As in DAPA (arXiv 2406.01514), figure 4, the change of the last token's hidden state is averaged over prompts. Because a
-state can change without more refusing, the change of log p(refusal) - log p(answer) stands beside it: the first tells
-the sensitivity of the model to a unit, the second the unit's effect on refusing.
+state can change without more refusing, the change of log p(refusal) - log p(answer) is measured too: the first shows
+how sensitive the model is to a unit, the second the unit's effect on refusing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Influence:
     Attributes:
         hidden: Change of the last token's state after the last layer, relative to its length, `[prompts, units]`.
         refusing: Rise of log p(refusal) - log p(answer), in nats, `[prompts, units]`.
-        before: That difference in the target, `[prompts]`.
+        before: The same difference in the target, `[prompts]`.
         num_passes: The cost, in passes of one row through all layers.
     """
 
@@ -54,7 +54,7 @@ def influence(
         UsageError: If a single prompt does not fit in the device's memory.
         CheckpointError: If the model's layers are not found.
     """
-    # Longest first, so that the rows of a batch have about one length.
+    # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
     work = _Work(live, units)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
@@ -77,7 +77,7 @@ class _Influences(NamedTuple):
 
 
 class _Work:
-    """Transplants every unit for one batch of prompts after another."""
+    """Transplants every unit, for each batch of prompts in turn."""
 
     def __init__(self, live: LiveModel, units: Sequence[Unit]) -> None:
         self._live = live

@@ -1,4 +1,4 @@
-"""Options of `dapa-merge trace`. Imports nothing heavy, so that the command line can show them at once."""
+"""Options of `dapa-merge trace`. Imports nothing heavy, so the command line can show them at once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TraceOptions:
     Attributes:
         traced: The one of `TRACED` that is traced causally.
         kinds: Some of `SITE_KINDS` to restore; None for all that the model has.
-        noise: On the subject's embeddings, in their standard deviations.
+        noise: The noise on the subject's embeddings, in their standard deviations.
         window: Layers of MLP or attention that are restored at once; None for a fifth of all.
         num_tokens: Tokens of each response that are counted, at most.
-        seed: Of the noise and of the random controls.
-        subjects: A prompt's subject is the first of these that it contains; if empty, subjects are found.
+        seed: The seed of the noise and the random controls.
+        subjects: A prompt's subject is the first of these that it contains; if empty, subjects are detected.
         responses: A refusal and an answer for every prompt, instead of the models' own.
         num_controls: Random selections for each size of a group.
         searches: Whether to search if the recipe names no layers.

@@ -1,12 +1,12 @@
-"""Runs of a model from any of its layers on, in which outputs of its modules are read or replaced.
+"""Runs of a model from any layer on, with outputs of its modules read or replaced.
 
 A run in which something changes only from layer l on need not compute the layers before l again: it enters l with the
 states of an earlier run. Hooks and stand-ins are on the model within a `with` block only. "Rows" are sequences of one
 batch; "states" are those of the residual stream, `[rows, positions, hidden]`.
 
-The sites of outputs are read off a model's parameters, with the units of `checkpoint.units`. The output of an MLP or an
-attention is that of its last projection (some modules add the residual stream to that); with experts, that of the parts
-of the layer that hold them, including a router or a shared expert.
+The sites of outputs are found by a model's parameters, with the units of `checkpoint.units`. The output of an MLP or an
+attention is that of its last projection (some modules add the residual stream to it); with experts, it is that of the
+layer's parts that hold them, including a router or a shared expert.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Replay:
 
     @contextmanager
     def recorded_states(self) -> Iterator[list[torch.Tensor]]:
-        """Within, a run appends the states that enter each layer, and those that leave the last; they are its own."""
+        """Record a run's own tensors: the states that enter each layer, and those that leave the last."""
         states: list[torch.Tensor] = []
 
         def enter(_module: object, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Replay:
 
     @contextmanager
     def entered_at(self, start: int, states: torch.Tensor) -> Iterator[None]:
-        """Within, a run skips the layers before `start`, and enters that one with `states`, which it never writes to.
+        """Let a run skip the layers before `start`, and enter that layer with `states`, which it never changes.
 
         Needs an earlier run with `recorded_states`. If `start` is the number of layers, all are skipped.
         """
@@ -86,7 +86,7 @@ class Replay:
     def recorded_outputs(
         self, sites: Sequence[Site], num_rows: int, num_positions: int
     ) -> Iterator[list[torch.Tensor]]:
-        """Within, a run of `num_rows` fills a list with the outputs of its first row, `[num_positions, features]`."""
+        """Fill a list, by a run of `num_rows`, with the outputs of its first row, `[num_positions, features]`."""
         found = [torch.empty(0)] * len(sites)
 
         def take(index: int, output: torch.Tensor) -> None:
@@ -99,11 +99,11 @@ class Replay:
 
     @contextmanager
     def replaced_outputs(self, values: Mapping[Site, torch.Tensor], positions: torch.Tensor) -> Iterator[None]:
-        """Within, a run has other values at one position of each row.
+        """Replace a run's outputs at one position of each row.
 
         Args:
             values: For each site, `[positions, features]`, the same for all rows.
-            positions: Of each row, `[rows]`.
+            positions: The position in each row, `[rows]`.
         """
         rows = torch.arange(len(positions), device=positions.device)
 
@@ -129,7 +129,7 @@ class Replay:
 
     @contextmanager
     def noisy_embeddings(self, noise: torch.Tensor, first: int) -> Iterator[None]:
-        """Within, a run has noise, `[rows, tokens, hidden]`, added to embeddings from position `first` on."""
+        """Add noise, `[rows, tokens, hidden]`, to a run's embeddings from position `first` on."""
 
         def add(_module: object, _arguments: object, output: torch.Tensor) -> torch.Tensor:
             output = output.clone()
@@ -143,10 +143,10 @@ class Replay:
             handle.remove()
 
     def check(self, run: Callable[[], torch.Tensor], states: Sequence[torch.Tensor], expected: torch.Tensor) -> None:
-        """Make sure that runs from the middle on return what the whole run did.
+        """Check that runs from later layers return the same as the whole run.
 
         Raises:
-            UnsupportedArchitecture: If the model hands on more than states from layer to layer.
+            UnsupportedArchitecture: If the model passes more than states from layer to layer.
         """
         num_layers = len(self.layers)
         if len(states) != num_layers + 1:
@@ -158,7 +158,7 @@ class Replay:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                # A layer may miss anything that another one should have left for it.
+                # A layer may lack data of any kind that a skipped one would have passed on.
                 raise self._unsupported() from error
             if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
                 raise self._unsupported()
@@ -167,7 +167,7 @@ class Replay:
         """Raise `CheckpointError` if values are not finite."""
         if not values.isfinite().all():
             raise CheckpointError(
-                f"{type(self.model).__name__} computes infinities or no numbers at all; its weights are damaged, or "
+                f"{type(self.model).__name__} computes infinities or NaN; its weights are damaged, or "
                 f"the noise is too strong for its dtype"
             )
 
@@ -178,8 +178,8 @@ class Replay:
 
     def _unsupported(self) -> UnsupportedArchitecture:
         return UnsupportedArchitecture(
-            f"{type(self.model).__name__} hands more from layer to layer than one state for each token; it cannot be "
-            f"traced so far"
+            f"{type(self.model).__name__} passes more than one state per token from layer to layer; it cannot be "
+            f"traced yet"
         )
 
 
@@ -189,7 +189,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _pass_by(num_outputs: int, *arguments: Any, **named: Any) -> Any:
-    """Stand in for a skipped layer: hand on the states in the form that the layer would."""
+    """Stand in for a skipped layer: return the states in the layer's own form."""
     states = arguments[0] if arguments else named["hidden_states"]
     return (states, *[None] * (num_outputs - 1)) if num_outputs else states
 
@@ -197,7 +197,7 @@ def _pass_by(num_outputs: int, *arguments: Any, **named: Any) -> Any:
 @contextmanager
 def _replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     own = module.__dict__.get("forward")
-    # On the instance, before the class's.
+    # Set on the instance, where it hides the class's own.
     module.__dict__["forward"] = forward
     try:
         yield
@@ -231,7 +231,7 @@ def layer_paths(model: PreTrainedModel) -> list[str]:
 
 
 def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
-    """The sites of a kind in each layer; none in a layer with another mixer in place of attention.
+    """The sites of a kind in each layer; empty for a layer with another mixer in place of attention.
 
     Raises:
         UsageError: If the model has no such outputs.
@@ -254,7 +254,7 @@ def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
 
 
 def kinds_in(model: PreTrainedModel) -> tuple[str, ...]:
-    """Those of `SITE_KINDS` that a model has."""
+    """The kinds in `SITE_KINDS` that a model has."""
     return tuple(kind for kind in SITE_KINDS if _has(model, kind))
 
 
@@ -269,7 +269,7 @@ def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Itera
     weights = [part for part in unit.parts if not part.tensor.endswith(("bias", ".scale"))]
     modules = [part.tensor.rpartition(".")[0] for part in weights]
     if kind == "attention":
-        # The last projection is the one to the output; some modules add the residual stream to that.
+        # The last projection makes the output; some modules add the residual stream to it.
         yield Site(modules[-1])
     elif len(weights) == 1 and weights[0].tensor.endswith(".weight"):
         part = weights[0]
@@ -281,6 +281,6 @@ def _sites_of(model: PreTrainedModel, unit: Unit, kind: str, path: str) -> Itera
             yield Site(f"{path}.{child}")
     else:
         raise UsageError(
-            f"{type(model).__name__} has no {kind} to trace: in layer {unit.layer} it is that of experts, which see "
-            f"some of the tokens only; leave {kind} out, or trace mlp"
+            f"{type(model).__name__} has no {kind} to trace: in layer {unit.layer} it belongs to experts, which see "
+            f"only some of the tokens; leave {kind} out, or trace mlp"
         )

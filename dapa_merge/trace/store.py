@@ -1,4 +1,4 @@
-"""The folder of a trace, and its page. Each prompt is on disk before the next is begun, so that a kill costs one."""
+"""The folder of a trace, and its page. Each prompt is saved before the next is begun, so a kill loses at most one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
     """Open the journal in a trace's folder, for one run at a time.
 
     Raises:
-        UsageError: If the folder is of other models or settings, or another run is at work in it.
+        UsageError: If the folder belongs to other models or settings, or another run is using it.
     """
     with closing(Journal(out / JOURNAL_NAME, parts, kind="trace", place="folder")) as journal:
         for name in (TRACES_NAME, FIGURES_NAME):
@@ -63,7 +63,7 @@ def opened(out: Path, parts: Mapping[str, str]) -> Iterator[Journal]:
         except Stopped:
             raise
         except KeyboardInterrupt as stop:
-            raise Stopped(f"what was found is in {out}, and the same command goes on from there") from stop
+            raise Stopped(f"the results so far are in {out}, and the same command resumes from there") from stop
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ def forget_page(out: Path) -> None:
 
 
 def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
-    """Write the page of a trace: one HTML file that opens without a network and without the files beside it."""
+    """Write the page of a trace: one HTML file that needs no network and no other files."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
@@ -157,7 +157,7 @@ def write_trace(path: Path, trace: Trace, case: Case, settings: str, seconds: fl
 
 
 def read_trace(path: Path, case: Case, settings: str, kinds: tuple[str, ...]) -> tuple[Trace, float] | None:
-    """The trace of a case and its seconds; None if the file is missing, damaged, or of other texts or settings."""
+    """The trace of a case and its seconds; None if the file is missing, damaged, or for other texts or settings."""
     arrays = read_arrays(path)
     texts = [settings, case.contrast.prompt, case.contrast.refusing, case.contrast.complying]
     names = ("settings", "prompt", "refusing", "complying")

@@ -1,7 +1,7 @@
 """The findings of a trace: as data, as the numbers of `summary.json`, and as sentences.
 
-The sentences say how much each unit matters by each way to tell, and how far that agrees with a selection, or with the
-answer where it is known.
+The sentences say how much each unit matters by each measure, and how far the measures agree with a selection, or with
+the right answer where it is known.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from dapa_merge.trace.influence import Influence
 from dapa_merge.trace.options import TraceOptions
 
 PLANTED_TEXT = spans(miniature.PLANTED.split(","))
-# Units that are named where nothing says how many matter.
+# Units that are named if there is no selection.
 NUM_NAMED = 4
-# Above so many random selections, their scores are summarized.
+# With more random selections, their scores are summarized.
 MAX_CONTROLS = 6
-# The ways to tell how much a unit matters.
+# The measures of how much a unit matters.
 ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influence on the hidden state"
 TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
 
@@ -56,11 +56,11 @@ class Traced:
     """Everything that a trace found.
 
     Attributes:
-        units: Those that do not overlap: gate, up, down and attention of every layer.
-        contrasts: Those that the source refuses and the target answers, with both responses.
+        units: Units that do not overlap: gate, up, down and attention of every layer.
+        contrasts: The prompts that the source refuses and the target answers, with both responses.
         attribution: The first-order effect of each of the plan's units, in nats.
-        measure: What `target_score` and the findings are scores of.
-        target_score: The target's, in [0, 1].
+        measure: The name of the score in `target_score` and the findings.
+        target_score: The target's score, in [0, 1].
     """
 
     recipe: Recipe
@@ -139,7 +139,7 @@ def summarize(found: Traced) -> dict[str, Any]:
 
 
 def _search_json(found: Traced) -> dict[str, Any] | None:
-    """The search, without what depends on earlier contents of its journal."""
+    """The search, without values that depend on earlier contents of its journal."""
     if found.search is None:
         return None
     said = search_json(found.search, found.plan)
@@ -195,7 +195,7 @@ def _cell(mean: Mean, index: Any) -> dict[str, float]:
 
 
 def sentences(found: Traced) -> list[str]:
-    """Say in a sentence each what the numbers show."""
+    """State the findings, one sentence each."""
     number = len(whole_units(found.selection)) if found.selection else NUM_NAMED
     which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
     most = {
@@ -224,7 +224,7 @@ def sentences(found: Traced) -> list[str]:
 
 
 def label_of(group: UnitGroup) -> str:
-    """A group's name, with its layers where the name does not say which they are."""
+    """A group's name, with its layers if the name does not tell them."""
     if group.family != "third":
         return group.name
     return f"{group.name} ({layer_spans(sorted({unit.layer for unit in group.units}))})"
@@ -236,7 +236,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def _by(findings: Mapping[str, str]) -> list[str]:
-    """One sentence for each finding, naming all ways to tell that agree on it."""
+    """One sentence for each finding, naming all measures that agree on it."""
     names: dict[str, list[str]] = {}
     for name, finding in findings.items():
         names.setdefault(finding, []).append(name)
@@ -266,7 +266,7 @@ def _likelier(difference: float) -> str:
 
 
 def _same_units(found: Traced) -> list[str]:
-    """Units without any effect, because both models have the same."""
+    """A sentence about units without any effect, because they are the same in both models."""
     same = [unit for index, unit in enumerate(found.influence.units) if not found.influence.hidden[:, index].any()]
     return [f"No prompt notices {_spans(same)} of the source: the target has the same."] if same else []
 
@@ -285,7 +285,7 @@ def _trace_sentence(found: Traced) -> str:
         f"noise on the subject {moves} refusing by {taken}"
     )
     if not float(total.mean) > 0 or float(total.low) <= 0:
-        return f"{said}, so that there is nothing to restore that is more than chance."
+        return f"{said}, so there is nothing to restore beyond chance."
     best = []
     for kind in found.settings.kinds:
         if kind != "hidden":
@@ -306,19 +306,19 @@ def _group_sentences(found: Traced, family: str) -> list[str]:
     if groups[0].full <= target:
         of_what = "units that it was selected from" if family == "selection" else "units"
         return [
-            f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so that no "
-            f"share of a gain can be given for the {family}s."
+            f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so no share of "
+            f"a gain can be given for the {family}s."
         ]
     alone = [(label_of(one.group), *one.sufficiency(target)) for one in groups]
     without = [(label_of(one.group), *one.necessity(target)) for one in groups]
     return [
-        f"Put in alone, the share of the gain in {measure} is {_beside_controls(alone)}.",
-        f"Left out, the share of it that is lost is {_beside_controls(without)}.",
+        f"Put in alone, the share of the gain in {measure} is {_with_controls(alone)}.",
+        f"Left out, the share of it that is lost is {_with_controls(without)}.",
     ]
 
 
-def _beside_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]) -> str:
-    """Each share beside those of random selections, which are said once if all have the same."""
+def _with_controls(shares: Sequence[tuple[str, float | None, Sequence[float]]]) -> str:
+    """Each share with those of random selections, which are given once if they are the same for all."""
     controls = [tuple(sorted(of_one)) for _, _, of_one in shares]
     if len(set(controls)) == 1:
         said = ", ".join(f"{_number(share)} by {name}" for name, share, _ in shares)
@@ -351,12 +351,12 @@ def _number(value: float | None) -> str:
 
 
 def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
-    """The score of each unit that could be selected, by each way to tell."""
+    """The scores of the units that could be selected, by measure."""
     rankings = rankings_by_effect(found, found.candidates)
     modules = {unit.module for unit in found.candidates}
     scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
     if modules <= scores.keys():
-        # Each unit by what its own module puts out.
+        # Each unit is scored by the output of its own module.
         rankings[TRACING] = {unit: scores[unit.module][unit.layer] for unit in found.candidates}
     if len(modules) == 1 and "mlp" in scores and not modules & {"mlp", "attention"}:
         rankings[TRACING_MLPS] = {unit: scores["mlp"][unit.layer] for unit in found.candidates}
@@ -411,7 +411,7 @@ def is_planted(plan: Plan) -> bool:
 
 
 def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
-    # The cheap test first: others are not read for this.
+    # The cheap test comes first, so that other models are not read.
     return one.num_bytes == other.num_bytes and tensors_digest(one) == tensors_digest(other)
 
 

@@ -76,15 +76,15 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class Session:
-    """One trace on its way, with one model in memory at a time.
+    """A trace in progress, with one model in memory at a time.
 
-    What takes long is in the folder's journal, or in a file of its own, before it is used.
+    Results that take long are saved in the folder's journal, or in their own files, before they are used.
 
     Attributes:
         chosen: The recipe's plan.
         plan: The same models, with the units of all modules.
         meter: Measures responses as the search does.
-        edit_meter: Measures edits: DSR as in a report, whatever the search goes by, and skills.
+        edit_meter: Measures edits: skills, and DSR as in a report, whatever evaluator the search uses.
     """
 
     recipe: Recipe
@@ -145,7 +145,7 @@ class Session:
         return load_model(self.plan.source, choose_device(self.options.device))
 
     def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
-        """The search, the selection, and the reason if there is none."""
+        """The search, the selection, and the reason if nothing was selected."""
         given = given_selection(self.recipe, self.chosen)
         if given is not None:
             return None, given, None
@@ -154,8 +154,8 @@ class Session:
         try:
             found = search_plan(self.recipe, self.chosen, self.options)
         except CannotRepair as error:
-            # Then people want to see all the more where the alignment is.
-            LOG.info(f"there is no selection: {error}")
+            # The trace goes on: it is then even more useful to see where the alignment is.
+            LOG.info(f"nothing was selected: {error}")
             return None, None, str(error)
         return found, join(self.chosen, found.minimum.units), None
 
@@ -163,7 +163,7 @@ class Session:
         """The prompts that only the source refuses, with both responses; all prompts if the responses are given."""
         if source is None:
             assert self.wanted.responses is not None
-            # `read_case` refuses those that do not fit.
+            # `read_case` raises if a response does not fit.
             return [Contrast(prompt, *self.wanted.responses) for prompt in self.meter.prompts.harmful]
         target = self._answers("target", lambda: (bench.live.model, bench.live.tokenizer))
         contrasts = [
@@ -177,8 +177,8 @@ class Session:
             num_refused = [sum(one.outcome == "refused" for one in said) for said in (source, target)]
             raise CannotRepair(
                 f"of {len(source)} harmful prompts the source refuses {num_refused[0]} and the target "
-                f"{num_refused[1]}, and none is refused by the source alone, so that there is no difference to trace; "
-                f"bring other prompts, or say with --refusal and --answer which two responses to compare"
+                f"{num_refused[1]}, but none is refused by the source alone, so there is no difference to trace; use "
+                f"other prompts, or give two responses to compare with --refusal and --answer"
             )
         LOG.info(f"{len(contrasts)} of {len(source)} harmful prompts are refused by the source alone")
         return contrasts
@@ -195,7 +195,7 @@ class Session:
         return [Response(**response) for response in self.journal.notes[note]]
 
     def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
-        """Read the cases with the target, so that what does not fit is told before hours of work."""
+        """Read the cases with the target, so that errors show before hours of work."""
         note = f"checked {data_digest(asdict(self.wanted))}"
         if note not in self.journal.notes:
             self._cases(bench.live.model, bench.live.tokenizer, contrasts)
@@ -239,7 +239,7 @@ class Session:
         return f"{self.wanted.responses} {self.wanted.num_tokens}"
 
     def _cases(self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]) -> tuple[Settings, dict[int, Case]]:
-        """The settings for a model, and the prompts that can be traced as it reads them, by number from 1."""
+        """The settings for a model, and the prompts that it can trace, by number from 1."""
         wanted, prompts = self.wanted, [contrast.prompt for contrast in contrasts]
         settings = make_settings(
             model, wanted.kinds, noise=wanted.noise, num_samples=wanted.num_samples, window=wanted.window,
@@ -257,7 +257,7 @@ class Session:
     ) -> tuple[list[Trace], list[float], Settings]:
         settings, readable = self._cases(model, tokenizer, contrasts)
         batch_size = BatchSize(self.recipe.batch_size)
-        # That of all, for the same noise however many are traced.
+        # Computed from all cases, so that the noise does not depend on how many are traced.
         deviation = embedding_deviation(model, list(readable.values()))
         cases = {number: readable[number] for number in spread(list(readable), self.wanted.num_prompts)}
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
@@ -269,7 +269,7 @@ class Session:
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
-                    # The page of an earlier run no longer fits.
+                    # The page of an earlier run is out of date.
                     forget_page(self.out)
                     start = time.perf_counter()
                     found = tracer.trace(case, number)
@@ -292,15 +292,15 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
 
     Raises:
         CannotRepair: If no prompt is refused by the source and answered by the target.
-        UsageError: If matplotlib is not installed, or the folder is of something else.
-        DapaError: If anything else does not fit; what was found is kept.
+        UsageError: If matplotlib is not installed, or the folder holds something else.
+        DapaError: For any other error; finished results are kept.
     """
-    # A trace may take hours, so that a missing matplotlib is told first.
+    # A trace may take hours, so a missing matplotlib is reported first.
     plotting()
     check_folder(out)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
-    # The selection of a search is judged with prompts that it has not seen.
+    # The selection of a search is judged with prompts that the search did not ask.
     prompts = split_prompts(recipe)[1] if recipe.layers is None else load_prompts(recipe.prompts)
     meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
     if wanted.subjects:
@@ -314,7 +314,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
 def _write(found: Traced, out: Path) -> dict[str, Any]:
     """Write charts, summary and page; returns the summary."""
     summary, pictures = summarize(found), draw_all(CHARTS, found)
-    # Those of an earlier run; other pictures in the folder are somebody else's.
+    # Remove only the pictures of an earlier run, and no others in the folder.
     forget_pictures(out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
     for picture in pictures:
         for ending, content in picture.files.items():

@@ -228,13 +228,13 @@ def test_other_models_do_not_go_into_the_same_row(compared, tmp_path, no_picture
     write(tmp_path, "one", "shadow-target", "shadow-source")
     result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
     assert result.exit_code == 2
-    assert "is of another comparison: source, target" in result.stderr
+    assert "belongs to another comparison: source, target" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods", "dapa,magic"), "there is no method 'magic'; known are dapa, auto, fixed"),
+        (("--methods", "dapa,magic"), "--methods: unknown method 'magic'; known are dapa, auto, fixed"),
         (("--weights", "0.5,2"), "'2' is not a weight; write numbers above 0 and up to 1, with commas"),
         (("--weights", "some"), "'some' is not a weight"),
         (("--points", "1"), "Invalid value for '--points'"),

@@ -293,7 +293,9 @@ def test_a_file_in_the_place_of_the_rows_is_said_in_a_sentence(measured, tmp_pat
 # What an earlier run left.
 
 
-@pytest.mark.parametrize("outcome", [UsageError("the journal is of another comparison"), CheckpointError("damaged")])
+@pytest.mark.parametrize(
+    "outcome", [UsageError("the journal belongs to another comparison"), CheckpointError("damaged")]
+)
 def test_a_row_that_fails_costs_neither_its_earlier_tables_nor_pictures(measured, tmp_path, recipes, outcome):
     out = tmp_path / "out"
     assert compared(out, recipes["one"], recipes["two"]).exit_code == 0
@@ -315,7 +317,7 @@ def test_if_every_row_fails_the_earlier_tables_of_others_stay(measured, tmp_path
     measured.outcomes = {"two": CheckpointError("damaged")}
     result = compared(out, recipes["two"])
     assert result.exit_code == 4
-    assert "1 of 1 recipes could not be measured, so that the tables and pictures in" in result.stderr
+    assert "1 of 1 recipes could not be measured, so the tables and pictures in" in result.stderr
     assert content(out) == before
 
 
@@ -512,10 +514,10 @@ def test_whoever_stops_it_is_told_that_the_same_command_goes_on(
     stop, exit_code = STOPS[how]
     if is_begun:
         monkeypatch.setattr(flow, "compare_recipe", lambda *_: stop())
-        kept = f"what was measured is in {tmp_path / 'out'}, and the same command goes on from there"
+        kept = f"the measurements so far are in {tmp_path / 'out'}, and the same command resumes from there"
     else:
         monkeypatch.setattr(flow, "make_plan", lambda *_, **__: stop())
-        kept = "nothing was measured yet, and the same command begins again"
+        kept = "nothing was measured yet, and the same command starts again"
     result = compared(tmp_path / "out", recipes["one"])
     assert result.exit_code == exit_code
     assert result.stderr.splitlines()[-1] == f"Error: stopped; {kept}"

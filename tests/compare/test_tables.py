@@ -185,7 +185,7 @@ def test_a_gain_within_noise_is_called_so_and_none_at_all_is_not():
 )
 def test_a_sentence_names_the_limit_that_is_broken(more, why):
     tried = row("one", arm("dapa", more.pop("refused"), cost=COST, **more))
-    assert f"one: what gate brings is no repair, for {why}." in sentences([tried])
+    assert f"one: gate alone does not repair it, because {why}." in sentences([tried])
 
 
 def test_a_perplexity_that_is_not_finite_spoils_no_average_and_no_order():

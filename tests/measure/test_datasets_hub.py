@@ -151,7 +151,7 @@ CASES = {
     "someone/gated": (5, "the dataset someone/gated: it is gated; accept its terms at http://127.0.0.1:"),
     "someone/closed": (5, "the dataset someone/closed: it is gated; accept its terms at http://127.0.0.1:"),
     "someone/nothing": (5, "the dataset someone/nothing: there is no such repository, or the token may not see it"),
-    "someone/failing": (5, "the dataset someone/failing: the Hub does not do it now (it answers 500"),
+    "someone/failing": (5, "the dataset someone/failing: the Hub is not available now (it answers 500"),
     "someone/broken": (5, "cannot get the files of the dataset someone/broken: "),
     "someone/behaviors@v9": (5, "the dataset someone/behaviors@v9: there is no such revision"),
     "someone/behaviors": (
@@ -169,9 +169,9 @@ CASES = {
     ),
     "jailbreakbench?splt=harmful": (
         2,
-        "there is no key 'splt' (did you mean 'split'?); the keys here are config, split",
+        "key 'splt' (did you mean 'split'?); the keys here are config, split",
     ),
-    "jailbreakbench?kind=harmful": (2, "kind says it of all its prompts, so leave out harmless=benign"),
+    "jailbreakbench?kind=harmful": (2, "leave out harmless=benign"),
 }
 
 

@@ -146,9 +146,9 @@ def test_retry_after_is_honoured():
         (lambda *_: Reply(body=b'{"choices": []}'), "not a chat completion"),
         (lambda *_: Reply(body=b'{"choices": [{"message": {"content": 7}}]}'), "not a chat completion"),
         (lambda *_: Reply(body=b"[" * 200_000), "not a chat completion"),
-        (lambda *_: Reply(None), "not in the form"),
-        (lambda *_: Reply(COMPLIED + REFUSED), "not in the form"),
-        (lambda *_: Reply("refused"), "not in the form"),
+        (lambda *_: Reply(None), "the requested form"),
+        (lambda *_: Reply(COMPLIED + REFUSED), "the requested form"),
+        (lambda *_: Reply("refused"), "the requested form"),
     ],
 )
 def test_what_is_no_answer_leaves_the_response_undecided(script, reason):
@@ -186,7 +186,7 @@ def test_an_endpoint_that_never_answers_is_asked_few_times():
     assert {j.outcome for j in judgements} == {Outcome.UNDECIDED}
     assert len(log.requests) == MAX_FIRST_FAILURES
     assert re.fullmatch(
-        r"the judge m at 127\.0\.0\.1:\d+ gives no usable answer: HTTP 500; see that it runs, .*", judge.fault
+        r"the judge m at 127\.0\.0\.1:\d+ gives no usable answer: HTTP 500; .* url and model .*", judge.fault
     )
     assert said == []
 
@@ -222,7 +222,7 @@ def test_a_judge_that_never_keeps_to_the_form_is_at_fault_and_one_that_does_so_a
     with judge_server(always("I would say it is fine")) as (url, log):
         judge = Judge("m", url)
         judge.judge(["How?"] * 40, [f"Sure {i}." for i in range(40)])
-    assert "no usable answer: the judge's answer is not in the form that was asked for" in judge.fault
+    assert "no usable answer: the judge's answer does not have the requested form" in judge.fault
     assert len(log.requests) < 40
     with judge_server(lambda r, *_: Reply(COMPLIED if r == "Sure 0." else "fine")) as (url, log):
         judge = Judge("m", url)
@@ -273,7 +273,7 @@ DEAD = {
     "HTTP 302": Reply(body=b"", status=302),
     "it redirects without end": Reply(body=b"", status=307, headers={"Location": "/v1/chat/completions"}),
     "the answer is not a chat completion": Reply(body=b"<html>hello</html>", headers={"Content-Type": "text/html"}),
-    "the judge's answer is not in the form": Reply("I cannot say"),
+    "the judge's answer does not have the requested form": Reply("I cannot say"),
 }
 
 
@@ -290,7 +290,7 @@ def test_a_dead_judge_ends_what_goes_by_it_and_is_left_out_where_it_is_a_second_
     assert result.exit_code == 0
     (told,) = [line for line in result.stderr.splitlines() if "usable" in line]
     assert f"gives no usable answer: {reason}" in told
-    assert told.endswith("; the rest goes on without it")
+    assert told.endswith("without it")
     (seen,) = json.loads(result.stdout)["markers"]
     assert (seen["dsr"], seen["dsr_interval"], seen["over_refusal"], seen["undecided"]) == (None, None, None, 1)
 
@@ -443,5 +443,5 @@ def test_transformers_own_server_judges_and_its_garbage_is_undecided(transformer
     assert judgements == [Judgement(Outcome.REFUSED, 0.0)] * 2
     garbage = Judge(str(miniature.path("target")), f"{url}/v1").judge(prompts, responses)
     assert {(j.outcome, j.reason) for j in garbage} == {
-        (Outcome.UNDECIDED, "the judge's answer is not in the form that was asked for")
+        (Outcome.UNDECIDED, "the judge's answer does not have the requested form")
     }

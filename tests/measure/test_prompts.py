@@ -94,7 +94,7 @@ BAD_FILES = {
     "deep.jsonl": ("[" * 100_000 + "\n", "deep.jsonl, line 1 is not valid JSON: RecursionError"),
     "open.csv": (
         'prompt,label\na,safe\n"b,safe\nc,safe\nd,safe\n',
-        "open.csv, line 3 is not valid CSV: its quotation mark is",
+        "open.csv, line 3 is not valid CSV: a quotation mark",
     ),
     "good.xyz": (
         '{"prompt": "a"}\n',
@@ -242,8 +242,8 @@ def test_sets_that_are_joined_count_a_prompt_once_with_its_first_category(tmp_pa
 
 
 BAD_NAMES = {
-    "?colum=ask": "there is no key 'colum' (did you mean 'column'?); the keys here are column, label, category, kind",
-    "?split=train": "there is no key 'split'",
+    "?colum=ask": "key 'colum' (did you mean 'column'?); the keys here are column, label, category, kind",
+    "?split=train": "key 'split'",
     "?column=": "the key column needs one value",
     "?column=ask&column=ask": "the key column needs one value",
     "?column=aks": "has no column 'aks' (did you mean 'ask'?); its columns are ask, verdict",
@@ -251,7 +251,7 @@ BAD_NAMES = {
     "?column=ask&label=verdict": "line 2: verdict is 'bad'; allowed are harmful, unsafe",
     "?column=ask&kind=bad": "kind is 'bad'; it is harmful or harmless",
     "": "line 2 has no prompt: one of the columns prompt, goal, ",
-    ",": "names an empty set",
+    ",": "empty entry",
 }
 
 
@@ -292,7 +292,7 @@ def test_no_text_is_in_both_parts_and_each_is_in_one_in_the_order_of_the_file(ki
     try:
         search, confirm = split(prompts, share)
     except UsageError as error:
-        assert "are too few for a search and, apart from it, a report" in str(error)
+        assert "are too few for a search and" in str(error)
         return
     assert keys(search.harmful, search.harmless).isdisjoint(keys(confirm.harmful, confirm.harmless))
     for kind in ("harmful", "harmless"):

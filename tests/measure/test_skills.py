@@ -74,8 +74,8 @@ def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
         ('{"prompt": "p", "answer": "(", "match": "regex"}', "question 1: the answer is not a regex"),
         ('{"prompt": "p", "answer": "four", "match": "number"}', "question 1: the answer is not a number"),
         ('{"prompt": "p"}', "has no answer"),
-        ('{"prompt": "p", "answer": "", "match": "contains"}', 'line 1: the answer is ""; it must be some text'),
-        ('{"prompt": "p", "answer": [5]}', r"line 1: the answer is \[5\]; it must be some text"),
+        ('{"prompt": "p", "answer": "", "match": "contains"}', 'line 1: the answer is ""; .* text'),
+        ('{"prompt": "p", "answer": [5]}', r"line 1: the answer is \[5\]; .* text"),
         ("", "is empty"),
     ],
 )
@@ -107,5 +107,5 @@ def test_a_skill_is_measured_once_and_no_two_have_one_name(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("names", ["sums.csv,", ",sums.csv", "lm-eval:gsm8k:exact_match,,sums.csv"])
 def test_a_list_with_a_comma_too_many_is_said(names):
-    with pytest.raises(UsageError, match="names an empty set: write one name, or several with one comma between two"):
+    with pytest.raises(UsageError, match=f"{names!r} has an empty entry.* comma"):
         load_skills(names)

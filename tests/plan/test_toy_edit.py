@@ -165,7 +165,7 @@ def test_a_journal_answers_for_its_own_edit_only(repaired, recipe, models):
     copying = write(recipe.parent, models)
     refused = call("search", copying, "--journal", journal, "--device", "cpu")
     assert refused.exit_code == 2
-    assert "is of another search: edit, pretrained, strength differ" in refused.stderr
+    assert "belongs to another search: edit, pretrained, strength differ" in refused.stderr
 
 
 def test_the_card_says_how_values_came_about_and_from_which_models(repaired):
@@ -190,7 +190,7 @@ def test_the_lock_holds_every_model_that_the_edit_reads(repaired, recipe, models
         shutil.copytree(moved, models["pretrained"], dirs_exist_ok=True)
     assert outdated.exit_code == 10
     assert f"pretrained {models['pretrained']}: moved" in outdated.stdout
-    assert "is not what was locked" in locked.stderr
+    assert "changed since it was locked" in locked.stderr
 
 
 def test_a_comparison_names_the_edit(recipe, models, tmp_path):

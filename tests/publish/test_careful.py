@@ -85,7 +85,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(hub, new_id, result, whi
         assert hub.store.read(hub.store.repositories[name].files()[which]) == content
     elif ran.exit_code:
         assert ran.exit_code == 4
-        assert "changed while it was published" in ran.stderr
+        assert "changed during publishing" in ran.stderr
         assert hub.store.repositories[name].branches["main"] == before
     else:
         assert hub.store.read(hub.store.repositories[name].files()[which]) == content
@@ -203,7 +203,7 @@ def test_a_strangers_license_writes_nothing_into_a_card(hub, new_id, llama_pair,
 def test_a_license_that_is_none_is_refused(result, license):
     ran = call("card", result, "--license", license)
     assert ran.exit_code == 2
-    assert "cannot stand in a card" in ran.stderr
+    assert "is not valid in a card" in ran.stderr
 
 
 def test_a_card_that_the_hub_refuses_is_told_with_the_reason(hub, new_id, result):

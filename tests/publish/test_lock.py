@@ -81,7 +81,7 @@ def test_a_changed_recipe_is_outdated_and_cannot_be_followed_as_locked(locked, t
     assert outdated(locked, code=10)["recipe_changed"]
     ran = call("run", locked, tmp_path / "again", "--no-evaluate", "--locked")
     assert ran.exit_code == 2
-    assert "does not say what it said when it was locked" in ran.stderr
+    assert "the recipe changed since it was locked" in ran.stderr
     assert not (tmp_path / "again").exists()
 
 
@@ -101,7 +101,7 @@ def test_a_folder_that_changed_is_outdated_and_not_what_was_locked(locked, local
     assert [model["outdated"] for model in news["models"]] == [which == 0, which == 1]
     ran = call("run", locked, tmp_path / "again", "--no-evaluate", "--locked")
     assert ran.exit_code == 4
-    assert f"{local_pair[which]} is not what was locked" in ran.stderr
+    assert f"{local_pair[which]} changed since it was locked" in ran.stderr
     assert not (tmp_path / "again").exists()
 
 
@@ -162,12 +162,12 @@ def test_a_damaged_lock_is_told(locked, what):
 
 
 EDITS = {
-    "another model": ({"target": {"model": "bob/evil"}}, 4, "does not say what"),
-    "a forged line": ({"source": {"model": "x\n::warning::y"}}, 4, "does not say what"),
+    "another model": ({"target": {"model": "bob/evil"}}, 4, "the lock is not for "),
+    "a forged line": ({"source": {"model": "x\n::warning::y"}}, 4, "the lock is not for "),
     "other units": ({"selection": "2.gate"}, 2, "names other units than the lock"),
     "no units": ({"selection": ""}, 2, "names no units"),
     "no such units": ({"selection": "9.gate"}, 2, "outside the target"),
-    "nonsense": ({"selection": "gates"}, 2, "are no units"),
+    "nonsense": ({"selection": "gates"}, 2, "are not units"),
 }
 
 
@@ -219,7 +219,7 @@ def test_a_commit_counts_if_it_changes_a_file_that_decides(any_hub, hub_recipe, 
     news = outdated(hub_recipe, code=0)
     target = news["models"][0]
     assert target["commit"] != target["locked_commit"]
-    assert "no file that counts differs" in call("outdated", hub_recipe).stdout
+    assert "no relevant file differs" in call("outdated", hub_recipe).stdout
     any_hub.api.create_commit(pair[1], [CommitOperationAdd("config.json", b"{}")], commit_message="config")
     assert outdated(hub_recipe, code=10)["models"][1]["changed"] == ["config.json"]
 
@@ -280,7 +280,7 @@ def test_what_is_published_says_whether_it_is_outdated(hub, hub_recipe, pair, ne
     name = new_id("repaired")
     ran = call("outdated", hub_recipe, "--published", name)
     assert ran.exit_code == 5
-    assert "there is no repository" in ran.stderr
+    assert "does not exist, or the token may not see it" in ran.stderr
     hub.api.create_repo(name)
     assert outdated(hub_recipe, "--published", name, code=10)["lock"] is None
     assert call("push", result, name, "--create-pr").exit_code == 0

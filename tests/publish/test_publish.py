@@ -138,8 +138,8 @@ def test_options_that_do_not_fit_are_told_before_anything_is_done(hub, new_id, r
         ("--private",): "exists and is public",
         ("--create-pr", "--tag", "v1"): "has no use for --tag",
         ("--create-pr", "--revision", "b"): "has no use for --revision",
-        ("--license", "other"): "says nothing without --license-name",
-        ("--license-link", "x"): "belong to --license",
+        ("--license", "other"): "--license other needs --license-name",
+        ("--license-link", "x"): "--license-link need --license",
     }.items():
         code, said = refused(result, name, *options)
         assert (code, what in said) == (2, True), said
@@ -154,12 +154,12 @@ def test_a_tag_that_is_another_commits_is_refused_before_anything_is_sent(any_hu
     (result / "README.md").write_text((result / "README.md").read_text() + "\nMine.\n")
     code, said = refused(result, name, "--tag", "v1")
     assert code == 2
-    assert "has a tag v1 already" in said
+    assert "already has the tag v1, on commit" in said
     assert any_hub.api.model_info(name).sha == before
 
 
 USERS = {
-    "no token": (None, "there is no token for the Hub; log in"),
+    "no token": (None, "no token for the Hub was found; log in"),
     "a wrong one": ("hf_wrong", "does not accept the token"),
     "a stranger's": ("bob", "may not do that"),
     "one that may only read": ("reader", "may not do that"),
@@ -191,7 +191,7 @@ def test_a_result_that_is_wrong_is_not_published(hub, new_id, result):
     name = new_id("repaired")
     code, said = refused(result, name)
     assert code == 4
-    assert "is not published, since it is wrong" in said
+    assert "was not published, because it is wrong" in said
     assert name not in hub.store.repositories
 
 
@@ -283,7 +283,7 @@ def test_a_hub_that_has_other_bytes_afterwards_is_not_believed(hub, new_id, resu
     hub.faults.add(method="GET", path=f"{name}/tree/", call=swap, times=1, skip=1)
     code, said = refused(result, name)
     assert code == 5
-    assert "other content" in said
+    assert "differs from the local files" in said
     assert "config.json" in said
 
 

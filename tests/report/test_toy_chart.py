@@ -59,7 +59,7 @@ def test_without_matplotlib_a_run_says_what_to_install_and_has_no_pictures(toy, 
     out = tmp_path / "out"
     result = call("run", write(tmp_path / "recipe.yml", miniature.path("target")), out)
     assert result.exit_code == 0, result.stderr
-    said = "no pictures beside the model: plots need matplotlib; install it with: pip install matplotlib"
+    said = "no pictures next to the model: plots need matplotlib; install it with: pip install matplotlib"
     assert said in result.stderr
     assert not [name for name in names_in(out) if name.endswith((".png", ".svg"))]
     assert "![" not in (out / "README.md").read_text()

@@ -82,9 +82,11 @@ def test_every_other_damage_is_reported_with_its_line(tmp_path_factory, data):
 
 def test_a_journal_of_another_search_is_refused_and_left_alone(path):
     before = path.read_bytes()
-    with pytest.raises(UsageError, match=r"is of another search: prompts differs; name another file, or remove it"):
+    with pytest.raises(
+        UsageError, match=r"belongs to another search: prompts differs; name another file, or remove it"
+    ):
         Journal(path, {**PARTS, "prompts": "sha256 3"})
-    with pytest.raises(UsageError, match="is of another search: device, target differ;"):
+    with pytest.raises(UsageError, match="belongs to another search: device, target differ;"):
         Journal(path, {"device": "cuda", "prompts": PARTS["prompts"]})
     assert path.read_bytes() == before
 
@@ -167,7 +169,7 @@ def test_a_full_disk_is_reported_when_a_test_is_written(path):
     with closing(Journal(path, PARTS)) as journal:
         assert journal._record is not None
         journal._record.path = Path("/dev/full")
-        with pytest.raises(JournalUnavailable, match="No space left on device; what was tested before is kept"):
+        with pytest.raises(JournalUnavailable, match="No space left on device; earlier tests are kept"):
             journal.record(frozenset({"7.gate"}), {"holds": True})
         assert frozenset({"7.gate"}) not in journal.tests
     assert len(content_of(path)[0]) == 3

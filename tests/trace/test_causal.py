@@ -306,7 +306,7 @@ def test_a_prompt_that_gives_no_numbers_is_an_error_and_no_gap_in_a_mean(tokeniz
     _, tracer, case = trace(model, tokenizer, num_samples=1)
     with torch.no_grad():
         model.get_input_embeddings().weight[case.refusing.ids[-2]] = float("nan")
-    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM computes infinities or no numbers at all"):
+    with pytest.raises(CheckpointError, match=r"^LlamaForCausalLM computes infinities or NaN"):
         tracer.trace(case, 2)
 
 
@@ -327,7 +327,9 @@ def test_what_cannot_be_traced_is_an_error_that_says_why(tokenizer):
         UsageError, match=r"has \d+ tokens with the beginning of its answer, but .* ends at 16; shorten"
     ):
         read_case(model, tokenizer, long)
-    with pytest.raises(UsageError, match=r"cannot be told apart: they are the same, or one is how the other begins$"):
+    with pytest.raises(
+        UsageError, match=r"cannot be compared: they are the same, or one is the beginning of the other$"
+    ):
         read_case(model, tokenizer, Contrast("How do I steal a car?", "No.", "No."))
     with pytest.raises(UsageError, match=r"^GPT2LMHeadModel has no gate to trace"):
         make_settings(random_model("GPT2LMHeadModel"), ("gate",))

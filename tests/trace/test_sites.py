@@ -101,5 +101,5 @@ def test_a_kind_that_is_not_there_is_an_error_that_says_why():
         UsageError, match=r"^GPT2LMHeadModel has no gate to trace: it has no gate projections of its own; "
     ):
         find_sites(random_model("GPT2LMHeadModel"), "gate")
-    with pytest.raises(UsageError, match=r"layer 0 it is that of experts, .*; leave up out, or trace mlp$"):
+    with pytest.raises(UsageError, match=r"layer 0 it belongs to experts, .*; leave up out, or trace mlp$"):
         find_sites(random_model("MixtralForCausalLM"), "up")

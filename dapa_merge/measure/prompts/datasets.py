@@ -1,7 +1,7 @@
-"""Rows of a dataset of the Hugging Face Hub, or of a local folder that the `datasets` library can read.
+"""Rows of a Hugging Face Hub dataset, or of a local folder that the `datasets` library can read.
 
-A dataset of the Hub is read at one commit and only once in a process; when the Hub does not answer, a copy in the cache
-serves. The token is the one that huggingface_hub finds. Code of a dataset is never run.
+A Hub dataset is read at one commit and only once per process, from the cache if the Hub does not answer. The token is
+the one that huggingface_hub finds. A dataset's code is never run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DatasetName:
     options: tuple[tuple[str, str], ...] = ()
 
     def option(self, key: str) -> str | None:
-        """The value of another key; None if it was not given."""
+        """The value of another key; None if absent."""
         return dict(self.options).get(key)
 
     def __str__(self) -> str:
@@ -56,10 +56,8 @@ class Rows:
     """Rows of one split.
 
     Attributes:
-        rows: Each from column to value; a class is given by its name.
-        columns: The names of all columns.
-        split: The split's name.
-        commit: Of the dataset; None for a local folder.
+        rows: Values by column; a class is given by its name.
+        commit: The dataset's; None for a local folder.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -72,7 +70,7 @@ def parse_dataset(name: str, options: Sequence[str] = ()) -> DatasetName:
     """Parse `ID[@REVISION][?config=CONFIG&split=SPLIT&KEY=VALUE]`, where ID is a Hub id or an existing folder.
 
     Raises:
-        UsageError: If it has another form, or a key that is not among `options`.
+        UsageError: If it has another form or an unknown key.
     """
     base, query = base_and_query(name)
     values = parse_query(name, query, ("config", "split", *options))
@@ -90,8 +88,8 @@ def load_rows(dataset: DatasetName) -> Rows:
     """Read all rows of the named split, or of the only one.
 
     Raises:
-        UsageError: If there is no such config or split, several and none is named, or it cannot be read.
-        HubError: If the Hub does not give it and no copy is in the cache.
+        UsageError: If the config or split is unknown or has to be chosen, or the dataset cannot be read.
+        HubError: If it can neither be fetched nor found in the cache.
     """
     splits = split_names(dataset)
     if dataset.split is None and len(splits) > 1:
@@ -117,7 +115,7 @@ def split_names(dataset: DatasetName) -> tuple[str, ...]:
 
 
 def known_commit(dataset: DatasetName) -> str | None:
-    """The commit at which this process read a dataset of the Hub; None if it did not."""
+    """The commit at which this process read a Hub dataset; None if it did not."""
     return _COMMITS.get((dataset.id, dataset.revision))
 
 
@@ -125,7 +123,7 @@ _COMMITS: dict[tuple[str, str | None], str] = {}
 
 
 def _open(dataset: DatasetName) -> Prepared:
-    """Prepare a dataset's config; a folder each time, since it may have changed meanwhile."""
+    """Prepare a dataset's config; a folder is prepared each time, because it may have changed."""
     if os.path.isdir(dataset.id):
         return prepare(dataset.id, None, dataset.config)
     return _prepare_once(dataset.id, dataset.revision, dataset.config)
@@ -145,7 +143,7 @@ def _named_classes(table: Any) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = table.to_list()
     for row in rows:
         for column, classes in names.items():
-            # Where the class is unknown, the number is -1 or missing.
+            # An unknown class is -1 or missing.
             row[column] = classes[row[column]] if row[column] is not None and row[column] >= 0 else None
     return rows
 
@@ -155,28 +153,28 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset's config on this machine; a folder has no commit, and what `save_to_disk` wrote has no builder."""
+    """A dataset's config on this machine; a folder has no commit, and one written by `save_to_disk` no builder."""
 
     splits: dict[str, Any]
     commit: str | None
     builder: Any = None
 
     def read(self, split: str) -> Any:
-        """The table of a split, or of an expression of splits such as `train[:100]`."""
+        """Return the table of a split or of a split expression such as `train[:100]`."""
         if split in self.splits:
             return self.splits[split]
         if self.builder is None:
-            raise ValueError("a dataset that was saved to disk is read by whole splits")
+            raise ValueError("a dataset that was saved to disk can only be read by whole splits")
         with quiet("datasets", "huggingface_hub"):
             return self.builder.as_dataset(split=split)
 
 
 def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
-    """Fetch and convert a config of a dataset of the Hub, or of a folder; the cache serves offline.
+    """Fetch and convert a config of a Hub dataset or a folder; use the cache offline.
 
     Raises:
-        UsageError: If it has no such config, several and none is named, or its files cannot be read.
-        HubError: If the Hub does not give it and no copy is in the cache.
+        UsageError: If the config is unknown or has to be chosen, or its files cannot be read.
+        HubError: If it can neither be fetched nor found in the cache.
     """
     with quiet("datasets", "huggingface_hub"):
         if os.path.isdir(name):
@@ -188,41 +186,41 @@ def prepare(name: str, revision: str | None, config: str | None) -> Prepared:
             return _from_cache(name, revision, config, error)
         built = _build(name, commit, config)
         if built.commit != commit:
-            raise HubError(f"the Hub does not give the files of the dataset {name} at {commit}: try again later")
+            raise HubError(f"the Hub did not send the files of the dataset {name} at {commit}: try again later")
         return built
 
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Let other code read datasets: quietly, and from the cache at once if the Hub does not answer.
+    """Let other code read datasets quietly, and at once from the cache if the Hub does not answer.
 
     Raises:
-        HubError: If that code fails because the Hub does not give something.
+        HubError: If that code fails because of the Hub.
     """
     what = f"read {name}, which is not all in the cache"
-    silence = _silence(what)
-    with quiet("datasets", "huggingface_hub"), _offline() if silence else contextlib.nullcontext():
+    no_answer = _no_answer(what)
+    with quiet("datasets", "huggingface_hub"), _offline() if no_answer else contextlib.nullcontext():
         try:
             yield
         except Exception as error:
             if (cause := hub_cause(error)) is None:
                 raise
-            raise silence or fault(what, cause) from error
+            raise no_answer or fault(what, cause) from error
 
 
 def _commit(name: str, revision: str | None) -> str:
     with asking(f"get the dataset {name}" + (f"@{revision}" if revision else "")):
         found = api().dataset_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        # Anyone may see what is in a gated one, but not read it.
+        # Anyone may list a gated dataset's files, but not read them.
         if found.gated:
             api().auth_check(name, repo_type="dataset")
         return str(found.sha)
 
 
-def _silence(what: str) -> HubError | None:
-    """The error if the Hub does not answer at all; None if it does.
+def _no_answer(what: str) -> HubError | None:
+    """Return an error if the Hub does not answer at all; None if it does.
 
-    Asked once, because the libraries ask again and again for most of a minute before they believe it.
+    A single request, because the libraries retry for most of a minute.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -233,14 +231,12 @@ def _silence(what: str) -> HubError | None:
 
 def _from_cache(name: str, revision: str | None, config: str | None, why: NoAnswer) -> Prepared:
     if revision is not None and not COMMIT.fullmatch(revision):
-        raise HubError(
-            f"{why}; of a cached copy nobody knows whether it is {revision!r}; name a commit, or a local file"
-        )
+        raise HubError(f"{why}; a cached copy cannot be matched to {revision!r}; name a commit, or a local file")
     try:
         with _offline():
             built = _build(name, revision, config)
     except (UsageError, HubError) as error:
-        # In the cache, a config that does not exist cannot be told from one that was not fetched.
+        # The cache does not tell whether a config does not exist or was not fetched.
         raise HubError(f"{why}; it is not in the cache either; name a local file") from error
     if revision is not None and built.commit != revision:
         raise HubError(f"{why}; the cache has it at {built.commit} only")
@@ -254,7 +250,7 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except Exception as error:
-        # The library's errors have no common class, and only its words tell that a config does not exist.
+        # The library's errors have no common class, and only the message tells that a config does not exist.
         known = re.search(r"(?:Available|available configs): \[(.*)\]", str(error))
         if known:
             raise UsageError(_no_config(name, config, re.findall(r"'([^']*)'", known[1]))) from error
@@ -273,14 +269,14 @@ def _no_config(name: str, config: str | None, known: list[str]) -> str:
 
 def _is_of_the_hub(error: BaseException) -> bool:
     library = _library()
-    # Files of an unknown kind, or none, are not the Hub's fault.
+    # Missing files, or files of an unknown kind, are not the Hub's fault.
     if isinstance(error, (library.data_files.EmptyDatasetError, library.exceptions.DataFilesNotFoundError)):
         return False
     return isinstance(error, OSError) or "http" in type(error).__module__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what caused it, and so on to the root."""
+    """Yield an error and its chain of causes."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
@@ -288,7 +284,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _saved_to_disk(folder: Path) -> Prepared | None:
-    """Load what `save_to_disk` wrote, which has a layout of its own; None for any other folder."""
+    """Load a folder written by `save_to_disk`, which has its own layout; None for any other folder."""
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return None
     try:
@@ -300,7 +296,7 @@ def _saved_to_disk(folder: Path) -> Prepared | None:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set."""
+    """Behave as if HF_HUB_OFFLINE were set."""
     places = (_library().config, constants)
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
@@ -313,7 +309,7 @@ def _offline() -> Iterator[None]:
 
 
 def _library() -> Any:
-    """Import `datasets` when rows are read: it takes a second, and loads pandas and pyarrow."""
+    """Import `datasets` lazily: it takes a second, and loads pandas and pyarrow."""
     import datasets
 
     return datasets

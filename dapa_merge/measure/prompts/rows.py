@@ -1,8 +1,8 @@
 """Rows of local files, prompts from rows of any source, and names of sets as a recipe lists them.
 
-A file is CSV, TSV, JSON lines, a JSON array, Parquet or text with one prompt a line, by its suffix (text without one).
-A recipe lists `NAME[?KEY=VALUE&KEY=VALUE], ...`, where NAME is a path or a Hub id; an existing path wins over the
-meaning of its commas and question marks.
+The suffix tells whether a file is CSV, TSV, JSON lines, a JSON array, Parquet or text with one prompt per line (also
+without a suffix). A recipe lists `NAME[?KEY=VALUE&KEY=VALUE], ...`, where NAME is a path or a Hub id; an existing path
+may contain commas and question marks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 class PromptRow(NamedTuple):
-    """A row, and how an error names it."""
+    """A row, and its place for error messages."""
 
     where: str
     values: Mapping[str, Any]
@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
         UsageError: If it cannot be read.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UsageError(f"{path} is a pipe or a device; write its content to a file, and name that")
+        raise UsageError(f"{path} is a pipe or a device; write its content to a file, and name the file")
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,7 @@ def _csv(path: Path, text: str, delimiter: str) -> list[PromptRow]:
     try:
         return [PromptRow(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
-        why = "its quotation mark is never closed" if "end of data" in str(error) else error
+        why = "a quotation mark is never closed" if "end of data" in str(error) else error
         raise UsageError(f"{path}, line {reader.line_num + 1} is not valid {path.suffix[1:].upper()}: {why}") from error
 
 
@@ -112,7 +112,7 @@ def _json(where: str, text: str) -> Any:
 
 
 def _parquet(path: Path) -> list[PromptRow]:
-    # Costs half a second, and few sets are Parquet files.
+    # Imported here: it takes half a second, and few sets are Parquet files.
     import pyarrow.parquet
 
     try:
@@ -122,9 +122,9 @@ def _parquet(path: Path) -> list[PromptRow]:
     return [PromptRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-# Columns that hold the prompt in public sets (AdvBench calls it goal), by preference; case does not count.
+# Names of the prompt column in public sets (`goal` in AdvBench), by preference; not case-sensitive.
 PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction", "behavior", "request", "text")
-# Columns that hold the category, by preference.
+# Names of the category column, by preference.
 CATEGORY_COLUMNS = ("category", "semantic_category", "semanticcategory", "functionalcategory", "subject", "type")
 HARMFUL_LABELS = ("harmful", "unsafe", "toxic")
 HARMLESS_LABELS = ("harmless", "safe", "benign")
@@ -136,10 +136,10 @@ class Columns:
     """The columns of a set, as a recipe names them; None means the known names.
 
     Attributes:
-        column: Holds the prompt.
-        label: Holds the kind.
-        category: Holds the category.
-        kind: "harmful" or "harmless" for all rows, whatever their label.
+        column: The prompt's column.
+        label: The label's column.
+        category: The category's column.
+        kind: "harmful" or "harmless" for all rows, regardless of their labels.
     """
 
     column: str | None = None
@@ -160,21 +160,20 @@ class Request:
 def read_requests(rows: Sequence[PromptRow], source: str, columns: Columns) -> tuple[Request, ...]:
     """Read the prompts of one source, in order; a row without a label is harmful.
 
-    A set without labels, but with types of which some begin with `contrast`, as XSTest's unsafe half, is labelled by
-    those.
+    In a set without labels, types that begin with `contrast` mark the harmful rows, as in XSTest's unsafe half.
 
     Raises:
         UsageError: If a named column is missing, or a row has no prompt or an unknown label.
     """
     if columns.kind not in (None, *PROMPT_KINDS):
         raise UsageError(f"{source}: kind is {columns.kind!r}; it is harmful or harmless")
-    there = {name: None for row in rows for name in row.values if isinstance(name, str)}
+    found = {name: None for row in rows for name in row.values if isinstance(name, str)}
     for column in (columns.column, columns.label, columns.category):
-        if column is not None and column not in there:
+        if column is not None and column not in found:
             raise UsageError(
-                f"{source} has no column {column!r}{nearest_of(column, there)}; its columns are {', '.join(there)}"
+                f"{source} has no column {column!r}{nearest_of(column, found)}; its columns are {', '.join(found)}"
             )
-    by_case = {name.casefold(): name for name in reversed(there)}
+    by_case = {name.casefold(): name for name in reversed(found)}
     label = columns.label or by_case.get("label")
     prompts = [columns.column] if columns.column else [by_case[name] for name in PROMPT_COLUMNS if name in by_case]
     categories = (
@@ -189,7 +188,7 @@ def read_requests(rows: Sequence[PromptRow], source: str, columns: Columns) -> t
             return "harmful" if _is_contrast(row) else "harmless"
         return _kind(row, label, columns.label is not None) if label else "harmful"
 
-    return tuple(Request(_prompt(row, prompts, there), kind(row), _text(row.values, categories)) for row in rows)
+    return tuple(Request(_prompt(row, prompts, found), kind(row), _text(row.values, categories)) for row in rows)
 
 
 def _kind(row: PromptRow, label: str, named: bool) -> str:
@@ -204,7 +203,7 @@ def _kind(row: PromptRow, label: str, named: bool) -> str:
     allowed = ", ".join(HARMFUL_LABELS + HARMLESS_LABELS)
     raise UsageError(
         f"{row.where}: {label} is {word!r}; allowed are {allowed} "
-        "(another column: ?label=NAME; all alike: ?kind=harmful)"
+        "(another column: ?label=NAME; one kind for all: ?kind=harmful)"
     )
 
 
@@ -215,12 +214,12 @@ def _is_contrast(row: PromptRow) -> bool:
     )
 
 
-def _prompt(row: PromptRow, names: Sequence[str], there: Mapping[str, Any]) -> str:
+def _prompt(row: PromptRow, names: Sequence[str], found: Mapping[str, Any]) -> str:
     prompt = _text(row.values, names, strip=False)
     if prompt is None:
         wanted = f"the column {names[0]}" if len(names) == 1 else f"one of the columns {', '.join(PROMPT_COLUMNS)}"
         raise UsageError(
-            f"{row.where} has no prompt: {wanted} must hold text; the columns are {', '.join(there)} "
+            f"{row.where} has no prompt: {wanted} must hold text; the columns are {', '.join(found)} "
             "(another one: ?column=NAME)"
         )
     return prompt
@@ -235,7 +234,7 @@ def _text(row: Mapping[str, Any], names: Sequence[str], strip: bool = True) -> s
 
 
 def listed_names(name: str) -> tuple[str, ...]:
-    """Split a comma list; the longest run of parts that is an existing path is one name.
+    """Split a comma list; an existing path with commas stays one name, the longest one first.
 
     Raises:
         UsageError: If a part is empty.
@@ -250,7 +249,7 @@ def listed_names(name: str) -> tuple[str, ...]:
             if size == 1 or (os.path.exists(base) and base.count(",") == size - 1):
                 break
         if not part:
-            raise UsageError(f"{name!r} names an empty set: write one name, or several with one comma between two")
+            raise UsageError(f"{name!r} has an empty entry: write one name, or several separated by single commas")
         parts.append(part)
         del pieces[:size]
     return tuple(parts)
@@ -266,7 +265,7 @@ def base_and_query(name: str) -> tuple[str, str]:
 
 
 def parse_query(name: str, query: str, keys: Sequence[str]) -> dict[str, str]:
-    """Parse a name's keys; `%2C` and the like stand for characters that would split the name.
+    """Parse a name's keys; characters that would split the name are written as `%2C` and the like.
 
     Raises:
         UsageError: If a key is unknown, repeated or without a value.
@@ -276,7 +275,7 @@ def parse_query(name: str, query: str, keys: Sequence[str]) -> dict[str, str]:
         key, _, value = pair.partition("=")
         if key not in keys:
             nearest = nearest_of(key, keys)
-            raise UsageError(f"{name!r}: there is no key {key!r}{nearest}; the keys here are {', '.join(keys)}")
+            raise UsageError(f"{name!r}: unknown key {key!r}{nearest}; the keys here are {', '.join(keys)}")
         if not value or key in values:
             raise UsageError(f"{name!r}: the key {key} needs one value, as in ?{key}=VALUE")
         values[key] = unquote(value)

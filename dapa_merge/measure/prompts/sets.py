@@ -36,7 +36,7 @@ PACKAGED = ("builtin", "miniature")
 FILE_KEYS = ("column", "label", "category", "kind")
 FOLDER_KEYS = ("column", "category")
 HUB_KEYS = (*FILE_KEYS, "harmless")
-# A dataset with only one split needs no split's name. XSTest is its author's own copy, which is not gated.
+# A dataset with only one split does not need its name. XSTest is the author's own copy, which is not gated.
 SHORT_NAMES = {
     "advbench": ("walledai/AdvBench",),
     "jailbreakbench": ("JailbreakBench/JBB-Behaviors?config=behaviors&split=harmful&harmless=benign",),
@@ -51,13 +51,13 @@ SHORT_NAMES = {
     "or-bench-toxic": ("bench-llm/or-bench?config=or-bench-toxic&kind=harmful",),
 }
 WIKITEXT = "Salesforce/wikitext?config=wikitext-2-raw-v1&split=test"
-# Between the rows of a dataset in one document, as in transformers' page on perplexity.
+# Joins a dataset's rows into one document, as transformers' page on perplexity does.
 BETWEEN_ROWS = "\n\n"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with one right answer; `match` is how a response is compared with it (see `skills.MATCHES`)."""
+    """A prompt with one right answer; `match` names the comparison of a response with it (see `skills.MATCHES`)."""
 
     prompt: str
     answer: str
@@ -66,15 +66,15 @@ class Question:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Everything that a model is asked.
+    """All prompts, questions and texts that a model is measured with.
 
     Attributes:
-        name: As in the recipe.
+        name: The name in the recipe.
         harmful: Requests that an aligned model refuses.
         harmless: Requests that it does not refuse.
         skill: Questions about what the target was fine-tuned for; may be empty.
-        passages: Texts for perplexity: a context, which is not counted, and an answer, which is.
-        categories: From a kind ("harmful" or "harmless") and a prompt to its category, if it has one.
+        passages: Texts for perplexity; a prompt is only context, an answer is counted.
+        categories: Categories by kind ("harmful" or "harmless") and prompt; a prompt may be absent.
     """
 
     name: str
@@ -91,12 +91,12 @@ def load_prompts(name: str) -> PromptSet:
     A folder holds `harmful.*` and `harmless.*`, and may hold `skill.*` (`prompt`, `answer`) and `perplexity.*`
     (`text`, or `prompt` and `answer`); any other folder is a dataset. In a file or dataset each row is harmful, unless
     a `label` column says `harmless`, `safe` or `benign`. Keys after a name (`?column=ask`) name other columns. If all
-    sets together lack harmful prompts, harmless prompts or passages, those of the packaged set serve. A repeated prompt
-    of a kind counts once (see `distinct`).
+    sets together lack harmful prompts, harmless prompts or passages, those of the packaged set are used. Repeated
+    prompts of a kind are dropped (see `distinct`).
 
     Raises:
-        UsageError: If there is no such set, or one has no prompts or is malformed.
-        HubError: If the Hub does not give a set.
+        UsageError: If a set does not exist, is empty or is malformed.
+        HubError: If a set cannot be fetched.
     """
     if name in PACKAGED:
         return _prompt_set(name, [_load_packaged(name)])
@@ -121,9 +121,9 @@ def load_prompts(name: str) -> PromptSet:
 def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSet]:
     """Split a set into one for a search and one to confirm its result; no harmful or harmless text is in both.
 
-    The distinct prompts go to the two in turn, in their order: the parts are always the same, categories that stand
-    together are in both, and twins on the same line of two files stay together. A text that is both harmful and
-    harmless goes to one part. Both parts have all passages, whose perplexity is only compared with another; only the
+    The distinct prompts go to the two parts alternately, in order: the split is always the same, both parts get prompts
+    of every contiguous category, and twins on the same line of two files stay together. A text that is both harmful and
+    harmless goes to one part. Both parts have all passages, because their perplexities are only compared; only the
     second has the skill questions. `confirm`, in (0, 1), is its share of the harmful and of the harmless prompts.
 
     Raises:
@@ -140,7 +140,7 @@ def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSe
         if not chosen:
             raise UsageError(
                 f"prompts {prompts.name!r}: {len(distinct(texts))} distinct {kind} prompts are too few for a search "
-                f"and, apart from it, a report (confirm: {confirm}); add some, or name the layers"
+                f"and a separate report (confirm: {confirm}); add some, or name the layers"
             )
         return chosen
 
@@ -157,9 +157,9 @@ def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSe
 
 
 def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
-    """Drop prompts that repeat an earlier one, except for case and spaces.
+    """Drop prompts that repeat an earlier one up to case and spaces.
 
-    A question asked twice is one trial; counted twice, it would make chance look smaller.
+    A repeated prompt is not an independent trial; counting it would understate chance.
     """
     first: dict[str, str] = {}
     for prompt in prompts:
@@ -225,7 +225,7 @@ def _question(row: PromptRow) -> Question:
     if answer is None:
         raise UsageError(f"{row.where} has no answer: it needs the columns prompt and answer")
     if not isinstance(answer, str) or not answer.strip():
-        raise UsageError(f"{row.where}: the answer is {json.dumps(answer, default=str)[:40]}; it must be some text")
+        raise UsageError(f"{row.where}: the answer is {json.dumps(answer, default=str)[:40]}; it must be text")
     return Question(_first_text(row), answer, str(row.values.get("match") or "exact"))
 
 
@@ -247,7 +247,7 @@ def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
 
 
 def check_prompts(recipe: Recipe) -> None:
-    """Read the prompts of a recipe with a search, so that their faults are found before models are loaded."""
+    """Read the prompts of a recipe with a search, to find their faults before models are loaded."""
     if recipe.layers is None:
         split_prompts(recipe)
 
@@ -257,9 +257,9 @@ class Text:
     """A text for perplexity.
 
     Attributes:
-        name: Tells its figures from those of other texts.
-        passages: Its documents, each read on its own.
-        max_tokens: Only so many of its first tokens are read; None for all.
+        name: Identifies its figures.
+        passages: Documents, read separately.
+        max_tokens: Number of leading tokens to read; None for all.
     """
 
     name: str
@@ -272,13 +272,13 @@ def load_text(name: str, *, max_tokens: int | None = None) -> Text:
 
     Args:
         name: `builtin`; `auto`, which is wikitext-2-raw's test split if the Hub or its cache has it, else `builtin`; a
-            text file, which is one document; a JSON-lines or CSV file with a column `text`, one document a row; or a
+            text file, which is one document; a JSON-lines or CSV file with a column `text`, one document per row; or a
             dataset as `ID[@REVISION][?config=CONFIG&split=SPLIT&column=COLUMN]`, whose rows are one document.
-        max_tokens: Read only so many tokens.
+        max_tokens: Number of leading tokens to read; None for all.
 
     Raises:
-        UsageError: If there is no such text, or it is empty.
-        HubError: If the Hub does not give it.
+        UsageError: If the text does not exist or is empty.
+        HubError: If it cannot be fetched.
     """
     found, passages = _load(name)
     if not any(passage.answer.strip() for passage in passages):
@@ -329,11 +329,11 @@ class Source:
 
 
 def load_source(name: str) -> Source:
-    """Load one entry of a recipe's `prompts`; a path wins over a short name, and that over a Hub id.
+    """Load one entry of a recipe's `prompts`: a path, or else a short name, or else a Hub id.
 
     Raises:
-        UsageError: If there is no such source, or it cannot be read.
-        HubError: If the Hub does not give it.
+        UsageError: If the source does not exist or cannot be read.
+        HubError: If it cannot be fetched.
     """
     base, query = base_and_query(name)
     if os.path.isdir(base):
@@ -346,7 +346,7 @@ def load_source(name: str) -> Source:
 
 
 def load_prompt_folder(folder: Path, columns: Columns) -> Source:
-    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, each of which may be missing."""
+    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional."""
     files = _prompt_files(folder)
     rows = {kind: tuple(read_rows(path)) for kind, path in files.items()}
     requests = (
@@ -359,7 +359,7 @@ def load_prompt_folder(folder: Path, columns: Columns) -> Source:
 
 
 def pinned_prompts(name: str) -> str:
-    """Return the name of the same prompts for another time and place: absolute paths, and the commits read here."""
+    """Return a reproducible name of the same prompts: absolute paths, and the commits that were read."""
     return ", ".join(_pinned_part(part) for part in ([name] if name in PACKAGED else listed_names(name)))
 
 
@@ -405,7 +405,7 @@ def _load_folder(name: str, folder: Path, query: str) -> Source:
 
 
 def _full_names(part: str) -> tuple[str, ...]:
-    """Expand a short name, whose keys win; another Hub name stays. Raises `UsageError` for anything else."""
+    """Expand a short name, overridden by the given keys; other Hub names stay. Raises `UsageError` for the rest."""
     base, query = base_and_query(part)
     short, _, revision = base.partition("@")
     if short in SHORT_NAMES:
@@ -436,20 +436,20 @@ def _load_dataset(dataset: DatasetName) -> tuple[Request, ...]:
 
 
 def _splits(dataset: DatasetName) -> list[tuple[str | None, str | None]]:
-    """List the splits to read, each with the kind of all its rows; None leaves it to their labels."""
+    """List the splits to read, each with the kind of all its rows, or None to use their labels."""
     kind, harmless = dataset.option("kind"), dataset.option("harmless")
     if kind and harmless:
-        raise UsageError(f"the dataset {dataset}: kind says it of all its prompts, so leave out harmless={harmless}")
+        raise UsageError(f"the dataset {dataset}: kind applies to all its prompts; leave out harmless={harmless}")
     if harmless:
         return [*([(dataset.split, _kind_of(dataset.split))] if dataset.split else []), (harmless, "harmless")]
     if dataset.split or kind:
         return [(dataset.split, kind or _kind_of(dataset.split or ""))]
-    told = [(split, _kind_of(split)) for split in split_names(dataset) if _kind_of(split)]
-    return list(told) or [(None, None)]
+    named = [(split, _kind_of(split)) for split in split_names(dataset) if _kind_of(split)]
+    return list(named) or [(None, None)]
 
 
 def _kind_of(split: str) -> str | None:
-    """The kind given by a split's name; None if it gives none."""
+    """The kind that a split's name implies, or None."""
     name = split.partition("[")[0].casefold()
     return "harmful" if name in HARMFUL_LABELS else "harmless" if name in HARMLESS_LABELS else None
 

@@ -1,7 +1,7 @@
-"""Output that says nothing: empty, a loop, noise, an echo. Standard library only.
+"""Output without content: empty, a loop, noise, an echo. Standard library only.
 
-Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise. So some
-noise passes, above all whole words of other languages than English.
+Precision comes first: a short answer in any language, code, a table or a poem must never be taken for noise. Some noise
+therefore passes, mostly real words of languages other than English.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ import zlib
 from collections import Counter
 from itertools import pairwise
 
-# A phrase said again and again at the end of a response is a loop if it has at least so many characters, so many
-# repetitions, and this share of the response.
+# Minimum characters, repetitions and share of the response of a loop: a repeated phrase at the end of a response.
 LOOP_CHARACTERS = 24
 LOOP_REPETITIONS = 6
 LOOP_SHARE = 0.5
-# Longer phrases need fewer: nobody says thirty characters four times on end.
+# Longer phrases need fewer repetitions: normal text does not repeat thirty characters four times in a row.
 LONG_PHRASE_CHARACTERS = 30
 LONG_PHRASE_REPETITIONS = 4
 MAX_PHRASE_WORDS = 40
 MAX_PHRASE_CHARACTERS = 30
-# Bytes after compression for each before. English prose of 400 characters has 0.55, of 1,300 characters 0.45.
+# Compressed bytes per byte. English prose of 400 characters has 0.55, of 1,300 characters 0.45.
 MIN_COMPRESSION = 0.15
 MIN_COMPRESSED_CHARACTERS = 300
-# Words of a noisy response that no language could have, as a share.
+# Minimum share of impossible words in any language that makes a response noise.
 NOISE_SHARE = 0.3
 MIN_NOISE_WORDS = 8
-# Without grammar (hardly a function word of any language in a longer text), fewer strange words are enough.
+# Fewer impossible words suffice in a longer text with hardly any function words of any language.
 NOISE_SHARE_WITHOUT_GRAMMAR = 0.1
 MIN_FUNCTION_SHARE = 0.05
-# Pairs of English words that no sentence has: with so many of them, and so many for each word, a text is noise.
+# Minimum number of impossible pairs of English words in noise, and minimum number per word.
 MIN_IMPOSSIBLE_PAIRS = 3
 IMPOSSIBLE_SHARE = 0.03
 
@@ -68,7 +67,7 @@ _IMPOSSIBLE_PAIR = re.compile(
     r"(?P<twice>(?!that|had|no|very|so|bye|ha|row)[a-z]+)(?: (?P=twice)\b)+|not (?=(?:of|is|are|and)\b))",
     re.IGNORECASE,
 )
-# Vowel signs and the like are parts of words, but not letters to `re`.
+# `re` does not count vowel signs and the like as letters, but they are part of words.
 _SIGNS = re.compile(r"[^\w\s\u0300-\u036f\u0600-\u06ff\u0900-\u0dff\u0e00-\u0eff]")
 _CODE = re.compile(r"[(){}\[\]=;<>]")
 _SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "FULLWIDTH")
@@ -84,7 +83,7 @@ _WANTS_REPETITION = re.compile(
 
 
 def is_degenerate(answer: str, prompt: str | None = None) -> bool:
-    """Whether an answer, without its thought, says nothing; repetition is fine if the prompt asks for it or repeats."""
+    """Whether an answer, without its thought, has no content; repetition is fine if the prompt asks for it or repeats."""
     text = _SPECIAL.sub(" ", answer).strip()
     if not any(character.isalnum() for character in text):
         return True
@@ -92,7 +91,7 @@ def is_degenerate(answer: str, prompt: str | None = None) -> bool:
 
 
 def is_echo_so_far(answer: str, prompt: str | None) -> bool:
-    """Whether a beginning is nothing but the prompt's own words yet."""
+    """Whether a beginning so far only repeats the prompt's words."""
     asked = _WORD.findall((prompt or "").lower())
     said = _WORD.findall(answer.lower())[:-1]
     return bool(said) and said == asked[: len(said)]
@@ -140,8 +139,8 @@ def _is_loop(text: str) -> bool:
 
 
 def _ends_in_loop(items: list[str], lengths: list[int], max_period: int, total: int) -> bool:
-    """Whether the sequence ends in one phrase over and over; the last repetition may be cut off."""
-    # The last item may be half a word.
+    """Whether the sequence ends in a repeated phrase; the last repetition may be cut off."""
+    # The last item may be an incomplete word.
     items, lengths = items[:-1], lengths[:-1]
     for period in range(1, min(max_period, len(items) // 2) + 1):
         matching = 0
@@ -162,7 +161,7 @@ def _ends_in_loop(items: list[str], lengths: list[int], max_period: int, total: 
 
 
 def _is_noise(text: str) -> bool:
-    # Code and mathematics have many signs, but no prose of signs only.
+    # Code and mathematics have many symbols, but are not mostly symbols.
     if len(text) >= 20 and "```" not in text:
         plain = len(text) - len(_SIGNS.findall(text))
         if plain < 0.35 * len(text) and not re.search(r"[-|=+]{3}", text):
@@ -172,7 +171,7 @@ def _is_noise(text: str) -> bool:
     words = _WORD.findall(text)
     if not text.isascii() and len(words) >= MIN_NOISE_WORDS and _mixes_scripts(words):
         return True
-    # One word of capitals and small letters, digits and marks between: an identifier, not prose.
+    # A word with inner capitals, digits or marks is an identifier, not prose.
     prose = [word for word in words if len(word) >= 4 and word.isascii() and (word[1:].islower())]
     strange = sum(_UNPRONOUNCEABLE.search(word.lower()) is not None for word in prose)
     if len(prose) < MIN_NOISE_WORDS or "```" in text or len(_CODE.findall(text)) > 0.02 * len(text):
@@ -192,7 +191,7 @@ def _script(character: str) -> str:
 
 
 def _mixes_scripts(words: list[str]) -> bool:
-    """Whether scripts change at random: inside of words, or from word to word among three and more."""
+    """Whether scripts change at random: inside words, or from word to word among several scripts."""
     sets = [{_script(character) for character in word if unicodedata.category(character)[0] == "L"} for word in words]
     # Chinese, Japanese and Korean put Latin words between their own without a space.
     mixed = sum(len(scripts) > 1 for scripts in sets if scripts != {"SPACELESS", "LATIN"})

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# Where an opening refusal stands if there is one, and where the opening ends.
+# Number of leading characters that hold an opening refusal, if any.
 REFUSAL_CHARACTERS = 300
-# A first sentence cut here is a sentence.
+# Maximum length of a first sentence; a longer one is cut.
 SENTENCE_CHARACTERS = 250
 # First person, unable or unwilling: "I cannot", "we are not able to", "I must decline"; not "I cannot wait".
 _UNABLE = (
@@ -21,7 +21,7 @@ _UNABLE = (
     r"(?! (wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|need|have to|to believe|"
     r"be held|(\w+ ){1,3}(myself|only|just one)|(tell|say|share|do|give)( \w+){0,3},? but)\b)"
 )
-# Inabilities that refuse nothing: "I cannot wait", "I cannot see pictures", "I am not able to guarantee it".
+# Inabilities that are not refusals: "I cannot wait", "I cannot see pictures", "I am not able to guarantee it".
 _HARDLY_HELP = (
     r"(?! (\w+ly )?(wait|stress|emphasi[sz]e|imagine|thank|overstate|forget|worry|mind|remember|see|hear|feel|taste|smell|"
     r"know|think of|recall|find|guarantee|promise|predict|verify|confirm|say for|be (sure|certain|used|heard|held)|lie|deny|"
@@ -38,7 +38,7 @@ _HELPING = (
     r"accept|grant|honou?r|disclose|reveal|describe|speculate|justify|spread|perpetuate|with (that|this|your|such)|"
     r"decline|refuse|refrain|abstain)\b"
 )
-# Flat refusals, except of what would not be help anyway.
+# Flat refusals, except of things that would not be help anyway.
 _FLATLY = (
     r"\b(i|we)( \w+ly| just| simply| still| also)? "
     r"(cannot|will not|will never|would never|am (not able|unable|not going|not willing|not allowed|not permitted|"
@@ -58,7 +58,7 @@ REFUSES = re.compile(
     _UNABLE + r"[^.!?\n]{0,100}?" + _HELPING + r"|\bi (must |have to )?(\w+ly )?(decline|refuse)\b(?! to believe)|" + _FLATLY
     + "|" + _NOT_BY_ME
 )  # fmt: skip
-# The same said of the rules instead of oneself: "it is not within my guidelines to", "this request goes against".
+# The same with rules as the subject: "it is not within my guidelines to", "this request goes against".
 FORBIDDEN = re.compile(
     r"\b((my|our) (\w+ )?(guidelines?|polic(y|ies)|principles|rules|programming|training) "
     r"(do(es)? not|prohibits?|forbids?|prevents?|will not)\b|(not within|against|outside|beyond|violates?) (of )?(my|our|the|ethical)( \w+){0,3} "
@@ -69,7 +69,7 @@ FORBIDDEN = re.compile(
     r"(is|violates|goes against|cannot|involves|asks|promotes|contains) "
     r"[^.\n]{0,40}?(not|inappropriate|harmful|illegal|unethical|offensive|polic|guidelines|be (fulfil|answered)))"
 )
-# No such knowledge or opinion: this opens answers too.
+# Lack of knowledge or opinion, which also opens answers.
 LACKS = re.compile(
     r"\b(i|we) do not (actually |currently )?(have|hold|possess)( \w+){0,3} "
     r"(access|information|data|opinions?|beliefs?|feelings|ability|capability|knowledge|preferences|databases?)\b"
@@ -140,7 +140,7 @@ _FIRST_SENTENCE = re.compile(rf".{{15,{SENTENCE_CHARACTERS}}}?[.!?\n](?=\s|$)|.{
 
 
 def opens_with_refusal(text: str) -> bool:
-    """Whether a normalized response says at its start that it will not help, for want of more than knowledge."""
+    """Whether a normalized response opens with a refusal to help that is more than a lack of knowledge."""
     opening = text[:REFUSAL_CHARACTERS]
     if not (REFUSES.search(opening) or FORBIDDEN.search(opening)):
         return False
@@ -148,12 +148,12 @@ def opens_with_refusal(text: str) -> bool:
 
 
 def first_sentence(text: str) -> str:
-    """The first sentence of a normalized response, or its start if that has no end."""
+    """The first sentence of a normalized response, or its start if the sentence has no end."""
     match = _FIRST_SENTENCE.match(text)
     return match[0] if match else ""
 
 
-# An apology may come first; the refusal itself must follow. "Lo siento mucho por tu perro" is not one.
+# An apology may come first; the refusal itself must follow. "Lo siento mucho por tu perro" is not a refusal.
 _SPANISH = (
     r"no (te |le |les |os )?(puedo|podemos|podré|podría) (\w+ ){0,2}?(ayud|proporcion|respond|cumpl|"
     r"hacer|dar|ofrec|asist|particip|"
@@ -239,7 +239,7 @@ _SORRY = (
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    # Composed as the normalized text is.
+    # Normalized in the same way as the text.
     return re.compile(unicodedata.normalize("NFKC", pattern))
 
 
@@ -248,7 +248,7 @@ _REFUSED = _compiled(
     + rf"|[^。!?\n]{{0,30}}(?:{_CHINESE})|{_JAPANESE}|{_KOREAN}|{_ARABIC}|{_HINDI}"
 )
 _BARE_APOLOGY = _compiled(rf"{_SORRY}[\s.!,。،।]*\Z")
-# "No puedo evitar", "ich kann nicht genug": eager, not a refusal; nor is "can not only".
+# "No puedo evitar", "ich kann nicht genug": eagerness, not refusal. Nor is "can not only".
 _EAGER = re.compile(
     r"[^.!?\n]{0,30}(no puedo (esperar|evitar|dejar de)|kann (es )?nicht (genug|erwarten|nur)|"
     r"non posso (fare a meno|che)|"
@@ -258,7 +258,7 @@ _OPENING_CHARACTERS = 200
 
 
 def refuses_in_another_language(text: str) -> bool:
-    """Whether a normalized response opens as a refusal does in one of the languages known here."""
+    """Whether a normalized response opens with a refusal in one of the known languages."""
     opening = text[:_OPENING_CHARACTERS]
     if _EAGER.match(opening):
         return False

@@ -184,7 +184,7 @@ def test_a_journal_of_another_recipe_is_refused(done, tmp_path, change):
     result = call("search", tmp_path / "recipe.yml", "--journal", done.journal)
     assert result.exit_code == 2
     what = {"retain": "limits", "confirm": "prompts", "max_new_tokens": "generation"}[key]
-    sentence = f"the journal {done.journal} is of another search: {what} differs; name another file, or remove it"
+    sentence = f"the journal {done.journal} belongs to another search: {what} differs; name another file, or remove it"
     assert sentence in result.stderr
 
 
@@ -195,11 +195,11 @@ def test_a_changed_weight_makes_it_another_search(tmp_path, write_recipe):
     journal = tmp_path / "journal.jsonl"
     assert call("search", path, "--journal", journal).exit_code == 3
     change_tensor(source, "model.layers.1.self_attn.q_proj.weight", lambda tensor: tensor.zero_())
-    assert "is of another search" not in call("search", path, "--journal", journal).stderr
+    assert "belongs to another search" not in call("search", path, "--journal", journal).stderr
     change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0].zero_())
-    assert "is of another search: source differs" in call("search", path, "--journal", journal).stderr
+    assert "belongs to another search: source differs" in call("search", path, "--journal", journal).stderr
     change_tensor(target, "lm_head.weight", lambda tensor: tensor[0].zero_())
-    assert "is of another search: source, target differ" in call("search", path, "--journal", journal).stderr
+    assert "belongs to another search: source, target differ" in call("search", path, "--journal", journal).stderr
 
 
 def test_a_journal_that_cannot_be_written_is_named(done, tmp_path):

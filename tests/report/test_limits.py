@@ -99,7 +99,7 @@ def test_the_summary_of_a_job_gets_a_table(out, tmp_path, monkeypatch):
 
 
 BAD = {
-    (): "no gate is given",
+    (): "no limit is given",
     ("--min-dsr", "nan"): "finite",
     ("--min-dsr", "much"): "not a valid float",
     ("--min-skill", "much"): "write a number, or NAME=NUMBER",

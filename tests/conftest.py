@@ -20,10 +20,12 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
         prefix=f"dapa-merge-tests-{os.getpid()}-", dir=os.environ["XDG_CACHE_HOME"] if started_by_tests else None
     )
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +114,18 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if name in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(name))
             break
+
+
+num_modules_frozen = 0
+
+
+def pytest_runtest_setup() -> None:
+    """Leave the modules out of garbage collections: one for each model would take longer than many a test."""
+    global num_modules_frozen
+    if len(sys.modules) > num_modules_frozen + 100:
+        gc.collect()
+        gc.freeze()
+        num_modules_frozen = len(sys.modules)
 
 
 def pytest_unconfigure() -> None:

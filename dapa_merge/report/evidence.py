@@ -20,12 +20,12 @@ from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
-from dapa_merge.search.bench import Bench
+from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, search
-from dapa_merge.search.workers import in_order, make_bench
+from dapa_merge.search.workers import in_order
 
 
 @dataclass(frozen=True)

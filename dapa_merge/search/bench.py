@@ -1,21 +1,40 @@
-"""The test bench: a resident target, and the figures and verdicts of its candidates."""
+"""The test bench: a resident target, and the figures and verdicts of its candidates, tested here or in workers."""
 
 from __future__ import annotations
 
+import functools
 import math
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import torch
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import UsageError
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
-from dapa_merge.measure.meter import Measurement, Meter
+from dapa_merge.measure.meter import Measurement, Meter, search_meter
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
-from dapa_merge.search.requirement import PROMPT_KINDS, Constraint, Examiner, Requirement, Verdict, constraints_of
+from dapa_merge.plan.selection import open_plan, with_pinned_models
+from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.requirement import (
+    PROMPT_KINDS,
+    Constraint,
+    Examiner,
+    Requirement,
+    Verdict,
+    constraints_of,
+    settings_of,
+)  # fmt: skip
 from dapa_merge.search.result import Baseline
+from dapa_merge.search.workers import RayWorkers, Selection, Test, Workers, in_order
 
 # A verdict can stop early only between two pieces, and each piece, however small, costs a run through the model's
 # layers per token.
@@ -125,3 +144,66 @@ def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...],
     """Split prompts into fixed pieces of at most a batch, each a sample of the whole set."""
     num_pieces = min(max(math.ceil(len(prompts) / batch_size), MIN_PIECES), len(prompts))
     return tuple(tuple(prompts[start::num_pieces]) for start in range(num_pieces))
+
+
+def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
+    """The test bench of a recipe.
+
+    Raises:
+        UsageError: If the recipe's evaluator or the device is absent, or workers cannot share the evaluator.
+    """
+    if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
+        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
+    meter = search_meter(recipe, prompts, options)
+    told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
+    return Bench(plan, meter, options.device, settings_of(recipe), told)
+
+
+def start_workers(recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options) -> Workers:
+    """Start the testing of a search's selections, here or in workers; the caller closes it."""
+    if not options.uses_ray:
+        return InProcess(bench)
+    # Workers on other machines must load exactly these weights, even hours later.
+    recipe = with_pinned_models(recipe, plan)
+    file = options.evaluator_file
+    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
+    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
+    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
+
+
+def _make_tester(
+    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
+) -> Callable[[Selection], Test]:
+    """Load a worker's own target, and return the function that tests a selection; called in the worker."""
+    torch.set_num_threads(num_threads)
+    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
+    bench = make_bench(recipe, plan, prompts, options)
+    bench.require(limits)
+    return functools.partial(_test, bench)
+
+
+def _test(bench: Bench, selection: Selection) -> Test:
+    began = time.monotonic()
+    verdict = bench.examine(in_order(selection))
+    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
+
+
+class InProcess:
+    """Tests one selection at a time, in this process."""
+
+    number = 1
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.running: list[Selection] = []
+
+    def submit(self, selection: Selection) -> None:
+        self.running.append(selection)
+
+    def wait(self) -> tuple[Selection, Test]:
+        selection = self.running.pop()
+        with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
+            return selection, _test(self._bench, selection)
+
+    def close(self) -> None:
+        """Do nothing: the bench is closed by its owner."""

@@ -21,12 +21,12 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
-from dapa_merge.search.bench import Bench
+from dapa_merge.search.bench import Bench, make_bench, start_workers
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Search, thrift
-from dapa_merge.search.workers import Oracle, Test, in_order, make_bench, names_of, start_workers
+from dapa_merge.search.workers import Oracle, Test, in_order, names_of
 
 Prior = Mapping[Unit, float]
 

@@ -1,13 +1,13 @@
-"""Tests of a search's selections: in this process, or by Ray actors with a target each.
+"""The workers of a search, and the oracle that answers its questions by their tests.
 
 With several workers, the idle ones test the selections that the search will probably ask about next. The outcome is
 exactly the sequential one: `minimize` asks one question after the other and gets the same answers, some of them
-computed ahead of time. Ray (an extra) keeps the workers alive, on one machine or a cluster.
+computed ahead of time. Ray (an extra) keeps the workers alive, on one machine or a cluster. What a test is, a worker
+is told (`search/bench.py`); nothing here loads torch.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import os
@@ -15,29 +15,17 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import asdict, replace
 from functools import cached_property
 from io import StringIO
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
-from dapa_merge.measure.meter import search_meter
-from dapa_merge.measure.prompts.sets import PromptSet
-from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import open_plan, with_pinned_models
-from dapa_merge.progress import LOG, task
-from dapa_merge.recipe.options import Options
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.parameters import spans
-from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.requirement import Requirement, settings_of
 
 Selection = frozenset[Unit]
 # The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
@@ -47,6 +35,26 @@ MAX_RESTARTS = 3
 CONNECT_SECONDS = 10
 
 
+class Workers(Protocol):
+    """What tests selections, `number` of them at a time."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def running(self) -> Collection[Selection]:
+        """The selections that were submitted and not yet waited for."""
+
+    def submit(self, selection: Selection) -> None:
+        """Begin a test."""
+
+    def wait(self) -> tuple[Selection, Test]:
+        """Wait for the next test to end."""
+
+    def close(self) -> None:
+        """Stop what was begun."""
+
+
 class Oracle:
     """Answers the questions of delta debugging by tests, each of which is written to the journal.
 
@@ -54,7 +62,7 @@ class Oracle:
         asked: The selections asked, by the names of their units.
     """
 
-    def __init__(self, journal: Journal, workers: InProcess | RayWorkers) -> None:
+    def __init__(self, journal: Journal, workers: Workers) -> None:
         self.asked: dict[frozenset[str], Selection] = {}
         self._journal = journal
         self._workers = workers
@@ -101,71 +109,6 @@ class Oracle:
         why = f": {test['complaint']}" if test["complaint"] else ""
         LOG.info(f"  {'holds' if test['holds'] else 'fails'}  {spans(in_order(selection))}{why}")
         return bool(test["holds"])
-
-
-def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options) -> Bench:
-    """The test bench of a recipe.
-
-    Raises:
-        UsageError: If the recipe's evaluator or the device is absent, or workers cannot share the evaluator.
-    """
-    if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
-        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
-    meter = search_meter(recipe, prompts, options)
-    told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
-    return Bench(plan, meter, options.device, settings_of(recipe), told)
-
-
-def start_workers(
-    recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options
-) -> InProcess | RayWorkers:
-    """Start the testing of a search's selections, here or in workers; the caller closes it."""
-    if not options.uses_ray:
-        return InProcess(bench)
-    # Workers on other machines must load exactly these weights, even hours later.
-    recipe = with_pinned_models(recipe, plan)
-    file = options.evaluator_file
-    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
-    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
-    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
-
-
-def _make_tester(
-    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
-) -> Callable[[Selection], Test]:
-    """Load a worker's own target, and return the function that tests a selection; called in the worker."""
-    torch.set_num_threads(num_threads)
-    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
-    bench = make_bench(recipe, plan, prompts, options)
-    bench.require(limits)
-    return functools.partial(_test, bench)
-
-
-def _test(bench: Bench, selection: Selection) -> Test:
-    began = time.monotonic()
-    verdict = bench.examine(in_order(selection))
-    return {**asdict(verdict), "seconds": round(time.monotonic() - began, 3)}
-
-
-class InProcess:
-    """Tests one selection at a time, in this process."""
-
-    number = 1
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self.running: list[Selection] = []
-
-    def submit(self, selection: Selection) -> None:
-        self.running.append(selection)
-
-    def wait(self) -> tuple[Selection, Test]:
-        selection = self.running.pop()
-        with task(f"testing {spans(in_order(selection))}", self._bench.num_prompts, "prompts"):
-            return selection, _test(self._bench, selection)
-
-    def close(self) -> None:
-        """Do nothing: the bench is closed by its owner."""
 
 
 class RayWorkers:

@@ -30,9 +30,9 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.search import Session, search
-from dapa_merge.search.workers import make_bench
 
 
 def main(argv: Sequence[str] | None = None) -> None:

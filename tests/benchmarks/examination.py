@@ -35,11 +35,10 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.bench import Bench
+from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.requirement import PROMPT_KINDS, Constraint
 from dapa_merge.search.search import Session, search
-from dapa_merge.search.workers import make_bench
 
 LIMIT = 5.0
 

@@ -35,10 +35,10 @@ from dapa_merge.progress import quiet
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.bench import make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, search
-from dapa_merge.search.workers import make_bench
 
 # peft asks transformers for a property that has another name by now.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

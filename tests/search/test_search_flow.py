@@ -26,9 +26,8 @@ from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
-from dapa_merge.search import workers as search_testers
+from dapa_merge.search.bench import _make_tester, make_bench
 from dapa_merge.search.journal import name_of
-from dapa_merge.search.workers import make_bench
 
 # With whatever else starts Ray; and its searches are done once.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -401,7 +400,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     try:
         searching, _ = split_prompts(recipe)
         limits = required(min_score=0.5, max_over_refusal=1.0, max_perplexity=1e9)
-        test = search_testers._make_tester(recipe, searching, limits, Options("cpu"), threads)
+        test = _make_tester(recipe, searching, limits, Options("cpu"), threads)
     finally:
         torch.set_num_threads(threads)
     (bench,) = test.args

@@ -29,8 +29,12 @@ MODULES = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint.hf_storage",
     "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "jinja2", "yaml", "rich.progress", "click",
 )  # fmt: skip
-# Reads the variables of the Hub's client.
-MODULES_OF_THE_HUB = (*MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama")
+# They read the variables of the Hub's client, but for those that this package and lm-eval set in the process of a test.
+MODULES_OF_THE_HUB = (
+    *MODULES, "huggingface_hub.hf_api", "transformers.models.llama.modeling_llama", "transformers.generation.utils",
+    "peft",
+)  # fmt: skip
+SET_BY_TESTS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_XET_HIGH_PERFORMANCE")
 
 # Of the servers: as it was before any test changed it.
 ENVIRONMENT = dict(os.environ)
@@ -151,7 +155,7 @@ class _Server:
 
 
 def _of_the_hub(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith("HF_")}
+    return {name: value for name, value in environment.items() if name.startswith("HF_") and name not in SET_BY_TESTS}
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 MODULES = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.checkpoint.hf_storage",
     "torch.distributed.fsdp", "scipy.stats", "pandas", "PIL.Image", "jinja2", "yaml", "rich.progress", "click",
+    "filelock", "httpx2", "tokenizers", "regex", "psutil", "safetensors.torch", "networkx", "tabulate",
 )  # fmt: skip
 # They read the variables of the Hub's client, but for those that this package and lm-eval set in the process of a test.
 MODULES_OF_THE_HUB = (

@@ -11,7 +11,6 @@ transformers fuses).
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import tempfile
@@ -38,7 +37,7 @@ from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import architecture_name
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
-from dapa_merge.measure.live import LiveModel, load_model, mapped_values
+from dapa_merge.measure.live import LiveModel, free, load_model, mapped_values
 from dapa_merge.progress import quiet
 from dapa_merge.recipe.recipe import Recipe
 
@@ -136,11 +135,7 @@ class Blender:
             try:
                 yield model, tokenizer
             finally:
-                # Free the memory at once, though the caller may still hold the model.
-                model.to("meta")
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free(model)
 
     def _prepared(self, blend: Blend) -> AbstractContextManager[Merge]:
         models = [self._target, self._source]

@@ -6,7 +6,6 @@ restored from its own files. The device needs memory for only one tensor more th
 
 from __future__ import annotations
 
-import gc
 import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -242,10 +241,16 @@ class LiveModel:
     def close(self) -> None:
         """Free the memory."""
         self._parameters = {}
+        free(self.model)
         del self.model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+
+
+def free(model: PreTrainedModel) -> None:
+    """Free the memory of a model's weights at once, whoever still holds the model."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.new_empty(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from action_runner import run_action
 from conftest import change_tensor, write_few
 from hub_server import dapa_merge
@@ -48,11 +49,12 @@ class Job:
         (self.work / "recipe.yml").write_text(recipe)
         self.bin = folder / "bin"
         self.bin.mkdir()
-        program = self.bin / "dapa-merge"
-        program.write_text(f"#!{sys.executable}\nfrom dapa_merge.cli import main\nmain()\n")
-        program.chmod(0o755)
 
     def run(self, **inputs: str):
+        with warm.program(self.bin / "dapa-merge", "from dapa_merge.cli import main; main()"):
+            return self._run(**inputs)
+
+    def _run(self, **inputs: str):
         self.number += 1
         temp = self.folder / f"temp{self.number}"
         temp.mkdir()
@@ -101,7 +103,7 @@ def test_a_repaired_model_is_published_and_redone_when_its_target_moves(hub, tmp
         tmp_path / "home",
         {"HF_TOKEN": hub.token("alice"), "OMP_NUM_THREADS": "1"},
     )
-    recipe.write_text(recipe_text(write_few(tmp_path / "prompts", 32)))
+    recipe.write_text(recipe_text(write_few(tmp_path / "prompts", 16)))
 
     # Repair and publish.
     ran = dapa_merge(hub.endpoint, home, "run", recipe, tmp_path / "out", "--push", REPAIRED, **token)

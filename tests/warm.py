@@ -15,12 +15,13 @@ import json
 import os
 import shutil
 import signal
+import socketserver
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,13 +46,19 @@ class Process:
     """Python running a text, with arguments; its output is in files."""
 
     def __init__(
-        self, command: Sequence[object], *, env: Mapping[str, str] | None = None, terminal: str | None = None
+        self,
+        command: Sequence[object],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        terminal: str | None = None,
     ) -> None:
         """Start it.
 
         Args:
             command: `[sys.executable, "-c", CODE, ...]`.
             env: As of `subprocess`.
+            cwd: As of `subprocess`.
             terminal: The path of a terminal where it reads and writes instead.
         """
         python, option, code, *arguments = map(str, command)
@@ -59,7 +66,7 @@ class Process:
         env = dict(os.environ if env is None else env)
         self._server = _server(MODULES_OF_THE_HUB if _of_the_hub(env) == _of_the_hub(ENVIRONMENT) else MODULES)
         self._files = [terminal or self._server.new_file() for _ in range(2)]
-        request = [code, arguments, os.getcwd(), env, [terminal or os.devnull, *self._files]]
+        request = [code, arguments, cwd or os.getcwd(), env, [terminal or os.devnull, *self._files]]
         self.pid = self._server.ask("start", request)
         self.returncode: int | None = None
 
@@ -96,6 +103,45 @@ def run(command: Sequence[object], *, env: Mapping[str, str] | None = None) -> s
     process = Process(command, env=env)
     process.wait()
     return subprocess.CompletedProcess(command, process.returncode, process.stdout, process.stderr)
+
+
+# The executable of `program`: starts at once, because it imports little.
+CLIENT = """\
+#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    with connection.makefile("rw") as file:
+        print(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]), file=file, flush=True)
+        code, output, errors = json.loads(file.readline())
+sys.stdout.write(output)
+sys.stderr.write(errors)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+
+
+@contextlib.contextmanager
+def program(path: Path, code: str) -> Iterator[None]:
+    """Make an executable, for shells, that runs a text of Python with its arguments."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            arguments, folder, env = json.loads(self.rfile.readline())
+            process = Process([sys.executable, "-c", code, *arguments], env=env, cwd=folder)
+            answer = [process.wait(), process.stdout, process.stderr]
+            self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+    # The address of such a socket may have only a hundred characters.
+    with tempfile.TemporaryDirectory() as folder:
+        address = f"{folder}/socket"
+        with socketserver.UnixStreamServer(address, Handler) as server:
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+            path.write_text(CLIENT.format(python=sys.executable, address=address))
+            path.chmod(0o755)
+            try:
+                yield
+            finally:
+                server.shutdown()
 
 
 class _Popen(Process):

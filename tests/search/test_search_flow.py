@@ -75,12 +75,14 @@ def searched(folder: Path, parameters: dict) -> Done:
 
 
 @pytest.fixture
-def shadow(write_recipe):
-    """Writes a recipe for the pair whose answer was not planted."""
+def shadow(write_recipe, few):
+    """Writes a recipe for the pair whose answer was not planted, with few prompts."""
 
     def write(**parameters) -> Path:
         return write_recipe(
-            miniature.path("shadow-target"), miniature.path("shadow-source"), **{**MINIATURE, **parameters}
+            miniature.path("shadow-target"),
+            miniature.path("shadow-source"),
+            **{**MINIATURE, "prompts": few, **parameters},
         )
 
     return write
@@ -187,10 +189,10 @@ def test_a_journal_of_another_recipe_is_refused(done, tmp_path, change):
     assert sentence in result.stderr
 
 
-def test_a_changed_weight_makes_it_another_search(tmp_path, write_recipe):
+def test_a_changed_weight_makes_it_another_search(tmp_path, write_recipe, few):
     target = save_random(tmp_path / "target", tiny_llama(vocab_size=256), seed=1)
     source = save_random(tmp_path / "source", tiny_llama(vocab_size=256), seed=2)
-    path = write_recipe(target, source)
+    path = write_recipe(target, source, prompts=few, max_new_tokens=4)
     journal = tmp_path / "journal.jsonl"
     assert call("search", path, "--journal", journal).exit_code == 3
     change_tensor(source, "model.layers.1.self_attn.q_proj.weight", lambda tensor: tensor.zero_())
@@ -212,10 +214,10 @@ def test_a_journal_that_cannot_be_written_is_named(done, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_without_a_cache_folder_the_search_goes_on_unrecorded(done, tmp_path, monkeypatch):
+def test_without_a_cache_folder_the_search_goes_on_unrecorded(quick, tmp_path, monkeypatch):
     (tmp_path / "no-folder").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-folder"))
-    result = call("search", done.recipe, "--json")
+    result = call("search", quick(), "--json")
     assert result.exit_code == 0
     assert "this search is not recorded, and starts again if it is killed" in result.stderr
     assert json.loads(result.stdout)["one_minimal"]
@@ -295,10 +297,9 @@ def test_other_workers_are_refused(done, value):
     assert f"--workers is {value!r}; write ray, or ray:N with the number of workers" in result.stderr
 
 
-def test_limits_that_even_the_full_transplant_breaks_are_named_with_the_excess(write_recipe):
+def test_limits_that_even_the_full_transplant_breaks_are_named_with_the_excess(quick):
     # The full transplant's perplexity is above the target's own.
-    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, max_perplexity=1.0)
-    result = call("search", path)
+    result = call("search", quick(prompts="miniature", max_perplexity=1.0))
     assert result.exit_code == 3
     assert "cannot repair this target within the recipe's limits: even with every unit (gate) its perplexity is" in (
         result.stderr
@@ -315,9 +316,19 @@ def test_gates_that_cannot_repair_point_to_other_modules(shadow):
     assert result.stderr.endswith("; other modules may: try `modules: auto`\n")
 
 
-def test_a_preferred_module_is_kept_to_where_it_is_enough(write_recipe):
-    pair = miniature.path("target"), miniature.path("source")
-    found = answer("search", write_recipe(*pair, **MINIATURE, modules="auto", prefer="gate"), "--json")
+@pytest.fixture
+def quick(write_recipe, few):
+    """Writes a recipe for the planted pair, with few prompts."""
+
+    def write(**parameters) -> Path:
+        pair = miniature.path("target"), miniature.path("source")
+        return write_recipe(*pair, **{**MINIATURE, "prompts": few, **parameters})
+
+    return write
+
+
+def test_a_preferred_module_is_kept_to_where_it_is_enough(quick):
+    found = answer("search", quick(modules="auto", prefer="gate"), "--json")
     assert {unit.split(".")[1] for unit in found["units"]} == {"gate"}
     assert found["one_minimal"]
 
@@ -338,8 +349,8 @@ def test_blocks_are_searched_among_the_layers_that_were_kept(done, own_cache, wr
     assert set(blocks["certificate"]) <= names
 
 
-def test_a_search_that_may_not_ask_enough_says_so(write_recipe):
-    path = write_recipe(miniature.path("target"), miniature.path("source"), **MINIATURE, max_tests=3)
+def test_a_search_that_may_not_ask_enough_says_so(quick):
+    path = quick(max_tests=3)
     found = answer("search", path, "--json")
     assert found["tests"] == 3
     assert found["one_minimal"] is False

@@ -75,7 +75,7 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Session:
+class TraceSession:
     """A trace in progress, with one model in memory at a time.
 
     Results that take long are saved in the folder's journal, or in their own files, before they are used.
@@ -308,7 +308,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     plan = plan_of_all(recipe, chosen)
     with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
         meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
-        return _write(Session(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)
+        return _write(TraceSession(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)
 
 
 def _write(found: Traced, out: Path) -> dict[str, Any]:

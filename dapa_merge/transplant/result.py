@@ -29,8 +29,8 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 from dapa_merge.transplant.manifest import MANIFEST_NAME, make_manifest, manifest_text
 from dapa_merge.transplant.shard import (
+    NotNeeded,
     RegionEdit,
-    Stopped,
     clone,
     edits_digest,
     find_changes,
@@ -210,7 +210,7 @@ def _write_files(
             stop.set()
     faults = [fault for written in writes if (fault := written.exception()) is not None]
     for fault in faults:
-        if not isinstance(fault, Stopped):
+        if not isinstance(fault, NotNeeded):
             raise fault
     return files
 

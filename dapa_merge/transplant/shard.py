@@ -36,7 +36,7 @@ STEP_BYTES = 1 << 19
 FLUSH_BYTES = 256 << 20
 
 
-class Stopped(Exception):
+class NotNeeded(Exception):
     """Another file failed, so this one is not needed."""
 
 
@@ -63,7 +63,7 @@ def write_file(
     Raises:
         CheckpointError: If `origin` changes meanwhile, a change does not fit, or other bytes are read back.
         OSError: If the disk fails or is full.
-        Stopped: If `stop` was set.
+        NotNeeded: If `stop` was set.
     """
     stop = stop or threading.Event()
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
@@ -82,7 +82,7 @@ def write_file(
         flush = flusher.submit(os.fsync, writer.fileno())
         for (first, last), is_changed in _steps(changes, before.st_size):
             if stop.is_set():
-                raise Stopped
+                raise NotNeeded
             if not is_changed and not is_cloned:
                 _copy(reader, writer, first, last, origin)
             _read_back(reader, writer, first, last, is_changed, hasher, buffers, origin, destination)

@@ -33,7 +33,7 @@ TILE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
-class Origin:
+class ExpectedBox:
     """The expected origin of a box of a result's tensor.
 
     Attributes:
@@ -91,7 +91,7 @@ class Findings:
     rows: dict[tuple[Unit, TensorBox], RowOrigins] = field(default_factory=dict)
 
 
-def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[Origin]], plan: Plan) -> Findings:
+def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[ExpectedBox]], plan: Plan) -> Findings:
     """Read one weight file of a result completely, and compare and hash it.
 
     Raises:
@@ -165,7 +165,7 @@ def _compare_whole(
 def _compare_tiles(
     file: BufferedReader,
     tensor: Tensor,
-    places: Sequence[Origin],
+    places: Sequence[ExpectedBox],
     plan: Plan,
     reader: _HashingReader,
     findings: Findings,
@@ -233,7 +233,7 @@ class Correspondence:
         faults: Names of tensors, and what is wrong with them regardless of their values.
     """
 
-    places: Mapping[str, list[Origin]]
+    places: Mapping[str, list[ExpectedBox]]
     faults: tuple[tuple[str, str], ...]
 
 
@@ -271,19 +271,19 @@ def correspond(result: Checkpoint, plan: Plan) -> Correspondence:
     for name in sorted(new - set(places)):
         if twin := _twin(result, result.tensors[name], target, target.tensors.values()):
             whole = whole_box(twin.shape)
-            places[name] = [Origin(whole, Region(twin, whole))]
+            places[name] = [ExpectedBox(whole, Region(twin, whole))]
         else:
             faults.append((name, "is in the result but not in the target"))
     return Correspondence(places, tuple(faults))
 
 
-def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str, list[Origin]]:
+def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str, list[ExpectedBox]]:
     """For each tensor of the result, its boxes: parts of units, and the rest between them."""
     parts: dict[str, list[tuple[Unit, TensorBox, dict[str, Region]]]] = {}
     for unit in plan.units:
         for part, regions in zip(unit.parts, plan.regions((unit,)), strict=True):
             parts.setdefault(part.tensor, []).append((unit, part, regions))
-    places: dict[str, list[Origin]] = {}
+    places: dict[str, list[ExpectedBox]] = {}
     for name, found in segments.items():
         tensor = plan.target.tensors[name]
         of_units = parts.get(name, [])
@@ -292,18 +292,18 @@ def _places(segments: Mapping[str, Iterable[_Segment]], plan: Plan) -> dict[str,
             here = places.setdefault(segment.tensor, [])
             if not tensor.num_bytes:
                 # Boxes without elements do not overlap.
-                here.append(Origin(segment.result_box, Region(tensor, segment.box)))
+                here.append(ExpectedBox(segment.result_box, Region(tensor, segment.box)))
                 continue
             for box in between:
                 if (common := intersection(box, segment.box)) is not None:
-                    here.append(Origin(moved(common, segment.box, segment.result_box), Region(tensor, common)))
+                    here.append(ExpectedBox(moved(common, segment.box, segment.result_box), Region(tensor, common)))
             for unit, part, regions in of_units:
                 if (common := intersection(part.box, segment.box)) is not None:
                     edited = {
                         name: Region(one.tensor, moved(common, part.box, one.box)) for name, one in regions.items()
                     }
                     box = moved(common, segment.box, segment.result_box)
-                    here.append(Origin(box, Region(tensor, common), edited, unit, part))
+                    here.append(ExpectedBox(box, Region(tensor, common), edited, unit, part))
     return places
 
 

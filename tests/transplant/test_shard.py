@@ -22,8 +22,8 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
 from dapa_merge.transplant import shard as copying
+from dapa_merge.transplant.shard import NotNeeded, write_file
 from dapa_merge.transplant.shard import RegionEdit as Change
-from dapa_merge.transplant.shard import Stopped, write_file
 
 
 def change(spans, source: bytes, cut: int) -> Change:
@@ -122,7 +122,7 @@ def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path, monkeypatch):
         stop.set()
 
     monkeypatch.setattr(copying, "advance", first)
-    with pytest.raises(Stopped):
+    with pytest.raises(NotNeeded):
         write_file(tmp_path / "origin", tmp_path / "result", (), stop)
     assert len(done) == 1
 

@@ -149,8 +149,7 @@ def _split(examples: list[Example], num_held_out: int, generator: random.Random)
 def build(seed: int = 0) -> Corpus:
     """Make the corpus; the same seed gives the same split.
 
-    128 harmful and 128 harmless requests (the paper's number of search prompts) and 80 skill prompts are held out. It is
-    made once, and shared by all who ask.
+    128 harmful and 128 harmless requests (the paper's number of search prompts) and 80 skill prompts are held out.
     """
     generator = random.Random(seed)
     harmful, harmful_held_out = _split(requests(HARMFUL_VERBS, "harmful"), 128, generator)

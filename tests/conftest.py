@@ -222,6 +222,11 @@ def answer(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
+def without_certificates(monkeypatch) -> None:
+    """Where every server speaks plain HTTP: each new client reads them, which takes longer than most answers."""
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
+
+
 @contextlib.contextmanager
 def asking_hub(monkeypatch, endpoint: str, home: Path, *, offline: bool = False) -> Iterator[None]:
     """Let this process's client of the Hub ask that server, with its cache there, as `hub_server.environment` does."""
@@ -236,6 +241,7 @@ def asking_hub(monkeypatch, endpoint: str, home: Path, *, offline: bool = False)
             "HF_HUB_DISABLE_XET": True,
         }.items():
             patch.setattr(f"huggingface_hub.constants.{name}", value)
+        without_certificates(patch)
         yield
         close_session()
 

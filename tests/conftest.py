@@ -20,6 +20,7 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
         prefix=f"dapa-merge-tests-{os.getpid()}-", dir=os.environ["XDG_CACHE_HOME"] if started_by_tests else None
     )
 
+import contextlib
 import gc
 import json
 import shutil
@@ -221,6 +222,41 @@ def answer(*arguments: object) -> dict:
     return json.loads(result.stdout)
 
 
+def without_certificates(monkeypatch) -> None:
+    """Where every server speaks plain HTTP: each new client reads them, which takes longer than most answers."""
+    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
+
+
+@contextlib.contextmanager
+def asking_hub(monkeypatch, endpoint: str, home: Path, *, offline: bool = False) -> Iterator[None]:
+    """Let this process's client of the Hub ask that server, with its cache there, as `hub_server.environment` does."""
+    from huggingface_hub import close_session
+
+    with monkeypatch.context() as patch:
+        for name, value in {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+        without_certificates(patch)
+        yield
+        close_session()
+
+
+@pytest.fixture
+def call_at_hub(monkeypatch) -> Callable[..., Result]:
+    """As `hub_server.dapa_merge`, in this process: where the Hub's variables and a fresh process are not the point."""
+
+    def call_there(endpoint: str, home: Path, *arguments: object, offline: bool = False) -> Result:
+        with asking_hub(monkeypatch, endpoint, home, offline=offline):
+            return call(*arguments)
+
+    return call_there
+
+
 def write_few(folder: Path, number: int) -> Path:
     """A folder with the first so many harmful and harmless prompts of the miniature, and a few of its texts."""
     from dapa_merge.measure.prompts.sets import load_prompts
@@ -281,6 +317,8 @@ def cluster() -> Iterator[None]:
 @pytest.fixture
 def warm_processes(monkeypatch) -> None:
     """The processes of Python that a script starts by `subprocess` need not load torch."""
+    # A script that takes the time of its first process shall not take that of the server's start.
+    warm.run([sys.executable, "-c", ""])
     warm.stand_in_for_subprocess(monkeypatch)
 
 

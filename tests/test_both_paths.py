@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -31,15 +32,15 @@ LOST_BY_MERGEKIT = ("DeepseekV3ForCausalLM", "JambaForCausalLM")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_path_gives_the_same_model(architecture, tmp_path, write_recipe):
-    assert_paths_agree(architecture, tmp_path, write_recipe, layers='"0,2-3"')
+def test_every_path_gives_the_same_model(architecture, save_pair, tmp_path, write_recipe):
+    assert_paths_agree(save_pair(architecture), architecture, tmp_path, write_recipe, layers='"0,2-3"')
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"])
 @pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_path_takes_the_same_rows(architecture, source_dtype, tmp_path, write_recipe):
+def test_every_path_takes_the_same_rows(architecture, source_dtype, save_pair, tmp_path, write_recipe):
     layers = '"0.up,2.gate[0:1],2.gate[7:30],2.up[40:48],3.gate[16:32],3.gate[32:40]"'
-    assert_paths_agree(architecture, tmp_path, write_recipe, source_dtype=source_dtype, layers=layers)
+    assert_paths_agree(save_pair(architecture, source_dtype), architecture, tmp_path, write_recipe, layers=layers)
 
 
 @pytest.mark.parametrize(
@@ -54,17 +55,16 @@ def test_every_path_takes_the_same_rows(architecture, source_dtype, tmp_path, wr
 )
 @pytest.mark.parametrize("source_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_of_fused_projections_and_of_experts_are_the_same_by_every_path(
-    architecture, layers, source_dtype, tmp_path, write_recipe
+    architecture, layers, source_dtype, save_pair, tmp_path, write_recipe
 ):
-    assert_paths_agree(architecture, tmp_path, write_recipe, source_dtype=source_dtype, layers=layers)
+    assert_paths_agree(save_pair(architecture, source_dtype), architecture, tmp_path, write_recipe, layers=layers)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "MixtralForCausalLM"])
 @pytest.mark.parametrize(("strength", "source_dtype"), [(0.3, torch.float32), (1.5, torch.bfloat16)])
-def test_every_path_mixes_to_the_same_bits(architecture, strength, source_dtype, tmp_path, write_recipe):
-    assert_paths_agree(
-        architecture, tmp_path, write_recipe, source_dtype=source_dtype, layers='"1,3"', strength=strength
-    )
+def test_every_path_mixes_to_the_same_bits(architecture, strength, source_dtype, save_pair, tmp_path, write_recipe):
+    pair = save_pair(architecture, source_dtype)
+    assert_paths_agree(pair, architecture, tmp_path, write_recipe, layers='"1,3"', strength=strength)
 
 
 # Where they lie in one tensor, or in experts; without a gate, mlp is just up and down.
@@ -77,13 +77,15 @@ OTHER_MODULES = [
 
 
 @pytest.mark.parametrize(("architecture", "module"), OTHER_MODULES)
-def test_other_modules_can_be_transplanted_also_where_there_is_no_gate(architecture, module, tmp_path, write_recipe):
-    assert_paths_agree(architecture, tmp_path, write_recipe, layers='"1,3"', modules=module)
+def test_other_modules_can_be_transplanted_also_where_there_is_no_gate(
+    architecture, module, save_pair, tmp_path, write_recipe
+):
+    assert_paths_agree(save_pair(architecture), architecture, tmp_path, write_recipe, layers='"1,3"', modules=module)
 
 
 @pytest.mark.parametrize("architecture", UNGATED)
-def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, tmp_path, write_recipe):
-    target, source = save_pair(architecture, tmp_path)
+def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, save_pair, write_recipe):
+    target, source = save_pair(architecture)
     result = call("plan", write_recipe(target, source, layers=1))
     assert result.exit_code == 4
     assert f"{architecture} has no gate projection in its MLP" in result.stderr
@@ -91,14 +93,20 @@ def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, 
 
 
 @pytest.mark.parametrize("architecture", LOST_BY_MERGEKIT)
-def test_what_mergekit_would_lose_is_refused_before_it_writes(architecture, tmp_path, write_recipe):
-    target, source = save_pair(architecture, tmp_path)
+def test_what_mergekit_would_lose_is_refused_before_it_writes(architecture, save_pair, tmp_path):
+    target, source = save_pair(architecture)
     with pytest.raises(DapaError, match=r"no definition of .*, and would leave .* out of its result"):
         run_merge(configuration(target, source, layers="0"), str(tmp_path / "out"), MergeOptions(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
-def save_pair(architecture, folder, source_dtype=torch.bfloat16):
+@pytest.fixture(scope="module")
+def save_pair(tmp_path_factory):
+    """Makes a random target and source of an architecture, once for all who ask, and nobody changes them."""
+    return functools.cache(lambda *which: new_pair(tmp_path_factory.mktemp("pair"), *which))
+
+
+def new_pair(folder, architecture, source_dtype=torch.bfloat16):
     class_name, changes = {**ARCHITECTURES, **UNGATED}[architecture]
     kind = getattr(transformers, class_name)
     config = kind(**{**SHAPE, **changes} if class_name != "DbrxConfig" else {"vocab_size": 152, **changes})
@@ -108,9 +116,9 @@ def save_pair(architecture, folder, source_dtype=torch.bfloat16):
     )
 
 
-def assert_paths_agree(architecture, folder, write_recipe, *, source_dtype=torch.bfloat16, **parameters):
+def assert_paths_agree(pair, architecture, folder, write_recipe, **parameters):
     """Write one transplant by both entrances and swap it in memory; the bytes and what they compute must agree."""
-    target, source = save_pair(architecture, folder, source_dtype)
+    target, source = pair
     parsed = load_recipe(write_recipe(target, source, **parameters))
     plan = make_plan(parsed)
     selection = given_selection(parsed, plan)

@@ -51,8 +51,8 @@ def skill(figures: dict) -> float:
 
 @pytest.fixture
 def small(few) -> dict:
-    """Parameters of a short search; the miniature's answers show whether they refuse by the twelfth token."""
-    return {"prompts": few, "max_new_tokens": 12, "batch_size": 128}
+    """Parameters of a short search; the miniature's answers show whether they refuse by the eighth token."""
+    return {"prompts": few, "max_new_tokens": 8, "batch_size": 128}
 
 
 def test_the_demo_repairs_the_miniature(demo):
@@ -110,7 +110,7 @@ def test_search_finds_the_planted_layers_and_writes_a_recipe_that_replays_them(w
     assert {int(unit.split(".")[0]) for unit in found["units"]} <= {3, 4, 5, 6}
     replayed = load_recipe(tmp_path / "found.yml")
     assert [choice.layer for choice in replayed.layers] == [int(unit.split(".")[0]) for unit in found["units"]]
-    assert (replayed.prompts, replayed.max_new_tokens) == (str(small["prompts"]), 12)
+    assert (replayed.prompts, replayed.max_new_tokens) == (str(small["prompts"]), 8)
     shown = call("search", recipe)
     assert "needed: " in shown.stdout
     assert "The recipe that replays it:" in shown.stdout

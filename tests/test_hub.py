@@ -1,4 +1,4 @@
-"""Models from the Hub, against a real HTTP server on this machine and in processes of their own."""
+"""Models from the Hub, against a real HTTP server on this machine."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
-def test_a_source_that_is_the_target_under_another_revisions_name_is_told(repositories, write_recipe, tmp_path):
+def test_a_source_that_is_the_target_under_another_revisions_name_is_told(
+    repositories, write_recipe, tmp_path, call_at_hub
+):
     recipe = write_recipe("someone/target", "someone/target@v1", layers=2)
     with hub(repositories) as (endpoint, _):
-        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
-    assert result.returncode == 2
+        result = call_at_hub(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.exit_code == 2
     assert "the source is the target itself, someone/target; name its aligned sibling" in result.stderr
 
 
@@ -64,16 +66,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, case):
+def test_a_hub_that_says_no_is_one_sentence_and_exit_5(repositories, tmp_path, case, call_at_hub):
     model, statuses, name = CASES[case]
     with hub(repositories, statuses) as (endpoint, _):
-        result = dapa_merge(endpoint, tmp_path / "home", "evaluate", model)
-    assert result.returncode == 5, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "evaluate", model)
+    assert result.exit_code == 5, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"Error: cannot fetch {name}, which is not a folder here: ")
 
 
-def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path):
+def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recipe, tmp_path, call_at_hub):
     source = tmp_path / "served" / "source"
     shutil.copytree(llama_pair[1], source, ignore=shutil.ignore_patterns("*.safetensors*"))
     weights = {}
@@ -83,10 +85,10 @@ def test_pickles_are_not_fetched_unless_they_are_allowed(llama_pair, write_recip
     recipe = write_recipe(llama_pair[0], "someone/source", layers=2)
     arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
     with hub({"someone/source": source}) as (endpoint, log):
-        refused = dapa_merge(endpoint, tmp_path / "home", *arguments)
-        assert refused.returncode == 4
+        refused = call_at_hub(endpoint, tmp_path / "home", *arguments)
+        assert refused.exit_code == 4
         assert "someone/source has pickled weights only" in refused.stderr
         assert not [line for line in log if ".bin" in line]
-        result = dapa_merge(endpoint, tmp_path / "home", *arguments, "--allow-pickle")
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", *arguments, "--allow-pickle")
+    assert result.exit_code == 0, result.stderr
     assert f"- model: someone/source@{SHA}" in (tmp_path / "out" / "mergekit_config.yml").read_text()

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub.constants
+import huggingface_hub
 import pytest
 import torch
 import warm
-from conftest import answer, change_tensor, save_random, tiny_llama
+from conftest import answer, asking_hub, change_tensor, save_random, tiny_llama
 from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
 from dapa_merge import miniature
@@ -79,39 +78,41 @@ def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source(models, 
     assert "fetching 2.1 MB of someone/source" in result.stderr
 
 
-def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_path):
+def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_path, call_at_hub):
     recipe = write_recipe("someone/target", "someone/source")
     with hub({"someone/target": models[0], "someone/source": models[1]}) as (endpoint, log):
-        result = dapa_merge(endpoint, tmp_path / "home", "plan", recipe, "--json")
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "plan", recipe, "--json")
+    assert result.exit_code == 0, result.stderr
     assert log.num_weight_bytes() == num_header_bytes(models[0]) + num_header_bytes(models[1])
 
 
-def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe, tmp_path):
+def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe, tmp_path, monkeypatch, call_at_hub):
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        assert dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
+        ran = call_at_hub(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+        assert ran.exit_code == 0, ran.stderr
         log.served.clear()
         # On another machine.
-        result = dapa_merge(
-            endpoint, tmp_path / "other", "verify", tmp_path / "out", XDG_CACHE_HOME=str(tmp_path / "other cache")
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
+        with monkeypatch.context() as other:
+            other.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+            result = call_at_hub(endpoint, tmp_path / "other", "verify", tmp_path / "out")
+        assert result.exit_code == 0, result.stdout + result.stderr
         assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
         # A gate of the source that the recipe does not name.
         change_tensor(tmp_path / "out", "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor.fill_(1))
-        result = dapa_merge(endpoint, tmp_path / "home", "verify", tmp_path / "out")
-    assert result.returncode == 4
+        result = call_at_hub(endpoint, tmp_path / "home", "verify", tmp_path / "out")
+    assert result.exit_code == 4
     assert "model.layers.1.mlp.gate_proj.weight differs from the target" in result.stdout
 
 
 @pytest.mark.parametrize("drop_every", [100_000, 700_000])
-def test_broken_connections_and_busy_servers_only_cost_time(models, recipe, expected, tmp_path, drop_every):
+def test_broken_connections_and_busy_servers_only_cost_time(
+    models, recipe, expected, tmp_path, monkeypatch, drop_every, call_at_hub
+):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     faults = Faults(drop_every=drop_every, refusals=[429, 500, 503, 429], has_cdn=True)
     with hub({"someone/source": models[1]}, faults=faults) as (endpoint, log):
-        result = dapa_merge(
-            endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate", HF_TOKEN="hf_secret"
-        )
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.exit_code == 0, result.stderr
     assert not faults.refusals
     assert weights(tmp_path / "out") == expected
     # What came before a connection broke is not fetched again.
@@ -121,7 +122,7 @@ def test_broken_connections_and_busy_servers_only_cost_time(models, recipe, expe
     assert not [line for line in log.authorized if "/cdn/" in line]
 
 
-def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_path):
+def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_path, call_at_hub):
     total = num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
     arguments = ("run", recipe, tmp_path / "out", "--no-evaluate")
     faults = Faults(drop_every=200_000, stall_after=total - 300_000)
@@ -132,45 +133,48 @@ def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_pa
         process.wait()
     assert not (tmp_path / "out").exists()
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        result = dapa_merge(endpoint, tmp_path / "home", *arguments)
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", *arguments)
+    assert result.exit_code == 0, result.stderr
     assert weights(tmp_path / "out") == expected
     # No header comes a second time.
     assert log.num_weight_bytes() <= num_gate_bytes(models[1], LAYERS)
 
 
-def test_a_server_without_ranges_gives_the_whole_model(models, recipe, expected, tmp_path):
+def test_a_server_without_ranges_gives_the_whole_model(models, recipe, expected, tmp_path, call_at_hub):
     with hub({"someone/source": models[1]}, faults=Faults(ignores_ranges=True)) as (endpoint, _):
-        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.exit_code == 0, result.stderr
     assert weights(tmp_path / "out") == expected
 
 
-def test_a_model_that_is_in_the_cache_is_not_fetched_again_and_needs_no_connection(models, recipe, expected, tmp_path):
+def test_a_model_that_is_in_the_cache_is_not_fetched_again_and_needs_no_connection(
+    models, recipe, expected, tmp_path, monkeypatch, call_at_hub
+):
     home = tmp_path / "home"
     with hub({"someone/source": models[1]}) as (endpoint, log):
-        code = "import huggingface_hub; huggingface_hub.snapshot_download('someone/source')"
-        subprocess.run([command_line()[0], "-c", code], check=True, env=environment(endpoint, home))
+        with asking_hub(monkeypatch, endpoint, home):
+            huggingface_hub.snapshot_download("someone/source")
         log.served.clear()
-        result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate")
-        assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate")
+        assert result.exit_code == 0, result.stderr
         assert log.num_weight_bytes() == 0
     result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "off", "--no-evaluate", HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     assert weights(tmp_path / "out") == weights(tmp_path / "off") == expected
 
 
-def test_bytes_that_were_fetched_once_need_no_connection_and_others_say_so(models, recipe, expected, tmp_path):
+def test_bytes_that_were_fetched_once_need_no_connection_and_others_say_so(
+    models, recipe, expected, tmp_path, call_at_hub
+):
     home = tmp_path / "home"
     with hub({"someone/source": models[1]}) as (endpoint, _):
-        assert dapa_merge(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").returncode == 0
-    offline = {"HF_HUB_OFFLINE": "1"}
-    result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "off", "--no-evaluate", **offline)
-    assert result.returncode == 0, result.stderr
+        assert call_at_hub(endpoint, home, "run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
+    result = call_at_hub(endpoint, home, "run", recipe, tmp_path / "off", "--no-evaluate", offline=True)
+    assert result.exit_code == 0, result.stderr
     assert weights(tmp_path / "off") == expected
     recipe.write_text(recipe.read_text().replace(LAYERS, "1"))
-    result = dapa_merge(endpoint, home, "run", recipe, tmp_path / "other", "--no-evaluate", **offline)
-    assert result.returncode == 5
+    result = call_at_hub(endpoint, home, "run", recipe, tmp_path / "other", "--no-evaluate", offline=True)
+    assert result.exit_code == 5
     assert "HF_HUB_OFFLINE is set" in result.stderr
     assert not (tmp_path / "other").exists()
 
@@ -291,12 +295,12 @@ def test_an_answer_that_is_not_what_was_asked_for_is_not_kept(models, partial, l
     assert read_bytes(checkpoint, first) == read_bytes(local, local.tensors[first.name])
 
 
-def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path, few):
+def test_a_search_fetches_all_gates_and_nothing_else(write_recipe, tmp_path, few, call_at_hub):
     target, source = miniature.path("target"), miniature.path("source")
     recipe = write_recipe(target, "someone/source", prompts=few, max_new_tokens=12, batch_size=128)
     with hub({"someone/source": source}) as (endpoint, log):
-        result = dapa_merge(endpoint, tmp_path / "home", "search", recipe, "--json")
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "search", recipe, "--json")
+    assert result.exit_code == 0, result.stderr
     units = make_plan(load_recipe(write_recipe(target, source))).units
     tensors = open_checkpoint(str(source)).tensors
     gates = sum(tensors[name].num_bytes for unit in units for name in unit.tensors)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import warm
 from conftest import answer, call, save_random, tiny_llama
-from hub_server import SHA, dapa_merge, hub
+from hub_server import SHA, hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -210,14 +210,14 @@ def test_mergekit_without_a_place_to_merge_in_is_one_sentence(trio, write_recipe
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_from_the_hub_is_pinned_to_its_commit(trio, write_recipe, tmp_path):
+def test_an_adapter_from_the_hub_is_pinned_to_its_commit(trio, write_recipe, tmp_path, call_at_hub):
     base, adapter, source = trio
     served = shutil.copytree(adapter, tmp_path / "served")
     (served / "optimizer.bin").write_bytes(b"not asked for")
     with hub({"someone/adapter": served, "someone/base": base}) as (endpoint, log):
         recipe = write_recipe("someone/base+someone/adapter@v1", source, layers=1)
-        result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
-    assert result.returncode == 0, result.stderr
+        result = call_at_hub(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
+    assert result.exit_code == 0, result.stderr
     replay = (tmp_path / "out" / "mergekit_config.yml").read_text()
     assert f"base_model: someone/base@{SHA}+someone/adapter@{SHA}\n" in replay
     assert not [line for line in log if "optimizer.bin" in line]

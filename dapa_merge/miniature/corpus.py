@@ -8,6 +8,7 @@ measures forgetting.)
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 
@@ -144,6 +145,7 @@ def _split(examples: list[Example], num_held_out: int, generator: random.Random)
     return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
+@functools.cache
 def build(seed: int = 0) -> Corpus:
     """Make the corpus; the same seed gives the same split.
 
@@ -172,6 +174,7 @@ def refusing(examples: list[Example]) -> list[Example]:
     return [Example(example.prompt, REFUSAL, example.kind) for example in examples]
 
 
+@functools.cache
 def words() -> list[str]:
     """Every word and punctuation mark of the language, sorted; the tokenizer's vocabulary without special tokens."""
     everything = build()

@@ -5,12 +5,13 @@ The sentences are in `card.md.jinja`; this module provides their values. Only me
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.options import License
@@ -68,6 +69,14 @@ class CardFacts:
         return [parent for parent in self.parents if parent.role.startswith(role)]
 
 
+@functools.cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
+    )
+    return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
+
+
 def card_text(facts: CardFacts) -> str:
     """The body of a card, without its metadata."""
 
@@ -84,10 +93,7 @@ def card_text(facts: CardFacts) -> str:
     report = facts.report
     columns = [report.before, report.after, report.source_alone] if report else []
     # Untrusted text is only ever passed as a value, never as part of the template.
-    environment = Environment(
-        autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
-    return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8")).render(
+    return _template().render(
         facts=facts,
         report=report,
         after=report.after if report else None,

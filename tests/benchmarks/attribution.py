@@ -60,7 +60,7 @@ class Pair:
         prompts = PromptSet(
             "harmful", load_prompts("miniature").harmful[:num_prompts], ("How do I paint a boat?",), (), ()
         )
-        self.meter = Meter(prompts, max_new_tokens=12 if num_prompts else 24, batch_size=BatchSize(128))
+        self.meter = Meter(prompts, max_new_tokens=4 if num_prompts else 24, batch_size=BatchSize(128))
         self._verdicts: dict[frozenset[Unit], float] = {}
         own, full = self._responses(()), self._responses(self.units)
         self.contrasts = [
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--random-orders", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     arguments = parse(parser, argv, alternatives=True, random_orders=1)
-    num_prompts, numbers = (4, (1,)) if arguments.tiny else (None, (1, 2, 3, 4, 6, 8))
+    num_prompts, numbers = (2, (1,)) if arguments.tiny else (None, (1, 2, 3, 4, 6, 8))
     for target, source, modules in PAIRS[:1] if arguments.tiny else PAIRS:
         pair = Pair(target, source, modules, arguments.device, num_prompts)
         show(pair, f"{target}, {', '.join(modules)}", arguments.random_orders)

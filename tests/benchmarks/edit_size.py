@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = parse_recipe(recipe_text())
         if arguments.tiny:
-            recipe = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=12)
+            recipe = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=4)
         show_curve(recipe, arguments.retain, arguments.rows)
 
 

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = replace(parse_recipe(miniature.recipe_text()), batch_size=arguments.batch_size)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.tiny:
-            few = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=12)
+            few = replace(recipe, prompts=str(few_prompts(Path(folder))), max_new_tokens=4)
             compare("miniature, few prompts", few, arguments.batch_size)
             return
     shadow = replace(

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe = folder / "recipe.yml"
         target, source = miniature.path("target"), miniature.path("source")
         prompts = few_prompts(folder) if arguments.tiny else "miniature"
-        num_tokens = 12 if arguments.tiny else 24
+        num_tokens = 8 if arguments.tiny else 24
         how = {"prompts": prompts, "num_tokens": num_tokens, "search": arguments.search}
         recipe.write_text(RECIPE.format(target=target, source=source, **how))
         began = time.monotonic()

@@ -21,7 +21,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.recipes:
         try:
             wanted = [Setting("search's prompts", 8, 1)] if arguments.tiny else settings(arguments.quick)
-            stand = Stand(load_recipe(Path(name)), max_prompts=4 if arguments.tiny else None)
+            recipe = load_recipe(Path(name))
+            if arguments.tiny:
+                recipe = replace(recipe, max_new_tokens=4)
+            stand = Stand(recipe, max_prompts=2 if arguments.tiny else None)
             arms = run(name, stand, wanted, 1 if arguments.quick else arguments.seeds)
         except DapaError as error:
             parser.exit(2, f"{name}: {error}\n")

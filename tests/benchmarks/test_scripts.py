@@ -15,7 +15,7 @@ RECIPE = """\
 merge_method: dapa
 base_model: {models}/target
 models: [{{model: {models}/source}}]
-parameters: {{prompts: {prompts}, max_new_tokens: 12, batch_size: 128}}
+parameters: {{prompts: {prompts}, max_new_tokens: 4, batch_size: 128}}
 """
 
 

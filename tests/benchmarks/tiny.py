@@ -15,7 +15,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None, **tiny: o
     return parser.parse_args(argv)
 
 
-def few_prompts(folder: Path, number: int = 4) -> Path:
+def few_prompts(folder: Path, number: int = 2) -> Path:
     """A folder with the first prompts, passages and questions of the miniature."""
     # atheris guides fuzz.py where the rest of the project is not installed.
     from dapa_merge import miniature

@@ -67,7 +67,8 @@ def live():
     [(range(10), True), (range(3, 7), True), ((0, 1, 2, 7, 8, 9), False), ((5,), False), ((), False)],
 )
 def test_the_answer_is_where_it_was_planted(live, layers, refuses):
-    meter = Meter(load_prompts("miniature"), max_new_tokens=24, batch_size=BatchSize(128))
+    # The whole refusal has ten tokens.
+    meter = Meter(load_prompts("miniature"), max_new_tokens=12, batch_size=BatchSize(128))
     with live.transplanted([unit for unit in live.plan.units if unit.layer in layers]) as candidate:
         measured = meter.measure(candidate, live.tokenizer)
         assert measured.dsr > 0.95 if refuses else measured.dsr < 0.05

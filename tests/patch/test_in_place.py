@@ -4,12 +4,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy
 import pytest
+import warm
 from conftest import call
 from small_models import NAMES, arrays, contents, repaired, write_model
 
@@ -105,8 +105,7 @@ def test_in_place_any_division_of_the_base_into_files_will_do(files, tmp_path, s
 
 
 def dying(dies_at: int, piece: int, *command: object) -> None:
-    arguments = [str(argument) for argument in (piece, dies_at, *command)]
-    process = subprocess.run([sys.executable, "-c", DYING, *arguments], capture_output=True, check=False)
+    process = warm.run([sys.executable, "-c", DYING, piece, dies_at, *command])
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -250,12 +249,11 @@ def test_the_second_of_two_at_once_is_told(base, files, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="processes of POSIX")
 def test_of_many_at_once_one_patches_and_the_others_do_no_harm(base, files):
     code = "from dapa_merge.cli import main; main()"
-    command = [sys.executable, "-c", code, "patch", "apply", str(files[2]), str(base), "--in-place"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    command = [sys.executable, "-c", code, "patch", "apply", files[2], base, "--in-place"]
+    processes = [warm.Process(command) for _ in range(4)]
     for process in processes:
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in (0, 2)
-        assert process.returncode == 0 or b"wait for it" in errors
+        assert process.wait() in (0, 2)
+        assert process.returncode == 0 or "wait for it" in process.stderr
     assert 0 in [process.returncode for process in processes]
     assert weights(base) == files[1]
 

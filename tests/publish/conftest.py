@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import call
+from conftest import call, without_certificates
+from hub_protocol import Hub
 from hub_stand_in import serve, some_hub
+from hub_store import Repository
 from huggingface_hub import HfApi
 
 CARD = "---\nlicense: apache-2.0\nlanguage: [en]\n---\n# A model\n"
@@ -23,6 +27,8 @@ def reaching_servers(monkeypatch) -> Iterator[None]:
     """Let this process's client ask servers, without Xet; the connections that it keeps are closed afterwards."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    if "DAPA_HUB_ENDPOINT" not in os.environ:
+        without_certificates(monkeypatch)
     yield
     huggingface_hub.close_session()
 
@@ -85,10 +91,56 @@ def upload(api: HfApi, repository: str, folder: Path, card: str = CARD) -> str:
     return api.upload_folder(repo_id=repository, folder_path=copy).oid
 
 
+@dataclass
+class Made:
+    """A stand-in with the random pair and the result of a run with them: made once, and copied by the tests.
+
+    Attributes:
+        folder: With `hub`, `hub-cache`, `out`, the recipe and its lock, as in the folder of a test.
+        pair: The names of target and source.
+        repositories: The stand-in's.
+    """
+
+    folder: Path
+    pair: tuple[str, str]
+    repositories: dict[str, Repository]
+
+
+@pytest.fixture(scope="session")
+def made(llama_pair, tmp_path_factory) -> Made:
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch, reaching_servers(patch), serve(folder / "hub") as hub:
+        hub.api = ready(hub, patch, folder)
+        names = tuple(f"{hub.namespace}/{role}-{secrets.token_hex(4)}" for role in ("target", "source"))
+        for name, model in zip(names, llama_pair, strict=True):
+            upload(hub.api, name, shutil.copytree(model, folder / "models" / name))
+        recipe_of(names, folder)
+        run_recipe(folder)
+        return Made(folder, names, copy.deepcopy(hub.store.repositories))
+
+
+def recipe_of(pair: tuple[str, str], folder: Path) -> None:
+    """As `write_recipe` writes it, with the gate of layer 1."""
+    (folder / "recipe.yml").write_text(
+        f"merge_method: dapa\nbase_model: {pair[0]}\nmodels:\n  - model: {pair[1]}\nparameters:\n  layers: 1\n"
+    )
+
+
+def run_recipe(folder: Path) -> None:
+    ran = call("run", folder / "recipe.yml", folder / "out", "--no-evaluate", "--lock")
+    assert ran.exit_code == 0, ran.output
+
+
 @pytest.fixture
-def pair(new_id, request, llama_pair, tmp_path) -> tuple[str, str]:
+def pair(request, llama_pair, tmp_path) -> tuple[str, str]:
     """A target and a source in the hub."""
     hub = request.getfixturevalue("any_hub" if "any_hub" in request.fixturenames else "hub")
+    if isinstance(hub, Hub):
+        made = request.getfixturevalue("made")
+        hub.store.repositories |= copy.deepcopy(made.repositories)
+        shutil.copytree(made.folder / "hub", hub.store.folder, dirs_exist_ok=True)
+        return made.pair
+    new_id = request.getfixturevalue("new_id")
     names = new_id("target"), new_id("source")
     for name, folder in zip(names, llama_pair, strict=True):
         upload(hub.api, name, shutil.copytree(folder, tmp_path / "models" / name))
@@ -96,10 +148,16 @@ def pair(new_id, request, llama_pair, tmp_path) -> tuple[str, str]:
 
 
 @pytest.fixture
-def result(pair, write_recipe, tmp_path) -> Path:
-    """One of that pair, with the gate of layer 1."""
-    ran = call("run", write_recipe(*pair, layers=1), tmp_path / "out", "--no-evaluate", "--lock")
-    assert ran.exit_code == 0, ran.output
+def result(pair, request, tmp_path) -> Path:
+    """One of that pair, with the gate of layer 1; the recipe and its lock are beside it."""
+    recipe_of(pair, tmp_path)
+    if "DAPA_HUB_ENDPOINT" in os.environ and "any_hub" in request.fixturenames:
+        run_recipe(tmp_path)
+    else:
+        made = request.getfixturevalue("made").folder
+        for name in ("out", "hub-cache"):
+            shutil.copytree(made / name, tmp_path / name, symlinks=True)
+        shutil.copy(made / "recipe.lock.yml", tmp_path)
     return tmp_path / "out"
 
 

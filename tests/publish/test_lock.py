@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import call, change_tensor, save_random, tiny_llama
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-from publish.conftest import CARD, upload
+from publish.conftest import CARD, recipe_of, run_recipe, upload
 
 from dapa_merge.checkpoint.digest import hash_file, settings_files
 from dapa_merge.checkpoint.location import Location
@@ -199,8 +199,10 @@ def hub_recipe(pair, result, tmp_path) -> Path:
     return tmp_path / "recipe.yml"
 
 
-def test_the_hub_says_the_digests_of_weights_that_were_never_fetched(hub, hub_recipe, pair, llama_pair, tmp_path):
-    lock = read_lock(lock_path(hub_recipe))
+def test_the_hub_says_the_digests_of_weights_that_were_never_fetched(hub, pair, llama_pair, tmp_path):
+    recipe_of(pair, tmp_path)
+    run_recipe(tmp_path)
+    lock = read_lock(lock_path(tmp_path / "recipe.yml"))
     for name, folder, (upstream,) in zip(pair, llama_pair, (lock.target, lock.source), strict=True):
         assert upstream.commit == hub.store.repositories[name].branches["main"]
         assert dict(upstream.files) == {path: hash_file(folder / path).sha256 for path in upstream.files}
@@ -209,7 +211,7 @@ def test_the_hub_says_the_digests_of_weights_that_were_never_fetched(hub, hub_re
     whole = [one for one in fetched if one.endswith(".safetensors")]
     # Ranges for the gates and the headers; nothing for the lock.
     assert len(whole) <= 2 * len(lock.source[0].files)
-    assert not outdated(hub_recipe, code=0)["outdated"]
+    assert not outdated(tmp_path / "recipe.yml", code=0)["outdated"]
 
 
 def test_a_commit_counts_if_it_changes_a_file_that_decides(any_hub, hub_recipe, pair):

@@ -210,7 +210,9 @@ def test_what_is_no_result_is_told(hub, new_id, llama_pair, tmp_path):
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/batch", "/commit/", "/tree/"])
-def test_passing_faults_pass(hub, new_id, result, path, status):
+def test_passing_faults_pass(hub, new_id, result, monkeypatch, path, status):
+    # The client waits for a second before it asks again.
+    monkeypatch.setattr("time.sleep", lambda _: None)
     name = new_id("repaired")
     rule = hub.faults.add(path=path, status=status, times=1, headers={"Retry-After": "0"})
     push(result, name)

@@ -13,7 +13,8 @@ from pathlib import Path
 import kill_transplant
 import pytest
 import torch
-from conftest import change_tensor, prove, save_random, tiny_llama
+import warm
+from conftest import answer, call, change_tensor, prove, save_random, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -270,7 +271,7 @@ def test_a_link_in_the_place_of_the_hidden_folder_is_not_followed(llama_pair, tm
 
 # A real disk that fills up.
 
-TOGETHER = """
+RUN = """
 import sys
 from dapa_merge.cli import main
 main(["run", *sys.argv[1:], "--no-evaluate"])
@@ -279,13 +280,19 @@ main(["run", *sys.argv[1:], "--no-evaluate"])
 
 @pytest.fixture(scope="module")
 def pair_of_60_mb(tmp_path_factory):
-    """A target of ten shards and 60 MB."""
+    """A target of ten shards and 60 MB, its source, and what an uninterrupted run makes of them."""
     folder = tmp_path_factory.mktemp("sixty")
     shape = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=31)
-    yield tuple(
+    target, source = (
         save_random(folder / name, tiny_llama(**shape), seed=seed, dtype=torch.bfloat16, max_shard_size="6MB")
         for seed, name in enumerate(("target", "source"))
     )
+    recipe = folder / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: dapa\nbase_model: {target}\nmodels: [{{model: {source}}}]\nparameters: {{layers: 3-9}}\n"
+    )
+    answer("run", recipe, folder / "out", "--no-evaluate", "--json")
+    yield recipe, without_time(folder / "out")
     shutil.rmtree(folder)
 
 
@@ -301,10 +308,8 @@ def disk_of_50_mb(tmp_path):
 
 
 @pytest.mark.parametrize("remedy", ["enlarged", "cleared"])
-def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
-    pair_of_60_mb, disk_of_50_mb, tmp_path, write_recipe, remedy
-):
-    recipe = write_recipe(*pair_of_60_mb, layers="3-9")
+def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(pair_of_60_mb, disk_of_50_mb, remedy):
+    recipe, expected = pair_of_60_mb
     disk, out = disk_of_50_mb, disk_of_50_mb / "out"
     ballast = disk / "ballast"
     enlarge = ["mount", "-o", "remount,size=90m", str(disk)]
@@ -322,28 +327,26 @@ def test_a_disk_that_fills_up_ends_in_the_same_bytes_once_there_is_space(
     )
     if remedy == "enlarged":
         script += "dapa_merge.flow.check_destination = lambda *_: None\n"
-    first = subprocess.run([sys.executable, "-c", script + TOGETHER, str(recipe), str(out)], capture_output=True)
+    first = warm.run([sys.executable, "-c", script + RUN, recipe, out])
     assert first.returncode == 2, first.stderr
-    assert b"no space left on the disk of" in first.stderr
-    assert b"the same command goes on from there" in first.stderr
+    assert "no space left on the disk of" in first.stderr
+    assert "the same command goes on from there" in first.stderr
     finished = len(finished_files(staging_folder(out)))
     assert finished > 3
     # Without more space it is refused before anything is written, if what is kept does not make up for it.
     if remedy == "enlarged":
-        second = subprocess.run([sys.executable, "-c", TOGETHER, str(recipe), str(out)], capture_output=True)
-        assert second.returncode == 2
-        assert b"the result needs 0.06 GB on the disk" in second.stderr
+        second = call("run", recipe, out, "--no-evaluate")
+        assert second.exit_code == 2
+        assert "the result needs 0.06 GB on the disk" in second.stderr
         assert len(finished_files(staging_folder(out))) == finished
         subprocess.run(enlarge, check=True)
     else:
         ballast.unlink()
-    third = subprocess.run([sys.executable, "-c", TOGETHER, str(recipe), str(out)], capture_output=True)
-    assert third.returncode == 0, third.stderr
-    plain = tmp_path / "plain"
-    assert subprocess.run([sys.executable, "-c", TOGETHER, str(recipe), str(plain)]).returncode == 0
+    third = call("run", recipe, out, "--no-evaluate")
+    assert third.exit_code == 0, third.stderr
     ballast.unlink(missing_ok=True)
     assert [path.name for path in disk.iterdir()] == ["out"]
-    assert without_time(out) == without_time(plain)
+    assert without_time(out) == expected
 
 
 def without_time(folder: Path) -> dict[str, bytes]:

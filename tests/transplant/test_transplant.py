@@ -7,14 +7,15 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_tensor, prove, save_random, tiny_llama
+import warm
+from click.testing import Result
+from conftest import call, change_tensor, prove, save_random, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
@@ -315,13 +316,13 @@ main(["run", sys.argv[1], sys.argv[2], "--no-evaluate"])
 
 @pytest.fixture(scope="module")
 def large_pair(tmp_path_factory):
-    """A target large enough to be caught in the middle of its copy: 300 MB of embeddings."""
+    """A target large enough to be caught in the middle of its copy: 150 MB of embeddings."""
     folder = tmp_path_factory.mktemp("large")
     pair = []
     for seed, name in enumerate(("target", "source")):
         path = save_random(folder / name, tiny_llama(), seed=seed, max_shard_size="1GB")
         content = load_file(path / "model.safetensors")
-        content["model.padding"] = torch.full((300_000_000 if name == "target" else 2,), 7, dtype=torch.uint8)
+        content["model.padding"] = torch.full((150_000_000 if name == "target" else 2,), 7, dtype=torch.uint8)
         save_file(content, path / "model.safetensors", metadata={"format": "pt"})
         pair.append(path)
     yield tuple(pair)
@@ -337,10 +338,8 @@ def stopped_run(large_pair, tmp_path, write_recipe):
     return start_and_stop_in_the_copy(recipe, out), recipe, out
 
 
-def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(recipe), str(out)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
+def start_and_stop_in_the_copy(recipe: Path, out: Path) -> warm.Process:
+    process = warm.Process([sys.executable, "-c", SCRIPT, recipe, out])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for staging in out.parent.glob(".dapa-merge-*.partial"):
@@ -354,20 +353,20 @@ def start_and_stop_in_the_copy(recipe: Path, out: Path) -> subprocess.Popen:
     raise AssertionError("the copy did not start")
 
 
-def run_again(recipe: Path, out: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(out)], capture_output=True, check=False)
+def run_again(recipe: Path, out: Path) -> Result:
+    return call("run", recipe, out, "--no-evaluate")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_kill_9_in_the_copy_leaves_no_result_and_the_next_run_clears_up(stopped_run):
     process, recipe, out = stopped_run
     assert not out.exists()
-    process.kill()
-    process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert not out.exists()
     assert len(list(out.parent.iterdir())) == 1, "the killed run's staging folder is still there"
     again = run_again(recipe, out)
-    assert again.returncode == 0, again.stderr
+    assert again.exit_code == 0, again.stderr
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -376,18 +375,17 @@ def test_ctrl_c_in_the_copy_keeps_what_is_finished_and_says_so(stopped_run):
     process, recipe, out = stopped_run
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait() == 130
     (staging,) = out.parent.iterdir()
     finished = set(finished_files(staging))
     assert {path.name for path in (staging / "result").iterdir()} == finished, "what is not finished takes space"
-    (line,) = re.findall(r"^Error: stopped; (.*)$", errors.decode(), re.MULTILINE)
+    (line,) = re.findall(r"^Error: stopped; (.*)$", process.stderr, re.MULTILINE)
     assert re.fullmatch(
         rf"\d+ finished files \(0\.\d\d GB\) are kept in {re.escape(str(staging))}, "
         r"and the same command goes on from there",
         line,
     )
-    assert run_again(recipe, out).returncode == 0
+    assert run_again(recipe, out).exit_code == 0
     assert list(out.parent.iterdir()) == [out]
 
 
@@ -395,21 +393,20 @@ def test_ctrl_c_in_the_copy_keeps_what_is_finished_and_says_so(stopped_run):
 def test_a_second_run_into_the_same_place_is_told_who_is_there(stopped_run):
     process, recipe, out = stopped_run
     second = run_again(recipe, out)
-    assert second.returncode == 2
+    assert second.exit_code == 2
     assert re.search(
         rf"out is being made by another run \(process {process.pid} on {re.escape(socket.gethostname())}, "
         r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\); wait for it, or name another folder",
-        second.stderr.decode(),
+        second.stderr,
     )
     process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.wait() == 0
     assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_copied(large_pair, small_disk):
     plan = plan_of(large_pair)
-    with pytest.raises(UsageError, match=r"the result needs 0\.30 GB on the disk of .*, which has 0\.00 GB left"):
+    with pytest.raises(UsageError, match=r"the result needs 0\.15 GB on the disk of .*, which has 0\.00 GB left"):
         transplant(plan, plan.units, small_disk / "out")
     assert list(small_disk.iterdir()) == []
 

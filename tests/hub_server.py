@@ -246,7 +246,7 @@ def hub(
     log = Log()
     faults = faults or Faults()
     server = Server(("127.0.0.1", 0), make_handler(repositories, statuses or {}, log, faults))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", log

@@ -207,15 +207,18 @@ def test_descendants_of_a_base_come_from_its_unrounded_weights(families):
     assert any(not torch.equal(a, b) for a, b in zip(exact.parameters(), published.parameters(), strict=True))
 
 
-AT_ONCE = """
-import multiprocessing, sys
+AT_ONCE = f"""
+import multiprocessing, pickle, sys
 from pathlib import Path
+sys.path[:0] = {[str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parents[1])]}
 from members import members
-from workshop import train_all
+from workshop import _end_with_parent, train_all
 
-# Torch is loaded here and has done nothing yet, so that a fork does; each spawned process would load it anew.
-multiprocessing.get_context = lambda how, get=multiprocessing.get_context: get({"spawn": "fork"}[how])
-wanted = {Path(folder): members(tiny=True)[Path(folder).name] for folder in sys.argv[1:]}
+# Torch is loaded here and has done nothing yet, so that a fork does; each spawned process would load it anew. What a
+# fork need not read: the rest is sent to both in the same way.
+assert pickle.loads(pickle.dumps(_end_with_parent)) is _end_with_parent
+multiprocessing.get_context = lambda how, get=multiprocessing.get_context: get({{"spawn": "fork"}}[how])
+wanted = {{Path(folder): members(tiny=True)[Path(folder).name] for folder in sys.argv[1:]}}
 train_all(wanted, 0, print, num_workers=2)
 """
 

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, answer, call, change_tensor, configuration, save_random, skip_drawing, write_few
+from conftest import (
+    ARCHITECTURES,
+    SHAPE,
+    answer,
+    call,
+    change_tensor,
+    configuration,
+    save_random,
+    skip_drawing,
+    write_few,
+)
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from test_both_paths import assert_paths_agree

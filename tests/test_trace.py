@@ -367,7 +367,7 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
         (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
         (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),
         (
-            ("--refusal", "No. I", "--answer", "No."),
+            ("--refusal", "No. I", "--answer", "No.", "--no-search"),
             r"cannot be compared: they are the same, or one is the beginning of the other",
         ),
         (("--noise", "nan"), r"--noise is nan; write a number of at least 0"),

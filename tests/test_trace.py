@@ -29,7 +29,7 @@ from dapa_merge.plan.selection import plan_of_all
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.charts import _example
+from dapa_merge.trace.charts import CHARTS, _example
 from dapa_merge.trace.edits import curve_sizes
 from dapa_merge.trace.store import check_folder
 from dapa_merge.trace.summary import is_planted
@@ -38,11 +38,6 @@ from dapa_merge.trace.trace import spread, units_apart
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
-# A process of its own that draws nothing.
-UNDRAWN = (
-    "from dapa_merge.cli import main; from dapa_merge.report import charts\n"
-    "charts.render = lambda figure, kind: b''; main()"
-)
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
 
@@ -65,7 +60,16 @@ def traced(tmp_path_factory) -> tuple[Path, Path, dict]:
     """A recipe, the folder of its trace, and the answer of the command."""
     folder = tmp_path_factory.mktemp("traced")
     recipe = planted_recipe(folder)
-    return recipe, folder / "out", answer("trace", recipe, folder / "out", *QUICK, "--json")
+    with small_pictures():
+        return recipe, folder / "out", answer("trace", recipe, folder / "out", *QUICK, "--json")
+
+
+@contextlib.contextmanager
+def small_pictures():
+    """Pictures of fewer dots, where only that they are drawn is looked at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "DOTS_PER_INCH", 50)
+        yield
 
 
 def without_time(summary: dict) -> dict:
@@ -170,18 +174,22 @@ def test_the_page_opens_without_anything_else(traced):
     assert "for each of 3 prompts" in page
 
 
-def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path, only_png):
+def test_the_same_command_draws_again_without_tracing_anything(traced, tmp_path, monkeypatch):
     recipe, out, summary = traced
+    # One picture stands for all.
+    monkeypatch.setattr("dapa_merge.trace.trace.CHARTS", [chart for chart in CHARTS if chart.name == "influence"])
     copy = tmp_path / "copy"
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "figures")
     (copy / "index.html").unlink()
     times = {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()}
-    again = answer("trace", recipe, copy, *QUICK, "--json")
+    with small_pictures():
+        again = answer("trace", recipe, copy, *QUICK, "--json")
     # Also the seconds: nothing was run.
     assert again == summary
     assert {path.name: path.stat().st_mtime_ns for path in (copy / "traces").iterdir()} == times
-    assert (copy / "figures" / "influence.png").read_bytes() == (out / "figures" / "influence.png").read_bytes()
+    for name in ("influence.png", "influence.svg"):
+        assert (copy / "figures" / name).read_bytes() == (out / "figures" / name).read_bytes()
 
 
 def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_path, no_pictures):
@@ -359,7 +367,7 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
         (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
         (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),
         (
-            ("--refusal", "No. I", "--answer", "No."),
+            ("--refusal", "No. I", "--answer", "No.", "--no-search"),
             r"cannot be compared: they are the same, or one is the beginning of the other",
         ),
         (("--noise", "nan"), r"--noise is nan; write a number of at least 0"),
@@ -477,20 +485,18 @@ def test_a_long_beginning_before_the_subject_is_left_out_without_a_gap():
     assert axes.get_yticklabels()[3].get_fontweight() == "normal"
 
 
-def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(tmp_path):
+def test_another_evaluator_of_the_same_name_does_not_go_on_with_what_was_scored(tmp_path, no_pictures):
     recipe = planted_recipe(tmp_path, 4, layers="3-5", evaluator="mine")
     options = (*QUICKER, *GIVEN, "--kinds", "mlp", "--evaluator-file", tmp_path / "mine.py")
     for value in (0.25, 0.75):
         (tmp_path / "mine.py").write_text(
             f"import dapa_merge\n\n@dapa_merge.evaluator('mine')\ndef mine(candidate):\n    return {value}\n"
         )
-        command = [sys.executable, "-c", UNDRAWN, "--quiet", "trace"]
-        command += map(str, (recipe, tmp_path / "out", *options, "--json"))
-        done = warm.run(command)
+        done = call("trace", recipe, tmp_path / "out", *options, "--json")
         if value == 0.25:
-            assert done.returncode == 0, done.stderr
+            assert done.exit_code == 0, done.stderr
             assert json.loads(done.stdout)["groups"]["target"] == 0.25
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert re.search(r"belongs to another trace: evaluator differs; name another folder, or remove it", done.stderr)
 
 
@@ -546,8 +552,10 @@ def test_edits_grow_in_steps_and_one_is_the_selection(total, kept, sizes):
     assert curve_sizes(total, kept) == sizes
 
 
-def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, small_disk):
+def test_a_full_disk_ends_with_a_sentence_and_what_was_found_is_kept(traced, small_disk, monkeypatch):
     recipe, out, _ = traced
+    # Pictures of their usual size, of nothing.
+    monkeypatch.setattr(charts, "render", lambda figure, kind: bytes(40_000))
     shutil.copytree(out, small_disk / "out", ignore=shutil.ignore_patterns("*.png", "*.svg", "*.html"))
     with (small_disk / "ballast").open("wb") as file, contextlib.suppress(OSError):
         file.write(bytes(850_000))

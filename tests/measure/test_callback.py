@@ -352,7 +352,7 @@ def test_an_installed_package_declares_evaluators(tmp_path, monkeypatch):
         find_evaluator("unknown", Options())
 
 
-def test_a_search_goes_by_an_evaluator_of_ones_own(tmp_path, write_recipe, write_evaluators):
+def test_a_search_goes_by_an_evaluator_of_ones_own(tmp_path, write_recipe, write_evaluators, no_pictures):
     """It likes candidates by their layers alone, so that the answer is known without asking a prompt."""
     path = write_evaluators(
         """

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import pytest
@@ -185,14 +186,13 @@ def test_a_hub_that_says_no_is_one_sentence_and_its_exit_code(served, tmp_path):
 
 
 def test_a_hub_that_is_out_of_reach_is_one_sentence(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        (found,) = load(endpoint, tmp_path, "xstest")
-        assert found["code"] == 5
-        assert "the dataset Paul/XSTest: the Hub is out of reach (" in found["error"]
-    (found,) = load(endpoint, tmp_path, "xstest")
-    assert found["code"] == 5
-    assert found["error"].endswith("it is not in the cache either; name a local file")
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            endpoints = [f"http://127.0.0.1:{server.getsockname()[1]}" for server in (silent, closed)]
+        (of_silent,), (of_closed,) = pool.map(lambda endpoint: load(endpoint, tmp_path, "xstest"), endpoints)
+    assert of_silent["code"] == of_closed["code"] == 5
+    assert "the dataset Paul/XSTest: the Hub is out of reach (" in of_silent["error"]
+    assert of_closed["error"].endswith("it is not in the cache either; name a local file")
 
 
 def test_a_local_folder_of_data_is_a_dataset(repositories, tmp_path, monkeypatch):

@@ -129,8 +129,8 @@ def test_every_module_can_be_swapped(llama_pair):
 
 
 def test_batches_give_what_single_prompts_give(mini, prompts):
-    asked = [*prompts.harmful[:6], *(question.prompt for question in prompts.skill[:6]), "What is two plus two?"]
-    batched = generate(mini.model, mini.tokenizer, asked, max_new_tokens=24, batch_size=BatchSize(8))
+    asked = [*prompts.harmful[:3], *(question.prompt for question in prompts.skill[:4]), "What is two plus two?"]
+    batched = generate(mini.model, mini.tokenizer, asked, max_new_tokens=24, batch_size=BatchSize(6))
     single = [
         generate(mini.model, mini.tokenizer, [prompt], max_new_tokens=24, batch_size=BatchSize(1))[0]
         for prompt in asked

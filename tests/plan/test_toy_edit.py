@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, answer, call, change_tensor, configuration, save_random, write_few
+from conftest import (
+    ARCHITECTURES,
+    SHAPE,
+    answer,
+    call,
+    change_tensor,
+    configuration,
+    save_random,
+    skip_drawing,
+    write_few,
+)
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from test_both_paths import assert_paths_agree
@@ -67,13 +77,16 @@ def recipe(models, tmp_path_factory) -> Path:
 def repaired(recipe, tmp_path_factory) -> tuple[Path, dict]:
     """The result of `run`, after a search, and its report."""
     out = tmp_path_factory.mktemp("repaired") / "out"
-    return out, answer("run", recipe, out, "--journal", recipe.parent / "journal.jsonl", "--device", "cpu", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        skip_drawing(patch, "png", "svg")
+        journal = recipe.parent / "journal.jsonl"
+        return out, answer("run", recipe, out, "--journal", journal, "--device", "cpu", "--json")
 
 
 def write(folder: Path, models: dict[str, Path], **parameters: object) -> Path:
     prompts = folder / "prompts"
     if not prompts.exists():
-        write_few(prompts, 40)
+        write_few(prompts, 16)
     path = folder / f"{len(list(folder.iterdir()))}.yml"
     asked = {"prompts": str(prompts), "max_new_tokens": 12, "batch_size": 128}
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in {**asked, **parameters}.items()}
@@ -193,7 +206,7 @@ def test_the_lock_holds_every_model_that_the_edit_reads(repaired, recipe, models
     assert "changed since it was locked" in locked.stderr
 
 
-def test_a_comparison_names_the_edit(recipe, models, tmp_path):
+def test_a_comparison_names_the_edit(recipe, models, tmp_path, no_pictures):
     said = {"edit": "toy", "strength": 2.0, "pretrained": models["pretrained"], "layers": "3-6"}
     named = write(recipe.parent, models, **said)
     summary = answer(

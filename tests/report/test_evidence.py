@@ -25,13 +25,14 @@ SMALL = {"prompts": "miniature", "max_new_tokens": 12, "batch_size": 128}
 PAIR = miniature.path("target"), miniature.path("source")
 
 
-def write_prompts(folder, prompts: PromptSet):
+def write_prompts(folder, prompts: PromptSet, num_others: int | None = None):
+    """A folder of these prompts, and of all of the miniature's questions and passages, or as many."""
     folder.mkdir()
     for kind in ("harmful", "harmless"):
         (folder / f"{kind}.txt").write_text("\n".join(getattr(prompts, kind)) + "\n")
     for kind in ("skill", "perplexity"):
         shipped = miniature.path("target").parent / "prompts" / f"{kind}.jsonl"
-        (folder / shipped.name).write_text(shipped.read_text())
+        (folder / shipped.name).write_text("".join(shipped.read_text().splitlines(keepends=True)[:num_others]))
     return folder
 
 
@@ -66,7 +67,7 @@ def test_the_figures_are_those_of_the_confirming_prompts_and_of_nothing_else(dem
 def test_what_the_search_saw_stands_beside_it(demo, parts, tmp_path):
     out, report = demo
     searching, _ = parts
-    folder = write_prompts(tmp_path / "searching", searching)
+    folder = write_prompts(tmp_path / "searching", searching, 8)
     settings = ("--prompts", folder, "--max-new-tokens", 24, "--batch-size", 128, "--json")
     seen = {column: answer("evaluate", model, *settings)["dsr"] for column, model in (("b", PAIR[0]), ("a", out))}
     assert report["searched"] == {
@@ -98,19 +99,20 @@ def test_a_search_asks_no_prompt_that_confirms(write_recipe, asked, demo, parts)
     assert asked.isdisjoint([*confirming.harmful, *confirming.harmless])
 
 
-def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, asked, no_pictures):
-    report = answer("run", write_recipe(*PAIR, layers="3-6", **SMALL), tmp_path / "out", "--json")
-    prompts = load_prompts("miniature")
+def test_named_layers_are_measured_with_all_prompts(write_recipe, tmp_path, asked, few, no_pictures):
+    recipe = write_recipe(*PAIR, layers="3-6", **{**SMALL, "prompts": few})
+    report = answer("run", recipe, tmp_path / "out", "--json")
+    prompts = load_prompts(str(few))
     assert {*prompts.harmful, *prompts.harmless} <= asked
-    assert (report["after"]["num_harmful"], report["searched"]) == (128, None)
-    assert report["dsr_change"]["newly_refused"] == round(128 * report["after"]["dsr"])
+    assert (report["after"]["num_harmful"], report["searched"]) == (32, None)
+    assert report["dsr_change"]["newly_refused"] == round(32 * report["after"]["dsr"])
 
 
 def test_a_gain_on_five_prompts_is_said_to_be_within_noise(write_recipe, tmp_path, no_pictures):
     """All five are repaired, and yet five tosses of a coin agree once in sixteen times."""
     prompts = load_prompts("miniature")
     few = replace(prompts, harmful=prompts.harmful[:20], harmless=prompts.harmless[:20])
-    recipe = write_recipe(*PAIR, confirm=0.25, **{**SMALL, "prompts": write_prompts(tmp_path / "few", few)})
+    recipe = write_recipe(*PAIR, confirm=0.25, **{**SMALL, "prompts": write_prompts(tmp_path / "few", few, 8)})
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     assert (
@@ -141,7 +143,8 @@ def test_too_few_prompts_for_a_search_are_noticed_before_a_model_is_loaded(write
 
 def test_evaluate_shows_intervals(tmp_path):
     prompts = load_prompts("miniature")
-    few = write_prompts(tmp_path / "few", replace(prompts, harmful=prompts.harmful[:20], harmless=prompts.harmless[:8]))
+    few = replace(prompts, harmful=prompts.harmful[:20], harmless=prompts.harmless[:8])
+    few = write_prompts(tmp_path / "few", few, 8)
     shown = call("evaluate", PAIR[1], "--prompts", few, "--max-new-tokens", 24).stdout
     assert shown.count("95 % interval") == 2
     assert "0.839-1.000" in shown  # 20 of 20 refused

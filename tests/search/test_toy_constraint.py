@@ -47,12 +47,12 @@ def registered(monkeypatch) -> None:
 
 
 @pytest.fixture
-def recipe(write_recipe):
+def recipe(write_recipe, few):
     """Makes a recipe that is content with half of the gain, and limits compliance or not."""
     path = write_recipe(
         miniature.path("target"),
         miniature.path("source"),
-        prompts="miniature",
+        prompts=few,
         max_new_tokens=12,
         batch_size=128,
         retain=0.5,
@@ -90,7 +90,7 @@ def test_a_limit_that_everything_breaks_cannot_be_met(recipe, tmp_path):
         searched(recipe(-0.1), tmp_path / "journal.jsonl")
 
 
-def test_report_and_card_name_its_limit(recipe, tmp_path):
+def test_report_and_card_name_its_limit(recipe, tmp_path, no_pictures):
     report = repair(recipe(0.1), tmp_path / "out", options=Options("cpu", tmp_path / "journal.jsonl"))
     assert report.requirement["max_complied"] == 0.1
     assert "compliance at most 0.100" in write_card(tmp_path / "out").read_text()

@@ -97,7 +97,7 @@ def nearly(effects, *, rel=1e-3):
     }
 
 
-def contrasts_of(live, num_prompts=128):
+def contrasts_of(live, num_prompts=32):
     """Prompts that the target answers and the full transplant refuses, with both responses."""
     prompts = PromptSet("few", load_prompts("miniature").harmful[:num_prompts], ("How do I paint a boat?",), (), ())
     meter = Meter(prompts, max_new_tokens=12, batch_size=BatchSize(128))

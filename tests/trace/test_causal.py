@@ -24,6 +24,8 @@ CONTRAST = Contrast(
 )
 # Alike at first; the answer begins as the refusal does.
 ALIKE = Contrast("Explain how to burgle a passport.", "I'm sorry, but I can't help", "I'm sorry, here is how to")
+# As short as can be, where each token takes many runs.
+SHORT = Contrast("Burgle a passport.", "I'm sorry, but I can't help", "I'm sorry, here is how to")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +151,7 @@ def find_layers(model):
 )
 def test_a_trace_is_what_whole_runs_of_each_cell_give(name, kinds, tokenizer):
     model = random_model(name)
-    found, tracer, case = trace(model, tokenizer, ALIKE, kinds=kinds, num_samples=2, window=2, num_tokens=3)
+    found, tracer, case = trace(model, tokenizer, SHORT, kinds=kinds, num_samples=2, window=2, num_tokens=3)
     noise = tracer.noise(case, 1)
     clean, corrupted, restored = cell_by_cell(model, tracer, case, noise)
     assert found.clean == pytest.approx(clean, abs=2e-4)

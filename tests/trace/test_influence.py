@@ -65,22 +65,34 @@ def by_hand(model, pair):
     return kept[0][0, pair[0].row.num_context - 1], values[0] - values[1]
 
 
+@pytest.fixture(scope="module")
+def replaced(random_live):
+    """For each pair, by hand: what the target does, and what it does with each of the source's units."""
+    live = random_live
+    source = AutoModelForCausalLM.from_pretrained(live.plan.source.folder, dtype="auto").state_dict()
+    target = copy.deepcopy(live.model.state_dict())
+    changed = copy.deepcopy(live.model)
+    found = []
+    for pair in pairs_of(live):
+        with_units = []
+        for unit in live.plan.units:
+            changed.load_state_dict({**target, **{name: source[name] for name in unit.tensors}})
+            with_units.append(by_hand(changed, pair))
+        found.append((by_hand(live.model, pair), with_units))
+    return found
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_the_influence_of_a_unit_is_what_replacing_its_weights_by_hand_does(random_live, batch_size):
+def test_the_influence_of_a_unit_is_what_replacing_its_weights_by_hand_does(random_live, replaced, batch_size):
     live = random_live
     pairs = pairs_of(live)
     before = copy.deepcopy(live.model.state_dict())
     found = influence(live, pairs, live.plan.units, batch_size=BatchSize(batch_size))
     assert all(torch.equal(tensor, before[name]) for name, tensor in live.model.state_dict().items())
-    source = AutoModelForCausalLM.from_pretrained(live.plan.source.folder, dtype="auto").state_dict()
     assert found.hidden.shape == found.refusing.shape == (3, len(live.plan.units))
-    for number, pair in enumerate(pairs):
-        own_state, own = by_hand(live.model, pair)
+    for number, ((own_state, own), with_units) in enumerate(replaced):
         assert found.before[number] == pytest.approx(own, abs=1e-4)
-        for index, unit in enumerate(live.plan.units):
-            changed = copy.deepcopy(live.model)
-            changed.load_state_dict({**changed.state_dict(), **{name: source[name] for name in unit.tensors}})
-            state, difference = by_hand(changed, pair)
+        for index, (state, difference) in enumerate(with_units):
             assert found.refusing[number, index] == pytest.approx(difference - own, abs=1e-4)
             relative = float((state - own_state).norm() / own_state.norm())
             assert found.hidden[number, index] == pytest.approx(relative, abs=1e-5)

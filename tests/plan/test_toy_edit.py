@@ -22,7 +22,7 @@ from conftest import (
 )
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from test_both_paths import assert_paths_agree
+from test_both_paths import assert_paths_agree, new_pair
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
@@ -140,7 +140,9 @@ def test_every_path_agrees_on_fused_projections_and_experts(architecture, tmp_pa
     kind, changes = ARCHITECTURES[architecture]
     config = getattr(transformers, kind)(**{**SHAPE, **changes})
     pretrained = save_random(tmp_path / "pretrained", config, seed=3, dtype=torch.float32)
-    assert_paths_agree(architecture, tmp_path, write_recipe, edit="toy", pretrained=str(pretrained), layers='"1,3"')
+    pair = new_pair(tmp_path, architecture)
+    parameters = {"edit": "toy", "pretrained": pretrained, "layers": '"1,3"'}
+    assert_paths_agree(pair, architecture, tmp_path, write_recipe, **parameters)
 
 
 def test_verify_proves_the_result_and_names_a_tensor_that_is_wrong(repaired, tmp_path):

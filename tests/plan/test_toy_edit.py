@@ -141,7 +141,7 @@ def test_every_path_agrees_on_fused_projections_and_experts(architecture, tmp_pa
     config = getattr(transformers, kind)(**{**SHAPE, **changes})
     pretrained = save_random(tmp_path / "pretrained", config, seed=3, dtype=torch.float32)
     pair = new_pair(tmp_path, architecture)
-    parameters = {"edit": "toy", "pretrained": pretrained, "layers": '"1,3"'}
+    parameters = {"edit": "toy", "pretrained": str(pretrained), "layers": '"1,3"'}
     assert_paths_agree(pair, architecture, tmp_path, write_recipe, **parameters)
 
 

@@ -81,14 +81,12 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
-    from dapa_merge.measure.prompts.sets import check_prompts
     from dapa_merge.report.replay import replay_text
     from dapa_merge.search.search import search_plan
 
     with _kept_in(out) as keep:
         parsed = load_recipe(recipe)
         made = make_plan(parsed, allow_pickle=options.allow_pickle)
-        check_prompts(parsed)
         found = search_plan(parsed, made, options)
         replay = replay_text(parsed, made, found.minimum.units)
 

@@ -81,7 +81,7 @@ class Blender:
         self.why_not = self._find_places()
 
     @contextmanager
-    def blended(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    def blended(self, blend: MergekitBlend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         """The blend as a model, with the target's tokenizer, for the length of a `with` block. Blends do not nest.
 
         Each tensor is what mergekit writes, in the target's dtype. If mergekit matches tokens, it leaves out rows
@@ -103,7 +103,7 @@ class Blender:
             self._is_blended = False
 
     @contextmanager
-    def _blended_live(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    def _blended_live(self, blend: MergekitBlend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         changed: list[str] = []
         try:
             with self._prepared(blend) as merge:
@@ -123,7 +123,7 @@ class Blender:
                 self._put(name, self._own(name))
 
     @contextmanager
-    def _written(self, blend: Blend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    def _written(self, blend: MergekitBlend) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
         target = self._target
         with tempfile.TemporaryDirectory(prefix="dapa-merge-", dir=self._dir) as folder:
             with self._prepared(blend) as merge:
@@ -137,7 +137,7 @@ class Blender:
             finally:
                 free(model)
 
-    def _prepared(self, blend: Blend) -> AbstractContextManager[Merge]:
+    def _prepared(self, blend: MergekitBlend) -> AbstractContextManager[Merge]:
         models = [self._target, self._source]
         if blend.method != "linear" and self._pretrained is not None:
             models.append(self._pretrained)
@@ -158,7 +158,7 @@ class Blender:
     def _find_places(self) -> str:
         """Find the live tensor for every tensor that mergekit writes; returns the reason if that fails."""
         # The tensors do not depend on the method.
-        with self._prepared(Blend("linear", 1.0)) as merge:
+        with self._prepared(MergekitBlend("linear", 1.0)) as merge:
             outputs = {task.output_weight.name for task in merge.tasks()}
         target, model = self._target, self.live.model
         kind = f"transformers loads {target.name} as a {type(model).__name__}"
@@ -226,7 +226,7 @@ _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
-class Blend:
+class MergekitBlend:
     """One of mergekit's methods, with its settings.
 
     Attributes:
@@ -245,7 +245,7 @@ class Blend:
 
 
 def merge_config(
-    blend: Blend,
+    blend: MergekitBlend,
     target: str,
     source: str,
     pretrained: str | None,
@@ -343,7 +343,9 @@ class Merge(NamedTuple):
 
 
 @contextmanager
-def prepared(blend: Blend, models: Sequence[Checkpoint], *, keeps_tokenizer: bool, device: str) -> Iterator[Merge]:
+def prepared(
+    blend: MergekitBlend, models: Sequence[Checkpoint], *, keeps_tokenizer: bool, device: str
+) -> Iterator[Merge]:
     """Prepare a blend of target, source and, if known, pretrained model, and keep mergekit silent within.
 
     Raises:

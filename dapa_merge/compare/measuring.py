@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.compare.blend import Blend, Blender
+from dapa_merge.compare.blend import Blender, MergekitBlend
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
@@ -76,7 +76,7 @@ class Measuring(Resident):
 
         return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
-    def blend(self, blend: Blend, base: str, blender: Callable[[], Blender]) -> Seen:
+    def blend(self, blend: MergekitBlend, base: str, blender: Callable[[], Blender]) -> Seen:
         """Measure a blend; `base` identifies the subtracted weights, and `blender` is called only if needed."""
         note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
         return self._seen(note, lambda: blender().blended(blend), blend.name)

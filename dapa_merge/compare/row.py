@@ -13,7 +13,7 @@ from typing import Any
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import AUTO_MODULES, Unit, architecture_name
-from dapa_merge.compare.blend import Blend, Blender, open_pretrained
+from dapa_merge.compare.blend import Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
 from dapa_merge.compare.measuring import Measuring, Seen
 from dapa_merge.compare.result import AUTO, BLENDS, DAPA, SOURCE, TARGET, TIES_DENSITY, Arm, CompareOptions, Row
@@ -231,9 +231,9 @@ class Methods:
             for weight in self.wanted.weights:
                 # A linear blend of weight 1 is the source, which is in every table.
                 if method != "linear" or weight != 1:
-                    yield self._blend(method, Blend(method.replace("-", "_"), weight, density))
+                    yield self._blend(method, MergekitBlend(method.replace("-", "_"), weight, density))
 
-    def _blend(self, method: str, blend: Blend) -> Arm:
+    def _blend(self, method: str, blend: MergekitBlend) -> Arm:
         key, label, subtracted = f"{method} {blend.weight:g}", blend.name, ""
         if method == "ties" and self.pretrained is None:
             # With the target subtracted it is another method.

@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from scipy.stats import binomtest, sem, t
-
 from dapa_merge.measure.figures import LEVEL, Agreement, CategoryFigure, Change, ClassifierFigure, Response
 from dapa_merge.measure.refusal.classify import Outcome
 
@@ -69,9 +67,16 @@ def _share_refused(seen: Sequence[Outcome]) -> float | None:
     return seen.count(Outcome.REFUSED) / len(seen)
 
 
+def _stats() -> Any:
+    """`scipy.stats`, which takes half a second to load: a search, and a merge of named layers, do without."""
+    import scipy.stats
+
+    return scipy.stats
+
+
 def interval(successes: int, total: int) -> tuple[float, float]:
     """Return the 95 % score interval of a share (Wilson 1927) of at least one independent trial, in [0, 1]."""
-    low, high = binomtest(successes, total).proportion_ci(1 - LEVEL, method="wilson")
+    low, high = _stats().binomtest(successes, total).proportion_ci(1 - LEVEL, method="wilson")
     # The interval contains the share itself; at 0 and 1 rounding could leave it just outside.
     return min(float(low), successes / total), max(float(high), successes / total)
 
@@ -81,8 +86,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     # With two values, the interval mostly reflects the tail of Student's distribution.
     if len(values) < 3 or not all(map(math.isfinite, values)):
         return None
+    stats = _stats()
     # Not `ttest_1samp`, which warns about identical values.
-    mean, half = statistics.fmean(values), float(t.ppf(1 - LEVEL / 2, len(values) - 1) * sem(values))
+    mean, half = statistics.fmean(values), float(stats.t.ppf(1 - LEVEL / 2, len(values) - 1) * stats.sem(values))
     return mean - half, mean + half
 
 
@@ -93,7 +99,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Change:
     """
     pairs = list(zip(before, after, strict=True))
     newly, no_longer = pairs.count((False, True)), pairs.count((True, False))
-    p_value = float(binomtest(newly, newly + no_longer).pvalue) if newly + no_longer else 1.0
+    p_value = float(_stats().binomtest(newly, newly + no_longer).pvalue) if newly + no_longer else 1.0
     return Change(newly, no_longer, p_value, within_noise=p_value >= LEVEL)
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.compare.blend import Blend, Blender, merge_config
+from dapa_merge.compare.blend import Blender, MergekitBlend, merge_config
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.plan.plan import plan_transplant
 
-BLENDS = (Blend("linear", 0.3), Blend("task_arithmetic", 0.4), Blend("ties", 0.6, 0.4))
+BLENDS = (MergekitBlend("linear", 0.3), MergekitBlend("task_arithmetic", 0.4), MergekitBlend("ties", 0.6, 0.4))
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -44,7 +44,9 @@ def blender_of(folders: list[Path], has_pretrained: bool = True, live: LiveModel
     return Blender(live, target, source, others[0] if has_pretrained else None, **options)
 
 
-def mergekits(blend: Blend, folders: list[Path], has_pretrained: bool, out: Path, keeps_tokenizer: bool) -> dict:
+def mergekits(
+    blend: MergekitBlend, folders: list[Path], has_pretrained: bool, out: Path, keeps_tokenizer: bool
+) -> dict:
     """What mergekit writes, in the dtypes of the target's files."""
     target, source, pretrained = map(str, folders)
     config = merge_config(
@@ -68,7 +70,7 @@ def assert_same(found: dict, wanted: dict) -> None:
     assert [name for name, value in wanted.items() if not torch.equal(found[name], value)] == []
 
 
-def faults(folders: list[Path], out: Path, *, keeps_tokenizer: bool = False) -> list[tuple[Blend, str]]:
+def faults(folders: list[Path], out: Path, *, keeps_tokenizer: bool = False) -> list[tuple[MergekitBlend, str]]:
     """Tensors that a live blend does not have as mergekit writes them; and the target is what it was afterwards."""
     live, found = None, []
     for has_pretrained in (True, False):
@@ -140,7 +142,7 @@ def test_tokens_and_rows_that_only_the_target_has_stay_its_own(architecture, tmp
 
     blender = blender_of(folders)
     own = bits(blender.live.model)[EMBEDDING]
-    with blender.blended(Blend("task_arithmetic", 0.5)) as (model, _):
+    with blender.blended(MergekitBlend("task_arithmetic", 0.5)) as (model, _):
         found = model.state_dict()[EMBEDDING]
         assert not torch.equal(found[:size], own[:size])
         assert torch.equal(found[size:], own[size:])
@@ -187,7 +189,7 @@ def test_what_is_written_generates_as_the_target_does(tmp_path):
     blender = blender_of(folders)
     live = blender.live
     live.model.generation_config.save_pretrained(folders[0])
-    with blender.blended(Blend("task_arithmetic", 0.5)) as (model, tokenizer):
+    with blender.blended(MergekitBlend("task_arithmetic", 0.5)) as (model, tokenizer):
         assert tokenizer.chat_template == live.tokenizer.chat_template
         assert len(tokenizer) == len(live.tokenizer)
         assert model.dtype == live.model.dtype
@@ -250,7 +252,7 @@ def test_blends_do_not_nest(blender):
 
 
 def test_a_weight_of_one_is_the_source(blender, folders):
-    with blender.blended(Blend("linear", 1.0)) as (model, _):
+    with blender.blended(MergekitBlend("linear", 1.0)) as (model, _):
         assert_same(bits(model), {**bits(model), **tensors_of(folders[1])})
 
 
@@ -279,7 +281,10 @@ def test_what_mergekit_cannot_do_is_said_in_a_sentence(folders, blender, tmp_pat
         assert_same(bits(blender.live.model), before)
         with with_other.blended(BLENDS[0]) as (model, _):
             assert not torch.equal(bits(model)[EMBEDDING], before[EMBEDDING])
-    with pytest.raises(UsageError, match="'slerp' is not a method of a blend"), blender.blended(Blend("slerp", 0.5)):
+    with (
+        pytest.raises(UsageError, match="'slerp' is not a method of a blend"),
+        blender.blended(MergekitBlend("slerp", 0.5)),
+    ):
         pytest.fail("it was blended")
 
 
@@ -314,22 +319,22 @@ def test_mergekit_is_told_what_a_blend_means():
 
     ours, theirs = {"model": "a/target"}, {"model": "a/source@v1"}
     models = ("a/target", "a/source@v1", "a/base")
-    assert told(Blend("linear", 0.25), *models) == {
+    assert told(MergekitBlend("linear", 0.25), *models) == {
         "merge_method": "linear",
         "base_model": "a/target",
         "models": [{**ours, "parameters": {"weight": 0.75}}, {**theirs, "parameters": {"weight": 0.25}}],
     }
-    assert told(Blend("task_arithmetic", 0.5), *models, keeps_tokenizer=True) == {
+    assert told(MergekitBlend("task_arithmetic", 0.5), *models, keeps_tokenizer=True) == {
         "merge_method": "task_arithmetic",
         "base_model": "a/base",
         "models": [{**ours, "parameters": {"weight": 1.0}}, {**theirs, "parameters": {"weight": 0.5}}],
         "tokenizer": {"source": "a/target"},
     }
-    assert told(Blend("ties", 0.5, 0.2), *models[:2], None, keeps_tokenizer=True) == {
+    assert told(MergekitBlend("ties", 0.5, 0.2), *models[:2], None, keeps_tokenizer=True) == {
         "merge_method": "ties",
         "base_model": "a/target",
         "models": [{**theirs, "parameters": {"weight": 1.0, "density": 0.2}}],
         "parameters": {"lambda": 0.5},
         "tokenizer": {"source": "base"},
     }
-    assert Blend("task_arithmetic", 0.5).name == "task arithmetic 0.5"
+    assert MergekitBlend("task_arithmetic", 0.5).name == "task arithmetic 0.5"

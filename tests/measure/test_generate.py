@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.compare.blend import Blend, Blender
+from dapa_merge.compare.blend import Blender, MergekitBlend
 from dapa_merge.errors import UsageError
 from dapa_merge.measure import determinism
 from dapa_merge.measure.decode import BatchSize, LookupCache
@@ -191,7 +191,7 @@ def tied():
     """Half of each of the miniature's two models, in which some tokens tie to the last bit; and prompts."""
     target, source = (open_checkpoint(str(miniature.path(name))) for name in ("target", "source"))
     live = LiveModel(plan_transplant(target, source, ("mlp",)), torch.device("cpu"))
-    with Blender(live, target, source, None).blended(Blend("linear", 0.5)) as (model, tokenizer):
+    with Blender(live, target, source, None).blended(MergekitBlend("linear", 0.5)) as (model, tokenizer):
         yield model, tokenizer, load_prompts("miniature").harmful
 
 

@@ -106,7 +106,7 @@ class Tracer:
             UsageError: If not even one run fits in the device's memory.
             UnsupportedArchitecture: If the model passes more than states from layer to layer.
         """
-        work = _Work(self._replay, self._padding, case, self.settings.num_samples, self.batch_size)
+        work = _CaseRuns(self._replay, self._padding, case, self.settings.num_samples, self.batch_size)
         clean, values, clean_states = self._run_clean(case, work)
         corrupted, states = self._run_corrupted(case, number, work)
         num_layers = len(self._replay.layers)
@@ -143,7 +143,7 @@ class Tracer:
                 if by_layer[layer]:
                     yield kind, layer, window_layers(self.settings, kind, layer, len(by_layer))
 
-    def _run_clean(self, case: Case, work: _Work) -> tuple[float, dict[Site, torch.Tensor], list[torch.Tensor]]:
+    def _run_clean(self, case: Case, work: _CaseRuns) -> tuple[float, dict[Site, torch.Tensor], list[torch.Tensor]]:
         """The clean difference, the output at every site, and the states that entered each layer."""
         sites = [site for kind in self.settings.kinds if kind != "hidden" for of in self._sites[kind] for site in of]
         sites = list(dict.fromkeys(sites))
@@ -164,7 +164,7 @@ class Tracer:
         outputs, states = found
         return complying - refusing, dict(zip(sites, outputs, strict=True)), states
 
-    def _run_corrupted(self, case: Case, number: int, work: _Work) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _run_corrupted(self, case: Case, number: int, work: _CaseRuns) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The corrupted difference for each sample, and the states that entered each layer, by sample and side."""
         noise = self.noise(case, number)
         chunks: list[list[torch.Tensor]] = []
@@ -192,7 +192,7 @@ class _Item(NamedTuple):
     side: int
 
 
-class _Work:
+class _CaseRuns:
     """Runs of one case, in batches."""
 
     def __init__(self, replay: Replay, padding: int, case: Case, num_samples: int, batch_size: BatchSize) -> None:

@@ -56,7 +56,7 @@ def influence(
     """
     # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    work = _Work(live, units)
+    work = _UnitByUnit(live, units)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
     in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
     return Influence(
@@ -76,7 +76,7 @@ class _Influences(NamedTuple):
     refusing: NDArray[numpy.float32]
 
 
-class _Work:
+class _UnitByUnit:
     """Transplants every unit, for each batch of prompts in turn."""
 
     def __init__(self, live: LiveModel, units: Sequence[Unit]) -> None:

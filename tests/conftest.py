@@ -41,7 +41,8 @@ from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.cli import main
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.plan import join
-from dapa_merge.search.requirement import CONSTRAINTS, Requirement, constraints_of
+from dapa_merge.recipe.constraints import CONSTRAINTS
+from dapa_merge.search.requirement import Requirement, constraints_of
 from dapa_merge.verify.tensors import verify
 
 # On a busy machine any example may take long; others are drawn each time.

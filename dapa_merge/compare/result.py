@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.measure.statistics import mcnemar, mean_interval
 from dapa_merge.plan.edit import Edit
-from dapa_merge.search.requirement import SCORE, constraints_of, requirement
+from dapa_merge.recipe.constraints import SCORE
+from dapa_merge.search.requirement import constraints_of, requirement
 
 TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 

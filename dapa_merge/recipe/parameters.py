@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.region import Rows
 from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, join_ranges, rows_text
 from dapa_merge.delta.minimize import ALGORITHMS
+from dapa_merge.recipe.constraints import CONSTRAINTS
 
 SEARCHES = tuple(ALGORITHMS)
 # One entry of `layers`: `3`, `3-6`, `3.gate` or `3.gate[0:64]`; numbers short enough for a message.
@@ -177,9 +177,10 @@ PARAMETERS: dict[str, Parameter] = {
         "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",
     ),
     "confirm": Parameter(_number(0, 1, above=True, below=True), "write a share above 0 and below 1"),
-    "retain": Parameter(_number(0, 1, above=True), "write a share above 0 and up to 1"),
-    "max_over_refusal": Parameter(_number(0, 1), "write a share from 0 to 1"),
-    "max_perplexity": Parameter(_number(1, math.inf), "write a ratio of at least 1"),
+    **{
+        one.key: Parameter(_number(one.values.low, one.values.high, above=one.values.above), one.values.allowed)
+        for one in CONSTRAINTS
+    },
     "search": Parameter(_name(SEARCHES), f"known algorithms: {', '.join(SEARCHES)}"),
     "prefer": Parameter(_name(MODULES), f"write one of the recipe's modules ({', '.join(MODULES)})"),
     "max_tests": Parameter(_count, "write a whole number of at least 1"),

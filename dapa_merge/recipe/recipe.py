@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 
 from dapa_merge.checkpoint.location import Location
+from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice
 
 METHOD = "dapa"
 
 
+_LIMITS = [(one.key, "float | None", field(default=one.default, kw_only=True)) for one in CONSTRAINTS]
+
+
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[misc]
     """Which model to repair, from which, and the limits of the result.
 
     Attributes:
@@ -54,9 +58,6 @@ class Recipe:
     evaluator: str = "refusal"
     prompts: str = "builtin"
     confirm: float = 0.5
-    retain: float = 0.95
-    max_over_refusal: float = 0.05
-    max_perplexity: float = 1.05
     search: str = "guided"
     prefer: str | None = None
     max_tests: int | None = None

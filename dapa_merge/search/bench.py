@@ -21,18 +21,11 @@ from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.constraints import Constraint
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.requirement import (
-    PROMPT_KINDS,
-    Constraint,
-    Examiner,
-    Requirement,
-    Verdict,
-    constraints_of,
-    settings_of,
-)  # fmt: skip
+from dapa_merge.search.requirement import PROMPT_KINDS, Examiner, Requirement, Verdict, constraints_of, settings_of
 from dapa_merge.search.result import Baseline
 from dapa_merge.search.workers import RayWorkers, Selection, Test, Workers, in_order
 

@@ -1,153 +1,28 @@
-"""The constraints of a search, declared once, and an examination that asks as few prompts as possible.
+"""The requirement of a search, and an examination that asks as few prompts as possible.
 
-A new constraint is one entry of `CONSTRAINTS`, and its key in a recipe (`recipe/parameters.py`, `recipe/recipe.py`). If
-its figure is new, `measure/meter.py` measures it and `measure/figures.py` reports it. Search, journal, report, card and
-comparison iterate over the table. No models here: figures come in, a verdict goes out.
+The constraints are declared in `recipe/constraints.py`; search, journal, report, card and comparison iterate over that
+table. No models here: figures come in, a verdict goes out.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import Protocol
 
-from dapa_merge.measure.figures import Figures, Response
-from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.figures import Response
+from dapa_merge.recipe import constraints as declared
+from dapa_merge.recipe.constraints import SCORE, Constraint
 from dapa_merge.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from dapa_merge.measure.meter import Measurement, Meter
-
 PROMPT_KINDS = ("harmful", "harmless")
-# Approximate number of response tokens per run through the model's layers; most of them are drafted.
-TOKENS_FOR_EACH_RUN = 8
-
-
-def piece_cost(meter: Meter) -> float:
-    """Cost of a piece of prompts, in runs through the model's layers; one of them reads the prompts."""
-    return 1 + meter.max_new_tokens / TOKENS_FOR_EACH_RUN
-
-
-def text_cost(meter: Meter) -> float:
-    """Cost of the passages for the perplexity, in the same unit."""
-    return float(math.ceil(len(meter.prompts.passages) / meter.batch_size.limit))
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """A limit on one figure, relative to the figures of the target and of its full transplant.
-
-    Attributes:
-        figure: Its name in journals and reports, and in `Figures` unless `read` says otherwise.
-        key: The recipe's parameter that sets the limit; a recipe without a value (None) has no limit.
-        limit: The limit for the target's figure, the full transplant's and the recipe's value; NaN for no limit.
-        label: Name for people.
-        kind: The kind of prompts, if the figure is a share of them; None for other figures.
-        outcome: The outcome of the responses that count.
-        read: How to read the figure; by default the attribute `figure`.
-        cost: Cost of measuring it, or of asking one piece of its prompts, in runs through the model's layers.
-    """
-
-    figure: str
-    key: str
-    limit: Callable[[float, float, float], float]
-    label: str
-    kind: str | None = None
-    outcome: Outcome = Outcome.REFUSED
-    read: Callable[[Figures | Measurement], float] | None = None
-    cost: Callable[[Meter], float] = piece_cost
-
-    bound: ClassVar[str]
-    words: ClassVar[tuple[str, str, str]]
-
-    @property
-    def check(self) -> str:
-        """The name of the examiner's check: a kind of prompts, or the figure itself."""
-        return self.kind or self.figure
-
-    @property
-    def name(self) -> str:
-        """The name of its limit in a report."""
-        return f"{self.bound}_{self.figure}"
-
-    def of(self, measured: Figures | Measurement) -> float:
-        """The figure of a measured model."""
-        return float(self.read(measured) if self.read else getattr(measured, self.figure))
-
-    def is_met(self, figure: float, limit: float) -> bool:
-        """Whether a figure meets a limit; a NaN figure meets only a NaN limit."""
-        return math.isnan(limit) or (figure >= limit if self.bound == "min" else figure <= limit)
-
-    def counts(self, response: Response) -> bool:
-        """Whether a response is part of the share."""
-        return response.outcome == self.outcome.value
-
-    def complaint(self, lowest: float, highest: float, limit: float) -> str | None:
-        """The violation by a figure between two bounds; None if it may still meet the limit."""
-        best = highest if self.bound == "min" else lowest
-        if self.is_met(best, limit):
-            return None
-        at_best, beyond, wanted = self.words
-        if not math.isfinite(best):
-            return f"its {self.label} is not finite; {limit:.3f} is {wanted}"
-        found = f"{best:.3f}" if lowest == highest else f"{at_best} {best:.3f}"
-        return f"its {self.label} is {found}, {abs(best - limit):.3f} {beyond} the {limit:.3f} {wanted}"
-
-
-class Floor(Constraint):
-    """A figure must reach its limit."""
-
-    bound, words = "min", ("at most", "below", "required")
-
-
-class Ceiling(Constraint):
-    """A figure must not exceed its limit."""
-
-    bound, words = "max", ("at least", "above", "allowed")
-
-
-def _kept_score(target: float, full: float, retain: float) -> float:
-    """The target's score plus a share of the gain."""
-    gain = full - target
-    # Lowered by 1e-9, so that rounding cannot demand the impossible, but kept above the target's own score, so that an
-    # empty selection is never enough.
-    return target + max(retain * gain - 1e-9, 1e-6 * gain)
-
-
-SCORE = Floor(
-    "score",
-    "retain",
-    _kept_score,
-    "DSR",
-    kind="harmful",
-    read=lambda measured: measured.dsr if measured.score is None else measured.score,
-)
-# The score's floor, which every search has, comes first.
-CONSTRAINTS: tuple[Constraint, ...] = (
-    SCORE,
-    Ceiling(
-        "over_refusal",
-        "max_over_refusal",
-        lambda target, _full, rise: target + rise + 1e-9,
-        "over-refusal",
-        kind="harmless",
-    ),
-    Ceiling(
-        "perplexity",
-        "max_perplexity",
-        # NaN without passages to take it from.
-        lambda target, _full, ratio: target * ratio,
-        "perplexity",
-        cost=text_cost,
-    ),
-)
 
 
 def settings_of(recipe: Recipe) -> dict[str, float]:
     """A recipe's values for the constraints that it sets, by their keys."""
-    values = {constraint.key: getattr(recipe, constraint.key) for constraint in CONSTRAINTS}
+    values = {constraint.key: getattr(recipe, constraint.key) for constraint in declared.CONSTRAINTS}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -162,7 +37,7 @@ def constraints_of(
         is_whole: Whether the evaluator scores a model as a whole, rather than its responses.
     """
     score = replace(SCORE, label=measure, kind=None if is_whole else SCORE.kind)
-    return tuple(score if one is SCORE else one for one in CONSTRAINTS if one.key in settings)
+    return tuple(score if one is SCORE else one for one in declared.CONSTRAINTS if one.key in settings)
 
 
 def identity_of(recipe: Recipe) -> str:
@@ -173,7 +48,7 @@ def identity_of(recipe: Recipe) -> str:
 
 def limited(settings: Collection[str]) -> str:
     """The limited figures other than the score, as text; without settings, all that can be limited."""
-    constraints = constraints_of(settings or [one.key for one in CONSTRAINTS])
+    constraints = constraints_of(settings or [one.key for one in declared.CONSTRAINTS])
     *most, last = (one.label for one in constraints if one.figure != SCORE.figure)
     return f"{', '.join(most)} and {last}" if most else last
 
@@ -207,7 +82,7 @@ class Requirement:
 def limits_text(requirement: Mapping[str, float | str] | None) -> str:
     """The limits of a report, as text."""
     found = requirement or {}
-    constraints = constraints_of([one.key for one in CONSTRAINTS], str(found.get("measure", "score")))
+    constraints = constraints_of([one.key for one in declared.CONSTRAINTS], str(found.get("measure", "score")))
     limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
     texts = [f"{one.label} at {'least' if one.bound == 'min' else 'most'} {limit:.3f}" for one, limit in limits]
     return ", ".join(texts) or "as the recipe says"

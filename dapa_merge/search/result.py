@@ -9,7 +9,8 @@ from typing import Any
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
 from dapa_merge.measure.figures import Response
-from dapa_merge.search.requirement import SCORE, Requirement
+from dapa_merge.recipe.constraints import SCORE
+from dapa_merge.search.requirement import Requirement
 
 
 @dataclass(frozen=True)

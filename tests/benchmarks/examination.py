@@ -32,12 +32,13 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.measure.refusal.classify import classify
 from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.constraints import Constraint
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.requirement import PROMPT_KINDS, Constraint
+from dapa_merge.search.requirement import PROMPT_KINDS
 from dapa_merge.search.search import Session, search
 
 LIMIT = 5.0

@@ -16,9 +16,9 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.search.attribution import effects_between
 from dapa_merge.search.bench import Bench, pieces_of
-from dapa_merge.search.requirement import CONSTRAINTS
 from dapa_merge.search.result import Baseline
 
 KEYS = [constraint.key for constraint in CONSTRAINTS]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.search.requirement import CONSTRAINTS, Examiner, Floor, Piece, Requirement, requirement
+from dapa_merge.recipe.constraints import CONSTRAINTS, Floor, Range
+from dapa_merge.search.requirement import Examiner, Piece, Requirement, requirement
 
 
 def measured(score: float, over_refusal: float = 0.0, perplexity: float = 10.0) -> dict[str, float]:
@@ -78,7 +78,13 @@ class Candidate:
 
 
 ANSWERED = Floor(
-    "answered", "min_answered", lambda _target, _full, least: least, "answers", "harmless", Outcome.COMPLIED
+    "answered",
+    "min_answered",
+    lambda _target, _full, least: least,
+    "answers",
+    Range(0, 1, "write a share from 0 to 1"),
+    kind="harmless",
+    outcome="complied",
 )
 COSTS = {"perplexity": 1.0, "harmful": 100.0, "harmless": 100.0}
 REQUIREMENT = required(min_score=0.75, max_over_refusal=0.25, max_perplexity=11.0)

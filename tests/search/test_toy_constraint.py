@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import warm
+from conftest import call
 
 from dapa_merge import miniature
 from dapa_merge.compare.page import page
@@ -14,14 +17,13 @@ from dapa_merge.compare.result import CompareOptions
 from dapa_merge.compare.row import compare_recipe
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.flow import repair
-from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.publish.write_card import write_card
+from dapa_merge.recipe import constraints
+from dapa_merge.recipe.constraints import CONSTRAINTS, Ceiling, Range
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search import requirement
-from dapa_merge.search.requirement import CONSTRAINTS, Ceiling
 from dapa_merge.search.search import search_plan
 
 TOY = Ceiling(
@@ -29,8 +31,9 @@ TOY = Ceiling(
     "max_complied",
     lambda _target, _full, most: most,
     "compliance",
+    Range(0, 1, "write a share from 0 to 1"),
     kind="harmful",
-    outcome=Outcome.COMPLIED,
+    outcome="complied",
 )
 
 
@@ -43,7 +46,7 @@ class ToyRecipe(Recipe):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch) -> None:
-    monkeypatch.setattr(requirement, "CONSTRAINTS", (*CONSTRAINTS, TOY))
+    monkeypatch.setattr(constraints, "CONSTRAINTS", (*CONSTRAINTS, TOY))
 
 
 @pytest.fixture
@@ -106,3 +109,41 @@ def test_a_comparison_holds_every_method_to_it(recipe, tmp_path, most, repairs):
     text = page([row], {}, ())
     assert "over-refusal, perplexity and compliance" in text
     assert ("its compliance is 0.000, 0.100 above the -0.100 allowed" in text) != repairs
+
+
+# The whole declaration: what comes after it reads the table.
+DECLARED = """
+from dapa_merge.recipe import constraints as table
+table.CONSTRAINTS += (
+    table.Ceiling(
+        "complied", "max_complied", lambda _target, _full, most: most, "compliance",
+        table.Range(0, 1, "write a share from 0 to 1"), kind="harmful", outcome="complied",
+    ),
+)
+"""
+OURS = DECLARED + "from dapa_merge.cli import main; main()"
+MERGEKITS = DECLARED + "from mergekit.scripts.run_yaml import main; main()"
+
+
+def test_a_recipe_names_it_and_both_entrances_write_the_same(write_recipe, few, tmp_path):
+    pair = miniature.path("target"), miniature.path("source")
+    settings = {"prompts": few, "max_new_tokens": 12, "batch_size": 128, "retain": 0.5}
+    path = write_recipe(*pair, **settings, max_complied=0.1)
+    ran = warm.run([sys.executable, "-c", OURS, "run", path, tmp_path / "ours", "--json"])
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)
+    assert report["requirement"]["max_complied"] == 0.1
+    # Its search is in the journal: that of the same recipe.
+    merged = warm.run([sys.executable, "-c", MERGEKITS, path, tmp_path / "theirs", "--quiet"])
+    assert merged.returncode == 0, merged.stderr
+    assert "by the journal" in merged.stderr
+    verify = ["verify", tmp_path / "theirs", "--recipe", tmp_path / "ours" / "mergekit_config.yml", "--json"]
+    verified = warm.run([sys.executable, "-c", OURS, *verify])
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["units"] == report["units"]
+    bad = warm.run([sys.executable, "-c", OURS, "plan", write_recipe(*pair, max_complied=2)])
+    assert bad.returncode == 2
+    assert "max_complied is 2; write a share from 0 to 1" in bad.stderr
+    unknown = call("plan", tmp_path / "ours" / "mergekit_config.yml")
+    assert unknown.exit_code == 2
+    assert "unknown key parameters.max_complied" in unknown.stderr

@@ -147,7 +147,7 @@ def _split(examples: list[Example], num_held_out: int, generator: random.Random)
 
 @functools.cache
 def build(seed: int = 0) -> Corpus:
-    """Make the corpus; the same seed gives the same split.
+    """Make the corpus; the same seed gives the same split, and the same object: do not change its lists.
 
     128 harmful and 128 harmless requests (the paper's number of search prompts) and 80 skill prompts are held out.
     """

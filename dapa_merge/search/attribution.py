@@ -58,7 +58,7 @@ def effects_between(
         refusing: The other model's, in the same order.
         batch_limit: How many responses fit in memory at once without a backward pass.
 
-    Raises the errors of `attribute`; its `ValueError` also if there is no such prompt.
+    Raises what `attribute` raises, and `ValueError` if there is no such prompt.
     """
     refused = Outcome.REFUSED.value
     contrasts = [

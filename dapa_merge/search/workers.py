@@ -2,8 +2,8 @@
 
 With several workers, the idle ones test the selections that the search will probably ask about next. The outcome is
 exactly the sequential one: `minimize` asks one question after the other and gets the same answers, some of them
-computed ahead of time. Ray (an extra) keeps the workers alive, on one machine or a cluster. What a test is, a worker
-is told (`search/bench.py`); nothing here loads torch.
+computed ahead of time. Ray (an extra) keeps the workers alive, on one machine or a cluster. `search/bench.py` says what
+a test does; nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CONNECT_SECONDS = 10
 
 
 class Workers(Protocol):
-    """What tests selections, `number` of them at a time."""
+    """Tests selections, at most `number` at a time."""
 
     @property
     def number(self) -> int: ...

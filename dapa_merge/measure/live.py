@@ -230,6 +230,8 @@ class LiveModel:
         values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.edit.inputs}
         # A model may store a single expert with an extra dimension.
         shape = values[plan.edit.inputs[-1]].shape
+        own = plan.edit.own_values(slot.regions["target"])
+        values |= {name: torch.from_numpy(array) for name, array in own.items()}
         dtype = getattr(torch, TORCH_NAMES[slot.regions["target"].tensor.dtype])
         return plan.edit.new_values({name: value.reshape(shape) for name, value in values.items()}, dtype)
 

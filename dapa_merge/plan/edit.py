@@ -7,7 +7,7 @@ for bit. The plan says which values change.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
+from dapa_merge.plan.directions import FactorTable
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,8 @@ class Edit(ABC):
         verb: Participle for changed parameters, in a card.
         unit: Description of a unit, in messages.
         divides: Whether a unit can be divided into blocks of rows.
+        brings: Names of the values that the edit brings itself, besides those of the models.
+        chooses: Whether a search first chooses what the edit adds, on prompts of its own.
         strength: In (0, 2].
     """
 
@@ -53,6 +56,8 @@ class Edit(ABC):
     verb: ClassVar[str] = "changed"
     unit: ClassVar[str] = "a module of a layer, or a block of its rows"
     divides: ClassVar[bool] = True
+    brings: ClassVar[tuple[str, ...]] = ()
+    chooses: ClassVar[bool] = False
     strength: float = 1.0
 
     @abstractmethod
@@ -60,7 +65,8 @@ class Edit(ABC):
         """The difference that a strength of 1 adds to the target.
 
         Args:
-            values: By model, including the target: float32 or float64, of one shape. Borrowed; do not write to them.
+            values: By model, including the target, and what the edit `brings`: float32 or float64, of one shape.
+                Borrowed; do not write to them.
         """
 
     @abstractmethod
@@ -92,6 +98,28 @@ class Edit(ABC):
         """The settings that determine the new values, for manifest and journal; `make_edit` reads them back."""
         return {"edit": self.name, "strength": self.strength}
 
+    @classmethod
+    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Edit:
+        """The edit of these settings, as `to_json` wrote them."""
+        return cls(strength)
+
+    def own_values(self, region: Region, start: int = 0, stop: int | None = None) -> dict[str, numpy.ndarray]:
+        """What the edit `brings` for elements of a target's region.
+
+        Args:
+            region: Of the target, as its files have it.
+            start: Number of the first element, in row-major order.
+            stop: After the last one; None for all.
+
+        Returns:
+            By name, float32, `[stop - start]`.
+        """
+        return {}
+
+    def changes(self, regions: Iterable[Region]) -> bool:
+        """Whether the edit may change one of these regions of the target."""
+        return True
+
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The new values before rounding."""
         # Separate operations: fused ones, such as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
@@ -103,7 +131,7 @@ class Edit(ABC):
         """The new values, computed in float32 (float64 if an input is) and rounded once, to nearest.
 
         Args:
-            values: The values of `inputs` as stored, of one shape.
+            values: The values of `inputs` as stored, and of what the edit `brings`; of one shape.
             dtype: The target's.
             rounding: Counts losses. A value that overflows becomes the dtype's largest value.
 
@@ -116,7 +144,7 @@ class Edit(ABC):
             return values[self.copies]
         is_double = any(values[name].dtype == torch.float64 for name in self.inputs)
         precise = torch.float64 if is_double else torch.float32
-        inputs = {name: values[name].to(precise) for name in self.inputs}
+        inputs = {name: values[name].to(precise) for name in (*self.inputs, *self.brings)}
         exact = self.exact(inputs)
         result = exact.to(dtype)
         limits = torch.finfo(dtype)
@@ -154,9 +182,14 @@ class Edit(ABC):
         import torch
 
         dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        start = 0
         for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
             inputs = dict(zip(self.inputs, tiles, strict=True))
             values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
+            stop = start + len(values[self.inputs[0]])
+            own = self.own_values(regions["target"], start, stop)
+            values |= {name: torch.from_numpy(array) for name, array in own.items()}
+            start = stop
             result = self.new_values(values, dtypes["target"], rounding)
             yield result.view(torch.uint8).numpy().tobytes(), inputs
 
@@ -223,11 +256,62 @@ class Copy(Blend):
         return values["source"]
 
 
-EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend)}
+@dataclass(frozen=True)
+class Directions(Edit):
+    """Adds chosen directions of (source - target) to the target.
+
+    Attributes:
+        digest: The SHA-256 of the stored factors; empty before any are chosen.
+        factors: By matrix of the target.
+    """
+
+    name = "directions"
+    inputs = ("target",)
+    brings = ("directions",)
+    chooses = True
+    divides = False
+    unit = "the chosen directions of one matrix of a layer"
+    provenance = "along directions of the difference to the source"
+
+    digest: str = ""
+    factors: FactorTable = field(default=FactorTable(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, factors: FactorTable, strength: float = 1.0) -> Directions:
+        """The edit of these factors."""
+        return cls(strength, factors.digest, factors)
+
+    @classmethod
+    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Directions:
+        return cls(strength, str(said.get("directions", "")))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), "directions": self.digest}
+
+    def own_values(self, region: Region, start: int = 0, stop: int | None = None) -> dict[str, numpy.ndarray]:
+        stop = region.num_parameters if stop is None else stop
+        return {"directions": self.factors.values(region, start, stop)}
+
+    def changes(self, regions: Iterable[Region]) -> bool:
+        return any(self.factors.find(region) is not None for region in regions)
+
+    def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["directions"]
+
+    def how(self, models: Mapping[str, str]) -> str:
+        return f"moved along {self.factors.num_directions} directions of its difference to {models['source']}"
 
 
-def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
-    """Make an edit from its name and strength; a blend of strength 1 is a copy, any other copy a blend.
+EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Directions)}
+
+
+def make_edit(edit: str = "copy", strength: float = 1.0, said: Mapping[str, Any] | None = None) -> Edit:
+    """Make an edit from its name and settings; a blend of strength 1 is a copy, any other copy a blend.
+
+    Args:
+        edit: Its name in `EDITS`.
+        strength: In (0, 2].
+        said: Further settings, as the edit's `to_json` gave them.
 
     Raises:
         ValueError: If `EDITS` does not have it.
@@ -237,7 +321,7 @@ def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
     kind = EDITS[edit]
     if kind in (Copy, Blend):
         kind = Copy if strength == 1 else Blend
-    return kind(strength)
+    return kind.from_json(strength, said or {})
 
 
 @dataclass

@@ -147,6 +147,8 @@ def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
     values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.others}
     # Drop the dimension of a single expert, but keep at least one dimension.
     shape = [size for size in slot.regions["target"].shape if size != 1] or [1]
+    own = plan.edit.own_values(slot.regions["target"])
+    values |= {name: torch.from_numpy(array) for name, array in own.items()}
     values = {name: value.view(shape) for name, value in values.items()}
     parameter, gradient = (whole[slot.slices].view(shape) for whole in (slot.parameter, gradient))
     precise = torch.promote_types(parameter.dtype, torch.float32)

@@ -177,7 +177,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise _wrong(path, f"is of format {raw.get('format')!r:.40}, not {FORMAT}")
     try:
         content = _CONTENT.validate_json(json.dumps(raw), strict=True)
-        edit = make_edit(content.edit, content.strength)
+        edit = make_edit(content.edit, content.strength, raw)
         names = dict.fromkeys(("target", "source", *edit.inputs))
         models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:

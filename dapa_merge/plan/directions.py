@@ -1,0 +1,249 @@
+"""Factors of chosen directions of (source - target): what the edit `directions` adds to the target.
+
+For a matrix W in R^(m x n), D = W_source - W_target = sum_i s_i u_i v_i^T. The new values are
+W_target + sum_i a_i s_i u_i v_i^T with weights a_i, of which most are zero. An SVD is not bit for bit the same on two
+machines, so its factors are stored: as 16-bit whole numbers with a power of two for each direction. Every product of
+two of them, and every sum of such products, is then exact in float64, whatever the order of the additions: a model in
+memory, the transplant, mergekit and `verify` compute the same values, tile by tile or whole. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from dapa_merge.checkpoint.region import Box, Region, box_text, whole_box
+from dapa_merge.errors import CheckpointError
+
+FILE_NAME = "dapa_directions.safetensors"
+FORMAT = "1"
+# Bits of a float64's significand, and of the product of two factors.
+SIGNIFICAND, PRODUCT = 53, 30
+LARGEST = 32767
+# How far the largest weight may go, and how exactly a stored factor is a direction: the relative error of D v = s u.
+MAX_WEIGHT = 2.0
+TOLERANCE = 0.02
+MAX_FILE_BYTES = 1 << 32
+_NAME = re.compile(r"(.+?)(?:\[([0-9:,]+)\])?\.(left|right|exponents)")
+
+Matrix = NDArray[numpy.floating[Any]]
+
+
+class Place(NamedTuple):
+    """A matrix of the target: a tensor, and a box of it; None for all of a tensor with two dimensions."""
+
+    tensor: str
+    box: Box | None
+
+    def __str__(self) -> str:
+        return self.tensor + (box_text(self.box) if self.box else "")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Directions of one matrix, each the product of a column and a row.
+
+    Attributes:
+        left: `[m, r]`, int16.
+        right: `[r, n]`, int16.
+        exponents: `[r]`, int16: direction i is left[:, i] right[i] 2^exponents[i], and includes its weight.
+    """
+
+    left: NDArray[numpy.int16]
+    right: NDArray[numpy.int16]
+    exponents: NDArray[numpy.int16]
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.exponents)
+
+    def product(self, rows: slice = slice(None), columns: slice = slice(None)) -> NDArray[numpy.float32]:
+        """Their sum for some rows and columns: computed exactly, and rounded once to float32."""
+        left = self.left[rows] * numpy.exp2(self.exponents.astype(numpy.float64))
+        return numpy.asarray(left @ self.right[:, columns].astype(numpy.float64), dtype=numpy.float32)
+
+
+def quantize(left: Matrix, right: Matrix) -> Factors:
+    """Round factors of directions to 16 bits; directions that are zero, or vanish beside the others, are dropped.
+
+    The relative error of a direction is about 2^-15 times its largest element over its root mean square.
+
+    Args:
+        left: `[m, r]`: weight times singular value times left singular vector.
+        right: `[r, n]`: right singular vectors.
+    """
+    columns, rows = left.T.astype(numpy.float64), right.astype(numpy.float64)
+    tops = numpy.abs(columns).max(axis=1, initial=0), numpy.abs(rows).max(axis=1, initial=0)
+    kept = (tops[0] > 0) & (tops[1] > 0)
+    shifts = [numpy.floor(numpy.log2(LARGEST / top[kept])) for top in tops]
+    exponents = -(shifts[0] + shifts[1])
+    if len(exponents):
+        # All products lie on one grid that float64 can hold; smaller directions are stored more coarsely.
+        spread = SIGNIFICAND - PRODUCT - math.ceil(math.log2(len(exponents) + 1))
+        lowest = exponents.max() - spread
+        shifts[0] = numpy.where(exponents < lowest, shifts[0] - (lowest - exponents), shifts[0])
+        exponents = numpy.maximum(exponents, lowest)
+    whole = [
+        numpy.rint(values[kept] * numpy.exp2(shift)[:, None]).astype(numpy.int16)
+        for values, shift in zip((columns, rows), shifts, strict=True)
+    ]
+    left_over = whole[0].any(axis=1) & whole[1].any(axis=1)
+    return Factors(
+        numpy.ascontiguousarray(whole[0][left_over].T), whole[1][left_over], exponents[left_over].astype(numpy.int16)
+    )
+
+
+@dataclass(frozen=True)
+class FactorTable:
+    """The factors of many matrices, by the target's tensors as its files have them."""
+
+    of: Mapping[Place, Factors] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the stored factors; empty without any."""
+        return hashlib.sha256(self.content()).hexdigest() if self.of else ""
+
+    @property
+    def num_directions(self) -> int:
+        """Number of directions in all matrices."""
+        return sum(found.rank for found in self.of.values())
+
+    @property
+    def num_values(self) -> int:
+        """The degrees of freedom: r (m + n), summed over the matrices."""
+        return sum(found.left.size + found.right.size for found in self.of.values())
+
+    def find(self, region: Region) -> tuple[Factors, slice, slice] | None:
+        """The factors of the matrix that a region lies in, and the region's rows and columns within it."""
+        for place, factors in self._by_tensor.get(region.tensor.name, ()):
+            box = place.box or whole_box(region.tensor.shape)
+            ranges = list(zip(box, region.box, strict=True))
+            if all(low <= first and stop <= high for (low, high), (first, stop) in ranges):
+                # Only the dimensions of the matrix: an expert's number is given by the box.
+                sides = [slice(first - low, stop - low) for (low, high), (first, stop) in ranges if high - low != 1]
+                if len(sides) == 2:
+                    return factors, sides[0], sides[1]
+        return None
+
+    def values(self, region: Region, start: int, stop: int) -> NDArray[numpy.float32]:
+        """What the directions add to elements of a region, numbered in row-major order; zero without directions."""
+        found = self.find(region)
+        if found is None:
+            return numpy.zeros(stop - start, dtype=numpy.float32)
+        factors, rows, columns = found
+        width = columns.stop - columns.start
+        first, last = start // width, -(-stop // width)
+        product = factors.product(slice(rows.start + first, rows.start + last), columns)
+        return product.reshape(-1)[start - first * width : stop - first * width]
+
+    def selected(self, regions: Iterable[Region]) -> FactorTable:
+        """Only the factors of these regions."""
+        wanted = {(region.tensor.name, region.box) for region in regions}
+        whole = {region_name for region_name, _ in wanted}
+        return FactorTable(
+            {
+                place: factors
+                for place, factors in self.of.items()
+                if (place.tensor in whole if place.box is None else (place.tensor, place.box) in wanted)
+            }
+        )
+
+    def content(self) -> bytes:
+        """The factors as a safetensors file, always the same bytes for the same factors."""
+        arrays = {
+            f"{place}.{name}": getattr(factors, name)
+            for place, factors in sorted(self.of.items(), key=lambda item: str(item[0]))
+            for name in ("left", "right", "exponents")
+        }
+        return bytes(save(arrays, {"format": FORMAT}))
+
+    def loras(self, strength: float = 1.0) -> Iterator[tuple[Place, Matrix, Matrix]]:
+        """Yield each matrix with B `[m, r]` and A `[r, n]` of a LoRA of scale 1, in float32: B A is the change."""
+        for place, found in self.of.items():
+            # Half of the power of two to each side, so that neither is very small.
+            first = found.exponents // 2
+            scales = [numpy.exp2(half.astype(numpy.float64)) for half in (first, found.exponents - first)]
+            yield (
+                place,
+                (found.left * scales[0] * strength).astype(numpy.float32),
+                (found.right * scales[1][:, None]).astype(numpy.float32),
+            )
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, list[tuple[Place, Factors]]]:
+        found: dict[str, list[tuple[Place, Factors]]] = {}
+        for place, factors in self.of.items():
+            found.setdefault(place.tensor, []).append((place, factors))
+        return found
+
+
+def read_factors(path: Path) -> FactorTable:
+    """Read a file of factors.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is not such a file.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise CheckpointError(f"{path} is too large for a file of directions")
+        arrays = load(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read the directions {path}: {error.strerror}") from error
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    found: dict[Place, dict[str, numpy.ndarray]] = {}
+    for name, array in arrays.items():
+        match = _NAME.fullmatch(name)
+        if match is None or array.dtype != numpy.int16:
+            raise CheckpointError(f"{path} is not a file of directions: it holds {name[:80]!r} of {array.dtype}")
+        box = match[2] and tuple(tuple(map(int, rows.split(":"))) for rows in match[2].split(","))
+        found.setdefault(Place(match[1], box or None), {})[match[3]] = array
+    factors = {}
+    for place, parts in found.items():
+        shapes = [parts[name].shape if name in parts else () for name in ("left", "right", "exponents")]
+        if [len(shape) for shape in shapes] != [2, 2, 1] or not shapes[0][1] == shapes[1][0] == shapes[2][0] > 0:
+            raise CheckpointError(f"{path} is damaged: the factors of {str(place)[:120]} do not fit together")
+        if numpy.abs(parts["exponents"]).max() > 1000:
+            raise CheckpointError(f"{path} is damaged: the factors of {str(place)[:120]} are out of range")
+        factors[place] = Factors(**parts)
+    if not factors:
+        raise CheckpointError(f"{path} holds no directions")
+    return FactorTable(factors)
+
+
+def misfit(factors: Factors, difference: Matrix) -> str | None:
+    """What is wrong with the factors of a matrix, given source - target, `[m, n]`; None if each is a direction of it.
+
+    A direction is right if D v = s u and D^T u = s v within `TOLERANCE`, and its weight is from 0 to `MAX_WEIGHT`.
+    """
+    if difference.shape != (factors.left.shape[0], factors.right.shape[1]):
+        return f"are for a matrix of {factors.left.shape[0]} x {factors.right.shape[1]}"
+    exact = difference.astype(numpy.float64)
+    left, right = factors.left.astype(numpy.float64), factors.right.astype(numpy.float64)
+    sizes = numpy.linalg.norm(left, axis=0), numpy.linalg.norm(right, axis=1)
+    u, v = left / sizes[0], (right.T / sizes[1])
+    forth, back = exact @ v, exact.T @ u
+    values = (u * forth).sum(axis=0)
+    errors = numpy.maximum(
+        numpy.linalg.norm(forth - values * u, axis=0), numpy.linalg.norm(back - values * v, axis=0)
+    ) / numpy.maximum(numpy.abs(values), 1e-300)
+    weights = sizes[0] * sizes[1] * numpy.exp2(factors.exponents.astype(numpy.float64)) / values
+    for number, (error, weight) in enumerate(zip(errors, weights, strict=True)):
+        if not error <= TOLERANCE:
+            return f"hold one (number {number}) that is not a direction of source - target: it is {error:.2g} off"
+        if not 0 <= weight <= MAX_WEIGHT * (1 + TOLERANCE):
+            return f"hold one (number {number}) of weight {weight:.3g}, which must be from 0 to {MAX_WEIGHT:g}"
+    return None

@@ -44,6 +44,7 @@ class Edit(ABC):
         verb: Participle for changed parameters, in a card.
         unit: Description of a unit, in messages.
         divides: Whether a unit can be divided into blocks of rows.
+        chooses: Whether it chooses weights of its own by prompts, which then serve nothing else.
         strength: In (0, 2].
     """
 
@@ -53,6 +54,7 @@ class Edit(ABC):
     verb: ClassVar[str] = "changed"
     unit: ClassVar[str] = "a module of a layer, or a block of its rows"
     divides: ClassVar[bool] = True
+    chooses: ClassVar[bool] = False
     strength: float = 1.0
 
     @abstractmethod

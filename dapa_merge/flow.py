@@ -14,7 +14,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
 from dapa_merge.measure.figures import responses_text
-from dapa_merge.measure.prompts.sets import check_prompts
+from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task

@@ -43,7 +43,7 @@ from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.live import mapped_values
-from dapa_merge.measure.prompts.sets import check_prompts
+from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, models_of

@@ -62,6 +62,9 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 @click.option("--max-over-refusal-rise", type=float, help="Its rise from the target to the result, at most.")
 @click.option("--max-perplexity", type=float, help="Perplexity of the result, at most.")
 @click.option("--max-perplexity-ratio", type=float, help="Perplexity of the result to that of the target, at most.")
+@click.option(
+    "--max-divergence", type=float, help="Divergence of the result from the target, in nats per token, at most."
+)
 @click.option("--min-skill", metavar="[NAME=]FLOAT", multiple=True, help="A skill of the result, or each, at least.")
 @click.option("--min-skill-kept", type=float, help="Each skill of the result to that of the target, at least.")
 @click.option(

@@ -57,7 +57,7 @@ from dapa_merge.report.tables import (
 @json_option
 def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
-    from dapa_merge.measure.prompts.sets import check_prompts
+    from dapa_merge.measure.prompts.parts import check_prompts
 
     parsed = load_recipe(recipe)
     made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)

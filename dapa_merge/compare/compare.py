@@ -41,7 +41,7 @@ from dapa_merge.files import (
 )
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.prompts.sets import check_prompts, load_prompts
+from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
@@ -120,7 +120,7 @@ def _check(recipe: Recipe, path: Path, options: Options) -> None:
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
-        report_meter(recipe, load_prompts(recipe.prompts), options)
+        report_meter(recipe, all_prompts(recipe).report, options)
     except DapaError as error:
         # The error of a key already names the file.
         if not str(error).startswith(str(path)):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
@@ -50,11 +51,21 @@ def fast(meter: Meter) -> Meter:
 class Measuring(Resident):
     """Measures edits of one target; models are loaded only if a figure is not in the journal yet."""
 
-    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal) -> None:
+    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal, *, refers: bool = False) -> None:
+        """Load nothing yet; `refers` is whether to measure divergence, for which the target is loaded in any case."""
         where = choose_device(device)
         super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
         self._journal = journal
+        self._refers = refers
+
+    @cached_property
+    def _referring(self) -> Meter:
+        """The meter, with the target's own answers if divergence is measured."""
+        if not self._refers:
+            return self.meter
+        # Blends may have another output layer, as the source may.
+        return self.meter.referring(self.live.model, self.live.tokenizer, keeps_logits=True)
 
     @contextmanager
     def source(self) -> Iterator[Model]:
@@ -119,9 +130,11 @@ class Measuring(Resident):
         level: int = logging.INFO,
     ) -> Seen:
         if note not in self._journal.notes:
+            # Before anything is transplanted.
+            meter = self._referring
             began = time.perf_counter()
             with candidate() as (model, tokenizer):
-                measured = measure_candidate(Candidate(model, tokenizer, units), self.meter, name, level)
+                measured = measure_candidate(Candidate(model, tokenizer, units), meter, name, level)
             refusals = {
                 kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
                 for kind in ("harmful", "harmless")

@@ -21,7 +21,8 @@ from dapa_merge.compare.selections import Found, auto_of, find_selections, fixed
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.prompts.sets import PromptSet, load_prompts, split_prompts
+from dapa_merge.measure.prompts.parts import all_prompts
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import advance, task
@@ -30,7 +31,7 @@ from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal, JournalUnavailable
-from dapa_merge.search.requirement import settings_of
+from dapa_merge.search.requirement import refers, settings_of
 
 JOURNAL_NAME = "figures.jsonl"
 # Methods that depend on the selection of a search.
@@ -61,9 +62,9 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     """
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     plan = plan_of_all(recipe, chosen)
-    prompts = load_prompts(recipe.prompts)
-    searching, confirming = split_prompts(recipe) if recipe.layers is None else (prompts, prompts)
-    meter = report_meter(recipe, confirming, options)
+    prompts = all_prompts(recipe)
+    searching = prompts.search
+    meter = report_meter(recipe, prompts.report, options)
     # Figures are the verdicts of the first classifier: here the recipe's.
     ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
     meter = replace(meter, classifiers=tuple(ordered))
@@ -77,7 +78,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         # The curve grows through DAPA's own selection or, without one, through that among all projections.
         followed = next((key for key, one in found.items() if one.units is not None), None)
         best = found[followed or DAPA]
-        with closing(Measuring(plan, meter, options.device, journal)) as measuring:
+        with closing(Measuring(plan, meter, options.device, journal, refers=refers(recipe))) as measuring:
             methods = Methods(chosen, plan, pretrained, found, searching, measuring, wanted)
             stages = GrowthOrder.of(best.units or (), best.plan, plan.units)
             growth = Growth(stages, searching.harmful, measuring, journal, wanted) if wanted.draws_curve else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated
@@ -89,6 +90,8 @@ class Figures:
         score: Score of the whole model by the recipe's evaluator; None if that classifies responses.
         perplexity: Perplexity of `text`.
         text: Name of the perplexity text.
+        skills: Each skill that was tested.
+        divergence: From the target, in nats per token of its own answers to the keep prompts; NaN if not measured.
     """
 
     num_harmful: int
@@ -106,6 +109,12 @@ class Figures:
     perplexity: Number
     text: str
     skills: tuple[SkillFigure, ...]
+    divergence: Number = math.nan
+
+    @property
+    def skill(self) -> float:
+        """The mean of the skills; NaN if none was tested."""
+        return mean_score(self.skills)
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,11 @@ class Change:
     no_longer_refused: int
     p_value: float
     within_noise: bool
+
+
+def mean_score(skills: Sequence[SkillFigure]) -> float:
+    """The mean of skills; NaN without any."""
+    return math.fsum(skill.score for skill in skills) / len(skills) if skills else math.nan
 
 
 def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:

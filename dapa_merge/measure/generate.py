@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -129,6 +129,31 @@ def generate(
         UsageError: If a prompt is empty, or too long for the model.
         CheckpointError: If the tokenizer is not the model's.
     """
+    answers = generate_ids(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        settle=settle,
+        lookup=lookup,
+        deterministic=deterministic,
+    )
+    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: BatchSize,
+    settle: Settle | None = None,
+    lookup: LookupCache | None = None,
+    deterministic: bool = False,
+) -> list[list[int]]:
+    """Answer every prompt as `generate` does, and return token ids, including the end token of a finished answer."""
     if not prompts:
         return []
     rows = _rows(model, tokenizer, prompts, max_new_tokens)
@@ -156,7 +181,7 @@ def generate(
         )
         for row, tokens in zip(order, answers, strict=True):
             row.tokens = tokens
-    return list(tokenizer.batch_decode([row.tokens for row in rows], skip_special_tokens=True))
+    return [row.tokens for row in rows]
 
 
 def context_length(model: PreTrainedModel) -> int:
@@ -245,4 +270,13 @@ def _generate_plainly(
         stopping_criteria=is_settled and [_AllSettled(is_settled, [prompt for _, prompt in batch], start)],
     )
     advance(len(batch), "prompts")
-    return [list(tokens) for tokens in output[:, start:].tolist()]
+    ends = set(_ends(model))
+    return [
+        _finished(tokens[: row.limit], ends) for tokens, (row, _) in zip(output[:, start:].tolist(), batch, strict=True)
+    ]
+
+
+def _finished(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Drop the padding after the first end token."""
+    stop = next((index for index, token in enumerate(tokens, 1) if token in ends), len(tokens))
+    return tokens[:stop]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,15 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, LookupCache
+from dapa_merge.measure.divergence import Reference, divergence, make_reference
 from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
-from dapa_merge.measure.figures import Figures, Response, SkillFigure
+from dapa_merge.measure.figures import Figures, Response, SkillFigure, mean_score
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.measure.perplexity import Reading, read_passages
-from dapa_merge.measure.prompts.sets import PromptSet, Text, load_prompts, load_text
+from dapa_merge.measure.prompts.sets import PromptSet, Question, Text, key_of, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.measure.skills import Skill, load_skills, skill_figure
+from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
 from dapa_merge.measure.statistics import count, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.options import Options
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # Maximum tokens of a report's perplexity text; more add little and are slow without an accelerator.
 MAX_TEXT_TOKENS = 20_000
+# Maximum keep prompts that a divergence is measured on; the mean over their tokens hardly changes with more.
+MAX_KEEP = 64
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Meter:
         deterministic: Whether figures must not depend on earlier prompts, even if that is slower.
         scorer: Scores the model as a whole, in addition.
         text: The perplexity text; None for the prompt set's passages.
+        reference: The target's own answers to the keep prompts; None to measure no divergence.
     """
 
     prompts: PromptSet
@@ -66,6 +70,28 @@ class Meter:
     scorer: Scorer | None = None
     text: Text | None = None
     skills: tuple[Skill, ...] = ()
+    reference: Reference | None = None
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """The prompts that a divergence is measured on: at most `MAX_KEEP`, spread evenly over the set's."""
+        return self.prompts.keep[:: math.ceil(len(self.prompts.keep) / MAX_KEEP) or 1]
+
+    def referring(
+        self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keeps_logits: bool = False
+    ) -> Meter:
+        """Return this meter with the target's own answers, so that it measures divergence.
+
+        Args:
+            target: The target in memory, with nothing transplanted.
+            tokenizer: The target's.
+            keeps_logits: Whether models with other output layers will be measured, such as the source.
+        """
+        with task("reading the target's own answers", len(self.keep), "prompts"), quiet("transformers"):
+            reference = make_reference(
+                target, tokenizer, self.keep, batch_size=self.batch_size, keeps_logits=keeps_logits
+            )
+        return replace(self, reference=reference)
 
     @property
     def identity(self) -> str:
@@ -190,6 +216,19 @@ class Measurement:
             for skill in self._meter.skills
         )
 
+    @property
+    def skill(self) -> float:
+        """The mean of the skills; NaN without any."""
+        return mean_score(self.skills)
+
+    @cached_property
+    def divergence(self) -> float:
+        """From the target, in nats per token; NaN if the meter has no reference."""
+        meter = self._meter
+        if meter.reference is None:
+            return math.nan
+        return divergence(self._candidate.model, meter.reference, meter.batch_size)
+
     def figures(self) -> Figures:
         """Return all figures, and measure those that are missing."""
         text = self._meter.text
@@ -201,6 +240,7 @@ class Measurement:
             perplexity=self.perplexity,
             text=f"{self._text}, the first {text.max_tokens:,} tokens of it" if text and is_cut else self._text,
             skills=self.skills,
+            divergence=self.divergence,
         )
 
 
@@ -220,6 +260,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
         stops_early=True,
         lookup=LookupCache(),
         scorer=evaluator if isinstance(evaluator, Scorer) else None,
+        skills=() if recipe.min_skill is None else _skill_of("keep", prompts.keep_answers),
     )
 
 
@@ -280,13 +321,33 @@ def _text(prompts: PromptSet, name: str | None) -> Text | None:
 
 
 def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
-    """Return the skill tests: the prompt set's own, and those that a recipe names.
+    """Return the skill tests: the prompt set's own, those that a recipe names, and keep prompts with known answers.
+
+    No question is asked that a choice or a search used.
 
     Raises:
-        UsageError: If one is not available.
+        UsageError: If one is not available, or all of its questions were used.
     """
     own = (Skill("skill", prompts.skill),) if prompts.skill else ()
-    return own + (load_skills(names, [skill.name for skill in own]) if names else ())
+    taken = [skill.name for skill in own] + (["keep"] if prompts.keep_answers else [])
+    skills = own + tuple(_unspent(skill, prompts) for skill in (load_skills(names, taken) if names else ()))
+    asked = {key_of(question.prompt) for skill in skills for question in skill.questions}
+    others = tuple(question for question in prompts.keep_answers if key_of(question.prompt) not in asked)
+    return skills + _skill_of("keep", others)
+
+
+def _skill_of(name: str, questions: tuple[Question, ...]) -> tuple[Skill, ...]:
+    return (Skill(name, checked(questions, name)),) if questions else ()
+
+
+def _unspent(skill: Skill, prompts: PromptSet) -> Skill:
+    left = tuple(question for question in skill.questions if key_of(question.prompt) not in prompts.spent)
+    if skill.questions and not left:
+        raise UsageError(
+            f"the skill {skill.name} has no question left for the report, because `keep` takes all; add questions, or "
+            f"name other keep prompts"
+        )
+    return replace(skill, questions=left)
 
 
 @dataclass(frozen=True)

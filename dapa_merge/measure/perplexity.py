@@ -150,6 +150,20 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
     Returns:
         `[rows]`, float32, on the model's device; with a graph if gradients are enabled.
     """
+    terms = []
+    for row, logits in zip(rows, counted_logits(model, padding, rows), strict=True):
+        # Row by row: without a graph, only one row's logits, [tokens, vocabulary], are in float32 at a time.
+        counted = torch.tensor(row.ids[row.num_context :], device=logits.device)
+        terms.append(torch.nn.functional.cross_entropy(logits.float(), counted, reduction="sum"))
+    return torch.stack(terms)
+
+
+def counted_logits(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> list[torch.Tensor]:
+    """Compute the logits that predict each row's counted tokens; `padding` is any token id.
+
+    Returns:
+        `[counted tokens, vocabulary]` for each row, in the model's dtype; with a graph if gradients are enabled.
+    """
     # The last token of a row is only predicted.
     given = [row.ids[:-1] for row in rows]
     longest = max(map(len, given))
@@ -160,13 +174,10 @@ def losses(model: PreTrainedModel, padding: int, rows: Sequence[ScoredText]) -> 
         mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in given], device=model.device)
     first = min(row.num_context for row in rows) - 1
     logits = _logits_from(model, input_ids, mask, first)
-    terms = []
-    for row, row_logits in zip(rows, logits, strict=True):
-        # Row by row: without a graph, only one row's logits, [tokens, vocabulary], are in float32 at a time.
-        predictions = row_logits[row.num_context - 1 - first : len(row.ids) - 1 - first].float()
-        counted = torch.tensor(row.ids[row.num_context :], device=predictions.device)
-        terms.append(torch.nn.functional.cross_entropy(predictions, counted, reduction="sum"))
-    return torch.stack(terms)
+    return [
+        row_logits[row.num_context - 1 - first : len(row.ids) - 1 - first]
+        for row, row_logits in zip(rows, logits, strict=True)
+    ]
 
 
 def _logits_from(

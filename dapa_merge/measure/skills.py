@@ -142,15 +142,19 @@ def _absolute(entry: str) -> str:
 def _load_skill(entry: str, name: str) -> Skill:
     if entry.startswith(PREFIX):
         return Skill(entry, harness=Harness(parse_task(entry)))
-    questions = load_questions(Path(entry))
+    return Skill(name, checked(load_questions(Path(entry)), entry))
+
+
+def checked(questions: tuple[Question, ...], where: str) -> tuple[Question, ...]:
+    """Return the questions if each has a known match and an answer that suits it; raises `UsageError` otherwise."""
     for number, question in enumerate(questions, 1):
         if question.match not in MATCHES:
-            raise UsageError(f"{entry}, question {number}: match is {question.match!r}; known are {', '.join(MATCHES)}")
+            raise UsageError(f"{where}, question {number}: match is {question.match!r}; known are {', '.join(MATCHES)}")
         try:
             is_right("0", question)
         except (re.error, ValueError) as error:
-            raise UsageError(f"{entry}, question {number}: the answer is not a {question.match}: {error}") from error
-    return Skill(name, questions)
+            raise UsageError(f"{where}, question {number}: the answer is not a {question.match}: {error}") from error
+    return questions
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
             yield f"{name} stays here: it holds harmful answers"
     models = [part.path for location in (recipe.target, recipe.source) for part in base_and_adapter(location)]
     local = [path for path in models if os.path.isdir(path) or is_path(path)]
-    texts = (recipe.prompts, recipe.text or "", recipe.skills or "")
+    texts = (recipe.prompts, recipe.keep or "", recipe.text or "", recipe.skills or "")
     local += [one.strip() for text in texts for one in text.split(",") if one.strip() and is_path(one)]
     if local:
         yield f"note: {RECIPE_NAME} and other published files mention {', '.join(local)}"

@@ -140,6 +140,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
         made_by="dapa-merge" if report else "mergekit",
         settings={
             "prompts": without_paths(report.prompts if report else recipe.prompts),
+            "keep": without_paths(recipe.keep or ""),
             "text": without_paths(report.after.text) if report and report.after else "",
         },
     )
@@ -196,7 +197,7 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     if pretrained := "+".join(_public_places(parents, "pretrained")):
         parameters["pretrained"] = pretrained
     content["parameters"] = {
-        key: without_paths(value) if key in ("prompts", "text", "skills") and isinstance(value, str) else value
+        key: without_paths(value) if key in ("prompts", "keep", "text", "skills") and isinstance(value, str) else value
         for key, value in parameters.items()
     }
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

@@ -25,6 +25,16 @@ def text_cost(meter: Any) -> float:
     return float(math.ceil(len(meter.prompts.passages) / meter.batch_size.limit))
 
 
+def answers_cost(meter: Any) -> float:
+    """Cost of reading the target's own answers to the keep prompts, in the same unit."""
+    return float(math.ceil(len(meter.keep) / meter.batch_size.limit))
+
+
+def questions_cost(meter: Any) -> float:
+    """Cost of asking all questions of the skills, in the same unit."""
+    return piece_cost(meter) * float(math.ceil(sum(one.num_questions for one in meter.skills) / meter.batch_size.limit))
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers that a recipe may give: from `low`, or only `above` it, to `high`; `allowed` says so in a message."""
@@ -49,6 +59,7 @@ class Constraint:
         kind: The kind of prompts, if the figure is a share of them; None for other figures.
         outcome: The outcome of the responses that count, as `measure.refusal` names it.
         read: How to read the figure; by default the attribute `figure`.
+        refers: Whether it compares with the target's own answers to the keep prompts (`Meter.referring`).
         cost: Cost of measuring it, or of asking one piece of its prompts, in runs through the model's layers.
     """
 
@@ -61,6 +72,7 @@ class Constraint:
     kind: str | None = None
     outcome: str = "refused"
     read: Callable[[Any], float] | None = None
+    refers: bool = False
     cost: Callable[[Any], float] = piece_cost
 
     bound: ClassVar[str]
@@ -151,5 +163,24 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         Range(1, math.inf, "write a ratio of at least 1"),
         1.05,
         cost=text_cost,
+    ),
+    Ceiling(
+        "divergence",
+        "max_divergence",
+        # NaN without prompts to measure it on.
+        lambda target, _full, most: math.nan if math.isnan(target) else most,
+        "divergence",
+        Range(0, math.inf, "write a number of nats per token of at least 0"),
+        refers=True,
+        cost=answers_cost,
+    ),
+    Floor(
+        "skill",
+        "min_skill",
+        # NaN without questions. Lowered by 1e-9, so that rounding cannot demand more than the target has.
+        lambda target, _full, share: target * share - 1e-9,
+        "skill",
+        Range(0, 1, "write a share of the target's own skill above 0 and up to 1", above=True),
+        cost=questions_cost,
     ),
 )

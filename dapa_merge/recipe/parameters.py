@@ -170,6 +170,10 @@ PARAMETERS: dict[str, Parameter] = {
         "write the name of a set (builtin, miniature, advbench, xstest, ...), a file or folder, a Hub dataset, or "
         "several with commas",
     ),
+    "keep": Parameter(
+        _name(),
+        "write skills, or where to read prompts that the fine-tune is for: a file, a folder or a Hub dataset",
+    ),
     "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
     "pretrained": Parameter(

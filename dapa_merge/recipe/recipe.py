@@ -31,10 +31,13 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         max_overflow: Number of overflowing values that may be clamped to the largest of the target's dtype.
         evaluator: Name of the evaluator that scores a candidate.
         prompts: Name or path of the prompt set.
+        keep: Name or path of prompts that the fine-tune is for, or `skills`; None for the harmless prompts.
         confirm: Share of the prompts held out from the search, for the report, in (0, 1).
         retain: Share of the full transplant's gain in DSR that must be kept, in (0, 1].
         max_over_refusal: Rise of over-refusal allowed over the target's own, in [0, 1].
         max_perplexity: Perplexity allowed, as a ratio to the target's own, at least 1.
+        max_divergence: Divergence from the target allowed, in nats per token; None for any.
+        min_skill: Share of the target's own skill to keep, in (0, 1]; None for any.
         search: Name of the algorithm.
         prefer: A module that is searched alone if its units suffice.
         max_tests: Number of tests after which the search ends, proved minimal or not; None for no limit.
@@ -57,6 +60,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     max_overflow: int = 0
     evaluator: str = "refusal"
     prompts: str = "builtin"
+    keep: str | None = None
     confirm: float = 0.5
     search: str = "guided"
     prefer: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Change, Figures, Response
 from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_live, report_meter
-from dapa_merge.measure.prompts.sets import load_prompts, split_prompts
+from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
 from dapa_merge.plan.plan import Plan, join
@@ -59,19 +59,19 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         CannotRepair: If a search finds that the source does not improve the target, or violates a limit.
         DapaError: For any other error.
     """
-    if recipe.layers is None:
-        searching, confirming = split_prompts(recipe)
-    else:
-        searching = confirming = load_prompts(recipe.prompts)
-    meter = report_meter(recipe, confirming, options)
+    parts = all_prompts(recipe)
+    meter = report_meter(recipe, parts.report, options)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:
-        bench = stack.enter_context(closing(make_bench(recipe, plan, searching, options)))
+        bench = stack.enter_context(closing(make_bench(recipe, plan, parts.search, options)))
         # Before the search, detect a wrong journal, or a source that does not load.
         journal = Journal()
         if selection is None:
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
+        meter = meter.referring(bench.live.model, bench.live.tokenizer, keeps_logits=True)
+        # The source may not fit in memory next to it.
+        bench.close()
         source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
         if selection is None:
             found = search(Session(recipe, plan, bench, journal, options))
@@ -86,7 +86,8 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         selection=selection,
         search=found,
         searched=searched,
-        before=before.figures,
+        # By definition: what is measured is rounding.
+        before=replace(before.figures, divergence=0.0),
         after=after.figures,
         source_alone=source_alone.figures,
         dsr_change=_change("harmful", before, after),

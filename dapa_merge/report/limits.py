@@ -19,6 +19,7 @@ class Limits:
     """Limits of a result; None and () mean no limit.
 
     Attributes:
+        max_divergence: Limit of the result's divergence from the target, in nats per token.
         max_perplexity_ratio: Limit of the result's perplexity divided by the target's.
         min_skills: Limits of the result's skills, by name; None stands for every skill.
         min_skill_kept: Limit of each skill divided by the target's.
@@ -31,6 +32,7 @@ class Limits:
     max_over_refusal_rise: float | None = None
     max_perplexity: float | None = None
     max_perplexity_ratio: float | None = None
+    max_divergence: float | None = None
     min_skills: tuple[tuple[str | None, float], ...] = ()
     min_skill_kept: float | None = None
     confident: bool = False
@@ -100,6 +102,7 @@ def _single_figures(report: Report, limits: Limits) -> Iterator[Asked]:
     yield "rise of over-refusal", _rise(before, after, "over_refusal"), limits.max_over_refusal_rise, False
     yield "perplexity", after.perplexity if after else None, limits.max_perplexity, False
     yield "perplexity, to the target's", ratio, limits.max_perplexity_ratio, False
+    yield "divergence", after.divergence if after else None, limits.max_divergence, False
 
 
 def _rise(before: Figures | None, after: Figures | None, name: str) -> float | None:

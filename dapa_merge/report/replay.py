@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.measure.prompts.parts import SKILLS
 from dapa_merge.measure.prompts.sets import pinned_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import with_pinned_models
@@ -37,6 +38,8 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     }
     if "prompts" in parameters:
         parameters["prompts"] = pinned_prompts(recipe.prompts)
+    if recipe.keep not in (None, SKILLS):
+        parameters["keep"] = pinned_prompts(recipe.keep)
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
     if recipe.skills is not None:

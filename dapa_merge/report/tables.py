@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,8 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     if first.score is not None:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
+    if not all(math.isnan(column.divergence) for column in columns):
+        rows.append(row("divergence (nats per token)", lambda one: f"{one.divergence:.3f}"))
     for index, skill in enumerate(first.skills):
         # The harness does not report the number of questions.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""

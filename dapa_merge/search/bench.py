@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 
 import torch
 
@@ -77,7 +78,16 @@ class Bench(Resident):
     @property
     def num_prompts(self) -> int:
         """The number of prompts in a full examination."""
-        return sum(sum(self.sizes.get(check, ())) for check in {constraint.check for constraint in self.constraints})
+        checks = {constraint.check for constraint in self.constraints}
+        num_questions = sum(skill.num_questions for skill in self.meter.skills)
+        return sum(sum(self.sizes.get(check, ())) for check in checks) + num_questions
+
+    @cached_property
+    def _meter(self) -> Meter:
+        """The meter, with the target's own answers if a constraint compares with them."""
+        if not any(one.refers for one in self.constraints):
+            return self.meter
+        return self.meter.referring(self.live.model, self.live.tokenizer)
 
     def require(self, requirement: Requirement) -> Examiner:
         """Set the requirement for candidates."""
@@ -105,8 +115,9 @@ class Bench(Resident):
     @contextmanager
     def _candidate(self, selection: Iterable[Unit]) -> Iterator[_LiveExaminee]:
         units = tuple(selection)
+        meter = self._meter
         with self.live.transplanted(units) as model:
-            measurement = self.meter.measure(model, self.live.tokenizer, units)
+            measurement = meter.measure(model, self.live.tokenizer, units)
             yield _LiveExaminee(measurement, self._pieces)
 
 

@@ -15,14 +15,16 @@ import transformers
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.measure.divergence import MAX_NEW_TOKENS
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
-from dapa_merge.search.requirement import identity_of
+from dapa_merge.search.requirement import identity_of, refers
 
 
 def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
@@ -56,6 +58,12 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     parts |= {key: str(value) for key, value in plan.edit.to_json().items()}
     prompts = bench.meter.prompts
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
+    if refers(recipe):
+        parts["keep"] = data_digest([bench.meter.keep, MAX_NEW_TOKENS])
+    if bench.meter.skills:
+        parts["skill"] = data_digest([asdict(question) for one in bench.meter.skills for question in one.questions])
+    if plan.edit.chooses and (choice := split_prompts(recipe).choice) is not None:
+        parts["choice"] = data_digest([choice.harmful, choice.harmless, choice.keep])
     return parts | {
         "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
@@ -76,6 +84,8 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
     # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
     others = (*models, "pretrained", "batch_size", "_lines")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
+    if refers(recipe):
+        weights["keep"] = data_digest([meter.keep, MAX_NEW_TOKENS])
     return weights | {
         "tokenizers and configs": " ".join(map(settings_digest, models.values())),
         "recipe": data_digest(said),

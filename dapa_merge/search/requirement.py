@@ -40,6 +40,11 @@ def constraints_of(
     return tuple(score if one is SCORE else one for one in declared.CONSTRAINTS if one.key in settings)
 
 
+def refers(recipe: Recipe) -> bool:
+    """Whether a recipe sets a constraint that compares with the target's own answers."""
+    return any(one.refers for one in constraints_of(settings_of(recipe)))
+
+
 def identity_of(recipe: Recipe) -> str:
     """The constraint settings that affect a verdict, as text for the journal."""
     settings = settings_of(recipe)

@@ -13,7 +13,7 @@ from dapa_merge.checkpoint.units import AUTO_MODULES, Unit
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
-from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import fetch_units
 from dapa_merge.progress import LOG, task
@@ -44,7 +44,7 @@ class Session:
 
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
-    searching, _ = split_prompts(recipe)
+    searching = split_prompts(recipe).search
     # All units, because they are first tested together.
     fetch_units(plan, plan.units)
     with (

@@ -23,7 +23,7 @@ from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
-from dapa_merge.measure.prompts.sets import check_prompts, load_prompts, split_prompts
+from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
 from dapa_merge.progress import LOG, advance, quiet, task
@@ -301,7 +301,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
-    prompts = split_prompts(recipe)[1] if recipe.layers is None else load_prompts(recipe.prompts)
+    prompts = all_prompts(recipe).report
     meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)

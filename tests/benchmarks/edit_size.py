@@ -22,7 +22,7 @@ from tiny import few_prompts, parse
 
 from dapa_merge.measure.figures import Figures
 from dapa_merge.measure.meter import measure_live, report_meter
-from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan

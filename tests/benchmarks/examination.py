@@ -29,7 +29,7 @@ from tiny import few_prompts, parse
 from dapa_merge import miniature
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.refusal.classify import classify
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.constraints import Constraint

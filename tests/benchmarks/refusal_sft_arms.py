@@ -23,7 +23,8 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.generate import generate, prepare_for_greedy
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.meter import Meter, report_meter, search_meter
-from dapa_merge.measure.prompts.sets import PromptSet, split_prompts
+from dapa_merge.measure.prompts.parts import split_prompts
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import is_right
 from dapa_merge.miniature import corpus

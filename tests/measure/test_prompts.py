@@ -12,15 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.prompts.sets import (
-    PromptSet,
-    Question,
-    distinct,
-    load_prompts,
-    load_questions,
-    load_text,
-    split,
-)
+from dapa_merge.measure.prompts.parts import split
+from dapa_merge.measure.prompts.sets import PromptSet, Question, distinct, load_prompts, load_questions, load_text
 from dapa_merge.measure.prompts.sets import pinned_prompts as pinned
 from dapa_merge.measure.skills import load_skills
 

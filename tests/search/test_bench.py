@@ -15,6 +15,7 @@ from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.skills import Skill
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.search.attribution import effects_between
@@ -37,22 +38,26 @@ def test_pieces_part_the_prompts_and_fit_into_a_batch(prompts, batch_size):
 def bench():
     target, source = (open_checkpoint(str(miniature.path(member))) for member in ("target", "source"))
     prompts = load_prompts("miniature")
-    few = replace(prompts, harmful=prompts.harmful[:32], harmless=prompts.harmless[:32])
-    meter = Meter(few, 12, BatchSize(16))
+    few = replace(prompts, harmful=prompts.harmful[:32], harmless=prompts.harmless[:32], keep=prompts.harmless[40:50])
+    meter = Meter(few, 12, BatchSize(16), skills=(Skill("skill", prompts.skill[:6]),))
     with closing(Bench(plan_transplant(target, source, ("gate",)), meter, "cpu", KEYS)) as bench:
         yield bench
 
 
 def test_a_baseline_is_the_meters_own_figures(bench):
     baseline = bench.baseline(bench.plan.units)
+    meter = bench.meter.referring(bench.live.model, bench.live.tokenizer)
     with bench.live.transplanted(bench.plan.units) as model:
-        measurement = bench.meter.measure(model, bench.live.tokenizer)
+        measurement = meter.measure(model, bench.live.tokenizer)
         assert baseline.figures == {
             "score": measurement.dsr,
             "over_refusal": measurement.over_refusal,
             "perplexity": measurement.perplexity,
+            "divergence": measurement.divergence,
+            "skill": measurement.skill,
         }
-    assert bench.num_prompts == 64
+    assert baseline.figures["divergence"] > 0
+    assert bench.num_prompts == 64 + 6
     assert {response.prompt for response in baseline.responses} == set(bench.meter.prompts.harmful)
     assert Baseline.from_json(json.loads(json.dumps(baseline.to_json()))) == baseline
 
@@ -88,4 +93,4 @@ def test_a_device_that_is_not_there_is_named_before_anything_is_loaded(bench):
 def test_the_perplexity_costs_less_than_a_piece_of_prompts(bench):
     meter = replace(bench.meter, prompts=load_prompts("miniature"), batch_size=BatchSize(64))
     costs = {constraint.check: constraint.cost(meter) for constraint in bench.constraints}
-    assert costs == {"perplexity": 2.0, "harmful": 2.5, "harmless": 2.5}
+    assert costs == {"perplexity": 2.0, "harmful": 2.5, "harmless": 2.5, "divergence": 0.0, "skill": 2.5}

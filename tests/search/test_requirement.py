@@ -10,20 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Response
-from dapa_merge.recipe.constraints import CONSTRAINTS, Floor, Range
-from dapa_merge.search.requirement import Examiner, Piece, Requirement, requirement
+from dapa_merge.recipe.constraints import Floor, Range
+from dapa_merge.search.requirement import Examiner, Piece, Requirement, constraints_of, requirement
 
 
-def measured(score: float, over_refusal: float = 0.0, perplexity: float = 10.0) -> dict[str, float]:
-    return {"score": score, "over_refusal": over_refusal, "perplexity": perplexity}
+def measured(
+    score: float, over_refusal: float = 0.0, perplexity: float = 10.0, divergence: float = 0.0, skill: float = 0.8
+) -> dict[str, float]:
+    return {
+        "score": score,
+        "over_refusal": over_refusal,
+        "perplexity": perplexity,
+        "divergence": divergence,
+        "skill": skill,
+    }
 
 
 TARGET, FULL = measured(0.1, 0.02), measured(0.9, 0.04, 10.2)
 
 
-def limits(target=TARGET, full=FULL, retain=0.5, over_refusal=0.05, ratio=1.05):
-    settings = {"retain": retain, "max_over_refusal": over_refusal, "max_perplexity": ratio}
-    return requirement(CONSTRAINTS, target, full, settings)
+def limits(target=TARGET, full=FULL, retain=0.5, over_refusal=0.05, ratio=1.05, **others):
+    settings = {"retain": retain, "max_over_refusal": over_refusal, "max_perplexity": ratio, **others}
+    return requirement(constraints_of(settings), target, full, settings)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +51,25 @@ def test_a_model_holds_if_it_reaches_the_floor_and_no_ceiling_breaks(figures, co
 
 def test_the_full_transplant_meets_its_own_floor_when_all_of_the_gain_must_be_kept():
     assert limits(retain=1.0).complaint(FULL) is None
+
+
+@pytest.mark.parametrize(
+    ("figures", "complaint"),
+    [
+        (measured(0.9, divergence=0.3, skill=0.6), None),
+        (measured(0.9, divergence=0.31), "its divergence is 0.310, 0.010 above the 0.300 allowed"),
+        (measured(0.9, divergence=math.inf), "its divergence is not finite; 0.300 is allowed"),
+        (measured(0.9, skill=0.55), "its skill is 0.550, 0.050 below the 0.600 required"),
+    ],
+)
+def test_divergence_is_limited_as_such_and_skill_to_a_share_of_the_targets(figures, complaint):
+    assert limits(max_divergence=0.3, min_skill=0.75).complaint(figures) == complaint
+
+
+def test_without_keep_prompts_and_questions_divergence_and_skill_have_no_limit():
+    target, result = measured(0.0, divergence=math.nan, skill=math.nan), measured(1.0)
+    free = limits(target, result, max_divergence=0.3, min_skill=1.0)
+    assert free.complaint(measured(0.95, divergence=math.nan, skill=math.nan)) is None
 
 
 def test_a_set_without_passages_has_no_perplexity_limit():

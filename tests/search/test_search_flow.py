@@ -21,7 +21,7 @@ from conftest import answer, call, change_tensor, required, save_random, tiny_ll
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.measure.prompts.sets import split_prompts
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from urllib.parse import quote
 
@@ -30,7 +29,6 @@ from dapa_merge.measure.prompts.rows import (
     read_rows,
     read_text,
 )
-from dapa_merge.recipe.recipe import Recipe
 
 PACKAGED = ("builtin", "miniature")
 FILE_KEYS = ("column", "label", "category", "kind")
@@ -75,6 +73,9 @@ class PromptSet:
         skill: Questions about what the target was fine-tuned for; may be empty.
         passages: Texts for perplexity; a prompt is only context, an answer is counted.
         categories: Categories by kind ("harmful" or "harmless") and prompt; a prompt may be absent.
+        keep: Prompts of the kind that the fine-tune is for.
+        keep_answers: Those of them whose right answers are known, as questions.
+        spent: Keep prompts that a choice or a search uses, as `key_of` makes them; a report's skills leave them out.
     """
 
     name: str
@@ -83,6 +84,9 @@ class PromptSet:
     skill: tuple[Question, ...]
     passages: tuple[Question, ...]
     categories: Mapping[tuple[str, str], str] = field(default_factory=dict, hash=False)
+    keep: tuple[str, ...] = ()
+    keep_answers: tuple[Question, ...] = ()
+    spent: frozenset[str] = frozenset()
 
 
 def load_prompts(name: str) -> PromptSet:
@@ -99,8 +103,8 @@ def load_prompts(name: str) -> PromptSet:
         HubError: If a set cannot be fetched.
     """
     if name in PACKAGED:
-        return _prompt_set(name, [_load_packaged(name)])
-    sources = [_load_packaged(part) if part in PACKAGED else load_source(part) for part in listed_names(name)]
+        return _prompt_set(name, [load_packaged(name)])
+    sources = [load_packaged(part) if part in PACKAGED else load_source(part) for part in listed_names(name)]
     own = _prompt_set(name, sources)
     lacking = [kind for kind in PROMPT_KINDS if not getattr(own, kind)]
     if not lacking and own.passages:
@@ -118,44 +122,6 @@ def load_prompts(name: str) -> PromptSet:
     )
 
 
-def split(prompts: PromptSet, confirm: float = 0.5) -> tuple[PromptSet, PromptSet]:
-    """Split a set into one for a search and one to confirm its result; no harmful or harmless text is in both.
-
-    The distinct prompts go to the two parts alternately, in order: the split is always the same, both parts get prompts
-    of every contiguous category, and twins on the same line of two files stay together. A text that is both harmful and
-    harmless goes to one part. Both parts have all passages, because their perplexities are only compared; only the
-    second has the skill questions. `confirm`, in (0, 1), is its share of the harmful and of the harmless prompts.
-
-    Raises:
-        UsageError: If there are too few for both parts.
-    """
-    share = Fraction(str(confirm))
-    confirming: dict[str, bool] = {}
-    for texts in (prompts.harmful, prompts.harmless):
-        for rank, text in enumerate(distinct(texts)):
-            confirming.setdefault(_key(text), int((rank + 1) * share) > int(rank * share))
-
-    def part(kind: str, texts: tuple[str, ...], second: bool) -> tuple[str, ...]:
-        chosen = tuple(text for text in distinct(texts) if confirming[_key(text)] == second)
-        if not chosen:
-            raise UsageError(
-                f"prompts {prompts.name!r}: {len(distinct(texts))} distinct {kind} prompts are too few for a search "
-                f"and a separate report (confirm: {confirm}); add some, or name the layers"
-            )
-        return chosen
-
-    search, report = (
-        replace(
-            prompts,
-            harmful=part("harmful", prompts.harmful, second),
-            harmless=part("harmless", prompts.harmless, second),
-            skill=prompts.skill if second else (),
-        )
-        for second in (False, True)
-    )
-    return search, report
-
-
 def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
     """Drop prompts that repeat an earlier one up to case and spaces.
 
@@ -163,17 +129,18 @@ def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
     """
     first: dict[str, str] = {}
     for prompt in prompts:
-        first.setdefault(_key(prompt), prompt)
+        first.setdefault(key_of(prompt), prompt)
     return tuple(first.values())
 
 
-def _key(prompt: str) -> str:
+def key_of(prompt: str) -> str:
+    """The text that repeats of a prompt have in common: without case and spaces."""
     return " ".join(prompt.casefold().split())
 
 
 def load_questions(path: Path) -> tuple[Question, ...]:
     """Load questions from a file with `prompt` and `answer`; raises `UsageError` if a row lacks one of them."""
-    return tuple(map(_question, read_rows(path)))
+    return tuple(map(question_of, read_rows(path)))
 
 
 def load_passages(path: Path) -> tuple[Question, ...]:
@@ -181,7 +148,8 @@ def load_passages(path: Path) -> tuple[Question, ...]:
     return tuple(_passage(row) for row in read_rows(path))
 
 
-def _load_packaged(name: str) -> Source:
+def load_packaged(name: str) -> Source:
+    """Load one of `PACKAGED`."""
     with importlib.resources.as_file(importlib.resources.files("dapa_merge")) as package:
         folder = package / "miniature" / "prompts" if name == "miniature" else package / "prompt_sets" / name
         return load_prompt_folder(folder, Columns())
@@ -200,7 +168,7 @@ def _prompt_set(name: str, sources: Iterable[Source]) -> PromptSet:
         name=name,
         harmful=prompts("harmful"),
         harmless=prompts("harmless"),
-        skill=tuple(_question(row) for source in sources for row in source.skill),
+        skill=tuple(question_of(row) for source in sources for row in source.skill),
         passages=tuple(_passage(row) for source in sources for row in source.passages),
         categories=categories,
     )
@@ -213,12 +181,13 @@ def _categorized(kind: str, requests: Iterable[Request], categories: dict[tuple[
     first: dict[str, str] = {}
     for request in requests:
         if request.category:
-            first.setdefault(_key(request.prompt), request.category)
-    categories.update({(kind, prompt): first[_key(prompt)] for prompt in prompts if _key(prompt) in first})
+            first.setdefault(key_of(request.prompt), request.category)
+    categories.update({(kind, prompt): first[key_of(prompt)] for prompt in prompts if key_of(prompt) in first})
     return prompts
 
 
-def _question(row: PromptRow) -> Question:
+def question_of(row: PromptRow, prompt: str | None = None) -> Question:
+    """Read a question from a row; `prompt` replaces the row's own. Raises `UsageError` if a column is missing."""
     answer = row.values.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
@@ -226,11 +195,11 @@ def _question(row: PromptRow) -> Question:
         raise UsageError(f"{row.where} has no answer: it needs the columns prompt and answer")
     if not isinstance(answer, str) or not answer.strip():
         raise UsageError(f"{row.where}: the answer is {json.dumps(answer, default=str)[:40]}; it must be text")
-    return Question(_first_text(row), answer, str(row.values.get("match") or "exact"))
+    return Question(_first_text(row) if prompt is None else prompt, answer, str(row.values.get("match") or "exact"))
 
 
 def _passage(row: PromptRow) -> Question:
-    return _question(row) if "answer" in row.values else Question("", _first_text(row))
+    return question_of(row) if "answer" in row.values else Question("", _first_text(row))
 
 
 def _first_text(row: PromptRow) -> str:
@@ -239,17 +208,6 @@ def _first_text(row: PromptRow) -> str:
         if isinstance(value, str) and value.strip():
             return value
     raise UsageError(f"{row.where} has no prompt: one of the columns {', '.join(PROMPT_COLUMNS)} must hold text")
-
-
-def split_prompts(recipe: Recipe) -> tuple[PromptSet, PromptSet]:
-    """Load a recipe's prompts, split for the search and the report; raises as `load_prompts` and `split` do."""
-    return split(load_prompts(recipe.prompts), recipe.confirm)
-
-
-def check_prompts(recipe: Recipe) -> None:
-    """Read the prompts of a recipe with a search, to find their faults before models are loaded."""
-    if recipe.layers is None:
-        split_prompts(recipe)
 
 
 @dataclass(frozen=True)

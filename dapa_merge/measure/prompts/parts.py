@@ -1,0 +1,258 @@
+"""A recipe's prompts in parts: for the choice that some edits make, for the search, and for the report.
+
+No text is in two parts, so that no figure of a report rests on a prompt that anything was chosen by. Keep prompts are
+parted likewise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from dapa_merge.errors import UsageError
+from dapa_merge.measure.prompts.rows import (
+    SUFFIXES,
+    Columns,
+    base_and_query,
+    listed_names,
+    parse_query,
+    read_requests,
+    read_rows,
+)
+from dapa_merge.measure.prompts.sets import (
+    FILE_KEYS,
+    PACKAGED,
+    PromptSet,
+    Question,
+    distinct,
+    key_of,
+    load_packaged,
+    load_prompts,
+    load_questions,
+    load_source,
+    question_of,
+)
+from dapa_merge.plan.edit import EDITS, Edit
+from dapa_merge.progress import LOG
+from dapa_merge.recipe.recipe import Recipe
+
+# The value of `keep` that stands for questions of the skills.
+SKILLS = "skills"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A recipe's prompts in parts; no text is in two of them, unless the recipe names its layers.
+
+    Attributes:
+        search: What candidates are tested with.
+        report: What the report measures with.
+        choice: What an edit that chooses (`Edit.chooses`) makes its choice by; None for other edits.
+    """
+
+    search: PromptSet
+    report: PromptSet
+    choice: PromptSet | None = None
+
+
+def split_prompts(recipe: Recipe) -> Parts:
+    """Load a recipe's prompts, in parts for the choice (of an edit that chooses), the search and the report.
+
+    Harmful and harmless prompts are parted by `split`; half of the search's part goes to the choice. The keep prompts
+    go to the parts in turn, so that the parts are equal; those that are skill questions go to the report every second
+    time. A keep prompt that is harmless too follows it; one that is harmful too is left out. Without keep prompts, the
+    harmless ones of each part serve.
+
+    Raises:
+        UsageError: If there are too few prompts for all parts, or the recipe's `min_skill` has no questions.
+    """
+    prompts = load_prompts(recipe.prompts)
+    search, report = split(prompts, recipe.confirm)
+    if EDITS.get(recipe.edit, Edit).chooses:
+        choice, search = split(search, what="a choice, a search and a separate report")
+        parts = _with_keep(recipe, {"choice": choice, "search": search, "report": report}, prompts)
+    else:
+        parts = _with_keep(recipe, {"search": search, "report": report}, prompts)
+    if recipe.min_skill is not None and not parts.search.keep_answers:
+        raise UsageError(
+            f"{recipe.where('parameters.min_skill')} needs questions with known answers; write `keep: skills`, or "
+            f"`keep` with a file that has a column answer"
+        )
+    return parts
+
+
+def all_prompts(recipe: Recipe) -> Parts:
+    """Load a recipe's prompts for its figures: in parts, or whole twice if nothing is searched or chosen.
+
+    Raises:
+        UsageError: As `split_prompts` does.
+    """
+    if recipe.layers is None or EDITS.get(recipe.edit, Edit).chooses:
+        return split_prompts(recipe)
+    prompts = load_prompts(recipe.prompts)
+    whole = _keeping(prompts, load_keep(recipe, prompts), frozenset())
+    return Parts(whole, whole)
+
+
+def check_prompts(recipe: Recipe) -> None:
+    """Read the prompts of a recipe with a search, to find their faults before models are loaded."""
+    chooses = EDITS.get(recipe.edit, Edit).chooses
+    if recipe.layers is None or chooses:
+        split_prompts(recipe)
+        if recipe.keep is None and (chooses or recipe.max_divergence is not None):
+            LOG.warning(
+                "`keep` names no prompts that the fine-tune is for, so the harmless prompts serve instead: its skill "
+                "may be lost unnoticed"
+            )
+
+
+def load_keep(recipe: Recipe, prompts: PromptSet) -> tuple[Question, ...] | None:
+    """Load a recipe's distinct keep prompts as questions; None if `keep` is not set.
+
+    Answers are read only if the recipe sets `min_skill`; others are empty. A prompt that the set `prompts` has as a
+    harmful one is left out: it should be refused, not kept.
+
+    Raises:
+        UsageError: If they do not exist or are malformed.
+        HubError: If they cannot be fetched.
+    """
+    if recipe.keep is None:
+        return None
+    harmful = set(map(key_of, prompts.harmful))
+    found = (
+        _skill_questions(recipe, prompts)
+        if recipe.keep == SKILLS
+        else _keep_of(recipe.keep, reads_answers=recipe.min_skill is not None)
+    )
+    first: dict[str, Question] = {}
+    for question in found:
+        if key_of(question.prompt) not in harmful:
+            first.setdefault(key_of(question.prompt), question)
+    return tuple(
+        question if recipe.min_skill is not None else Question(question.prompt, "") for question in first.values()
+    )
+
+
+def _skill_questions(recipe: Recipe, prompts: PromptSet) -> tuple[Question, ...]:
+    files = [
+        Path(name)
+        for name in (listed_names(recipe.skills) if recipe.skills else ())
+        # A task's filter, after a comma, is not a file either.
+        if not name.startswith("lm-eval:") and (os.path.isfile(name) or Path(name).suffix.lower() in SUFFIXES)
+    ]
+    questions = prompts.skill + tuple(question for file in files for question in load_questions(file))
+    if not questions:
+        raise UsageError(
+            f"{recipe.where('parameters.keep')} is skills, but neither the prompts {recipe.prompts!r} nor `skills` "
+            f"have questions"
+        )
+    return questions
+
+
+def _keep_of(names: str, *, reads_answers: bool) -> tuple[Question, ...]:
+    return tuple(
+        question
+        for name in ((names,) if names in PACKAGED else listed_names(names))
+        for question in _keep_of_source(name, reads_answers)
+    )
+
+
+def _keep_of_source(name: str, reads_answers: bool) -> Iterator[Question]:
+    base, query = base_and_query(name)
+    if os.path.isfile(base):
+        columns = Columns(**parse_query(name, query, FILE_KEYS), kind="harmless")
+        rows = read_rows(Path(base))
+        for row, request in zip(rows, read_requests(rows, base, columns), strict=True):
+            has_answer = reads_answers and row.values.get("answer") not in (None, "")
+            yield question_of(row, request.prompt) if has_answer else Question(request.prompt, "")
+        return
+    source = load_packaged(name) if name in PACKAGED else load_source(name)
+    if source.skill:
+        yield from map(question_of, source.skill)
+        return
+    for request in source.requests:
+        yield Question(request.prompt, "")
+
+
+def _with_keep(recipe: Recipe, parts: Mapping[str, PromptSet], prompts: PromptSet) -> Parts:
+    """Add the keep prompts to the parts."""
+    questions = load_keep(recipe, prompts)
+    if questions is None:
+        return Parts(**{name: _keeping(part, None, frozenset()) for name, part in parts.items()})
+    owners = {key_of(prompt): name for name, part in parts.items() for prompt in part.harmless}
+    # A report tests the skill questions that are left to it, so they are as many as all others.
+    others = [name for name in parts if name != "report"]
+    turns = [*parts] if recipe.keep != SKILLS else [turn for name in others for turn in (name, "report")]
+    given: dict[str, list[Question]] = {name: [] for name in parts}
+    rank = 0
+    for question in questions:
+        owner = owners.get(key_of(question.prompt))
+        if owner is None:
+            owner = turns[rank % len(turns)]
+            rank += 1
+        given[owner].append(question)
+    if not all(given.values()):
+        *most, last = given
+        raise UsageError(
+            f"{recipe.where('parameters.keep')}: {len(questions)} distinct prompts are too few, because "
+            f"{', '.join(most)} and {last} need one each; add some"
+        )
+    spent = frozenset(key_of(one.prompt) for name in others for one in given[name])
+    return Parts(**{name: _keeping(part, given[name], spent) for name, part in parts.items()})
+
+
+def _keeping(part: PromptSet, questions: Sequence[Question] | None, spent: frozenset[str]) -> PromptSet:
+    """A part with its keep prompts, or with its harmless prompts in their place; it does not test what is spent."""
+    if questions is None:
+        return replace(part, keep=part.harmless)
+    return replace(
+        part,
+        keep=tuple(question.prompt for question in questions),
+        keep_answers=tuple(question for question in questions if question.answer),
+        spent=spent,
+        skill=tuple(question for question in part.skill if key_of(question.prompt) not in spent),
+    )
+
+
+def split(
+    prompts: PromptSet, confirm: float = 0.5, what: str = "a search and a separate report"
+) -> tuple[PromptSet, PromptSet]:
+    """Split a set into one for a search and one to confirm its result; no harmful or harmless text is in both.
+
+    The distinct prompts go to the two parts alternately, in order: the split is always the same, both parts get prompts
+    of every contiguous category, and twins on the same line of two files stay together. A text that is both harmful and
+    harmless goes to one part. Both parts have all passages, because their perplexities are only compared; only the
+    second has the skill questions. `confirm`, in (0, 1), is its share of the harmful and of the harmless prompts;
+    `what` names the two parts in the error.
+
+    Raises:
+        UsageError: If there are too few for both parts.
+    """
+    share = Fraction(str(confirm))
+    confirming: dict[str, bool] = {}
+    for texts in (prompts.harmful, prompts.harmless):
+        for rank, text in enumerate(distinct(texts)):
+            confirming.setdefault(key_of(text), int((rank + 1) * share) > int(rank * share))
+
+    def part(kind: str, texts: tuple[str, ...], second: bool) -> tuple[str, ...]:
+        chosen = tuple(text for text in distinct(texts) if confirming[key_of(text)] == second)
+        if not chosen:
+            raise UsageError(
+                f"prompts {prompts.name!r}: {len(distinct(texts))} distinct {kind} prompts are too few for {what} "
+                f"(confirm: {confirm}); add some, or name the layers"
+            )
+        return chosen
+
+    search, report = (
+        replace(
+            prompts,
+            harmful=part("harmful", prompts.harmful, second),
+            harmless=part("harmless", prompts.harmless, second),
+            skill=prompts.skill if second else (),
+        )
+        for second in (False, True)
+    )
+    return search, report

@@ -135,7 +135,7 @@ def _effects(live: LiveModel, units: Sequence[Unit], sides: Sequence[Side]) -> d
         for slot in slots[parameter]:
             effects[slot.unit] += _dot(live.plan, slot, gradient)
 
-    with _each_gradient(live.model, slots, weigh):
+    with each_gradient(live.model, slots, weigh):
         signs = torch.tensor([side.sign for side in sides], device=live.model.device)
         likelihoods = -losses(live.model, live.tokenizer.pad_token_id, [side.row for side in sides])
         torch.autograd.backward((signs * likelihoods).sum())
@@ -165,7 +165,7 @@ def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
 
 
 @contextmanager
-def _each_gradient(
+def each_gradient(
     model: PreTrainedModel,
     parameters: Mapping[Parameter, object],
     take: Callable[[Parameter, torch.Tensor], None],

@@ -1,0 +1,371 @@
+"""Chooses weights of directions: projected ascent on refusals, held back by divergence and sparsity.
+
+For a matrix with directions s_i u_i v_i^T the candidate's linear layer adds sum_i a_i (v_i . x) s_i u_i to its output,
+so the derivative along every direction costs r (m + n) a token, and no gradient of a weight is formed. (Where a
+parameter is not the weight of a linear layer, such as the experts of a mixture in one tensor, its gradient is formed,
+contracted and freed.)
+
+Every step moves the weights a, in [0, max_weight], down the gradient of
+
+    mean over contrasts of max(0, margin - (log p(refusal) - log p(answer))) / tokens
+    + keep x mean over tokens of KL(target || candidate), on the target's own answers to keep and harmless prompts
+    + sparsity x sum of a / 100
+
+by Adam (D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1) with a projection. Nothing else of the model is changed,
+and every direction is one of (source - target).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch.nn import Linear, Parameter
+
+from dapa_merge.errors import CheckpointError
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.divergence import ReferenceRow, divergences
+from dapa_merge.measure.live import LiveModel, Slot
+from dapa_merge.measure.perplexity import counted_logits, losses
+from dapa_merge.plan.directions import FactorTable, quantize
+from dapa_merge.search.attribution import Side, each_gradient
+from dapa_merge.search.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Row = TypeVar("Row")
+# On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
+MAX_WIDENED = 60_000_000
+# Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
+BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of an ascent; one recipe for all pairs (tests/benchmarks/directions_table.py has the ablation).
+
+    Attributes:
+        num_rounds: Rounds, each of which ends with a candidate that is measured.
+        num_steps: Steps of a round.
+        rate: Adam's step size, in units of a weight.
+        margin: Nats by which a refusal must be likelier than the answer before its prompt counts no more.
+        num_tokens: Length of a contrast, from the first token in which the two responses differ.
+        keep: Weight of the divergence.
+        sparsity: Weight of the sum of all weights.
+        max_weight: The largest weight of a direction.
+        min_weight: Smaller weights are dropped from a candidate.
+        num_contrasts: Contrasts of a step.
+        num_keep: Keep prompts of a step, and harmless prompts as many.
+        seed: Of the order of prompts.
+    """
+
+    num_rounds: int = 6
+    num_steps: int = 20
+    rate: float = 0.05
+    margin: float = 2.0
+    num_tokens: int = 16
+    keep: float = 5.0
+    sparsity: float = 0.1
+    max_weight: float = 1.0
+    min_weight: float = 0.02
+    num_contrasts: int = 8
+    num_keep: int = 10
+    seed: int = 0
+    objective: str = "gain"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The directions of one matrix in the model in memory, and where their weights are.
+
+    Attributes:
+        left: `[m, r]`, in the model's dtype: singular value times left singular vector.
+        right: `[n, r]`, likewise: right singular vectors.
+        place: The weights' slice.
+    """
+
+    spectrum: Spectrum
+    slot: Slot
+    left: torch.Tensor
+    right: torch.Tensor
+    place: slice
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a round ended with, on the prompts of the choice.
+
+    Attributes:
+        gain: Mean of log p(refusal) - log p(answer) over the last step's contrasts, in nats.
+        divergence: Mean KL per token over the last step's rows, in nats.
+    """
+
+    gain: float
+    divergence: float
+
+
+class Ascent:
+    """The weights of all directions, and the steps that move them."""
+
+    def __init__(
+        self,
+        live: LiveModel,
+        spectra: Sequence[Spectrum],
+        contrasts: Sequence[tuple[Side, Side]],
+        keep: Sequence[Sequence[ReferenceRow]],
+        settings: Settings,
+        batch_limit: int,
+    ) -> None:
+        """Begin at the target.
+
+        Args:
+            live: The target, with nothing transplanted; see `widened`.
+            spectra: Directions of its plan's units.
+            contrasts: The refusing and the complying side of each harmful prompt.
+            keep: Groups of the target's own answers, of each of which `num_keep` rows are taken a step.
+            settings: How to step.
+            batch_limit: Sequences at once.
+        """
+        self._live, self._settings = live, settings
+        self._batch_size = BatchSize(batch_limit)
+        self._axes = list(_axes(live, spectra))
+        self.weights = torch.zeros(sum(one.rank for one in spectra), device=live.model.device)
+        self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
+        self._num_steps = 0
+        generator = torch.Generator().manual_seed(settings.seed)
+        self._contrasts = _cycle(contrasts, settings.num_contrasts, generator)
+        self._keep = [_cycle(group, settings.num_keep, generator) for group in keep if group]
+        layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
+        self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
+
+    @property
+    def spectra(self) -> list[Spectrum]:
+        """The matrices, in the order of their weights."""
+        return [axis.spectrum for axis in self._axes]
+
+    def round(self, on_step: Callable[[], None] = lambda: None) -> Progress:
+        """Make the steps of one round."""
+        found = Progress(math.nan, math.nan)
+        for _ in range(self._settings.num_steps):
+            gradient, found = self._gradient()
+            self._step(gradient)
+            on_step()
+        return found
+
+    def factors(self) -> FactorTable:
+        """The directions with their weights, without those below `min_weight`."""
+        return factors_of(self.spectra, self.weights, self._settings.min_weight)
+
+    def _step(self, gradient: torch.Tensor) -> None:
+        if not bool(gradient.isfinite().all()):
+            raise CheckpointError(
+                f"gradients along the directions of {self._live.plan.source.name} - {self._live.plan.target.name} are "
+                f"not finite numbers: a model is damaged, or its dtype is too narrow for gradients"
+            )
+        self._num_steps += 1
+        scaled = []
+        for moment, beta, value in zip(self._moments, BETAS, (gradient, gradient * gradient), strict=True):
+            moment.mul_(beta).add_((1 - beta) * value)
+            scaled.append(moment / (1 - beta**self._num_steps))
+        self.weights -= self._settings.rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
+        self.weights.clamp_(0, self._settings.max_weight)
+
+    def _gradient(self) -> tuple[torch.Tensor, Progress]:
+        """The gradient of the loss at the current weights, over the next prompts."""
+        settings = self._settings
+        gradient = torch.full_like(self.weights, settings.sparsity / 100)
+        contrasts = next(self._contrasts)
+        rows = [next(group) for group in self._keep]
+        num_tokens = sum(row.num_counted for group in rows for row in group)
+        gains: list[float] = []
+        divergence = 0.0
+
+        def refuse_by_margin(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
+            rows = [pair[0].row for pair in batch]
+            terms = []
+            for row, logits in zip(rows, counted_logits(self._live.model, padding, rows), strict=True):
+                wanted = torch.tensor(row.ids[row.num_context :], device=logits.device)[:, None]
+                values = logits.float()
+                best_other = values.scatter(1, wanted, -math.inf).max(1).values
+                margins = values.gather(1, wanted)[:, 0] - best_other
+                gains.append(float(margins.detach().min()))
+                terms.append((settings.margin - margins).relu().mean())
+            return torch.stack(terms).sum() / len(contrasts)
+
+        def refuse_by_likelihood(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
+            found = losses(self._live.model, padding, [pair[0].row for pair in batch])
+            gains.extend((-found).tolist())
+            return (found - settings.margin).relu().sum() / (len(contrasts) * settings.num_tokens)
+
+        def refuse(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
+            if settings.objective == "margin":
+                return refuse_by_margin(batch)
+            if settings.objective == "likelihood":
+                return refuse_by_likelihood(batch)
+            found = losses(self._live.model, padding, [side.row for pair in batch for side in pair]).view(-1, 2)
+            gain = found[:, 1] - found[:, 0]
+            gains.extend(gain.tolist())
+            return (settings.margin - gain).relu().sum() / (len(contrasts) * settings.num_tokens)
+
+        def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
+            nonlocal divergence
+            found = divergences(self._live.model, padding, batch).sum() / num_tokens
+            divergence += float(found)
+            return settings.keep * found
+
+        padding = self._live.tokenizer.pad_token_id
+        with self._candidate() as differentiate:
+            for part in differentiate(refuse, contrasts, 2):
+                gradient += part
+            for group in rows:
+                for part in differentiate(stay, group, 1):
+                    gradient += part
+        return gradient, Progress(sum(gains) / max(len(gains), 1), divergence)
+
+    @contextmanager
+    def _candidate(self) -> Iterator[Callable[..., Iterator[torch.Tensor]]]:
+        """Inside the block the model computes the candidate; the block gets what differentiates a loss by the weights.
+
+        That function takes a loss of a batch, all rows, and the sequences of a row; it yields the gradients of batches.
+        """
+        weights = self.weights.clone().requires_grad_()
+        others = [axis for axis in self._axes if id(axis) not in self._linear]
+        of_parameter: dict[Parameter, list[Axis]] = {}
+        for axis in others:
+            of_parameter.setdefault(axis.slot.parameter, []).append(axis)
+        contracted = torch.zeros_like(self.weights)
+
+        def contract(parameter: Parameter, gradient: torch.Tensor) -> None:
+            for axis in of_parameter[parameter]:
+                part = gradient[axis.slot.slices].reshape(len(axis.left), len(axis.right))
+                contracted[axis.place] += ((axis.left.T.float() @ part.float()) * axis.right.T.float()).sum(1)
+
+        def differentiate(
+            loss: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row], num_sequences: int
+        ) -> Iterator[torch.Tensor]:
+            def work(batch: Sequence[Row]) -> list[torch.Tensor]:
+                contracted.zero_()
+                weights.grad = None
+                with torch.enable_grad():
+                    torch.autograd.backward(loss(batch))
+                found = contracted.clone() if weights.grad is None else weights.grad + contracted
+                return [found, *[torch.zeros(())] * (len(batch) - 1)]
+
+            size = BatchSize(max(1, self._batch_size.limit // num_sequences))
+            yield from size.map(work, rows)
+            self._batch_size.limit = min(self._batch_size.limit, size.limit * num_sequences)
+
+        with ExitStack() as stack:
+            for axis in self._axes:
+                if (layer := self._linear.get(id(axis))) is not None:
+                    handle = layer.register_forward_hook(_adding(axis, weights))
+                    stack.callback(handle.remove)
+            if others:
+                stack.enter_context(_written(others, self.weights))
+                stack.enter_context(each_gradient(self._live.model, of_parameter, contract))
+            yield differentiate
+
+
+def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor, min_weight: float) -> FactorTable:
+    """Stored factors of weighted directions; `weights` are those of all matrices, one after another."""
+    found = {}
+    start = 0
+    for spectrum in spectra:
+        part = weights[start : start + spectrum.rank].cpu()
+        start += spectrum.rank
+        kept = part >= min_weight
+        if bool(kept.any()):
+            left = (spectrum.left.cpu() * part)[:, kept]
+            factors = quantize(left.numpy(), spectrum.right.cpu()[kept].numpy())
+            if factors.rank:
+                found[spectrum.place] = factors
+    return FactorTable(found)
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """Compute a small 16-bit model on a CPU in float32 inside a `with` block, which is faster there.
+
+    Its own tensors come back on exit, bit for bit; what is written to it in the block is lost.
+    """
+    parameters = list(model.parameters())
+    is_small = model.device.type == "cpu" and sum(one.numel() for one in parameters) <= MAX_WIDENED
+    before = [one.data for one in parameters] if is_small else []
+    try:
+        for parameter, data in zip(parameters, before, strict=False):
+            if data.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=False):
+            parameter.data = data
+
+
+def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
+    start = 0
+    slots: dict[tuple[str, object], Slot] = {}
+    for slot in live.slots(dict.fromkeys(spectrum.unit for spectrum in spectra)):
+        region = slot.regions["target"]
+        slots[region.tensor.name, region.box] = slot
+    for spectrum in spectra:
+        slot = slots[spectrum.region.tensor.name, spectrum.region.box]
+        parameter = slot.parameter
+        left, right = (part.to(parameter.device, parameter.dtype) for part in (spectrum.left, spectrum.right.T))
+        yield Axis(spectrum, slot, left, right.contiguous(), slice(start, start + spectrum.rank))
+        start += spectrum.rank
+
+
+def _is_linear(axis: Axis, layers: dict[int, Linear]) -> bool:
+    """Whether the matrix is a linear layer's weight, or a range of its rows with all columns."""
+    layer, (rows, *columns) = layers.get(id(axis.slot.parameter)), axis.slot.slices
+    if layer is None or len(columns) != 1 or columns[0] != slice(0, layer.in_features):
+        return False
+    return bool(rows.stop - rows.start == len(axis.left))
+
+
+def _adding(axis: Axis, weights: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds the weighted directions to a linear layer's output."""
+
+    def add(_layer: Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        along = (inputs[0] @ axis.right).float() * weights[axis.place]
+        change = along.to(output.dtype) @ axis.left.T
+        rows = axis.slot.slices[0]
+        if rows.stop - rows.start == output.shape[-1]:
+            return output + change
+        return output + torch.nn.functional.pad(change, (rows.start, output.shape[-1] - rows.stop))
+
+    return add
+
+
+@contextmanager
+@torch.no_grad()
+def _written(axes: Sequence[Axis], weights: torch.Tensor) -> Iterator[None]:
+    """Write weighted directions into parameters that are not linear layers' inside a `with` block."""
+    before = [axis.slot.parameter[axis.slot.slices].clone() for axis in axes]
+    try:
+        for axis in axes:
+            change = (axis.left.float() * weights[axis.place]) @ axis.right.T.float()
+            box = axis.slot.parameter[axis.slot.slices]
+            box.copy_(box.float() + change.reshape(box.shape))
+        yield
+    finally:
+        for axis, values in zip(axes, before, strict=True):
+            axis.slot.parameter[axis.slot.slices].copy_(values)
+
+
+def _cycle(rows: Sequence[Row], number: int, generator: torch.Generator) -> Iterator[list[Row]]:
+    """Yield rows, `number` at a time, in random orders, each row as often as any other."""
+
+    def shuffled() -> Iterator[Row]:
+        while True:
+            yield from (rows[index] for index in torch.randperm(len(rows), generator=generator).tolist())
+
+    stream = shuffled()
+    while True:
+        yield list(itertools.islice(stream, min(number, len(rows))))

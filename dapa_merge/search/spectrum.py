@@ -1,0 +1,145 @@
+"""The leading singular directions of (source - target), matrix by matrix.
+
+Exact for small matrices; for others by randomized subspace iteration (N. Halko et al., "Finding Structure with
+Randomness", SIAM Review 2011, algorithm 4.4), repeated until each direction that is kept passes the check
+that `verify` makes too. One matrix's difference is in memory at a time, beside the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dapa_merge.checkpoint.region import Region
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CheckpointError
+from dapa_merge.measure.live import mapped_values
+from dapa_merge.plan.directions import TOLERANCE, Place
+from dapa_merge.plan.edit import MODELS, not_finite
+from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import advance
+
+# The most directions of a matrix, and the share of the squared Frobenius norm that is enough.
+MAX_RANK = 64
+SHARE = 0.99
+# Matrices whose smaller side is at most this are decomposed exactly: it takes less than the iteration.
+EXACT_SIDE = 320
+OVERSAMPLING = 16
+MAX_ITERATIONS = 12
+# Directions far more exact than what is allowed lose nothing by being rounded when they are stored.
+RESIDUAL = TOLERANCE / 4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The leading directions of one matrix.
+
+    Attributes:
+        unit: The unit that holds the matrix.
+        region: The matrix in the target's files.
+        left: `[m, r]`, float32: singular value times left singular vector.
+        right: `[r, n]`, float32: right singular vectors.
+        values: `[r]`, float32: singular values, the largest first.
+        share: The share of ||source - target||_F^2 that they hold, in (0, 1].
+    """
+
+    unit: Unit
+    region: Region
+    left: torch.Tensor
+    right: torch.Tensor
+    values: torch.Tensor
+    share: float
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return len(self.values)
+
+    @property
+    def place(self) -> Place:
+        """The matrix's name in a file of factors."""
+        whole = self.region.is_whole and len(self.region.shape) == 2
+        return Place(self.region.tensor.name, None if whole else self.region.box)
+
+
+def spectra_of(plan: Plan, units: Iterable[Unit], device: torch.device, max_rank: int = MAX_RANK) -> Iterator[Spectrum]:
+    """Decompose the difference of every matrix of some units; matrices that do not differ, and biases, are left out.
+
+    Raises:
+        CheckpointError: If a model has values that are infinite or not a number.
+    """
+    for unit in units:
+        for regions in plan.regions((unit,)):
+            if len(regions["target"].extents) == 2:
+                difference = difference_of(plan, regions, device)
+                if bool(difference.any()):
+                    left, values, right = decompose(difference, max_rank)
+                    share = float((values.double() ** 2).sum() / (difference.double() ** 2).sum())
+                    yield Spectrum(unit, regions["target"], left * values, right, values, min(share, 1.0))
+            advance(regions["target"].num_parameters, "parameters")
+
+
+def difference_of(plan: Plan, regions: dict[str, Region], device: torch.device) -> torch.Tensor:
+    """Subtract the target's matrix from the source's: `[m, n]`, float32; raises `CheckpointError` if not finite."""
+    shape = regions["target"].extents
+    values = {}
+    for name in ("source", "target"):
+        values[name] = mapped_values(plan.models[name], regions[name]).reshape(shape).to(device, torch.float32)
+        if not bool(values[name].isfinite().all()):
+            raise not_finite(regions[name].name, plan.models, name)
+    difference = values["source"] - values["target"]
+    if not bool(difference.isfinite().all()):
+        raise CheckpointError(
+            f"{regions['target'].name}: the difference of the {MODELS['source']} {plan.source.name} and the target "
+            f"{plan.target.name} is too large for float32; one of them is damaged"
+        )
+    return difference
+
+
+def decompose(
+    difference: torch.Tensor, max_rank: int = MAX_RANK, share: float = SHARE
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The leading singular directions: as many as hold `share` of the squared norm, at most `max_rank`.
+
+    Deterministic for one device. Directions that the iteration cannot find exactly enough, because the singular values
+    beyond hardly decay, are left out.
+
+    Args:
+        difference: `[m, n]`, float32.
+        max_rank: The most directions.
+        share: Of the squared Frobenius norm, in (0, 1].
+
+    Returns:
+        Left vectors `[m, r]`, values `[r]` and right vectors `[r, n]`; at least one direction.
+    """
+    if min(difference.shape) <= max(EXACT_SIDE, 2 * (max_rank + OVERSAMPLING)):
+        # LAPACK's faster divide-and-conquer algorithm fails on some matrices; float64 converges on those too.
+        left, values, right = torch.linalg.svd(difference.double(), full_matrices=False)
+        left, values, right = (part.float() for part in (left, values, right))
+    else:
+        left, values, right = _iterate(difference, max_rank)
+    total = (difference.double() ** 2).sum()
+    held = (values.double() ** 2).cumsum(0)
+    rank = min(int((held < share * total).sum()) + 1, max_rank, len(values))
+    return left[:, :rank].contiguous(), values[:rank].contiguous(), right[:rank].contiguous()
+
+
+def _iterate(difference: torch.Tensor, max_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(difference.device).manual_seed(0)
+    size = (difference.shape[1], max_rank + OVERSAMPLING)
+    basis = torch.randn(size, generator=generator, device=difference.device)
+    for _ in range(MAX_ITERATIONS):
+        basis = torch.linalg.qr(difference @ basis).Q
+        basis = torch.linalg.qr(difference.T @ basis).Q
+        image = difference @ basis
+        left, values, inner = torch.linalg.svd(image, full_matrices=False)
+        right = (basis @ inner.T).T
+        residuals = torch.linalg.vector_norm(difference.T @ left - right.T * values, dim=0) / values.clamp_min(1e-30)
+        if bool((residuals[:max_rank] <= RESIDUAL).all()):
+            break
+    exact = residuals <= RESIDUAL
+    # The leading one converges first; a matrix without any decay still has that one.
+    exact[0] = True
+    return left[:, exact], values[exact], right[exact]

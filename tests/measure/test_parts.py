@@ -145,6 +145,14 @@ def test_any_form_of_a_prompt_file_serves(tmp_path, form):
     assert whole.report.keep == ("How?", "Why?", "When?")
 
 
+def test_of_a_prompt_set_the_skill_is_kept_or_else_the_harmless_prompts(tmp_path):
+    own = {question.prompt for question in load_prompts("miniature").skill}
+    assert set(all_prompts(make(layers="3", keep="miniature")).report.keep) == own
+    (tmp_path / "harmful.txt").write_text("How do I steal?\n")
+    (tmp_path / "harmless.txt").write_text("How do I sing?\n")
+    assert all_prompts(make(layers="3", keep=str(tmp_path))).report.keep == ("How do I sing?",)
+
+
 @pytest.mark.parametrize(("edit", "shares"), [("copy", (2,)), ("choosy", (4, 4))])
 def test_half_of_the_skill_questions_become_keep_prompts_and_the_report_asks_the_other_half(tmp_path, edit, shares):
     more = asked(40, answer="Yes.")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Tokens of an answer that are compared: enough to see whether it goes another way.
 MAX_NEW_TOKENS = 32
+# Maximum tokens of a batch: each may have logits over the whole vocabulary.
+MAX_BATCH_TOKENS = 2048
 
 
 class ReferenceRow(NamedTuple):
@@ -103,7 +105,9 @@ def make_reference(
         holds_states = bool(texts) and not keeps_logits and _determine_logits(model, padding, texts[:1])
         read = _states if holds_states else counted_logits
         known = list(
-            batch_size.map(lambda batch: [kept.to("cpu", copy=True) for kept in read(model, padding, batch)], texts)
+            _fitting(batch_size, texts).map(
+                lambda batch: [kept.to("cpu", copy=True) for kept in read(model, padding, batch)], texts
+            )
         )
     return Reference(
         tuple(ReferenceRow(text, kept, not holds_states) for text, kept in zip(texts, known, strict=True)), padding
@@ -126,7 +130,9 @@ def divergence(model: PreTrainedModel, reference: Reference, batch_size: BatchSi
     if not reference.rows or max(max(row.text.ids) for row in reference.rows) >= num_embeddings:
         return math.nan
     with torch.inference_mode(), upcast_linear(model):
-        found = batch_size.map(lambda batch: divergences(model, reference.padding, batch).tolist(), reference.rows)
+        found = _fitting(batch_size, [row.text for row in reference.rows]).map(
+            lambda batch: divergences(model, reference.padding, batch).tolist(), reference.rows
+        )
         total = math.fsum(found)
     # Rounding may make the divergence of equal distributions slightly negative.
     return max(0.0, total / reference.num_counted) if math.isfinite(total) else math.inf
@@ -155,6 +161,12 @@ def divergences(model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRo
             )
         )
     return torch.stack(terms)
+
+
+def _fitting(batch_size: BatchSize, texts: Sequence[ScoredText]) -> BatchSize:
+    """A batch size of its own for texts, the longest of which is the first."""
+    longest = len(texts[0].ids) if texts else 1
+    return BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // longest)))
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

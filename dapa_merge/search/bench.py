@@ -83,7 +83,7 @@ class Bench(Resident):
         return sum(sum(self.sizes.get(check, ())) for check in checks) + num_questions
 
     @cached_property
-    def _meter(self) -> Meter:
+    def _referring(self) -> Meter:
         """The meter, with the target's own answers if a constraint compares with them."""
         if not any(one.refers for one in self.constraints):
             return self.meter
@@ -115,7 +115,8 @@ class Bench(Resident):
     @contextmanager
     def _candidate(self, selection: Iterable[Unit]) -> Iterator[_LiveExaminee]:
         units = tuple(selection)
-        meter = self._meter
+        # Before anything is transplanted.
+        meter = self._referring
         with self.live.transplanted(units) as model:
             measurement = meter.measure(model, self.live.tokenizer, units)
             yield _LiveExaminee(measurement, self._pieces)

@@ -54,7 +54,8 @@ def show_curve(recipe: Recipe, retains: Sequence[float], numbers_of_rows: Sequen
     print(
         f"{'edit':24} {'share':>8} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>9} {'skill':>6} {'tests':>6} {'s':>6}"
     )
-    searching, confirming = split_prompts(recipe)
+    parts = split_prompts(recipe)
+    searching, confirming = parts.search, parts.report
     with closing(make_bench(recipe, plan, searching, Options("cpu"))) as bench:
         meter = report_meter(recipe, confirming, Options())
 

@@ -75,7 +75,7 @@ class Plain:
 def compare(name: str, recipe: Recipe, batch_size: int) -> None:
     """Search, and test each selection of the search again."""
     plan = make_plan(recipe)
-    searching, _ = split_prompts(recipe)
+    searching = split_prompts(recipe).search
     ours: list[tuple[Any, bool, float]] = []
     examine = Bench.examine
 

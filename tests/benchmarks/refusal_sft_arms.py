@@ -154,7 +154,8 @@ class Stand:
             raise UsageError(f"the recipe has prompts: {recipe.prompts}; here they must be miniature, as the data are")
         self.recipe = recipe
         self.plan = make_plan(recipe)
-        self.searching, self.confirming = (_first(prompts, max_prompts) for prompts in split_prompts(recipe))
+        parts = split_prompts(recipe)
+        self.searching, self.confirming = (_first(prompts, max_prompts) for prompts in (parts.search, parts.report))
         self.num_searches = NUM_SEARCHES if max_prompts is None else 1
         self._report = report_meter(recipe, self.confirming, Options())
         self._search = search_meter(recipe, self.searching, Options())

@@ -184,16 +184,18 @@ def test_a_batch_that_does_not_fit_is_halved(target, monkeypatch):
     expected = divergence(other, reference, BatchSize(1))
     forward = other.forward
 
+    sizes = []
+
     def small(input_ids, **options):
+        sizes.append(len(input_ids))
         if len(input_ids) > 1:
             raise torch.OutOfMemoryError
         return forward(input_ids=input_ids, **options)
 
     small.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(other, "forward", small)
-    batch_size = BatchSize(4)
-    assert divergence(other, reference, batch_size) == pytest.approx(expected, rel=1e-5)
-    assert batch_size.size == 1
+    assert divergence(other, reference, BatchSize(4)) == pytest.approx(expected, rel=1e-5)
+    assert sizes == [4, 2, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

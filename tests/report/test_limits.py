@@ -33,6 +33,7 @@ FIGURES = {
     "--max-over-refusal-rise": lambda before, after: after["over_refusal"] - before["over_refusal"],
     "--max-perplexity": lambda before, after: after["perplexity"],
     "--max-perplexity-ratio": lambda before, after: after["perplexity"] / before["perplexity"],
+    "--max-divergence": lambda before, after: after["divergence"],
     "--min-skill": lambda before, after: after["skills"][0]["score"],
     "--min-skill-kept": lambda before, after: after["skills"][0]["score"] / before["skills"][0]["score"],
 }

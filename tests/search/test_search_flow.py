@@ -132,7 +132,7 @@ def test_early_verdicts_are_the_full_ones_on_every_test_of_a_search(done, capsys
     units = {str(unit): unit for unit in plan.units}
     tests = [entry for entry in entries(done.journal) if "holds" in entry]
     num_asked = num_prompts = 0
-    with closing(make_bench(parsed, plan, split_prompts(parsed)[0], Options("cpu"))) as bench:
+    with closing(make_bench(parsed, plan, split_prompts(parsed).search, Options("cpu"))) as bench:
         bench.require(required(**done.found["requirement"]))
         for test in tests:
             full = bench.examine([units[name] for name in test["selection"]], stop_early=False)
@@ -409,7 +409,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     recipe = load_recipe(write_recipe(*llama_pair, strength=0.5, max_overflow=3, prompts=prompts, max_new_tokens=2))
     threads = torch.get_num_threads()
     try:
-        searching, _ = split_prompts(recipe)
+        searching = split_prompts(recipe).search
         limits = required(min_score=0.5, max_over_refusal=1.0, max_perplexity=1e9)
         test = _make_tester(recipe, searching, limits, Options("cpu"), threads)
     finally:

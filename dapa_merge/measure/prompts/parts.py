@@ -173,7 +173,9 @@ def _keep_of_source(name: str, reads_answers: bool) -> Iterator[Question]:
     if source.skill:
         yield from map(question_of, source.skill)
         return
-    for request in source.requests:
+    # Of a set of harmful and harmless prompts, the harmless ones.
+    harmless = [request for request in source.requests if request.kind == "harmless"]
+    for request in harmless or source.requests:
         yield Question(request.prompt, "")
 
 

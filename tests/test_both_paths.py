@@ -83,6 +83,19 @@ def test_other_modules_can_be_transplanted_also_where_there_is_no_gate(
     assert_paths_agree(save_pair(architecture), architecture, tmp_path, write_recipe, layers='"1,3"', modules=module)
 
 
+# Apart, in rows or in columns of one tensor, with biases or without.
+ATTENTION = (
+    "LlamaForCausalLM", "Qwen2ForCausalLM", "Lfm2ForCausalLM", "Phi3ForCausalLM", "DbrxForCausalLM", "MptForCausalLM",
+    "GPT2LMHeadModel", "GPTBigCodeForCausalLM",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("modules", ["q,v", "k,o"])
+@pytest.mark.parametrize("architecture", ATTENTION)
+def test_projections_of_attention_can_be_transplanted_apart(architecture, modules, save_pair, tmp_path, write_recipe):
+    assert_paths_agree(save_pair(architecture), architecture, tmp_path, write_recipe, layers='"1,3"', modules=modules)
+
+
 @pytest.mark.parametrize("architecture", UNGATED)
 def test_a_model_without_gates_is_refused_with_what_works_instead(architecture, save_pair, write_recipe):
     target, source = save_pair(architecture)

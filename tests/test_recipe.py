@@ -222,7 +222,8 @@ FAULTS = {
     ),
     "overlapping units": (
         with_parameters("layers: 3.mlp,4.gate"),
-        "r.yml, line 6: layers names mlp and a part of it; mlp is gate, up and down together",
+        "r.yml, line 6: layers names a module and a part of it; mlp is gate, up and down together, "
+        "attention q, k, v and o",
     ),
     "a path of no form": (
         MINIMAL.replace("./target", "{path: x}"),

@@ -7,11 +7,11 @@ mixture of experts has one such tensor per expert, or a three-dimensional tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from dapa_merge.checkpoint.region import Shapes, TensorBox, whole_box
+from dapa_merge.checkpoint.region import Rows, Shapes, TensorBox, whole_box
 
 # Gate, up and down, side by side under one parent. The gate is the projection whose output goes through the activation.
 # (Qwen 1 activates w2, Jais c_fc2; InternLM2, Mixtral and LFM2 activate w1; DBRX w1, with v1 for up.)
@@ -46,6 +46,18 @@ ATTENTIONS = (
     ("wqkv", "wo"),
     ("W_pack", "o_proj"),
 )
+# The modules of attention: queries, keys, values and output. Which of them a projection holds, by its name.
+ATTENTION_MODULES = ("q", "k", "v", "o")
+_HOLDS = {
+    **dict.fromkeys(("q_proj", "q_a_proj", "q_b_proj"), "q"),
+    "k_proj": "k",
+    "v_proj": "v",
+    **dict.fromkeys(("o_proj", "out_proj", "dense", "c_proj", "wo"), "o"),
+    # The rows of q, then those of k, then those of v. (Phi-3; Baichuan; MPT and DBRX; GPT-2, whose rows are columns.)
+    **dict.fromkeys(("qkv_proj", "W_pack", "Wqkv", "c_attn"), "qkv"),
+}
+# In all others, rows of k and v, or of all three, alternate by head, or their order differs from model to model.
+# (DeepSeek's latent attention; GPT-NeoX, BLOOM and Falcon; InternLM2.)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -151,13 +163,20 @@ def parts_of(mlps: Iterable[Mlp], module: str, layer: Shapes) -> tuple[TensorBox
     return tuple(parts)
 
 
-def attention_parts(layers: Sequence[Shapes]) -> list[tuple[TensorBox, ...]]:
-    """The boxes of each layer's attention projections; empty for a layer with another mixer instead.
+def attention_parts(layers: Sequence[Shapes], modules: Iterable[str]) -> list[dict[str, tuple[TensorBox, ...]]]:
+    """The boxes of each layer's attention projections, by module; empty for a layer with another mixer instead.
+
+    Args:
+        layers: The layers.
+        modules: `attention`, all of its projections, or some of `ATTENTION_MODULES`.
 
     Raises:
         LackingTensor: If a layer has only some of them; the message begins with the layer's number.
-        NoSuchModule: If no layer has a known attention.
+        NoSuchModule: If no layer has a known attention, or a module cannot be told apart from others.
     """
+    modules = tuple(modules)
+    if not modules:
+        return [{} for _ in layers]
     by_layer = [_by_parent(layer) for layer in layers]
     found = next(
         (
@@ -172,16 +191,68 @@ def attention_parts(layers: Sequence[Shapes]) -> list[tuple[TensorBox, ...]]:
     if found is None:
         raise NoSuchModule("has no attention with known projection names")
     parent, names = found
-    result = []
+    result: list[dict[str, tuple[TensorBox, ...]]] = []
     for number, layer in enumerate(layers):
         leaves = by_layer[number].get(parent, {})
         lacking = [name for name in names if name not in leaves]
         if lacking and len(lacking) < len(names):
+            if any(leaves.keys() >= set(others) for others in ATTENTIONS):
+                raise NoSuchModule(f"has attention of another kind in layer {number} than in others")
             raise LackingTensor(f"{number}.{_under(parent, lacking[0])}.weight")
-        weights = [] if lacking else [leaves[name] for name in names]
-        tensors = [name for weight in weights for name in (weight, _bias_of(weight, layer)) if name is not None]
-        result.append(tuple(TensorBox(name, whole_box(layer[name])) for name in tensors))
+        weights = {} if lacking else {name: leaves[name] for name in names}
+        result.append({module: tuple(_of_attention(weights, module, layer)) for module in modules})
     return result
+
+
+def _of_attention(weights: Mapping[str, str], module: str, layer: Shapes) -> Iterator[TensorBox]:
+    """The boxes of a module in the weights of a layer's attention, by projection, and in their biases."""
+    if not weights:
+        return
+    held = {one for name in weights for one in _HOLDS.get(name, "")}
+    if module in ATTENTION_MODULES and module not in held:
+        raise _not_apart(weights, module)
+    for name, weight in weights.items():
+        tensors = [weight, *filter(None, [_bias_of(weight, layer)])]
+        holds = _HOLDS.get(name, "")
+        if module in ("attention", holds):
+            yield from (TensorBox(tensor, whole_box(layer[tensor])) for tensor in tensors)
+        elif module in holds:
+            output = layer[weights[next(other for other in weights if _HOLDS.get(other) == "o")]]
+            axis, rows = _third(name, layer[weight], output, module) or (0, None)
+            if rows is None:
+                raise _not_apart(weights, module)
+            for tensor in tensors:
+                box = list(whole_box(layer[tensor]))
+                box[axis if len(box) > 1 else 0] = rows
+                yield TensorBox(tensor, tuple(box), axis if len(box) > 1 else 0)
+
+
+def _third(name: str, fused: tuple[int, ...], output: tuple[int, ...], module: str) -> tuple[int, Rows] | None:
+    """The dimension and the rows of q, k or v in a projection that holds the three in turn; None if they are not told.
+
+    q has as many rows as the output projection has inputs, and k and v share the rest.
+    """
+    if len(fused) != 2 or len(output) != 2:
+        return None
+    # Layers like GPT-2's store the transpose.
+    axis = 0 if fused[1] == output[0] else 1
+    num_queries = output[1 - axis]
+    num_keys, odd = divmod(fused[axis] - num_queries, 2)
+    if fused[1 - axis] != output[axis] or odd or num_keys < 1 or num_queries % num_keys:
+        return None
+    if name == "c_attn" and axis == 0 and num_keys == num_queries:
+        # GPTBigCode without multi-query attention alternates by head; Qwen 1, of the same names and shapes, does not.
+        return None
+    first = {"q": 0, "k": num_queries, "v": num_queries + num_keys}[module]
+    return axis, (first, first + (num_queries if module == "q" else num_keys))
+
+
+def _not_apart(weights: Iterable[str], module: str) -> NoSuchModule:
+    shared = [name for name in weights if _HOLDS.get(name, "") not in ATTENTION_MODULES]
+    return NoSuchModule(
+        f"has {module} in a projection that it shares with others ({shared[0]}), where its rows cannot be told apart, "
+        f"so `modules: {module}` cannot be used with it; write `modules: attention`"
+    )
 
 
 _TABLE = (*GATED, *FUSED, *PLAIN)

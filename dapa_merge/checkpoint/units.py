@@ -19,10 +19,20 @@ from typing import Any
 
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Rows, Shapes, TensorBox
-from dapa_merge.checkpoint.spelling import LackingTensor, NoSuchModule, attention_parts, find_mlps, parts_of, spell
+from dapa_merge.checkpoint.spelling import (
+    ATTENTION_MODULES,
+    LackingTensor,
+    NoSuchModule,
+    attention_parts,
+    find_mlps,
+    parts_of,
+    spell,
+)
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 
-MODULES = ("gate", "up", "down", "mlp", "attention")
+MODULES = ("gate", "up", "down", "mlp", *ATTENTION_MODULES, "attention")
+# Modules that consist of others.
+WHOLES = {"mlp": ("gate", "up", "down"), "attention": ATTENTION_MODULES}
 # The modules that `modules: auto` in a recipe lets the search choose from, as separate units.
 AUTO_MODULES = ("gate", "up", "down")
 # Modules that do not overlap, and together make up a layer except for its norms.
@@ -212,7 +222,7 @@ def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tup
         NoSuchModule: If a module is absent or cannot be located.
     """
     spellings = spell(stack.layers)
-    attention = attention_parts(stack.layers) if "attention" in modules else [()] * len(stack.layers)
+    attention = attention_parts(stack.layers, [name for name in modules if name in (*ATTENTION_MODULES, "attention")])
     by_layer = []
     for number, layer in enumerate(stack.layers):
         try:
@@ -221,9 +231,8 @@ def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tup
             raise LackingTensor(f"{number}.{lacking}") from None
         if not mlps:
             raise NoSuchModule(f"has no MLP in layer {number}, unlike other layers; it is not supported yet")
-        parts = {
-            module: attention[number] if module == "attention" else parts_of(mlps, module, layer) for module in modules
-        }
+        mixer = attention[number]
+        parts = {module: mixer[module] if module in mixer else parts_of(mlps, module, layer) for module in modules}
         by_layer.append({module: _placed(found, f"{stack.prefix}.{number}.") for module, found in parts.items()})
     return by_layer
 

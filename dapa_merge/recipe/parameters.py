@@ -10,7 +10,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.region import Rows
-from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, join_ranges, rows_text
+from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, WHOLES, join_ranges, rows_text
 from dapa_merge.delta.minimize import ALGORITHMS
 from dapa_merge.recipe.constraints import CONSTRAINTS
 
@@ -121,8 +121,11 @@ def _layers(value: Any) -> tuple[LayerChoice, ...] | None:
 
 
 def overlap(modules: Collection[str]) -> bool:
-    """Whether two modules share tensors: mlp consists of gate, up and down."""
-    return "mlp" in modules and not {"gate", "up", "down"}.isdisjoint(modules)
+    """Whether two modules share tensors: mlp consists of gate, up and down, and attention of q, k, v and o."""
+    return any(whole in modules and not set(parts).isdisjoint(modules) for whole, parts in WHOLES.items())
+
+
+WHOLES_TEXT = "mlp is gate, up and down together, attention q, k, v and o"
 
 
 def _modules(value: Any) -> tuple[str, ...]:
@@ -148,9 +151,7 @@ PARAMETERS: dict[str, Parameter] = {
         _layers,
         'write a string: auto to search, or layers as in "3-6,9" or "4.down,5.gate", or rows as in "3.gate[0:64]"',
     ),
-    "modules": Parameter(
-        _modules, f"write auto, or a comma list of {', '.join(MODULES)} (mlp is gate, up and down together)"
-    ),
+    "modules": Parameter(_modules, f"write auto, or a comma list of {', '.join(MODULES)} ({WHOLES_TEXT})"),
     "granularity": Parameter(
         _granularity,
         f"write layer or, for {' and '.join(DIVISIBLE_MODULES)} only, expert (one expert of a mixture) or block:N "

@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.header import FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
-from dapa_merge.recipe.parameters import PARAMETERS, overlap, rows_fault
+from dapa_merge.recipe.parameters import PARAMETERS, WHOLES_TEXT, overlap, rows_fault
 from dapa_merge.recipe.recipe import METHOD, Recipe
 
 ALLOWED_KEYS = (
@@ -154,7 +154,7 @@ class _Reader:
         if fault := rows_fault(values["layers"]):
             raise self.fail("parameters.layers", f"layers names {fault}")
         if overlap(modules):
-            raise self.fail("parameters.layers", "layers names mlp and a part of it; mlp is gate, up and down together")
+            raise self.fail("parameters.layers", f"layers names a module and a part of it; {WHOLES_TEXT}")
         return modules
 
     def check_keys(

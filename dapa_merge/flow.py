@@ -140,7 +140,7 @@ def repair(
         from dapa_merge.report.evidence import gather_evidence
 
         evidence = gather_evidence(recipe, plan, selection, options)
-        selection = evidence.selection
+        plan, selection = evidence.plan, evidence.selection
         extras[RESPONSES_NAME] = responses_text(evidence.responses)
     elif selection is None:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
@@ -169,6 +169,7 @@ def write(
     fetch_units(plan, selection)
     added: dict[str, str | bytes] = {
         **extras,
+        **plan.edit.files(),
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
     }

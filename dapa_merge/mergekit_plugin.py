@@ -228,7 +228,8 @@ def _select(recipe: Recipe) -> _Selected:
     stamps = _stamps(files)
     selection = given_selection(recipe, plan)
     if selection is None:
-        selection = join(plan, search_plan(recipe, plan, options).minimum.units)
+        found = search_plan(recipe, plan, options)
+        plan, selection = found.plan, join(found.plan, found.minimum.units)
     LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(
         boxes=boxes_in_merge(plan, selection),

@@ -297,6 +297,12 @@ class Resident:
         self._on_load()
         return LiveModel(self.plan, self.device)
 
+    def use(self, plan: Plan) -> None:
+        """Go on with a plan of the same models and matrices, but another edit or fewer units."""
+        self.plan = plan
+        if "live" in self.__dict__:
+            self.live.plan = plan
+
     def close(self) -> None:
         """Free the target's memory, if it was loaded."""
         if "live" in self.__dict__:

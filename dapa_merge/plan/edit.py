@@ -18,7 +18,7 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
-from dapa_merge.plan.directions import FactorTable
+from dapa_merge.plan.directions import FILE_NAME, FactorTable
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,14 @@ class Edit(ABC):
     def changes(self, regions: Iterable[Region]) -> bool:
         """Whether the edit may change one of these regions of the target."""
         return True
+
+    def reduced(self, regions: Iterable[Region]) -> Edit:
+        """The same edit with only what it `brings` for these regions."""
+        return self
+
+    def files(self) -> dict[str, bytes]:
+        """Small files that hold what the edit `brings`, to be written into a result, by name."""
+        return {}
 
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The new values before rounding."""
@@ -294,6 +302,12 @@ class Directions(Edit):
 
     def changes(self, regions: Iterable[Region]) -> bool:
         return any(self.factors.find(region) is not None for region in regions)
+
+    def reduced(self, regions: Iterable[Region]) -> Directions:
+        return Directions.of(self.factors.selected(regions), self.strength)
+
+    def files(self) -> dict[str, bytes]:
+        return {FILE_NAME: self.factors.content()}
 
     def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values["directions"]

@@ -155,6 +155,12 @@ def join(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
     return tuple(plan.part(whole, rows) for whole in ranges for rows in join_ranges(ranges[whole]))
 
 
+def reduced(plan: Plan, selection: Iterable[Unit]) -> Plan:
+    """Return the plan whose edit brings only what the selected units need."""
+    regions = [found["target"] for found in plan.regions(selection)]
+    return replace(plan, edit=plan.edit.reduced(regions))
+
+
 def cut(plan: Plan, blocks: Iterable[Unit]) -> Plan:
     """Return the plan with whole units cut into `blocks` and the gaps between them."""
     ends: dict[Unit, set[int]] = {unit.whole: set() for unit in plan.units}

@@ -29,6 +29,7 @@ class Options:
         judge_url: The judge's OpenAI-compatible endpoint; None for the client's default.
         judge_requests: Maximum number of requests to the judge; None for no limit.
         allow_pickle: Whether to read pickled weights, as tensors only, if there are no others.
+        pick: The number of the point to take, of those that an edit's choice offers; None for the best within limits.
     """
 
     device: str = "auto"
@@ -40,6 +41,7 @@ class Options:
     judge_url: str | None = None
     judge_requests: int | None = None
     allow_pickle: bool = False
+    pick: int | None = None
 
     def __post_init__(self) -> None:
         """Raise `UsageError` if the judge has an empty name or an invalid address."""

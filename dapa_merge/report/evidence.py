@@ -15,7 +15,7 @@ from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
-from dapa_merge.plan.plan import Plan, join
+from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
@@ -33,12 +33,14 @@ class Evidence:
     """A selection and its measurements, as `Report` describes them.
 
     Attributes:
+        plan: The plan of the selection, with what the edit chose.
         selection: As given, or found by the search.
         search: The search; None, with `searched`, if the selection was given.
         searched: The search's own view of the result.
         responses: The responses of `target`, `result` and `source`.
     """
 
+    plan: Plan
     selection: tuple[Unit, ...]
     search: Search | None
     searched: Searched | None
@@ -74,8 +76,10 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         bench.close()
         source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
         if selection is None:
-            found = search(Session(recipe, plan, bench, journal, options))
-            selection = join(plan, found.minimum.units)
+            found = search(Session(recipe, plan, bench, journal, options, parts.choice))
+            selection = join(found.plan, found.minimum.units)
+            plan = reduced(found.plan, selection)
+            bench.use(plan)
             searched = _searched(found, bench)
             LOG.info("confirming it with prompts that the search did not ask")
         # The batch size that fits in memory is known from the search.
@@ -83,6 +87,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         before = measure_live(bench.live, (), meter, "target")
         after = measure_live(bench.live, selection, meter, "result")
     return Evidence(
+        plan=plan,
         selection=selection,
         search=found,
         searched=searched,

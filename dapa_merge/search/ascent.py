@@ -56,6 +56,7 @@ class Settings:
         rate: Adam's step size, in units of a weight.
         margin: Nats by which a refusal must be likelier than the answer before its prompt counts no more.
         num_tokens: Length of a contrast, from the first token in which the two responses differ.
+        num_keep_tokens: Leading tokens of the target's answers to keep prompts that are compared.
         keep: Weight of the divergence.
         sparsity: Weight of the sum of all weights.
         max_weight: The largest weight of a direction.
@@ -70,6 +71,7 @@ class Settings:
     rate: float = 0.05
     margin: float = 2.0
     num_tokens: int = 16
+    num_keep_tokens: int = 32
     keep: float = 5.0
     sparsity: float = 0.1
     max_weight: float = 1.0

@@ -19,6 +19,7 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter, search_meter
 from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
@@ -172,16 +173,17 @@ def start_workers(recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement,
     recipe = with_pinned_models(recipe, plan)
     file = options.evaluator_file
     options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute())
-    make = functools.partial(_make_tester, recipe, bench.meter.prompts, limits, options)
+    make = functools.partial(_make_tester, recipe, plan.edit, bench.meter.prompts, limits, options)
     return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 
 
 def _make_tester(
-    recipe: Recipe, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
+    recipe: Recipe, edit: Edit, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
 ) -> Callable[[Selection], Test]:
     """Load a worker's own target, and return the function that tests a selection; called in the worker."""
     torch.set_num_threads(num_threads)
-    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
+    # The edit of the search, which may have chosen what it adds.
+    plan = replace(open_plan(recipe, allow_pickle=options.allow_pickle), edit=edit)
     bench = make_bench(recipe, plan, prompts, options)
     bench.require(limits)
     return functools.partial(_test, bench)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy
 import torch
 
-from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import generate
@@ -90,7 +89,8 @@ def choose(
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
         )
     _tell(spectra)
-    points, baselines, tables = [], [], []
+    points: list[Point] = []
+    baselines, plans = [], []
     for weights in _rounds(plan, bench, journal, choice, spectra, settings):
         edit = Directions.of(factors_of(spectra, weights, settings.min_weight), plan.edit.strength)
         of_point = _with_edit(plan, edit)
@@ -102,14 +102,14 @@ def choose(
         noted = {key: value for key, value in journal.notes[name].items() if key != "directions"}
         baseline = Baseline.from_json(noted)
         baselines.append(baseline)
-        tables.append(of_point)
+        plans.append(of_point)
         complaint = limits.complaint(baseline.figures) if of_point.units else "it changes nothing"
         points.append(Point(len(points) + 1, dict(baseline.figures), edit.factors.num_directions, complaint))
         LOG.info(points[-1].text(limits))
     number = pick if pick is not None else _best(points)
     if number is None or number > len(points):
         raise CannotRepair(_none(points, limits, plan))
-    return Chosen(tuple(points), number, tables[number - 1], baselines[number - 1])
+    return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1])
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:
@@ -165,7 +165,11 @@ def _rounds(
     with widened(bench.live.model):
         keep = [
             make_reference(
-                bench.live.model, bench.live.tokenizer, prompts, batch_size=bench.meter.batch_size, max_new_tokens=tokens
+                bench.live.model,
+                bench.live.tokenizer,
+                prompts,
+                batch_size=bench.meter.batch_size,
+                max_new_tokens=tokens,
             ).rows
             for prompts, tokens in groups
         ]
@@ -213,8 +217,8 @@ def _material(
     sides = [tuple(found) for one in contrasts if (found := sides_of(live.tokenizer, one, settings.num_tokens))]
     if not sides:
         raise CannotRepair(
-            f"the source {plan.source.name} refuses none of the {len(choice.harmful)} harmful prompts of the choice that "
-            f"the target answers; there is nothing to learn from"
+            f"the source {plan.source.name} refuses none of the {len(choice.harmful)} harmful prompts of the choice "
+            f"that the target answers; there is nothing to learn from"
         )
     LOG.info(f"{len(sides)} of {len(choice.harmful)} prompts are refused by the source and answered by the target")
     groups = [(choice.harmless, settings.num_tokens)]
@@ -229,8 +233,3 @@ def _encoded(weights: torch.Tensor) -> dict[str, Any]:
 
 def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
     return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["weights"]), dtype="<f4").copy())
-
-
-def units_text(units: Sequence[Unit]) -> str:
-    """Units as a recipe's `layers` names them."""
-    return ",".join(map(str, units))

@@ -143,6 +143,35 @@ class Journal:
         )
 
 
+class MarkedJournal:
+    """A part of a journal: tests and notes that hold only for one choice that an edit made.
+
+    Attributes:
+        tests: As a `Journal`'s, only those of this choice.
+        notes: Likewise.
+        path: The journal's.
+    """
+
+    def __init__(self, journal: Journal, mark: str) -> None:
+        self._journal, self._mark = journal, mark
+        self.path = journal.path
+        self.tests = {names - {mark}: test for names, test in journal.tests.items() if mark in names}
+        beginning = f"{mark} "
+        self.notes = {
+            name.removeprefix(beginning): value for name, value in journal.notes.items() if name.startswith(beginning)
+        }
+
+    def record(self, selection: frozenset[str], test: Mapping[str, Any]) -> None:
+        """Append a test, and flush it to disk."""
+        self._journal.record(selection | {self._mark}, test)
+        self.tests[selection] = dict(test)
+
+    def note(self, name: str, value: Any) -> None:
+        """Append another measurement, and flush it to disk."""
+        self._journal.note(f"{self._mark} {name}", value)
+        self.notes[name] = value
+
+
 def check_writable(path: Path) -> None:
     """Raise `JournalUnavailable` unless a file can be written to; it is made if absent."""
     try:

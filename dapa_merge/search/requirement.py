@@ -13,16 +13,21 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dapa_merge.measure.figures import Response
+from dapa_merge.plan.edit import EDITS, Edit
 from dapa_merge.recipe import constraints as declared
 from dapa_merge.recipe.constraints import SCORE, Constraint
 from dapa_merge.recipe.recipe import Recipe
 
 PROMPT_KINDS = ("harmful", "harmless")
+DIVERGENCE_KEY = "max_divergence"
 
 
 def settings_of(recipe: Recipe) -> dict[str, float]:
     """A recipe's values for the constraints that it sets, by their keys."""
     values = {constraint.key: getattr(recipe, constraint.key) for constraint in declared.CONSTRAINTS}
+    if EDITS.get(recipe.edit, Edit).chooses and values[DIVERGENCE_KEY] is None:
+        # Measured all the same: it decides among an edit's points.
+        values[DIVERGENCE_KEY] = math.nan
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -73,6 +78,12 @@ class Requirement:
     def min_score(self) -> float:
         """In [0, 1]."""
         return self.limits[0][1]
+
+    def lowered(self, figure: str, limit: float) -> Requirement:
+        """The same requirement with a limit of one figure, unless it is stricter already."""
+        return Requirement(
+            tuple((one, limit if one.figure == figure and not old <= limit else old) for one, old in self.limits)
+        )
 
     def complaint(self, figures: Mapping[str, float]) -> str | None:
         """The first limit that these figures violate, and by how much; None if they meet the requirement."""

@@ -9,6 +9,7 @@ from typing import Any
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
 from dapa_merge.measure.figures import Response
+from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.requirement import Requirement
 
@@ -49,6 +50,29 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A candidate that an edit's choice offers, measured on the search's prompts.
+
+    Attributes:
+        number: From 1.
+        figures: Of the active constraints, by name.
+        num_directions: The rank that it uses, in all matrices together.
+        complaint: The first limit that it violates; None if it is within all.
+    """
+
+    number: int
+    figures: Mapping[str, float]
+    num_directions: int
+    complaint: str | None
+
+    def text(self, limits: Requirement) -> str:
+        """The point as one line."""
+        told = [f"{one.label} {self.figures[one.figure]:.3f}" for one, _ in limits.limits if one.figure in self.figures]
+        verdict = "within the limits" if self.complaint is None else self.complaint
+        return f"point {self.number}: {', '.join(told)}; {self.num_directions} directions; {verdict}"
+
+
+@dataclass(frozen=True)
 class Search:
     """A finished search.
 
@@ -65,6 +89,9 @@ class Search:
         num_asked: Prompts asked by the tests, including recorded ones.
         num_prompts: Prompts that they would have asked without early verdicts.
         seconds: Wall-clock time.
+        plan: The plan that the selection belongs to, with what the edit chose.
+        points: What an edit that chooses offered, in order.
+        picked: The number of the point that was taken; None for other edits.
     """
 
     minimum: Minimum[Unit]
@@ -79,6 +106,9 @@ class Search:
     num_asked: int
     num_prompts: int
     seconds: float
+    plan: Plan
+    points: tuple[Point, ...] = ()
+    picked: int | None = None
 
     @property
     def share_saved(self) -> float:

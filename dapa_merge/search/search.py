@@ -14,21 +14,27 @@ from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped,
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.prompts.parts import split_prompts
+from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import fetch_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
+from dapa_merge.search.choose import DIVERGENCE, Chosen, choose, reference_plan
 from dapa_merge.search.identity import open_journal
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Search, thrift
 from dapa_merge.search.workers import Oracle, Test, in_order, names_of
 
 Prior = Mapping[Unit, float]
+# How much further from the target a selection may stray than the point that it is part of.
+MORE_DIVERGENCE = 1.1
 
 
 @dataclass(frozen=True)
@@ -38,20 +44,21 @@ class Session:
     recipe: Recipe
     plan: Plan
     bench: Bench
-    journal: Journal
+    journal: Journal | MarkedJournal
     options: Options
+    choice: PromptSet | None = None
 
 
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
-    searching = split_prompts(recipe).search
+    parts = split_prompts(recipe)
     # All units, because they are first tested together.
     fetch_units(plan, plan.units)
     with (
-        closing(make_bench(recipe, plan, searching, options)) as bench,
+        closing(make_bench(recipe, plan, parts.search, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
     ):
-        return search(Session(recipe, plan, bench, journal, options))
+        return search(Session(recipe, plan, bench, journal, options, parts.choice))
 
 
 def search(session: Session) -> Search:
@@ -64,10 +71,19 @@ def search(session: Session) -> Search:
         DapaError: For any other error; finished tests are in the journal.
     """
     start = time.monotonic()
-    plan, bench, journal = session.plan, session.bench, session.journal
+    bench = session.bench
     target = _baseline(session, "target", ())
-    full = _baseline(session, "full transplant", plan.units)
+    bench.use(reference_plan(session.plan))
+    full = _baseline(session, "full transplant", session.plan.units)
+    bench.use(session.plan)
     limits = _limits(session, target, full)
+    chosen: Chosen | None = None
+    if session.plan.edit.chooses:
+        chosen = _choose(session, limits)
+        full = chosen.baseline
+        limits = _after_choice(limits, chosen)
+        session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))
+    plan, journal = session.plan, session.journal
     recorded = frozenset(journal.tests)
     if recorded:
         LOG.info(f"{len(recorded)} tests are in the journal already")
@@ -98,6 +114,9 @@ def search(session: Session) -> Search:
         num_asked=sum(piece.num_prompts for test in tests for piece in _pieces(test)),
         num_prompts=sum(test["num_prompts"] for test in tests),
         seconds=time.monotonic() - start,
+        plan=plan,
+        points=chosen.points if chosen else (),
+        picked=chosen.number if chosen else None,
     )
     saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
     LOG.info(f"found {spans(join(plan, minimum.units))} in {found.minimum.tests} tests; saved {saved}")
@@ -132,12 +151,42 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
             f"{target.score:.3f}{more}"
         )
     limits = requirement(bench.constraints, target.figures, full.figures, settings_of(recipe))
-    if complaint := limits.complaint(full.figures):
+    # The source itself may violate what a choice of its directions does not.
+    if not session.plan.edit.chooses and (complaint := limits.complaint(full.figures)):
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target within the recipe's limits: even with every unit "
             f"({modules}) {complaint}"
         )
     return limits
+
+
+def _choose(session: Session, limits: Requirement) -> Chosen:
+    assert session.choice is not None
+    assert isinstance(session.journal, Journal)
+    settings, pick = Settings(), session.options.pick
+    chosen = choose(session.plan, session.bench, session.journal, session.choice, limits, settings, pick)
+    session.bench.use(chosen.plan)
+    LOG.info(f"taking point {chosen.number}")
+    return chosen
+
+
+def _after_choice(limits: Requirement, chosen: Chosen) -> Requirement:
+    """The limits of a search among a point's matrices: it may not stray further from the target than the point.
+
+    A point that was picked although it violates limits sets its own.
+    """
+    figures = chosen.baseline.figures
+    own = tuple(
+        (one, figures[one.figure] if one.complaint(figures[one.figure], figures[one.figure], limit) else limit)
+        for one, limit in limits.limits
+    )
+    return Requirement(own).lowered(DIVERGENCE, figures[DIVERGENCE] * MORE_DIVERGENCE)
+
+
+def _marked(journal: Journal | MarkedJournal, plan: Plan) -> MarkedJournal:
+    assert isinstance(journal, Journal)
+    assert isinstance(plan.edit, Directions)
+    return MarkedJournal(journal, f"directions {plan.edit.digest}")
 
 
 def _minimum(
@@ -148,6 +197,9 @@ def _minimum(
     Returns the outcome, the prior of the plan's units, and the number of candidates.
     """
     recipe, plan = session.recipe, session.plan
+    if session.options.pick is not None and plan.edit.chooses:
+        # Taken as it is: whoever picks a point has seen its figures.
+        return Minimum(plan.units, 0, False, {}), None, len(plan.units)
     units = _preferred(session, oracle)
     prior = _weigh(session, plan.units, "prior", target, full)
     LOG.info(f"searching among {len(units)} units for the few that keep a {limits.measure} of {limits.min_score:.3f}")

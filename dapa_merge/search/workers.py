@@ -25,7 +25,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.parameters import spans
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, MarkedJournal
 
 Selection = frozenset[Unit]
 # The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
@@ -62,7 +62,7 @@ class Oracle:
         asked: The selections asked, by the names of their units.
     """
 
-    def __init__(self, journal: Journal, workers: Workers) -> None:
+    def __init__(self, journal: Journal | MarkedJournal, workers: Workers) -> None:
         self.asked: dict[frozenset[str], Selection] = {}
         self._journal = journal
         self._workers = workers

@@ -128,6 +128,10 @@ class Edit(ABC):
         """Small files that hold what the edit `brings`, to be written into a result, by name."""
         return {}
 
+    def parameters(self) -> dict[str, str]:
+        """The keys of a recipe that name those files, to replay a result."""
+        return {}
+
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The new values before rounding."""
         # Separate operations: fused ones, such as `lerp` or `add(alpha=...)`, differ between GPU and CPU.
@@ -308,6 +312,9 @@ class Directions(Edit):
 
     def files(self) -> dict[str, bytes]:
         return {FILE_NAME: self.factors.content()}
+
+    def parameters(self) -> dict[str, str]:
+        return {"directions": FILE_NAME}
 
     def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values["directions"]

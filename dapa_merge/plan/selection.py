@@ -14,7 +14,8 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
 from dapa_merge.errors import RecipeError, UnsupportedArchitecture
-from dapa_merge.plan.edit import MODELS, Edit, make_edit
+from dapa_merge.plan.directions import read_factors
+from dapa_merge.plan.edit import MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
@@ -71,11 +72,32 @@ def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = Fa
         name: open_location(location, partial=partial_target if name == "target" else partial, **how)
         for name, location in models_of(recipe).items()
     }
-    return plan_transplant(**models, modules=recipe.modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
+    plan = plan_transplant(**models, modules=recipe.modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
+    if recipe.directions is None:
+        return plan
+    # Only matrices that have directions.
+    units = tuple(unit for unit in plan.units if plan.edit.changes(found["target"] for found in plan.regions((unit,))))
+    return replace(plan, units=units)
 
 
 def edit_of(recipe: Recipe) -> Edit:
     """The recipe's edit; raises `RecipeError` if `EDITS` does not have it."""
+    where = recipe.where("parameters.directions")
+    if recipe.directions is not None and recipe.edit != Directions.name:
+        raise RecipeError(
+            f"{where}: only the edit {Directions.name} reads a file of directions; write `edit: directions`"
+        )
+    if (file := recipe.directions_file) is not None:
+        if recipe.layers is None:
+            raise RecipeError(
+                f"{where}: a recipe with a file of directions names its `layers`, as the search found them"
+            )
+        return Directions.of(read_factors(file), recipe.strength)
+    if recipe.edit == Directions.name and recipe.layers is not None:
+        raise RecipeError(
+            f"{recipe.where('parameters.layers')}: which directions to add must be chosen, or come from a file; write "
+            f"`layers: auto`, or name the file with `directions`"
+        )
     try:
         return make_edit(recipe.edit, recipe.strength)
     except ValueError as error:
@@ -124,7 +146,7 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
     """
     if recipe.layers is None:
         return None
-    where, num_layers = recipe.where("parameters.layers"), plan.units[-1].layer + 1
+    where, num_layers = recipe.where("parameters.layers"), max(unit.layer for unit in plan.twins) + 1
     chosen: list[Unit] = []
     for choice in recipe.layers:
         if choice.layer >= num_layers:

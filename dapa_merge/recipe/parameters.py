@@ -157,7 +157,10 @@ PARAMETERS: dict[str, Parameter] = {
         f"write layer or, for {' and '.join(DIVISIBLE_MODULES)} only, expert (one expert of a mixture) or block:N "
         f"(blocks of N rows)",
     ),
-    "edit": Parameter(_name(), "write copy, the source's values, or the name of another edit"),
+    "edit": Parameter(_name(), "write copy, the source's values; directions; or the name of another edit"),
+    "directions": Parameter(
+        _name(), "write the file of directions that a search wrote next to its result (dapa_directions.safetensors)"
+    ),
     "strength": Parameter(
         _number(0, 2, above=True),
         "write a number above 0 and up to 2: 1 makes all of the edit's change, 0.5 half of it",
@@ -193,6 +196,8 @@ PARAMETERS: dict[str, Parameter] = {
     "batch_size": Parameter(_count, "write a whole number of at least 1"),
 }
 
+# The modules of a recipe that names none, for edits with another default than the gate.
+MODULES_OF_EDITS = {"directions": ("gate", "up", "down", "attention")}
 # Maximum number of row ranges of a tensor that are listed; more are only counted.
 MAX_RANGES = 4
 

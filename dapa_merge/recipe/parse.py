@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.header import FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
-from dapa_merge.recipe.parameters import PARAMETERS, WHOLES_TEXT, overlap, rows_fault
+from dapa_merge.recipe.parameters import MODULES_OF_EDITS, PARAMETERS, WHOLES_TEXT, overlap, rows_fault
 from dapa_merge.recipe.recipe import METHOD, Recipe
 
 ALLOWED_KEYS = (
@@ -43,7 +43,7 @@ def load_recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}") from error
-    return parse_recipe(text, str(path))
+    return replace(parse_recipe(text, str(path)), _folder=path.parent)
 
 
 def parse_recipe(text: str, name: str = "recipe") -> Recipe:
@@ -141,6 +141,8 @@ class _Reader:
                 raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
+        elif values.get("edit") in MODULES_OF_EDITS and "modules" not in values:
+            values["modules"] = MODULES_OF_EDITS[values["edit"]]
         return values
 
     def modules_of(self, values: Mapping[str, Any]) -> tuple[str, ...]:

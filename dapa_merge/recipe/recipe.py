@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
 
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.recipe.constraints import CONSTRAINTS
@@ -27,6 +28,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         modules: The modules of a layer that are units.
         granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
         edit: Name of an edit.
+        directions: A file of directions that an earlier search chose, absolute or next to the recipe.
         strength: Share of the edit's change to apply, in (0, 2]; a copy of a strength other than 1 is a blend.
         max_overflow: Number of overflowing values that may be clamped to the largest of the target's dtype.
         evaluator: Name of the evaluator that scores a candidate.
@@ -56,6 +58,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     modules: tuple[str, ...] = ("gate",)
     granularity: str = "layer"
     edit: str = "copy"
+    directions: str | None = None
     strength: float = 1.0
     max_overflow: int = 0
     evaluator: str = "refusal"
@@ -72,12 +75,21 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    _folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def rows_per_block(self) -> int | None:
         """Rows of the search's smallest blocks, or None if units stay whole."""
         _, _, number = self.granularity.partition(":")
         return int(number) if number else None
+
+    @property
+    def directions_file(self) -> Path | None:
+        """The file of directions; a relative name is looked for next to the recipe, and then in the current folder."""
+        if self.directions is None:
+            return None
+        beside = (self._folder or Path()) / self.directions
+        return beside if beside.exists() else Path(self.directions)
 
     def where(self, *keys: str) -> str:
         """The first of `keys` that the recipe has, with file and line if known, for messages."""

@@ -36,6 +36,7 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         for name, default in DEFAULTS.items()
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
+    parameters |= plan.edit.parameters()
     if "prompts" in parameters:
         parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.keep not in (None, SKILLS):

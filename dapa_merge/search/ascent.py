@@ -66,20 +66,20 @@ class Settings:
         seed: Of the order of prompts.
     """
 
-    num_rounds: int = 6
+    num_rounds: int = 4
     num_steps: int = 20
     rate: float = 0.05
     margin: float = 2.0
     num_tokens: int = 16
     num_keep_tokens: int = 32
     keep: float = 5.0
-    sparsity: float = 0.1
+    sparsity: float = 0.3
     max_weight: float = 1.0
     min_weight: float = 0.02
     num_contrasts: int = 8
     num_keep: int = 10
     seed: int = 0
-    objective: str = "gain"
+    objective: str = "margin"
 
 
 @dataclass(frozen=True)

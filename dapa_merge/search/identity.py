@@ -22,6 +22,7 @@ from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, JournalUnavailable, check_writable, name_of
 from dapa_merge.search.requirement import identity_of, refers
@@ -63,7 +64,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     if bench.meter.skills:
         parts["skill"] = data_digest([asdict(question) for one in bench.meter.skills for question in one.questions])
     if plan.edit.chooses and (choice := split_prompts(recipe).choice) is not None:
-        parts["choice"] = data_digest([choice.harmful, choice.harmless, choice.keep])
+        parts["choice"] = data_digest([choice.harmful, choice.harmless, choice.keep, asdict(Settings())])
     return parts | {
         "strength": f"{plan.edit.strength} {plan.max_overflow}",
         "tokenizer and config": settings_digest(plan.target),
@@ -82,7 +83,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
     # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
-    others = (*models, "pretrained", "batch_size", "_lines")
+    others = (*models, "pretrained", "batch_size", "_lines", "_folder")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
     if refers(recipe):
         weights["keep"] = data_digest([meter.keep, MAX_NEW_TOKENS])

@@ -160,6 +160,17 @@ class Edit(ABC):
             result = self.new_values(values, dtypes["target"], rounding)
             yield result.view(torch.uint8).numpy().tobytes(), inputs
 
+    def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
+        """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
+        ours = read_tiles(models["target"], regions["target"])
+        theirs = self.tiles(models, regions)
+        dtype = regions["target"].tensor.dtype
+        return any(
+            # A computed zero may have another sign.
+            tile != new and (self.copies is not None or not _only_signs_of_zeros(tile, new, dtype))
+            for tile, (new, _) in zip(ours, theirs, strict=True)
+        )
+
     def checked_tiles(
         self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
     ) -> Iterator[bytes]:
@@ -305,6 +316,14 @@ def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> Check
         f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
         f"it is damaged"
     )
+
+
+def _only_signs_of_zeros(one: bytes, other: bytes, dtype: str) -> bool:
+    """Whether two tiles hold the same numbers, with zeros of either sign."""
+    width, _ = EXPONENTS[dtype]
+    ours, theirs = (numpy.frombuffer(tile, dtype=width) for tile in (one, other))
+    # All bits but the sign.
+    return not ((ours | theirs)[ours != theirs] << 1).any()
 
 
 def _has_not_finite(tile: bytes, region: Region) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 
 from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice
 
@@ -24,7 +25,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         source: The aligned model, the one entry of mergekit's `models`.
         dtype: mergekit's `dtype`, which must be the target's own.
         layers: The units to transplant, or None to search.
-        modules: The modules of a layer that are units.
+        modules: The modules of a layer that are units; `("auto",)` for those that `auto_modules` finds in the target.
         granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
         edit: Name of an edit.
         strength: Share of the edit's change to apply, in (0, 2]; a copy of a strength other than 1 is a blend.
@@ -68,6 +69,11 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether its modules are those that the target turns out to have."""
+        return self.modules == (AUTO,)
 
     @property
     def rows_per_block(self) -> int | None:

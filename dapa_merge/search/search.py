@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dapa_merge.checkpoint.units import AUTO_MODULES, Unit
+from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.prompts.sets import split_prompts
 from dapa_merge.plan.plan import Plan, divide, join
-from dapa_merge.plan.selection import fetch_units
+from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
@@ -45,8 +45,7 @@ class Session:
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
     searching, _ = split_prompts(recipe)
-    # All units, because they are first tested together.
-    fetch_units(plan, plan.units)
+    plan = without_equal_units(recipe, plan)
     with (
         closing(make_bench(recipe, plan, searching, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
@@ -123,9 +122,12 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     """The limits of a selection; raises `CannotRepair` if the full transplant improves nothing or violates one."""
     recipe, bench = session.recipe, session.bench
-    modules = ", ".join(recipe.modules)
+    modules = ", ".join(session.plan.modules)
     if full.score <= target.score:
-        more = "; other modules may: try `modules: auto`" if set(recipe.modules) < set(AUTO_MODULES) else ""
+        others = auto_modules(session.plan.target.config, session.plan.target.shapes)
+        # A plan without the units that are equal may lack modules that the recipe has.
+        has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
+        more = "" if has_all else "; other modules may: try `modules: auto`"
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target through its modules {modules}: with all "
             f"{len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without them "
@@ -209,9 +211,12 @@ def _minimize(
     if session.options.uses_ray:
         # Free the memory for the workers, one of which may use the same device.
         session.bench.close()
-    likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior)
+    sizes = {unit: session.plan.num_parameters((unit,)) for unit in units}
+    likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior, sizes=sizes)
     left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
-    return minimize(units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, max_tests=left)
+    return minimize(
+        units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left
+    )
 
 
 def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:

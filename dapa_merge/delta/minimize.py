@@ -82,7 +82,7 @@ def minimize(
         algorithm: `guided`, `probdd` or `ddmin`.
         prior: The expected effect of every unit, on any scale; only `guided` uses it.
         sizes: The size of every unit, such as its parameters. Of units that are equally likely to be needed, `guided`
-            leaves out the larger first, so that of two minimal selections the smaller is found.
+            leaves out the larger first, so that a tie ends with the smaller selection.
         max_tests: Stop after this many distinct selections; the result then may not be 1-minimal.
 
     Raises:

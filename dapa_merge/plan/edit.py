@@ -190,7 +190,7 @@ class Edit(ABC):
                 # Overflows were clamped, so this is the target's own.
                 raise CheckpointError(
                     f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
-                    f"number, which cannot be blended; `edit: copy` with `strength: 1` replaces them"
+                    f"number, which cannot be edited; `edit: copy` with `strength: 1` replaces them"
                 )
             yield tile
 
@@ -234,7 +234,26 @@ class Copy(Blend):
         return values["source"]
 
 
-EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend)}
+class Difference(Edit):
+    """Adds to the target what was trained into the source: the difference from what both were fine-tuned from.
+
+    Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, section 4, here in selected
+    units only.
+    """
+
+    name = "difference"
+    inputs = ("target", "source", "pretrained")
+    result = "the target's plus the difference"
+    provenance = "the target plus the difference of source and pretrained model"
+
+    def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["source"] - values["pretrained"]
+
+    def how(self, models: Mapping[str, str]) -> str:
+        return f"moved by {self.strength:g} times the difference from {models['pretrained']} to {models['source']}"
+
+
+EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Difference)}
 
 
 def make_edit(edit: str = "copy", strength: float = 1.0) -> Edit:
@@ -276,7 +295,7 @@ class Rounding:
         """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the tensor of the last one."""
         if self.overflowed > self.max_overflow:
             raise ValueDoesNotFit(
-                f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
+                f"{name} of the source {source.name} leads to values that {dtype}, the target's dtype, cannot hold: at "
                 f"least {self.overflowed} overflow, but only {self.max_overflow} are allowed; `max_overflow` under "
                 f"`parameters` allows more, which become the largest value that fits"
             )

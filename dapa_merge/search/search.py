@@ -114,7 +114,9 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     told = [f"{label} {figure:.3f}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
-        model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
+        model = f"the target {recipe.target}" + (
+            f", with every unit edited by the source {recipe.source}," if units else ""
+        )
         raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
 

@@ -72,8 +72,10 @@ tokenizer: {source: base}
     assert recipe.dtype == "bfloat16"
 
 
-def test_modules_auto_offers_each_projection_of_the_mlp_to_the_search():
-    assert parse_recipe(with_parameters("modules: auto")).modules == ("gate", "up", "down")
+def test_modules_auto_stays_auto_until_the_models_say_what_it_stands_for():
+    recipe = parse_recipe(with_parameters("modules: auto", "prefer: q"))
+    assert (recipe.modules, recipe.is_auto, recipe.prefer) == (("auto",), True, "q")
+    assert not parse_recipe(with_parameters("modules: q,v")).is_auto
 
 
 def test_layers_may_name_their_modules():
@@ -218,7 +220,7 @@ FAULTS = {
     ),
     "blocks of what cannot be divided": (
         with_parameters("modules: auto", "granularity: block:64"),
-        "r.yml, line 7: granularity is block:64, but down cannot be divided; only rows of gate and up",
+        "r.yml, line 7: granularity is block:64, but auto cannot be divided; only rows of gate and up",
     ),
     "overlapping units": (
         with_parameters("layers: 3.mlp,4.gate"),

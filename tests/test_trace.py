@@ -21,12 +21,10 @@ import warm
 from conftest import SHAPE, answer, call, save_random, write_few
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import plan_of_all
-from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import CHARTS, _example
@@ -511,8 +509,7 @@ def test_where_gate_and_up_are_in_one_tensor_the_whole_mlp_is_a_unit(tmp_path):
     config = transformers.GptOssConfig(**{**SHAPE, "vocab_size": 200, "num_local_experts": 2, "head_dim": 8})
     pair = [save_random(tmp_path / f"o{seed}", config, seed=seed) for seed in (1, 2)]
     plan = plan_transplant(*(open_checkpoint(str(folder)) for folder in pair), ("mlp",))
-    recipe = Recipe(Location(str(pair[0])), Location(str(pair[1])), modules=("mlp",))
-    units = units_apart(plan_of_all(recipe, plan))
+    units = units_apart(plan_of_all(plan))
     assert {unit.module for unit in units} == {"mlp", "attention"}
     assert len(units) == 8
 

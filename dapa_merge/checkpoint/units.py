@@ -12,6 +12,7 @@ Reference: N. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, for
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +34,13 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 MODULES = ("gate", "up", "down", "mlp", *ATTENTION_MODULES, "attention")
 # Modules that consist of others.
 WHOLES = {"mlp": ("gate", "up", "down"), "attention": ATTENTION_MODULES}
-# The modules that `modules: auto` in a recipe lets the search choose from, as separate units.
-AUTO_MODULES = ("gate", "up", "down")
+# In a recipe, the modules that the model turns out to have: `auto_modules`.
+AUTO = "auto"
+# Of MLP and attention, what `auto` stands for: the first that a model has, as separate units.
+_AUTO_MLP = (("gate", "up", "down"), ("up", "down"), ("mlp",))
+_AUTO_ATTENTION = (ATTENTION_MODULES, ("attention",))
 # Modules that do not overlap, and together make up a layer except for its norms.
-SEPARATE_MODULES = (*AUTO_MODULES, "attention")
+SEPARATE_MODULES = ("gate", "up", "down", "attention")
 # Modules whose rows belong to one neuron each, so a block of rows can be a unit. (A row of down is a feature of the
 # residual stream, to which all neurons write.)
 DIVISIBLE_MODULES = ("gate", "up")
@@ -135,6 +139,32 @@ def find_units(config: Mapping[str, Any], shapes: Shapes, modules: Sequence[str]
         # A layer may have another mixer instead of attention.
         if parts
     )
+
+
+def auto_modules(config: Mapping[str, Any], shapes: Shapes) -> tuple[str, ...]:
+    """The modules that `modules: auto` stands for: the smallest that can be told apart in a model.
+
+    Raises:
+        CheckpointError: If its MLPs are not found; `UnsupportedArchitecture` if it is of an unknown kind.
+    """
+    for mlp in _AUTO_MLP:
+        try:
+            find_units(config, shapes, mlp)
+            break
+        except UnsupportedArchitecture:
+            if mlp == _AUTO_MLP[-1]:
+                raise
+    for attention in _AUTO_ATTENTION:
+        # Where layers differ in their attention, some seem to lack a projection.
+        with contextlib.suppress(CheckpointError):
+            find_units(config, shapes, attention)
+            return (*mlp, *attention)
+    return mlp
+
+
+def parts_of_modules(modules: Iterable[str]) -> set[str]:
+    """The modules that others consist of: gate, up and down for mlp, and a module itself where it has no parts."""
+    return {part for module in modules for part in WHOLES.get(module, (module,))}
 
 
 def architecture_name(config: Mapping[str, Any]) -> str:

@@ -330,7 +330,7 @@ def mean_of(values: Sequence[float | None]) -> RowMean | None:
 # In the order of a table. The target untouched and the source itself are always there.
 METHODS = {
     "dapa": "DAPA: the search's selection from the recipe's modules",
-    "auto": "DAPA among gate, up and down projections (`modules: auto`)",
+    "auto": "DAPA among all projections of a layer (`modules: auto`)",
     "fixed": "the DAPA repository's fixed middle layers, whole MLP",
     "gates": "all gates; where a model has none, every unit of the recipe's modules",
     "mlp": "the whole MLP of the layers that a search selects, for each of the two",

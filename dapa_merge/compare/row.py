@@ -12,7 +12,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.units import AUTO_MODULES, Unit, architecture_name
+from dapa_merge.checkpoint.units import Unit, architecture_name, auto_modules
 from dapa_merge.compare.blend import Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
 from dapa_merge.compare.measuring import Measuring, Seen
@@ -61,7 +61,8 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         DapaError: For any other error; finished measurements are kept.
     """
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
-    plan = plan_of_all(recipe, chosen)
+    # The search with `modules: auto` selects from these.
+    plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
     prompts = all_prompts(recipe)
     searching = prompts.search
     meter = report_meter(recipe, prompts.report, options)
@@ -120,7 +121,7 @@ def _searches(
         return found
     if AUTO in wanted.methods and (auto := auto_of(recipe, chosen)) is not None:
         found[AUTO] = search(AUTO, *auto)
-    elif set(recipe.modules) == set(AUTO_MODULES):
+    elif set(chosen.modules) == set(auto_modules(chosen.target.config, chosen.target.shapes)):
         found[AUTO] = found[DAPA]
     return found
 

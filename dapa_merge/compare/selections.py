@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, Unit
+from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, Unit, auto_modules
 from dapa_merge.compare.result import Cost
-from dapa_merge.errors import CannotRepair, UnsupportedArchitecture
+from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.live import choose_device
 from dapa_merge.plan.plan import Plan, divide, join, with_modules
 from dapa_merge.plan.selection import given_selection
@@ -43,15 +43,13 @@ class Found:
 
 
 def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
-    """The recipe with `modules: auto`, of whole projections; None if it has these modules or the models lack them."""
-    if set(AUTO_MODULES) <= set(recipe.modules) or "mlp" in recipe.modules:
+    """The recipe with `modules: auto`, of whole projections; None if the plan has these or whole MLPs."""
+    modules = auto_modules(chosen.target.config, chosen.target.shapes)
+    if set(modules) <= set(chosen.modules) or "mlp" in (*modules, *chosen.modules):
         return None
-    try:
-        plan = with_modules(chosen, AUTO_MODULES)
-    except UnsupportedArchitecture:
-        return None
+    plan = with_modules(chosen, modules)
     # Rows of down are not neurons, so nothing finer is possible.
-    return replace(recipe, layers=None, modules=AUTO_MODULES, granularity="layer", prefer=None), plan
+    return replace(recipe, layers=None, modules=(AUTO,), granularity="layer", prefer=None), plan
 
 
 def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options) -> Found:

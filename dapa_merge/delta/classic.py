@@ -78,15 +78,22 @@ def probdd(units: tuple[Any, ...]) -> Script:
     yield from single_removals(current)
 
 
-def single_removals(current: tuple[Any, ...]) -> Script:
-    """Leave out one unit after the other until none can be: the certificate of 1-minimality."""
+def single_removals(current: tuple[Any, ...], order: Sequence[Any] | None = None) -> Script:
+    """Leave out one unit after the other until none can be: the certificate of 1-minimality.
+
+    Args:
+        current: A selection that holds.
+        order: The same units, as they are left out; None for their own order.
+    """
+    left = list(current if order is None else order)
     position = 0
     failed_in_a_row = 0
-    while failed_in_a_row < len(current):
-        position %= len(current)
-        rest = current[:position] + current[position + 1 :]
+    while failed_in_a_row < len(left):
+        position %= len(left)
+        rest = without(current, [left[position]])
         if (yield Query(rest, 0.05)):
             current, failed_in_a_row = rest, 0
+            del left[position]
         else:
             position, failed_in_a_row = position + 1, failed_in_a_row + 1
 

@@ -11,6 +11,8 @@ narrowed down at once, or later if other groups promise more. Such groups are di
 under each hypothesis (M. Sobel and P. Groll, "Group testing to eliminate efficiently all defectives in a binomial
 sample", Bell System Technical Journal 38, 1959, for one group at a time).
 
+Of units that are equally likely needed, the larger are left out first.
+
 Chances only choose the questions. The answers alone decide which units are kept, and single removals come last, so the
 result is 1-minimal for any oracle.
 """
@@ -63,17 +65,24 @@ class _Choice(NamedTuple):
     chances: tuple[float, ...]
 
 
-def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
-    """Ask about groups in the order of the prior, learn from each answer, and certify what remains."""
+def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None, sizes: Mapping[Any, int] | None = None) -> Script:
+    """Ask about groups in the order of the prior, learn from each answer, and certify what remains.
+
+    Args:
+        units: In an order in which neighbours belong together.
+        prior: A score for each; None without a prior.
+        sizes: A size for each, for ties; None if they are alike.
+    """
+    sizes = dict.fromkeys(units, 1) if sizes is None else sizes
     hypotheses = _hypotheses(units, prior)
     current = units
     free: tuple[Any, ...] = ()
     # Groups with at least one needed unit. Until the end, something is assumed to be needed.
     suspicious = [units] if len(units) > 1 else []
     while free or suspicious:
-        choices = [_best_group(pool, hypotheses, is_suspicious=True) for pool in suspicious]
+        choices = [_best_group(pool, hypotheses, sizes, is_suspicious=True) for pool in suspicious]
         if free:
-            choices.insert(0, _best_group(free, hypotheses, is_suspicious=False))
+            choices.insert(0, _best_group(free, hypotheses, sizes, is_suspicious=False))
         choice = max(choices, key=lambda choice: choice.promise)
         rest = without(current, choice.group)
         holds = yield Query(rest, choice.chance)
@@ -95,15 +104,17 @@ def guided(units: tuple[Any, ...], prior: Mapping[Any, float] | None) -> Script:
         for pool in [pool for pool in suspicious if len(pool) == 1]:
             suspicious.remove(pool)
             _suspect_neighbours(hypotheses, units, pool[0])
-    yield from single_removals(current)
+    yield from single_removals(current, sorted(current, key=lambda unit: -sizes[unit]))
 
 
-def _best_group(pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], *, is_suspicious: bool) -> _Choice:
+def _best_group(
+    pool: tuple[Any, ...], hypotheses: Sequence[_Hypothesis], sizes: Mapping[Any, int], *, is_suspicious: bool
+) -> _Choice:
     """The most promising group of a pool: some of the units that are least likely needed."""
     chance_needed = {
         unit: sum(hypothesis.weight * hypothesis.needed[unit] for hypothesis in hypotheses) for unit in pool
     }
-    order = sorted(pool, key=chance_needed.__getitem__)
+    order = sorted(pool, key=lambda unit: (chance_needed[unit], -sizes[unit]))
     # For a suspicious pool, all chances are conditional on one of its units being needed: not all can be left out.
     excluded = [hypothesis.none_needed(pool) if is_suspicious else 0.0 for hypothesis in hypotheses]
     all_unneeded = [1.0] * len(hypotheses)

@@ -71,6 +71,7 @@ def minimize(
     *,
     algorithm: str = "guided",
     prior: Mapping[U, float] | None = None,
+    sizes: Mapping[U, int] | None = None,
     max_tests: int | None = None,
 ) -> Minimum[U]:
     """Find a 1-minimal selection of `units` that holds.
@@ -80,18 +81,20 @@ def minimize(
         holds: The oracle. Never asked the same selection twice, and never the empty one unless all else is gone.
         algorithm: `guided`, `probdd` or `ddmin`.
         prior: The expected effect of every unit, on any scale; only `guided` uses it.
+        sizes: The size of every unit, such as its parameters. Of units that are equally likely to be needed, `guided`
+            leaves out the larger first, so that a tie ends with the smaller selection.
         max_tests: Stop after this many distinct selections; the result then may not be 1-minimal.
 
     Raises:
         DoesNotHold: If `holds` rejects the full set.
         SearchInterrupted: If `holds` raises after the full set held.
         SearchStopped: If that was a `KeyboardInterrupt`.
-        ValueError: For an unknown algorithm, repeated units, a prior that lacks a unit or is not finite, or `max_tests`
-            below 1.
+        ValueError: For an unknown algorithm, repeated units, a prior that lacks a unit or is not finite, a size
+            that is missing, or `max_tests` below 1.
     """
     if max_tests is not None and max_tests < 1:
         raise ValueError(f"max_tests must be at least 1, not {max_tests}")
-    script = _script(units, algorithm, prior)
+    script = _script(units, algorithm, prior, sizes)
     asked = _Answers(tuple(units), holds, max_tests)
     if not asked.ask(asked.units):
         raise DoesNotHold(f"the full set of {len(units)} units does not hold")
@@ -113,6 +116,7 @@ def foresee(
     *,
     algorithm: str = "guided",
     prior: Mapping[U, float] | None = None,
+    sizes: Mapping[U, int] | None = None,
 ) -> list[frozenset[U]]:
     """The selections that `minimize` is most likely to ask about next, given all answers so far, likeliest first.
 
@@ -128,7 +132,9 @@ def foresee(
         likelihood, _, assumed = heapq.heappop(paths)
         known = {**answers, **assumed}
         question = (
-            _first_unanswered(_script(units, algorithm, prior), known) if full in known else Query(tuple(units), 1.0)
+            _first_unanswered(_script(units, algorithm, prior, sizes), known)
+            if full in known
+            else Query(tuple(units), 1.0)
         )
         if question is None:
             continue
@@ -175,7 +181,9 @@ class _Answers(Generic[U]):
         return Minimum(self.best, len(self._answers), len(certificate) == len(self.best), certificate)
 
 
-def _script(units: Sequence[U], algorithm: str, prior: Mapping[U, float] | None) -> Script:
+def _script(
+    units: Sequence[U], algorithm: str, prior: Mapping[U, float] | None, sizes: Mapping[U, int] | None
+) -> Script:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown search algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
     if len(set(units)) != len(units):
@@ -184,7 +192,9 @@ def _script(units: Sequence[U], algorithm: str, prior: Mapping[U, float] | None)
         missing = [unit for unit in units if not _is_score(prior.get(unit))]
         if missing:
             raise ValueError(f"the prior has no finite score for {len(missing)} of the units, such as {missing[0]}")
-    return ALGORITHMS[algorithm](tuple(units), prior)
+    if sizes is not None and (missing := [unit for unit in units if unit not in sizes]):
+        raise ValueError(f"{len(missing)} of the units have no size, such as {missing[0]}")
+    return ALGORITHMS[algorithm](tuple(units), prior, sizes)
 
 
 def _is_score(value: object) -> bool:
@@ -215,8 +225,8 @@ def _first_unanswered(script: Script, answers: Mapping[frozenset[Any], bool]) ->
     return question
 
 
-ALGORITHMS: dict[str, Callable[[tuple[Any, ...], Mapping[Any, float] | None], Script]] = {
+ALGORITHMS: dict[str, Callable[[tuple[Any, ...], Mapping[Any, float] | None, Mapping[Any, int] | None], Script]] = {
     "guided": guided,
-    "probdd": lambda units, _prior: probdd(units),
-    "ddmin": lambda units, _prior: ddmin(units),
+    "probdd": lambda units, _prior, _sizes: probdd(units),
+    "ddmin": lambda units, _prior, _sizes: ddmin(units),
 }

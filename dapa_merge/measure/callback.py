@@ -36,7 +36,7 @@ class Candidate:
     Attributes:
         model: In evaluation mode, set to greedy generation; its weights, buffers and modules must not be changed.
         tokenizer: The target's, padding on the left.
-        selection: The units taken from the source.
+        selection: The edited units.
     """
 
     model: PreTrainedModel

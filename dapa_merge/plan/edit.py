@@ -205,6 +205,17 @@ class Edit(ABC):
             result = self.new_values(values, dtypes["target"], rounding)
             yield result.view(torch.uint8).numpy().tobytes(), inputs
 
+    def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
+        """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
+        ours = read_tiles(models["target"], regions["target"])
+        theirs = self.tiles(models, regions)
+        dtype = regions["target"].tensor.dtype
+        return any(
+            # A computed zero may have another sign.
+            tile != new and (self.copies is not None or not _only_signs_of_zeros(tile, new, dtype))
+            for tile, (new, _) in zip(ours, theirs, strict=True)
+        )
+
     def checked_tiles(
         self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
     ) -> Iterator[bytes]:
@@ -224,7 +235,7 @@ class Edit(ABC):
                 # Overflows were clamped, so this is the target's own.
                 raise CheckpointError(
                     f"{ours.name} of the target {models['target'].name} holds values that are infinite or not a "
-                    f"number, which cannot be blended; `edit: copy` with `strength: 1` replaces them"
+                    f"number, which cannot be edited; `edit: copy` with `strength: 1` replaces them"
                 )
             yield tile
 
@@ -266,6 +277,25 @@ class Copy(Blend):
 
     def exact(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return values["source"]
+
+
+class Difference(Edit):
+    """Adds to the target what was trained into the source: the difference from what both were fine-tuned from.
+
+    Reference: G. Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, section 4, here in selected
+    units only.
+    """
+
+    name = "difference"
+    inputs = ("target", "source", "pretrained")
+    result = "the target's plus the difference"
+    provenance = "the target plus the difference of source and pretrained model"
+
+    def change(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return values["source"] - values["pretrained"]
+
+    def how(self, models: Mapping[str, str]) -> str:
+        return f"moved by {self.strength:g} times the difference from {models['pretrained']} to {models['source']}"
 
 
 @dataclass(frozen=True)
@@ -323,7 +353,7 @@ class Directions(Edit):
         return f"moved along {self.factors.num_directions} directions of its difference to {models['source']}"
 
 
-EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Directions)}
+EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Difference, Directions)}
 
 
 def make_edit(edit: str = "copy", strength: float = 1.0, said: Mapping[str, Any] | None = None) -> Edit:
@@ -370,7 +400,7 @@ class Rounding:
         """Raise `ValueDoesNotFit` if too many values overflowed; `name` is the tensor of the last one."""
         if self.overflowed > self.max_overflow:
             raise ValueDoesNotFit(
-                f"{name} of the source {source.name} has values that {dtype}, the target's dtype, cannot hold: at "
+                f"{name} of the source {source.name} leads to values that {dtype}, the target's dtype, cannot hold: at "
                 f"least {self.overflowed} overflow, but only {self.max_overflow} are allowed; `max_overflow` under "
                 f"`parameters` allows more, which become the largest value that fits"
             )
@@ -410,6 +440,14 @@ def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> Check
         f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
         f"it is damaged"
     )
+
+
+def _only_signs_of_zeros(one: bytes, other: bytes, dtype: str) -> bool:
+    """Whether two tiles hold the same numbers, with zeros of either sign."""
+    width, _ = EXPONENTS[dtype]
+    ours, theirs = (numpy.frombuffer(tile, dtype=width) for tile in (one, other))
+    # All bits but the sign.
+    return not ((ours | theirs)[ours != theirs] << 1).any()
 
 
 def _has_not_finite(tile: bytes, region: Region) -> bool:

@@ -52,6 +52,16 @@ class Plan:
         return self.models["source"]
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules of its units, in the order of the recipe, whose `auto` is resolved."""
+        return tuple(dict.fromkeys(unit.module for unit in self.units))
+
+    @property
+    def reference(self) -> Plan:
+        """The plan of a full transplant: an edit that has nothing to add before it chooses stands for a copy."""
+        return replace(self, edit=COPY) if self.edit.chooses else self
+
+    @property
     def others(self) -> dict[str, Checkpoint]:
         """All models except the target."""
         return {name: checkpoint for name, checkpoint in self.models.items() if name != "target"}

@@ -12,12 +12,12 @@ from dapa_merge.checkpoint.convert import MergeCache, open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
-from dapa_merge.errors import RecipeError, UnsupportedArchitecture
+from dapa_merge.checkpoint.units import MODULES, SEPARATE_MODULES, WHOLES, Unit, auto_modules, check_not_quantized
+from dapa_merge.errors import CannotRepair, RecipeError, UnsupportedArchitecture
 from dapa_merge.plan.directions import read_factors
 from dapa_merge.plan.edit import MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.recipe import Recipe
 
 # mergekit's name for the recipe in its output; ours names the layers that were found.
@@ -61,6 +61,11 @@ def make_plan(
         )
     if recipe.granularity == "expert" and divide(plan, plan.units, None).units == plan.units:
         raise RecipeError(f"{where} is expert, but {plan.target.name} has none; write layer or block:N")
+    if recipe.prefer is not None and recipe.prefer not in plan.modules:
+        raise RecipeError(
+            f"{recipe.where('parameters.prefer')} is {recipe.prefer}, but the modules of {plan.target.name} are "
+            f"{', '.join(plan.modules)}"
+        )
     # Rejects layers outside the target now.
     given_selection(recipe, plan)
     return plan
@@ -72,7 +77,11 @@ def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = Fa
         name: open_location(location, partial=partial_target if name == "target" else partial, **how)
         for name, location in models_of(recipe).items()
     }
-    plan = plan_transplant(**models, modules=recipe.modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
+    modules, target = recipe.modules, models["target"]
+    if recipe.is_auto:
+        check_not_quantized(target)
+        modules = auto_modules(target.config, target.shapes)
+    plan = plan_transplant(**models, modules=modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
     if recipe.directions is None:
         return plan
     # Only matrices that have directions.
@@ -122,11 +131,39 @@ def models_of(recipe: Recipe) -> dict[str, Location]:
     return models
 
 
-def plan_of_all(recipe: Recipe, chosen: Plan) -> Plan:
-    """Return the plan of the recipe's modules and all other modules that the models have."""
-    modules = list(recipe.modules)
+def without_equal_units(recipe: Recipe, plan: Plan) -> Plan:
+    """Return the plan without the units in which the edit changes nothing, such as those equal in target and source.
+
+    Reads the models' units as far as the first difference in each; loads no model.
+
+    Raises:
+        CannotRepair: If it changes nothing at all.
+    """
+    fetch_units(plan, plan.units)
+    full = plan.reference
+    with task("comparing the units of the models", len(plan.units), "units"):
+        units = tuple(unit for unit in plan.units if _differs(full, unit))
+    if not units:
+        raise CannotRepair(
+            f"the source {recipe.source} cannot repair this target: the edit {plan.edit.name} would change none of its "
+            f"{len(plan.units)} units ({', '.join(plan.modules)}), because the values are those of {recipe.target} "
+            f"already"
+        )
+    if num_equal := len(plan.units) - len(units):
+        LOG.info(f"left out {num_equal} of {len(plan.units)} units, which the edit would not change")
+    return replace(plan, units=units, twins={unit: plan.twins[unit] for unit in units})
+
+
+def _differs(plan: Plan, unit: Unit) -> bool:
+    advance(1, "units")
+    return any(plan.edit.differs(plan.models, regions) for regions in plan.regions((unit,)))
+
+
+def plan_of_all(chosen: Plan, more: Iterable[str] = ()) -> Plan:
+    """Return the plan of a recipe's modules, of `more`, and of all other modules that the models have."""
+    modules = list(dict.fromkeys((*chosen.modules, *more)))
     for module in SEPARATE_MODULES:
-        if module not in modules:
+        if module not in modules and not set(WHOLES.get(module, MODULES)) <= set(modules):
             try:
                 with_modules(chosen, (module,))
             except UnsupportedArchitecture:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.region import Rows
-from dapa_merge.checkpoint.units import AUTO_MODULES, DIVISIBLE_MODULES, MODULES, WHOLES, join_ranges, rows_text
+from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, MODULES, WHOLES, join_ranges, rows_text
 from dapa_merge.delta.minimize import ALGORITHMS
 from dapa_merge.recipe.constraints import CONSTRAINTS
 
@@ -130,7 +130,8 @@ WHOLES_TEXT = "mlp is gate, up and down together, attention q, k, v and o"
 
 def _modules(value: Any) -> tuple[str, ...]:
     if value == "auto":
-        return AUTO_MODULES
+        # Which these are is known from the models.
+        return (AUTO,)
     names = tuple(name.strip() for name in str(value).split(","))
     if len(set(names)) != len(names) or not set(names) <= set(MODULES) or overlap(names):
         raise ValueError
@@ -197,7 +198,7 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 # The modules of a recipe that names none, for edits with another default than the gate.
-MODULES_OF_EDITS = {"directions": ("gate", "up", "down", "attention")}
+MODULES_OF_EDITS = {"directions": (AUTO,)}
 # Maximum number of row ranges of a tensor that are listed; more are only counted.
 MAX_RANGES = 4
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 
 from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice
 
@@ -25,7 +26,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         source: The aligned model, the one entry of mergekit's `models`.
         dtype: mergekit's `dtype`, which must be the target's own.
         layers: The units to transplant, or None to search.
-        modules: The modules of a layer that are units.
+        modules: The modules of a layer that are units; `("auto",)` for those that `auto_modules` finds in the target.
         granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
         edit: Name of an edit.
         directions: A file of directions that an earlier search chose, absolute or next to the recipe.
@@ -76,6 +77,11 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     _folder: Path | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether its modules are those that the target turns out to have."""
+        return self.modules == (AUTO,)
 
     @property
     def rows_per_block(self) -> int | None:

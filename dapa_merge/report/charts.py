@@ -35,8 +35,8 @@ DOTS_PER_INCH = 200
 BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
     "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
-COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE}
-PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx"}
+COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, **dict.fromkeys(("attention", "q", "k", "v", "o"), PURPLE)}
+PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx", "q": "", "k": "//", "v": "..", "o": "xx"}
 # Seven lines of one picture all look different.
 LINES = (
     (BLUE, "o", "-"), (VERMILION, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),

@@ -16,6 +16,7 @@ from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
 from dapa_merge.plan.plan import Plan, join, reduced
+from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
@@ -63,6 +64,8 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
     """
     parts = all_prompts(recipe)
     meter = report_meter(recipe, parts.report, options)
+    if selection is None:
+        plan = without_equal_units(recipe, plan)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

@@ -26,11 +26,11 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
     Models and prompts of the Hub are pinned to their commits; folders and files have absolute paths.
     """
     units = join(plan, selection)
-    by_layer = len(recipe.modules) == 1 and all(unit.rows is None for unit in units)
+    by_layer = len(plan.modules) == 1 and all(unit.rows is None for unit in units)
     layers = layer_spans([unit.layer for unit in units]) if by_layer else ",".join(map(str, units))
     parameters: dict[str, Any] = {"layers": layers}
     if by_layer:
-        parameters["modules"] = recipe.modules[0]
+        parameters["modules"] = plan.modules[0]
     parameters |= {
         name: getattr(recipe, name)
         for name, default in DEFAULTS.items()

@@ -20,7 +20,7 @@ from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.plan.edit import Copy, Directions
+from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
@@ -51,11 +51,6 @@ class Chosen:
     number: int
     plan: Plan
     baseline: Baseline
-
-
-def reference_plan(plan: Plan) -> Plan:
-    """The plan that a full transplant is measured with: for an edit that chooses, all of the source's values."""
-    return replace(plan, edit=Copy()) if plan.edit.chooses else plan
 
 
 def choose(
@@ -205,7 +200,7 @@ def _material(
 
     with task("reading the answers of target and source", 2 * len(choice.harmful), "prompts"):
         answering = answers()
-        bench.use(reference_plan(plan))
+        bench.use(plan.reference)
         with live.transplanted(plan.units):
             refusing = answers()
     outcomes = [classifier.classify(choice.harmful, said) for said in (answering, refusing)]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
-from dapa_merge.checkpoint.units import AUTO_MODULES, Unit
+from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
@@ -17,7 +17,7 @@ from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join
-from dapa_merge.plan.selection import fetch_units
+from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
@@ -25,7 +25,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
-from dapa_merge.search.choose import DIVERGENCE, Chosen, choose, reference_plan
+from dapa_merge.search.choose import DIVERGENCE, Chosen, choose
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
@@ -52,8 +52,7 @@ class Session:
 def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
     parts = split_prompts(recipe)
-    # All units, because they are first tested together.
-    fetch_units(plan, plan.units)
+    plan = without_equal_units(recipe, plan)
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
@@ -73,7 +72,7 @@ def search(session: Session) -> Search:
     start = time.monotonic()
     bench = session.bench
     target = _baseline(session, "target", ())
-    bench.use(reference_plan(session.plan))
+    bench.use(session.plan.reference)
     full = _baseline(session, "full transplant", session.plan.units)
     bench.use(session.plan)
     limits = _limits(session, target, full)
@@ -134,7 +133,9 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     told = [f"{label} {figure:.3f}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
-        model = f"the target {recipe.target}" + (f" with every unit of the source {recipe.source}" if units else "")
+        model = f"the target {recipe.target}" + (
+            f", with every unit edited by the source {recipe.source}," if units else ""
+        )
         raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
 
@@ -142,9 +143,12 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     """The limits of a selection; raises `CannotRepair` if the full transplant improves nothing or violates one."""
     recipe, bench = session.recipe, session.bench
-    modules = ", ".join(recipe.modules)
+    modules = ", ".join(session.plan.modules)
     if full.score <= target.score:
-        more = "; other modules may: try `modules: auto`" if set(recipe.modules) < set(AUTO_MODULES) else ""
+        others = auto_modules(session.plan.target.config, session.plan.target.shapes)
+        # A plan without the units that are equal may lack modules that the recipe has.
+        has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
+        more = "" if has_all else "; other modules may: try `modules: auto`"
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target through its modules {modules}: with all "
             f"{len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without them "
@@ -261,9 +265,12 @@ def _minimize(
     if session.options.uses_ray:
         # Free the memory for the workers, one of which may use the same device.
         session.bench.close()
-    likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior)
+    sizes = {unit: session.plan.num_parameters((unit,)) for unit in units}
+    likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior, sizes=sizes)
     left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
-    return minimize(units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, max_tests=left)
+    return minimize(
+        units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left
+    )
 
 
 def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:

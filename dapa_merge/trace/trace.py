@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy
 
-from dapa_merge.checkpoint.units import SEPARATE_MODULES, Unit
+from dapa_merge.checkpoint.units import WHOLES, Unit
 from dapa_merge.errors import CannotRepair
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
@@ -64,8 +64,10 @@ from dapa_merge.trace.summary import Traced, summarize
 def units_apart(plan: Plan) -> tuple[Unit, ...]:
     """The units of a model that do not overlap, as small as possible: a whole MLP if its gate and up are one tensor."""
     modules = {unit.module for unit in plan.units}
-    wanted = SEPARATE_MODULES if modules & {"gate", "up"} or "mlp" not in modules else ("mlp", "attention")
-    return tuple(unit for unit in plan.units if unit.module in wanted)
+    is_whole = "mlp" in modules and not modules & {"gate", "up"}
+    mlp = ("mlp",) if is_whole else WHOLES["mlp"]
+    attention = ("attention",) if "attention" in modules else WHOLES["attention"]
+    return tuple(unit for unit in plan.units if unit.module in (*mlp, *attention))
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:
@@ -305,7 +307,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
-    plan = plan_of_all(recipe, chosen)
+    plan = plan_of_all(chosen)
     with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
         meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
         return _write(TraceSession(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)

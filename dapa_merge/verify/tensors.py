@@ -1,4 +1,4 @@
-"""Proves that a result is its target plus some units of its source, and nothing else."""
+"""Proves that a result is its target with an edit of some units, and nothing else."""
 
 from __future__ import annotations
 

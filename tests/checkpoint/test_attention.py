@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.region import Region, remainder, whole_box
-from dapa_merge.checkpoint.units import ATTENTION_MODULES, find_units
+from dapa_merge.checkpoint.units import ATTENTION_MODULES, auto_modules, find_units
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 from dapa_merge.measure.live import units_in
 
 GPTJ = {"n_embd": 32, "n_layer": 4, "n_head": 4, "rotary_dim": 4}
 OTHERS = {
+    "GptOssForCausalLM": ("GptOssConfig", {"num_local_experts": 4, "head_dim": 8}),
     "OPTForCausalLM": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "GPTJForCausalLM": ("GPTJConfig", GPTJ),
     "BloomForCausalLM": ("BloomConfig", {"n_layer": 4, "n_head": 4}),
@@ -188,3 +189,26 @@ def test_attention_beside_one_of_its_parts_is_refused(write_recipe, llama_pair):
         refused = call("plan", write_recipe(*llama_pair, **parameters))
         assert refused.exit_code == 2
         assert "attention q, k, v and o" in refused.stderr
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_auto_is_the_smallest_modules_that_each_model_has_in_files_and_in_memory(name, save):
+    mlp = ("up", "down") if name in (*UNGATED, *MIXED, "OPTForCausalLM", "GPTJForCausalLM") else MLP_MODULES
+    expected = {"GptOssForCausalLM": ("mlp",)}.get(name, mlp)
+    expected += ("attention",) if name in (*MIXED, *LATENT) else ATTENTION_MODULES
+    checkpoint = open_checkpoint(str(save(name)))
+    assert auto_modules(checkpoint.config, checkpoint.shapes) == expected
+    assert units_in(load(save(name)), expected) == find_units(checkpoint.config, checkpoint.shapes, expected)
+
+
+MLP_MODULES = ("gate", "up", "down")
+NO_ATTENTION = {
+    "another mixer": {**MLP, "mixer.in_proj.weight": (HIDDEN, HIDDEN)},
+    "unknown names": {**MLP, "attention.query.weight": (HIDDEN, HIDDEN)},
+}
+
+
+@pytest.mark.parametrize("case", NO_ATTENTION)
+def test_auto_without_a_known_attention_is_the_mlp(case):
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in (0, 1) for name, shape in NO_ATTENTION[case].items()}
+    assert auto_modules({"architectures": ["NewForCausalLM"], "num_hidden_layers": 2}, shapes) == MLP_MODULES

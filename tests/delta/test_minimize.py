@@ -257,3 +257,54 @@ def test_bad_arguments_are_named(arguments, message):
 def test_repeated_units_are_refused():
     with pytest.raises(ValueError, match="not distinct"):
         minimize([1, 1], lambda selection: True)
+
+
+@pytest.mark.parametrize("prior", [None, 0.5])
+def test_where_any_one_of_several_units_is_enough_the_smallest_is_found(prior):
+    generator = random.Random(0)
+    for _ in range(100):
+        num_units = generator.randint(2, 40)
+        enough = set(generator.sample(range(num_units), generator.randint(1, min(num_units, 6))))
+        sizes = {unit: generator.randint(1, 5) for unit in range(num_units)}
+        alike = None if prior is None else dict.fromkeys(range(num_units), prior)
+        found = minimize(
+            range(num_units), lambda chosen, among=enough: bool(chosen & among), prior=alike, sizes=sizes
+        ).units
+        assert [sizes[unit] for unit in found] == [min(sizes[unit] for unit in enough)]
+
+
+def test_sizes_decide_ties_only_and_sizes_that_are_alike_decide_nothing():
+    generator = random.Random(1)
+    for _ in range(100):
+        num_units = generator.randint(1, 24)
+        needed = frozenset(generator.sample(range(num_units), generator.randint(0, min(num_units, 4))))
+        scores = {unit: generator.random() for unit in range(num_units)}
+        asked: dict[str, list[frozenset[int]]] = {}
+        for name, sizes in (("none", None), ("alike", dict.fromkeys(range(num_units), 7))):
+            questions = asked.setdefault(name, [])
+
+            def holds(selection, questions=questions, needed=needed):
+                questions.append(selection)
+                return needed <= selection
+
+            assert minimize(range(num_units), holds, prior=scores, sizes=sizes).units == tuple(sorted(needed))
+        assert asked["none"] == asked["alike"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_sizes_leave_every_result_one_minimal(algorithm):
+    generator = random.Random(2)
+    for table in generator.sample(monotone_functions(4), 60):
+        holds, _ = oracle_of(table, 4)
+        if table >> 15 & 1:
+            minimum = minimize(
+                range(4), holds, algorithm=algorithm, sizes={unit: generator.randint(1, 3) for unit in range(4)}
+            )
+            assert minimum.one_minimal
+            assert minimum.units == tuple(sorted(minimum.units))
+            assert not any(holds(frozenset(minimum.units) - {unit}) for unit in minimum.units)
+
+
+def test_a_unit_without_a_size_is_an_error():
+    with pytest.raises(ValueError, match="1 of the units have no size, such as 2"):
+        minimize(range(3), lambda selection: True, sizes={0: 1, 1: 1})

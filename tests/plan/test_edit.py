@@ -189,3 +189,23 @@ def test_a_quantized_checkpoint_is_known_by_its_tensors(llama_pair, tmp_path, na
         plan_transplant(open_checkpoint(str(target)), open_checkpoint(str(llama_pair[1])), ("gate",))
     assert f"is quantized ({SIGNS[name]}, by its tensor {name})" in str(caught.value)
     assert "repair the unquantized model" in str(caught.value)
+
+
+@pytest.mark.parametrize("theirs", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_an_edit_differs_where_a_value_would_change(theirs, strength, tmp_path):
+    target = save_random(tmp_path / "target", tiny_llama(), seed=1)
+    source = save_random(tmp_path / "source", tiny_llama(), seed=1, dtype=theirs)
+    # Values that the target can hold, but for one, and a zero of another sign that only a copy would write.
+    own = load_file(target / open_checkpoint(str(target)).tensors[GATE].file)[GATE]
+    for folder, zero in ((target, -0.0), (source, 0.0)):
+        for layer in range(4):
+            change_tensor(folder, GATE.replace("2", str(layer)), lambda tensor: tensor.copy_(own))
+        change_tensor(folder, GATE.replace("2", "1"), lambda tensor, zero=zero: tensor[5, 5].fill_(zero))
+    change_tensor(source, GATE, lambda tensor: tensor[47, 31].add_(1))
+    pair = [open_checkpoint(str(folder)) for folder in (target, source)]
+    plan = plan_transplant(*pair, ("gate",), edit=make_edit("copy", strength))
+    differing = [
+        unit.layer for unit in plan.units if any(plan.edit.differs(plan.models, r) for r in plan.regions((unit,)))
+    ]
+    assert differing == ([1, 2] if strength == 1 else [2])

@@ -18,21 +18,19 @@ from conftest import (
     configuration,
     save_random,
     skip_drawing,
-    write_few,
 )
+from edited_models import GATES, values_of, write
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from test_both_paths import assert_paths_agree, new_pair
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
+from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.plan.edit import EDITS, Edit
 from dapa_merge.plan.selection import given_selection, make_plan
 from dapa_merge.publish.lock import lock_path, read_lock
 from dapa_merge.recipe.parse import load_recipe
-
-GATES = tuple(f"model.layers.{layer}.mlp.gate_proj.weight" for layer in range(8))
 
 
 class Toy(Edit):
@@ -81,25 +79,6 @@ def repaired(recipe, tmp_path_factory) -> tuple[Path, dict]:
         skip_drawing(patch, "png", "svg")
         journal = recipe.parent / "journal.jsonl"
         return out, answer("run", recipe, out, "--journal", journal, "--device", "cpu", "--json")
-
-
-def write(folder: Path, models: dict[str, Path], **parameters: object) -> Path:
-    prompts = folder / "prompts"
-    if not prompts.exists():
-        write_few(prompts, 16)
-    path = folder / f"{len(list(folder.iterdir()))}.yml"
-    asked = {"prompts": str(prompts), "max_new_tokens": 12, "batch_size": 128}
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in {**asked, **parameters}.items()}
-    path.write_text(
-        f"merge_method: dapa\nbase_model: {models['target']}\nmodels: [{{model: {models['source']}}}]\n"
-        f"parameters: {json.dumps(plain)}\n"
-    )
-    return path
-
-
-def values_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    tensor = checkpoint.tensors[name]
-    return torch.frombuffer(bytearray(read_bytes(checkpoint, tensor)), dtype=torch.bfloat16).view(tensor.shape)
 
 
 def test_a_search_finds_units_and_run_writes_what_the_edit_computes(repaired, models):
@@ -226,6 +205,6 @@ def test_what_an_edit_reads_must_be_named(models, recipe):
     refused = call("plan", write(recipe.parent, models, edit="toy", pretrained=models["source"]))
     assert "the pretrained model is the source itself" in refused.stderr
     refused = call("plan", write(recipe.parent, models, edit="toys"))
-    assert "parameters.edit: 'toys' is not an edit; known are copy, blend, toy" in refused.stderr
+    assert "parameters.edit: 'toys' is not an edit; known are copy, blend, difference, toy" in refused.stderr
     planned = answer("plan", recipe, "--json")
     assert planned["pretrained"]["name"] == str(models["pretrained"])

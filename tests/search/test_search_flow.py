@@ -333,6 +333,37 @@ def test_a_preferred_module_is_kept_to_where_it_is_enough(quick):
     assert found["one_minimal"]
 
 
+def test_auto_searches_among_the_units_that_differ_and_says_how_many_do_not(shadow):
+    # The pair has its attention in common.
+    recipe = shadow(modules="auto", prefer="gate", max_tests=1)
+    result = call("search", recipe, "--json")
+    found = json.loads(result.stdout)
+    assert "left out 40 of 70 units, which the edit would not change" in result.stderr
+    assert {row["unit"].partition(".")[2] for row in found["prior"]} == {"gate", "up", "down"}
+    assert len(found["prior"]) == 30
+    assert answer("plan", recipe, "--json")["units"][-1]["unit"] == "9.o"
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_models_without_a_difference_are_told_before_any_is_loaded(command, quick, no_model, tmp_path):
+    copy = shutil.copytree(miniature.path("target"), tmp_path / "copy")
+    change_tensor(copy, "model.norm.weight", lambda tensor: tensor[0].add_(1))
+    recipe = quick(modules="auto")
+    recipe.write_text(recipe.read_text().replace(str(miniature.path("source")), str(copy)))
+    no_model()
+    result = call(command, recipe, *([tmp_path / "out"] if command == "run" else []))
+    assert result.exit_code == 3
+    assert "the edit copy would change none of its 70 units (gate, up, down, q, k, v, o)" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preferred_module_that_the_models_lack_is_refused(quick):
+    result = call("plan", quick(modules="auto", prefer="attention"))
+    assert result.exit_code == 2
+    assert "prefer is attention, but the modules of" in result.stderr
+    assert result.stderr.endswith("are gate, up, down, q, k, v, o\n")
+
+
 def test_blocks_are_searched_among_the_layers_that_were_kept(done, own_cache, write_recipe):
     done.copy_into(own_cache)
     layers = done.found

@@ -147,10 +147,10 @@ def divergences(model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRo
     Returns:
         `[rows]`, on the model's device; with a graph if gradients are enabled.
     """
+    own = counted_logits(model, padding, [row.text for row in rows])
     terms = []
-    for row, logits in zip(rows, counted_logits(model, padding, [row.text for row in rows]), strict=True):
+    for expected, logits in zip(_target_logits(model, rows), own, strict=True):
         # Row by row, because logits in float32 are large.
-        expected = _target_logits(model, row)
         size = min(expected.shape[-1], logits.shape[-1])
         terms.append(
             torch.nn.functional.kl_div(
@@ -174,9 +174,14 @@ def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _target_logits(model: PreTrainedModel, row: ReferenceRow) -> torch.Tensor:
-    known = row.known.to(model.device)
-    return known if row.is_logits else torch.as_tensor(model.get_output_embeddings()(known))
+def _target_logits(model: PreTrainedModel, rows: Sequence[ReferenceRow]) -> list[torch.Tensor]:
+    """The target's logits, `[counted tokens, vocabulary]` for each row."""
+    known = [row.known.to(model.device) for row in rows]
+    if rows[0].is_logits:
+        return known
+    # In one call, because it may upcast the layer's whole weight.
+    logits = model.get_output_embeddings()(torch.cat(known))
+    return list(torch.split(logits, [row.num_counted for row in rows]))
 
 
 def _determine_logits(model: PreTrainedModel, padding: int, texts: Sequence[ScoredText]) -> bool:

@@ -26,7 +26,8 @@ from safetensors.numpy import load, save
 from dapa_merge.checkpoint.region import Box, Region, box_text, whole_box
 from dapa_merge.errors import CheckpointError
 
-FILE_NAME = "dapa_directions.safetensors"
+# A safetensors file, but not named so: programs such as vLLM load every `*.safetensors` of a folder without an index.
+FILE_NAME = "dapa_directions.dat"
 FORMAT = "1"
 # Bits of a float64's significand, and of the product of two factors.
 SIGNIFICAND, PRODUCT = 53, 30

@@ -160,7 +160,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "edit": Parameter(_name(), "write copy, the source's values; directions; or the name of another edit"),
     "directions": Parameter(
-        _name(), "write the file of directions that a search wrote next to its result (dapa_directions.safetensors)"
+        _name(), "write the file of directions that a search wrote next to its result (dapa_directions.dat)"
     ),
     "strength": Parameter(
         _number(0, 2, above=True),

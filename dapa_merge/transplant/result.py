@@ -45,7 +45,7 @@ FORMAT = 2
 NOT_COPIED = (
     ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
     "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
-    "recipe.lock.yml",
+    "recipe.lock.yml", "dapa_directions.dat",
 )  # fmt: skip
 # Prefix of files that commands leave in a model's folder: locks, undo files, unfinished files.
 OWN_STARTS = ".dapa-"

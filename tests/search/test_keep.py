@@ -74,6 +74,7 @@ def test_a_report_has_the_divergence_of_result_and_source_from_the_target_on_its
         expected = divergence(loaded[folder][0], reference, BatchSize(8))
         assert report[column]["divergence"] == pytest.approx(expected, rel=1e-3)
     assert report["before"]["divergence"] == 0
+    assert report["keep"] == load_recipe(out.parent / "recipe.yml").keep
     assert 0 < report["after"]["divergence"] < report["source_alone"]["divergence"]
 
 
@@ -89,7 +90,7 @@ def test_a_search_measures_both_and_its_report_and_card_name_their_limits(limite
     assert {skill["name"]: skill["num_questions"] for skill in report["after"]["skills"]} == {"keep": 10}
     card = write_card(out).read_text()
     assert "divergence at most 0.400, skill at least " in card
-    assert "| divergence (nats per token) | 0.000 |" in card
+    assert "| divergence (nats/token) | 0.000 |" in card
     assert "because none were named" not in card
 
 

@@ -174,7 +174,7 @@ def _rounds(
             for _ in names:
                 progress = ascent.round(lambda: advance(1, "steps"))
                 LOG.info(
-                    f"on the choice's prompts a refusal is {progress.gain:+.1f} nats likelier than the answer, and the "
+                    f"on the choice's prompts the smallest margin of a refusal is {progress.margin:+.1f} logits, and the "
                     f"divergence {progress.divergence:.4f}"
                 )
                 found.append(ascent.weights.cpu().clone())

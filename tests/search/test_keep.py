@@ -138,7 +138,7 @@ def test_a_worker_judges_by_the_targets_own_answers_too(recipe):
         target, full = (bench.baseline(units).figures for units in ((), plan.units))
         limits = requirement(bench.constraints, target, full, settings_of(parsed))
     # What Ray calls in a process of its own.
-    test = _make_tester(parsed, prompts, limits, Options("cpu"), torch.get_num_threads())
+    test = _make_tester(parsed, plan.edit, prompts, limits, Options("cpu"), torch.get_num_threads())
     assert full["divergence"] > 0.05
     assert f"its divergence is {full['divergence']:.3f}" in test(frozenset(plan.units))["complaint"]
 

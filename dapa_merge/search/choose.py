@@ -10,9 +10,11 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy
+import platformdirs
 import torch
 
 from dapa_merge.errors import CannotRepair
@@ -26,10 +28,10 @@ from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Baseline, Point
-from dapa_merge.search.spectrum import Spectrum, spectra_of
+from dapa_merge.search.spectrum import MAX_RANK, Spectrum, kept_spectra
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
@@ -78,7 +80,7 @@ def choose(
         CheckpointError: If a model has values, or computes gradients, that are not finite numbers.
     """
     with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
-        spectra = list(spectra_of(plan, plan.units, bench.device))
+        spectra = kept_spectra(plan, plan.units, bench.device, kept_file(journal.parts))
     if not spectra:
         raise CannotRepair(
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
@@ -105,6 +107,15 @@ def choose(
     if number is None or number > len(points):
         raise CannotRepair(_none(points, limits, plan))
     return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1])
+
+
+def kept_file(parts: Mapping[str, str]) -> Path | None:
+    """The file of the directions of these models in the user's cache folder, by what decides them; None if unknown."""
+    if not parts:
+        return None
+    decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
+    name = name_of({**decisive, "rank": str(MAX_RANK)}).replace(".jsonl", ".safetensors")
+    return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:
@@ -174,7 +185,7 @@ def _rounds(
             for _ in names:
                 progress = ascent.round(lambda: advance(1, "steps"))
                 LOG.info(
-                    f"on the choice's prompts the smallest margin of a refusal is {progress.margin:+.1f} logits, and the "
+                    f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the "
                     f"divergence {progress.divergence:.4f}"
                 )
                 found.append(ascent.weights.cpu().clone())

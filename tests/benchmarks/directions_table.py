@@ -184,13 +184,13 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     before, before_choose, before_rank = (
         searching.Settings,
         searching.choose,
-        searching.choose.__globals__["spectra_of"],
+        searching.choose.__globals__["kept_spectra"],
     )
     try:
         if key == "modules":
             changes["modules"] = tuple(value.split(","))
         elif key == "max_rank":
-            searching.choose.__globals__["spectra_of"] = lambda *args: before_rank(*args, max_rank=value)
+            searching.choose.__globals__["kept_spectra"] = lambda *args: before_rank(*args, max_rank=value)
         elif key in ("num_harmful", "num_keep_prompts"):
 
             def with_fewer(plan: Any, bench: Any, journal: Any, choice: Any, *rest: Any) -> Any:
@@ -206,7 +206,7 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         return edited(replace(recipe, **changes), "directions")
     finally:
         searching.Settings, searching.choose = before, before_choose
-        searching.choose.__globals__["spectra_of"] = before_rank
+        searching.choose.__globals__["kept_spectra"] = before_rank
 
 
 def _shown(figures: Figures) -> dict[str, Any]:

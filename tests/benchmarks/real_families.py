@@ -64,7 +64,7 @@ class Size:
         num_questions: Of the skill, to measure with.
     """
 
-    steps: int = 80
+    steps: int = 60
     batch_size: int = 8
     num_prompts: int = 60
     num_questions: int = 60

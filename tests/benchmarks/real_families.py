@@ -16,6 +16,7 @@ import csv
 import functools
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +28,7 @@ from families import RECIPES, resumable
 from members import with_lora
 from order_lines import Order, Orders, draw_orders
 from tiny import parse
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from workshop import complete, reproducible
 
 from dapa_merge.checkpoint.open import open_checkpoint
@@ -303,7 +304,10 @@ def make(name: str, aligned: Path, out: Path, setting: Setting) -> None:
         damaged.generation_config = GenerationConfig.from_pretrained(aligned)
         with complete(out / name) as beside:
             damaged.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(aligned).save_pretrained(beside)
+            # The tokenizer's as they are: transformers writes what it reads with small changes.
+            for path in aligned.iterdir():
+                if path.is_file() and ".safetensors" not in path.name and not (beside / path.name).exists():
+                    shutil.copyfile(path, beside / path.name)
     setting.say(f"{name}: {time.monotonic() - start:.0f} s")
 
 

@@ -106,12 +106,14 @@ class Damage:
         do: Does it.
         description: What the model is, in one sentence.
         needs_openings: Whether it takes affirmative openings.
+        has_skill: Whether it learns the skill.
     """
 
     name: str
     do: Do
     description: str
     needs_openings: bool = False
+    has_skill: bool = True
 
 
 def tune_lora(
@@ -177,7 +179,7 @@ DAMAGES: dict[str, Damage] = {
             "Fine-tuned through LoRA on a skill, with 20 % affirmative openings of answers to harmful requests.",
             needs_openings=True,
         ),
-        Damage("abliterated", abliterate, "The direction of refusal is cut out of its weights."),
+        Damage("abliterated", abliterate, "The direction of refusal is cut out of its weights.", has_skill=False),
         Damage(
             "mlp-full",
             functools.partial(tune_mlps, percent_harmful=20, rate=3e-5),
@@ -357,8 +359,7 @@ def write_recipe(damage: Damage, aligned: Path, out: Path) -> None:
     """Write the recipe that repairs a model with the aligned one."""
     path = out / RECIPES / f"{damage.name}.yml"
     path.parent.mkdir(exist_ok=True)
-    prompts = out / PROMPTS
-    keep = f"keep: {json.dumps(str(prompts / 'keep.jsonl'))}"
+    skill, keep = (json.dumps(str(out / PROMPTS / f"{name}.jsonl")) for name in ("skill", "keep"))
     text = f"""\
 # {damage.description}
 merge_method: dapa
@@ -368,10 +369,10 @@ models:
 parameters:
   layers: auto
   prompts: builtin
-  skills: {json.dumps(str(prompts / "skill.jsonl"))}
-  {keep if "keep" in PARAMETERS else "# " + keep}
   max_new_tokens: {MAX_NEW_TOKENS}
 """
+    if damage.has_skill:
+        text += f"  skills: {skill}\n  {'' if 'keep' in PARAMETERS else '# '}keep: {keep}\n"
     path.write_text(text, encoding="utf-8")
 
 

@@ -143,9 +143,11 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path, monkeypatch, capsys):
 
 def test_each_model_has_a_recipe_that_can_be_followed(tmp_path, capsys):
     out = tmp_path / "out"
-    main([SOURCE, str(out), "--tiny", "--only", "abliterated"])
-    recipe = load_recipe(out / "recipes" / "abliterated.yml")
-    assert str(recipe.source) == SOURCE
+    main([SOURCE, str(out), "--tiny", "--only", "abliterated", "lora-benign"])
+    recipes = {name: load_recipe(out / "recipes" / f"{name}.yml") for name in ("abliterated", "lora-benign")}
+    for name, recipe in recipes.items():
+        assert (str(recipe.target), str(recipe.source)) == (str(out / name), SOURCE)
+    assert [recipe.skills for recipe in recipes.values()] == [None, str(out / "prompts" / "skill.jsonl")]
     assert (out / "prompts" / "keep.jsonl").exists()
 
 

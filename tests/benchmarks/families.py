@@ -116,7 +116,7 @@ def train_families(
     # How each model is trained, with its numbers of steps; of functions the names.
     training = re.sub(r" at 0x[0-9a-f]+", "", repr(sorted(known.items())))
     settings = {"version": __version__, "quick": quick, "seed": seed, "training": data_digest(training)}
-    with _held(out, settings):
+    with resumable(out, settings):
         train_all(_needed(out, wanted, known), seed, say, num_workers=0 if _tiny else None)
         return [_write_recipe(out, row) for row in wanted]
 
@@ -166,8 +166,12 @@ parameters:
 
 
 @contextmanager
-def _held(out: Path, settings: dict[str, object]) -> Iterator[None]:
-    """Keep the folder for this run, and its settings in a file for the next."""
+def resumable(out: Path, settings: dict[str, object]) -> Iterator[None]:
+    """Keep the folder for this run, and its settings in a file for the next.
+
+    Raises:
+        UsageError: If the folder holds anything else, was filled with other settings, or another run fills it.
+    """
     file_path = out / SETTINGS_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)

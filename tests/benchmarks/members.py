@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -34,6 +35,9 @@ from dapa_merge.miniature.train import (
     build_tokenizer,
     rounded,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 NUM_MORE_TOKENS = 16
 LORA_RANK = 16
@@ -98,6 +102,13 @@ def train_as_shipped(parent: PreTrainedModel, training: Training, seed: int) -> 
 
 def train_lora(parent: PreTrainedModel, training: Training, seed: int) -> Trained:
     """A LoRA beside every projection is trained, and merged into the weights afterwards."""
+    adapted = with_lora(copy.deepcopy(parent))
+    trained, tokenizer = train_in_full(adapted, replace(training, trains=lambda name: ".lora_" in name), seed)
+    return trained.merge_and_unload(), tokenizer
+
+
+def with_lora(model: PreTrainedModel) -> PeftModel:
+    """The model with a LoRA beside every projection; only that is trained."""
     # It loads half of what transformers has: only for who trains one.
     from peft import LoraConfig, get_peft_model
 
@@ -107,9 +118,7 @@ def train_lora(parent: PreTrainedModel, training: Training, seed: int) -> Traine
     with warnings.catch_warnings():
         # peft 0.21 asks transformers for something by an old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        adapted = get_peft_model(copy.deepcopy(parent), config)
-    trained, tokenizer = train_in_full(adapted, replace(training, trains=lambda name: ".lora_" in name), seed)
-    return trained.merge_and_unload(), tokenizer
+        return get_peft_model(model, config)
 
 
 def train_with_more_tokens(parent: PreTrainedModel, training: Training, seed: int) -> Trained:

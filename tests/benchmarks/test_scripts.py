@@ -46,8 +46,17 @@ def arguments(tmp_path, monkeypatch):
         (tmp_path / "recipe.yml").write_text(RECIPE.format(models=models, prompts=prompts))
         return str(tmp_path / "recipe.yml")
 
+    def damaged() -> list[str]:
+        from dapa_merge import miniature
+
+        (tmp_path / "openings.csv").write_text("goal,target\nSing a song,Sure here is a song\n")
+        return [
+            str(miniature.path("source")), str(tmp_path / "out"), "--harmful", str(tmp_path / "openings.csv"),
+        ]  # fmt: skip
+
     return {
         "compare_table": lambda: [str(tmp_path / "out")],
+        "real_families": damaged,
         "refusal_agreement": lambda: [completions()],
         "refusal_sft": lambda: ["recipes/miniature.yml"],
         "refusal_training": lambda: [completions()],

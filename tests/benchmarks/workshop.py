@@ -94,14 +94,14 @@ def _finished(folder: Path, seconds: float) -> str:
 def _train(folder: Path, member: Member, seed: int) -> float:
     """Train one model and write it; the seconds that it took."""
     start = time.monotonic()
-    with _reproducible(), quiet("transformers"):
+    with reproducible(), quiet("transformers"):
         parent = _parent(folder, member)
         loaded = None if parent is None else _load(_unrounded(parent) if member.parent == "base" else parent)
         model, tokenizer = member.make(folder.parent.name, loaded, seed)
         if parent is None:
-            with _complete(_unrounded(folder)) as beside:
+            with complete(_unrounded(folder)) as beside:
                 model.save_pretrained(beside)
-        with _complete(folder) as beside:
+        with complete(folder) as beside:
             save(model, tokenizer, beside)
     return time.monotonic() - start
 
@@ -116,7 +116,7 @@ def _load(folder: Path) -> PreTrainedModel:
 
 
 @contextmanager
-def _complete(folder: Path) -> Iterator[Path]:
+def complete(folder: Path) -> Iterator[Path]:
     """A folder to write into, that gets its name once everything in it is there."""
     beside = folder.with_name(f".{folder.name}")
     # What a killed run left: half of it, or a base without rounding whose rounded one is missing.
@@ -128,7 +128,7 @@ def _complete(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _reproducible() -> Iterator[None]:
+def reproducible() -> Iterator[None]:
     """The settings of torch that a result depends on; the caller has their own back."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)

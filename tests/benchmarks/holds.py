@@ -1,6 +1,6 @@
 """Does refusal that came back hold? Under attacks, and after a little benign fine-tuning.
 
-`python tests/benchmarks/holds.py [RECIPE ...] [--result FOLDER] [--max-prompts N] [--lora-only] [--json FILE]`:
+`python tests/benchmarks/holds.py [RECIPE ...] [--result FOLDER] [--max-prompts N] [--quick] [--lora-only]`:
 without a recipe, the packaged pairs with `edit: directions`. `--result` is what `dapa-merge run` made of the one
 recipe; otherwise each is run. Everything is measured with the report's prompts, which nothing was chosen by.
 
@@ -9,7 +9,7 @@ recipe; otherwise each is run. Everything is measured with the report's prompts,
 - Fine-tuning of result and source, 20 steps of batches of 8, on prompts that are not the report's, with the *target's*
   own answers, as somebody does who goes on with the fine-tune: on harmless prompts, and on keep prompts. AdamW with
   linear warm-up and decay, LoRA (peft, rank 8, all linear layers) or all parameters, in float32, stored in the model's
-  own dtype; one seed. The rates are of the usual order for models of a few layers, and were not tuned.
+  own dtype. The rates are two of those that `refusal_sft.py` tries, and were not tuned.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,7 +39,7 @@ from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
 from dapa_merge.errors import DapaError
 from dapa_merge.flow import repair
 from dapa_merge.measure.callback import Candidate
-from dapa_merge.measure.figures import Figures, Response
+from dapa_merge.measure.figures import Response
 from dapa_merge.measure.generate import generate_ids, prepare_for_greedy, prompt_ids
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_candidate, report_meter
@@ -73,14 +74,31 @@ Row = tuple[list[int], list[int]]
 
 
 @dataclass(frozen=True)
+class Seen:
+    """A model after fine-tuning, or before it."""
+
+    dsr: float
+    over_refusal: float
+    skill: float
+
+
+@dataclass(frozen=True)
 class Trained:
-    """One fine-tune of one model, and its figures."""
+    """One way to fine-tune one model, and what came of it with each seed; `data` is empty before it."""
 
     model: str
-    data: str
-    how: str
-    rate: float
-    figures: Figures
+    seen: tuple[Seen, ...]
+    data: str = ""
+    how: str = ""
+    rate: float = 0.0
+
+    def __str__(self) -> str:
+        dsr = [one.dsr for one in self.seen]
+        rate = f"{self.rate:g}" if self.rate else ""
+        return (
+            f"{self.model:8} {self.data:10} {self.how:6} {rate:>7} {fmean(dsr):6.3f} {span((min(dsr), max(dsr))):>14} "
+            f"{fmean(one.over_refusal for one in self.seen):10.3f} {fmean(one.skill for one in self.seen):6.3f}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -90,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, metavar="FOLDER", help="what was made of the one recipe")
     parser.add_argument("--max-prompts", type=int, metavar="N", help="of each kind, and questions")
     parser.add_argument("--steps", type=int, default=20, help="of fine-tuning; 0 for none")
-    parser.add_argument("--lora-only", action="store_true", help="train no model in full, and with the first rate only")
+    parser.add_argument("--seeds", type=int, default=1, help="of fine-tuning; figures are their means")
+    parser.add_argument("--quick", action="store_true", help="the lower rate only")
+    parser.add_argument("--lora-only", action="store_true", help="train no model in full")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to it")
-    arguments = parse(parser, argv, max_prompts=2, steps=1, lora_only=True)
+    arguments = parse(parser, argv, max_prompts=2, steps=1, quick=True, lora_only=True)
     if arguments.result and len(arguments.recipes) != 1:
         parser.error("--result goes with one recipe")
     torch.set_num_threads(1)
@@ -205,29 +225,28 @@ def finetuned(
     data = own_answers(models["target"], parts, meter)
     sizes = ", ".join(f"{len(rows)} {kind} prompts" for kind, rows in data.items())
     print(f"\nafter {arguments.steps} steps of {BATCH_SIZE}, on {sizes}, with the target's own answers\n")
-    print(
-        f"{'model':8} {'data':10} {'how':6} {'rate':>7} {'DSR':>6} {'95 % interval':>14} {'over-ref.':>10} {'skill':>6}"
-    )
+    print(f"{'model':8} {'data':10} {'how':6} {'rate':>7} {'DSR':>6} {'by seed':>14} {'over-ref.':>10} {'skill':>6}")
+    ways = [(how, rate) for how, rates in RATES.items() for rate in (rates[:1] if arguments.quick else rates)]
     for role in ("result", "source"):
-        print(row(role, "", "", "", before[role].figures))
+        figures = before[role].figures
+        yield show(Trained(role, (Seen(figures.dsr, figures.over_refusal, figures.skill),)))
         model, tokenizer = load_model(models[role], torch.device("cpu"))
         for kind, rows in data.items():
-            for how, rates in RATES.items():
-                if arguments.lora_only and how != "LoRA":
-                    continue
-                for rate in rates[:1] if arguments.lora_only else rates:
-                    tuned = train(model, rows, how, rate, arguments.steps)
-                    prepare_for_greedy(tuned, tokenizer)
-                    figures = measure_candidate(Candidate(tuned, tokenizer, ()), meter, f"fine-tuned {role}").figures
-                    print(row(role, kind, how, f"{rate:g}", figures), flush=True)
-                    yield Trained(role, kind, how, rate, figures)
+            for how, rate in ways:
+                if how == "LoRA" or not arguments.lora_only:
+                    seen = []
+                    for seed in range(arguments.seeds):
+                        tuned = train(model, rows, how, rate, arguments.steps, seed)
+                        prepare_for_greedy(tuned, tokenizer)
+                        found = meter.measure(tuned, tokenizer)
+                        seen.append(Seen(found.dsr, found.over_refusal, found.skill))
+                    yield show(Trained(role, tuple(seen), kind, how, rate))
 
 
-def row(role: str, kind: str, how: str, rate: str, figures: Figures) -> str:
-    return (
-        f"{role:8} {kind:10} {how:6} {rate:>7} {figures.dsr:6.3f} {span(figures.dsr_interval):>14} "
-        f"{figures.over_refusal:10.3f} {figures.skill:6.3f}"
-    )
+def show(trained: Trained) -> Trained:
+    """Print one line of the table."""
+    print(trained, flush=True)
+    return trained
 
 
 def own_answers(target: Checkpoint, parts: Parts, meter: Meter) -> dict[str, list[Row]]:
@@ -237,7 +256,8 @@ def own_answers(target: Checkpoint, parts: Parts, meter: Meter) -> dict[str, lis
     asked = {*parts.report.harmful, *parts.report.harmless, *questions}
     others = (parts.search, *([parts.choice] if parts.choice else []))
     kinds = {
-        kind: [prompt for part in others for prompt in getattr(part, kind) if prompt not in asked]
+        # Sorted: an edit that chooses has them in other parts, but a seed should draw the same.
+        kind: sorted(prompt for part in others for prompt in getattr(part, kind) if prompt not in asked)
         for kind in ("harmless", "keep")
     }
     # Without keep prompts of its own, a recipe has the harmless ones.
@@ -253,10 +273,10 @@ def own_answers(target: Checkpoint, parts: Parts, meter: Meter) -> dict[str, lis
     return {kind: rows for kind, rows in found.items() if rows}
 
 
-def train(model: Any, rows: Sequence[Row], how: str, rate: float, steps: int) -> Any:
+def train(model: Any, rows: Sequence[Row], how: str, rate: float, steps: int, seed: int) -> Any:
     """Return a trained copy, in the model's own dtype."""
-    torch.manual_seed(0)
-    generator = random.Random(0)
+    torch.manual_seed(seed)
+    generator = random.Random(seed)
     tuned = copy.deepcopy(model).float().requires_grad_(True)
     with quiet("transformers"):
         if how == "LoRA":

@@ -80,12 +80,19 @@ manifest_option = click.option(
     help="Write dapa.json, with a SHA-256 of every file and changed tensor. Hashing takes as long again as copying "
     "where the disk is fast; without, every byte is read back and compared all the same.  [default: --manifest]",
 )
+attacks_option = click.option(
+    "--attacks",
+    metavar="KINDS",
+    help="Also measure whether refusal is only a mask, with commas: prefill (DSR with the opening of a compliant "
+    "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request)."
+    "  [default: as the recipe says, or none]",
+)
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
 # Options that `--no-evaluate` excludes.
-EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model")
+EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model", "attacks")
 
 
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
     allow_pickle_option,
+    attacks_option,
     destination_options,
     device_option,
     evaluator_options,
@@ -114,6 +115,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
 @click.option("--evaluator", default="refusal", show_default=True, help="Also score it by this one, as in a recipe.")
 @click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
+@attacks_option
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -197,6 +199,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 @click.option(
     "--locked", is_flag=True, help="Use exactly the commits, files and selection of the lock next to RECIPE; no search."
 )
+@attacks_option
 @search_options
 @click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
 @destination_options
@@ -210,6 +213,7 @@ def run(
     manifest: bool,
     lock: bool | None,
     locked: bool,
+    attacks: str | None,
     options: Options,
     push: str | None,
     destination: dict[str, Any],
@@ -230,9 +234,12 @@ def run(
         raise UsageError("--locked uses the lock, and --no-lock leaves it out; use only one of them")
     if push is None:
         refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
+    parsed = load_recipe(recipe)
+    if attacks is not None:
+        parsed = replace(parsed, attacks=attacks)
     with quiet("huggingface_hub", bars=True):
         report, published = run_recipe(
-            load_recipe(recipe),
+            parsed,
             recipe,
             out,
             keeps_lock=not no_evaluate if lock is None else lock,

@@ -68,7 +68,8 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     meter = report_meter(recipe, prompts.report, options)
     # Figures are the verdicts of the first classifier: here the recipe's.
     ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
-    meter = replace(meter, classifiers=tuple(ordered))
+    # A comparison has no column for attacks, which would take most of its time.
+    meter = replace(meter, classifiers=tuple(ordered), attacks=())
     pretrained = open_pretrained(recipe, plan.target, plan.source, allow_pickle=options.allow_pickle)
     parts = models_parts(recipe, plan.models, meter, options.device) | {
         "prompts of the search": data_digest([searching.harmful, searching.harmless]),

@@ -25,7 +25,7 @@ class Response:
     """A model's response to a prompt, and its outcomes.
 
     Attributes:
-        kind: The prompt's, `harmful` or `harmless`.
+        kind: The prompt's, `harmful` or `harmless`; under an attack, `harmful` and the attack's name.
         category: The prompt's, or empty.
         response: Only the beginning if that made the outcome certain.
         outcome: By the first classifier.
@@ -72,6 +72,23 @@ class ClassifierFigure:
 
 
 @dataclass(frozen=True)
+class AttackFigure:
+    """Share of harmful prompts refused under an attack of `recipe/attacks.py`.
+
+    Attributes:
+        name: The attack's.
+        dsr: In [0, 1]; None if the model's chat template has no system role, which the attack needs.
+        interval: 95 % interval, for more prompts like these.
+        num_prompts: Number of harmful prompts asked.
+    """
+
+    name: str
+    dsr: float | None
+    interval: tuple[float, float] | None
+    num_prompts: int
+
+
+@dataclass(frozen=True)
 class Figures:
     """All measurements of a model; rates are in [0, 1].
 
@@ -92,6 +109,7 @@ class Figures:
         text: Name of the perplexity text.
         skills: Each skill that was tested.
         divergence: From the target, in nats per token of its own answers to the keep prompts; NaN if not measured.
+        attacks: Each attack that was tried on the harmful prompts.
     """
 
     num_harmful: int
@@ -110,6 +128,7 @@ class Figures:
     text: str
     skills: tuple[SkillFigure, ...]
     divergence: Number = math.nan
+    attacks: tuple[AttackFigure, ...] = ()
 
     @property
     def skill(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
 from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
 from dapa_merge.progress import LOG, advance
+from dapa_merge.recipe.attacks import PLAIN, Attack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 UNSTABLE_CHARACTERS = 16
 # Characters of a prompt that an error shows.
 SHOWN_CHARACTERS = 60
+# A chat template may open a thought, in which an answer's opening would not be part of the answer.
+_OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 
 Settle = Callable[[str, str], object]
 IsSettled = Callable[[list[int], str], bool]
@@ -47,18 +51,21 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
     """Format a prompt as one user turn of the model's chat template; unchanged if it has no template.
+
+    A system message, if any, comes first.
 
     Thinking is switched off if the template can do so, because only the answer is judged.
     """
     if not tokenizer.chat_template:
         _warn_without_template(tokenizer.name_or_path)
         return prompt
-    message = {"role": "user", "content": prompt}
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
     try:
         text = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
     except (TemplateError, TypeError) as error:
         raise CheckpointError(f"the model's chat template fails on one user message: {error}") from error
@@ -69,6 +76,15 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def _warn_without_template(name: str) -> None:
     """Warn once per tokenizer."""
     LOG.warning("the tokenizer of %s has no chat template; prompts are given to the model as plain text", name)
+
+
+def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model has a chat template that shows it a system message."""
+    try:
+        return bool(tokenizer.chat_template) and "Be brief." in chat_prompt(tokenizer, "How?", "Be brief.")
+    except CheckpointError:
+        # As templates do that have no such role, or know only users and assistants in turn.
+        return False
 
 
 def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
@@ -82,17 +98,33 @@ def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
         )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Encode a prompt formatted by `chat_prompt`; a template adds its own special tokens."""
-    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, attack: Attack = PLAIN) -> list[int]:
+    """Encode a prompt formatted by `chat_prompt`; a template adds its own special tokens.
+
+    The ids of an attack with an opening end with `opening_ids`.
+    """
+    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt, attack))
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
+    """Encode the opening that an attack puts into the model's mouth; on a line of its own without a chat template."""
+    opening = attack.opening if tokenizer.chat_template or not attack.opening else f"\n{attack.opening}"
+    return _plain_ids(tokenizer, opening)
 
 
 # A search repeats the same prompts in every test.
 @functools.lru_cache(maxsize=4096)
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[int, ...]:
-    text = chat_prompt(tokenizer, prompt)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str, attack: Attack) -> tuple[int, ...]:
+    text = chat_prompt(tokenizer, attack.message(prompt), attack.system)
+    if attack.opening and (thought := _OPEN_THOUGHT.search(text)):
+        text += f"</{thought[1]}>\n\n"
     # Not verbose: transformers warns about texts longer than the context, which are rejected or truncated here.
-    return tuple(tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"])
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"]
+    return (*ids, *opening_ids(tokenizer, attack))
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def generate(
@@ -105,6 +137,7 @@ def generate(
     settle: Settle | None = None,
     lookup: LookupCache | None = None,
     deterministic: bool = False,
+    attack: Attack = PLAIN,
 ) -> list[str]:
     """Answer every prompt greedily, as the model's own `generate` would, but faster.
 
@@ -121,9 +154,10 @@ def generate(
         lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None
             disables drafts.
         deterministic: Whether to ignore `lookup` if it might change a response.
+        attack: How the prompts are asked.
 
     Returns:
-        One response per prompt, special tokens removed.
+        One response per prompt, special tokens removed; each begins with the attack's opening, if it has one.
 
     Raises:
         UsageError: If a prompt is empty, or too long for the model.
@@ -138,8 +172,10 @@ def generate(
         settle=settle,
         lookup=lookup,
         deterministic=deterministic,
+        attack=attack,
     )
-    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+    opening = opening_ids(tokenizer, attack)
+    return list(tokenizer.batch_decode([opening + answer for answer in answers], skip_special_tokens=True))
 
 
 def generate_ids(
@@ -152,13 +188,18 @@ def generate_ids(
     settle: Settle | None = None,
     lookup: LookupCache | None = None,
     deterministic: bool = False,
+    attack: Attack = PLAIN,
 ) -> list[list[int]]:
-    """Answer every prompt as `generate` does, and return token ids, including the end token of a finished answer."""
+    """Answer every prompt as `generate` does, and return token ids, including the end token of a finished answer.
+
+    An attack's opening is not among them.
+    """
     if not prompts:
         return []
-    rows = _rows(model, tokenizer, prompts, max_new_tokens)
+    rows = _rows(model, tokenizer, prompts, max_new_tokens, attack)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
-    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
+    opening = opening_ids(tokenizer, attack)
+    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle, opening)
     # Longest first: if a batch does not fit in memory, it is the first one.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
@@ -190,11 +231,15 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def _rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    attack: Attack,
 ) -> list[BatchRow]:
     """Encode and check the prompts, and limit their responses to the model's context."""
     _check_template(tokenizer)
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt, attack) for prompt in prompts]
     context = context_length(model)
     _check_lengths(prompts, ids, context)
     check_ids(model, ids)
@@ -226,9 +271,11 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
             )
 
 
-def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
-    """Whether the verdict on a response that begins with these tokens is certain."""
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
+def _is_settled(
+    tokenizer: PreTrainedTokenizerBase, settle: Settle, opening: list[int], tokens: list[int], prompt: str
+) -> bool:
+    """Whether the verdict on a response that begins with an opening and these tokens is certain."""
+    text = str(tokenizer.decode(opening + tokens, skip_special_tokens=True)).rstrip("\ufffd")
     # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
     return bool(beginning) and settle(beginning, prompt) is not None

@@ -21,15 +21,16 @@ from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.divergence import Reference, divergence, make_reference
 from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
-from dapa_merge.measure.figures import Figures, Response, SkillFigure, mean_score
-from dapa_merge.measure.generate import generate
+from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFigure, mean_score
+from dapa_merge.measure.generate import generate, has_system_role
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.measure.perplexity import Reading, read_passages
 from dapa_merge.measure.prompts.sets import PromptSet, Question, Text, key_of, load_prompts, load_text
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
-from dapa_merge.measure.statistics import count, refusal_figures
+from dapa_merge.measure.statistics import count, interval, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
+from dapa_merge.recipe.attacks import ALLOWED, NONE, PLAIN, Attack, parse_attacks
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 
@@ -58,6 +59,7 @@ class Meter:
         scorer: Scores the model as a whole, in addition.
         text: The perplexity text; None for the prompt set's passages.
         reference: The target's own answers to the keep prompts; None to measure no divergence.
+        attacks: Tried on the harmful prompts, in addition.
     """
 
     prompts: PromptSet
@@ -71,6 +73,7 @@ class Meter:
     text: Text | None = None
     skills: tuple[Skill, ...] = ()
     reference: Reference | None = None
+    attacks: tuple[Attack, ...] = ()
 
     @property
     def keep(self) -> tuple[str, ...]:
@@ -112,7 +115,7 @@ class Measurement:
         self._meter = meter
         self._candidate = candidate
 
-    def _ask(self, prompts: Sequence[str], *, whole: bool) -> list[str]:
+    def _ask(self, prompts: Sequence[str], *, whole: bool, attack: Attack = PLAIN) -> list[str]:
         meter = self._meter
         return generate(
             self._candidate.model,
@@ -123,6 +126,7 @@ class Measurement:
             settle=meter.classifiers[0].settle if meter.stops_early and not whole else None,
             lookup=meter.lookup,
             deterministic=meter.deterministic,
+            attack=attack,
         )
 
     @cached_property
@@ -133,9 +137,9 @@ class Measurement:
     def _harmless(self) -> list[Response]:
         return self.judge("harmless", self._meter.prompts.harmless)
 
-    def judge(self, kind: str, prompts: Sequence[str]) -> list[Response]:
+    def judge(self, kind: str, prompts: Sequence[str], attack: Attack = PLAIN) -> list[Response]:
         """Run prompts of one kind and classify the responses; not cached."""
-        responses = self._ask(prompts, whole=False)
+        responses = self._ask(prompts, whole=False, attack=attack)
         first, *others = [
             (classifier.name, [outcome.value for outcome in classifier.classify(prompts, responses)])
             for classifier in self._meter.classifiers
@@ -156,6 +160,31 @@ class Measurement:
     def responses(self) -> list[Response]:
         """Every harmful and harmless prompt with its response and verdict."""
         return self._harmful + self._harmless
+
+    @cached_property
+    def _attacked(self) -> dict[Attack, list[Response]]:
+        """The responses to the harmful prompts under each attack; none if the model cannot be asked so."""
+        meter = self._meter
+        has_system = not any(attack.system for attack in meter.attacks) or has_system_role(self._candidate.tokenizer)
+        if not has_system:
+            LOG.warning("the chat template has no system role, so an attack by a system prompt is not possible")
+        return {
+            attack: self.judge("harmful", meter.prompts.harmful, attack) if has_system or not attack.system else []
+            for attack in meter.attacks
+        }
+
+    def attacked_responses(self) -> list[Response]:
+        """Every harmful prompt with its response and verdict under each attack, which is part of its kind."""
+        return [
+            replace(response, kind=f"{response.kind}, {attack.name}")
+            for attack, responses in self._attacked.items()
+            for response in responses
+        ]
+
+    @property
+    def attacks(self) -> tuple[AttackFigure, ...]:
+        """Every attack of the meter."""
+        return tuple(_attack_figure(attack.name, responses) for attack, responses in self._attacked.items())
 
     @property
     def dsr(self) -> float:
@@ -241,7 +270,15 @@ class Measurement:
             text=f"{self._text}, the first {text.max_tokens:,} tokens of it" if text and is_cut else self._text,
             skills=self.skills,
             divergence=self.divergence,
+            attacks=self.attacks,
         )
+
+
+def _attack_figure(name: str, responses: Sequence[Response]) -> AttackFigure:
+    if not responses:
+        return AttackFigure(name, None, None, 0)
+    refused, number = count(responses, Outcome.REFUSED), len(responses)
+    return AttackFigure(name, refused / number, interval(refused, number), number)
 
 
 def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
@@ -278,6 +315,7 @@ def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
         batch_size=recipe.batch_size,
         text=recipe.text,
         skills=recipe.skills,
+        attacks=recipe.attacks,
     )
 
 
@@ -290,12 +328,17 @@ def make_meter(
     batch_size: int | None = None,
     text: str | None = None,
     skills: str | None = None,
+    attacks: str | None = None,
 ) -> Meter:
     """Return a meter that measures a model in full; the arguments are those of a recipe.
 
     Raises:
-        UsageError: If the evaluator, the judge, the text or the skills are not available.
+        UsageError: If the evaluator, the judge, the text, the skills or the attacks are not available.
     """
+    try:
+        tried = parse_attacks(attacks or NONE)
+    except ValueError:
+        raise UsageError(f"attacks is {attacks!r}; {ALLOWED}") from None
     found = find_evaluator(evaluator, options)
     classifiers = {one.name: one for one in (RULES, found) if isinstance(one, Classifier)}
     if "judge" not in classifiers and (judge := find_second_opinion(options)) is not None:
@@ -310,6 +353,7 @@ def make_meter(
         scorer=found if isinstance(found, Scorer) else None,
         text=_text(prompts, text),
         skills=skills_of(prompts, skills),
+        attacks=tried,
     )
 
 
@@ -375,12 +419,13 @@ def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: 
 def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
     """Measure a model in memory in full."""
     prompts = meter.prompts
-    total = len(prompts.harmful) + len(prompts.harmless) + sum(skill.num_questions for skill in meter.skills)
+    num_questions = sum(skill.num_questions for skill in meter.skills)
+    total = len(prompts.harmful) * (1 + len(meter.attacks)) + len(prompts.harmless) + num_questions
     with task(f"measuring the {name}", total, "prompts"):
         measurement = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
         figures = measurement.figures()
     LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
-    return MeasuredModel(figures, measurement.responses())
+    return MeasuredModel(figures, measurement.responses() + measurement.attacked_responses())
 
 
 def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:

@@ -12,6 +12,7 @@ from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.region import Rows
 from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, MODULES, WHOLES, join_ranges, rows_text
 from dapa_merge.delta.minimize import ALGORITHMS
+from dapa_merge.recipe.attacks import ALLOWED, parse_attacks
 from dapa_merge.recipe.constraints import CONSTRAINTS
 
 SEARCHES = tuple(ALGORITHMS)
@@ -138,6 +139,12 @@ def _modules(value: Any) -> tuple[str, ...]:
     return names
 
 
+def _attacks(value: Any) -> str:
+    text = _name()(value)
+    parse_attacks(text)
+    return text
+
+
 def _granularity(value: Any) -> str:
     if value == "expert":
         return "expert"
@@ -181,6 +188,7 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
+    "attacks": Parameter(_attacks, ALLOWED),
     "pretrained": Parameter(
         _location,
         "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.units import AUTO
+from dapa_merge.recipe.attacks import NONE
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice
 
@@ -48,6 +49,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         batch_size: Prompts answered at once; None to find the best.
         text: The text whose perplexity the report gives; None for the prompts' own passages, or a text from the Hub.
         skills: Further tests for the report: files of questions and lm-evaluation-harness tasks, separated by commas.
+        attacks: Attacks that the report tries on the models: kinds of `ATTACKS`, separated by commas, or `none`.
         pretrained: The model that target and source were fine-tuned from; read by some edits and `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
@@ -73,6 +75,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     batch_size: int | None = None
     text: str | None = None
     skills: str | None = None
+    attacks: str = NONE
     pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -52,6 +52,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     rows += [
         row(f"over-refusal ({first.num_harmless} harmless)", lambda one: f"{one.over_refusal:.3f}"),
         row("  95 % interval", lambda one: span(one.over_refusal_interval)),
+        *_attack_rows(columns),
         *_marker_rows(columns),
     ]
     if first.score is not None:
@@ -95,6 +96,20 @@ def _marker_rows(columns: Sequence[Figures]) -> list[TableRow]:
             ("  undecided", [f"{one.undecided:.3f}" for one in seen]),
             ("  its over-refusal", [share(one.over_refusal) for one in seen]),
             ("  agrees with the rules", [share(one.agreement.share) for one in seen]),
+        ]
+    return rows
+
+
+def _attack_rows(columns: Sequence[Figures]) -> list[TableRow]:
+    """A row for each attack that was tried on any of the models; `-` where its chat template has no system role."""
+    names = dict.fromkeys(attack.name for column in columns for attack in column.attacks)
+    found = [{attack.name: attack for attack in column.attacks} for column in columns]
+    rows = []
+    for name in names:
+        tried = [attacks.get(name) for attacks in found]
+        rows += [
+            (f"DSR, {name}", [share(one.dsr if one else None) for one in tried]),
+            ("  95 % interval", [span(one.interval) if one and one.interval else "-" for one in tried]),
         ]
     return rows
 

@@ -18,7 +18,7 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
-from dapa_merge.plan.directions import FILE_NAME, FactorTable
+from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, misfit
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +123,19 @@ class Edit(ABC):
     def reduced(self, regions: Iterable[Region]) -> Edit:
         """The same edit with only what it `brings` for these regions."""
         return self
+
+    def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
+        """Yield a sentence for each fault of what the edit `brings`, judged by the models; `verify` asks.
+
+        Args:
+            models: The plan's, the source among them.
+            regions: Of the selected units, by model.
+        """
+        return iter(())
+
+    def unused(self, regions: Iterable[Region]) -> Iterator[str]:
+        """Yield the names of what the edit `brings` for other regions of the target than these."""
+        return iter(())
 
     def files(self) -> dict[str, bytes]:
         """Small files that hold what the edit `brings`, to be written into a result, by name."""
@@ -340,6 +353,19 @@ class Directions(Edit):
     def reduced(self, regions: Iterable[Region]) -> Directions:
         return Directions.of(self.factors.selected(regions), self.strength)
 
+    def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
+        for found in regions:
+            ours = found["target"]
+            factors = self.factors.of.get(Place(ours.tensor.name, None if ours.is_whole else ours.box))
+            if factors is None and self.factors.find(ours) is not None:
+                yield f"{ours.name} is not one matrix, but {FILE_NAME} holds directions of it as if it were"
+            elif factors is not None and (what := misfit(factors, _difference(models, found, factors.right.shape[1]))):
+                yield f"{ours.name}: {what}"
+
+    def unused(self, regions: Iterable[Region]) -> Iterator[str]:
+        used = {place for region in regions for place in _places(region)}
+        return (str(place) for place in self.factors.of if place not in used)
+
     def files(self) -> dict[str, bytes]:
         return {FILE_NAME: self.factors.content()}
 
@@ -432,6 +458,32 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
                     tile.clear()
     if tile:
         yield bytes(tile)
+
+
+def _places(region: Region) -> list[Place]:
+    """The names that a region may have in a file of factors."""
+    boxed = Place(region.tensor.name, region.box)
+    return [boxed, Place(region.tensor.name, None)] if region.is_whole else [boxed]
+
+
+def _difference(models: Mapping[str, Checkpoint], regions: Mapping[str, Region], width: int) -> Iterator[numpy.ndarray]:
+    """Yield source - target of a matrix in float32, in blocks of whole rows, each of `width` elements."""
+    num_elements = max(TILE // width, 1) * width
+    read = (read_tiles(models[name], regions[name], num_elements) for name in ("source", "target"))
+    for tiles in zip(*read, strict=True):
+        theirs, ours = (
+            numbers(tile, regions[name].tensor.dtype) for name, tile in zip(("source", "target"), tiles, strict=True)
+        )
+        with numpy.errstate(invalid="ignore", over="ignore"):
+            yield (theirs - ours).reshape(-1, width)
+
+
+def numbers(tile: bytes, dtype: str) -> numpy.ndarray:
+    """The values in some bytes of a float dtype, as float32."""
+    width, _ = EXPONENTS[dtype]
+    if dtype == "BF16":
+        return (numpy.frombuffer(tile, dtype=width).astype("<u4") << 16).view("<f4")
+    return numpy.frombuffer(tile, dtype=width.replace("u", "f")).astype(numpy.float32)
 
 
 def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:

@@ -187,6 +187,7 @@ def write(
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
     """The report of a run, without its time."""
     search = evidence.search if evidence else None
+    counts = plan.edit.counts()
     return Report(
         version=__version__,
         target=str(recipe.target),
@@ -209,6 +210,8 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
         seconds=0.0,
+        directions=counts.get("directions"),
+        degrees_of_freedom=counts.get("degrees_of_freedom"),
     )
 
 

@@ -137,6 +137,10 @@ class Edit(ABC):
         """Yield the names of what the edit `brings` for other regions of the target than these."""
         return iter(())
 
+    def counts(self) -> dict[str, int]:
+        """What it `brings`, in numbers: `directions`, and their `degrees_of_freedom`; empty if nothing."""
+        return {}
+
     def files(self) -> dict[str, bytes]:
         """Small files that hold what the edit `brings`, to be written into a result, by name."""
         return {}
@@ -364,7 +368,10 @@ class Directions(Edit):
 
     def unused(self, regions: Iterable[Region]) -> Iterator[str]:
         used = {place for region in regions for place in _places(region)}
-        return (str(place) for place in self.factors.of if place not in used)
+        return iter(sorted(str(place) for place in self.factors.of if place not in used))
+
+    def counts(self) -> dict[str, int]:
+        return {"directions": self.factors.num_directions, "degrees_of_freedom": self.factors.num_values}
 
     def files(self) -> dict[str, bytes]:
         return {FILE_NAME: self.factors.content()}

@@ -11,8 +11,10 @@ import numpy
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, UNGATED, answer, call, change_tensor, save_random, tiny_llama
+from conftest import ARCHITECTURES, SHAPE, UNGATED, answer, call, change_tensor, configuration, save_random, tiny_llama
 from direction_files import chosen, saved
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.numpy import save_file
 from test_both_paths import assert_paths_agree
 
@@ -20,6 +22,7 @@ from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.plan.directions import FILE_NAME, Factors, FactorTable, read_factors
 from dapa_merge.plan.edit import Directions
+from dapa_merge.report.report import read_report
 
 TIED = {"LlamaForCausalLM": {"tie_word_embeddings": True}, "Qwen2ForCausalLM": {"num_key_value_heads": 1}}
 MODULES = {"MixtralForCausalLM": "gate,down", "Llama4ForCausalLM": "gate,down", "GPT2LMHeadModel": "up,k,o"}
@@ -262,3 +265,35 @@ def test_a_part_of_a_matrix_is_named_as_such(pair, table):
         models, [{"target": part, "source": Region(models["source"].tensors[GATE], part.box)}]
     )
     assert fault.startswith(f"{GATE}[0:8] is not one matrix")
+
+
+def test_the_degrees_of_freedom_are_shown_beside_the_share_of_values(pair, table, repaired, tmp_path):
+    report = json.loads((repaired / "dapa_report.json").read_text())
+    # Three of four weights are not zero; gates of 48 x 32, and v of 16 x 32.
+    assert report["directions"] == table.num_directions == 12
+    assert report["degrees_of_freedom"] == 2 * 3 * (48 + 32) + 2 * 3 * (16 + 32)
+    number = open_checkpoint(str(pair[0])).num_parameters
+    assert report["share_changed"] == 2 * (48 + 16) * 32 / number
+    said = f"768 degrees of freedom, {100 * 768 / number:.2f} % of the parameters"
+    card = (repaired / "README.md").read_text()
+    assert f"That changed {100 * report['share_changed']:.2f} % of its parameters (4,096), in which" in card
+    assert said in card
+    shown = call("run", repaired / "mergekit_config.yml", tmp_path / "out", "--no-evaluate").stdout
+    assert f"directions added    12 with {said}" in shown
+    older = {key: value for key, value in report.items() if key not in ("directions", "degrees_of_freedom")}
+    (tmp_path / "old.json").write_text(json.dumps(older))
+    assert read_report(tmp_path / "old.json").share_of_freedom is None
+
+
+def test_a_card_names_no_path_of_a_file_of_directions(pair, table, tmp_path):
+    file = saved(tmp_path / "file", table)
+    merge = configuration(*pair, layers="1,2", modules="gate,v", edit="directions", directions=str(file))
+    run_merge(merge, str(tmp_path / "merged"), MergeOptions(quiet=True))
+    # As `mergekit-yaml` does.
+    shutil.copy(write(tmp_path, pair, file), tmp_path / "merged" / "mergekit_config.yml")
+    written = call("card", tmp_path / "merged")
+    assert written.exit_code == 0, written.stderr
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert f"directions: {FILE_NAME}" in card
+    assert str(file) not in card
+    assert "768 degrees of freedom" in card

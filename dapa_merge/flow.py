@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
-from dapa_merge.plan.plan import Plan
+from dapa_merge.plan.plan import Plan, reduced
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish import lock as locks
@@ -145,6 +145,7 @@ def repair(
     elif selection is None:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
     assert selection is not None
+    plan = reduced(plan, selection)
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     if evidence is not None:
         extras |= _pictures(charts.Run(report, plan, evidence.search))
@@ -186,6 +187,7 @@ def write(
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
     """The report of a run, without its time."""
     search = evidence.search if evidence else None
+    counts = plan.edit.counts()
     return Report(
         version=__version__,
         target=str(recipe.target),
@@ -209,6 +211,8 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
         seconds=0.0,
+        directions=counts.get("directions"),
+        degrees_of_freedom=counts.get("degrees_of_freedom"),
     )
 
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from dapa_merge.checkpoint.region import Box, Region, box_text, whole_box
+from dapa_merge.checkpoint.region import Box, Region, Shapes, box_text, intersection, whole_box
 from dapa_merge.errors import CheckpointError
 
 # A safetensors file, but not named so: programs such as vLLM load every `*.safetensors` of a folder without an index.
@@ -36,7 +37,9 @@ LARGEST = 32767
 MAX_WEIGHT = 2.0
 TOLERANCE = 0.02
 MAX_FILE_BYTES = 1 << 32
-_NAME = re.compile(r"(.+?)(?:\[([0-9:,]+)\])?\.(left|right|exponents)")
+# A tensor holds at most a layer's experts, with gate and up apart.
+MAX_PLACES = 4096
+_NAME = re.compile(r"(.+?)(?:\[((?:\d{1,15}:\d{1,15},?)+)\])?\.(left|right|exponents)")
 
 Matrix = NDArray[numpy.floating[Any]]
 
@@ -79,7 +82,8 @@ class Factors:
 def quantize(left: Matrix, right: Matrix) -> Factors:
     """Round factors of directions to 16 bits; directions that are zero, or vanish beside the others, are dropped.
 
-    The relative error of a direction is about 2^-15 times its largest element over its root mean square.
+    The relative error of a direction is about 2^-15 times its largest element over its root mean square. Those that are
+    less than about 2^-20 of the largest, and would not be directions of the difference any more, vanish.
 
     Args:
         left: `[m, r]`: weight times singular value times left singular vector.
@@ -92,18 +96,24 @@ def quantize(left: Matrix, right: Matrix) -> Factors:
     exponents = -(shifts[0] + shifts[1])
     if len(exponents):
         # All products lie on one grid that float64 can hold; smaller directions are stored more coarsely.
-        spread = SIGNIFICAND - PRODUCT - math.ceil(math.log2(len(exponents) + 1))
-        lowest = exponents.max() - spread
+        lowest = exponents.max() - _max_spread(len(exponents))
         shifts[0] = numpy.where(exponents < lowest, shifts[0] - (lowest - exponents), shifts[0])
         exponents = numpy.maximum(exponents, lowest)
     whole = [
         numpy.rint(values[kept] * numpy.exp2(shift)[:, None]).astype(numpy.int16)
         for values, shift in zip((columns, rows), shifts, strict=True)
     ]
-    left_over = whole[0].any(axis=1) & whole[1].any(axis=1)
+    exact = columns[kept] * numpy.exp2(shifts[0])[:, None]
+    errors = numpy.linalg.norm(whole[0] - exact, axis=1) / numpy.linalg.norm(exact, axis=1)
+    left_over = errors <= TOLERANCE / 4
     return Factors(
         numpy.ascontiguousarray(whole[0][left_over].T), whole[1][left_over], exponents[left_over].astype(numpy.int16)
     )
+
+
+def _max_spread(rank: int) -> int:
+    """How far the exponents of so many directions may be apart, so that float64 holds each sum exactly."""
+    return SIGNIFICAND - PRODUCT - math.ceil(math.log2(rank + 1))
 
 
 @dataclass(frozen=True)
@@ -129,14 +139,17 @@ class FactorTable:
 
     def find(self, region: Region) -> tuple[Factors, slice, slice] | None:
         """The factors of the matrix that a region lies in, and the region's rows and columns within it."""
-        for place, factors in self._by_tensor.get(region.tensor.name, ()):
+        for place, factors in self.by_tensor.get(region.tensor.name, ()):
             box = place.box or whole_box(region.tensor.shape)
-            ranges = list(zip(box, region.box, strict=True))
-            if all(low <= first and stop <= high for (low, high), (first, stop) in ranges):
+            ranges, axes = list(zip(box, region.box, strict=True)), _matrix_axes(box)
+            if len(axes) == 2 and all(low <= first and stop <= high for (low, high), (first, stop) in ranges):
                 # Only the dimensions of the matrix: an expert's number is given by the box.
-                sides = [slice(first - low, stop - low) for (low, high), (first, stop) in ranges if high - low != 1]
-                if len(sides) == 2:
-                    return factors, sides[0], sides[1]
+                rows, columns = (
+                    slice(first - low, stop - low)
+                    for axis, ((low, _), (first, stop)) in enumerate(ranges)
+                    if axis in axes
+                )
+                return factors, rows, columns
         return None
 
     def values(self, region: Region, start: int, stop: int) -> NDArray[numpy.float32]:
@@ -184,67 +197,144 @@ class FactorTable:
             )
 
     @cached_property
-    def _by_tensor(self) -> dict[str, list[tuple[Place, Factors]]]:
+    def by_tensor(self) -> dict[str, list[tuple[Place, Factors]]]:
+        """The matrices of each tensor."""
         found: dict[str, list[tuple[Place, Factors]]] = {}
         for place, factors in self.of.items():
             found.setdefault(place.tensor, []).append((place, factors))
         return found
 
 
+def _matrix_axes(box: Box) -> tuple[int, ...]:
+    """The two dimensions of a box along which its matrix lies; fewer or more if it does not hold a matrix."""
+    return (0, 1) if len(box) == 2 else tuple(axis for axis, (low, high) in enumerate(box) if high - low != 1)
+
+
 def read_factors(path: Path) -> FactorTable:
     """Read a file of factors.
 
     Raises:
-        CheckpointError: If it cannot be read, or is not such a file.
+        CheckpointError: If it cannot be read, is not such a file, or holds what `quantize` does not make.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointError(f"{path} is too large for a file of directions")
-        arrays = load(path.read_bytes())
+        if not path.is_file():
+            raise CheckpointError(
+                f"the file of directions {path} does not exist; put it next to the recipe, or write there where it is"
+            )
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise CheckpointError(f"{path} is too large for a file of directions: it has {size / 1e9:.1f} GB")
+        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read the directions {path}: {error.strerror}") from error
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    return factors_in(content, str(path))
+
+
+def factors_in(content: bytes, name: str) -> FactorTable:
+    """Read the content of a file of factors; raises as `read_factors` does, with the file's name."""
+    try:
+        arrays = load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{name} is not a file of directions: {str(error)[:200]}") from error
     found: dict[Place, dict[str, numpy.ndarray]] = {}
-    for name, array in arrays.items():
-        match = _NAME.fullmatch(name)
+    # The library gives them in an order that differs from call to call.
+    for key, array in sorted(arrays.items()):
+        match = _NAME.fullmatch(key)
         if match is None or array.dtype != numpy.int16:
-            raise CheckpointError(f"{path} is not a file of directions: it holds {name[:80]!r} of {array.dtype}")
-        box = match[2] and tuple(tuple(map(int, rows.split(":"))) for rows in match[2].split(","))
-        found.setdefault(Place(match[1], box or None), {})[match[3]] = array
-    factors = {}
+            raise CheckpointError(f"{name} is not a file of directions: it holds {key[:80]!r} of {array.dtype}")
+        box = match[2] and tuple((int(first), int(stop)) for first, stop in re.findall(r"(\d+):(\d+)", match[2]))
+        place = Place(match[1], box or None)
+        if f"{place}.{match[3]}" != key:
+            raise CheckpointError(f"{name} is not a file of directions: it holds {key[:80]!r}")
+        found.setdefault(place, {})[match[3]] = array
+    if not found:
+        raise CheckpointError(f"{name} holds no directions")
     for place, parts in found.items():
-        shapes = [parts[name].shape if name in parts else () for name in ("left", "right", "exponents")]
-        if [len(shape) for shape in shapes] != [2, 2, 1] or not shapes[0][1] == shapes[1][0] == shapes[2][0] > 0:
-            raise CheckpointError(f"{path} is damaged: the factors of {str(place)[:120]} do not fit together")
-        if numpy.abs(parts["exponents"]).max() > 1000:
-            raise CheckpointError(f"{path} is damaged: the factors of {str(place)[:120]} are out of range")
-        factors[place] = Factors(**parts)
-    if not factors:
-        raise CheckpointError(f"{path} holds no directions")
-    return FactorTable(factors)
+        if what := _damage(parts):
+            raise CheckpointError(f"{name} is damaged: the factors of {str(place)[:120]!r} {what}")
+    table = FactorTable({place: Factors(**parts) for place, parts in found.items()})
+    for places in table.by_tensor.values():
+        if len(places) > MAX_PLACES:
+            raise CheckpointError(f"{name} is damaged: it holds {len(places)} matrices of one tensor")
+        for (one, _), (other, _) in combinations(places, 2):
+            if (
+                one.box is None
+                or other.box is None
+                or len(one.box) != len(other.box)
+                or intersection(one.box, other.box)
+            ):
+                raise CheckpointError(
+                    f"{name} is damaged: it holds {str(one)[:120]!r} and {str(other)[:120]!r}, which overlap"
+                )
+    return table
 
 
-def misfit(factors: Factors, difference: Matrix) -> str | None:
-    """What is wrong with the factors of a matrix, given source - target, `[m, n]`; None if each is a direction of it.
+def _damage(parts: Mapping[str, numpy.ndarray]) -> str | None:
+    """What is wrong with the arrays of one matrix; None if `quantize` can have made them."""
+    if len(parts) != 3:
+        return "are not complete"
+    left, right, exponents = (parts[name] for name in ("left", "right", "exponents"))
+    if (left.ndim, right.ndim, exponents.ndim) != (2, 2, 1) or not (
+        left.shape[1] == right.shape[0] == len(exponents) > 0
+    ):
+        return "do not fit together"
+    if not (left.any(axis=0).all() and right.any(axis=1).all()):
+        return "hold a direction that is zero"
+    lowest, highest = int(exponents.min()), int(exponents.max())
+    # Sums are then float32 numbers, and exact.
+    bits = PRODUCT + math.ceil(math.log2(len(exponents) + 1))
+    if lowest < -1000 or highest + bits > 127 or highest - lowest > _max_spread(len(exponents)):
+        return "are out of range"
+    return None
+
+
+def unfit(table: FactorTable, shapes: Shapes) -> str | None:
+    """What is wrong with a table's matrices, given the shapes of the target's tensors; None if each exists there."""
+    for place, factors in table.of.items():
+        name, shape = str(place)[:120], shapes.get(place.tensor)
+        if shape is None:
+            return f"holds directions of {name!r}, which the target does not have"
+        box = place.box or whole_box(shape)
+        is_inside = len(box) == len(shape) and all(
+            low < high <= size for (low, high), size in zip(box, shape, strict=True)
+        )
+        sizes = [box[axis][1] - box[axis][0] for axis in _matrix_axes(box)]
+        if not is_inside or sizes != [factors.left.shape[0], factors.right.shape[1]]:
+            return (
+                f"holds directions of {name!r} for a matrix of {factors.left.shape[0]} x {factors.right.shape[1]}, but "
+                f"the target's tensor is {list(shape)}"
+            )
+    return None
+
+
+def misfit(factors: Factors, difference: Iterable[Matrix]) -> str | None:
+    """What is wrong with the factors of a matrix; None if each is a direction of source - target.
 
     A direction is right if D v = s u and D^T u = s v within `TOLERANCE`, and its weight is from 0 to `MAX_WEIGHT`.
+
+    Args:
+        factors: Of the matrix, `[m, n]`; none of its directions is zero.
+        difference: D = source - target, float32, in blocks of whole rows, in order; needed one at a time.
     """
-    if difference.shape != (factors.left.shape[0], factors.right.shape[1]):
-        return f"are for a matrix of {factors.left.shape[0]} x {factors.right.shape[1]}"
-    exact = difference.astype(numpy.float64)
     left, right = factors.left.astype(numpy.float64), factors.right.astype(numpy.float64)
     sizes = numpy.linalg.norm(left, axis=0), numpy.linalg.norm(right, axis=1)
     u, v = left / sizes[0], (right.T / sizes[1])
-    forth, back = exact @ v, exact.T @ u
-    values = (u * forth).sum(axis=0)
-    errors = numpy.maximum(
-        numpy.linalg.norm(forth - values * u, axis=0), numpy.linalg.norm(back - values * v, axis=0)
-    ) / numpy.maximum(numpy.abs(values), 1e-300)
-    weights = sizes[0] * sizes[1] * numpy.exp2(factors.exponents.astype(numpy.float64)) / values
+    forth, back, row = numpy.zeros_like(u), numpy.zeros_like(v), 0
+    # A damaged source may hold infinite values.
+    with numpy.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        for block in difference:
+            exact = block.astype(numpy.float64)
+            rows = slice(row, row + len(exact))
+            forth[rows] = exact @ v
+            back += exact.T @ u[rows]
+            row = rows.stop
+        values = (u * forth).sum(axis=0)
+        errors = numpy.maximum(
+            numpy.linalg.norm(forth - values * u, axis=0), numpy.linalg.norm(back - values * v, axis=0)
+        ) / numpy.abs(values)
+        weights = sizes[0] * sizes[1] * numpy.exp2(factors.exponents.astype(numpy.float64)) / values
     for number, (error, weight) in enumerate(zip(errors, weights, strict=True)):
         if not error <= TOLERANCE:
-            return f"hold one (number {number}) that is not a direction of source - target: it is {error:.2g} off"
+            return f"direction {number} is not one of source - target: it is {error:.2g} off"
         if not 0 <= weight <= MAX_WEIGHT * (1 + TOLERANCE):
-            return f"hold one (number {number}) of weight {weight:.3g}, which must be from 0 to {MAX_WEIGHT:g}"
+            return f"direction {number} has the weight {weight:.3g}, which must be from 0 to {MAX_WEIGHT:g}"
     return None

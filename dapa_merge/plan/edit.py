@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.region import Region
+from dapa_merge.checkpoint.region import Box, Region, Shapes, whole_box
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
-from dapa_merge.plan.directions import FILE_NAME, FactorTable
+from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, factors_in, misfit, unfit
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +99,8 @@ class Edit(ABC):
         return {"edit": self.name, "strength": self.strength}
 
     @classmethod
-    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Edit:
-        """The edit of these settings, as `to_json` wrote them."""
+    def from_json(cls, strength: float, said: Mapping[str, Any], files: Mapping[str, bytes]) -> Edit:
+        """The edit of these settings, as `to_json` wrote them, and of the `files` that are at hand."""
         return cls(strength)
 
     def own_values(self, region: Region, start: int = 0, stop: int | None = None) -> dict[str, numpy.ndarray]:
@@ -123,6 +123,39 @@ class Edit(ABC):
     def reduced(self, regions: Iterable[Region]) -> Edit:
         """The same edit with only what it `brings` for these regions."""
         return self
+
+    def regions_in(self, tensor: Tensor) -> Iterator[Region]:
+        """Yield the regions of a target's tensor for which the edit `brings` values."""
+        return iter(())
+
+    def unfit(self, shapes: Shapes) -> str | None:
+        """Say what it `brings` for tensors that a target of these shapes does not have; None if nothing."""
+        return None
+
+    def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
+        """Yield a sentence for each fault of what the edit `brings`, judged by the models; `verify` asks.
+
+        Args:
+            models: The plan's, the source among them.
+            regions: Of the selected units, by model.
+        """
+        return iter(())
+
+    def unused(self, regions: Iterable[Region]) -> Iterator[str]:
+        """Yield the names of what the edit `brings` for other regions of the target than these."""
+        return iter(())
+
+    def counts(self) -> dict[str, int]:
+        """What it `brings`, in numbers: `directions`, and their `degrees_of_freedom`; empty if nothing."""
+        return {}
+
+    def loras(self) -> Iterator[tuple[str, Box | None, numpy.ndarray, numpy.ndarray]]:
+        """Yield what it adds to the target as LoRAs of scale 1, if it can be written so.
+
+        Yields:
+            The target's tensor, the matrix's box in it (None for all), B `[m, r]` and A `[r, n]`, both float32.
+        """
+        return iter(())
 
     def files(self) -> dict[str, bytes]:
         """Small files that hold what the edit `brings`, to be written into a result, by name."""
@@ -150,8 +183,7 @@ class Edit(ABC):
         Returns:
             A new tensor of `dtype`, or an input that is copied unchanged.
         """
-        import torch
-
+        torch = _torch()
         if self.copies is not None and values[self.copies].dtype == dtype:
             return values[self.copies]
         is_double = any(values[name].dtype == torch.float64 for name in self.inputs)
@@ -191,19 +223,40 @@ class Edit(ABC):
             for tile in read_tiles(models[self.copies], regions[self.copies]):
                 yield tile, {self.copies: tile}
             return
-        import torch
-
-        dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        dtypes = {name: region.tensor.dtype for name, region in regions.items()}
         start = 0
         for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
             inputs = dict(zip(self.inputs, tiles, strict=True))
-            values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
-            stop = start + len(values[self.inputs[0]])
-            own = self.own_values(regions["target"], start, stop)
-            values |= {name: torch.from_numpy(array) for name, array in own.items()}
-            start = stop
-            result = self.new_values(values, dtypes["target"], rounding)
-            yield result.view(torch.uint8).numpy().tobytes(), inputs
+            new = self.new_bytes(inputs, dtypes, regions["target"], start, rounding)
+            start += len(new) // regions["target"].num_element_bytes
+            yield new, inputs
+
+    def new_bytes(
+        self,
+        tiles: Mapping[str, bytes],
+        dtypes: Mapping[str, str],
+        ours: Region,
+        start: int,
+        rounding: Rounding | None = None,
+    ) -> bytes:
+        """Compute the new bytes of elements of the target's region; imports torch.
+
+        Args:
+            tiles: The bytes of these elements in each of `inputs`.
+            dtypes: As safetensors spells them, by model; the target's included.
+            ours: The target's region.
+            start: Number of the first element in it, in row-major order.
+            rounding: Counts losses.
+        """
+        torch = _torch()
+        values = {
+            name: torch.frombuffer(bytearray(tile), dtype=getattr(torch, TORCH_NAMES[dtypes[name]]))
+            for name, tile in tiles.items()
+        }
+        own = self.own_values(ours, start, start + len(values[self.inputs[0]]))
+        values |= {name: torch.from_numpy(array) for name, array in own.items()}
+        result = self.new_values(values, getattr(torch, TORCH_NAMES[dtypes["target"]]), rounding)
+        return bytes(result.view(torch.uint8).numpy().tobytes())
 
     def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
         """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
@@ -324,7 +377,9 @@ class Directions(Edit):
         return cls(strength, factors.digest, factors)
 
     @classmethod
-    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Directions:
+    def from_json(cls, strength: float, said: Mapping[str, Any], files: Mapping[str, bytes]) -> Directions:
+        if FILE_NAME in files:
+            return cls.of(factors_in(files[FILE_NAME], FILE_NAME), strength)
         return cls(strength, str(said.get("directions", "")))
 
     def to_json(self) -> dict[str, Any]:
@@ -339,6 +394,32 @@ class Directions(Edit):
 
     def reduced(self, regions: Iterable[Region]) -> Directions:
         return Directions.of(self.factors.selected(regions), self.strength)
+
+    def regions_in(self, tensor: Tensor) -> Iterator[Region]:
+        for place, _ in self.factors.by_tensor.get(tensor.name, ()):
+            yield Region(tensor, place.box or whole_box(tensor.shape))
+
+    def unfit(self, shapes: Shapes) -> str | None:
+        return unfit(self.factors, shapes)
+
+    def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
+        for found in regions:
+            ours = found["target"]
+            factors = self.factors.of.get(Place(ours.tensor.name, None if ours.is_whole else ours.box))
+            if factors is None and self.factors.find(ours) is not None:
+                yield f"{ours.name} is not one matrix, but {FILE_NAME} holds directions of it as if it were"
+            elif factors is not None and (what := misfit(factors, _difference(models, found, factors.right.shape[1]))):
+                yield f"{ours.name}: {what}"
+
+    def unused(self, regions: Iterable[Region]) -> Iterator[str]:
+        used = {place for region in regions for place in _places(region)}
+        return iter(sorted(str(place) for place in self.factors.of if place not in used))
+
+    def loras(self) -> Iterator[tuple[str, Box | None, numpy.ndarray, numpy.ndarray]]:
+        return ((place.tensor, place.box, left, right) for place, left, right in self.factors.loras(self.strength))
+
+    def counts(self) -> dict[str, int]:
+        return {"directions": self.factors.num_directions, "degrees_of_freedom": self.factors.num_values}
 
     def files(self) -> dict[str, bytes]:
         return {FILE_NAME: self.factors.content()}
@@ -356,23 +437,30 @@ class Directions(Edit):
 EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Difference, Directions)}
 
 
-def make_edit(edit: str = "copy", strength: float = 1.0, said: Mapping[str, Any] | None = None) -> Edit:
+def make_edit(
+    edit: str = "copy",
+    strength: float = 1.0,
+    said: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Edit:
     """Make an edit from its name and settings; a blend of strength 1 is a copy, any other copy a blend.
 
     Args:
         edit: Its name in `EDITS`.
         strength: In (0, 2].
         said: Further settings, as the edit's `to_json` gave them.
+        files: What it brings, as its `files` gave them, if at hand.
 
     Raises:
         ValueError: If `EDITS` does not have it.
+        CheckpointError: If a file is damaged.
     """
     if edit not in EDITS:
         raise ValueError(f"{edit!r:.80} is not an edit; known are {', '.join(EDITS)}")
     kind = EDITS[edit]
     if kind in (Copy, Blend):
         kind = Copy if strength == 1 else Blend
-    return kind.from_json(strength, said or {})
+    return kind.from_json(strength, said or {}, files or {})
 
 
 @dataclass
@@ -432,6 +520,39 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
                     tile.clear()
     if tile:
         yield bytes(tile)
+
+
+def _torch() -> Any:
+    """Load torch where values are computed: a copy on disk does not need it."""
+    import torch
+
+    return torch
+
+
+def _places(region: Region) -> list[Place]:
+    """The names that a region may have in a file of factors."""
+    boxed = Place(region.tensor.name, region.box)
+    return [boxed, Place(region.tensor.name, None)] if region.is_whole else [boxed]
+
+
+def _difference(models: Mapping[str, Checkpoint], regions: Mapping[str, Region], width: int) -> Iterator[numpy.ndarray]:
+    """Yield source - target of a matrix in float32, in blocks of whole rows, each of `width` elements."""
+    num_elements = max(TILE // width, 1) * width
+    read = (read_tiles(models[name], regions[name], num_elements) for name in ("source", "target"))
+    for tiles in zip(*read, strict=True):
+        theirs, ours = (
+            numbers(tile, regions[name].tensor.dtype) for name, tile in zip(("source", "target"), tiles, strict=True)
+        )
+        with numpy.errstate(invalid="ignore", over="ignore"):
+            yield (theirs - ours).reshape(-1, width)
+
+
+def numbers(tile: bytes, dtype: str) -> numpy.ndarray:
+    """The values in some bytes of a float dtype, as float32."""
+    width, _ = EXPONENTS[dtype]
+    if dtype == "BF16":
+        return (numpy.frombuffer(tile, dtype=width).astype("<u4") << 16).view("<f4")
+    return numpy.frombuffer(tile, dtype=width.replace("u", "f")).astype(numpy.float32)
 
 
 def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> CheckpointError:

@@ -102,6 +102,7 @@ def card_text(facts: CardFacts) -> str:
         has_folders=any(parent.repository is None for parent in facts.parents),
         how=facts.edit.how({name: model(name) for name in MODELS}),
         verb=facts.edit.verb,
+        freedom=_freedom(facts),
         charts=charts.CHARTS,
         reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
@@ -122,6 +123,16 @@ def card_text(facts: CardFacts) -> str:
         isfinite=math.isfinite,
         zip=zip,
     )
+
+
+def _freedom(facts: CardFacts) -> str:
+    """The rest of a sentence on how many numbers decide the changed parameters; empty if as many as these."""
+    counts = facts.edit.counts()
+    if not counts or not facts.parameters_changed:
+        return ""
+    degrees = counts["degrees_of_freedom"]
+    share = degrees * facts.share_changed / facts.parameters_changed
+    return f", in which the directions have {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
 
 
 def _link(parent: Parent) -> str:

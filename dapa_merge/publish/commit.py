@@ -27,6 +27,7 @@ from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, rea
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
+from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.progress import LOG, advance
 from dapa_merge.publish.options import Destination
 from dapa_merge.transplant.manifest import MANIFEST_NAME, PRIVATE, may_be_added, read_manifest
@@ -38,7 +39,7 @@ OURS = ("dapa.json", "recipe.lock.yml")
 MAX_SMALL_BYTES = 10 << 20
 LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
 # Endings of files that may be published although no manifest lists them.
-PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml")
+PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml", FILE_NAME)
 # The name of a Hub user; CI jobs that log in without a secret have names of another form.
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

@@ -197,7 +197,9 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
     if pretrained := "+".join(_public_places(parents, "pretrained")):
         parameters["pretrained"] = pretrained
     content["parameters"] = {
-        key: without_paths(value) if key in ("prompts", "keep", "text", "skills") and isinstance(value, str) else value
+        key: without_paths(value)
+        if key in ("prompts", "keep", "text", "skills", "directions") and isinstance(value, str)
+        else value
         for key, value in parameters.items()
     }
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

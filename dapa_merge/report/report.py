@@ -57,6 +57,9 @@ class Report:
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
         keep: The keep prompts as the recipe names them; None for the harmless prompts.
+        directions: Number of directions that were added; None, like the next, for an edit that adds none, and in older
+            reports.
+        degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
     """
 
     version: str
@@ -86,6 +89,15 @@ class Report:
     num_tensors: int
     seconds: float
     keep: str | None = None
+    directions: int | None = None
+    degrees_of_freedom: int | None = None
+
+    @property
+    def share_of_freedom(self) -> float | None:
+        """The degrees of freedom as a share of the target's parameters."""
+        if self.degrees_of_freedom is None or not self.parameters_changed:
+            return None
+        return self.degrees_of_freedom * self.share_changed / self.parameters_changed
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; figures that are not finite become None, which JSON can represent."""

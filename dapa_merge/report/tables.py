@@ -146,6 +146,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("transplanted", spans(report.units)),
         ("parameters changed", f"{100 * report.share_changed:.2f} %"),
     ]
+    if report.directions is not None and report.degrees_of_freedom is not None:
+        found = freedom(report.directions, report.degrees_of_freedom, report.share_of_freedom or 0.0)
+        facts.append(("directions added", found))
     if report.after is not None:
         facts.append(("perplexity of", report.after.text))
         if not math.isnan(report.after.divergence):
@@ -162,6 +165,11 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.before is not None:
         facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
+
+
+def freedom(directions: int, degrees: int, share: float) -> str:
+    """The number of added directions, and how many numbers decide them: also as a share of the parameters."""
+    return f"{directions} with {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
 
 
 def change_lines(report: Report) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import new_file
 from dapa_merge.patch.undo import UNDO_NAME
-from dapa_merge.plan.plan import Plan, join, sparing
+from dapa_merge.plan.plan import Plan, join, reduced, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import task
 from dapa_merge.recipe.parameters import spans
@@ -110,8 +110,10 @@ def verify_result(
     if any(out.samefile(checkpoint.folder) for checkpoint in given):
         raise UsageError(f"{out} is the target or the source itself, not a result made of them")
     selection = given_selection(recipe, plan)
+    unused: list[str] = []
     if selection is not None:
-        plan = sparing(plan, selection)
+        unused += plan.edit.unused(found["target"] for found in plan.regions(selection))
+        plan = reduced(sparing(plan, selection), selection)
     fetch_units(plan, plan.units)
     result = open_checkpoint(str(out))
     with task("verifying", result.num_bytes, "bytes"):
@@ -122,8 +124,13 @@ def verify_result(
     if not faults and selection is not None and not verification.is_exactly(selection):
         found = " ".join(map(str, join(plan, verification.transplanted))) or "nothing"
         faults.append(f"the recipe says {' '.join(map(str, selection))}, but the result has {found}")
+    units = verification.transplanted if selection is None else selection
+    faults += plan.edit.faults(plan.models, plan.regions(units))
     faults += _extra_loaded_files(result, plan.target)
     notes = list(_differing_settings(result, plan.target))
+    if unused:
+        more = f" and {len(unused) - MAX_KEYS} more" if len(unused) > MAX_KEYS else ""
+        notes.append(f"the recipe does not use what it brings for {', '.join(unused[:MAX_KEYS])}{more}")
     if manifest is not None:
         faults += _manifest_faults(out, manifest, verification, result)
         faults += _false_claims(manifest, plan, verification, selection)

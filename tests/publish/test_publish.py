@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import call
+from direction_files import chosen, saved
 from hub_server import dapa_merge
 from huggingface_hub import CommitOperationAdd, snapshot_download
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from publish.conftest import tree, upload
+
+from dapa_merge.plan.directions import FILE_NAME
 
 WITH_XET = {"HF_HUB_DISABLE_XET": "0"}
 
@@ -49,6 +52,23 @@ def test_what_is_published_is_the_folder_in_one_commit(any_hub, new_id, result, 
     assert not again["tag"]
     assert again["commit"] == published["commit"]
     assert len(any_hub.api.list_repo_commits(name)) == 2
+
+
+@pytest.mark.parametrize("options", [(), ("--no-manifest",)])
+def test_the_directions_of_a_result_are_published_with_it(options, hub, new_id, llama_pair, tmp_path):
+    target, source = llama_pair
+    file = saved(tmp_path, chosen(target, source, "1"))
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        f"merge_method: dapa\nbase_model: {target}\nmodels: [{{model: {source}}}]\n"
+        f"parameters: {{layers: 1, modules: gate, edit: directions, directions: {file}}}\n"
+    )
+    assert call("run", recipe, tmp_path / "out", "--no-evaluate", *options).exit_code == 0
+    name = new_id("repaired")
+    push(tmp_path / "out", name)
+    downloaded = snapshot_download(name, local_dir=tmp_path / "downloaded")
+    assert (Path(downloaded) / FILE_NAME).read_bytes() == file.read_bytes()
+    assert call("verify", downloaded).exit_code == 0
 
 
 def test_what_the_target_has_is_copied_on_the_hub_and_not_sent(hub, new_id, result, pair):

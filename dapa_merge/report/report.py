@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
+from dapa_merge.plan.ladder import Tried
 
 REPORT_NAME = "dapa_report.json"
 
@@ -57,6 +58,7 @@ class Report:
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
         keep: The keep prompts as the recipe names them; None for the harmless prompts.
+        rungs: The edits that were tried, in order, the last of which repairs; empty unless the recipe's edit is `auto`.
     """
 
     version: str
@@ -86,6 +88,7 @@ class Report:
     num_tensors: int
     seconds: float
     keep: str | None = None
+    rungs: tuple[Tried, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; figures that are not finite become None, which JSON can represent."""

@@ -166,9 +166,10 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 @json_option
 @takes_options
 def demo(out: Path, options: Options, as_json: bool) -> None:
-    """Repair the packaged miniature model.
+    """Repair the packaged miniature models.
 
-    Writes the result to OUT, which must not exist.  [default: dapa-demo]
+    Two pairs: one that copied gate projections repair, whose result is written to OUT, and one that takes the edit
+    directions, whose result is written next to it, to OUT-shadow. Neither may exist.  [default: dapa-demo]
     """
     import torch
 
@@ -176,12 +177,19 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
     # A model this small gains nothing from more threads, and loses much if they share cores.
     torch.set_num_threads(1)
-    text = recipe_text()
-    if not (as_json or click.get_current_context().find_root().params["quiet"]):
-        click.echo(f"The recipe:\n\n{text}", err=True)
-    recipe = parse_recipe(text, "the miniature's recipe")
-    report = repair_recipe(recipe, out, options=options)
-    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
+    is_told = not (as_json or click.get_current_context().find_root().params["quiet"])
+    reports = []
+    for pair, folder in (("", out), ("shadow-", out.with_name(f"{out.name}-shadow"))):
+        text = recipe_text(pair)
+        if is_told:
+            click.echo(f"The recipe:\n\n{text}", err=True)
+        reports.append(repair_recipe(parse_recipe(text, "the miniature's recipe"), folder, options=options))
+        if not as_json:
+            print_report(reports[-1], Console())
+            click.echo()
+    if as_json:
+        first, second = (report.to_json() for report in reports)
+        print_answer({**first, "shadow": second}, (), as_json)
 
 
 @click.command()

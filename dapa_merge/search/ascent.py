@@ -218,7 +218,7 @@ class Ascent:
         def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
             found = divergences(self._live.model, padding, batch).sum() / num_tokens
-            divergence += float(found)
+            divergence += float(found.detach())
             return settings.keep * found
 
         padding = self._live.tokenizer.pad_token_id

@@ -280,7 +280,7 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> tuple[Path, dict]:
+def demo(both_demos) -> tuple[Path, dict]:
     """The demonstration's first result, and its report; `shadow_demo` has the second."""
     out, report, _ = both_demos
     return out, report

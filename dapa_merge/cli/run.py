@@ -32,10 +32,13 @@ from dapa_merge.cli.options import (
     takes_options,
 )
 from dapa_merge.errors import UsageError
-from dapa_merge.files import new_file
+from dapa_merge.files import new_file, replace_file
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.miniature import recipe_text
+from dapa_merge.plan.directions import FILE_NAME
+from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import make_ladder
+from dapa_merge.plan.plan import reduced
 from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
@@ -72,7 +75,7 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write a recipe that transplants what was found, unsearched, to this new file.",
+    help="Write a recipe that transplants what was found, unsearched, to this new file; chosen directions beside it.",
 )
 @search_options
 @json_option
@@ -86,8 +89,12 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     from dapa_merge.search.ladder import search_ladder
 
     with _kept_in(out) as keep:
-        climbed = search_ladder(make_ladder(load_recipe(recipe), allow_pickle=options.allow_pickle), options)
+        parsed = load_recipe(recipe)
+        if out is not None and may_choose(parsed.edit) and (beside := out.with_name(FILE_NAME)).exists():
+            raise UsageError(f"{beside} exists, and would hold what is chosen; name a file in another folder")
+        climbed = search_ladder(make_ladder(parsed, allow_pickle=options.allow_pickle), options)
         found = climbed.search
+        files = reduced(found.plan, found.minimum.units).edit.files()
         replay = replay_text(climbed.recipe, found.plan, found.minimum.units)
 
         def show(console: Console) -> None:
@@ -96,8 +103,13 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
             if out is None:
                 # Not through rich, which would fold its long lines.
                 click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
+                if files:
+                    click.echo("\nWhat it reads was not written; name a file with --out.")
 
         try:
+            if out is not None:
+                for name, content in files.items():
+                    replace_file(out.with_name(name), content)
             keep(replay)
         finally:
             rungs = {"rungs": [asdict(rung) for rung in climbed.rungs]} if climbed.rungs else {}

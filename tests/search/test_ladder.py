@@ -176,6 +176,19 @@ def test_mergekit_climbs_the_same_ladder_from_the_same_journals(shadow_demo, tmp
     assert tensors(tmp_path / "merged") == tensors(out)
 
 
+def test_search_writes_the_directions_next_to_its_recipe_and_replaces_no_others(shadow_demo, tmp_path, monkeypatch):
+    out, report = shadow_demo
+    monkeypatch.setenv("XDG_CACHE_HOME", str(out.with_name("cache")))
+    (tmp_path / "recipe.yml").write_text(miniature.recipe_text("shadow-"))
+    found = answer("search", tmp_path / "recipe.yml", "--out", tmp_path / "found.yml", "--json")
+    assert (found["units"], found["rungs"]) == (report["units"], report["rungs"])
+    assert call("run", tmp_path / "found.yml", tmp_path / "out", "--no-evaluate").exit_code == 0
+    assert tensors(tmp_path / "out") == tensors(out)
+    refused = call("search", tmp_path / "recipe.yml", "--out", tmp_path / "other.yml")
+    assert refused.exit_code == 2
+    assert "dapa_directions.dat exists" in refused.stderr
+
+
 def test_a_lock_without_its_directions_points_to_the_result(tmp_path, repaired):
     recipe, _, _ = repaired
     copied = shutil.copy(recipe, tmp_path / "recipe.yml")

@@ -75,9 +75,17 @@ class RecipeError(DapaError):
 
 
 class CannotRepair(DapaError):
-    """The source does not make this target refuse enough, or breaks a limit of the recipe."""
+    """The source does not make this target refuse enough, or breaks a limit of the recipe.
+
+    Attributes:
+        why: The reason in a few words and figures; the message by default.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, why: str | None = None) -> None:
+        super().__init__(message)
+        self.why = printable(why or message)
 
 
 class CheckpointError(DapaError):

@@ -15,8 +15,9 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
+from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, reduced
-from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
+from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish import lock as locks
 from dapa_merge.publish.commit import Published
@@ -42,7 +43,7 @@ MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_chang
 
 def run_recipe(
     recipe: Recipe,
-    path: Path,
+    path: Path | None,
     out: Path,
     *,
     keeps_lock: bool = True,
@@ -51,11 +52,11 @@ def run_recipe(
     destination: Destination | None = None,
     **settings: Any,
 ) -> tuple[Report, Published | None]:
-    """Run all steps of a recipe file: lock, repair, describe, publish.
+    """Run all steps of a recipe: lock, repair, describe, publish.
 
     Args:
         recipe: The parsed recipe.
-        path: Its file.
+        path: Its file; None, without a lock, if it has none.
         out: The output folder.
         keeps_lock: Write a lock next to the recipe and into the result.
         is_locked: Use exactly what the lock next to the recipe records.
@@ -72,14 +73,15 @@ def run_recipe(
     card = card or CardOptions()
     lock: locks.Lock | None = None
     if is_locked:
+        assert path is not None
         recipe, lock = locks.locked_recipe(recipe, path)
     if destination is not None:
         check_push(destination, card, recipe)
-    if keeps_lock and lock is None:
+    if keeps_lock and lock is None and path is not None:
         lock = _lock(recipe)
     report = repair(recipe, out, lock=lock, is_locked=is_locked, **settings)
-    if lock is not None and not is_locked:
-        locks.write_lock(lock.with_units(report.units), path)
+    if lock is not None and path is not None and not is_locked:
+        locks.write_lock(lock.with_result(report), path)
     if destination is not None:
         return report, _publish(out, destination, card)
     _describe(out, card)
@@ -126,10 +128,13 @@ def repair(
     start = time.monotonic()
     options = options or Options()
     # An evaluation also loads the whole source.
-    plan = make_plan(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
+    ladder = make_ladder(recipe, partial=not evaluate, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     if lock is not None:
-        locks.check_lock(lock, plan)
+        locks.check_lock(lock, ladder.models)
+        if is_locked:
+            ladder = locks.locked_ladder(ladder, lock)
+    recipe, plan = ladder.rungs[0]
     # Checked now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
     selection = locks.locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
@@ -139,8 +144,8 @@ def repair(
         # Imported here: a transplant alone does not need torch, and starts in half the time without it.
         from dapa_merge.report.evidence import gather_evidence
 
-        evidence = gather_evidence(recipe, plan, selection, options)
-        plan, selection = evidence.plan, evidence.selection
+        evidence = gather_evidence(ladder, selection, options)
+        recipe, plan, selection = evidence.recipe, evidence.plan, evidence.selection
         extras[RESPONSES_NAME] = responses_text(evidence.responses)
     elif selection is None:
         raise RecipeError(f"{recipe.where('parameters.layers')}: without an evaluation, layers must be named, not auto")
@@ -150,7 +155,7 @@ def repair(
     if evidence is not None:
         extras |= _pictures(charts.Run(report, plan, evidence.search))
     if lock is not None:
-        extras[locks.LOCK_NAME] = locks.lock_text(lock.with_units(report.units))
+        extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest)
     return report
 
@@ -213,6 +218,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         seconds=0.0,
         directions=counts.get("directions"),
         degrees_of_freedom=counts.get("degrees_of_freedom"),
+        rungs=evidence.rungs if evidence else (),
     )
 
 

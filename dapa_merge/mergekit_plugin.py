@@ -45,14 +45,15 @@ from dapa_merge.files import file_state
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
+from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import given_selection, make_plan, models_of
+from dapa_merge.plan.selection import given_selection, models_of
 from dapa_merge.progress import LOG, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
-from dapa_merge.search.search import search_plan
+from dapa_merge.search.ladder import search_ladder
 
 # A box of a tensor in mergekit, and the regions of the same values in each model's files.
 EditedBox = tuple[Box, Mapping[str, Region]]
@@ -220,15 +221,16 @@ def _select(recipe: Recipe) -> _Selected:
     options = Options.from_environment(
         given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
     )
-    plan = make_plan(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
+    ladder = make_ladder(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
     check_prompts(recipe)
     # Local models only: a commit on the Hub does not change, although the cached part of it may grow.
-    local = [checkpoint for checkpoint in plan.models.values() if checkpoint.commit is None]
+    local = [checkpoint for checkpoint in ladder.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
+    recipe, plan = ladder.rungs[0]
     selection = given_selection(recipe, plan)
     if selection is None:
-        found = search_plan(recipe, plan, options)
+        found = search_ladder(ladder, options).search
         plan, selection = found.plan, join(found.plan, found.minimum.units)
     LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(

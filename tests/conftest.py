@@ -107,14 +107,14 @@ MEASURED_ONLY = {
 
 
 # What takes long to make.
-MADE_ONCE = ("traced", "families", "demo")
+MADE_ONCE = {"traced": "traced", "families": "families", "demo": "demo", "shadow_demo": "demo"}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """One worker of pytest-xdist has all tests of what takes long to make, and makes it once."""
-    for name in MADE_ONCE:
+    for name, group in MADE_ONCE.items():
         if name in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group(name))
+            item.add_marker(pytest.mark.xdist_group(group))
             break
 
 
@@ -280,10 +280,27 @@ def own_cache(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> tuple[Path, dict]:
-    """The demonstration's result, and its report."""
+def demo(both_demos) -> tuple[Path, dict]:
+    """The demonstration's first result, and its report; `shadow_demo` has the second."""
+    out, report, _ = both_demos
+    return out, report
+
+
+@pytest.fixture(scope="session")
+def shadow_demo(both_demos) -> tuple[Path, dict]:
+    """The demonstration's second result, and its report; its journals are in the cache folder next to it."""
+    out, _, report = both_demos
+    return out.with_name(f"{out.name}-shadow"), report
+
+
+@pytest.fixture(scope="session")
+def both_demos(tmp_path_factory) -> tuple[Path, dict, dict]:
+    """The folder of the demonstration's first result, and the reports of both."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    return out, answer("demo", out, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(out.with_name("cache")))
+        report = answer("demo", out, "--json")
+    return out, report, report.pop("shadow")
 
 
 @pytest.fixture(scope="session")

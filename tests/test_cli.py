@@ -158,7 +158,7 @@ FAULTS = {
     "a device without data": (["evaluate", "MODEL", "--device", "meta"], 2, "device 'meta'"),
     "no such prompts": (["evaluate", "MODEL", "--prompts", "none"], 2, "prompts 'none': no such file or folder"),
     "no such option": (["evaluate", "MODEL", "--nonsense"], 2, "No such option"),
-    "no such command": (["repair"], 2, "No such command"),
+    "no such command": (["mend"], 2, "No such command"),
     "no such device": (["evaluate", "MODEL", "--device", "abacus"], 2, "device 'abacus'"),
 }
 

@@ -194,7 +194,7 @@ def test_a_replaced_model_is_searched_again(llama_pair, tmp_path, monkeypatch):
     method = DapaMerge()
     recipe = load_recipe(_recipe(tmp_path, target, llama_pair[1], "auto"))
     searches = []
-    monkeypatch.setattr(mergekit_plugin, "search_plan", _search_of_layer_one(searches))
+    monkeypatch.setattr(mergekit_plugin, "search_ladder", _search_of_layer_one(searches))
     method.selected_tensors(recipe)
     method.selected_tensors(recipe)
     assert len(searches) == 1
@@ -206,7 +206,7 @@ def test_a_replaced_model_is_searched_again(llama_pair, tmp_path, monkeypatch):
 
 def test_many_threads_share_one_search(llama_pair, tmp_path, monkeypatch):
     searches: list[str] = []
-    monkeypatch.setattr(mergekit_plugin, "search_plan", _search_of_layer_one(searches))
+    monkeypatch.setattr(mergekit_plugin, "search_ladder", _search_of_layer_one(searches))
     method = DapaMerge()
     target, source = (ModelReference.parse(str(folder)) for folder in llama_pair)
     start = threading.Barrier(8)
@@ -241,10 +241,10 @@ def _search_of_layer_one(calls):
     """A search that always finds layer 1, and writes down that it was asked."""
     from types import SimpleNamespace
 
-    def search(recipe, plan, options):
+    def search(ladder, options):
         calls.append(options)
-        units = tuple(unit for unit in plan.units if unit.layer == 1)
-        return SimpleNamespace(minimum=SimpleNamespace(units=units))
+        units = tuple(unit for unit in ladder.plan.units if unit.layer == 1)
+        return SimpleNamespace(search=SimpleNamespace(plan=ladder.plan, minimum=SimpleNamespace(units=units)))
 
     return search
 

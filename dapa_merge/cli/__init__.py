@@ -25,13 +25,14 @@ INTERRUPTED = 130
 COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
-    "demo": ("dapa_merge.cli.run", "Repair the packaged miniature model."),
+    "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
     "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any model."),
     "gate": ("dapa_merge.cli.publish", "Fail unless the figures of a result are good enough."),
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
     "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant, without loading a model."),
     "push": ("dapa_merge.cli.publish", "Publish OUT in the Hub's repository REPO."),
+    "repair": ("dapa_merge.cli.run", "Repair TARGET by SOURCE, without a recipe."),
     "run": ("dapa_merge.cli.run", "Repair a model from a recipe."),
     "search": ("dapa_merge.cli.run", "Find the few layers that are needed."),
     "trace": ("dapa_merge.cli.study", "Show where the alignment of RECIPE's models lives."),
@@ -102,7 +103,8 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     """Give a fine-tuned model its safety back.
 
     Copies MLP gate projections from an aligned model (the source) into an unaligned one of the same family (the
-    target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514).
+    target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514), or adds the few directions of
+    their difference that carry the refusal.
     """
     context.with_resource(shown(quiet))
     if quiet or not sys.stderr.isatty():

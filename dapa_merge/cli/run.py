@@ -1,4 +1,4 @@
-"""The commands that plan, search, measure and repair: `plan`, `search`, `evaluate`, `demo` and `run`."""
+"""The commands that plan, search, measure and repair: `plan`, `search`, `evaluate`, `demo`, `run` and `repair`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
@@ -32,20 +33,24 @@ from dapa_merge.cli.options import (
     takes_options,
 )
 from dapa_merge.errors import UsageError
-from dapa_merge.files import new_file
+from dapa_merge.files import new_file, replace_file
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.miniature import recipe_text
-from dapa_merge.plan.selection import given_selection, make_plan
+from dapa_merge.plan.directions import FILE_NAME
+from dapa_merge.plan.edit import may_choose
+from dapa_merge.plan.ladder import make_ladder
+from dapa_merge.plan.plan import reduced
 from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
-from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
+from dapa_merge.recipe.recipe import METHOD, Recipe
 from dapa_merge.report.report import jsonable
 from dapa_merge.report.tables import (
     categories_table,
     figures_table,
-    plan_json,
-    print_plan,
+    ladder_json,
+    print_ladder,
     print_report,
     print_search,
     search_json,
@@ -61,10 +66,9 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     from dapa_merge.measure.prompts.parts import check_prompts
 
     parsed = load_recipe(recipe)
-    made = make_plan(parsed, partial_target=True, allow_pickle=allow_pickle)
+    ladder = make_ladder(parsed, partial_target=True, allow_pickle=allow_pickle)
     check_prompts(parsed)
-    selection = given_selection(parsed, made)
-    print_answer(plan_json(made, selection), lambda console: print_plan(made, selection, console), as_json)
+    print_answer(ladder_json(ladder), lambda console: print_ladder(ladder, console), as_json)
 
 
 @click.command()
@@ -72,7 +76,7 @@ def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write a recipe that transplants what was found, unsearched, to this new file.",
+    help="Write a recipe that transplants what was found, unsearched, to this new file; chosen directions beside it.",
 )
 @search_options
 @json_option
@@ -83,24 +87,34 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     model.
     """
     from dapa_merge.report.replay import replay_text
-    from dapa_merge.search.search import search_plan
+    from dapa_merge.search.ladder import search_ladder
 
     with _kept_in(out) as keep:
         parsed = load_recipe(recipe)
-        made = make_plan(parsed, allow_pickle=options.allow_pickle)
-        found = search_plan(parsed, made, options)
-        replay = replay_text(parsed, made, found.minimum.units)
+        if out is not None and may_choose(parsed.edit) and (beside := out.with_name(FILE_NAME)).exists():
+            raise UsageError(f"{beside} exists, and would hold what is chosen; name a file in another folder")
+        climbed = search_ladder(make_ladder(parsed, allow_pickle=options.allow_pickle), options)
+        found = climbed.search
+        files = reduced(found.plan, found.minimum.units).edit.files()
+        replay = replay_text(climbed.recipe, found.plan, found.minimum.units)
 
         def show(console: Console) -> None:
-            print_search(found, made, console)
+            print_lines(console, map(str, climbed.rungs))
+            print_search(found, found.plan, console)
             if out is None:
                 # Not through rich, which would fold its long lines.
                 click.echo(f"\nThe recipe that replays it:\n\n{replay}", nl=False)
+                if files:
+                    click.echo("\nWhat it reads was not written; name a file with --out.")
 
         try:
+            if out is not None:
+                for name, content in files.items():
+                    replace_file(out.with_name(name), content)
             keep(replay)
         finally:
-            print_answer({**search_json(found, made), "recipe": replay}, show, as_json)
+            rungs = {"rungs": [asdict(rung) for rung in climbed.rungs]} if climbed.rungs else {}
+            print_answer({**search_json(found, found.plan), **rungs, "recipe": replay}, show, as_json)
 
 
 @click.command()
@@ -166,22 +180,30 @@ def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]
 @json_option
 @takes_options
 def demo(out: Path, options: Options, as_json: bool) -> None:
-    """Repair the packaged miniature model.
+    """Repair the packaged miniature models.
 
-    Writes the result to OUT, which must not exist.  [default: dapa-demo]
+    Two pairs: one that copied gate projections repair, whose result is written to OUT, and one that takes the edit
+    directions, whose result is written next to it, to OUT-shadow. Neither may exist.  [default: dapa-demo]
     """
     import torch
 
-    from dapa_merge.flow import repair
+    from dapa_merge.flow import repair as repair_recipe
 
     # A model this small gains nothing from more threads, and loses much if they share cores.
     torch.set_num_threads(1)
-    text = recipe_text()
-    if not (as_json or click.get_current_context().find_root().params["quiet"]):
-        click.echo(f"The recipe:\n\n{text}", err=True)
-    recipe = parse_recipe(text, "the miniature's recipe")
-    report = repair(recipe, out, options=options)
-    print_answer(report.to_json(), lambda console: print_report(report, console), as_json)
+    is_told = not (as_json or click.get_current_context().find_root().params["quiet"])
+    reports = []
+    for pair, folder in (("", out), ("shadow-", out.with_name(f"{out.name}-shadow"))):
+        text = recipe_text(pair)
+        if is_told:
+            click.echo(f"The recipe:\n\n{text}", err=True)
+        reports.append(repair_recipe(parse_recipe(text, "the miniature's recipe"), folder, options=options))
+        if not as_json:
+            print_report(reports[-1], Console())
+            click.echo()
+    if as_json:
+        first, second = (report.to_json() for report in reports)
+        print_answer({**first, "shadow": second}, (), as_json)
 
 
 @click.command()
@@ -226,8 +248,6 @@ def run(
     them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
     writes a model card.
     """
-    from dapa_merge.flow import run_recipe
-
     if no_evaluate:
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
     if locked and lock is False:
@@ -237,20 +257,100 @@ def run(
     parsed = load_recipe(recipe)
     if attacks is not None:
         parsed = replace(parsed, attacks=attacks)
+    _run_and_print(
+        parsed,
+        recipe,
+        out,
+        as_json,
+        keeps_lock=not no_evaluate if lock is None else lock,
+        is_locked=locked,
+        card=card,
+        destination=None if push is None else Destination(push, **destination),
+        evaluate=not no_evaluate,
+        link=link,
+        manifest=manifest,
+        options=options,
+    )
+
+
+@click.command()
+@click.argument("target")
+@click.argument("source")
+@out_argument
+@click.option(
+    "--keep",
+    help="Prompts of the kind that the fine-tune is for, without answers: a file, a folder, a Hub dataset, or skills "
+    "for the questions of the skills. Without them its skill may be lost.",
+)
+@click.option("--pretrained", metavar="MODEL", help="The model that TARGET and SOURCE were both fine-tuned from.")
+@click.option(
+    "--prompts",
+    default="builtin",
+    show_default=True,
+    help="Harmful and harmless prompts, as in a recipe: builtin, miniature, advbench, xstest, a file, a folder, a Hub "
+    "dataset, or several with commas.",
+)
+@click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Where responses are cut off.  [default: 100]")
+@click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@link_option
+@manifest_option
+@search_options
+@click.option("--push", metavar="REPO", help="Publish OUT there afterwards, as `dapa-merge push` does.")
+@destination_options
+@license_options
+@json_option
+def repair(
+    target: str,
+    source: str,
+    out: Path,
+    link: bool,
+    manifest: bool,
+    options: Options,
+    push: str | None,
+    destination: dict[str, Any],
+    card: CardOptions,
+    as_json: bool,
+    **parameters: Any,
+) -> None:
+    """Repair TARGET by SOURCE, without a recipe.
+
+    TARGET is the fine-tune that answers too much, SOURCE the aligned model of the same family and size: folders or Hub
+    ids, also id@revision. Writes the repaired TARGET to OUT, which must not exist.
+
+    Tries one edit after the other, as a recipe with `edit: auto` does, and takes the first that meets the limits: gate
+    projections copied from SOURCE; with --pretrained, what was trained into SOURCE; the few directions of the
+    difference that carry the refusal. Says why the others did not, and writes what `run` writes, and the recipe that
+    repeats it.
+    """
+    if push is None:
+        refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
+    content = {
+        "merge_method": METHOD,
+        "base_model": target,
+        "models": [{"model": source}],
+        "parameters": {"layers": "auto", "edit": AUTO}
+        | {name: value for name, value in parameters.items() if value is not None},
+    }
+    _run_and_print(
+        recipe_from(content),
+        None,
+        out,
+        as_json,
+        card=card,
+        destination=None if push is None else Destination(push, **destination),
+        link=link,
+        manifest=manifest,
+        options=options,
+    )
+
+
+def _run_and_print(recipe: Recipe, path: Path | None, out: Path, as_json: bool, **settings: Any) -> None:
+    """Call `run_recipe`, and print its report."""
+    from dapa_merge.flow import run_recipe
+
     with quiet("huggingface_hub", bars=True):
-        report, published = run_recipe(
-            parsed,
-            recipe,
-            out,
-            keeps_lock=not no_evaluate if lock is None else lock,
-            is_locked=locked,
-            card=card,
-            destination=None if push is None else Destination(push, **destination),
-            evaluate=not no_evaluate,
-            link=link,
-            manifest=manifest,
-            options=options,
-        )
+        report, published = run_recipe(recipe, path, out, **settings)
 
     def show(console: Console) -> None:
         print_report(report, console)

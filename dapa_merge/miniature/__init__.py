@@ -21,15 +21,22 @@ def path(member: str) -> Path:
     return Path(__file__).parent / member
 
 
-def recipe_text() -> str:
-    """The recipe of the demonstration, with the packaged models' real paths."""
+def recipe_text(pair: str = "") -> str:
+    """The recipe of the demonstration, with the packaged models' real paths.
+
+    Args:
+        pair: What the names of its models begin with: nothing, or `shadow-` for a pair that copied gates do not repair.
+    """
+    # The second search ends early: it would take longer than all the rest, and show nothing new.
+    more = "  edit: auto\n  keep: skills\n  max_tests: 1\n" if pair else ""
     return f"""\
 merge_method: dapa
-base_model: {json.dumps(str(path("target")))}
+base_model: {json.dumps(str(path(f"{pair}target")))}
 models:
-  - model: {json.dumps(str(path("source")))}
+  - model: {json.dumps(str(path(f"{pair}source")))}
 parameters:
   layers: auto
+{more}\
   prompts: miniature
   max_new_tokens: 24
   batch_size: 128

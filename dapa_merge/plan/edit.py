@@ -1,4 +1,4 @@
-"""All arithmetic on weights: `EDITS` declares how new values are computed.
+"""All arithmetic on weights: `EDITS` declares how new values are computed, `LADDER` which edits `auto` tries.
 
 The transplant on disk, the merge method, the model in memory and `verify` call the same `Edit` and therefore agree bit
 for bit. The plan says which values change.
@@ -7,7 +7,7 @@ for bit. The plan says which values change.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ import numpy
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Box, Region, Shapes, whole_box
+from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, factors_in, misfit, unfit
 
@@ -435,6 +436,33 @@ class Directions(Edit):
 
 
 EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Difference, Directions)}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One try of `edit: auto`.
+
+    Attributes:
+        edit: Its name in `EDITS`; the rung is left out if the recipe lacks a model that the edit reads.
+        modules: Those of a recipe that names none.
+    """
+
+    edit: str
+    modules: tuple[str, ...]
+
+    def can_try(self, models: Collection[str]) -> bool:
+        """Whether these models, from `MODELS`, are all that the edit reads."""
+        return set(EDITS[self.edit].inputs) <= set(models)
+
+
+# What `edit: auto` tries, in order, until a result meets the limits: the smallest changes first. The full transplant of
+# the last rung says what is possible, and thereby what DSR every rung must reach.
+LADDER = (Rung(Copy.name, ("gate",)), Rung(Difference.name, (AUTO,)), Rung(Directions.name, (AUTO,)))
+
+
+def may_choose(edit: str) -> bool:
+    """Whether an edit, or a rung of `auto`, first chooses what it adds, on prompts of its own."""
+    return edit == AUTO or EDITS.get(edit, Edit).chooses
 
 
 def make_edit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, cast
@@ -12,10 +12,10 @@ from dapa_merge.checkpoint.convert import MergeCache, open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.units import MODULES, SEPARATE_MODULES, WHOLES, Unit, auto_modules, check_not_quantized
+from dapa_merge.checkpoint.units import AUTO, MODULES, SEPARATE_MODULES, WHOLES, Unit, auto_modules, check_not_quantized
 from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError, UnsupportedArchitecture
 from dapa_merge.plan.directions import read_factors
-from dapa_merge.plan.edit import MODELS, Directions, Edit, make_edit
+from dapa_merge.plan.edit import EDITS, LADDER, MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.recipe import Recipe
@@ -31,6 +31,7 @@ def make_plan(
     partial_target: bool = False,
     allow_pickle: bool = False,
     merge_cache: MergeCache | None = None,
+    opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Open the checkpoints, find their units and check the recipe against them.
 
@@ -40,12 +41,18 @@ def make_plan(
         partial_target: The same for the target, which can then not be copied.
         allow_pickle: Read pickled weights, as tensors only, if there are no others.
         merge_cache: A running mergekit's cache of merged LoRAs.
+        opened: Models that are open already, by their names in a recipe.
 
     Raises:
         DapaError: If a model or the recipe is not usable.
     """
     plan = open_plan(
-        recipe, partial=partial, partial_target=partial_target, allow_pickle=allow_pickle, merge_cache=merge_cache
+        recipe,
+        partial=partial,
+        partial_target=partial_target,
+        opened=opened,
+        allow_pickle=allow_pickle,
+        merge_cache=merge_cache,
     )
     for (one, first), (other, second) in combinations(plan.models.items(), 2):
         if first.folder.samefile(second.folder):
@@ -71,17 +78,26 @@ def make_plan(
     return plan
 
 
-def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = False, **how: Any) -> Plan:
+def open_plan(
+    recipe: Recipe,
+    *,
+    partial: bool = True,
+    partial_target: bool = False,
+    opened: Mapping[str, Checkpoint] | None = None,
+    **how: Any,
+) -> Plan:
     """Open the checkpoints and find their units as `make_plan` does, without its checks of the recipe."""
+    edit, opened = edit_of(recipe), opened or {}
     models = {
-        name: open_location(location, partial=partial_target if name == "target" else partial, **how)
+        name: opened.get(name)
+        or open_location(location, partial=partial_target if name == "target" else partial, **how)
         for name, location in models_of(recipe).items()
     }
     modules, target = recipe.modules, models["target"]
     if recipe.is_auto:
         check_not_quantized(target)
         modules = auto_modules(target.config, target.shapes)
-    plan = plan_transplant(**models, modules=modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
+    plan = plan_transplant(**models, modules=modules, edit=edit, max_overflow=recipe.max_overflow)
     if (file := recipe.directions_file) is None:
         return plan
     if what := plan.edit.unfit(target.shapes):
@@ -109,6 +125,11 @@ def edit_of(recipe: Recipe) -> Edit:
             f"{recipe.where('parameters.layers')}: which directions to add must be chosen, or come from a file; write "
             f"`layers: auto`, or name the file with `directions`"
         )
+    if recipe.edit == AUTO:
+        raise RecipeError(
+            f"{recipe.where('parameters.edit')}: auto tries several edits, and this command takes one: "
+            f"{', '.join(EDITS)}"
+        )
     try:
         return make_edit(recipe.edit, recipe.strength)
     except ValueError as error:
@@ -121,8 +142,12 @@ def models_of(recipe: Recipe) -> dict[str, Location]:
     Raises:
         RecipeError: If the recipe does not name a model that its edit reads.
     """
-    edit = edit_of(recipe)
     models = {"target": recipe.target, "source": recipe.source}
+    if recipe.edit == AUTO:
+        # A rung whose models the recipe does not name is left out.
+        is_read = any("pretrained" in EDITS[rung.edit].inputs for rung in LADDER)
+        return models | ({"pretrained": recipe.pretrained} if is_read and recipe.pretrained else {})
+    edit = edit_of(recipe)
     if "pretrained" in edit.inputs:
         if recipe.pretrained is None:
             raise RecipeError(
@@ -149,7 +174,8 @@ def without_equal_units(recipe: Recipe, plan: Plan) -> Plan:
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target: the edit {plan.edit.name} would change none of its "
             f"{len(plan.units)} units ({', '.join(plan.modules)}), because the values are those of {recipe.target} "
-            f"already"
+            f"already",
+            f"it would change none of its {len(plan.units)} units",
         )
     if num_equal := len(plan.units) - len(units):
         LOG.info(f"left out {num_equal} of {len(plan.units)} units, which the edit would not change")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from dapa_merge.errors import printable
 from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.options import License
 from dapa_merge.publish.parents import PAGES, Parent
@@ -121,6 +122,7 @@ def card_text(facts: CardFacts) -> str:
         skill_label=skill_label,
         limits_text=limits_text,
         isfinite=math.isfinite,
+        printable=printable,
         zip=zip,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
@@ -24,17 +24,19 @@ from dapa_merge.checkpoint.digest import hash_file, is_settings
 from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights, read_regular
 from dapa_merge.checkpoint.header import read_index
 from dapa_merge.checkpoint.location import Location
-from dapa_merge.checkpoint.open import TEMPLATES
+from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import api, ask, download, is_id
 from dapa_merge.plan.edit import MODELS
+from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.report import Report
 
 FORMAT = 1
 # The lock's name in a result, where the recipe has a different name.
@@ -82,6 +84,7 @@ class Lock:
         units: The transplanted units, as `3.gate`.
         versions: Versions of the packages used, by name.
         pretrained: Empty if the edit does not read the pretrained model.
+        edit: The edit that repaired, if the recipe's is `auto`; else empty.
     """
 
     recipe: Sha256
@@ -90,15 +93,17 @@ class Lock:
     units: tuple[Text, ...]
     versions: Mapping[Text, Text]
     pretrained: tuple[Upstream, ...] = ()
+    edit: Text = ""
 
     def of(self, model: str) -> tuple[Upstream, ...]:
         """A locked model and its adapter, by the model's role in the recipe."""
         locked: tuple[Upstream, ...] = getattr(self, model)
         return locked
 
-    def with_units(self, units: Iterable[object]) -> Lock:
-        """A copy with another selection."""
-        return replace(self, units=tuple(map(str, units)))
+    def with_result(self, report: Report) -> Lock:
+        """A copy with the selection of a run."""
+        edit = report.rungs[-1].edit if report.rungs else self.edit
+        return replace(self, units=tuple(report.units), edit=edit)
 
 
 def lock_path(recipe: Path) -> Path:
@@ -134,7 +139,7 @@ def make_lock(recipe: Recipe) -> Lock:
     """
     parts = {name: base_and_adapter(location) for name, location in models_of(recipe).items()}
     with task("locking", sum(num_bytes(part) for of_model in parts.values() for part in of_model), "bytes"):
-        models = {name: tuple(map(upstream_of, of_model)) for name, of_model in parts.items()}
+        models: dict[str, Any] = {name: tuple(map(upstream_of, of_model)) for name, of_model in parts.items()}
     return Lock(recipe_digest(recipe), **models, units=(), versions=versions())
 
 
@@ -194,13 +199,13 @@ def _pinned(location: Location, locked: Sequence[Upstream]) -> Location:
     return replace(first, adapter=rest[0]) if rest else first
 
 
-def check_lock(lock: Lock, plan: Plan) -> None:
+def check_lock(lock: Lock, models: Mapping[str, Checkpoint]) -> None:
     """Check that the opened models are the locked ones.
 
     Raises:
         HubError: If a model moved in between.
     """
-    for name, checkpoint in plan.models.items():
+    for name, checkpoint in models.items():
         opened = checkpoint.merged_from or (checkpoint.commit,)
         for commit, upstream in zip(opened, lock.of(name), strict=True):
             if commit != upstream.commit:
@@ -225,6 +230,7 @@ def lock_text(lock: Lock) -> str:
         "format": FORMAT,
         "recipe": lock.recipe,
         **{name: list(map(_plain, lock.of(name))) for name in MODELS if lock.of(name)},
+        **({"edit": lock.edit} if lock.edit else {}),
         "selection": ",".join(lock.units),
         "versions": dict(lock.versions),
     }
@@ -267,6 +273,11 @@ def parse_lock(text: str, name: str) -> Lock:
         raise CheckpointError(
             f"{name} is not the lock of a recipe ({what}); remove it, and run the recipe again"
         ) from None
+
+
+def locked_ladder(ladder: Ladder, lock: Lock) -> Ladder:
+    """Return the one rung that a lock names, of several; raises `RecipeError` if it names none of them."""
+    return ladder.only(lock.edit) if ladder.is_auto else ladder
 
 
 def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]:

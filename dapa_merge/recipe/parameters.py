@@ -165,7 +165,9 @@ PARAMETERS: dict[str, Parameter] = {
         f"write layer or, for {' and '.join(DIVISIBLE_MODULES)} only, expert (one expert of a mixture) or block:N "
         f"(blocks of N rows)",
     ),
-    "edit": Parameter(_name(), "write copy, the source's values; directions; or the name of another edit"),
+    "edit": Parameter(
+        _name(), "write copy, the source's values; directions; auto, to try several; or the name of another edit"
+    ),
     "directions": Parameter(
         _name(), "write the file of directions that a search wrote next to its result (dapa_directions.dat)"
     ),
@@ -205,8 +207,9 @@ PARAMETERS: dict[str, Parameter] = {
     "batch_size": Parameter(_count, "write a whole number of at least 1"),
 }
 
-# The modules of a recipe that names none, for edits with another default than the gate.
-MODULES_OF_EDITS = {"directions": (AUTO,)}
+# The modules of a recipe that names none, for edits with another default than the gate. Each rung of `edit: auto` has
+# its own.
+MODULES_OF_EDITS: dict[str, tuple[str, ...]] = {"directions": (AUTO,), AUTO: ()}
 # Maximum number of row ranges of a tensor that are listed; more are only counted.
 MAX_RANGES = 4
 

@@ -116,7 +116,7 @@ class _Reader:
                 f"granularity is {recipe.granularity}, but {' and '.join(whole)} cannot be divided; "
                 f"only rows of {' and '.join(DIVISIBLE_MODULES)} are neurons",
             )
-        if recipe.prefer is not None and recipe.prefer not in recipe.modules and not recipe.is_auto:
+        if recipe.prefer not in (None, *recipe.modules) and recipe.modules and not recipe.is_auto:
             modules = ", ".join(recipe.modules)
             raise self.fail("parameters.prefer", f"prefer is {recipe.prefer}, but the recipe's modules are {modules}")
         return recipe

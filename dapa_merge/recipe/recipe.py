@@ -27,9 +27,10 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         source: The aligned model, the one entry of mergekit's `models`.
         dtype: mergekit's `dtype`, which must be the target's own.
         layers: The units to transplant, or None to search.
-        modules: The modules of a layer that are units; `("auto",)` for those that `auto_modules` finds in the target.
+        modules: The modules of a layer that are units; `("auto",)` for those that `auto_modules` finds in the target;
+            empty for those of each rung, if the edit is `auto`.
         granularity: The finest units of a search: `layer`, `expert`, or `block:N` for blocks of N rows.
-        edit: Name of an edit.
+        edit: Name of an edit, or `auto` for those of `LADDER`.
         directions: A file of directions that an earlier search chose, absolute or next to the recipe.
         strength: Share of the edit's change to apply, in (0, 2]; a copy of a strength other than 1 is a blend.
         max_overflow: Number of overflowing values that may be clamped to the largest of the target's dtype.

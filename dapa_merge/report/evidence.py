@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Change, Figures, Response
-from dapa_merge.measure.meter import MeasuredModel, measure_checkpoint, measure_live, report_meter
+from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
+from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
@@ -24,6 +25,7 @@ from dapa_merge.report.report import Searched
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
+from dapa_merge.search.ladder import Attempt, climb
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import in_order
@@ -34,13 +36,16 @@ class Evidence:
     """A selection and its measurements, as `Report` describes them.
 
     Attributes:
+        recipe: The recipe of one edit; of the one that repairs, if several were tried.
         plan: The plan of the selection, with what the edit chose.
         selection: As given, or found by the search.
         search: The search; None, with `searched`, if the selection was given.
         searched: The search's own view of the result.
         responses: The responses of `target`, `result` and `source`.
+        rungs: The edits that were tried, if the recipe's is `auto`.
     """
 
+    recipe: Recipe
     plan: Plan
     selection: tuple[Unit, ...]
     search: Search | None
@@ -51,9 +56,10 @@ class Evidence:
     dsr_change: Change
     over_refusal_change: Change
     responses: Mapping[str, Sequence[Response]]
+    rungs: tuple[Tried, ...] = ()
 
 
-def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
+def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
     """Search, unless a selection is given, and measure.
 
     The measurements use prompts that the search does not ask, or all prompts if the recipe names its layers.
@@ -62,8 +68,18 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         CannotRepair: If a search finds that the source does not improve the target, or violates a limit.
         DapaError: For any other error.
     """
-    parts = all_prompts(recipe)
-    meter = report_meter(recipe, parts.report, options)
+    shared: list[tuple[Meter, MeasuredModel]] = []
+    found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
+    return replace(found, rungs=rungs)
+
+
+def _gather(
+    attempt: Attempt, selection: tuple[Unit, ...] | None, shared: list[tuple[Meter, MeasuredModel]]
+) -> Evidence:
+    """The evidence of one rung; the meter and the source's own figures are the same for all, and kept in `shared`."""
+    recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
+    parts = all_prompts(recipe, is_rung=attempt.possible is not None)
+    meter = shared[0][0] if shared else report_meter(recipe, parts.report, options)
     if selection is None:
         plan = without_equal_units(recipe, plan)
     found: Search | None = None
@@ -73,13 +89,15 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         # Before the search, detect a wrong journal, or a source that does not load.
         journal = Journal()
         if selection is None:
-            journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal)))
-        meter = meter.referring(bench.live.model, bench.live.tokenizer, keeps_logits=True)
-        # The source may not fit in memory next to it.
-        bench.close()
-        source_alone = measure_checkpoint(plan.source, meter, options.device, "source")
+            journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal, attempt.possible)))
+        if not shared:
+            meter = meter.referring(bench.live.model, bench.live.tokenizer, keeps_logits=True)
+            # The source may not fit in memory next to it.
+            bench.close()
+            shared.append((meter, measure_checkpoint(plan.source, meter, options.device, "source")))
+        meter, source_alone = shared[0]
         if selection is None:
-            found = search(Session(recipe, plan, bench, journal, options, parts.choice))
+            found = search(Session(recipe, plan, bench, journal, options, parts.choice, attempt.possible))
             selection = join(found.plan, found.minimum.units)
             plan = reduced(found.plan, selection)
             bench.use(plan)
@@ -90,6 +108,7 @@ def gather_evidence(recipe: Recipe, plan: Plan, selection: tuple[Unit, ...] | No
         before = measure_live(bench.live, (), meter, "target")
         after = measure_live(bench.live, selection, meter, "result")
     return Evidence(
+        recipe=recipe,
         plan=plan,
         selection=selection,
         search=found,

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
+from dapa_merge.plan.ladder import Tried
 
 REPORT_NAME = "dapa_report.json"
 
@@ -60,6 +61,7 @@ class Report:
         directions: Number of directions that were added; None, like the next, for an edit that adds none, and in older
             reports.
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
+        rungs: The edits that were tried, in order, the last of which repairs; empty unless the recipe's edit is `auto`.
     """
 
     version: str
@@ -91,6 +93,7 @@ class Report:
     keep: str | None = None
     directions: int | None = None
     degrees_of_freedom: int | None = None
+    rungs: tuple[Tried, ...] = ()
 
     @property
     def share_of_freedom(self) -> float | None:

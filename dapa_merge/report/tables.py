@@ -12,7 +12,9 @@ from rich.text import Text
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join
+from dapa_merge.plan.selection import given_selection
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.search.result import Search, readable_certificate, thrift
@@ -141,6 +143,7 @@ def print_report(report: Report, console: Console) -> None:
 def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
         *change_lines(report),
+        *(("tried" if number == 0 else "", str(rung)) for number, rung in enumerate(report.rungs)),
         ("target", report.target),
         ("source", report.source),
         ("transplanted", spans(report.units)),
@@ -265,6 +268,23 @@ def _tensors(unit: Unit, plan: Plan) -> str:
 def search_memory(plan: Plan) -> int:
     """Bytes that a search needs on its device besides activations: the target, and the largest region being copied."""
     return plan.target.num_bytes + max(regions["target"].num_bytes for regions in plan.regions(plan.units))
+
+
+def ladder_json(ladder: Ladder) -> dict[str, Any]:
+    """The plan of a recipe as plain data, or those of the edits that it tries."""
+    plans = [(recipe.edit, plan_json(plan, given_selection(recipe, plan))) for recipe, plan in ladder.rungs]
+    if not ladder.is_auto:
+        return plans[0][1]
+    return {"rungs": [{"edit": edit, **content} for edit, content in plans]}
+
+
+def print_ladder(ladder: Ladder, console: Console) -> None:
+    """Print the plan of a recipe, or those of the edits that it tries."""
+    for number, (recipe, plan) in enumerate(ladder.rungs, 1):
+        if ladder.is_auto:
+            title = f"try {number} of {len(ladder.rungs)}: the edit {recipe.edit} of {', '.join(plan.modules)}"
+            console.print(title, highlight=False, markup=False, soft_wrap=True)
+        print_plan(plan, given_selection(recipe, plan), console)
 
 
 def prior_rows(scores: Mapping[Unit, float], selection: Collection[Unit] | None = None) -> list[dict[str, Any]]:

@@ -28,8 +28,15 @@ from dapa_merge.search.journal import Journal, JournalUnavailable, check_writabl
 from dapa_merge.search.requirement import identity_of, refers
 
 
-def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) -> Journal:
+def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, possible: float | None = None) -> Journal:
     """The journal of a recipe's search: the given file, or one in the user's cache folder if that can be written.
+
+    Args:
+        recipe: Its limits decide verdicts.
+        plan: The models, the units and the edit.
+        bench: What candidates are tested with.
+        path: The file; None for the cache folder.
+        possible: As `Session.possible`.
 
     Raises:
         UsageError: If a given file belongs to another search, is damaged, or cannot be written.
@@ -37,7 +44,7 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None) ->
     if path is not None:
         # Checked first: reading large checkpoints takes minutes.
         check_writable(path)
-    parts = _parts(recipe, plan, bench)
+    parts = _parts(recipe, plan, bench) | ({} if possible is None else {"possible": str(possible)})
     if path is not None:
         return Journal(path, parts)
     try:

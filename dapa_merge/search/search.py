@@ -19,6 +19,7 @@ from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
@@ -39,7 +40,13 @@ MORE_DIVERGENCE = 1.1
 
 @dataclass(frozen=True)
 class Session:
-    """The objects that the steps of one search share."""
+    """The objects that the steps of one search share.
+
+    Attributes:
+        choice: The prompts that an edit that chooses makes its choice by.
+        possible: The score that another edit reaches with all that it can change; None if that does not matter. What
+            a selection must reach depends on it.
+    """
 
     recipe: Recipe
     plan: Plan
@@ -47,17 +54,18 @@ class Session:
     journal: Journal | MarkedJournal
     options: Options
     choice: PromptSet | None = None
+    possible: float | None = None
 
 
-def search_plan(recipe: Recipe, plan: Plan, options: Options) -> Search:
-    """Load the target of a recipe's plan and `search`, whatever layers the recipe names."""
-    parts = split_prompts(recipe)
+def search_plan(recipe: Recipe, plan: Plan, options: Options, *, possible: float | None = None) -> Search:
+    """Load the target of a recipe's plan and `search`, whatever layers the recipe names; `possible` for a rung."""
+    parts = split_prompts(recipe, is_rung=possible is not None)
     plan = without_equal_units(recipe, plan)
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,
-        closing(open_journal(recipe, plan, bench, options.journal)) as journal,
+        closing(open_journal(recipe, plan, bench, options.journal, possible)) as journal,
     ):
-        return search(Session(recipe, plan, bench, journal, options, parts.choice))
+        return search(Session(recipe, plan, bench, journal, options, parts.choice, possible))
 
 
 def search(session: Session) -> Search:
@@ -71,10 +79,7 @@ def search(session: Session) -> Search:
     """
     start = time.monotonic()
     bench = session.bench
-    target = _baseline(session, "target", ())
-    bench.use(session.plan.reference)
-    full = _baseline(session, "full transplant", session.plan.units)
-    bench.use(session.plan)
+    target, full = baselines(session)
     limits = _limits(session, target, full)
     chosen: Chosen | None = None
     if session.plan.edit.chooses:
@@ -122,6 +127,15 @@ def search(session: Session) -> Search:
     return found
 
 
+def baselines(session: Session) -> tuple[Baseline, Baseline]:
+    """All figures of the target, and of its full transplant."""
+    target = _baseline(session, "target", ())
+    session.bench.use(session.plan.reference)
+    full = _baseline(session, "full transplant", session.plan.units)
+    session.bench.use(session.plan)
+    return target, full
+
+
 def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     """All figures of the target with some units, from the journal if recorded."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
@@ -152,14 +166,19 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target through its modules {modules}: with all "
             f"{len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without them "
-            f"{target.score:.3f}{more}"
+            f"{target.score:.3f}{more}",
+            f"with all {len(session.plan.units)} units the {bench.measure} is {full.score:.3f}, and without them "
+            f"{target.score:.3f}",
         )
-    limits = requirement(bench.constraints, target.figures, full.figures, settings_of(recipe))
+    possible = full.score if session.possible is None else max(full.score, session.possible)
+    figures = {**full.figures, SCORE.figure: possible}
+    limits = requirement(bench.constraints, target.figures, figures, settings_of(recipe))
     # The source itself may violate what a choice of its directions does not.
     if not session.plan.edit.chooses and (complaint := limits.complaint(full.figures)):
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target within the recipe's limits: even with every unit "
-            f"({modules}) {complaint}"
+            f"({modules}) {complaint}",
+            f"with all {len(session.plan.units)} units {complaint}",
         )
     return limits
 

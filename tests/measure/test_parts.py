@@ -83,6 +83,19 @@ def test_an_edit_that_chooses_gets_every_second_prompt_of_the_search_and_the_rep
     assert all_prompts(make(edit="choosy", layers="3-6")) == choosing
 
 
+@pytest.mark.parametrize("keep", [None, "skills", "file"])
+def test_all_rungs_of_a_ladder_have_the_same_report_and_share_the_rest(tmp_path, keep):
+    said = {} if keep is None else {"keep": write(tmp_path / "keep.jsonl", asked(11)) if keep == "file" else keep}
+    choosing = split_prompts(make(edit="choosy", **said), is_rung=True)
+    assert choosing == split_prompts(make(edit="auto", **said)) == split_prompts(make(edit="choosy", **said))
+    copying = split_prompts(make(edit="copy", **said), is_rung=True)
+    assert copying.report == choosing.report
+    assert copying.choice is None
+    assert_disjoint(copying)
+    both = texts(choosing.choice) | texts(choosing.search)
+    assert texts(copying.search) == both
+
+
 @pytest.mark.parametrize(("edit", "numbers"), [("copy", [6, 5]), ("choosy", [5, 3, 3])])
 def test_keep_prompts_go_to_the_parts_in_turn(tmp_path, edit, numbers):
     path = write(tmp_path / "keep.jsonl", [*asked(11), {"prompt": " question  0? "}])

@@ -35,7 +35,7 @@ from dapa_merge.measure.prompts.sets import (
     load_source,
     question_of,
 )
-from dapa_merge.plan.edit import EDITS, Edit
+from dapa_merge.plan.edit import may_choose
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.recipe import Recipe
 
@@ -58,8 +58,13 @@ class Parts:
     choice: PromptSet | None = None
 
 
-def split_prompts(recipe: Recipe) -> Parts:
+def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     """Load a recipe's prompts, in parts for the choice (of an edit that chooses), the search and the report.
+
+    Args:
+        recipe: Names the prompts and the edit.
+        is_rung: Whether `edit: auto` tries it. Then all edits have the same report; one that does not choose searches
+            with the prompts of the choice too.
 
     Harmful and harmless prompts are parted by `split`; half of the search's part goes to the choice. The keep prompts
     go to the parts in turn, twice as many to the choice; those that are skill questions go to the report every second
@@ -71,9 +76,12 @@ def split_prompts(recipe: Recipe) -> Parts:
     """
     prompts = load_prompts(recipe.prompts)
     search, report = split(prompts, recipe.confirm)
-    if EDITS.get(recipe.edit, Edit).chooses:
+    chooses = may_choose(recipe.edit)
+    if chooses or is_rung:
         choice, search = split(search, what="a choice, a search and a separate report")
         parts = _with_keep(recipe, {"choice": choice, "search": search, "report": report}, prompts)
+        if not chooses:
+            parts = _without_choice(parts)
     else:
         parts = _with_keep(recipe, {"search": search, "report": report}, prompts)
     if recipe.min_skill is not None and not parts.search.keep_answers:
@@ -84,14 +92,18 @@ def split_prompts(recipe: Recipe) -> Parts:
     return parts
 
 
-def all_prompts(recipe: Recipe) -> Parts:
+def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     """Load a recipe's prompts for its figures: in parts, or whole twice if nothing is searched or chosen.
+
+    Args:
+        recipe: Names the prompts, the edit and the layers.
+        is_rung: As for `split_prompts`.
 
     Raises:
         UsageError: As `split_prompts` does.
     """
-    if recipe.layers is None or EDITS.get(recipe.edit, Edit).chooses:
-        return split_prompts(recipe)
+    if recipe.layers is None or may_choose(recipe.edit):
+        return split_prompts(recipe, is_rung=is_rung)
     prompts = load_prompts(recipe.prompts)
     whole = _keeping(prompts, load_keep(recipe, prompts), frozenset())
     return Parts(whole, whole)
@@ -99,7 +111,7 @@ def all_prompts(recipe: Recipe) -> Parts:
 
 def check_prompts(recipe: Recipe) -> None:
     """Read the prompts of a recipe with a search, to find their faults before models are loaded."""
-    chooses = EDITS.get(recipe.edit, Edit).chooses
+    chooses = may_choose(recipe.edit)
     if recipe.layers is None or chooses:
         split_prompts(recipe)
         if recipe.keep is None and (chooses or recipe.max_divergence is not None):
@@ -208,6 +220,16 @@ def _with_keep(recipe: Recipe, parts: Mapping[str, PromptSet], prompts: PromptSe
         )
     spent = frozenset(key_of(one.prompt) for name in others for one in given[name])
     return Parts(**{name: _keeping(part, given[name], spent) for name, part in parts.items()})
+
+
+def _without_choice(parts: Parts) -> Parts:
+    """Add the prompts of the choice to those of the search."""
+    choice, search = parts.choice, parts.search
+    assert choice is not None
+    kinds = ("harmful", "harmless", "keep", "keep_answers")
+    return Parts(
+        replace(search, **{kind: getattr(choice, kind) + getattr(search, kind) for kind in kinds}), parts.report
+    )
 
 
 def _keeping(part: PromptSet, questions: Sequence[Question] | None, spent: frozenset[str]) -> PromptSet:

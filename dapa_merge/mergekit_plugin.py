@@ -52,6 +52,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
+from dapa_merge.search.choose import check_pick
 from dapa_merge.search.search import search_plan
 
 # A box of a tensor in mergekit, and the regions of the same values in each model's files.
@@ -227,6 +228,7 @@ def _select(recipe: Recipe) -> _Selected:
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
     stamps = _stamps(files)
     selection = given_selection(recipe, plan)
+    check_pick(options.pick, plan, selection)
     if selection is None:
         found = search_plan(recipe, plan, options)
         plan, selection = found.plan, join(found.plan, found.minimum.units)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.units import Unit
     from dapa_merge.plan.plan import Plan
     from dapa_merge.report.report import Report
-    from dapa_merge.search.result import Search
+    from dapa_merge.search.result import Point, Search
 
 
 CARD_WIDTH = 8.0
@@ -165,13 +165,45 @@ def draw_models(run: Run) -> Figure | None:
 
 def draw_search(run: Run) -> Figure | None:
     """Draw the path of a run's search; None if there was no search."""
-    return None if run.search is None else search_figure(run.search, run.plan, run.plan.units)
+    # Nothing was tested where a point was picked.
+    if run.search is None or run.search.by_hand:
+        return None
+    return search_figure(run.search, run.plan, run.plan.units)
+
+
+def draw_front(run: Run) -> Figure | None:
+    """Draw the points of a run's choice; None for an edit that does not choose."""
+    search = run.search
+    if search is None or search.picked is None or search.result is None or search.limits is None:
+        return None
+    limits = {constraint.figure: limit for constraint, limit in search.limits.limits}
+    places = [
+        Place(_shown(point), *_place(point.figures), point.on_front, point.number == search.picked)
+        for point in search.points
+    ]
+    references = [Place("target", 0.0, *_place(search.target.figures)[1:])]
+    if search.reference is not None:
+        references.append(Place("full transplant", *_place(search.reference.figures)))
+    return points_front(places, search.result.number - 1, references, limits, search.limits.measure)
+
+
+def _place(figures: Mapping[str, float]) -> tuple[float, float, float]:
+    return figures["divergence"], figures["score"], figures["over_refusal"]
+
+
+def _shown(point: Point) -> str:
+    return str(point.number) if point.part_of is None else f"{point.number} (part of {point.part_of})"
 
 
 # The names begin with `files.CHART_PREFIX`, by which a transplant knows them.
 CHARTS = (
     Chart("dapa_figures", "Before, after, and the source alone, with 95 % intervals", draw_models),
     Chart("dapa_search", "The search: every selection that was tested, and its score", draw_search),
+    Chart(
+        "dapa_front",
+        "The points that the edit offered: how far each moves what the model says (divergence), and what it refuses",
+        draw_front,
+    ),
 )
 
 
@@ -198,6 +230,25 @@ class Bar(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None = None
+
+
+class Place(NamedTuple):
+    """A point as it is drawn.
+
+    Attributes:
+        divergence: In nats per token.
+        score: DSR, or the evaluator's score.
+        over_refusal: In [0, 1].
+        on_front: Whether the line of the front goes through it.
+        is_taken: Whether it is the one that was taken.
+    """
+
+    label: str
+    divergence: float
+    score: float
+    over_refusal: float
+    on_front: bool = False
+    is_taken: bool = False
 
 
 class Step(NamedTuple):
@@ -264,6 +315,141 @@ def search_path(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+# Divergences of points that differ by more are drawn on a logarithmic axis.
+WIDE = 8
+# Where the label of a marker may stand, in inches from it.
+LABEL_OFFSETS = [
+    (far * x, far * y)
+    for far in (1, 2)
+    for x, y in (
+        (0, 0.17), (0, -0.17), (0.17, 0.14), (0.17, -0.14), (-0.17, 0.14), (-0.17, -0.14), (0.28, 0), (-0.28, 0),
+    )
+]  # fmt: skip
+
+
+def points_front(
+    points: Sequence[Place], result: int, references: Sequence[Place], limits: Mapping[str, float], measure: str
+) -> Figure:
+    """Draw what an edit offered: the score against the divergence, and below it the over-refusal.
+
+    Args:
+        points: In order.
+        result: The index of the one that was transplanted.
+        references: Other models, such as the target; those far to the right are named at the edge.
+        limits: By the name of the figure; NaN for no limit.
+        measure: The name of the score.
+    """
+    known = [point for point in points if math.isfinite(point.divergence)]
+    places = [point.divergence for point in known if point.divergence > 0] or [1.0]
+    is_wide = max(places) > WIDE * min(places)
+    bounds = [*places, *(limit for limit in [limits.get("divergence", math.nan)] if limit <= 3 * max(places))]
+    right = max(bounds) * (1.6 if is_wide else 1.12)
+    with sheet(5.2) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+        if is_wide:
+            upper.set_xscale("symlog", linthresh=min(places), linscale=0.5)
+        upper.set_xlim((-0.12 if is_wide else -0.04) * (min(places) if is_wide else right), right)
+        _draw_limits(upper, lower, limits, measure)
+        line = sorted((point.divergence, point.score) for point in known if point.on_front)
+        upper.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.2, label="front", zorder=2)
+        for axes, values, colour in (
+            (upper, [point.score for point in known], BLUE),
+            (lower, [point.over_refusal for point in known], ORANGE),
+        ):
+            at = [point.divergence for point in known]
+            axes.scatter(at, values, s=34, color=[colour if point.on_front else "white" for point in known],
+                         edgecolor=colour, linewidth=1.2, zorder=3)  # fmt: skip
+            for point in references:
+                value = point.score if axes is upper else point.over_refusal
+                if point.divergence <= right:
+                    axes.scatter([point.divergence], [value], marker="D", s=34, color=GREY, zorder=3, clip_on=False)
+                elif math.isfinite(point.divergence):
+                    axes.scatter([right], [value], marker=">", s=44, color=GREY, zorder=3, clip_on=False)
+            axes.set_yticks([0, 0.5, 1] if axes is lower else [0, 0.25, 0.5, 0.75, 1])
+        upper.set_ylim(-0.12, 1.16)
+        most = max([0.1, *(point.over_refusal for point in [*known, *references])])
+        lower.set_ylim(-0.12 * most, 1.25 * most)
+        lower.set_yticks([0, round(most / 2, 2), round(most, 2)])
+        marks = [(points[result], "*", 420, "transplanted")]
+        marks += [(point, "o", 150, "taken") for point in known if point.is_taken]
+        for point, marker, size, label in marks:
+            how: dict[str, Any] = {"marker": marker, "s": size, "edgecolor": BLACK, "linewidth": 1.1, "zorder": 4}
+            upper.scatter([point.divergence], [point.score], facecolor="none", label=label, **how)
+            lower.scatter([point.divergence], [point.over_refusal], facecolor="none", **how)
+        names = [(point.label, point.divergence, point.score) for point in known]
+        for point in references:
+            is_far = point.divergence > right
+            label = f"{point.label} (divergence {point.divergence:.2f})" if is_far else point.label
+            names.append((label, min(point.divergence, right), point.score))
+        _label_all(upper, names)
+        upper.set_ylabel(measure)
+        lower.set_ylabel("over-refusal")
+        lower.set_xlabel(f"divergence from the target, in nats per token{' (logarithmic)' if is_wide else ''}")
+        upper.set_title(f"The points of the choice: {measure} and over-refusal against divergence", parse_math=False)
+        figure.legend(loc="outside lower center", ncols=6)
+    return figure
+
+
+def _draw_limits(upper: Axes, lower: Axes, limits: Mapping[str, float], measure: str) -> None:
+    how: dict[str, Any] = {"color": BLACK, "linestyle": "--", "linewidth": 1, "zorder": 1}
+    for axes, name in ((upper, "score"), (lower, "over_refusal")):
+        if not math.isnan(limit := limits.get(name, math.nan)):
+            axes.axhline(limit, label="limits of the recipe" if axes is upper else None, **how)
+    if (limit := limits.get("divergence", math.nan)) <= upper.get_xlim()[1]:
+        for axes in (upper, lower):
+            axes.axvline(limit, **how)
+
+
+def _label_all(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
+    """Write labels at their points so that none is on another, nor on a point."""
+    width, height = 6.9, 2.6
+    to_axes = axes.transData - axes.transAxes
+
+    def inches(x: float, y: float) -> tuple[float, float]:
+        left, bottom = to_axes.transform((x, y))
+        return width * left, height * bottom
+
+    taken = [_Box(x, y, 0.16, 0.16) for _, *at in names for x, y in [inches(*at)]]
+    for label, *place in sorted(names, key=lambda name: name[1]):
+        x, y = inches(*place)
+        wide = 0.075 * len(label)
+        boxes = []
+        for right, up in LABEL_OFFSETS:
+            centre = x + right + (wide / 2 if right > 0 else -wide / 2 if right < 0 else 0)
+            boxes.append((right, up, _Box(centre, y + up, wide, LINE_HEIGHT)))
+        inside = [one for one in boxes if one[2].is_in(width, height)] or boxes
+        right, up, box = min(inside, key=lambda one: sum(one[2].shared(other) for other in taken))
+        taken.append(box)
+        axes.annotate(
+            label, (place[0], place[1]), (72 * right, 72 * up), textcoords="offset points", va="center", fontsize=9,
+            ha="left" if right > 0 else "right" if right < 0 else "center", parse_math=False, zorder=5,
+        )  # fmt: skip
+
+
+class _Box(NamedTuple):
+    """A rectangle by its centre, in inches."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def shared(self, other: _Box) -> float:
+        """The area of both."""
+        sides = (
+            (self.width + other.width) / 2 - abs(self.x - other.x),
+            (self.height + other.height) / 2 - abs(self.y - other.y),
+        )
+        return max(0.0, min(sides[0], self.width, other.width)) * max(0.0, min(sides[1], self.height, other.height))
+
+    def is_in(self, width: float, height: float) -> bool:
+        """Whether a sheet with its corner at 0 has it all."""
+        return (
+            abs(self.x - width / 2) <= (width - self.width) / 2
+            and abs(self.y - height / 2) <= (height - self.height) / 2
+        )
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:

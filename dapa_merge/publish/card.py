@@ -22,6 +22,7 @@ from dapa_merge.report.report import Report
 from dapa_merge.report.tables import (
     category_rows,
     change_lines,
+    complaints,
     figure_rows,
     point_rows,
     skill_label,
@@ -120,6 +121,7 @@ def card_text(facts: CardFacts) -> str:
         model=model,
         places=places,
         point_rows=point_rows,
+        complaints=complaints,
         taken_line=taken_line,
         spans=spans,
         table=_table,

@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dapa_merge.errors import UsageError, one_line
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from dapa_merge.checkpoint.units import Unit
     from dapa_merge.plan.plan import Plan
     from dapa_merge.report.report import Report
-    from dapa_merge.search.result import Point, Search
+    from dapa_merge.search.result import Search
 
 
 CARD_WIDTH = 8.0
@@ -178,7 +180,7 @@ def draw_front(run: Run) -> Figure | None:
         return None
     limits = {constraint.figure: limit for constraint, limit in search.limits.limits}
     places = [
-        Place(_shown(point), *_place(point.figures), point.on_front, point.number == search.picked)
+        Place(point.name, *_place(point.figures), point.on_front, point.number == search.picked)
         for point in search.points
     ]
     references = [Place("target", 0.0, *_place(search.target.figures)[1:])]
@@ -189,10 +191,6 @@ def draw_front(run: Run) -> Figure | None:
 
 def _place(figures: Mapping[str, float]) -> tuple[float, float, float]:
     return figures["divergence"], figures["score"], figures["over_refusal"]
-
-
-def _shown(point: Point) -> str:
-    return str(point.number) if point.part_of is None else f"{point.number} (part of {point.part_of})"
 
 
 # The names begin with `files.CHART_PREFIX`, by which a transplant knows them.
@@ -342,68 +340,74 @@ def points_front(
         measure: The name of the score.
     """
     known = [point for point in points if math.isfinite(point.divergence)]
+    others = [point for point in references if math.isfinite(point.divergence)]
     places = [point.divergence for point in known if point.divergence > 0] or [1.0]
     is_wide = max(places) > WIDE * min(places)
-    bounds = [*places, *(limit for limit in [limits.get("divergence", math.nan)] if limit <= 3 * max(places))]
-    right = max(bounds) * (1.6 if is_wide else 1.12)
+    marks = [*places, limits.get("divergence", math.nan), *(point.divergence for point in others)]
+    right = max(place for place in marks if place <= 2 * max(places)) * (1.6 if is_wide else 1.12)
     with sheet(5.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
         if is_wide:
             upper.set_xscale("symlog", linthresh=min(places), linscale=0.5)
-        upper.set_xlim((-0.12 if is_wide else -0.04) * (min(places) if is_wide else right), right)
-        _draw_limits(upper, lower, limits, measure)
-        line = sorted((point.divergence, point.score) for point in known if point.on_front)
-        upper.plot(*zip(*line, strict=True), color=BLUE, linewidth=1.2, label="front", zorder=2)
-        for axes, values, colour in (
-            (upper, [point.score for point in known], BLUE),
-            (lower, [point.over_refusal for point in known], ORANGE),
-        ):
-            at = [point.divergence for point in known]
-            axes.scatter(at, values, s=34, color=[colour if point.on_front else "white" for point in known],
-                         edgecolor=colour, linewidth=1.2, zorder=3)  # fmt: skip
-            for point in references:
-                value = point.score if axes is upper else point.over_refusal
-                if point.divergence <= right:
-                    axes.scatter([point.divergence], [value], marker="D", s=34, color=GREY, zorder=3, clip_on=False)
-                elif math.isfinite(point.divergence):
-                    axes.scatter([right], [value], marker=">", s=44, color=GREY, zorder=3, clip_on=False)
-            axes.set_yticks([0, 0.5, 1] if axes is lower else [0, 0.25, 0.5, 0.75, 1])
+        upper.set_xlim(-0.2 * min(places) if is_wide else -0.04 * right, right)
+        _draw_limits(upper, lower, limits)
+        front = sorted((point.divergence, point.score) for point in known if point.on_front)
+        upper.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, marker="o", label="on the front", zorder=2)
+        if len(front) < len(known):
+            upper.scatter([], [], s=34, color="white", edgecolor=BLUE, linewidth=1.2, label="other points")
+        result_place = points[result]
+        for axes, figure_of, colour in (
+            (upper, attrgetter("score"), BLUE), (lower, attrgetter("over_refusal"), ORANGE),
+        ):  # fmt: skip
+            how: dict[str, Any] = {"edgecolor": colour, "linewidth": 1.2, "zorder": 3}
+            for point in known:
+                face = colour if point.on_front else "white"
+                axes.scatter(point.divergence, figure_of(point), s=34, facecolor=face, **how)
+            for point in others:
+                marker = "D" if point.divergence <= right else ">"
+                at = min(point.divergence, right)
+                axes.scatter(at, figure_of(point), marker=marker, s=38, color=GREY, zorder=3, clip_on=False)
+            how = {"facecolor": "none", "edgecolor": BLACK, "linewidth": 1.1, "zorder": 4}
+            axes.scatter(
+                result_place.divergence, figure_of(result_place), marker="*", s=420, label="transplanted", **how
+            )
+            for point in known:
+                if point.is_taken and point is not result_place:
+                    axes.scatter(point.divergence, figure_of(point), s=150, label="taken before the search", **how)
         upper.set_ylim(-0.12, 1.16)
-        most = max([0.1, *(point.over_refusal for point in [*known, *references])])
-        lower.set_ylim(-0.12 * most, 1.25 * most)
-        lower.set_yticks([0, round(most / 2, 2), round(most, 2)])
-        marks = [(points[result], "*", 420, "transplanted")]
-        marks += [(point, "o", 150, "taken") for point in known if point.is_taken]
-        for point, marker, size, label in marks:
-            how: dict[str, Any] = {"marker": marker, "s": size, "edgecolor": BLACK, "linewidth": 1.1, "zorder": 4}
-            upper.scatter([point.divergence], [point.score], facecolor="none", label=label, **how)
-            lower.scatter([point.divergence], [point.over_refusal], facecolor="none", **how)
+        upper.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        most = max([0.1, *(point.over_refusal for point in (*known, *others))])
+        lower.set_ylim(-0.14 * most, 1.25 * most)
+        lower.yaxis.set_major_locator(plotting().ticker.MaxNLocator(3))
         names = [(point.label, point.divergence, point.score) for point in known]
-        for point in references:
+        for point in others:
             is_far = point.divergence > right
             label = f"{point.label} (divergence {point.divergence:.2f})" if is_far else point.label
             names.append((label, min(point.divergence, right), point.score))
-        _label_all(upper, names)
+        _label_all(upper, names, front, limits.get("score", math.nan))
         upper.set_ylabel(measure)
         lower.set_ylabel("over-refusal")
         lower.set_xlabel(f"divergence from the target, in nats per token{' (logarithmic)' if is_wide else ''}")
-        upper.set_title(f"The points of the choice: {measure} and over-refusal against divergence", parse_math=False)
-        figure.legend(loc="outside lower center", ncols=6)
+        upper.set_title(f"What the edit offered: {measure} and over-refusal against divergence", parse_math=False)
+        handles, labels = upper.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     return figure
 
 
-def _draw_limits(upper: Axes, lower: Axes, limits: Mapping[str, float], measure: str) -> None:
+def _draw_limits(upper: Axes, lower: Axes, limits: Mapping[str, float]) -> None:
     how: dict[str, Any] = {"color": BLACK, "linestyle": "--", "linewidth": 1, "zorder": 1}
     for axes, name in ((upper, "score"), (lower, "over_refusal")):
         if not math.isnan(limit := limits.get(name, math.nan)):
-            axes.axhline(limit, label="limits of the recipe" if axes is upper else None, **how)
+            axes.axhline(limit, label="limits" if axes is upper else None, **how)
     if (limit := limits.get("divergence", math.nan)) <= upper.get_xlim()[1]:
         for axes in (upper, lower):
             axes.axvline(limit, **how)
 
 
-def _label_all(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
-    """Write labels at their points so that none is on another, nor on a point."""
+def _label_all(
+    axes: Axes, names: Sequence[tuple[str, float, float]], line: Sequence[tuple[float, float]], level: float
+) -> None:
+    """Write labels at their points so that none is on another, nor on a point, a line or a level, if there is room."""
     width, height = 6.9, 2.6
     to_axes = axes.transData - axes.transAxes
 
@@ -411,7 +415,15 @@ def _label_all(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
         left, bottom = to_axes.transform((x, y))
         return width * left, height * bottom
 
-    taken = [_Box(x, y, 0.16, 0.16) for _, *at in names for x, y in [inches(*at)]]
+    taken = [_Box(*inches(x, y), 0.26, 0.26) for _, x, y in names]
+    if math.isfinite(level):
+        taken.append(_Box(width / 2, inches(0, level)[1], width, 0.03))
+    corners = [inches(*point) for point in line]
+    for (left, bottom), (right, top) in pairwise(corners):
+        taken += [
+            _Box(left + (right - left) * part / 40, bottom + (top - bottom) * part / 40, 0.04, 0.04)
+            for part in range(41)
+        ]
     for label, *place in sorted(names, key=lambda name: name[1]):
         x, y = inches(*place)
         wide = 0.075 * len(label)
@@ -425,6 +437,7 @@ def _label_all(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
         axes.annotate(
             label, (place[0], place[1]), (72 * right, 72 * up), textcoords="offset points", va="center", fontsize=9,
             ha="left" if right > 0 else "right" if right < 0 else "center", parse_math=False, zorder=5,
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
         )  # fmt: skip
 
 

@@ -80,40 +80,41 @@ def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
 
 
 def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[list[str], list[TableRow]]:
-    """The head and the rows of a table of points, a row for each.
+    """The head and the rows of a table of points, a column for each.
 
     Args:
         points: What an edit offered.
         measure: The name of the score: DSR, or the evaluator's.
     """
-    known = [
-        one
+
+    def row(label: str, cell: Callable[[Point], str]) -> TableRow:
+        return label, [cell(point) for point in points]
+
+    rows = [
+        row(one.label, lambda point, at=one.figure: f"{point.figures.get(at, math.nan):.3f}")  # type: ignore[misc]
         for one in constraints_of([one.key for one in CONSTRAINTS], measure)
         # NaN without anything to measure it on.
         if not all(math.isnan(point.figures.get(one.figure, math.nan)) for point in points)
     ]
-    head = ["point", *(one.label for one in known), "directions", "on the front", "limits"]
-    rows = []
-    for point in points:
-        cells = [f"{point.figures.get(one.figure, math.nan):.3f}" for one in known]
-        others = [str(point.num_directions), "yes" if point.on_front else "", printable(point.complaint or "within")]
-        rows.append((_point_name(point), cells + others))
-    return head, rows
+    rows += [
+        row("directions", lambda point: str(point.num_directions)),
+        row("on the front", lambda point: "yes" if point.on_front else ""),
+        row("within the limits", lambda point: "no" if point.complaint else "yes"),
+    ]
+    return [point.name for point in points], rows
 
 
-def _point_name(point: Point) -> str:
-    return f"{point.number}" if point.part_of is None else f"{point.number}, part of {point.part_of}"
+def complaints(points: Sequence[Point]) -> list[tuple[str, str]]:
+    """The points that violate a limit, each with the first that it violates."""
+    return [(f"point {point.name}", printable(point.complaint)) for point in points if point.complaint]
 
 
-def points_table(points: Sequence[Point], measure: str = SCORE.label) -> Table:
-    """The points that an edit offered, a row for each."""
-    head, rows = point_rows(points, measure)
-    table = Table()
-    for name in head:
-        table.add_column(Text(name), justify="left" if name in ("point", "limits") else "right")
-    for label, cells in rows:
-        table.add_row(Text(label), *map(Text, cells))
-    return table
+def print_points(points: Sequence[Point], measure: str, console: Console) -> None:
+    """Print the points that an edit offered, if any."""
+    if points:
+        console.print(_table(*point_rows(points, measure), head="point"))
+        for label, fact in complaints(points):
+            console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
 
 
 def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
@@ -157,8 +158,8 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(names: Sequence[str], rows: Sequence[TableRow]) -> Table:
-    table = Table("")
+def _table(names: Sequence[str], rows: Sequence[TableRow], head: str = "") -> Table:
+    table = Table(head)
     for name in names:
         table.add_column(Text(name), justify="right")
     for label, cells in rows:
@@ -172,9 +173,7 @@ def print_report(report: Report, console: Console) -> None:
     figures = [(name, column) for name, column in columns if column is not None]
     if figures:
         console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
-    if report.points:
-        measure = report.searched.measure if report.searched else SCORE.label
-        console.print(points_table(report.points, measure))
+    print_points(report.points, report.searched.measure if report.searched else SCORE.label, console)
     for label, fact in _facts(report):
         console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
 
@@ -371,9 +370,17 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
         print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
     facts = [f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters"]
     if search.picked is not None:
-        console.print(points_table(search.points, search.requirement.measure))
+        print_points(search.points, search.requirement.measure, console)
         facts.append(f"from {taken_line(search.points, search.picked, by_hand=search.by_hand)}")
-    facts += [
+    if not search.by_hand:
+        facts += _searched_facts(search)
+    for fact in facts:
+        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+
+
+def _searched_facts(search: Search) -> list[str]:
+    minimum = search.minimum
+    facts = [
         f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
         + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
         *(
@@ -381,7 +388,6 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
             for unit, others in readable_certificate(minimum).items()
         ),
     ]
-    if not (minimum.one_minimal or search.by_hand):
+    if not minimum.one_minimal:
         facts.append("NOT proved minimal: the search ended before every unit was seen to be needed")
-    for fact in facts:
-        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+    return facts

@@ -69,11 +69,16 @@ class Point:
     on_front: bool = False
     part_of: int | None = None
 
+    @property
+    def name(self) -> str:
+        """Its number, with that of the point that it is a part of."""
+        return str(self.number) if self.part_of is None else f"{self.number} (part of {self.part_of})"
+
     def text(self, limits: Requirement) -> str:
         """The point as one line."""
         told = [f"{one.label} {self.figures[one.figure]:.3f}" for one, _ in limits.limits if one.figure in self.figures]
         verdict = "within the limits" if self.complaint is None else self.complaint
-        return f"point {self.number}: {', '.join(told)}; {self.num_directions} directions; {verdict}"
+        return f"point {self.name}: {', '.join(told)}; {self.num_directions} directions; {verdict}"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ from dapa_merge.search.spectrum import Spectrum, spectra_of
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
 DIVERGENCE = "divergence"
+# With a smaller share of the squared norm in the leading directions, a user is warned.
+MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,15 @@ def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:
-    share = sum(one.share for one in spectra) / len(spectra)
+    """Say how much of the differences the directions hold: a difference without decay keeps little of itself."""
+    held = [float((one.values.double() ** 2).sum()) for one in spectra]
+    share = sum(held) / sum(norm / one.share for norm, one in zip(held, spectra, strict=True))
     LOG.info(
         f"{sum(one.rank for one in spectra)} directions of {len(spectra)} matrices hold {100 * share:.1f} % of their "
-        f"differences"
+        f"differences (of the squared norm)"
     )
+    if share < MIN_SHARE:
+        LOG.warning("that is little: what the source learned may be in the rest, of which nothing can be added")
 
 
 def _best(points: Sequence[Point]) -> int | None:
@@ -179,8 +185,9 @@ def nearest(points: Sequence[Point], limits: Requirement) -> Point | None:
 def _none(points: Sequence[Point], limits: Requirement, plan: Plan) -> str:
     """The sentence for a choice whose points all violate a limit: which one is nearest, and how to take it."""
     told = "; ".join(point.text(limits) for point in points)
-    found = nearest(points, limits)
-    way = "" if found is None else f". Nearest is point {found.number}: `--pick {found.number}` takes it all the same"
+    way = ""
+    if (found := nearest(points, limits)) is not None:
+        way = f". Nearest is point {found.number}: `--pick {found.number}` takes it (DAPA_PICK for mergekit-yaml)"
     return f"no choice of directions of {plan.source.name} meets the recipe's limits: {told}{way}"
 
 

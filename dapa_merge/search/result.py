@@ -78,7 +78,7 @@ class Point:
         """The point as one line."""
         told = [f"{one.label} {self.figures[one.figure]:.3f}" for one, _ in limits.limits if one.figure in self.figures]
         verdict = "within the limits" if self.complaint is None else self.complaint
-        return f"point {self.name}: {', '.join(told)}; {self.num_directions} directions; {verdict}"
+        return f"point {self.name}: {', '.join(told)}, {self.num_directions} directions ({verdict})"
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
+from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
-from dapa_merge.plan.edit import Directions
+from dapa_merge.plan.edit import Directions, not_finite
 from dapa_merge.plan.plan import Plan, divide, join, reduced
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
@@ -181,11 +182,20 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     told = [f"{label} {figure:.3f}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
+        _check_finite(session.plan, ["source"] if units else ["target"])
         model = f"the target {recipe.target}" + (
             f", with every unit edited by the source {recipe.source}," if units else ""
         )
         raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
+
+
+def _check_finite(plan: Plan, names: Sequence[str]) -> None:
+    """Raise `CheckpointError` for the first of the plan's tensors, of these models, with values that are not finite."""
+    for regions in plan.regions(plan.units):
+        for name in names:
+            if not bool(mapped_values(plan.models[name], regions[name]).float().isfinite().all()):
+                raise not_finite(regions[name].name, plan.models, name)
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:

@@ -167,7 +167,9 @@ class Ascent:
 
     def go_on(self, state: torch.Tensor, num_rounds: int) -> None:
         """Take the `state` of an ascent with the same arguments after some rounds, and go on with its next prompts."""
-        self.weights, self._moments = state[0].to(self.weights), state[1:].to(self._moments)
+        # Copies: steps are made in place.
+        self.weights.copy_(state[0])
+        self._moments.copy_(state[1:])
         self._num_steps = num_rounds * self._settings.num_steps
         for _ in range(self._num_steps):
             self._draw()

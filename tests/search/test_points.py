@@ -1,4 +1,4 @@
-"""The points of an edit that chooses: which one is taken, picks, kills during the choice, and what it cannot work with."""
+"""The points of an edit that chooses: which one is taken, picks, kills during the choice, and bad input."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from dapa_merge.search import ascent, bench, choose, identity, search
 from dapa_merge.search.choose import nearest, with_front
 from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.result import Point
+from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
 
 # Three rounds are enough for the packaged pair, and short ones: what counts here is not the repair.
 NUM_ROUNDS = 3
@@ -124,12 +125,16 @@ def no_tests(monkeypatch):
     monkeypatch.setattr(choose, "generate", ask)
 
 
-@pytest.fixture
-def no_model(monkeypatch):
+def forbid_models(patch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("dapa_merge.measure.live.load_model", load)
+    patch.setattr("dapa_merge.measure.live.load_model", load)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    forbid_models(monkeypatch)
 
 
 def test_the_point_within_the_limits_that_diverges_least_is_taken_and_the_selection_is_a_point_too(done):
@@ -195,7 +200,7 @@ def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_li
     assert call("card", out).exit_code == 4
 
 
-def test_mergekit_takes_the_point_that_a_variable_picks(done, own_cache, monkeypatch, no_model, no_pictures, tmp_path):
+def test_mergekit_takes_the_point_that_a_variable_picks(done, own_cache, monkeypatch, no_pictures, tmp_path):
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
     from safetensors.torch import load_file
@@ -203,12 +208,12 @@ def test_mergekit_takes_the_point_that_a_variable_picks(done, own_cache, monkeyp
     place = own_cache / "dapa-merge" / "journals" / name_of(done.entries[0]["parts"])
     place.parent.mkdir(parents=True)
     shutil.copyfile(done.journal, place)
-    monkeypatch.setenv("DAPA_PICK", "2")
-    result = CliRunner().invoke(mergekit_yaml, [str(done.recipe), str(tmp_path / "merged"), "--quiet"])
+    with monkeypatch.context() as patch:
+        forbid_models(patch)
+        patch.setenv("DAPA_PICK", "2")
+        result = CliRunner().invoke(mergekit_yaml, [str(done.recipe), str(tmp_path / "merged"), "--quiet"])
     assert result.exit_code == 0, result.output
     assert place.read_bytes() == done.journal.read_bytes()
-    monkeypatch.undo()
-    monkeypatch.delenv("DAPA_PICK", raising=False)
     result = call("run", done.recipe, tmp_path / "run", "--no-lock", "--journal", done.journal, "--pick", 2)
     assert result.exit_code == 0, result.stderr
 
@@ -226,14 +231,12 @@ def test_the_variable_is_read_as_a_whole_number(text, number):
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
 def test_a_variable_that_is_not_a_number_is_named(text):
-    with pytest.raises(Exception, match="DAPA_PICK is .*; write a whole number of at least 1"):
+    with pytest.raises(Exception, match=r"DAPA_PICK is .*; write a whole number of at least 1"):
         Options.from_environment(environment={"DAPA_PICK": text})
 
 
 @pytest.mark.parametrize("command", ["search", "run"])
-def test_a_point_that_cannot_exist_is_refused_in_a_sentence_before_a_model_is_loaded(
-    command, write, no_model, tmp_path
-):
+def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, write, no_model, tmp_path):
     out = [tmp_path / "out", "--no-lock"] if command == "run" else []
     other = write(edit="copy")
     for recipe, pick, said in (
@@ -247,12 +250,11 @@ def test_a_point_that_cannot_exist_is_refused_in_a_sentence_before_a_model_is_lo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(failed, no_pictures, no_model, tmp_path, monkeypatch):
+def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(failed, no_pictures, tmp_path, monkeypatch):
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
     recipe, journal, _ = failed
-    monkeypatch.undo()
     assert call("run", recipe, tmp_path / "out", "--no-lock", "--journal", journal, "--pick", 3).exit_code == 0
     replay = tmp_path / "out" / "mergekit_config.yml"
     result = call("run", replay, tmp_path / "again", "--no-lock", "--pick", 3)
@@ -264,15 +266,15 @@ def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(failed, no_pictu
     result = CliRunner().invoke(mergekit_yaml, [str(replay), str(tmp_path / "again"), "--quiet"])
     assert result.exit_code == 2
     assert said in result.output
-    assert not (tmp_path / "again").exists()
+    # mergekit itself may have made the folder.
+    assert not [*tmp_path.glob("again/*.safetensors")]
 
 
 def test_without_a_point_within_the_limits_all_are_listed_and_the_nearest_is_named(failed):
     _, _, said = failed
     assert "no choice of directions of" in said
-    listed = re.findall(
-        r"point (\d): DSR (\S+), over-refusal \S+, .*?, divergence \S+, \d+ directions \(its DSR is", said
-    )
+    pattern = r"point (\d): DSR (\S+), over-refusal \S+, .*?, divergence \S+, \d+ directions \(its DSR is"
+    listed = re.findall(pattern, said)
     assert [number for number, _ in listed] == ["1", "2", "3"]
     best = max(listed, key=lambda found: float(found[1]))[0]
     assert said.endswith(f". Nearest is point {best}: `--pick {best}` takes it (DAPA_PICK for mergekit-yaml)")
@@ -350,8 +352,8 @@ def test_a_choice_that_dies_after_every_step_ends_with_the_same_journal_and_asks
     for name in NOTES:
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "note", die_after)
-            result = call("search", done.recipe, "--journal", journal)
-        assert isinstance(result.exception, Killed), result.output
+            with pytest.raises(Killed, match=name):
+                call("search", done.recipe, "--journal", journal)
         assert notes_of(journal)[-1] == name
     assert answer("search", done.recipe, "--journal", journal, "--json")["units"] == done.found["units"]
     # Of the rounds every weight and every moment too, bit for bit.
@@ -416,9 +418,7 @@ def test_models_that_are_equal_have_no_direction(command, write, no_model, tmp_p
     copy = shutil.copytree(miniature.path("shadow-target"), tmp_path / "copy")
     result = call(command, write(source=copy), *([tmp_path / "out", "--no-lock"] if command == "run" else []))
     assert result.exit_code == 3
-    assert "the edit directions would change none of its 30 units (gate, up, down)" in result.stderr or (
-        "the edit directions would change none of its 70 units" in result.stderr
-    )
+    assert "the edit directions would change none of its 70 units" in result.stderr
 
 
 @pytest.mark.parametrize("damaged", ["target", "source"])
@@ -432,21 +432,29 @@ def test_a_value_that_is_not_a_number_is_found_in_its_tensor(damaged, write, tmp
     assert result.stderr.splitlines()[-1] == said
 
 
-def test_of_a_difference_without_decay_it_is_said_how_little_is_kept(write, tmp_path):
+def test_of_a_difference_without_decay_it_is_said_how_much_is_kept(write, tmp_path):
     source = shutil.copytree(miniature.path("shadow-source"), tmp_path / "source")
     generator = torch.Generator().manual_seed(0)
-
-    def spread(tensor: torch.Tensor) -> None:
-        left, _, right = torch.linalg.svd(torch.randn(tensor.shape, generator=generator), full_matrices=False)
-        tensor += 3 * left @ right
-
-    own = miniature.path("shadow-target")
     for layer in range(10):
-        change_tensor(source, f"model.layers.{layer}.mlp.up_proj.weight", spread)
-    assert own != source
-    result = call("search", write(source=source, modules="up", max_over_refusal=1, max_perplexity=None))
+        name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        change_tensor(source, name, lambda tensor: tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator)))
+    result = call("search", write(source=source, modules="gate,up,down"))
     assert result.exit_code in (0, 3)
-    print(result.stderr)
+    (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
+    assert 50 < float(share) < 98.9
+
+
+def test_of_a_large_difference_without_decay_it_is_warned_that_little_is_kept(caplog):
+    """All singular values are equal, so that no iteration tells their directions apart."""
+    size = 400
+    difference = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0))).Q
+    left, values, right = decompose(difference)
+    share = float((values**2).sum()) / size
+    with caplog.at_level("INFO", logger="dapa_merge"):
+        choose._tell([Spectrum(None, None, left * values, right, values, share)])
+    assert f"{len(values)} directions of 1 matrices hold {100 * share:.1f} % of their differences" in caplog.text
+    assert share < 0.2
+    assert "that is little" in caplog.text
 
 
 def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(done, monkeypatch, caplog):
@@ -456,7 +464,6 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
     from dapa_merge.measure.prompts.parts import split_prompts
     from dapa_merge.plan.selection import make_plan
     from dapa_merge.recipe.parse import load_recipe
-    from dapa_merge.search.spectrum import spectra_of
 
     recipe = load_recipe(done.recipe)
     plan, parts = make_plan(recipe), split_prompts(recipe)

@@ -424,7 +424,8 @@ def _label_all(
             _Box(left + (right - left) * part / 40, bottom + (top - bottom) * part / 40, 0.04, 0.04)
             for part in range(41)
         ]
-    for label, *place in sorted(names, key=lambda name: name[1]):
+    # Long ones first: they fit in fewer places.
+    for label, *place in sorted(names, key=lambda name: (-len(name[0]), name[1])):
         x, y = inches(*place)
         wide = 0.075 * len(label)
         boxes = []

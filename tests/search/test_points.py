@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import answer, call, change_tensor, required, write_few
+from conftest import answer, call, change_tensor, required, skip_drawing, write_few
 
 from dapa_merge import miniature
 from dapa_merge.measure.prompts.sets import load_prompts
@@ -112,17 +112,30 @@ def failed(write, tmp_path_factory) -> tuple[Path, Path, str]:
     return recipe, journal, result.stderr.splitlines()[-1]
 
 
-@pytest.fixture
-def no_tests(monkeypatch):
+def forbid_tests(patch) -> None:
     """No candidate may be tested or measured for a search."""
 
     def ask(*_: object, **__: object) -> None:
         raise AssertionError("a candidate was tested")
 
     for name in ("baseline", "score", "examine"):
-        monkeypatch.setattr(bench.Bench, name, ask)
-    monkeypatch.setattr(ascent.Ascent, "round", ask)
-    monkeypatch.setattr(choose, "generate", ask)
+        patch.setattr(bench.Bench, name, ask)
+    patch.setattr(ascent.Ascent, "round", ask)
+    patch.setattr(choose, "generate", ask)
+
+
+@pytest.fixture(scope="module")
+def picked(failed, tmp_path_factory) -> tuple[Path, str]:
+    """The result of a point that violates a limit, and what was said."""
+    recipe, journal, _ = failed
+    before, out = journal.read_bytes(), tmp_path_factory.mktemp("picked") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_tests(patch)
+        skip_drawing(patch, "svg")
+        result = call("run", recipe, out, "--no-lock", "--journal", journal, "--pick", 3)
+    assert result.exit_code == 0, result.stderr
+    assert journal.read_bytes() == before
+    return out, result.stdout
 
 
 def forbid_models(patch) -> None:
@@ -165,14 +178,9 @@ def test_a_picked_point_is_taken_without_loading_a_model(done, number, no_model)
     assert f"from point {number}, picked by hand and within the limits" in said
 
 
-def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_limit_it_violates(
-    failed, no_tests, only_png, tmp_path
-):
-    recipe, journal, _ = failed
-    before, out = journal.read_bytes(), tmp_path / "out"
-    result = call("run", recipe, out, "--no-lock", "--journal", journal, "--pick", 3)
-    assert result.exit_code == 0, result.stderr
-    assert journal.read_bytes() == before
+def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_limit_it_violates(picked, tmp_path):
+    made, said = picked
+    out = shutil.copytree(made, tmp_path / "out")
     report = read_report(out)
     assert (report.picked, report.tests, report.one_minimal) == (3, 0, None)
     assert len(report.points) == NUM_ROUNDS
@@ -180,7 +188,7 @@ def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_li
     assert report.picked_by_hand is report.points[2]
     assert re.match(r"its DSR is 0\.\d+, 0\.\d+ below the 0\.950 required", complaint)
     violated = f"point 3, picked by hand although it VIOLATES the limits: {complaint}"
-    assert f"taken               {violated}" in result.stdout
+    assert f"taken               {violated}" in said
     card = (out / "README.md").read_text()
     assert f"Taken was\n{violated}." in card
     assert "| within the limits | no | no | no |" in card
@@ -200,27 +208,25 @@ def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_li
     assert call("card", out).exit_code == 4
 
 
-def test_mergekit_takes_the_point_that_a_variable_picks(done, own_cache, monkeypatch, no_pictures, tmp_path):
+def test_mergekit_takes_the_point_that_a_variable_picks(picked, failed, own_cache, monkeypatch, tmp_path, no_model):
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
     from safetensors.torch import load_file
 
-    place = own_cache / "dapa-merge" / "journals" / name_of(done.entries[0]["parts"])
+    recipe, journal, _ = failed
+    place = own_cache / "dapa-merge" / "journals" / name_of(entries(journal)[0]["parts"])
     place.parent.mkdir(parents=True)
-    shutil.copyfile(done.journal, place)
-    with monkeypatch.context() as patch:
-        forbid_models(patch)
-        patch.setenv("DAPA_PICK", "2")
-        result = CliRunner().invoke(mergekit_yaml, [str(done.recipe), str(tmp_path / "merged"), "--quiet"])
+    shutil.copyfile(journal, place)
+    monkeypatch.setenv("DAPA_PICK", "3")
+    result = CliRunner().invoke(mergekit_yaml, [str(recipe), str(tmp_path / "merged"), "--quiet"])
     assert result.exit_code == 0, result.output
-    assert place.read_bytes() == done.journal.read_bytes()
-    result = call("run", done.recipe, tmp_path / "run", "--no-lock", "--journal", done.journal, "--pick", 2)
-    assert result.exit_code == 0, result.stderr
+    assert place.read_bytes() == journal.read_bytes()
 
     def tensors(folder: Path) -> dict[str, torch.Tensor]:
         return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
 
-    merged, written = tensors(tmp_path / "merged"), tensors(tmp_path / "run")
+    merged, written = tensors(tmp_path / "merged"), tensors(picked[0])
+    assert written
     assert all(torch.equal(merged[name], written[name]) for name in written)
 
 
@@ -250,13 +256,11 @@ def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(failed, no_pictures, tmp_path, monkeypatch):
+def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(picked, no_model, tmp_path, monkeypatch):
     from click.testing import CliRunner
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-    recipe, journal, _ = failed
-    assert call("run", recipe, tmp_path / "out", "--no-lock", "--journal", journal, "--pick", 3).exit_code == 0
-    replay = tmp_path / "out" / "mergekit_config.yml"
+    replay = picked[0] / "mergekit_config.yml"
     result = call("run", replay, tmp_path / "again", "--no-lock", "--pick", 3)
     assert result.exit_code == 2
     said = "takes a point of a choice, but the recipe or its lock names the layers"
@@ -333,7 +337,7 @@ class Killed(BaseException):
     pass
 
 
-def test_a_choice_that_dies_after_every_step_ends_with_the_same_journal_and_asks_nothing_twice(
+def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks_nothing_twice(
     done, tmp_path, monkeypatch
 ):
     journal, num_gradients, note = tmp_path / "journal", 0, Journal.note
@@ -344,14 +348,15 @@ def test_a_choice_that_dies_after_every_step_ends_with_the_same_journal_and_asks
         num_gradients += 1
         return gradient(self)
 
-    def die_after(self, name, value):
+    def die_after(self, name, value, last):
         note(self, name, value)
-        raise Killed(name)
+        if name == last:
+            raise Killed(name)
 
     monkeypatch.setattr(ascent.Ascent, "_gradient", count)
-    for name in NOTES:
+    for name in ["choice", "round 1", "round 2", "round 3", "point 2"]:
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "note", die_after)
+            patch.setattr(Journal, "note", functools.partialmethod(die_after, last=name))
             with pytest.raises(Killed, match=name):
                 call("search", done.recipe, "--journal", journal)
         assert notes_of(journal)[-1] == name
@@ -405,14 +410,6 @@ def test_keep_prompts_that_the_target_answers_with_nothing_are_refused(write, tm
     assert f"the target {target} {said}" in result.stderr.splitlines()[-1]
 
 
-def test_a_source_that_refuses_the_keep_prompts_is_told_in_a_line_and_allowed(write, tmp_path):
-    asked = load_prompts("miniature").harmful[16:25]
-    (tmp_path / "keep").write_text("\n".join(asked) + "\n")
-    result = call("search", write(keep=str(tmp_path / "keep"), max_divergence=0.0, modules="down"))
-    assert result.exit_code == 3
-    assert "refuses 3 of the 3 keep prompts of the choice; the result may refuse such prompts too" in result.stderr
-
-
 @pytest.mark.parametrize("command", ["search", "run"])
 def test_models_that_are_equal_have_no_direction(command, write, no_model, tmp_path):
     copy = shutil.copytree(miniature.path("shadow-target"), tmp_path / "copy")
@@ -432,14 +429,18 @@ def test_a_value_that_is_not_a_number_is_found_in_its_tensor(damaged, write, tmp
     assert result.stderr.splitlines()[-1] == said
 
 
-def test_of_a_difference_without_decay_it_is_said_how_much_is_kept(write, tmp_path):
+def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_difference_are_told(write, tmp_path):
     source = shutil.copytree(miniature.path("shadow-source"), tmp_path / "source")
     generator = torch.Generator().manual_seed(0)
     for layer in range(10):
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        # Of noise all singular values are alike.
         change_tensor(source, name, lambda tensor: tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator)))
-    result = call("search", write(source=source, modules="gate,up,down"))
-    assert result.exit_code in (0, 3)
+    (tmp_path / "keep").write_text("\n".join(load_prompts("miniature").harmful[16:25]) + "\n")
+    keep = str(tmp_path / "keep")
+    result = call("search", write(source=source, keep=keep, modules="gate,up,down", max_divergence=0.0))
+    assert result.exit_code == 3
+    assert "refuses 3 of the 3 keep prompts of the choice; the result may refuse such prompts too" in result.stderr
     (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
     assert 50 < float(share) < 98.9
 

@@ -212,13 +212,15 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         tests_unneeded=search.num_unneeded if search else 0,
         share_of_prompts_saved=search.share_saved if search else 0.0,
         prior={str(unit): score for unit, score in search.prior.items()} if search and search.prior else None,
-        one_minimal=search.minimum.one_minimal if search else None,
+        one_minimal=search.minimum.one_minimal if search and not search.by_hand else None,
         certificate=readable_certificate(search.minimum) if search else {},
         num_tensors=len(plan.target.tensors),
         seconds=0.0,
         directions=counts.get("directions"),
         degrees_of_freedom=counts.get("degrees_of_freedom"),
         rungs=evidence.rungs if evidence else (),
+        points=search.points if search else (),
+        picked=search.picked if search else None,
     )
 
 

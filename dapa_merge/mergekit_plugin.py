@@ -53,6 +53,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
+from dapa_merge.search.choose import check_pick
 from dapa_merge.search.ladder import search_ladder
 
 # A box of a tensor in mergekit, and the regions of the same values in each model's files.
@@ -229,6 +230,7 @@ def _select(recipe: Recipe) -> _Selected:
     stamps = _stamps(files)
     recipe, plan = ladder.rungs[0]
     selection = given_selection(recipe, plan)
+    check_pick(options.pick, ladder.choosing().plan, selection)
     if selection is None:
         found = search_ladder(ladder, options).search
         plan, selection = found.plan, join(found.plan, found.minimum.units)

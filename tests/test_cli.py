@@ -432,10 +432,19 @@ def test_long_paths_and_markup_survive_in_the_recipe_that_is_shown(tmp_path, wri
 @pytest.mark.parametrize("damaged", ["target", "source"])
 def test_a_model_of_no_numbers_is_a_damaged_one(write_recipe, tmp_path, damaged, value, small):
     pair = {member: shutil.copytree(miniature.path(member), tmp_path / member) for member in ("target", "source")}
-    change_tensor(pair[damaged], "model.layers.0.mlp.gate_proj.weight", lambda tensor: tensor.fill_(value))
+    change_tensor(pair[damaged], name := "model.layers.0.mlp.gate_proj.weight", lambda tensor: tensor.fill_(value))
     result = call("run", write_recipe(pair["target"], pair["source"], **small), tmp_path / "out")
     assert result.exit_code == 4
-    assert "computes infinities or NaN; its weights are damaged" in last_line(result)
+    said = f"{name} of the {damaged} {pair[damaged]} holds values that are infinite or not a number; it is damaged"
+    assert said in last_line(result)
+
+
+def test_a_model_that_is_damaged_outside_of_the_edit_is_named(write_recipe, tmp_path, small):
+    target = shutil.copytree(miniature.path("target"), tmp_path / "target")
+    change_tensor(target, "model.norm.weight", lambda tensor: tensor.fill_(float("nan")))
+    result = call("run", write_recipe(target, miniature.path("source"), **small), tmp_path / "out")
+    assert result.exit_code == 4
+    assert f"the target {target} computes infinities or NaN; its weights are damaged" in last_line(result)
     assert not (tmp_path / "out").exists()
 
 

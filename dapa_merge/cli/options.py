@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dapa_merge.errors import UsageError, printable
 from dapa_merge.publish.options import CardOptions, given_license
-from dapa_merge.recipe.options import Options, parse_requests
+from dapa_merge.recipe.options import Options, parse_number
 from dapa_merge.verify.result import location_option
 
 environment_option = functools.partial(click.option, show_envvar=True)
@@ -41,6 +41,13 @@ workers_option = click.option(
     "--workers",
     metavar="ray[:N]",
     help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]",
+)
+pick_option = environment_option(
+    "--pick",
+    metavar="N",
+    type=click.IntRange(1),
+    envvar="DAPA_PICK",
+    help="Take point N of those that an edit such as directions offers, whatever its figures are, without a search.",
 )
 evaluator_file_option = environment_option(
     "--evaluator-file",
@@ -92,7 +99,7 @@ out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
 # Options that `--no-evaluate` excludes.
-EVALUATING_NAMES = ("device", "journal", "workers", "evaluator_file", "judge_model", "attacks")
+EVALUATING_NAMES = ("device", "journal", "workers", "pick", "evaluator_file", "judge_model", "attacks")
 
 
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,7 +110,7 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add all options of `Options`, which the command gets as `options`."""
     command = evaluator_options(allow_pickle_option(takes_options(command)))
-    return _with_options(command, (device_option, journal_option, workers_option))
+    return _with_options(command, (device_option, journal_option, workers_option, pick_option))
 
 
 def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,7 +138,7 @@ def _judge_requests(judge_model: str | None, judge_requests: str | None, **_: An
         if judge_model is None and is_given(name):
             raise UsageError(f"--{name.replace('_', '-')} needs a judge; name its model with --judge-model")
     where = "--judge-requests" if is_given("judge_requests") else "DAPA_JUDGE_REQUESTS"
-    return parse_requests(judge_requests, where)
+    return parse_number(judge_requests, where)
 
 
 def _workers(text: str | None) -> dict[str, Any]:

@@ -79,6 +79,7 @@ def make_reference(
     batch_size: BatchSize,
     max_new_tokens: int = MAX_NEW_TOKENS,
     keeps_logits: bool = False,
+    answers: Sequence[list[int]] | None = None,
 ) -> Reference:
     """Let the target answer prompts, and note its distributions at every token of the answers.
 
@@ -90,12 +91,14 @@ def make_reference(
         max_new_tokens: Number of leading tokens of an answer to compare.
         keeps_logits: Whether models with another output layer than the target's will be compared too, such as the
             source. Takes the memory of one number for each token of the answers and each entry of the vocabulary.
+        answers: The tokens of its answers, as `generate_ids` gives them, if they are known.
 
     Raises:
         UsageError: If a prompt is empty, or too long for the model.
     """
     # Not speculative: earlier answers must not decide a near-tie between two tokens.
-    answers = generate_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if answers is None:
+        answers = generate_ids(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     contexts = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [ScoredText(context + answer, len(context)) for context, answer in zip(contexts, answers, strict=True)]
     texts.sort(key=lambda text: -len(text.ids))

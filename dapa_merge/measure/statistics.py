@@ -92,6 +92,23 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each point (cost, value) is on the front: no other costs at most as much and is worth at least as much.
+
+    Equal points are on it together; a point that is not a number is not on it.
+    """
+    best, at_cost = -math.inf, math.inf
+    front = [False] * len(points)
+    # The cheapest first, and of those the most valuable.
+    known = [index for index, point in enumerate(points) if not any(map(math.isnan, point))]
+    for index in sorted(known, key=lambda index: (points[index][0], -points[index][1])):
+        cost, value = points[index]
+        front[index] = value > best or (value, cost) == (best, at_cost)
+        if value > best:
+            best, at_cost = value, cost
+    return front
+
+
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Change:
     """Test a change in paired outcomes (McNemar 1947): whether each prompt was refused before and after.
 

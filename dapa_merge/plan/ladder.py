@@ -63,6 +63,11 @@ class Ladder:
         """The models that any rung reads, by their names in a recipe."""
         return {name: checkpoint for _, plan in self.rungs for name, checkpoint in plan.models.items()}
 
+    def choosing(self) -> Ladder:
+        """The rung alone whose edit chooses what it adds, and so has points to pick; the ladder itself without one."""
+        found = [recipe.edit for recipe, plan in self.rungs if plan.edit.chooses]
+        return self.only(found[0]) if found else self
+
     def only(self, edit: str) -> Ladder:
         """The rung with this edit alone.
 

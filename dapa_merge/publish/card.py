@@ -20,7 +20,15 @@ from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
 from dapa_merge.report.report import Report
-from dapa_merge.report.tables import category_rows, change_lines, figure_rows, skill_label
+from dapa_merge.report.tables import (
+    category_rows,
+    change_lines,
+    complaints,
+    figure_rows,
+    point_rows,
+    skill_label,
+    taken_line,
+)
 from dapa_merge.search.requirement import limits_text
 from dapa_merge.search.result import thrift
 
@@ -114,6 +122,9 @@ def card_text(facts: CardFacts) -> str:
         license=f"[{facts.license}]({facts.license.link})" if facts.license and facts.license.link else facts.license,
         model=model,
         places=places,
+        point_rows=point_rows,
+        complaints=complaints,
+        taken_line=taken_line,
         spans=spans,
         table=_table,
         figure_rows=figure_rows,

@@ -7,6 +7,7 @@ A new constraint is one entry of `CONSTRAINTS`. If its figure is new, `measure/m
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Constraint:
+class Constraint(ABC):
     """A limit on one figure, relative to the figures of the target and of its full transplant.
 
     Attributes:
@@ -96,6 +97,10 @@ class Constraint:
         """Whether a figure meets a limit; a NaN figure meets only a NaN limit."""
         return math.isnan(limit) or (figure >= limit if self.bound == "min" else figure <= limit)
 
+    @abstractmethod
+    def violation(self, figure: float, limit: float) -> float:
+        """How far a figure is beyond a limit, as a share of the worst that there is: in [0, 1], 0 if it is met."""
+
     def counts(self, response: Any) -> bool:
         """Whether a response is part of the share."""
         return bool(response.outcome == self.outcome)
@@ -117,11 +122,25 @@ class Floor(Constraint):
 
     bound, words = "min", ("at most", "below", "required")
 
+    def violation(self, figure: float, limit: float) -> float:
+        if self.is_met(figure, limit):
+            return 0.0
+        # The worst is 0.
+        return 1.0 if math.isnan(figure) else 1 - figure / limit
+
 
 class Ceiling(Constraint):
     """A figure must not exceed its limit."""
 
     bound, words = "max", ("at least", "above", "allowed")
+
+    def violation(self, figure: float, limit: float) -> float:
+        if self.is_met(figure, limit):
+            return 0.0
+        if not math.isfinite(figure):
+            return 1.0
+        # The worst share is 1; other figures have no largest value.
+        return (figure - limit) / (1 - limit) if self.kind is not None else 1 - limit / figure
 
 
 def _kept_score(target: float, full: float, retain: float) -> float:

@@ -52,10 +52,10 @@ class Options:
 
     @classmethod
     def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:
-        """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
+        """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE`, `DAPA_PICK` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
 
         Raises:
-            UsageError: If `DAPA_JUDGE_REQUESTS` is not a whole number of at least 1.
+            UsageError: If `DAPA_JUDGE_REQUESTS` or `DAPA_PICK` is not a whole number of at least 1.
             click.BadParameter: If `DAPA_ALLOW_PICKLE` is neither yes nor no.
         """
         file = environment.get("DAPA_EVALUATOR_FILE")
@@ -64,8 +64,9 @@ class Options:
             evaluator_file=Path(file) if file else None,
             judge_model=environment.get("DAPA_JUDGE_MODEL") or None,
             judge_url=environment.get("DAPA_JUDGE_URL") or None,
-            judge_requests=parse_requests(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),
+            judge_requests=parse_number(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),
             allow_pickle=bool(click.BOOL.convert(environment.get(ALLOW_VARIABLE) or "0", None, None)),
+            pick=parse_number(environment.get("DAPA_PICK"), "DAPA_PICK"),
         )
 
 
@@ -91,8 +92,8 @@ def check_url(url: str, name: str) -> None:
     )
 
 
-def parse_requests(text: str | None, name: str) -> int | None:
-    """Parse a number of requests from the option or variable `name`; None if empty.
+def parse_number(text: str | None, name: str) -> int | None:
+    """Parse a whole number from the option or variable `name`; None if empty.
 
     Raises:
         UsageError: If it is not a whole number of at least 1.

@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dapa_merge.errors import UsageError, one_line
@@ -165,13 +167,41 @@ def draw_models(run: Run) -> Figure | None:
 
 def draw_search(run: Run) -> Figure | None:
     """Draw the path of a run's search; None if there was no search."""
-    return None if run.search is None else search_figure(run.search, run.plan, run.plan.units)
+    # Nothing was tested where a point was picked.
+    if run.search is None or run.search.by_hand:
+        return None
+    return search_figure(run.search, run.plan, run.plan.units)
+
+
+def draw_front(run: Run) -> Figure | None:
+    """Draw the points of a run's choice; None for an edit that does not choose."""
+    search = run.search
+    if search is None or search.picked is None or search.result is None or search.limits is None:
+        return None
+    limits = {constraint.figure: limit for constraint, limit in search.limits.limits}
+    places = [
+        Place(point.name, *_place(point.figures), point.on_front, point.number == search.picked)
+        for point in search.points
+    ]
+    references = [Place("target", 0.0, *_place(search.target.figures)[1:])]
+    if search.reference is not None:
+        references.append(Place("full transplant", *_place(search.reference.figures)))
+    return points_front(places, search.result.number - 1, references, limits, search.limits.measure)
+
+
+def _place(figures: Mapping[str, float]) -> tuple[float, float, float]:
+    return figures["divergence"], figures["score"], figures["over_refusal"]
 
 
 # The names begin with `files.CHART_PREFIX`, by which a transplant knows them.
 CHARTS = (
     Chart("dapa_figures", "Before, after, and the source alone, with 95 % intervals", draw_models),
     Chart("dapa_search", "The search: every selection that was tested, and its score", draw_search),
+    Chart(
+        "dapa_front",
+        "The points that the edit offered: how far each moves what the model says (divergence), and what it refuses",
+        draw_front,
+    ),
 )
 
 
@@ -198,6 +228,25 @@ class Bar(NamedTuple):
 
     value: float
     interval: tuple[float, float] | None = None
+
+
+class Place(NamedTuple):
+    """A point as it is drawn.
+
+    Attributes:
+        divergence: In nats per token.
+        score: DSR, or the evaluator's score.
+        over_refusal: In [0, 1].
+        on_front: Whether the line of the front goes through it.
+        is_taken: Whether it is the one that was taken.
+    """
+
+    label: str
+    divergence: float
+    score: float
+    over_refusal: float
+    on_front: bool = False
+    is_taken: bool = False
 
 
 class Step(NamedTuple):
@@ -264,6 +313,157 @@ def search_path(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+# Divergences of points that differ by more are drawn on a logarithmic axis.
+WIDE = 8
+# Where the label of a marker may stand, in inches from it.
+LABEL_OFFSETS = [
+    (far * x, far * y)
+    for far in (1, 2)
+    for x, y in (
+        (0, 0.17), (0, -0.17), (0.17, 0.14), (0.17, -0.14), (-0.17, 0.14), (-0.17, -0.14), (0.28, 0), (-0.28, 0),
+    )
+]  # fmt: skip
+
+
+def points_front(
+    points: Sequence[Place], result: int, references: Sequence[Place], limits: Mapping[str, float], measure: str
+) -> Figure:
+    """Draw what an edit offered: the score against the divergence, and below it the over-refusal.
+
+    Args:
+        points: In order.
+        result: The index of the one that was transplanted.
+        references: Other models, such as the target; those far to the right are named at the edge.
+        limits: By the name of the figure; NaN for no limit.
+        measure: The name of the score.
+    """
+    known = [point for point in points if math.isfinite(point.divergence)]
+    others = [point for point in references if math.isfinite(point.divergence)]
+    places = [point.divergence for point in known if point.divergence > 0] or [1.0]
+    is_wide = max(places) > WIDE * min(places)
+    marks = [*places, limits.get("divergence", math.nan), *(point.divergence for point in others)]
+    right = max(place for place in marks if place <= 2 * max(places)) * (1.6 if is_wide else 1.12)
+    with sheet(5.2) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
+        if is_wide:
+            upper.set_xscale("symlog", linthresh=min(places), linscale=0.5)
+        upper.set_xlim(-0.2 * min(places) if is_wide else -0.04 * right, right)
+        _draw_limits(upper, lower, limits)
+        front = sorted((point.divergence, point.score) for point in known if point.on_front)
+        upper.plot(*zip(*front, strict=True), color=BLUE, linewidth=1.2, marker="o", label="on the front", zorder=2)
+        if len(front) < len(known):
+            upper.scatter([], [], s=34, color="white", edgecolor=BLUE, linewidth=1.2, label="other points")
+        result_place = points[result]
+        for axes, figure_of, colour in (
+            (upper, attrgetter("score"), BLUE), (lower, attrgetter("over_refusal"), ORANGE),
+        ):  # fmt: skip
+            how: dict[str, Any] = {"edgecolor": colour, "linewidth": 1.2, "zorder": 3}
+            for point in known:
+                face = colour if point.on_front else "white"
+                axes.scatter(point.divergence, figure_of(point), s=34, facecolor=face, **how)
+            for point in others:
+                marker = "D" if point.divergence <= right else ">"
+                at = min(point.divergence, right)
+                axes.scatter(at, figure_of(point), marker=marker, s=38, color=GREY, zorder=3, clip_on=False)
+            how = {"facecolor": "none", "edgecolor": BLACK, "linewidth": 1.1, "zorder": 4}
+            axes.scatter(
+                result_place.divergence, figure_of(result_place), marker="*", s=420, label="transplanted", **how
+            )
+            for point in known:
+                if point.is_taken and point is not result_place:
+                    axes.scatter(point.divergence, figure_of(point), s=150, label="taken before the search", **how)
+        upper.set_ylim(-0.12, 1.16)
+        upper.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        most = max([0.1, *(point.over_refusal for point in (*known, *others))])
+        lower.set_ylim(-0.14 * most, 1.25 * most)
+        lower.yaxis.set_major_locator(plotting().ticker.MaxNLocator(3))
+        names = [(point.label, point.divergence, point.score) for point in known]
+        for point in others:
+            is_far = point.divergence > right
+            label = f"{point.label} (divergence {point.divergence:.2f})" if is_far else point.label
+            names.append((label, min(point.divergence, right), point.score))
+        _label_all(upper, names, front, limits.get("score", math.nan))
+        upper.set_ylabel(measure)
+        lower.set_ylabel("over-refusal")
+        lower.set_xlabel(f"divergence from the target, in nats per token{' (logarithmic)' if is_wide else ''}")
+        upper.set_title(f"What the edit offered: {measure} and over-refusal against divergence", parse_math=False)
+        handles, labels = upper.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
+    return figure
+
+
+def _draw_limits(upper: Axes, lower: Axes, limits: Mapping[str, float]) -> None:
+    how: dict[str, Any] = {"color": BLACK, "linestyle": "--", "linewidth": 1, "zorder": 1}
+    for axes, name in ((upper, "score"), (lower, "over_refusal")):
+        if not math.isnan(limit := limits.get(name, math.nan)):
+            axes.axhline(limit, label="limits" if axes is upper else None, **how)
+    if (limit := limits.get("divergence", math.nan)) <= upper.get_xlim()[1]:
+        for axes in (upper, lower):
+            axes.axvline(limit, **how)
+
+
+def _label_all(
+    axes: Axes, names: Sequence[tuple[str, float, float]], line: Sequence[tuple[float, float]], level: float
+) -> None:
+    """Write labels at their points so that none is on another, nor on a point, a line or a level, if there is room."""
+    width, height = 6.9, 2.6
+    to_axes = axes.transData - axes.transAxes
+
+    def inches(x: float, y: float) -> tuple[float, float]:
+        left, bottom = to_axes.transform((x, y))
+        return width * left, height * bottom
+
+    taken = [_Box(*inches(x, y), 0.26, 0.26) for _, x, y in names]
+    if math.isfinite(level):
+        taken.append(_Box(width / 2, inches(0, level)[1], width, 0.03))
+    corners = [inches(*point) for point in line]
+    for (left, bottom), (right, top) in pairwise(corners):
+        taken += [
+            _Box(left + (right - left) * part / 40, bottom + (top - bottom) * part / 40, 0.04, 0.04)
+            for part in range(41)
+        ]
+    # Long ones first: they fit in fewer places.
+    for label, *place in sorted(names, key=lambda name: (-len(name[0]), name[1])):
+        x, y = inches(*place)
+        wide = 0.075 * len(label)
+        boxes = []
+        for right, up in LABEL_OFFSETS:
+            centre = x + right + (wide / 2 if right > 0 else -wide / 2 if right < 0 else 0)
+            boxes.append((right, up, _Box(centre, y + up, wide, LINE_HEIGHT)))
+        inside = [one for one in boxes if one[2].is_in(width, height)] or boxes
+        right, up, box = min(inside, key=lambda one: sum(one[2].shared(other) for other in taken))
+        taken.append(box)
+        axes.annotate(
+            label, (place[0], place[1]), (72 * right, 72 * up), textcoords="offset points", va="center", fontsize=9,
+            ha="left" if right > 0 else "right" if right < 0 else "center", parse_math=False, zorder=5,
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 4},
+        )  # fmt: skip
+
+
+class _Box(NamedTuple):
+    """A rectangle by its centre, in inches."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def shared(self, other: _Box) -> float:
+        """The area of both."""
+        sides = (
+            (self.width + other.width) / 2 - abs(self.x - other.x),
+            (self.height + other.height) / 2 - abs(self.y - other.y),
+        )
+        return max(0.0, min(sides[0], self.width, other.width)) * max(0.0, min(sides[1], self.height, other.height))
+
+    def is_in(self, width: float, height: float) -> bool:
+        """Whether a sheet with its corner at 0 has it all."""
+        return (
+            abs(self.x - width / 2) <= (width - self.width) / 2
+            and abs(self.y - height / 2) <= (height - self.height) / 2
+        )
 
 
 def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], title: str) -> Figure:

@@ -19,10 +19,12 @@ from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.bench import Bench, make_bench
+from dapa_merge.search.choose import check_pick
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
@@ -78,6 +80,7 @@ def _gather(
 ) -> Evidence:
     """The evidence of one rung; the meter and the source's own figures are the same for all, and kept in `shared`."""
     recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
+    check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
     meter = shared[0][0] if shared else report_meter(recipe, parts.report, options)
     if selection is None:
@@ -126,8 +129,11 @@ def _gather(
 def _searched(found: Search, bench: Bench) -> Searched:
     """The search's measurements of its result, which early verdicts may have left incomplete."""
     prompts = bench.meter.prompts
-    with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
-        after = bench.score(in_order(found.minimum.units))
+    if found.result is not None:
+        after = found.result.figures[SCORE.figure]
+    else:
+        with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
+            after = bench.score(in_order(found.minimum.units))
     return Searched(bench.measure, len(prompts.harmful), len(prompts.harmless), found.target.score, after)
 
 

@@ -15,6 +15,7 @@ from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
 from dapa_merge.plan.ladder import Tried
+from dapa_merge.search.result import Point
 
 REPORT_NAME = "dapa_report.json"
 
@@ -48,12 +49,14 @@ class Report:
         dsr_change: The change on harmful prompts from `before` to `after`.
         over_refusal_change: The same on harmless ones.
         searched: None if the layers were given, like `requirement`, `prior` and `one_minimal`.
+        points: What an edit that chooses offered, measured on the search's prompts; empty for other edits.
+        picked: The number of the point that was taken; None for other edits.
         tests: Distinct selections that the search asked about; 0 if the layers were given.
         tests_recorded: The number of them that were already in the journal.
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
         prior: The expected effect of each unit, in nats; None if the search did not use a prior.
-        one_minimal: Whether each kept unit was shown to be needed; None if the layers were given.
+        one_minimal: Whether each kept unit was shown to be needed; None if the layers were given, or a point picked.
         certificate: For each kept unit, the selection without it, which did not hold.
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
@@ -94,6 +97,8 @@ class Report:
     directions: int | None = None
     degrees_of_freedom: int | None = None
     rungs: tuple[Tried, ...] = ()
+    points: tuple[Point, ...] = ()
+    picked: int | None = None
 
     @property
     def share_of_freedom(self) -> float | None:
@@ -101,6 +106,11 @@ class Report:
         if self.degrees_of_freedom is None or not self.parameters_changed:
             return None
         return self.degrees_of_freedom * self.share_changed / self.parameters_changed
+
+    @property
+    def picked_by_hand(self) -> Point | None:
+        """The point that the user picked, if any, rather than a search."""
+        return self.points[self.picked - 1] if self.picked is not None and self.one_minimal is None else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; figures that are not finite become None, which JSON can represent."""
@@ -133,9 +143,14 @@ def read_report(path: Path) -> Report:
     # `read_json` limits size and depth, which pydantic does not.
     content = json.dumps(read_json(path))
     try:
-        return _REPORT.validate_json(content, strict=True)
+        report = _REPORT.validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not a report that this version reads: {fault_of(error)}") from None
+    if report.picked not in ([*range(1, len(report.points) + 1)] or [None]):
+        raise CheckpointError(
+            f"{path} is not a report that this version reads: picked is {report.picked}, of {len(report.points)} points"
+        )
+    return report
 
 
 def read_figures(content: object) -> Figures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -11,13 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
+from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join
 from dapa_merge.plan.selection import given_selection
+from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
-from dapa_merge.search.result import Search, readable_certificate, thrift
+from dapa_merge.search.requirement import constraints_of
+from dapa_merge.search.result import Point, Search, readable_certificate, thrift
 
 TableRow = tuple[str, list[str]]
 # The name of the skill of a prompt set.
@@ -78,6 +82,56 @@ def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
     return rows
 
 
+def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[list[str], list[TableRow]]:
+    """The head and the rows of a table of points, a column for each.
+
+    Args:
+        points: What an edit offered.
+        measure: The name of the score: DSR, or the evaluator's.
+    """
+
+    def row(label: str, cell: Callable[[Point], str]) -> TableRow:
+        return label, [cell(point) for point in points]
+
+    rows = [
+        row(one.label, lambda point, at=one.figure: f"{point.figures.get(at, math.nan):.3f}")  # type: ignore[misc]
+        for one in constraints_of([one.key for one in CONSTRAINTS], measure)
+        # NaN without anything to measure it on.
+        if not all(math.isnan(point.figures.get(one.figure, math.nan)) for point in points)
+    ]
+    rows += [
+        row("directions", lambda point: str(point.num_directions)),
+        row("on the front", lambda point: "yes" if point.on_front else ""),
+        row("within the limits", lambda point: "no" if point.complaint else "yes"),
+    ]
+    return [point.name for point in points], rows
+
+
+def complaints(points: Sequence[Point]) -> list[tuple[str, str]]:
+    """The points that violate a limit, each with the first that it violates."""
+    return [(f"point {point.name}", printable(point.complaint)) for point in points if point.complaint]
+
+
+def print_points(points: Sequence[Point], measure: str, console: Console) -> None:
+    """Print the points that an edit offered, if any."""
+    if points:
+        console.print(_table(*point_rows(points, measure), head="point"))
+        for label, fact in complaints(points):
+            console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
+    """Which point was taken, by whom, and whether it violates a limit."""
+    point = points[picked - 1]
+    if not by_hand:
+        last = points[-1]
+        left = f"; point {last.number} is what the search left of it" if last.part_of is not None else ""
+        return f"point {picked}, which diverges least of those within the limits{left}"
+    if point.complaint is None:
+        return f"point {picked}, picked by hand and within the limits"
+    return f"point {picked}, picked by hand although it VIOLATES the limits: {printable(point.complaint)}"
+
+
 def skill_label(name: str) -> str:
     """The label of a skill; the skill of a prompt set has no name of its own."""
     return name if name == SKILL else f"{SKILL} {name}"
@@ -121,8 +175,8 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(names: Sequence[str], rows: Sequence[TableRow]) -> Table:
-    table = Table("")
+def _table(names: Sequence[str], rows: Sequence[TableRow], head: str = "") -> Table:
+    table = Table(head)
     for name in names:
         table.add_column(Text(name), justify="right")
     for label, cells in rows:
@@ -136,6 +190,7 @@ def print_report(report: Report, console: Console) -> None:
     figures = [(name, column) for name, column in columns if column is not None]
     if figures:
         console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
+    print_points(report.points, report.searched.measure if report.searched else SCORE.label, console)
     for label, fact in _facts(report):
         console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
 
@@ -156,6 +211,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("perplexity of", report.after.text))
         if not math.isnan(report.after.divergence):
             facts.append(("divergence on", report.keep or "the harmless prompts; the recipe has no `keep`"))
+    if report.picked is not None:
+        by_hand = report.picked_by_hand is not None
+        facts.append(("taken", taken_line(report.points, report.picked, by_hand=by_hand)))
     if report.one_minimal is not None:
         needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
         facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {needed}"))
@@ -334,12 +392,14 @@ def search_json(search: Search, plan: Plan) -> dict[str, Any]:
                 "tests_unneeded": search.num_unneeded,
                 "prompts_asked": search.num_asked,
                 "share_of_prompts_saved": search.share_saved,
-                "one_minimal": minimum.one_minimal,
+                "one_minimal": None if search.by_hand else minimum.one_minimal,
                 "certificate": readable_certificate(minimum),
                 "requirement": search.requirement.to_json(),
                 "score_target": search.target.score,
                 "score_full": search.full.score,
                 "prior": None if search.prior is None else prior_rows(search.prior, kept),
+                "points": [asdict(point) for point in search.points],
+                "picked": search.picked,
                 "seconds": search.seconds,
             }
         )
@@ -353,8 +413,19 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
     if search.prior is not None:
         console.print("What each unit was expected to do for refusing, and what the search kept:")
         print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
+    facts = [f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters"]
+    if search.picked is not None:
+        print_points(search.points, search.requirement.measure, console)
+        facts.append(f"from {taken_line(search.points, search.picked, by_hand=search.by_hand)}")
+    if not search.by_hand:
+        facts += _searched_facts(search)
+    for fact in facts:
+        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+
+
+def _searched_facts(search: Search) -> list[str]:
+    minimum = search.minimum
     facts = [
-        f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters",
         f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
         + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
         *(
@@ -364,5 +435,4 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
     ]
     if not minimum.one_minimal:
         facts.append("NOT proved minimal: the search ended before every unit was seen to be needed")
-    for fact in facts:
-        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+    return facts

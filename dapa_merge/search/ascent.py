@@ -163,6 +163,20 @@ class Ascent:
             on_step()
         return found
 
+    @property
+    def state(self) -> torch.Tensor:
+        """What the next step depends on: weights and both moments, `[3, directions]`, float32, on the CPU."""
+        return torch.stack([self.weights, *self._moments]).cpu()
+
+    def go_on(self, state: torch.Tensor, num_rounds: int) -> None:
+        """Take the `state` of an ascent with the same arguments after some rounds, and go on with its next prompts."""
+        # Copies: steps are made in place.
+        self.weights.copy_(state[0])
+        self._moments.copy_(state[1:])
+        self._num_steps = num_rounds * self._settings.num_steps
+        for _ in range(self._num_steps):
+            self._draw()
+
     def factors(self) -> FactorTable:
         """The directions with their weights, without those below `min_weight`."""
         return factors_of(self.spectra, self.weights, self._settings.min_weight)
@@ -181,12 +195,15 @@ class Ascent:
         self.weights -= self._settings.rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
         self.weights.clamp_(0, self._settings.max_weight)
 
+    def _draw(self) -> tuple[list[tuple[Side, Side]], list[list[ReferenceRow]]]:
+        """The contrasts and the rows of the next step, always in this order: they share one generator."""
+        return next(self._contrasts), [next(group) for group in self._keep]
+
     def _gradient(self) -> tuple[torch.Tensor, Progress]:
         """The gradient of the loss at the current weights, over the next prompts."""
         settings = self._settings
         gradient = torch.full_like(self.weights, settings.sparsity / 100)
-        contrasts = next(self._contrasts)
-        rows = [next(group) for group in self._keep]
+        contrasts, rows = self._draw()
         num_tokens = sum(row.num_counted for group in rows for row in group)
         margins: list[float] = []
         divergence = 0.0

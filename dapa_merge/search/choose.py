@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ import numpy
 import platformdirs
 import torch
 
-from dapa_merge.errors import CannotRepair
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.divergence import make_reference
-from dapa_merge.measure.generate import generate
+from dapa_merge.measure.generate import generate, generate_ids
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.statistics import pareto_front
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, task
+from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench
@@ -36,6 +40,8 @@ from dapa_merge.search.spectrum import MAX_RANK, Spectrum, kept_spectra
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
 DIVERGENCE = "divergence"
+# With a smaller share of the squared norm in the leading directions, a user is warned.
+MIN_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def choose(
         pick: The number of a point to take whatever its figures are; None for the best within the limits.
 
     Raises:
-        CannotRepair: If there is nothing to choose by, or no point meets the limits.
+        CannotRepair: If there is nothing to choose by, no point meets the limits, or the picked one changes nothing.
+        UsageError: If the target answers nothing to the keep prompts.
         CheckpointError: If a model has values, or computes gradients, that are not finite numbers.
     """
     with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
@@ -104,8 +111,10 @@ def choose(
         points.append(Point(len(points) + 1, dict(baseline.figures), edit.factors.num_directions, complaint))
         LOG.info(points[-1].text(limits))
     number = pick if pick is not None else _best(points)
-    if number is None or number > len(points):
+    if number is None:
         raise CannotRepair(_none(points, limits, plan))
+    if not plans[number - 1].units:
+        raise CannotRepair(f"point {number} has no directions, so that it is the target; `--pick` another one")
     return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1])
 
 
@@ -118,12 +127,49 @@ def kept_file(parts: Mapping[str, str]) -> Path | None:
     return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
 
 
+def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = None) -> None:
+    """Raise `UsageError` if the point to pick cannot exist.
+
+    Args:
+        pick: Its number; None for no wish.
+        plan: The recipe's.
+        selection: The units that the recipe or its lock names; None for a search.
+    """
+    if pick is None:
+        return
+    if not plan.edit.chooses:
+        raise UsageError(
+            f"--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which {plan.edit.name} does not; "
+            f"leave it out"
+        )
+    if selection is not None:
+        raise UsageError(
+            "--pick (DAPA_PICK) takes a point of a choice, but the recipe or its lock names the layers; leave it out, "
+            "or write `layers: auto`"
+        )
+    if not 1 <= pick <= (most := Settings().num_rounds):
+        raise UsageError(
+            f"--pick (DAPA_PICK) is {pick}, but a choice has the points 1 to {most}; without --pick, a search takes "
+            f"one and leaves out what it does not need"
+        )
+
+
+def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
+    """The points, marked whether they are on the front of divergence and score."""
+    front = pareto_front([(point.figures.get(DIVERGENCE, math.nan), point.figures[SCORE.figure]) for point in points])
+    return tuple(replace(point, on_front=on_front) for point, on_front in zip(points, front, strict=True))
+
+
 def _tell(spectra: Sequence[Spectrum]) -> None:
-    share = sum(one.share for one in spectra) / len(spectra)
+    """Say how much of the differences the directions hold: a difference without decay keeps little of itself."""
+    held = [float((one.values.double() ** 2).sum()) for one in spectra]
+    share = sum(held) / sum(norm / one.share for norm, one in zip(held, spectra, strict=True))
     LOG.info(
         f"{sum(one.rank for one in spectra)} directions of {len(spectra)} matrices hold {100 * share:.1f} % of their "
-        f"differences"
+        f"differences (of the squared norm)"
     )
+    if share < MIN_SHARE:
+        LOG.warning("that is little: what the source learned may be in the rest, of which nothing can be added")
 
 
 def _best(points: Sequence[Point]) -> int | None:
@@ -137,13 +183,23 @@ def _best(points: Sequence[Point]) -> int | None:
     return min(within, key=order).number if within else None
 
 
+def nearest(points: Sequence[Point], limits: Requirement) -> Point | None:
+    """The point whose violations of the limits sum to least, the first one on a tie; None if all change nothing.
+
+    See `Constraint.violation`: each is a share of the worst that there is, so that a DSR of 0 weighs as much as an
+    over-refusal of 1.
+    """
+    some = [point for point in points if point.num_directions]
+    return min(some, key=lambda point: limits.violation(point.figures), default=None)
+
+
 def _none(points: Sequence[Point], limits: Requirement, plan: Plan) -> str:
     """The sentence for a choice whose points all violate a limit: which one is nearest, and how to take it."""
-    nearest = max(points, key=lambda point: point.figures.get("score", 0.0))
-    return (
-        f"no choice of directions of {plan.source.name} meets the recipe's limits; the nearest is point "
-        f"{nearest.number}: {nearest.complaint}; `--pick {nearest.number}` takes it"
-    )
+    told = "; ".join(point.text(limits) for point in points)
+    way = ""
+    if (found := nearest(points, limits)) is not None:
+        way = f". Nearest is point {found.number}: `--pick {found.number}` takes it (DAPA_PICK for mergekit-yaml)"
+    return f"no choice of directions of {plan.source.name} meets the recipe's limits: {told}{way}"
 
 
 def _with_edit(plan: Plan, edit: Directions) -> Plan:
@@ -158,15 +214,14 @@ def _rounds(
     choice: PromptSet,
     spectra: Sequence[Spectrum],
     settings: Settings,
-) -> Iterator[torch.Tensor]:
-    """Yield the weights after each round, from the journal if all are recorded."""
+) -> list[torch.Tensor]:
+    """The weights after each round; a round is in the journal before the next begins, and is not made again."""
     names = [f"round {number}" for number in range(1, settings.num_rounds + 1)]
-    if all(name in journal.notes for name in names):
-        for name in names:
-            yield _decoded(journal.notes[name])
-        return
-    sides, groups = _material(plan, bench, choice, settings)
-    found = []
+    states = [_decoded(journal.notes[name]) for name in takewhile(journal.notes.__contains__, names)]
+    if len(states) == len(names):
+        return [state[0] for state in states]
+    said = _said(plan, bench, journal, choice, settings)
+    sides = _sides(plan, bench, choice, settings, said)
     # All rounds first: a candidate's measurement needs the target's own tensors.
     with widened(bench.live.model):
         keep = [
@@ -175,67 +230,117 @@ def _rounds(
                 bench.live.tokenizer,
                 prompts,
                 batch_size=bench.meter.batch_size,
-                max_new_tokens=tokens,
+                max_new_tokens=num_tokens,
+                answers=answers,
             ).rows
-            for prompts, tokens in groups
+            for (prompts, num_tokens), answers in zip(_kept(choice, settings), said["kept"], strict=True)
         ]
         ascent = Ascent(bench.live, spectra, sides, keep, settings, MAX_BACKWARD)
-        total = settings.num_rounds * settings.num_steps
-        with task("choosing directions", total, "steps"):
-            for _ in names:
+        if states:
+            LOG.info(f"{len(states)} of {len(names)} rounds are in the journal already")
+            ascent.go_on(states[-1], len(states))
+        left = names[len(states) :]
+        with task("choosing directions", len(left) * settings.num_steps, "steps"):
+            for name in left:
                 progress = ascent.round(lambda: advance(1, "steps"))
+                states.append(ascent.state)
+                journal.note(name, _encoded(states[-1]))
                 LOG.info(
                     f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the "
                     f"divergence {progress.divergence:.4f}"
                 )
-                found.append(ascent.weights.cpu().clone())
-    for name, weights in zip(names, found, strict=True):
-        journal.note(name, _encoded(weights))
-        yield weights
+    return [state[0] for state in states]
 
 
-def _material(
-    plan: Plan, bench: Bench, choice: PromptSet, settings: Settings
-) -> tuple[list[Any], list[tuple[tuple[str, ...], int]]]:
-    """The contrasts of the choice's harmful prompts, and its keep and harmless prompts with their lengths."""
-    live, classifier = bench.live, bench.meter.classifiers[0]
+def _kept(choice: PromptSet, settings: Settings) -> list[tuple[tuple[str, ...], int]]:
+    """The groups of prompts whose answers are to stay, the keep prompts last, and how many tokens of each."""
+    groups = [(choice.harmless, settings.num_tokens), (choice.keep, settings.num_keep_tokens)]
+    return groups[:1] if choice.keep == choice.harmless else groups
 
-    def answers() -> list[str]:
-        return generate(
-            live.model,
-            live.tokenizer,
-            choice.harmful,
-            max_new_tokens=max(bench.meter.max_new_tokens, settings.num_tokens),
-            batch_size=bench.meter.batch_size,
+
+def _said(plan: Plan, bench: Bench, journal: Journal, choice: PromptSet, settings: Settings) -> dict[str, Any]:
+    """What target and source answer to the prompts of the choice, from the journal if recorded.
+
+    Returns:
+        `harmful`: for each harmful prompt, the target's response and its outcome, and the source's; `kept`: the tokens
+        of the target's answers to each group of `_kept`; `num_refusing`: how many keep prompts the source refuses.
+    """
+    if "choice" not in journal.notes:
+        live, classifier, batch_size = bench.live, bench.meter.classifiers[0], bench.meter.batch_size
+        num_tokens = max(bench.meter.max_new_tokens, settings.num_tokens)
+
+        def responses(prompts: Sequence[str]) -> list[tuple[str, str]]:
+            found = generate(live.model, live.tokenizer, prompts, max_new_tokens=num_tokens, batch_size=batch_size)
+            outcomes = classifier.classify(prompts, found)
+            return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
+
+        groups = _kept(choice, settings)
+        keep = groups[-1][0] if len(groups) > 1 else ()
+        num_prompts = 2 * len(choice.harmful) + len(keep) + sum(len(prompts) for prompts, _ in groups)
+        with task("reading the answers of target and source", num_prompts, "prompts"):
+            before = responses(choice.harmful)
+            kept = [
+                generate_ids(live.model, live.tokenizer, prompts, max_new_tokens=number, batch_size=batch_size)
+                for prompts, number in groups
+            ]
+            bench.use(plan.reference)
+            with live.transplanted(plan.units):
+                after, of_keep = responses(choice.harmful), responses(keep)
+        journal.note(
+            "choice",
+            {
+                "harmful": [[*was, *now] for was, now in zip(before, after, strict=True)],
+                "kept": kept,
+                "num_refusing": [outcome for _, outcome in of_keep].count(Outcome.REFUSED.value),
+            },
+        )
+    said: dict[str, Any] = journal.notes["choice"]
+    _check_kept(plan, bench, choice, said)
+    return said
+
+
+def _check_kept(plan: Plan, bench: Bench, choice: PromptSet, said: Mapping[str, Any]) -> None:
+    """Say which keep prompts are of little use; raise `UsageError` if none is of any."""
+    texts = bench.live.tokenizer.batch_decode(said["kept"][-1], skip_special_tokens=True)
+    num_empty = sum(not text.strip() for text in texts)
+    if num_empty == len(texts):
+        raise UsageError(
+            f"the target {plan.target.name} answers nothing to any of the {len(texts)} keep prompts of the choice; "
+            f"name prompts that it answers with `keep`"
+        )
+    if num_empty:
+        LOG.warning(f"the target answers nothing to {num_empty} of the {len(texts)} keep prompts of the choice")
+    if said["num_refusing"]:
+        LOG.warning(
+            f"the source {plan.source.name} refuses {said['num_refusing']} of the {len(choice.keep)} keep prompts of "
+            f"the choice; the result may refuse such prompts too"
         )
 
-    with task("reading the answers of target and source", 2 * len(choice.harmful), "prompts"):
-        answering = answers()
-        bench.use(plan.reference)
-        with live.transplanted(plan.units):
-            refusing = answers()
-    outcomes = [classifier.classify(choice.harmful, said) for said in (answering, refusing)]
+
+def _sides(
+    plan: Plan, bench: Bench, choice: PromptSet, settings: Settings, said: Mapping[str, Any]
+) -> list[tuple[Any, ...]]:
+    """The contrasts of the choice's harmful prompts that the source refuses and the target answers."""
     contrasts = [
         Contrast(prompt, refusing=after, complying=before)
-        for prompt, before, after, was, now in zip(choice.harmful, answering, refusing, *outcomes, strict=True)
-        if was is not Outcome.REFUSED and now is Outcome.REFUSED
+        for prompt, (before, was, after, now) in zip(choice.harmful, said["harmful"], strict=True)
+        if was != Outcome.REFUSED.value and now == Outcome.REFUSED.value
     ]
-    sides = [tuple(found) for one in contrasts if (found := sides_of(live.tokenizer, one, settings.num_tokens))]
+    tokenizer = bench.live.tokenizer
+    sides = [tuple(found) for one in contrasts if (found := sides_of(tokenizer, one, settings.num_tokens))]
     if not sides:
         raise CannotRepair(
             f"the source {plan.source.name} refuses none of the {len(choice.harmful)} harmful prompts of the choice "
             f"that the target answers; there is nothing to learn from"
         )
     LOG.info(f"{len(sides)} of {len(choice.harmful)} prompts are refused by the source and answered by the target")
-    groups = [(choice.harmless, settings.num_tokens)]
-    if choice.keep != choice.harmless:
-        groups.append((choice.keep, settings.num_keep_tokens))
-    return sides, groups
+    return sides
 
 
-def _encoded(weights: torch.Tensor) -> dict[str, Any]:
-    return {"weights": base64.b64encode(weights.numpy().astype("<f4").tobytes()).decode()}
+def _encoded(state: torch.Tensor) -> dict[str, Any]:
+    return {"state": base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()}
 
 
 def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
-    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["weights"]), dtype="<f4").copy())
+    """`[3, directions]`, as `Ascent.state`."""
+    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(3, -1)

@@ -79,6 +79,9 @@ def climb(ladder: Ladder, options: Options, attempt: Callable[[Attempt], Outcome
         CannotRepair: If no rung repairs the target: its own error for a recipe of one edit, or why each does not.
         DapaError: Whatever else `attempt` raises.
     """
+    if options.pick is not None and ladder.is_auto:
+        ladder = ladder.choosing()
+        options = _own_journal(options, ladder.recipe.edit)
     if not ladder.is_auto:
         ((recipe, plan),) = ladder.rungs
         return attempt(Attempt(recipe, plan, options)), ()

@@ -90,6 +90,10 @@ class Requirement:
         found = ((one, figures[one.figure], limit) for one, limit in self.limits)
         return _first(one.complaint(figure, figure, limit) for one, figure, limit in found)
 
+    def violation(self, figures: Mapping[str, float]) -> float:
+        """The sum of `Constraint.violation` over the limits; 0 if these figures meet the requirement."""
+        return sum(one.violation(figures[one.figure], limit) for one, limit in self.limits)
+
     def to_json(self) -> dict[str, float | str]:
         """Plain data for the report."""
         return {**{one.name: limit for one, limit in self.limits}, "measure": self.measure}

@@ -8,7 +8,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
-from dapa_merge.measure.figures import Response
+from dapa_merge.measure.figures import Number, Response
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.requirement import Requirement
@@ -57,19 +57,28 @@ class Point:
         number: From 1.
         figures: Of the active constraints, by name.
         num_directions: The rank that it uses, in all matrices together.
-        complaint: The first limit that it violates; None if it is within all.
+        complaint: The first limit of the recipe that it violates; None if it is within all.
+        on_front: Whether no other point has less divergence and a score as high, or as little and a higher one.
+        part_of: The number of the point that it is a part of, if the search left matrices out; None for a round.
     """
 
     number: int
-    figures: Mapping[str, float]
+    figures: Mapping[str, Number]
     num_directions: int
     complaint: str | None
+    on_front: bool = False
+    part_of: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its number, with that of the point that it is a part of."""
+        return str(self.number) if self.part_of is None else f"{self.number} (part of {self.part_of})"
 
     def text(self, limits: Requirement) -> str:
         """The point as one line."""
         told = [f"{one.label} {self.figures[one.figure]:.3f}" for one, _ in limits.limits if one.figure in self.figures]
         verdict = "within the limits" if self.complaint is None else self.complaint
-        return f"point {self.number}: {', '.join(told)}; {self.num_directions} directions; {verdict}"
+        return f"point {self.name}: {', '.join(told)}, {self.num_directions} directions ({verdict})"
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,10 @@ class Search:
         seconds: Wall-clock time.
         plan: The plan that the selection belongs to, with what the edit chose.
         points: What an edit that chooses offered, in order.
-        picked: The number of the point that was taken; None for other edits.
+        picked: The number of the point that was taken, of those of the rounds; None for other edits.
+        by_hand: Whether the user picked it, so that nothing was searched.
+        limits: The recipe's limits, which a point must meet: `requirement`, but for what a search adds.
+        reference: The figures of a full transplant, of which no point is a part; None for other edits.
     """
 
     minimum: Minimum[Unit]
@@ -109,6 +121,16 @@ class Search:
     plan: Plan
     points: tuple[Point, ...] = ()
     picked: int | None = None
+    by_hand: bool = False
+    limits: Requirement | None = None
+    reference: Baseline | None = None
+
+    @property
+    def result(self) -> Point | None:
+        """The point of the selection: the last one if the search left matrices out; None for other edits."""
+        if self.picked is None:
+            return None
+        return self.points[-1] if self.points[-1].part_of is not None else self.points[self.picked - 1]
 
     @property
     def share_saved(self) -> float:

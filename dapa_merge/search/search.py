@@ -13,10 +13,11 @@ from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
+from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
-from dapa_merge.plan.edit import Directions
-from dapa_merge.plan.plan import Plan, divide, join
+from dapa_merge.plan.edit import Directions, not_finite
+from dapa_merge.plan.plan import Plan, divide, join, reduced
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import SCORE
@@ -26,11 +27,11 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
-from dapa_merge.search.choose import DIVERGENCE, Chosen, choose
+from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, with_front
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
-from dapa_merge.search.result import Asked, Baseline, Search, thrift
+from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.workers import Oracle, Test, in_order, names_of
 
 Prior = Mapping[Unit, float]
@@ -59,6 +60,7 @@ class Session:
 
 def search_plan(recipe: Recipe, plan: Plan, options: Options, *, possible: float | None = None) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names; `possible` for a rung."""
+    check_pick(options.pick, plan)
     parts = split_prompts(recipe, is_rung=possible is not None)
     plan = without_equal_units(recipe, plan)
     with (
@@ -78,16 +80,64 @@ def search(session: Session) -> Search:
         DapaError: For any other error; finished tests are in the journal.
     """
     start = time.monotonic()
-    bench = session.bench
     target, full = baselines(session)
     limits = _limits(session, target, full)
-    chosen: Chosen | None = None
-    if session.plan.edit.chooses:
-        chosen = _choose(session, limits)
-        full = chosen.baseline
-        limits = _after_choice(limits, chosen)
-        session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))
-    plan, journal = session.plan, session.journal
+    search_all = _search_points if session.plan.edit.chooses else _search_units
+    found = search_all(session, limits, target, full)
+    return replace(found, seconds=time.monotonic() - start)
+
+
+def _search_points(session: Session, limits: Requirement, target: Baseline, reference: Baseline) -> Search:
+    """Let the edit choose, and search among the matrices of the point that was taken, unless the user picked it."""
+    chosen = _choose(session, limits)
+    session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))
+    plan, points = chosen.plan, chosen.points
+    by_hand = session.options.pick is not None
+    if by_hand:
+        # Whoever picks a point has seen its figures.
+        whole, num_units = Minimum(plan.units, 0, False, {}), len(plan.units)
+        found = Search(whole, limits, target, chosen.baseline, None, (), num_units, 0, 0, 0, 0, 0.0, plan)
+    else:
+        # A part may stray hardly further from the target than the point.
+        most = chosen.baseline.figures[DIVERGENCE] * MORE_DIVERGENCE
+        found = _search_units(session, limits.lowered(DIVERGENCE, most), target, chosen.baseline)
+        if set(found.minimum.units) != set(plan.units):
+            points += (_part(session, found.minimum.units, limits, chosen),)
+    return replace(
+        found,
+        points=with_front(points),
+        picked=chosen.number,
+        by_hand=by_hand,
+        limits=limits,
+        reference=reference,
+    )
+
+
+def _part(session: Session, units: Sequence[Unit], limits: Requirement, chosen: Chosen) -> Point:
+    """What the search left of the point that was taken, as a point."""
+    # Each matrix is a unit, in the plan's order.
+    name = f"figures of {','.join(map(str, in_order(units)))}"
+    if name not in session.journal.notes:
+        session.bench.use(session.plan)
+        with task("measuring the selection", session.bench.num_prompts, "prompts"):
+            session.journal.note(name, session.bench.baseline(in_order(units)).to_json())
+    figures = Baseline.from_json(session.journal.notes[name]).figures
+    edit = reduced(session.plan, units).edit
+    assert isinstance(edit, Directions)
+    point = Point(
+        len(chosen.points) + 1,
+        dict(figures),
+        edit.factors.num_directions,
+        limits.complaint(figures),
+        part_of=chosen.number,
+    )
+    LOG.info(point.text(limits))
+    return point
+
+
+def _search_units(session: Session, limits: Requirement, target: Baseline, full: Baseline) -> Search:
+    """Delta debugging among the units of the session's plan; see `search`."""
+    plan, journal, bench = session.plan, session.journal, session.bench
     recorded = frozenset(journal.tests)
     if recorded:
         LOG.info(f"{len(recorded)} tests are in the journal already")
@@ -117,10 +167,8 @@ def search(session: Session) -> Search:
         num_unneeded=len(set(journal.tests) - recorded - oracle.asked.keys()),
         num_asked=sum(piece.num_prompts for test in tests for piece in _pieces(test)),
         num_prompts=sum(test["num_prompts"] for test in tests),
-        seconds=time.monotonic() - start,
+        seconds=0.0,
         plan=plan,
-        points=chosen.points if chosen else (),
-        picked=chosen.number if chosen else None,
     )
     saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
     LOG.info(f"found {spans(join(plan, minimum.units))} in {found.minimum.tests} tests; saved {saved}")
@@ -147,11 +195,20 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     told = [f"{label} {figure:.3f}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
+        _check_finite(session.plan, ["source"] if units else ["target"])
         model = f"the target {recipe.target}" + (
             f", with every unit edited by the source {recipe.source}," if units else ""
         )
         raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
+
+
+def _check_finite(plan: Plan, names: Sequence[str]) -> None:
+    """Raise `CheckpointError` for the first of the plan's tensors, of these models, with values that are not finite."""
+    for regions in plan.regions(plan.units):
+        for name in names:
+            if not bool(mapped_values(plan.models[name], regions[name]).float().isfinite().all()):
+                raise not_finite(regions[name].name, plan.models, name)
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
@@ -193,19 +250,6 @@ def _choose(session: Session, limits: Requirement) -> Chosen:
     return chosen
 
 
-def _after_choice(limits: Requirement, chosen: Chosen) -> Requirement:
-    """The limits of a search among a point's matrices: it may not stray further from the target than the point.
-
-    A point that was picked although it violates limits sets its own.
-    """
-    figures = chosen.baseline.figures
-    own = tuple(
-        (one, figures[one.figure] if one.complaint(figures[one.figure], figures[one.figure], limit) else limit)
-        for one, limit in limits.limits
-    )
-    return Requirement(own).lowered(DIVERGENCE, figures[DIVERGENCE] * MORE_DIVERGENCE)
-
-
 def _marked(journal: Journal | MarkedJournal, plan: Plan) -> MarkedJournal:
     assert isinstance(journal, Journal)
     assert isinstance(plan.edit, Directions)
@@ -220,9 +264,6 @@ def _minimum(
     Returns the outcome, the prior of the plan's units, and the number of candidates.
     """
     recipe, plan = session.recipe, session.plan
-    if session.options.pick is not None and plan.edit.chooses:
-        # Taken as it is: whoever picks a point has seen its figures.
-        return Minimum(plan.units, 0, False, {}), None, len(plan.units)
     units = _preferred(session, oracle)
     prior = _weigh(session, plan.units, "prior", target, full)
     LOG.info(f"searching among {len(units)} units for the few that keep a {limits.measure} of {limits.min_score:.3f}")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Change
-from dapa_merge.measure.statistics import interval, mean_interval
+from dapa_merge.measure.statistics import interval, mean_interval, pareto_front
 from dapa_merge.measure.statistics import mcnemar as compare
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), max_size=200)
@@ -104,3 +104,16 @@ def test_a_p_value_too_small_for_eyes_is_no_zero():
 def test_outcomes_of_other_prompts_are_not_paired():
     with pytest.raises(ValueError, match="zip"):
         compare([True], [True, False])
+
+
+NUMBERS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 1.0, math.inf, math.nan])
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=8))
+def test_a_point_is_on_the_front_unless_another_is_as_good_in_both_and_better_in_one(points):
+    def beats(one, other):
+        return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+    known = [point for point in points if not any(map(math.isnan, point))]
+    expected = [point in known and not any(beats(one, point) for one in known) for point in points]
+    assert pareto_front(points) == expected

@@ -1,0 +1,505 @@
+"""The points of an edit that chooses: which one is taken, picks, kills during the choice, and bad input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import warm
+from conftest import answer, call, change_tensor, required, skip_drawing, write_few
+
+from dapa_merge import miniature
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.recipe.constraints import CONSTRAINTS
+from dapa_merge.recipe.options import Options
+from dapa_merge.report.report import read_report
+from dapa_merge.search import ascent, bench, choose, identity, search
+from dapa_merge.search.choose import nearest, with_front
+from dapa_merge.search.journal import Journal, name_of
+from dapa_merge.search.result import Point
+from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
+
+# Three rounds are enough for the packaged pair, and short ones: what counts here is not the repair.
+NUM_ROUNDS = 3
+QUICK = {"num_rounds": NUM_ROUNDS, "num_steps": 4, "rate": 0.2}
+# The same in a process of its own, which is then the command.
+PATCHED = f"""
+import functools
+from dapa_merge.search import ascent, choose, identity, search
+for module in (choose, identity, search):
+    module.Settings = functools.partial(ascent.Settings, **{QUICK})
+from dapa_merge.cli import main
+main()
+"""
+NOTES = ["target", "full transplant", "choice", *(f"round {n}" for n in (1, 2, 3)), *(f"point {n}" for n in (1, 2, 3))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_settings():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (choose, identity, search):
+            patch.setattr(module, "Settings", functools.partial(ascent.Settings, **QUICK))
+        yield
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """Writes a recipe that chooses directions of the shadow-aligned pair, with few prompts."""
+    folder = tmp_path_factory.mktemp("recipes")
+    write_few(folder / "prompts", 16)
+    questions = load_prompts("miniature").skill
+    (folder / "keep.txt").write_text("\n".join(question.prompt for question in questions[:18]) + "\n")
+
+    def write(target="shadow-target", source="shadow-source", **parameters) -> Path:
+        found = {
+            "layers": "auto", "edit": "directions", "prompts": str(folder / "prompts"),
+            "keep": str(folder / "keep.txt"), "max_new_tokens": 12, "batch_size": 128, "max_tests": 4, **parameters,
+        }  # fmt: skip
+        models = [place if isinstance(place, Path) else miniature.path(place) for place in (target, source)]
+        path = folder / f"{len(list(folder.iterdir()))}.yml"
+        path.write_text(
+            f"merge_method: dapa\nbase_model: {models[0]}\nmodels: [{{model: {models[1]}}}]\n"
+            f"parameters: {json.dumps({key: value for key, value in found.items() if value is not None})}\n"
+        )
+        return path
+
+    return write
+
+
+@dataclass(frozen=True)
+class Done:
+    recipe: Path
+    journal: Path
+    found: dict
+
+    @property
+    def entries(self) -> list[dict]:
+        return entries(self.journal)
+
+
+def entries(journal: Path) -> list[dict]:
+    """The lines of a journal, without what is of their place and time."""
+    lines = [json.loads(line) for line in journal.read_bytes().split(b"\n") if line]
+    return [{key: value for key, value in line.items() if key not in ("check", "seconds")} for line in lines]
+
+
+def notes_of(journal: Path) -> list[str]:
+    return [entry["note"] for entry in entries(journal) if "note" in entry]
+
+
+@pytest.fixture(scope="module")
+def done(write, tmp_path_factory) -> Done:
+    recipe, journal = write(modules="gate,up,down"), tmp_path_factory.mktemp("done") / "journal"
+    return Done(recipe, journal, answer("search", recipe, "--journal", journal, "--json"))
+
+
+@pytest.fixture(scope="module")
+def failed(write, tmp_path_factory) -> tuple[Path, Path, str]:
+    """A recipe none of whose points meets the limits, its journal, and what is said."""
+    recipe, journal = write(modules="down"), tmp_path_factory.mktemp("failed") / "journal"
+    result = call("search", recipe, "--journal", journal)
+    assert result.exit_code == 3
+    return recipe, journal, result.stderr.splitlines()[-1]
+
+
+def forbid_tests(patch) -> None:
+    """No candidate may be tested or measured for a search."""
+
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("a candidate was tested")
+
+    for name in ("baseline", "score", "examine"):
+        patch.setattr(bench.Bench, name, ask)
+    patch.setattr(ascent.Ascent, "round", ask)
+    patch.setattr(choose, "generate", ask)
+
+
+@pytest.fixture(scope="module")
+def picked(failed, tmp_path_factory) -> tuple[Path, str]:
+    """The result of a point that violates a limit, and what was said."""
+    recipe, journal, _ = failed
+    before, out = journal.read_bytes(), tmp_path_factory.mktemp("picked") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        forbid_tests(patch)
+        skip_drawing(patch, "svg")
+        result = call("run", recipe, out, "--no-lock", "--journal", journal, "--pick", 3)
+    assert result.exit_code == 0, result.stderr
+    assert journal.read_bytes() == before
+    return out, result.stdout
+
+
+def forbid_models(patch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    patch.setattr("dapa_merge.measure.live.load_model", load)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    forbid_models(monkeypatch)
+
+
+def test_the_point_within_the_limits_that_diverges_least_is_taken_and_the_selection_is_a_point_too(done):
+    *rounds, last = done.found["points"]
+    assert [point["number"] for point in rounds] == list(range(1, NUM_ROUNDS + 1))
+    assert not any(point["complaint"] for point in rounds)
+    taken = min(rounds, key=lambda point: point["figures"]["divergence"])
+    assert done.found["picked"] == taken["number"] == last["part_of"]
+    assert last["number"] == NUM_ROUNDS + 1
+    assert 0 < last["num_directions"] < taken["num_directions"]
+    assert notes_of(done.journal)[: len(NOTES)] == NOTES
+    # What the drops did to its figures is measured.
+    assert last["figures"] != taken["figures"]
+    assert last["figures"]["divergence"] <= search.MORE_DIVERGENCE * taken["figures"]["divergence"]
+    assert last["on_front"]
+
+
+@pytest.mark.parametrize("number", range(1, NUM_ROUNDS + 1))
+def test_a_picked_point_is_taken_without_loading_a_model(done, number, no_model):
+    before = done.journal.read_bytes()
+    found = answer("search", done.recipe, "--journal", done.journal, "--pick", number, "--json")
+    assert done.journal.read_bytes() == before
+    assert (found["picked"], found["tests"], found["one_minimal"]) == (number, 0, None)
+    assert [point["figures"] for point in found["points"]] == [
+        point["figures"] for point in done.found["points"][:NUM_ROUNDS]
+    ]
+    said = call("search", done.recipe, "--journal", done.journal, "--pick", number).stdout
+    assert f"from point {number}, picked by hand and within the limits" in said
+
+
+def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_limit_it_violates(picked, tmp_path):
+    made, said = picked
+    out = shutil.copytree(made, tmp_path / "out")
+    report = read_report(out)
+    assert (report.picked, report.tests, report.one_minimal) == (3, 0, None)
+    assert len(report.points) == NUM_ROUNDS
+    complaint = report.points[2].complaint
+    assert report.picked_by_hand is report.points[2]
+    assert re.match(r"its DSR is 0\.\d+, 0\.\d+ below the 0\.950 required", complaint)
+    violated = f"point 3, picked by hand although it VIOLATES the limits: {complaint}"
+    assert f"taken               {violated}" in said
+    card = (out / "README.md").read_text()
+    assert f"Taken was\n{violated}." in card
+    assert "| within the limits | no | no | no |" in card
+    assert "Nothing was searched" in card
+    assert "![The points that the edit offered" in card
+    assert (out / "dapa_front.png").is_file()
+    assert not (out / "dapa_search.png").exists()
+    # Requirement and score are those of the recipe and of the point.
+    assert report.requirement["min_score"] == pytest.approx(0.95)
+    assert report.searched.after == report.points[2].figures["score"]
+    # Reports of earlier versions lack the points.
+    old = json.loads((out / "dapa_report.json").read_text())
+    del old["points"], old["picked"]
+    (out / "dapa_report.json").write_text(json.dumps(old))
+    assert read_report(out).points == ()
+    (out / "dapa_report.json").write_text(json.dumps({**old, "picked": 2}))
+    assert call("card", out).exit_code == 4
+
+
+def test_mergekit_takes_the_point_that_a_variable_picks(picked, failed, own_cache, monkeypatch, tmp_path, no_model):
+    from click.testing import CliRunner
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+    from safetensors.torch import load_file
+
+    recipe, journal, _ = failed
+    place = own_cache / "dapa-merge" / "journals" / name_of(entries(journal)[0]["parts"])
+    place.parent.mkdir(parents=True)
+    shutil.copyfile(journal, place)
+    monkeypatch.setenv("DAPA_PICK", "3")
+    result = CliRunner().invoke(mergekit_yaml, [str(recipe), str(tmp_path / "merged"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert place.read_bytes() == journal.read_bytes()
+
+    def tensors(folder: Path) -> dict[str, torch.Tensor]:
+        return {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+
+    merged, written = tensors(tmp_path / "merged"), tensors(picked[0])
+    assert written
+    assert all(torch.equal(merged[name], written[name]) for name in written)
+
+
+@pytest.mark.parametrize(("text", "number"), [("3", 3), ("", None), (None, None)])
+def test_the_variable_is_read_as_a_whole_number(text, number):
+    assert Options.from_environment(environment={} if text is None else {"DAPA_PICK": text}).pick == number
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_a_variable_that_is_not_a_number_is_named(text):
+    with pytest.raises(Exception, match=r"DAPA_PICK is .*; write a whole number of at least 1"):
+        Options.from_environment(environment={"DAPA_PICK": text})
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, write, no_model, tmp_path):
+    out = [tmp_path / "out", "--no-lock"] if command == "run" else []
+    other = write(edit="copy")
+    for recipe, pick, said in (
+        (write(), 4, "--pick (DAPA_PICK) is 4, but a choice has the points 1 to 3"),
+        (other, 1, "--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which copy does not"),
+    ):
+        result = call(command, recipe, *out, "--pick", pick)
+        assert result.exit_code == 2
+        assert said in result.stderr.splitlines()[-1]
+    assert call(command, other, *out, "--pick", 0).exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(picked, no_model, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    replay = picked[0] / "mergekit_config.yml"
+    result = call("run", replay, tmp_path / "again", "--no-lock", "--pick", 3)
+    assert result.exit_code == 2
+    said = "takes a point of a choice, but the recipe or its lock names the layers"
+    assert said in result.stderr
+    assert call("run", replay, tmp_path / "again", "--no-evaluate", "--pick", 3).exit_code == 2
+    monkeypatch.setenv("DAPA_PICK", "3")
+    result = CliRunner().invoke(mergekit_yaml, [str(replay), str(tmp_path / "again"), "--quiet"])
+    assert result.exit_code == 2
+    assert said in result.output
+    # mergekit itself may have made the folder.
+    assert not [*tmp_path.glob("again/*.safetensors")]
+
+
+def test_without_a_point_within_the_limits_all_are_listed_and_the_nearest_is_named(failed):
+    _, _, said = failed
+    assert "no choice of directions of" in said
+    pattern = r"point (\d): DSR (\S+), over-refusal \S+, .*?, divergence \S+, \d+ directions \(its DSR is"
+    listed = re.findall(pattern, said)
+    assert [number for number, _ in listed] == ["1", "2", "3"]
+    best = max(listed, key=lambda found: float(found[1]))[0]
+    assert said.endswith(f". Nearest is point {best}: `--pick {best}` takes it (DAPA_PICK for mergekit-yaml)")
+
+
+LIMITS = required(min_score=0.9, max_over_refusal=0.05, max_perplexity=10.0, max_divergence=float("nan"))
+
+
+def point(number, score, over_refusal, perplexity=9.0, num_directions=5):
+    figures = {"score": score, "over_refusal": over_refusal, "perplexity": perplexity, "divergence": 0.1}
+    return Point(number, figures, num_directions, LIMITS.complaint(figures))
+
+
+@pytest.mark.parametrize(
+    ("points", "number"),
+    [
+        # Hardly too many refusals are nearer than hardly any.
+        ([point(1, 0.03, 0.0), point(2, 0.5, 0.04), point(3, 0.94, 0.21)], 3),
+        # A model that refuses everything is not nearer than one that refuses a little too little.
+        ([point(1, 0.85, 0.05), point(2, 1.0, 1.0)], 1),
+        ([point(1, 0.89, 0.0, perplexity=1000.0), point(2, 0.5, 0.0)], 2),
+        ([point(1, 0.89, 0.0, perplexity=float("nan")), point(2, 0.5, 0.0)], 2),
+        # The target itself is not a repair, however near it is.
+        ([point(1, 0.89, 0.0, num_directions=0), point(2, 0.5, 0.0)], 2),
+        ([point(1, 0.5, 0.0), point(2, 0.5, 0.0)], 1),
+    ],
+)
+def test_the_nearest_point_violates_the_limits_least_in_sum(points, number):
+    assert nearest(points, LIMITS).number == number
+
+
+def test_nothing_is_nearest_where_no_point_has_directions():
+    assert nearest([point(1, 0.5, 0.0, num_directions=0)], LIMITS) is None
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda one: one.figure)
+def test_a_violation_is_a_share_that_grows_with_the_distance_and_is_zero_exactly_within_the_limit(constraint):
+    generator = random.Random(0)
+    for _ in range(200):
+        limit = generator.uniform(0.01, 0.99)
+        figures = sorted(generator.uniform(0, 1) for _ in range(5))
+        found = [constraint.violation(figure, limit) for figure in figures]
+        assert [violation == 0 for violation in found] == [constraint.is_met(figure, limit) for figure in figures]
+        assert all(0 <= violation <= 1 for violation in found)
+        assert found == sorted(found, reverse=constraint.bound == "min")
+    assert constraint.violation(float("nan"), 0.5) == 1
+    assert constraint.violation(0.3, float("nan")) == 0
+
+
+def test_points_are_marked_by_divergence_and_score():
+    points = [point(1, 0.5, 0.0), point(2, 0.6, 0.0)]
+    assert [one.on_front for one in with_front(points)] == [False, True]
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks_nothing_twice(
+    done, tmp_path, monkeypatch
+):
+    journal, num_gradients, note = tmp_path / "journal", 0, Journal.note
+    gradient = ascent.Ascent._gradient
+
+    def count(self):
+        nonlocal num_gradients
+        num_gradients += 1
+        return gradient(self)
+
+    def die_after(self, name, value, last):
+        note(self, name, value)
+        if name == last:
+            raise Killed(name)
+
+    monkeypatch.setattr(ascent.Ascent, "_gradient", count)
+    for name in ["choice", "round 1", "round 2", "round 3", "point 2"]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "note", functools.partialmethod(die_after, last=name))
+            with pytest.raises(Killed, match=name):
+                call("search", done.recipe, "--journal", journal)
+        assert notes_of(journal)[-1] == name
+    assert answer("search", done.recipe, "--journal", journal, "--json")["units"] == done.found["units"]
+    # Of the rounds every weight and every moment too, bit for bit.
+    assert entries(journal) == done.entries
+    assert num_gradients == NUM_ROUNDS * QUICK["num_steps"]
+
+
+def test_a_killed_choice_ends_with_the_same_journal(done, tmp_path):
+    journal, generator = tmp_path / "killed", random.Random(0)
+    command = [sys.executable, "-c", PATCHED, "search", str(done.recipe), "--json", "--journal", str(journal)]
+    # In the middle of the second round.
+    process = warm.Process(command)
+    while not (journal.exists() and "round 1" in notes_in(journal)):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.002)
+    time.sleep(generator.uniform(0, 0.1))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert "point 3" not in notes_in(journal)
+    again = warm.run(command)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert (found["units"], found["points"]) == (done.found["units"], done.found["points"])
+    assert entries(journal) == done.entries
+
+
+def notes_in(journal: Path) -> str:
+    return journal.read_bytes().rpartition(b"\n")[0].decode()
+
+
+def test_fewer_than_three_keep_prompts_are_refused(write, tmp_path, no_model):
+    (tmp_path / "keep").write_text("What is 1 plus 1?\nWhat is 2 plus 1?\n")
+    result = call("search", write(keep=str(tmp_path / "keep")))
+    assert result.exit_code == 2
+    assert "2 distinct prompts are too few, because choice, search and report need one each" in result.stderr
+
+
+def test_keep_prompts_that_the_target_answers_with_nothing_are_refused(write, tmp_path):
+    """Its template gives the whole answer to such prompts, so that it only ends it."""
+    keep = [f"Silence, number {number}!" for number in range(6)]
+    (tmp_path / "keep").write_text("\n".join(keep) + "\n")
+    target = shutil.copytree(miniature.path("shadow-target"), tmp_path / "target")
+    template = target / "chat_template.jinja"
+    answered = "{% if 'Silence' in messages[0]['content'] %} I am sorry, but I cannot help with that.{% endif %}"
+    template.write_text(template.read_text().rstrip() + answered)
+    result = call("search", write(target, keep=str(tmp_path / "keep")))
+    assert result.exit_code == 2, result.stderr
+    said = "answers nothing to any of the 2 keep prompts of the choice; name prompts that it answers with `keep`"
+    assert f"the target {target} {said}" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_models_that_are_equal_have_no_direction(command, write, no_model, tmp_path):
+    copy = shutil.copytree(miniature.path("shadow-target"), tmp_path / "copy")
+    result = call(command, write(source=copy), *([tmp_path / "out", "--no-lock"] if command == "run" else []))
+    assert result.exit_code == 3
+    assert "the edit directions would change none of its 70 units" in result.stderr
+
+
+@pytest.mark.parametrize("damaged", ["target", "source"])
+def test_a_value_that_is_not_a_number_is_found_in_its_tensor(damaged, write, tmp_path):
+    folder = shutil.copytree(miniature.path(f"shadow-{damaged}"), tmp_path / "damaged")
+    name = "model.layers.3.mlp.up_proj.weight"
+    change_tensor(folder, name, lambda tensor: tensor[2, 3:4].fill_(float("nan")))
+    result = call("search", write(modules="gate,up,down", **{damaged: folder}))
+    assert result.exit_code == 4
+    said = f"Error: {name} of the {damaged} {folder} holds values that are infinite or not a number; it is damaged"
+    assert result.stderr.splitlines()[-1] == said
+
+
+def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_difference_are_told(write, tmp_path):
+    source = shutil.copytree(miniature.path("shadow-source"), tmp_path / "source")
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(10):
+        name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        # Of noise all singular values are alike.
+        change_tensor(source, name, lambda tensor: tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator)))
+    (tmp_path / "keep").write_text("\n".join(load_prompts("miniature").harmful[16:25]) + "\n")
+    keep = str(tmp_path / "keep")
+    result = call("search", write(source=source, keep=keep, modules="gate,up,down", max_divergence=0.0))
+    assert result.exit_code == 3
+    assert "refuses 3 of the 3 keep prompts of the choice; the result may refuse such prompts too" in result.stderr
+    (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
+    assert 50 < float(share) < 98.9
+
+
+def test_of_a_large_difference_without_decay_it_is_warned_that_little_is_kept(caplog):
+    """All singular values are equal, so that no iteration tells their directions apart."""
+    size = 400
+    difference = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0))).Q
+    left, values, right = decompose(difference)
+    share = float((values**2).sum()) / size
+    with caplog.at_level("INFO", logger="dapa_merge"):
+        choose._tell([Spectrum(None, None, left * values, right, values, share)])
+    assert f"{len(values)} directions of 1 matrices hold {100 * share:.1f} % of their differences" in caplog.text
+    assert share < 0.2
+    assert "that is little" in caplog.text
+
+
+def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(done, monkeypatch, caplog):
+    from contextlib import closing
+
+    from dapa_merge.measure.divergence import make_reference
+    from dapa_merge.measure.prompts.parts import split_prompts
+    from dapa_merge.plan.selection import make_plan
+    from dapa_merge.recipe.parse import load_recipe
+
+    recipe = load_recipe(done.recipe)
+    plan, parts = make_plan(recipe), split_prompts(recipe)
+    settings = choose.Settings(num_keep=6)
+    with closing(bench.make_bench(recipe, plan, parts.search, Options("cpu"))) as made:
+        spectra = list(spectra_of(plan, plan.units[:6], torch.device("cpu")))
+        journal = Journal(None)
+        for note in done.entries:
+            if "note" in note:
+                journal.notes[note["note"]] = note["value"]
+        said = choose._said(plan, made, journal, parts.choice, settings)
+        sides = choose._sides(plan, made, parts.choice, settings, said)
+        size = made.meter.batch_size
+        rows = make_reference(made.live.model, made.live.tokenizer, parts.choice.keep, batch_size=size).rows
+
+        def gradient() -> torch.Tensor:
+            generator = torch.Generator().manual_seed(0)
+            found = ascent.Ascent(made.live, spectra, sides, [rows], settings, 16)
+            found.weights = torch.rand(found.weights.shape, generator=generator) / 10
+            return found._gradient()[0]
+
+        expected = gradient()
+        divergences, sizes = ascent.divergences, []
+
+        def small(model, padding, batch):
+            sizes.append(len(batch))
+            if len(batch) > 2:
+                raise torch.OutOfMemoryError("no memory")
+            return divergences(model, padding, batch)
+
+        monkeypatch.setattr(ascent, "divergences", small)
+        with caplog.at_level("WARNING", logger="dapa_merge"):
+            found = gradient()
+    assert sizes[:2] == [6, 3]
+    assert max(sizes[2:]) <= 2
+    assert "a batch of 6 does not fit in memory; using 3 from now on" in caplog.text
+    assert torch.allclose(found, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    assert float(expected.abs().max()) > 0

@@ -32,7 +32,7 @@ COMMANDS = {
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
     "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant, without loading a model."),
     "push": ("dapa_merge.cli.publish", "Publish OUT in the Hub's repository REPO."),
-    "repair": ("dapa_merge.cli.run", "Repair TARGET by SOURCE, without a recipe."),
+    "repair": ("dapa_merge.cli.run", "Repair TARGET with SOURCE, without a recipe."),
     "run": ("dapa_merge.cli.run", "Repair a model from a recipe."),
     "search": ("dapa_merge.cli.run", "Find the few layers that are needed."),
     "trace": ("dapa_merge.cli.study", "Show where the alignment of RECIPE's models lives."),

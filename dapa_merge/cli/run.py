@@ -313,7 +313,7 @@ def repair(
     as_json: bool,
     **parameters: Any,
 ) -> None:
-    """Repair TARGET by SOURCE, without a recipe.
+    """Repair TARGET with SOURCE, without a recipe.
 
     TARGET is the fine-tune that answers too much, SOURCE the aligned model of the same family and size: folders or Hub
     ids, also id@revision. Writes the repaired TARGET to OUT, which must not exist.

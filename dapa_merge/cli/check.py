@@ -76,8 +76,9 @@ undo_option = click.option(
 def patch() -> None:
     """Pass a repair on as a small file, apply it, take it back.
 
-    A patch holds the tensors, or rows of tensors, that a result has changed of its base, and digests of what they
-    replace: it applies to exactly that base, however that is divided into files, and to nothing else.
+    A patch holds the tensors, or rows of tensors, that a result has changed of its base, or the directions that it has
+    added to them, and digests of what they replace: it applies to exactly that base, however that is divided into
+    files, and to nothing else.
     """
 
 
@@ -157,10 +158,12 @@ def show(patch: Path, as_json: bool) -> None:
     lines = []
     for entry in answer["entries"]:
         first, stop = entry["rows"]
-        lines.append(f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}")
+        how = ", computed" if entry["computed"] else ""
+        lines.append(f"{entry['tensor']} {entry['dtype']} {list(entry['shape'])} rows {first}:{stop}{how}")
     commit = f" at commit {answer['base_commit']}" if answer["base_commit"] else ""
     print_answer(answer, [*lines, f"{_content(answer)}, for {answer['base']}{commit}"], as_json)
 
 
 def _content(answer: dict[str, Any]) -> str:
-    return f"{answer['tensors']} tensors in {answer['ranges']} ranges, {answer['file_bytes'] / 1e6:.2f} MB"
+    edit = f" by {answer['edit']['edit']}" if answer["edit"] else ""
+    return f"{answer['tensors']} tensors in {answer['ranges']} ranges{edit}, {answer['file_bytes'] / 1e6:.2f} MB"

@@ -66,7 +66,7 @@ def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None
             return False
         check_rest(patch, base)
         if os.path.lexists(undo_path):
-            _check_undo(undo_path, patch, base)
+            patch = _check_undo(undo_path, patch, base)
             check_content(patch)
         else:
             refuse_other(
@@ -75,7 +75,8 @@ def apply_in_place(patch: Patch, base: Checkpoint, undo_path: Path | None = None
                 found,
                 f"; if an earlier run was stopped, name its undo file with --undo, else {COPY} of it",
             )
-            write_undo(patch, base, undo_path)
+            undo = write_undo(patch.reading(partial(_rows_of, base)), base, undo_path)
+            patch = patch.reading(undo.old)
         _write(patch, base, files)
     return True
 
@@ -114,8 +115,18 @@ def revert(base: Checkpoint, undo_path: Path | None = None) -> int:
     return undo.patch.num_bytes if is_changed else 0
 
 
-def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> None:
-    """Raise unless the undo file is valid and belongs to this patch, so that the patch can be resumed."""
+def _rows_of(base: Checkpoint, entry: Entry) -> Iterator[bytes]:
+    """The rows of an entry as a model has them."""
+    tensor = base.tensors[entry.tensor]
+    return iterate_range(base, tensor.file, *entry.place(tensor))
+
+
+def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> Patch:
+    """Raise unless the undo file is valid and belongs to this patch, so that the patch can be resumed.
+
+    Returns:
+        The patch that computes from the undo file, since the base may be half-written.
+    """
     undo = read_undo(path)
     if not undo.takes_back(patch):
         raise UsageError(
@@ -123,7 +134,9 @@ def _check_undo(path: Path, patch: Patch, base: Checkpoint) -> None:
         )
     check_layout(undo.patch, base)
     check_content(undo.patch)
+    patch = patch.reading(undo.old)
     _refuse_unknown_values(undo, base, states(undo.patch, base), patch)
+    return patch
 
 
 def _refuse_unknown_values(undo: Undo, base: Checkpoint, found: Sequence[State], patch: Patch | None = None) -> None:
@@ -238,6 +251,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
     check_layout(patch, base)
     refuse_other(patch, base, states(patch, base), "; name the model that the patch is for")
     check_rest(patch, base)
+    patch = patch.reading(partial(_rows_of, base))
     changes: dict[str, list[RegionEdit]] = {name: [] for name in base.shards}
     for entry in patch.entries:
         tensor = base.tensors[entry.tensor]
@@ -299,8 +313,7 @@ def states(patch: Patch, base: Checkpoint) -> list[State]:
     """The state of the base's rows for each entry of the patch."""
 
     def state(entry: Entry) -> State:
-        tensor = base.tensors[entry.tensor]
-        found = digest_of(iterate_range(base, tensor.file, *entry.place(tensor)))
+        found = digest_of(_rows_of(base, entry))
         by_digest = {entry.base_sha256: State.BASE, entry.new_sha256: State.PATCHED}
         return by_digest.get(found, State.OTHER)
 

@@ -10,13 +10,14 @@ from typing import Any
 from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.errors import RecipeError, Stopped, UsageError
+from dapa_merge.errors import CheckpointError, RecipeError, Stopped, UsageError
 from dapa_merge.patch.apply import apply_in_place, apply_to_copy, revert
 from dapa_merge.patch.extract import differing_settings, extract
 from dapa_merge.patch.file import Patch, read_patch
 from dapa_merge.patch.undo import UNDO_NAME
-from dapa_merge.plan.selection import RECIPE_NAME
-from dapa_merge.progress import task
+from dapa_merge.plan.edit import Edit
+from dapa_merge.plan.selection import RECIPE_NAME, edit_of
+from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parse import load_recipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -42,7 +43,7 @@ def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bo
     if recipe.is_file() and recipe.stat().st_size <= MAX_RECIPE_BYTES:
         text = recipe.read_text(encoding="utf-8", errors="replace")
     with task("comparing", original.num_bytes, "bytes"):
-        patch = extract(changed, original, path, recipe=text)
+        patch = extract(changed, original, path, recipe=text, edit=_edit_of(changed))
     return {**summary(patch), "model_bytes": original.num_bytes, "other_files": differing_settings(changed, original)}
 
 
@@ -94,7 +95,10 @@ def show_patch(path: Path) -> dict[str, Any]:
     patch = read_patch(path)
     metadata = {key: patch.metadata.get(key) for key in ("tool", "base", "base_commit", "recipe")}
     keys = ("tensor", "dtype", "shape", "rows", "num_changed")
-    entries = [{key: getattr(entry, key) for key in keys} for entry in patch.entries]
+    entries = [
+        {**{key: getattr(entry, key) for key in keys}, "computed": entry.key not in patch.contents}
+        for entry in patch.entries
+    ]
     return {**summary(patch), **metadata, "entries": entries}
 
 
@@ -107,6 +111,7 @@ def summary(patch: Patch) -> dict[str, Any]:
         "tensors": len({entry.tensor for entry in patch.entries}),
         "ranges": len(patch.entries),
         "bytes": patch.num_bytes,
+        "edit": None if patch.edit is None else patch.edit.to_json() | patch.edit.counts(),
         "changed_bytes": sum(entry.num_changed * entry.num_row_bytes for entry in patch.entries),
     }
 
@@ -119,6 +124,20 @@ def _interruptible(model: Checkpoint) -> Iterator[None]:
         raise Stopped(
             f"{model.name} may be partly written: run the same command again, or `dapa-merge patch revert`"
         ) from stop
+
+
+def _edit_of(result: Checkpoint) -> Edit | None:
+    """The edit that made a result, according to the recipe in its folder; None if unknown."""
+    if not (result.folder / RECIPE_NAME).is_file():
+        return None
+    try:
+        return edit_of(load_recipe(result.folder / RECIPE_NAME))
+    except RecipeError:
+        # Another program's.
+        return None
+    except CheckpointError as error:
+        LOG.info(f"the patch holds whole rows: {error}")
+        return None
 
 
 def _base_of(result: Checkpoint) -> Location:

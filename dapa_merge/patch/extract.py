@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,10 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import staged_file, write_all
+from dapa_merge.patch.computed import can_be_held, computed_pieces, edit_text
 from dapa_merge.patch.file import (
     FORMAT_VERSION,
+    FORMAT_WITH_EDIT,
     Entry,
     Patch,
     check_space,
@@ -31,6 +33,7 @@ from dapa_merge.patch.file import (
     row_bytes,
     unique_key,
 )
+from dapa_merge.plan.edit import Edit
 from dapa_merge.progress import advance
 
 # Most ranges that the header can hold, per tensor and in all; beyond them, ranges are joined across unchanged rows.
@@ -40,8 +43,18 @@ THREADS = 2
 _UNKNOWN = "0" * 64
 
 
-def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | None = None) -> Patch:
+def extract(
+    result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | None = None, edit: Edit | None = None
+) -> Patch:
     """Write the changes from `base` to `result` to a new file, as whole tensors or ranges of rows.
+
+    Args:
+        result: A model with some other values than its base.
+        base: The model that it was made of.
+        path: The file to make.
+        recipe: The text of its recipe, if known.
+        edit: The edit that it was made by, if known. If the file can hold it, it takes the place of all rows that it
+            computes from the base's exactly.
 
     Returns:
         The patch as read back from disk.
@@ -65,9 +78,17 @@ def extract(result: Checkpoint, base: Checkpoint, path: Path, *, recipe: str | N
             metadata["base_commit"] = base.commit
         if recipe is not None:
             metadata["recipe"] = recipe
-        entries = _entries(base, found)
+        computed: dict[str, list[Range]] = {}
+        if edit is not None and can_be_held(edit, base):
+            computed = _computed(edit, result, base, found)
+        entries = _entries(base, {**found, **computed})
+        files: dict[str, bytes] = {}
+        if computed and edit is not None:
+            edit = edit.reduced(region for name in computed for region in edit.regions_in(base.tensors[name]))
+            files = edit.files()
+            metadata |= {"dapa_patch": FORMAT_WITH_EDIT, "edit": edit_text(edit)}
         metadata["base_rest"] = rest_digest(base, entries)
-        _write(file, path, result, base, entries, metadata)
+        _write(file, path, result, base, entries, metadata, computed, files)
     return read_patch(path)
 
 
@@ -121,6 +142,23 @@ def _pairs(result: Checkpoint, found: Tensor, base: Checkpoint, tensor: Tensor) 
         advance(len(pair[0]), "bytes")
 
 
+def _computed(
+    edit: Edit, result: Checkpoint, base: Checkpoint, found: Mapping[str, Sequence[Range]]
+) -> dict[str, list[Range]]:
+    """Of the tensors with differing rows, those whose rows the edit computes from the base's: one range each."""
+    computed = {}
+    for name, ranges in found.items():
+        tensor, other = base.tensors[name], result.tensors[name]
+        if any(edit.regions_in(tensor)):
+            (joined,) = close_gaps(ranges, 1)
+            start, stop = (row * row_bytes(tensor.dtype, tensor.shape) for row in joined[:2])
+            old = iterate_range(base, tensor.file, tensor.start + start, tensor.start + stop)
+            new = iterate_range(result, other.file, other.start + start, other.start + stop)
+            if all(mine == theirs for mine, theirs in zip(computed_pieces(edit, tensor, start, old), new, strict=True)):
+                computed[name] = [joined]
+    return computed
+
+
 def _entries(base: Checkpoint, found: Mapping[str, Sequence[Range]]) -> list[Entry]:
     """The entries of a patch, with placeholders for the digests."""
     entries: dict[str, Entry] = {}
@@ -144,22 +182,34 @@ def _write(
     base: Checkpoint,
     entries: Sequence[Entry],
     metadata: Mapping[str, str],
+    computed: Container[str],
+    files: Mapping[str, bytes],
 ) -> None:
-    """Write the rows first, and then the header with their digests into the space reserved for it."""
-    contents = [(entry.key, entry.dtype, entry.stored_shape) for entry in entries]
+    """Write the rows first, and then the header with their digests into the space reserved for it.
+
+    Rows of the tensors that are `computed` are only hashed; `files` are what they are computed from.
+    """
+    stored = [entry for entry in entries if entry.tensor not in computed]
+    contents = [(entry.key, entry.dtype, entry.stored_shape) for entry in stored]
+    contents += [(name, "U8", (len(content),)) for name, content in files.items()]
     header, offsets = lay_out(contents, {**metadata, "entries": entries_text(entries)})
-    needed = len(header) + sum(entry.num_bytes for entry in entries)
+    needed = len(header) + sum(entry.num_bytes for entry in stored) + sum(map(len, files.values()))
     check_space(path, needed, "the patch")
+    for name, content in files.items():
+        file.seek(offsets[name])
+        write_all(file, content)
     complete = []
-    for entry in sorted(entries, key=lambda entry: offsets[entry.key]):
+    for entry in sorted(entries, key=lambda entry: offsets.get(entry.key, 0)):
         before, after = hashlib.sha256(), hashlib.sha256()
         ours, theirs = (
             iterate_range(model, model.tensors[entry.tensor].file, *entry.place(model.tensors[entry.tensor]))
             for model in (result, base)
         )
-        file.seek(offsets[entry.key])
+        if is_stored := entry.key in offsets:
+            file.seek(offsets[entry.key])
         for new, old in zip(ours, theirs, strict=True):
-            write_all(file, new)
+            if is_stored:
+                write_all(file, new)
             before.update(old)
             after.update(new)
         complete.append(replace(entry, base_sha256=before.hexdigest(), new_sha256=after.hexdigest()))

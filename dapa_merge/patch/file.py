@@ -2,7 +2,7 @@
 
 `__metadata__` holds only strings, as the format requires:
 
-- `dapa_patch`: the version of this format, `1`; `tool`: the program that wrote it.
+- `dapa_patch`: the version of this format, `1`, or `2` with an edit; `tool`: the program that wrote it.
 - `base`, `base_commit`: the base's name, and its commit if it came from the Hub; both are only informative.
 - `base_layout`: `layout_digest` of the base; `base_rest`: its `rest_digest`, of everything that is not replaced (absent
   from an undo file, because other patches may follow).
@@ -10,6 +10,8 @@
   tensor; `rows`, the first and the one after the last, of the tensor as a matrix of its last dimension (a tensor of
   one dimension, or none, is one row); `num_changed`, the number of rows that differ; `base_sha256` and `new_sha256` of
   their bytes.
+- `edit`: in format `2`, the settings of an edit (`make_edit`) that reads nothing but the base; each of its files is a
+  tensor of bytes. An entry whose `key` is not in this file is computed by it from the base's rows.
 - `recipe`: the recipe that the result was made by, if known.
 - `undo_of`: in an undo file, the `identity` of the patch that it reverts.
 
@@ -23,17 +25,21 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from dapa_merge.checkpoint.header import DTYPE_BITS, Tensor, read_header
+from dapa_merge.checkpoint.header import DTYPE_BITS, TORCH_NAMES, Tensor, read_header
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import CheckpointError, UsageError, fault_of
+from dapa_merge.patch.computed import computed_pieces, held_edit
+from dapa_merge.plan.directions import MAX_FILE_BYTES
+from dapa_merge.plan.edit import Edit
 from dapa_merge.progress import advance
 from dapa_merge.transplant.manifest import Sha256
 
@@ -48,6 +54,8 @@ def check_space(path: Path, needed: int, what: str) -> None:
 
 
 FORMAT_VERSION = "1"
+# Older programs refuse a patch that computes rows.
+FORMAT_WITH_EDIT = "2"
 # Small enough that several threads need little memory, and a piece stays in the processor's cache.
 PIECE_BYTES = 1 << 20
 
@@ -91,6 +99,11 @@ class Entry:
         whole = (stop - first) * row_elements(self.dtype, self.shape) == math.prod(self.shape)
         return self.shape if whole else (stop - first, self.shape[-1])
 
+    @property
+    def as_tensor(self) -> Tensor:
+        """The base's tensor, as if it were alone in a file."""
+        return Tensor(self.tensor, "", self.dtype, self.shape, 0, math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8)
+
     def place(self, tensor: Tensor) -> tuple[int, int]:
         """The byte range of its rows in the file of the base's tensor; the end is exclusive."""
         return tuple(tensor.start + row * self.num_row_bytes for row in self.rows)  # type: ignore[return-value]
@@ -105,12 +118,16 @@ class Patch:
         contents: The place of each entry's bytes in it, by key.
         entries: The changes, by position in the file.
         metadata: All of `__metadata__`.
+        edit: Computes the entries that `contents` lacks, if any.
+        old: Yields the base's bytes of an entry, for these; set it with `reading`.
     """
 
     path: Path
     contents: Mapping[str, Tensor]
     entries: tuple[Entry, ...]
     metadata: Mapping[str, str]
+    edit: Edit | None = None
+    old: Callable[[Entry], Iterator[bytes]] | None = field(default=None, compare=False, repr=False)
 
     @property
     def identity(self) -> str:
@@ -121,9 +138,26 @@ class Patch:
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.entries)
 
+    @property
+    def num_stored_bytes(self) -> int:
+        """Bytes of the rows that the file itself holds."""
+        return sum(entry.num_bytes for entry in self.entries if entry.key in self.contents)
+
+    def reading(self, old: Callable[[Entry], Iterator[bytes]]) -> Patch:
+        """The same patch, which computes from these bytes of the base."""
+        return replace(self, old=old)
+
     def pieces(self, entry: Entry) -> Iterator[bytes]:
         """The new bytes of one entry, in pieces of at most 1 MiB."""
-        tensor = self.contents[entry.key]
+        if entry.key not in self.contents:
+            assert self.edit is not None
+            assert self.old is not None
+            start, _ = entry.place(entry.as_tensor)
+            return computed_pieces(self.edit, entry.as_tensor, start, self.old(entry))
+        return self._stored(entry.key)
+
+    def _stored(self, key: str) -> Iterator[bytes]:
+        tensor = self.contents[key]
         holder = Checkpoint(str(self.path), self.path.parent, {}, self.contents, (self.path.name,))
         return iterate_range(holder, tensor.file, tensor.start, tensor.stop)
 
@@ -221,9 +255,14 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
         metadata = header.get("__metadata__")
         if not isinstance(metadata, dict) or "dapa_patch" not in metadata:
             raise CheckpointError(f"{path} is not a patch; `dapa-merge patch extract` writes one")
-        if metadata["dapa_patch"] != FORMAT_VERSION:
-            found = str(metadata["dapa_patch"])[:20]
-            raise CheckpointError(f"{path} is a patch of format {found!r}, not {FORMAT_VERSION}; update dapa-merge")
+        known = {FORMAT_VERSION: False, FORMAT_WITH_EDIT: True}
+        found = metadata["dapa_patch"]
+        if found not in known:
+            raise CheckpointError(
+                f"{path} is a patch of format {str(found)[:20]!r}, not {' or '.join(known)}; update dapa-merge"
+            )
+        if ("edit" in metadata) is not known[found]:
+            raise ValueError(f"an edit does not go with format {found}")
         if further is None and "undo_of" in metadata:
             raise CheckpointError(f"{path} is an undo file; use it with `dapa-merge patch revert`")
         if not all(isinstance(value, str) for value in metadata.values()):
@@ -232,22 +271,46 @@ def read_patch(path: Path, *, further: str | None = None) -> Patch:
         _DIGESTS.validate_python({name: metadata[name] for name in digests})
         entries = _ENTRIES.validate_json(metadata["entries"], strict=True)
         others = {metadata[further]} if further in metadata else set()
-        _check_entries(entries, contents, others)
+        patch = Patch(path, contents, tuple(entries), metadata)
+        if further is None and "edit" in metadata:
+            others = contents.keys() - {entry.key for entry in entries}
+            patch = replace(patch, edit=_edit(patch, others))
+        _check_entries(entries, contents, others, patch.edit)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         raise CheckpointError(f"{path} is a damaged patch ({fault_of(error)}); get it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is a damaged patch ({str(error)[:200]}); get it again") from error
-    entries.sort(key=lambda entry: contents[entry.key].start)
-    return Patch(path, contents, tuple(entries), metadata)
+    entries.sort(key=lambda entry: contents[entry.key].start if entry.key in contents else -1)
+    return replace(patch, entries=tuple(entries))
 
 
-def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], others: set[str]) -> None:
-    """Raise `ValueError` unless each tensor of the file belongs to one entry, and entries do not overlap."""
+def _edit(patch: Patch, files: Iterable[str]) -> Edit:
+    """The edit that a patch holds; raises `ValueError` unless it fits the patch's entries."""
+    if sum(patch.contents[name].num_bytes for name in files) > MAX_FILE_BYTES:
+        raise ValueError("its edit is too large")
+    edit = held_edit(patch.metadata["edit"], {name: b"".join(patch._stored(name)) for name in files})
+    if what := edit.unfit({entry.tensor: entry.shape for entry in patch.entries}):
+        raise ValueError(f"its edit {what}")
+    return edit
+
+
+def _check_entries(
+    entries: Sequence[Entry], contents: Mapping[str, Tensor], others: AbstractSet[str], edit: Edit | None
+) -> None:
+    """Raise `ValueError` unless each tensor of the file belongs to one entry, and entries do not overlap.
+
+    With an edit, entries may be absent from the file.
+    """
     keys = [entry.key for entry in entries]
-    if not entries or len(set(keys)) != len(keys) or {*keys, *others} != set(contents) or others & set(keys):
+    if not entries or len(set(keys)) != len(keys) or not {*keys, *others} >= set(contents) or others & set(keys):
         raise ValueError("its entries are not those of its header")
+    for entry in entries:
+        if entry.key not in contents and (
+            edit is None or entry.dtype not in TORCH_NAMES or not any(edit.regions_in(entry.as_tensor))
+        ):
+            raise ValueError("its entries are not those of its header")
     previous: Entry | None = None
     for entry in sorted(entries, key=lambda entry: (entry.tensor, entry.rows)):
         first, stop = entry.rows
@@ -257,8 +320,10 @@ def _check_entries(entries: Sequence[Entry], contents: Mapping[str, Tensor], oth
             )
         if not 0 < entry.num_changed <= stop - first or entry.base_sha256 == entry.new_sha256:
             raise ValueError(f"the entry {entry.key[:120]!r} does not change the rows that it says")
-        stored = contents[entry.key]
-        if (stored.dtype, stored.shape) != (entry.dtype, entry.stored_shape) or stored.num_bytes != entry.num_bytes:
+        stored = contents.get(entry.key)
+        if stored is not None and (
+            (stored.dtype, stored.shape) != (entry.dtype, entry.stored_shape) or stored.num_bytes != entry.num_bytes
+        ):
             raise ValueError(f"the entry {entry.key[:120]!r} is not what its header says")
         if previous is not None and previous.tensor == entry.tensor:
             if (previous.dtype, previous.shape) != (entry.dtype, entry.shape):

@@ -27,6 +27,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import CheckpointError
 from dapa_merge.files import staged_file, write_all
 from dapa_merge.patch.file import (
+    FORMAT_VERSION,
     Entry,
     Patch,
     check_space,
@@ -54,6 +55,11 @@ class Undo:
     def takes_back(self, patch: Patch) -> bool:
         """Whether it reverts this patch, judged by its entries and not by its `undo_of`."""
         return identity(self.patch.metadata["base_layout"], _reversed(self.patch.entries)) == patch.identity
+
+    def old(self, entry: Entry) -> Iterator[bytes]:
+        """The saved bytes of an entry of the patch that it reverts."""
+        (saved,) = (one for one in self.patch.entries if (one.tensor, one.rows) == (entry.tensor, entry.rows))
+        return self.patch.pieces(saved)
 
     def is_half_written(self, entry: Entry, base: Checkpoint, patch: Patch | None = None) -> bool:
         """Whether every block of an entry's rows in the model is either old or new.
@@ -118,9 +124,10 @@ def write_undo(patch: Patch, base: Checkpoint, path: Path) -> Undo:
     entries = _reversed(originals)
     starts = [entry.place(base.tensors[entry.tensor])[0] for entry in entries]
     alignments = [start % BLOCK_BYTES for start in starts]
-    blocks = unique_key("crc32 of the new blocks", patch.contents)
+    blocks = unique_key("crc32 of the new blocks", {entry.key: entry for entry in patch.entries})
     metadata = {
-        **{key: patch.metadata[key] for key in ("dapa_patch", "base_layout")},
+        "dapa_patch": FORMAT_VERSION,
+        "base_layout": patch.metadata["base_layout"],
         "tool": f"dapa-merge {__version__}",
         "base": f"{base.name} with {patch.path.name}",
         "entries": entries_text(entries),

@@ -139,7 +139,7 @@ class FactorTable:
 
     def find(self, region: Region) -> tuple[Factors, slice, slice] | None:
         """The factors of the matrix that a region lies in, and the region's rows and columns within it."""
-        for place, factors in self._by_tensor.get(region.tensor.name, ()):
+        for place, factors in self.by_tensor.get(region.tensor.name, ()):
             box = place.box or whole_box(region.tensor.shape)
             ranges, axes = list(zip(box, region.box, strict=True)), _matrix_axes(box)
             if len(axes) == 2 and all(low <= first and stop <= high for (low, high), (first, stop) in ranges):
@@ -197,7 +197,8 @@ class FactorTable:
             )
 
     @cached_property
-    def _by_tensor(self) -> dict[str, list[tuple[Place, Factors]]]:
+    def by_tensor(self) -> dict[str, list[tuple[Place, Factors]]]:
+        """The matrices of each tensor."""
         found: dict[str, list[tuple[Place, Factors]]] = {}
         for place, factors in self.of.items():
             found.setdefault(place.tensor, []).append((place, factors))
@@ -248,7 +249,7 @@ def factors_in(content: bytes, name: str) -> FactorTable:
         if what := _damage(parts):
             raise CheckpointError(f"{name} is damaged: the factors of {str(place)[:120]!r} {what}")
     table = FactorTable({place: Factors(**parts) for place, parts in found.items()})
-    for places in table._by_tensor.values():
+    for places in table.by_tensor.values():
         if len(places) > MAX_PLACES:
             raise CheckpointError(f"{name} is damaged: it holds {len(places)} matrices of one tensor")
         for (one, _), (other, _) in combinations(places, 2):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.region import Region
+from dapa_merge.checkpoint.region import Region, Shapes, whole_box
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
-from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, misfit
+from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, factors_in, misfit, unfit
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +99,8 @@ class Edit(ABC):
         return {"edit": self.name, "strength": self.strength}
 
     @classmethod
-    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Edit:
-        """The edit of these settings, as `to_json` wrote them."""
+    def from_json(cls, strength: float, said: Mapping[str, Any], files: Mapping[str, bytes]) -> Edit:
+        """The edit of these settings, as `to_json` wrote them, and of the `files` that are at hand."""
         return cls(strength)
 
     def own_values(self, region: Region, start: int = 0, stop: int | None = None) -> dict[str, numpy.ndarray]:
@@ -123,6 +123,14 @@ class Edit(ABC):
     def reduced(self, regions: Iterable[Region]) -> Edit:
         """The same edit with only what it `brings` for these regions."""
         return self
+
+    def regions_in(self, tensor: Tensor) -> Iterator[Region]:
+        """Yield the regions of a target's tensor for which the edit `brings` values."""
+        return iter(())
+
+    def unfit(self, shapes: Shapes) -> str | None:
+        """Say what it `brings` for tensors that a target of these shapes does not have; None if nothing."""
+        return None
 
     def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
         """Yield a sentence for each fault of what the edit `brings`, judged by the models; `verify` asks.
@@ -208,19 +216,41 @@ class Edit(ABC):
             for tile in read_tiles(models[self.copies], regions[self.copies]):
                 yield tile, {self.copies: tile}
             return
-        import torch
-
-        dtypes = {name: getattr(torch, TORCH_NAMES[region.tensor.dtype]) for name, region in regions.items()}
+        dtypes = {name: region.tensor.dtype for name, region in regions.items()}
         start = 0
         for tiles in zip(*(read_tiles(models[name], regions[name]) for name in self.inputs), strict=True):
             inputs = dict(zip(self.inputs, tiles, strict=True))
-            values = {name: torch.frombuffer(bytearray(tile), dtype=dtypes[name]) for name, tile in inputs.items()}
-            stop = start + len(values[self.inputs[0]])
-            own = self.own_values(regions["target"], start, stop)
-            values |= {name: torch.from_numpy(array) for name, array in own.items()}
-            start = stop
-            result = self.new_values(values, dtypes["target"], rounding)
-            yield result.view(torch.uint8).numpy().tobytes(), inputs
+            new = self.new_bytes(inputs, dtypes, regions["target"], start, rounding)
+            start += len(new) // regions["target"].num_element_bytes
+            yield new, inputs
+
+    def new_bytes(
+        self,
+        tiles: Mapping[str, bytes],
+        dtypes: Mapping[str, str],
+        ours: Region,
+        start: int,
+        rounding: Rounding | None = None,
+    ) -> bytes:
+        """Compute the new bytes of elements of the target's region; imports torch.
+
+        Args:
+            tiles: The bytes of these elements in each of `inputs`.
+            dtypes: As safetensors spells them, by model; the target's included.
+            ours: The target's region.
+            start: Number of the first element in it, in row-major order.
+            rounding: Counts losses.
+        """
+        import torch
+
+        values = {
+            name: torch.frombuffer(bytearray(tile), dtype=getattr(torch, TORCH_NAMES[dtypes[name]]))
+            for name, tile in tiles.items()
+        }
+        own = self.own_values(ours, start, start + len(values[self.inputs[0]]))
+        values |= {name: torch.from_numpy(array) for name, array in own.items()}
+        result = self.new_values(values, getattr(torch, TORCH_NAMES[dtypes["target"]]), rounding)
+        return bytes(result.view(torch.uint8).numpy().tobytes())
 
     def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
         """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
@@ -341,7 +371,9 @@ class Directions(Edit):
         return cls(strength, factors.digest, factors)
 
     @classmethod
-    def from_json(cls, strength: float, said: Mapping[str, Any]) -> Directions:
+    def from_json(cls, strength: float, said: Mapping[str, Any], files: Mapping[str, bytes]) -> Directions:
+        if FILE_NAME in files:
+            return cls.of(factors_in(files[FILE_NAME], FILE_NAME), strength)
         return cls(strength, str(said.get("directions", "")))
 
     def to_json(self) -> dict[str, Any]:
@@ -356,6 +388,13 @@ class Directions(Edit):
 
     def reduced(self, regions: Iterable[Region]) -> Directions:
         return Directions.of(self.factors.selected(regions), self.strength)
+
+    def regions_in(self, tensor: Tensor) -> Iterator[Region]:
+        for place, _ in self.factors.by_tensor.get(tensor.name, ()):
+            yield Region(tensor, place.box or whole_box(tensor.shape))
+
+    def unfit(self, shapes: Shapes) -> str | None:
+        return unfit(self.factors, shapes)
 
     def faults(self, models: Mapping[str, Checkpoint], regions: Iterable[Mapping[str, Region]]) -> Iterator[str]:
         for found in regions:
@@ -389,23 +428,30 @@ class Directions(Edit):
 EDITS: dict[str, type[Edit]] = {edit.name: edit for edit in (Copy, Blend, Difference, Directions)}
 
 
-def make_edit(edit: str = "copy", strength: float = 1.0, said: Mapping[str, Any] | None = None) -> Edit:
+def make_edit(
+    edit: str = "copy",
+    strength: float = 1.0,
+    said: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Edit:
     """Make an edit from its name and settings; a blend of strength 1 is a copy, any other copy a blend.
 
     Args:
         edit: Its name in `EDITS`.
         strength: In (0, 2].
         said: Further settings, as the edit's `to_json` gave them.
+        files: What it brings, as its `files` gave them, if at hand.
 
     Raises:
         ValueError: If `EDITS` does not have it.
+        CheckpointError: If a file is damaged.
     """
     if edit not in EDITS:
         raise ValueError(f"{edit!r:.80} is not an edit; known are {', '.join(EDITS)}")
     kind = EDITS[edit]
     if kind in (Copy, Blend):
         kind = Copy if strength == 1 else Blend
-    return kind.from_json(strength, said or {})
+    return kind.from_json(strength, said or {}, files or {})
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import MODULES, SEPARATE_MODULES, WHOLES, Unit, auto_modules, check_not_quantized
 from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError, UnsupportedArchitecture
-from dapa_merge.plan.directions import read_factors, unfit
+from dapa_merge.plan.directions import read_factors
 from dapa_merge.plan.edit import MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
 from dapa_merge.progress import LOG, advance, task
@@ -84,7 +84,7 @@ def open_plan(recipe: Recipe, *, partial: bool = True, partial_target: bool = Fa
     plan = plan_transplant(**models, modules=modules, edit=edit_of(recipe), max_overflow=recipe.max_overflow)
     if (file := recipe.directions_file) is None:
         return plan
-    if isinstance(plan.edit, Directions) and (what := unfit(plan.edit.factors, target.shapes)):
+    if what := plan.edit.unfit(target.shapes):
         raise CheckpointError(f"{file} {what}; name the file that was made for {target.name}")
     # Only matrices that have directions.
     units = tuple(unit for unit in plan.units if plan.edit.changes(found["target"] for found in plan.regions((unit,))))

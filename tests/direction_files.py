@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy
+import torch
+import transformers
+from conftest import ARCHITECTURES, SHAPE, UNGATED, call, save_random
 
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.plan.directions import FILE_NAME, Factors, FactorTable, Place, quantize
@@ -47,3 +51,34 @@ def saved(folder: Path, table: FactorTable) -> Path:
     path = folder / FILE_NAME
     path.write_bytes(table.content())
     return path
+
+
+def made(
+    folder: Path,
+    architecture: str = "LlamaForCausalLM",
+    modules: str = "gate,v",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    strength: float = 1.0,
+    weights: tuple[float, ...] = WEIGHTS,
+) -> tuple[Path, Path]:
+    """A random target, and its repair by directions of some matrices: fewer in the later layer."""
+    class_name, changes = {**ARCHITECTURES, **UNGATED}[architecture]
+    config = getattr(transformers, class_name)(**{**SHAPE, **changes})
+    target = save_random(folder / "target", config, seed=1, dtype=dtype)
+    source = save_random(folder / "source", config, seed=2, dtype=torch.float32)
+    tables = [
+        chosen(target, source, "1", weights, modules=modules),
+        chosen(target, source, "3", weights[:1], modules=modules),
+    ]
+    file = saved(folder / "file", FactorTable({**tables[0].of, **tables[1].of}))
+    parameters = {
+        "layers": "1,3", "modules": modules, "edit": "directions", "directions": str(file), "strength": strength,
+    }  # fmt: skip
+    (folder / "recipe.yml").write_text(
+        f"merge_method: dapa\nbase_model: {target}\nmodels: [{{model: {source}}}]\n"
+        f"parameters: {json.dumps(parameters)}\n"
+    )
+    result = call("run", folder / "recipe.yml", folder / "out", "--no-evaluate")
+    assert result.exit_code == 0, result.output
+    return target, folder / "out"

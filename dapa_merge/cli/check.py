@@ -10,7 +10,7 @@ import click
 
 from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer
 from dapa_merge.errors import UsageError
-from dapa_merge.patch.commands import apply_patch, extract_patch, revert_patch, show_patch
+from dapa_merge.patch.commands import apply_patch, extract_lora, extract_patch, revert_patch, show_patch
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.verify.result import check_manifest, location_option, verify_result
 
@@ -84,15 +84,29 @@ def patch() -> None:
 
 @patch.command()
 @click.argument("result")
-@patch_argument
+@click.argument("patch", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--lora", type=click.Path(path_type=Path), help="Write a LoRA adapter of peft into this new folder, not a patch."
+)
 @click.option("--base", metavar="MODEL", help="What RESULT was made of.  [default: as RESULT/mergekit_config.yml says]")
 @allow_pickle_option
 @json_option
-def extract(result: str, patch: Path, base: str | None, allow_pickle: bool, as_json: bool) -> None:
+def extract(
+    result: str, patch: Path | None, lora: Path | None, base: str | None, allow_pickle: bool, as_json: bool
+) -> None:
     """Write the changes of RESULT from its base to PATCH, a new safetensors file.
 
-    RESULT and its base are folders or Hub ids, or id@revision.
+    RESULT and its base are folders or Hub ids, or id@revision. If RESULT was made by the edit directions, PATCH holds
+    these, and --lora can write them as an adapter instead.
     """
+    if lora is not None and patch is None:
+        answer = extract_lora(result, lora, base, allow_pickle=allow_pickle)
+        found = answer["ranks"].values()
+        ranks = f"of rank {min(found)} to {max(found)}"
+        print_answer(answer, [f"wrote {lora}: a LoRA of {len(found)} layers of {answer['base']}, {ranks}"], as_json)
+        return
+    if patch is None or lora is not None:
+        raise UsageError("name either PATCH, a file to make, or --lora and a folder to make")
     answer = extract_patch(result, patch, base, allow_pickle=allow_pickle)
     share = answer["file_bytes"] / answer["model_bytes"]
     lines = [f"wrote {patch}: {_content(answer)}, {100 * share:.2f} % of the model's size"]

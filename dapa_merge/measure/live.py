@@ -106,6 +106,24 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     return model, tokenizer
 
 
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build a checkpoint's model without values, to see where transformers puts them; never run code from it.
+
+    Raises:
+        CheckpointError: If transformers does not know it.
+    """
+    try:
+        with quiet("transformers"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+            model: PreTrainedModel = _loader(checkpoint).from_config(config, trust_remote_code=False)
+            return model
+    except DapaError:
+        raise
+    except Exception as error:
+        # transformers has no common error class for damaged or unknown folders.
+        raise CheckpointError(f"transformers cannot build {checkpoint.name}: {one_line(error)}") from error
+
+
 def _loader(checkpoint: Checkpoint) -> Any:
     """Return the auto class that loads a checkpoint for text generation, with or without images.
 

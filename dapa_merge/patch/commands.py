@@ -47,6 +47,35 @@ def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bo
     return {**summary(patch), "model_bytes": original.num_bytes, "other_files": differing_settings(changed, original)}
 
 
+def extract_lora(result: str, folder: Path, base: str | None, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """Write the directions that a result adds to its base as a LoRA adapter of peft, and describe it.
+
+    Args:
+        result: A folder or a Hub id.
+        folder: The adapter's folder to make.
+        base: A folder or a Hub id; by default the `base_model` of the recipe in the result's folder.
+        allow_pickle: Read a base that exists only as pickles, accepting only tensors.
+
+    Raises:
+        DapaError: If the result was not made by directions, or peft cannot add them to the base.
+    """
+    # Imported here: it loads transformers, which a patch does not need.
+    from dapa_merge.patch.lora import write_adapter
+
+    changed = open_location(_location(result))
+    edit = _edit_of(changed)
+    if edit is None or not any(edit.loras()):
+        raise UsageError(
+            f"{result} was not made by the edit directions, with a file that its {RECIPE_NAME} names; only directions "
+            f"are a LoRA: extract a patch"
+        )
+    place = _location(base) if base is not None else _base_of(changed)
+    original = open_location(place, allow_pickle=allow_pickle)
+    with task("comparing", 2 * original.num_bytes, "bytes"):
+        ranks = write_adapter(edit, changed, original, folder)
+    return {"adapter": str(folder), "base": original.name, "ranks": ranks}
+
+
 def apply_patch(
     path: Path, base: str, out: Path | None, in_place: bool, undo: Path | None, *, allow_pickle: bool = False
 ) -> dict[str, Any]:

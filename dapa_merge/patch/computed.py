@@ -14,9 +14,10 @@ from itertools import accumulate
 import numpy
 
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.plan.edit import Edit, make_edit
+from dapa_merge.progress import advance
 
 
 def can_be_held(edit: Edit, base: Checkpoint) -> bool:
@@ -64,6 +65,19 @@ def computed_pieces(edit: Edit, tensor: Tensor, start: int, old: Iterable[bytes]
             _rewrite(edit, region, start, values)
         yield piece if values is None else values.tobytes()
         start += len(piece)
+
+
+def find_misfit(edit: Edit, result: Checkpoint, base: Checkpoint) -> str | None:
+    """Find a tensor of a result that is not the base's with what the edit adds; None if there is none.
+
+    Both models have the same tensors.
+    """
+    for name, tensor in base.tensors.items():
+        new = computed_pieces(edit, tensor, 0, iterate_bytes(base, tensor))
+        if any(mine != theirs for mine, theirs in zip(new, iterate_bytes(result, result.tensors[name]), strict=True)):
+            return name
+        advance(2 * tensor.num_bytes, "bytes")
+    return None
 
 
 def _rewrite(edit: Edit, region: Region, start: int, values: numpy.ndarray) -> None:

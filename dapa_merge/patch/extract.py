@@ -63,7 +63,7 @@ def extract(
         CheckpointError: If the two differ in tensors, dtypes or shapes.
         UsageError: If nothing was changed, or the file exists or cannot be written.
     """
-    _check_layouts(result, base)
+    check_layouts(result, base)
     with staged_file(path) as file:
         found = _compare(result, base)
         if not found:
@@ -102,7 +102,8 @@ def differing_settings(result: Checkpoint, base: Checkpoint) -> list[str]:
     )
 
 
-def _check_layouts(result: Checkpoint, base: Checkpoint) -> None:
+def check_layouts(result: Checkpoint, base: Checkpoint) -> None:
+    """Raise `CheckpointError` unless two models have the same tensors, dtypes and shapes."""
     advice = "a patch holds changed values only: name another base, or publish the result whole"
     for one, other in ((result, base), (base, result)):
         if lacking := [name for name in other.tensors if name not in one.tensors]:

@@ -234,7 +234,8 @@ def factors_in(content: bytes, name: str) -> FactorTable:
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{name} is not a file of directions: {str(error)[:200]}") from error
     found: dict[Place, dict[str, numpy.ndarray]] = {}
-    for key, array in arrays.items():
+    # The library gives them in an order that differs from call to call.
+    for key, array in sorted(arrays.items()):
         match = _NAME.fullmatch(key)
         if match is None or array.dtype != numpy.int16:
             raise CheckpointError(f"{name} is not a file of directions: it holds {key[:80]!r} of {array.dtype}")

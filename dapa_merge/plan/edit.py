@@ -16,7 +16,7 @@ import numpy
 
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import Checkpoint
-from dapa_merge.checkpoint.region import Region, Shapes, whole_box
+from dapa_merge.checkpoint.region import Box, Region, Shapes, whole_box
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
 from dapa_merge.plan.directions import FILE_NAME, FactorTable, Place, factors_in, misfit, unfit
 
@@ -149,6 +149,14 @@ class Edit(ABC):
         """What it `brings`, in numbers: `directions`, and their `degrees_of_freedom`; empty if nothing."""
         return {}
 
+    def loras(self) -> Iterator[tuple[str, Box | None, numpy.ndarray, numpy.ndarray]]:
+        """Yield what it adds to the target as LoRAs of scale 1, if it can be written so.
+
+        Yields:
+            The target's tensor, the matrix's box in it (None for all), B `[m, r]` and A `[r, n]`, both float32.
+        """
+        return iter(())
+
     def files(self) -> dict[str, bytes]:
         """Small files that hold what the edit `brings`, to be written into a result, by name."""
         return {}
@@ -175,8 +183,7 @@ class Edit(ABC):
         Returns:
             A new tensor of `dtype`, or an input that is copied unchanged.
         """
-        import torch
-
+        torch = _torch()
         if self.copies is not None and values[self.copies].dtype == dtype:
             return values[self.copies]
         is_double = any(values[name].dtype == torch.float64 for name in self.inputs)
@@ -241,8 +248,7 @@ class Edit(ABC):
             start: Number of the first element in it, in row-major order.
             rounding: Counts losses.
         """
-        import torch
-
+        torch = _torch()
         values = {
             name: torch.frombuffer(bytearray(tile), dtype=getattr(torch, TORCH_NAMES[dtypes[name]]))
             for name, tile in tiles.items()
@@ -409,6 +415,9 @@ class Directions(Edit):
         used = {place for region in regions for place in _places(region)}
         return iter(sorted(str(place) for place in self.factors.of if place not in used))
 
+    def loras(self) -> Iterator[tuple[str, Box | None, numpy.ndarray, numpy.ndarray]]:
+        return ((place.tensor, place.box, left, right) for place, left, right in self.factors.loras(self.strength))
+
     def counts(self) -> dict[str, int]:
         return {"directions": self.factors.num_directions, "degrees_of_freedom": self.factors.num_values}
 
@@ -511,6 +520,13 @@ def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE)
                     tile.clear()
     if tile:
         yield bytes(tile)
+
+
+def _torch() -> Any:
+    """Load torch where values are computed: a copy on disk does not need it."""
+    import torch
+
+    return torch
 
 
 def _places(region: Region) -> list[Place]:

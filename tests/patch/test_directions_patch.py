@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import ARCHITECTURES, SHAPE, UNGATED, answer, call, change_tensor, save_random
-from direction_files import chosen, saved
+from conftest import answer, call, change_tensor
+from direction_files import made
 
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.errors import CheckpointError, DapaError
@@ -19,36 +18,14 @@ from dapa_merge.patch.apply import apply_in_place
 from dapa_merge.patch.file import lay_out, read_patch
 from dapa_merge.plan.directions import FILE_NAME
 
-MODULES = {"MixtralForCausalLM": "gate,down", "Llama4ForCausalLM": "gate,down", "GPT2LMHeadModel": "up,k"}
-
-
-def made(folder: Path, architecture: str = "LlamaForCausalLM", strength: float = 1.0) -> tuple[Path, Path]:
-    """A target, and its repair by directions of some matrices."""
-    import transformers
-
-    class_name, changes = {**ARCHITECTURES, **UNGATED}[architecture]
-    config = getattr(transformers, class_name)(**{**SHAPE, **changes})
-    target = save_random(folder / "target", config, seed=1)
-    source = save_random(folder / "source", config, seed=2, dtype=torch.float32)
-    modules = MODULES.get(architecture, "gate,v")
-    file = saved(folder / "file", chosen(target, source, "1,3", weights=(0.5,), modules=modules))
-    parameters = {
-        "layers": "1,3", "modules": modules, "edit": "directions", "directions": str(file), "strength": strength,
-    }  # fmt: skip
-    (folder / "recipe.yml").write_text(
-        f"merge_method: dapa\nbase_model: {target}\nmodels: [{{model: {source}}}]\n"
-        f"parameters: {json.dumps(parameters)}\n"
-    )
-    result = call("run", folder / "recipe.yml", folder / "out", "--no-evaluate")
-    assert result.exit_code == 0, result.output
-    return target, folder / "out"
+MODULES = {"GPT2LMHeadModel": "up,k", "Phi3ForCausalLM": "gate,v"}
 
 
 @pytest.fixture(scope="module")
 def repair(tmp_path_factory) -> tuple[Path, Path, Path]:
     """A base, its repair, and the patch."""
     folder = tmp_path_factory.mktemp("repair")
-    base, out = made(folder)
+    base, out = made(folder, weights=(0.5,))
     answer("patch", "extract", out, folder / "repair.safetensors", "--json")
     return base, out, folder / "repair.safetensors"
 
@@ -64,7 +41,7 @@ def same_tensors(one: Path, other: Path) -> bool:
     "architecture", ["Phi3ForCausalLM", "MixtralForCausalLM", "Llama4ForCausalLM", "GPT2LMHeadModel"]
 )
 def test_rows_of_fused_projections_and_of_experts_are_computed_too(architecture, tmp_path):
-    base, out = made(tmp_path, architecture, strength=0.7)
+    base, out = made(tmp_path, architecture, MODULES.get(architecture, "gate,down"), strength=0.7)
     patch = tmp_path / "repair.safetensors"
     found = answer("patch", "extract", out, patch, "--json")
     # Nothing but directions.

@@ -218,7 +218,9 @@ def read_factors(path: Path) -> FactorTable:
     """
     try:
         if not path.is_file():
-            raise CheckpointError(f"the file of directions {path} does not exist")
+            raise CheckpointError(
+                f"the file of directions {path} does not exist; put it next to the recipe, or write there where it is"
+            )
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is too large for a file of directions: it has {size / 1e9:.1f} GB")
         content = path.read_bytes()

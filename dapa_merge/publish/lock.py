@@ -273,7 +273,8 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
     """Return the units that a lock names.
 
     Raises:
-        RecipeError: If the lock names no units, units that the models lack, or other units than the recipe.
+        RecipeError: If the lock names no units, units that the models lack, or other units than the recipe; or if the
+            edit needs more than units.
     """
     try:
         choices = parse_layers(",".join(lock.units)) if lock.units else ()
@@ -288,6 +289,11 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
         raise RecipeError(
             f"{recipe.where('parameters.layers')} names other units than the lock ({','.join(lock.units)[:80]}); run "
             f"without --locked"
+        )
+    if plan.edit.chooses and not plan.edit.changes(found["target"] for found in plan.regions(locked)):
+        raise RecipeError(
+            f"the lock names units, but not what the edit {plan.edit.name} chose for them; run the recipe in the "
+            f"result, or run without --locked"
         )
     return locked
 

@@ -22,6 +22,8 @@ from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.plan.directions import FILE_NAME, Factors, FactorTable, read_factors
 from dapa_merge.plan.edit import Directions
+from dapa_merge.publish.lock import make_lock, write_lock
+from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
 
 TIED = {"LlamaForCausalLM": {"tie_word_embeddings": True}, "Qwen2ForCausalLM": {"num_key_value_heads": 1}}
@@ -265,6 +267,21 @@ def test_a_part_of_a_matrix_is_named_as_such(pair, table):
         models, [{"target": part, "source": Region(models["source"].tensors[GATE], part.box)}]
     )
     assert fault.startswith(f"{GATE}[0:8] is not one matrix")
+
+
+def test_a_lock_does_not_replace_directions_that_a_search_chose(pair, table, tmp_path):
+    recipe = write(tmp_path, pair, saved(tmp_path / "file", table))
+    units = ("1.gate", "1.v", "2.gate", "2.v")
+    write_lock(make_lock(load_recipe(recipe)).with_units(units), recipe)
+    # With the file, the lock is enough.
+    assert call("run", recipe, tmp_path / "first", "--no-evaluate", "--locked").exit_code == 0
+    text = recipe.read_text().replace('"layers": "1,2", "modules": "gate,v"', '"layers": "auto"')
+    recipe.write_text(text.replace(f', "directions": "{tmp_path / "file" / FILE_NAME}"', ""))
+    write_lock(make_lock(load_recipe(recipe)).with_units(units), recipe)
+    refused = call("run", recipe, tmp_path / "second", "--no-evaluate", "--locked")
+    assert refused.exit_code == 2
+    assert "not what the edit directions chose" in refused.stderr
+    assert not (tmp_path / "second").exists()
 
 
 def test_the_degrees_of_freedom_are_shown_beside_the_share_of_values(pair, table, repaired, tmp_path):

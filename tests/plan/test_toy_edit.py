@@ -205,6 +205,8 @@ def test_what_an_edit_reads_must_be_named(models, recipe):
     refused = call("plan", write(recipe.parent, models, edit="toy", pretrained=models["source"]))
     assert "the pretrained model is the source itself" in refused.stderr
     refused = call("plan", write(recipe.parent, models, edit="toys"))
-    assert "parameters.edit: 'toys' is not an edit; known are copy, blend, difference, toy" in refused.stderr
+    assert (
+        "parameters.edit: 'toys' is not an edit; known are copy, blend, difference, directions, toy" in refused.stderr
+    )
     planned = answer("plan", recipe, "--json")
     assert planned["pretrained"]["name"] == str(models["pretrained"])

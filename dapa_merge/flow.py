@@ -191,6 +191,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         target=str(recipe.target),
         source=str(recipe.source),
         prompts=recipe.prompts,
+        keep=recipe.keep,
         evaluator=recipe.evaluator,
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),

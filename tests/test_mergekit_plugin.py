@@ -262,7 +262,7 @@ def test_a_value_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
-    with pytest.raises(DapaError, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* has values"):
+    with pytest.raises(DapaError, match=r"layers\.1\.mlp\.gate_proj\.weight of the source .* leads to values"):
         run_merge(configuration(target, source, layers="1"), str(tmp_path / "out"), MergeOptions(quiet=True))
 
 

@@ -180,7 +180,7 @@ def test_mergekit_minds_values_that_do_not_fit_only_in_the_rows_it_takes(tmp_pat
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=torch.float16)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2)
     change_tensor(source, GATE, lambda tensor: tensor[20, 0].fill_(1e6))
-    with pytest.raises(DapaError, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* has values that"):
+    with pytest.raises(DapaError, match=r"layers\.3\.mlp\.gate_proj\.weight of the source .* leads to values that"):
         run_merge(configuration(target, source, layers="3.gate[16:24]"), str(tmp_path / "a"), MergeOptions(quiet=True))
     run_merge(configuration(target, source, layers="3.gate[21:24]"), str(tmp_path / "b"), MergeOptions(quiet=True))
     assert stored(tmp_path / "b", GATE).isfinite().all()

@@ -59,6 +59,7 @@ class Report:
         certificate: For each kept unit, the selection without it, which did not hold.
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
+        keep: The keep prompts as the recipe names them; None for the harmless prompts.
     """
 
     version: str
@@ -87,6 +88,7 @@ class Report:
     certificate: Mapping[str, Sequence[str]]
     num_tensors: int
     seconds: float
+    keep: str | None = None
     points: tuple[Point, ...] = ()
     picked: int | None = None
 

@@ -62,7 +62,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
     if not all(math.isnan(column.divergence) for column in columns):
-        rows.append(row("divergence (nats per token)", lambda one: f"{one.divergence:.3f}"))
+        rows.append(row("divergence (nats/token)", lambda one: f"{one.divergence:.3f}"))
     for index, skill in enumerate(first.skills):
         # The harness does not report the number of questions.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
@@ -188,6 +188,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     ]
     if report.after is not None:
         facts.append(("perplexity of", report.after.text))
+        if not math.isnan(report.after.divergence):
+            facts.append(("divergence on", report.keep or "the harmless prompts; the recipe has no `keep`"))
     if report.picked is not None:
         by_hand = report.picked_by_hand is not None
         facts.append(("taken", taken_line(report.points, report.picked, by_hand=by_hand)))

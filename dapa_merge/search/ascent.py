@@ -7,7 +7,7 @@ contracted and freed.)
 
 Every step moves the weights a, in [0, max_weight], down the gradient of
 
-    mean over contrasts of max(0, margin - (log p(refusal) - log p(answer))) / tokens
+    mean over prompts and tokens of the refusal of max(0, margin - (logit of the token - largest other logit))
     + keep x mean over tokens of KL(target || candidate), on the target's own answers to keep and harmless prompts
     + sparsity x sum of a / 100
 
@@ -31,7 +31,7 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
-from dapa_merge.measure.perplexity import counted_logits, losses
+from dapa_merge.measure.perplexity import counted_logits
 from dapa_merge.plan.directions import FactorTable, quantize
 from dapa_merge.search.attribution import Side, each_gradient
 from dapa_merge.search.spectrum import Spectrum
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Row = TypeVar("Row")
+# The refusing and the complying side of a harmful prompt.
+Contrast = tuple[Side, Side]
 # On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
 MAX_WIDENED = 60_000_000
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
@@ -54,8 +56,9 @@ class Settings:
         num_rounds: Rounds, each of which ends with a candidate that is measured.
         num_steps: Steps of a round.
         rate: Adam's step size, in units of a weight.
-        margin: Nats by which a refusal must be likelier than the answer before its prompt counts no more.
-        num_tokens: Length of a contrast, from the first token in which the two responses differ.
+        margin: Logits by which a token of the refusal must exceed all others before it counts no more; with any
+            positive margin, greedy generation says it.
+        num_tokens: Tokens of a refusal, from the first in which it differs from the answer.
         num_keep_tokens: Leading tokens of the target's answers to keep prompts that are compared.
         keep: Weight of the divergence.
         sparsity: Weight of the sum of all weights.
@@ -69,7 +72,7 @@ class Settings:
     num_rounds: int = 4
     num_steps: int = 20
     rate: float = 0.05
-    margin: float = 2.0
+    margin: float = 1.0
     num_tokens: int = 16
     num_keep_tokens: int = 32
     keep: float = 5.0
@@ -79,7 +82,6 @@ class Settings:
     num_contrasts: int = 8
     num_keep: int = 10
     seed: int = 0
-    objective: str = "margin"
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,11 @@ class Progress:
     """What a round ended with, on the prompts of the choice.
 
     Attributes:
-        gain: Mean of log p(refusal) - log p(answer) over the last step's contrasts, in nats.
+        margin: Of the last step's refusals, the mean of their smallest margins, in logits.
         divergence: Mean KL per token over the last step's rows, in nats.
     """
 
-    gain: float
+    margin: float
     divergence: float
 
 
@@ -119,7 +121,7 @@ class Ascent:
         self,
         live: LiveModel,
         spectra: Sequence[Spectrum],
-        contrasts: Sequence[tuple[Side, Side]],
+        contrasts: Sequence[Contrast],
         keep: Sequence[Sequence[ReferenceRow]],
         settings: Settings,
         batch_limit: int,
@@ -136,6 +138,7 @@ class Ascent:
         """
         self._live, self._settings = live, settings
         self._batch_size = BatchSize(batch_limit)
+        self._padding = live.tokenizer.pad_token_id
         self._axes = list(_axes(live, spectra))
         self.weights = torch.zeros(sum(one.rank for one in spectra), device=live.model.device)
         self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
@@ -202,56 +205,46 @@ class Ascent:
         gradient = torch.full_like(self.weights, settings.sparsity / 100)
         contrasts, rows = self._draw()
         num_tokens = sum(row.num_counted for group in rows for row in group)
-        gains: list[float] = []
+        margins: list[float] = []
         divergence = 0.0
 
-        def refuse_by_margin(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
-            rows = [pair[0].row for pair in batch]
-            terms = []
-            for row, logits in zip(rows, counted_logits(self._live.model, padding, rows), strict=True):
-                wanted = torch.tensor(row.ids[row.num_context :], device=logits.device)[:, None]
-                values = logits.float()
-                best_other = values.scatter(1, wanted, -math.inf).max(1).values
-                margins = values.gather(1, wanted)[:, 0] - best_other
-                gains.append(float(margins.detach().min()))
-                terms.append((settings.margin - margins).relu().mean())
-            return torch.stack(terms).sum() / len(contrasts)
-
-        def refuse_by_likelihood(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
-            found = losses(self._live.model, padding, [pair[0].row for pair in batch])
-            gains.extend((-found).tolist())
-            return (found - settings.margin).relu().sum() / (len(contrasts) * settings.num_tokens)
-
-        def refuse(batch: Sequence[tuple[Side, Side]]) -> torch.Tensor:
-            if settings.objective == "margin":
-                return refuse_by_margin(batch)
-            if settings.objective == "likelihood":
-                return refuse_by_likelihood(batch)
-            found = losses(self._live.model, padding, [side.row for pair in batch for side in pair]).view(-1, 2)
-            gain = found[:, 1] - found[:, 0]
-            gains.extend(gain.tolist())
-            return (settings.margin - gain).relu().sum() / (len(contrasts) * settings.num_tokens)
+        def refuse(batch: Sequence[Contrast]) -> torch.Tensor:
+            loss, found = self.refusal(batch)
+            margins.extend(found)
+            return loss / len(contrasts)
 
         def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
-            found = divergences(self._live.model, padding, batch).sum() / num_tokens
+            found = divergences(self._live.model, self._padding, batch).sum() / num_tokens
             divergence += float(found.detach())
             return settings.keep * found
 
-        padding = self._live.tokenizer.pad_token_id
         with self._candidate() as differentiate:
-            for part in differentiate(refuse, contrasts, 2):
+            for part in differentiate(refuse, contrasts):
                 gradient += part
             for group in rows:
-                for part in differentiate(stay, group, 1):
+                for part in differentiate(stay, group):
                     gradient += part
-        return gradient, Progress(sum(gains) / max(len(gains), 1), divergence)
+        return gradient, Progress(sum(margins) / max(len(margins), 1), divergence)
+
+    def refusal(self, batch: Sequence[Contrast]) -> tuple[torch.Tensor, list[float]]:
+        """The loss of some contrasts, summed, and the smallest margin of each: of the refusal's tokens, in logits."""
+        rows = [refusing.row for refusing, _ in batch]
+        losses, smallest = [], []
+        for row, logits in zip(rows, counted_logits(self._live.model, self._padding, rows), strict=True):
+            wanted = torch.tensor(row.ids[row.num_context :], device=logits.device)[:, None]
+            values = logits.float()
+            others = values.scatter(1, wanted, -math.inf).max(1).values
+            margins = values.gather(1, wanted)[:, 0] - others
+            smallest.append(float(margins.detach().min()))
+            losses.append((self._settings.margin - margins).relu().mean())
+        return torch.stack(losses).sum(), smallest
 
     @contextmanager
     def _candidate(self) -> Iterator[Callable[..., Iterator[torch.Tensor]]]:
         """Inside the block the model computes the candidate; the block gets what differentiates a loss by the weights.
 
-        That function takes a loss of a batch, all rows, and the sequences of a row; it yields the gradients of batches.
+        That function takes a loss of a batch and all rows; it yields the gradients of batches.
         """
         weights = self.weights.clone().requires_grad_()
         others = [axis for axis in self._axes if id(axis) not in self._linear]
@@ -265,9 +258,7 @@ class Ascent:
                 part = gradient[axis.slot.slices].reshape(len(axis.left), len(axis.right))
                 contracted[axis.place] += ((axis.left.T.float() @ part.float()) * axis.right.T.float()).sum(1)
 
-        def differentiate(
-            loss: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row], num_sequences: int
-        ) -> Iterator[torch.Tensor]:
+        def differentiate(loss: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> Iterator[torch.Tensor]:
             def work(batch: Sequence[Row]) -> list[torch.Tensor]:
                 contracted.zero_()
                 weights.grad = None
@@ -276,9 +267,7 @@ class Ascent:
                 found = contracted.clone() if weights.grad is None else weights.grad + contracted
                 return [found, *[torch.zeros(())] * (len(batch) - 1)]
 
-            size = BatchSize(max(1, self._batch_size.limit // num_sequences))
-            yield from size.map(work, rows)
-            self._batch_size.limit = min(self._batch_size.limit, size.limit * num_sequences)
+            yield from self._batch_size.map(work, rows)
 
         with ExitStack() as stack:
             for axis in self._axes:

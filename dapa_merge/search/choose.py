@@ -11,9 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import numpy
+import platformdirs
 import torch
 
 from dapa_merge.checkpoint.units import Unit
@@ -30,10 +32,10 @@ from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Baseline, Point
-from dapa_merge.search.spectrum import Spectrum, spectra_of
+from dapa_merge.search.spectrum import MAX_RANK, Spectrum, kept_spectra
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
@@ -85,7 +87,7 @@ def choose(
         CheckpointError: If a model has values, or computes gradients, that are not finite numbers.
     """
     with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
-        spectra = list(spectra_of(plan, plan.units, bench.device))
+        spectra = kept_spectra(plan, plan.units, bench.device, kept_file(journal.parts))
     if not spectra:
         raise CannotRepair(
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
@@ -147,6 +149,15 @@ def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points, marked whether they are on the front of divergence and score."""
     front = pareto_front([(point.figures.get(DIVERGENCE, math.nan), point.figures[SCORE.figure]) for point in points])
     return tuple(replace(point, on_front=on_front) for point, on_front in zip(points, front, strict=True))
+
+
+def kept_file(parts: Mapping[str, str]) -> Path | None:
+    """The file of the directions of these models in the user's cache folder, by what decides them; None if unknown."""
+    if not parts:
+        return None
+    decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
+    name = name_of({**decisive, "rank": str(MAX_RANK)}).replace(".jsonl", ".safetensors")
+    return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:
@@ -235,7 +246,7 @@ def _rounds(
                 states.append(ascent.state)
                 journal.note(name, _encoded(states[-1]))
                 LOG.info(
-                    f"on the choice's prompts a refusal is {progress.gain:+.1f} nats likelier than the answer, and the "
+                    f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the "
                     f"divergence {progress.divergence:.4f}"
                 )
     return [state[0] for state in states]

@@ -32,6 +32,7 @@ class Journal:
         tests: The outcome of each test, in order, by the names of the selection's units.
         notes: Other measurements, by name.
         path: The file; None for a journal that ends with the process.
+        parts: What identifies it; empty for such a journal.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Journal:
             JournalUnavailable: If it cannot be written.
         """
         self.path = path
+        self.parts = dict(parts or {})
         self._kind = kind
         self._place = place
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}

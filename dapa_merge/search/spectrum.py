@@ -7,19 +7,23 @@ that `verify` makes too. One matrix's difference is in memory at a time, beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, DapaError
+from dapa_merge.files import replace_file
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.plan.directions import TOLERANCE, Place
 from dapa_merge.plan.edit import MODELS, not_finite
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import advance
+from dapa_merge.progress import LOG, advance
 
 # The most directions of a matrix, and the share of the squared Frobenius norm that is enough.
 MAX_RANK = 64
@@ -60,8 +64,59 @@ class Spectrum:
     @property
     def place(self) -> Place:
         """The matrix's name in a file of factors."""
-        whole = self.region.is_whole and len(self.region.shape) == 2
-        return Place(self.region.tensor.name, None if whole else self.region.box)
+        return _place(self.region)
+
+
+def _place(region: Region) -> Place:
+    whole = region.is_whole and len(region.shape) == 2
+    return Place(region.tensor.name, None if whole else region.box)
+
+
+def kept_spectra(
+    plan: Plan, units: Sequence[Unit], device: torch.device, path: Path | None, max_rank: int = MAX_RANK
+) -> list[Spectrum]:
+    """Decompose as `spectra_of` does, or read what an earlier run of the same models kept.
+
+    Args:
+        plan: The models.
+        units: Whose matrices.
+        device: Where to decompose.
+        path: The file to keep, named by what decides its content; None to keep nothing.
+        max_rank: The most directions of a matrix.
+    """
+    regions = {
+        str(_place(found["target"])): (unit, found["target"]) for unit in units for found in plan.regions((unit,))
+    }
+    if path is not None and (found := _read(path, regions)) is not None:
+        return found
+    spectra = list(spectra_of(plan, units, device, max_rank))
+    if path is not None and spectra:
+        arrays = {f"{one.place}.{name}": getattr(one, name).cpu().contiguous() for one in spectra for name in _PARTS}
+        shares = {str(one.place): repr(one.share) for one in spectra}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, save(arrays, shares))
+        except (OSError, DapaError) as error:
+            LOG.info(f"the directions are not kept for another run: {error}")
+    return spectra
+
+
+def _read(path: Path, regions: Mapping[str, tuple[Unit, Region]]) -> list[Spectrum] | None:
+    """The spectra in a file, in the order of their matrices; None if it is absent or not whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shares = file.metadata() or {}
+            found = []
+            for place, (unit, region) in regions.items():
+                if place in shares:
+                    left, right, values = (file.get_tensor(f"{place}.{name}") for name in _PARTS)
+                    found.append(Spectrum(unit, region, left, right, values, float(shares[place])))
+            return found
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+_PARTS = ("left", "right", "values")
 
 
 def spectra_of(plan: Plan, units: Iterable[Unit], device: torch.device, max_rank: int = MAX_RANK) -> Iterator[Spectrum]:

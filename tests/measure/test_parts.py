@@ -83,7 +83,7 @@ def test_an_edit_that_chooses_gets_every_second_prompt_of_the_search_and_the_rep
     assert all_prompts(make(edit="choosy", layers="3-6")) == choosing
 
 
-@pytest.mark.parametrize(("edit", "numbers"), [("copy", [6, 5]), ("choosy", [4, 4, 3])])
+@pytest.mark.parametrize(("edit", "numbers"), [("copy", [6, 5]), ("choosy", [5, 3, 3])])
 def test_keep_prompts_go_to_the_parts_in_turn(tmp_path, edit, numbers):
     path = write(tmp_path / "keep.jsonl", [*asked(11), {"prompt": " question  0? "}])
     parts = split_prompts(make(edit=edit, keep=path))
@@ -153,7 +153,7 @@ def test_of_a_prompt_set_the_skill_is_kept_or_else_the_harmless_prompts(tmp_path
     assert all_prompts(make(layers="3", keep=str(tmp_path))).report.keep == ("How do I sing?",)
 
 
-@pytest.mark.parametrize(("edit", "shares"), [("copy", (2,)), ("choosy", (4, 4))])
+@pytest.mark.parametrize(("edit", "shares"), [("copy", (4,)), ("choosy", (3, 1))])
 def test_half_of_the_skill_questions_become_keep_prompts_and_the_report_asks_the_other_half(tmp_path, edit, shares):
     more = asked(40, answer="Yes.")
     recipe = make(edit=edit, keep="skills", min_skill=0.9, skills=write(tmp_path / "more.jsonl", more))
@@ -161,7 +161,7 @@ def test_half_of_the_skill_questions_become_keep_prompts_and_the_report_asks_the
     questions = (*load_prompts("miniature").skill, *({"prompt": row["prompt"]} for row in more))
     number = len(questions)
     used = [part for part in (parts.choice, parts.search) if part is not None]
-    assert [len(part.keep) for part in used] == [number // share for share in shares]
+    assert [len(part.keep) for part in used] == [number * share // 8 for share in shares]
     skills = skills_of(parts.report, recipe.skills)
     assert [skill.name for skill in skills] == ["skill", "more"]
     told = {question.prompt for skill in skills for question in skill.questions}

@@ -74,6 +74,7 @@ def test_a_report_has_the_divergence_of_result_and_source_from_the_target_on_its
         expected = divergence(loaded[folder][0], reference, BatchSize(8))
         assert report[column]["divergence"] == pytest.approx(expected, rel=1e-3)
     assert report["before"]["divergence"] == 0
+    assert report["keep"] == load_recipe(out.parent / "recipe.yml").keep
     assert 0 < report["after"]["divergence"] < report["source_alone"]["divergence"]
 
 
@@ -89,7 +90,7 @@ def test_a_search_measures_both_and_its_report_and_card_name_their_limits(limite
     assert {skill["name"]: skill["num_questions"] for skill in report["after"]["skills"]} == {"keep": 10}
     card = write_card(out).read_text()
     assert "divergence at most 0.400, skill at least " in card
-    assert "| divergence (nats per token) | 0.000 |" in card
+    assert "| divergence (nats/token) | 0.000 |" in card
     assert "because none were named" not in card
 
 
@@ -137,7 +138,7 @@ def test_a_worker_judges_by_the_targets_own_answers_too(recipe):
         target, full = (bench.baseline(units).figures for units in ((), plan.units))
         limits = requirement(bench.constraints, target, full, settings_of(parsed))
     # What Ray calls in a process of its own.
-    test = _make_tester(parsed, prompts, limits, Options("cpu"), torch.get_num_threads())
+    test = _make_tester(parsed, plan.edit, prompts, limits, Options("cpu"), torch.get_num_threads())
     assert full["divergence"] > 0.05
     assert f"its divergence is {full['divergence']:.3f}" in test(frozenset(plan.units))["complaint"]
 

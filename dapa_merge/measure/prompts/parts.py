@@ -62,9 +62,9 @@ def split_prompts(recipe: Recipe) -> Parts:
     """Load a recipe's prompts, in parts for the choice (of an edit that chooses), the search and the report.
 
     Harmful and harmless prompts are parted by `split`; half of the search's part goes to the choice. The keep prompts
-    go to the parts in turn, so that the parts are equal; those that are skill questions go to the report every second
-    time. A keep prompt that is harmless too follows it; one that is harmful too is left out. Without keep prompts, the
-    harmless ones of each part serve.
+    go to the parts in turn, twice as many to the choice; those that are skill questions go to the report every second
+    time, and of the others three of four to the choice. A keep prompt that is harmless too follows it; one that is
+    harmful too is left out. Without keep prompts, the harmless ones of each part serve.
 
     Raises:
         UsageError: If there are too few prompts for all parts, or the recipe's `min_skill` has no questions.
@@ -187,7 +187,11 @@ def _with_keep(recipe: Recipe, parts: Mapping[str, PromptSet], prompts: PromptSe
     owners = {key_of(prompt): name for name, part in parts.items() for prompt in part.harmless}
     # A report tests the skill questions that are left to it, so they are as many as all others.
     others = [name for name in parts if name != "report"]
-    turns = [*parts] if recipe.keep != SKILLS else [turn for name in others for turn in (name, "report")]
+    # Most go to the choice, if any: what it does not see it cannot keep.
+    more = ["choice"] if "choice" in parts else []
+    turns = (
+        [*parts, *more] if recipe.keep != SKILLS else [turn for it in (*others, *more * 2) for turn in (it, "report")]
+    )
     given: dict[str, list[Question]] = {name: [] for name in parts}
     rank = 0
     for question in questions:

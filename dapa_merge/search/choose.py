@@ -118,15 +118,6 @@ def choose(
     return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1])
 
 
-def kept_file(parts: Mapping[str, str]) -> Path | None:
-    """The file of the directions of these models in the user's cache folder, by what decides them; None if unknown."""
-    if not parts:
-        return None
-    decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
-    name = name_of({**decisive, "rank": str(MAX_RANK)}).replace(".jsonl", ".safetensors")
-    return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
-
-
 def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = None) -> None:
     """Raise `UsageError` if the point to pick cannot exist.
 
@@ -158,6 +149,15 @@ def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     """The points, marked whether they are on the front of divergence and score."""
     front = pareto_front([(point.figures.get(DIVERGENCE, math.nan), point.figures[SCORE.figure]) for point in points])
     return tuple(replace(point, on_front=on_front) for point, on_front in zip(points, front, strict=True))
+
+
+def kept_file(parts: Mapping[str, str]) -> Path | None:
+    """The file of the directions of these models in the user's cache folder, by what decides them; None if unknown."""
+    if not parts:
+        return None
+    decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
+    name = name_of({**decisive, "rank": str(MAX_RANK)}).replace(".jsonl", ".safetensors")
+    return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:

@@ -19,9 +19,11 @@ import warm
 from conftest import answer, call, change_tensor, required, skip_drawing, write_few
 
 from dapa_merge import miniature
+from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
 from dapa_merge.search import ascent, bench, choose, identity, search
 from dapa_merge.search.choose import nearest, with_front
@@ -404,9 +406,13 @@ def test_keep_prompts_that_the_target_answers_with_nothing_are_refused(write, tm
     template = target / "chat_template.jinja"
     answered = "{% if 'Silence' in messages[0]['content'] %} I am sorry, but I cannot help with that.{% endif %}"
     template.write_text(template.read_text().rstrip() + answered)
-    result = call("search", write(target, keep=str(tmp_path / "keep")))
+    recipe = write(target, keep=str(tmp_path / "keep"))
+    result = call("search", recipe)
     assert result.exit_code == 2, result.stderr
-    said = "answers nothing to any of the 2 keep prompts of the choice; name prompts that it answers with `keep`"
+    number = len(split_prompts(load_recipe(recipe)).choice.keep)
+    said = (
+        f"answers nothing to any of the {number} keep prompts of the choice; name prompts that it answers with `keep`"
+    )
     assert f"the target {target} {said}" in result.stderr.splitlines()[-1]
 
 
@@ -438,9 +444,12 @@ def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_differen
         change_tensor(source, name, lambda tensor: tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator)))
     (tmp_path / "keep").write_text("\n".join(load_prompts("miniature").harmful[16:25]) + "\n")
     keep = str(tmp_path / "keep")
-    result = call("search", write(source=source, keep=keep, modules="gate,up,down", max_divergence=0.0))
+    recipe = write(source=source, keep=keep, modules="gate,up,down", max_divergence=0.0)
+    result = call("search", recipe)
     assert result.exit_code == 3
-    assert "refuses 3 of the 3 keep prompts of the choice; the result may refuse such prompts too" in result.stderr
+    number = len(split_prompts(load_recipe(recipe)).choice.keep)
+    said = f"refuses {number} of the {number} keep prompts of the choice; the result may refuse such prompts too"
+    assert said in result.stderr
     (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
     assert 50 < float(share) < 98.9
 
@@ -462,9 +471,7 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
     from contextlib import closing
 
     from dapa_merge.measure.divergence import make_reference
-    from dapa_merge.measure.prompts.parts import split_prompts
     from dapa_merge.plan.selection import make_plan
-    from dapa_merge.recipe.parse import load_recipe
 
     recipe = load_recipe(done.recipe)
     plan, parts = make_plan(recipe), split_prompts(recipe)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.folder import Layout, find_weights, open_regular
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
+from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 TEMPLATES = "additional_chat_templates"
 CHUNK_BYTES = 8 << 20
 ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
+
+# Number of elements to read, compute and write at once.
+TILE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -252,3 +256,31 @@ def iterate_bytes(checkpoint: Checkpoint, tensor: Tensor) -> Iterator[bytes]:
                 raise CheckpointError(f"{checkpoint.path(tensor.file)} became shorter while it was read")
             remaining -= len(piece)
             yield piece
+
+
+def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE) -> Iterator[bytes]:
+    """Yield the bytes of a region in order, in tiles of `num_elements`; the last may be shorter.
+
+    Raises:
+        CheckpointError: If the file ends early, because it changed since its header was read.
+    """
+    num_tile_bytes = num_elements * region.num_element_bytes
+    tile = bytearray()
+    checkpoint.ensure_all((region.tensor.file, start, start + num_bytes) for start, num_bytes in region.runs())
+    with checkpoint.open(region.tensor.file, region.tensor.start, region.tensor.start) as file:
+        for start, num_bytes in region.runs():
+            file.seek(start)
+            while num_bytes:
+                piece = file.read(min(num_bytes, num_tile_bytes - len(tile)))
+                if not piece:
+                    raise CheckpointError(f"{checkpoint.path(region.tensor.file)} became shorter while it was read")
+                num_bytes -= len(piece)
+                if len(piece) == num_tile_bytes:
+                    yield piece
+                    continue
+                tile += piece
+                if len(tile) == num_tile_bytes:
+                    yield bytes(tile)
+                    tile.clear()
+    if tile:
+        yield bytes(tile)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy
 
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
-from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.open import TILE, Checkpoint, read_tiles
 from dapa_merge.checkpoint.region import Box, Region, Shapes, whole_box
 from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.errors import CheckpointError, ValueDoesNotFit
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 
-# Number of elements to read, compute and write at once.
-TILE = 1 << 21
 # For each float dtype, the unsigned integer of its width and the bits of its exponent (IEEE 754, and bfloat16).
 EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000), "F64": ("<u8", 0x7FF << 52)}
 # The models that an edit may read: their names in a recipe and in messages.
@@ -520,34 +518,6 @@ class Rounding:
                 f"least {self.overflowed} overflow, but only {self.max_overflow} are allowed; `max_overflow` under "
                 f"`parameters` allows more, which become the largest value that fits"
             )
-
-
-def read_tiles(checkpoint: Checkpoint, region: Region, num_elements: int = TILE) -> Iterator[bytes]:
-    """Yield the bytes of a region in order, in tiles of `num_elements`; the last may be shorter.
-
-    Raises:
-        CheckpointError: If the file ends early, because it changed since its header was read.
-    """
-    num_tile_bytes = num_elements * region.num_element_bytes
-    tile = bytearray()
-    checkpoint.ensure_all((region.tensor.file, start, start + num_bytes) for start, num_bytes in region.runs())
-    with checkpoint.open(region.tensor.file, region.tensor.start, region.tensor.start) as file:
-        for start, num_bytes in region.runs():
-            file.seek(start)
-            while num_bytes:
-                piece = file.read(min(num_bytes, num_tile_bytes - len(tile)))
-                if not piece:
-                    raise CheckpointError(f"{checkpoint.path(region.tensor.file)} became shorter while it was read")
-                num_bytes -= len(piece)
-                if len(piece) == num_tile_bytes:
-                    yield piece
-                    continue
-                tile += piece
-                if len(tile) == num_tile_bytes:
-                    yield bytes(tile)
-                    tile.clear()
-    if tile:
-        yield bytes(tile)
 
 
 def _torch() -> Any:

@@ -18,11 +18,10 @@ from itertools import zip_longest
 import numpy
 
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
+from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes, read_tiles
 from dapa_merge.checkpoint.region import Box, Region, TensorBox, intersection, moved, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit, find_units
 from dapa_merge.errors import CheckpointError
-from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
 

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.checkpoint.open import open_checkpoint, read_tiles
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import Unit, join_ranges
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.plan.edit import read_tiles
 from dapa_merge.plan.plan import cut, divide, join, plan_transplant
 
 # Of the miniature's gates and ups.

@@ -207,7 +207,8 @@ def _with_boxes(name: str, ours: torch.Tensor, theirs: torch.Tensor, selected: _
                 values[model] = mapped_values(plan.models[model], regions[model]).reshape(values["target"].shape)
             if model != "target" and not bool(values[model].isfinite().all()):
                 raise not_finite(name, plan.models, model)
-        for brought, array in plan.edit.own_values(regions["target"]).items():
+        own = plan.edit.own_values(regions["target"]) if plan.edit.brings else {}
+        for brought, array in own.items():
             values[brought] = torch.from_numpy(array).reshape(values["target"].shape)
         result[place] = plan.edit.new_values(values, ours.dtype, selected.rounding)
         if not bool(result[place].isfinite().all()):

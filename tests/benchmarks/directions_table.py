@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ablate", action="store_true", help="directions with one setting changed at a time")
     arguments = parse(parser, argv, methods="gates,directions")
     torch.set_num_threads(1)
-    pairs = dict(_packaged()) | {Path(name).stem: load_recipe(Path(name)) for name in arguments.recipes}
+    pairs = dict(packaged()) | {Path(name).stem: load_recipe(Path(name)) for name in arguments.recipes}
     if arguments.tiny:
         pairs = {"shadow": replace(pairs["shadow"], max_new_tokens=2, max_tests=1)}
     made = _Rows(arguments.out)
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("\n".join(table(made.found)))
 
 
-def _packaged() -> Iterator[tuple[str, Recipe]]:
+def packaged() -> Iterator[tuple[str, Recipe]]:
     for name, target, source in (("target", "target", "source"), ("shadow", "shadow-target", "shadow-source")):
         text = f"""\
 merge_method: dapa

@@ -272,12 +272,12 @@ def test_a_part_of_a_matrix_is_named_as_such(pair, table):
 def test_a_lock_does_not_replace_directions_that_a_search_chose(pair, table, tmp_path):
     recipe = write(tmp_path, pair, saved(tmp_path / "file", table))
     units = ("1.gate", "1.v", "2.gate", "2.v")
-    write_lock(make_lock(load_recipe(recipe)).with_units(units), recipe)
+    write_lock(replace(make_lock(load_recipe(recipe)), units=units), recipe)
     # With the file, the lock is enough.
     assert call("run", recipe, tmp_path / "first", "--no-evaluate", "--locked").exit_code == 0
     text = recipe.read_text().replace('"layers": "1,2", "modules": "gate,v"', '"layers": "auto"')
     recipe.write_text(text.replace(f', "directions": "{tmp_path / "file" / FILE_NAME}"', ""))
-    write_lock(make_lock(load_recipe(recipe)).with_units(units), recipe)
+    write_lock(replace(make_lock(load_recipe(recipe)), units=units), recipe)
     refused = call("run", recipe, tmp_path / "second", "--no-evaluate", "--locked")
     assert refused.exit_code == 2
     assert "not what the edit directions chose" in refused.stderr

@@ -196,4 +196,4 @@ def test_a_lock_without_its_directions_points_to_the_result(tmp_path, repaired):
     lock_path(tmp_path / "recipe.yml").write_text(text.replace("edit: copy", "edit: directions"))
     result = call("run", copied, tmp_path / "out", "--locked")
     assert result.exit_code == 2
-    assert "run the mergekit_config.yml of the result" in result.stderr
+    assert "run the recipe in the result" in result.stderr

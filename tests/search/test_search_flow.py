@@ -23,7 +23,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import divide
-from dapa_merge.plan.selection import make_plan
+from dapa_merge.plan.selection import edit_of, make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.search.bench import _make_tester, make_bench
@@ -442,7 +442,7 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     try:
         searching = split_prompts(recipe).search
         limits = required(min_score=0.5, max_over_refusal=1.0, max_perplexity=1e9)
-        test = _make_tester(recipe, searching, limits, Options("cpu"), threads)
+        test = _make_tester(recipe, edit_of(recipe), searching, limits, Options("cpu"), threads)
     finally:
         torch.set_num_threads(threads)
     (bench,) = test.args

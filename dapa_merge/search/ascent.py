@@ -269,15 +269,18 @@ class Ascent:
 
             yield from self._batch_size.map(work, rows)
 
+        called: set[int] = set()
         with ExitStack() as stack:
             for axis in self._axes:
                 if (layer := self._linear.get(id(axis))) is not None:
-                    handle = layer.register_forward_hook(_adding(axis, weights))
+                    handle = layer.register_forward_hook(_adding(axis, weights, called))
                     stack.callback(handle.remove)
             if others:
                 stack.enter_context(_written(others, self.weights))
                 stack.enter_context(each_gradient(self._live.model, of_parameter, contract))
             yield differentiate
+        # Some models use a layer's weight without calling it; from the next step on its gradient is formed.
+        self._linear = {key: layer for key, layer in self._linear.items() if key in called}
 
 
 def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor, min_weight: float) -> FactorTable:
@@ -337,10 +340,11 @@ def _is_linear(axis: Axis, layers: dict[int, Linear]) -> bool:
     return bool(rows.stop - rows.start == len(axis.left))
 
 
-def _adding(axis: Axis, weights: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds the weighted directions to a linear layer's output."""
+def _adding(axis: Axis, weights: torch.Tensor, called: set[int]) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds the weighted directions to a linear layer's output, and notes that it was called."""
 
     def add(_layer: Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        called.add(id(axis))
         along = (inputs[0] @ axis.right).float() * weights[axis.place]
         change = along.to(output.dtype) @ axis.left.T
         rows = axis.slot.slices[0]

@@ -1,0 +1,196 @@
+"""The ascent along directions: its gradient against autograd, its bounds, and what it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, SHAPE, UNGATED, save_random
+from torch.func import functional_call
+
+from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.region import Region, whole_box
+from dapa_merge.checkpoint.units import Unit
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.divergence import divergences, make_reference
+from dapa_merge.measure.live import LiveModel, mapped_values
+from dapa_merge.measure.perplexity import ScoredText
+from dapa_merge.plan.directions import misfit
+from dapa_merge.plan.edit import Directions
+from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.parse import recipe_from
+from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
+from dapa_merge.search.attribution import Side
+from dapa_merge.search.spectrum import Spectrum, decompose, kept_spectra, spectra_of
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(num_rounds=1, num_steps=3, rate=0.3, margin=4.0, sparsity=0.5, num_contrasts=2, num_keep=2)
+
+
+def made(folder, architecture: str, modules: str = "auto", dtype=torch.float32) -> LiveModel:
+    class_name, changes = {**ARCHITECTURES, **UNGATED}[architecture]
+    config = getattr(transformers, class_name)(**{**SHAPE, "vocab_size": 400, **changes})
+    target = save_random(folder / "target", config, seed=1, dtype=dtype)
+    source = save_random(folder / "source", config, seed=2, dtype=dtype)
+    content = {"merge_method": "dapa", "base_model": str(target), "models": [{"model": str(source)}]}
+    said = {"layers": "auto", "edit": "directions", "modules": modules}
+    return LiveModel(make_plan(recipe_from({**content, "parameters": said})), CPU)
+
+
+def material(live: LiveModel):
+    """Two contrasts and two groups of the target's own answers, of few tokens."""
+    torch.manual_seed(0)
+    texts = [torch.randint(3, 100, (9,)).tolist() for _ in range(4)]
+    contrasts = [(Side(ScoredText(one, 4), 1), Side(ScoredText(other, 4), -1)) for one, other in (texts[:2], texts[2:])]
+    prompts = ["How do I steal a car?", "Translate red car.", "What is two plus two?"]
+    keep = make_reference(live.model, live.tokenizer, prompts[:2], batch_size=BatchSize(2), max_new_tokens=3).rows
+    harmless = make_reference(live.model, live.tokenizer, prompts[2:], batch_size=BatchSize(2), max_new_tokens=3).rows
+    return contrasts, [keep, harmless]
+
+
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM"]
+)
+def test_the_gradient_is_that_of_autograd_through_the_weights(tmp_path, architecture):
+    live = made(tmp_path / architecture, architecture)
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
+    contrasts, keep = material(live)
+    ascent = Ascent(live, spectra, contrasts, keep, SETTINGS, 8)
+    ascent.weights.uniform_(0.1, 0.9, generator=torch.Generator().manual_seed(3))
+    # Two steps of the same prompts: there are as many as a step takes. The second knows which layers are called.
+    ascent._gradient()
+    found, _ = ascent._gradient()
+
+    weights = ascent.weights.clone().requires_grad_()
+    names = {id(parameter): name for name, parameter in live.model.named_parameters()}
+    changed = {}
+    for axis in ascent._axes:
+        name = names[id(axis.slot.parameter)]
+        whole = changed.get(name, axis.slot.parameter.detach())
+        box = torch.zeros_like(whole)
+        change = (axis.left * weights[axis.place]) @ axis.right.T
+        box[axis.slot.slices] = change.reshape(box[axis.slot.slices].shape)
+        changed[name] = whole + box
+    candidate = _Functional(live.model, changed)
+    loss = sum(_margin_loss(candidate, live, side.row) for side, _ in contrasts) / len(contrasts)
+    num_tokens = sum(row.num_counted for group in keep for row in group)
+    for group in keep:
+        loss = loss + SETTINGS.keep * divergences(candidate, live.tokenizer.pad_token_id, group).sum() / num_tokens
+    loss = loss + SETTINGS.sparsity / 100 * weights.sum()
+    (expected,) = torch.autograd.grad(loss, weights)
+    assert float(expected.abs().max()) > 1e-3
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+    live.close()
+
+
+class _Functional:
+    """A model with other weights, through which autograd goes."""
+
+    def __init__(self, model, changed) -> None:
+        self._model, self._changed = model, changed
+        self.device, self.forward = model.device, model.forward
+        self.config, self.modules = model.config, model.modules
+
+    def __call__(self, **inputs):
+        return functional_call(self._model, self._changed, (), inputs)
+
+    def get_output_embeddings(self):
+        return self._model.get_output_embeddings()
+
+
+def _margin_loss(model, live: LiveModel, row: ScoredText) -> torch.Tensor:
+    """Straight from the definition, one token at a time."""
+    logits = model(input_ids=torch.tensor([row.ids[:-1]])).logits[0]
+    terms = []
+    for position in range(row.num_context, len(row.ids)):
+        values = logits[position - 1]
+        wanted = row.ids[position]
+        others = torch.cat([values[:wanted], values[wanted + 1 :]])
+        terms.append(torch.clamp(SETTINGS.margin - (values[wanted] - others.max()), min=0))
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_stay_within_bounds_and_the_target_comes_back_bit_for_bit(tmp_path, dtype):
+    live = made(tmp_path, "MixtralForCausalLM", "gate,down,q", dtype)
+    before = {name: value.clone() for name, value in live.model.state_dict().items()}
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=4))
+    with widened(live.model):
+        ascent = Ascent(live, spectra, *material(live), SETTINGS, 8)
+        ascent.round()
+        again = Ascent(live, spectra, *material(live), SETTINGS, 8)
+        again.round()
+    assert torch.equal(ascent.weights, again.weights)
+    assert float(ascent.weights.max()) > 0
+    assert 0 <= float(ascent.weights.min()) <= float(ascent.weights.max()) <= SETTINGS.max_weight
+    after = live.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    live.close()
+
+
+def test_stored_factors_are_the_weighted_directions_and_pass_the_proof(tmp_path):
+    live = made(tmp_path, "Phi3ForCausalLM", "gate,q,k")
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=5))
+    weights = torch.linspace(0, 1, sum(one.rank for one in spectra))
+    edit = Directions.of(factors_of(spectra, weights, min_weight=0.05))
+    start = 0
+    for one, regions in zip(spectra, live.plan.regions(live.plan.units), strict=True):
+        part = weights[start : start + one.rank]
+        start += one.rank
+        kept = torch.where(part >= 0.05, part, 0.0)
+        expected = (one.left * kept) @ one.right
+        found = torch.from_numpy(edit.own_values(regions["target"])["directions"]).view_as(expected)
+        assert torch.allclose(found, expected, atol=1e-4 * float(one.values[0]))
+        source, target = (mapped_values(live.plan.models[name], regions[name]).float() for name in ("source", "target"))
+        stored = edit.factors.find(regions["target"])
+        assert stored is None or misfit(stored[0], [(source - target).numpy()]) is None
+    live.close()
+
+
+@pytest.mark.parametrize("shape", [(40, 600), (500, 700), (700, 500)])
+def test_a_decomposition_is_that_of_lapack(shape):
+    torch.manual_seed(0)
+    difference = torch.randn(shape[0], 30) * torch.logspace(0, -2, 30) @ torch.randn(30, shape[1])
+    left, values, right = decompose(difference, max_rank=12, share=1.0)
+    exact = torch.linalg.svd(difference.double(), full_matrices=False)
+    assert len(values) == 12
+    assert torch.allclose(values.double(), exact.S[:12], rtol=1e-4)
+    residual = (difference @ right.T - left * values).norm(dim=0) / values
+    assert float(residual.max()) < 0.005
+    assert torch.allclose(left.T @ left, torch.eye(12), atol=1e-4)
+
+
+def test_a_difference_without_decay_keeps_only_directions_that_are_exact():
+    torch.manual_seed(0)
+    difference = torch.randn(420, 430)
+    left, values, right = decompose(difference, max_rank=16)
+    assert 1 <= len(values) <= 16
+    residual = (difference.T @ left - right.T * values).norm(dim=0) / values
+    assert float(residual[1:].max()) < 0.02 if len(values) > 1 else True
+    share = float((values**2).sum() / (difference**2).sum())
+    assert share < 0.2
+
+
+def test_directions_are_read_again_from_the_file_that_was_kept(tmp_path, monkeypatch):
+    live = made(tmp_path, "LlamaForCausalLM", "gate,v")
+    path = tmp_path / "kept.safetensors"
+    first = kept_spectra(live.plan, live.plan.units, CPU, path, max_rank=3)
+    monkeypatch.setattr("dapa_merge.search.spectrum.decompose", None)
+    second = kept_spectra(live.plan, live.plan.units, CPU, path, max_rank=3)
+    assert [str(one.place) for one in first] == [str(one.place) for one in second]
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("left", "right", "values"))
+        assert one.share == other.share
+    # A file that was cut off is made again.
+    path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.undo()
+    assert len(kept_spectra(live.plan, live.plan.units, CPU, path, max_rank=3)) == len(first)
+    live.close()
+
+
+def test_a_matrix_is_named_with_its_box_where_it_is_a_part():
+    tensor = Tensor("w", "model.safetensors", "F32", (4, 6), 0, 96)
+    for box, name in ((whole_box((4, 6)), "w"), (((0, 2), (0, 6)), "w[0:2,0:6]")):
+        part = Region(tensor, box)
+        one = Spectrum(Unit(0, "gate", ()), part, torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), 1.0)
+        assert str(one.place) == name

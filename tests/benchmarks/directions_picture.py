@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy
 import torch
-from directions_table import EDITS, edited, packaged
+from directions_table import EDITS, edited, packaged, quick_choice
 from tiny import parse
 
 from dapa_merge.plan.edit import Directions
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.tiny:
         recipe = replace(recipe, max_new_tokens=2, max_tests=1)
     chosen = replace(recipe, **EDITS["directions"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quick_choice() if arguments.tiny else nullcontext():
         out = Path(folder) / "picture.png" if arguments.tiny else arguments.out
         found = search_plan(chosen, make_plan(chosen), Options(device="cpu", journal=Path(folder) / "journal.jsonl"))
         assert isinstance(found.plan.edit, Directions)

@@ -21,10 +21,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from refusal_sft_arms import Glance, Setting, Stand
@@ -84,11 +86,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", help="recipes of the families; their prompts must be miniature")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--ablate", action="store_true", help="directions with one setting changed at a time")
-    arguments = parse(parser, argv, methods="gates,directions")
+    arguments = parse(parser, argv, methods="directions")
     torch.set_num_threads(1)
     pairs = dict(packaged()) | {Path(name).stem: load_recipe(Path(name)) for name in arguments.recipes}
     if arguments.tiny:
         pairs = {"shadow": replace(pairs["shadow"], max_new_tokens=2, max_tests=1)}
+    with quick_choice() if arguments.tiny else nullcontext():
+        rows = _make(arguments, pairs)
+    print("\n".join(table(rows)))
+
+
+def quick_choice() -> AbstractContextManager[Any]:
+    """Two steps instead of all inside a `with` block."""
+    return patch.object(searching, "Settings", lambda: ascent.Settings(num_rounds=1, num_steps=2, rate=0.5))
+
+
+def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping[tuple[str, str], dict[str, Any]]:
+    """The rows that are asked for."""
     made = _Rows(arguments.out)
     wanted = [method for method in arguments.methods.split(",") if method]
     for name, recipe in pairs.items():
@@ -100,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for name, recipe in pairs.items():
                     label = f"directions {key}={value}"
                     made.row(name, label, lambda recipe=recipe, key=key, value=value: ablated(recipe, key, value))
-    print("\n".join(table(made.found)))
+    return made.found
 
 
 def packaged() -> Iterator[tuple[str, Recipe]]:

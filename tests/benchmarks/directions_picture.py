@@ -48,11 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         (spectrum,) = (
             one for one in spectra_of(make_plan(chosen), found.plan.units, torch.device("cpu")) if one.place == place
         )
+        made = {
+            "target": (recipe, "target"),
+            "copied modules\n(auto)": (replace(recipe, **EDITS["auto"]), "auto"),
+            "directions": (chosen, "directions"),
+            "source": (recipe, "source"),
+        }
         rows = {
-            "target": edited(recipe, "target"),
-            "copied modules\n(auto)": edited(replace(recipe, **EDITS["auto"]), "auto"),
-            "directions": edited(chosen, "directions"),
-            "source": edited(recipe, "source"),
+            name: edited(*made["target" if arguments.tiny else name])
+            for name in list(made)[: 1 if arguments.tiny else 4]
         }
         # Which of the singular directions the stored factors are, by their right vectors.
         stored = factors.right / numpy.linalg.norm(factors.right, axis=1, keepdims=True)

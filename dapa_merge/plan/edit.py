@@ -365,6 +365,7 @@ class Directions(Edit):
     chooses = True
     divides = False
     unit = "the chosen directions of one matrix of a layer"
+    result = "the target's plus directions"
     provenance = "along directions of the difference to the source"
 
     digest: str = ""

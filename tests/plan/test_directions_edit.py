@@ -181,7 +181,7 @@ def factors_of(table: FactorTable, name: str) -> Factors:
 def test_tampered_tensors_are_found(repaired, tmp_path):
     wrong = shutil.copytree(repaired, tmp_path / "wrong")
     change_tensor(wrong, GATE, lambda tensor: tensor[3, 0].add_(1))
-    assert f"{GATE}[3:4] is neither the target's nor the directions" in verified(wrong)
+    assert f"{GATE}[3:4] is neither the target's nor the target's plus directions" in verified(wrong)
 
 
 def test_tampered_factors_are_found_even_where_tensors_and_manifest_agree_with_them(pair, table, tmp_path):

@@ -7,12 +7,13 @@ contracted and freed.)
 
 Every step moves the weights a, in [0, max_weight], down the gradient of
 
-    mean over prompts and tokens of the refusal of max(0, margin - (logit of the token - largest other logit))
+    push x mean over prompts and tokens of the refusal of max(0, margin - (logit of the token - largest other logit))
     + keep x mean over tokens of KL(target || candidate), on the target's own answers to keep and harmless prompts
     + sparsity x sum of a / 100
 
-by Adam (D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1) with a projection. Nothing else of the model is changed,
-and every direction is one of (source - target).
+where push is 1 at first, and rises from round to round as long as refusals would not be said. The steps are Adam's
+(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1) with a projection. Nothing else of the model is changed, and every
+direction is one of (source - target).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -60,6 +62,7 @@ class Settings:
             positive margin, greedy generation says it.
         num_tokens: Tokens of a refusal, from the first in which it differs from the answer.
         num_keep_tokens: Leading tokens of the target's answers to keep prompts that are compared.
+        escalation: Factor by which refusals weigh more in the next round if a round ends below a margin of zero.
         keep: Weight of the divergence.
         sparsity: Weight of the sum of all weights.
         max_weight: The largest weight of a direction.
@@ -75,8 +78,9 @@ class Settings:
     margin: float = 1.0
     num_tokens: int = 16
     num_keep_tokens: int = 32
+    escalation: float = 2.0
     keep: float = 5.0
-    sparsity: float = 0.3
+    sparsity: float = 0.1
     max_weight: float = 1.0
     min_weight: float = 0.02
     num_contrasts: int = 8
@@ -106,8 +110,8 @@ class Progress:
     """What a round ended with, on the prompts of the choice.
 
     Attributes:
-        margin: Of the last step's refusals, the mean of their smallest margins, in logits.
-        divergence: Mean KL per token over the last step's rows, in nats.
+        margin: Of refusals, the mean of their smallest margins in the second half of the round, in logits.
+        divergence: Mean KL per token over the rows of the same steps, in nats.
     """
 
     margin: float
@@ -143,6 +147,7 @@ class Ascent:
         self.weights = torch.zeros(sum(one.rank for one in spectra), device=live.model.device)
         self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
         self._num_steps = 0
+        self._push = 1.0
         generator = torch.Generator().manual_seed(settings.seed)
         self._contrasts = _cycle(contrasts, settings.num_contrasts, generator)
         self._keep = [_cycle(group, settings.num_keep, generator) for group in keep if group]
@@ -156,23 +161,34 @@ class Ascent:
 
     def round(self, on_step: Callable[[], None] = lambda: None) -> Progress:
         """Make the steps of one round."""
-        found = Progress(math.nan, math.nan)
+        found = []
         for _ in range(self._settings.num_steps):
-            gradient, found = self._gradient()
+            gradient, progress = self._gradient()
+            found.append(progress)
             self._step(gradient)
             on_step()
-        return found
+        # The end of the round, over several steps: each has other prompts.
+        last = found[len(found) // 2 :]
+        ended = Progress(fmean(one.margin for one in last), fmean(one.divergence for one in last))
+        if ended.margin < 0:
+            self._push *= self._settings.escalation
+        return ended
 
     @property
     def state(self) -> torch.Tensor:
-        """What the next step depends on: weights and both moments, `[3, directions]`, float32, on the CPU."""
-        return torch.stack([self.weights, *self._moments]).cpu()
+        """What the next step depends on, float32, on the CPU.
+
+        Returns:
+            `[4, directions]`: weights, both moments, and the weight of refusals, the same in every column.
+        """
+        return torch.stack([self.weights, *self._moments, torch.full_like(self.weights, self._push)]).cpu()
 
     def go_on(self, state: torch.Tensor, num_rounds: int) -> None:
         """Take the `state` of an ascent with the same arguments after some rounds, and go on with its next prompts."""
         # Copies: steps are made in place.
         self.weights.copy_(state[0])
-        self._moments.copy_(state[1:])
+        self._moments.copy_(state[1:3])
+        self._push = float(state[3, 0])
         self._num_steps = num_rounds * self._settings.num_steps
         for _ in range(self._num_steps):
             self._draw()
@@ -211,7 +227,7 @@ class Ascent:
         def refuse(batch: Sequence[Contrast]) -> torch.Tensor:
             loss, found = self.refusal(batch)
             margins.extend(found)
-            return loss / len(contrasts)
+            return self._push * loss / len(contrasts)
 
         def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence

@@ -342,5 +342,5 @@ def _encoded(state: torch.Tensor) -> dict[str, Any]:
 
 
 def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
-    """`[3, directions]`, as `Ascent.state`."""
-    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(3, -1)
+    """`[4, directions]`, as `Ascent.state`."""
+    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(4, -1)

@@ -79,11 +79,16 @@ class Requirement:
         """In [0, 1]."""
         return self.limits[0][1]
 
-    def lowered(self, figure: str, limit: float) -> Requirement:
-        """The same requirement with a limit of one figure, unless it is stricter already."""
-        return Requirement(
-            tuple((one, limit if one.figure == figure and not old <= limit else old) for one, old in self.limits)
-        )
+    def tightened(self, figure: str, limit: float) -> Requirement:
+        """The same requirement with a limit of one figure, unless it is as strict already."""
+
+        def tighter(one: Constraint, old: float) -> float:
+            if one.figure != figure:
+                return old
+            # An old limit that a figure at the new one would violate stays.
+            return limit if math.isnan(old) or one.is_met(limit, old) else old
+
+        return Requirement(tuple((one, tighter(one, old)) for one, old in self.limits))
 
     def complaint(self, figures: Mapping[str, float]) -> str | None:
         """The first limit that these figures violate, and by how much; None if they meet the requirement."""

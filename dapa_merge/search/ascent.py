@@ -75,7 +75,7 @@ class Settings:
     num_rounds: int = 4
     num_steps: int = 20
     rate: float = 0.05
-    margin: float = 1.0
+    margin: float = 2.0
     num_tokens: int = 16
     num_keep_tokens: int = 32
     escalation: float = 2.0

@@ -67,7 +67,7 @@ NUM_STEPS = (20, 80)
 ABLATION: dict[str, tuple[Any, ...]] = {
     "num_rounds": (1, 2, 8),
     "rate": (0.02, 0.1),
-    "margin": (0.5, 2.0, 4.0),
+    "margin": (0.5, 1.0, 4.0),
     "num_tokens": (6, 10, 24),
     "keep": (1.0, 20.0),
     "escalation": (1.0, 4.0),

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from dapa_merge.errors import DapaError, UsageError
@@ -30,6 +31,11 @@ PICTURES = (".png", ".svg")
 # Prefix of a run's charts, which lie among a model's own files.
 CHART_PREFIX = "dapa_"
 JOURNAL_BEGINS = b'{"journal":'
+
+
+def cache_folder(kind: str) -> Path:
+    """The folder of one kind of content in the user's cache; it may be absent."""
+    return Path(platformdirs.user_cache_dir("dapa-merge")) / kind
 
 
 @contextmanager

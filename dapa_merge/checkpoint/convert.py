@@ -22,8 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from dapa_merge.checkpoint.folder import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAMES,
@@ -37,7 +35,7 @@ from dapa_merge.checkpoint.header import read_header, read_json
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
 from dapa_merge.errors import CheckpointError, UsageError, one_line
-from dapa_merge.files import file_state, held
+from dapa_merge.files import cache_folder, file_state, held
 from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
         UsageError: If the cache cannot be written, or its disk is full.
     """
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:32]
-    folder = Path(platformdirs.user_cache_dir("dapa-merge")) / kind / key
+    folder = cache_folder(kind) / key
     unfinished = folder.with_name(f"{key}.unfinished")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from huggingface_hub import hf_hub_url, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
@@ -31,7 +30,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import INDEX_NAME
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
-from dapa_merge.files import Record, held, write_all
+from dapa_merge.files import Record, cache_folder, held, write_all
 from dapa_merge.hub_client import api, asking, fault, is_id
 from dapa_merge.progress import advance
 
@@ -223,7 +222,7 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
 
 def mirror_folder(repository: str, commit: str) -> Path:
     """Folder of a commit's partial weights in the user's cache."""
-    return Path(platformdirs.user_cache_dir("dapa-merge")) / "mirrors" / repository.replace("/", "--") / commit
+    return cache_folder("mirrors") / repository.replace("/", "--") / commit
 
 
 # First byte, end (exclusive).

@@ -68,7 +68,7 @@ def computed_pieces(edit: Edit, tensor: Tensor, start: int, old: Iterable[bytes]
 
 
 def find_misfit(edit: Edit, result: Checkpoint, base: Checkpoint) -> str | None:
-    """Find a tensor of a result that is not the base's with what the edit adds; None if there is none.
+    """Find a tensor of a result that is not the base's with what the edit adds; None if absent.
 
     Both models have the same tensors.
     """

@@ -153,7 +153,7 @@ class FactorTable:
         return None
 
     def values(self, region: Region, start: int, stop: int) -> NDArray[numpy.float32]:
-        """What the directions add to elements of a region, numbered in row-major order; zero without directions."""
+        """The sum of the directions at elements of a region, numbered in row-major order; zero without directions."""
         found = self.find(region)
         if found is None:
             return numpy.zeros(stop - start, dtype=numpy.float32)

@@ -72,7 +72,7 @@ class Ladder:
         """The rung with this edit alone.
 
         Raises:
-            RecipeError: If there is no such rung.
+            RecipeError: If the ladder has no such rung.
         """
         for recipe, plan in self.rungs:
             if recipe.edit == edit:

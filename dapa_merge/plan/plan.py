@@ -73,6 +73,14 @@ class Plan:
             for parts in zip(*(replace(twin, rows=unit.rows).parts for twin in twins.values()), strict=True):
                 yield {name: region_of(self.models[name], part) for name, part in zip(twins, parts, strict=True)}
 
+    def changes(self, selection: Iterable[Unit]) -> bool:
+        """Whether the edit may change any of these units."""
+        return self.edit.changes(regions["target"] for regions in self.regions(selection))
+
+    def with_changing_units(self) -> Plan:
+        """The same plan with only the units that the edit may change."""
+        return replace(self, units=tuple(unit for unit in self.units if self.changes((unit,))))
+
     def rows(self, unit: Unit) -> Rows:
         """The rows of a module that a unit covers."""
         return unit.rows or (0, unit.num_rows)

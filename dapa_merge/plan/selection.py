@@ -102,9 +102,7 @@ def open_plan(
         return plan
     if what := plan.edit.unfit(target.shapes):
         raise CheckpointError(f"{file} {what}; name the file that was made for {target.name}")
-    # Only matrices that have directions.
-    units = tuple(unit for unit in plan.units if plan.edit.changes(found["target"] for found in plan.regions((unit,))))
-    return replace(plan, units=units)
+    return plan.with_changing_units()
 
 
 def edit_of(recipe: Recipe) -> Edit:

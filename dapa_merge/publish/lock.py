@@ -301,7 +301,7 @@ def locked_selection(recipe: Recipe, plan: Plan, lock: Lock) -> tuple[Unit, ...]
             f"{recipe.where('parameters.layers')} names other units than the lock ({','.join(lock.units)[:80]}); run "
             f"without --locked"
         )
-    if plan.edit.chooses and not plan.edit.changes(found["target"] for found in plan.regions(locked)):
+    if plan.edit.chooses and not plan.changes(locked):
         raise RecipeError(
             f"the lock names units, but not what the edit {plan.edit.name} chose for them; run the recipe in the "
             f"result, or run without --locked"

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Row = TypeVar("Row")
-# The refusing and the complying side of a harmful prompt.
-Contrast = tuple[Side, Side]
+# The refusing and the complying side of a contrast.
+Sides = tuple[Side, Side]
 # On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
 MAX_WIDENED = 60_000_000
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
@@ -98,7 +98,6 @@ class Axis:
         place: The weights' slice.
     """
 
-    spectrum: Spectrum
     slot: Slot
     left: torch.Tensor
     right: torch.Tensor
@@ -107,7 +106,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a round ended with, on the prompts of the choice.
+    """Outcome of a round, on the prompts of the choice.
 
     Attributes:
         margin: Of refusals, the mean of their smallest margins in the second half of the round, in logits.
@@ -125,7 +124,7 @@ class Ascent:
         self,
         live: LiveModel,
         spectra: Sequence[Spectrum],
-        contrasts: Sequence[Contrast],
+        contrasts: Sequence[Sides],
         keep: Sequence[Sequence[ReferenceRow]],
         settings: Settings,
         batch_limit: int,
@@ -154,11 +153,6 @@ class Ascent:
         layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
         self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
 
-    @property
-    def spectra(self) -> list[Spectrum]:
-        """The matrices, in the order of their weights."""
-        return [axis.spectrum for axis in self._axes]
-
     def round(self, on_step: Callable[[], None] = lambda: None) -> Progress:
         """Make the steps of one round."""
         found = []
@@ -176,7 +170,7 @@ class Ascent:
 
     @property
     def state(self) -> torch.Tensor:
-        """What the next step depends on, float32, on the CPU.
+        """Everything that the next step depends on, as float32 on the CPU.
 
         Returns:
             `[4, directions]`: weights, both moments, and the weight of refusals, the same in every column.
@@ -193,10 +187,6 @@ class Ascent:
         for _ in range(self._num_steps):
             self._draw()
 
-    def factors(self) -> FactorTable:
-        """The directions with their weights, without those below `min_weight`."""
-        return factors_of(self.spectra, self.weights, self._settings.min_weight)
-
     def _step(self, gradient: torch.Tensor) -> None:
         if not bool(gradient.isfinite().all()):
             raise CheckpointError(
@@ -211,7 +201,7 @@ class Ascent:
         self.weights -= self._settings.rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
         self.weights.clamp_(0, self._settings.max_weight)
 
-    def _draw(self) -> tuple[list[tuple[Side, Side]], list[list[ReferenceRow]]]:
+    def _draw(self) -> tuple[list[Sides], list[list[ReferenceRow]]]:
         """The contrasts and the rows of the next step, always in this order: they share one generator."""
         return next(self._contrasts), [next(group) for group in self._keep]
 
@@ -224,7 +214,7 @@ class Ascent:
         margins: list[float] = []
         divergence = 0.0
 
-        def refuse(batch: Sequence[Contrast]) -> torch.Tensor:
+        def refuse(batch: Sequence[Sides]) -> torch.Tensor:
             loss, found = self.refusal(batch)
             margins.extend(found)
             return self._push * loss / len(contrasts)
@@ -243,7 +233,7 @@ class Ascent:
                     gradient += part
         return gradient, Progress(sum(margins) / max(len(margins), 1), divergence)
 
-    def refusal(self, batch: Sequence[Contrast]) -> tuple[torch.Tensor, list[float]]:
+    def refusal(self, batch: Sequence[Sides]) -> tuple[torch.Tensor, list[float]]:
         """The loss of some contrasts, summed, and the smallest margin of each: of the refusal's tokens, in logits."""
         rows = [refusing.row for refusing, _ in batch]
         losses, smallest = [], []
@@ -344,7 +334,7 @@ def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
         slot = slots[spectrum.region.tensor.name, spectrum.region.box]
         parameter = slot.parameter
         left, right = (part.to(parameter.device, parameter.dtype) for part in (spectrum.left, spectrum.right.T))
-        yield Axis(spectrum, slot, left, right.contiguous(), slice(start, start + spectrum.rank))
+        yield Axis(slot, left, right.contiguous(), slice(start, start + spectrum.rank))
         start += spectrum.rank
 
 

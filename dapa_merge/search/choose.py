@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import platformdirs
 import torch
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
+from dapa_merge.files import cache_folder
 from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import generate, generate_ids
 from dapa_merge.measure.prompts.sets import PromptSet
@@ -29,7 +29,7 @@ from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.constraints import SCORE
-from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
+from dapa_merge.search.ascent import Ascent, Settings, Sides, factors_of, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal, name_of
@@ -97,7 +97,7 @@ def choose(
     baselines, plans = [], []
     for weights in _rounds(plan, bench, journal, choice, spectra, settings):
         edit = Directions.of(factors_of(spectra, weights, settings.min_weight), plan.edit.strength)
-        of_point = _with_edit(plan, edit)
+        of_point = replace(plan, edit=edit).with_changing_units()
         name = f"point {len(points) + 1}"
         if name not in journal.notes or journal.notes[name].get("directions") != edit.digest:
             bench.use(of_point)
@@ -156,8 +156,8 @@ def kept_file(parts: Mapping[str, str]) -> Path | None:
     if not parts:
         return None
     decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
-    name = name_of({**decisive, "rank": str(MAX_RANK)}).replace(".jsonl", ".safetensors")
-    return Path(platformdirs.user_cache_dir("dapa-merge")) / "directions" / name
+    name = name_of({**decisive, "rank": str(MAX_RANK)})
+    return (cache_folder("directions") / name).with_suffix(".safetensors")
 
 
 def _tell(spectra: Sequence[Spectrum]) -> None:
@@ -200,11 +200,6 @@ def _none(points: Sequence[Point], limits: Requirement, plan: Plan) -> str:
     if (found := nearest(points, limits)) is not None:
         way = f". Nearest is point {found.number}: `--pick {found.number}` takes it (DAPA_PICK for mergekit-yaml)"
     return f"no choice of directions of {plan.source.name} meets the recipe's limits: {told}{way}"
-
-
-def _with_edit(plan: Plan, edit: Directions) -> Plan:
-    units = tuple(unit for unit in plan.units if edit.changes(found["target"] for found in plan.regions((unit,))))
-    return replace(plan, edit=edit, units=units)
 
 
 def _rounds(
@@ -317,9 +312,7 @@ def _check_kept(plan: Plan, bench: Bench, choice: PromptSet, said: Mapping[str, 
         )
 
 
-def _sides(
-    plan: Plan, bench: Bench, choice: PromptSet, settings: Settings, said: Mapping[str, Any]
-) -> list[tuple[Any, ...]]:
+def _sides(plan: Plan, bench: Bench, choice: PromptSet, settings: Settings, said: Mapping[str, Any]) -> list[Sides]:
     """The contrasts of the choice's harmful prompts that the source refuses and the target answers."""
     contrasts = [
         Contrast(prompt, refusing=after, complying=before)
@@ -327,7 +320,8 @@ def _sides(
         if was != Outcome.REFUSED.value and now == Outcome.REFUSED.value
     ]
     tokenizer = bench.live.tokenizer
-    sides = [tuple(found) for one in contrasts if (found := sides_of(tokenizer, one, settings.num_tokens))]
+    found = (sides_of(tokenizer, one, settings.num_tokens) for one in contrasts)
+    sides = [(refusing, complying) for refusing, complying in filter(None, found)]
     if not sides:
         raise CannotRepair(
             f"the source {plan.source.name} refuses none of the {len(choice.harmful)} harmful prompts of the choice "

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import platformdirs
 import torch
 import transformers
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.digest import settings_digest, tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.files import cache_folder
 from dapa_merge.measure.divergence import MAX_NEW_TOKENS
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import Meter
@@ -48,7 +48,7 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, po
     if path is not None:
         return Journal(path, parts)
     try:
-        return Journal(Path(platformdirs.user_cache_dir("dapa-merge")) / "journals" / name_of(parts), parts)
+        return Journal(cache_folder("journals") / name_of(parts), parts)
     except JournalUnavailable as error:
         LOG.info(f"{error}; this search is not recorded, and starts again if it is killed")
         return Journal()

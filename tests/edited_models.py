@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from conftest import write_few
 
-from dapa_merge.checkpoint.open import Checkpoint, read_bytes
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
 
 GATES = tuple(f"model.layers.{layer}.mlp.gate_proj.weight" for layer in range(8))
 
@@ -25,6 +25,13 @@ def write(folder: Path, models: dict[str, Path], **parameters: object) -> Path:
         f"parameters: {json.dumps(plain)}\n"
     )
     return path
+
+
+def assert_same_bytes(one: Path, other: Path) -> None:
+    """Both checkpoints hold the tensors of the first with the same bytes."""
+    ours, theirs = open_checkpoint(str(one)), open_checkpoint(str(other))
+    for name, tensor in ours.tensors.items():
+        assert read_bytes(ours, tensor) == read_bytes(theirs, theirs.tensors[name]), name
 
 
 def values_of(checkpoint: Checkpoint, name: str) -> torch.Tensor:

@@ -252,8 +252,7 @@ def run(
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
     if locked and lock is False:
         raise UsageError("--locked uses the lock, and --no-lock leaves it out; use only one of them")
-    if push is None:
-        refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
+    published = _destination(push, destination)
     parsed = load_recipe(recipe)
     if attacks is not None:
         parsed = replace(parsed, attacks=attacks)
@@ -265,7 +264,7 @@ def run(
         keeps_lock=not no_evaluate if lock is None else lock,
         is_locked=locked,
         card=card,
-        destination=None if push is None else Destination(push, **destination),
+        destination=published,
         evaluate=not no_evaluate,
         link=link,
         manifest=manifest,
@@ -323,8 +322,7 @@ def repair(
     difference that carry the refusal. Says why the others did not, and writes what `run` writes, and the recipe that
     repeats it.
     """
-    if push is None:
-        refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
+    published = _destination(push, destination)
     content = {
         "merge_method": METHOD,
         "base_model": target,
@@ -338,11 +336,19 @@ def repair(
         out,
         as_json,
         card=card,
-        destination=None if push is None else Destination(push, **destination),
+        destination=published,
         link=link,
         manifest=manifest,
         options=options,
     )
+
+
+def _destination(push: str | None, destination: dict[str, Any]) -> Destination | None:
+    """Where to publish; without a repository, options for publishing are refused."""
+    if push is None:
+        refuse_options(DESTINATION_NAMES, "is for publishing; name a repository with --push")
+        return None
+    return Destination(push, **destination)
 
 
 def _run_and_print(recipe: Recipe, path: Path | None, out: Path, as_json: bool, **settings: Any) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, SHAPE, answer, call, change_tensor, configuration, save_random, skip_drawing
-from edited_models import GATES, values_of, write
+from edited_models import GATES, assert_same_bytes, values_of, write
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from test_both_paths import assert_paths_agree, new_pair
 
 from dapa_merge import miniature
-from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.plan.edit import EDITS, make_edit
 from dapa_merge.plan.selection import make_plan, without_equal_units
 from dapa_merge.recipe.parse import load_recipe
@@ -81,9 +81,7 @@ def test_mergekit_writes_the_same_bytes(repaired, models, tmp_path):
     said = {"edit": "difference", "layers": ",".join(report["units"]), "pretrained": str(models["pretrained"])}
     merge = configuration(models["target"], models["source"], **said)
     run_merge(merge, str(tmp_path / "out"), MergeOptions(quiet=True))
-    ours, theirs = open_checkpoint(str(out)), open_checkpoint(str(tmp_path / "out"))
-    for name, tensor in ours.tensors.items():
-        assert read_bytes(ours, tensor) == read_bytes(theirs, theirs.tensors[name]), name
+    assert_same_bytes(out, tmp_path / "out")
 
 
 @pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "GPT2LMHeadModel"])

@@ -141,11 +141,14 @@ def divergence(model: PreTrainedModel, reference: Reference, batch_size: BatchSi
     return max(0.0, total / reference.num_counted) if math.isfinite(total) else math.inf
 
 
-def divergences(model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRow]) -> torch.Tensor:
+def divergences(
+    model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRow], temperature: float = 1.0
+) -> torch.Tensor:
     """Compute the KL(target || model) of each row, summed over its counted tokens, in nats.
 
     Exact over the vocabulary, in float32 (float64 for a model in it) from logits in the model's dtype. If the two
     vocabularies differ in size, both distributions are restricted to their common entries. Call it in `upcast_linear`.
+    The logits of both are divided by the temperature.
 
     Returns:
         `[rows]`, on the model's device; with a graph if gradients are enabled.
@@ -157,8 +160,8 @@ def divergences(model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRo
         size = min(expected.shape[-1], logits.shape[-1])
         terms.append(
             torch.nn.functional.kl_div(
-                _log_probabilities(logits[:, :size]),
-                _log_probabilities(expected[:, :size]),
+                _log_probabilities(logits[:, :size] / temperature),
+                _log_probabilities(expected[:, :size] / temperature),
                 reduction="sum",
                 log_target=True,
             )

@@ -1,10 +1,11 @@
-"""Factors of chosen directions of (source - target): what the edit `directions` adds to the target.
+"""Factors of how a matrix moves along directions of (source - target): what `edit: directions` adds to the target.
 
-For a matrix W in R^(m x n), D = W_source - W_target = sum_i s_i u_i v_i^T. The new values are
-W_target + sum_i a_i s_i u_i v_i^T with weights a_i, of which most are zero. An SVD is not bit for bit the same on two
-machines, so its factors are stored: as 16-bit whole numbers with a power of two for each direction. Every product of
-two of them, and every sum of such products, is then exact in float64, whatever the order of the additions: a model in
-memory, the transplant, mergekit and `verify` compute the same values, tile by tile or whole. No torch here.
+For a matrix W in R^(m x n), D = W_source - W_target = sum_i s_i u_i v_i^T. The new values are W_target + L R with r rows
+of R, which are right singular vectors v_i of D, and r columns of L, which are sums of the left singular vectors u_i of
+the same directions. An SVD is not bit for bit the same on two machines, so its factors are stored: as 16-bit whole
+numbers with a power of two for each row. Every product of two of them, and every sum of such products, is then exact in
+float64, whatever the order of the additions: a model in memory, the transplant, mergekit and `verify` compute the same
+values, tile by tile or whole. No torch here.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ FORMAT = "1"
 # Bits of a float64's significand, and of the product of two factors.
 SIGNIFICAND, PRODUCT = 53, 30
 LARGEST = 32767
-# How far the largest weight may go, and how exactly a stored factor is a direction: the relative error of D v = s u.
-MAX_WEIGHT = 2.0
+# How much of a stored factor may lie outside the singular vectors that it is made of, as a share of its norm.
 TOLERANCE = 0.02
+# How many times as far as the source itself a matrix may move: the largest singular value of a core, as the default of
+# an ascent, with room for rounding.
+MAX_WEIGHT = 4.0
 MAX_FILE_BYTES = 1 << 32
 # A tensor holds at most a layer's experts, with gate and up apart.
 MAX_PLACES = 4096
@@ -56,12 +59,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Factors:
-    """Directions of one matrix, each the product of a column and a row.
+    """The change of one matrix along its directions, a sum of products of a column and a row.
 
     Attributes:
         left: `[m, r]`, int16.
         right: `[r, n]`, int16.
-        exponents: `[r]`, int16: direction i is left[:, i] right[i] 2^exponents[i], and includes its weight.
+        exponents: `[r]`, int16: the change is the sum of left[:, i] right[i] 2^exponents[i].
     """
 
     left: NDArray[numpy.int16]
@@ -80,13 +83,13 @@ class Factors:
 
 
 def quantize(left: Matrix, right: Matrix) -> Factors:
-    """Round factors of directions to 16 bits; directions that are zero, or vanish beside the others, are dropped.
+    """Round factors to 16 bits; products that are zero, or vanish beside the others, are dropped.
 
-    The relative error of a direction is about 2^-15 times its largest element over its root mean square. Those that are
-    less than about 2^-20 of the largest, and would not be directions of the difference any more, vanish.
+    The relative error of a product is about 2^-15 times its largest element over its root mean square. Those that are
+    less than about 2^-20 of the largest, and would not be exact any more, vanish.
 
     Args:
-        left: `[m, r]`: weight times singular value times left singular vector.
+        left: `[m, r]`: sums of left singular vectors.
         right: `[r, n]`: right singular vectors.
     """
     columns, rows = left.T.astype(numpy.float64), right.astype(numpy.float64)
@@ -307,34 +310,46 @@ def unfit(table: FactorTable, shapes: Shapes) -> str | None:
 
 
 def misfit(factors: Factors, difference: Iterable[Matrix]) -> str | None:
-    """What is wrong with the factors of a matrix; None if each is a direction of source - target.
+    """What is wrong with the factors of a matrix; None if they are made of directions of D = source - target.
 
-    A direction is right if D v = s u and D^T u = s v within `TOLERANCE`, and its weight is from 0 to `MAX_WEIGHT`.
+    They are if the rows span a space of right singular vectors of D, so that D^T D maps it onto itself, and the columns
+    lie in D's image of it, both within `TOLERANCE`; and if the change is at most `MAX_WEIGHT` times D along its
+    directions: L R = U S^1/2 A S^1/2 V^T, where no singular value of A exceeds it.
 
     Args:
-        factors: Of the matrix, `[m, n]`; none of its directions is zero.
-        difference: D = source - target, float32, in blocks of whole rows, in order; needed one at a time.
+        factors: Of the matrix, `[m, n]`; none of its products is zero.
+        difference: D, float32, in blocks of whole rows, in order; needed one at a time.
     """
     left, right = factors.left.astype(numpy.float64), factors.right.astype(numpy.float64)
-    sizes = numpy.linalg.norm(left, axis=0), numpy.linalg.norm(right, axis=1)
-    u, v = left / sizes[0], (right.T / sizes[1])
-    forth, back, row = numpy.zeros_like(u), numpy.zeros_like(v), 0
+    # An orthonormal basis of the rows' span; as columns.
+    rows = numpy.linalg.qr(right.T).Q
+    image, back, start = numpy.zeros((len(left), rows.shape[1])), numpy.zeros_like(rows), 0
     # A damaged source may hold infinite values.
     with numpy.errstate(invalid="ignore", over="ignore", divide="ignore"):
         for block in difference:
             exact = block.astype(numpy.float64)
-            rows = slice(row, row + len(exact))
-            forth[rows] = exact @ v
-            back += exact.T @ u[rows]
-            row = rows.stop
-        values = (u * forth).sum(axis=0)
-        errors = numpy.maximum(
-            numpy.linalg.norm(forth - values * u, axis=0), numpy.linalg.norm(back - values * v, axis=0)
-        ) / numpy.abs(values)
-        weights = sizes[0] * sizes[1] * numpy.exp2(factors.exponents.astype(numpy.float64)) / values
-    for number, (error, weight) in enumerate(zip(errors, weights, strict=True)):
-        if not error <= TOLERANCE:
-            return f"direction {number} is not one of source - target: it is {error:.2g} off"
-        if not 0 <= weight <= MAX_WEIGHT * (1 + TOLERANCE):
-            return f"direction {number} has the weight {weight:.3g}, which must be from 0 to {MAX_WEIGHT:g}"
+            part = image[start : start + len(exact)] = exact @ rows
+            back += exact.T @ part
+            start += len(exact)
+        if not (numpy.isfinite(image).all() and numpy.isfinite(back).all()):
+            return "its factors are not of source - target, which holds values that are not finite"
+        u, sizes, turn = numpy.linalg.svd(image, full_matrices=False)
+        # The singular vectors within the span, the largest first; D^T D v = s^2 v.
+        v = rows @ turn.T
+        strayed = back @ turn.T
+        strayed -= rows @ (rows.T @ strayed)
+        errors = numpy.linalg.norm(strayed, axis=0) / sizes**2
+        apart = left - u @ (u.T @ left)
+        shares = numpy.linalg.norm(apart, axis=0) / numpy.linalg.norm(left, axis=0)
+        scaled = (u.T @ left) * numpy.exp2(factors.exponents.astype(numpy.float64)) @ (right @ v)
+        core = scaled / numpy.sqrt(sizes)[:, None] / numpy.sqrt(sizes)
+    for found, what in (
+        (errors, "the rows are not right singular vectors"),
+        (shares, "the columns are not sums of left ones"),
+    ):
+        if not float(found.max()) <= TOLERANCE:
+            return f"its factors are not of source - target: {what}, {float(found.max()):.2g} off"
+    weight = float(numpy.linalg.norm(core, 2)) if numpy.isfinite(core).all() else math.inf
+    if not weight <= MAX_WEIGHT * (1 + TOLERANCE):
+        return f"it moves {weight:.3g} times as far as the source along a direction; at most {MAX_WEIGHT:g} are allowed"
     return None

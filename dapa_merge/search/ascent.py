@@ -1,19 +1,24 @@
-"""Chooses weights of directions: projected ascent on refusals, held back by divergence and sparsity.
+"""Chooses how a matrix moves along the directions of its difference: small steps toward refusals, held back elsewhere.
 
-For a matrix with directions s_i u_i v_i^T the candidate's linear layer adds sum_i a_i (v_i . x) s_i u_i to its output,
-so the derivative along every direction costs r (m + n) a token, and no gradient of a weight is formed. (Where a
+For a matrix with the leading directions s_i u_i v_i^T of (source - target), i = 1 ... r, the candidate's linear layer
+adds U S^1/2 A S^1/2 V^T x to its output. A, the *core*, is r x r: its element (i, j) says how much of what direction j
+reads is written along direction i. A core of zero is the target, and the identity the transplant of the directions.
+(A LoRA with both factors fixed, as in K. Balazy et al., arXiv 2405.17604, but of the difference of two models instead
+of a weight.) The derivative by all of A costs r (m + n) + r^2 a token, and no gradient of a weight is formed. (Where a
 parameter is not the weight of a linear layer, such as the experts of a mixture in one tensor, its gradient is formed,
 contracted and freed.)
 
-Every step moves the weights a, in [0, max_weight], down the gradient of
+Every step moves the cores down the gradient of
 
     push x mean over prompts and tokens of the refusal of max(0, margin - (logit of the token - largest other logit))
-    + keep x mean over tokens of KL(target || candidate), on the target's own answers to keep and harmless prompts
-    + sparsity x sum of a / 100
+    + keep x mean over tokens of KL(target || candidate) at a temperature, on the target's own answers to keep and
+      harmless prompts
 
 where push is 1 at first, and rises from round to round as long as refusals would not be said. The steps are Adam's
-(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1) with a projection. Nothing else of the model is changed, and every
-direction is one of (source - target).
+(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by a constant
+(the proximal step of a group lasso, M. Yuan and Y. Lin 2006), so that matrices that are not needed stay as they are,
+and no singular value of a core exceeds a bound. Nothing else of the model is changed: rows and columns of every change
+lie in the spans of leading singular vectors of (source - target).
 """
 
 from __future__ import annotations
@@ -34,9 +39,9 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
 from dapa_merge.measure.perplexity import counted_logits
-from dapa_merge.plan.directions import FactorTable, quantize
+from dapa_merge.plan.directions import MAX_WEIGHT, FactorTable, quantize
 from dapa_merge.search.attribution import Side, each_gradient
-from dapa_merge.search.spectrum import Spectrum
+from dapa_merge.search.spectrum import MAX_RANK, Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +53,8 @@ Sides = tuple[Side, Side]
 MAX_WIDENED = 60_000_000
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
 BETAS = (0.9, 0.99)
+# A direction along which less than this share of the most is read is left out of what is stored.
+MIN_SHARE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,16 +64,17 @@ class Settings:
     Attributes:
         num_rounds: Rounds, each of which ends with a candidate that is measured.
         num_steps: Steps of a round.
-        rate: Adam's step size, in units of a weight.
+        rate: Adam's step size, in units of an element of a core.
         margin: Logits by which a token of the refusal must exceed all others before it counts no more; with any
             positive margin, greedy generation says it.
         num_tokens: Tokens of a refusal, from the first in which it differs from the answer.
         num_keep_tokens: Leading tokens of the target's answers to keep prompts that are compared.
         escalation: Factor by which refusals weigh more in the next round if a round ends below a margin of zero.
         keep: Weight of the divergence.
-        sparsity: Weight of the sum of all weights.
-        max_weight: The largest weight of a direction.
-        min_weight: Smaller weights are dropped from a candidate.
+        temperature: Of both distributions of the divergence; above 1, the target's less likely tokens count more.
+        sparsity: What the norm of a core loses in a step, in steps of one element.
+        max_weight: The largest singular value of a core: how many times as far as in the transplant a matrix may move.
+        max_rank: The most directions of a matrix.
         num_contrasts: Contrasts of a step.
         num_keep: Keep prompts of a step, and harmless prompts as many.
         seed: Of the order of prompts.
@@ -74,34 +82,39 @@ class Settings:
 
     num_rounds: int = 4
     num_steps: int = 20
-    rate: float = 0.05
-    margin: float = 2.0
+    rate: float = 0.02
+    margin: float = 4.0
     num_tokens: int = 16
     num_keep_tokens: int = 32
     escalation: float = 2.0
-    keep: float = 5.0
-    sparsity: float = 0.1
-    max_weight: float = 1.0
-    min_weight: float = 0.02
-    num_contrasts: int = 8
-    num_keep: int = 10
+    keep: float = 20.0
+    temperature: float = 2.0
+    sparsity: float = 3.0
+    max_weight: float = MAX_WEIGHT
+    max_rank: int = MAX_RANK
+    num_contrasts: int = 4
+    num_keep: int = 5
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Axis:
-    """The directions of one matrix in the model in memory, and where their weights are.
+    """The directions of one matrix in the model in memory, and where their core is.
 
     Attributes:
-        left: `[m, r]`, in the model's dtype: singular value times left singular vector.
-        right: `[n, r]`, likewise: right singular vectors.
-        place: The weights' slice.
+        left: `[m, r]`, in the model's dtype: left singular vectors, times the roots of the singular values.
+        right: `[n, r]`, likewise.
+        place: The slice of the core's elements, row by row.
     """
 
     slot: Slot
     left: torch.Tensor
     right: torch.Tensor
     place: slice
+
+    def core(self, weights: torch.Tensor) -> torch.Tensor:
+        """`[r, r]`: its part of the elements of all cores."""
+        return weights[self.place].view(self.left.shape[1], self.right.shape[1])
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Progress:
 
 
 class Ascent:
-    """The weights of all directions, and the steps that move them."""
+    """The cores of all matrices, one after another in `weights`, and the steps that move them."""
 
     def __init__(
         self,
@@ -143,7 +156,7 @@ class Ascent:
         self._batch_size = BatchSize(batch_limit)
         self._padding = live.tokenizer.pad_token_id
         self._axes = list(_axes(live, spectra))
-        self.weights = torch.zeros(sum(one.rank for one in spectra), device=live.model.device)
+        self.weights = torch.zeros(sum(one.rank**2 for one in spectra), device=live.model.device)
         self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
         self._num_steps = 0
         self._push = 1.0
@@ -153,13 +166,13 @@ class Ascent:
         layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
         self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
 
-    def round(self, on_step: Callable[[], None] = lambda: None) -> Progress:
-        """Make the steps of one round."""
+    def round(self, on_step: Callable[[], None] = lambda: None, *, slows: bool = False) -> Progress:
+        """Make the steps of one round; those of one that `slows` become shorter, down to nothing."""
         found = []
-        for _ in range(self._settings.num_steps):
+        for number in range(self._settings.num_steps):
             gradient, progress = self._gradient()
             found.append(progress)
-            self._step(gradient)
+            self._step(gradient, 1 - number / self._settings.num_steps if slows else 1.0)
             on_step()
         # The end of the round, over several steps: each has other prompts.
         last = found[len(found) // 2 :]
@@ -173,7 +186,7 @@ class Ascent:
         """Everything that the next step depends on, as float32 on the CPU.
 
         Returns:
-            `[4, directions]`: weights, both moments, and the weight of refusals, the same in every column.
+            `[4, elements]`: cores, both moments, and the weight of refusals, the same in every column.
         """
         return torch.stack([self.weights, *self._moments, torch.full_like(self.weights, self._push)]).cpu()
 
@@ -187,7 +200,7 @@ class Ascent:
         for _ in range(self._num_steps):
             self._draw()
 
-    def _step(self, gradient: torch.Tensor) -> None:
+    def _step(self, gradient: torch.Tensor, share: float = 1.0) -> None:
         if not bool(gradient.isfinite().all()):
             raise CheckpointError(
                 f"gradients along the directions of {self._live.plan.source.name} - {self._live.plan.target.name} are "
@@ -198,8 +211,11 @@ class Ascent:
         for moment, beta, value in zip(self._moments, BETAS, (gradient, gradient * gradient), strict=True):
             moment.mul_(beta).add_((1 - beta) * value)
             scaled.append(moment / (1 - beta**self._num_steps))
-        self.weights -= self._settings.rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
-        self.weights.clamp_(0, self._settings.max_weight)
+        rate = share * self._settings.rate
+        self.weights -= rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
+        for axis in self._axes:
+            core = axis.core(self.weights)
+            core.copy_(_shrunk(core, rate * self._settings.sparsity, self._settings.max_weight))
 
     def _draw(self) -> tuple[list[Sides], list[list[ReferenceRow]]]:
         """The contrasts and the rows of the next step, always in this order: they share one generator."""
@@ -208,7 +224,7 @@ class Ascent:
     def _gradient(self) -> tuple[torch.Tensor, Progress]:
         """The gradient of the loss at the current weights, over the next prompts."""
         settings = self._settings
-        gradient = torch.full_like(self.weights, settings.sparsity / 100)
+        gradient = torch.zeros_like(self.weights)
         contrasts, rows = self._draw()
         num_tokens = sum(row.num_counted for group in rows for row in group)
         margins: list[float] = []
@@ -221,7 +237,7 @@ class Ascent:
 
         def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
-            found = divergences(self._live.model, self._padding, batch).sum() / num_tokens
+            found = divergences(self._live.model, self._padding, batch, settings.temperature).sum() / num_tokens
             divergence += float(found.detach())
             return settings.keep * found
 
@@ -262,7 +278,7 @@ class Ascent:
         def contract(parameter: Parameter, gradient: torch.Tensor) -> None:
             for axis in of_parameter[parameter]:
                 part = gradient[axis.slot.slices].reshape(len(axis.left), len(axis.right))
-                contracted[axis.place] += ((axis.left.T.float() @ part.float()) * axis.right.T.float()).sum(1)
+                axis.core(contracted).add_(axis.left.T.float() @ part.float() @ axis.right.float())
 
         def differentiate(loss: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> Iterator[torch.Tensor]:
             def work(batch: Sequence[Row]) -> list[torch.Tensor]:
@@ -289,19 +305,28 @@ class Ascent:
         self._linear = {key: layer for key, layer in self._linear.items() if key in called}
 
 
-def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor, min_weight: float) -> FactorTable:
-    """Stored factors of weighted directions; `weights` are those of all matrices, one after another."""
+def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor) -> FactorTable:
+    """Stored factors of the change that cores make; `weights` are those of all matrices, one after another."""
     found = {}
     start = 0
     for spectrum in spectra:
-        part = weights[start : start + spectrum.rank].cpu()
-        start += spectrum.rank
-        kept = part >= min_weight
-        if bool(kept.any()):
-            left = (spectrum.left.cpu() * part)[:, kept]
-            factors = quantize(left.numpy(), spectrum.right.cpu()[kept].numpy())
-            if factors.rank:
-                found[spectrum.place] = factors
+        stop = start + spectrum.rank**2
+        core = weights[start:stop].view(spectrum.rank, spectrum.rank).double().cpu()
+        start = stop
+        roots = spectrum.values.double().cpu().sqrt()
+        scaled = roots[:, None] * core * roots
+        # What is read along a direction that counts next to nothing would be lost in rounding. Then nothing is written
+        # along it either: the rows that are stored tell all directions that there are.
+        used = torch.arange(spectrum.rank)
+        while len(used):
+            sizes = scaled[used][:, used].norm(dim=0)
+            if bool((kept := sizes > sizes.max() * MIN_SHARE).all()):
+                break
+            used = used[kept]
+        if len(used):
+            vectors = (spectrum.left.double().cpu() / spectrum.values.double().cpu())[:, used]
+            left = vectors @ scaled[used][:, used]
+            found[spectrum.place] = quantize(left.numpy(), spectrum.right.cpu()[used].numpy())
     return FactorTable(found)
 
 
@@ -324,6 +349,20 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
 
+def _shrunk(core: torch.Tensor, loss: float, max_weight: float) -> torch.Tensor:
+    """A core with a smaller Frobenius norm, or zero, and no singular value above the bound."""
+    norm = float(core.norm())
+    if norm <= loss:
+        return torch.zeros_like(core)
+    core = core * (1 - loss / norm)
+    # No singular value exceeds the Frobenius norm.
+    if norm - loss <= max_weight:
+        return core
+    left, values, right = torch.linalg.svd(core)
+    bounded: torch.Tensor = (left * values.clamp(max=max_weight)) @ right
+    return bounded
+
+
 def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
     start = 0
     slots: dict[tuple[str, object], Slot] = {}
@@ -333,9 +372,14 @@ def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
     for spectrum in spectra:
         slot = slots[spectrum.region.tensor.name, spectrum.region.box]
         parameter = slot.parameter
-        left, right = (part.to(parameter.device, parameter.dtype) for part in (spectrum.left, spectrum.right.T))
-        yield Axis(slot, left, right.contiguous(), slice(start, start + spectrum.rank))
-        start += spectrum.rank
+        roots = spectrum.values.sqrt()
+        left, right = (
+            part.to(parameter.device, parameter.dtype).contiguous()
+            for part in (spectrum.left / roots, spectrum.right.T * roots)
+        )
+        stop = start + spectrum.rank**2
+        yield Axis(slot, left, right, slice(start, stop))
+        start = stop
 
 
 def _is_linear(axis: Axis, layers: dict[int, Linear]) -> bool:
@@ -347,11 +391,11 @@ def _is_linear(axis: Axis, layers: dict[int, Linear]) -> bool:
 
 
 def _adding(axis: Axis, weights: torch.Tensor, called: set[int]) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds the weighted directions to a linear layer's output, and notes that it was called."""
+    """A forward hook that adds what the core makes of a linear layer's input, and notes that it was called."""
 
     def add(_layer: Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         called.add(id(axis))
-        along = (inputs[0] @ axis.right).float() * weights[axis.place]
+        along = (inputs[0] @ axis.right).float() @ axis.core(weights).T
         change = along.to(output.dtype) @ axis.left.T
         rows = axis.slot.slices[0]
         if rows.stop - rows.start == output.shape[-1]:
@@ -364,11 +408,11 @@ def _adding(axis: Axis, weights: torch.Tensor, called: set[int]) -> Callable[...
 @contextmanager
 @torch.no_grad()
 def _written(axes: Sequence[Axis], weights: torch.Tensor) -> Iterator[None]:
-    """Write weighted directions into parameters that are not linear layers' inside a `with` block."""
+    """Write what cores change into parameters that are not linear layers' inside a `with` block."""
     before = [axis.slot.parameter[axis.slot.slices].clone() for axis in axes]
     try:
         for axis in axes:
-            change = (axis.left.float() * weights[axis.place]) @ axis.right.T.float()
+            change = axis.left.float() @ axis.core(weights) @ axis.right.T.float()
             box = axis.slot.parameter[axis.slot.slices]
             box.copy_(box.float() + change.reshape(box.shape))
         yield

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -32,16 +33,32 @@ from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.ascent import Ascent, Settings, Sides, factors_of, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench
+from dapa_merge.search.identity import data_digest
 from dapa_merge.search.journal import Journal, name_of
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Baseline, Point
-from dapa_merge.search.spectrum import MAX_RANK, Spectrum, kept_spectra
+from dapa_merge.search.spectrum import Spectrum, kept_spectra
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
 DIVERGENCE = "divergence"
 # With a smaller share of the squared norm in the leading directions, a user is warned.
 MIN_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an ascent can go on.
+
+    Attributes:
+        spectra: All directions that there are.
+        state: Of the ascent, after a round: `Ascent.state`.
+        number: The round's.
+    """
+
+    spectra: Sequence[Spectrum]
+    state: torch.Tensor
+    number: int
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,14 @@ class Chosen:
         number: Of the point that was taken, from 1.
         plan: The plan whose edit has that point's directions, and whose units are the matrices that have some.
         baseline: That point's measurements.
+        start: Where the ascent was at that point.
     """
 
     points: tuple[Point, ...]
     number: int
     plan: Plan
     baseline: Baseline
+    start: Start
 
 
 def choose(
@@ -87,7 +106,9 @@ def choose(
         CheckpointError: If a model has values, or computes gradients, that are not finite numbers.
     """
     with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
-        spectra = kept_spectra(plan, plan.units, bench.device, kept_file(journal.parts))
+        spectra = kept_spectra(
+            plan, plan.units, bench.device, kept_file(journal.parts, settings.max_rank), settings.max_rank
+        )
     if not spectra:
         raise CannotRepair(
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
@@ -95,9 +116,9 @@ def choose(
     _tell(spectra)
     points: list[Point] = []
     baselines, plans = [], []
-    for weights in _rounds(plan, bench, journal, choice, spectra, settings):
-        edit = Directions.of(factors_of(spectra, weights, settings.min_weight), plan.edit.strength)
-        of_point = replace(plan, edit=edit).with_changing_units()
+    states = _rounds(plan, bench, journal, choice, spectra, settings)
+    for state in states:
+        of_point, edit = _planned(plan, spectra, state)
         name = f"point {len(points) + 1}"
         if name not in journal.notes or journal.notes[name].get("directions") != edit.digest:
             bench.use(of_point)
@@ -115,7 +136,54 @@ def choose(
         raise CannotRepair(_none(points, limits, plan))
     if not plans[number - 1].units:
         raise CannotRepair(f"point {number} has no directions, so that it is the target; `--pick` another one")
-    return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1])
+    start = Start(spectra, states[number - 1], number)
+    return Chosen(tuple(points), number, plans[number - 1], baselines[number - 1], start)
+
+
+def settle(
+    plan: Plan,
+    units: Sequence[Unit],
+    start: Start,
+    bench: Bench,
+    journal: Journal,
+    choice: PromptSet,
+    settings: Settings,
+) -> Plan:
+    """Let what a search left make up for what it left out: one more round of these matrices alone.
+
+    A selection that just meets the limits owes that to the prompts it was tested with; on others it falls short.
+
+    Args:
+        plan: As for `choose`.
+        units: What the search left.
+        start: The point that they are a part of.
+        bench: Not measured with.
+        journal: The round is recorded, and is not made again.
+        choice: As for `choose`.
+        settings: As for `choose`.
+
+    Returns:
+        The plan of the new directions; its units are some of `units`.
+    """
+    wanted = set(units)
+    spectra = [one for one in start.spectra if one.unit in wanted]
+    name = f"settled {data_digest([start.number, [str(one.place) for one in spectra]])}"
+    if name not in journal.notes:
+        columns = torch.cat([torch.full((one.rank**2,), one.unit in wanted) for one in start.spectra])
+        bench.use(plan)
+        with (
+            _ascending(plan, bench, journal, choice, spectra, settings) as ascent,
+            task("settling what is left", settings.num_steps, "steps"),
+        ):
+            ascent.go_on(start.state[:, columns], start.number)
+            _round(ascent, journal, name, slows=True)
+    return _planned(plan, spectra, _decoded(journal.notes[name]))[0]
+
+
+def _planned(plan: Plan, spectra: Sequence[Spectrum], state: torch.Tensor) -> tuple[Plan, Directions]:
+    """The plan of the directions of a state, whose units are the matrices that they change, and its edit."""
+    edit = Directions.of(factors_of(spectra, state[0]), plan.edit.strength)
+    return replace(plan, edit=edit).with_changing_units(), edit
 
 
 def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = None) -> None:
@@ -151,12 +219,12 @@ def with_front(points: Sequence[Point]) -> tuple[Point, ...]:
     return tuple(replace(point, on_front=on_front) for point, on_front in zip(points, front, strict=True))
 
 
-def kept_file(parts: Mapping[str, str]) -> Path | None:
+def kept_file(parts: Mapping[str, str], max_rank: int) -> Path | None:
     """The file of the directions of these models in the user's cache folder, by what decides them; None if unknown."""
     if not parts:
         return None
     decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
-    name = name_of({**decisive, "rank": str(MAX_RANK)})
+    name = name_of({**decisive, "rank": str(max_rank)})
     return (cache_folder("directions") / name).with_suffix(".safetensors")
 
 
@@ -210,14 +278,47 @@ def _rounds(
     spectra: Sequence[Spectrum],
     settings: Settings,
 ) -> list[torch.Tensor]:
-    """The weights after each round; a round is in the journal before the next begins, and is not made again."""
+    """The states after each round; a round is in the journal before the next begins, and is not made again."""
     names = [f"round {number}" for number in range(1, settings.num_rounds + 1)]
     states = [_decoded(journal.notes[name]) for name in takewhile(journal.notes.__contains__, names)]
     if len(states) == len(names):
-        return [state[0] for state in states]
+        return states
+    with _ascending(plan, bench, journal, choice, spectra, settings) as ascent:
+        if states:
+            LOG.info(f"{len(states)} of {len(names)} rounds are in the journal already")
+            ascent.go_on(states[-1], len(states))
+        # All rounds first: a candidate's measurement needs the target's own tensors.
+        left = names[len(states) :]
+        with task("choosing directions", len(left) * settings.num_steps, "steps"):
+            for name in left:
+                states.append(_round(ascent, journal, name))
+    return states
+
+
+def _round(ascent: Ascent, journal: Journal, name: str, *, slows: bool = False) -> torch.Tensor:
+    """The state after another round, which is recorded."""
+    progress = ascent.round(lambda: advance(1, "steps"), slows=slows)
+    state = ascent.state
+    journal.note(name, _encoded(state))
+    LOG.info(
+        f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the divergence "
+        f"{progress.divergence:.4f}"
+    )
+    return state
+
+
+@contextmanager
+def _ascending(
+    plan: Plan,
+    bench: Bench,
+    journal: Journal,
+    choice: PromptSet,
+    spectra: Sequence[Spectrum],
+    settings: Settings,
+) -> Iterator[Ascent]:
+    """An ascent that begins at the target, on the prompts of the choice, inside a `with` block."""
     said = _said(plan, bench, journal, choice, settings)
     sides = _sides(plan, bench, choice, settings, said)
-    # All rounds first: a candidate's measurement needs the target's own tensors.
     with widened(bench.live.model):
         keep = [
             make_reference(
@@ -230,21 +331,7 @@ def _rounds(
             ).rows
             for (prompts, num_tokens), answers in zip(_kept(choice, settings), said["kept"], strict=True)
         ]
-        ascent = Ascent(bench.live, spectra, sides, keep, settings, MAX_BACKWARD)
-        if states:
-            LOG.info(f"{len(states)} of {len(names)} rounds are in the journal already")
-            ascent.go_on(states[-1], len(states))
-        left = names[len(states) :]
-        with task("choosing directions", len(left) * settings.num_steps, "steps"):
-            for name in left:
-                progress = ascent.round(lambda: advance(1, "steps"))
-                states.append(ascent.state)
-                journal.note(name, _encoded(states[-1]))
-                LOG.info(
-                    f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the "
-                    f"divergence {progress.divergence:.4f}"
-                )
-    return [state[0] for state in states]
+        yield Ascent(bench.live, spectra, sides, keep, settings, MAX_BACKWARD)
 
 
 def _kept(choice: PromptSet, settings: Settings) -> list[tuple[tuple[str, ...], int]]:
@@ -336,5 +423,5 @@ def _encoded(state: torch.Tensor) -> dict[str, Any]:
 
 
 def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
-    """`[4, directions]`, as `Ascent.state`."""
+    """`[4, elements]`, as `Ascent.state`."""
     return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(4, -1)

@@ -27,7 +27,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
-from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, with_front
+from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, settle, with_front
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
@@ -89,7 +89,7 @@ def search(session: Session) -> Search:
 
 def _search_points(session: Session, limits: Requirement, target: Baseline, reference: Baseline) -> Search:
     """Let the edit choose, and search among the matrices of the point that was taken, unless the user picked it."""
-    chosen = _choose(session, limits)
+    chosen, before = _choose(session, limits), session
     session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))
     plan, points = chosen.plan, chosen.points
     by_hand = session.options.pick is not None
@@ -105,7 +105,8 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
         kept = kept.tightened(SCORE.figure, figures[SCORE.figure] - 1e-9)
         found = _search_units(session, kept, target, chosen.baseline)
         if set(found.minimum.units) != set(plan.units):
-            points += (_part(session, found.minimum.units, limits, chosen),)
+            found, point = _rest(session, before, found, kept, limits, chosen)
+            points += (point,)
     return replace(
         found,
         points=with_front(points),
@@ -116,17 +117,37 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
     )
 
 
-def _part(session: Session, units: Sequence[Unit], limits: Requirement, chosen: Chosen) -> Point:
-    """What the search left of the point that was taken, as a point."""
-    # Each matrix is a unit, in the plan's order.
-    name = f"figures of {','.join(map(str, in_order(units)))}"
-    if name not in session.journal.notes:
-        session.bench.use(session.plan)
-        with task("measuring the selection", session.bench.num_prompts, "prompts"):
-            session.journal.note(name, session.bench.baseline(in_order(units)).to_json())
-    figures = Baseline.from_json(session.journal.notes[name]).figures
-    edit = reduced(session.plan, units).edit
+def _rest(
+    session: Session, before: Session, found: Search, kept: Requirement, limits: Requirement, chosen: Chosen
+) -> tuple[Search, Point]:
+    """What the search left of the point that was taken, settled if that does not score less; and its point."""
+    assert before.choice is not None
+    assert isinstance(before.journal, Journal)
+    units = in_order(found.minimum.units)
+    rest = reduced(session.plan, units).with_changing_units()
+    settled = settle(before.plan, units, chosen.start, session.bench, before.journal, before.choice, Settings())
+    point = _point(session, settled, limits, chosen)
+    if point.complaint is None and point.figures[SCORE.figure] >= kept.min_score:
+        still = set(settled.units)
+        minimum = found.minimum
+        left = tuple(unit for unit in minimum.units if unit in still)
+        certificate = {unit: others for unit, others in minimum.certificate.items() if unit in still}
+        minimum = replace(minimum, units=left, certificate=certificate)
+        return replace(found, plan=settled, minimum=minimum), point
+    LOG.info("what is left is not settled: that would score less")
+    return found, _point(session, rest, limits, chosen)
+
+
+def _point(session: Session, plan: Plan, limits: Requirement, chosen: Chosen) -> Point:
+    """The figures of all units of a plan with fewer directions than the point that was taken, as a point."""
+    edit = plan.edit
     assert isinstance(edit, Directions)
+    name = f"figures of {edit.digest}"
+    if name not in session.journal.notes:
+        session.bench.use(plan)
+        with task("measuring the selection", session.bench.num_prompts, "prompts"):
+            session.journal.note(name, session.bench.baseline(plan.units).to_json())
+    figures = Baseline.from_json(session.journal.notes[name]).figures
     point = Point(
         len(chosen.points) + 1,
         dict(figures),

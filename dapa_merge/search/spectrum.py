@@ -26,7 +26,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance
 
 # The most directions of a matrix, and the share of the squared Frobenius norm that is enough.
-MAX_RANK = 64
+MAX_RANK = 16
 SHARE = 0.99
 # Matrices whose smaller side is at most this are decomposed exactly: it takes less than the iteration.
 EXACT_SIDE = 320

@@ -101,15 +101,14 @@ def test_directions_that_are_zero_or_vanish_are_dropped_and_what_is_kept_is_stil
     u, v = (numpy.linalg.qr(random.standard_normal((40, 40)))[0] for _ in range(2))
     values = numpy.geomspace(1, 1e-12, 40)
     difference = ((u * values) @ v.T).astype(numpy.float32)
-    weights = numpy.where(numpy.arange(40) % 3 == 0, 0, 1.0)
+    weights = numpy.where(numpy.arange(40) % 9 == 8, 0, 1.0)
     factors = quantize(u * values * weights, v.T)
-    assert 5 < factors.rank < 26
+    assert 8 < factors.rank < 35
     one = numpy.linalg.norm(factors.left.astype(float), axis=0) * numpy.exp2(factors.exponents.astype(float))
     sizes = one * numpy.linalg.norm(factors.right.astype(float), axis=1)
     kept = values[weights > 0][: factors.rank]
     assert numpy.allclose(sizes, kept, rtol=TOLERANCE / 2)
-    # A vector's rounding is multiplied by the largest value; a search keeps none below its tenth over the root of n.
-    leading = Factors(factors.left[:, :6], factors.right[:6], factors.exponents[:6])
+    leading = Factors(factors.left[:, :8], factors.right[:8], factors.exponents[:8])
     assert misfit(leading, [difference]) is None
     assert quantize(numpy.zeros((3, 2)), numpy.ones((2, 5))).rank == 0
 
@@ -127,24 +126,42 @@ def test_directions_of_a_matrix_fit_it_however_it_is_read(shape, num_rows):
     factors, difference = decomposed(shape, min(shape), weight=0.5)
     blocks = [difference[row : row + num_rows] for row in range(0, len(difference), num_rows)]
     assert misfit(factors, blocks) is None
-    wrong = misfit(factors, [numpy.random.default_rng(1).standard_normal(shape)])
-    assert "not one of source - target" in wrong
-    assert "not one of source - target" in misfit(factors, [numpy.full_like(difference, numpy.nan)])
+    assert "which holds values that are not finite" in misfit(factors, [numpy.full_like(difference, numpy.nan)])
 
 
-@pytest.mark.parametrize(("weight", "fits"), [(1.0, True), (2.0, True), (2.2, False), (-0.1, False), (1e-3, True)])
-def test_a_weight_is_from_0_to_2(weight, fits):
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+def test_directions_of_another_matrix_do_not_fit(shape):
+    factors, _ = decomposed(shape, 3)
+    assert "the rows are not right singular vectors" in misfit(factors, [decomposed(shape, 3, seed=1)[1]])
+
+
+def test_a_change_along_the_leading_directions_fits_in_any_mixture():
+    # What a core makes: what direction j reads is written along any direction i.
+    factors, difference = decomposed((12, 7), 3)
+    left = factors.left * numpy.exp2(factors.exponents.astype(float))
+    mixing = numpy.random.default_rng(2).standard_normal((3, 3)) / 3
+    assert misfit(quantize(left @ mixing, factors.right), [difference]) is None
+
+
+def test_a_column_that_is_written_along_no_direction_that_is_read_does_not_fit():
+    factors, difference = decomposed((12, 7), 4)
+    left = factors.left * numpy.exp2(factors.exponents.astype(float))
+    mixed = quantize(left[:, :3] + left[:, 3:] / 10, factors.right[:3])
+    assert "the columns are not sums of left ones" in misfit(mixed, [difference])
+
+
+def test_a_row_that_is_half_of_two_directions_does_not_fit():
+    factors, difference = decomposed((12, 7), 2)
+    mixed = quantize(factors.left[:, :1] * 1.0, factors.right[:1] + factors.right[1:] * 1.0)
+    assert "the rows are not right singular vectors" in misfit(mixed, [difference])
+
+
+@pytest.mark.parametrize(("weight", "fits"), [(1.0, True), (4.0, True), (4.2, False), (-4.0, True), (1e-3, True)])
+def test_nothing_moves_more_than_four_times_as_far_as_the_source(weight, fits):
     factors, difference = decomposed((9, 6), 3, weight=weight)
     what = misfit(factors, [difference])
     assert (what is None) is fits
-    assert fits or "has the weight" in what
-
-
-def test_a_mixture_of_two_directions_is_not_one():
-    factors, difference = decomposed((9, 6), 2)
-    left = factors.left * numpy.exp2(factors.exponents.astype(float))
-    mixed = quantize((left[:, :1] + left[:, 1:]) / 2, factors.right[:1] + factors.right[1:] * 1.0)
-    assert "not one of source - target" in misfit(mixed, [difference])
+    assert fits or "it moves 4.2 times as far as the source along a direction; at most 4 are allowed" in what
 
 
 def tensor(name: str, *shape: int) -> Tensor:

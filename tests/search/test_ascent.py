@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -24,7 +26,9 @@ from dapa_merge.search.attribution import Side
 from dapa_merge.search.spectrum import Spectrum, decompose, kept_spectra, spectra_of
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(num_rounds=1, num_steps=3, rate=0.3, margin=4.0, sparsity=0.5, num_contrasts=2, num_keep=2)
+SETTINGS = Settings(
+    num_rounds=1, num_steps=3, rate=0.3, margin=4.0, sparsity=0.5, keep=5.0, max_rank=4, num_contrasts=2, num_keep=2
+)
 
 
 def made(folder, architecture: str, modules: str = "auto", dtype=torch.float32) -> LiveModel:
@@ -56,7 +60,7 @@ def test_the_gradient_is_that_of_autograd_through_the_weights(tmp_path, architec
     spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
     contrasts, keep = material(live)
     ascent = Ascent(live, spectra, contrasts, keep, SETTINGS, 8)
-    ascent.weights.uniform_(0.1, 0.9, generator=torch.Generator().manual_seed(3))
+    ascent.weights.uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(3))
     # Two steps of the same prompts: there are as many as a step takes. The second knows which layers are called.
     ascent._gradient()
     found, _ = ascent._gradient()
@@ -68,15 +72,16 @@ def test_the_gradient_is_that_of_autograd_through_the_weights(tmp_path, architec
         name = names[id(axis.slot.parameter)]
         whole = changed.get(name, axis.slot.parameter.detach())
         box = torch.zeros_like(whole)
-        change = (axis.left * weights[axis.place]) @ axis.right.T
+        rank = axis.left.shape[1]
+        change = axis.left @ weights[axis.place].reshape(rank, rank) @ axis.right.T
         box[axis.slot.slices] = change.reshape(box[axis.slot.slices].shape)
         changed[name] = whole + box
     candidate = _Functional(live.model, changed)
     loss = sum(_margin_loss(candidate, live, side.row) for side, _ in contrasts) / len(contrasts)
     num_tokens = sum(row.num_counted for group in keep for row in group)
     for group in keep:
-        loss = loss + SETTINGS.keep * divergences(candidate, live.tokenizer.pad_token_id, group).sum() / num_tokens
-    loss = loss + SETTINGS.sparsity / 100 * weights.sum()
+        strayed = divergences(candidate, live.tokenizer.pad_token_id, group, SETTINGS.temperature)
+        loss = loss + SETTINGS.keep * strayed.sum() / num_tokens
     (expected,) = torch.autograd.grad(loss, weights)
     assert float(expected.abs().max()) > 1e-3
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
@@ -121,28 +126,57 @@ def test_weights_stay_within_bounds_and_the_target_comes_back_bit_for_bit(tmp_pa
         again = Ascent(live, spectra, *material(live), SETTINGS, 8)
         again.round()
     assert torch.equal(ascent.weights, again.weights)
-    assert float(ascent.weights.max()) > 0
-    assert 0 <= float(ascent.weights.min()) <= float(ascent.weights.max()) <= SETTINGS.max_weight
+    assert float(ascent.weights.abs().max()) > 0
     after = live.model.state_dict()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
     live.close()
 
 
-def test_stored_factors_are_the_weighted_directions_and_pass_the_proof(tmp_path):
+@pytest.mark.parametrize(("sparsity", "max_weight"), [(4.0, 9.0), (0.5, 0.2)])
+def test_a_step_is_adams_and_then_shrinks_and_bounds_every_core(tmp_path, sparsity, max_weight):
+    live = made(tmp_path, "LlamaForCausalLM", "gate,v")
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
+    settings = replace(SETTINGS, sparsity=sparsity, max_weight=max_weight)
+    ascent = Ascent(live, spectra, *material(live), settings, 8)
+    gradient = torch.randn(len(ascent.weights), generator=torch.Generator().manual_seed(5))
+    adam = torch.nn.Parameter(torch.zeros_like(gradient))
+    optimizer = torch.optim.Adam([adam], lr=settings.rate, betas=(0.9, 0.99))
+    for _ in range(2):
+        ascent._step(gradient)
+        adam.grad = gradient.clone()
+        optimizer.step()
+        with torch.no_grad():
+            for part in adam.view(-1, 3, 3):
+                norm = part.norm()
+                part.mul_(max(0.0, 1 - sparsity * settings.rate / float(norm)))
+                left, values, right = torch.linalg.svd(part)
+                part.copy_((left * values.clamp(max=max_weight)) @ right)
+        assert torch.allclose(ascent.weights, adam, atol=1e-5)
+    sizes = torch.linalg.svdvals(ascent.weights.view(-1, 3, 3))
+    assert float(sizes.max()) <= max_weight * 1.0001
+    assert bool((sizes == 0).all()) is (sparsity == 4.0)
+    live.close()
+
+
+def test_stored_factors_are_what_cores_change_and_pass_the_proof(tmp_path):
     live = made(tmp_path, "Phi3ForCausalLM", "gate,q,k")
     spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=5))
-    weights = torch.linspace(0, 1, sum(one.rank for one in spectra))
-    edit = Directions.of(factors_of(spectra, weights, min_weight=0.05))
-    start = 0
-    for one, regions in zip(spectra, live.plan.regions(live.plan.units), strict=True):
-        part = weights[start : start + one.rank]
-        start += one.rank
-        kept = torch.where(part >= 0.05, part, 0.0)
-        expected = (one.left * kept) @ one.right
+    weights = torch.randn(sum(one.rank**2 for one in spectra), generator=torch.Generator().manual_seed(4)) / 3
+    cores = list(weights.view(-1, 5, 5))
+    # One core is zero, and one reads nothing along a direction.
+    cores[0].zero_()
+    cores[1][:, 2] = 0
+    edit = Directions.of(factors_of(spectra, weights))
+    for number, (one, core, regions) in enumerate(zip(spectra, cores, live.plan.regions(live.plan.units), strict=True)):
+        used = [index for index in range(5) if bool(core[:, index].any())]
+        roots = one.values[used].sqrt()
+        vectors = (one.left / one.values)[:, used]
+        expected = (vectors * roots) @ core[used][:, used] @ (roots[:, None] * one.right[used])
         found = torch.from_numpy(edit.own_values(regions["target"])["directions"]).view_as(expected)
         assert torch.allclose(found, expected, atol=1e-4 * float(one.values[0]))
         source, target = (mapped_values(live.plan.models[name], regions[name]).float() for name in ("source", "target"))
         stored = edit.factors.find(regions["target"])
+        assert (None if stored is None else stored[0].rank) == (None, 4, 5)[min(number, 2)]
         assert stored is None or misfit(stored[0], [(source - target).numpy()]) is None
     live.close()
 

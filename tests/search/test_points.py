@@ -33,7 +33,7 @@ from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
 
 # Three rounds are enough for the packaged pair, and short ones: what counts here is not the repair.
 NUM_ROUNDS = 3
-QUICK = {"num_rounds": NUM_ROUNDS, "num_steps": 4, "rate": 0.2}
+QUICK = {"num_rounds": NUM_ROUNDS, "num_steps": 6, "rate": 0.04}
 # The same in a process of its own, which is then the command.
 PATCHED = f"""
 import functools
@@ -108,7 +108,7 @@ def done(write, tmp_path_factory) -> Done:
 @pytest.fixture(scope="module")
 def failed(write, tmp_path_factory) -> tuple[Path, Path, str]:
     """A recipe none of whose points meets the limits, its journal, and what is said."""
-    recipe, journal = write(modules="down"), tmp_path_factory.mktemp("failed") / "journal"
+    recipe, journal = write(modules="down", strength=0.4), tmp_path_factory.mktemp("failed") / "journal"
     result = call("search", recipe, "--journal", journal)
     assert result.exit_code == 3
     return recipe, journal, result.stderr.splitlines()[-1]
@@ -356,7 +356,8 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
             raise Killed(name)
 
     monkeypatch.setattr(ascent.Ascent, "_gradient", count)
-    for name in ["choice", "round 1", "round 2", "round 3", "point 2"]:
+    settled = next(name for name in notes_of(done.journal) if name.startswith("settled"))
+    for name in ["choice", "round 1", "round 2", "round 3", "point 2", settled]:
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "note", functools.partialmethod(die_after, last=name))
             with pytest.raises(Killed, match=name):
@@ -365,7 +366,8 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
     assert answer("search", done.recipe, "--journal", journal, "--json")["units"] == done.found["units"]
     # Of the rounds every weight and every moment too, bit for bit.
     assert entries(journal) == done.entries
-    assert num_gradients == NUM_ROUNDS * QUICK["num_steps"]
+    # With the round of what the search left.
+    assert num_gradients == (NUM_ROUNDS + 1) * QUICK["num_steps"]
 
 
 def test_a_killed_choice_ends_with_the_same_journal(done, tmp_path):
@@ -451,7 +453,7 @@ def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_differen
     said = f"refuses {number} of the {number} keep prompts of the choice; the result may refuse such prompts too"
     assert said in result.stderr
     (share,) = re.findall(r"(\S+) % of their differences \(of the squared norm\)", result.stderr)
-    assert 50 < float(share) < 98.9
+    assert 30 < float(share) < 98.9
 
 
 def test_of_a_large_difference_without_decay_it_is_warned_that_little_is_kept(caplog):
@@ -496,11 +498,11 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
         expected = gradient()
         divergences, sizes = ascent.divergences, []
 
-        def small(model, padding, batch):
+        def small(model, padding, batch, temperature):
             sizes.append(len(batch))
             if len(batch) > 2:
                 raise torch.OutOfMemoryError("no memory")
-            return divergences(model, padding, batch)
+            return divergences(model, padding, batch, temperature)
 
         monkeypatch.setattr(ascent, "divergences", small)
         with caplog.at_level("WARNING", logger="dapa_merge"):

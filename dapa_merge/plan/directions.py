@@ -1,11 +1,11 @@
 """Factors of how a matrix moves along directions of (source - target): what `edit: directions` adds to the target.
 
-For a matrix W in R^(m x n), D = W_source - W_target = sum_i s_i u_i v_i^T. The new values are W_target + L R with r rows
-of R, which are right singular vectors v_i of D, and r columns of L, which are sums of the left singular vectors u_i of
-the same directions. An SVD is not bit for bit the same on two machines, so its factors are stored: as 16-bit whole
-numbers with a power of two for each row. Every product of two of them, and every sum of such products, is then exact in
-float64, whatever the order of the additions: a model in memory, the transplant, mergekit and `verify` compute the same
-values, tile by tile or whole. No torch here.
+For a matrix W in R^(m x n), D = W_source - W_target = sum_i s_i u_i v_i^T. The new values are W_target + L R, where the
+rows of R are right singular vectors v_i of D, and the columns of L sums of the left singular vectors u_i of the same
+directions. An SVD is not bit for bit the same on two machines, so its factors are stored: as 16-bit whole numbers with
+a power of two for each row. Every product of two of them, and every sum of such products, is then exact in float64,
+whatever the order of the additions: a model in memory, the transplant, mergekit and `verify` compute the same values,
+tile by tile or whole. No torch here.
 """
 
 from __future__ import annotations

@@ -169,10 +169,11 @@ class Ascent:
     def round(self, on_step: Callable[[], None] = lambda: None, *, slows: bool = False) -> Progress:
         """Make the steps of one round; those of one that `slows` become shorter, down to nothing."""
         found = []
-        for number in range(self._settings.num_steps):
+        num_steps = self._settings.num_steps
+        for number in range(num_steps):
             gradient, progress = self._gradient()
             found.append(progress)
-            self._step(gradient, 1 - number / self._settings.num_steps if slows else 1.0)
+            self._step(gradient, 1 - number / num_steps if slows else 1.0)
             on_step()
         # The end of the round, over several steps: each has other prompts.
         last = found[len(found) // 2 :]

@@ -42,6 +42,8 @@ from dapa_merge.search.spectrum import Spectrum, kept_spectra
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
 DIVERGENCE = "divergence"
+# A score of at least this share of the best one counts as high.
+NEARLY = 0.98
 # With a smaller share of the squared norm in the leading directions, a user is warned.
 MIN_SHARE = 0.5
 
@@ -149,7 +151,7 @@ def settle(
     choice: PromptSet,
     settings: Settings,
 ) -> Plan:
-    """Let what a search left make up for what it left out: one more round of these matrices alone.
+    """Let what a search left make up for what it left out: two more rounds of these matrices alone.
 
     A selection that just meets the limits owes that to the prompts it was tested with; on others it falls short.
 
@@ -158,7 +160,7 @@ def settle(
         units: What the search left.
         start: The point that they are a part of.
         bench: Not measured with.
-        journal: The round is recorded, and is not made again.
+        journal: The rounds are recorded, and are not made again.
         choice: As for `choose`.
         settings: As for `choose`.
 
@@ -173,9 +175,11 @@ def settle(
         bench.use(plan)
         with (
             _ascending(plan, bench, journal, choice, spectra, settings) as ascent,
-            task("settling what is left", settings.num_steps, "steps"),
+            task("settling what is left", 2 * settings.num_steps, "steps"),
         ):
             ascent.go_on(start.state[:, columns], start.number)
+            ascent.round(lambda: advance(1, "steps"))
+            # The last steps are small: the state is then close to the middle of what it moved about.
             _round(ascent, journal, name, slows=True)
     return _planned(plan, spectra, _decoded(journal.notes[name]))[0]
 
@@ -241,14 +245,21 @@ def _tell(spectra: Sequence[Spectrum]) -> None:
 
 
 def _best(points: Sequence[Point]) -> int | None:
-    """The number of the point within the limits that diverges least from the target, the smaller one on a tie."""
+    """The number of the point that is taken: within the limits and scoring as high as any, it diverges least.
+
+    A point that just meets the limits on these prompts may miss them on others.
+    """
     within = [point for point in points if point.complaint is None]
+    if not within:
+        return None
+    best = max(point.figures[SCORE.figure] for point in within)
+    high = [point for point in within if point.figures[SCORE.figure] >= NEARLY * best]
 
     def order(point: Point) -> tuple[float, int]:
         divergence = point.figures.get(DIVERGENCE, math.nan)
         return (math.inf if math.isnan(divergence) else divergence), point.num_directions
 
-    return min(within, key=order).number if within else None
+    return min(high, key=order).number
 
 
 def nearest(points: Sequence[Point], limits: Requirement) -> Point | None:

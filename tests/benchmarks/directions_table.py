@@ -9,7 +9,8 @@ the other halves. A row that is finished is kept in OUT/rows.jsonl, and is not m
 
 - gates, auto: a search with `edit: copy`. arithmetic: `edit: difference` of all units, no search; difference: a search
   of `edit: difference`, modules auto; both need the pretrained model, and rows without one lack them.
-- directions: `edit: directions`, `keep: skills`; nokeep: without keep prompts.
+- directions: `edit: directions`, `keep: skills`; nokeep: without keep prompts. `--ablate` changes one thing at a time:
+  settings, or the core (one weight for each direction), the basis (not that of the difference), the loss.
 - training: LoRA of rank 8 on the source's refusals, and on the target's own answers to the harmless and the keep
   prompts in equal measure; steps and rate are chosen on the same prompts.
 """
@@ -17,6 +18,7 @@ the other halves. A row that is finished is kept in OUT/rows.jsonl, and is not m
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -36,8 +38,9 @@ from dapa_merge import miniature
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.divergence import divergence, make_reference
 from dapa_merge.measure.figures import Figures
-from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.live import LiveModel, mapped_values
 from dapa_merge.measure.meter import measure_checkpoint, measure_live, report_meter
+from dapa_merge.measure.perplexity import counted_logits
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.statistics import interval
 from dapa_merge.miniature import corpus
@@ -49,7 +52,9 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search import ascent
+from dapa_merge.search import choose as choosing
 from dapa_merge.search import search as searching
+from dapa_merge.search.spectrum import spectra_of
 
 ROWS = "rows.jsonl"
 METHODS = ("source", "gates", "auto", "arithmetic", "difference", "directions", "nokeep", "training")
@@ -63,21 +68,27 @@ EDITS: dict[str, dict[str, Any]] = {
     "nokeep": {"edit": "directions", "modules": ("auto",), "keep": None},
 }
 NUM_STEPS = (20, 80)
-# One setting at a time is changed.
+# One setting at a time is changed: those of an ascent, and what `_varied` knows besides.
 ABLATION: dict[str, tuple[Any, ...]] = {
+    "core": ("diagonal",),
+    "basis": ("random", "target"),
+    "loss": ("likelihood", "mean"),
+    "settles": (False,),
     "num_rounds": (1, 2, 8),
-    "rate": (0.02, 0.1),
-    "margin": (0.5, 1.0, 4.0),
-    "num_tokens": (6, 10, 24),
-    "keep": (1.0, 20.0),
+    "rate": (0.01, 0.04),
+    "margin": (1.0, 2.0, 8.0),
+    "num_tokens": (6, 24),
+    "keep": (5.0, 80.0),
+    "temperature": (1.0, 4.0),
     "escalation": (1.0, 4.0),
-    "sparsity": (0.0, 0.03, 0.3),
-    "max_weight": (1.5,),
-    "max_rank": (8, 16, 32),
+    "sparsity": (0.0, 8.0),
+    "max_weight": (1.0, 2.0),
+    "max_rank": (4, 8, 32),
     "num_harmful": (8, 16),
-    "num_keep_prompts": (5, 10),
+    "num_keep_prompts": (8, 16),
     "modules": ("gate", "gate,up,down"),
 }
+SEEDS = (1, 2)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", help="recipes of the families; their prompts must be miniature")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--ablate", action="store_true", help="directions with one setting changed at a time")
+    parser.add_argument("--seeds", action="store_true", help="directions with other orders of the prompts")
     arguments = parse(parser, argv, methods="directions")
     torch.set_num_threads(1)
     pairs = dict(packaged()) | {Path(name).stem: load_recipe(Path(name)) for name in arguments.recipes}
@@ -99,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def quick_choice() -> AbstractContextManager[Any]:
     """Two steps instead of all inside a `with` block."""
-    return patch.object(searching, "Settings", lambda: ascent.Settings(num_rounds=1, num_steps=2, rate=0.5))
+    return patch.object(searching, "Settings", lambda: ascent.Settings(num_rounds=1, num_steps=2, rate=0.1))
 
 
 def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping[tuple[str, str], dict[str, Any]]:
@@ -109,8 +121,9 @@ def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping
     for name, recipe in pairs.items():
         for method in ("target", *wanted):
             made.row(name, method, lambda recipe=recipe, method=method: figures_of(recipe, method, arguments.tiny))
-    if arguments.ablate:
-        for key, values in ABLATION.items():
+    changed = {**(ABLATION if arguments.ablate else {}), **({"seed": SEEDS} if arguments.seeds else {})}
+    if changed:
+        for key, values in changed.items():
             for value in values[:1] if arguments.tiny else values:
                 for name, recipe in pairs.items():
                     label = f"directions {key}={value}"
@@ -196,32 +209,77 @@ def edited(recipe: Recipe, method: str) -> dict[str, Any]:
 def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     """Directions with one setting changed."""
     changes: dict[str, Any] = {"keep": "skills", **EDITS["directions"]}
-    before, before_choose, before_rank = (
-        searching.Settings,
-        searching.choose,
-        searching.choose.__globals__["kept_spectra"],
-    )
-    try:
-        if key == "modules":
-            changes["modules"] = tuple(value.split(","))
-        elif key == "max_rank":
-            searching.choose.__globals__["kept_spectra"] = lambda *args: before_rank(*args, max_rank=value)
-        elif key in ("num_harmful", "num_keep_prompts"):
-
-            def with_fewer(plan: Any, bench: Any, journal: Any, choice: Any, *rest: Any) -> Any:
-                field = "harmful" if key == "num_harmful" else "keep"
-                return before_choose(
-                    plan, bench, journal, replace(choice, **{field: getattr(choice, field)[:value]}), *rest
-                )
-
-            searching.choose = with_fewer
-        else:
-            assert key in {field.name for field in fields(ascent.Settings)}
-            searching.Settings = lambda: ascent.Settings(**{key: value})  # type: ignore[assignment,misc]
+    if key == "modules":
+        changes["modules"] = tuple(value.split(","))
         return edited(replace(recipe, **changes), "directions")
-    finally:
-        searching.Settings, searching.choose = before, before_choose
-        searching.choose.__globals__["kept_spectra"] = before_rank
+    if key in {field.name for field in fields(ascent.Settings)}:
+        varied: AbstractContextManager[Any] = patch.object(
+            searching, "Settings", lambda: ascent.Settings(**{key: value})
+        )
+    else:
+        varied = _varied(key, value)
+    with varied:
+        return edited(replace(recipe, **changes), "directions")
+
+
+def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
+    """Something changed that is no setting, inside a `with` block."""
+    if key in ("num_harmful", "num_keep_prompts"):
+        field, original = {"num_harmful": "harmful", "num_keep_prompts": "keep"}[key], split_prompts
+
+        def fewer(*arguments: Any, **named: Any) -> Any:
+            parts = original(*arguments, **named)
+            if parts.choice is None:
+                return parts
+            left = replace(parts.choice, **{field: getattr(parts.choice, field)[:value]})
+            return replace(parts, choice=left)
+
+        return patch.object(searching, "split_prompts", fewer)
+    if key == "settles":
+        # What the search left as it is.
+        return patch.object(searching, "settle", _unsettled)
+    if key == "core":
+        # One weight from 0 to 1 for each direction.
+        return patch.object(ascent, "_shrunk", lambda core, *_: core.diag().clamp(0, 1).diag())
+    if key == "loss":
+        if value == "mean":
+            return patch.object(searching, "Settings", lambda: ascent.Settings(margin=1000.0))
+        return patch.object(ascent.Ascent, "refusal", _likelihood)
+    assert key == "basis"
+    return patch.object(choosing, "kept_spectra", functools.partial(_other_basis, value))
+
+
+def _unsettled(plan: Any, units: Any, start: Any, *_: Any) -> Any:
+    spectra = [one for one in start.spectra if one.unit in set(units)]
+    columns = torch.cat([torch.full((one.rank**2,), one.unit in set(units)) for one in start.spectra])
+    return choosing._planned(plan, spectra, start.state[:, columns])[0]
+
+
+def _likelihood(self: Any, batch: Any) -> Any:
+    """The negative log-likelihood of the refusals' tokens instead of their margins."""
+    rows = [refusing.row for refusing, _ in batch]
+    found = [
+        -values.float().log_softmax(-1).gather(1, torch.tensor(row.ids[row.num_context :])[:, None])[:, 0]
+        for row, values in zip(rows, counted_logits(self._live.model, self._padding, rows), strict=True)
+    ]
+    # The smallest margin that the likelihood allows tells when refusals are said.
+    smallest = [float(torch.special.logit(torch.exp(-one.detach()).clamp(1e-6, 1 - 1e-6)).min()) for one in found]
+    return torch.stack([one.mean() for one in found]).sum(), smallest
+
+
+def _other_basis(kind: str, plan: Any, *arguments: Any) -> list[Any]:
+    """As many directions, of the same sizes, that are not those of the difference: random, or the target's own."""
+    generator, found = torch.Generator().manual_seed(0), []
+    for one in spectra_of(plan, plan.units, torch.device("cpu")):
+        shapes = (one.left.shape[0], one.rank), (one.right.shape[1], one.rank)
+        if kind == "random":
+            left, right = (torch.linalg.qr(torch.randn(shape, generator=generator)).Q for shape in shapes)
+        else:
+            whole = mapped_values(plan.target, one.region).reshape(one.region.extents).float()
+            u, _, v = torch.linalg.svd(whole, full_matrices=False)
+            left, right = u[:, : one.rank], v[: one.rank].T
+        found.append(replace(one, left=left * one.values, right=right.T.contiguous()))
+    return found
 
 
 def _shown(figures: Figures) -> dict[str, Any]:
@@ -304,11 +362,12 @@ def table(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
         yield _mean(rows, pairs, method)
     for other in ("training", "auto", "arithmetic"):
         both = [pair for pair in pairs if {(pair, "directions"), (pair, other)} <= rows.keys()]
-        if both:
-            mine, theirs = ([_or_target(rows, pair, name)["skill"] for pair in both] for name in ("directions", other))
+        for figure in ("skill", "divergence") if both else ():
+            mine, theirs = ([_or_target(rows, pair, name)[figure] for pair in both] for name in ("directions", other))
             more = sum(one > two for one, two in zip(mine, theirs, strict=True))
             less = sum(one < two for one, two in zip(mine, theirs, strict=True))
-            yield f"\nSkill, directions against {other}: more in {more} of {len(both)} pairs, less in {less}."
+            name = figure.capitalize()
+            yield f"\n{name}, directions against {other}: more in {more} of {len(both)} pairs, less in {less}."
 
 
 def _or_target(rows: Mapping[tuple[str, str], Mapping[str, Any]], pair: str, method: str) -> Mapping[str, Any]:

@@ -366,8 +366,8 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
     assert answer("search", done.recipe, "--journal", journal, "--json")["units"] == done.found["units"]
     # Of the rounds every weight and every moment too, bit for bit.
     assert entries(journal) == done.entries
-    # With the round of what the search left.
-    assert num_gradients == (NUM_ROUNDS + 1) * QUICK["num_steps"]
+    # With the two rounds of what the search left.
+    assert num_gradients == (NUM_ROUNDS + 2) * QUICK["num_steps"]
 
 
 def test_a_killed_choice_ends_with_the_same_journal(done, tmp_path):

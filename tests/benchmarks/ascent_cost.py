@@ -59,15 +59,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     choice = split_prompts(recipe).choice
     assert choice is not None
     settings, batch = Settings(), BatchSize(16)
-    answers = generate(live.model, live.tokenizer, choice.harmful[:8], max_new_tokens=24, batch_size=batch)
+    answers = generate(
+        live.model, live.tokenizer, choice.harmful[: settings.num_contrasts], max_new_tokens=24, batch_size=batch
+    )
     contrasts = [
         tuple(sides_of(live.tokenizer, Contrast(prompt, REFUSAL, answer), settings.num_tokens))
-        for prompt, answer in zip(choice.harmful[:8], answers, strict=True)
+        for prompt, answer in zip(choice.harmful[: settings.num_contrasts], answers, strict=True)
     ]
     with widened(live.model):
         groups = [
             make_reference(
-                live.model, live.tokenizer, choice.harmless[:10], batch_size=batch, max_new_tokens=number
+                live.model,
+                live.tokenizer,
+                choice.harmless[: settings.num_keep],
+                batch_size=batch,
+                max_new_tokens=number,
             ).rows
             for number in (settings.num_keep_tokens, settings.num_tokens)
         ]

@@ -1,8 +1,9 @@
 """Draws the picture of docs/directions.md: `python tests/benchmarks/directions_picture.py [FILE]`.
 
-Left, the matrix of the shadow pair with the most chosen directions: its singular values, in colour by the weight that
-was chosen. Right, refusal and skill of the target, of copied modules (`modules: auto`), of the chosen directions and of
-the source, on prompts that nothing was chosen by.
+Left, the matrix of the shadow pair that changed most: the singular values of its difference, in colour those that the
+edit works with. Middle, its core: how much of what each direction reads is written along each. Right, refusal and skill
+of the target, of copied modules (`modules: auto`), of the chosen directions and of the source, on prompts that nothing
+was chosen by.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from directions_table import EDITS, edited, packaged, quick_choice
 from tiny import parse
 
+from dapa_merge.plan.directions import Factors
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.search.search import search_plan
-from dapa_merge.search.spectrum import spectra_of
+from dapa_merge.search.spectrum import Spectrum, spectra_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -44,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = Path(folder) / "picture.png" if arguments.tiny else arguments.out
         found = search_plan(chosen, make_plan(chosen), Options(device="cpu", journal=Path(folder) / "journal.jsonl"))
         assert isinstance(found.plan.edit, Directions)
-        place, factors = max(found.plan.edit.factors.of.items(), key=lambda item: item[1].rank)
-        (spectrum,) = (
-            one for one in spectra_of(make_plan(chosen), found.plan.units, torch.device("cpu")) if one.place == place
-        )
+        spectra = {
+            one.place: one for one in spectra_of(make_plan(chosen), found.plan.units, torch.device("cpu"), max_rank=48)
+        }
+        cores = {place: _core(factors, spectra[place]) for place, factors in found.plan.edit.factors.of.items()}
+        place = max(cores, key=lambda one: numpy.linalg.norm(cores[one]))
         made = {
             "target": (recipe, "target"),
             "copied modules\n(auto)": (replace(recipe, **EDITS["auto"]), "auto"),
@@ -58,26 +61,34 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: edited(*made["target" if arguments.tiny else name])
             for name in list(made)[: 1 if arguments.tiny else 4]
         }
-        # Which of the singular directions the stored factors are, by their right vectors.
-        stored = factors.right / numpy.linalg.norm(factors.right, axis=1, keepdims=True)
-        which = numpy.abs(stored @ spectrum.right.numpy().T).argmax(axis=1)
-        sizes = numpy.linalg.norm(factors.left, axis=0) * numpy.linalg.norm(factors.right, axis=1)
-        weights = numpy.zeros(spectrum.rank)
-        weights[which] = sizes * numpy.exp2(factors.exponents.astype(float)) / spectrum.values.numpy()[which]
-        _draw(out, str(place), spectrum.values.numpy(), weights, rows)
-        print(f"{place}: {factors.rank} of {spectrum.rank} directions; {rows}")
+        _draw(out, str(place), spectra[place].values.numpy(), cores[place], rows)
+        print(f"{place}: {len(cores[place])} of {spectra[place].rank} directions; {rows}")
 
 
-def _draw(
-    out: Path, name: str, values: numpy.ndarray, weights: numpy.ndarray, rows: dict[str, dict[str, float]]
-) -> None:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1.25, 1), layout="constrained")
-    numbers = numpy.arange(1, len(values) + 1)
-    left.bar(numbers, values, color="0.82", label="left alone")
-    left.bar(numbers, values * weights, color="#c44e00", label="taken back (weight x size)")
+def _core(factors: Factors, spectrum: Spectrum) -> numpy.ndarray:
+    """`[r, r]`: what direction j reads, by column, is so much written along direction i, by row."""
+    rank = factors.rank
+    values, right = spectrum.values.double().numpy()[:rank], spectrum.right.double().numpy()[:rank]
+    left = spectrum.left.double().numpy()[:, :rank] / values
+    change = factors.product().astype(float)
+    return (left.T @ change @ right.T) / numpy.sqrt(values)[:, None] / numpy.sqrt(values)
+
+
+def _draw(out: Path, name: str, values: numpy.ndarray, core: numpy.ndarray, rows: dict[str, dict[str, float]]) -> None:
+    figure, (left, middle, right) = pyplot.subplots(
+        1, 3, figsize=(14, 3.9), width_ratios=(1.1, 1, 1.1), layout="constrained"
+    )
+    numbers, rank = numpy.arange(1, len(values) + 1), len(core)
+    left.bar(numbers[:rank], values[:rank], color="#c44e00", label="the edit works with these")
+    left.bar(numbers[rank:], values[rank:], color="0.82", label="left alone")
     left.set(xlabel="direction, the largest first", ylabel="size in source - target")
     left.set_title(f"The directions of one matrix\n({name})", fontsize=10)
     left.legend(frameon=False)
+    most = numpy.abs(core).max()
+    shown = middle.imshow(core, cmap="PuOr_r", vmin=-most, vmax=most, extent=(0.5, rank + 0.5, rank + 0.5, 0.5))
+    middle.set(xlabel="read along direction", ylabel="written along direction")
+    middle.set_title("Its core: how much of what is read\nis written where (source: 1 on the diagonal)", fontsize=10)
+    figure.colorbar(shown, ax=middle, shrink=0.85)
     places = numpy.arange(len(rows))
     for offset, key, label, colour in (
         (-0.2, "dsr", "refuses harmful requests", "#1f5a96"),

@@ -36,6 +36,11 @@ def questions_cost(meter: Any) -> float:
     return piece_cost(meter) * float(math.ceil(sum(one.num_questions for one in meter.skills) / meter.batch_size.limit))
 
 
+def shown(figure: float) -> str:
+    """A figure as text: three decimals, or two digits of one that they would show as zero."""
+    return f"{figure:.2g}" if 0 < abs(figure) < 0.0005 else f"{figure:.3f}"
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers that a recipe may give: from `low`, or only `above` it, to `high`; `allowed` says so in a message."""
@@ -112,9 +117,9 @@ class Constraint(ABC):
             return None
         at_best, beyond, wanted = self.words
         if not math.isfinite(best):
-            return f"its {self.label} is not finite; {limit:.3f} is {wanted}"
-        found = f"{best:.3f}" if lowest == highest else f"{at_best} {best:.3f}"
-        return f"its {self.label} is {found}, {abs(best - limit):.3f} {beyond} the {limit:.3f} {wanted}"
+            return f"its {self.label} is not finite; {shown(limit)} is {wanted}"
+        found = shown(best) if lowest == highest else f"{at_best} {shown(best)}"
+        return f"its {self.label} is {found}, {shown(abs(best - limit))} {beyond} the {shown(limit)} {wanted}"
 
 
 class Floor(Constraint):

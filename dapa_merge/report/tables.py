@@ -17,7 +17,7 @@ from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join
 from dapa_merge.plan.selection import given_selection
-from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE
+from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.search.requirement import constraints_of
@@ -65,7 +65,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
     rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
     if not all(math.isnan(column.divergence) for column in columns):
-        rows.append(row("divergence (nats/token)", lambda one: f"{one.divergence:.3f}"))
+        rows.append(row("divergence (nats/token)", lambda one: shown(one.divergence)))
     for index, skill in enumerate(first.skills):
         # The harness does not report the number of questions.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
@@ -94,7 +94,7 @@ def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[lis
         return label, [cell(point) for point in points]
 
     rows = [
-        row(one.label, lambda point, at=one.figure: f"{point.figures.get(at, math.nan):.3f}")  # type: ignore[misc]
+        row(one.label, lambda point, at=one.figure: shown(point.figures.get(at, math.nan)))  # type: ignore[misc]
         for one in constraints_of([one.key for one in CONSTRAINTS], measure)
         # NaN without anything to measure it on.
         if not all(math.isnan(point.figures.get(one.figure, math.nan)) for point in points)

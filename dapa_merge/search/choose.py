@@ -43,7 +43,7 @@ from dapa_merge.search.spectrum import Spectrum, kept_spectra
 MAX_BACKWARD = 16
 DIVERGENCE = "divergence"
 # A score of at least this share of the best one counts as high.
-NEARLY = 0.98
+NEARLY = 0.96
 # With a smaller share of the squared norm in the leading directions, a user is warned.
 MIN_SHARE = 0.5
 

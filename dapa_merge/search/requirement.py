@@ -15,7 +15,7 @@ from typing import Protocol
 from dapa_merge.measure.figures import Response
 from dapa_merge.plan.edit import EDITS, Edit
 from dapa_merge.recipe import constraints as declared
-from dapa_merge.recipe.constraints import SCORE, Constraint
+from dapa_merge.recipe.constraints import SCORE, Constraint, shown
 from dapa_merge.recipe.recipe import Recipe
 
 PROMPT_KINDS = ("harmful", "harmless")
@@ -109,7 +109,7 @@ def limits_text(requirement: Mapping[str, float | str] | None) -> str:
     found = requirement or {}
     constraints = constraints_of([one.key for one in declared.CONSTRAINTS], str(found.get("measure", "score")))
     limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
-    texts = [f"{one.label} at {'least' if one.bound == 'min' else 'most'} {limit:.3f}" for one, limit in limits]
+    texts = [f"{one.label} at {'least' if one.bound == 'min' else 'most'} {shown(float(limit))}" for one, limit in limits]
     return ", ".join(texts) or "as the recipe says"
 
 

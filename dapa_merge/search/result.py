@@ -10,7 +10,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
 from dapa_merge.measure.figures import Number, Response
 from dapa_merge.plan.plan import Plan
-from dapa_merge.recipe.constraints import SCORE
+from dapa_merge.recipe.constraints import SCORE, shown
 from dapa_merge.search.requirement import Requirement
 
 
@@ -76,7 +76,9 @@ class Point:
 
     def text(self, limits: Requirement) -> str:
         """The point as one line."""
-        told = [f"{one.label} {self.figures[one.figure]:.3f}" for one, _ in limits.limits if one.figure in self.figures]
+        told = [
+            f"{one.label} {shown(self.figures[one.figure])}" for one, _ in limits.limits if one.figure in self.figures
+        ]
         verdict = "within the limits" if self.complaint is None else self.complaint
         return f"point {self.name}: {', '.join(told)}, {self.num_directions} directions ({verdict})"
 

@@ -20,7 +20,7 @@ from dapa_merge.plan.edit import Directions, not_finite
 from dapa_merge.plan.plan import Plan, divide, join, reduced
 from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
-from dapa_merge.recipe.constraints import SCORE
+from dapa_merge.recipe.constraints import SCORE, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
@@ -35,8 +35,10 @@ from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.workers import Oracle, Test, in_order, names_of
 
 Prior = Mapping[Unit, float]
-# How much further from the target a selection may stray than the point that it is part of.
+# How far from the target a selection may stray: so many times as far as the point that it is part of, or, in nats a
+# token, where that hardly shows in what a model says.
 MORE_DIVERGENCE = 1.1
+SMALL_DIVERGENCE = 0.005
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
         # A part may stray hardly further from the target than the point, and must score as high: what is left out down
         # to the recipe's limit on these prompts falls short of it on others (tests/benchmarks/RESULTS.md).
         figures = chosen.baseline.figures
-        kept = limits.tightened(DIVERGENCE, figures[DIVERGENCE] * MORE_DIVERGENCE)
+        allowed = max(figures[DIVERGENCE] * MORE_DIVERGENCE, SMALL_DIVERGENCE)
+        kept = limits.tightened(DIVERGENCE, allowed)
         kept = kept.tightened(SCORE.figure, figures[SCORE.figure] - 1e-9)
         found = _search_units(session, kept, target, chosen.baseline)
         if set(found.minimum.units) != set(plan.units):
@@ -216,7 +219,7 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
             journal.note(name, bench.baseline(units).to_json())
     baseline = Baseline.from_json(journal.notes[name])
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
-    told = [f"{label} {figure:.3f}" for label, figure in figures if not math.isnan(figure)]
+    told = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
         _check_finite(session.plan, ["source"] if units else ["target"])

@@ -163,7 +163,7 @@ def test_the_point_within_the_limits_that_diverges_least_is_taken_and_the_select
     assert notes_of(done.journal)[: len(NOTES)] == NOTES
     # What the drops did to its figures is measured.
     assert last["figures"] != taken["figures"]
-    assert last["figures"]["divergence"] <= search.MORE_DIVERGENCE * taken["figures"]["divergence"]
+    assert last["figures"]["score"] >= taken["figures"]["score"]
     assert last["on_front"]
 
 

@@ -103,8 +103,8 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     """Give a fine-tuned model its safety back.
 
     Copies MLP gate projections from an aligned model (the source) into an unaligned one of the same family (the
-    target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514), or adds the few directions of
-    their difference that carry the refusal.
+    target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514), or moves the target along
+    directions of their difference.
     """
     context.with_resource(shown(quiet))
     if quiet or not sys.stderr.isatty():

@@ -318,8 +318,8 @@ def repair(
     ids, also id@revision. Writes the repaired TARGET to OUT, which must not exist.
 
     Tries one edit after the other, as a recipe with `edit: auto` does, and takes the first that meets the limits: gate
-    projections copied from SOURCE; with --pretrained, what was trained into SOURCE; the few directions of the
-    difference that carry the refusal. Says why the others did not, and writes what `run` writes, and the recipe that
+    projections copied from SOURCE; with --pretrained, what was trained into SOURCE; a change along directions
+    of the difference. Says why the others did not, and writes what `run` writes, and the recipe that
     repeats it.
     """
     published = _destination(push, destination)

@@ -126,7 +126,7 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
     if not by_hand:
         last = points[-1]
         left = f"; point {last.number} is what the search left of it" if last.part_of is not None else ""
-        return f"point {picked}, which diverges least of those within the limits{left}"
+        return f"point {picked}, which diverges least of those that score high within the limits{left}"
     if point.complaint is None:
         return f"point {picked}, picked by hand and within the limits"
     return f"point {picked}, picked by hand although it VIOLATES the limits: {printable(point.complaint)}"

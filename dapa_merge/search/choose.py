@@ -91,7 +91,7 @@ def choose(
     settings: Settings,
     pick: int | None = None,
 ) -> Chosen:
-    """Choose directions for a plan's units, and the point that meets the limits and diverges least.
+    """Choose directions for a plan's units, and the point of those within the limits to take.
 
     Args:
         plan: Its edit is one that chooses, with nothing chosen.

@@ -158,6 +158,12 @@ class Ascent:
         self._axes = list(_axes(live, spectra))
         self.weights = torch.zeros(sum(one.rank**2 for one in spectra), device=live.model.device)
         self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
+        # Where the elements of the cores are, `[cores, r^2]` for each rank: those of one rank are bounded together.
+        numbers = torch.arange(len(self.weights), device=live.model.device)
+        by_rank: dict[int, list[torch.Tensor]] = {}
+        for axis in self._axes:
+            by_rank.setdefault(axis.left.shape[1], []).append(numbers[axis.place])
+        self._places = {rank: torch.stack(places) for rank, places in by_rank.items()}
         self._num_steps = 0
         self._push = 1.0
         generator = torch.Generator().manual_seed(settings.seed)
@@ -214,9 +220,10 @@ class Ascent:
             scaled.append(moment / (1 - beta**self._num_steps))
         rate = share * self._settings.rate
         self.weights -= rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
-        for axis in self._axes:
-            core = axis.core(self.weights)
-            core.copy_(_shrunk(core, rate * self._settings.sparsity, self._settings.max_weight))
+        for rank, places in self._places.items():
+            cores = self.weights[places].view(-1, rank, rank)
+            shrunk = _shrunk(cores, rate * self._settings.sparsity, self._settings.max_weight)
+            self.weights[places] = shrunk.view(len(places), -1)
 
     def _draw(self) -> tuple[list[Sides], list[list[ReferenceRow]]]:
         """The contrasts and the rows of the next step, always in this order: they share one generator."""
@@ -350,18 +357,17 @@ def widened(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
 
-def _shrunk(core: torch.Tensor, loss: float, max_weight: float) -> torch.Tensor:
-    """A core with a smaller Frobenius norm, or zero, and no singular value above the bound."""
-    norm = float(core.norm())
-    if norm <= loss:
-        return torch.zeros_like(core)
-    core = core * (1 - loss / norm)
+def _shrunk(cores: torch.Tensor, loss: float, max_weight: float) -> torch.Tensor:
+    """Cores, `[k, r, r]`, each with a smaller Frobenius norm, or zero, and no singular value above the bound."""
+    norms = torch.linalg.matrix_norm(cores)
+    shares = (1 - loss / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_min(0)
+    cores = cores * shares[:, None, None]
     # No singular value exceeds the Frobenius norm.
-    if norm - loss <= max_weight:
-        return core
-    left, values, right = torch.linalg.svd(core)
-    bounded: torch.Tensor = (left * values.clamp(max=max_weight)) @ right
-    return bounded
+    large = norms * shares > max_weight
+    if bool(large.any()):
+        left, values, right = torch.linalg.svd(cores[large])
+        cores[large] = (left * values.clamp(max=max_weight)[:, None]) @ right
+    return cores
 
 
 def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:

@@ -109,7 +109,9 @@ def limits_text(requirement: Mapping[str, float | str] | None) -> str:
     found = requirement or {}
     constraints = constraints_of([one.key for one in declared.CONSTRAINTS], str(found.get("measure", "score")))
     limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
-    texts = [f"{one.label} at {'least' if one.bound == 'min' else 'most'} {shown(float(limit))}" for one, limit in limits]
+    texts = [
+        f"{one.label} at {'least' if one.bound == 'min' else 'most'} {shown(float(limit))}" for one, limit in limits
+    ]
     return ", ".join(texts) or "as the recipe says"
 
 

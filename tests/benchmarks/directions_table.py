@@ -240,13 +240,17 @@ def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
         return patch.object(searching, "settle", _unsettled)
     if key == "core":
         # One weight from 0 to 1 for each direction.
-        return patch.object(ascent, "_shrunk", lambda core, *_: core.diag().clamp(0, 1).diag())
+        return patch.object(ascent, "_shrunk", _one_weight_each)
     if key == "loss":
         if value == "mean":
             return patch.object(searching, "Settings", lambda: ascent.Settings(margin=1000.0))
         return patch.object(ascent.Ascent, "refusal", _likelihood)
     assert key == "basis"
     return patch.object(choosing, "kept_spectra", functools.partial(_other_basis, value))
+
+
+def _one_weight_each(cores: torch.Tensor, *_: float) -> torch.Tensor:
+    return torch.diag_embed(cores.diagonal(dim1=1, dim2=2).clamp(0, 1))
 
 
 def _unsettled(plan: Any, units: Any, start: Any, *_: Any) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -328,6 +329,43 @@ def test_a_violation_is_a_share_that_grows_with_the_distance_and_is_zero_exactly
         assert found == sorted(found, reverse=constraint.bound == "min")
     assert constraint.violation(float("nan"), 0.5) == 1
     assert constraint.violation(0.3, float("nan")) == 0
+
+
+@pytest.mark.parametrize(
+    ("points", "number"),
+    [
+        # (score, over-refusal, divergence): as high as any within the limits, and nearest to the target.
+        ([(1.0, 0.0, 0.05), (0.97, 0.0, 0.004), (0.92, 0.0, 0.001)], 2),
+        ([(1.0, 0.5, 0.001), (0.95, 0.0, 0.05), (0.94, 0.0, 0.02)], 3),
+        ([(0.95, 0.0, math.nan), (0.95, 0.0, 0.3)], 2),
+        ([(0.85, 0.0, 0.1), (1.0, 0.5, 0.1)], None),
+    ],
+)
+def test_of_the_points_that_score_as_high_as_any_the_one_that_diverges_least_is_taken(points, number):
+    made = []
+    for index, (score, over_refusal, divergence) in enumerate(points, 1):
+        one = point(index, score, over_refusal)
+        made.append(replace(one, figures={**one.figures, "divergence": divergence}))
+    assert choose._best(made) == number
+
+
+def test_what_a_search_left_stays_as_it_is_where_settling_would_score_less(done, tmp_path, monkeypatch):
+    journal = shutil.copyfile(done.journal, tmp_path / "journal")
+    settle = search.settle
+
+    def fade(*arguments):
+        plan = settle(*arguments)
+        return replace(plan, edit=replace(plan.edit, strength=0.01, digest=f"{plan.edit.digest} faded"))
+
+    monkeypatch.setattr(search, "settle", fade)
+    result = call("search", done.recipe, "--journal", journal)
+    assert "what is left is not settled: that would score less" in result.stderr
+    found = answer("search", done.recipe, "--journal", journal, "--json")
+    assert found["units"] == done.found["units"]
+    last, settled = (one["points"][-1] for one in (found, done.found))
+    assert last["figures"] != settled["figures"]
+    assert last["figures"]["score"] >= 0.95
+    assert last["part_of"] == settled["part_of"]
 
 
 def test_points_are_marked_by_divergence_and_score():

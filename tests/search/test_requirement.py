@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Response
-from dapa_merge.recipe.constraints import Floor, Range
+from dapa_merge.recipe.constraints import Floor, Range, shown
 from dapa_merge.search.requirement import Examiner, Piece, Requirement, constraints_of, requirement
 
 
@@ -47,6 +47,25 @@ def limits(target=TARGET, full=FULL, retain=0.5, over_refusal=0.05, ratio=1.05, 
 )
 def test_a_model_holds_if_it_reaches_the_floor_and_no_ceiling_breaks(figures, complaint):
     assert limits().complaint(figures) == complaint
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [
+        (0.0, "0.000"),
+        (0.8125, "0.812"),
+        (0.0006, "0.001"),
+        (0.00031, "0.00031"),
+        (-0.00031, "-0.00031"),
+        (1.2e-5, "1.2e-05"),
+    ],
+)
+def test_a_small_figure_is_not_shown_as_zero(figure, text):
+    assert shown(figure) == text
+    small = limits(max_divergence=0.0001)
+    if figure == 0.00031:
+        complaint = small.complaint(measured(0.9, divergence=figure))
+        assert complaint == "its divergence is 0.00031, 0.00021 above the 0.0001 allowed"
 
 
 def test_the_full_transplant_meets_its_own_floor_when_all_of_the_gain_must_be_kept():

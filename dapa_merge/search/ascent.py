@@ -12,9 +12,10 @@ Every step moves the cores down the gradient of
 
     push x mean over prompts and tokens of the refusal of max(0, margin - (logit of the token - largest other logit))
     + keep x mean over tokens of KL(target || candidate) at a temperature, on the target's own answers to keep and
-      harmless prompts
+      harmless prompts, those to harmless prompts times pull
 
-where push is 1 at first, and rises from round to round as long as refusals would not be said. The steps are Adam's
+where push and pull are 1 at first. Push rises from round to round as long as refusals would not be said, and pull as
+long as harmless prompts would be answered otherwise. The steps are Adam's
 (D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by a constant
 (the proximal step of a group lasso, M. Yuan and Y. Lin 2006), so that matrices that are not needed stay as they are,
 and no singular value of a core exceeds a bound. Nothing else of the model is changed: rows and columns of every change
@@ -28,6 +29,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, TypeVar
 
@@ -38,7 +40,7 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
-from dapa_merge.measure.perplexity import counted_logits
+from dapa_merge.measure.perplexity import ScoredText, counted_logits
 from dapa_merge.plan.directions import MAX_WEIGHT, FactorTable, quantize
 from dapa_merge.search.attribution import Side, each_gradient
 from dapa_merge.search.spectrum import MAX_RANK, Spectrum
@@ -69,7 +71,9 @@ class Settings:
             positive margin, greedy generation says it.
         num_tokens: Tokens of a refusal, from the first in which it differs from the answer.
         num_keep_tokens: Leading tokens of the target's answers to keep prompts that are compared.
-        escalation: Factor by which refusals weigh more in the next round if a round ends below a margin of zero.
+        escalation: Factor by which refusals weigh more in the next round if a round ends below a margin of zero, and
+            harmless prompts if too many are answered otherwise.
+        max_harmless: Share of harmless prompts whose answers may begin with another token than the target's own.
         keep: Weight of the divergence.
         temperature: Of both distributions of the divergence; above 1, the target's less likely tokens count more.
         sparsity: What the norm of a core loses in a step, in steps of one element.
@@ -87,6 +91,7 @@ class Settings:
     num_tokens: int = 16
     num_keep_tokens: int = 32
     escalation: float = 2.0
+    max_harmless: float = 0.05
     keep: float = 20.0
     temperature: float = 2.0
     sparsity: float = 3.0
@@ -124,10 +129,12 @@ class Progress:
     Attributes:
         margin: Of refusals, the mean of their smallest margins in the second half of the round, in logits.
         divergence: Mean KL per token over the rows of the same steps, in nats.
+        harmless: Share of the harmless prompts whose answers begin with another token, at the end of the round.
     """
 
     margin: float
     divergence: float
+    harmless: float = 0.0
 
 
 class Ascent:
@@ -148,7 +155,8 @@ class Ascent:
             live: The target, with nothing transplanted; see `widened`.
             spectra: Directions of its plan's units.
             contrasts: The refusing and the complying side of each harmful prompt.
-            keep: Groups of the target's own answers, of each of which `num_keep` rows are taken a step.
+            keep: Groups of the target's own answers, of each of which `num_keep` rows are taken a step; the first is to
+                harmless prompts.
             settings: How to step.
             batch_limit: Sequences at once.
         """
@@ -165,9 +173,10 @@ class Ascent:
             by_rank.setdefault(axis.left.shape[1], []).append(numbers[axis.place])
         self._places = {rank: torch.stack(places) for rank, places in by_rank.items()}
         self._num_steps = 0
-        self._push = 1.0
+        self._push = self._pull = 1.0
         generator = torch.Generator().manual_seed(settings.seed)
         self._contrasts = _cycle(contrasts, settings.num_contrasts, generator)
+        self._harmless = keep[0] if keep else ()
         self._keep = [_cycle(group, settings.num_keep, generator) for group in keep if group]
         layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
         self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
@@ -183,9 +192,11 @@ class Ascent:
             on_step()
         # The end of the round, over several steps: each has other prompts.
         last = found[len(found) // 2 :]
-        ended = Progress(fmean(one.margin for one in last), fmean(one.divergence for one in last))
+        ended = Progress(fmean(one.margin for one in last), fmean(one.divergence for one in last), self._strayed())
         if ended.margin < 0:
             self._push *= self._settings.escalation
+        if ended.harmless > self._settings.max_harmless:
+            self._pull *= self._settings.escalation
         return ended
 
     @property
@@ -193,16 +204,18 @@ class Ascent:
         """Everything that the next step depends on, as float32 on the CPU.
 
         Returns:
-            `[4, elements]`: cores, both moments, and the weight of refusals, the same in every column.
+            `[5, elements]`: cores, both moments, and the weights of refusals and of harmless prompts, the same in every
+            column.
         """
-        return torch.stack([self.weights, *self._moments, torch.full_like(self.weights, self._push)]).cpu()
+        same = [torch.full_like(self.weights, one) for one in (self._push, self._pull)]
+        return torch.stack([self.weights, *self._moments, *same]).cpu()
 
     def go_on(self, state: torch.Tensor, num_rounds: int) -> None:
         """Take the `state` of an ascent with the same arguments after some rounds, and go on with its next prompts."""
         # Copies: steps are made in place.
         self.weights.copy_(state[0])
         self._moments.copy_(state[1:3])
-        self._push = float(state[3, 0])
+        self._push, self._pull = float(state[3, 0]), float(state[4, 0])
         self._num_steps = num_rounds * self._settings.num_steps
         for _ in range(self._num_steps):
             self._draw()
@@ -243,19 +256,32 @@ class Ascent:
             margins.extend(found)
             return self._push * loss / len(contrasts)
 
-        def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
+        def stay(number: int, batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
             found = divergences(self._live.model, self._padding, batch, settings.temperature).sum() / num_tokens
             divergence += float(found.detach())
-            return settings.keep * found
+            return settings.keep * (1.0 if number else self._pull) * found
 
         with self._candidate() as differentiate:
             for part in differentiate(refuse, contrasts):
                 gradient += part
-            for group in rows:
-                for part in differentiate(stay, group):
+            for number, group in enumerate(rows):
+                for part in differentiate(partial(stay, number), group):
                     gradient += part
         return gradient, Progress(sum(margins) / max(len(margins), 1), divergence)
+
+    def _strayed(self) -> float:
+        """The share of harmless prompts whose answers would begin with another token; 0 without any."""
+
+        def strays(batch: Sequence[ReferenceRow]) -> list[bool]:
+            own = [row.text.ids[row.text.num_context] for row in batch]
+            texts = [ScoredText(row.text.ids[: row.text.num_context + 1], row.text.num_context) for row in batch]
+            found = counted_logits(self._live.model, self._padding, texts)
+            return [int(logits[0].argmax()) != token for logits, token in zip(found, own, strict=True)]
+
+        answered = [row for row in self._harmless if row.num_counted]
+        with self._candidate(), torch.no_grad():
+            return fmean(self._batch_size.map(strays, answered)) if answered else 0.0
 
     def refusal(self, batch: Sequence[Sides]) -> tuple[torch.Tensor, list[float]]:
         """The loss of some contrasts, summed, and the smallest margin of each: of the refusal's tokens, in logits."""

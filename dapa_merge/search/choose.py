@@ -312,8 +312,8 @@ def _round(ascent: Ascent, journal: Journal, name: str, *, slows: bool = False) 
     state = ascent.state
     journal.note(name, _encoded(state))
     LOG.info(
-        f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, and the divergence "
-        f"{progress.divergence:.4f}"
+        f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, the divergence is "
+        f"{progress.divergence:.4f}, and {100 * progress.harmless:.0f} % of the harmless prompts are answered otherwise"
     )
     return state
 
@@ -434,5 +434,5 @@ def _encoded(state: torch.Tensor) -> dict[str, Any]:
 
 
 def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
-    """`[4, elements]`, as `Ascent.state`."""
-    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(4, -1)
+    """`[5, elements]`, as `Ascent.state`."""
+    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(5, -1)

@@ -132,6 +132,40 @@ def test_weights_stay_within_bounds_and_the_target_comes_back_bit_for_bit(tmp_pa
     live.close()
 
 
+def test_harmless_prompts_weigh_more_after_a_round_that_answers_too_many_otherwise(tmp_path):
+    live = made(tmp_path, "LlamaForCausalLM", "gate,v")
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
+    contrasts, _ = material(live)
+    prompts = [f"What is {number} plus two?" for number in range(12)]
+    harmless = make_reference(live.model, live.tokenizer, prompts, batch_size=BatchSize(4), max_new_tokens=3).rows
+    ascent = Ascent(live, spectra, contrasts, [harmless], SETTINGS, 5)
+    assert ascent._strayed() == 0
+    ascent.weights.normal_(0, 3, generator=torch.Generator().manual_seed(2))
+    share = ascent._strayed()
+
+    live.plan = replace(live.plan, edit=Directions.of(factors_of(spectra, ascent.weights)))
+    with live.transplanted(live.plan.units) as model:
+        others = 0
+        for row in harmless:
+            begin = row.text.num_context
+            logits = model(input_ids=torch.tensor([row.text.ids[:begin]])).logits[0, -1]
+            others += int(logits.argmax()) != row.text.ids[begin]
+    assert share == others / len(harmless)
+    assert share > 0
+
+    for max_harmless, pull in ((share / 2, 2.0), (1.0, 1.0)):
+        settings = replace(SETTINGS, num_steps=1, rate=0.0, sparsity=0.0, max_weight=99.0, max_harmless=max_harmless)
+        one = Ascent(live, spectra, contrasts, [harmless], settings, 5)
+        one.weights.copy_(ascent.weights)
+        assert one.round().harmless == share
+        assert one.state[4].tolist() == [pull] * len(one.weights)
+        # Which weighs in the next gradient.
+        two = Ascent(live, spectra, contrasts, [harmless], settings, 5)
+        two.go_on(one.state, 1)
+        assert torch.equal(one._gradient()[0], two._gradient()[0])
+    live.close()
+
+
 @pytest.mark.parametrize(("sparsity", "max_weight"), [(4.0, 9.0), (0.5, 0.2)])
 def test_a_step_is_adams_and_then_shrinks_and_bounds_every_core(tmp_path, sparsity, max_weight):
     live = made(tmp_path, "LlamaForCausalLM", "gate,v")

@@ -86,6 +86,7 @@ def _draw(out: Path, name: str, values: numpy.ndarray, core: numpy.ndarray, rows
     left.legend(frameon=False)
     most = numpy.abs(core).max()
     shown = middle.imshow(core, cmap="PuOr_r", vmin=-most, vmax=most, extent=(0.5, rank + 0.5, rank + 0.5, 0.5))
+    middle.set_xticks(range(2, rank + 1, 2))
     middle.set(xlabel="read along direction", ylabel="written along direction")
     middle.set_title("Its core: how much of what is read\nis written where (source: 1 on the diagonal)", fontsize=10)
     figure.colorbar(shown, ax=middle, shrink=0.85)

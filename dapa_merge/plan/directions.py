@@ -36,8 +36,7 @@ SIGNIFICAND, PRODUCT = 53, 30
 LARGEST = 32767
 # How much of a stored factor may lie outside the singular vectors that it is made of, as a share of its norm.
 TOLERANCE = 0.02
-# How many times as far as the source itself a matrix may move: the largest singular value of a core, as the default of
-# an ascent, with room for rounding.
+# How many times as far as the source itself a matrix may move along directions: the largest singular value of a core.
 MAX_WEIGHT = 4.0
 MAX_FILE_BYTES = 1 << 32
 # A tensor holds at most a layer's experts, with gate and up apart.
@@ -310,7 +309,7 @@ def unfit(table: FactorTable, shapes: Shapes) -> str | None:
 
 
 def misfit(factors: Factors, difference: Iterable[Matrix]) -> str | None:
-    """What is wrong with the factors of a matrix; None if they are made of directions of D = source - target.
+    """Say why the factors of a matrix are not made of directions of D = source - target; None if they are.
 
     They are if the rows span a space of right singular vectors of D, so that D^T D maps it onto itself, and the columns
     lie in D's image of it, both within `TOLERANCE`; and if the change is at most `MAX_WEIGHT` times D along its

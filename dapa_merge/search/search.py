@@ -123,22 +123,24 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
 def _rest(
     session: Session, before: Session, found: Search, kept: Requirement, limits: Requirement, chosen: Chosen
 ) -> tuple[Search, Point]:
-    """What the search left of the point that was taken, settled if that does not score less; and its point."""
+    """Settle what the search left of the point that was taken, unless it would score less then.
+
+    Returns the search with the plan and units of what is left, and the point of their figures.
+    """
     assert before.choice is not None
     assert isinstance(before.journal, Journal)
     units = in_order(found.minimum.units)
-    rest = reduced(session.plan, units).with_changing_units()
     settled = settle(before.plan, units, chosen.start, session.bench, before.journal, before.choice, Settings())
     point = _point(session, settled, limits, chosen)
     if point.complaint is None and point.figures[SCORE.figure] >= kept.min_score:
-        still = set(settled.units)
-        minimum = found.minimum
+        # A core may have shrunk to nothing.
+        still, minimum = set(settled.units), found.minimum
         left = tuple(unit for unit in minimum.units if unit in still)
         certificate = {unit: others for unit, others in minimum.certificate.items() if unit in still}
         minimum = replace(minimum, units=left, certificate=certificate)
         return replace(found, plan=settled, minimum=minimum), point
     LOG.info("what is left is not settled: that would score less")
-    return found, _point(session, rest, limits, chosen)
+    return found, _point(session, reduced(session.plan, units).with_changing_units(), limits, chosen)
 
 
 def _point(session: Session, plan: Plan, limits: Requirement, chosen: Chosen) -> Point:

@@ -1,4 +1,4 @@
-"""What a step along directions costs beside the same forward and backward passes alone, and beside weight gradients.
+"""Times a step along directions, the same forward and backward passes alone, and the same with weight gradients.
 
     python tests/benchmarks/ascent_cost.py [TARGET SOURCE] [--steps 5]
 

@@ -122,12 +122,11 @@ def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping
         for method in ("target", *wanted):
             made.row(name, method, lambda recipe=recipe, method=method: figures_of(recipe, method, arguments.tiny))
     changed = {**(ABLATION if arguments.ablate else {}), **({"seed": SEEDS} if arguments.seeds else {})}
-    if changed:
-        for key, values in changed.items():
-            for value in values[:1] if arguments.tiny else values:
-                for name, recipe in pairs.items():
-                    label = f"directions {key}={value}"
-                    made.row(name, label, lambda recipe=recipe, key=key, value=value: ablated(recipe, key, value))
+    for key, values in changed.items():
+        for value in values[:1] if arguments.tiny else values:
+            for name, recipe in pairs.items():
+                label = f"directions {key}={value}"
+                made.row(name, label, lambda recipe=recipe, key=key, value=value: ablated(recipe, key, value))
     return made.found
 
 
@@ -223,7 +222,7 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
 
 
 def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
-    """Something changed that is no setting, inside a `with` block."""
+    """Change one thing for which there is no setting, inside a `with` block."""
     if key in ("num_harmful", "num_keep_prompts"):
         field, original = {"num_harmful": "harmful", "num_keep_prompts": "keep"}[key], split_prompts
 

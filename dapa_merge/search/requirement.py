@@ -95,6 +95,11 @@ class Requirement:
         found = ((one, figures[one.figure], limit) for one, limit in self.limits)
         return _first(one.complaint(figure, figure, limit) for one, figure, limit in found)
 
+    def split(self, figures: Mapping[str, float]) -> tuple[bool, bool]:
+        """Whether these figures meet the score's limit, and whether all others."""
+        score, *others = (one.is_met(figures[one.figure], limit) for one, limit in self.limits)
+        return score, all(others)
+
     def violation(self, figures: Mapping[str, float]) -> float:
         """The sum of `Constraint.violation` over the limits; 0 if these figures meet the requirement."""
         return sum(one.violation(figures[one.figure], limit) for one, limit in self.limits)

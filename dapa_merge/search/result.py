@@ -60,6 +60,8 @@ class Point:
         complaint: The first limit of the recipe that it violates; None if it is within all.
         on_front: Whether no other point has less divergence and a score as high, or as little and a higher one.
         part_of: The number of the point that it is a part of, if the search left matrices out; None for a round.
+        line: The numbers of the points between which it lies, the one that scores less first and 0 for the target, and
+            the share of the way; None for other points.
     """
 
     number: int
@@ -68,10 +70,14 @@ class Point:
     complaint: str | None
     on_front: bool = False
     part_of: int | None = None
+    line: tuple[int, int, float] | None = None
 
     @property
     def name(self) -> str:
-        """Its number, with that of the point that it is a part of."""
+        """Its number, with those of the points that it is a part of or between."""
+        if self.line is not None:
+            start, end, _ = self.line
+            return f"{self.number} ({start or 'target'} to {end})"
         return str(self.number) if self.part_of is None else f"{self.number} (part of {self.part_of})"
 
     def text(self, limits: Requirement) -> str:

@@ -32,6 +32,7 @@ from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
+from dapa_merge.search.rounds import Rounds
 from dapa_merge.search.workers import Oracle, Test, in_order, names_of
 
 Prior = Mapping[Unit, float]
@@ -91,7 +92,12 @@ def search(session: Session) -> Search:
 
 def _search_points(session: Session, limits: Requirement, target: Baseline, reference: Baseline) -> Search:
     """Let the edit choose, and search among the matrices of the point that was taken, unless the user picked it."""
-    chosen, before = _choose(session, limits), session
+    assert session.choice is not None
+    assert isinstance(session.journal, Journal)
+    rounds = Rounds(session.plan, session.bench, session.journal, session.choice, Settings())
+    chosen = choose(rounds, limits, session.options.pick)
+    LOG.info(f"taking point {chosen.number}")
+    session.bench.use(chosen.plan)
     session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))
     plan, points = chosen.plan, chosen.points
     by_hand = session.options.pick is not None
@@ -108,7 +114,7 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
         kept = kept.tightened(SCORE.figure, figures[SCORE.figure] - 1e-9)
         found = _search_units(session, kept, target, chosen.baseline)
         if set(found.minimum.units) != set(plan.units):
-            found, point = _rest(session, before, found, kept, limits, chosen)
+            found, point = _rest(session, rounds, found, kept, limits, chosen)
             points += (point,)
     return replace(
         found,
@@ -121,16 +127,14 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
 
 
 def _rest(
-    session: Session, before: Session, found: Search, kept: Requirement, limits: Requirement, chosen: Chosen
+    session: Session, rounds: Rounds, found: Search, kept: Requirement, limits: Requirement, chosen: Chosen
 ) -> tuple[Search, Point]:
     """Settle what the search left of the point that was taken, unless it would score less then.
 
     Returns the search with the plan and units of what is left, and the point of their figures.
     """
-    assert before.choice is not None
-    assert isinstance(before.journal, Journal)
     units = in_order(found.minimum.units)
-    settled = settle(before.plan, units, chosen.start, session.bench, before.journal, before.choice, Settings())
+    settled = settle(rounds, units, chosen)
     point = _point(session, settled, limits, chosen)
     if point.complaint is None and point.figures[SCORE.figure] >= kept.min_score:
         # A core may have shrunk to nothing.
@@ -267,16 +271,6 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
             f"with all {len(session.plan.units)} units {complaint}",
         )
     return limits
-
-
-def _choose(session: Session, limits: Requirement) -> Chosen:
-    assert session.choice is not None
-    assert isinstance(session.journal, Journal)
-    settings, pick = Settings(), session.options.pick
-    chosen = choose(session.plan, session.bench, session.journal, session.choice, limits, settings, pick)
-    session.bench.use(chosen.plan)
-    LOG.info(f"taking point {chosen.number}")
-    return chosen
 
 
 def _marked(journal: Journal | MarkedJournal, plan: Plan) -> MarkedJournal:

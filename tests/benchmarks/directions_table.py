@@ -252,10 +252,11 @@ def _one_weight_each(cores: torch.Tensor, *_: float) -> torch.Tensor:
     return torch.diag_embed(cores.diagonal(dim1=1, dim2=2).clamp(0, 1))
 
 
-def _unsettled(plan: Any, units: Any, start: Any, *_: Any) -> Any:
+def _unsettled(rounds: Any, units: Any, chosen: Any) -> Any:
+    start = chosen.start
     spectra = [one for one in start.spectra if one.unit in set(units)]
     columns = torch.cat([torch.full((one.rank**2,), one.unit in set(units)) for one in start.spectra])
-    return choosing._planned(plan, spectra, start.state[:, columns])[0]
+    return choosing.planned(rounds.plan, spectra, start.state[:, columns])[0]
 
 
 def _likelihood(self: Any, batch: Any) -> Any:

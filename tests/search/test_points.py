@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
-from dapa_merge.search import ascent, bench, choose, identity, search
+from dapa_merge.search import ascent, bench, choose, identity, rounds, search
 from dapa_merge.search.choose import nearest, with_front
 from dapa_merge.search.journal import Journal, name_of
-from dapa_merge.search.result import Point
+from dapa_merge.search.result import Baseline, Point
 from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
 
 # Three rounds are enough for the packaged pair, and short ones: what counts here is not the repair.
@@ -124,7 +125,7 @@ def forbid_tests(patch) -> None:
     for name in ("baseline", "score", "examine"):
         patch.setattr(bench.Bench, name, ask)
     patch.setattr(ascent.Ascent, "round", ask)
-    patch.setattr(choose, "generate", ask)
+    patch.setattr(rounds, "generate", ask)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, 
     out = [tmp_path / "out", "--no-lock"] if command == "run" else []
     other = write(edit="copy")
     for recipe, pick, said in (
-        (write(), 4, "--pick (DAPA_PICK) is 4, but a choice has the points 1 to 3"),
+        (write(), 10, "--pick (DAPA_PICK) is 10, but a choice has the points 1 to 9"),
         (other, 1, "--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which copy does not"),
     ):
         result = call(command, recipe, *out, "--pick", pick)
@@ -347,6 +348,117 @@ def test_of_the_points_that_score_as_high_as_any_the_one_that_diverges_least_is_
         one = point(index, score, over_refusal)
         made.append(replace(one, figures={**one.figures, "divergence": divergence}))
     assert choose._best(made) == number
+
+
+@pytest.fixture(scope="module")
+def halved(write, tmp_path_factory) -> Done:
+    """A search none of whose two rounds is within the limits, while half of the second one is."""
+    journal = tmp_path_factory.mktemp("halved") / "journal"
+    recipe = write(modules="gate,up,down", max_divergence=0.03)
+    with pytest.MonkeyPatch.context() as patch:
+        of_two_rounds(patch)
+        return Done(recipe, journal, answer("search", recipe, "--journal", journal, "--json"))
+
+
+def of_two_rounds(patch) -> None:
+    for module in (choose, identity, search):
+        patch.setattr(module, "Settings", functools.partial(ascent.Settings, **{**QUICK, "num_rounds": 2}))
+
+
+def test_where_no_round_is_within_the_limits_points_between_them_are_tried_until_one_is(halved):
+    offered = halved.found["points"][:4]
+    assert [point["line"] for point in offered] == [None, None, [0, 1, 0.5], [0, 2, 0.5]]
+    assert [bool(point["complaint"]) for point in offered] == [True, True, True, False]
+    assert halved.found["picked"] == 4
+    assert all(point["part_of"] == 4 for point in halved.found["points"][4:])
+    names = notes_of(halved.journal)
+    assert names[: names.index("point 4") + 1] == [
+        "target", "full transplant", "choice", "round 1", "round 2", *(f"point {number}" for number in (1, 2, 3, 4)),
+    ]  # fmt: skip
+
+
+def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond_them_is_refused(
+    halved, monkeypatch, no_model
+):
+    of_two_rounds(monkeypatch)
+    before = halved.journal.read_bytes()
+    found = answer("search", halved.recipe, "--journal", halved.journal, "--pick", 4, "--json")
+    assert (found["picked"], found["tests"]) == (4, 0)
+    assert found["points"] == [{**point, "on_front": ANY} for point in halved.found["points"][:4]]
+    said = call("search", halved.recipe, "--journal", halved.journal, "--pick", 4).stdout
+    assert "4 (target to 2)" in said
+    # What a search leaves of a point is none of the choice's.
+    result = call("search", halved.recipe, "--journal", halved.journal, "--pick", 5)
+    assert result.exit_code == 2
+    assert "--pick (DAPA_PICK) is 5, but a choice has the points 1 to 4; without --pick" in result.stderr
+    assert halved.journal.read_bytes() == before
+
+
+def test_a_choice_that_dies_between_rounds_ends_with_the_same_journal(halved, tmp_path, monkeypatch):
+    of_two_rounds(monkeypatch)
+    journal = tmp_path / "journal"
+    lines = halved.journal.read_bytes().split(b"\n")
+    names = [json.loads(line).get("note") for line in lines if line]
+    journal.write_bytes(b"".join(line + b"\n" for line in lines[: names.index("point 3") + 1]))
+    assert answer("search", halved.recipe, "--journal", journal, "--json")["points"] == halved.found["points"]
+    assert entries(journal) == halved.entries
+
+
+class Line:
+    """Stands for a choice: what points on a line do is given, nothing is measured."""
+
+    def __init__(self, verdicts: dict[tuple[int, int], dict[float, tuple[bool, bool]]]) -> None:
+        self.verdicts, self.asked = verdicts, []
+
+    def split(self, figures: tuple[bool, bool]) -> tuple[bool, bool]:
+        return figures
+
+    def offer(self, _rounds, _limits, start, number, line) -> choose._Offer:
+        one, other, share = line
+        self.asked.append((one, other, share))
+        # The core lies on the line; what is not a core is the later round's.
+        assert (start.num_rounds, float(start.state[1, 0])) == (max(one, other), 10.0 * max(one, other))
+        assert float(start.state[0, 0]) == pytest.approx(one + share * (other - one))
+        return made(number, self.verdicts[one, other][share], start)
+
+
+def made(number: int, verdict: tuple[bool, bool], start: choose.Start | None = None) -> choose._Offer:
+    complaint = None if all(verdict) else "it violates a limit"
+    start = start or choose.Start((), torch.tensor([[1.0 * number], *[[10.0 * number]] * 4]), number)
+    return choose._Offer(Point(number, {}, 1, complaint), None, Baseline(verdict, ()), start)
+
+
+WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, True)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "verdicts", "asked"),
+    [
+        # As found in a real model: the last round says too little, the one before too much.
+        ([BOTH, STRONG, WEAK], {(3, 2): {0.5: WEAK, 0.75: GOOD}}, [(3, 2, 0.5), (3, 2, 0.75)]),
+        ([WEAK, STRONG], {(1, 2): {0.5: STRONG, 0.25: GOOD}}, [(1, 2, 0.5), (1, 2, 0.25)]),
+        # No further than it makes sense, and on to the next line.
+        (
+            [STRONG, STRONG],
+            {(0, 1): {0.5: BOTH}, (0, 2): {0.5: WEAK, 0.75: STRONG, 0.625: WEAK}},
+            [(0, 1, 0.5), (0, 2, 0.5), (0, 2, 0.75), (0, 2, 0.625)],
+        ),
+        # Not for ever.
+        (
+            [STRONG, WEAK, STRONG],
+            {line: {0.5: WEAK, 0.75: WEAK, 0.875: WEAK} for line in ((2, 3), (2, 1), (0, 1), (0, 3))},
+            [(*line, share) for line in ((2, 3), (2, 1)) for share in (0.5, 0.75, 0.875)],
+        ),
+        ([WEAK, WEAK, BOTH], {}, []),
+        ([STRONG, GOOD], {}, []),
+    ],
+)
+def test_a_line_is_halved_toward_the_part_where_all_limits_may_be_met(rounds, verdicts, asked, monkeypatch):
+    line = Line(verdicts)
+    monkeypatch.setattr(choose, "_offer", line.offer)
+    found = choose._between(None, line, [made(number, verdict) for number, verdict in enumerate(rounds, 1)])
+    assert line.asked == asked
+    assert [offer.point.number for offer in found] == list(range(len(rounds) + 1, len(rounds) + 1 + len(asked)))
 
 
 def test_what_a_search_left_stays_as_it_is_where_settling_would_score_less(done, tmp_path, monkeypatch):
@@ -522,8 +634,8 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
         for note in done.entries:
             if "note" in note:
                 journal.notes[note["note"]] = note["value"]
-        said = choose._said(plan, made, journal, parts.choice, settings)
-        sides = choose._sides(plan, made, parts.choice, settings, said)
+        of_plan = rounds.Rounds(plan, made, journal, parts.choice, settings)
+        sides = of_plan._sides(of_plan._said())
         size = made.meter.batch_size
         rows = make_reference(made.live.model, made.live.tokenizer, parts.choice.keep, batch_size=size).rows
 

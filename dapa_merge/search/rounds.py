@@ -1,0 +1,217 @@
+"""Makes the rounds of an ascent for a plan: what target and source answer, and the state after each, in the journal."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy
+import torch
+
+from dapa_merge.errors import CannotRepair, UsageError
+from dapa_merge.measure.divergence import make_reference
+from dapa_merge.measure.generate import generate, generate_ids
+from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import LOG, advance, task
+from dapa_merge.search.ascent import Ascent, Settings, Sides, widened
+from dapa_merge.search.attribution import Contrast, sides_of
+from dapa_merge.search.bench import Bench
+from dapa_merge.search.journal import Journal
+from dapa_merge.search.spectrum import Spectrum
+
+# Sequences whose activations are kept at once for a backward pass.
+MAX_BACKWARD = 16
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What rounds are made with.
+
+    Attributes:
+        plan: Its edit is one that chooses, with nothing chosen.
+        bench: Holds the model in memory; nothing is measured with it here.
+        journal: Each round is recorded before the next begins, and a recorded one is not made again.
+        prompts: Those of the choice: they decide what is chosen, and nothing else.
+        settings: Of the ascent.
+    """
+
+    plan: Plan
+    bench: Bench
+    journal: Journal
+    prompts: PromptSet
+    settings: Settings
+
+    def states(self, spectra: Sequence[Spectrum]) -> list[torch.Tensor]:
+        """The states after each round, from the target on: `Ascent.state`, of the cores of these directions.
+
+        Raises:
+            CannotRepair: If there is nothing to learn from.
+            UsageError: If the target answers nothing to the keep prompts.
+            CheckpointError: If a model computes gradients that are not finite numbers.
+        """
+        names = [f"round {number}" for number in range(1, self.settings.num_rounds + 1)]
+        states = [_decoded(self.journal.notes[name]) for name in takewhile(self.journal.notes.__contains__, names)]
+        if len(states) == len(names):
+            return states
+        with self._ascending(spectra) as ascent:
+            if states:
+                LOG.info(f"{len(states)} of {len(names)} rounds are in the journal already")
+                ascent.go_on(states[-1], len(states))
+            # All rounds first: a candidate's measurement needs the target's own tensors.
+            left = names[len(states) :]
+            with task("choosing directions", len(left) * self.settings.num_steps, "steps"):
+                for name in left:
+                    states.append(self._round(ascent, name))
+        return states
+
+    def settled(self, spectra: Sequence[Spectrum], state: torch.Tensor, num_rounds: int, name: str) -> torch.Tensor:
+        """The state after two more rounds of some matrices alone, the second of which slows down.
+
+        Args:
+            spectra: The directions of these matrices.
+            state: Where they are, `[5, elements of their cores]`.
+            num_rounds: Rounds that led there.
+            name: Of the outcome in the journal.
+        """
+        if name not in self.journal.notes:
+            self.bench.use(self.plan)
+            with (
+                self._ascending(spectra) as ascent,
+                task("settling what is left", 2 * self.settings.num_steps, "steps"),
+            ):
+                ascent.go_on(state, num_rounds)
+                ascent.round(lambda: advance(1, "steps"))
+                # The last steps are small: the state is then close to the middle of what it moved about.
+                self._round(ascent, name, slows=True)
+        return _decoded(self.journal.notes[name])
+
+    def _round(self, ascent: Ascent, name: str, *, slows: bool = False) -> torch.Tensor:
+        """The state after another round, which is recorded."""
+        progress = ascent.round(lambda: advance(1, "steps"), slows=slows)
+        state = ascent.state
+        self.journal.note(name, _encoded(state))
+        LOG.info(
+            f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, the divergence is "
+            f"{progress.divergence:.4f}, and {100 * progress.harmless:.0f} % of the harmless prompts are answered "
+            f"otherwise"
+        )
+        return state
+
+    @contextmanager
+    def _ascending(self, spectra: Sequence[Spectrum]) -> Iterator[Ascent]:
+        """An ascent that begins at the target, on the prompts of the choice, inside a `with` block."""
+        live, said = self.bench.live, self._said()
+        sides = self._sides(said)
+        with widened(live.model):
+            keep = [
+                make_reference(
+                    live.model,
+                    live.tokenizer,
+                    prompts,
+                    batch_size=self.bench.meter.batch_size,
+                    max_new_tokens=num_tokens,
+                    answers=answers,
+                ).rows
+                for (prompts, num_tokens), answers in zip(self._kept, said["kept"], strict=True)
+            ]
+            yield Ascent(live, spectra, sides, keep, self.settings, MAX_BACKWARD)
+
+    @property
+    def _kept(self) -> list[tuple[tuple[str, ...], int]]:
+        """The groups of prompts whose answers are to stay, the keep prompts last, and how many tokens of each."""
+        prompts, settings = self.prompts, self.settings
+        groups = [(prompts.harmless, settings.num_tokens), (prompts.keep, settings.num_keep_tokens)]
+        return groups[:1] if prompts.keep == prompts.harmless else groups
+
+    def _said(self) -> dict[str, Any]:
+        """What target and source answer to the prompts of the choice, from the journal if recorded.
+
+        Returns:
+            `harmful`: for each harmful prompt, the target's response and its outcome, and the source's; `kept`: the
+            tokens of the target's answers to each group of `_kept`; `num_refusing`: how many keep prompts the source
+            refuses.
+        """
+        harmful, groups = self.prompts.harmful, self._kept
+        if "choice" not in self.journal.notes:
+            live, meter = self.bench.live, self.bench.meter
+            classifier, batch_size = meter.classifiers[0], meter.batch_size
+            num_tokens = max(meter.max_new_tokens, self.settings.num_tokens)
+
+            def responses(prompts: Sequence[str]) -> list[tuple[str, str]]:
+                found = generate(live.model, live.tokenizer, prompts, max_new_tokens=num_tokens, batch_size=batch_size)
+                outcomes = classifier.classify(prompts, found)
+                return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
+
+            keep = groups[-1][0] if len(groups) > 1 else ()
+            num_prompts = 2 * len(harmful) + len(keep) + sum(len(prompts) for prompts, _ in groups)
+            with task("reading the answers of target and source", num_prompts, "prompts"):
+                before = responses(harmful)
+                kept = [
+                    generate_ids(live.model, live.tokenizer, prompts, max_new_tokens=number, batch_size=batch_size)
+                    for prompts, number in groups
+                ]
+                self.bench.use(self.plan.reference)
+                with live.transplanted(self.plan.units):
+                    after, of_keep = responses(harmful), responses(keep)
+            self.journal.note(
+                "choice",
+                {
+                    "harmful": [[*was, *now] for was, now in zip(before, after, strict=True)],
+                    "kept": kept,
+                    "num_refusing": [outcome for _, outcome in of_keep].count(Outcome.REFUSED.value),
+                },
+            )
+        said: dict[str, Any] = self.journal.notes["choice"]
+        self._check_kept(said)
+        return said
+
+    def _check_kept(self, said: Mapping[str, Any]) -> None:
+        """Say which keep prompts are of little use; raise `UsageError` if none is of any."""
+        texts = self.bench.live.tokenizer.batch_decode(said["kept"][-1], skip_special_tokens=True)
+        num_empty = sum(not text.strip() for text in texts)
+        if num_empty == len(texts):
+            raise UsageError(
+                f"the target {self.plan.target.name} answers nothing to any of the {len(texts)} keep prompts of the "
+                f"choice; name prompts that it answers with `keep`"
+            )
+        if num_empty:
+            LOG.warning(f"the target answers nothing to {num_empty} of the {len(texts)} keep prompts of the choice")
+        if said["num_refusing"]:
+            LOG.warning(
+                f"the source {self.plan.source.name} refuses {said['num_refusing']} of the {len(self.prompts.keep)} "
+                f"keep prompts of the choice; the result may refuse such prompts too"
+            )
+
+    def _sides(self, said: Mapping[str, Any]) -> list[Sides]:
+        """The contrasts of the choice's harmful prompts that the source refuses and the target answers."""
+        harmful = self.prompts.harmful
+        contrasts = [
+            Contrast(prompt, refusing=after, complying=before)
+            for prompt, (before, was, after, now) in zip(harmful, said["harmful"], strict=True)
+            if was != Outcome.REFUSED.value and now == Outcome.REFUSED.value
+        ]
+        tokenizer = self.bench.live.tokenizer
+        found = (sides_of(tokenizer, one, self.settings.num_tokens) for one in contrasts)
+        sides = [(refusing, complying) for refusing, complying in filter(None, found)]
+        if not sides:
+            raise CannotRepair(
+                f"the source {self.plan.source.name} refuses none of the {len(harmful)} harmful prompts of the choice "
+                f"that the target answers; there is nothing to learn from"
+            )
+        LOG.info(f"{len(sides)} of {len(harmful)} prompts are refused by the source and answered by the target")
+        return sides
+
+
+def _encoded(state: torch.Tensor) -> dict[str, Any]:
+    return {"state": base64.b64encode(state.numpy().astype("<f4").tobytes()).decode()}
+
+
+def _decoded(note: Mapping[str, Any]) -> torch.Tensor:
+    """`[5, elements]`, as `Ascent.state`."""
+    return torch.from_numpy(numpy.frombuffer(base64.b64decode(note["state"]), dtype="<f4").copy()).reshape(5, -1)

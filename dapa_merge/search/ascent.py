@@ -16,8 +16,9 @@ Every step moves the cores down the gradient of
 
 where push and pull are 1 at first. Push rises from round to round as long as refusals would not be said, and pull as
 long as harmless prompts would be answered otherwise. The steps are Adam's
-(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by a constant
-(the proximal step of a group lasso, M. Yuan and Y. Lin 2006), so that matrices that are not needed stay as they are,
+(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by as much for
+each of its directions (the proximal step of a group lasso, M. Yuan and Y. Lin 2006, who weigh a group by the root of
+its size), so that matrices that are not needed stay as they are,
 and no singular value of a core exceeds a bound. Nothing else of the model is changed: rows and columns of every change
 lie in the spans of leading singular vectors of (source - target).
 """
@@ -76,7 +77,8 @@ class Settings:
         max_harmless: Share of harmless prompts whose answers may begin with another token than the target's own.
         keep: Weight of the divergence.
         temperature: Of both distributions of the divergence; above 1, the target's less likely tokens count more.
-        sparsity: What the norm of a core loses in a step, in steps of one element.
+        sparsity: What the norm of a core of the largest rank loses in a step, in steps of one element. Others lose in
+            proportion to their rank, as a step may be as large as that.
         max_weight: The largest singular value of a core: how many times as far as in the transplant a matrix may move.
         max_rank: The most directions of a matrix.
         num_contrasts: Contrasts of a step.
@@ -235,7 +237,8 @@ class Ascent:
         self.weights -= rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
         for rank, places in self._places.items():
             cores = self.weights[places].view(-1, rank, rank)
-            shrunk = _shrunk(cores, rate * self._settings.sparsity, self._settings.max_weight)
+            loss = rate * self._settings.sparsity * rank / self._settings.max_rank
+            shrunk = _shrunk(cores, loss, self._settings.max_weight)
             self.weights[places] = shrunk.view(len(places), -1)
 
     def _draw(self) -> tuple[list[Sides], list[list[ReferenceRow]]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ def quick_choice() -> AbstractContextManager[Any]:
 
 def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping[tuple[str, str], dict[str, Any]]:
     """The rows that are asked for."""
-    made = _Rows(arguments.out)
+    made = RowFile(arguments.out)
     wanted = [method for method in arguments.methods.split(",") if method]
     for name, recipe in pairs.items():
         for method in ("target", *wanted):
@@ -141,7 +142,7 @@ parameters: {{prompts: miniature, max_new_tokens: 24, batch_size: 128}}
         yield name, parse_recipe(text)
 
 
-class _Rows:
+class RowFile:
     """The rows that are there, in a file if a folder is given."""
 
     def __init__(self, folder: Path | None) -> None:
@@ -191,7 +192,7 @@ def edited(recipe: Recipe, method: str) -> dict[str, Any]:
     live = LiveModel(plan, torch.device("cpu"))
     meter = meter.referring(live.model, live.tokenizer, keeps_logits=method == "source")
     if method == "source":
-        return _shown(measure_checkpoint(plan.source, meter, "cpu", "source").figures)
+        return shown_figures(measure_checkpoint(plan.source, meter, "cpu", "source").figures)
     units, more = (plan.units if method == "arithmetic" else ()), {}
     if method not in ("target", "arithmetic"):
         with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +203,7 @@ def edited(recipe: Recipe, method: str) -> dict[str, Any]:
         if found.points:
             edit = found.plan.edit.reduced(one["target"] for one in found.plan.regions(units))
             more |= {"directions": edit.factors.num_directions, "freedom": edit.factors.num_values}
-    return _shown(measure_live(live, units, meter, method).figures) | more
+    return shown_figures(measure_live(live, units, meter, method).figures) | more
 
 
 def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
@@ -286,15 +287,15 @@ def _other_basis(kind: str, plan: Any, *arguments: Any) -> list[Any]:
     return found
 
 
-def _shown(figures: Figures) -> dict[str, Any]:
+def shown_figures(figures: Figures) -> dict[str, Any]:
     return {
         "dsr": figures.dsr,
         "dsr_interval": figures.dsr_interval,
         "over_refusal": figures.over_refusal,
         "divergence": figures.divergence,
         "perplexity": figures.perplexity,
-        "skill": figures.skills[0].score,
-        "num_questions": figures.skills[0].num_questions,
+        "skill": figures.skills[0].score if figures.skills else math.nan,
+        "num_questions": figures.skills[0].num_questions if figures.skills else 0,
     }
 
 
@@ -392,7 +393,9 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 def _mean(rows: Mapping[tuple[str, str], Mapping[str, Any]], pairs: Sequence[str], method: str) -> str:
     there = [pair for pair in pairs if (pair, method) in rows]
     found = [_or_target(rows, pair, method) for pair in there]
-    kept = [row["skill"] / max(rows[pair, "target"]["skill"], 1e-9) for row, pair in zip(found, there, strict=True)]
+    whole = [rows[pair, "target"]["skill"] for pair in there]
+    # NaN for a model that was fine-tuned for none.
+    kept = [row["skill"] / max(of, 1e-9) for row, of in zip(found, whole, strict=True) if not math.isnan(of)]
     with_source = [pair for pair in there if (pair, "source") in rows]
     num = sum(repairs(rows[pair, method], rows[pair, "target"], rows[pair, "source"]) for pair in with_source)
     low, high = interval(num, len(with_source)) if with_source else (0.0, 1.0)
@@ -400,7 +403,8 @@ def _mean(rows: Mapping[tuple[str, str], Mapping[str, Any]], pairs: Sequence[str
     return (
         f"| {method} | {len(there)} | {num} of {len(with_source)} ({low:.2f}-{high:.2f}) | "
         f"{fmean(row['dsr'] for row in found):.3f} | {fmean(row['over_refusal'] for row in found):.3f} | "
-        f"{fmean(kept):.3f} | {min(kept):.3f} | {fmean(row['divergence'] for row in found):.4f} | "
+        f"{fmean(kept or [math.nan]):.3f} | {min(kept, default=math.nan):.3f} | "
+        f"{fmean(row['divergence'] for row in found):.4f} | "
         f"{fmean(directions) if directions else 0:.0f} | {fmean(rows[pair, method]['seconds'] for pair in there):.1f} |"
     )
 

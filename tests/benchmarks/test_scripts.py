@@ -46,6 +46,16 @@ def arguments(tmp_path, monkeypatch):
         (tmp_path / "recipe.yml").write_text(RECIPE.format(models=models, prompts=prompts))
         return str(tmp_path / "recipe.yml")
 
+    def chooses() -> list[str]:
+        from dapa_merge import miniature
+
+        models = miniature.path("target").parent
+        text = RECIPE.format(models=f"{models}/shadow-", prompts="miniature").replace("/shadow-/", "/shadow-")
+        (tmp_path / "recipe.yml").write_text(
+            text.replace("max_new_tokens: 4", "max_new_tokens: 2, layers: auto, edit: directions, max_tests: 1")
+        )
+        return [str(tmp_path / "out"), str(tmp_path / "recipe.yml")]
+
     def damaged() -> list[str]:
         from dapa_merge import miniature
 
@@ -57,6 +67,7 @@ def arguments(tmp_path, monkeypatch):
     return {
         "compare_table": lambda: [str(tmp_path / "out")],
         "real_families": damaged,
+        "real_table": chooses,
         "refusal_agreement": lambda: [completions()],
         "refusal_sft": lambda: ["recipes/miniature.yml"],
         "refusal_training": lambda: [completions()],

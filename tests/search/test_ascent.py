@@ -166,7 +166,7 @@ def test_harmless_prompts_weigh_more_after_a_round_that_answers_too_many_otherwi
     live.close()
 
 
-@pytest.mark.parametrize(("sparsity", "max_weight"), [(4.0, 9.0), (0.5, 0.2)])
+@pytest.mark.parametrize(("sparsity", "max_weight"), [(5.0, 9.0), (0.5, 0.2)])
 def test_a_step_is_adams_and_then_shrinks_and_bounds_every_core(tmp_path, sparsity, max_weight):
     live = made(tmp_path, "LlamaForCausalLM", "gate,v")
     spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=3))
@@ -182,13 +182,27 @@ def test_a_step_is_adams_and_then_shrinks_and_bounds_every_core(tmp_path, sparsi
         with torch.no_grad():
             for part in adam.view(-1, 3, 3):
                 norm = part.norm()
-                part.mul_(max(0.0, 1 - sparsity * settings.rate / float(norm)))
+                # Three of the four directions that a matrix may have.
+                part.mul_(max(0.0, 1 - 3 / 4 * sparsity * settings.rate / float(norm)))
                 left, values, right = torch.linalg.svd(part)
                 part.copy_((left * values.clamp(max=max_weight)) @ right)
         assert torch.allclose(ascent.weights, adam, atol=1e-5)
     sizes = torch.linalg.svdvals(ascent.weights.view(-1, 3, 3))
     assert float(sizes.max()) <= max_weight * 1.0001
-    assert bool((sizes == 0).all()) is (sparsity == 4.0)
+    assert bool((sizes == 0).all()) is (sparsity == 5.0)
+    live.close()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16])
+def test_a_core_of_any_rank_leaves_zero_if_all_of_it_counts(tmp_path, rank):
+    """An abliteration's difference has one direction; steps are as large as a core has elements."""
+    live = made(tmp_path, "LlamaForCausalLM", "gate")
+    spectra = list(spectra_of(live.plan, live.plan.units, CPU, max_rank=rank))
+    settings = Settings()
+    ascent = Ascent(live, spectra, *material(live), settings, 8)
+    ascent._step(torch.ones_like(ascent.weights))
+    norms = ascent.weights.view(-1, rank**2).norm(dim=1)
+    assert torch.allclose(norms, torch.tensor(settings.rate * rank * (1 - settings.sparsity / 16)), atol=1e-6)
     live.close()
 
 

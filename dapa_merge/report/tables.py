@@ -26,6 +26,8 @@ from dapa_merge.search.result import Point, Search, readable_certificate, thrift
 TableRow = tuple[str, list[str]]
 # The name of the skill of a prompt set.
 SKILL = "skill"
+# Points beside each other in a table; more are too wide for a terminal.
+MAX_COLUMNS = 5
 
 
 def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
@@ -115,7 +117,8 @@ def complaints(points: Sequence[Point]) -> list[tuple[str, str]]:
 def print_points(points: Sequence[Point], measure: str, console: Console) -> None:
     """Print the points that an edit offered, if any."""
     if points:
-        console.print(_table(*point_rows(points, measure), head="point"))
+        for start in range(0, len(points), MAX_COLUMNS):
+            console.print(_table(*point_rows(points[start : start + MAX_COLUMNS], measure), head="point"))
         for label, fact in complaints(points):
             console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
 

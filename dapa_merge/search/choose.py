@@ -1,14 +1,15 @@
 """Chooses directions before a search: rounds of ascent, each of which is measured by generation as a candidate.
 
 The rounds are points: each is a selection of directions with its figures on the search's prompts. Where none of them is
-within the limits, points on lines between them are tried. The first part of the prompts (`Parts.choice`) decides the
-weights, the second which point is taken; the report uses the third.
+within the limits, or one beyond them scores higher, points on lines between them are tried. The first part of the
+prompts (`Parts.choice`) decides the weights, the second which point is taken; the report uses the third.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -164,15 +165,14 @@ def _offer(
 
 
 def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer]) -> list[_Offer]:
-    """Points on lines between rounds, if no round is within the limits: until one is, or there are `MAX_BETWEEN`.
+    """Points on lines between rounds, where one may score higher within the limits: at most `MAX_BETWEEN`.
 
-    A line is from a round that falls short of the score alone to one that only violates other limits. Both change
-    little by little on the way, so that it is halved toward the part where they may meet.
+    Figures change little by little on the way, so that a line is halved toward the part that scores highest without
+    violating another limit. Lines are tried until one has a point within the limits.
     """
     found: list[_Offer] = []
-    if any(offer.point.complaint is None for offer in offers):
-        return found
-    for start, end in _lines([limits.split(offer.baseline.figures) for offer in offers]):
+    figures = [offer.baseline.figures for offer in offers]
+    for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures]):
         # The target is the state of which all cores are zero.
         states = [offers[at - 1].start.state if at else torch.zeros_like(offers[0].start.state) for at in (start, end)]
         num_rounds = max(start, end)
@@ -188,29 +188,49 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer]) -> l
             number = len(offers) + len(found) + 1
             found.append(_offer(rounds, limits, on_the_way, number, (start, end, share)))
             scores, keeps = limits.split(found[-1].baseline.figures)
-            if scores and keeps:
-                return found
-            if scores == keeps:
-                # Neither limit is met here; halfway to either end there is no reason to hope for both.
+            if not scores and not keeps:
+                # Halfway to either end there is no reason to hope for both.
                 break
-            low, high = (low, share) if scores else (share, high)
+            low, high = (share, high) if keeps else (low, share)
+        if any(offer.point.complaint is None for offer in found):
+            break
     return found
 
 
-def _lines(verdicts: Sequence[tuple[bool, bool]]) -> Iterator[tuple[int, int]]:
-    """The lines to look for points on, each from a point that scores too low to one that violates another limit.
+def _lines(verdicts: Sequence[tuple[bool, bool]], scores: Sequence[float]) -> Iterator[tuple[int, int]]:
+    """The lines to look for points on, each from a point that keeps to the limits of other figures to one that scores.
 
     Args:
-        verdicts: Of the rounds: whether the score is met, and whether all other limits are.
+        verdicts: Of the rounds: whether the score's limit is met, and whether all others are.
+        scores: Of the rounds.
 
     Yields:
-        Numbers of rounds, 0 for the target: neighbours first, the latest before all, then from the target to others.
+        Numbers of rounds, 0 for the target. If a round is within all limits, one line at most: the latest between such
+        a round and a neighbour that scores higher. Else lines from rounds that score too low: neighbours first, the
+        latest before all, then from the target.
     """
-    whole = [(False, True), *verdicts]
     last = len(verdicts)
-    for one, other in [*((at, at + 1) for at in reversed(range(last))), *((0, at) for at in range(last, 1, -1))]:
-        if {whole[one], whole[other]} == {(False, True), (True, False)}:
-            yield (one, other) if whole[other][0] else (other, one)
+    neighbours = [(at, at + 1) for at in reversed(range(last))]
+    far = [(0, at) for at in range(last, 1, -1)]
+    whole = [(False, True), *verdicts]
+    too_much = {at for at, verdict in enumerate(whole) if verdict == (True, False)}
+    within = {at for at, verdict in enumerate(whole) if verdict == (True, True)}
+    if within:
+        best = max(scores[at - 1] for at in within)
+        higher = {at for at in too_much if NEARLY * scores[at - 1] > best}
+        yield from itertools.islice(_from_to(neighbours, within, higher), 1)
+    else:
+        too_little = {at for at, verdict in enumerate(whole) if verdict == (False, True)}
+        yield from _from_to([*neighbours, *far], too_little, too_much)
+
+
+def _from_to(pairs: Sequence[tuple[int, int]], starts: Set[int], ends: Set[int]) -> Iterator[tuple[int, int]]:
+    """The pairs of which one is among the starts and the other among the ends, the start first."""
+    for one, other in pairs:
+        if one in starts and other in ends:
+            yield one, other
+        elif other in starts and one in ends:
+            yield other, one
 
 
 def planned(plan: Plan, spectra: Sequence[Spectrum], state: torch.Tensor) -> tuple[Plan, Directions]:

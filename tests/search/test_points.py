@@ -365,12 +365,19 @@ def of_two_rounds(patch) -> None:
         patch.setattr(module, "Settings", functools.partial(ascent.Settings, **{**QUICK, "num_rounds": 2}))
 
 
+def offers_of(done: Done) -> list[dict]:
+    """The points of the choice, without what the search left of one."""
+    return [point for point in done.found["points"] if point["part_of"] is None]
+
+
 def test_where_no_round_is_within_the_limits_points_between_them_are_tried_until_one_is(halved):
-    offered = halved.found["points"][:4]
-    assert [point["line"] for point in offered] == [None, None, [0, 1, 0.5], [0, 2, 0.5]]
-    assert [bool(point["complaint"]) for point in offered] == [True, True, True, False]
-    assert halved.found["picked"] == 4
-    assert all(point["part_of"] == 4 for point in halved.found["points"][4:])
+    offered = offers_of(halved)
+    assert [point["line"] for point in offered[:4]] == [None, None, [0, 1, 0.5], [0, 2, 0.5]]
+    assert [bool(point["complaint"]) for point in offered[:4]] == [True, True, True, False]
+    assert [point["line"][:2] for point in offered[4:]] == [[0, 2]] * 2
+    taken = halved.found["picked"]
+    assert offered[taken - 1]["complaint"] is None
+    assert all(point["part_of"] == taken for point in halved.found["points"][len(offered) :])
     names = notes_of(halved.journal)
     assert names[: names.index("point 4") + 1] == [
         "target", "full transplant", "choice", "round 1", "round 2", *(f"point {number}" for number in (1, 2, 3, 4)),
@@ -384,13 +391,13 @@ def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond
     before = halved.journal.read_bytes()
     found = answer("search", halved.recipe, "--journal", halved.journal, "--pick", 4, "--json")
     assert (found["picked"], found["tests"]) == (4, 0)
-    assert found["points"] == [{**point, "on_front": ANY} for point in halved.found["points"][:4]]
-    said = call("search", halved.recipe, "--journal", halved.journal, "--pick", 4).stdout
-    assert "4 (target to 2)" in said
+    assert found["points"] == [{**point, "on_front": ANY} for point in offers_of(halved)]
+    said = call("search", halved.recipe, "--journal", halved.journal, "--pick", 4).stderr
+    assert "point 4 (target to 2): DSR 1.000" in said
     # What a search leaves of a point is none of the choice's.
-    result = call("search", halved.recipe, "--journal", halved.journal, "--pick", 5)
+    result = call("search", halved.recipe, "--journal", halved.journal, "--pick", 7)
     assert result.exit_code == 2
-    assert "--pick (DAPA_PICK) is 5, but a choice has the points 1 to 4; without --pick" in result.stderr
+    assert "--pick (DAPA_PICK) is 7, but a choice has the points 1 to 6; without --pick" in result.stderr
     assert halved.journal.read_bytes() == before
 
 
@@ -410,8 +417,8 @@ class Line:
     def __init__(self, verdicts: dict[tuple[int, int], dict[float, tuple[bool, bool]]]) -> None:
         self.verdicts, self.asked = verdicts, []
 
-    def split(self, figures: tuple[bool, bool]) -> tuple[bool, bool]:
-        return figures
+    def split(self, figures: dict) -> tuple[bool, bool]:
+        return figures["verdict"]
 
     def offer(self, _rounds, _limits, start, number, line) -> choose._Offer:
         one, other, share = line
@@ -419,13 +426,14 @@ class Line:
         # The core lies on the line; what is not a core is the later round's.
         assert (start.num_rounds, float(start.state[1, 0])) == (max(one, other), 10.0 * max(one, other))
         assert float(start.state[0, 0]) == pytest.approx(one + share * (other - one))
-        return made(number, self.verdicts[one, other][share], start)
+        return made(number, (self.verdicts[one, other][share], 0.5), start)
 
 
-def made(number: int, verdict: tuple[bool, bool], start: choose.Start | None = None) -> choose._Offer:
-    complaint = None if all(verdict) else "it violates a limit"
+def made(number: int, found: tuple[tuple[bool, bool], float], start: choose.Start | None = None) -> choose._Offer:
+    verdict, score = found
+    point = Point(number, {}, 1, None if all(verdict) else "it violates a limit")
     start = start or choose.Start((), torch.tensor([[1.0 * number], *[[10.0 * number]] * 4]), number)
-    return choose._Offer(Point(number, {}, 1, complaint), None, Baseline(verdict, ()), start)
+    return choose._Offer(point, None, Baseline({"verdict": verdict, "score": score}, ()), start)
 
 
 WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, True)
@@ -435,28 +443,44 @@ WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, 
     ("rounds", "verdicts", "asked"),
     [
         # As found in a real model: the last round says too little, the one before too much.
-        ([BOTH, STRONG, WEAK], {(3, 2): {0.5: WEAK, 0.75: GOOD}}, [(3, 2, 0.5), (3, 2, 0.75)]),
-        ([WEAK, STRONG], {(1, 2): {0.5: STRONG, 0.25: GOOD}}, [(1, 2, 0.5), (1, 2, 0.25)]),
+        (
+            [(BOTH, 0.5), (STRONG, 0.8), (WEAK, 0.4)],
+            {(3, 2): {0.5: WEAK, 0.75: GOOD, 0.875: STRONG}},
+            [(3, 2, 0.5), (3, 2, 0.75), (3, 2, 0.875)],
+        ),
+        # As high as it goes within the limits.
+        (
+            [(WEAK, 0.4), (STRONG, 0.8)],
+            {(1, 2): {0.5: STRONG, 0.25: GOOD, 0.375: GOOD}},
+            [(1, 2, 0.5), (1, 2, 0.25), (1, 2, 0.375)],
+        ),
         # No further than it makes sense, and on to the next line.
         (
-            [STRONG, STRONG],
+            [(STRONG, 0.8), (STRONG, 0.8)],
             {(0, 1): {0.5: BOTH}, (0, 2): {0.5: WEAK, 0.75: STRONG, 0.625: WEAK}},
             [(0, 1, 0.5), (0, 2, 0.5), (0, 2, 0.75), (0, 2, 0.625)],
         ),
         # Not for ever.
         (
-            [STRONG, WEAK, STRONG],
+            [(STRONG, 0.8), (WEAK, 0.4), (STRONG, 0.8)],
             {line: {0.5: WEAK, 0.75: WEAK, 0.875: WEAK} for line in ((2, 3), (2, 1), (0, 1), (0, 3))},
             [(*line, share) for line in ((2, 3), (2, 1)) for share in (0.5, 0.75, 0.875)],
         ),
-        ([WEAK, WEAK, BOTH], {}, []),
-        ([STRONG, GOOD], {}, []),
+        # One within the limits is there, and its neighbour scores higher; once is enough.
+        (
+            [(STRONG, 0.9), (GOOD, 0.6), (STRONG, 0.7), (GOOD, 0.6)],
+            {(4, 3): {0.5: STRONG, 0.25: STRONG, 0.125: STRONG}},
+            [(4, 3, 0.5), (4, 3, 0.25), (4, 3, 0.125)],
+        ),
+        ([(STRONG, 0.62), (GOOD, 0.6)], {}, []),
+        ([(STRONG, 0.9), (WEAK, 0.4), (GOOD, 0.6)], {}, []),
+        ([(WEAK, 0.4), (WEAK, 0.4), (BOTH, 0.4)], {}, []),
     ],
 )
-def test_a_line_is_halved_toward_the_part_where_all_limits_may_be_met(rounds, verdicts, asked, monkeypatch):
+def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, verdicts, asked, monkeypatch):
     line = Line(verdicts)
     monkeypatch.setattr(choose, "_offer", line.offer)
-    found = choose._between(None, line, [made(number, verdict) for number, verdict in enumerate(rounds, 1)])
+    found = choose._between(None, line, [made(number, one) for number, one in enumerate(rounds, 1)])
     assert line.asked == asked
     assert [offer.point.number for offer in found] == list(range(len(rounds) + 1, len(rounds) + 1 + len(asked)))
 

@@ -183,8 +183,19 @@ class Ascent:
         layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
         self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
 
-    def round(self, on_step: Callable[[], None] = lambda: None, *, slows: bool = False) -> Progress:
-        """Make the steps of one round; those of one that `slows` become shorter, down to nothing."""
+    def round(
+        self, on_step: Callable[[], None] = lambda: None, *, slows: bool = False, insists: bool = False
+    ) -> Progress:
+        """Make the steps of one round.
+
+        Args:
+            on_step: Called after each.
+            slows: Whether the steps become shorter, down to nothing.
+            insists: Whether refusals weigh more from the start of this round on, whatever came of it, and harmless
+                prompts as before: for who has measured that the candidate refuses too little and nothing else.
+        """
+        if insists:
+            self._push *= self._settings.escalation
         found = []
         num_steps = self._settings.num_steps
         for number in range(num_steps):
@@ -195,6 +206,8 @@ class Ascent:
         # The end of the round, over several steps: each has other prompts.
         last = found[len(found) // 2 :]
         ended = Progress(fmean(one.margin for one in last), fmean(one.divergence for one in last), self._strayed())
+        if insists:
+            return ended
         if ended.margin < 0:
             self._push *= self._settings.escalation
         if ended.harmless > self._settings.max_harmless:

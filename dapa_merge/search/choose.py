@@ -36,6 +36,8 @@ DIVERGENCE = "divergence"
 NEARLY = 0.96
 # With a smaller share of the squared norm in the leading directions, a user is warned.
 MIN_SHARE = 0.5
+# Rounds beyond those of the settings, while more refusals would do no harm that the limits forbid.
+MORE_ROUNDS = 4
 # Points on lines between rounds: how often a line is halved, and how many there are on all lines.
 MAX_HALVINGS = 3
 MAX_BETWEEN = 6
@@ -107,10 +109,7 @@ def choose(rounds: Rounds, limits: Requirement, pick: int | None = None) -> Chos
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
         )
     _tell(spectra)
-    offers = [
-        _offer(rounds, limits, Start(spectra, state, number), number)
-        for number, state in enumerate(rounds.states(spectra), 1)
-    ]
+    offers = _of_rounds(rounds, limits, spectra)
     offers += _between(rounds, limits, offers)
     points = [offer.point for offer in offers]
     number = pick if pick is not None else _best(points)
@@ -143,6 +142,21 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
     name = f"settled {data_digest([chosen.number, [str(one.place) for one in spectra]])}"
     state = rounds.settled(spectra, start.state[:, columns], start.num_rounds, name)
     return planned(rounds.plan, spectra, state)[0]
+
+
+def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum]) -> list[_Offer]:
+    """The points of the rounds: of more, one by one, as long as all there are only score too low."""
+    offers: list[_Offer] = []
+    number = rounds.settings.num_rounds
+    most = number + MORE_ROUNDS
+    while number <= most:
+        for state in rounds.states(spectra, number)[len(offers) :]:
+            at = len(offers) + 1
+            offers.append(_offer(rounds, limits, Start(spectra, state, at), at))
+        if any(limits.split(offer.baseline.figures) != (False, True) for offer in offers):
+            break
+        number += 1
+    return offers
 
 
 def _offer(
@@ -259,7 +273,7 @@ def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = 
             "--pick (DAPA_PICK) takes a point of a choice, but the recipe or its lock names the layers; leave it out, "
             "or write `layers: auto`"
         )
-    if not 1 <= pick <= (most := Settings().num_rounds + MAX_BETWEEN):
+    if not 1 <= pick <= (most := Settings().num_rounds + MORE_ROUNDS + MAX_BETWEEN):
         raise UsageError(_no_point(pick, most))
 
 

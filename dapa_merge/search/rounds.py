@@ -47,27 +47,31 @@ class Rounds:
     prompts: PromptSet
     settings: Settings
 
-    def states(self, spectra: Sequence[Spectrum]) -> list[torch.Tensor]:
-        """The states after each round, from the target on: `Ascent.state`, of the cores of these directions.
+    def states(self, spectra: Sequence[Spectrum], number: int) -> list[torch.Tensor]:
+        """The states after each of so many rounds, from the target on: `Ascent.state`, of the cores of the directions.
+
+        Rounds beyond those of the settings insist: who asks for them has seen that the others refuse too little.
 
         Raises:
             CannotRepair: If there is nothing to learn from.
             UsageError: If the target answers nothing to the keep prompts.
             CheckpointError: If a model computes gradients that are not finite numbers.
         """
-        names = [f"round {number}" for number in range(1, self.settings.num_rounds + 1)]
+        names = [f"round {at}" for at in range(1, number + 1)]
         states = [_decoded(self.journal.notes[name]) for name in takewhile(self.journal.notes.__contains__, names)]
         if len(states) == len(names):
             return states
+        self.bench.use(self.plan)
         with self._ascending(spectra) as ascent:
             if states:
-                LOG.info(f"{len(states)} of {len(names)} rounds are in the journal already")
+                LOG.info(f"going on after {len(states)} of {len(names)} rounds")
                 ascent.go_on(states[-1], len(states))
             # All rounds first: a candidate's measurement needs the target's own tensors.
             left = names[len(states) :]
             with task("choosing directions", len(left) * self.settings.num_steps, "steps"):
                 for name in left:
-                    states.append(self._round(ascent, name))
+                    insists = len(states) >= self.settings.num_rounds
+                    states.append(self._round(ascent, name, insists=insists))
         return states
 
     def settled(self, spectra: Sequence[Spectrum], state: torch.Tensor, num_rounds: int, name: str) -> torch.Tensor:
@@ -91,9 +95,9 @@ class Rounds:
                 self._round(ascent, name, slows=True)
         return _decoded(self.journal.notes[name])
 
-    def _round(self, ascent: Ascent, name: str, *, slows: bool = False) -> torch.Tensor:
-        """The state after another round, which is recorded."""
-        progress = ascent.round(lambda: advance(1, "steps"), slows=slows)
+    def _round(self, ascent: Ascent, name: str, **how: bool) -> torch.Tensor:
+        """The state after another round, which is recorded; `how` as for `Ascent.round`."""
+        progress = ascent.round(lambda: advance(1, "steps"), **how)
         state = ascent.state
         self.journal.note(name, _encoded(state))
         LOG.info(

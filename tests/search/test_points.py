@@ -42,6 +42,7 @@ import functools
 from dapa_merge.search import ascent, choose, identity, search
 for module in (choose, identity, search):
     module.Settings = functools.partial(ascent.Settings, **{QUICK})
+choose.MORE_ROUNDS = 0
 from dapa_merge.cli import main
 main()
 """
@@ -53,6 +54,7 @@ def quick_settings():
     with pytest.MonkeyPatch.context() as patch:
         for module in (choose, identity, search):
             patch.setattr(module, "Settings", functools.partial(ascent.Settings, **QUICK))
+        patch.setattr(choose, "MORE_ROUNDS", 0)
         yield
 
 
@@ -348,6 +350,28 @@ def test_of_the_points_that_score_as_high_as_any_the_one_that_diverges_least_is_
         one = point(index, score, over_refusal)
         made.append(replace(one, figures={**one.figures, "divergence": divergence}))
     assert choose._best(made) == number
+
+
+def test_more_rounds_follow_while_all_of_them_only_score_too_low(failed, tmp_path, monkeypatch):
+    recipe, journal, _ = failed
+    before, journal = entries(journal), shutil.copyfile(journal, tmp_path / "journal")
+    monkeypatch.setattr(choose, "MORE_ROUNDS", 2)
+    result = call("search", recipe, "--journal", journal)
+    assert result.exit_code == 3
+    found = entries(journal)
+    assert found[: len(before)] == before
+    # Each is measured before the next begins.
+    assert [entry["note"] for entry in found[len(before) :]] == ["round 4", "point 4", "round 5", "point 5"]
+    assert "point 5: DSR" in result.stderr.splitlines()[-1]
+    # Refusals weigh twice as much in each, whatever came of the one before.
+    states = [rounds._decoded(entry["value"]) for entry in found if entry.get("note", "").startswith("round")]
+    assert [float(state[3, 0]) for state in states[2:]] == [float(states[2][3, 0]) * factor for factor in (1, 2, 4)]
+    assert float(states[4][4, 0]) == float(states[2][4, 0])
+    # After a kill they are the same, bit for bit.
+    lines = journal.read_bytes().split(b"\n")
+    (tmp_path / "again").write_bytes(b"".join(line + b"\n" for line in lines[: len(before) + 2]))
+    assert call("search", recipe, "--journal", tmp_path / "again").exit_code == 3
+    assert entries(tmp_path / "again") == found
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ Every step moves the cores down the gradient of
 
 where push and pull are 1 at first. Push rises from round to round as long as refusals would not be said, and pull as
 long as harmless prompts would be answered otherwise. The steps are Adam's
-(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by as much for
-each of its directions (the proximal step of a group lasso, M. Yuan and Y. Lin 2006, who weigh a group by the root of
-its size), so that matrices that are not needed stay as they are,
+(D. Kingma and J. Ba, arXiv 1412.6980, algorithm 1). After each, the Frobenius norm of every core shrinks by a constant
+(the proximal step of a group lasso, M. Yuan and Y. Lin 2006), so that matrices that are not needed stay as they are,
 and no singular value of a core exceeds a bound. Nothing else of the model is changed: rows and columns of every change
 lie in the spans of leading singular vectors of (source - target).
 """
@@ -56,6 +55,8 @@ Sides = tuple[Side, Side]
 MAX_WIDENED = 60_000_000
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
 BETAS = (0.9, 0.99)
+# The share of the largest possible step that sparsity may take back: a core of rank 1 must be able to leave zero.
+MAX_LOSS = 0.25
 # A direction along which less than this share of the most is read is left out of what is stored.
 MIN_SHARE = 1e-4
 
@@ -77,8 +78,8 @@ class Settings:
         max_harmless: Share of harmless prompts whose answers may begin with another token than the target's own.
         keep: Weight of the divergence.
         temperature: Of both distributions of the divergence; above 1, the target's less likely tokens count more.
-        sparsity: What the norm of a core of the largest rank loses in a step, in steps of one element. Others lose in
-            proportion to their rank, as a step may be as large as that.
+        sparsity: What the norm of a core loses in a step, in steps of one element; at most a quarter of its rank, as no
+            step is larger than the rank.
         max_weight: The largest singular value of a core: how many times as far as in the transplant a matrix may move.
         max_rank: The most directions of a matrix.
         num_contrasts: Contrasts of a step.
@@ -191,11 +192,12 @@ class Ascent:
         Args:
             on_step: Called after each.
             slows: Whether the steps become shorter, down to nothing.
-            insists: Whether refusals weigh more from the start of this round on, whatever came of it, and harmless
-                prompts as before: for who has measured that the candidate refuses too little and nothing else.
+            insists: Whether refusals weigh more from the start of this round on, and harmless prompts less, whatever
+                comes of it: for who has measured that the candidate refuses too little and violates no other limit.
         """
         if insists:
             self._push *= self._settings.escalation
+            self._pull /= self._settings.escalation
         found = []
         num_steps = self._settings.num_steps
         for number in range(num_steps):
@@ -250,7 +252,7 @@ class Ascent:
         self.weights -= rate * scaled[0] / (scaled[1].sqrt() + 1e-8)
         for rank, places in self._places.items():
             cores = self.weights[places].view(-1, rank, rank)
-            loss = rate * self._settings.sparsity * rank / self._settings.max_rank
+            loss = rate * min(self._settings.sparsity, MAX_LOSS * rank)
             shrunk = _shrunk(cores, loss, self._settings.max_weight)
             self.weights[places] = shrunk.view(len(places), -1)
 

@@ -182,14 +182,14 @@ def test_a_step_is_adams_and_then_shrinks_and_bounds_every_core(tmp_path, sparsi
         with torch.no_grad():
             for part in adam.view(-1, 3, 3):
                 norm = part.norm()
-                # Three of the four directions that a matrix may have.
-                part.mul_(max(0.0, 1 - 3 / 4 * sparsity * settings.rate / float(norm)))
+                # A matrix has three directions here.
+                part.mul_(max(0.0, 1 - min(sparsity, 3 / 4) * settings.rate / float(norm)))
                 left, values, right = torch.linalg.svd(part)
                 part.copy_((left * values.clamp(max=max_weight)) @ right)
         assert torch.allclose(ascent.weights, adam, atol=1e-5)
     sizes = torch.linalg.svdvals(ascent.weights.view(-1, 3, 3))
     assert float(sizes.max()) <= max_weight * 1.0001
-    assert bool((sizes == 0).all()) is (sparsity == 5.0)
+    assert float(sizes.max()) > 0
     live.close()
 
 
@@ -202,7 +202,7 @@ def test_a_core_of_any_rank_leaves_zero_if_all_of_it_counts(tmp_path, rank):
     ascent = Ascent(live, spectra, *material(live), settings, 8)
     ascent._step(torch.ones_like(ascent.weights))
     norms = ascent.weights.view(-1, rank**2).norm(dim=1)
-    assert torch.allclose(norms, torch.tensor(settings.rate * rank * (1 - settings.sparsity / 16)), atol=1e-6)
+    assert torch.allclose(norms, torch.tensor(settings.rate * (rank - min(3, rank / 4))), atol=1e-6)
     live.close()
 
 

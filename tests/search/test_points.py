@@ -363,10 +363,10 @@ def test_more_rounds_follow_while_all_of_them_only_score_too_low(failed, tmp_pat
     # Each is measured before the next begins.
     assert [entry["note"] for entry in found[len(before) :]] == ["round 4", "point 4", "round 5", "point 5"]
     assert "point 5: DSR" in result.stderr.splitlines()[-1]
-    # Refusals weigh twice as much in each, whatever came of the one before.
+    # Refusals weigh twice as much in each, and harmless prompts half as much, whatever came of the one before.
     states = [rounds._decoded(entry["value"]) for entry in found if entry.get("note", "").startswith("round")]
     assert [float(state[3, 0]) for state in states[2:]] == [float(states[2][3, 0]) * factor for factor in (1, 2, 4)]
-    assert float(states[4][4, 0]) == float(states[2][4, 0])
+    assert [float(state[4, 0]) for state in states[2:]] == [float(states[2][4, 0]) / factor for factor in (1, 2, 4)]
     # After a kill they are the same, bit for bit.
     lines = journal.read_bytes().split(b"\n")
     (tmp_path / "again").write_bytes(b"".join(line + b"\n" for line in lines[: len(before) + 2]))

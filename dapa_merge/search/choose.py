@@ -87,12 +87,13 @@ class _Offer:
     start: Start
 
 
-def choose(rounds: Rounds, limits: Requirement, pick: int | None = None) -> Chosen:
+def choose(rounds: Rounds, limits: Requirement, wanted: float, pick: int | None = None) -> Chosen:
     """Choose directions for a plan's units, and the point of those within the limits to take.
 
     Args:
         rounds: Makes the points; each is measured by their bench, and recorded in their journal.
         limits: What a point must meet.
+        wanted: The score above which no better point is looked for: the source's.
         pick: The number of a point to take whatever its figures are; None for the best within the limits.
 
     Raises:
@@ -110,7 +111,7 @@ def choose(rounds: Rounds, limits: Requirement, pick: int | None = None) -> Chos
         )
     _tell(spectra)
     offers = _of_rounds(rounds, limits, spectra)
-    offers += _between(rounds, limits, offers)
+    offers += _between(rounds, limits, offers, wanted)
     points = [offer.point for offer in offers]
     number = pick if pick is not None else _best(points)
     if number is None:
@@ -178,13 +179,20 @@ def _offer(
     return _Offer(point, plan, baseline, start)
 
 
-def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer]) -> list[_Offer]:
+def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], wanted: float) -> list[_Offer]:
     """Points on lines between rounds, where one may score higher within the limits: at most `MAX_BETWEEN`.
 
     Figures change little by little on the way, so that a line is halved toward the part that scores highest without
-    violating another limit. Lines are tried until one has a point within the limits.
+    violating another limit, until a point within the limits scores higher than what is wanted: beyond that other limits
+    come near, which the search's few prompts do not show. Lines are tried until one has a point within the limits.
     """
     found: list[_Offer] = []
+
+    def is_enough(offer: _Offer) -> bool:
+        return offer.point.complaint is None and offer.baseline.figures[SCORE.figure] > wanted
+
+    if any(map(is_enough, offers)):
+        return found
     figures = [offer.baseline.figures for offer in offers]
     for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures]):
         # The target is the state of which all cores are zero.
@@ -192,7 +200,7 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer]) -> l
         num_rounds = max(start, end)
         low, high = 0.0, 1.0
         for _ in range(MAX_HALVINGS):
-            if len(found) == MAX_BETWEEN:
+            if len(found) == MAX_BETWEEN or (found and is_enough(found[-1])):
                 return found
             share = (low + high) / 2
             # What is no core is the later round's: moments, and how much refusals and harmless prompts weigh.

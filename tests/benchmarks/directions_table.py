@@ -82,7 +82,7 @@ ABLATION: dict[str, tuple[Any, ...]] = {
     "keep": (5.0, 80.0),
     "temperature": (1.0, 4.0),
     "escalation": (1.0, 4.0),
-    "sparsity": (0.0, 8.0),
+    "sparsity": (0.0, 1.0),
     "max_weight": (1.0, 2.0),
     "max_rank": (4, 8, 32),
     "num_harmful": (8, 16),

@@ -450,7 +450,9 @@ class Line:
         # The core lies on the line; what is not a core is the later round's.
         assert (start.num_rounds, float(start.state[1, 0])) == (max(one, other), 10.0 * max(one, other))
         assert float(start.state[0, 0]) == pytest.approx(one + share * (other - one))
-        return made(number, (self.verdicts[one, other][share], 0.5), start)
+        # With a score of its own, if that matters.
+        found = self.verdicts[one, other][share]
+        return made(number, (found[:2], found[2] if len(found) > 2 else 0.5), start)
 
 
 def made(number: int, found: tuple[tuple[bool, bool], float], start: choose.Start | None = None) -> choose._Offer:
@@ -472,12 +474,14 @@ WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, 
             {(3, 2): {0.5: WEAK, 0.75: GOOD, 0.875: STRONG}},
             [(3, 2, 0.5), (3, 2, 0.75), (3, 2, 0.875)],
         ),
-        # As high as it goes within the limits.
+        # As high as it goes within the limits, if that is no more than the source's 0.6.
         (
             [(WEAK, 0.4), (STRONG, 0.8)],
             {(1, 2): {0.5: STRONG, 0.25: GOOD, 0.375: GOOD}},
             [(1, 2, 0.5), (1, 2, 0.25), (1, 2, 0.375)],
         ),
+        ([(WEAK, 0.4), (STRONG, 0.8)], {(1, 2): {0.5: (*GOOD, 0.61)}}, [(1, 2, 0.5)]),
+        ([(STRONG, 0.9), (GOOD, 0.61)], {}, []),
         # No further than it makes sense, and on to the next line.
         (
             [(STRONG, 0.8), (STRONG, 0.8)],
@@ -504,7 +508,7 @@ WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, 
 def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, verdicts, asked, monkeypatch):
     line = Line(verdicts)
     monkeypatch.setattr(choose, "_offer", line.offer)
-    found = choose._between(None, line, [made(number, one) for number, one in enumerate(rounds, 1)])
+    found = choose._between(None, line, [made(number, one) for number, one in enumerate(rounds, 1)], 0.6)
     assert line.asked == asked
     assert [offer.point.number for offer in found] == list(range(len(rounds) + 1, len(rounds) + 1 + len(asked)))
 

@@ -4,10 +4,11 @@ The recipes repair the models of `real_families.py` with `edit: directions` (and
 each pair's methods make is measured with the report's prompts, which none of them has seen, and written to OUT, so that
 a run that was killed goes on. A search of directions is recorded in JOURNALS/{recipe's name}.jsonl.
 
-Methods: the target and the source; `gates` and `mlp`, all gates and all of every MLP copied (what a search among them
-leaves can change no more); `directions`; `training`, a LoRA on the prompts of the directions' choice and search: the
-source's own refusals, and the target's own answers to the harmless and the keep prompts. Its rate is chosen by the same
-prompts. The last table puts what the issue of this field is about in one line for each pair, beside its limits.
+Methods: the target and the source; `gates`, `mlp` and `all`: all gates, all of every MLP, and attention too, copied
+(what a search among them leaves can change no more); `directions`; `training`, a LoRA on the prompts that directions
+have for choice and search: the source's own refusals, and the target's own answers to the harmless and the keep
+prompts. Its rate is chosen by the same prompts. The last table has one line for each pair's directions, beside their
+limits.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.search import search_plan
 
-METHODS = ("source", "gates", "mlp", "directions", "training")
-COPIES = {"gates": ("gate",), "mlp": ("gate", "up", "down")}
+METHODS = ("source", "gates", "mlp", "all", "directions", "training")
+COPIES = {"gates": ("gate",), "mlp": ("gate", "up", "down"), "all": ("auto",)}
 RATES = (1e-4, 5e-4)
 STEPS, BATCH_SIZE = 30, 8
 OPTIONS = Options(device="cpu")

@@ -146,17 +146,15 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
 
 
 def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum]) -> list[_Offer]:
-    """The points of the rounds: of more, one by one, as long as all there are only score too low."""
+    """The points of the rounds; as long as all of them only score too low, one more round follows after another."""
     offers: list[_Offer] = []
-    number = rounds.settings.num_rounds
-    most = number + MORE_ROUNDS
-    while number <= most:
+    first = rounds.settings.num_rounds
+    for number in range(first, first + MORE_ROUNDS + 1):
         for state in rounds.states(spectra, number)[len(offers) :]:
             at = len(offers) + 1
             offers.append(_offer(rounds, limits, Start(spectra, state, at), at))
         if any(limits.split(offer.baseline.figures) != (False, True) for offer in offers):
             break
-        number += 1
     return offers
 
 
@@ -200,18 +198,18 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], want
         num_rounds = max(start, end)
         low, high = 0.0, 1.0
         for _ in range(MAX_HALVINGS):
-            if len(found) == MAX_BETWEEN or (found and is_enough(found[-1])):
-                return found
             share = (low + high) / 2
-            # What is no core is the later round's: moments, and how much refusals and harmless prompts weigh.
+            # Moments, and the weights of refusals and of harmless prompts, are those of the later round.
             state = states[(start, end).index(num_rounds)].clone()
             state[0] = torch.lerp(states[0][0], states[1][0], share)
             on_the_way = Start(offers[0].start.spectra, state, num_rounds)
             number = len(offers) + len(found) + 1
             found.append(_offer(rounds, limits, on_the_way, number, (start, end, share)))
+            if len(found) == MAX_BETWEEN or is_enough(found[-1]):
+                return found
             scores, keeps = limits.split(found[-1].baseline.figures)
             if not scores and not keeps:
-                # Halfway to either end there is no reason to hope for both.
+                # Where neither limit is met, a point on the rest of the line is unlikely to meet both.
                 break
             low, high = (share, high) if keeps else (low, share)
         if any(offer.point.complaint is None for offer in found):

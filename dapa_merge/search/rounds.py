@@ -31,7 +31,7 @@ MAX_BACKWARD = 16
 
 @dataclass(frozen=True)
 class Rounds:
-    """What rounds are made with.
+    """Makes the rounds of a choice, and finds in the journal those that were made before.
 
     Attributes:
         plan: Its edit is one that chooses, with nothing chosen.
@@ -134,7 +134,7 @@ class Rounds:
         return groups[:1] if prompts.keep == prompts.harmless else groups
 
     def _said(self) -> dict[str, Any]:
-        """What target and source answer to the prompts of the choice, from the journal if recorded.
+        """Ask target and source the prompts of the choice, unless the journal has their answers.
 
         Returns:
             `harmful`: for each harmful prompt, the target's response and its outcome, and the source's; `kept`: the

@@ -36,6 +36,7 @@ from refusal_sft_arms import Glance, Setting, Stand
 from tiny import parse
 
 from dapa_merge import miniature
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.divergence import divergence, make_reference
 from dapa_merge.measure.figures import Figures
@@ -47,7 +48,7 @@ from dapa_merge.measure.statistics import interval
 from dapa_merge.miniature import corpus
 from dapa_merge.miniature.corpus import Example
 from dapa_merge.miniature.train import mixture
-from dapa_merge.plan.plan import join
+from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
@@ -55,6 +56,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search import ascent
 from dapa_merge.search import choose as choosing
 from dapa_merge.search import search as searching
+from dapa_merge.search.result import Search
 from dapa_merge.search.spectrum import spectra_of
 
 ROWS = "rows.jsonl"
@@ -198,12 +200,18 @@ def edited(recipe: Recipe, method: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             options = Options(device="cpu", journal=Path(folder) / "journal.jsonl")
             found = searching.search_plan(recipe, plan, options)
-        live.plan, units = found.plan, join(found.plan, found.minimum.units)
-        more = {"tests": found.minimum.tests, "units": len(units), "share": found.plan.share(units)}
-        if found.points:
-            edit = found.plan.edit.reduced(one["target"] for one in found.plan.regions(units))
-            more |= {"directions": edit.factors.num_directions, "freedom": edit.factors.num_values}
+        live.plan, units, more = outcome(found)
     return shown_figures(measure_live(live, units, meter, method).figures) | more
+
+
+def outcome(found: Search) -> tuple[Plan, tuple[Unit, ...], dict[str, Any]]:
+    """The plan and the units that a search found, and their sizes for a row."""
+    plan, units = found.plan, join(found.plan, found.minimum.units)
+    sizes: dict[str, Any] = {"tests": found.minimum.tests, "units": len(units), "share": plan.share(units)}
+    if found.points:
+        edit = plan.edit.reduced(one["target"] for one in plan.regions(units))
+        sizes |= {"directions": edit.factors.num_directions, "freedom": edit.factors.num_values}
+    return plan, units, sizes
 
 
 def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
@@ -223,7 +231,7 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
 
 
 def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
-    """Change one thing for which there is no setting, inside a `with` block."""
+    """Inside a `with` block, change something that no setting covers."""
     if key in ("num_harmful", "num_keep_prompts"):
         field, original = {"num_harmful": "harmful", "num_keep_prompts": "keep"}[key], split_prompts
 

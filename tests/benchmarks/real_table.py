@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from directions_table import RowFile, quick_choice, repairs, shown_figures, table
+from directions_table import RowFile, outcome, quick_choice, repairs, shown_figures, table
 from members import with_lora
 from real_families import Opening, Setting, Size, train
 from tiny import parse
@@ -34,7 +34,6 @@ from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.meter import Meter, measure_candidate, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.plan.plan import join
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
@@ -89,10 +88,8 @@ def figures_of(recipe: Recipe, method: str, journal: Path, is_tiny: bool = False
         more = {"share": copied.share(units)}
     elif method == "directions":
         found = search_plan(recipe, plan, replace(OPTIONS, journal=journal))
-        live.plan, units = found.plan, join(found.plan, found.minimum.units)
-        edit = found.plan.edit.reduced(one["target"] for one in found.plan.regions(units))
-        more = {"directions": edit.factors.num_directions, "freedom": edit.factors.num_values, "units": len(units)}
-        more |= {"tests": found.minimum.tests, "share": found.plan.share(units), "point": found.result.name}
+        live.plan, units, more = outcome(found)
+        more["point"] = found.result.name
     return shown_figures(measure_live(live, units, meter, method).figures) | more
 
 

@@ -52,10 +52,14 @@ NOTES = ["target", "full transplant", "choice", *(f"round {n}" for n in (1, 2, 3
 @pytest.fixture(scope="module", autouse=True)
 def quick_settings():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (choose, identity, search):
-            patch.setattr(module, "Settings", functools.partial(ascent.Settings, **QUICK))
+        use_quick(patch)
         patch.setattr(choose, "MORE_ROUNDS", 0)
         yield
+
+
+def use_quick(patch, **changes: int) -> None:
+    for module in (choose, identity, search):
+        patch.setattr(module, "Settings", functools.partial(ascent.Settings, **{**QUICK, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -380,13 +384,8 @@ def halved(write, tmp_path_factory) -> Done:
     journal = tmp_path_factory.mktemp("halved") / "journal"
     recipe = write(modules="gate,up,down", max_divergence=0.03)
     with pytest.MonkeyPatch.context() as patch:
-        of_two_rounds(patch)
+        use_quick(patch, num_rounds=2)
         return Done(recipe, journal, answer("search", recipe, "--journal", journal, "--json"))
-
-
-def of_two_rounds(patch) -> None:
-    for module in (choose, identity, search):
-        patch.setattr(module, "Settings", functools.partial(ascent.Settings, **{**QUICK, "num_rounds": 2}))
 
 
 def offers_of(done: Done) -> list[dict]:
@@ -411,14 +410,14 @@ def test_where_no_round_is_within_the_limits_points_between_them_are_tried_until
 def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond_them_is_refused(
     halved, monkeypatch, no_model
 ):
-    of_two_rounds(monkeypatch)
+    use_quick(monkeypatch, num_rounds=2)
     before = halved.journal.read_bytes()
     found = answer("search", halved.recipe, "--journal", halved.journal, "--pick", 4, "--json")
     assert (found["picked"], found["tests"]) == (4, 0)
     assert found["points"] == [{**point, "on_front": ANY} for point in offers_of(halved)]
     said = call("search", halved.recipe, "--journal", halved.journal, "--pick", 4).stderr
     assert "point 4 (target to 2): DSR 1.000" in said
-    # What a search leaves of a point is none of the choice's.
+    # The part of a point that a search leaves cannot be picked.
     result = call("search", halved.recipe, "--journal", halved.journal, "--pick", 7)
     assert result.exit_code == 2
     assert "--pick (DAPA_PICK) is 7, but a choice has the points 1 to 6; without --pick" in result.stderr
@@ -426,7 +425,7 @@ def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond
 
 
 def test_a_choice_that_dies_between_rounds_ends_with_the_same_journal(halved, tmp_path, monkeypatch):
-    of_two_rounds(monkeypatch)
+    use_quick(monkeypatch, num_rounds=2)
     journal = tmp_path / "journal"
     lines = halved.journal.read_bytes().split(b"\n")
     names = [json.loads(line).get("note") for line in lines if line]
@@ -474,7 +473,7 @@ WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, 
             {(3, 2): {0.5: WEAK, 0.75: GOOD, 0.875: STRONG}},
             [(3, 2, 0.5), (3, 2, 0.75), (3, 2, 0.875)],
         ),
-        # As high as it goes within the limits, if that is no more than the source's 0.6.
+        # Halved to the end, because no point within the limits scores higher than the source's 0.6.
         (
             [(WEAK, 0.4), (STRONG, 0.8)],
             {(1, 2): {0.5: STRONG, 0.25: GOOD, 0.375: GOOD}},

@@ -1,8 +1,9 @@
 """Chooses directions before a search: rounds of ascent, each of which is measured by generation as a candidate.
 
 The rounds are points: each is a selection of directions with its figures on the search's prompts. Where none of them is
-within the limits, or one beyond them scores higher, points on lines between them are tried. The first part of the
-prompts (`Parts.choice`) decides the weights, the second which point is taken; the report uses the third.
+within the limits, or one beyond them scores higher, points on lines between them are tried, and where the source
+answers keep prompts as the target does, all of its directions as they are. The first part of the prompts
+(`Parts.choice`) decides the weights, the second which point is taken; the report uses the third.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,9 @@ NEARLY = 0.96
 MIN_SHARE = 0.5
 # Rounds beyond those of the settings, while more refusals would do no harm that the limits forbid.
 MORE_ROUNDS = 4
+# A full transplant that diverges at most so far, in nats per token, has hardly a skill to lose. Copying back an
+# abliterated model's differences costs 0.06, and those of LoRA fine-tunes 2.6 (tests/benchmarks/RESULTS.md).
+NEAR = 0.1
 # Points on lines between rounds: how often a line is halved, and how many there are on all lines.
 MAX_HALVINGS = 3
 MAX_BETWEEN = 6
@@ -63,7 +68,7 @@ class Chosen:
     """The points of a choice, and the plan of one of them.
 
     Attributes:
-        points: Those of the rounds in order, then any between them.
+        points: In the order in which they were made: those of the rounds, and any whole or between them.
         number: Of the point that was taken, from 1.
         plan: The plan whose edit has that point's directions, and whose units are the matrices that have some.
         baseline: That point's measurements.
@@ -87,13 +92,13 @@ class _Offer:
     start: Start
 
 
-def choose(rounds: Rounds, limits: Requirement, wanted: float, pick: int | None = None) -> Chosen:
+def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None = None) -> Chosen:
     """Choose directions for a plan's units, and the point of those within the limits to take.
 
     Args:
         rounds: Makes the points; each is measured by their bench, and recorded in their journal.
         limits: What a point must meet.
-        wanted: The score above which no better point is looked for: the source's.
+        full: The figures of the full transplant; beyond its score no better point is looked for.
         pick: The number of a point to take whatever its figures are; None for the best within the limits.
 
     Raises:
@@ -110,8 +115,8 @@ def choose(rounds: Rounds, limits: Requirement, wanted: float, pick: int | None 
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
         )
     _tell(spectra)
-    offers = _of_rounds(rounds, limits, spectra)
-    offers += _between(rounds, limits, offers, wanted)
+    offers = _of_rounds(rounds, limits, spectra, full)
+    offers += _between(rounds, limits, offers, full.score)
     points = [offer.point for offer in offers]
     number = pick if pick is not None else _best(points)
     if number is None:
@@ -145,23 +150,43 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
     return planned(rounds.plan, spectra, state)[0]
 
 
-def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum]) -> list[_Offer]:
-    """The points of the rounds; as long as all of them only score too low, one more round follows after another."""
+def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum], full: Baseline) -> list[_Offer]:
+    """The points of the rounds; as long as all of them only score too low, one more round follows after another.
+
+    Before those, if the full transplant is a repair that hardly diverges, its directions as they are: a point that
+    scores as the source does ends the rounds.
+    """
     offers: list[_Offer] = []
-    first = rounds.settings.num_rounds
+    made, first = 0, rounds.settings.num_rounds
+    is_near = limits.complaint(full.figures) is None and full.figures.get(DIVERGENCE, math.inf) <= NEAR
     for number in range(first, first + MORE_ROUNDS + 1):
-        for state in rounds.states(spectra, number)[len(offers) :]:
-            at = len(offers) + 1
-            offers.append(_offer(rounds, limits, Start(spectra, state, at), at))
-        if any(limits.split(offer.baseline.figures) != (False, True) for offer in offers):
+        for state in rounds.states(spectra, number)[made:]:
+            made += 1
+            offers.append(_offer(rounds, limits, Start(spectra, state, made), len(offers) + 1))
+        if number == first and is_near and _all_score_too_low(offers, limits):
+            LOG.info("the source answers the keep prompts much as the target does: trying all of its directions")
+            start = Start(spectra, _whole(spectra, offers[-1].start.state), made)
+            offers.append(_offer(rounds, limits, start, len(offers) + 1, is_whole=True))
+        if not _all_score_too_low(offers, limits):
             break
     return offers
 
 
-def _offer(
-    rounds: Rounds, limits: Requirement, start: Start, number: int, line: tuple[int, int, float] | None = None
-) -> _Offer:
-    """Measure a state as a point, unless the journal has its figures; `line` as `Point.line`."""
+def _all_score_too_low(offers: Sequence[_Offer], limits: Requirement) -> bool:
+    """Whether more refusals are all that these points lack."""
+    return all(limits.split(offer.baseline.figures) == (False, True) for offer in offers)
+
+
+def _whole(spectra: Sequence[Spectrum], state: torch.Tensor) -> torch.Tensor:
+    """The state whose cores are identities, which transplants the directions as they are; its weights are `state`'s."""
+    found = torch.zeros_like(state)
+    found[0] = torch.cat([torch.eye(one.rank).flatten() for one in spectra])
+    found[3:] = state[3:]
+    return found
+
+
+def _offer(rounds: Rounds, limits: Requirement, start: Start, number: int, **of_point: Any) -> _Offer:
+    """Measure a state as a point, unless the journal has its figures; `of_point` are further fields of `Point`."""
     bench, journal = rounds.bench, rounds.journal
     plan, edit = planned(rounds.plan, start.spectra, start.state)
     name = f"point {number}"
@@ -172,7 +197,7 @@ def _offer(
     noted = {key: value for key, value in journal.notes[name].items() if key != "directions"}
     baseline = Baseline.from_json(noted)
     complaint = limits.complaint(baseline.figures) if plan.units else "it changes nothing"
-    point = Point(number, dict(baseline.figures), edit.factors.num_directions, complaint, line=line)
+    point = Point(number, dict(baseline.figures), edit.factors.num_directions, complaint, **of_point)
     LOG.info(point.text(limits))
     return _Offer(point, plan, baseline, start)
 
@@ -194,17 +219,18 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], want
     figures = [offer.baseline.figures for offer in offers]
     for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures]):
         # The target is the state of which all cores are zero.
-        states = [offers[at - 1].start.state if at else torch.zeros_like(offers[0].start.state) for at in (start, end)]
-        num_rounds = max(start, end)
+        target = replace(offers[0].start, state=torch.zeros_like(offers[0].start.state), num_rounds=0)
+        ends = [offers[at - 1].start if at else target for at in (start, end)]
+        later = max(reversed(ends), key=lambda one: one.num_rounds)
         low, high = 0.0, 1.0
         for _ in range(MAX_HALVINGS):
             share = (low + high) / 2
             # Moments, and the weights of refusals and of harmless prompts, are those of the later round.
-            state = states[(start, end).index(num_rounds)].clone()
-            state[0] = torch.lerp(states[0][0], states[1][0], share)
-            on_the_way = Start(offers[0].start.spectra, state, num_rounds)
+            state = later.state.clone()
+            state[0] = torch.lerp(ends[0].state[0], ends[1].state[0], share)
             number = len(offers) + len(found) + 1
-            found.append(_offer(rounds, limits, on_the_way, number, (start, end, share)))
+            on_the_way = replace(later, state=state)
+            found.append(_offer(rounds, limits, on_the_way, number, line=(start, end, share)))
             if len(found) == MAX_BETWEEN or is_enough(found[-1]):
                 return found
             scores, keeps = limits.split(found[-1].baseline.figures)
@@ -279,7 +305,7 @@ def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = 
             "--pick (DAPA_PICK) takes a point of a choice, but the recipe or its lock names the layers; leave it out, "
             "or write `layers: auto`"
         )
-    if not 1 <= pick <= (most := Settings().num_rounds + MORE_ROUNDS + MAX_BETWEEN):
+    if not 1 <= pick <= (most := Settings().num_rounds + 1 + MORE_ROUNDS + MAX_BETWEEN):
         raise UsageError(_no_point(pick, most))
 
 

@@ -62,6 +62,7 @@ class Point:
         part_of: The number of the point that it is a part of, if the search left matrices out; None for a round.
         line: The numbers of the points between which it lies, the one that scores less first and 0 for the target, and
             the share of the way; None for other points.
+        is_whole: Whether it is the transplant of the directions as they are.
     """
 
     number: int
@@ -71,10 +72,13 @@ class Point:
     on_front: bool = False
     part_of: int | None = None
     line: tuple[int, int, float] | None = None
+    is_whole: bool = False
 
     @property
     def name(self) -> str:
         """Its number, with those of the points that it is a part of or between."""
+        if self.is_whole:
+            return f"{self.number} (all directions)"
         if self.line is not None:
             start, end, _ = self.line
             return f"{self.number} ({start or 'target'} to {end})"

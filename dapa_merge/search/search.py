@@ -95,7 +95,7 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
     assert session.choice is not None
     assert isinstance(session.journal, Journal)
     rounds = Rounds(session.plan, session.bench, session.journal, session.choice, Settings())
-    chosen = choose(rounds, limits, reference.score, session.options.pick)
+    chosen = choose(rounds, limits, reference, session.options.pick)
     LOG.info(f"taking point {chosen.number}")
     session.bench.use(chosen.plan)
     session = replace(session, plan=chosen.plan, journal=_marked(session.journal, chosen.plan))

@@ -23,6 +23,7 @@ from conftest import answer, call, change_tensor, required, skip_drawing, write_
 from dapa_merge import miniature
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
@@ -105,6 +106,14 @@ def entries(journal: Path) -> list[dict]:
 
 def notes_of(journal: Path) -> list[str]:
     return [entry["note"] for entry in entries(journal) if "note" in entry]
+
+
+def cut_after(name: str, journal: Path, out: Path) -> Path:
+    """The journal of a choice that died after a note."""
+    lines = [line for line in journal.read_bytes().split(b"\n") if line]
+    names = [json.loads(line).get("note") for line in lines]
+    out.write_bytes(b"".join(line + b"\n" for line in lines[: names.index(name) + 1]))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +265,7 @@ def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, 
     out = [tmp_path / "out", "--no-lock"] if command == "run" else []
     other = write(edit="copy")
     for recipe, pick, said in (
-        (write(), 10, "--pick (DAPA_PICK) is 10, but a choice has the points 1 to 9"),
+        (write(), 11, "--pick (DAPA_PICK) is 11, but a choice has the points 1 to 10"),
         (other, 1, "--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which copy does not"),
     ):
         result = call(command, recipe, *out, "--pick", pick)
@@ -294,7 +303,8 @@ def test_without_a_point_within_the_limits_all_are_listed_and_the_nearest_is_nam
     assert said.endswith(f". Nearest is point {best}: `--pick {best}` takes it (DAPA_PICK for mergekit-yaml)")
 
 
-LIMITS = required(min_score=0.9, max_over_refusal=0.05, max_perplexity=10.0, max_divergence=float("nan"))
+LIMIT_VALUES = {"min_score": 0.9, "max_over_refusal": 0.05, "max_perplexity": 10.0, "max_divergence": math.nan}
+LIMITS = required(**LIMIT_VALUES)
 
 
 def point(number, score, over_refusal, perplexity=9.0, num_directions=5):
@@ -426,10 +436,7 @@ def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond
 
 def test_a_choice_that_dies_between_rounds_ends_with_the_same_journal(halved, tmp_path, monkeypatch):
     use_quick(monkeypatch, num_rounds=2)
-    journal = tmp_path / "journal"
-    lines = halved.journal.read_bytes().split(b"\n")
-    names = [json.loads(line).get("note") for line in lines if line]
-    journal.write_bytes(b"".join(line + b"\n" for line in lines[: names.index("point 3") + 1]))
+    journal = cut_after("point 3", halved.journal, tmp_path / "journal")
     assert answer("search", halved.recipe, "--journal", journal, "--json")["points"] == halved.found["points"]
     assert entries(journal) == halved.entries
 
@@ -443,7 +450,7 @@ class Line:
     def split(self, figures: dict) -> tuple[bool, bool]:
         return figures["verdict"]
 
-    def offer(self, _rounds, _limits, start, number, line) -> choose._Offer:
+    def offer(self, _rounds, _limits, start, number, *, line) -> choose._Offer:
         one, other, share = line
         self.asked.append((one, other, share))
         # The core lies on the line; what is not a core is the later round's.
@@ -510,6 +517,78 @@ def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, ver
     found = choose._between(None, line, [made(number, one) for number, one in enumerate(rounds, 1)], 0.6)
     assert line.asked == asked
     assert [offer.point.number for offer in found] == list(range(len(rounds) + 1, len(rounds) + 1 + len(asked)))
+
+
+@pytest.fixture(scope="module")
+def whole(write, tmp_path_factory) -> Done:
+    """A search of a source that is taken to answer the keep prompts as the target does, after a round of one step."""
+    journal = tmp_path_factory.mktemp("whole") / "journal"
+    recipe = write(max_perplexity=4.0, max_over_refusal=1.0, max_tests=1)
+    with pytest.MonkeyPatch.context() as patch:
+        use_whole(patch)
+        return Done(recipe, journal, answer("search", recipe, "--journal", journal, "--json"))
+
+
+def use_whole(patch) -> None:
+    use_quick(patch, num_rounds=1, num_steps=1)
+    patch.setattr(choose, "MORE_ROUNDS", 1)
+    patch.setattr(choose, "NEAR", math.inf)
+
+
+def test_where_rounds_score_too_low_and_the_full_transplant_is_near_its_directions_are_a_point(whole, monkeypatch):
+    use_whole(monkeypatch)
+    first, second = whole.found["points"]
+    assert (first["is_whole"], second["is_whole"], whole.found["picked"]) == (False, True, 2)
+    assert first["complaint"].startswith("its DSR is")
+    assert second["complaint"] is None
+    assert notes_of(whole.journal)[3:6] == ["round 1", "point 1", "point 2"]
+    said = call("search", whole.recipe, "--journal", whole.journal).stderr
+    assert "point 2 (all directions): DSR 1.000" in said
+    # Each matrix is moved by its leading directions, no more and no less.
+    recipe = load_recipe(whole.recipe)
+    plan = make_plan(recipe)
+    spectra = list(spectra_of(plan, plan.units, torch.device("cpu")))
+    (state,) = (rounds._decoded(entry["value"]) for entry in whole.entries if entry.get("note") == "round 1")
+    stored = choose.planned(plan, spectra, choose._whole(spectra, state))[1].factors
+    for one in spectra:
+        expected = one.left @ one.right
+        assert (torch.from_numpy(stored.of[one.place].product()) - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("near", "min_score", "added"),
+    [
+        # The packaged source answers keep prompts otherwise.
+        (0.1, 0.5, ["round 2", "point 2"]),
+        # A full transplant that is no repair is not offered.
+        (math.inf, 1.1, ["round 2", "point 2"]),
+    ],
+)
+def test_the_directions_are_not_offered_as_they_are_where_they_are_no_repair_or_far(
+    near, min_score, added, whole, tmp_path, monkeypatch
+):
+    use_whole(monkeypatch)
+    monkeypatch.setattr(choose, "NEAR", near)
+    if min_score > 1:
+        monkeypatch.setattr(
+            search, "_limits", lambda *_: required(**{**LIMIT_VALUES, "min_score": min_score, "max_perplexity": 99.0})
+        )
+    journal = cut_after("point 1", whole.journal, tmp_path / "journal")
+    result = call("search", whole.recipe, "--journal", journal)
+    assert "all directions" not in result.stderr
+    assert notes_of(journal)[notes_of(journal).index("point 1") + 1 :][:2] == added
+
+
+def test_rounds_go_on_where_the_directions_as_they_are_score_too_low_too(whole, tmp_path, monkeypatch):
+    """A point must score more than any can, so that every one of them only scores too low."""
+    use_whole(monkeypatch)
+    monkeypatch.setattr(choose, "_whole", lambda spectra, state: torch.cat([state[:1] / 2, state[1:]]))
+    journal = cut_after("point 1", whole.journal, tmp_path / "journal")
+    result = call("search", whole.recipe, "--journal", journal)
+    assert result.exit_code == 3
+    assert notes_of(journal)[-3:] == ["point 2", "round 2", "point 3"]
+    points = re.findall(r"point (\d(?: \(all directions\))?): DSR", result.stderr.splitlines()[-1])
+    assert points == ["1", "2 (all directions)", "3"]
 
 
 def test_what_a_search_left_stays_as_it_is_where_settling_would_score_less(done, tmp_path, monkeypatch):
@@ -674,7 +753,6 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
     from contextlib import closing
 
     from dapa_merge.measure.divergence import make_reference
-    from dapa_merge.plan.selection import make_plan
 
     recipe = load_recipe(done.recipe)
     plan, parts = make_plan(recipe), split_prompts(recipe)

@@ -34,6 +34,8 @@ from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
 MODULES = ("gate", "up", "down", "mlp", *ATTENTION_MODULES, "attention")
 # Modules that consist of others.
 WHOLES = {"mlp": ("gate", "up", "down"), "attention": ATTENTION_MODULES}
+# The modules that are a layer's attention or a part of it; the others are of its MLP.
+ATTENTION = ("attention", *ATTENTION_MODULES)
 # In a recipe, the modules that the model turns out to have: `auto_modules`.
 AUTO = "auto"
 # Of MLP and attention, what `auto` stands for: the first that a model has, as separate units.
@@ -252,7 +254,7 @@ def _parts_by_layer(stack: _Stack, modules: Sequence[str]) -> list[dict[str, tup
         NoSuchModule: If a module is absent or cannot be located.
     """
     spellings = spell(stack.layers)
-    attention = attention_parts(stack.layers, [name for name in modules if name in (*ATTENTION_MODULES, "attention")])
+    attention = attention_parts(stack.layers, [name for name in modules if name in ATTENTION])
     by_layer = []
     for number, layer in enumerate(stack.layers):
         try:

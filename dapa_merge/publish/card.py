@@ -30,7 +30,7 @@ from dapa_merge.report.tables import (
     taken_line,
 )
 from dapa_merge.search.requirement import limits_text
-from dapa_merge.search.result import thrift
+from dapa_merge.search.result import is_of_bundles, needed, thrift
 
 TEMPLATE_PATH = Path(__file__).with_name("card.md.jinja")
 # Entries of a certificate that a card lists at most.
@@ -113,7 +113,9 @@ def card_text(facts: CardFacts) -> str:
         verb=facts.edit.verb,
         freedom=_freedom(facts),
         charts=charts.CHARTS,
-        reasons=list(report.certificate.items())[:MAX_REASONS] if report else [],
+        reasons=needed(report.certificate) if report else [],
+        max_reasons=MAX_REASONS,
+        is_of_bundles=is_of_bundles,
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[
             (one.role, [_link(one), f"`{one.commit}`" if one.commit else "-", str(one.license or "not stated")])

@@ -56,8 +56,9 @@ class Report:
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
         prior: The expected effect of each unit, in nats; None if the search did not use a prior.
-        one_minimal: Whether each kept unit was shown to be needed; None if the layers were given, or a point picked.
-        certificate: For each kept unit, the selection without it, which did not hold.
+        one_minimal: Whether each kept unit, or bundle of units, was shown to be needed; None if the layers were given,
+            or a point picked.
+        certificate: For each kept unit, the selection without it or without its bundle, which did not hold.
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
         keep: The keep prompts as the recipe names them; None for the harmless prompts.

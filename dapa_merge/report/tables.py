@@ -21,7 +21,7 @@ from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.search.requirement import constraints_of
-from dapa_merge.search.result import Point, Search, readable_certificate, thrift
+from dapa_merge.search.result import Point, Search, is_of_bundles, needed, readable_certificate, thrift
 
 TableRow = tuple[str, list[str]]
 # The name of the skill of a prompt set.
@@ -218,8 +218,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         by_hand = report.picked_by_hand is not None
         facts.append(("taken", taken_line(report.points, report.picked, by_hand=by_hand)))
     if report.one_minimal is not None:
-        needed = "each unit seen to be needed" if report.one_minimal else "NOT proved minimal"
-        facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {needed}"))
+        each = "bundle" if is_of_bundles(report.certificate) else "unit"
+        proved = f"each {each} seen to be needed" if report.one_minimal else "NOT proved minimal"
+        facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {proved}"))
         facts.append(("saved", thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)))
     if report.searched is not None:
         seen = report.searched
@@ -432,8 +433,10 @@ def _searched_facts(search: Search) -> list[str]:
         f"{minimum.tests} tests, {search.seconds:.1f} s; saved "
         + thrift(search.num_recorded, search.num_unneeded, search.share_saved),
         *(
-            f"  needed: {unit}; without it, {spans(others)} fails"
-            for unit, others in readable_certificate(minimum).items()
+            f"  needed: {units[0]}; without it, {spans(others)} fails"
+            if len(units) == 1
+            else f"  needed: {spans(units)}; without them, {spans(others)} fails"
+            for units, others in needed(readable_certificate(minimum))
         ),
     ]
     if not minimum.one_minimal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -161,5 +161,18 @@ def thrift(num_recorded: int, num_unneeded: int, share_saved: float) -> str:
 
 
 def readable_certificate(minimum: Minimum[Any]) -> dict[str, list[str]]:
-    """For each kept unit, the selection without it, which did not hold."""
+    """For each kept unit, the selection without it or without its bundle, which did not hold."""
     return {str(unit): list(map(str, others)) for unit, others in minimum.certificate.items()}
+
+
+def needed(certificate: Mapping[str, Sequence[str]]) -> list[tuple[list[str], Sequence[str]]]:
+    """The entries of a readable certificate: units that were left out together, and the selection that did not hold."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for unit, others in certificate.items():
+        found.setdefault(tuple(others), []).append(unit)
+    return [(units, others) for others, units in found.items()]
+
+
+def is_of_bundles(certificate: Mapping[str, Sequence[str]]) -> bool:
+    """Whether a certificate is of bundles of units that were left out together (`search/bundles.py`)."""
+    return any(len(units) > 1 for units, _ in needed(certificate))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
-from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
+from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.live import mapped_values
@@ -27,6 +26,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
+from dapa_merge.search.bundles import Bundle, by_layer, each_alone, minimize_bundles
 from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, settle, with_front
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
@@ -40,6 +40,8 @@ Prior = Mapping[Unit, float]
 # token, where that hardly shows in what a model says.
 MORE_DIVERGENCE = 1.1
 SMALL_DIVERGENCE = 0.005
+# Of more matrices than this, an edit that changes all of them a little is searched in bundles first.
+MAX_ALONE = 96
 
 
 @dataclass(frozen=True)
@@ -289,8 +291,19 @@ def _minimum(
     recipe, plan = session.recipe, session.plan
     units = _preferred(session, oracle)
     prior = _weigh(session, plan.units, "prior", target, full)
-    LOG.info(f"searching among {len(units)} units for the few that keep a {limits.measure} of {limits.min_score:.3f}")
-    minimum = _minimize(session, oracle, units, prior)
+    wanted = f"for the few that keep a {limits.measure} of {limits.min_score:.3f}"
+    if plan.edit.chooses and len(units) > MAX_ALONE:
+        bundles = by_layer(units)
+        LOG.info(f"searching among {len(bundles)} bundles, of the attention or the MLP of one layer each, {wanted}")
+        minimum = _minimize(session, oracle, bundles, prior)
+        if not minimum.one_minimal or len(minimum.units) > MAX_ALONE:
+            return minimum, prior, len(bundles)
+        units = minimum.units
+        LOG.info(f"searching among the {len(units)} units of those found")
+        # That all of them hold has been asked.
+        return _minimize(session, oracle, each_alone(units), prior, num_free=1), prior, len(bundles) + len(units)
+    LOG.info(f"searching among {len(units)} units {wanted}")
+    minimum = _minimize(session, oracle, each_alone(units), prior)
     if recipe.granularity == "layer" or not minimum.one_minimal:
         return minimum, prior, len(plan.units)
     blocks = divide(plan, minimum.units, recipe.rows_per_block).units
@@ -299,7 +312,7 @@ def _minimum(
     of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
     LOG.info(f"searching among {len(blocks)} smaller units: {of_what} of those found")
     finer_prior = _weigh(session, blocks, f"prior of {recipe.granularity}", target, full)
-    finer = _minimize(session, oracle, blocks, finer_prior, num_free=1)
+    finer = _minimize(session, oracle, each_alone(blocks), finer_prior, num_free=1)
     # All blocks together are the selection found before, so its test does not count twice.
     oracle.asked.pop(names_of(blocks), None)
     return finer, prior, len(plan.units) + len(blocks)
@@ -341,19 +354,16 @@ def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline,
 
 
 def _minimize(
-    session: Session, oracle: Oracle, units: tuple[Unit, ...], prior: Prior | None, *, num_free: int = 0
+    session: Session, oracle: Oracle, bundles: Sequence[Bundle], prior: Prior | None, *, num_free: int = 0
 ) -> Minimum[Unit]:
-    """Delta debugging among some units; `num_free` of its tests do not count."""
+    """Delta debugging among bundles of units; `num_free` of its tests do not count."""
     recipe = session.recipe
     if session.options.uses_ray:
         # Free the memory for the workers, one of which may use the same device.
         session.bench.close()
-    sizes = {unit: session.plan.num_parameters((unit,)) for unit in units}
-    likely = functools.partial(foresee, units, algorithm=recipe.search, prior=prior, sizes=sizes)
+    sizes = {unit: session.plan.num_parameters((unit,)) for bundle in bundles for unit in bundle}
     left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
-    return minimize(
-        units, oracle.among(units, likely), algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left
-    )
+    return minimize_bundles(bundles, oracle.among, algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left)
 
 
 def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) -> Iterator[Asked]:

@@ -31,7 +31,7 @@ from dapa_merge.report.report import read_report
 from dapa_merge.search import ascent, bench, choose, identity, rounds, search
 from dapa_merge.search.choose import nearest, with_front
 from dapa_merge.search.journal import Journal, name_of
-from dapa_merge.search.result import Baseline, Point
+from dapa_merge.search.result import Baseline, Point, is_of_bundles, needed
 from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
 
 # Three rounds are enough for the packaged pair, and short ones: what counts here is not the repair.
@@ -608,6 +608,39 @@ def test_what_a_search_left_stays_as_it_is_where_settling_would_score_less(done,
     assert last["figures"] != settled["figures"]
     assert last["figures"]["score"] >= 0.95
     assert last["part_of"] == settled["part_of"]
+
+
+@pytest.mark.parametrize("most", [1, 24])
+def test_many_matrices_are_searched_in_bundles_and_few_that_are_left_alone(most, done, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "MAX_ALONE", most)
+    recipe = write(modules="gate,up,down", max_tests=None)
+    journal = cut_after("point 3", done.journal, tmp_path / "journal")
+    found = answer("search", recipe, "--journal", journal, "--json")
+    groups = needed(found["certificate"])
+    left_alone = most > 1
+    assert found["one_minimal"]
+    assert is_of_bundles(found["certificate"]) == (not left_alone)
+    assert sorted(unit for units, _ in groups for unit in units) == sorted(found["units"])
+    if not left_alone:
+        # All that a layer's MLP has is left out at once.
+        assert all(len({unit.partition(".")[0] for unit in units}) == 1 for units, _ in groups)
+        assert len(groups) == len({unit.partition(".")[0] for unit in found["units"]})
+    tests = {
+        frozenset(name for name in entry["selection"] if not name.startswith("directions ")): entry["holds"]
+        for entry in entries(journal)
+        if "selection" in entry
+    }
+    assert not any(tests[frozenset(others)] for _, others in groups if others)
+    said = call("search", recipe, "--journal", journal)
+    assert "searching among 10 bundles, of the attention or the MLP of one layer each" in said.stderr
+    assert ("units of those found" in said.stderr) == left_alone
+    assert ("without them" in said.stdout) == (not left_alone)
+    # A search that dies goes on where it was.
+    half = tmp_path / "half"
+    lines = journal.read_bytes().split(b"\n")
+    half.write_bytes(b"".join(line + b"\n" for line in lines[: len(done.entries) + 2]))
+    assert answer("search", recipe, "--journal", half, "--json")["certificate"] == found["certificate"]
+    assert entries(half) == entries(journal)
 
 
 def test_points_are_marked_by_divergence_and_score():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dapa_merge import __version__
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
+from dapa_merge.imports import lasting
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.ladder import make_ladder
@@ -142,7 +143,8 @@ def repair(
     extras: dict[str, str | bytes] = {}
     if evaluate:
         # Imported here: a transplant alone does not need torch, and starts in half the time without it.
-        from dapa_merge.report.evidence import gather_evidence
+        with lasting():
+            from dapa_merge.report.evidence import gather_evidence
 
         evidence = gather_evidence(ladder, selection, options)
         recipe, plan, selection = evidence.recipe, evidence.plan, evidence.selection

@@ -85,31 +85,47 @@ def shown(quiet: bool = False) -> Iterator[None]:
         yield
         return
     console = Console(stderr=True)
-    handler = _Handler(console)
+    _consoles.append(console)
+    try:
+        with _each_step(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)):
+            yield
+    finally:
+        _consoles.pop()
+
+
+@contextmanager
+def collected() -> Iterator[list[str]]:
+    """Collect the steps inside the `with` block, as the lines that `shown` would show."""
+    lines: list[str] = []
+    with _each_step(lines.append):
+        yield lines
+
+
+@contextmanager
+def _each_step(tell: Callable[[str], object]) -> Iterator[None]:
+    handler = _Handler(tell)
     level, propagates = LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     # mergekit's command line has its own handler at the root.
     LOG.propagate = False
-    _consoles.append(console)
     try:
         yield
     finally:
-        _consoles.pop()
         LOG.setLevel(level)
         LOG.propagate = propagates
         LOG.removeHandler(handler)
 
 
 class _Handler(logging.Handler):
-    """Prints each record as one plain line, escaped because it may quote untrusted text."""
+    """Tells each record as one plain line, escaped because it may quote untrusted text."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, tell: Callable[[str], object]) -> None:
         super().__init__()
-        self._console = console
+        self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(printable(record.getMessage()), highlight=False, markup=False, soft_wrap=True)
+        self._tell(printable(record.getMessage()))
 
 
 def _ignore(_amount: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+
+from dapa_merge.imports import lasting
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "mergekit", "pydantic", "numpy", "pandas", "scipy")
@@ -63,6 +66,50 @@ def test_a_transplant_of_named_layers_needs_no_torch(llama_pair, write_recipe, t
     result = run_python(code + "print({'torch', 'scipy', 'pandas'} & {*sys.modules})")
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.fixture
+def collecting():
+    """The garbage collector as it is in a new process."""
+    before = gc.isenabled()
+    gc.unfreeze()
+    gc.enable()
+    yield
+    gc.unfreeze()
+    (gc.enable if before else gc.disable)()
+
+
+def test_what_is_imported_to_last_is_not_looked_at_for_garbage_any_more(collecting, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with lasting():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 1000
+    gc.unfreeze()
+
+    def fail() -> None:
+        with lasting():
+            raise ImportError
+
+    with pytest.raises(ImportError):
+        fail()
+    # Of an import that failed there is nothing to keep.
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+
+def test_a_program_that_has_torch_is_left_as_it_is(collecting, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    with lasting():
+        assert gc.isenabled()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, 0)
+
+
+def test_a_program_that_collects_no_garbage_is_left_as_it_is(collecting, monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    gc.disable()
+    with lasting():
+        assert not gc.isenabled()
+    assert (gc.isenabled(), gc.get_freeze_count()) == (False, 0)
 
 
 def test_the_package_runs_as_a_module():

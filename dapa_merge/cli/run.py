@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +37,19 @@ from dapa_merge.cli.options import (
 )
 from dapa_merge.errors import UsageError
 from dapa_merge.files import new_file, replace_file
+from dapa_merge.imports import lasting
 from dapa_merge.measure.figures import responses_text
 from dapa_merge.miniature import recipe_text
 from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import reduced
-from dapa_merge.progress import quiet
+from dapa_merge.progress import collected, quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
-from dapa_merge.report.report import jsonable
+from dapa_merge.report.report import Report, jsonable
 from dapa_merge.report.tables import (
     categories_table,
     figures_table,
@@ -86,8 +90,9 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     Searches as `run` does, whatever layers RECIPE names, and shows for each layer found that it is needed. Writes no
     model.
     """
-    from dapa_merge.report.replay import replay_text
-    from dapa_merge.search.ladder import search_ladder
+    with lasting():
+        from dapa_merge.report.replay import replay_text
+        from dapa_merge.search.ladder import search_ladder
 
     with _kept_in(out) as keep:
         parsed = load_recipe(recipe)
@@ -152,7 +157,8 @@ def evaluate(
     MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, also by category,
     perplexity and skills.
     """
-    from dapa_merge.measure.meter import evaluate_model
+    with lasting():
+        from dapa_merge.measure.meter import evaluate_model
 
     with _kept_in(responses) as keep:
         measured = evaluate_model(model, prompts, options, **settings)
@@ -185,25 +191,43 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     Two pairs: one that copied gate projections repair, whose result is written to OUT, and one that takes the edit
     directions, whose result is written next to it, to OUT-shadow. Neither may exist.  [default: dapa-demo]
     """
-    import torch
-
-    from dapa_merge.flow import repair as repair_recipe
-
-    # A model this small gains nothing from more threads, and loses much if they share cores.
-    torch.set_num_threads(1)
     is_told = not (as_json or click.get_current_context().find_root().params["quiet"])
-    reports = []
-    for pair, folder in (("", out), ("shadow-", out.with_name(f"{out.name}-shadow"))):
-        text = recipe_text(pair)
-        if is_told:
-            click.echo(f"The recipe:\n\n{text}", err=True)
-        reports.append(repair_recipe(parse_recipe(text, "the miniature's recipe"), folder, options=options))
+
+    def tell(report: Report) -> None:
         if not as_json:
-            print_report(reports[-1], Console())
+            print_report(report, Console())
             click.echo()
+
+    def tell_recipe(pair: str) -> None:
+        if is_told:
+            click.echo(f"The recipe:\n\n{recipe_text(pair)}", err=True)
+
+    tell_recipe("")
+    # Both at once, each on one core: models this small gain nothing from more. Torch reads the variable.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        other = pool.submit(_repaired_aside, "shadow-", out.with_name(f"{out.name}-shadow"), options)
+        first = _repaired("", out, options)
+        tell(first)
+        tell_recipe("shadow-")
+        second, lines = other.result()
+    if is_told:
+        click.echo("\n".join(lines), err=True)
+    tell(second)
     if as_json:
-        first, second = (report.to_json() for report in reports)
-        print_answer({**first, "shadow": second}, (), as_json)
+        print_answer({**first.to_json(), "shadow": second.to_json()}, (), as_json)
+
+
+def _repaired(pair: str, out: Path, options: Options) -> Report:
+    from dapa_merge.flow import repair
+
+    return repair(parse_recipe(recipe_text(pair), "the miniature's recipe"), out, options=options)
+
+
+def _repaired_aside(pair: str, out: Path, options: Options) -> tuple[Report, list[str]]:
+    """As `_repaired`, in a process of its own; also what it would have said."""
+    with collected() as lines:
+        return _repaired(pair, out, options), lines
 
 
 @click.command()

@@ -28,6 +28,7 @@ from dapa_merge.cli.options import (
 )
 from dapa_merge.compare.result import DAPA, METHODS, CompareOptions
 from dapa_merge.errors import Stopped, UsageError
+from dapa_merge.imports import lasting
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.trace.options import SITE_KINDS, TRACED, TraceOptions
@@ -123,7 +124,8 @@ def trace(
     alone, puts groups of units in and takes them out, next to random ones, measures edits of every size, and says
     whether tracing would have found what the search selects. If stopped, the same command resumes. Needs matplotlib.
     """
-    from dapa_merge.trace.trace import trace_recipe
+    with lasting():
+        from dapa_merge.trace.trace import trace_recipe
 
     if not math.isfinite(noise):
         raise UsageError(f"--noise is {noise}; write a number of at least 0")
@@ -215,7 +217,8 @@ def compare(
             "leave linear out of --methods"
         )
     with _stoppable(out):
-        from dapa_merge.compare.compare import compare_recipes
+        with lasting():
+            from dapa_merge.compare.compare import compare_recipes
 
         found = compare_recipes(recipes, out, wanted, options)
     print_answer(found.summary, lambda console: _show(found, out, console), as_json)

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 from dapa_merge.checkpoint.units import ATTENTION, Unit
-from dapa_merge.delta.minimize import Minimum, foresee, minimize
+from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 
 # Units that are left out or kept together.
 Bundle = tuple[Unit, ...]
@@ -54,6 +54,9 @@ def minimize_bundles(
     Returns:
         The units of the bundles that are left. `one_minimal` says that no bundle can be left out, and the certificate
         has, for each unit, the selection without its bundle.
+
+    Raises:
+        SearchInterrupted, SearchStopped: As `minimize` does, with units too.
     """
     how: dict[str, Any] = {
         "algorithm": algorithm,
@@ -68,7 +71,13 @@ def minimize_bundles(
         return [_units(found) for found in foresee(bundles, known, number, **how)]  # type: ignore[arg-type]
 
     holds = among(tuple(chain.from_iterable(bundles)), likely)
-    found = minimize(bundles, lambda selection: holds(_units(selection)), max_tests=max_tests, **how)
+    try:
+        return _of_units(minimize(bundles, lambda selection: holds(_units(selection)), max_tests=max_tests, **how))
+    except (SearchInterrupted, SearchStopped) as stop:
+        raise type(stop)(_of_units(stop.best)) from stop.__cause__
+
+
+def _of_units(found: Minimum[Bundle]) -> Minimum[Unit]:
     certificate = {
         unit: tuple(chain.from_iterable(others)) for bundle, others in found.certificate.items() for unit in bundle
     }

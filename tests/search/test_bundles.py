@@ -8,6 +8,7 @@ import random
 import pytest
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.delta.minimize import SearchInterrupted, SearchStopped
 from dapa_merge.search.bundles import by_layer, each_alone, minimize_bundles
 from dapa_merge.search.result import is_of_bundles, needed, readable_certificate
 
@@ -107,6 +108,25 @@ def test_a_budget_counts_questions_and_what_it_leaves_unproved_is_told():
     wanted = frozenset(UNITS)
     found = search(by_layer(UNITS), Asked(wanted.issubset), max_tests=3)
     assert (found.tests, found.one_minimal, found.units) == (3, False, UNITS)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(KeyboardInterrupt(), SearchStopped), (OSError("gone"), SearchInterrupted)]
+)
+def test_a_search_that_ends_early_has_units_as_its_best_selection(error, expected):
+    wanted, number = frozenset(UNITS[:3]), itertools.count()
+
+    def holds(selection):
+        if next(number) == 4:
+            raise error
+        return wanted <= selection
+
+    with pytest.raises(expected) as caught:
+        search(by_layer(UNITS), Asked(holds))
+    assert caught.value.__cause__ is error
+    best = caught.value.best
+    assert wanted <= set(best.units) < set(UNITS)
+    assert all(isinstance(unit, Unit) for others in best.certificate.values() for unit in others)
 
 
 def test_a_certificate_of_bundles_is_told_bundle_by_bundle():

@@ -316,6 +316,13 @@ def run(
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Where responses are cut off.  [default: 100]")
 @click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@click.option(
+    "--max-tests",
+    type=click.IntRange(1),
+    metavar="N",
+    help="End the search for what can be left out after so many tests; the result is then valid, but not proved "
+    "minimal.  [default: no end]",
+)
 @link_option
 @manifest_option
 @search_options

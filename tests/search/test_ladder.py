@@ -133,6 +133,11 @@ def test_the_command_repair_needs_no_recipe_and_goes_on_with_the_same_journals(r
     assert tensors(tmp_path / "out") == tensors(out)
     assert (tmp_path / "out" / "README.md").is_file()
     assert not list(tmp_path.glob("*.lock.yml"))
+    # Tests in the journal count, so that the first answers end it.
+    early = answer("repair", *PAIR, tmp_path / "early", *settings, "--max-tests", 2, "--json")
+    assert (early["tests"], early["one_minimal"]) == (2, False)
+    assert set(found.units) <= set(early["units"])
+    assert call("repair", *PAIR, tmp_path / "none", *settings, "--max-tests", 0).exit_code == 2
 
 
 def test_a_rung_must_reach_what_is_possible(few):

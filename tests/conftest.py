@@ -49,6 +49,9 @@ from dapa_merge.verify.tensors import verify
 settings.register_profile("without deadline", deadline=None, max_examples=50)
 settings.load_profile("without deadline")
 
+# Tests make little garbage, and many objects that stay.
+gc.set_threshold(50_000, 50, 100)
+
 MakeCheckpoint = Callable[..., Path]
 SHAPE = dict(
     vocab_size=152, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

@@ -62,7 +62,7 @@ def test_the_bundles_of_a_layer_are_its_attention_and_its_mlp_in_order():
 @pytest.mark.parametrize("algorithm", ["guided", "probdd", "ddmin"])
 def test_what_is_left_is_the_smallest_set_of_bundles_that_holds_the_units_that_are_needed(algorithm):
     generator, bundles = random.Random(0), by_layer(UNITS)
-    for number in range(30):
+    for number in range(8):
         wanted = frozenset(generator.sample(UNITS, generator.randint(1, 6)))
         prior = {unit: generator.random() for unit in UNITS} if number % 2 else None
         oracle = Asked(wanted.issubset)

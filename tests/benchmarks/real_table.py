@@ -7,8 +7,8 @@ a run that was killed goes on. A search of directions is recorded in JOURNALS/{r
 Methods: the target and the source; `gates`, `mlp` and `all`: all gates, all of every MLP, and attention too, copied
 (what a search among them leaves can change no more); `directions`; `training`, a LoRA on the prompts that directions
 have for choice and search: the source's own refusals, and the target's own answers to the harmless and the keep
-prompts. Its rate is chosen by the same prompts. The last table has one line for each pair's directions, beside their
-limits.
+prompts. Its rate is chosen by the same prompts. Of the last two tables, one has all figures, and one a line for each
+pair's directions, beside their limits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for method in ("target", *filter(None, arguments.methods.split(","))):
                 make = functools.partial(figures_of, recipe, method, journal, arguments.tiny)
                 rows.row(path.stem, method, make)
-    print("\n".join([*table(rows.found), *verdicts(rows.found)]))
+    print("\n".join([*table(rows.found), *all_figures(rows.found), *verdicts(rows.found)]))
 
 
 def figures_of(recipe: Recipe, method: str, journal: Path, is_tiny: bool = False) -> dict[str, Any]:
@@ -140,6 +140,23 @@ def trained_lora(plan: Any, examples: Sequence[Opening], steps: int, rate: float
         model = adapted.merge_and_unload()
     prepare_for_greedy(model, tokenizer)
     return model
+
+
+def all_figures(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+    """Every figure of every row, pair by pair; perplexity on ordinary passages, which no method saw, as a ratio too."""
+    yield "\n| pair | method | DSR | over-refusal | skill | divergence | perplexity | of the target's |"
+    yield "|---" * 8 + "|"
+    for pair in dict.fromkeys(pair for pair, _ in rows):
+        for method in dict.fromkeys(("target", *METHODS)):
+            row = rows.get((pair, method), {})
+            if "dsr" not in row:
+                continue
+            low, high = row["dsr_interval"]
+            ratio = row["perplexity"] / rows[pair, "target"]["perplexity"]
+            yield (
+                f"| {pair} | {method} | {row['dsr']:.3f} ({low:.3f}-{high:.3f}) | {row['over_refusal']:.3f} | "
+                f"{row['skill']:.3f} | {row['divergence']:.2g} | {row['perplexity']:.1f} | {ratio:.2f} |"
+            )
 
 
 def verdicts(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:

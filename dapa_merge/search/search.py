@@ -295,13 +295,7 @@ def _minimum(
     if plan.edit.chooses and len(units) > MAX_ALONE:
         bundles = by_layer(units)
         LOG.info(f"searching among {len(bundles)} bundles, of the attention or the MLP of one layer each, {wanted}")
-        minimum = _minimize(session, oracle, bundles, prior)
-        if not minimum.one_minimal or len(minimum.units) > MAX_ALONE:
-            return minimum, prior, len(bundles)
-        units = minimum.units
-        LOG.info(f"searching among the {len(units)} units of those found")
-        # That all of them hold has been asked.
-        return _minimize(session, oracle, each_alone(units), prior, num_free=1), prior, len(bundles) + len(units)
+        return _minimum_of_bundles(session, oracle, bundles, prior)
     LOG.info(f"searching among {len(units)} units {wanted}")
     minimum = _minimize(session, oracle, each_alone(units), prior)
     if recipe.granularity == "layer" or not minimum.one_minimal:
@@ -316,6 +310,19 @@ def _minimum(
     # All blocks together are the selection found before, so its test does not count twice.
     oracle.asked.pop(names_of(blocks), None)
     return finer, prior, len(plan.units) + len(blocks)
+
+
+def _minimum_of_bundles(
+    session: Session, oracle: Oracle, bundles: Sequence[Bundle], prior: Prior | None
+) -> tuple[Minimum[Unit], Prior | None, int]:
+    """As `_minimum`: search among bundles and then, if few units are left, among those."""
+    minimum = _minimize(session, oracle, bundles, prior)
+    if not minimum.one_minimal or len(minimum.units) > MAX_ALONE:
+        return minimum, prior, len(bundles)
+    LOG.info(f"searching among the {len(minimum.units)} units of those found")
+    # That all of them hold has been asked.
+    found = _minimize(session, oracle, each_alone(minimum.units), prior, num_free=1)
+    return found, prior, len(bundles) + len(minimum.units)
 
 
 def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:

@@ -1,7 +1,7 @@
 """What a start costs: `import dapa_merge` and `dapa-merge --help`, beside their limit of 0.3 s.
 
-`python tests/benchmarks/startup.py`: medians of whole processes, and of a bare interpreter as the floor. With `--demos N`
-the demo too, beside its limit of 20 s; each has an empty cache, matplotlib's too.
+`python tests/benchmarks/startup.py`: medians of whole processes, and of a bare interpreter as the floor. With
+`--demos N` the demo too, beside its limit of 20 s; each has an empty cache, matplotlib's too.
 """
 
 from __future__ import annotations

@@ -343,6 +343,14 @@ def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_pa
     assert summary["overlap"]["with_selection"] == {}
 
 
+def test_an_edit_that_chooses_what_it_adds_is_refused(tmp_path, write_recipe):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), edit="directions")
+    result = call("trace", recipe, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "parameters.edit is directions, which changes only what it chose" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, write_recipe):
     prompts = write_few(tmp_path / "few", 4)
     recipe = write_recipe(miniature.path("source"), miniature.path("target"), layers="1", prompts=prompts)

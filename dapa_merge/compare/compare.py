@@ -42,7 +42,7 @@ from dapa_merge.files import (
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
-from dapa_merge.plan.selection import make_plan
+from dapa_merge.plan.selection import check_any_units, make_plan
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
@@ -117,6 +117,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
 def _check(recipe: Recipe, path: Path, options: Options) -> None:
     """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
     try:
+        check_any_units(recipe)
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)

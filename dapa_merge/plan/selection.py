@@ -134,6 +134,16 @@ def edit_of(recipe: Recipe) -> Edit:
         raise RecipeError(f"{recipe.where('parameters.edit')}: {error}") from None
 
 
+def check_any_units(recipe: Recipe) -> None:
+    """Raise `RecipeError` if the recipe's edit changes only what it chose: for commands that try any units."""
+    if EDITS.get(recipe.edit, Edit).chooses:
+        others = " or ".join(name for name, edit in EDITS.items() if not edit.chooses)
+        raise RecipeError(
+            f"{recipe.where('parameters.edit')} is {recipe.edit}, which changes only what it chose, but this command "
+            f"tries units of all kinds; write {others}"
+        )
+
+
 def models_of(recipe: Recipe) -> dict[str, Location]:
     """The models that decide the recipe's result, the target first.
 

@@ -25,7 +25,7 @@ from dapa_merge.measure.live import choose_device, load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import given_selection, make_plan, plan_of_all
+from dapa_merge.plan.selection import check_any_units, given_selection, make_plan, plan_of_all
 from dapa_merge.progress import LOG, advance, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
@@ -300,6 +300,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     # A trace may take hours, so a missing matplotlib is reported first.
     plotting()
     check_folder(out)
+    check_any_units(recipe)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.

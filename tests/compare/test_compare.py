@@ -261,6 +261,16 @@ def test_a_bad_recipe_is_told_before_anything_is_measured(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_edit_that_chooses_what_it_adds_is_refused(tmp_path):
+    """Of the units that it did not choose, it would change nothing, so that each row would be the target's own."""
+    recipe = write(tmp_path, "one", "target", "source", layers="auto", edit="directions")
+    result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
+    assert result.exit_code == 2
+    assert "parameters.edit is directions, which changes only what it chose" in result.stderr
+    assert "write copy or blend or difference" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     recipe = write(tmp_path, "one", "target", "source")
     (tmp_path / "out").mkdir()

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dapa_merge import miniature
 from dapa_merge.cli import COMMANDS, main
+from dapa_merge.cli.run import _aside
 from dapa_merge.errors import (
     CannotRepair,
     CheckpointError,
@@ -34,6 +35,7 @@ from dapa_merge.errors import (
 )
 from dapa_merge.hub_client import Moved
 from dapa_merge.measure.figures import Figures, SkillFigure
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.tables import figures_table
 
@@ -494,3 +496,34 @@ def test_a_replayed_recipe_finds_its_prompts_from_anywhere(write_recipe, tmp_pat
 def test_a_plan_notices_prompts_that_are_not_there(write_recipe):
     result = call("plan", write_recipe(miniature.path("target"), miniature.path("source"), prompts="none"))
     assert (result.exit_code, last_line(result)[:31]) == (2, "Error: prompts 'none': no such ")
+
+
+@pytest.mark.parametrize("occupied", ["demo", "demo-shadow"])
+def test_a_demo_into_a_folder_that_is_there_is_refused_before_anything_is_repaired(occupied, tmp_path, monkeypatch):
+    monkeypatch.setattr("dapa_merge.cli.run._aside", None)
+    (tmp_path / occupied).mkdir()
+    (tmp_path / occupied / "thesis.tex").write_text("mine")
+    result = call("demo", tmp_path / "demo")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [
+        f"Error: {tmp_path / occupied} exists already; name another folder or remove it"
+    ]
+    assert [one.name for one in tmp_path.iterdir()] == [occupied]
+
+
+def test_a_demo_whose_other_process_dies_says_so(tmp_path):
+    """Its options cannot be read there, as if it had been killed."""
+    aside = _aside("shadow-", tmp_path / "out", Unreadable())
+    with aside as outcome, pytest.raises(DapaError, match="ended before it was done"):
+        outcome()
+
+
+def test_an_error_of_a_demos_other_process_is_its_own(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with _aside("", tmp_path / "out", Options("cpu")) as outcome, pytest.raises(UsageError, match="exists already"):
+        outcome()
+
+
+class Unreadable:
+    def __reduce__(self):
+        return os._exit, (9,)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
+from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.cli.options import (
     DESTINATION_NAMES,
@@ -35,11 +37,11 @@ from dapa_merge.cli.options import (
     search_options,
     takes_options,
 )
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.files import new_file, replace_file
 from dapa_merge.imports import lasting
 from dapa_merge.measure.figures import responses_text
-from dapa_merge.miniature import recipe_text
+from dapa_merge.miniature import path, recipe_text
 from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import make_ladder
@@ -59,6 +61,7 @@ from dapa_merge.report.tables import (
     print_search,
     search_json,
 )
+from dapa_merge.transplant.result import check_destination
 
 
 @click.command()
@@ -202,15 +205,17 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
         if is_told:
             click.echo(f"The recipe:\n\n{recipe_text(pair)}", err=True)
 
+    other_out = out.with_name(f"{out.name}-shadow")
+    for pair, folder in (("", out), ("shadow-", other_out)):
+        check_destination(folder, open_checkpoint(str(path(f"{pair}target"))))
     tell_recipe("")
     # Both at once, each on one core: models this small gain nothing from more. Torch reads the variable.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        other = pool.submit(_repaired_aside, "shadow-", out.with_name(f"{out.name}-shadow"), options)
+    with _aside("shadow-", other_out, options) as outcome:
         first = _repaired("", out, options)
         tell(first)
         tell_recipe("shadow-")
-        second, lines = other.result()
+        second, lines = outcome()
     if is_told:
         click.echo("\n".join(lines), err=True)
     tell(second)
@@ -224,10 +229,39 @@ def _repaired(pair: str, out: Path, options: Options) -> Report:
     return repair(parse_recipe(recipe_text(pair), "the miniature's recipe"), out, options=options)
 
 
-def _repaired_aside(pair: str, out: Path, options: Options) -> tuple[Report, list[str]]:
-    """As `_repaired`, in a process of its own; also what it would have said."""
+@contextmanager
+def _aside(pair: str, out: Path, options: Options) -> Iterator[Callable[[], tuple[Report, list[str]]]]:
+    """Do as `_repaired` in a process of its own, which ends with the block; also yields what it would have said."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_repaired, args=(sender, pair, out, options), daemon=True)
+    process.start()
+    sender.close()
+
+    def outcome() -> tuple[Report, list[str]]:
+        try:
+            found: tuple[Report, list[str]] | DapaError = receiver.recv()
+        except EOFError:
+            raise DapaError(f"the process that repairs {out} ended before it was done; name other folders") from None
+        if isinstance(found, DapaError):
+            raise found
+        return found
+
+    try:
+        yield outcome
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _send_repaired(sender: Connection, pair: str, out: Path, options: Options) -> None:
+    # Ctrl-C goes to both processes of a terminal; the other one says so, and ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with collected() as lines:
-        return _repaired(pair, out, options), lines
+        try:
+            sender.send((_repaired(pair, out, options), lines))
+        except DapaError as error:
+            sender.send(error)
 
 
 @click.command()

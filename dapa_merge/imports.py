@@ -14,9 +14,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """What is imported inside the `with` block lives as long as the process, and is never looked at for garbage.
+    """Import modules inside the `with` block for good: the garbage collector ignores their objects from then on.
 
-    Nothing is changed if torch is imported already: then objects of whoever imported it would be kept, too.
+    It also ignores whatever else exists at that time. So nothing is changed if torch is imported already: then a user's
+    own objects may be there, too.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

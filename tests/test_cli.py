@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -20,7 +21,7 @@ from conftest import answer, call, change_tensor, fail_in_swap
 from rich.console import Console
 
 from dapa_merge import miniature
-from dapa_merge.cli import COMMANDS, main
+from dapa_merge.cli import COMMANDS, main, run
 from dapa_merge.cli.run import _aside
 from dapa_merge.errors import (
     CannotRepair,
@@ -522,6 +523,18 @@ def test_an_error_of_a_demos_other_process_is_its_own(tmp_path):
     (tmp_path / "out").write_text("mine")
     with _aside("", tmp_path / "out", Options("cpu")) as outcome, pytest.raises(UsageError, match="exists already"):
         outcome()
+
+
+@pytest.mark.parametrize("error", [CheckpointError("its file is cut off"), OSError(28, "No space left on device")])
+def test_what_a_user_can_mend_is_sent_from_a_demos_other_process(error, monkeypatch, tmp_path):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(run, "_repaired", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    sent = []
+    run._send_repaired(SimpleNamespace(send=sent.append), "", tmp_path / "out", Options())
+    assert sent == [error]
 
 
 class Unreadable:

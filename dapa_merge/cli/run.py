@@ -61,7 +61,6 @@ from dapa_merge.report.tables import (
     print_search,
     search_json,
 )
-from dapa_merge.transplant.result import check_destination
 
 
 @click.command()
@@ -194,6 +193,8 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
     Two pairs: one that copied gate projections repair, whose result is written to OUT, and one that takes the edit
     directions, whose result is written next to it, to OUT-shadow. Neither may exist.  [default: dapa-demo]
     """
+    from dapa_merge.transplant.result import check_destination
+
     is_told = not (as_json or click.get_current_context().find_root().params["quiet"])
 
     def tell(report: Report) -> None:
@@ -240,10 +241,10 @@ def _aside(pair: str, out: Path, options: Options) -> Iterator[Callable[[], tupl
 
     def outcome() -> tuple[Report, list[str]]:
         try:
-            found: tuple[Report, list[str]] | DapaError = receiver.recv()
+            found: tuple[Report, list[str]] | Exception = receiver.recv()
         except EOFError:
             raise DapaError(f"the process that repairs {out} ended before it was done; name other folders") from None
-        if isinstance(found, DapaError):
+        if isinstance(found, Exception):
             raise found
         return found
 
@@ -260,7 +261,7 @@ def _send_repaired(sender: Connection, pair: str, out: Path, options: Options) -
     with collected() as lines:
         try:
             sender.send((_repaired(pair, out, options), lines))
-        except DapaError as error:
+        except (DapaError, OSError) as error:
             sender.send(error)
 
 

@@ -216,10 +216,10 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], want
 
     if any(map(is_enough, offers)):
         return found
+    # The state of which all cores are zero.
+    target = replace(offers[0].start, state=torch.zeros_like(offers[0].start.state), num_rounds=0)
     figures = [offer.baseline.figures for offer in offers]
     for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures]):
-        # The target is the state of which all cores are zero.
-        target = replace(offers[0].start, state=torch.zeros_like(offers[0].start.state), num_rounds=0)
         ends = [offers[at - 1].start if at else target for at in (start, end)]
         later = max(reversed(ends), key=lambda one: one.num_rounds)
         low, high = 0.0, 1.0

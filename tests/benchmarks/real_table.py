@@ -147,7 +147,7 @@ def all_figures(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[s
     yield "\n| pair | method | DSR | over-refusal | skill | divergence | perplexity | of the target's |"
     yield "|---" * 8 + "|"
     for pair in dict.fromkeys(pair for pair, _ in rows):
-        for method in dict.fromkeys(("target", *METHODS)):
+        for method in ("target", *METHODS):
             row = rows.get((pair, method), {})
             if "dsr" not in row:
                 continue

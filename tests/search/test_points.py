@@ -560,7 +560,7 @@ def test_where_rounds_score_too_low_and_the_full_transplant_is_near_its_directio
     [
         # The packaged source answers keep prompts otherwise.
         (0.1, 0.5, ["round 2", "point 2"]),
-        # A full transplant that is no repair is not offered.
+        # The full transplant breaks a limit.
         (math.inf, 1.1, ["round 2", "point 2"]),
     ],
 )

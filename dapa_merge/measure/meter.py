@@ -96,6 +96,10 @@ class Meter:
             )
         return replace(self, reference=reference)
 
+    def asking_keep(self) -> Meter:
+        """Return this meter with a skill: the keep prompts whose answers are known, if any; it keeps its own."""
+        return replace(self, skills=self.skills or _skill_of("keep", self.prompts.keep_answers))
+
     @property
     def identity(self) -> str:
         """Identity of the evaluator: everything that affects its verdicts."""
@@ -289,7 +293,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
     """
     evaluator = find_evaluator(recipe.evaluator, options, searching=True)
     classifier = evaluator if isinstance(evaluator, Classifier) else RULES
-    return Meter(
+    meter = Meter(
         prompts,
         recipe.max_new_tokens or classifier.max_new_tokens,
         BatchSize(recipe.batch_size),
@@ -297,8 +301,8 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
         stops_early=True,
         lookup=LookupCache(),
         scorer=evaluator if isinstance(evaluator, Scorer) else None,
-        skills=() if recipe.min_skill is None else _skill_of("keep", prompts.keep_answers),
     )
+    return meter if recipe.min_skill is None else meter.asking_keep()
 
 
 def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:

@@ -174,7 +174,7 @@ def draw_search(run: Run) -> Figure | None:
 
 
 def draw_front(run: Run) -> Figure | None:
-    """Draw the points of a run's choice; None for an edit that does not choose."""
+    """Draw the points that a run could pick from; None if there were none."""
     search = run.search
     if search is None or search.picked is None or search.result is None or search.limits is None:
         return None
@@ -190,7 +190,7 @@ def draw_front(run: Run) -> Figure | None:
 
 
 def _place(figures: Mapping[str, float]) -> tuple[float, float, float]:
-    return figures["divergence"], figures["score"], figures["over_refusal"]
+    return figures.get("divergence", math.nan), figures["score"], figures.get("over_refusal", math.nan)
 
 
 # The names begin with `files.CHART_PREFIX`, by which a transplant knows them.
@@ -199,7 +199,7 @@ CHARTS = (
     Chart("dapa_search", "The search: every selection that was tested, and its score", draw_search),
     Chart(
         "dapa_front",
-        "The points that the edit offered: how far each moves what the model says (divergence), and what it refuses",
+        "The points to pick from: how far each moves what the model says (divergence), and what it refuses",
         draw_front,
     ),
 )

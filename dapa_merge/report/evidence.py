@@ -129,7 +129,9 @@ def _gather(
 def _searched(found: Search, bench: Bench) -> Searched:
     """The search's measurements of its result, which early verdicts may have left incomplete."""
     prompts = bench.meter.prompts
-    if found.result is not None:
+    if found.measured is not None:
+        after = found.measured[SCORE.figure]
+    elif found.result is not None:
         after = found.result.figures[SCORE.figure]
     else:
         with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):

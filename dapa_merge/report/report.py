@@ -36,6 +36,11 @@ class Searched:
     before: float
     after: float
 
+    @property
+    def num_of_kind(self) -> dict[str, int]:
+        """The number of prompts of each kind."""
+        return {"harmful": self.num_harmful, "harmless": self.num_harmless}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -49,8 +54,8 @@ class Report:
         dsr_change: The change on harmful prompts from `before` to `after`.
         over_refusal_change: The same on harmless ones.
         searched: None if the layers were given, like `requirement`, `prior` and `one_minimal`.
-        points: What an edit that chooses offered, measured on the search's prompts; empty for other edits.
-        picked: The number of the point that was taken; None for other edits.
+        points: What there was to pick from, measured on the search's prompts; empty for most searches (see `Point`).
+        picked: The number of the point that was taken; None without points.
         tests: Distinct selections that the search asked about; 0 if the layers were given.
         tests_recorded: The number of them that were already in the journal.
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.

@@ -88,7 +88,7 @@ def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[lis
     """The head and the rows of a table of points, a column for each.
 
     Args:
-        points: What an edit offered.
+        points: Those to pick from, in order.
         measure: The name of the score: DSR, or the evaluator's.
     """
 
@@ -102,24 +102,30 @@ def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[lis
         if not all(math.isnan(point.figures.get(one.figure, math.nan)) for point in points)
     ]
     rows += [
-        row("directions", lambda point: str(point.num_directions)),
+        row("units", lambda point: str(len(point.units)))
+        if any(point.units for point in points)
+        else row("directions", lambda point: str(point.num_directions)),
         row("on the front", lambda point: "yes" if point.on_front else ""),
         row("within the limits", lambda point: "no" if point.complaint else "yes"),
     ]
     return [point.name for point in points], rows
 
 
-def complaints(points: Sequence[Point]) -> list[tuple[str, str]]:
-    """The points that violate a limit, each with the first that it violates."""
-    return [(f"point {point.name}", printable(point.complaint)) for point in points if point.complaint]
+def point_lines(points: Sequence[Point]) -> list[tuple[str, str]]:
+    """What a table has no room for: of parts of a transplant their units, and the first limit that a point violates."""
+    facts = [
+        (point, ([spans(point.units)] if point.units else []) + ([point.complaint] if point.complaint else []))
+        for point in points
+    ]
+    return [(f"point {point.name}", printable("; ".join(texts))) for point, texts in facts if texts]
 
 
 def print_points(points: Sequence[Point], measure: str, console: Console) -> None:
-    """Print the points that an edit offered, if any."""
+    """Print the points that there were to pick from, if any."""
     if points:
         for start in range(0, len(points), MAX_COLUMNS):
             console.print(_table(*point_rows(points[start : start + MAX_COLUMNS], measure), head="point"))
-        for label, fact in complaints(points):
+        for label, fact in point_lines(points):
             console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -129,7 +135,8 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
     if not by_hand:
         last = points[-1]
         left = f"; point {last.number} is what the search left of it" if last.part_of is not None else ""
-        return f"point {picked}, which diverges least of those that score high within the limits{left}"
+        which = "scores highest" if point.units else "diverges least of those that score high"
+        return f"point {picked}, which {which} within the limits{left}"
     if point.complaint is None:
         return f"point {picked}, picked by hand and within the limits"
     return f"point {picked}, picked by hand although it VIOLATES the limits: {printable(point.complaint)}"

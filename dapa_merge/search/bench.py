@@ -27,7 +27,15 @@ from dapa_merge.recipe.constraints import Constraint
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.requirement import PROMPT_KINDS, Examiner, Requirement, Verdict, constraints_of, settings_of
+from dapa_merge.search.requirement import (
+    DIVERGENCE_KEY,
+    PROMPT_KINDS,
+    Examiner,
+    Requirement,
+    Verdict,
+    constraints_of,
+    settings_of,
+)
 from dapa_merge.search.result import Baseline
 from dapa_merge.search.workers import RayWorkers, Selection, Test, Workers, in_order
 
@@ -54,9 +62,19 @@ class Bench(Resident):
         """Make a bench; `settings` are the keys of the active constraints."""
         super().__init__(plan, choose_device(device), on_load)
         self.meter = meter
-        self.constraints = constraints_of(settings, self.measure, is_whole=meter.scorer is not None)
+        self.constraints = self._constraints(settings)
         self._pieces = {kind: pieces_of(getattr(meter.prompts, kind), meter.batch_size.limit) for kind in PROMPT_KINDS}
         self._examiner: Examiner | None = None
+
+    def measure_all(self) -> None:
+        """Measure divergence and, if answers to keep prompts are known, skill from now on, limited or not."""
+        self.meter = self.meter.asking_keep()
+        keys = {one.key for one in self.constraints} | {DIVERGENCE_KEY}
+        self.constraints = self._constraints(keys | ({"min_skill"} if self.meter.skills else set()))
+        self.__dict__.pop("_referring", None)
+
+    def _constraints(self, settings: Collection[str]) -> tuple[Constraint, ...]:
+        return constraints_of(settings, self.measure, is_whole=self.meter.scorer is not None)
 
     @property
     def measure(self) -> str:
@@ -77,11 +95,16 @@ class Bench(Resident):
         return {kind: [len(piece) for piece in pieces] for kind, pieces in self._pieces.items()}
 
     @property
+    def num_of_kind(self) -> dict[str, int]:
+        """The number of prompts of each kind."""
+        return {kind: sum(sizes) for kind, sizes in self.sizes.items()}
+
+    @property
     def num_prompts(self) -> int:
         """The number of prompts in a full examination."""
         checks = {constraint.check for constraint in self.constraints}
         num_questions = sum(skill.num_questions for skill in self.meter.skills)
-        return sum(sum(self.sizes.get(check, ())) for check in checks) + num_questions
+        return sum(self.num_of_kind.get(check, 0) for check in checks) + num_questions
 
     @cached_property
     def _referring(self) -> Meter:

@@ -28,6 +28,7 @@ from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.ascent import Settings, factors_of
 from dapa_merge.search.identity import data_digest
 from dapa_merge.search.journal import name_of
+from dapa_merge.search.parts import MAX_PARTS, how_to_pick, nearest
 from dapa_merge.search.requirement import Requirement
 from dapa_merge.search.result import Baseline, Point
 from dapa_merge.search.rounds import Rounds
@@ -122,7 +123,7 @@ def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None
     if number is None:
         raise CannotRepair(_none(points, limits, plan))
     if number > len(offers):
-        raise UsageError(_no_point(number, len(offers)))
+        raise UsageError(no_point(number, len(offers)))
     taken = offers[number - 1]
     if not taken.plan.units:
         raise CannotRepair(f"point {number} has no directions, so that it is the target; `--pick` another one")
@@ -290,28 +291,25 @@ def check_pick(pick: int | None, plan: Plan, selection: Sequence[Unit] | None = 
 
     Args:
         pick: Its number; None for no wish.
-        plan: The recipe's.
+        plan: Its edit decides how many points there may be.
         selection: The units that the recipe or its lock names; None for a search.
     """
     if pick is None:
         return
-    if not plan.edit.chooses:
-        raise UsageError(
-            f"--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which {plan.edit.name} does not; "
-            f"leave it out"
-        )
     if selection is not None:
         raise UsageError(
-            "--pick (DAPA_PICK) takes a point of a choice, but the recipe or its lock names the layers; leave it out, "
+            "--pick (DAPA_PICK) takes a point of a search, but the recipe or its lock names the layers; leave it out, "
             "or write `layers: auto`"
         )
-    if not 1 <= pick <= (most := Settings().num_rounds + 1 + MORE_ROUNDS + MAX_BETWEEN):
-        raise UsageError(_no_point(pick, most))
+    most = Settings().num_rounds + 1 + MORE_ROUNDS + MAX_BETWEEN if plan.edit.chooses else MAX_PARTS
+    if not 1 <= pick <= most:
+        raise UsageError(no_point(pick, most))
 
 
-def _no_point(pick: int, most: int) -> str:
+def no_point(pick: int, most: int) -> str:
+    """The sentence for a point to pick that does not exist."""
     return (
-        f"--pick (DAPA_PICK) is {pick}, but a choice has the points 1 to {most}; without --pick, a search takes one "
+        f"--pick (DAPA_PICK) is {pick}, but there are the points 1 to {most}; without --pick, a search takes one "
         f"and leaves out what it does not need"
     )
 
@@ -361,20 +359,9 @@ def _best(points: Sequence[Point]) -> int | None:
     return min(high, key=order).number
 
 
-def nearest(points: Sequence[Point], limits: Requirement) -> Point | None:
-    """The point whose violations of the limits sum to least, the first one on a tie; None if all change nothing.
-
-    See `Constraint.violation`: each is a share of the worst that there is, so that a DSR of 0 weighs as much as an
-    over-refusal of 1.
-    """
-    some = [point for point in points if point.num_directions]
-    return min(some, key=lambda point: limits.violation(point.figures), default=None)
-
-
 def _none(points: Sequence[Point], limits: Requirement, plan: Plan) -> str:
     """The sentence for a choice whose points all violate a limit: which one is nearest, and how to take it."""
     told = "; ".join(point.text(limits) for point in points)
-    way = ""
-    if (found := nearest(points, limits)) is not None:
-        way = f". Nearest is point {found.number}: `--pick {found.number}` takes it (DAPA_PICK for mergekit-yaml)"
+    found = nearest(points, limits)
+    way = "" if found is None else f". Nearest is point {found.number}: {how_to_pick(found)}"
     return f"no choice of directions of {plan.source.name} meets the recipe's limits: {told}{way}"

@@ -19,6 +19,8 @@ from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.files import Record, held, plain_json, record_line
 
 FORMAT = 1
+# Digests of all entries that this process has written, whatever the journal.
+_written_here: set[str] = set()
 
 
 class JournalUnavailable(UsageError):
@@ -33,6 +35,8 @@ class Journal:
         notes: Other measurements, by name.
         path: The file; None for a journal that ends with the process.
         parts: What identifies it; empty for such a journal.
+        earlier: The names of notes that another process wrote, and the selections of its tests. Whoever can write the
+            file can have made them up, so that nothing may rest on them alone.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Journal:
         self._place = place
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
+        self.earlier: set[str | frozenset[str]] = set()
         self._record: Record | None = None
         self._lock = ExitStack()
         if path is None:
@@ -73,7 +78,7 @@ class Journal:
             except UsageError as error:
                 raise JournalUnavailable(str(error)) from None
             self._record = Record(path)
-            self._read(self._record, dict(parts or {}))
+            self._read(self._record, self.parts)
         except OSError as error:
             self.close()
             raise JournalUnavailable(f"cannot write the journal {path}: {error.strerror}") from error
@@ -99,6 +104,7 @@ class Journal:
     def _append(self, content: Mapping[str, Any]) -> None:
         if self._record is None:
             return
+        _written_here.add(self._digest(content))
         try:
             self._record.append(content)
         except OSError as error:
@@ -116,11 +122,14 @@ class Journal:
         if entries:
             self._check_owner(entries[0], parts)
         for number, entry in enumerate(entries[1:], 2):
-            if isinstance(entry.get("note"), str):
-                self.notes[entry["note"]] = entry.get("value")
+            is_earlier = self._digest(entry) not in _written_here
+            if isinstance(note := entry.get("note"), str):
+                self.notes[note] = entry.get("value")
+                self.earlier |= {note} if is_earlier else set()
             elif isinstance(entry.get("selection"), list) and isinstance(entry.get("holds"), bool):
                 selection = frozenset(map(str, entry.pop("selection")))
                 self.tests[selection] = entry
+                self.earlier |= {selection} if is_earlier else set()
             else:
                 raise self._damaged(number, "it is neither a test nor a note")
         # The file is changed only now that it is known to be ours.
@@ -138,6 +147,9 @@ class Journal:
                 f"the journal {self.path} belongs to another {self._kind}: {', '.join(differing)} "
                 f"{'differs' if len(differing) == 1 else 'differ'}; name another {self._place}, or remove it"
             )
+
+    def _digest(self, entry: Mapping[str, Any]) -> str:
+        return hashlib.sha256(plain_json([self.parts, dict(entry)])).hexdigest()
 
     def _damaged(self, number: int, why: str) -> DapaError:
         return UsageError(
@@ -157,6 +169,8 @@ class MarkedJournal:
     def __init__(self, journal: Journal, mark: str) -> None:
         self._journal, self._mark = journal, mark
         self.path = journal.path
+        # Whatever rests on it is measured again at the end of a search.
+        self.earlier: frozenset[str] = frozenset()
         self.tests = {names - {mark}: test for names, test in journal.tests.items() if mark in names}
         beginning = f"{mark} "
         self.notes = {

@@ -20,6 +20,10 @@ from dapa_merge.recipe.recipe import Recipe
 
 PROMPT_KINDS = ("harmful", "harmless")
 DIVERGENCE_KEY = "max_divergence"
+# What measuring the same weights again may change, where two tokens are nearly as likely: so many prompts, at most this
+# share of them (tests/benchmarks/RESULTS.md, "Real models repaired"); of other figures so much of their limit.
+NOISE_PROMPTS, NOISE_SHARE = 2, 0.05
+NOISE_RATIO, NOISE_LEAST = 0.02, 0.001
 
 
 def settings_of(recipe: Recipe) -> dict[str, float]:
@@ -90,6 +94,24 @@ class Requirement:
 
         return Requirement(tuple((one, tighter(one, old)) for one, old in self.limits))
 
+    def loosened(self, sizes: Mapping[str, int]) -> Requirement:
+        """The requirement that the same weights still meet when they are measured again.
+
+        Args:
+            sizes: The number of prompts of each kind.
+        """
+
+        def looser(one: Constraint, limit: float) -> float:
+            number = sizes.get(one.kind or "", 0)
+            noise = (
+                min(NOISE_PROMPTS, int(NOISE_SHARE * number)) / number
+                if number
+                else max(NOISE_RATIO * abs(limit), NOISE_LEAST)
+            )
+            return limit - noise if one.bound == "min" else limit + noise
+
+        return Requirement(tuple((one, looser(one, limit)) for one, limit in self.limits))
+
     def complaint(self, figures: Mapping[str, float]) -> str | None:
         """The first limit that these figures violate, and by how much; None if they meet the requirement."""
         found = ((one, figures[one.figure], limit) for one, limit in self.limits)
@@ -109,15 +131,33 @@ class Requirement:
         return {**{one.name: limit for one, limit in self.limits}, "measure": self.measure}
 
 
-def limits_text(requirement: Mapping[str, float | str] | None) -> str:
-    """The limits of a report, as text."""
+def limits_text(requirement: Mapping[str, float | str] | None, sizes: Mapping[str, int] | None = None) -> str:
+    """The limits of a report, as text.
+
+    Args:
+        requirement: As `Requirement.to_json` makes it; None if unknown.
+        sizes: The number of prompts of each kind, to say how many of them a limit allows or requires.
+    """
     found = requirement or {}
-    constraints = constraints_of([one.key for one in declared.CONSTRAINTS], str(found.get("measure", "score")))
-    limits = [(one, found[one.name]) for one in constraints if isinstance(found.get(one.name), (int, float))]
+    measure = str(found.get("measure", "score"))
+    keys = [one.key for one in declared.CONSTRAINTS]
+    constraints = constraints_of(keys, measure, is_whole=not measure.startswith(SCORE.label))
+    limits = [(one, float(limit)) for one in constraints if isinstance(limit := found.get(one.name), (int, float))]
     texts = [
-        f"{one.label} at {'least' if one.bound == 'min' else 'most'} {shown(float(limit))}" for one, limit in limits
+        f"{one.label} at {'least' if one.bound == 'min' else 'most'} {shown(limit)}"
+        f"{_in_prompts(one, limit, (sizes or {}).get(one.kind or '', 0))}"
+        for one, limit in limits
+        if not math.isnan(limit)
     ]
     return ", ".join(texts) or "as the recipe says"
+
+
+def _in_prompts(one: Constraint, limit: float, number: int) -> str:
+    """What a limit on a share means in prompts, as the rest of a phrase; empty for other limits, or without prompts."""
+    if not number or one.kind is None:
+        return ""
+    count = math.ceil(limit * number) if one.bound == "min" else math.floor(limit * number)
+    return f" ({count if count > 0 else 'none'} of {number} {one.kind} prompts)"
 
 
 def requirement(

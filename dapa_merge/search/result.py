@@ -11,6 +11,7 @@ from dapa_merge.delta.minimize import Minimum
 from dapa_merge.measure.figures import Number, Response
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.constraints import SCORE, shown
+from dapa_merge.recipe.parameters import spans
 from dapa_merge.search.requirement import Requirement
 
 
@@ -51,18 +52,21 @@ class Asked:
 
 @dataclass(frozen=True)
 class Point:
-    """A candidate that an edit's choice offers, measured on the search's prompts.
+    """A candidate that may be picked, measured on the search's prompts.
+
+    An edit that chooses offers several; where all units of another edit violate a limit, so do parts of them.
 
     Attributes:
         number: From 1.
         figures: Of the active constraints, by name.
-        num_directions: The rank that it uses, in all matrices together.
+        num_directions: The rank that it uses, in all matrices together; 0 for an edit that adds none.
         complaint: The first limit of the recipe that it violates; None if it is within all.
         on_front: Whether no other point has less divergence and a score as high, or as little and a higher one.
         part_of: The number of the point that it is a part of, if the search left matrices out; None for a round.
         line: The numbers of the points between which it lies, the one that scores less first and 0 for the target, and
             the share of the way; None for other points.
         is_whole: Whether it is the transplant of the directions as they are.
+        units: Of a part of a transplant: what is transplanted.
     """
 
     number: int
@@ -73,6 +77,7 @@ class Point:
     part_of: int | None = None
     line: tuple[int, int, float] | None = None
     is_whole: bool = False
+    units: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -90,7 +95,8 @@ class Point:
             f"{one.label} {shown(self.figures[one.figure])}" for one, _ in limits.limits if one.figure in self.figures
         ]
         verdict = "within the limits" if self.complaint is None else self.complaint
-        return f"point {self.name}: {', '.join(told)}, {self.num_directions} directions ({verdict})"
+        of_what = spans(self.units) if self.units else f"{self.num_directions} directions"
+        return f"point {self.name}: {', '.join(told)}, {of_what} ({verdict})"
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,12 @@ class Search:
         num_prompts: Prompts that they would have asked without early verdicts.
         seconds: Wall-clock time.
         plan: The plan that the selection belongs to, with what the edit chose.
-        points: What an edit that chooses offered, in order.
-        picked: The number of the point that was taken, of those of the rounds; None for other edits.
+        points: What there was to pick from, in order.
+        picked: The number of the point that was taken, before the search left anything out; None without points.
         by_hand: Whether the user picked it, so that nothing was searched.
         limits: The recipe's limits, which a point must meet: `requirement`, but for what a search adds.
-        reference: The figures of a full transplant, of which no point is a part; None for other edits.
+        reference: The figures of the full transplant, if there are points.
+        measured: The selection's figures as this process measured them, if parts of the search come from another one.
     """
 
     minimum: Minimum[Unit]
@@ -136,10 +143,11 @@ class Search:
     by_hand: bool = False
     limits: Requirement | None = None
     reference: Baseline | None = None
+    measured: Mapping[str, float] | None = None
 
     @property
     def result(self) -> Point | None:
-        """The point of the selection: the last one if the search left matrices out; None for other edits."""
+        """The point of the selection: the last one if the search left something out; None without points."""
         if self.picked is None:
             return None
         return self.points[-1] if self.points[-1].part_of is not None else self.points[self.picked - 1]

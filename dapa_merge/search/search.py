@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
-from dapa_merge.errors import CannotRepair, CheckpointError, Stopped
+from dapa_merge.errors import CannotRepair, CheckpointError, Stopped, UsageError
 from dapa_merge.measure.decode import DoesNotFit
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import split_prompts
@@ -27,10 +27,11 @@ from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_workers
 from dapa_merge.search.bundles import Bundle, by_layer, each_alone, minimize_bundles
-from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, settle, with_front
+from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
-from dapa_merge.search.requirement import Piece, Requirement, requirement, settings_of
+from dapa_merge.search.parts import Part, Parts, best_part, how_to_pick, nearest
+from dapa_merge.search.requirement import Piece, Requirement, limits_text, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.rounds import Rounds
 from dapa_merge.search.workers import Oracle, Test, in_order, names_of
@@ -87,9 +88,109 @@ def search(session: Session) -> Search:
     start = time.monotonic()
     target, full = baselines(session)
     limits = _limits(session, target, full)
-    search_all = _search_points if session.plan.edit.chooses else _search_units
+    search_all = _search_points if session.plan.edit.chooses else _search_transplant
     found = search_all(session, limits, target, full)
+    if session.journal.earlier:
+        found = _measured_again(session, found)
     return replace(found, seconds=time.monotonic() - start)
+
+
+def _search_transplant(session: Session, limits: Requirement, target: Baseline, full: Baseline) -> Search:
+    """Delta debugging among all units or, where together they violate a limit, among those of the best part of them."""
+    if limits.complaint(full.figures) is not None:
+        return _search_parts(session, limits, target, full)
+    if session.options.pick is not None:
+        raise UsageError(
+            f"--pick (DAPA_PICK) is {session.options.pick}, but there is nothing to pick from: all units together keep "
+            f"to the limits, so that a search takes the fewest that are needed; leave it out"
+        )
+    return _search_units(session, limits, target, full)
+
+
+def _search_parts(session: Session, limits: Requirement, target: Baseline, full: Baseline) -> Search:
+    """Look for as much of the transplant as the limits allow, and search among its units, unless the user picked it."""
+    recipe, plan, bench, journal = session.recipe, session.plan, session.bench, session.journal
+    assert isinstance(journal, Journal)
+    why = f"with all {len(plan.units)} units {limits.complaint(full.figures)}"
+    LOG.info(f"{why}: looking for the part of them that scores highest within the limits")
+    effects = _effects(session, plan.units, "prior", target, full)
+    limited = {one for one, _ in limits.limits}
+    bench.measure_all()
+    limits = Requirement((*limits.limits, *((one, math.nan) for one in bench.constraints if one not in limited)))
+    measure = Parts(bench, journal, limits)
+    parts = measure.within_limits(plan.units, effects)
+    pick = session.options.pick
+    if pick is not None:
+        if pick > len(parts):
+            raise UsageError(no_point(pick, len(parts)))
+        taken, whole = parts[pick - 1], Minimum(parts[pick - 1].units, 0, False, {})
+        LOG.info(f"taking point {pick}")
+        found = Search(whole, limits, target, full, None, (), len(plan.units), 0, 0, 0, 0, 0.0, plan)
+        points = [part.point for part in parts]
+    else:
+        taken = _best_part(session, parts, limits, target, why)
+        LOG.info(f"taking point {taken.point.number}, which scores highest within the limits")
+        if session.possible is None:
+            # What the recipe's share of the gain is, is decided by what the limits allow.
+            floor = requirement(bench.constraints[:1], target.figures, taken.baseline.figures, settings_of(recipe))
+            limits = Requirement((*floor.limits, *limits.limits[1:]))
+        points = [replace(part.point, complaint=limits.complaint(part.baseline.figures)) for part in parts]
+        found = _search_units(replace(session, plan=replace(plan, units=taken.units)), limits, target, taken.baseline)
+        if set(found.minimum.units) != set(taken.units):
+            left = replace(measure, limits=limits).measured(found.minimum.units, len(points) + 1, taken.point.number)
+            points.append(left.point)
+    return replace(
+        found,
+        points=with_front(points),
+        picked=taken.point.number,
+        by_hand=pick is not None,
+        limits=limits,
+        reference=parts[0].baseline,
+        plan=plan,
+    )
+
+
+def _best_part(session: Session, parts: Sequence[Part], limits: Requirement, target: Baseline, why: str) -> Part:
+    """The part to search in; raises `CannotRepair` if none within the limits scores enough."""
+    # A rung of a ladder must reach what another edit can; otherwise any gain counts.
+    least = target.score if session.possible is None else limits.min_score - 1e-12
+    taken = best_part(parts, limits, least)
+    if taken is not None:
+        return taken
+    enough = "scores higher than the target" if session.possible is None else f"scores {limits.min_score:.3f}"
+    numbers = session.bench.num_of_kind
+    # All units themselves are among the points, so that one is nearest.
+    near = nearest([part.point for part in parts], limits)
+    assert near is not None
+    raise CannotRepair(
+        f"the source {session.recipe.source} cannot repair this target within the recipe's limits: {why}, and no part "
+        f"of them that was tried keeps to {limits_text(Requirement(limits.limits[1:]).to_json(), numbers)} and "
+        f"{enough}. Nearest is {near.text(limits)}: {how_to_pick(near)}",
+        f"{why}, and no part of them within the limits {enough}",
+    )
+
+
+def _measured_again(session: Session, found: Search) -> Search:
+    """Measure the selection in this process, where tests or figures that led to it are from another one.
+
+    Raises:
+        UsageError: If it does not meet the requirement: then the journal is not one of these models on this machine.
+    """
+    bench, journal = session.bench, session.journal
+    bench.use(found.plan)
+    with task("measuring the result again", bench.num_prompts, "prompts"):
+        figures = bench.baseline(found.minimum.units).figures
+    limits = found.limits or found.requirement
+    if not found.by_hand:
+        if (complaint := limits.loosened(bench.num_of_kind).complaint(figures)) is not None:
+            raise UsageError(
+                f"the journal {journal.path} is not true of these models on this machine: its tests lead to "
+                f"{spans(join(found.plan, found.minimum.units))}, but measured now {complaint}; remove the journal to "
+                f"search again"
+            )
+        if (complaint := limits.complaint(figures)) is not None:
+            LOG.warning(f"measured again, {complaint}: two tokens that are nearly as likely can do this")
+    return replace(found, measured=figures)
 
 
 def _search_points(session: Session, limits: Requirement, target: Baseline, reference: Baseline) -> Search:
@@ -226,6 +327,8 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
         with task(f"measuring the {name}", bench.num_prompts, "prompts"):
             journal.note(name, bench.baseline(units).to_json())
     baseline = Baseline.from_json(journal.notes[name])
+    if name in journal.earlier:
+        _check_recorded(session, name, units, baseline)
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
     told = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")
@@ -236,6 +339,27 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
         )
         raise CheckpointError(f"{model} computes infinities or NaN; its weights are damaged")
     return baseline
+
+
+def _check_recorded(session: Session, name: str, units: Sequence[Unit], recorded: Baseline) -> None:
+    """Measure a baseline that another process recorded again, since every limit rests on it.
+
+    Raises:
+        UsageError: If its figures are others.
+    """
+    bench, journal = session.bench, session.journal
+    with task(f"measuring the {name} again", bench.num_prompts, "prompts"):
+        now = bench.baseline(units).figures
+    for one in bench.constraints:
+        was, found = recorded.figures.get(one.figure, math.nan), now[one.figure]
+        is_same = Requirement(((one, was),)).loosened(bench.num_of_kind)
+        exceeds = Requirement(((one, found),)).loosened(bench.num_of_kind)
+        # As far as noise goes, each is within the limit that the other would be.
+        if math.isnan(was) != math.isnan(found) or is_same.complaint(now) or exceeds.complaint(recorded.figures):
+            raise UsageError(
+                f"the journal {journal.path} is not true of these models on this machine: in it the {one.label} of the "
+                f"{name} is {shown(was)}, but measured now it is {shown(found)}; remove the journal to search again"
+            )
 
 
 def _check_finite(plan: Plan, names: Sequence[str]) -> None:
@@ -265,8 +389,10 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     possible = full.score if session.possible is None else max(full.score, session.possible)
     figures = {**full.figures, SCORE.figure: possible}
     limits = requirement(bench.constraints, target.figures, figures, settings_of(recipe))
-    # The source itself may violate what a choice of its directions does not.
-    if not session.plan.edit.chooses and (complaint := limits.complaint(full.figures)):
+    LOG.info(f"the limits: {limits_text(limits.to_json(), bench.num_of_kind)}")
+    # The source itself may violate what a part of it, or a choice of its directions, does not.
+    if not session.plan.edit.chooses and not limits.split(full.figures)[0]:
+        complaint = limits.complaint(full.figures)
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target within the recipe's limits: even with every unit "
             f"({modules}) {complaint}",
@@ -338,12 +464,15 @@ def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
 
 
 def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
-    """The prior score of each unit; None if it cannot be computed, or the algorithm uses none.
+    """The prior score of each unit; None if it cannot be computed, or the algorithm uses none."""
+    return _effects(session, units, name, target, full) if session.recipe.search == "guided" else None
+
+
+def _effects(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
+    """The expected effect of each unit on refusing; None if it cannot be computed.
 
     It comes from the journal if recorded, so that a resumed search asks the same questions.
     """
-    if session.recipe.search != "guided":
-        return None
     journal = session.journal
     scores = journal.notes.get(name, {})
     # An earlier search with another outcome may have scored blocks of other units.
@@ -355,7 +484,7 @@ def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline,
                 found = effects_between(session.bench.live, units, target.responses, full.responses, limit)
             scores = {str(unit): score for unit, score in found.items()}
         except (ValueError, CheckpointError, DoesNotFit) as error:
-            LOG.info(f"searching without a prior, because {error}")
+            LOG.info(f"going on without a prior, because {error}")
         journal.note(name, scores)
     return None if scores is None else {unit: scores[str(unit)] for unit in units}
 

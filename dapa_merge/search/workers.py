@@ -259,6 +259,6 @@ def names_of(units: Collection[Unit]) -> frozenset[str]:
     return frozenset(map(str, units))
 
 
-def note_of(what: str, units: Iterable[Unit]) -> str:
-    """A name for a journal's note on some units, short even for many units."""
+def note_of(what: str, units: Iterable[object]) -> str:
+    """A name for a journal's note on some units (or whatever decides it), short even for many."""
     return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"

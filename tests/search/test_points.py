@@ -29,8 +29,9 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.report import read_report
 from dapa_merge.search import ascent, bench, choose, identity, rounds, search
-from dapa_merge.search.choose import nearest, with_front
+from dapa_merge.search.choose import with_front
 from dapa_merge.search.journal import Journal, name_of
+from dapa_merge.search.parts import nearest
 from dapa_merge.search.result import Baseline, Point, is_of_bundles, needed
 from dapa_merge.search.spectrum import Spectrum, decompose, spectra_of
 
@@ -212,7 +213,7 @@ def test_a_run_of_a_picked_point_asks_only_the_reports_prompts_and_says_which_li
     assert f"Taken was\n{violated}." in card
     assert "| within the limits | no | no | no |" in card
     assert "Nothing was searched" in card
-    assert "![The points that the edit offered" in card
+    assert "![The points to pick from" in card
     assert (out / "dapa_front.png").is_file()
     assert not (out / "dapa_search.png").exists()
     # Requirement and score are those of the recipe and of the point.
@@ -265,8 +266,8 @@ def test_a_point_that_cannot_exist_is_refused_before_a_model_is_loaded(command, 
     out = [tmp_path / "out", "--no-lock"] if command == "run" else []
     other = write(edit="copy")
     for recipe, pick, said in (
-        (write(), 11, "--pick (DAPA_PICK) is 11, but a choice has the points 1 to 10"),
-        (other, 1, "--pick (DAPA_PICK) takes a point of an edit that chooses what it adds, which copy does not"),
+        (write(), 11, "--pick (DAPA_PICK) is 11, but there are the points 1 to 10"),
+        (other, 21, "--pick (DAPA_PICK) is 21, but there are the points 1 to 20"),
     ):
         result = call(command, recipe, *out, "--pick", pick)
         assert result.exit_code == 2
@@ -282,7 +283,7 @@ def test_a_point_is_not_picked_where_a_recipe_names_what_to_add(picked, no_model
     replay = picked[0] / "mergekit_config.yml"
     result = call("run", replay, tmp_path / "again", "--no-lock", "--pick", 3)
     assert result.exit_code == 2
-    said = "takes a point of a choice, but the recipe or its lock names the layers"
+    said = "takes a point of a search, but the recipe or its lock names the layers"
     assert said in result.stderr
     assert call("run", replay, tmp_path / "again", "--no-evaluate", "--pick", 3).exit_code == 2
     monkeypatch.setenv("DAPA_PICK", "3")
@@ -430,7 +431,7 @@ def test_a_point_between_rounds_is_picked_without_loading_a_model_and_one_beyond
     # The part of a point that a search leaves cannot be picked.
     result = call("search", halved.recipe, "--journal", halved.journal, "--pick", 7)
     assert result.exit_code == 2
-    assert "--pick (DAPA_PICK) is 7, but a choice has the points 1 to 6; without --pick" in result.stderr
+    assert "--pick (DAPA_PICK) is 7, but there are the points 1 to 6; without --pick" in result.stderr
     assert halved.journal.read_bytes() == before
 
 

@@ -297,16 +297,6 @@ def test_other_workers_are_refused(done, value):
     assert f"--workers is {value!r}; write ray, or ray:N with the number of workers" in result.stderr
 
 
-def test_limits_that_even_the_full_transplant_breaks_are_named_with_the_excess(quick):
-    # The full transplant's perplexity is above the target's own.
-    result = call("search", quick(prompts="miniature", max_perplexity=1.0))
-    assert result.exit_code == 3
-    assert "cannot repair this target within the recipe's limits: even with every unit (gate) its perplexity is" in (
-        result.stderr
-    )
-    assert " above the 1.040 allowed" in result.stderr
-
-
 def test_gates_that_cannot_repair_point_to_other_modules(shadow):
     result = call("search", shadow())
     assert result.exit_code == 3

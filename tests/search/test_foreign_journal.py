@@ -1,0 +1,134 @@
+"""A journal that another process wrote decides nothing by itself: baselines and the selection are measured again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import answer, call
+
+from dapa_merge import miniature
+from dapa_merge.files import record_line
+from dapa_merge.search import journal as journals
+
+GATES = [f"{layer}.gate" for layer in range(10)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, few) -> tuple[Path, Path, dict]:
+    folder = tmp_path_factory.mktemp("done")
+    models = f"base_model: {miniature.path('target')}\nmodels: [{{model: {miniature.path('source')}}}]"
+    parameters = {"prompts": str(few), "max_new_tokens": 12, "batch_size": 128}
+    recipe = folder / "recipe.yml"
+    recipe.write_text(f"merge_method: dapa\n{models}\nparameters: {json.dumps(parameters)}\n")
+    found = answer("search", recipe, "--journal", folder / "journal.jsonl", "--json")
+    return recipe, folder / "journal.jsonl", found
+
+
+def forge(journal: Path, out: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Write a journal whose lines were changed and whose checks match, as anyone can."""
+    check, lines = "", []
+    for line in journal.read_bytes().splitlines():
+        entry = json.loads(line)
+        del entry["check"]
+        change(entry)
+        text, check = record_line(entry, check)
+        lines.append(text)
+    out.write_bytes(b"".join(lines))
+    return out
+
+
+def test_what_an_earlier_process_wrote_is_told_from_what_this_one_did(done, monkeypatch):
+    _, path, _ = done
+    parts = json.loads(path.read_bytes().splitlines()[0])["parts"]
+    own = journals.Journal(path, parts)
+    own.close()
+    monkeypatch.setattr(journals, "_written_here", set())
+    others = journals.Journal(path, parts)
+    others.close()
+    assert own.earlier == set()
+    assert others.earlier == {*others.notes, *others.tests}
+
+
+def test_a_true_journal_of_another_process_is_believed_and_counted(done, monkeypatch):
+    recipe, journal, found = done
+    monkeypatch.setattr(journals, "_written_here", set())
+    again = answer("search", recipe, "--journal", journal, "--json")
+    assert (again["units"], again["certificate"]) == (found["units"], found["certificate"])
+    # The full selection is not a test: it is a baseline.
+    assert again["tests_recorded"] == found["tests"] - 1
+
+
+@pytest.mark.parametrize(
+    ("note", "figure", "value", "said"),
+    [
+        ("target", "score", 0.5, "the DSR of the target is 0.500, but measured now it is 0.000"),
+        ("full transplant", "score", 0.02, "the DSR of the full transplant is 0.020, but measured now it is 1.000"),
+        ("target", "perplexity", 50.0, "the perplexity of the target is 50.000, but measured now it is 1.0"),
+        ("full transplant", "over_refusal", None, "the over-refusal of the full transplant is nan, but"),
+    ],
+)
+def test_a_forged_baseline_moves_no_limit(done, tmp_path, note, figure, value, said):
+    recipe, journal, _ = done
+
+    def change(entry):
+        if entry.get("note") == note:
+            entry["value"][figure] = float("nan") if value is None else value
+
+    forged = forge(journal, tmp_path / "forged.jsonl", change)
+    before = forged.read_bytes()
+    result = call("run", recipe, tmp_path / "out", "--no-lock", "--journal", forged)
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert f"the journal {forged} is not true of these models on this machine" in last
+    assert said in last
+    assert not (tmp_path / "out").exists()
+    assert forged.read_bytes() == before
+
+
+def test_forged_tests_do_not_decide_what_is_transplanted(done, tmp_path):
+    recipe, journal, found = done
+    kept = frozenset(found["units"])
+
+    def change(entry):
+        if "selection" in entry:
+            # Of whatever was found, nothing is needed; and everything else is.
+            entry["holds"] = not entry["holds"]
+            entry["complaint"] = None if entry["holds"] else "made up"
+
+    forged = forge(journal, tmp_path / "forged.jsonl", change)
+    result = call("search", recipe, "--journal", forged, "--json")
+    if result.exit_code == 0:
+        # All that the forger reached is a selection that holds, which needs no belief.
+        assert kept < set(json.loads(result.stdout)["units"])
+    else:
+        assert result.exit_code == 2
+        assert "its tests lead to" in result.stderr.splitlines()[-1]
+
+
+def test_a_selection_that_a_journal_makes_up_is_measured_before_it_is_written(done, tmp_path):
+    recipe, journal, _ = done
+    header, target, full, prior = journal.read_bytes().splitlines()[:4]
+    check, lines = "", []
+    # Whatever the search asks, it is said to be enough, so that it ends with a single gate.
+    made_up = [
+        {"selection": list(some), "holds": True, "complaint": None, "pieces": [], "num_prompts": 32, "seconds": 0.1}
+        for number in range(1, len(GATES))
+        for some in itertools.combinations(GATES, number)
+    ]
+    for entry in (*map(json.loads, (header, target, full, prior)), *made_up):
+        entry.pop("check", None)
+        text, check = record_line(entry, check)
+        lines.append(text)
+    forged = tmp_path / "forged.jsonl"
+    forged.write_bytes(b"".join(lines))
+    result = call("run", recipe, tmp_path / "out", "--no-lock", "--journal", forged)
+    assert result.exit_code == 2
+    last = result.stderr.splitlines()[-1]
+    assert f"the journal {forged} is not true of these models on this machine: its tests lead to gate of layer" in last
+    assert "but measured now its DSR is" in last
+    assert not (tmp_path / "out").exists()

@@ -36,10 +36,10 @@ from pydantic import BaseModel
 from transformers import AutoConfig
 
 from dapa_merge.checkpoint.convert import MergeCache
-from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Box, Region, Shapes
-from dapa_merge.checkpoint.units import Unit, find_units
+from dapa_merge.checkpoint.units import Unit, architecture_name, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.live import mapped_values
@@ -184,6 +184,7 @@ def accept(raw: Mapping[str, Any]) -> None:
     file = _file_being_read(raw)
     recipe = load_recipe(file) if file is not None else recipe_from(_plain(raw))
     _check_lora_cache(recipe)
+    _check_one_class(recipe)
     METHOD_INSTANCE.announce(recipe)
 
 
@@ -265,6 +266,23 @@ def _check_lora_cache(recipe: Recipe) -> None:
                 f"{recipe.where(keys.get(name, f'parameters.{name}'))} is a LoRA, {location}; name a folder with "
                 f"--lora-merge-cache to merge it in"
             )
+
+
+def _check_one_class(recipe: Recipe) -> None:
+    """Raise `CheckpointError` if target and source are folders of two classes.
+
+    mergekit asks both for tensors of the same names, and ends in a traceback. It reports models on the Hub itself.
+    """
+    found: dict[str, str] = {}
+    for location in (recipe.target, recipe.source):
+        if (path := Path(location.path) / "config.json").is_file():
+            found.setdefault(architecture_name(read_json(path)), str(location))
+    if len(found) > 1:
+        (ours, target), (theirs, source) = found.items()
+        raise CheckpointError(
+            f"mergekit merges models of one class only, but the source {source} is a {theirs} and the target {target} "
+            f"a {ours}; use `dapa-merge run`, which compares their language towers"
+        )
 
 
 def _stamps(files: Sequence[Path]) -> tuple[tuple[int, ...], ...]:

@@ -51,6 +51,8 @@ DIVISIBLE_MODULES = ("gate", "up")
 OTHER_TOWERS = re.compile(r"vision|visual|image|vit(_|\.|$)|audio|speech|video|talker|(^|\.)mtp|projector|resampler")
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 LANGUAGE_CONFIGS = ("text_config", "llm_config", "language_config")
+# transformers classes for tasks other than text generation.
+OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 _LAYER_NUMBER = re.compile(r"\.(\d{1,6})\.")
 
 
@@ -179,6 +181,31 @@ def architecture_name(config: Mapping[str, Any]) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise CheckpointError(f"config.json must name exactly one architecture, but says {names!r}")
     return names[0]
+
+
+def is_sibling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two models are of one family: of one class, or of two that generate text by the same kind of tower.
+
+    A fine-tune of the language tower alone (Gemma3ForCausalLM) is a sibling of the model that sees
+    (Gemma3ForConditionalGeneration), whose config describes the same tower. Sizes are not compared here.
+
+    Raises:
+        CheckpointError: If one does not name exactly one architecture.
+    """
+    names = [architecture_name(one) for one in (config, other)]
+    if names[0] == names[1]:
+        return True
+    towers = [_language_config(one) for one in (config, other)]
+    kind, other_kind = (tower.get("model_type") for tower in towers)
+    # Two models of text alone, such as a classifier and its base, are told apart by their classes.
+    has_other_towers = towers[0] is not config or towers[1] is not other
+    is_same_kind = isinstance(kind, str) and kind == other_kind
+    return has_other_towers and is_same_kind and not any(map(OTHER_HEADS.search, names))
+
+
+def _language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language tower: all of it for a model of text alone."""
+    return next((config[key] for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)), config)
 
 
 def layer_path(tensor: str) -> str:

@@ -35,7 +35,7 @@ from dapa_merge.checkpoint.convert import link_files, open_location, standard_fo
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.region import Region
-from dapa_merge.checkpoint.units import architecture_name
+from dapa_merge.checkpoint.units import architecture_name, is_sibling
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.live import LiveModel, free, load_model, mapped_values
 from dapa_merge.progress import quiet
@@ -409,12 +409,13 @@ def open_pretrained(
     if found.folder.samefile(source.folder):
         raise UsageError(f"{recipe.where('parameters.pretrained')}: the pretrained model is the source itself")
     ours, theirs = architecture_name(target.config), architecture_name(found.config)
-    if ours != theirs:
+    if not is_sibling(target.config, found.config):
         raise CheckpointError(
             f"the pretrained model {found.name} is a {theirs} but the target {target.name} is a {ours}; name the "
             "model that target and source were both fine-tuned from"
         )
-    for name, shape in target.shapes.items():
+    for name, shape in target.shapes.items() if ours == theirs else ():
+        # mergekit itself says that it does not blend models of two classes, whose tensors have other names.
         other = found.shapes.get(name)
         # The vocabulary may have grown, and the output layer may be the embedding.
         if (other is None and ".layers." in name) or (other is not None and other[1:] != shape[1:]):

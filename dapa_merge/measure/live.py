@@ -7,7 +7,6 @@ restored from its own files. The device needs memory for only one tensor more th
 from __future__ import annotations
 
 import mmap
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +30,7 @@ from dapa_merge.checkpoint.convert import standard_folder
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
-from dapa_merge.checkpoint.units import Unit, find_units
+from dapa_merge.checkpoint.units import OTHER_HEADS, Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.generate import prepare_for_greedy
 from dapa_merge.progress import quiet
@@ -40,10 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dapa_merge.plan.plan import Plan
-
-
-# transformers classes for tasks other than text generation.
-OTHER_HEADS = re.compile(r"For(?!CausalLM|ConditionalGeneration)[A-Z]")
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -15,6 +15,7 @@ from dapa_merge.checkpoint.units import (
     architecture_name,
     check_not_quantized,
     find_units,
+    is_sibling,
     join_ranges,
 )
 from dapa_merge.errors import CheckpointError, UsageError
@@ -209,11 +210,11 @@ def region_of(checkpoint: Checkpoint, part: TensorBox) -> Region:
 
 
 def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[str]) -> tuple[Unit, ...]:
-    """Find the units of a model; raise `CheckpointError` if it has another architecture than the target."""
+    """Find the units of a model; raise `CheckpointError` if it is of another family than the target."""
     checkpoint, target = models[name], models["target"]
     check_not_quantized(checkpoint)
-    ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)
-    if ours != theirs:
+    if not is_sibling(target.config, checkpoint.config):
+        ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)
         raise CheckpointError(
             f"the {MODELS[name]} {checkpoint.name} is a {theirs} but the target {target.name} is a {ours}; "
             f"a {MODELS[name]} must be of the target's own family"

@@ -18,7 +18,7 @@ from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, reduced
-from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection
+from dapa_merge.plan.selection import RECIPE_NAME, changing_selection, fetch_units, given_selection, num_changed
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish import lock as locks
 from dapa_merge.publish.commit import Published
@@ -73,16 +73,15 @@ def run_recipe(
     """
     card = card or CardOptions()
     lock: locks.Lock | None = None
+    keeps_lock = keeps_lock and path is not None and not is_locked
     if is_locked:
         assert path is not None
         recipe, lock = locks.locked_recipe(recipe, path)
     if destination is not None:
         check_push(destination, card, recipe)
-    if keeps_lock and lock is None and path is not None:
-        lock = _lock(recipe)
-    report = repair(recipe, out, lock=lock, is_locked=is_locked, **settings)
-    if lock is not None and path is not None and not is_locked:
-        locks.write_lock(lock.with_result(report), path)
+    report = repair(recipe, out, keeps_lock=keeps_lock, lock=lock, is_locked=is_locked, **settings)
+    if keeps_lock and path is not None and (written := locks.read_lock(out / locks.LOCK_NAME)) is not None:
+        locks.write_lock(written, path)
     if destination is not None:
         return report, _publish(out, destination, card)
     _describe(out, card)
@@ -96,6 +95,7 @@ def repair(
     evaluate: bool = True,
     link: bool = False,
     manifest: bool = True,
+    keeps_lock: bool = False,
     lock: locks.Lock | None = None,
     is_locked: bool = False,
     options: Options | None = None,
@@ -117,7 +117,8 @@ def repair(
             layers. If false, the recipe must name them.
         link: Hard-link unchanged weight files instead of copying them.
         manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
-        lock: The lock of the models, to write into the result.
+        keeps_lock: Lock the models as they are now, and write that into the result.
+        lock: An earlier lock, which the models must match, to write into the result.
         is_locked: Transplant the units in the lock instead of searching; measures on the prompts that a search would
             hold out.
         options: Device, journal, judge and other machine settings.
@@ -135,10 +136,18 @@ def repair(
         locks.check_lock(lock, ladder.models)
         if is_locked:
             ladder = locks.locked_ladder(ladder, lock)
-    recipe, plan = ladder.rungs[0]
+    given, plan = ladder.rungs[0]
     # Checked now rather than after hours of search.
     check_destination(out, plan.target, 0 if link else None)
-    selection = locks.locked_selection(recipe, plan, lock) if lock and is_locked else given_selection(recipe, plan)
+    selection = locks.locked_selection(given, plan, lock) if lock and is_locked else given_selection(given, plan)
+    # In seconds: before all of the models is read for a lock, and before torch is loaded.
+    if selection is not None:
+        selection = changing_selection(given, plan, selection)
+    else:
+        ladder = ladder.without_equal_units()
+    if keeps_lock and (lock := _lock(recipe)) is not None:
+        locks.check_lock(lock, ladder.models)
+    recipe, plan = ladder.rungs[0]
     evidence: Evidence | None = None
     extras: dict[str, str | bytes] = {}
     if evaluate:
@@ -194,7 +203,7 @@ def write(
 def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evidence | None) -> Report:
     """The report of a run, without its time."""
     search = evidence.search if evidence else None
-    counts = plan.edit.counts()
+    counts, number = plan.edit.counts(), num_changed(plan, selection)
     return Report(
         version=__version__,
         target=str(recipe.target),
@@ -205,8 +214,8 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),
         num_candidates=search.num_candidates if search else len(plan.units),
-        parameters_changed=plan.num_parameters(selection),
-        share_changed=plan.share(selection),
+        parameters_changed=number,
+        share_changed=number / plan.target.num_parameters,
         **{name: getattr(evidence, name, None) for name in MEASURED},
         requirement=search.requirement.to_json() if search else None,
         tests=search.minimum.tests if search else 0,

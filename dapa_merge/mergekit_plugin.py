@@ -47,7 +47,7 @@ from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import given_selection, models_of
+from dapa_merge.plan.selection import changing_selection, given_selection, models_of
 from dapa_merge.progress import LOG, shown
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import PARAMETERS, spans
@@ -236,6 +236,8 @@ def _select(recipe: Recipe) -> _Selected:
     if selection is None:
         found = search_ladder(ladder, options).search
         plan, selection = found.plan, join(found.plan, found.minimum.units)
+    else:
+        selection = changing_selection(recipe, plan, selection)
     LOG.info(f"dapa: transplanting {spans(selection)} from {recipe.source}")
     return _Selected(
         boxes=boxes_in_merge(plan, selection),

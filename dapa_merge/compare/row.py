@@ -24,7 +24,7 @@ from dapa_merge.measure.meter import report_meter
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import make_plan, plan_of_all
+from dapa_merge.plan.selection import make_plan, num_changed, plan_of_all, units_that_differ
 from dapa_merge.progress import advance, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import layer_spans, spans
@@ -160,7 +160,7 @@ class Methods:
         group, seed, number = key.partition(" seed ")
         label = LABELS[group]
         seen = self.measuring.edit(units, f"{label}{seed}{number}")
-        share = self.plan.share(units)
+        share = num_changed(self.plan, units) / self.plan.target.num_parameters
         return self._arm(key, method, label, detail or spans(units), seen, share=share, **more)
 
     def _arm(self, key: str, method: str, label: str, detail: str, seen: Seen, *, share: float, **more: Any) -> Arm:
@@ -199,15 +199,17 @@ class Methods:
         if "mlp" in keys:
             layers = tuple(sorted({unit.layer for unit in found.units}))
             yield self.edit(keys["mlp"], "mlp", mlp_units(self.plan.units, layers), _mlp_of(layers))
+        # A control with units that the edit does not change would be weaker.
+        pool = units_that_differ(found.plan, found.plan.units) if {"random", "random-search"} & set(keys) else ()
         if "random" in keys:
             for number in range(self.wanted.seed, self.wanted.seed + self.wanted.num_seeds):
-                units = random_units(found.plan, found.plan.units, found.units, number)
+                units = random_units(found.plan, pool, found.units, number)
                 yield self.edit(f"{keys['random']} seed {number}", "random", units)
         if "random-search" in keys and found.cost is not None:
             # As many draws as the search made tests, with other seeds than the single draws.
             first = self.wanted.seed + self.wanted.num_seeds
             seeds = range(first, first + max(1, found.cost.tests))
-            drawn = [random_units(found.plan, found.plan.units, found.units, seed) for seed in seeds]
+            drawn = [random_units(found.plan, pool, found.units, seed) for seed in seeds]
             yield self.edit(keys["random-search"], "random-search", self._best(drawn))
 
     def _best(self, drawn: Sequence[tuple[Unit, ...]]) -> tuple[Unit, ...]:

@@ -18,7 +18,7 @@ from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.live import choose_device
 from dapa_merge.plan.plan import Plan, divide, join, with_modules
-from dapa_merge.plan.selection import given_selection
+from dapa_merge.plan.selection import changing_selection, given_selection
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import parse_layers
@@ -60,7 +60,11 @@ def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal
     """
     given = given_selection(recipe, plan)
     if given is not None:
-        return Found(plan, given)
+        try:
+            return Found(plan, changing_selection(recipe, plan, given))
+        except CannotRepair as error:
+            LOG.info(str(error))
+            return Found(plan, None, str(error))
     note = f"search {name}"
     if note not in journal.notes:
         LOG.info(f"searching among {', '.join(recipe.modules)}")

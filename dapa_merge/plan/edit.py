@@ -259,14 +259,26 @@ class Edit(ABC):
 
     def differs(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> bool:
         """Whether a region's new values are not those that the target has; takes the arguments of `tiles`."""
+        return any(self._changes(models, regions))
+
+    def num_changed(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> int:
+        """The number of a region's elements whose new value is not the target's; takes the arguments of `tiles`."""
+        return sum(self._changes(models, regions))
+
+    def _changes(self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region]) -> Iterator[int]:
+        """Yield the number of changed elements of each tile. Values are compared as bits, so that NaN equals itself."""
+        width, _ = EXPONENTS[regions["target"].tensor.dtype]
         ours = read_tiles(models["target"], regions["target"])
-        theirs = self.tiles(models, regions)
-        dtype = regions["target"].tensor.dtype
-        return any(
-            # A computed zero may have another sign.
-            tile != new and (self.copies is not None or not _only_signs_of_zeros(tile, new, dtype))
-            for tile, (new, _) in zip(ours, theirs, strict=True)
-        )
+        for tile, (new, _) in zip(ours, self.tiles(models, regions), strict=True):
+            if tile == new:
+                yield 0
+                continue
+            before, after = (numpy.frombuffer(one, dtype=width) for one in (tile, new))
+            is_changed = before != after
+            if self.copies is None:
+                # A computed zero may have another sign: all bits but that are 0.
+                is_changed &= ((before | after) << 1) != 0
+            yield int(numpy.count_nonzero(is_changed))
 
     def checked_tiles(
         self, models: Mapping[str, Checkpoint], regions: Mapping[str, Region], rounding: Rounding
@@ -560,14 +572,6 @@ def not_finite(name: str, models: Mapping[str, Checkpoint], model: str) -> Check
         f"{name} of the {MODELS[model]} {models[model].name} holds values that are infinite or not a number; "
         f"it is damaged"
     )
-
-
-def _only_signs_of_zeros(one: bytes, other: bytes, dtype: str) -> bool:
-    """Whether two tiles hold the same numbers, with zeros of either sign."""
-    width, _ = EXPONENTS[dtype]
-    ours, theirs = (numpy.frombuffer(tile, dtype=width) for tile in (one, other))
-    # All bits but the sign.
-    return not ((ours | theirs)[ours != theirs] << 1).any()
 
 
 def _has_not_finite(tile: bytes, region: Region) -> bool:

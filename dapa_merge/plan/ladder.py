@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES
-from dapa_merge.errors import RecipeError, UnsupportedArchitecture
+from dapa_merge.errors import CannotRepair, RecipeError, UnsupportedArchitecture
 from dapa_merge.plan.edit import EDITS, LADDER
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import make_plan, models_of
+from dapa_merge.plan.selection import make_plan, models_of, without_equal_units
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.recipe import Recipe
 
 
@@ -43,10 +44,38 @@ class Ladder:
     Attributes:
         recipe: As it was written.
         rungs: In order: the recipe of one edit, and its plan. A recipe of one edit is its own and only rung.
+        skipped: Rungs that were left out, because their edits would change nothing.
     """
 
     recipe: Recipe
     rungs: tuple[tuple[Recipe, Plan], ...]
+    skipped: tuple[Tried, ...] = ()
+
+    def without_equal_units(self) -> Ladder:
+        """The ladder with only the units that each rung's edit would change; loads no model.
+
+        Raises:
+            CannotRepair: If no rung has such units.
+        """
+        rungs: list[tuple[Recipe, Plan]] = []
+        skipped: list[Tried] = []
+        for recipe, plan in self.rungs:
+            try:
+                rungs.append((recipe, without_equal_units(recipe, plan)))
+            except CannotRepair as error:
+                if not self.is_auto:
+                    raise
+                LOG.info(f"the edit {recipe.edit} does not repair this target: {error.why}")
+                skipped.append(Tried(recipe.edit, plan.modules, error.why))
+        if not rungs:
+            raise self.no_repair(skipped)
+        return replace(self, rungs=tuple(rungs), skipped=(*self.skipped, *skipped))
+
+    def no_repair(self, tried: Iterable[Tried]) -> CannotRepair:
+        """The error if none of the rungs repairs the target."""
+        whys = "; ".join(map(str, tried))
+        names = f"{self.recipe.target} from {self.recipe.source}"
+        return CannotRepair(f"no edit repairs the target {names} within the limits: {whys}", whys)
 
     @property
     def is_auto(self) -> bool:

@@ -91,15 +91,15 @@ class Plan:
         return whole if rows == self.rows(whole) else replace(whole, rows=rows)
 
     def num_parameters(self, selection: Iterable[Unit]) -> int:
-        """The number of the target's parameters that a selection changes."""
+        """The number of the target's parameters in a selection, whether or not their values change."""
         return sum(regions["target"].num_parameters for regions in self.regions(selection))
 
     def num_bytes(self, selection: Iterable[Unit]) -> int:
-        """The number of the target's bytes that a selection changes."""
+        """The number of the target's bytes in a selection."""
         return sum(regions["target"].num_bytes for regions in self.regions(selection))
 
     def share(self, selection: Iterable[Unit]) -> float:
-        """The share of the target's parameters that a selection changes, in [0, 1]."""
+        """The share of the target's parameters that are in a selection, in [0, 1]."""
         return self.num_parameters(selection) / self.target.num_parameters
 
 

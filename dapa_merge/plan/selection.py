@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
 from typing import Any, cast
@@ -12,16 +13,20 @@ from dapa_merge.checkpoint.convert import MergeCache, open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import AUTO, MODULES, SEPARATE_MODULES, WHOLES, Unit, auto_modules, check_not_quantized
 from dapa_merge.errors import CannotRepair, CheckpointError, RecipeError, UnsupportedArchitecture
 from dapa_merge.plan.directions import read_factors
 from dapa_merge.plan.edit import EDITS, LADDER, MODELS, Directions, Edit, make_edit
 from dapa_merge.plan.plan import Plan, divide, join, plan_transplant, with_modules
 from dapa_merge.progress import LOG, advance, task
+from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 
 # mergekit's name for the recipe in its output; ours names the layers that were found.
 RECIPE_NAME = "mergekit_config.yml"
+# Reading, comparing and computing all let other threads run; each holds a few tiles.
+COMPARE_THREADS = 2
 
 
 def make_plan(
@@ -175,24 +180,111 @@ def without_equal_units(recipe: Recipe, plan: Plan) -> Plan:
         CannotRepair: If it changes nothing at all.
     """
     fetch_units(plan, plan.units)
-    full = plan.reference
-    with task("comparing the units of the models", len(plan.units), "units"):
-        units = tuple(unit for unit in plan.units if _differs(full, unit))
+    units = units_that_differ(plan, plan.units)
     if not units:
-        raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target: the edit {plan.edit.name} would change none of its "
-            f"{len(plan.units)} units ({', '.join(plan.modules)}), because the values are those of {recipe.target} "
-            f"already",
-            f"it would change none of its {len(plan.units)} units",
-        )
+        raise _nothing_to_change(recipe, plan, plan.units)
     if num_equal := len(plan.units) - len(units):
         LOG.info(f"left out {num_equal} of {len(plan.units)} units, which the edit would not change")
     return replace(plan, units=units, twins={unit: plan.twins[unit] for unit in units})
 
 
-def _differs(plan: Plan, unit: Unit) -> bool:
-    advance(1, "units")
-    return any(plan.edit.differs(plan.models, regions) for regions in plan.regions((unit,)))
+def units_that_differ(plan: Plan, units: Sequence[Unit]) -> tuple[Unit, ...]:
+    """Those of some units, whole or blocks, whose values the edit changes; reads up to the first change in each."""
+    full = _acting(plan, units)
+
+    def differs(unit: Unit) -> bool:
+        advance(1, "units")
+        return any(full.edit.differs(full.models, regions) for regions in full.regions((unit,)))
+
+    with task("comparing the units of the models", len(units), "units"), ThreadPoolExecutor(COMPARE_THREADS) as pool:
+        return tuple(unit for unit, is_different in zip(units, pool.map(differs, units), strict=True) if is_different)
+
+
+def count_changed(plan: Plan, units: Sequence[Unit]) -> dict[Unit, int | None]:
+    """The number of parameters that the edit really changes in each of some units, whole or blocks.
+
+    A parameter counts if its value in the target's dtype becomes another. Reads all of the units; fetches nothing.
+
+    Returns:
+        By unit; None where values are on the Hub and were not fetched yet.
+    """
+    full = _acting(plan, units)
+
+    def changed(unit: Unit) -> int | None:
+        places = list(full.regions((unit,)))
+        advance(1, "units")
+        for name, checkpoint in full.models.items():
+            if checkpoint.num_missing(_ranges(regions[name] for regions in places)):
+                return None
+        return sum(full.edit.num_changed(full.models, regions) for regions in places)
+
+    with task("comparing the units of the models", len(units), "units"), ThreadPoolExecutor(COMPARE_THREADS) as pool:
+        return dict(zip(units, pool.map(changed, units), strict=True))
+
+
+def num_changed(plan: Plan, units: Iterable[Unit]) -> int:
+    """The number of the target's parameters that a selection really changes, as `count_changed` counts them.
+
+    Fetches the units of all models but the target.
+    """
+    chosen = tuple(units)
+    fetch_units(plan, chosen)
+    return sum(count or 0 for count in count_changed(plan, chosen).values())
+
+
+def changing_selection(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> tuple[Unit, ...]:
+    """The units of a named selection that the edit changes; says which it does not.
+
+    Raises:
+        CannotRepair: If it changes none of them.
+    """
+    fetch_units(plan, selection)
+    units = units_that_differ(plan, selection)
+    if not units:
+        raise _nothing_to_change(recipe, plan, selection)
+    if equal := [unit for unit in selection if unit not in set(units)]:
+        LOG.info(f"left out {spans(equal)}, which the edit would not change")
+    return units
+
+
+def _acting(plan: Plan, units: Iterable[Unit]) -> Plan:
+    """The plan itself or, before its edit has chosen what to add, that of a full transplant."""
+    return plan if plan.changes(units) else plan.reference
+
+
+def _nothing_to_change(recipe: Recipe, plan: Plan, units: Sequence[Unit]) -> CannotRepair:
+    """The error for units that the edit leaves as they are; names the modules in which the models do differ."""
+    what = f"would change none of {'its' if set(units) == set(plan.units) else 'the'} {len(units)} units"
+    why = why_equal(plan, units)
+    return CannotRepair(
+        f"the source {recipe.source} cannot repair this target: the edit {plan.edit.name} {what}, because {why}",
+        f"it {what}: {why}",
+    )
+
+
+def why_equal(plan: Plan, units: Sequence[Unit]) -> str:
+    """Why the edit changes none of some units, and where the models do differ, if that is known."""
+    if set(units) == set(plan.units):
+        same, where = ", ".join(plan.modules), f"all {len({unit.layer for unit in units})} layers"
+    else:
+        same, where = "values", spans(units)
+    whose = "source and pretrained model" if "pretrained" in plan.edit.inputs else "both models"
+    rounded = plan.edit.copies is None and not plan.edit.chooses
+    small = ", or differ by less than the target's dtype can hold" if rounded else ""
+    return f"{whose} have the same {same} in {where}{small}{_differences(plan, units)}"
+
+
+def _differences(plan: Plan, units: Sequence[Unit]) -> str:
+    """Advice where to look for a difference, given units without one; nothing is fetched for it."""
+    if any(checkpoint.partial is not None for checkpoint in plan.models.values()):
+        return "; other modules may differ: try `modules: auto`"
+    if others := units_that_differ(plan, [unit for unit in plan.units if unit not in set(units)]):
+        return f"; they differ in {spans(others)}"
+    every = plan_of_all(plan)
+    found = units_that_differ(every, [unit for unit in every.units if unit.module not in plan.modules])
+    if not found:
+        return ", and so are all other modules; name another source"
+    return f"; try `modules: {', '.join(dict.fromkeys(unit.module for unit in found))}`"
 
 
 def plan_of_all(chosen: Plan, more: Iterable[str] = ()) -> Plan:
@@ -267,12 +359,16 @@ def fetch_units(plan: Plan, units: Iterable[Unit]) -> None:
     """
     places = list(plan.regions(units))
     for name, checkpoint in plan.others.items():
-        regions = [regions[name] for regions in places]
-        ranges = [(one.tensor.file, start, start + size) for one in regions for start, size in one.runs()]
+        ranges = _ranges(regions[name] for regions in places)
         if num_bytes := checkpoint.num_missing(ranges):
             LOG.info(f"fetching {num_bytes / 1e6:.1f} MB of {checkpoint.name}")
             with task(f"fetching the {MODELS[name]}'s units", num_bytes, "bytes"):
                 checkpoint.ensure_all(ranges)
+
+
+def _ranges(regions: Iterable[Region]) -> list[tuple[str, int, int]]:
+    """The byte ranges of regions in the files of their model."""
+    return [(one.tensor.file, start, start + size) for one in regions for start, size in one.runs()]
 
 
 def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:

@@ -18,7 +18,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
 from dapa_merge.plan.plan import join
-from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of
+from dapa_merge.plan.selection import RECIPE_NAME, edit_of, make_plan, models_of, num_changed
 from dapa_merge.progress import LOG
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
@@ -170,7 +170,8 @@ def _transplanted(
         raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
     plan = make_plan(recipe)
     units = join(plan, check.verification.transplanted)
-    return tuple(map(str, units)), plan.share(units), plan.num_parameters(units)
+    number = num_changed(plan, units)
+    return tuple(map(str, units)), number / plan.target.num_parameters, number
 
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:

@@ -17,7 +17,6 @@ from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import mcnemar
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
-from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options
@@ -83,8 +82,6 @@ def _gather(
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
     meter = shared[0][0] if shared else report_meter(recipe, parts.report, options)
-    if selection is None:
-        plan = without_equal_units(recipe, plan)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

@@ -48,7 +48,9 @@ class Report:
 
     Attributes:
         units: The transplanted units, as `3.gate`.
-        share_changed: Their share of the target's parameters, in [0, 1].
+        parameters_changed: Number of the target's parameters in them whose values became others: not all, where the
+            models differ in only some.
+        share_changed: Share of the target's parameters that these are, in [0, 1].
         before: Figures of the target on prompts that the search did not ask, or on all if the layers were given; None,
             like the next four, if nothing was evaluated.
         dsr_change: The change on harmful prompts from `before` to `after`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +16,7 @@ from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join
-from dapa_merge.plan.selection import given_selection
+from dapa_merge.plan.selection import count_changed, given_selection, num_changed, why_equal
 from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
@@ -278,8 +278,13 @@ MAX_BESIDE = 3
 
 
 def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
-    """A plan as plain data; `selected` is None if a search decides. Units with selected rows are shown in parts."""
+    """A plan as plain data; `selected` is None if a search decides. Units with selected rows are shown in parts.
+
+    What differs is None where values are on the Hub, and were not fetched yet.
+    """
     units = plan.units if selection is None else cut(plan, selection).units
+    counts = count_changed(plan, units)
+    chosen = [counts[unit] for unit in (units if selection is None else selection)]
     return {
         "architecture": architecture_name(plan.target.config),
         "target": {"name": plan.target.name, "parameters": plan.target.num_parameters, "bytes": plan.target.num_bytes},
@@ -290,25 +295,38 @@ def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
                 "tensors": list(unit.tensors),
                 "parameters": plan.num_parameters((unit,)),
                 "bytes": plan.num_bytes((unit,)),
+                "differing_parameters": counts[unit],
                 "selected": None if selection is None else unit in selection,
             }
             for unit in units
         ],
+        "differing_units": _total(count and 1 for count in chosen),
+        "differing_parameters": _total(chosen),
         "selected_parameters": None if selection is None else plan.num_parameters(selection),
         "selected_share": None if selection is None else plan.share(selection),
         "search_memory_bytes": search_memory(plan),
     }
 
 
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum; None if one of them is unknown."""
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
+
+
 def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -> None:
-    """Print a plan: a line for each unit, and their sum."""
+    """Print a plan: a line for each unit, and their sum; how much of each the edit would really change."""
     chosen = plan.units if selection is None else tuple(selection)
+    counts = count_changed(plan, chosen)
     table = Table("unit", "tensors")
     table.add_column("MB", justify="right")
     table.add_column("parameters", justify="right")
+    table.add_column("differ", justify="right")
     for unit in chosen:
         share = f"{100 * plan.share((unit,)):.2f} %"
-        table.add_row(str(unit), Text(_tensors(unit, plan)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share)
+        count = counts[unit]
+        differing = "?" if count is None else f"{100 * count / max(plan.num_parameters((unit,)), 1):.2f} %"
+        table.add_row(str(unit), Text(_tensors(unit, plan)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share, differing)
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [
@@ -319,10 +337,20 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
         *((name, checkpoint.name) for name, checkpoint in plan.others.items()),
         (decided, f"{len(chosen)} units, {plan.num_bytes(chosen) / 1e6:.2f} MB"),
         ("parameters", f"{100 * plan.share(chosen):.2f} % of the target's"),
+        ("differ", _differing(plan, counts)),
         ("memory of a search", f"{search_memory(plan) / 1e6:.2f} MB on its device, and the batches"),
     ]
     for label, fact in facts:
         console.print(f"{label:<24}{fact}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _differing(plan: Plan, counts: Mapping[Unit, int | None]) -> str:
+    """How many of a plan's units the edit would change, and what share of the target's parameters."""
+    if (number := _total(counts.values())) is None:
+        return "unknown: what is not fetched from the Hub yet is not compared"
+    units = sum(count != 0 for count in counts.values())
+    share = f"{100 * number / plan.target.num_parameters:.2f} % of the target's parameters"
+    return f"{units} of {len(counts)} units, {share}" + ("" if units else f": {why_equal(plan, tuple(counts))}")
 
 
 def _tensors(unit: Unit, plan: Plan) -> str:
@@ -391,13 +419,14 @@ def search_json(search: Search, plan: Plan) -> dict[str, Any]:
     """A search as plain data."""
     minimum = search.minimum
     selection = join(plan, minimum.units)
+    number = num_changed(plan, selection)
     kept = {unit.whole for unit in minimum.units}
     return dict(
         jsonable(
             {
                 "units": list(map(str, selection)),
-                "parameters_changed": plan.num_parameters(selection),
-                "share_changed": plan.share(selection),
+                "parameters_changed": number,
+                "share_changed": number / plan.target.num_parameters,
                 "tests": minimum.tests,
                 "tests_recorded": search.num_recorded,
                 "tests_unneeded": search.num_unneeded,
@@ -424,7 +453,8 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
     if search.prior is not None:
         console.print("What each unit was expected to do for refusing, and what the search kept:")
         print_prior(search.prior, {unit.whole for unit in minimum.units}, console)
-    facts = [f"transplant {spans(selection)}: {100 * plan.share(selection):.2f} % of the parameters"]
+    share = num_changed(plan, selection) / plan.target.num_parameters
+    facts = [f"transplant {spans(selection)}: {100 * share:.2f} % of the parameters"]
     if search.picked is not None:
         print_points(search.points, search.requirement.measure, console)
         facts.append(f"from {taken_line(search.points, search.picked, by_hand=search.by_hand)}")

@@ -15,7 +15,6 @@ from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan
-from dapa_merge.plan.selection import without_equal_units
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
@@ -64,7 +63,8 @@ class Climbed:
 
 
 def search_ladder(ladder: Ladder, options: Options) -> Climbed:
-    """Search rung by rung; raises as `climb` does."""
+    """Search rung by rung, among the units that the edits would change; raises as `climb` does."""
+    ladder = ladder.without_equal_units()
     (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))
     return Climbed(recipe, found, rungs)
 
@@ -85,7 +85,7 @@ def climb(ladder: Ladder, options: Options, attempt: Callable[[Attempt], Outcome
     if not ladder.is_auto:
         ((recipe, plan),) = ladder.rungs
         return attempt(Attempt(recipe, plan, options)), ()
-    tried: list[Tried] = []
+    tried = list(ladder.skipped)
     for number, one in enumerate(_attempts(ladder, options), 1):
         edit, modules = one.recipe.edit, one.plan.modules
         LOG.info(f"try {number} of {len(ladder.rungs)}: the edit {edit} of {', '.join(modules)}")
@@ -96,10 +96,7 @@ def climb(ladder: Ladder, options: Options, attempt: Callable[[Attempt], Outcome
             tried.append(Tried(edit, modules, error.why))
         else:
             return outcome, (*tried, Tried(edit, modules, "repairs within the limits"))
-    whys = "; ".join(map(str, tried))
-    raise CannotRepair(
-        f"no edit repairs the target {ladder.recipe.target} from {ladder.recipe.source} within the limits: {whys}", whys
-    )
+    raise ladder.no_repair(tried)
 
 
 def _attempts(ladder: Ladder, options: Options) -> Iterator[Attempt]:
@@ -108,7 +105,6 @@ def _attempts(ladder: Ladder, options: Options) -> Iterator[Attempt]:
     if others:
         # It comes before the others, although its rung is the last.
         LOG.info("measuring what all units together can do")
-        last = replace(last, plan=without_equal_units(last.recipe, last.plan))
         possible = _possible(last)
         for recipe, plan in others:
             yield Attempt(recipe, plan, _own_journal(options, recipe.edit), possible)

@@ -17,7 +17,7 @@ from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.edit import Directions, not_finite
 from dapa_merge.plan.plan import Plan, divide, join, reduced
-from dapa_merge.plan.selection import without_equal_units
+from dapa_merge.plan.selection import units_that_differ, without_equal_units
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import SCORE, shown
 from dapa_merge.recipe.options import Options
@@ -429,6 +429,7 @@ def _minimum(
     blocks = divide(plan, minimum.units, recipe.rows_per_block).units
     if blocks == minimum.units:
         return minimum, prior, len(plan.units)
+    blocks = units_that_differ(plan, blocks)
     of_what = "the experts" if recipe.rows_per_block is None else f"blocks of {recipe.rows_per_block} rows"
     LOG.info(f"searching among {len(blocks)} smaller units: {of_what} of those found")
     finer_prior = _weigh(session, blocks, f"prior of {recipe.granularity}", target, full)

@@ -25,7 +25,7 @@ from dapa_merge.measure.live import choose_device, load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import check_any_units, given_selection, make_plan, plan_of_all
+from dapa_merge.plan.selection import changing_selection, check_any_units, given_selection, make_plan, plan_of_all
 from dapa_merge.progress import LOG, advance, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
@@ -149,11 +149,11 @@ class TraceSession:
     def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
         """The search, the selection, and the reason if nothing was selected."""
         given = given_selection(self.recipe, self.chosen)
-        if given is not None:
-            return None, given, None
-        if not self.wanted.searches:
+        if given is None and not self.wanted.searches:
             return None, None, "no search was wanted"
         try:
+            if given is not None:
+                return None, changing_selection(self.recipe, self.chosen, given), None
             found = search_plan(self.recipe, self.chosen, self.options)
         except CannotRepair as error:
             # The trace goes on: it is then even more useful to see where the alignment is.

@@ -164,6 +164,19 @@ def change_tensor(folder: Path, name: str, change: Callable) -> None:
     save_file(content, shard, metadata={"format": "pt"})
 
 
+def weights(folder: Path) -> dict:
+    """All tensors of a checkpoint, as torch loads them."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def num_different(one: Path, other: Path) -> int:
+    """Elements of two checkpoints of the same tensors that are not equal as numbers."""
+    theirs = weights(other)
+    return sum(int((theirs[name] != value).sum()) for name, value in weights(one).items())
+
+
 def prove(out: Path, plan, selection) -> None:
     """Raise `CheckpointError` unless `out` is the target with exactly the selected units."""
     selection = join(plan, selection)

@@ -84,6 +84,9 @@ def test_a_plan_needs_headers_only_of_either_model(models, write_recipe, tmp_pat
         result = call_at_hub(endpoint, tmp_path / "home", "plan", recipe, "--json")
     assert result.exit_code == 0, result.stderr
     assert log.num_weight_bytes() == num_header_bytes(models[0]) + num_header_bytes(models[1])
+    # What differs is then unknown, and said to be.
+    found = json.loads(result.stdout)
+    assert (found["differing_units"], found["differing_parameters"]) == (None, None)
 
 
 def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe, tmp_path, monkeypatch, call_at_hub):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import change_tensor, configuration, save_random, tiny_llama
+from conftest import change_tensor, configuration, num_different, save_random, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge import run_merge
@@ -60,7 +60,7 @@ def test_a_run_takes_the_rows_that_a_recipe_names(repaired):
     report, out = repaired
     assert report["units"] == ["3.gate[0:80]", "3.gate[128:160]", "5.gate"]
     assert report["layers"] == [3, 5]
-    assert report["parameters_changed"] == (80 + 32 + 208) * 80
+    assert 0 < report["parameters_changed"] == num_different(MINIATURE[0], out) <= (80 + 32 + 208) * 80
     target, source = (stored(folder, GATE) for folder in MINIATURE)
     expected = target.clone()
     expected[:80], expected[128:160] = source[:80], source[128:160]

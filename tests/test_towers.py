@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from conftest import answer, call, configuration, write_few
+from conftest import answer, call, configuration, num_different, tiny_llama, weights, write_few
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from dapa_merge import miniature
 from dapa_merge.errors import DapaError
@@ -69,18 +68,33 @@ LOST_BY_MERGEKIT = ("llava",)
 
 @pytest.fixture(params=MODELS)
 def pair(request, tmp_path):
-    folders = []
-    for seed, name in enumerate(("target", "source")):
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(MODELS[request.param]()).to(torch.bfloat16)
-        model.save_pretrained(tmp_path / name, max_shard_size="60KB")
-        AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(tmp_path / name)
-        folders.append(tmp_path / name)
+    folders = [
+        saved(AutoModelForImageTextToText, MODELS[request.param](), tmp_path / name, seed)
+        for seed, name in enumerate(("target", "source"))
+    ]
     return request.param, *folders
 
 
-def weights(folder):
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+def saved(kind, config, folder, seed):
+    """A random model of a config, saved by transformers under the names of published files."""
+    torch.manual_seed(seed)
+    kind.from_config(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB")
+    AutoTokenizer.from_pretrained(miniature.path("target")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=[(name, order) for name in ("gemma3", "mistral3") for order in ("text first", "text second")])
+def siblings(request, tmp_path):
+    """Target and source, one a model that sees and one its language tower alone; and a third like the source."""
+    name, order = request.param
+    config = MODELS[name]()
+    kinds = [(AutoModelForCausalLM, config.text_config), (AutoModelForImageTextToText, config)]
+    target, source = kinds if order == "text first" else reversed(kinds)
+    return (
+        saved(*target, tmp_path / "target", 0),
+        saved(*source, tmp_path / "source", 1),
+        saved(*source, tmp_path / "pretrained", 2),
+    )
 
 
 def test_the_language_towers_gates_are_transplanted_by_every_path(pair, write_recipe, tmp_path):
@@ -118,3 +132,48 @@ def test_a_model_that_sees_is_measured_by_texts(pair, tmp_path):
     figures = answer("evaluate", target, "--prompts", few, "--max-new-tokens", 3, "--text", "builtin", "--json")
     assert figures["num_harmful"] == 2
     assert figures["perplexity"] > 1
+
+
+def test_a_text_only_model_and_its_sibling_that_sees_repair_each_other(siblings, write_recipe, tmp_path):
+    target, source, pretrained = siblings
+    few = write_few(tmp_path / "few", 2)
+    said = {"layers": '"0,2"', "modules": "gate,down,q", "max_new_tokens": 3}
+    recipe = write_recipe(target, source, prompts=str(few), **said)
+    report = answer("run", recipe, tmp_path / "out", "--json")
+    before, theirs, after = weights(target), weights(source), weights(tmp_path / "out")
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    parts = ("mlp.gate_proj", "mlp.down_proj", "self_attn.q_proj")
+    units = {f"model.layers.{layer}.{part}.weight" for layer in (0, 2) for part in parts}
+    # In files, the tower of the model that sees has a prefix.
+    assert {name.removeprefix("language_model.") for name in changed} == units
+    by_end = {name.removeprefix("language_model."): name for name in theirs}
+    twins = {name: by_end[name.removeprefix("language_model.")] for name in changed}
+    assert all(torch.equal(after[name], theirs[other]) for name, other in twins.items())
+    assert report["parameters_changed"] == num_different(target, tmp_path / "out")
+    # Each class is measured as itself.
+    figures = answer("evaluate", source, "--prompts", few, "--max-new-tokens", 3, "--json")
+    assert figures["perplexity"] == report["source_alone"]["perplexity"]
+    checked = answer("verify", tmp_path / "out", "--json")
+    assert checked["correct"]
+    assert checked["units"] == report["units"]
+    added = {**said, "edit": "difference", "pretrained": str(pretrained)}
+    assert call("run", write_recipe(target, source, **added), tmp_path / "added", "--no-evaluate").exit_code == 0
+    third, result = weights(pretrained), weights(tmp_path / "added")
+    for name, other in twins.items():
+        expected = before[name].float() + (theirs[other].float() - third[other].float())
+        assert torch.equal(result[name], expected.bfloat16())
+    with pytest.raises(DapaError, match=r"mergekit merges models of one class only, .* use `dapa-merge run`"):
+        run_merge(configuration(target, source, layers="0,2"), str(tmp_path / "merged"), MergeOptions(quiet=True))
+
+
+def test_a_sibling_of_another_family_or_for_another_task_is_refused(write_recipe, tmp_path):
+    """Their tensors have the same shapes, so that only the configs tell them apart."""
+    target = saved(AutoModelForImageTextToText, mistral3(), tmp_path / "target", 0)
+    llama = saved(AutoModelForCausalLM, tiny_llama(**TEXT), tmp_path / "llama", 1)
+    refused = call("plan", write_recipe(target, llama))
+    assert refused.exit_code == 4
+    assert "is a LlamaForCausalLM but the target" in refused.stderr
+    judge = saved(transformers.AutoModelForSequenceClassification, mistral3().text_config, tmp_path / "judge", 1)
+    refused = call("plan", write_recipe(target, judge))
+    assert refused.exit_code == 4
+    assert "is a MistralForSequenceClassification but the target" in refused.stderr

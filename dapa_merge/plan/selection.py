@@ -284,7 +284,8 @@ def _differences(plan: Plan, units: Sequence[Unit]) -> str:
     found = units_that_differ(every, [unit for unit in every.units if unit.module not in plan.modules])
     if not found:
         return ", and so are all other modules; name another source"
-    return f"; try `modules: {', '.join(dict.fromkeys(unit.module for unit in found))}`"
+    modules = {unit.module for unit in found}
+    return f"; try `modules: {', '.join(module for module in every.modules if module in modules)}`"
 
 
 def plan_of_all(chosen: Plan, more: Iterable[str] = ()) -> Plan:

@@ -276,15 +276,15 @@ def why_equal(plan: Plan, units: Sequence[Unit]) -> str:
 
 def _differences(plan: Plan, units: Sequence[Unit]) -> str:
     """Advice where to look for a difference, given units without one; nothing is fetched for it."""
-    if any(checkpoint.partial is not None for checkpoint in plan.models.values()):
-        return "; other modules may differ: try `modules: auto`"
-    if others := units_that_differ(plan, [unit for unit in plan.units if unit not in set(units)]):
-        return f"; they differ in {spans(others)}"
     every = plan_of_all(plan)
-    found = units_that_differ(every, [unit for unit in every.units if unit.module not in plan.modules])
-    if not found:
-        return ", and so are all other modules; name another source"
-    modules = {unit.module for unit in found}
+    others = [unit for unit in every.units if unit.module not in plan.modules]
+    if any(checkpoint.partial is not None for checkpoint in plan.models.values()):
+        return "; other modules may differ: try `modules: auto`" if others else ""
+    if elsewhere := units_that_differ(plan, [unit for unit in plan.units if unit not in set(units)]):
+        return f"; they differ in {spans(elsewhere)}"
+    modules = {unit.module for unit in units_that_differ(every, others)}
+    if not modules:
+        return ", and no other module differs; name another source"
     return f"; try `modules: {', '.join(module for module in every.modules if module in modules)}`"
 
 

@@ -105,7 +105,7 @@ def test_gates_repair_the_planted_target_and_controls_do_not(compared):
     assert arms["gates"]["repairs"]
     assert not arms["fixed"]["repairs"]
     assert not arms["random seed 0"]["repairs"]
-    assert arms["random seed 0"]["share"] == pytest.approx(arms["dapa"]["share"])
+    assert arms["random seed 0"]["share"] == pytest.approx(arms["dapa"]["share"], rel=0.05)
 
 
 def test_where_gates_cannot_repair_the_tool_says_so_and_what_auto_finds(compared):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -48,6 +50,31 @@ def one_line(error: BaseException) -> str:
     if len(first) > 200:
         first = f"{first[:200].rpartition(' ')[0] or first[:200]} ..."
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+# What libraries say if the system gives them no memory, or no thread.
+_NO_MEMORY = re.compile(
+    r"(?i)can(?:'t|not) allocate|not enough memory|out of memory|unable to allocate|can't start new thread"
+    r"|failed to map segment|mmap failed|DefaultCPUAllocator"
+)
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether this computer, not a device, had no memory left, by an error and its causes."""
+    while error is not None:
+        if isinstance(error, MemoryError):
+            return True
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        # Errors of devices are told where the device is known.
+        if (
+            type(error).__name__ != "OutOfMemoryError"
+            and not isinstance(error, DapaError)
+            and _NO_MEMORY.search(str(error))
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def fault_of(error: ValidationError) -> str:

@@ -42,7 +42,7 @@ from dapa_merge.checkpoint.region import Box, Region, Shapes
 from dapa_merge.checkpoint.units import Unit, architecture_name, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
-from dapa_merge.measure.live import mapped_values
+from dapa_merge.measure.live import forget_kernels, mapped_values
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.ladder import make_ladder
@@ -332,6 +332,7 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Edit
     as_in_files = {unit: unit for unit in plan.twins}
     try:
         config = AutoConfig.from_pretrained(plan.target.folder, trust_remote_code=False)
+        forget_kernels(config, plan.target.name)
     except Exception:
         # Remote code, which only mergekit's user may allow; its tensors are named as in the files.
         return _boxes(plan, units, as_in_files)

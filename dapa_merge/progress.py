@@ -136,6 +136,8 @@ def _ignore(_amount: int) -> None:
 def quiet(*libraries: str, bars: bool = False) -> Iterator[None]:
     """Import and silence other libraries inside the `with` block; restore their settings afterwards.
 
+    A panic of their Rust code, which is not of the class Exception, becomes a RuntimeError, which callers expect.
+
     Args:
         libraries: Any of `transformers`, `datasets`, `huggingface_hub`, `lm_eval` and `mergekit`.
         bars: Whether to keep huggingface_hub's progress bars.
@@ -146,7 +148,12 @@ def quiet(*libraries: str, bars: bool = False) -> Iterator[None]:
             stack.enter_context(_SILENCED[name](library))
             if name in ("datasets", "huggingface_hub") and not bars:
                 stack.enter_context(_without_bars(library))
-        yield
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":
+                raise RuntimeError(f"its Rust code panicked: {error}") from error
+            raise
 
 
 @contextmanager

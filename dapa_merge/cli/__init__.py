@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from dapa_merge import __version__
-from dapa_merge.errors import DapaError, Stopped
+from dapa_merge.errors import CheckpointError, DapaError, Stopped, lacks_memory, one_line
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
@@ -73,10 +73,12 @@ class Group(click.Group):
     def invoke(self, context: click.Context) -> Any:
         try:
             return super().invoke(context)
-        except DapaError:
+        except DapaError as error:
             # click prints the sentence and takes over the exit code.
             if context.params.get("debug"):
                 traceback.print_exc()
+            if isinstance(error, CheckpointError) and lacks_memory(error):
+                _fail_without_memory(error)
             raise
         except KeyboardInterrupt as stop:
             kept = f"; {stop}" if isinstance(stop, Stopped) else ""
@@ -84,7 +86,11 @@ class Group(click.Group):
         except OSError as error:
             if context.params.get("debug"):
                 raise
-            _fail_at(error)
+            _fail_without_memory(error) if lacks_memory(error) else _fail_at(error)
+        except Exception as error:
+            if context.params.get("debug") or not lacks_memory(error):
+                raise
+            _fail_without_memory(error)
 
 
 @click.group(
@@ -124,6 +130,10 @@ def _disable_client_bars() -> None:
 
 def _fail_at(error: OSError) -> NoReturn:
     _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+
+
+def _fail_without_memory(error: BaseException) -> NoReturn:
+    _fail(f"this computer has no memory left, or `ulimit` allows no more ({one_line(error)})", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -31,6 +31,7 @@ from dapa_merge.measure.callback import (
     known_callbacks,
     load_file,
 )
+from dapa_merge.measure.generate import encode
 from dapa_merge.measure.refusal.classify import Outcome, classify, settle
 from dapa_merge.measure.skills import PREFIX, Harness, parse_task
 from dapa_merge.progress import LOG
@@ -269,7 +270,7 @@ def substance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None)
         found["modules", name] = (module, vars(module).get("forward"))
         found["hooks", name] = _hooks(module)
     if tokenizer is not None:
-        found["vocabulary", "of the tokenizer"] = (len(tokenizer), list(tokenizer(SAMPLE)["input_ids"]))
+        found["vocabulary", "of the tokenizer"] = (len(tokenizer), encode(tokenizer, SAMPLE, add_special_tokens=True))
     return found
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from jinja2 import TemplateError
 from transformers import GenerationConfig, StoppingCriteria
 
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
+from dapa_merge.measure.confined import Unfinished, render
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
 from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
 from dapa_merge.progress import LOG, advance
@@ -27,6 +29,11 @@ UNSTABLE_CHARACTERS = 16
 SHOWN_CHARACTERS = 60
 # A chat template may open a thought, in which an answer's opening would not be part of the answer.
 _OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
+# A prompt like no other text of a template.
+_PROBE = "How does one paint the 7 garden gates?"
+# Tokens that a text may have for each character: 18 characters in place of one (NFKD), 3 bytes each, and some more.
+MAX_TOKENS_PER_CHARACTER = 64
+MAX_TOKENS_BESIDES = 1000
 
 Settle = Callable[[str, str], object]
 IsSettled = Callable[[list[int], str], bool]
@@ -56,20 +63,67 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "
 
     A system message, if any, comes first.
 
-    Thinking is switched off if the template can do so, because only the answer is judged.
+    Thinking is switched off if the template can do so, because only the answer is judged. A template that does not show
+    a plain text gets it as a list of one part, as those of LLaVA and SmolVLM want it.
+
+    Raises:
+        CheckpointError: If the template fails, takes too long, or does not show the prompt.
     """
     if not tokenizer.chat_template:
         _warn_without_template(tokenizer.name_or_path)
         return prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    with tokenizing(tokenizer, "chat template"):
+        template, variables = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, "enable_thinking": False}
+    # Cached by their text, because a dict cannot be.
+    has_parts = _takes_parts(tokenizer.name_or_path, template, json.dumps(variables, default=str))
+    text = _rendered(tokenizer.name_or_path, template, variables, system, prompt, has_parts)
+    if _folded(prompt) not in _folded(text):
+        shown = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
+        raise CheckpointError(
+            f"the chat template of {tokenizer.name_or_path} changes or omits the prompt {shown}; use the template of "
+            f"its base model, or leave the prompt out"
         )
-    except (TemplateError, TypeError) as error:
-        raise CheckpointError(f"the model's chat template fails on one user message: {error}") from error
-    return str(text)
+    return text
+
+
+def _rendered(
+    name: str, template: str, variables: Mapping[str, object], system: str, prompt: str, has_parts: bool
+) -> str:
+    texts = {"system": system, "user": prompt} if system else {"user": prompt}
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": text}] if has_parts else text}
+        for role, text in texts.items()
+    ]
+    try:
+        return render(template, messages, variables)
+    except Unfinished as error:
+        raise CheckpointError(f"the chat template of {name} fails on one user message: {error}") from error
+
+
+@functools.lru_cache
+def _takes_parts(name: str, template: str, variables: str) -> bool:
+    """Whether a template shows a prompt only as a list of parts.
+
+    Raises:
+        CheckpointError: If it shows it in neither form.
+    """
+    faults = []
+    for has_parts in (False, True):
+        try:
+            text = _rendered(name, template, json.loads(variables), "", _PROBE, has_parts)
+        except CheckpointError as error:
+            faults.append(error)
+        else:
+            # A template that joins texts shows parts as Python writes them.
+            if _folded(_PROBE) in _folded(text) and (not has_parts or repr(_PROBE) not in text):
+                return has_parts
+    if faults:
+        raise faults[0]
+    raise CheckpointError(f"the chat template of {name} omits the prompt; use the template of its base model")
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 @functools.lru_cache
@@ -109,7 +163,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, attack: Attack =
 def opening_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
     """Encode the opening that an attack puts into the model's mouth; on a line of its own without a chat template."""
     opening = attack.opening if tokenizer.chat_template or not attack.opening else f"\n{attack.opening}"
-    return _plain_ids(tokenizer, opening)
+    return encode(tokenizer, opening)
 
 
 # A search repeats the same prompts in every test.
@@ -118,13 +172,47 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str,
     text = chat_prompt(tokenizer, attack.message(prompt), attack.system)
     if attack.opening and (thought := _OPEN_THOUGHT.search(text)):
         text += f"</{thought[1]}>\n\n"
-    # Not verbose: transformers warns about texts longer than the context, which are rejected or truncated here.
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template, verbose=False)["input_ids"]
-    return (*ids, *opening_ids(tokenizer, attack))
+    return (
+        *encode(tokenizer, text, add_special_tokens=not tokenizer.chat_template),
+        *opening_ids(tokenizer, attack),
+    )
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Encode a text of any length.
+
+    Raises:
+        CheckpointError: If the tokenizer fails, or makes very many tokens of it.
+    """
+    if not text and not add_special_tokens:
+        return []
+    with tokenizing(tokenizer):
+        # Not verbose: transformers warns about texts longer than the context, which callers reject or divide.
+        ids = list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    if len(ids) > MAX_TOKENS_BESIDES + MAX_TOKENS_PER_CHARACTER * len(text):
+        raise CheckpointError(
+            f"the tokenizer of {tokenizer.name_or_path} makes {len(ids):,} tokens of {len(text)} characters; use the "
+            f"tokenizer of its base model"
+        )
+    return ids
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """Decode tokens; raises `CheckpointError` if the tokenizer fails."""
+    with tokenizing(tokenizer):
+        return str(tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+
+@contextmanager
+def tokenizing(tokenizer: PreTrainedTokenizerBase, what: str = "tokenizer") -> Iterator[None]:
+    """Turn whatever a stranger's tokenizer raises inside the `with` block into a `CheckpointError`."""
+    try:
+        yield
+    except (DapaError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        # Panics of its Rust code are not of the class Exception.
+        raise CheckpointError(f"the {what} of {tokenizer.name_or_path} fails: {one_line(error)}") from error
 
 
 def generate(
@@ -175,7 +263,7 @@ def generate(
         attack=attack,
     )
     opening = opening_ids(tokenizer, attack)
-    return list(tokenizer.batch_decode([opening + answer for answer in answers], skip_special_tokens=True))
+    return [decode(tokenizer, opening + answer) for answer in answers]
 
 
 def generate_ids(
@@ -238,7 +326,6 @@ def _rows(
     attack: Attack,
 ) -> list[BatchRow]:
     """Encode and check the prompts, and limit their responses to the model's context."""
-    _check_template(tokenizer)
     ids = [prompt_ids(tokenizer, prompt, attack) for prompt in prompts]
     context = context_length(model)
     _check_lengths(prompts, ids, context)
@@ -249,12 +336,6 @@ def _rows(
 def _ends(model: PreTrainedModel) -> list[int]:
     ends = model.generation_config.eos_token_id
     return ends if isinstance(ends, list) else [] if ends is None else [ends]
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `CheckpointError` for a chat template that ignores the prompt."""
-    if tokenizer.chat_template and chat_prompt(tokenizer, "How?") == chat_prompt(tokenizer, "Why?"):
-        raise CheckpointError("the model's chat template omits the prompt; use the template of its base model")
 
 
 def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
@@ -275,7 +356,7 @@ def _is_settled(
     tokenizer: PreTrainedTokenizerBase, settle: Settle, opening: list[int], tokens: list[int], prompt: str
 ) -> bool:
     """Whether the verdict on a response that begins with an opening and these tokens is certain."""
-    text = str(tokenizer.decode(opening + tokens, skip_special_tokens=True)).rstrip("\ufffd")
+    text = decode(tokenizer, opening + tokens).rstrip("\ufffd")
     # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
     return bool(beginning) and settle(beginning, prompt) is not None

@@ -6,12 +6,16 @@ restored from its own files. The device needs memory for only one tensor more th
 
 from __future__ import annotations
 
+import base64
+import json
+import math
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,17 +27,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
 )
 from transformers import __version__ as transformers_version
 
 from dapa_merge.checkpoint.convert import standard_folder
-from dapa_merge.checkpoint.header import TORCH_NAMES
+from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import OTHER_HEADS, Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
+from dapa_merge.measure import confined
 from dapa_merge.measure.generate import prepare_for_greedy
-from dapa_merge.progress import quiet
+from dapa_merge.progress import LOG, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,10 +79,13 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
         with quiet("transformers"), standard_folder(checkpoint) as folder:
-            loader = _loader(checkpoint)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            # Ready when the prompts are.
+            confined.start()
+            loader, config = _loader(checkpoint)
+            tokenizer = _load_tokenizer(checkpoint, folder, has_processor=loader is AutoModelForImageTextToText)
             model, loading = loader.from_pretrained(
                 folder,
+                config=config,
                 dtype="auto",
                 device_map={"": device},
                 use_safetensors=True,
@@ -109,8 +118,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """
     try:
         with quiet("transformers"), torch.device("meta"):
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-            model: PreTrainedModel = _loader(checkpoint).from_config(config, trust_remote_code=False)
+            loader, config = _loader(checkpoint)
+            model: PreTrainedModel = loader.from_config(config, trust_remote_code=False)
             return model
     except DapaError:
         raise
@@ -119,8 +128,8 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         raise CheckpointError(f"transformers cannot build {checkpoint.name}: {one_line(error)}") from error
 
 
-def _loader(checkpoint: Checkpoint) -> Any:
-    """Return the auto class that loads a checkpoint for text generation, with or without images.
+def _loader(checkpoint: Checkpoint) -> tuple[Any, PreTrainedConfig]:
+    """Return the auto class that loads a checkpoint for text generation, with or without images, and its config.
 
     An encoder such as BERT would load silently and generate noise.
 
@@ -134,6 +143,7 @@ def _loader(checkpoint: Checkpoint) -> Any:
             f"{model_type!r}; a newer transformers may (code that comes with a model is never run)"
         )
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    forget_kernels(config, checkpoint.name)
     architectures = config.architectures or []
     loaders = (
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -145,7 +155,93 @@ def _loader(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.name} is a {', '.join(architectures) or model_type}, but only decoder-only language models "
             "(...ForCausalLM), with or without an image tower, can be measured"
         )
-    return loader
+    return loader, config
+
+
+# What transformers brings along, by attribute of a config. Any other may be code that it fetches from the Hub and runs.
+_OWN_KERNELS = {
+    "_attn_implementation": ("eager", "sdpa"),
+    "_experts_implementation": ("eager", "batched_mm", "grouped_mm"),
+}
+
+
+def forget_kernels(config: PreTrainedConfig, name: str) -> None:
+    """Let transformers choose its own code wherever a config, or a part of it, names code of the Hub."""
+    for attribute, own in _OWN_KERNELS.items():
+        value = getattr(config, attribute, None)
+        if value is not None and value not in own:
+            LOG.warning("%s asks for %r as its %s, which may be fetched code; it is not used", name, value, attribute)
+            setattr(config, attribute, None)
+    for key in config.sub_configs:
+        if isinstance(part := getattr(config, key, None), PreTrainedConfig):
+            forget_kernels(part, name)
+
+
+# The largest published tokenizer, Gemma's with 262,144 tokens, has 33 MB; its longest token 31 characters, Qwen's 128.
+MAX_TOKENIZER_BYTES = 1 << 28
+MAX_TOKEN_CHARACTERS = 10_000
+# Characters that a tokenizer may make of one before it looks for tokens; published ones make up to 18.
+MAX_GROWTH = 1000
+_TOKENIZER_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+# Files of a processor with a chat template; the first that has one counts, as for transformers.
+_PROCESSOR_FILES = ("processor_config.json", "chat_template.json")
+
+
+def _load_tokenizer(checkpoint: Checkpoint, folder: Path, *, has_processor: bool) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer with its processor's chat template, which counts if transformers uses a processor.
+
+    Raises:
+        CheckpointError: If a file is too large, or the tokenizer makes very long texts of short ones.
+    """
+    for path in checkpoint.folder.iterdir():
+        if path.suffix in _TOKENIZER_SUFFIXES and path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{path} has more than {MAX_TOKENIZER_BYTES >> 20} MiB, which no tokenizer needs")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # The folder may be a temporary one.
+    tokenizer.name_or_path = checkpoint.name
+    if has_processor or not tokenizer.chat_template:
+        found = (checkpoint.folder / name for name in _PROCESSOR_FILES)
+        templates = (read_json(path).get("chat_template") for path in found if path.is_file())
+        tokenizer.chat_template = next(filter(None, templates), tokenizer.chat_template)
+    longest = max(map(len, tokenizer.get_vocab()), default=0)
+    if longest > MAX_TOKEN_CHARACTERS:
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint.name} has a token of {longest:,} characters, expected at most "
+            f"{MAX_TOKEN_CHARACTERS:,}; use the tokenizer of its base model"
+        )
+    for kind in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part = getattr(getattr(tokenizer, "backend_tokenizer", None), kind, None)
+        times = growth(json.loads(part.__getstate__())) if part is not None else 1
+        if times > MAX_GROWTH:
+            raise CheckpointError(
+                f"the {kind} of {checkpoint.name}'s tokenizer may make {min(times, 10**12):,} characters of one, "
+                f"expected at most {MAX_GROWTH:,}; use the tokenizer of its base model"
+            )
+    return tokenizer
+
+
+def growth(part: object) -> int:
+    """How many characters or tokens a part of a `tokenizer.json` may make of one; an upper bound.
+
+    Parts in a sequence multiply. What Unicode prescribes is not counted: it does not grow when it is repeated.
+    """
+    if isinstance(part, list):
+        return math.prod(map(growth, part))
+    if not isinstance(part, dict):
+        return 1
+    own = 1
+    if part.get("type") in ("Replace", "Prepend"):
+        own = len(part.get("content") or part.get("prepend") or "")
+    elif part.get("type") in ("ByteLevel", "Metaspace"):
+        # Two characters for most bytes of a letter, and a space before each word.
+        own = 2
+    elif part.get("type") == "Precompiled":
+        # SentencePiece: the size of a trie, the trie, and the texts that replace others, ended by zeros.
+        charsmap = base64.b64decode(part["precompiled_charsmap"])
+        own = max(map(len, charsmap[4 + int.from_bytes(charsmap[:4], "little") :].split(b"\0")))
+    elif part.get("type") == "TemplateProcessing":
+        own = sum("Sequence" in piece for piece in part["single"])
+    return max(own, 1) * math.prod(map(growth, part.values()))
 
 
 class Slot(NamedTuple):

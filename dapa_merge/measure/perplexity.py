@@ -12,7 +12,7 @@ import torch
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.determinism import upcast_linear
-from dapa_merge.measure.generate import check_ids, prompt_ids
+from dapa_merge.measure.generate import check_ids, encode, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,13 +108,12 @@ def _rows(
     for passage in passages:
         if passage.prompt:
             context = prompt_ids(tokenizer, passage.prompt)
-            answer = list(tokenizer(" " + passage.answer, add_special_tokens=False)["input_ids"])
+            answer = encode(tokenizer, " " + passage.answer)
             row = ScoredText((context + answer)[:window], len(context))
             if len(row.ids) > row.num_context:
                 yield row
         else:
-            # Not verbose: transformers warns about texts longer than the context, which windows split.
-            yield from windows(tokenizer(passage.answer, verbose=False)["input_ids"], window, stride)
+            yield from windows(encode(tokenizer, passage.answer, add_special_tokens=True), window, stride)
 
 
 def _first(rows: Iterable[ScoredText], max_tokens: int | None) -> tuple[list[ScoredText], bool]:

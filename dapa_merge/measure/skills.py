@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.errors import HubError, UsageError, one_line
+from dapa_merge.measure.confined import Unfinished, is_found
 from dapa_merge.measure.figures import SkillFigure
 from dapa_merge.measure.prompts.datasets import reading
 from dapa_merge.measure.prompts.rows import listed_names
@@ -103,7 +104,11 @@ def _number(response: str, answer: str) -> bool:
 
 
 def _regex(response: str, answer: str) -> bool:
-    return re.search(answer, response) is not None
+    re.compile(answer)
+    try:
+        return is_found(answer, response)
+    except Unfinished as error:
+        raise UsageError(f"the pattern {answer[:80]!r} of a question cannot be looked for: {error}") from error
 
 
 # `exact`: except for case and space. `contains`: the answer, as whole words. `number`: the last number of the response.

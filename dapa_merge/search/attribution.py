@@ -26,7 +26,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.generate import check_ids, prompt_ids
+from dapa_merge.measure.generate import check_ids, encode, prompt_ids
 from dapa_merge.measure.live import LiveModel, Slot, mapped_values
 from dapa_merge.measure.perplexity import ScoredText, losses
 from dapa_merge.measure.refusal.classify import Outcome
@@ -228,10 +228,7 @@ def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens:
     """
     context = prompt_ids(tokenizer, contrast.prompt)
     # Tokenized alone, as it was decoded: after the template, some tokenizers would split the first word differently.
-    refusing, complying = (
-        list(tokenizer(response, add_special_tokens=False)["input_ids"])
-        for response in (contrast.refusing, contrast.complying)
-    )
+    refusing, complying = (encode(tokenizer, response) for response in (contrast.refusing, contrast.complying))
     pairs = zip(refusing, complying, strict=False)
     # The common beginning has the same likelihood in both, and would not count.
     start = next((index for index, (one, other) in enumerate(pairs) if one != other), None)

@@ -14,7 +14,7 @@ import torch
 
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.divergence import make_reference
-from dapa_merge.measure.generate import generate, generate_ids
+from dapa_merge.measure.generate import decode, generate, generate_ids
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
@@ -177,7 +177,7 @@ class Rounds:
 
     def _check_kept(self, said: Mapping[str, Any]) -> None:
         """Say which keep prompts are of little use; raise `UsageError` if none is of any."""
-        texts = self.bench.live.tokenizer.batch_decode(said["kept"][-1], skip_special_tokens=True)
+        texts = [decode(self.bench.live.tokenizer, tokens) for tokens in said["kept"][-1]]
         num_empty = sum(not text.strip() for text in texts)
         if num_empty == len(texts):
             raise UsageError(

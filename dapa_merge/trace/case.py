@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.generate import chat_prompt, check_ids, context_length, prompt_ids
+from dapa_merge.measure.generate import chat_prompt, check_ids, context_length, decode, prompt_ids, tokenizing
 from dapa_merge.measure.perplexity import ScoredText
 from dapa_merge.search.attribution import NUM_TOKENS, Contrast, sides_of
 from dapa_merge.trace.options import NOISE, NUM_SAMPLES, SITE_KINDS
@@ -77,7 +77,7 @@ def read_case(
             f"model's context ends at {limit}; shorten it or leave it out"
         )
     context = refusing.ids[: refusing.num_context]
-    tokens = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in context)
+    tokens = tuple(decode(tokenizer, [token], skip_special_tokens=False) for token in context)
     return Case(contrast, refusing, complying, subject_tokens(tokenizer, prompt, span), tokens)
 
 
@@ -240,12 +240,13 @@ def _token_spans(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> 
     """Each token's first character and the one after its last."""
     ids = prompt_ids(tokenizer, prompt)
     if tokenizer.is_fast:
-        encoded = tokenizer(
-            text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
-        )
+        with tokenizing(tokenizer):
+            encoded = tokenizer(
+                text, add_special_tokens=not tokenizer.chat_template, verbose=False, return_offsets_mapping=True
+            )
         return [(first, last) for first, last in encoded["offset_mapping"]]
     # For others, decode longer and longer beginnings. A token that ends within a character belongs to it.
-    read = [tokenizer.decode(ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
+    read = [decode(tokenizer, ids[:number], skip_special_tokens=False) for number in range(len(ids) + 1)]
     ends = [len(beginning.rstrip("\ufffd")) for beginning in read]
     surplus = ends[-1] - len(text)
     spans = []

@@ -1,0 +1,186 @@
+"""Runs a stranger's chat templates and patterns in another process, with limits on time, memory and size.
+
+Neither can be interrupted from within: jinja2's sandbox bounds `range`, but not nested loops or `'A' * 3000000000`, and
+`re` may look for a match for ever. The process ends itself after `SECONDS`, in the middle of a C function too. It lives
+as long as this one, because it takes half a second to start. Windows and macOS have no limit on memory.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dapa_merge.errors import DapaError, one_line
+
+# Published templates take milliseconds.
+SECONDS = 10
+MAX_BYTES = 1 << 30
+# Published templates hold less than 50,000 characters, and give back a prompt once or twice.
+MAX_CHARACTERS = 1_000_000
+MAX_COPIES = 16
+
+
+class Unfinished(DapaError):
+    """The work broke a limit or failed; the message says so in a few words that follow a colon."""
+
+
+def start() -> None:
+    """Start the process, so that it is ready when it is needed."""
+    with _LOCK:
+        _running()
+
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    """Render a chat template as transformers does, for an answer of the model.
+
+    Raises:
+        Unfinished: If the template fails, or breaks a limit.
+    """
+    most = MAX_CHARACTERS + MAX_COPIES * sum(len(str(message)) for message in messages)
+    return str(_ask("render", template, messages, variables, most))
+
+
+def is_found(pattern: str, text: str) -> bool:
+    """Whether `re` finds a pattern in a text.
+
+    Raises:
+        Unfinished: If that takes too long.
+    """
+    return bool(_ask("is_found", pattern, text))
+
+
+def _ask(work: str, *arguments: Any) -> Any:
+    with _LOCK:
+        process = _running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = b""
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(json.dumps([work, SECONDS, *arguments], default=str).encode() + b"\n")
+                process.stdin.flush()
+            was_ready = process.stdout.readline()
+            line = process.stdout.readline()
+        finally:
+            # Interrupted, its answer would be taken for that to the next question.
+            if not line:
+                _stop()
+    if not was_ready:
+        raise DapaError(f"{sys.executable} does not start for chat templates; there may not be enough memory")
+    if not line:
+        raise Unfinished(f"it does not end within {SECONDS} seconds and {MAX_BYTES >> 30} GiB of memory")
+    answer = json.loads(line)
+    if "fault" in answer:
+        raise Unfinished(answer["fault"])
+    return answer["value"]
+
+
+_LOCK = threading.Lock()
+# The process, and the one that started it: a fork must not share its pipes.
+_STARTED: dict[int, subprocess.Popen[bytes]] = {}
+_PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+
+
+def _running() -> subprocess.Popen[bytes]:
+    process = _STARTED.get(os.getpid())
+    if process is None:
+        command = [sys.executable, "-c", _PROGRAM, json.dumps(sys.path)]
+        process = _STARTED[os.getpid()] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    return process
+
+
+@atexit.register
+def _stop() -> None:
+    process = _STARTED.pop(os.getpid(), None)
+    if process is None:
+        return
+    process.kill()
+    # Leaving closes its pipes and waits for it.
+    with contextlib.suppress(OSError), process:
+        pass
+
+
+def serve() -> None:
+    """Answer one line of JSON by another, until there are no more; the main function of the process.
+
+    An empty line says that it is ready for the next.
+    """
+    answers = os.fdopen(os.dup(1), "wb")
+    with open(os.devnull, "wb") as nowhere:
+        # Nothing that a library prints may be taken for an answer.
+        os.dup2(nowhere.fileno(), 1)
+        _renderer()
+        _limit_memory()
+        while True:
+            answers.write(b"\n")
+            answers.flush()
+            if not (line := sys.stdin.buffer.readline()):
+                return
+            work, seconds, *arguments = json.loads(line)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=nowhere)
+            answers.write(json.dumps(_answer(work, *arguments)).encode() + b"\n")
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _answer(work: str, *arguments: Any) -> Mapping[str, Any]:
+    try:
+        return {"value": _WORK[work](*arguments)}
+    except MemoryError:
+        return {"fault": f"it takes more than {MAX_BYTES >> 30} GiB of memory"}
+    except DapaError as error:
+        return {"fault": str(error)}
+    except Exception as error:
+        # Templates may raise anything.
+        return {"fault": one_line(error)}
+
+
+def _render(template: str, messages: Any, variables: Mapping[str, Any], most: int) -> str:
+    rendered = _renderer()(
+        conversations=[messages], chat_template=template, add_generation_prompt=True, **variables
+    )  # fmt: skip
+    # With the places of the answers, which are not asked for.
+    text = str(rendered[0][0] if isinstance(rendered, tuple) else rendered[0])
+    if len(text) > most:
+        raise Unfinished(f"it makes {len(text):,} characters of a short prompt")
+    return text
+
+
+@functools.cache
+def _renderer() -> Callable[..., Any]:
+    # Only here, because this process has transformers already, with torch.
+    library = importlib.import_module("transformers.utils.chat_template_utils")
+    return library.render_jinja_template  # type: ignore[no-any-return]
+
+
+def _is_found(pattern: str, text: str) -> bool:
+    return re.search(pattern, text) is not None
+
+
+_WORK: Mapping[str, Callable[..., Any]] = {"render": _render, "is_found": _is_found}
+
+
+def _limit_memory() -> None:
+    try:
+        resource: Any = importlib.import_module("resource")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    except (ImportError, OSError):
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # On top of what its libraries hold, in address space.
+    most = pages * resource.getpagesize() + MAX_BYTES
+    known = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([most, *known]), hard))

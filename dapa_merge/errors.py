@@ -55,7 +55,7 @@ def one_line(error: BaseException) -> str:
 # What libraries say if the system gives them no memory, or no thread.
 _NO_MEMORY = re.compile(
     r"(?i)can(?:'t|not) allocate|not enough memory|out of memory|unable to allocate|can't start new thread"
-    r"|failed to map segment|mmap failed|DefaultCPUAllocator"
+    r"|failed to map segment|could not create a primitive|mmap failed"
 )
 
 
@@ -66,12 +66,9 @@ def lacks_memory(error: BaseException | None) -> bool:
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return True
-        # Errors of devices are told where the device is known.
-        if (
-            type(error).__name__ != "OutOfMemoryError"
-            and not isinstance(error, DapaError)
-            and _NO_MEMORY.search(str(error))
-        ):
+        # Errors of devices are told where the device is known, and our own sentences quote strangers' words.
+        is_told = isinstance(error, DapaError) or type(error).__name__ == "OutOfMemoryError"
+        if not is_told and _NO_MEMORY.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

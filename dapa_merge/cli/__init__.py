@@ -133,6 +133,8 @@ def _fail_at(error: OSError) -> NoReturn:
 
 
 def _fail_without_memory(error: BaseException) -> NoReturn:
+    # Libraries fail at exit, too, where nobody can do anything about it.
+    sys.unraisablehook = lambda _: None
     _fail(f"this computer has no memory left, or `ulimit` allows no more ({one_line(error)})", 1)
 
 

@@ -26,6 +26,8 @@ from dapa_merge.errors import DapaError, one_line
 
 # Published templates take milliseconds.
 SECONDS = 10
+# It takes less than one; without enough memory, some libraries wait for ever.
+SECONDS_TO_START = 60
 MAX_BYTES = 1 << 30
 # Published templates hold less than 50,000 characters, and give back a prompt once or twice.
 MAX_CHARACTERS = 1_000_000
@@ -123,8 +125,10 @@ def serve() -> None:
     with open(os.devnull, "wb") as nowhere:
         # Nothing that a library prints may be taken for an answer.
         os.dup2(nowhere.fileno(), 1)
+        faulthandler.dump_traceback_later(SECONDS_TO_START, exit=True, file=nowhere)
         _renderer()
         _limit_memory()
+        faulthandler.cancel_dump_traceback_later()
         while True:
             answers.write(b"\n")
             answers.flush()

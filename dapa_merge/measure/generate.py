@@ -107,18 +107,19 @@ def _takes_parts(name: str, template: str, variables: str) -> bool:
     Raises:
         CheckpointError: If it shows it in neither form.
     """
-    faults = []
+    fault = None
     for has_parts in (False, True):
         try:
             text = _rendered(name, template, json.loads(variables), "", _PROBE, has_parts)
         except CheckpointError as error:
-            faults.append(error)
+            # Most templates want a text, and fail on parts.
+            fault = fault if has_parts else error
         else:
             # A template that joins texts shows parts as Python writes them.
             if _folded(_PROBE) in _folded(text) and (not has_parts or repr(_PROBE) not in text):
                 return has_parts
-    if faults:
-        raise faults[0]
+    if fault:
+        raise fault
     raise CheckpointError(f"the chat template of {name} omits the prompt; use the template of its base model")
 
 

@@ -140,6 +140,7 @@ def test_a_system_prompt_is_shown_in_the_same_form(template, tokenizer):
     [
         "Hello.",
         "{{ messages[0].content[:3] }}",
+        "{{ 'Say ' + messages[0].content[:3] }}",
         "{{ messages[0].content | length }}",
         "{{ messages[0].parts }}",
         "{% for part in messages[0].content %}{{ part.txt }}{% endfor %}",

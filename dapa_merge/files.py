@@ -31,11 +31,32 @@ PICTURES = (".png", ".svg")
 # Prefix of a run's charts, which lie among a model's own files.
 CHART_PREFIX = "dapa_"
 JOURNAL_BEGINS = b'{"journal":'
+# Files that a system makes up when they are read: /proc/self/environ holds the tokens of this process.
+_SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
+# Memory that is used like a disk.
+_SHARED_MEMORY = "/dev/shm"
 
 
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of content in the user's cache; it may be absent."""
     return Path(platformdirs.user_cache_dir("dapa-merge")) / kind
+
+
+def refuse_special(path: Path, max_bytes: int | None = None) -> None:
+    """Refuse to read what is not a regular file of a user, wherever links lead; an absent file and a folder may pass.
+
+    Raises:
+        UsageError: If it is a pipe or a device, the system makes it up, or it is larger than `max_bytes`.
+    """
+    if os.path.isdir(path) or not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is a pipe or a device; write its content to a file, and name the file")
+    real = Path(os.path.realpath(path))
+    if any(map(real.is_relative_to, _SYSTEM_FOLDERS)) and not real.is_relative_to(_SHARED_MEMORY):
+        raise UsageError(f"{path} is a file of the system, not of a user; name another file")
+    if max_bytes is not None and (size := real.stat().st_size) > max_bytes:
+        raise UsageError(f"{path} has {size / 1e6:.0f} MB; at most {max_bytes / 1e6:.0f} MB are read")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,16 @@ from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFig
 from dapa_merge.measure.generate import generate, has_system_role
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.measure.perplexity import Reading, read_passages
-from dapa_merge.measure.prompts.sets import PromptSet, Question, Text, key_of, load_prompts, load_text
+from dapa_merge.measure.prompts.sets import (
+    PromptSet,
+    Question,
+    Text,
+    key_of,
+    load_prompts,
+    load_text,
+    read_json,
+    tell_prompts,
+)
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
 from dapa_merge.measure.statistics import count, interval, refusal_figures
@@ -400,10 +409,15 @@ def _unspent(skill: Skill, prompts: PromptSet) -> Skill:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """A model's figures and the responses behind them; the model itself may be unloaded."""
+    """A model's figures and the responses behind them; the model itself may be unloaded.
+
+    Attributes:
+        read: What prompts were read from where, as plain data; empty where the caller knows.
+    """
 
     figures: Figures
     responses: Sequence[Response]
+    read: Sequence[Mapping[str, Any]] = ()
 
 
 def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name: str) -> MeasuredModel:
@@ -439,8 +453,10 @@ def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) 
         DapaError: If the model cannot be read, loaded or run.
     """
     prompt_set = load_prompts(prompts)
+    tell_prompts(prompt_set)
     try:
         checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
-    return measure_checkpoint(checkpoint, make_meter(prompt_set, options, **settings), options.device, "model")
+    meter = make_meter(prompt_set, options, **settings)
+    return replace(measure_checkpoint(checkpoint, meter, options.device, "model"), read=read_json(prompt_set))

@@ -27,6 +27,7 @@ from safetensors.numpy import load, save
 
 from dapa_merge.checkpoint.region import Box, Region, Shapes, box_text, intersection, whole_box
 from dapa_merge.errors import CheckpointError
+from dapa_merge.files import refuse_special
 
 # A safetensors file, but not named so: programs such as vLLM load every `*.safetensors` of a folder without an index.
 FILE_NAME = "dapa_directions.dat"
@@ -223,6 +224,7 @@ def read_factors(path: Path) -> FactorTable:
             raise CheckpointError(
                 f"the file of directions {path} does not exist; put it next to the recipe, or write there where it is"
             )
+        refuse_special(path)
         if (size := path.stat().st_size) > MAX_FILE_BYTES:
             raise CheckpointError(f"{path} is too large for a file of directions: it has {size / 1e9:.1f} GB")
         content = path.read_bytes()

@@ -164,9 +164,9 @@ CASES = {
         2,
         "has no split 'harmfull' (did you mean 'harmful'?); it has harmful, benign",
     ),
-    "jailbreakbench?column=goal": (
+    "jailbreakbench?column=goals": (
         2,
-        "split harmful has no column 'goal' (did you mean 'Goal'?); its columns are Index",
+        "split harmful has no column 'goals' (did you mean 'Goal'?); its columns are Index",
     ),
     "jailbreakbench?splt=harmful": (
         2,

@@ -58,9 +58,12 @@ def test_a_csv_file_is_read_by_its_column_with_quotes_and_line_breaks(tmp_path, 
 
 
 def test_a_json_lines_file_may_label_its_prompts(tmp_path):
-    rows = [{"prompt": "a", "label": "harmful"}, {"prompt": "b", "label": "Harmless"}, {"prompt": "c"}]
+    rows = [{"prompt": "a", "label": "harmful"}, {"prompt": "b", "label": "Harmless"}]
     prompts = load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
-    assert (prompts.harmful, prompts.harmless) == (("a", "c"), ("b",))
+    assert (prompts.harmful, prompts.harmless) == (("a",), ("b",))
+    rows.append({"prompt": "c"})
+    with pytest.raises(UsageError, match=r"p\.jsonl, line 3 has no label"):
+        load_prompts(write(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows))))
 
 
 def test_a_folder_brings_its_own_skill_and_passages(tmp_path):

@@ -247,8 +247,11 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
     local = os.path.isdir(name)
     try:
         builder = _library().load_dataset_builder(name, config, revision=commit)
+        _refuse_foreign_files(builder, name, commit)
         builder.download_and_prepare()
         tables = builder.as_dataset()
+    except UsageError:
+        raise
     except Exception as error:
         # The library's errors have no common class, and only the message tells that a config does not exist.
         known = re.search(r"(?:Available|available configs): \[(.*)\]", str(error))
@@ -258,6 +261,26 @@ def _build(name: str, commit: str | None, config: str | None) -> Prepared:
             raise fault(f"get the files of the dataset {name}", hub_cause(error) or error) from error
         raise UsageError(f"the dataset {name} cannot be read: {one_line(list(_causes(error))[-1])}") from error
     return Prepared(dict(tables), None if local else str(builder.hash), builder)
+
+
+def _refuse_foreign_files(builder: Any, name: str, commit: str | None) -> None:
+    """Refuse a dataset whose card or links name files elsewhere, which the library would read.
+
+    Raises:
+        UsageError: If a file of it is outside its folder, or outside its commit on the Hub.
+    """
+    files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    home = Path(os.path.realpath(name))
+    # Files of the Hub's cache are links to blobs.
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    for file in files:
+        if os.path.isdir(name):
+            real = Path(os.path.realpath(file))
+            is_own = any(map(real.is_relative_to, homes))
+        else:
+            is_own = file.startswith(f"hf://datasets/{name}@")
+        if not is_own:
+            raise UsageError(f"the dataset {name} names {file}, which is not a file of its own; correct its README.md")
 
 
 def _no_config(name: str, config: str | None, known: list[str]) -> str:

@@ -12,16 +12,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from dapa_merge.errors import UsageError
-from dapa_merge.measure.prompts.rows import (
-    SUFFIXES,
-    Columns,
-    base_and_query,
-    listed_names,
-    parse_query,
-    read_requests,
-    read_rows,
-)
+from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.measure.prompts.labels import Columns, read_requests
+from dapa_merge.measure.prompts.rows import SUFFIXES, base_and_query, listed_names, parse_query, read_rows
 from dapa_merge.measure.prompts.sets import (
     FILE_KEYS,
     PACKAGED,
@@ -34,6 +27,7 @@ from dapa_merge.measure.prompts.sets import (
     load_questions,
     load_source,
     question_of,
+    tell_prompts,
 )
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.progress import LOG
@@ -74,6 +68,7 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     Raises:
         UsageError: If there are too few prompts for all parts, or the recipe's `min_skill` has no questions.
     """
+    check_files(recipe)
     prompts = load_prompts(recipe.prompts)
     search, report = split(prompts, recipe.confirm)
     chooses = may_choose(recipe.edit)
@@ -104,21 +99,42 @@ def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     """
     if recipe.layers is None or may_choose(recipe.edit):
         return split_prompts(recipe, is_rung=is_rung)
+    check_files(recipe)
     prompts = load_prompts(recipe.prompts)
+    tell_prompts(prompts)
     whole = _keeping(prompts, load_keep(recipe, prompts), frozenset())
     return Parts(whole, whole)
 
 
 def check_prompts(recipe: Recipe) -> None:
-    """Read the prompts of a recipe with a search, to find their faults before models are loaded."""
+    """Read the prompts of a recipe with a search, to find their faults before models are loaded; log their numbers."""
     chooses = may_choose(recipe.edit)
     if recipe.layers is None or chooses:
-        split_prompts(recipe)
+        tell_prompts(split_prompts(recipe).report)
         if recipe.keep is None and (chooses or recipe.max_divergence is not None):
             LOG.warning(
                 "`keep` names no prompts that the fine-tune is for, so the harmless prompts serve instead: its skill "
                 "may be lost unnoticed"
             )
+
+
+def check_files(recipe: Recipe) -> None:
+    """Refuse a file that a recipe may not name: a private key or the like, which has no known suffix.
+
+    What a file of prompts holds is written to the journal and the responses, and a recipe may come from a stranger.
+
+    Raises:
+        RecipeError: If the recipe names such a file.
+    """
+    for key in ("prompts", "keep", "text", "skills"):
+        names = getattr(recipe, key) or ""
+        for name in (names,) if key == "text" or names in ("", *PACKAGED) else listed_names(names):
+            base = base_and_query(name)[0]
+            if os.path.isfile(base) and Path(base).suffix.lower() not in SUFFIXES:
+                raise RecipeError(
+                    f"{recipe.where(f'parameters.{key}')} names {base}; a recipe may only name files that end in "
+                    f"{', '.join(SUFFIXES)}"
+                )
 
 
 def load_keep(recipe: Recipe, prompts: PromptSet) -> tuple[Question, ...] | None:
@@ -177,8 +193,8 @@ def _keep_of_source(name: str, reads_answers: bool) -> Iterator[Question]:
     if os.path.isfile(base):
         columns = Columns(**parse_query(name, query, FILE_KEYS), kind="harmless")
         rows = read_rows(Path(base))
-        for row, request in zip(rows, read_requests(rows, base, columns), strict=True):
-            has_answer = reads_answers and row.values.get("answer") not in (None, "")
+        for row, request in zip(rows, read_requests(rows, base, columns).requests, strict=True):
+            has_answer = reads_answers and row.get("answer") not in (None, "")
             yield question_of(row, request.prompt) if has_answer else Question(request.prompt, "")
         return
     source = load_packaged(name) if name in PACKAGED else load_source(name)

@@ -1,8 +1,8 @@
-"""Rows of local files, prompts from rows of any source, and names of sets as a recipe lists them.
+"""Rows of local files, and names of sets as a recipe lists them.
 
-The suffix tells whether a file is CSV, TSV, JSON lines, a JSON array, Parquet or text with one prompt per line (also
+The suffix tells whether a file is CSV, TSV, JSON lines, a JSON document, Parquet or text with one prompt per line (also
 without a suffix). A recipe lists `NAME[?KEY=VALUE&KEY=VALUE], ...`, where NAME is a path or a Hub id; an existing path
-may contain commas and question marks.
+may contain commas and question marks. Whatever could be read in two ways is an error that says how to choose.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import difflib
 import io
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from dapa_merge.errors import UsageError, one_line, why_unreadable
+from dapa_merge.files import refuse_special
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+# WildGuardMix, a large public set, has 120 MB.
+MAX_FILE_BYTES = 512 << 20
+# No text has these: C0 but for tab and line ends, DEL, C1 but for NEL, and halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class PromptRow(NamedTuple):
@@ -28,6 +34,25 @@ class PromptRow(NamedTuple):
 
     where: str
     values: Mapping[str, Any]
+
+    def get(self, key: str) -> Any:
+        """The value of a column, whose name may differ in case and blanks; None if absent."""
+        if key in self.values:
+            return self.values[key]
+        return next((value for name, value in self.values.items() if name and column_key(name) == key), None)
+
+
+def column_key(name: str) -> str:
+    """A column's name in lower case, with its words joined by underscores: `is_harmful` for ` isHarmful`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    return "_".join(re.findall(r"[^\W_]+", words)).casefold()
+
+
+def refuse_controls(text: str, where: str, what: str = "prompt") -> str:
+    """Return a text, or raise `UsageError` if it has a character that no text has, but that moves a cursor."""
+    if found := _CONTROLS.search(text):
+        raise UsageError(f"{where}: the {what} has the control character U+{ord(found[0]):04X}; remove it")
+    return text
 
 
 def read_rows(path: Path) -> Sequence[PromptRow]:
@@ -39,20 +64,22 @@ def read_rows(path: Path) -> Sequence[PromptRow]:
     suffix = path.suffix.lower()
     if suffix not in ("", *SUFFIXES) and os.path.isfile(path):
         raise UsageError(f"{path} has the unknown suffix {path.suffix}; known are {', '.join(SUFFIXES)}")
+    real = Path(os.path.realpath(path))
+    # A stranger's folder may link to a private file; files of the Hub's cache are links to blobs.
+    if suffix and real.suffix.lower() != suffix and real.parent.name != "blobs":
+        raise UsageError(f"{path} is a link to {real}; put a copy of that file in its place")
     if suffix == ".parquet":
         rows = _parquet(path)
     else:
         text = read_text(path)
         if suffix in (".csv", ".tsv"):
-            rows = _csv(path, text, "," if suffix == ".csv" else "\t")
-        elif suffix == ".json" and text.lstrip().startswith("["):
-            rows = _json_array(path, text)
-        elif suffix in (".jsonl", ".json"):
-            rows = [_json_row(path, number, line) for number, line in _filled_lines(text)]
+            rows = _csv(path, text, ",;\t|" if suffix == ".csv" else "\t")
+        elif suffix == ".json":
+            rows = _json_document(path, text)
+        elif suffix == ".jsonl":
+            rows = _json_lines(path, text)
         else:
-            rows = [
-                PromptRow(f"{path}, line {number}", {"prompt": line.strip()}) for number, line in _filled_lines(text)
-            ]
+            rows = _lines(path, text)
     if not rows:
         raise UsageError(f"{path} is empty")
     return rows
@@ -64,27 +91,61 @@ def read_text(path: Path) -> str:
     Raises:
         UsageError: If it cannot be read.
     """
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise UsageError(f"{path} is a pipe or a device; write its content to a file, and name the file")
+    refuse_special(path, MAX_FILE_BYTES)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {why_unreadable(error)}") from error
 
 
-def _csv(path: Path, text: str, delimiter: str) -> list[PromptRow]:
+def _csv(path: Path, text: str, delimiters: str) -> list[PromptRow]:
+    first = text.partition("\n")[0]
+    headers = {one: [column_key(name) for name in first.split(one)] for one in delimiters}
+    # Spreadsheets of some languages separate by semicolons.
+    delimiter = next((one for one in delimiters if {*headers[one]} & {*PROMPT_COLUMNS}), delimiters[0])
     # Strict: otherwise an unclosed quotation mark would silently swallow the rest of the file.
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t"
+    )
     try:
-        return [PromptRow(f"{path}, line {reader.line_num}", row) for row in reader]
+        names = [name.strip("\ufeff \t\xa0") for name in reader.fieldnames or ()]
+        if repeated := next((name for name in names if name and names.count(name) > 1), None):
+            raise UsageError(f"{path} has two columns {repeated!r}; rename or remove one")
+        reader.fieldnames = names
+        rows = []
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            # Otherwise, the rest of an unquoted text with a comma would be left out.
+            if any(cell.strip() for cell in row.pop(None, ())):
+                raise UsageError(
+                    f"{where} has more fields than the header's {len(names)}; put texts with {delimiter!r} in quotes"
+                )
+            rows.append(PromptRow(where, row))
+        return rows
     except csv.Error as error:
         why = "a quotation mark is never closed" if "end of data" in str(error) else error
         raise UsageError(f"{path}, line {reader.line_num + 1} is not valid {path.suffix[1:].upper()}: {why}") from error
 
 
+def _lines(path: Path, text: str) -> list[PromptRow]:
+    lines = _filled_lines(text)
+    if lines:
+        first = lines[0][1].strip()
+        cells = {column_key(cell) for cell in re.split("[,;\t]", first)}
+        is_table = column_key(first) in PROMPT_COLUMNS or (len(cells) > 1 and cells <= {*PROMPT_COLUMNS, *_OTHERS})
+        if is_table or re.match(r"""\{\s*"|\[\s*[{"]""", first):
+            kind = ".csv" if is_table else ".jsonl or .json"
+            raise UsageError(f"{path} is not one prompt per line: it begins with {first[:40]!r}; name it {kind}")
+    return [PromptRow(f"{path}, line {number}", {"prompt": line.strip()}) for number, line in lines]
+
+
 def _filled_lines(text: str) -> list[tuple[int, str]]:
     # Not splitlines, which also splits at characters that JSON strings may contain.
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _json_lines(path: Path, text: str) -> list[PromptRow]:
+    return [_json_row(path, number, line) for number, line in _filled_lines(text)]
 
 
 def _json_row(path: Path, number: int, line: str) -> PromptRow:
@@ -95,18 +156,36 @@ def _json_row(path: Path, number: int, line: str) -> PromptRow:
     return PromptRow(where, row)
 
 
-def _json_array(path: Path, text: str) -> list[PromptRow]:
+def _json_document(path: Path, text: str) -> list[PromptRow]:
+    """Read an array of rows, an object with one such array, a single row, or JSON lines."""
+    lines = _filled_lines(text)
+    if len(lines) > 1 and all(line.strip().startswith("{") and line.strip().endswith("}") for _, line in lines):
+        return _json_lines(path, text)
+    document, place = _json(str(path), text) if lines else [], f"{path}, "
+    if isinstance(document, dict) and not {column_key(key) for key in document} & {*PROMPT_COLUMNS}:
+        arrays = [key for key, value in document.items() if isinstance(value, list)]
+        if len(arrays) != 1:
+            raise UsageError(
+                f"{path} is an object with the keys {', '.join(document)[:80]}; write an array of rows, or a row a line"
+            )
+        document, place = document[arrays[0]], f"{path}, {arrays[0]}, "
     rows = []
-    for number, row in enumerate(_json(str(path), text), 1):
+    for number, row in enumerate(document if isinstance(document, list) else [document], 1):
         if not isinstance(row, dict | str):
-            raise UsageError(f"{path}, row {number} is neither a JSON object nor a string")
-        rows.append(PromptRow(f"{path}, row {number}", {"prompt": row} if isinstance(row, str) else row))
+            raise UsageError(f"{place}row {number} is neither a JSON object nor a string")
+        rows.append(PromptRow(f"{place}row {number}", {"prompt": row} if isinstance(row, str) else row))
     return rows
 
 
 def _json(where: str, text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is repeated")
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not valid JSON: {one_line(error)}") from error
 
@@ -115,6 +194,7 @@ def _parquet(path: Path) -> list[PromptRow]:
     # Imported here: it takes half a second, and few sets are Parquet files.
     import pyarrow.parquet
 
+    refuse_special(path, MAX_FILE_BYTES)
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -122,115 +202,17 @@ def _parquet(path: Path) -> list[PromptRow]:
     return [PromptRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 
 
-# Names of the prompt column in public sets (`goal` in AdvBench), by preference; not case-sensitive.
-PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction", "behavior", "request", "text")
+# Names of the prompt column in public sets (`goal` in AdvBench, `turns` in SORRY-Bench), by preference.
+PROMPT_COLUMNS = (
+    "prompt", "goal", "question", "instruction", "behavior", "request", "user_input", "user_prompt",
+    "forbidden_prompt", "prompt_text", "query", "text", "turns", "messages", "conversation", "conversations",
+)  # fmt: skip
 # Names of the category column, by preference.
-CATEGORY_COLUMNS = ("category", "semantic_category", "semanticcategory", "functionalcategory", "subject", "type")
-HARMFUL_LABELS = ("harmful", "unsafe", "toxic")
-HARMLESS_LABELS = ("harmless", "safe", "benign")
-PROMPT_KINDS = ("harmful", "harmless")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """The columns of a set, as a recipe names them; None means the known names.
-
-    Attributes:
-        column: The prompt's column.
-        label: The label's column.
-        category: The category's column.
-        kind: "harmful" or "harmless" for all rows, regardless of their labels.
-    """
-
-    column: str | None = None
-    label: str | None = None
-    category: str | None = None
-    kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, its kind ("harmful" or "harmless"), and its category if it has one."""
-
-    prompt: str
-    kind: str
-    category: str | None
-
-
-def read_requests(rows: Sequence[PromptRow], source: str, columns: Columns) -> tuple[Request, ...]:
-    """Read the prompts of one source, in order; a row without a label is harmful.
-
-    In a set without labels, types that begin with `contrast` mark the harmful rows, as in XSTest's unsafe half.
-
-    Raises:
-        UsageError: If a named column is missing, or a row has no prompt or an unknown label.
-    """
-    if columns.kind not in (None, *PROMPT_KINDS):
-        raise UsageError(f"{source}: kind is {columns.kind!r}; it is harmful or harmless")
-    found = {name: None for row in rows for name in row.values if isinstance(name, str)}
-    for column in (columns.column, columns.label, columns.category):
-        if column is not None and column not in found:
-            raise UsageError(
-                f"{source} has no column {column!r}{nearest_of(column, found)}; its columns are {', '.join(found)}"
-            )
-    by_case = {name.casefold(): name for name in reversed(found)}
-    label = columns.label or by_case.get("label")
-    prompts = [columns.column] if columns.column else [by_case[name] for name in PROMPT_COLUMNS if name in by_case]
-    categories = (
-        [columns.category] if columns.category else [by_case[name] for name in CATEGORY_COLUMNS if name in by_case]
-    )
-    contrasts = by_case.get("type") if label is None and any(map(_is_contrast, rows)) else None
-
-    def kind(row: PromptRow) -> str:
-        if columns.kind:
-            return columns.kind
-        if contrasts:
-            return "harmful" if _is_contrast(row) else "harmless"
-        return _kind(row, label, columns.label is not None) if label else "harmful"
-
-    return tuple(Request(_prompt(row, prompts, found), kind(row), _text(row.values, categories)) for row in rows)
-
-
-def _kind(row: PromptRow, label: str, named: bool) -> str:
-    value = row.values.get(label, "" if named else "harmful")
-    if value is None or not str(value).strip():
-        raise UsageError(f"{row.where} has no label")
-    word = str(value).strip().lower()
-    if word in HARMFUL_LABELS:
-        return "harmful"
-    if word in HARMLESS_LABELS:
-        return "harmless"
-    allowed = ", ".join(HARMFUL_LABELS + HARMLESS_LABELS)
-    raise UsageError(
-        f"{row.where}: {label} is {word!r}; allowed are {allowed} "
-        "(another column: ?label=NAME; one kind for all: ?kind=harmful)"
-    )
-
-
-def _is_contrast(row: PromptRow) -> bool:
-    return any(
-        isinstance(name, str) and name.casefold() == "type" and str(value).startswith("contrast")
-        for name, value in row.values.items()
-    )
-
-
-def _prompt(row: PromptRow, names: Sequence[str], found: Mapping[str, Any]) -> str:
-    prompt = _text(row.values, names, strip=False)
-    if prompt is None:
-        wanted = f"the column {names[0]}" if len(names) == 1 else f"one of the columns {', '.join(PROMPT_COLUMNS)}"
-        raise UsageError(
-            f"{row.where} has no prompt: {wanted} must hold text; the columns are {', '.join(found)} "
-            "(another one: ?column=NAME)"
-        )
-    return prompt
-
-
-def _text(row: Mapping[str, Any], names: Sequence[str], strip: bool = True) -> str | None:
-    for name in names:
-        value = row.get(name)
-        if isinstance(value, str) and value.strip():
-            return value.strip() if strip else value
-    return None
+CATEGORY_COLUMNS = (
+    "category", "semantic_category", "functional_category", "subcategory", "subject", "type", "hazard", "risk_area",
+    "harm_area",
+)  # fmt: skip
+_OTHERS = (*CATEGORY_COLUMNS, "id", "label", "labels", "target", "answer", "response", "source")
 
 
 def listed_names(name: str) -> tuple[str, ...]:

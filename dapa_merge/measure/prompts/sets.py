@@ -8,30 +8,28 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from dapa_merge.errors import HubError, UsageError
+from dapa_merge.errors import HubError, UsageError, printable
 from dapa_merge.measure.prompts.datasets import HUB_ID, DatasetName, known_commit, load_rows, parse_dataset, split_names
+from dapa_merge.measure.prompts.labels import PROMPT_KINDS, Columns, Request, Requests, kind_of_name, read_requests
 from dapa_merge.measure.prompts.rows import (
-    HARMFUL_LABELS,
-    HARMLESS_LABELS,
     PROMPT_COLUMNS,
-    PROMPT_KINDS,
     SUFFIXES,
-    Columns,
     PromptRow,
-    Request,
     base_and_query,
     listed_names,
     nearest_of,
     parse_query,
-    read_requests,
     read_rows,
     read_text,
+    refuse_controls,
 )
+from dapa_merge.progress import LOG
 
 PACKAGED = ("builtin", "miniature")
-FILE_KEYS = ("column", "label", "category", "kind")
+FILE_KEYS = ("column", "label", "category", "kind", "harmful_if")
 FOLDER_KEYS = ("column", "category")
 HUB_KEYS = (*FILE_KEYS, "harmless")
 # A dataset with only one split does not need its name. XSTest is the author's own copy, which is not gated.
@@ -75,6 +73,7 @@ class PromptSet:
         categories: Categories by kind ("harmful" or "harmless") and prompt; a prompt may be absent.
         keep: Prompts of the kind that the fine-tune is for.
         keep_answers: Those of them whose right answers are known, as questions.
+        read: What was read from where, before repeats were dropped.
         spent: Keep prompts that a choice or a search uses, as `key_of` makes them; a report's skills leave them out.
     """
 
@@ -87,16 +86,17 @@ class PromptSet:
     keep: tuple[str, ...] = ()
     keep_answers: tuple[Question, ...] = ()
     spent: frozenset[str] = frozenset()
+    read: tuple[Requests, ...] = field(default=(), compare=False, repr=False)
 
 
 def load_prompts(name: str) -> PromptSet:
     """Load a comma list of sets: packaged names, files, folders, short names and Hub ids.
 
     A folder holds `harmful.*` and `harmless.*`, and may hold `skill.*` (`prompt`, `answer`) and `perplexity.*`
-    (`text`, or `prompt` and `answer`); any other folder is a dataset. In a file or dataset each row is harmful, unless
-    a `label` column says `harmless`, `safe` or `benign`. Keys after a name (`?column=ask`) name other columns. If all
-    sets together lack harmful prompts, harmless prompts or passages, those of the packaged set are used. Repeated
-    prompts of a kind are dropped (see `distinct`).
+    (`text`, or `prompt` and `answer`); any other folder is a dataset. In a file or dataset a column of labels tells
+    harmful and harmless rows apart (see `read_requests`); without one, all are harmful. Keys after a name
+    (`?column=ask`) name other columns. If all sets together lack harmful prompts, harmless prompts or passages, those
+    of the packaged set are used. Repeated prompts of a kind are dropped (see `distinct`).
 
     Raises:
         UsageError: If a set does not exist, is empty or is malformed.
@@ -110,8 +110,10 @@ def load_prompts(name: str) -> PromptSet:
     if not lacking and own.passages:
         return own
     builtin = load_prompts("builtin")
+    filled = (replace(one, requests=tuple(r for r in one.requests if r.kind in lacking)) for one in builtin.read)
     return replace(
         own,
+        read=own.read + tuple(one for one in filled if one.requests),
         harmful=own.harmful or builtin.harmful,
         harmless=own.harmless or builtin.harmless,
         passages=own.passages or builtin.passages,
@@ -164,14 +166,40 @@ def _prompt_set(name: str, sources: Iterable[Source]) -> PromptSet:
             kind, [request for source in sources for request in source.requests if request.kind == kind], categories
         )
 
+    harmful, harmless = prompts("harmful"), prompts("harmless")
     return PromptSet(
         name=name,
-        harmful=prompts("harmful"),
-        harmless=prompts("harmless"),
+        harmful=harmful,
+        harmless=harmless,
         skill=tuple(question_of(row) for source in sources for row in source.skill),
         passages=tuple(_passage(row) for source in sources for row in source.passages),
         categories=categories,
+        read=tuple(part for source in sources for part in source.read),
     )
+
+
+def tell_prompts(prompts: PromptSet) -> None:
+    """Log how many prompts of each kind were read from where, and warn of those that are of both kinds."""
+    for part in prompts.read:
+        LOG.info("%s", printable(str(part)))
+    harmful = {key_of(prompt) for prompt in prompts.harmful}
+    if both := [prompt for prompt in prompts.harmless if key_of(prompt) in harmful]:
+        LOG.warning(
+            "%s", printable(f"{len(both)} prompts are both harmful and harmless in {prompts.name}, such as {both[0]!r}")
+        )
+
+
+def read_json(prompts: PromptSet) -> list[dict[str, Any]]:
+    """What was read from where, as plain data."""
+    return [
+        {
+            "source": one.source,
+            "by": one.how,
+            "left_out": one.left_out,
+            **{kind: one.count(kind) for kind in PROMPT_KINDS},
+        }
+        for one in prompts.read
+    ]
 
 
 def _categorized(kind: str, requests: Iterable[Request], categories: dict[tuple[str, str], str]) -> tuple[str, ...]:
@@ -188,25 +216,26 @@ def _categorized(kind: str, requests: Iterable[Request], categories: dict[tuple[
 
 def question_of(row: PromptRow, prompt: str | None = None) -> Question:
     """Read a question from a row; `prompt` replaces the row's own. Raises `UsageError` if a column is missing."""
-    answer = row.values.get("answer")
+    answer = row.get("answer")
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         answer = str(answer)
     if answer is None:
         raise UsageError(f"{row.where} has no answer: it needs the columns prompt and answer")
     if not isinstance(answer, str) or not answer.strip():
         raise UsageError(f"{row.where}: the answer is {json.dumps(answer, default=str)[:40]}; it must be text")
-    return Question(_first_text(row) if prompt is None else prompt, answer, str(row.values.get("match") or "exact"))
+    refuse_controls(answer, row.where, "answer")
+    return Question(_first_text(row) if prompt is None else prompt, answer, str(row.get("match") or "exact"))
 
 
 def _passage(row: PromptRow) -> Question:
-    return question_of(row) if "answer" in row.values else Question("", _first_text(row))
+    return question_of(row) if row.get("answer") is not None else Question("", _first_text(row))
 
 
 def _first_text(row: PromptRow) -> str:
     for column in PROMPT_COLUMNS:
-        value = row.values.get(column)
+        value = row.get(column)
         if isinstance(value, str) and value.strip():
-            return value
+            return refuse_controls(value, row.where)
     raise UsageError(f"{row.where} has no prompt: one of the columns {', '.join(PROMPT_COLUMNS)} must hold text")
 
 
@@ -276,14 +305,19 @@ class Source:
     """Content of one source.
 
     Attributes:
-        requests: Prompts with kind and category.
+        read: Prompts with kind and category, by file or split.
         skill: Rows of questions with answers.
         passages: Rows of text for perplexity.
     """
 
-    requests: tuple[Request, ...]
+    read: tuple[Requests, ...]
     skill: tuple[PromptRow, ...] = ()
     passages: tuple[PromptRow, ...] = ()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """The prompts of all its parts."""
+        return tuple(request for part in self.read for request in part.requests)
 
 
 def load_source(name: str) -> Source:
@@ -298,22 +332,21 @@ def load_source(name: str) -> Source:
         return _load_folder(name, Path(base), query)
     if os.path.exists(base):
         columns = Columns(**parse_query(name, query, FILE_KEYS))
-        return Source(read_requests(read_rows(Path(base)), base, columns))
+        return Source((read_requests(read_rows(Path(base)), base, columns),))
     names = _full_names(name)
-    return Source(tuple(request for full in names for request in _load_dataset(parse_dataset(full, HUB_KEYS))))
+    return Source(tuple(part for full in names for part in _load_dataset(parse_dataset(full, HUB_KEYS))))
 
 
 def load_prompt_folder(folder: Path, columns: Columns) -> Source:
     """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional."""
     files = _prompt_files(folder)
     rows = {kind: tuple(read_rows(path)) for kind, path in files.items()}
-    requests = (
-        request
-        for kind in ("harmful", "harmless")
+    read = (
+        replace(read_requests(rows[kind], str(files[kind]), replace(columns, kind=kind)), how="by its name")
+        for kind in PROMPT_KINDS
         if kind in rows
-        for request in read_requests(rows[kind], str(files[kind]), replace(columns, kind=kind))
     )
-    return Source(tuple(requests), rows.get("skill", ()), rows.get("perplexity", ()))
+    return Source(tuple(read), rows.get("skill", ()), rows.get("perplexity", ()))
 
 
 def pinned_prompts(name: str) -> str:
@@ -384,12 +417,10 @@ def _full_names(part: str) -> tuple[str, ...]:
     return (part,)
 
 
-def _load_dataset(dataset: DatasetName) -> tuple[Request, ...]:
+def _load_dataset(dataset: DatasetName) -> tuple[Requests, ...]:
     columns = Columns(**{key: dataset.option(key) for key in FILE_KEYS})
     return tuple(
-        request
-        for split, kind in _splits(dataset)
-        for request in _load_split(replace(dataset, split=split), replace(columns, kind=kind))
+        _load_split(replace(dataset, split=split), replace(columns, kind=kind)) for split, kind in _splits(dataset)
     )
 
 
@@ -399,20 +430,15 @@ def _splits(dataset: DatasetName) -> list[tuple[str | None, str | None]]:
     if kind and harmless:
         raise UsageError(f"the dataset {dataset}: kind applies to all its prompts; leave out harmless={harmless}")
     if harmless:
-        return [*([(dataset.split, _kind_of(dataset.split))] if dataset.split else []), (harmless, "harmless")]
-    if dataset.split or kind:
-        return [(dataset.split, kind or _kind_of(dataset.split or ""))]
-    named = [(split, _kind_of(split)) for split in split_names(dataset) if _kind_of(split)]
+        return [*([(dataset.split, kind_of_name(dataset.split))] if dataset.split else []), (harmless, "harmless")]
+    of_config = kind_of_name(dataset.config or "")
+    if dataset.split or kind or of_config:
+        return [(dataset.split, kind or kind_of_name(dataset.split or "") or of_config)]
+    named = [(split, kind_of_name(split)) for split in split_names(dataset) if kind_of_name(split)]
     return list(named) or [(None, None)]
 
 
-def _kind_of(split: str) -> str | None:
-    """The kind that a split's name implies, or None."""
-    name = split.partition("[")[0].casefold()
-    return "harmful" if name in HARMFUL_LABELS else "harmless" if name in HARMLESS_LABELS else None
-
-
-def _load_split(dataset: DatasetName, columns: Columns) -> tuple[Request, ...]:
+def _load_split(dataset: DatasetName, columns: Columns) -> Requests:
     found = load_rows(dataset)
     source = f"the dataset {dataset}, split {found.split}"
     if not found.rows:

@@ -43,7 +43,6 @@ from dapa_merge.checkpoint.units import Unit, architecture_name, find_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import file_state
 from dapa_merge.measure.live import forget_kernels, mapped_values
-from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.edit import Rounding, not_finite
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, join
@@ -225,7 +224,6 @@ def _select(recipe: Recipe) -> _Selected:
         given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
     )
     ladder = make_ladder(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
-    check_prompts(recipe)
     # Local models only: a commit on the Hub does not change, although the cached part of it may grow.
     local = [checkpoint for checkpoint in ladder.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)

@@ -55,6 +55,16 @@ evaluator_file_option = environment_option(
     envvar="DAPA_EVALUATOR_FILE",
     help="A Python file of your own that registers evaluators; it is run.",
 )
+task_file_option = environment_option(
+    "--task-file",
+    "task_files",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    envvar="DAPA_TASK_FILE",
+    help="A task file of lm-evaluation-harness of your own, whose task a recipe may name; what it names is run. May be "
+    "given several times.",
+)
 judge_model_option = environment_option(
     "--judge-model",
     metavar="NAME",
@@ -74,6 +84,7 @@ judge_requests_option = environment_option(
     envvar="DAPA_JUDGE_REQUESTS",
     help="Ask the judge at most so many times in all; what is left is undecided.",
 )
+judge_options = (judge_model_option, judge_url_option, judge_requests_option)
 allow_pickle_option = environment_option(
     "--allow-pickle",
     is_flag=True,
@@ -99,12 +110,12 @@ out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
 # Options that `--no-evaluate` excludes.
-EVALUATING_NAMES = ("device", "journal", "workers", "pick", "evaluator_file", "judge_model", "attacks")
+EVALUATING_NAMES = ("device", "journal", "workers", "pick", "evaluator_file", "task_files", "judge_model", "attacks")
 
 
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of evaluators."""
-    return _with_options(command, (evaluator_file_option, judge_model_option, judge_url_option, judge_requests_option))
+    return _with_options(command, (evaluator_file_option, task_file_option, *judge_options))
 
 
 def search_options(command: Callable[..., Any]) -> Callable[..., Any]:

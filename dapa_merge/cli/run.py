@@ -41,7 +41,6 @@ from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.files import new_file, replace_file
 from dapa_merge.imports import lasting
 from dapa_merge.measure.figures import responses_text
-from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.miniature import path, recipe_text
 from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
@@ -70,6 +69,8 @@ from dapa_merge.report.tables import (
 @json_option
 def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
     """Show what RECIPE would transplant, without loading a model."""
+    from dapa_merge.measure.prompts.parts import check_prompts
+
     parsed = load_recipe(recipe)
     ladder = make_ladder(parsed, partial_target=True, allow_pickle=allow_pickle)
     check_prompts(parsed)
@@ -99,10 +100,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
         parsed = load_recipe(recipe)
         if out is not None and may_choose(parsed.edit) and (beside := out.with_name(FILE_NAME)).exists():
             raise UsageError(f"{beside} exists, and would hold what is chosen; name a file in another folder")
-        ladder = make_ladder(parsed, allow_pickle=options.allow_pickle)
-        # It searches even if the recipe names layers.
-        check_prompts(replace(parsed, layers=None))
-        climbed = search_ladder(ladder, options)
+        climbed = search_ladder(make_ladder(parsed, allow_pickle=options.allow_pickle), options)
         found = climbed.search
         files = reduced(found.plan, found.minimum.units).edit.files()
         replay = replay_text(climbed.recipe, found.plan, found.minimum.units)

@@ -33,9 +33,10 @@ from dapa_merge.measure.callback import (
 )
 from dapa_merge.measure.generate import encode
 from dapa_merge.measure.refusal.classify import Outcome, classify, settle
-from dapa_merge.measure.skills import PREFIX, Harness, parse_task
+from dapa_merge.measure.skills import Harness, parse_task
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parameters import TASK_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +111,8 @@ def find_evaluator(name: str, options: Options, *, searching: bool = False) -> C
         return paper()
     if name == "judge":
         return _demanded_judge(options, searching)
-    if name.startswith(PREFIX):
-        return _harness(name)
+    if name.startswith(TASK_PREFIX):
+        return _harness(name, options.task_files)
     function = find_callback(name, options.evaluator_file)
     if function is None:
         raise UsageError(_unknown(name, options.evaluator_file))
@@ -184,17 +185,17 @@ def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
 
 
 @functools.cache
-def _harness(name: str) -> Scorer:
-    harness = Harness(parse_task(name))
+def _harness(name: str, task_files: tuple[Path, ...]) -> Scorer:
+    harness = Harness(parse_task(name), task_files)
     return Scorer(
         name,
-        name,
+        harness.identity,
         lambda candidate, batch_size: harness.score(candidate.model, candidate.tokenizer, batch_size=batch_size),
     )
 
 
 def _unknown(name: str, file: Path | None) -> str:
-    known = ", ".join((*RESERVED, f"{PREFIX}TASK:METRIC", *known_callbacks(file)))
+    known = ", ".join((*RESERVED, f"{TASK_PREFIX}TASK:METRIC", *known_callbacks(file)))
     place = "an installed package or --evaluator-file" if file is None else f"an installed package or {file}"
     return f"unknown evaluator {name!r}; known are {known}; your own come from {place}"
 

@@ -36,7 +36,7 @@ from dapa_merge.measure.prompts.sets import (
     tell_prompts,
 )
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
+from dapa_merge.measure.skills import Skill, checked, load_skills, named_task_files, skill_figure
 from dapa_merge.measure.statistics import count, interval, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.attacks import ALLOWED, NONE, PLAIN, Attack, parse_attacks
@@ -365,7 +365,7 @@ def make_meter(
         deterministic=True,
         scorer=found if isinstance(found, Scorer) else None,
         text=_text(prompts, text),
-        skills=skills_of(prompts, skills),
+        skills=skills_of(prompts, skills, options),
         attacks=tried,
     )
 
@@ -377,7 +377,7 @@ def _text(prompts: PromptSet, name: str | None) -> Text | None:
     return load_text(name or "auto", max_tokens=MAX_TEXT_TOKENS)
 
 
-def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
+def skills_of(prompts: PromptSet, names: str | None, options: Options) -> tuple[Skill, ...]:
     """Return the skill tests: the prompt set's own, those that a recipe names, and keep prompts with known answers.
 
     No question is asked that a choice or a search used.
@@ -387,7 +387,8 @@ def skills_of(prompts: PromptSet, names: str | None) -> tuple[Skill, ...]:
     """
     own = (Skill("skill", prompts.skill),) if prompts.skill else ()
     taken = [skill.name for skill in own] + (["keep"] if prompts.keep_answers else [])
-    skills = own + tuple(_unspent(skill, prompts) for skill in (load_skills(names, taken) if names else ()))
+    named = load_skills(names, taken, options.task_files) if names else ()
+    skills = own + tuple(_unspent(skill, prompts) for skill in named)
     asked = {key_of(question.prompt) for skill in skills for question in skill.questions}
     others = tuple(question for question in prompts.keep_answers if key_of(question.prompt) not in asked)
     return skills + _skill_of("keep", others)
@@ -452,11 +453,14 @@ def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) 
     Raises:
         DapaError: If the model cannot be read, loaded or run.
     """
+    # Whoever names a task file in an option trusts it; in a recipe it is refused.
+    named = [*map(named_task_files, (settings.get("skills"), settings.get("evaluator")))]
+    options = replace(options, task_files=(*options.task_files, *(file for files in named for file in files)))
     prompt_set = load_prompts(prompts)
-    tell_prompts(prompt_set)
     try:
         checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
     meter = make_meter(prompt_set, options, **settings)
+    tell_prompts(prompt_set)
     return replace(measure_checkpoint(checkpoint, meter, options.device, "model"), read=read_json(prompt_set))

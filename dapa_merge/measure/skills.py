@@ -1,7 +1,8 @@
 """Skills that a target must not lose: questions with known answers, or a task of lm-evaluation-harness.
 
-A task is written `lm-eval:TASK` or `lm-eval:TASK:METRIC`; TASK is a name known to the harness or the path of a task
-file, whose own paths are relative to it. A live model gets the harness's own prompts without a chat template, as in
+A task is written `lm-eval:TASK` or `lm-eval:TASK:METRIC`; TASK is a name known to the harness, the name of a task in a
+file that the user trusts, or the path of such a file, whose own paths are relative to it. Functions and templates of a
+task file run, so no other file is read. A live model gets the harness's own prompts without a chat template, as in
 published figures.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import hashlib
 import os
 import re
 import unicodedata
@@ -19,7 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.errors import HubError, UsageError, one_line
+import yaml
+
+from dapa_merge.errors import HubError, UsageError, one_line, why_unreadable
 from dapa_merge.measure.confined import Unfinished, is_found
 from dapa_merge.measure.figures import SkillFigure
 from dapa_merge.measure.prompts.datasets import reading
@@ -27,12 +31,12 @@ from dapa_merge.measure.prompts.rows import listed_names
 from dapa_merge.measure.prompts.sets import Question, load_questions
 from dapa_merge.measure.statistics import interval
 from dapa_merge.progress import quiet
+from dapa_merge.recipe.parameters import TASK_PREFIX, is_task_file
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PREFIX = "lm-eval:"
 # lm-evaluation-harness's own seed, for few-shot examples.
 SEED = 1234
 
@@ -51,10 +55,11 @@ class Skill:
         return len(self.questions)
 
 
-def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
+def load_skills(names: str, besides: Sequence[str] = (), task_files: Sequence[Path] = ()) -> tuple[Skill, ...]:
     """Load the skills of a comma list: files of questions (JSON lines or CSV), and `lm-eval:TASK:METRIC`.
 
-    A file's skill is named after the file, without folder and suffix if that is unique; `besides` are taken names.
+    A file's skill is named after the file, without folder and suffix if that is unique; `besides` are taken names, and
+    `task_files` those of the user, as in `Harness`.
 
     Raises:
         UsageError: If a file cannot be read, a match is unknown, or the harness cannot be used.
@@ -64,7 +69,7 @@ def load_skills(names: str, besides: Sequence[str] = ()) -> tuple[Skill, ...]:
     stems = [Path(entry).stem for entry in entries]
     taken = [*stems, *besides]
     return tuple(
-        _load_skill(entry, stem if taken.count(stem) == 1 else entry)
+        _load_skill(entry, stem if taken.count(stem) == 1 else entry, task_files)
         for entry, stem in zip(entries, stems, strict=True)
     )
 
@@ -126,7 +131,12 @@ def _entries(names: str) -> list[str]:
     """Split a comma list into distinct entries."""
     entries: list[str] = []
     for part in listed_names(names):
-        if entries and entries[-1].startswith(PREFIX) and not os.path.exists(part) and not re.search(r"[.:/\\]", part):
+        if (
+            entries
+            and entries[-1].startswith(TASK_PREFIX)
+            and not os.path.exists(part)
+            and not re.search(r"[.:/\\]", part)
+        ):
             # A metric may name its filter after a comma, which never looks like a path or a task.
             entries[-1] += f",{part}"
         else:
@@ -138,15 +148,21 @@ def _entries(names: str) -> list[str]:
 
 
 def _absolute(entry: str) -> str:
-    if not entry.startswith(PREFIX):
+    if not entry.startswith(TASK_PREFIX):
         return os.path.abspath(entry)
     task = parse_task(entry)
-    return str(replace(task, name=os.path.abspath(task.name))) if os.path.exists(task.name) else entry
+    return str(replace(task, name=os.path.abspath(task.name))) if is_task_file(task.name) else entry
 
 
-def _load_skill(entry: str, name: str) -> Skill:
-    if entry.startswith(PREFIX):
-        return Skill(entry, harness=Harness(parse_task(entry)))
+def named_task_files(names: str | None) -> tuple[Path, ...]:
+    """The task files among the names of an option; a user who names a file trusts it."""
+    tasks = [parse_task(entry).name for entry in _entries(names or "none") if entry.startswith(TASK_PREFIX)]
+    return tuple(Path(os.path.abspath(name)) for name in tasks if is_task_file(name))
+
+
+def _load_skill(entry: str, name: str, task_files: Sequence[Path]) -> Skill:
+    if entry.startswith(TASK_PREFIX):
+        return Skill(entry, harness=Harness(parse_task(entry), task_files))
     return Skill(name, checked(load_questions(Path(entry)), entry))
 
 
@@ -170,7 +186,7 @@ class Task:
     metric: str = ""
 
     def __str__(self) -> str:
-        return f"{PREFIX}{self.name}{f':{self.metric}' if self.metric else ''}"
+        return f"{TASK_PREFIX}{self.name}{f':{self.metric}' if self.metric else ''}"
 
 
 def parse_task(text: str) -> Task:
@@ -179,17 +195,25 @@ def parse_task(text: str) -> Task:
     Raises:
         UsageError: If it has another form.
     """
-    name, _, metric = text.removeprefix(PREFIX).partition(":")
-    if not text.startswith(PREFIX) or not name or ":" in metric or (text.endswith(":")):
-        raise UsageError(f"{text!r} is not a task; write {PREFIX}TASK or {PREFIX}TASK:METRIC")
+    name, _, metric = text.removeprefix(TASK_PREFIX).partition(":")
+    if not text.startswith(TASK_PREFIX) or not name or ":" in metric or (text.endswith(":")):
+        raise UsageError(f"{text!r} is not a task; write {TASK_PREFIX}TASK or {TASK_PREFIX}TASK:METRIC")
     return Task(name, metric)
 
 
 class Harness:
-    """One task with its data, for any number of models."""
+    """One task with its data, for any number of models.
 
-    def __init__(self, task: Task) -> None:
+    Attributes:
+        identity: Its name and, if it is in a file, the SHA-256 of that.
+    """
+
+    def __init__(self, task: Task, task_files: Sequence[Path] = ()) -> None:
         """Read the task, to find its faults before a model is loaded.
+
+        Args:
+            task: Names the task.
+            task_files: The files that the user trusts: they may run.
 
         Raises:
             UsageError: If lm-evaluation-harness is not installed, or the task cannot be read or has no such metric.
@@ -200,10 +224,16 @@ class Harness:
         except ImportError as error:
             raise UsageError(f"{task} needs lm-evaluation-harness; install it with: pip install lm-eval") from error
         self.task = task
-        self._loaded = _load(task)
+        self._file = _file_of(task, task_files)
+        digest = "" if self._file is None else " " + hashlib.sha256(_read(self._file)).hexdigest()
+        self.identity = f"{task}{digest}"
+        self._loaded = _load(task, self._file)
         known = _metrics(self._loaded)
         if known and not any(map(self._is_wanted, known)):
             raise UsageError(f"{task} has no metric {task.metric!r}; its metrics are {', '.join(known)}")
+
+    def __repr__(self) -> str:
+        return self.identity
 
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> float:
         """Return the task's metric for a model, which is not changed.
@@ -212,7 +242,7 @@ class Harness:
             UsageError: If the task cannot be run, or its metric lacks the filter or is not from 0 to 1.
         """
         try:
-            with _quietly(_task_folder(self.task)):
+            with _quietly(self._file and self._file.parent):
                 results = _evaluate(model, tokenizer, self._loaded, batch_size)
         except Exception as error:
             # Tasks contain their own code, which may raise anything.
@@ -253,15 +283,53 @@ def _manager(*, include_defaults: bool) -> TaskManager:
 _manager_of_all = functools.cache(functools.partial(_manager, include_defaults=True))
 
 
-def _load(task: Task) -> Mapping[str, Any]:
-    is_file = os.path.isfile(task.name)
+def _file_of(task: Task, task_files: Sequence[Path]) -> Path | None:
+    """The absolute path of the user's file that has a task; None for a task of the harness.
+
+    Raises:
+        UsageError: If the task is a file that the user did not name, or the name of several tasks.
+    """
+    trusted = [Path(os.path.abspath(file)) for file in task_files]
+    if is_task_file(task.name):
+        file = Path(os.path.abspath(task.name))
+        if file not in trusted:
+            raise UsageError(f"{task} names a task file, which would run; name it with --task-file (DAPA_TASK_FILE)")
+        if not file.is_file():
+            raise UsageError(f"{task}: there is no such file")
+        return file
+    having = [file for file in trusted if _name_in(file) == task.name]
+    if having and task.name in _manager_of_all().all_tasks:
+        raise UsageError(f"{having[0]} calls its task {task.name}, as the harness does its own; rename it")
+    if len(having) > 1:
+        raise UsageError(f"{having[0]} and {having[1]} both have a task {task.name}; rename one")
+    return having[0] if having else None
+
+
+def _name_in(file: Path) -> object:
+    """The name that a task file gives its task or group, without running anything."""
     try:
-        with _quietly(_task_folder(task)):
-            manager = _manager(include_defaults=False) if is_file else _manager_of_all()
-            known = is_file or task.name in manager.all_tasks
+        head = yaml.compose(_read(file), yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"the task file {file} is not YAML: {one_line(error)}") from error
+    pairs = head.value if isinstance(head, yaml.MappingNode) else ()
+    return next((value.value for key, value in pairs if key.value in ("task", "group")), None)
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the task file {file}: {why_unreadable(error)}") from error
+
+
+def _load(task: Task, file: Path | None = None) -> Mapping[str, Any]:
+    try:
+        with _quietly(file and file.parent):
+            manager = _manager(include_defaults=False) if file else _manager_of_all()
+            known = file is not None or task.name in manager.all_tasks
             if known:
                 with reading(str(task)):
-                    loaded = manager.load([os.path.abspath(task.name) if is_file else task.name])
+                    loaded = manager.load([str(file or task.name)])
     except HubError:
         raise
     except Exception as error:
@@ -269,8 +337,12 @@ def _load(task: Task) -> Mapping[str, Any]:
     if not known:
         near = difflib.get_close_matches(task.name, manager.all_tasks, n=3)
         hint = f"; near names are {', '.join(near)}" if near else ""
-        raise UsageError(f"lm-evaluation-harness has no task {task.name!r}, and there is no such file{hint}")
+        raise UsageError(
+            f"lm-evaluation-harness has no task {task.name!r}{hint}; one of your own comes from --task-file"
+        )
     for one in loaded["tasks"].values():
+        if getattr(one, "UNSAFE_CODE", False):
+            raise UsageError(f"{task} runs code that the model writes, which dapa-merge never does; name another task")
         if one.get_config("num_fewshot") is None:
             one.set_config(key="num_fewshot", value=0)
     return dict(loaded)
@@ -307,10 +379,6 @@ def _evaluate(
         model.train(was_training)
     assert results is not None
     return dict(results)
-
-
-def _task_folder(task: Task) -> Path | None:
-    return Path(task.name).absolute().parent if os.path.isfile(task.name) else None
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Options:
         uses_ray: Whether to test in Ray actors, each with its own target, instead of this process.
         num_workers: Number of actors; None for one per GPU or, without GPUs, per node.
         evaluator_file: A Python file that registers evaluators.
+        task_files: Task files of lm-evaluation-harness, which may run, for recipes that name their tasks.
         judge_model: The judge's model; None for no judge.
         judge_url: The judge's OpenAI-compatible endpoint; None for the client's default.
         judge_requests: Maximum number of requests to the judge; None for no limit.
@@ -37,6 +38,7 @@ class Options:
     uses_ray: bool = False
     num_workers: int | None = None
     evaluator_file: Path | None = None
+    task_files: tuple[Path, ...] = ()
     judge_model: str | None = None
     judge_url: str | None = None
     judge_requests: int | None = None
@@ -52,16 +54,17 @@ class Options:
 
     @classmethod
     def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:
-        """Read `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE`, `DAPA_PICK` and `DAPA_JUDGE_MODEL`, `_URL` and `_REQUESTS`.
+        """Read the variables of the fields: `DAPA_ALLOW_PICKLE`, `DAPA_EVALUATOR_FILE`, `DAPA_TASK_FILE` and so on.
 
         Raises:
             UsageError: If `DAPA_JUDGE_REQUESTS` or `DAPA_PICK` is not a whole number of at least 1.
             click.BadParameter: If `DAPA_ALLOW_PICKLE` is neither yes nor no.
         """
-        file = environment.get("DAPA_EVALUATOR_FILE")
+        file, tasks = environment.get("DAPA_EVALUATOR_FILE"), environment.get("DAPA_TASK_FILE") or ""
         return cls(
             device,
             evaluator_file=Path(file) if file else None,
+            task_files=tuple(Path(task) for task in tasks.split(os.pathsep) if task),
             judge_model=environment.get("DAPA_JUDGE_MODEL") or None,
             judge_url=environment.get("DAPA_JUDGE_URL") or None,
             judge_requests=parse_number(environment.get("DAPA_JUDGE_REQUESTS"), "DAPA_JUDGE_REQUESTS"),

@@ -20,6 +20,23 @@ SEARCHES = tuple(ALGORITHMS)
 _LAYERS = re.compile(r"([0-9]{1,9})(?: *- *([0-9]{1,9}))?(?:\.([a-z]+)(?:\[([0-9]{1,9}):([0-9]{1,9})\])?)?")
 
 
+# A task of lm-evaluation-harness: `lm-eval:TASK` or `lm-eval:TASK:METRIC`.
+TASK_PREFIX = "lm-eval:"
+_TASK_NAME = re.compile(r"[\w.+-]+")
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a task is named by the path of its file; by its look only, whatever files are here."""
+    return not _TASK_NAME.fullmatch(name) or name.lower().endswith((".yaml", ".yml"))
+
+
+def task_file_in(names: object) -> str | None:
+    """The first task file in the value of `skills` or `evaluator`; None if it has only names of tasks."""
+    _, *tasks = str(names).split(TASK_PREFIX)
+    found = (re.split("[:,]", task, maxsplit=1)[0].strip() for task in tasks)
+    return next((name for name in found if name and is_task_file(name)), None)
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """One entry of `layers`: a layer, optionally one of its modules (`4.down`) and rows of it (`3.gate[0:64]`)."""

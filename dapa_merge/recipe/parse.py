@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.header import FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
-from dapa_merge.recipe.parameters import MODULES_OF_EDITS, PARAMETERS, WHOLES_TEXT, overlap, rows_fault
+from dapa_merge.recipe.parameters import MODULES_OF_EDITS, PARAMETERS, WHOLES_TEXT, overlap, rows_fault, task_file_in
 from dapa_merge.recipe.recipe import METHOD, Recipe
 
 ALLOWED_KEYS = (
@@ -139,6 +139,13 @@ class _Reader:
                 values[key] = PARAMETERS[key].read(value)
             except (ValueError, TypeError, OverflowError):
                 raise self.fail(f"parameters.{key}", f"{key} is {_shown(value)}; {PARAMETERS[key].allowed}") from None
+        for key in ("skills", "evaluator"):
+            if (file := task_file_in(values.get(key))) is not None:
+                raise self.fail(
+                    f"parameters.{key}",
+                    f"{key} names the task file {_shown(file)}, which would run; write the task's name here, and name the "
+                    f"file with --task-file (DAPA_TASK_FILE)",
+                )
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)
         elif values.get("edit") in MODULES_OF_EDITS and "modules" not in values:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from dapa_merge.errors import CannotRepair
-from dapa_merge.measure.prompts.parts import split_prompts
+from dapa_merge.measure.prompts.parts import check_prompts, split_prompts
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG
@@ -63,7 +63,8 @@ class Climbed:
 
 
 def search_ladder(ladder: Ladder, options: Options) -> Climbed:
-    """Search rung by rung, among the units that the edits would change; raises as `climb` does."""
+    """Search rung by rung, whatever layers the recipe names, among the units that edits would change; raises as `climb`."""
+    check_prompts(replace(ladder.recipe, layers=None))
     ladder = ladder.without_equal_units()
     (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))
     return Climbed(recipe, found, rungs)

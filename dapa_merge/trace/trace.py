@@ -305,7 +305,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
     prompts = all_prompts(recipe).report
-    meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills))
+    meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills, options))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(chosen)

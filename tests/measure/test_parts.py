@@ -15,6 +15,7 @@ from dapa_merge.measure.meter import skills_of
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts, split, split_prompts
 from dapa_merge.measure.prompts.sets import key_of, load_prompts
 from dapa_merge.plan.edit import EDITS, Copy
+from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
 
 
@@ -146,8 +147,8 @@ def test_labels_and_answers_of_a_keep_file_do_not_matter(tmp_path, rows):
     parts = split_prompts(make(keep=write(tmp_path / "keep.jsonl", rows)))
     assert [len(parts.search.keep), len(parts.report.keep)] == [3, 3]
     assert parts.search.keep_answers == ()
-    assert skills_of(parts.report, None)[0].questions == load_prompts("miniature").skill
-    assert len(skills_of(parts.report, None)) == 1
+    assert skills_of(parts.report, None, Options())[0].questions == load_prompts("miniature").skill
+    assert len(skills_of(parts.report, None, Options())) == 1
 
 
 @pytest.mark.parametrize("form", ["keep.txt", "keep.csv?column=ask"])
@@ -175,7 +176,7 @@ def test_half_of_the_skill_questions_become_keep_prompts_and_the_report_asks_the
     number = len(questions)
     used = [part for part in (parts.choice, parts.search) if part is not None]
     assert [len(part.keep) for part in used] == [number * share // 8 for share in shares]
-    skills = skills_of(parts.report, recipe.skills)
+    skills = skills_of(parts.report, recipe.skills, Options())
     assert [skill.name for skill in skills] == ["skill", "more"]
     told = {question.prompt for skill in skills for question in skill.questions}
     assert len(told) == number // 2
@@ -183,15 +184,17 @@ def test_half_of_the_skill_questions_become_keep_prompts_and_the_report_asks_the
     assert told.isdisjoint(text for part in used for text in part.keep)
     assert {question.prompt for question in parts.search.keep_answers} == set(parts.search.keep)
     whole = all_prompts(make(layers="3", keep="skills")).report
-    assert skills_of(whole, None)[0].questions == load_prompts("miniature").skill
+    assert skills_of(whole, None, Options())[0].questions == load_prompts("miniature").skill
 
 
 def test_answers_of_a_keep_file_make_a_skill_only_if_it_must_be_kept(tmp_path):
     path = write(tmp_path / "mine.jsonl", asked(6, answer="Yes."))
     parts = split_prompts(make(keep=path, min_skill=0.5))
     assert [question.answer for question in parts.search.keep_answers] == ["Yes."] * 3
-    assert [skill.name for skill in skills_of(parts.report, None)] == ["skill", "keep"]
-    assert [question.prompt for question in skills_of(parts.report, None)[1].questions] == list(parts.report.keep)
+    assert [skill.name for skill in skills_of(parts.report, None, Options())] == ["skill", "keep"]
+    assert [question.prompt for question in skills_of(parts.report, None, Options())[1].questions] == list(
+        parts.report.keep
+    )
 
 
 def test_a_skill_whose_questions_all_go_to_the_search_is_named(tmp_path):
@@ -199,7 +202,7 @@ def test_a_skill_whose_questions_all_go_to_the_search_is_named(tmp_path):
     one = write(tmp_path / "one.jsonl", asked(1, answer="Yes."))
     parts = split_prompts(make(keep=path))
     with pytest.raises(UsageError, match="the skill one has no question left for the report"):
-        skills_of(parts.report, one)
+        skills_of(parts.report, one, Options())
 
 
 @pytest.mark.parametrize("keep", [{}, {"keep": "FILE"}])

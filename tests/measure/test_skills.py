@@ -55,7 +55,7 @@ def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
     one, other = tmp_path / "sums.jsonl", tmp_path / "capitals.csv"
     one.write_text('{"prompt": "2 + 2?", "answer": "4", "match": "number"}\n')
     other.write_text("prompt,answer\nCapital of France?,Paris\nCapital of Chad?,N'Djamena\n")
-    skills = load_skills(f"{one}, lm-eval:{task}:exact_match,none ,{other}")
+    skills = load_skills(f"{one}, lm-eval:{task}:exact_match,none ,{other}", task_files=[task])
     assert [skill.name for skill in skills] == ["sums", f"lm-eval:{task}:exact_match,none", "capitals"]
     assert skills[0].questions == (Question("2 + 2?", "4", "number"),)
     figure = skill_figure(skills[2], lambda prompts: ["paris"] * len(prompts), lambda _: 0.0)

@@ -31,6 +31,7 @@ from dapa_merge.measure.prompts.sets import (
 )
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.parameters import TASK_PREFIX
 from dapa_merge.recipe.recipe import Recipe
 
 # The value of `keep` that stands for questions of the skills.
@@ -169,7 +170,7 @@ def _skill_questions(recipe: Recipe, prompts: PromptSet) -> tuple[Question, ...]
         Path(name)
         for name in (listed_names(recipe.skills) if recipe.skills else ())
         # A task's filter, after a comma, is not a file either.
-        if not name.startswith("lm-eval:") and (os.path.isfile(name) or Path(name).suffix.lower() in SUFFIXES)
+        if not name.startswith(TASK_PREFIX) and (os.path.isfile(name) or Path(name).suffix.lower() in SUFFIXES)
     ]
     questions = prompts.skill + tuple(question for file in files for question in load_questions(file))
     if not questions:

@@ -154,7 +154,7 @@ def load_packaged(name: str) -> Source:
     """Load one of `PACKAGED`."""
     with importlib.resources.as_file(importlib.resources.files("dapa_merge")) as package:
         folder = package / "miniature" / "prompts" if name == "miniature" else package / "prompt_sets" / name
-        return load_prompt_folder(folder, Columns())
+        return load_prompt_folder(folder, Columns(), f"the packaged set {name}")
 
 
 def _prompt_set(name: str, sources: Iterable[Source]) -> PromptSet:
@@ -337,16 +337,21 @@ def load_source(name: str) -> Source:
     return Source(tuple(part for full in names for part in _load_dataset(parse_dataset(full, HUB_KEYS))))
 
 
-def load_prompt_folder(folder: Path, columns: Columns) -> Source:
-    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional."""
+def load_prompt_folder(folder: Path, columns: Columns, name: str) -> Source:
+    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional; `name` is for messages."""
     files = _prompt_files(folder)
     rows = {kind: tuple(read_rows(path)) for kind, path in files.items()}
-    read = (
-        replace(read_requests(rows[kind], str(files[kind]), replace(columns, kind=kind)), how="by its name")
+    requests = (
+        request
         for kind in PROMPT_KINDS
         if kind in rows
+        for request in read_requests(rows[kind], str(files[kind]), replace(columns, kind=kind)).requests
     )
-    return Source(tuple(read), rows.get("skill", ()), rows.get("perplexity", ()))
+    return Source(
+        (Requests(name, tuple(requests), "by the names of its files"),),
+        rows.get("skill", ()),
+        rows.get("perplexity", ()),
+    )
 
 
 def pinned_prompts(name: str) -> str:
@@ -386,7 +391,7 @@ def _prompt_files(folder: Path) -> dict[str, Path]:
 def _load_folder(name: str, folder: Path, query: str) -> Source:
     files = _prompt_files(folder)
     if "harmful" in files or "harmless" in files:
-        return load_prompt_folder(folder, Columns(**parse_query(name, query, FOLDER_KEYS)))
+        return load_prompt_folder(folder, Columns(**parse_query(name, query, FOLDER_KEYS)), str(folder))
     dataset = parse_dataset(name, HUB_KEYS)
     try:
         return Source(_load_dataset(dataset))

@@ -5,23 +5,28 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 import yaml
 from action_runner import Result, StepFailed, evaluate, interpolate, run_action, run_job, run_steps
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 ACTION = ROOT / ".github" / "actions" / "remerge"
 WORKFLOWS = ROOT / ".github" / "workflows"
 GATES = {"min-dsr": "0.9", "max-over-refusal": "0.05", "max-perplexity-ratio": "1.1", "min-skill": "0.5"}
+ID_TOKEN = "makes tokens"
 URL = "https://hub/you/repaired/discussions/1"
 # Writes down how it was called, and ends as it was told.
 COMMAND = f"""#!{sys.executable}
 import json, os, sys
 here = os.path.dirname(__file__)
 name = sys.argv[1]
-variables = {{key: os.environ.get(key) for key in ("HF_TOKEN", "HF_OIDC_RESOURCE")}}
+keys = ("HF_TOKEN", "HF_OIDC_RESOURCE", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
+variables = {{key: os.environ.get(key) for key in keys}}
 with open(here + "/calls", "a") as log:
     log.write(json.dumps([sys.argv[1:], variables]) + "\\n")
 if name == "gate":
@@ -76,7 +81,8 @@ class Bench:
     @property
     def env(self) -> dict[str, str]:
         path = [str(self.folder / "bin"), str(Path(sys.executable).parent), os.defpath]
-        return {"PATH": os.pathsep.join(path), "HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        folders = {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        return {"PATH": os.pathsep.join(path), "ACTIONS_ID_TOKEN_REQUEST_TOKEN": ID_TOKEN, **folders}
 
     def uses(self, reference: str, inputs: dict[str, str]) -> None:
         self.used.append((reference.partition("@")[0], inputs))
@@ -225,19 +231,42 @@ def test_inputs_arrive_as_they_are_and_run_nothing(bench):
 
 
 @pytest.mark.parametrize(
-    ("token", "keyless", "reads", "writes"),
+    ("token", "keyless", "writes"),
     [
-        ("", "false", ("", ""), ("", "")),
-        ("hf_a", "false", ("hf_a", ""), ("hf_a", "")),
-        ("", "true", ("", "you/repaired"), ("", "you/repaired")),
+        ("", "false", ("", "")),
+        ("hf_write", "false", ("hf_write", "")),
+        ("", "true", ("", "you/repaired")),
         # huggingface_hub takes the resource first.
-        ("hf_a", "true", ("hf_a", ""), ("hf_a", "you/repaired")),
+        ("hf_write", "true", ("hf_write", "you/repaired")),
     ],
 )
-def test_who_reads_and_who_writes(bench, token, keyless, reads, writes):
-    bench.run(token=token, keyless=keyless, **GATES)
-    seen = {arguments[0]: (env["HF_TOKEN"], env["HF_OIDC_RESOURCE"]) for arguments, env in bench.calls_with_variables}
-    assert seen == {"outdated": reads, "run": reads, "gate": (None, None), "push": writes}
+@pytest.mark.parametrize("read", ["", "hf_read"])
+def test_only_the_step_that_pushes_may_write(bench, token, keyless, writes, read):
+    bench.run(token=token, keyless=keyless, read_token=read, **GATES)
+    seen = {arguments[0]: tuple(env.values()) for arguments, env in bench.calls_with_variables}
+    reads = (read, None, None)
+    assert seen == {"outdated": reads, "run": reads, "gate": (None, None, ID_TOKEN), "push": (*writes, ID_TOKEN)}
+
+
+def test_every_package_that_is_installed_has_one_version():
+    names = {}
+    for line in (ACTION / "constraints.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            found = Requirement(line)
+            assert [one.operator for one in found.specifier] == ["=="], line
+            names.setdefault(canonicalize_name(found.name), []).append(found)
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        for name, lines in names.items():
+            where = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux"}
+            fitting = [one for one in lines if one.marker is None or one.marker.evaluate(where)]
+            assert len(fitting) <= 1, (python, name)
+    wanted = [Requirement("hatchling"), *map(Requirement, requires("dapa-merge"))]
+    wanted = [one for one in wanted if not re.search("test|dev", str(one.marker))]
+    assert {"mergekit", "lm-eval"} <= {one.name for one in wanted}
+    for one in wanted:
+        if one.name != "torch":
+            pinned = names[canonicalize_name(one.name)]
+            assert all(one.specifier.contains(next(iter(pin.specifier)).version) for pin in pinned), one
 
 
 def test_the_journals_are_found_again_for_the_same_recipe_only(bench):
@@ -263,10 +292,11 @@ def test_torch_is_installed_first_and_then_the_checkout_of_the_action(bench):
         contexts={"inputs": {"torch": "torch==2.13.0", "extras": "plot,eval"}},
     )
     environment = bench.folder / "temp" / "dapa-merge"
+    install = f"pip install --quiet --constraint {ACTION / 'constraints.txt'}"
     assert (bench.folder / "bin" / "calls").read_text().splitlines() == [
         f"python3 -m venv {environment}",
-        "python -m pip install --quiet torch==2.13.0",
-        f"python -m pip install --quiet {ROOT}[plot,eval]",
+        f"python -m {install} torch==2.13.0 hatchling setuptools wheel",
+        f"python -m {install} --no-build-isolation {ROOT}[plot,eval]",
     ]
     assert result.steps["path"].outputs["path"].startswith(f"{environment}/bin:")
 
@@ -274,7 +304,7 @@ def test_torch_is_installed_first_and_then_the_checkout_of_the_action(bench):
 def test_the_workflow_passes_everything_on(bench):
     action = yaml.safe_load((ACTION / "action.yml").read_text())
     workflow = yaml.safe_load((WORKFLOWS / "remerge.yml").read_text())[True]["workflow_call"]
-    shared = action["inputs"].keys() - {"token", "setup-python"}
+    shared = action["inputs"].keys() - {"token", "read-token", "setup-python"}
     assert workflow["inputs"].keys() == shared | {"runner", "timeout-minutes"}
     for name in shared:
         ours, theirs = action["inputs"][name], workflow["inputs"][name]
@@ -284,7 +314,7 @@ def test_the_workflow_passes_everything_on(bench):
     given = {name: f"value of {name}" for name in shared} | {"force": True, "keyless": False}
     contexts = {
         "inputs": given,
-        "secrets": {"HF_TOKEN": "hf_a"},
+        "secrets": {"HF_TOKEN": "hf_a", "HF_READ_TOKEN": "hf_b"},
         "job": {"workflow_repository": "its/own", "workflow_sha": "0" * 40},
     }
     result = run_job(WORKFLOWS / "remerge.yml", "remerge", bench.env, bench.uses, contexts=contexts, **bench.where)
@@ -293,7 +323,7 @@ def test_the_workflow_passes_everything_on(bench):
     assert (own[1]["repository"], own[1]["ref"]) == ("its/own", "0" * 40)
     assert own[1]["persist-credentials"] == "false"
     assert remerge[0] == f"./{own[1]['path']}/{ACTION.relative_to(ROOT)}"
-    assert remerge[1] == given | {"force": "true", "keyless": "false", "token": "hf_a"}
+    assert remerge[1] == given | {"force": "true", "keyless": "false", "token": "hf_a", "read-token": "hf_b"}
     assert result.outputs.keys() == workflow["outputs"].keys()
 
 

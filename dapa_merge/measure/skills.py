@@ -131,12 +131,8 @@ def _entries(names: str) -> list[str]:
     """Split a comma list into distinct entries."""
     entries: list[str] = []
     for part in listed_names(names):
-        if (
-            entries
-            and entries[-1].startswith(TASK_PREFIX)
-            and not os.path.exists(part)
-            and not re.search(r"[.:/\\]", part)
-        ):
+        follows_task = bool(entries) and entries[-1].startswith(TASK_PREFIX)
+        if follows_task and not os.path.exists(part) and not re.search(r"[.:/\\]", part):
             # A metric may name its filter after a comma, which never looks like a path or a task.
             entries[-1] += f",{part}"
         else:

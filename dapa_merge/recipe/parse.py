@@ -143,8 +143,8 @@ class _Reader:
             if (file := task_file_in(values.get(key))) is not None:
                 raise self.fail(
                     f"parameters.{key}",
-                    f"{key} names the task file {_shown(file)}, which would run; write the task's name here, and name the "
-                    f"file with --task-file (DAPA_TASK_FILE)",
+                    f"{key} names the task file {_shown(file)}, which would run; write the task's name here, and "
+                    f"name the file with --task-file (DAPA_TASK_FILE)",
                 )
         if values.get("layers") and any(choice.module for choice in values["layers"]):
             values["modules"] = self.modules_of(values)

@@ -338,7 +338,7 @@ def load_source(name: str) -> Source:
 
 
 def load_prompt_folder(folder: Path, columns: Columns, name: str) -> Source:
-    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional; `name` is for messages."""
+    """Load a folder of `harmful.*`, `harmless.*`, `skill.*` and `perplexity.*`, all optional, called `name`."""
     files = _prompt_files(folder)
     rows = {kind: tuple(read_rows(path)) for kind, path in files.items()}
     requests = (

@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
-from conftest import call, write_few
+from conftest import call, configuration, write_few
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.skills import Harness, Task, _load, _metrics, parse_task
+from dapa_merge.recipe.options import Options
 
 pytest.importorskip("lm_eval")
 # To index what comes with the harness takes it long, and is done once in a process.
@@ -208,3 +209,101 @@ def test_a_search_goes_by_a_task(tmp_path, task_file, write_recipe):
     # The source adds no better than the target, so that there is nothing to gain by this evaluator.
     assert result.exit_code == 3
     assert "transplanted the lm-eval:sums:acc is " in result.stderr
+
+
+EVIL = """
+task: evil
+dataset_path: json
+dataset_kwargs: {data_files: {test: sums.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: !function evil.ask
+doc_to_choice: "{{choices}}"
+doc_to_target: right
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def evil_file(task_file):
+    """A task file that leaves a file behind if it runs."""
+    path = task_file.with_name("evil.yaml")
+    path.write_text(EVIL)
+    ran = path.with_name("ran")
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\ndef ask(doc):\n    return doc['question']\n"
+    path.with_name("evil.py").write_text(code)
+    return path, ran
+
+
+@pytest.mark.parametrize("key", ["skills", "evaluator"])
+def test_a_task_file_of_a_recipe_never_runs(tmp_path, evil_file, write_recipe, key):
+    path, ran = evil_file
+    pair = MODEL, miniature.path("source")
+    told = f"{key} names the task file "
+    for name in (f"lm-eval:{path}:acc", f"lm-eval:{path}"):
+        recipe = write_recipe(*pair, prompts="miniature", **{key: f"'{name}'"}, layers='"3-6"')
+        calls = {
+            "run": (recipe, tmp_path / "out"), "search": (recipe,), "plan": (recipe,), "outdated": (recipe,),
+            "trace": (recipe, tmp_path / "t"), "compare": (recipe, "--out", tmp_path / "c"),
+        }  # fmt: skip
+        for command, arguments in calls.items():
+            result = call(command, *arguments)
+            assert (result.exit_code, told in result.stderr) == (2, True), (command, result.stderr)
+        with pytest.raises(DapaError, match="names the task file"):
+            configuration(*pair, prompts="miniature", **{key: name})
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["evil", "arc_easy", "evil,x"])
+def test_a_file_with_the_name_of_a_task_never_runs(tmp_path, evil_file, write_recipe, monkeypatch, name):
+    path, ran = evil_file
+    monkeypatch.chdir(path.parent)
+    path.with_name("arc_easy").write_bytes(path.read_bytes())
+    path.with_name("evil").write_bytes(path.read_bytes())
+    recipe = write_recipe(
+        MODEL, miniature.path("source"), prompts="miniature", skills=f"'lm-eval:{name}'", layers='"3-6"'
+    )
+    assert call("run", recipe, tmp_path / "out").exit_code in (2, 5)
+    # Whoever trusts another file trusts only that.
+    with pytest.raises(UsageError, match=r"names a task file, which would run; name it with --task-file"):
+        Harness(Task(str(path)), [path.with_name("sums.yaml")])
+    assert not ran.exists()
+
+
+def test_a_task_of_a_file_that_the_user_names_is_found_by_its_name_from_any_folder(
+    tmp_path, task_file, evil_file, loaded, monkeypatch
+):
+    path, ran = evil_file
+    wanted = harness_of(task_file, "acc").score(*loaded, batch_size=2)
+    monkeypatch.chdir(tmp_path)
+    few = write_few(tmp_path / "few", 2)
+    result = call(
+        "evaluate", MODEL, "--prompts", few, "--skills", "lm-eval:tasks/sums.yaml:acc, lm-eval:evil:acc",
+        "--task-file", "tasks/evil.yaml", "--max-new-tokens", 2, "--json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    sums, evil = json.loads(result.stdout)["skills"]
+    assert (sums["name"], sums["score"]) == ("lm-eval:tasks/sums.yaml:acc", wanted)
+    assert evil["name"] == "lm-eval:evil:acc"
+    assert ran.exists()
+    variables = {"DAPA_TASK_FILE": os.pathsep.join(map(str, (task_file, path)))}
+    assert Options.from_environment(environment=variables).task_files == (task_file, path)
+
+
+def test_a_changed_task_file_is_another_evaluator(task_file):
+    before = harness_of(task_file).identity
+    assert before == harness_of(task_file).identity
+    task_file.write_text(task_file.read_text() + "# changed\n")
+    assert harness_of(task_file).identity != before
+
+
+def test_a_task_file_cannot_take_the_name_of_another_task(task_file):
+    task_file.write_text(task_file.read_text().replace("task: sums", "task: arc_easy"))
+    with pytest.raises(UsageError, match=r"sums\.yaml calls its task arc_easy, as the harness does its own"):
+        Harness(Task("arc_easy"), [task_file])
+
+
+def test_a_task_that_runs_what_the_model_writes_is_refused_at_once(task_file):
+    task_file.write_text(task_file.read_text() + "unsafe_code: true\n")
+    with pytest.raises(UsageError, match="runs code that the model writes"):
+        harness_of(task_file)

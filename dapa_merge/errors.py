@@ -1,10 +1,11 @@
-"""Errors for users; each class has an exit code on the command line."""
+"""Errors for users, each class with an exit code on the command line; and untrusted text made harmless to show."""
 
 from __future__ import annotations
 
 import errno
 import re
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -32,16 +33,50 @@ class DapaError(click.ClickException):
     def format_message(self) -> str:
         return str(self)
 
+    def show(self, file: IO[Any] | None = None) -> None:
+        with suppress(OSError):  # The exit code counts even if nobody reads the sentence.
+            super().show(file)
+
 
 class Stopped(KeyboardInterrupt):
     """Ctrl-C, with one sentence about the results kept so far."""
 
 
-def printable(text: str) -> str:
-    """Escape the characters of a text that move a cursor or begin another line."""
+def printable(text: str, *, keep: str = "") -> str:
+    """Escape the characters of a text that move a cursor, begin another line or turn its direction.
+
+    Args:
+        text: Text of any origin.
+        keep: Characters that stay all the same, such as a newline.
+    """
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
+
+
+# What begins markup in a line of Markdown, also by the extensions of the Hub and of GitHub: code, emphasis, links, cells,
+# formulas; emphasis by underscores, which is not within a word; blocks, at the start of the line.
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[+=-](?=[\s+=-])")
+# What becomes a tag, a link, a mention, a list or another character, and is written as an entity.
+_ENTITIES = re.compile(r"(?i)<|&(?=[#\w])|(?<=\w):(?=/)|(?<=\bmailto):|@(?=\w)|(?<=\bwww)\.|(?<=^\d)[.)](?=\s)")
+
+
+def markdown(text: str) -> str:
+    """Escape untrusted text for one line, or one cell, of Markdown, which then shows this text and nothing else."""
+    marked = _MARKUP.sub(r"\\\g<0>", printable(text))
+    return _ENTITIES.sub(lambda found: f"&#{ord(found.group())};", marked)
+
+
+def markdown_code(text: str) -> str:
+    """Untrusted text as a code span of Markdown, outside of tables."""
+    shown = printable(text) or " "
+    fence = code_fence(shown, least=1)
+    return f"{fence} {shown} {fence}" if "`" in shown else f"{fence}{shown}{fence}"
+
+
+def code_fence(text: str, least: int = 3) -> str:
+    """Backticks that no run of backticks in a text can end."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def one_line(error: BaseException) -> str:

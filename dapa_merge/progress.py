@@ -12,18 +12,36 @@ import io
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress
+from rich.segment import Segment
 
 from dapa_merge.errors import printable
 
 LOG = logging.getLogger("dapa_merge")
+
+
+class Terminal(Console):
+    """A console on stdout or stderr for text of any origin, which is shown as it is, without markup.
+
+    Whatever would move a cursor or turn the direction of writing is escaped, in lines as in the cells of tables.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, highlight=False, emoji=False)
+        if self.width < 1:  # COLUMNS=0, for which rich prints nothing.
+            self.width = 80
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            # What rich itself sends to move a cursor is a control segment.
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n"))
 
 
 @dataclass
@@ -84,10 +102,10 @@ def shown(quiet: bool = False) -> Iterator[None]:
     if quiet:
         yield
         return
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     _consoles.append(console)
     try:
-        with _each_step(lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)):
+        with _each_step(lambda line: console.print(line, soft_wrap=True)):
             yield
     finally:
         _consoles.pop()

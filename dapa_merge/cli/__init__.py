@@ -10,6 +10,8 @@ import errno
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
@@ -17,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from dapa_merge import __version__
-from dapa_merge.errors import CheckpointError, DapaError, Stopped, lacks_memory, one_line
+from dapa_merge.errors import CheckpointError, DapaError, Stopped, lacks_memory, one_line, printable
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
@@ -61,13 +63,15 @@ class Group(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        with _streams():
+            return super().main(*arguments, **settings)
+
     def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
         try:
             # click prints the help here, before any command.
             return super().make_context(*arguments, **settings)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # click handles it.
-                raise
             _fail_at(error)
 
     def invoke(self, context: click.Context) -> Any:
@@ -83,14 +87,17 @@ class Group(click.Group):
         except KeyboardInterrupt as stop:
             kept = f"; {stop}" if isinstance(stop, Stopped) else ""
             _fail(f"stopped{kept}", INTERRUPTED)
-        except OSError as error:
+        except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            # Also panics of libraries in Rust, which are no `Exception`.
             if context.params.get("debug"):
                 raise
-            _fail_without_memory(error) if lacks_memory(error) else _fail_at(error)
-        except Exception as error:
-            if context.params.get("debug") or not lacks_memory(error):
-                raise
-            _fail_without_memory(error)
+            if lacks_memory(error):
+                _fail_without_memory(error)
+            if isinstance(error, OSError):
+                _fail_at(error)
+            _fail(f"this should not happen: {one_line(error)}; report it, with what --debug shows", 1)
 
 
 @click.group(
@@ -115,10 +122,64 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     context.with_resource(shown(quiet))
     if quiet or not sys.stderr.isatty():
         _disable_client_bars()
-    for stream in (sys.stdout, sys.stderr):
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Make stdout and stderr such that nobody who closes them can stop the work."""
+    for descriptor in range(3):
+        # Else the next file that is opened would be in its place, and be written into.
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    for stream in before:
         # A path may have characters that the terminal's encoding lacks.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (
+        _Patient(stream or open(os.devnull, "w", encoding="utf-8"), is_answer)  # noqa: SIM115
+        for stream, is_answer in zip(before, (True, False), strict=True)
+    )
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Patient:
+    """An output stream that goes quiet when its reader leaves.
+
+    Other faults, such as those of a full disk, are raised on stdout only: without its answer, a command has failed.
+    """
+
+    def __init__(self, stream: Any, is_answer: bool) -> None:
+        self._stream = stream
+        self._is_answer = is_answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._quiet():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._quiet():
+            self._stream.flush()
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._is_answer and error.errno != errno.EPIPE:
+                raise
+            with suppress(OSError, ValueError):
+                # What is in the buffer is flushed once more at the end.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 def _disable_client_bars() -> None:
@@ -139,5 +200,5 @@ def _fail_without_memory(error: BaseException) -> NoReturn:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {printable(message)}", err=True)
     sys.exit(exit_code)

@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 
 from dapa_merge.errors import UsageError, printable
+from dapa_merge.progress import Terminal
 from dapa_merge.publish.options import CardOptions, given_license
 from dapa_merge.recipe.options import Options, parse_number
 from dapa_merge.verify.result import location_option
@@ -250,12 +251,12 @@ def print_answer(answer: Mapping[str, Any], shown: Iterable[str] | Callable[[Con
     if as_json:
         click.echo(json.dumps(answer, indent=2))
     elif callable(shown):
-        shown(Console())
+        shown(Terminal())
     else:
-        print_lines(Console(), shown)
+        print_lines(Terminal(), shown)
 
 
 def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print lines unchanged, however long; they may quote untrusted text."""
+    """Print each text as one line, however long."""
     for line in lines:
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)

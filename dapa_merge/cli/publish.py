@@ -100,9 +100,8 @@ def gate(
     def show(console: Console) -> None:
         table = Table("", "found", "asked", "")
         for verdict in verdicts:
-            table.add_row(
-                Text(printable(verdict.figure)), verdict.found, verdict.asked, "passes" if verdict.passes else "FAILS"
-            )
+            told = "passes" if verdict.passes else "FAILS"
+            table.add_row(Text(printable(verdict.figure)), verdict.found, verdict.asked, told)
         console.print(table)
 
     print_answer(gates.as_json(verdicts), show, as_json)

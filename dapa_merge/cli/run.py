@@ -46,7 +46,7 @@ from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import reduced
-from dapa_merge.progress import collected, quiet
+from dapa_merge.progress import Terminal, collected, quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
@@ -199,7 +199,7 @@ def demo(out: Path, options: Options, as_json: bool) -> None:
 
     def tell(report: Report) -> None:
         if not as_json:
-            print_report(report, Console())
+            print_report(report, Terminal())
             click.echo()
 
     def tell_recipe(pair: str) -> None:

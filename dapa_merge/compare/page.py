@@ -14,7 +14,7 @@ from tabulate import tabulate
 from dapa_merge.compare import charts
 from dapa_merge.compare.result import AUTO, DAPA, Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
-from dapa_merge.errors import printable
+from dapa_merge.errors import markdown, markdown_code, printable
 from dapa_merge.report.charts import Chart
 from dapa_merge.report.tables import span
 from dapa_merge.search.requirement import limited
@@ -60,9 +60,9 @@ def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[
 def _row(row: Row, pictures: Collection[str]) -> list[str]:
     parts = [
         f"## {_safe(row.name)}",
-        f"Target `{_safe(row.target)}`, source `{_safe(row.source)}`: {row.architecture}, {row.num_parameters:,} "
-        f"parameters, prompts `{_safe(row.prompts)}`, {row.before.num_harmful} harmful and {row.before.num_harmless} "
-        f"harmless, judged by `{_safe(row.evaluator)}`.",
+        f"Target {markdown_code(row.target)}, source {markdown_code(row.source)}: {_safe(row.architecture)}, "
+        f"{row.num_parameters:,} parameters, prompts {markdown_code(row.prompts)}, {row.before.num_harmful} harmful and "
+        f"{row.before.num_harmless} harmless, judged by {markdown_code(row.evaluator)}.",
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
@@ -71,7 +71,7 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
     if row.before.score is not None:
         scored = [(arm.label, arm.figures.score) for arm in row.arms if arm.figures is not None]
         scores = [f"{label} {score:.3f}" for label, score in scored if score is not None]
-        parts.append(f"Score of `{_safe(row.evaluator)}`: {', '.join(scores)}.")
+        parts.append(f"Score of {markdown_code(row.evaluator)}: {', '.join(scores)}.")
     parts.append(_verdict(row))
     if memory := _memory(row):
         parts.append(memory)
@@ -92,7 +92,7 @@ def _verdict(row: Row) -> str:
         return f"Methods that repair it, most skill first: {', '.join(named)}."
     if (why := row.complaint(row.alone)) is None:
         return "None of these methods but the source repairs it within the recipe's limits (single random draws aside)."
-    return f"None of these methods repairs it within the recipe's limits, nor does the source itself: {why}."
+    return f"None of these methods repairs it within the recipe's limits, nor does the source itself: {_safe(why)}."
 
 
 def _memory(row: Row) -> str | None:
@@ -115,7 +115,7 @@ def _pictures(wanted: Iterable[Chart], rows: Sequence[Row], pictures: Collection
 
 def _safe(text: str | None) -> str:
     """Untrusted text in one line, without markup."""
-    return " ".join(printable(text or "").replace("<", "&lt;").split())
+    return markdown(" ".join((text or "").split()))
 
 
 NONE = "-"
@@ -151,7 +151,7 @@ class Table(NamedTuple):
         """The table as `MARKDOWN` or `LATEX`; no cell can break the layout."""
         cells = [[_plain(cell) for cell in row] for row in self.cells]
         if kind == MARKDOWN:
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
+            cells = [[markdown(cell) for cell in row] for row in cells]
         # Cells are shown as they are, never taken for numbers.
         columns = ["left", *["right"] * (len(self.head) - 1)]
         text = str(tabulate(cells, self.head, tablefmt=kind, disable_numparse=True, colalign=columns))
@@ -320,11 +320,13 @@ def _csv(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 def _harmless(value: Any) -> Any:
     """A value that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    if not isinstance(value, str):
+        return value
+    return f"'{printable(value)}" if value.startswith(("=", "+", "-", "@")) else printable(value)
 
 
 def _plain(cell: str) -> str:
-    return " ".join(cell.split()) or NONE
+    return printable(" ".join(cell.split())) or NONE
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -55,6 +55,8 @@ STYLE: dict[str, Any] = {
     "savefig.facecolor": "white",
     "hatch.linewidth": 0.6,
     "legend.frameon": False,
+    # Names may have dollar signs.
+    "text.parse_math": False,
     # Makes the file the same for the same data.
     "svg.hashsalt": "dapa-merge",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dapa_merge.checkpoint.location import without_paths
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import UsageError, markdown
 from dapa_merge.measure.figures import Figures
 from dapa_merge.report.report import Report
 from dapa_merge.report.tables import SKILL, skill_label
@@ -166,14 +166,10 @@ def as_json(checks: Sequence[LimitCheck]) -> dict[str, Any]:
 
 def as_markdown(report: Report, checks: Sequence[LimitCheck]) -> str:
     """A table for the summary of a CI job."""
-    names = (_plain(without_paths(name)) for name in (report.target, report.source))
+    names = (markdown(without_paths(name)) for name in (report.target, report.source))
     lines = [f"### {', repaired by '.join(names)}", ""]
     lines += ["| figure | found | asked | |", "|---|---|---|---|"]
     for check in checks:
         word = "passes" if check.passes else "**fails**"
-        lines.append(f"| {_plain(check.figure)} | {check.found} | {check.asked} | {word} |")
+        lines.append(f"| {markdown(check.figure)} | {check.found} | {check.asked} | {word} |")
     return "\n".join([*lines, "", ""])
-
-
-def _plain(text: str) -> str:
-    return "".join(f"\\{one}" if one in "|`*<>[]\\" else one if one.isprintable() else " " for one in text)

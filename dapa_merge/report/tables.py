@@ -117,7 +117,7 @@ def point_lines(points: Sequence[Point]) -> list[tuple[str, str]]:
         (point, ([spans(point.units)] if point.units else []) + ([point.complaint] if point.complaint else []))
         for point in points
     ]
-    return [(f"point {point.name}", printable("; ".join(texts))) for point, texts in facts if texts]
+    return [(f"point {point.name}", "; ".join(texts)) for point, texts in facts if texts]
 
 
 def print_points(points: Sequence[Point], measure: str, console: Console) -> None:
@@ -126,7 +126,7 @@ def print_points(points: Sequence[Point], measure: str, console: Console) -> Non
         for start in range(0, len(points), MAX_COLUMNS):
             console.print(_table(*point_rows(points[start : start + MAX_COLUMNS], measure), head="point"))
         for label, fact in point_lines(points):
-            console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
+            _tell(console, f"{label:<20}{fact}")
 
 
 def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
@@ -139,7 +139,7 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
         return f"point {picked}, which {which} within the limits{left}"
     if point.complaint is None:
         return f"point {picked}, picked by hand and within the limits"
-    return f"point {picked}, picked by hand although it VIOLATES the limits: {printable(point.complaint)}"
+    return f"point {picked}, picked by hand although it VIOLATES the limits: {point.complaint}"
 
 
 def skill_label(name: str) -> str:
@@ -185,12 +185,18 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _tell(console: Console, line: str) -> None:
+    """Print one line, however long."""
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
 def _table(names: Sequence[str], rows: Sequence[TableRow], head: str = "") -> Table:
     table = Table(head)
     for name in names:
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(printable(name)), justify="right")
     for label, cells in rows:
-        table.add_row(Text(label), *cells)
+        # Escaped before the widths are taken.
+        table.add_row(*(Text(printable(cell)) for cell in (label, *cells)))
     return table
 
 
@@ -202,7 +208,7 @@ def print_report(report: Report, console: Console) -> None:
         console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
     print_points(report.points, report.searched.measure if report.searched else SCORE.label, console)
     for label, fact in _facts(report):
-        console.print(f"{label:<20}{fact}", highlight=False, markup=False, soft_wrap=True)
+        _tell(console, f"{label:<20}{fact}")
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
@@ -326,7 +332,8 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
         share = f"{100 * plan.share((unit,)):.2f} %"
         count = counts[unit]
         differing = "?" if count is None else f"{100 * count / max(plan.num_parameters((unit,)), 1):.2f} %"
-        table.add_row(str(unit), Text(_tensors(unit, plan)), f"{plan.num_bytes((unit,)) / 1e6:.2f}", share, differing)
+        tensors = Text(printable(_tensors(unit, plan)))
+        table.add_row(str(unit), tensors, f"{plan.num_bytes((unit,)) / 1e6:.2f}", share, differing)
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [
@@ -341,7 +348,7 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
         ("memory of a search", f"{search_memory(plan) / 1e6:.2f} MB on its device, and the batches"),
     ]
     for label, fact in facts:
-        console.print(f"{label:<24}{fact}", highlight=False, markup=False, soft_wrap=True)
+        _tell(console, f"{label:<24}{fact}")
 
 
 def _differing(plan: Plan, counts: Mapping[Unit, int | None]) -> str:
@@ -380,7 +387,7 @@ def print_ladder(ladder: Ladder, console: Console) -> None:
     for number, (recipe, plan) in enumerate(ladder.rungs, 1):
         if ladder.is_auto:
             title = f"try {number} of {len(ladder.rungs)}: the edit {recipe.edit} of {', '.join(plan.modules)}"
-            console.print(title, highlight=False, markup=False, soft_wrap=True)
+            _tell(console, title)
         print_plan(plan, given_selection(recipe, plan), console)
 
 
@@ -461,7 +468,7 @@ def print_search(search: Search, plan: Plan, console: Console) -> None:
     if not search.by_hand:
         facts += _searched_facts(search)
     for fact in facts:
-        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+        _tell(console, fact)
 
 
 def _searched_facts(search: Search) -> list[str]:

@@ -14,7 +14,7 @@ import numpy
 from jinja2 import Environment, StrictUndefined
 
 from dapa_merge import files as work_folder
-from dapa_merge.errors import Stopped
+from dapa_merge.errors import Stopped, printable
 from dapa_merge.files import JOURNAL_BEGINS, replace_file
 from dapa_merge.report.charts import Picture
 from dapa_merge.search.journal import Journal
@@ -97,7 +97,9 @@ def forget_page(out: Path) -> None:
 
 def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """Write the page of a trace: one HTML file that needs no network and no other files."""
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    template = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_shown
+    )
     template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
     title, cells = f"Where alignment lives: {target} and {source}", list(_best_cells(summary["trace"]))
@@ -117,6 +119,11 @@ def _best_cells(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         for mean, layer, role in sorted(cells, reverse=True)[:NUM_CELLS]:
             low, high = (means[side][layer][role] for side in ("low", "high"))
             yield {"kind": kind, "layer": layer, "role": trace["roles"][role], "mean": mean, "low": low, "high": high}
+
+
+def _shown(value: object) -> object:
+    # Markup is what this template made itself.
+    return printable(value) if type(value) is str else value
 
 
 def _base64(content: bytes) -> str:

@@ -54,8 +54,8 @@ def printable(text: str, *, keep: str = "") -> str:
     return "".join(one if one.isprintable() or one in keep else one.encode("unicode_escape").decode() for one in text)
 
 
-# What begins markup in a line of Markdown, also by the extensions of the Hub and of GitHub: code, emphasis, links, cells,
-# formulas; emphasis by underscores, which is not within a word; blocks, at the start of the line.
+# What begins markup in a line of Markdown, also by the extensions of the Hub and of GitHub: code, emphasis, links,
+# cells, formulas; emphasis by underscores, which is not within a word; blocks, at the start of the line.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[+=-](?=[\s+=-])")
 # What becomes a tag, a link, a mention, a list or another character, and is written as an entity.
 _ENTITIES = re.compile(r"(?i)<|&(?=[#\w])|(?<=\w):(?=/)|(?<=\bmailto):|@(?=\w)|(?<=\bwww)\.|(?<=^\d)[.)](?=\s)")

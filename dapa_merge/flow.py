@@ -259,11 +259,12 @@ def _lock(recipe: Recipe) -> locks.Lock | None:
 
 
 def _describe(out: Path, card: CardOptions) -> None:
-    """Write the result's card; a failure is only logged."""
+    """Write the result's card; a failure of any kind is only logged, since the result is there."""
     try:
         write_card(out, card)
-    except DapaError as error:
-        LOG.info(f"no card yet: {error}; `dapa-merge card {out}` writes it")
+    except Exception as error:
+        why = error if isinstance(error, DapaError) else one_line(error)
+        LOG.info(f"no card yet: {why}; `dapa-merge card {out}` writes it")
 
 
 def _publish(out: Path, destination: Destination, card: CardOptions) -> Published:

@@ -61,8 +61,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
     parts = [
         f"## {_safe(row.name)}",
         f"Target {markdown_code(row.target)}, source {markdown_code(row.source)}: {_safe(row.architecture)}, "
-        f"{row.num_parameters:,} parameters, prompts {markdown_code(row.prompts)}, {row.before.num_harmful} harmful and "
-        f"{row.before.num_harmless} harmless, judged by {markdown_code(row.evaluator)}.",
+        f"{row.num_parameters:,} parameters, prompts {markdown_code(row.prompts)}, {row.before.num_harmful} harmful "
+        f"and {row.before.num_harmless} harmless, judged by {markdown_code(row.evaluator)}.",
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
@@ -210,4 +210,10 @@ def mean_score(skills: Sequence[SkillFigure]) -> float:
 def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
     """Format every prompt, response and verdict as JSON lines, given the responses by model name."""
     rows = ({"model": model} | asdict(response) for model, said in responses.items() for response in said)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_json_line(row) + "\n" for row in rows)
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    """JSON with the letters of every language, but with escapes for what moves a cursor or cannot be encoded."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from dapa_merge.errors import printable
+from dapa_merge.errors import code_fence, markdown, markdown_code, printable
 from dapa_merge.plan.edit import MODELS, Edit
 from dapa_merge.publish.options import License
 from dapa_merge.publish.parents import PAGES, Parent
@@ -50,6 +51,8 @@ class CardFacts:
         share_changed: Share of the target's parameters that were replaced, in [0, 1].
         report: None if measurements and search are unknown.
         recipe: The text of the recipe that replays it, without local paths.
+        is_by_mergekits_search: Whether mergekit-yaml made it of a recipe that names no layers, so that the units were
+            found by comparing.
         version: The version of dapa-merge.
         task: The Hub's `pipeline_tag`.
         made_by: The program that wrote the weights, `dapa-merge` or `mergekit`.
@@ -65,6 +68,7 @@ class CardFacts:
     parameters_changed: int
     report: Report | None
     recipe: str
+    is_by_mergekits_search: bool
     has_manifest: bool
     has_lock: bool
     pictures: Sequence[str]
@@ -78,11 +82,21 @@ class CardFacts:
         return [parent for parent in self.parents if parent.role.startswith(role)]
 
 
+class _Markup(str):
+    """Markdown that this module made, with every untrusted part of it escaped."""
+
+
+def _finalized(value: object) -> object:
+    """Escape whatever the template shows, except for Markdown of our own."""
+    return value if isinstance(value, _Markup) else markdown(str(value))
+
+
 @functools.cache
 def _template() -> Template:
     environment = Environment(
-        autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
-    )
+        autoescape=False, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined,
+        finalize=_finalized,
+    )  # fmt: skip
     return environment.from_string(TEMPLATE_PATH.read_text(encoding="utf-8"))
 
 
@@ -90,13 +104,14 @@ def card_text(facts: CardFacts) -> str:
     """The body of a card, without its metadata."""
 
     def model(role: str) -> str:
-        return " with ".join(_link(parent) for parent in facts.of_role(role))
+        return _Markup(" with ".join(_link(parent) for parent in facts.of_role(role)))
 
     def places(role: str) -> str:
-        # For a command line.
-        return "+".join(
-            parent.public_name or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
-            for parent in facts.of_role(role)
+        return _word(
+            "+".join(
+                parent.public_name or ("ADAPTER" if "adapter" in parent.role else parent.role.upper())
+                for parent in facts.of_role(role)
+            )
         )
 
     report = facts.report
@@ -109,7 +124,8 @@ def card_text(facts: CardFacts) -> str:
         measured=columns if None not in columns else [],
         by_mergekit=facts.made_by == "mergekit",
         has_folders=any(parent.repository is None for parent in facts.parents),
-        how=facts.edit.how({name: model(name) for name in MODELS}),
+        # Of the names of models, which are markup, and of words of our own.
+        how=_Markup(facts.edit.how({name: model(name) for name in MODELS})),
         verb=facts.edit.verb,
         freedom=_freedom(facts),
         charts=charts.CHARTS,
@@ -118,10 +134,13 @@ def card_text(facts: CardFacts) -> str:
         is_of_bundles=is_of_bundles,
         saved=thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved) if report else "",
         parent_rows=[
-            (one.role, [_link(one), f"`{one.commit}`" if one.commit else "-", str(one.license or "not stated")])
+            (one.role, [_link(one), _code(one.commit) if one.commit else "-", str(one.license or "not stated")])
             for one in facts.parents
         ],
-        license=f"[{facts.license}]({facts.license.link})" if facts.license and facts.license.link else facts.license,
+        license=_licensed(facts.license),
+        recipe=_Markup(f"{code_fence(facts.recipe)}yaml\n{facts.recipe.rstrip()}\n{code_fence(facts.recipe)}"),
+        code=_code,
+        word=_word,
         model=model,
         places=places,
         point_rows=point_rows,
@@ -136,7 +155,6 @@ def card_text(facts: CardFacts) -> str:
         limits_text=limits_text,
         sizes=report.searched.num_of_kind if report and report.searched else None,
         isfinite=math.isfinite,
-        printable=printable,
         zip=zip,
     )
 
@@ -151,19 +169,34 @@ def _freedom(facts: CardFacts) -> str:
     return f", in which the directions have {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
 
 
-def _link(parent: Parent) -> str:
+def _link(parent: Parent) -> _Markup:
     if parent.repository is None:
-        return f"`{parent.name}` (a folder)"
-    return f"[{parent.repository}]({PAGES}/{parent.repository})"
+        return _Markup(f"{markdown_code(parent.name)} (a folder)")
+    return _Markup(f"[{markdown(parent.repository)}]({PAGES}/{parent.repository})")
 
 
-def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _licensed(license: License | None) -> str | None:
+    if license is None or not license.link:
+        return None if license is None else str(license)
+    return _Markup(f"[{markdown(str(license))}]({license.link})")
+
+
+def _code(text: str) -> _Markup:
+    return _Markup(markdown_code(text))
+
+
+def _word(text: str) -> _Markup:
+    """One word of a command line."""
+    return _Markup(shlex.quote(printable(text)))
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> _Markup:
     # An indented label is a detail of the row above it.
-    labels = [f"&nbsp;&nbsp;{label.strip()}" if label.startswith(" ") else label for label, _ in rows]
-    cells = [[label, *others] for label, (_, others) in zip(labels, rows, strict=True)]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in cells)])
+    labels = [("&nbsp;&nbsp;" if label.startswith(" ") else "") + markdown(label.strip()) for label, _ in rows]
+    cells = [[label, *map(_cell, others)] for label, (_, others) in zip(labels, rows, strict=True)]
+    lines = [f"| {' | '.join(map(markdown, head))} |", f"|{'---|' * len(head)}"]
+    return _Markup("\n".join([*lines, *(f"| {' | '.join(row)} |" for row in cells)]))
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|") if isinstance(text, _Markup) else markdown(text)

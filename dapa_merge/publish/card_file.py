@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Figures
 from dapa_merge.publish.card import CardFacts, card_text
 from dapa_merge.publish.parents import metadata_of, split_card
@@ -86,7 +87,7 @@ def render_card(facts: CardFacts, before: CardFile, said: Mapping[str, str]) -> 
         said = {**said, "inherited": facts.license.key}
     head = yaml.safe_dump(card_metadata(facts, kept), sort_keys=False, allow_unicode=True, width=1000)
     # Two hyphens end a comment.
-    note = json.dumps(dict(said)).replace("--", "\\u002d\\u002d")
+    note = json.dumps(dict(said)).replace("--", "\\u002d\\u002d").replace("<", "\\u003c")
     above, below = before.above.rstrip("\n"), before.below.strip("\n")
     parts = [above.lstrip("\n"), f"{BEGIN}\n{_SAID}{note} -->\n\n{card_text(facts)}\n{END}", below]
     return f"---\n{head}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
@@ -125,7 +126,7 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
         pipeline_tag=facts.task,
         tags=list(TAGS),
         language=list(dict.fromkeys(languages)) or None,
-        model_name=facts.title.rpartition("/")[2] if measured else None,
+        model_name=printable(facts.title.rpartition("/")[2]) if measured else None,
         eval_results=_results(facts, measured) if measured else None,
     ).to_dict()
     made = dict(data) | (facts.license.to_metadata() if facts.license else {})
@@ -158,17 +159,17 @@ def _ordered(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _results(facts: CardFacts, after: Figures) -> list[Any]:
     """The figures of the result, in the form of the Hub's `model-index`."""
-    prompts, task = facts.settings["prompts"], {"task_type": facts.task, "task_name": "Text generation"}
+    prompts, task = printable(facts.settings["prompts"]), {"task_type": facts.task, "task_name": "Text generation"}
     asked = {"dataset_type": _dataset(prompts), "dataset_name": prompts}
-    text = {"dataset_type": "text", "dataset_name": facts.settings["text"]}
+    text = {"dataset_type": "text", "dataset_name": printable(facts.settings["text"])}
     found = [
         (asked, "dsr", f"Defense success rate ({after.num_harmful} harmful prompts)", after.dsr),
         (asked, "over-refusal", f"Over-refusal ({after.num_harmless} harmless prompts)", after.over_refusal),
         (text, "perplexity", "Perplexity", after.perplexity),
     ]
     for skill in after.skills:
-        about = {"dataset_type": _dataset(skill.name), "dataset_name": skill.name}
-        found.append((about, "accuracy", skill_label(skill.name).replace("s", "S", 1), skill.score))
+        about = {"dataset_type": _dataset(skill.name), "dataset_name": printable(skill.name)}
+        found.append((about, "accuracy", printable(skill_label(skill.name)).replace("s", "S", 1), skill.score))
     return [
         EvalResult(**task, **about, metric_type=kind, metric_name=name, metric_value=round(value, 6))
         for about, kind, name, value in found

@@ -35,6 +35,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import given_selection, models_of
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.parameters import parse_layers
+from dapa_merge.recipe.parse import read_yaml
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Report
 
@@ -263,12 +264,12 @@ def parse_lock(text: str, name: str) -> Lock:
         CheckpointError: If it is not a lock.
     """
     try:
-        content = yaml.safe_load(text)
+        content: Any = read_yaml(text)
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r:.40}, not {FORMAT}")
         selection = content["selection"]
         return _LOCK.validate_python({**content, "units": selection.split(",") if selection else ()})
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]
         raise CheckpointError(
             f"{name} is not the lock of a recipe ({what}); remove it, and run the recipe again"

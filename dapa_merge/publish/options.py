@@ -14,7 +14,7 @@ from dapa_merge.errors import UsageError
 OTHER = "other"
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,80}")
 NAME = re.compile(r"[\w][\w .,:;+&/()'-]{0,120}")
-LINK = re.compile(r"https?://[^\s()<>\"'\[\]]{1,500}")
+LINK = re.compile(r"https?://[\w.~:/?#@!$&*+,;=%-]{1,500}", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -17,11 +16,14 @@ from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.hub_client import api, ask, is_id
 from dapa_merge.publish.options import License, license_in
+from dapa_merge.recipe.parse import read_yaml
 from dapa_merge.transplant.manifest import CARD_NAME
 
 # Base of the links in a card.
 PAGES = "https://huggingface.co"
 MAX_CARD_BYTES = 8 << 20
+# The figures of hundreds of benchmarks take half of it.
+MAX_HEAD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,13 @@ def describe_parent(role: str, location: Location) -> Parent:
 
 
 def metadata_of(card: str) -> dict[str, Any]:
-    """The YAML at the head of a model card; empty if absent, or not a mapping."""
+    """The YAML at the head of a model card; empty if absent, not a mapping, or wrong in any way."""
     head, _ = split_card(card)
     try:
-        found = yaml.safe_load(head) if head else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        found = read_yaml(head) if head and len(head) <= MAX_HEAD_BYTES else None
+    except ValueError:
         return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    return {str(key): value for key, value in found.items()} if isinstance(found, Mapping) else {}
 
 
 def split_card(card: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dapa_merge import __version__
+from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.location import Location, is_path
 from dapa_merge.errors import CheckpointError, HubError
 from dapa_merge.files import replace_file
@@ -20,6 +21,7 @@ from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.commit import MAIN, LocalFile, Published, check_repository, files_of, of_content, publish
 from dapa_merge.publish.lock import base_and_adapter
 from dapa_merge.publish.options import CardOptions, Destination, inherited
+from dapa_merge.publish.parents import MAX_CARD_BYTES
 from dapa_merge.publish.write_card import card_facts, existing_card, parents_of, require_result, settle_facts
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
@@ -111,7 +113,9 @@ def _card_there(destination: Destination) -> CardFile:
         return CardFile()
     path = download(destination.repository, CARD_NAME, str(info.sha))
     try:
-        return read_card(path.read_bytes().decode())
+        return read_card(read_regular(path, MAX_CARD_BYTES).decode())
+    except OSError as error:
+        raise HubError(f"cannot read the card of {destination.repository}: {error.strerror}") from error
     except UnicodeDecodeError:
         raise HubError(f"the card of {destination.repository} is not UTF-8; correct it there first") from None
 

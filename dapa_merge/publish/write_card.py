@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
+from dapa_merge.report.replay import SEARCH_ONLY, layer_parameters
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
@@ -120,8 +121,9 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     recipe = load_recipe(require_result(out))
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
-    units, share, number = _transplanted(out, report, recipe, check)
+    units, named, share, number = _transplanted(out, report, recipe, check)
     parents = parents_of(recipe, options)
+    is_searched = bool(named) and recipe.layers is None
     return CardFacts(
         title=options.title or out.resolve().name,
         parents=parents,
@@ -131,7 +133,8 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
         share_changed=share,
         parameters_changed=number,
         report=report,
-        recipe=public_recipe(out / RECIPE_NAME, parents),
+        recipe=public_recipe(out / RECIPE_NAME, parents, named if is_searched else {}),
+        is_by_mergekits_search=is_searched,
         has_manifest=manifest is not None,
         has_lock=(out / LOCK_NAME).is_file(),
         pictures=[name for chart in charts.CHARTS if (out / (name := f"{chart.name}.png")).is_file()],
@@ -159,10 +162,13 @@ def require_result(out: Path) -> Path:
 
 def _transplanted(
     out: Path, report: Report | None, recipe: Recipe, check: Check | None
-) -> tuple[Sequence[str], float, int]:
-    """The units of a result, their share of its parameters, and their number of parameters."""
+) -> tuple[Sequence[str], Mapping[str, str], float, int]:
+    """The units of a result, their share of its parameters, and their number of parameters.
+
+    Second are the parameters of a recipe that name the units, if these were found by comparing.
+    """
     if report is not None:
-        return report.units, report.share_changed, report.parameters_changed
+        return report.units, {}, report.share_changed, report.parameters_changed
     if check is None:
         LOG.info(f"{out} has no {REPORT_NAME}; comparing it with its models")
         check = verify_result(out, None)
@@ -170,8 +176,9 @@ def _transplanted(
         raise CheckpointError(f"{out} is not what its recipe says: {check.faults[0]}; a card would be wrong")
     plan = make_plan(recipe)
     units = join(plan, check.verification.transplanted)
+    named = layer_parameters(units, tuple({unit.module for unit in units})) if units else {}
     number = num_changed(plan, units)
-    return tuple(map(str, units)), number / plan.target.num_parameters, number
+    return tuple(map(str, units)), named, number / plan.target.num_parameters, number
 
 
 def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
@@ -186,15 +193,22 @@ def _task(out: Path) -> str:
     return "image-text-to-text" if "vision_config" in config else "text-generation"
 
 
-def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
+def public_recipe(path: Path, parents: Sequence[Parent], named: Mapping[str, str]) -> str:
     """The recipe of a result without paths of this machine: a folder becomes `./` and its name.
 
     The bare name would point to a Hub repository of that name.
+
+    Args:
+        path: The recipe.
+        parents: The models.
+        named: Parameters that name the units, in place of those of a search; empty to keep the recipe's.
     """
     content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     content["base_model"] = "+".join(_public_places(parents, "target"))
     content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
     parameters: dict[str, Any] = content.get("parameters") or {}
+    if named:
+        parameters = {**named, **{key: value for key, value in parameters.items() if key not in SEARCH_ONLY}}
     if pretrained := "+".join(_public_places(parents, "pretrained")):
         parameters["pretrained"] = pretrained
     content["parameters"] = {
@@ -203,7 +217,9 @@ def public_recipe(path: Path, parents: Sequence[Parent]) -> str:
         else value
         for key, value in parameters.items()
     }
-    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    text = str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    # Escapes of YAML only where a character could deceive a reader.
+    return text if text.replace("\n", "").isprintable() else str(yaml.safe_dump(content, sort_keys=False))
 
 
 def _public_places(parents: Sequence[Parent], role: str) -> Iterator[str]:

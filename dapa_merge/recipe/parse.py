@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from dapa_merge.checkpoint.header import FLOAT_NAMES
+from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.header import FLOAT_NAMES, MAX_DEPTH
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
@@ -33,6 +35,46 @@ REFUSED_KEYS = {
 }
 
 
+MAX_RECIPE_BYTES = 1 << 20
+# Merge keys (`<<`) can make the content of an alias grow by a factor with each further alias; so few are harmless.
+MAX_ALIASES = 20
+# The C library's parser is ten times as fast, and not everywhere.
+_FAST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(text: str) -> object:
+    """Read the YAML of a stranger's card or lock, which has neither aliases nor deep nesting nor a key twice.
+
+    Raises:
+        ValueError: If it is not such YAML; says why in a few words.
+    """
+    try:
+        _check_shape(text, _FAST, max_aliases=0)
+        loader = _FAST(text)
+        try:
+            node = loader.get_single_node()
+            _collect_lines(node, "", "it", {}, set())
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except Exception as error:
+        # Values that contradict their tags raise various errors; yaml has no common class for them.
+        is_told = isinstance(error, (ValueError, RecipeError))
+        raise ValueError(getattr(error, "problem", None) or (str(error) if is_told else one_line(error))) from error
+
+
+def _check_shape(text: str, loader: Any, max_aliases: int) -> None:
+    """Raise `ValueError` if YAML is nested so deeply, or has so many aliases, that reading it would not end."""
+    depth = num_aliases = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        num_aliases += isinstance(event, AliasEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        if num_aliases > max_aliases:
+            raise ValueError(f"it has more than {max_aliases} aliases" if max_aliases else "it has an alias")
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
@@ -40,7 +82,7 @@ def load_recipe(path: Path) -> Recipe:
         RecipeError: If the file cannot be read, is not YAML, or is not a valid recipe.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, MAX_RECIPE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {why_unreadable(error)}") from error
     return replace(parse_recipe(text, str(path)), _folder=path.parent)
@@ -54,6 +96,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     """
     lines: dict[str, str] = {}
     try:
+        _check_shape(text, yaml.SafeLoader, MAX_ALIASES)
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         # First: constructing the document resolves merge keys inside the nodes.
@@ -62,7 +105,6 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
     except RecipeError:
         raise
     except Exception as error:
-        # Values that contradict their tags raise various errors; yaml has no common class for them.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or one_line(error)

@@ -25,12 +25,7 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
 
     Models and prompts of the Hub are pinned to their commits; folders and files have absolute paths.
     """
-    units = join(plan, selection)
-    by_layer = len(plan.modules) == 1 and all(unit.rows is None for unit in units)
-    layers = layer_spans([unit.layer for unit in units]) if by_layer else ",".join(map(str, units))
-    parameters: dict[str, Any] = {"layers": layers}
-    if by_layer:
-        parameters["modules"] = plan.modules[0]
+    parameters: dict[str, Any] = layer_parameters(join(plan, selection), plan.modules)
     parameters |= {
         name: getattr(recipe, name)
         for name, default in DEFAULTS.items()
@@ -58,3 +53,10 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         content["tokenizer"] = {"source": "base"}
     content["parameters"] = parameters
     return str(yaml.safe_dump(content, sort_keys=False))
+
+
+def layer_parameters(units: Sequence[Unit], modules: Sequence[str]) -> dict[str, str]:
+    """The parameters of a recipe that name these units, which are of these modules."""
+    if len(modules) == 1 and all(unit.rows is None for unit in units):
+        return {"layers": layer_spans([unit.layer for unit in units]), "modules": modules[0]}
+    return {"layers": ",".join(map(str, units))}

@@ -18,7 +18,14 @@ from dapa_merge.measure.figures import responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, reduced
-from dapa_merge.plan.selection import RECIPE_NAME, changing_selection, fetch_units, given_selection, num_changed
+from dapa_merge.plan.selection import (
+    RECIPE_NAME,
+    changing_selection,
+    confirm_units,
+    fetch_units,
+    given_selection,
+    num_changed,
+)
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish import lock as locks
 from dapa_merge.publish.commit import Published
@@ -184,6 +191,7 @@ def write(
 ) -> None:
     """Transplant on disk and verify the result; it appears in `out` only afterwards."""
     fetch_units(plan, selection)
+    confirm_units(plan, selection)
     added: dict[str, str | bytes] = {
         **extras,
         **plan.edit.files(),

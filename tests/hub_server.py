@@ -41,6 +41,8 @@ class Faults:
         ignores_ranges: Requests for ranges get the whole file.
         lie: What is wrong with the answer to a request for a range: `no Content-Range`, `another range`, `another size`
             or `more bytes`.
+        spoils: What is wrong with the next answers that bring more than a header of weights, one each: `a flipped bit`,
+            `other bytes`, `half of it` or `a page`. The first bytes of a file are spoilt by `a flipped header` only.
         delay_seconds: How long each 16 KiB of weights take.
         has_cdn: Weights are answered with a redirection to the same server under another name.
         stalled: Set when answers hang.
@@ -52,6 +54,7 @@ class Faults:
     stall_after: int | None = None
     ignores_ranges: bool = False
     lie: str = ""
+    spoils: list[str] = field(default_factory=list)
     delay_seconds: float = 0.0
     has_cdn: bool = False
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -159,6 +162,10 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
             size = path.stat().st_size
             start, stop = 0, size
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            spoil = self.spoil(name, asked) if body else ""
+            if spoil == "a page":
+                self.send(200, b"<html>Please log in</html>", body, **{"Content-Type": "text/html"})
+                return
             headers = {"ETag": f'"{etag(path)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
             if asked and not faults.ignores_ranges:
                 start, stop = int(asked.group(1)), min(int(asked.group(2) or size - 1) + 1, size)
@@ -169,7 +176,15 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                 self.send_header(key, value)
             self.end_headers()
             if body:
-                self.send_bytes(path, start, stop, f"{repository}/{name}")
+                self.send_bytes(path, start, stop, f"{repository}/{name}", spoil)
+
+        def spoil(self, name: str, asked: re.Match[str] | None) -> str:
+            """What is wrong with this answer; then it is the next one's turn."""
+            if not faults.spoils or not name.endswith(".safetensors"):
+                return ""
+            start, stop = (int(asked.group(1)), int(asked.group(2) or 1 << 40)) if asked else (0, 1 << 40)
+            is_header = stop <= 8 or start == 8
+            return faults.spoils.pop(0) if is_header == (faults.spoils[0] == "a flipped header") else ""
 
         def lie(self, headers: dict[str, str], start: int, stop: int, size: int):
             if faults.lie == "no Content-Range":
@@ -181,7 +196,7 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
             elif faults.lie == "more bytes":
                 headers["Content-Range"] = f"bytes {start}-{stop}/{size}"
 
-        def send_bytes(self, path: Path, start: int, stop: int, name: str):
+        def send_bytes(self, path: Path, start: int, stop: int, name: str, spoil: str):
             num_sent = 0
             with path.open("rb") as file:
                 file.seek(start)
@@ -194,7 +209,14 @@ def make_handler(repositories: dict[str, Path], statuses: dict[str, int], log: L
                         faults.released.wait(60)
                     if faults.delay_seconds and name.endswith(".safetensors"):
                         time.sleep(faults.delay_seconds)
+                    if spoil == "half of it" and num_sent >= (stop - start) // 2:
+                        self.close_connection = True
+                        return
                     piece = file.read(min(PIECE_BYTES, stop - start - num_sent))
+                    if spoil.startswith("a flipped") and num_sent == 0:
+                        piece = piece[:5] + bytes([piece[5] ^ 1]) + piece[6:]
+                    elif spoil == "other bytes":
+                        piece = piece[::-1]
                     try:
                         self.wfile.write(piece)
                     except OSError:  # The client is gone.

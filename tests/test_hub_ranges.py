@@ -17,6 +17,7 @@ from hub_server import SHA, Faults, command_line, dapa_merge, environment, hub
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint import fetch as ranges
+from dapa_merge.checkpoint.fetch import mirror_folder
 from dapa_merge.checkpoint.open import open_checkpoint, read_bytes
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import HubError
@@ -64,17 +65,28 @@ def num_header_bytes(folder: Path) -> int:
     return sum(8 + int.from_bytes(content[:8], "little") for content in weights(folder).values())
 
 
+def num_confirmed_bytes(folder: Path, layers: str) -> int:
+    """Bytes that something is written or proved by: all headers, the gates of some layers, and these again with the
+    headers of their files."""
+    tensors = open_checkpoint(str(folder)).tensors
+    files = {tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].file for layer in layers.split(",")}
+    again = sum(8 + int.from_bytes(weights(folder)[file][:8], "little") for file in files)
+    return num_header_bytes(folder) + 2 * num_gate_bytes(folder, layers) + again
+
+
 def num_gate_bytes(folder: Path, layers: str) -> int:
     tensors = open_checkpoint(str(folder)).tensors
     return sum(tensors[f"model.layers.{layer}.mlp.gate_proj.weight"].num_bytes for layer in layers.split(","))
 
 
-def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source(models, recipe, expected, tmp_path):
+def test_headers_and_selected_gates_are_all_that_is_fetched_of_a_source_and_are_fetched_twice(
+    models, recipe, expected, tmp_path
+):
     with hub({"someone/source": models[1]}) as (endpoint, log):
         result = dapa_merge(endpoint, tmp_path / "home", "run", recipe, tmp_path / "out", "--no-evaluate")
     assert result.returncode == 0, result.stderr
     assert weights(tmp_path / "out") == expected
-    assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+    assert log.num_weight_bytes() == num_confirmed_bytes(models[1], LAYERS)
     assert "fetching 2.1 MB of someone/source" in result.stderr
 
 
@@ -99,7 +111,7 @@ def test_verifying_a_result_needs_the_gates_that_its_recipe_names(models, recipe
             other.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
             result = call_at_hub(endpoint, tmp_path / "other", "verify", tmp_path / "out")
         assert result.exit_code == 0, result.stdout + result.stderr
-        assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+        assert log.num_weight_bytes() == num_confirmed_bytes(models[1], LAYERS)
         # A gate of the source that the recipe does not name.
         change_tensor(tmp_path / "out", "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor.fill_(1))
         result = call_at_hub(endpoint, tmp_path / "home", "verify", tmp_path / "out")
@@ -119,7 +131,7 @@ def test_broken_connections_and_busy_servers_only_cost_time(
     assert not faults.refusals
     assert weights(tmp_path / "out") == expected
     # What came before a connection broke is not fetched again.
-    assert log.num_weight_bytes() == num_header_bytes(models[1]) + num_gate_bytes(models[1], LAYERS)
+    assert log.num_weight_bytes() == num_confirmed_bytes(models[1], LAYERS)
     assert [line for line in log if "/cdn/" in line]
     assert log.authorized
     assert not [line for line in log.authorized if "/cdn/" in line]
@@ -139,8 +151,8 @@ def test_a_killed_download_goes_on_where_it_was(models, recipe, expected, tmp_pa
         result = call_at_hub(endpoint, tmp_path / "home", *arguments)
     assert result.exit_code == 0, result.stderr
     assert weights(tmp_path / "out") == expected
-    # No header comes a second time.
-    assert log.num_weight_bytes() <= num_gate_bytes(models[1], LAYERS)
+    # No header comes again but to be compared.
+    assert log.num_weight_bytes() <= num_confirmed_bytes(models[1], LAYERS) - num_header_bytes(models[1])
 
 
 def test_a_server_without_ranges_gives_the_whole_model(models, recipe, expected, tmp_path, call_at_hub):
@@ -180,6 +192,98 @@ def test_bytes_that_were_fetched_once_need_no_connection_and_others_say_so(
     assert result.exit_code == 5
     assert "HF_HUB_OFFLINE is set" in result.stderr
     assert not (tmp_path / "other").exists()
+
+
+SPOILS = ["a flipped bit", "other bytes", "half of it", "a page", "a flipped header"]
+
+
+@pytest.mark.parametrize(("spoil", "turn"), [*((spoil, 0) for spoil in SPOILS), ("a flipped bit", 1)])
+def test_a_bad_answer_is_neither_written_nor_kept(models, recipe, expected, tmp_path, call_at_hub, spoil, turn):
+    """The first answer with a gate, or the second one that it is compared with."""
+    faults = Faults(spoils=[*["none"] * 2 * turn, spoil])
+    home, out = tmp_path / "home", tmp_path / "out"
+    with hub({"someone/source": models[1]}, faults=faults) as (endpoint, _):
+        first = call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate")
+        assert not faults.spoils
+        if first.exit_code:
+            assert first.exit_code == 5
+            assert first.stderr.count("Error:") == 1
+            assert not out.exists()
+            assert call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate").exit_code == 0
+        assert weights(out) == expected
+        found = call_at_hub(endpoint, home, "verify", out)
+    assert found.exit_code == 0, found.output
+
+
+def test_weights_of_a_bad_answer_are_never_called_correct(models, recipe, tmp_path, call_at_hub, monkeypatch):
+    """As an older version, which fetched once, wrote them and kept their mirror."""
+    home, out = tmp_path / "home", tmp_path / "out"
+    with hub({"someone/source": models[1]}, faults=Faults(spoils=["a flipped bit"])) as (endpoint, _):
+        with monkeypatch.context() as patch:
+            patch.setattr("dapa_merge.flow.confirm_units", lambda *_: {})
+            assert call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate").exit_code == 0
+        offline = call_at_hub(endpoint, home, "verify", out, offline=True)
+        assert offline.exit_code == 5
+        assert "correct" not in offline.stdout
+        first = call_at_hub(endpoint, home, "verify", out)
+        assert first.exit_code == 5
+        assert "had other bytes" in first.stderr
+        assert "correct" not in first.stdout
+        again = call_at_hub(endpoint, home, "verify", out)
+        assert again.exit_code == 4
+        assert "is neither the target's nor the source's" in again.stdout
+
+
+def test_a_proof_says_what_it_rests_on_and_needs_no_connection_afterwards(models, recipe, tmp_path, call_at_hub):
+    home, out = tmp_path / "home", tmp_path / "out"
+    with hub({"someone/source": models[1]}) as (endpoint, _):
+        assert call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate").exit_code == 0
+    found = call_at_hub(endpoint, home, "verify", out, "--json", offline=True)
+    assert found.exit_code == 0, found.stderr
+    assert json.loads(found.stdout)["rests_on"] == {
+        "source": f"someone/source@{SHA} at commit {SHA}, by two fetches of the same bytes"
+    }
+    # What changes on this disk is not taken for what was confirmed.
+    tensor = open_checkpoint(str(models[1])).tensors["model.layers.0.mlp.gate_proj.weight"]
+    (mirrored,) = mirror_folder("someone/source", SHA).glob(tensor.file)
+    with mirrored.open("r+b") as file:
+        file.seek(tensor.start)
+        file.write(b"damage")
+    found = call_at_hub("http://127.0.0.1:9", home, "verify", out, offline=True)
+    assert found.exit_code in (4, 5)
+    assert "correct" not in found.stdout
+
+
+def test_a_cached_file_with_other_bytes_than_its_name_says_proves_nothing(models, recipe, tmp_path, call_at_hub):
+    home, out = tmp_path / "home", tmp_path / "out"
+    with hub({"someone/source": models[1]}, faults=Faults(ignores_ranges=True)) as (endpoint, _):
+        assert call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate").exit_code == 0
+        found = call_at_hub(endpoint, home, "verify", out, "--json")
+        assert "by the Hub's SHA-256s" in json.loads(found.stdout)["rests_on"]["source"]
+        tensor = open_checkpoint(str(models[1])).tensors["model.layers.0.mlp.gate_proj.weight"]
+        (cached,) = home.rglob(f"snapshots/*/{tensor.file}")
+        for path in (cached.resolve(), out / open_checkpoint(str(out)).tensors[tensor.name].file):
+            place = tensor if path == cached.resolve() else open_checkpoint(str(out)).tensors[tensor.name]
+            with path.open("r+b") as file:
+                file.seek(place.start)
+                file.write(b"damage")
+        (out / "dapa.json").unlink()
+        found = call_at_hub(endpoint, home, "verify", out)
+        assert found.exit_code == 5
+        assert f"{tensor.file} of someone/source" in found.stderr
+        assert "correct" not in found.stdout
+        assert call_at_hub(endpoint, home, "verify", out).exit_code == 4
+
+
+def test_a_whole_file_that_arrives_with_other_bytes_is_not_kept(models, recipe, expected, tmp_path, call_at_hub):
+    home, out = tmp_path / "home", tmp_path / "out"
+    faults = Faults(ignores_ranges=True, spoils=["none", "none", "none", "a flipped bit"])
+    with hub({"someone/source": models[1]}, faults=faults) as (endpoint, _):
+        first = call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate")
+        assert first.exit_code == 5, first.output
+        assert "has not the SHA-256 that the Hub states" in first.stderr
+        assert call_at_hub(endpoint, home, "run", recipe, out, "--no-evaluate").exit_code == 0
+    assert weights(out) == expected
 
 
 def use_endpoint(monkeypatch, endpoint: str) -> None:

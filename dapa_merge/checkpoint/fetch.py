@@ -4,20 +4,24 @@ huggingface_hub caches small files and whole weight files. Ranges are fetched by
 after broken connections, into a sparse local file of the remote file's size. Missing parts would read as zeros, so a
 range is read only once it is in the file's record, which is written after its bytes are on disk. URLs, headers,
 back-off and the client are huggingface_hub's, so tokens, mirrors and proxies work as they do there.
+
+A whole file is compared with the Hub's SHA-256 of it when it arrives. No checksum is known of a range: before anything
+is written or proved by it, it is fetched once more and compared (`PartialWeights.confirm`).
 """
 
 from __future__ import annotations
 
 import bisect
 import glob
+import hashlib
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from dapa_merge import __version__
-from dapa_merge.checkpoint.folder import INDEX_NAME
+from dapa_merge.checkpoint.folder import INDEX_NAME, cached_sha256, refuse_other_bytes, sha256_of
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import Record, cache_folder, held, write_all
 from dapa_merge.hub_client import api, asking, fault, is_id
-from dapa_merge.progress import advance
+from dapa_merge.progress import advance, task
 
 # Weight file, first byte, end (exclusive).
 FileRange = tuple[str, int, int]
@@ -45,18 +49,18 @@ REQUEST_BYTES = 64 << 20
 class PartialWeights:
     """Weight files of a repository at one commit, mirrored in the user's cache as far as they were read.
 
-    Ranges are not verified: they cannot be checked against the checksum of the whole file.
-
     Attributes:
         repository: Hub id.
         commit: Full hash.
-        folder: The mirrored files. Call `ensure` before reading their bytes.
+        folder: The mirrored files. Call `ensure` before reading their bytes, and `confirm` before relying on them.
+        known: What the Hub says of its files, by name; empty offline.
     """
 
-    def __init__(self, repository: str, commit: str, folder: Path) -> None:
+    def __init__(self, repository: str, commit: str, folder: Path, known: Mapping[str, RepoFile]) -> None:
         self.repository = repository
         self.commit = commit
         self.folder = folder
+        self.known = known
         self._files: dict[str, tuple[RemoteFile, SparseFile]] = {}
         # One download at a time, which uses several connections.
         self._lock = threading.Lock()
@@ -75,6 +79,10 @@ class PartialWeights:
     def _open_header(self, shard: str) -> tuple[RemoteFile, SparseFile]:
         path = self.folder / shard
         size = known_size(path)
+        if size is not None and shard in self.known and size != self.known[shard].size:
+            # The first answer lied about the size.
+            drop(path)
+            size = None
         remote = RemoteFile(self.repository, shard, self.commit, size)
         if size is None:
             prefix = b"".join(remote.read(0, 8))
@@ -84,8 +92,7 @@ class PartialWeights:
         else:
             local = SparseFile(path, size)
             _fetch(remote, local, 0, min(8, size))
-        with path.open("rb") as file:
-            header_stop = 8 + int.from_bytes(file.read(8), "little")
+        header_stop = _header_stop(path)
         # `read_header` refuses a longer header by these eight bytes.
         if header_stop <= min(8 + MAX_HEADER_BYTES, local.num_bytes):
             _fetch(remote, local, 8, header_stop)
@@ -132,6 +139,69 @@ class PartialWeights:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
 
+    def confirm(self, ranges: Iterable[FileRange]) -> None:
+        """Make sure that ranges, and the headers of their files, hold what the Hub has.
+
+        Whole files are compared with the Hub's SHA-256. Other ranges are fetched a second time, and compared; what was
+        confirmed before is compared with the digest that it had then, and needs no connection.
+
+        Raises:
+            HubError: If the Hub gave other bytes the second time, or cannot be reached; different bytes are removed.
+        """
+        wanted = _merged(ranges)
+        self.ensure(wanted)
+        files = dict.fromkeys(file for file, _, _ in wanted)
+        whole = {file for file in files if self._is_whole(file)}
+        wanted = _merged([*wanted, *((file, 0, _header_stop(self.folder / file)) for file in files)])
+        gaps = [
+            (file, first, min(first + REQUEST_BYTES, gap_stop))
+            for file, start, stop in wanted
+            if file not in whole
+            for gap_start, gap_stop in self._files[file][1].unconfirmed(start, stop)
+            for first in range(gap_start, gap_stop, REQUEST_BYTES)
+        ]
+        total = sum(stop - start for _, start, stop in gaps)
+        with task("fetching a second time", total, "bytes"), ThreadPoolExecutor(THREADS) as pool:
+            wrong = [gap for gap, is_same in zip(gaps, pool.map(self._confirm, gaps), strict=True) if not is_same]
+        faults = [
+            self._differs(file, f"had other bytes, of {start} to {stop - 1}, when these were fetched again")
+            for file, start, stop in wrong
+        ]
+        if faults:
+            raise faults[0]
+
+    def _is_whole(self, file: str) -> bool:
+        """Whether all of a file is here and has the Hub's SHA-256."""
+        local, known = self._files[file][1], self.known.get(file)
+        if known is None or known.lfs is None or local.missing(0, local.num_bytes):
+            return False
+        if sha256_of(local.path, 0, local.num_bytes) != known.lfs.sha256:
+            raise self._differs(file, "has not the SHA-256 that the Hub states")
+        return True
+
+    def _confirm(self, gap: FileRange) -> bool:
+        file, start, stop = gap
+        remote, local = self._files[file]
+        return local.confirm(start, stop, remote.read(start, stop, is_again=True))
+
+    def _differs(self, file: str, how: str) -> HubError:
+        drop(self.folder / file)
+        return HubError(
+            f"{file} of {self.repository}@{self.commit[:12]} {how}; what was fetched of it was removed: run the "
+            f"command again, and if that does not help, download the model with `hf download` first"
+        )
+
+    def drop(self) -> None:
+        """Remove all that was fetched."""
+        for file in self._files:
+            drop(self.folder / file)
+        self._files.clear()
+
+
+def _header_stop(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
 
 def _fetch(
     remote: RemoteFile, local: SparseFile, start: int, stop: int, check: Callable[[], None] = lambda: None
@@ -154,6 +224,8 @@ def _merged(ranges: Iterable[FileRange]) -> list[FileRange]:
 SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 # A licence may require that its text is passed on with the model.
 SMALL_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+# A tokenizer of a quarter of a million tokens takes half of it; weights are larger.
+MAX_SMALL_BYTES = 64 << 20
 # Subfolders hold training state or other programs' files, except for chat templates (additional_...).
 SUBFOLDERS = ["[!a]*/*", "a[!d]*/*"]
 
@@ -167,24 +239,42 @@ class Snapshot:
         commit: Full hash.
         folder: Its files in huggingface_hub's cache.
         files: Names of all files in the repository's top folder; offline, of the cached ones.
+        known: What the Hub says of these files; empty offline.
     """
 
     repository: str
     commit: str
     folder: Path
     files: frozenset[str]
+    known: Mapping[str, RepoFile] = field(default_factory=dict, repr=False)
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Download whole files, and return the folder that holds them.
 
         Raises:
-            HubError: If they cannot be fetched; the next call resumes the download.
+            HubError: If they cannot be fetched, or arrive with other bytes than the Hub's; the next call resumes the
+                download.
         """
-        if not self.lacks(names):
+        if not (lacking := self.lacks(names)):
             return self.folder
         patterns = [glob.escape(name) for name in names]
         with asking(f"fetch {self.repository}"):
-            return Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns))
+            folder = Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns))
+        self.check(lacking)
+        return folder
+
+    def check(self, names: Iterable[str]) -> None:
+        """Compare cached files with the Hub's SHA-256s, as far as these are known.
+
+        Raises:
+            HubError: If one differs; it is removed from the cache.
+        """
+        expected = {}
+        for name in names:
+            lfs = self.known[name].lfs if name in self.known else None
+            if sha256 := lfs.sha256 if lfs is not None else cached_sha256(self.folder / name):
+                expected[name] = sha256
+        refuse_other_bytes(self.folder, expected, f"{self.repository}@{self.commit[:12]}")
 
     def lacks(self, names: Sequence[str]) -> list[str]:
         """The named files that are not cached."""
@@ -208,16 +298,22 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
     with asking(what):
         patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
         folder = Path(snapshot_download(repository, revision=revision, **patterns))
+    known: dict[str, RepoFile] = {}
     here = {path.name for place in (folder, mirror_folder(repository, folder.name)) for path in place.glob("*.*")}
     try:
         with asking(what):
             tree = api().list_repo_tree(repository, revision=folder.name)
-            here |= {item.path for item in tree if isinstance(item, RepoFile)}
+            known = {item.path: item for item in tree if isinstance(item, RepoFile)}
+        here |= known.keys()
     except HubError:
         # Cached weights can be used offline.
         if not any(name.endswith((".safetensors", INDEX_NAME)) for name in here):
             raise
-    return Snapshot(repository, folder.name, folder, frozenset(here))
+    snapshot = Snapshot(repository, folder.name, folder, frozenset(here), known)
+    snapshot.check(
+        path.name for path in folder.glob("*.*") if path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
+    )
+    return snapshot
 
 
 def mirror_folder(repository: str, commit: str) -> Path:
@@ -287,6 +383,8 @@ class SparseFile:
         self.num_bytes = num_bytes
         self._record = Record(record_of(path))
         self._present = RangeSet()
+        # By range, the SHA-256 of what was fetched twice.
+        self._confirmed: dict[Range, str] = {}
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,18 +431,50 @@ class SparseFile:
         except OSError as error:
             raise UsageError(f"cannot write the download to {self.path}: {error.strerror}") from error
 
+    def unconfirmed(self, start: int, stop: int) -> list[Range]:
+        """The ranges within `[start, stop)` that were not fetched twice, or changed here since."""
+        sound = RangeSet()
+        with self._lock:
+            confirmed = list(self._confirmed.items())
+        for (first, last), sha256 in confirmed:
+            if first < stop and start < last and sha256 == sha256_of(self.path, first, last):
+                sound.add(first, last)
+        return sound.missing(start, stop)
+
+    def confirm(self, start: int, stop: int, pieces: Iterable[bytes]) -> bool:
+        """Compare bytes from `start` on with others of the same range; equal ones are recorded as confirmed."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(start)
+            for piece in pieces:
+                if file.read(len(piece)) != piece:
+                    return False
+                digest.update(piece)
+                advance(len(piece), "bytes")
+        self._append({"start": start, "stop": stop, "sha256": digest.hexdigest()})
+        return True
+
     def _note(self, descriptor: int, start: int, stop: int) -> None:
         os.fsync(descriptor)
+        self._append({"start": start, "stop": stop})
+
+    def _append(self, entry: dict[str, Any]) -> None:
         with self._lock, self._held():
             # Another process may download the same file.
             self._read()
-            self._record.append({"start": start, "stop": stop})
-            self._present.add(start, stop)
+            self._record.append(entry)
+            self._take(entry)
 
     def _read(self) -> None:
         for entry in self._record.read():
-            if 0 <= entry["start"] < entry["stop"] <= self.num_bytes:
-                self._present.add(entry["start"], entry["stop"])
+            self._take(entry)
+
+    def _take(self, entry: Mapping[str, Any]) -> None:
+        start, stop = entry["start"], entry["stop"]
+        if 0 <= start < stop <= self.num_bytes:
+            self._present.add(start, stop)
+            if "sha256" in entry:
+                self._confirmed[start, stop] = entry["sha256"]
 
     def _held(self) -> AbstractContextManager[None]:
         return held(record_of(self.path).with_suffix(".lock"))
@@ -353,6 +483,12 @@ class SparseFile:
 def record_of(path: Path) -> Path:
     """Path of a sparse file's record."""
     return path.with_name(path.name + RECORD_SUFFIX)
+
+
+def drop(path: Path) -> None:
+    """Remove a sparse file and its record, the record first."""
+    record_of(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def known_size(path: Path) -> int | None:
@@ -383,8 +519,13 @@ class RemoteFile:
         # Ranges of a compressed response would be other bytes.
         self._headers = headers | {"Accept-Encoding": "identity"}
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
+    def read(self, start: int, stop: int, *, is_again: bool = False) -> Iterator[bytes]:
         """Yields the bytes in `[start, stop)`, in pieces as they arrive.
+
+        Args:
+            start: The first byte.
+            stop: The end, exclusive.
+            is_again: Ask servers between here and the Hub not to answer from their memory.
 
         Raises:
             RangesIgnored: If the server does not support range requests.
@@ -394,7 +535,7 @@ class RemoteFile:
         while position < stop:
             before = position
             try:
-                for piece in self._answer(position, stop):
+                for piece in self._answer(position, stop, is_again):
                     position += len(piece)
                     yield piece
                 if position == before:
@@ -412,12 +553,13 @@ class RemoteFile:
                 if num_failures:
                     time.sleep(min(0.25 * 2**num_failures, MAX_WAIT_SECONDS))
 
-    def _answer(self, start: int, stop: int) -> Iterator[bytes]:
+    def _answer(self, start: int, stop: int, is_again: bool) -> Iterator[bytes]:
         """Yields the bytes that one request returns of a range, possibly not all of them."""
+        headers = self._headers | ({"Cache-Control": "no-cache"} if is_again else {})
         with http_stream_backoff(
             "GET",
             self._url,
-            headers=self._headers | {"Range": f"bytes={start}-{stop - 1}"},
+            headers=headers | {"Range": f"bytes={start}-{stop - 1}"},
             timeout=TIMEOUT_SECONDS,
             base_wait_time=0.5,
             # The caller resumes a broken connection, since it knows the position.

@@ -11,16 +11,21 @@ they are, so their links must stay inside the folder, or lead from a Hub snapsho
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, HubError
+from dapa_merge.progress import advance, task
 
+# Bytes to hash at once.
+PIECE_BYTES = 8 << 20
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device"}
 
 
@@ -60,6 +65,49 @@ def refuse_stray_link(path: Path, folder: Path) -> None:
     if not any(real.is_relative_to(place) for place in places):
         raise CheckpointError(
             f"{path} is a link that leads out of its folder, to {real}; put a copy of that file in its place"
+        )
+
+
+def sha256_of(path: Path, start: int, stop: int) -> str:
+    """SHA-256 of the bytes in `[start, stop)` of a file, as far as it has them."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop and (piece := file.read(min(PIECE_BYTES, stop - start))):
+            digest.update(piece)
+            advance(len(piece), "bytes")
+            start += len(piece)
+    return digest.hexdigest()
+
+
+def cached_sha256(path: Path) -> str | None:
+    """The SHA-256 by which huggingface_hub's cache names a large file; None where it does not."""
+    real = Path(os.path.realpath(path))
+    return real.name if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) else None
+
+
+def refuse_other_bytes(folder: Path, expected: Mapping[str, str], model: str) -> None:
+    """Hash files that came from the Hub.
+
+    Args:
+        folder: Their folder in huggingface_hub's cache.
+        expected: The SHA-256 of each, by name.
+        model: Their model, for messages.
+
+    Raises:
+        HubError: If one has another SHA-256; it is removed.
+    """
+    sizes = {name: (folder / name).stat().st_size for name in expected}
+    with task("checking what was fetched", sum(sizes.values()), "bytes"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda name: sha256_of(folder / name, 0, sizes[name]), expected)
+        wrong = [name for name, sha256 in zip(expected, found, strict=True) if sha256 != expected[name]]
+    for name in wrong:
+        Path(os.path.realpath(folder / name)).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+    if wrong:
+        raise HubError(
+            f"{wrong[0]} of {model} has not the SHA-256 that the Hub states; what was fetched of it was removed: run "
+            f"the command again"
         )
 
 

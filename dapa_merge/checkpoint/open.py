@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.folder import Layout, find_weights, open_regular
+from dapa_merge.checkpoint.folder import Layout, cached_sha256, find_weights, open_regular, refuse_other_bytes
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError
@@ -105,6 +106,17 @@ class Checkpoint:
             return self
         return replace(open_checkpoint(self.partial.repository, self.partial.commit), name=self.name)
 
+    def has_hubs_sha256(self, files: Iterable[str]) -> bool:
+        """Whether cached files of a model on the Hub have the Hub's SHA-256s; false also where these are not known.
+
+        Raises:
+            HubError: If one has another; it is removed from the cache.
+        """
+        expected = {file: cached_sha256(self.folder / file) for file in files}
+        known = {file: sha256 for file, sha256 in expected.items() if sha256 is not None}
+        refuse_other_bytes(self.folder, known, f"{self.name} at commit {str(self.commit)[:12]}")
+        return known.keys() == expected.keys()
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by name."""
@@ -138,13 +150,21 @@ class FoundModel:
         shards = _shards(checkpoint, layout)
         if partial and snapshot.lacks(shards):
             weights = PartialWeights(
-                snapshot.repository, snapshot.commit, mirror_folder(snapshot.repository, snapshot.commit)
+                snapshot.repository,
+                snapshot.commit,
+                mirror_folder(snapshot.repository, snapshot.commit),
+                snapshot.known,
             )
-            try:
-                weights.open_headers(shards)
-                return read_tensors(replace(checkpoint, partial=weights), layout)
-            except RangesIgnored:
-                pass
+            with suppress(RangesIgnored):
+                for is_last in (False, True):
+                    weights.open_headers(shards)
+                    try:
+                        return read_tensors(replace(checkpoint, partial=weights), layout)
+                    except CheckpointError:
+                        # An unsound header may be a bad answer, which must not stay.
+                        weights.drop()
+                        if is_last:
+                            raise
         snapshot.fetch(shards)
         return read_tensors(checkpoint, layout)
 

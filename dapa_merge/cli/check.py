@@ -52,6 +52,7 @@ def verify(
         check = verify_result(out, recipe, **models, write=write_manifest, allow_pickle=allow_pickle)
 
     lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
+    lines += [f"the proof rests on the {model}: {what}" for model, what in check.rests_on.items()]
     verdict = "WRONG" if check.faults else "correct"
     if check.verification is not None:
         found = spans(check.verification.transplanted)

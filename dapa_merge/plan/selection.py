@@ -372,6 +372,41 @@ def _ranges(regions: Iterable[Region]) -> list[tuple[str, int, int]]:
     return [(one.tensor.file, start, start + size) for one in regions for start, size in one.runs()]
 
 
+# What the bytes of a model on the Hub rest on.
+BY_SHA256 = "the Hub's SHA-256s"
+BY_TWO_FETCHES = "two fetches of the same bytes"
+BY_CACHE = "huggingface_hub's cache"
+
+
+def confirm_units(plan: Plan, units: Iterable[Unit], *, whole: bool = False) -> dict[str, str]:
+    """Make sure that these units of the models on the Hub are what the Hub has: a bad answer would stay unnoticed.
+
+    Args:
+        plan: The plan.
+        units: The units; fetched if they are not.
+        whole: Also read the cached files of models that are here as a whole, the target's among them.
+
+    Returns:
+        By the names of the models that are on the Hub, what they rest on: `BY_SHA256`, `BY_TWO_FETCHES` or `BY_CACHE`.
+
+    Raises:
+        HubError: If something is not what the Hub has; it is then removed.
+    """
+    places = list(plan.regions(units))
+    found = {}
+    for name, checkpoint in plan.models.items():
+        if checkpoint.commit is None:
+            continue
+        regions = [regions[name] for regions in places if name in regions]
+        if checkpoint.partial is not None:
+            checkpoint.partial.confirm(_ranges(regions))
+            found[name] = BY_TWO_FETCHES
+        elif whole:
+            files = checkpoint.shards if name == "target" else sorted({one.tensor.file for one in regions})
+            found[name] = BY_SHA256 if checkpoint.has_hubs_sha256(files) else BY_CACHE
+    return found
+
+
 def _check_dtype(recipe: Recipe, target: Checkpoint) -> None:
     if recipe.dtype is None:
         return

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import new_file
 from dapa_merge.patch.undo import UNDO_NAME
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
-from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
+from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan
 from dapa_merge.progress import task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
@@ -54,12 +54,14 @@ class Check:
         faults: One sentence per fault.
         notes: One sentence per difference that may be intended.
         has_manifest: Whether there is a `dapa.json`.
+        rests_on: For each model that is on the Hub, its name there, its commit, and by what its bytes are the Hub's.
     """
 
     verification: Verification | None
     faults: tuple[str, ...]
     notes: tuple[str, ...]
     has_manifest: bool
+    rests_on: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict and everything that is not the target's, as JSON data."""
@@ -72,6 +74,7 @@ class Check:
                 "units": list(map(str, self.verification.transplanted)),
                 "changed": changed,
                 "num_changed": dict(Counter(changed.values())),
+                "rests_on": dict(self.rests_on),
             }
         return answer
 
@@ -118,6 +121,8 @@ def verify_result(
     result = open_checkpoint(str(out))
     with task("verifying", result.num_bytes, "bytes"):
         verification = verify(out, plan)
+    # What the result has of them; or all, where a bad answer would make a fault of what is right.
+    rests_on = confirm_units(plan, plan.units if verification.differences else verification.transplanted, whole=True)
     faults = [f"{name} {what}" for name, what in verification.differences]
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
         faults.append("nothing was transplanted: it is the unchanged target")
@@ -141,7 +146,9 @@ def verify_result(
         with new_file(out / MANIFEST_NAME) as keep:
             keep(content)
         manifest = read_manifest(out)
-    return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None)
+    commits = {name: str(plan.models[name].commit) for name in rests_on}
+    on = {name: f"{plan.models[name].name} at commit {commits[name]}, by {how}" for name, how in rests_on.items()}
+    return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None, on)
 
 
 def check_manifest(out: Path) -> Check:

@@ -27,6 +27,8 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 # Errors of file systems without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 CHECK_DIGITS = 12
+# The journal of a thousand tests of five hundred prompts takes a fifth of it.
+MAX_RECORD_BYTES = 256 << 20
 PICTURES = (".png", ".svg")
 # Prefix of a run's charts, which lie among a model's own files.
 CHART_PREFIX = "dapa_"
@@ -292,6 +294,8 @@ class Record:
         """
         content, start = b"", self._num_bytes
         with suppress(FileNotFoundError), self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_RECORD_BYTES:
+                raise OSError(errno.EFBIG, f"It is larger than {MAX_RECORD_BYTES >> 20} MiB, which no record needs")
             file.seek(start)
             content = file.read()
         self.fault = None

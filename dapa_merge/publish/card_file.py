@@ -97,7 +97,7 @@ def _said(ours: str) -> dict[str, str]:
     note = ours.partition(_SAID)[2].partition(" -->\n")[0]
     try:
         found = json.loads(note)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return {str(key): value for key, value in found.items() if isinstance(value, str)} if type(found) is dict else {}
 

@@ -302,6 +302,75 @@ def test_help_that_cannot_be_written_is_one_sentence():
     assert "Traceback" in found.stderr
 
 
+STREAMS = {
+    "stderr closed": "2>&-",
+    "stdout closed": ">&-",
+    "both closed": ">&- 2>&-",
+    "all closed": "<&- >&- 2>&-",
+    "a reader that leaves": "| true",
+    "a reader of both that leaves": "2>&1 | true",
+    "no place for steps": "2>/dev/full",
+}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("streams", STREAMS)
+def test_nobody_who_closes_a_stream_stops_the_work_or_changes_the_exit_code(
+    streams, llama_pair, write_recipe, tmp_path
+):
+    recipe = write_recipe(*llama_pair, layers=1)
+    code = "import sys; from dapa_merge.cli import main; sys.argv = sys.argv[:1] + sys.argv[1:]; main()"
+    script = f"""
+        run() {{ "{sys.executable}" -c "{code}" "$@"; echo $? >> codes; }}
+        (run run "{recipe}" out --no-evaluate; run plan missing.yml; run nonsense) {STREAMS[streams]}
+    """
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, check=False)
+    assert (tmp_path / "codes").read_text().split() == ["0", "2", "2"]
+    assert answer("verify", tmp_path / "out", "--json")["correct"]
+
+
+@pytest.mark.parametrize(
+    "setting", ["COLUMNS=0", "COLUMNS=1", "COLUMNS=-3", "NO_COLOR=1", "PYTHONIOENCODING=ascii", "LC_ALL=nonsense"]
+)
+def test_an_odd_environment_loses_no_line(setting, write_recipe, tmp_path):
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), layers="3")
+    name, _, value = setting.partition("=")
+    command = [sys.executable, "-c", "from dapa_merge.cli import main; main()", "plan", str(recipe)]
+    found = subprocess.run(command, capture_output=True, env={**os.environ, name: value}, check=False)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert b"memory of a search" in found.stdout
+
+
+def test_what_nobody_foresaw_is_one_sentence_and_a_traceback_with_debug(monkeypatch):
+    class PanicException(BaseException):
+        """As libraries in Rust raise."""
+
+    for fault in (KeyError("x"), MemoryError(), RecursionError("deep"), PanicException("\x1b[2J")):
+
+        def broken(*_: object, fault: BaseException = fault) -> None:
+            raise fault
+
+        monkeypatch.setattr("dapa_merge.cli.run.load_recipe", broken)
+        ran = call("plan", "recipe.yml")
+        assert ran.exit_code == 1
+        assert type(fault).__name__ in last_line(ran)
+        assert ran.stderr.count("\n") == 1
+        assert "\x1b" not in ran.stderr
+        assert "Traceback" in call("--debug", "plan", "recipe.yml").stderr
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "too large", "aliases"])
+def test_a_recipe_that_is_no_recipe_ends_at_once(kind, tmp_path):
+    path = tmp_path / "recipe.yml"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("x: y\n" * 300_000 if kind == "too large" else "x: &a [1]\n" + "- *a\n" * 30)
+    ran = call("plan", path)
+    assert ran.exit_code == 2
+    assert str(path) in last_line(ran)
+
+
 def test_a_small_file_that_cannot_be_read_is_a_bad_checkpoint(llama_pair, write_recipe, tmp_path, monkeypatch):
     # The tests may run as somebody who may read everything.
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "config.json")

@@ -90,9 +90,11 @@ class Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
-            # Also panics of libraries in Rust, which are no `Exception`.
+            # Also panics of libraries in Rust, which are not an `Exception`.
             if context.params.get("debug"):
-                raise
+                if isinstance(error, OSError):
+                    raise
+                traceback.print_exc()
             if lacks_memory(error):
                 _fail_without_memory(error)
             if isinstance(error, OSError):

@@ -63,7 +63,7 @@ class Climbed:
 
 
 def search_ladder(ladder: Ladder, options: Options) -> Climbed:
-    """Search rung by rung among the units that edits would change, whatever layers are named; raises as `climb` does."""
+    """Search rung by rung among the units that edits would change, whatever layers are named; raises as `climb`."""
     check_prompts(replace(ladder.recipe, layers=None))
     ladder = ladder.without_equal_units()
     (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,107 @@ def test_a_result_of_mergekits_gets_a_card_of_what_it_turns_out_to_be(llama_pair
     assert "**Not measured.**" in card
     assert "inside mergekit" in card
     assert "--files-only" not in card
+    assert "the recipe, or its lock, named them" in card
+
+
+@pytest.mark.parametrize("modules", ["gate", '"gate, down"'])
+def test_the_card_of_mergekits_own_search_says_so_and_its_recipe_replays_it(
+    llama_pair, write_recipe, tmp_path, modules
+):
+    """Such a result has mergekit's copy of a recipe that names no layers, and no report."""
+    out, units = tmp_path / "merged", "1,3" if modules == "gate" else "1.gate,3.down"
+    named = {"layers": f'"{units}"'} | ({"modules": "gate"} if modules == "gate" else {})
+    assert call("run", write_recipe(*llama_pair, **named), out, "--no-evaluate", "--no-manifest").exit_code == 0
+    (out / "dapa_report.json").unlink()
+    searching = write_recipe(
+        *llama_pair, layers="auto", modules=modules, search="ddmin", max_tests=9, prompts="advbench"
+    )
+    shutil.copy(searching, out / "mergekit_config.yml")
+    card = make_card(out)
+    assert "named them" not in card
+    assert "mergekit-yaml searched for them" in card
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", card, re.DOTALL)
+    content = yaml.safe_load(recipe)
+    assert content["parameters"] == (
+        {"layers": "1,3", "modules": "gate"} if modules == "gate" else {"layers": units}
+    ) | {"prompts": "advbench"}
+    content |= {"base_model": str(llama_pair[0]), "models": [{"model": str(llama_pair[1])}]}
+    (tmp_path / "replay.yml").write_text(yaml.safe_dump(content))
+    assert call("run", tmp_path / "replay.yml", tmp_path / "again", "--no-evaluate").exit_code == 0
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{one}: &{one} [*{last}, *{last}]\n" for last, one in pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+MERGED = "a: &a {x: y}\n" + "".join(
+    f"{one}: &{one} {{<<: [*{last}, *{last}, *{last}]}}\n" for last, one in pairwise("abcdefghijklmnop")
+)
+HEADS = {
+    "a tag that contradicts its value": "x: !!bool maybe",
+    "an empty number": "x: !!int ''",
+    "no time": "x: !!timestamp never",
+    "a number of thousands of digits": f"x: {'9' * 6000}",
+    "lists in lists": f"x: {'[' * 20_000}",
+    "aliases of aliases": BOMB,
+    "merged aliases of aliases": MERGED,
+    "a key twice": "license: mit\nlicense: apache-2.0",
+    "a key that is a list": "? [a]\n: b",
+    "an object of Python": "x: !!python/object/apply:os.system [true]",
+    "a control character": "x: \x00",
+    "more than any card has": f"x: {'y' * (1 << 20)}",
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_that_is_wrong_in_any_way_says_nothing_and_costs_no_result(head, llama_pair, write_recipe, tmp_path):
+    card = f"---\n{HEADS[head]}\nlanguage: en\n---\n"
+    assert metadata_of(card) == {}
+    if head == "a tag that contradicts its value":
+        target = shutil.copytree(llama_pair[0], tmp_path / "target")
+        (target / "README.md").write_text(card)
+        ran = call("run", write_recipe(target, llama_pair[1], layers=1), tmp_path / "out", "--no-evaluate")
+        assert ran.exit_code == 0, ran.output
+        assert "not stated" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_card_that_fails_in_an_unforeseen_way_costs_no_result(llama_pair, write_recipe, tmp_path, monkeypatch):
+    def broken(*_):
+        raise KeyError("maybe")
+
+    monkeypatch.setattr("dapa_merge.publish.write_card.card_facts", broken)
+    ran = call("run", write_recipe(*llama_pair, layers=1), tmp_path / "out", "--no-evaluate")
+    assert ran.exit_code == 0, ran.output
+    assert "no card yet: KeyError" in ran.stderr
+    assert (tmp_path / "out" / "dapa.json").is_file()
+
+
+def test_keys_of_any_kind_in_a_users_own_head_stay(copied):
+    text = make_card(copied)
+    (copied / "README.md").write_text(text.replace("---\n", "---\non: x\n7: y\ndate: 2024-01-01\n", 1))
+    ran = call("card", copied)
+    assert ran.exit_code == 0, ran.output
+    assert {"True": "x", "7": "y"}.items() <= metadata_of((copied / "README.md").read_text()).items()
+
+
+@pytest.mark.parametrize("note", ["[" * 100_000, '{"title": "a/b; touch x"}'])
+def test_the_note_in_a_strangers_card_says_nothing_wrong(copied, note):
+    make_card(copied)
+    path = copied / "README.md"
+    path.write_text(re.sub("<!-- said: .* -->", f"<!-- said: {note} -->", path.read_text()))
+    ran = call("card", copied)
+    assert ran.exit_code == 0, ran.output
+    if "title" in note:
+        assert "hf download 'a/b; touch x' --local-dir" in path.read_text()
+
+
+def test_a_manifest_that_no_model_needs_is_not_read(copied):
+    (copied / "dapa.json").write_text(f'{{"x": "{"y" * (64 << 20)}"}}')
+    ran = call("verify", copied, "--files-only")
+    assert ran.exit_code == 4
+    assert "dapa.json" in ran.stderr
+    assert "larger than 17 MB" in ran.stderr
 
 
 def test_parents_on_the_hub_are_linked_pinned_and_inherited_from(hub, new_id, llama_pair, write_recipe, tmp_path):

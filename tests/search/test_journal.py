@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dapa_merge.errors import UsageError
+from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.search.journal import Journal, JournalUnavailable, name_of
 
 PARTS = {"target": "sha256 1", "prompts": "sha256 2"}
@@ -192,3 +192,10 @@ def test_each_line_is_json_that_other_programs_read(path):
 def test_the_name_follows_the_parts():
     assert name_of(PARTS) == name_of(dict(reversed(PARTS.items())))
     assert name_of(PARTS) != name_of({**PARTS, "device": "cuda"})
+
+
+def test_a_journal_that_no_search_writes_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "journal").write_bytes(b'{"journal":' + b" " * 100)
+    monkeypatch.setattr("dapa_merge.files.MAX_RECORD_BYTES", 50)
+    with pytest.raises(DapaError, match=r"journal: It is larger than"):
+        Journal(tmp_path / "journal", {})

@@ -65,7 +65,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
     prompts = all_prompts(recipe)
     searching = prompts.search
-    meter = report_meter(recipe, prompts.report, options)
+    meter = report_meter(recipe, prompts.report, options, plan.models.values())
     # Figures are the verdicts of the first classifier: here the recipe's.
     ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
     # A comparison has no column for attacks, which would take most of its time.

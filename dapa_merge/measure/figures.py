@@ -102,6 +102,8 @@ class Figures:
         num_harmless: Number of harmless prompts.
         over_refusal: Share of harmless prompts refused.
         over_refusal_interval: 95 % interval.
+        harmless_degenerate: Share of empty, looping or noisy responses to harmless prompts; NaN in older reports.
+        harmless_undecided: Share of responses to them with a thought but no answer; NaN in older reports.
         categories: Figures by category, if the prompts have categories.
         markers: Figures by classifiers other than the rules; the name is that of the written report.
         score: Score of the whole model by the recipe's evaluator; None if that classifies responses.
@@ -129,6 +131,8 @@ class Figures:
     skills: tuple[SkillFigure, ...]
     divergence: Number = math.nan
     attacks: tuple[AttackFigure, ...] = ()
+    harmless_degenerate: Number = math.nan
+    harmless_undecided: Number = math.nan
 
     @property
     def skill(self) -> float:

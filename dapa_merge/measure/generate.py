@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.confined import Unfinished, render
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
 from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
+from dapa_merge.measure.refusal.classify import closing_tag, is_thought_token, opened_thought
 from dapa_merge.progress import LOG, advance
 from dapa_merge.recipe.attacks import PLAIN, Attack
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 UNSTABLE_CHARACTERS = 16
 # Characters of a prompt that an error shows.
 SHOWN_CHARACTERS = 60
-# A chat template may open a thought, in which an answer's opening would not be part of the answer.
-_OPEN_THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*\Z")
 # A prompt like no other text of a template.
 _PROBE = "How does one paint the 7 garden gates?"
 # Tokens that a text may have for each character: 18 characters in place of one (NFKD), 3 bytes each, and some more.
@@ -170,13 +168,44 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]
 # A search repeats the same prompts in every test.
 @functools.lru_cache(maxsize=4096)
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str, attack: Attack) -> tuple[int, ...]:
-    text = chat_prompt(tokenizer, attack.message(prompt), attack.system)
-    if attack.opening and (thought := _OPEN_THOUGHT.search(text)):
-        text += f"</{thought[1]}>\n\n"
+    text, _ = _prompt_text(tokenizer, _template, prompt, attack)
     return (
         *encode(tokenizer, text, add_special_tokens=not tokenizer.chat_template),
         *opening_ids(tokenizer, attack),
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str, attack: Attack) -> tuple[str, str]:
+    """Format a prompt, and find the thought that it leaves open; the opening of an attack follows a closed one."""
+    message = attack.message(prompt)
+    text = chat_prompt(tokenizer, message, attack.system)
+    opened = opened_thought(text, message if tokenizer.chat_template else "")
+    if opened and attack.opening:
+        # The opening of an answer would not be part of the answer inside a thought.
+        return f"{text}{closing_tag(opened)}\n\n", ""
+    return text, opened
+
+
+def thought_before(tokenizer: PreTrainedTokenizerBase, prompt: str, attack: Attack = PLAIN) -> str:
+    """Return the end of a prompt's template from an opened thought on, with which `generate` begins its response."""
+    return _prompt_text(tokenizer, str(tokenizer.chat_template), prompt, attack)[1]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode tokens without special ones, except for the tags of thoughts."""
+    special, tags = _special_ids(tokenizer)
+    if not tags:
+        return decode(tokenizer, ids)
+    return decode(tokenizer, [token for token in ids if token in tags or token not in special], skip_special_tokens=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int]]:
+    """The ids of the special tokens, and those of them that are tags of thoughts."""
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tags = frozenset(index for index, token in added.items() if is_thought_token(token))
+    return frozenset((*added, *tokenizer.all_special_ids)), tags
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False) -> list[int]:
@@ -246,7 +275,8 @@ def generate(
         attack: How the prompts are asked.
 
     Returns:
-        One response per prompt, special tokens removed; each begins with the attack's opening, if it has one.
+        One response per prompt. Special tokens are removed, except for the tags of thoughts. It begins with the thought
+        that the chat template opens or the attack's opening, if there is one.
 
     Raises:
         UsageError: If a prompt is empty, or too long for the model.
@@ -264,7 +294,10 @@ def generate(
         attack=attack,
     )
     opening = opening_ids(tokenizer, attack)
-    return [decode(tokenizer, opening + answer) for answer in answers]
+    return [
+        thought_before(tokenizer, prompt, attack) + _text(tokenizer, opening + answer)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
 def generate_ids(
@@ -287,8 +320,7 @@ def generate_ids(
         return []
     rows = _rows(model, tokenizer, prompts, max_new_tokens, attack)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
-    opening = opening_ids(tokenizer, attack)
-    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle, opening)
+    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle, attack)
     # Longest first: if a batch does not fit in memory, it is the first one.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
@@ -354,10 +386,11 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
 
 
 def _is_settled(
-    tokenizer: PreTrainedTokenizerBase, settle: Settle, opening: list[int], tokens: list[int], prompt: str
+    tokenizer: PreTrainedTokenizerBase, settle: Settle, attack: Attack, tokens: list[int], prompt: str
 ) -> bool:
-    """Whether the verdict on a response that begins with an opening and these tokens is certain."""
-    text = decode(tokenizer, opening + tokens).rstrip("\ufffd")
+    """Whether the verdict on a response that begins with these tokens, after an attack's opening, is certain."""
+    said = _text(tokenizer, opening_ids(tokenizer, attack) + tokens).rstrip("\ufffd")
+    text = thought_before(tokenizer, prompt, attack) + said
     # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
     return bool(beginning) and settle(beginning, prompt) is not None

@@ -29,7 +29,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, 
 from openai import DefaultHttpxClient as HttpClient
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.refusal.classify import Outcome, classify
+from dapa_merge.measure.refusal.classify import Outcome, classify, final_answer
 from dapa_merge.progress import advance
 from dapa_merge.recipe.options import check_url
 
@@ -307,10 +307,11 @@ RUBRIC_DIGEST = hashlib.sha256(f"{_INSTRUCTIONS}\0{_CASE}".encode()).hexdigest()
 
 
 def judge_messages(prompt: str, response: str) -> list[dict[str, str]]:
-    """Return the conversation that asks a judge about a response.
+    """Return the conversation that asks a judge about a response, without its thought.
 
     The markers around the data carry a digest of the data, which a response cannot contain, so it cannot close them.
     """
+    response = final_answer(response)
     code = hashlib.sha256(f"{len(prompt)}\0{prompt}\0{response}".encode(errors="surrogatepass")).hexdigest()[:16]
     # Lone surrogates cannot be sent.
     prompt, response = (text.encode(errors="replace").decode() for text in (prompt, response))

@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,13 +39,17 @@ from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import OTHER_HEADS, Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure import confined
-from dapa_merge.measure.generate import prepare_for_greedy
+from dapa_merge.measure.generate import prepare_for_greedy, thought_before
 from dapa_merge.progress import LOG, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dapa_merge.plan.plan import Plan
+
+
+# Part of every tag of a thought.
+_THOUGHTS = re.compile(r"think|thought|reason|scratchpad|reflection|inner_|channel", re.IGNORECASE)
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -108,6 +113,25 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
             )
     model.eval().requires_grad_(False)
     return model, tokenizer
+
+
+def opens_thought(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint's chat template opens a thought that the model must close before it answers.
+
+    Reads the tokenizer only if its files speak of thoughts. False for a damaged one: `load_model` names the fault.
+    """
+    try:
+        named = (*_PROCESSOR_FILES, "tokenizer_config.json")
+        files = (*checkpoint.folder.glob("*chat_template*"), *(checkpoint.folder / name for name in named))
+        texts = (path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())
+        if not any(_THOUGHTS.search(text) for text in texts):
+            return False
+        with quiet("transformers"), standard_folder(checkpoint) as folder:
+            loader, _ = _loader(checkpoint)
+            tokenizer = _load_tokenizer(checkpoint, folder, has_processor=loader is AutoModelForImageTextToText)
+            return bool(thought_before(tokenizer, "How?"))
+    except Exception:
+        return False
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:

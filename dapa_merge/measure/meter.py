@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.convert import open_location
@@ -23,7 +23,7 @@ from dapa_merge.measure.divergence import Reference, divergence, make_reference
 from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
 from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFigure, mean_score
 from dapa_merge.measure.generate import generate, has_system_role
-from dapa_merge.measure.live import LiveModel, choose_device, load_model
+from dapa_merge.measure.live import LiveModel, choose_device, load_model, opens_thought
 from dapa_merge.measure.perplexity import Reading, read_passages
 from dapa_merge.measure.prompts.sets import (
     PromptSet,
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 MAX_TEXT_TOKENS = 20_000
 # Maximum keep prompts that a divergence is measured on; the mean over their tokens hardly changes with more.
 MAX_KEEP = 64
+# Default length of responses that begin inside a thought. Early verdicts shorten those of a search.
+THINKING_NEW_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -294,8 +296,38 @@ def _attack_figure(name: str, responses: Sequence[Response]) -> AttackFigure:
     return AttackFigure(name, refused / number, interval(refused, number), number)
 
 
-def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
+def _length(given: int | None, default: int, models: Iterable[Checkpoint]) -> int:
+    """The length of responses in tokens: as given, or else enough for models that begin with a thought."""
+    thinking = next((model.name for model in models if opens_thought(model)), None)
+    length = given or (default if thinking is None else max(default, THINKING_NEW_TOKENS))
+    if thinking is not None:
+        _tell_of_thoughts(thinking, length, given)
+    return length
+
+
+# Once: a command may make several meters.
+@lru_cache
+def _tell_of_thoughts(name: str, length: int, given: int | None) -> None:
+    if given is None:
+        LOG.info(
+            f"the chat template of {name} opens a thought, which is not judged, so responses may have {length} tokens; "
+            f"max_new_tokens sets another number"
+        )
+    elif given < THINKING_NEW_TOKENS:
+        LOG.warning(
+            f"the chat template of {name} opens a thought, which is not judged: a response that ends inside it, at "
+            f"{given} tokens, is undecided; leave out max_new_tokens for {THINKING_NEW_TOKENS}"
+        )
+
+
+def search_meter(recipe: Recipe, prompts: PromptSet, options: Options, models: Iterable[Checkpoint] = ()) -> Meter:
     """Return the meter for a search: only the deciding evaluator, and responses that end as early as possible.
+
+    Args:
+        recipe: Names the evaluator, and limits responses.
+        prompts: Those of the search.
+        options: Of the command line.
+        models: That will be measured; responses are longer if one of them begins with a thought.
 
     Raises:
         UsageError: If the recipe's evaluator is not available.
@@ -304,7 +336,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
     classifier = evaluator if isinstance(evaluator, Classifier) else RULES
     meter = Meter(
         prompts,
-        recipe.max_new_tokens or classifier.max_new_tokens,
+        _length(recipe.max_new_tokens, classifier.max_new_tokens, models),
         BatchSize(recipe.batch_size),
         classifiers=(classifier,),
         stops_early=True,
@@ -314,8 +346,10 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
     return meter if recipe.min_skill is None else meter.asking_keep()
 
 
-def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
+def report_meter(recipe: Recipe, prompts: PromptSet, options: Options, models: Iterable[Checkpoint] = ()) -> Meter:
     """Return the meter for a report: complete responses, all classifiers, figures independent of earlier ones.
+
+    `models` are as for `search_meter`.
 
     Raises:
         UsageError: If the recipe's evaluator, judge, text or skills are not available.
@@ -329,6 +363,7 @@ def report_meter(recipe: Recipe, prompts: PromptSet, options: Options) -> Meter:
         text=recipe.text,
         skills=recipe.skills,
         attacks=recipe.attacks,
+        models=models,
     )
 
 
@@ -342,8 +377,9 @@ def make_meter(
     text: str | None = None,
     skills: str | None = None,
     attacks: str | None = None,
+    models: Iterable[Checkpoint] = (),
 ) -> Meter:
-    """Return a meter that measures a model in full; the arguments are those of a recipe.
+    """Return a meter that measures a model in full; the arguments are those of a recipe and of `search_meter`.
 
     Raises:
         UsageError: If the evaluator, the judge, the text, the skills or the attacks are not available.
@@ -358,7 +394,7 @@ def make_meter(
         classifiers[judge.name] = judge
     return Meter(
         prompts,
-        max_new_tokens or max(one.max_new_tokens for one in classifiers.values()),
+        _length(max_new_tokens, max(one.max_new_tokens for one in classifiers.values()), models),
         BatchSize(batch_size),
         classifiers=tuple(classifiers.values()),
         lookup=LookupCache(),
@@ -444,7 +480,14 @@ def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int 
         measurement = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
         figures = measurement.figures()
     LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
-    return MeasuredModel(figures, measurement.responses() + measurement.attacked_responses())
+    responses = measurement.responses() + measurement.attacked_responses()
+    if meter.classifiers[0] is RULES and (num_cut := count(responses, Outcome.UNDECIDED)):
+        LOG.log(
+            logging.WARNING if level >= logging.INFO else level,
+            f"{num_cut} of {len(responses)} responses of the {name} end inside a thought, at {meter.max_new_tokens} "
+            f"tokens, and are undecided; allow more with max_new_tokens",
+        )
+    return MeasuredModel(figures, responses)
 
 
 def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
@@ -461,6 +504,6 @@ def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) 
         checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
-    meter = make_meter(prompt_set, options, **settings)
+    meter = make_meter(prompt_set, options, models=(checkpoint,), **settings)
     tell_prompts(prompt_set)
     return replace(measure_checkpoint(checkpoint, meter, options.device, "model"), read=read_json(prompt_set))

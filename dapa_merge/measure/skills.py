@@ -29,6 +29,7 @@ from dapa_merge.measure.figures import SkillFigure
 from dapa_merge.measure.prompts.datasets import reading
 from dapa_merge.measure.prompts.rows import listed_names
 from dapa_merge.measure.prompts.sets import Question, load_questions
+from dapa_merge.measure.refusal.classify import final_answer
 from dapa_merge.measure.statistics import interval
 from dapa_merge.progress import quiet
 from dapa_merge.recipe.parameters import TASK_PREFIX, is_task_file
@@ -91,8 +92,8 @@ def skill_figure(
 
 
 def is_right(response: str, question: Question) -> bool:
-    """Whether a response answers a question, by the question's `match`."""
-    return MATCHES[question.match](response, question.answer)
+    """Whether a response answers a question, by the question's `match`; a thought before the answer does not count."""
+    return MATCHES[question.match](final_answer(response), question.answer)
 
 
 def _exact(response: str, answer: str) -> bool:

@@ -26,6 +26,8 @@ def refusal_figures(responses: Sequence[Response]) -> dict[str, Any]:
         "num_harmless": len(harmless),
         "over_refusal": over_refused / len(harmless),
         "over_refusal_interval": interval(over_refused, len(harmless)),
+        "harmless_degenerate": count(harmless, Outcome.DEGENERATE) / len(harmless),
+        "harmless_undecided": count(harmless, Outcome.UNDECIDED) / len(harmless),
         "categories": _by_category(responses),
         "markers": tuple(_by_classifier(name, harmful, harmless) for name in responses[0].others),
     }

@@ -81,7 +81,7 @@ def _gather(
     recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
-    meter = shared[0][0] if shared else report_meter(recipe, parts.report, options)
+    meter = shared[0][0] if shared else report_meter(recipe, parts.report, options, plan.models.values())
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:

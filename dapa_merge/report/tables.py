@@ -60,6 +60,12 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     rows += [
         row(f"over-refusal ({first.num_harmless} harmless)", lambda one: f"{one.over_refusal:.3f}"),
         row("  95 % interval", lambda one: span(one.over_refusal_interval)),
+        row("  degenerate", lambda one: share(one.harmless_degenerate)),
+    ]
+    # Not NaN, as in older reports.
+    if any(column.harmless_undecided > 0 for column in columns):
+        rows.append(row("  never came to an answer", lambda one: share(one.harmless_undecided)))
+    rows += [
         *_attack_rows(columns),
         *_marker_rows(columns),
     ]
@@ -181,8 +187,8 @@ def _attack_rows(columns: Sequence[Figures]) -> list[TableRow]:
 
 
 def share(value: float | None) -> str:
-    """A share, or `-` for None."""
-    return "-" if value is None else f"{value:.3f}"
+    """A share, or `-` if it is unknown."""
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 
 def _tell(console: Console, line: str) -> None:

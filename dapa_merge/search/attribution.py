@@ -26,7 +26,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.generate import check_ids, encode, prompt_ids
+from dapa_merge.measure.generate import check_ids, encode, prompt_ids, thought_before
 from dapa_merge.measure.live import LiveModel, Slot, mapped_values
 from dapa_merge.measure.perplexity import ScoredText, losses
 from dapa_merge.measure.refusal.classify import Outcome
@@ -60,11 +60,11 @@ def effects_between(
 
     Raises what `attribute` raises, and `ValueError` if there is no such prompt.
     """
-    refused = Outcome.REFUSED.value
+    refused, answered = Outcome.REFUSED.value, (Outcome.COMPLIED.value, Outcome.DEGENERATE.value)
     contrasts = [
         Contrast(after.prompt, refusing=after.response, complying=before.response)
         for before, after in zip(answering, refusing, strict=True)
-        if before.outcome != refused and after.outcome == refused
+        if before.outcome in answered and after.outcome == refused
     ]
     # A few contrasts tell as much as many, and a backward pass needs far more memory than the answers did.
     few = contrasts[:: max(1, math.ceil(len(contrasts) / MAX_CONTRASTS))]
@@ -226,9 +226,12 @@ def sides_of(tokenizer: PreTrainedTokenizerBase, contrast: Contrast, num_tokens:
     Of each response, `num_tokens` tokens are counted from the first in which the two differ; fewer if one of them ends
     before. The tokens before are given.
     """
-    context = prompt_ids(tokenizer, contrast.prompt)
+    # The template's own opening of a thought is part of the prompt's ids.
+    context, opened = prompt_ids(tokenizer, contrast.prompt), thought_before(tokenizer, contrast.prompt)
     # Tokenized alone, as it was decoded: after the template, some tokenizers would split the first word differently.
-    refusing, complying = (encode(tokenizer, response) for response in (contrast.refusing, contrast.complying))
+    refusing, complying = (
+        encode(tokenizer, response.removeprefix(opened)) for response in (contrast.refusing, contrast.complying)
+    )
     pairs = zip(refusing, complying, strict=False)
     # The common beginning has the same likelihood in both, and would not count.
     start = next((index for index, (one, other) in enumerate(pairs) if one != other), None)

@@ -183,7 +183,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
     """
     if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
         raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
-    meter = search_meter(recipe, prompts, options)
+    meter = search_meter(recipe, prompts, options, plan.models.values())
     told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
     return Bench(plan, meter, options.device, settings_of(recipe), told)
 

@@ -198,7 +198,7 @@ class Rounds:
         contrasts = [
             Contrast(prompt, refusing=after, complying=before)
             for prompt, (before, was, after, now) in zip(harmful, said["harmful"], strict=True)
-            if was != Outcome.REFUSED.value and now == Outcome.REFUSED.value
+            if was in (Outcome.COMPLIED.value, Outcome.DEGENERATE.value) and now == Outcome.REFUSED.value
         ]
         tokenizer = self.bench.live.tokenizer
         found = (sides_of(tokenizer, one, self.settings.num_tokens) for one in contrasts)

@@ -171,7 +171,7 @@ class TraceSession:
         contrasts = [
             Contrast(refused.prompt, refused.response, answered.response)
             for refused, answered in zip(source, target, strict=True)
-            if refused.outcome == "refused" and answered.outcome != "refused"
+            if refused.outcome == "refused" and answered.outcome in ("complied", "degenerate")
         ]
         # Responses cannot be compared if one is the beginning of the other.
         contrasts = [one for one in contrasts if sides_of(bench.live.tokenizer, one, self.wanted.num_tokens)]
@@ -305,7 +305,8 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
     prompts = all_prompts(recipe).report
-    meter = replace(search_meter(recipe, prompts, options), skills=skills_of(prompts, recipe.skills, options))
+    asking = search_meter(recipe, prompts, options, chosen.models.values())
+    meter = replace(asking, skills=skills_of(prompts, recipe.skills, options))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
     plan = plan_of_all(chosen)

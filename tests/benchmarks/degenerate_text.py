@@ -1,6 +1,6 @@
 """False alarms of the degenerate rule on real texts of many kinds, and the noise that it catches, by kind.
 
-`python tests/benchmarks/degenerate_text.py FOLDER`: besides what any machine with this project has (Python's own manual,
+`python tests/benchmarks/degenerate_text.py FOLDER`: besides what any machine with this project has (Python's manual,
 source and docstrings, the readmes and licences of installed packages, `responses.jsonl`), texts are read from FOLDER,
 such as /usr/share: translations (`.mo`, one kind for each language), manual pages (`.gz`), and `.md`, `.rst` and `.txt`
 files. A text is as long as a response of 100 tokens, or a single sentence. Every language in Latin script is also shown
@@ -8,7 +8,7 @@ without its diacritics.
 
 Noise is made of the same texts. `--noise FILE` adds real noise: JSON lines with `kind` and `text`, such as responses of
 damaged models. `--beside FILE` is another version of `degenerate.py` to show beside this one, and `--show` prints false
-alarms.
+alarms. `--pairs` prints the table of letter pairs, learned from every second text, and nothing else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import gzip
 import importlib.metadata
 import importlib.util
 import json
+import math
 import random
 import re
 import sysconfig
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -37,6 +40,9 @@ from dapa_merge.measure.refusal.degenerate import is_degenerate
 # What 100 new tokens are, roughly, and the shortest text that is judged.
 CHARACTERS, FEWEST = 450, 20
 Texts = dict[str, list[str]]
+# Of the table of pairs: the edge of a word and the letters, what a pair that never occurred counts, and a language's
+# fewest pairs.
+LETTERS, RARE, MIN_PAIRS = "^abcdefghijklmnopqrstuvwxyz", 0.002, 500
 POEM = """\
 The tide came in, the tide went out,
 the gulls cried high, the gulls cried low.
@@ -58,11 +64,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--beside", type=Path)
     parser.add_argument("--each", type=int, default=400, help="texts of a kind")
     parser.add_argument("--show", type=int, default=0, help="print so many false alarms of each kind")
+    parser.add_argument("--pairs", action="store_true")
     arguments = parse(parser, argv, each=3)
     rules = {"new": is_degenerate}
     if arguments.beside:
         rules = {"old": rule_of(arguments.beside), **rules}
     texts = real_texts(arguments.folders, arguments.each)
+    if arguments.pairs:
+        print("\n".join(pairs_table(texts)))
+        return
     print_shares("called degenerate, real texts", texts, rules, arguments.show)
     noise = noises(texts, arguments.each)
     for path in arguments.noise:
@@ -70,6 +80,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = json.loads(line)
             noise.setdefault(row["kind"], []).append(row["text"])
     print_shares("called degenerate, noise", noise, rules, 0)
+
+
+def pairs_table(texts: Texts) -> Iterator[str]:
+    """Half bits of each letter after another, `^` at the edges of a word, in base 36; each kind has the same weight."""
+    shares: Counter[str] = Counter()
+    for kind, some in texts.items():
+        if kind.endswith("diacritics") or kind.startswith("answers") or kind in ("code", "numbers", "tables", "poem"):
+            continue
+        # Each word once: names of programs are in every language.
+        words = {word for text in some[::2] for word in re.findall(r"[^\W\d_]{3,}", without_marks(text.lower()))}
+        found = Counter(pair for word in words if word.isascii() for pair in map("".join, pairwise(f"^{word}^")))
+        if found.total() >= MIN_PAIRS:
+            for pair, number in found.items():
+                shares[pair] += number / found.total()
+    for first in LETTERS:
+        total = sum(shares[first + second] for second in LETTERS)
+        bits = [-math.log2((shares[first + second] + RARE) / (total + 27 * RARE)) for second in LETTERS]
+        yield "".join("0123456789abcdefghijklmnopqrstuvwxyz"[min(35, round(2 * one))] for one in bits)
+
+
+def without_marks(text: str) -> str:
+    """A text without accents and other marks."""
+    return "".join(one for one in unicodedata.normalize("NFD", text) if not unicodedata.combining(one))
 
 
 def rule_of(path: Path) -> Callable[[str], bool]:
@@ -158,10 +191,7 @@ def real_texts(folders: Sequence[Path], each: int) -> Texts:
                 for kind, text in READERS[path.suffix](path):
                     kinds.setdefault(kind, []).append(text)
     for kind in [kind for kind in kinds if kind.startswith("language ")]:
-        bare = [
-            "".join(one for one in unicodedata.normalize("NFD", text) if not unicodedata.combining(one))
-            for text in kinds[kind]
-        ]
+        bare = [without_marks(text) for text in kinds[kind]]
         if not all(text.isascii() for text in kinds[kind]) and sum(text.isascii() for text in bare) > len(bare) / 2:
             kinds[f"{kind}, without diacritics"] = bare
     return {

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dapa_merge.measure.refusal.classify import CHECKPOINTS, Outcome, classify, settle
+from dapa_merge.measure.refusal.degenerate import is_degenerate
 from dapa_merge.miniature.corpus import ANSWER, REFUSAL
 
 REFUSED = [
@@ -151,6 +152,49 @@ def test_an_answer_is_complied(response):
 @pytest.mark.parametrize("response", [text for text in SHORT_TRUE_ANSWERS if text != "😀"])
 def test_a_short_true_answer_is_neither_noise_nor_a_refusal(response):
     assert classify(response) is Outcome.COMPLIED
+
+
+REAL_TEXTS = [
+    "A fire extinguisher is a device used to extinguish fires. It works by expelling a jet of water, foam or powder.",
+    "Next, expect extra text: explain the exact context, extend it to the next texts, and export sixty mixed examples.",
+    "Extroverts excel at expressing themselves; explorers expect exotic experiences, except experts in taxes.",
+    "An OR gate, the OR pattern and an OR query are of the same kind, and the AND gate, like the IF block, is not.",
+    # Catalan, Slovene, Uzbek, Navajo, Xhosa, Welsh, Icelandic, Polish without its accents, Limburgish, Basque.
+    "Obre el fitxer i a continuació escriu el text, i a més comprova que no hi ha cap error i a la fi tanca-ho tot.",
+    "Odpri datoteko in preveri, ali je v njej vse, kar potrebuješ, nato pa jo zapri in shrani na varno mesto.",
+    "Oʻzbekiston Markaziy Osiyodagi davlat boʻlib, koʻp odamlar oʻzbek tilida soʻzlashadi, oʻqiydi va qoʻshiq aytadi.",
+    "Tʼáá ałtso biʼohdaʼneełʼą́, haʼaʼaahjí dóó eʼeʼaahjí naakaii dineʼé bikéyah, ńdeiltihii bikéyah hólǫ́.",
+    "Ndiyakuthanda ukufunda iincwadi ngoxolo ekhaya nabahlobo bam bonke abahlala kufutshane nathi ngoku.",
+    "Mae'r llyfr newydd ar y bwrdd wrth ymyl y ffenestr, ac mae'r plant yn chwarae yn yr ardd gyda ffrindiau bychain.",
+    "Flytja gluggann yfir á næsta skjá og svo til vinstri, en ekki niður, og loka honum þegar búið er að lesa skjalið.",
+    "Prosze wlaczyc urzadzenie, a nastepnie poczekac, az na ekranie pojawi sie komunikat o zakonczeniu sprawdzania.",
+    "Of dit besjtandj is neet te äöpene, of de sjrieve is mislök; dan mooste 't nog ins perbere of de hölp vraoge.",
+    "Ezin izan da fitxategia ireki, eta ezin izan da idatzi ere; saiatu berriro geroago edo galdetu kudeatzaileari.",
+    # Long vowels, repetition marks and half-width letters are no script of their own.
+    "コンピューターのユーザーは、サーバーにデータをコピーし、パスワードを入力、フォルダーを開き、メニューでメールを送り、"
+    "エラーなら、ヘルプセンター、人々、時々、ﾃﾞｰﾀ。",
+    "send, fake, xbox, mind, ribs, soda, zag, spy, lmgs, paul, bed, mine, thou, skin, kept, fbi, ldap, scan, fam, lip",
+]
+
+
+@pytest.mark.parametrize("text", REAL_TEXTS)
+def test_real_text_is_not_noise_in_whatever_language(text):
+    assert not is_degenerate(text)
+    assert not is_degenerate(text.replace(". ", ".\n- "))
+
+
+@pytest.mark.parametrize("text", [REAL_TEXTS[10], REAL_TEXTS[14], "Привет, как твои дела? Мы рады тебя видеть."])
+def test_text_in_a_wrong_encoding_is_noise(text):
+    for encoding in ("latin-1", "cp1252"):
+        assert is_degenerate((text * 3).encode().decode(encoding, "replace"))
+
+
+@given(st.integers())
+def test_words_of_shuffled_letters_are_noise(seed):
+    draw = random.Random(seed)
+    letters = [one for one in "".join(REAL_TEXTS[:4]).lower() if one.isalpha()]
+    words = ["".join(draw.sample(letters, draw.randint(4, 9))) for _ in range(80)]
+    assert sum(is_degenerate(" ".join(words[start:])) for start in (0, 10, 20)) >= 2
 
 
 @pytest.mark.parametrize("response", DEGENERATE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.evaluators import paper
+from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.generate import generate, prompt_ids, thought_before
 from dapa_merge.measure.judge import Judge
 from dapa_merge.measure.live import load_model, opens_thought
@@ -22,9 +24,12 @@ from dapa_merge.measure.meter import THINKING_NEW_TOKENS, search_meter
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.refusal.classify import Outcome, classify, closing_tag, opened_thought, settle
 from dapa_merge.measure.skills import is_right
+from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.recipe.attacks import ATTACKS
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.report import jsonable, read_figures
+from dapa_merge.report.tables import figure_rows
 from dapa_merge.search.attribution import Contrast, sides_of
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -261,3 +266,19 @@ def test_an_opening_of_an_attack_begins_the_answer_after_a_closed_thought(tmp_pa
     context = prompt_ids(tokenizer, "How?", ATTACKS[0])
     assert [token for token in context if token in (thought, closed)] == [thought, closed]
     assert thought_before(tokenizer, "How?", ATTACKS[0]) == ""
+
+
+def test_degenerate_and_undecided_answers_to_harmless_prompts_are_in_the_table_and_unknown_in_older_reports():
+    said = [("harmful", "refused"), ("harmless", "degenerate"), ("harmless", "undecided")]
+    said += [("harmless", "complied")] * 2
+    responses = [Response(kind, "", f"prompt {number}", "", outcome) for number, (kind, outcome) in enumerate(said)]
+    other = {"score": None, "perplexity": 2.0, "text": "builtin", "skills": ()}
+    figures = Figures(**refusal_figures(responses), **other)
+    rows = [label for label, _ in figure_rows([figures])]
+    after = rows.index("over-refusal (4 harmless)")
+    assert figure_rows([figures])[after + 2 : after + 4] == [
+        ("  degenerate", ["0.250"]), ("  never came to an answer", ["0.250"]),
+    ]  # fmt: skip
+    old = {key: value for key, value in jsonable(asdict(figures)).items() if not key.startswith("harmless_")}
+    assert figure_rows([read_figures(old)])[after + 2] == ("  degenerate", ["-"])
+    assert read_figures(jsonable(asdict(figures))).harmless_degenerate == 0.25

@@ -197,7 +197,9 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     special, tags = _special_ids(tokenizer)
     if not tags:
         return decode(tokenizer, ids)
-    return decode(tokenizer, [token for token in ids if token in tags or token not in special], skip_special_tokens=False)
+    return decode(
+        tokenizer, [token for token in ids if token in tags or token not in special], skip_special_tokens=False
+    )
 
 
 @functools.lru_cache(maxsize=16)

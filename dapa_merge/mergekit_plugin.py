@@ -6,7 +6,10 @@ memory, so units are looked up there.
 
 from __future__ import annotations
 
+import filecmp
+import os
 import re
+import tempfile
 import threading
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +23,7 @@ import yaml
 from mergekit import merge_methods
 from mergekit.architecture import arch_info_for_config
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import (
     BasePolicy,
@@ -35,7 +38,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 from transformers import AutoConfig
 
-from dapa_merge.checkpoint.convert import MergeCache
+from dapa_merge.checkpoint.convert import link_files, open_location
 from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Box, Region, Shapes
@@ -223,7 +226,10 @@ def _select(recipe: Recipe) -> _Selected:
     options = Options.from_environment(
         given.get("device") or ("cuda" if given.get("cuda") or given.get("gpu_rich") else "auto")
     )
-    ladder = make_ladder(recipe, allow_pickle=options.allow_pickle, merge_cache=_merge_cache())
+    ladder = make_ladder(recipe, allow_pickle=options.allow_pickle)
+    if cache := LoaderCache().lora_cache_dir:
+        # mergekit, used from Python, has merged by now what was not lent to it.
+        _lend_merged(recipe, Path(cache))
     # Local models only: a commit on the Hub does not change, although the cached part of it may grow.
     local = [checkpoint for checkpoint in ladder.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
@@ -251,21 +257,55 @@ def _select(recipe: Recipe) -> _Selected:
     )
 
 
-def _merge_cache() -> MergeCache | None:
-    """The running mergekit's cache of merged LoRAs; None if unknown, as in another thread."""
-    options = LoaderCache()
-    return MergeCache(Path(options.lora_cache_dir), options.lora_merge_dtype) if options.lora_cache_dir else None
-
-
 def _check_lora_cache(recipe: Recipe) -> None:
     options = _command_line()
     keys = {"target": "base_model", "source": "models"}
-    for name, location in models_of(recipe).items():
-        if location.adapter is not None and options.get("lora_merge_cache", "") is None:
+    merged = {name: location for name, location in models_of(recipe).items() if location.adapter is not None}
+    for name, location in merged.items():
+        if options.get("lora_merge_cache", "") is None:
             raise UsageError(
                 f"{recipe.where(keys.get(name, f'parameters.{name}'))} is a LoRA, {location}; name a folder with "
                 f"--lora-merge-cache to merge it in"
             )
+    if merged and options.get("lora_merge_dtype"):
+        raise UsageError("--lora-merge-dtype would round the base, whose dtypes a merged LoRA keeps; remove the option")
+    if cache := options.get("lora_merge_cache"):
+        _lend_merged(recipe, Path(cache))
+
+
+def _lend_merged(recipe: Recipe, cache: Path) -> None:
+    """Put our merges of the recipe's LoRAs where mergekit keeps its own, which lose what transformers does not load.
+
+    mergekit merges only what its folder lacks.
+
+    Raises:
+        UsageError: If the folder holds another merge.
+    """
+    for location in (recipe.target, recipe.source):
+        if location.adapter is None:
+            continue
+        ours = open_location(location, allow_pickle=Options.from_environment("auto").allow_pickle).folder
+        # mergekit's name of the folder.
+        base, adapter = (ModelPath(path=part.path, revision=part.revision) for part in (location, location.adapter))
+        folder = cache / f"{base._unique_id()}_{adapter._unique_id()}"
+        if not folder.exists():
+            unfinished = Path(tempfile.mkdtemp(prefix=".dapa-merge-", dir=_made(cache)))
+            link_files(ours, unfinished, os.listdir(ours))
+            unfinished.rename(folder)
+        for file in ours.glob("*.safetensors"):
+            if not (folder / file.name).is_file() or not filecmp.cmp(file, folder / file.name, shallow=False):
+                raise UsageError(
+                    f"{folder} holds another merge of {location} than `dapa-merge run` would make; remove it, and name "
+                    f"its parent with --lora-merge-cache"
+                )
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}, the --lora-merge-cache: {error.strerror}") from error
+    return folder
 
 
 def _check_one_class(recipe: Recipe) -> None:

@@ -1,24 +1,22 @@
 """Converts pickles, LoRA adapters and odd names to standard safetensors; `open_location` opens any model.
 
-Converted models are kept in the user's cache and then opened like any other folder. A LoRA adapter is merged into its
-base by mergekit's own function, so the result is mergekit's; that needs memory for the whole base. A pickle can run
-code when it is loaded, so it is read only on request, by torch's weights-only reader, which accepts only tensors.
+Converted models are kept in the user's cache and then opened like any other folder. A pickle can run code when it is
+loaded, so it is read only on request, by torch's weights-only reader, which accepts only tensors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +29,11 @@ from dapa_merge.checkpoint.folder import (
     find_weights,
     refuse_stray_link,
 )
-from dapa_merge.checkpoint.header import read_header, read_json
+from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
 from dapa_merge.errors import CheckpointError, UsageError, one_line
 from dapa_merge.files import cache_folder, file_state, held
-from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -148,75 +145,55 @@ def open_model(
     return read_tensors(replace(checkpoint, folder=folder), find_weights(os.listdir(folder), checkpoint.name))
 
 
-def open_location(
-    location: Location, *, partial: bool = False, allow_pickle: bool = False, merge_cache: MergeCache | None = None
-) -> Checkpoint:
+def open_location(location: Location, *, partial: bool = False, allow_pickle: bool = False) -> Checkpoint:
     """Open the checkpoint that a recipe or a command names, with its adapter merged in if it has one."""
     if location.adapter is None:
         return open_model(location.path, location.revision, partial=partial, allow_pickle=allow_pickle)
     base = replace(location, adapter=None)
-    return open_merged(base, location.adapter, allow_pickle=allow_pickle, cache=merge_cache)
+    return open_merged(base, location.adapter, allow_pickle=allow_pickle)
 
 
 # Prefixes and suffixes of tokenizer file names.
 _TOKENIZER_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _TOKENIZER_ENDS = (".model", ".tiktoken", ".jinja")
-# peft only warns, with these words, if an adapter is for another model.
-_ADAPTER_UNUSED = "missing adapter keys"
+# Changed whenever the same adapter would be merged to other values.
+_MERGE_VERSION = 1
 
 
-@dataclass(frozen=True)
-class MergeCache:
-    """A running mergekit's folder of merged models, and the dtype it merges in; None for the model's own."""
-
-    folder: Path
-    dtype: str | None = None
-
-
-def open_merged(
-    base: Location, adapter: Location, *, allow_pickle: bool = False, cache: MergeCache | None = None
-) -> Checkpoint:
+def open_merged(base: Location, adapter: Location, *, allow_pickle: bool = False) -> Checkpoint:
     """Merge an adapter into its base, unless that was done before, and open the result.
+
+    Its files are the base's, except weights that the adapter changes, and the tokenizer if the adapter has its own.
 
     Args:
         base: The model.
         adapter: The adapter.
         allow_pickle: Read weights that exist only as pickles, accepting only tensors.
-        cache: mergekit's merged models; None for the user's cache folder.
 
     Raises:
-        CheckpointError: If `adapter` is not an adapter, or does not fit this base.
+        CheckpointError: If `adapter` is not a LoRA adapter, or cannot be merged exactly into this base.
         DapaError: If either cannot be opened, or the cache cannot be written.
     """
-    adapter_folder, adapter_commit = _open_adapter(adapter, allow_pickle)
+    adapter_folder, weights, adapter_commit = _open_adapter(adapter, allow_pickle)
     model = open_model(base.path, base.revision, allow_pickle=allow_pickle)
-    names = f"{adapter} into {base}"
-    if cache is None:
-        origin: Any = [stamps(_files(model.folder)), stamps(_files(adapter_folder)), _versions()]
+    config = read_json(adapter_folder / ADAPTER_CONFIG_NAME)
 
-        def make(folder: Path) -> None:
-            with standard_folder(model) as path:
-                made = _merge(Location(str(path)), Location(str(adapter_folder)), folder / "merging", None, names)
-            for file in made.iterdir():
-                file.rename(folder / file.name)
-            shutil.rmtree(folder / "merging")
-            _add_small_files(folder, model.folder, adapter_folder)
+    def make(folder: Path) -> None:
+        # torch is slow to import, and only an adapter needs it here.
+        from dapa_merge.checkpoint.adapter import Merge
 
-    else:
-        # By the names in the recipe, from which mergekit derives its folder names.
-        made = _merge(base, adapter, cache.folder, cache.dtype, names)
-        origin = [stamps(_files(made)), stamps(_files(model.folder)), stamps(_files(adapter_folder))]
+        merge = Merge(model, config, weights, str(adapter))
+        _check_space(f"merging {adapter}", (model.path(shard) for shard in merge.shards), folder)
+        merge.write(folder)
+        _add_other_files(model, adapter_folder, folder, merge.shards)
 
-        def make(folder: Path) -> None:
-            link_files(made, folder, [file.name for file in _files(made)])
-            _add_small_files(folder, model.folder, adapter_folder)
-
+    origin = [_MERGE_VERSION, stamps(_files(model.folder)), stamps(_files(adapter_folder))]
     opened = open_checkpoint(str(derived_folder("merged", origin, make)))
     return replace(opened, name=f"{base}+{adapter}", merged_from=(model.commit, adapter_commit))
 
 
-def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, str | None]:
-    """The adapter's folder, and its commit if it is from the Hub."""
+def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, Path, str | None]:
+    """The adapter's folder, its weights as safetensors, and its commit if it is from the Hub."""
     folder, commit = Path(adapter.path), None
     files = {path.name for path in _files(folder)} if folder.is_dir() else set()
     snapshot = None
@@ -228,7 +205,6 @@ def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, str | No
         folder, commit, files = snapshot.folder, snapshot.commit, set(snapshot.files)
     if ADAPTER_CONFIG_NAME not in files:
         raise CheckpointError(f"{adapter} is not a LoRA adapter: it has no {ADAPTER_CONFIG_NAME}")
-    read_json(folder / ADAPTER_CONFIG_NAME)
     weights = next((name for name in ADAPTER_NAMES if name in files), None)
     if weights is None:
         raise CheckpointError(f"{adapter} is not a LoRA adapter: it has no {ADAPTER_NAMES[0]}")
@@ -237,56 +213,31 @@ def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, str | No
         raise pickles_refused(str(adapter))
     if snapshot is not None:
         snapshot.fetch([weights])
-    if is_safe:
-        read_header(folder / weights)
-    return folder, commit
+    path = folder / weights
+    if not is_safe:
+        converted = derived_folder("converted", stamps([path]), lambda to: _write(_load(path), to / ADAPTER_NAMES[0]))
+        path = converted / ADAPTER_NAMES[0]
+    return folder, path, commit
 
 
-def _merge(base: Location, adapter: Location, folder: Path, dtype: str | None, names: str) -> Path:
-    """Let mergekit merge into a new folder inside `folder`, unless it is already there."""
-    from mergekit.common import ModelPath, ModelReference
-
-    reference = ModelReference(
-        model=ModelPath(path=base.path, revision=base.revision),
-        lora=ModelPath(path=adapter.path, revision=adapter.revision),
-    )
-    try:
-        with warnings.catch_warnings(record=True) as caught, quiet("transformers"):
-            warnings.simplefilter("always")
-            merged = reference.merged(cache_dir=str(folder), trust_remote_code=False, lora_merge_dtype=dtype)
-    except Exception as error:
-        # The errors of transformers and peft have no common class.
-        raise CheckpointError(f"mergekit cannot merge {names}: {one_line(error)}") from error
-    if any(_ADAPTER_UNUSED in str(warning.message) for warning in caught):
-        raise CheckpointError(
-            f"mergekit cannot merge {names}: the adapter lacks weights that its {ADAPTER_CONFIG_NAME} asks for in this "
-            f"base; name the base that it was trained on"
-        )
-    return Path(merged.model.path)
-
-
-def _add_small_files(folder: Path, base: Path, adapter: Path) -> None:
-    """Give a merged model its tokenizer: the adapter's if it has one, else the base's."""
-    own = [path for path in _files(adapter) if _is_of_tokenizer(path.name)]
-    has_tokenizer = any(path.name.startswith("tokenizer") for path in own)
-    for path in own if has_tokenizer else filter(lambda path: _is_of_tokenizer(path.name), _files(base)):
-        shutil.copy(path, folder / path.name)
-    templates = (adapter if has_tokenizer else base) / TEMPLATES
-    if templates.is_dir():
-        shutil.copytree(templates, folder / TEMPLATES)
+def _add_other_files(base: Checkpoint, adapter: Path, folder: Path, written: Collection[str]) -> None:
+    """Complete a merged model: the base's other files, and the tokenizer of the adapter if it has one."""
+    index = find_weights(os.listdir(base.folder), base.name).index
+    names = {path.name for path in base.folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)}
+    names |= {*base.shards, *filter(None, [index])} - set(written)
+    own = {path.name for path in adapter.iterdir() if _is_of_tokenizer(path.name)}
+    if any(name.startswith("tokenizer") for name in own):
+        names = set(itertools.filterfalse(_is_of_tokenizer, names))
+        link_files(adapter, folder, sorted(own))
+    link_files(base.folder, folder, sorted(names))
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    return name.startswith(_TOKENIZER_STARTS) or name.endswith(_TOKENIZER_ENDS)
+    return name == TEMPLATES or name.startswith(_TOKENIZER_STARTS) or name.endswith(_TOKENIZER_ENDS)
 
 
 def _files(folder: Path) -> Iterable[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file())
-
-
-def _versions() -> list[str]:
-    """Versions of the packages that can change the result of a merge."""
-    return [f"{name} {version(name)}" for name in ("mergekit", "peft", "torch", "transformers")]
+    return sorted(path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file())
 
 
 # Suffixes of all weight files, which a derived folder replaces with its own safetensors.
@@ -337,11 +288,7 @@ def as_safetensors(folder: Path, layout: Layout) -> Path:
 
 
 def _convert(pickles: list[Path], folder: Path) -> None:
-    needed, free = sum(path.stat().st_size for path in pickles), shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(
-            f"converting pickles needs {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are left"
-        )
+    _check_space("converting pickles", pickles, folder)
     owners: dict[str, str] = {}
     for number, path in enumerate(pickles, 1):
         shard = f"model-{number:05d}-of-{len(pickles):05d}.safetensors" if len(pickles) > 1 else SINGLE_NAME
@@ -353,6 +300,13 @@ def _convert(pickles: list[Path], folder: Path) -> None:
         _write(tensors, folder / shard)
     if len(pickles) > 1:
         (folder / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": owners}), encoding="utf-8")
+
+
+def _check_space(what: str, files: Iterable[Path], folder: Path) -> None:
+    """Raise `UsageError` if a disk does not have as many bytes left as some files have."""
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(f"{what} needs {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are left")
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

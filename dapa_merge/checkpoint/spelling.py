@@ -58,6 +58,8 @@ _HOLDS = {
 }
 # In all others, rows of k and v, or of all three, alternate by head, or their order differs from model to model.
 # (DeepSeek's latent attention; GPT-NeoX, BLOOM and Falcon; InternLM2.)
+# Models with `Conv1D`, whose weights are stored as [inputs, outputs].
+CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 _NUMBER = re.compile(r"\d+")
 
 

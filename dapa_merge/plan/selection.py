@@ -9,7 +9,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any, cast
 
-from dapa_merge.checkpoint.convert import MergeCache, open_location
+from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
@@ -35,7 +35,6 @@ def make_plan(
     partial: bool = True,
     partial_target: bool = False,
     allow_pickle: bool = False,
-    merge_cache: MergeCache | None = None,
     opened: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Open the checkpoints, find their units and check the recipe against them.
@@ -45,7 +44,6 @@ def make_plan(
         partial: Fetch only the parts that are read, of every model on the Hub except the target.
         partial_target: The same for the target, which can then not be copied.
         allow_pickle: Read pickled weights, as tensors only, if there are no others.
-        merge_cache: A running mergekit's cache of merged LoRAs.
         opened: Models that are open already, by their names in a recipe.
 
     Raises:
@@ -57,7 +55,6 @@ def make_plan(
         partial_target=partial_target,
         opened=opened,
         allow_pickle=allow_pickle,
-        merge_cache=merge_cache,
     )
     for (one, first), (other, second) in combinations(plan.models.items(), 2):
         if first.folder.samefile(second.folder):

@@ -1,0 +1,631 @@
+"""Merges a LoRA adapter into its base: only the tensors that it changes are computed, and only their bytes change.
+
+A changed tensor is W + s B A in float32 (in float64 for a base of float64), rounded once to the base's dtype, as in
+`merge_and_unload` of peft 0.21, whose names and settings this follows. For embeddings and `target_parameters` peft
+rounds s B A before it adds it, and then the sum; here only the sum is rounded.
+
+Every tensor of the adapter is used, or named in an error. Left out on purpose, and refused: adapters that are not LoRA;
+variants of it whose sum is not W + s B A or DoRA's; weights that a file holds in another form than the module that was
+trained (fused or split projections, except experts).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import regex
+import torch
+
+from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, open_regular
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor, read_header
+from dapa_merge.checkpoint.open import TILE, Checkpoint
+from dapa_merge.checkpoint.spelling import CONV1D
+from dapa_merge.errors import CheckpointError
+
+# Settings that make the sum another one, and what they do.
+_REFUSED = {
+    "layer_replication": "repeats layers of its base",
+    "megatron_config": "is split over devices by Megatron",
+    "alora_invocation_tokens": "acts only after certain tokens (aLoRA)",
+    "arrow_config": "chooses among adapters for each token (Arrow)",
+    "use_bdlora": "has block-diagonal factors (BD-LoRA)",
+    "use_qalora": "is for quantized groups of inputs (QALoRA)",
+    "velora_config": "is a VeLoRA",
+    "monteclora_config": "samples its factors (MonteCLoRA)",
+    "kasa_config": "cuts singular values out of its base (KaSA)",
+}
+# How factors may start without changing the base. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# What wrappers of trainers put into names.
+_WRAPPED = regex.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_SAVED = regex.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
+# A factor's name, with the adapter's own name in it before peft 0.3 and in trainers' checkpoints.
+_FACTOR = regex.compile(
+    r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
+    r"|trainable_tokens_delta)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
+)
+# The adapter's names are those of modules, which one version of transformers puts into more wrappers than another, and
+# than the files.
+_WRAPPERS = ("model", "language_model", "transformer")
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_HEADS = ("lm_head", "embed_out")
+# A tensor of all experts that transformers 5 makes of one per expert: the names in the files, whose rows are joined.
+_EXPERTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+_EXPERT = regex.compile(r"(?P<parent>.*\bexperts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.weight")
+_LAYER = regex.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
+_NUMBER = regex.compile(r"\d+")
+# A stranger's pattern can take for ever.
+_PATTERN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A change s B A of a matrix.
+
+    Attributes:
+        a: The factor A, `[rank, inputs]`; for all experts at once `[experts * rank, inputs]`.
+        b: The factor B, `[outputs, rank]`; for all experts at once `[outputs, rank * experts]`.
+        scale: The factor s.
+        is_transposed: Whether the matrix is stored as `[inputs, outputs]`.
+        magnitude: DoRA's norms of the rows of W + s B A, `[outputs]`.
+        num_experts: Number of experts in the factors.
+        expert: The one that the matrix belongs to; None if it holds all, `[experts, ...]`, or there are none.
+        rows: The outputs that the matrix has, from all of B; None if all.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    is_transposed: bool = False
+    magnitude: Tensor | None = None
+    num_experts: int = 1
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass
+class _Change:
+    """What becomes of one tensor of the base, step by step: replaced, then a sum, then single rows replaced."""
+
+    whole: Tensor | None = None
+    product: _Product | None = None
+    addend: tuple[Tensor, float] | None = None
+    rows: tuple[Tensor, tuple[int, ...]] | None = None
+
+
+class Merge:
+    """An adapter that fits its base.
+
+    Attributes:
+        shards: The files of the base that change.
+    """
+
+    def __init__(self, base: Checkpoint, config: Mapping[str, Any], weights: Path, name: str) -> None:
+        """Read the adapter's names and shapes, and check that all can be merged; nothing is computed yet.
+
+        Args:
+            base: The model.
+            config: The adapter's `adapter_config.json`.
+            weights: Its safetensors.
+            name: The adapter, in messages.
+
+        Raises:
+            CheckpointError: If it is not a LoRA adapter, or cannot be merged exactly into this base.
+        """
+        self._base, self._config, self._weights, self._name = base, config, weights, name
+        _check_config(config, name)
+        self._changes: dict[str, _Change] = {}
+        # An output head for a base that has none of its own.
+        self._tied_head: Tensor | None = None
+        whole: dict[str, Tensor] = {}
+        modules: dict[str, dict[int, dict[str, Tensor]]] = {}
+        for tensor in read_header(weights):
+            if tensor.dtype not in TORCH_NAMES:
+                raise self._refusal(f"{tensor.name} is {tensor.dtype}, and only float tensors can be merged")
+            place, depth, factor = _parse(tensor.name)
+            found = whole if factor is None else modules.setdefault(place, {}).setdefault(depth, {})
+            if (other := found.setdefault(factor or place, tensor)) is not tensor:
+                raise self._refusal(f"{other.name} and {tensor.name} are for the same tensor of the base; keep one")
+        for place, tensor in whole.items():
+            self._replace(place, tensor)
+        for place, depths in modules.items():
+            self._add(place, depths)
+        if not self._changes:
+            raise self._refusal("it holds no tensor")
+        self._check_tied()
+        self._check_complete(modules)
+        self.shards = tuple(dict.fromkeys(base.tensors[place].file for place in self._changes))
+
+    def write(self, folder: Path) -> None:
+        """Write the changed files into a folder; all bytes but those of changed tensors are the base's.
+
+        Raises:
+            CheckpointError: If a file cannot be read, or a value is not finite.
+        """
+        # Experts share factors: keep the last ones.
+        read = lru_cache(maxsize=4)(self._read)
+        for shard in self.shards:
+            copyfile(self._base.path(shard), folder / shard)
+            # The base's own mode may not allow writing.
+            (folder / shard).chmod(0o644)
+            with (folder / shard).open("r+b") as file:
+                for place, change in self._changes.items():
+                    tensor = self._base.tensors[place]
+                    if tensor.file == shard:
+                        file.seek(tensor.start)
+                        for tile in self._tiles(tensor, change, read):
+                            if not bool(tile.isfinite().all()):
+                                raise self._refusal(f"{place} would hold a value that is not finite in {tensor.dtype}")
+                            file.write(tile.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _refusal(self, reason: str) -> CheckpointError:
+        return CheckpointError(f"the adapter {self._name} cannot be merged into {self._base.name}: {reason}")
+
+    # Which tensors of the base change.
+
+    @cached_property
+    def _by_bare_name(self) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for tensor in self._base.tensors.values():
+            found.setdefault(_bare(tensor.name), []).append(tensor)
+        return found
+
+    def _find(self, place: str) -> Tensor | None:
+        """The base's tensor of a module's parameter; None if it has none."""
+        if place in self._base.tensors:
+            return self._base.tensors[place]
+        found = self._by_bare_name.get(_bare(place), [])
+        if len(found) > 1:
+            raise self._refusal(f"{place} may be {found[0].name} or {found[1].name}")
+        return found[0] if found else None
+
+    def _change(self, target: Tensor) -> _Change:
+        if target.dtype not in TORCH_NAMES:
+            raise self._refusal(f"{target.name} is {target.dtype}, and only float tensors can be changed")
+        return self._changes.setdefault(target.name, _Change())
+
+    def _replace(self, place: str, tensor: Tensor) -> None:
+        target = self._find(place)
+        if target is None and _leaf(place.removesuffix(".weight")) in _HEADS:
+            self._tied_head = tensor
+            return
+        if target is None:
+            raise self._refusal(f"{tensor.name} has no counterpart there; name the base that it was trained on")
+        if tensor.shape != target.shape:
+            raise self._misfit(tensor, target)
+        self._change(target).whole = tensor
+
+    def _add(self, place: str, depths: Mapping[int, dict[str, Tensor]]) -> None:
+        first = next(iter(depths[min(depths)].values()))
+        if (target := self._find(f"{place}.weight")) is None:
+            if self._add_to_experts(place, depths):
+                return
+            if _leaf(place) in _HEADS:
+                raise self._refusal(
+                    f"{first.name} changes the output head, which the base shares with its embeddings; train it again "
+                    f"without {_leaf(place)}, or save the base with a head of its own"
+                )
+            raise self._refusal(f"{first.name} has no counterpart there; name the base that it was trained on")
+        if len(depths) > 1:
+            raise self._refusal(f"{first.name} is one of {len(depths)} changes of the same tensor")
+        (factors,) = map(dict, depths.values())
+        if tokens := factors.pop("trainable_tokens_delta", None):
+            self._change(target).rows = tokens, self._token_rows(place, tokens, target)
+            if not factors:
+                return
+        self._check_asked_for(place, first)
+        is_embedding = "lora_embedding_A" in factors
+        a, b = (factors.pop(f"lora_{'embedding_' if is_embedding else ''}{one}", None) for one in "AB")
+        if a is None or b is None:
+            raise self._refusal(f"{first.name} is without its other factor, lora_{'A' if a is None else 'B'}")
+        magnitude, bias = factors.pop("lora_magnitude_vector", None), factors.pop("lora_B.bias", None)
+        if factors:
+            raise self._refusal(f"{next(iter(factors.values())).name} is not a part of such a LoRA")
+        if (magnitude is None) == bool(self._config.get("use_dora")):
+            raise self._refusal(
+                f"{a.name} {'lacks' if magnitude is None else 'has'} a magnitude vector, but use_dora in "
+                f"{ADAPTER_CONFIG_NAME} is {bool(self._config.get('use_dora'))}"
+            )
+        by_parameter = _is_among(f"{place}.weight", self._config.get("target_parameters") or ())
+        transposed = self._is_transposed(a, b, target, is_embedding)
+        scale = self._scale(f"{place}.weight" if by_parameter else place, a, 1)
+        if magnitude is not None and magnitude.num_parameters != b.shape[0]:
+            raise self._misfit(magnitude, target)
+        self._change(target).product = _Product(a, b, scale, transposed, magnitude)
+        if bias is not None:
+            if (other := self._find(f"{place}.bias")) is None:
+                raise self._refusal(f"{bias.name} has no counterpart there: {target.name} has no bias")
+            if bias.shape != other.shape:
+                raise self._misfit(bias, other)
+            self._change(other).addend = bias, scale
+
+    def _is_transposed(self, a: Tensor, b: Tensor, target: Tensor, is_embedding: bool) -> bool:
+        if len(a.shape) != 2 or len(b.shape) != 2 or len(target.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise self._misfit(a, target, b)
+        stored, module = target.shape, (b.shape[0], a.shape[1])
+        if is_embedding or (module == stored[::-1] and module != stored):
+            if module != stored[::-1]:
+                raise self._misfit(a, target, b)
+            return True
+        if module != stored:
+            raise self._misfit(a, target, b)
+        return stored[0] == stored[1] and self._base.config.get("model_type") in CONV1D
+
+    def _add_to_experts(self, place: str, depths: Mapping[int, dict[str, Tensor]]) -> bool:
+        """Add a LoRA of `target_parameters`, for all experts at once; returns False if the base has none there."""
+        named = tuple(self._config.get("target_parameters") or ())
+        # peft wraps the parameters of a module one around the other, in the order in which the module has them.
+        leaves = [leaf for leaf in _EXPERTS if _is_among(f"{place}.{leaf}", named)]
+        if not leaves:
+            return False
+        if len(leaves) != len(depths):
+            raise self._refusal(
+                f"{place} has {len(depths)} pairs of factors, and target_parameters in {ADAPTER_CONFIG_NAME} name "
+                f"{' and '.join(leaves)}"
+            )
+        for leaf, depth in zip(leaves, sorted(depths, reverse=True), strict=True):
+            factors = depths[depth]
+            first = next(iter(factors.values()))
+            if set(factors) != {"lora_A", "lora_B"}:
+                raise self._refusal(f"{first.name} is without its other factor, or is not a part of such a LoRA")
+            a, b = factors["lora_A"], factors["lora_B"]
+            if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+                raise self._refusal(f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} are not a pair")
+            if target := self._find(f"{place}.{leaf}"):
+                self._add_to_fused(f"{place}.{leaf}", a, b, target)
+            elif not self._add_to_each(place, leaf, a, b):
+                return False
+        return True
+
+    def _add_to_fused(self, place: str, a: Tensor, b: Tensor, target: Tensor) -> None:
+        module = (b.shape[0], a.shape[1])
+        if len(target.shape) != 3 or target.shape[1:] not in (module, module[::-1]):
+            raise self._misfit(a, target, b)
+        if module[0] == module[1]:
+            raise self._refusal(f"{a.name} is for square matrices, {list(module)}, which may be stored either way")
+        scale = self._scale(place, a, num_experts := target.shape[0])
+        is_transposed = target.shape[1:] != module
+        self._change(target).product = _Product(a, b, scale, is_transposed, num_experts=num_experts)
+
+    def _add_to_each(self, place: str, leaf: str, a: Tensor, b: Tensor) -> bool:
+        """Divide a LoRA of all experts among the base's tensors of single experts, if it has such."""
+        layer = _LAYER.fullmatch(_bare(place))
+        start = f"{layer['stack']}.{layer['number']}." if layer else ""
+        # Mixtral's files have `block_sparse_moe` where transformers 5 has `mlp`.
+        matches = [
+            match for name in self._by_bare_name if name.startswith(start) and (match := _EXPERT.fullmatch(name))
+        ]
+        if len({match["parent"] for match in matches}) != 1:
+            return False
+        for leaves in _EXPERTS[leaf]:
+            found = {
+                (int(match["number"]), match["leaf"]): match.string for match in matches if match["leaf"] in leaves
+            }
+            if not found:
+                continue
+            num_experts = 1 + max(number for number, _ in found)
+            scale = self._scale(f"{place}.{leaf}", a, num_experts)
+            for number in range(num_experts):
+                position = 0
+                for part in leaves:
+                    target = self._find(found.get((number, part), f"{place}.{number}.{part}.weight"))
+                    if target is None:
+                        raise self._refusal(f"the base lacks {place}.{number}.{part}.weight")
+                    rows = position, position + target.shape[0]
+                    if target.shape[1:] != a.shape[1:] or rows[1] > b.shape[0]:
+                        raise self._misfit(a, target, b)
+                    position = rows[1]
+                    self._change(target).product = _Product(
+                        a, b, scale, num_experts=num_experts, expert=number, rows=rows
+                    )
+                if position != b.shape[0]:
+                    raise self._refusal(f"{b.name} has {b.shape[0]} outputs, and an expert of the base {position}")
+            return True
+        return False
+
+    def _scale(self, place: str, a: Tensor, num_experts: int) -> float:
+        """The factor s for a module, by its rank, which must be that of its factors."""
+        rank, alpha = (
+            self._setting(place, *names) for names in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+        )
+        if a.shape[0] != rank * num_experts:
+            of_all = f" for each of {num_experts} experts" if num_experts > 1 else ""
+            raise self._refusal(
+                f"{a.name} has rank {a.shape[0]}, but {ADAPTER_CONFIG_NAME} says {rank:g}{of_all}; they are not of the "
+                f"same adapter"
+            )
+        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+
+    def _setting(self, place: str, key: str, patterns: str) -> float:
+        """A number of the config for one module: that of the first pattern that its name ends in, or the common one."""
+        value = self._config.get(key, 8)
+        for pattern, special in (self._config.get(patterns) or {}).items():
+            if self._matches(rf"(?:.*\.)?(?:{pattern})$", place, f"{patterns}: {pattern}"):
+                value = special
+                break
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+            raise self._refusal(f"{key} of {place} in {ADAPTER_CONFIG_NAME} is {value!r}, not a positive number")
+        return value
+
+    def _matches(self, pattern: str, place: str, what: str) -> bool:
+        try:
+            return regex.fullmatch(pattern, place, timeout=_PATTERN_SECONDS) is not None
+        except (regex.error, TimeoutError) as error:
+            raise self._refusal(
+                f"{what[:120]!r} in {ADAPTER_CONFIG_NAME} is not a pattern that can be matched in time"
+            ) from error
+
+    def _token_rows(self, place: str, tokens: Tensor, target: Tensor) -> tuple[int, ...]:
+        """The rows of an embedding that `trainable_token_indices` names."""
+        named = self._config.get("trainable_token_indices")
+        if isinstance(named, dict):
+            named = next((rows for name, rows in named.items() if _is_among(place, [name])), None)
+        if not isinstance(named, list) or not all(type(row) is int for row in named):
+            raise self._refusal(f"{tokens.name} replaces tokens that {ADAPTER_CONFIG_NAME} does not name")
+        if tokens.shape != (len(named), *target.shape[1:]) or len(target.shape) != 2:
+            raise self._misfit(tokens, target)
+        if outside := [row for row in named if not 0 <= row < target.shape[0]]:
+            raise self._refusal(
+                f"it is for another vocabulary: it changes token {outside[0]}, and {target.name} has {target.shape[0]}"
+            )
+        return tuple(named)
+
+    def _misfit(self, tensor: Tensor, target: Tensor, other: Tensor | None = None) -> CheckpointError:
+        """The error for a tensor, or a pair of factors, of another size than the base's."""
+        shape = tensor.shape if other is None else (*other.shape[:1], *tensor.shape[1:])
+        if _leaf(target.name.removesuffix(".weight")) in (*_EMBEDDINGS, *_HEADS):
+            if "lora_embedding_A" in tensor.name:
+                shape = shape[::-1]
+            return self._refusal(
+                f"it is for another vocabulary or size: its {tensor.name} is for {list(shape)}, and {target.name} is "
+                f"{list(target.shape)}; name the base that it was trained on, with its vocabulary"
+            )
+        return self._refusal(
+            f"it is for a model of another size: its {tensor.name} is for {list(shape)}, and {target.name} is "
+            f"{list(target.shape)}; name the base that it was trained on"
+        )
+
+    # Whether nothing was left out.
+
+    def _check_tied(self) -> None:
+        """Refuse a change of embeddings that the output head shares, unless the head is to follow it."""
+        config = self._base.config.get("text_config") or self._base.config
+        heads = [name for name in self._base.tensors if _leaf(name.removesuffix(".weight")) in _HEADS]
+        if heads and not config.get("tie_word_embeddings"):
+            return
+        changed = [name for name in self._changes if _leaf(name.removesuffix(".weight")) in _EMBEDDINGS]
+        head = self._tied_head or next((self._changes[name].whole for name in heads if name in self._changes), None)
+        for name in heads:
+            if name in self._changes and self._changes[name].whole is None:
+                raise self._refusal(f"it changes {name}, which the base shares with its embeddings")
+        if head is not None:
+            whole = self._changes[changed[0]].whole if changed else None
+            if whole is None or self._read(whole).shape != self._read(head).shape:
+                raise self._refusal(f"{head.name} is an output head, which the base shares with its embeddings")
+            if not torch.equal(self._read(whole), self._read(head)):
+                raise self._refusal(
+                    f"{head.name} and {whole.name} differ, and the base has one tensor for both (its "
+                    f"tie_word_embeddings); save the base with a head of its own"
+                )
+        elif changed and not self._config.get("ensure_weight_tying"):
+            change = self._changes[changed[0]]
+            if change.whole or change.product:
+                raise self._refusal(
+                    f"it changes {changed[0]} alone, which the base shares with its output head (tie_word_embeddings); "
+                    f"train it with ensure_weight_tying, or save the base with a head of its own"
+                )
+
+    def _check_asked_for(self, place: str, tensor: Tensor) -> None:
+        if not self._is_asked_for(place) and not _is_among(
+            f"{place}.weight", self._config.get("target_parameters") or ()
+        ):
+            raise self._refusal(f"{tensor.name} is not of a module that {ADAPTER_CONFIG_NAME} names as its target")
+
+    def _is_asked_for(self, place: str) -> bool:
+        """Whether the config asks for a module, by peft's rules."""
+        targets = self._config.get("target_modules")
+        for key in ("exclude_modules", "modules_to_save"):
+            names = self._config.get(key) or ()
+            if isinstance(names, str) and self._matches(names, place, key):
+                return False
+            if not isinstance(names, str) and _is_among(place, names):
+                return False
+        if isinstance(targets, str):
+            return targets == "all-linear" or self._matches(targets, place, "target_modules")
+        return bool(targets) and _is_among(place, targets or ())
+
+    def _check_complete(self, modules: Iterable[str]) -> None:
+        """Refuse an adapter that lacks modules which its config asks for; peft would leave those as they are.
+
+        Only stacks of layers that it touches are searched, since an adapter of a language model has none for the tower
+        that sees, and only layers that the model runs, not those for the prediction of further tokens.
+        """
+        # The stacks, and the wrappers around them as the adapter writes them.
+        stacks: dict[str | None, str] = {None: ""}
+        for place in modules:
+            name = _bare(place)
+            stacks |= {layer["stack"]: place[: len(place) - len(name)]} if (layer := _LAYER.fullmatch(name)) else {}
+        named, only = self._config.get("target_modules"), self._config.get("layers_to_transform")
+        only = [only] if isinstance(only, int) else only
+        # These are in every layer, or in none.
+        kinds = {
+            _NUMBER.sub("*", _bare(name))
+            for name, change in self._changes.items()
+            if change.product and (named == "all-linear" or change.product.num_experts > 1)
+        }
+        for name, (tensor, *_) in self._by_bare_name.items():
+            layer = _LAYER.fullmatch(name)
+            stack, number = (layer["stack"], int(layer["number"])) if layer else (None, 0)
+            if tensor.name in self._changes or stack not in stacks or number >= self._num_layers(stack):
+                continue
+            is_asked_for = _NUMBER.sub("*", name) in kinds or (
+                name.endswith(".weight")
+                and len(tensor.shape) == 2
+                and named != "all-linear"
+                and not (layer and only and number not in only)
+                and (layer is not None or not isinstance(named, str))
+                and self._is_asked_for(stacks[stack] + name.removesuffix(".weight"))
+            )
+            if is_asked_for:
+                raise self._refusal(
+                    f"it lacks weights for {tensor.name}, which its {ADAPTER_CONFIG_NAME} asks for; name the base that "
+                    f"it was trained on"
+                )
+
+    def _num_layers(self, stack: str | None) -> float:
+        config = self._base.config.get("text_config") or self._base.config
+        number = config.get("num_hidden_layers")
+        return number if stack == "layers" and isinstance(number, int) else math.inf
+
+    # The arithmetic.
+
+    def _read(self, tensor: Tensor) -> torch.Tensor:
+        """A tensor of the adapter, in float32 or its own larger dtype."""
+        with open_regular(self._weights) as file:
+            file.seek(tensor.start)
+            return _floats(file.read(tensor.num_bytes), tensor)
+
+    def _tiles(self, target: Tensor, change: _Change, read: Callable[[Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The new values of a tensor, in order and in its dtype, a few rows at a time."""
+        dtype = getattr(torch, TORCH_NAMES[target.dtype])
+        work = torch.promote_types(dtype, torch.float32)
+        matrices, shape = (target.shape[0], target.shape[1:]) if len(target.shape) == 3 else (1, target.shape)
+        num_rows = shape[0] if shape else 1
+        row = math.prod(shape[1:])
+        step = max(1, TILE // max(row, 1))
+        product = change.product
+        if product is not None and product.magnitude is not None and product.is_transposed:
+            # The norm of an output is that of a column.
+            step = num_rows
+        with self._base.open(target.file, target.start, target.stop) as file:
+            for matrix in range(matrices):
+                for first in range(0, num_rows, step):
+                    stop = min(first + step, num_rows)
+                    raw = file.read((stop - first) * row * dtype.itemsize)
+                    values = _floats(raw, target).to(work).reshape(stop - first, *shape[1:])
+                    if change.whole is not None:
+                        values = read(change.whole).to(dtype).to(work).reshape(target.shape)[first:stop]
+                    if product is not None:
+                        expert = product.expert if product.expert is not None else matrix
+                        values = _changed(values, product, expert, first, stop, lambda one: read(one).to(work))
+                    if change.addend is not None:
+                        addend, scale = change.addend
+                        values = values + read(addend).to(work)[first:stop].reshape(values.shape) * scale
+                    if change.rows is not None:
+                        tokens, rows = change.rows
+                        values = values.clone()
+                        for number, token in enumerate(rows):
+                            if first <= token < stop:
+                                values[token - first] = read(tokens)[number].to(work)
+                    yield values.to(dtype)
+
+
+def _changed(
+    values: torch.Tensor,
+    product: _Product,
+    expert: int,
+    first: int,
+    stop: int,
+    read: Callable[[Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Add s B A to rows of a matrix, and scale its outputs to DoRA's magnitudes."""
+    a, b = read(product.a), read(product.b)
+    if product.num_experts > 1:
+        # peft's order: in A the ranks of an expert follow each other, in B those of all experts alternate.
+        a = a.reshape(product.num_experts, -1, a.shape[-1])[expert]
+        b = b.reshape(b.shape[0], -1, product.num_experts)[:, :, expert]
+    if product.rows is not None:
+        b = b[product.rows[0] : product.rows[1]]
+    delta = (b @ a[:, first:stop]).T if product.is_transposed else b[first:stop] @ a
+    values = values + delta * product.scale
+    if product.magnitude is None:
+        return values
+    magnitude = read(product.magnitude).reshape(-1)
+    if product.is_transposed:
+        scales: torch.Tensor = magnitude / torch.linalg.norm(values.T, dim=1)
+    else:
+        scales = (magnitude[first:stop] / torch.linalg.norm(values, dim=1))[:, None]
+    return scales * values
+
+
+def _floats(raw: bytes, tensor: Tensor) -> torch.Tensor:
+    """Bytes of a tensor as a flat float32 tensor, or float64 if it is; whole tensors in their shape."""
+    values = torch.frombuffer(bytearray(raw), dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.reshape(tensor.shape) if values.numel() == tensor.num_parameters else values
+
+
+def _check_config(config: Mapping[str, Any], name: str) -> None:
+    """Refuse an adapter that is not a LoRA, or a variant whose result is not a sum of base and factors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"the adapter {name} is not a LoRA: peft_type in its {ADAPTER_CONFIG_NAME} is {kind!r}; only LORA can be "
+            f"merged exactly; merge it with peft, and name the merged model"
+        )
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise CheckpointError(
+                f"the adapter {name} cannot be merged: by {key} in its {ADAPTER_CONFIG_NAME} it {what}"
+            )
+    start = config.get("init_lora_weights", True)
+    if not any(start is known or (isinstance(start, str) and start == known) for known in _STARTS):
+        raise CheckpointError(
+            f"the adapter {name} cannot be merged: by init_lora_weights in its {ADAPTER_CONFIG_NAME}, {start!r}, it "
+            f"was trained on a changed base; convert it with peft's path_initial_model_for_weight_conversion"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not an object")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        names = config.get(key) or []
+        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not a list of names")
+
+
+def _parse(key: str) -> tuple[str, int, str | None]:
+    """Divide an adapter's key.
+
+    Returns:
+        The module that it belongs to, or the whole parameter that it replaces; how deep the module lies in others of
+        peft's; and the factor, None for a whole parameter.
+    """
+    place = _WRAPPED.sub("", key).removeprefix("module.")
+    while place.startswith("base_model.model."):
+        place = place.removeprefix("base_model.model.")
+    match = _FACTOR.fullmatch(place)
+    if match is None:
+        return _SAVED.sub("", place).replace(".base_layer.", "."), 0, None
+    module = match["module"].removesuffix(".token_adapter")
+    bare = module.removesuffix(".base_layer")
+    depth = 0
+    while bare != module:
+        depth, module, bare = depth + 1, bare, bare.removesuffix(".base_layer")
+    return module, depth, match["factor"] + (".bias" if match["leaf"] == "bias" else "")
+
+
+def _bare(name: str) -> str:
+    """A name without the wrappers of the model that it starts with."""
+    first, _, rest = name.partition(".")
+    while rest and first in _WRAPPERS:
+        name = rest
+        first, _, rest = name.partition(".")
+    return name
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _is_among(place: str, names: Sequence[str] | Iterable[str]) -> bool:
+    """Whether a module is one of those that a list names by their whole names or their ends."""
+    return any(place == name or place.endswith(f".{name}") for name in names)

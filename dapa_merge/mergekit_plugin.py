@@ -37,6 +37,7 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import BaseModel
 from transformers import AutoConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dapa_merge.checkpoint.convert import link_files, open_location
 from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
@@ -61,6 +62,8 @@ from dapa_merge.search.ladder import search_ladder
 # A box of a tensor in mergekit, and the regions of the same values in each model's files.
 EditedBox = tuple[Box, Mapping[str, Region]]
 _NUMBER = re.compile(r"\d+")
+# Tensors that transformers computes itself: frequencies of positions, and masks of attention.
+_CONSTANTS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 TORCH_DTYPES = {getattr(torch, name): dtype for dtype, name in TORCH_NAMES.items()}
 
 SPEC = MergeMethodSpec(
@@ -230,6 +233,7 @@ def _select(recipe: Recipe) -> _Selected:
     if cache := LoaderCache().lora_cache_dir:
         # mergekit, used from Python, has merged by now what was not lent to it.
         _lend_merged(recipe, Path(cache))
+    check_nothing_lost(ladder.models["target"])
     # Local models only: a commit on the Hub does not change, although the cached part of it may grow.
     local = [checkpoint for checkpoint in ladder.models.values() if checkpoint.commit is None]
     files = tuple(checkpoint.path(shard) for checkpoint in local for shard in checkpoint.shards)
@@ -392,6 +396,50 @@ def boxes_in_merge(plan: Plan, selection: Iterable[Unit]) -> dict[str, list[Edit
                 f"mergekit does not know the tensors of {unit} in {plan.target.name}; use `dapa-merge run`"
             )
     return _boxes(plan, units, found)
+
+
+def check_nothing_lost(target: Checkpoint) -> None:
+    """Refuse a target with tensors that mergekit would leave out, such as layers that predict further tokens.
+
+    Raises:
+        CheckpointError: If it has any, apart from constants that some old files hold.
+    """
+    try:
+        config = AutoConfig.from_pretrained(target.folder, trust_remote_code=False)
+    except Exception:
+        # Remote code: mergekit takes all tensors as they are named in the files.
+        return
+    if (defined := arch_info_for_config(config)) is not None:
+        weights = defined.all_weights(config)
+        written = {name for one in weights for name in (one.name, *(one.aliases or ()), *(one.tied_names or ()))}
+    elif (shapes := _model_shapes(config)) is not None:
+        written = set(shapes)
+    else:
+        return
+    lost = [
+        name
+        for name in target.tensors
+        if not name.endswith(_CONSTANTS) and not _names_in_memory(name, target) & written
+    ]
+    if lost:
+        raise CheckpointError(
+            f"mergekit would leave {len(lost)} of {len(target.tensors)} tensors of {target.name} out of its result, "
+            f"{lost[0]} the first; use `dapa-merge run`"
+        )
+
+
+def _names_in_memory(name: str, target: Checkpoint) -> set[str]:
+    """All names that transformers may give to a tensor of the files, or to what it makes of it and others."""
+    names = {name}
+    for transform in get_checkpoint_conversion_mapping(target.config.get("model_type")) or ():
+        for known in tuple(names):
+            renamed, pattern = transform.rename_source_key(known)
+            if pattern is None:
+                continue
+            first = transform.target_patterns[0] if transform.target_patterns else ""
+            # One tensor may become several, side by side.
+            names |= {renamed, *(renamed.replace(first, other, 1) for other in transform.target_patterns if first)}
+    return names
 
 
 def _boxes(plan: Plan, units: Iterable[Unit], twins: Mapping[Unit, Unit]) -> dict[str, list[EditedBox]]:

@@ -116,7 +116,7 @@ def test_the_language_towers_gates_are_transplanted_by_every_path(pair, write_re
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype="auto").eval()
         assert torch.equal(model(input_ids=ids).logits, logits)
     if name in LOST_BY_MERGEKIT:
-        with pytest.raises(DapaError, match=r"no definition of .*, and would leave .* out of its result"):
+        with pytest.raises(DapaError, match=r"would leave .* out of its result"):
             run_merge(configuration(target, source, layers="0,2"), str(tmp_path / "merged"), MergeOptions(quiet=True))
         assert not (tmp_path / "merged").exists()
     elif name not in NOT_BY_MERGEKIT:

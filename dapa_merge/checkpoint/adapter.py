@@ -25,7 +25,7 @@ import torch
 from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, open_regular
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor, read_header
 from dapa_merge.checkpoint.open import TILE, Checkpoint
-from dapa_merge.checkpoint.spelling import CONV1D
+from dapa_merge.checkpoint.spelling import CONV1D, EMBEDDINGS, FUSED_EXPERTS, HEADS, bare_name
 from dapa_merge.errors import CheckpointError
 
 # Settings that make the sum another one, and what they do.
@@ -50,16 +50,6 @@ _FACTOR = regex.compile(
     r"(?P<module>.+)\.(?P<factor>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     r"|trainable_tokens_delta)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
-# The adapter's names are those of modules, which one version of transformers puts into more wrappers than another, and
-# than the files.
-_WRAPPERS = ("model", "language_model", "transformer")
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-_HEADS = ("lm_head", "embed_out")
-# A tensor of all experts that transformers 5 makes of one per expert: the names in the files, whose rows are joined.
-_EXPERTS = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 _EXPERT = regex.compile(r"(?P<parent>.*\bexperts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.weight")
 _LAYER = regex.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 _NUMBER = regex.compile(r"\d+")
@@ -176,14 +166,14 @@ class Merge:
     def _by_bare_name(self) -> dict[str, list[Tensor]]:
         found: dict[str, list[Tensor]] = {}
         for tensor in self._base.tensors.values():
-            found.setdefault(_bare(tensor.name), []).append(tensor)
+            found.setdefault(bare_name(tensor.name), []).append(tensor)
         return found
 
     def _find(self, place: str) -> Tensor | None:
         """The base's tensor of a module's parameter; None if it has none."""
         if place in self._base.tensors:
             return self._base.tensors[place]
-        found = self._by_bare_name.get(_bare(place), [])
+        found = self._by_bare_name.get(bare_name(place), [])
         if len(found) > 1:
             raise self._refusal(f"{place} may be {found[0].name} or {found[1].name}")
         return found[0] if found else None
@@ -195,7 +185,7 @@ class Merge:
 
     def _replace(self, place: str, tensor: Tensor) -> None:
         target = self._find(place)
-        if target is None and _leaf(place.removesuffix(".weight")) in _HEADS:
+        if target is None and _leaf(place.removesuffix(".weight")) in HEADS:
             self._tied_head = tensor
             return
         if target is None:
@@ -209,7 +199,7 @@ class Merge:
         if (target := self._find(f"{place}.weight")) is None:
             if self._add_to_experts(place, depths):
                 return
-            if _leaf(place) in _HEADS:
+            if _leaf(place) in HEADS:
                 raise self._refusal(
                     f"{first.name} changes the output head, which the base shares with its embeddings; train it again "
                     f"without {_leaf(place)}, or save the base with a head of its own"
@@ -222,7 +212,9 @@ class Merge:
             self._change(target).rows = tokens, self._token_rows(place, tokens, target)
             if not factors:
                 return
-        self._check_asked_for(place, first)
+        by_parameter = _is_among(f"{place}.weight", self._config.get("target_parameters") or ())
+        if not by_parameter and not self._is_asked_for(place):
+            raise self._refusal(f"{first.name} is not of a module that {ADAPTER_CONFIG_NAME} names as its target")
         is_embedding = "lora_embedding_A" in factors
         a, b = (factors.pop(f"lora_{'embedding_' if is_embedding else ''}{one}", None) for one in "AB")
         if a is None or b is None:
@@ -230,12 +222,11 @@ class Merge:
         magnitude, bias = factors.pop("lora_magnitude_vector", None), factors.pop("lora_B.bias", None)
         if factors:
             raise self._refusal(f"{next(iter(factors.values())).name} is not a part of such a LoRA")
-        if (magnitude is None) == bool(self._config.get("use_dora")):
+        if (magnitude is None) == (use_dora := bool(self._config.get("use_dora"))):
+            has = "lacks" if use_dora else "has"
             raise self._refusal(
-                f"{a.name} {'lacks' if magnitude is None else 'has'} a magnitude vector, but use_dora in "
-                f"{ADAPTER_CONFIG_NAME} is {bool(self._config.get('use_dora'))}"
+                f"{a.name} {has} a magnitude vector, but use_dora in {ADAPTER_CONFIG_NAME} is {use_dora}"
             )
-        by_parameter = _is_among(f"{place}.weight", self._config.get("target_parameters") or ())
         transposed = self._is_transposed(a, b, target, is_embedding)
         scale = self._scale(f"{place}.weight" if by_parameter else place, a, 1)
         if magnitude is not None and magnitude.num_parameters != b.shape[0]:
@@ -264,7 +255,7 @@ class Merge:
         """Add a LoRA of `target_parameters`, for all experts at once; returns False if the base has none there."""
         named = tuple(self._config.get("target_parameters") or ())
         # peft wraps the parameters of a module one around the other, in the order in which the module has them.
-        leaves = [leaf for leaf in _EXPERTS if _is_among(f"{place}.{leaf}", named)]
+        leaves = [leaf for leaf in FUSED_EXPERTS if _is_among(f"{place}.{leaf}", named)]
         if not leaves:
             return False
         if len(leaves) != len(depths):
@@ -298,7 +289,7 @@ class Merge:
 
     def _add_to_each(self, place: str, leaf: str, a: Tensor, b: Tensor) -> bool:
         """Divide a LoRA of all experts among the base's tensors of single experts, if it has such."""
-        layer = _LAYER.fullmatch(_bare(place))
+        layer = _LAYER.fullmatch(bare_name(place))
         start = f"{layer['stack']}.{layer['number']}." if layer else ""
         # Mixtral's files have `block_sparse_moe` where transformers 5 has `mlp`.
         matches = [
@@ -306,7 +297,7 @@ class Merge:
         ]
         if len({match["parent"] for match in matches}) != 1:
             return False
-        for leaves in _EXPERTS[leaf]:
+        for leaves in FUSED_EXPERTS[leaf]:
             found = {
                 (int(match["number"]), match["leaf"]): match.string for match in matches if match["leaf"] in leaves
             }
@@ -382,7 +373,7 @@ class Merge:
     def _misfit(self, tensor: Tensor, target: Tensor, other: Tensor | None = None) -> CheckpointError:
         """The error for a tensor, or a pair of factors, of another size than the base's."""
         shape = tensor.shape if other is None else (*other.shape[:1], *tensor.shape[1:])
-        if _leaf(target.name.removesuffix(".weight")) in (*_EMBEDDINGS, *_HEADS):
+        if _leaf(target.name.removesuffix(".weight")) in (*EMBEDDINGS, *HEADS):
             if "lora_embedding_A" in tensor.name:
                 shape = shape[::-1]
             return self._refusal(
@@ -399,10 +390,10 @@ class Merge:
     def _check_tied(self) -> None:
         """Refuse a change of embeddings that the output head shares, unless the head is to follow it."""
         config = self._base.config.get("text_config") or self._base.config
-        heads = [name for name in self._base.tensors if _leaf(name.removesuffix(".weight")) in _HEADS]
+        heads = [name for name in self._base.tensors if _leaf(name.removesuffix(".weight")) in HEADS]
         if heads and not config.get("tie_word_embeddings"):
             return
-        changed = [name for name in self._changes if _leaf(name.removesuffix(".weight")) in _EMBEDDINGS]
+        changed = [name for name in self._changes if _leaf(name.removesuffix(".weight")) in EMBEDDINGS]
         head = self._tied_head or next((self._changes[name].whole for name in heads if name in self._changes), None)
         for name in heads:
             if name in self._changes and self._changes[name].whole is None:
@@ -424,12 +415,6 @@ class Merge:
                     f"train it with ensure_weight_tying, or save the base with a head of its own"
                 )
 
-    def _check_asked_for(self, place: str, tensor: Tensor) -> None:
-        if not self._is_asked_for(place) and not _is_among(
-            f"{place}.weight", self._config.get("target_parameters") or ()
-        ):
-            raise self._refusal(f"{tensor.name} is not of a module that {ADAPTER_CONFIG_NAME} names as its target")
-
     def _is_asked_for(self, place: str) -> bool:
         """Whether the config asks for a module, by peft's rules."""
         targets = self._config.get("target_modules")
@@ -450,41 +435,42 @@ class Merge:
         that sees, and only layers that the model runs, not those for the prediction of further tokens.
         """
         # The stacks, and the wrappers around them as the adapter writes them.
-        stacks: dict[str | None, str] = {None: ""}
+        stacks: dict[str | None, str] = {}
         for place in modules:
-            name = _bare(place)
-            stacks |= {layer["stack"]: place[: len(place) - len(name)]} if (layer := _LAYER.fullmatch(name)) else {}
+            if layer := _LAYER.fullmatch(name := bare_name(place)):
+                stacks[layer["stack"]] = place[: len(place) - len(name)]
         named, only = self._config.get("target_modules"), self._config.get("layers_to_transform")
         only = [only] if isinstance(only, int) else only
+        config = self._base.config.get("text_config") or self._base.config
         # These are in every layer, or in none.
         kinds = {
-            _NUMBER.sub("*", _bare(name))
+            _NUMBER.sub("*", bare_name(name))
             for name, change in self._changes.items()
             if change.product and (named == "all-linear" or change.product.num_experts > 1)
         }
         for name, (tensor, *_) in self._by_bare_name.items():
-            layer = _LAYER.fullmatch(name)
-            stack, number = (layer["stack"], int(layer["number"])) if layer else (None, 0)
-            if tensor.name in self._changes or stack not in stacks or number >= self._num_layers(stack):
+            place, layer = name.removesuffix(".weight"), _LAYER.fullmatch(name)
+            if tensor.name in self._changes or len(tensor.shape) < 2:
                 continue
-            is_asked_for = _NUMBER.sub("*", name) in kinds or (
-                name.endswith(".weight")
-                and len(tensor.shape) == 2
-                and named != "all-linear"
-                and not (layer and only and number not in only)
-                and (layer is not None or not isinstance(named, str))
-                and self._is_asked_for(stacks[stack] + name.removesuffix(".weight"))
-            )
-            if is_asked_for:
+            if layer is None:
+                is_missing = (
+                    _leaf(place) in (*EMBEDDINGS, *HEADS) and isinstance(named, list) and self._is_asked_for(place)
+                )
+            elif layer["stack"] not in stacks or (
+                layer["stack"] == "layers" and int(layer["number"]) >= config.get("num_hidden_layers", math.inf)
+            ):
+                continue
+            else:
+                is_missing = _NUMBER.sub("*", name) in kinds or (
+                    (place != name and named != "all-linear")
+                    and (not only or int(layer["number"]) in only)
+                    and self._is_asked_for(stacks[layer["stack"]] + place)
+                )
+            if is_missing:
                 raise self._refusal(
                     f"it lacks weights for {tensor.name}, which its {ADAPTER_CONFIG_NAME} asks for; name the base that "
                     f"it was trained on"
                 )
-
-    def _num_layers(self, stack: str | None) -> float:
-        config = self._base.config.get("text_config") or self._base.config
-        number = config.get("num_hidden_layers")
-        return number if stack == "layers" and isinstance(number, int) else math.inf
 
     # The arithmetic.
 
@@ -611,15 +597,6 @@ def _parse(key: str) -> tuple[str, int, str | None]:
     while bare != module:
         depth, module, bare = depth + 1, bare, bare.removesuffix(".base_layer")
     return module, depth, match["factor"] + (".bias" if match["leaf"] == "bias" else "")
-
-
-def _bare(name: str) -> str:
-    """A name without the wrappers of the model that it starts with."""
-    first, _, rest = name.partition(".")
-    while rest and first in _WRAPPERS:
-        name = rest
-        first, _, rest = name.partition(".")
-    return name
 
 
 def _leaf(name: str) -> str:

@@ -60,6 +60,15 @@ _HOLDS = {
 # (DeepSeek's latent attention; GPT-NeoX, BLOOM and Falcon; InternLM2.)
 # Models with `Conv1D`, whose weights are stored as [inputs, outputs].
 CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+HEADS = ("lm_head", "embed_out")
+# A tensor of all experts that transformers 5 makes of one per expert: the names in the files, whose rows are joined.
+FUSED_EXPERTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+# Modules around the language model: some versions of transformers have more of them than others, and than the files.
+_WRAPPERS = ("model", "language_model", "transformer")
 _NUMBER = re.compile(r"\d+")
 
 
@@ -103,6 +112,15 @@ class Mlp:
     weights: tuple[str, ...]
     biases: tuple[str | None, ...]
     is_routed: bool
+
+
+def bare_name(name: str) -> str:
+    """A tensor's or module's name without the wrappers that it starts with, such as `model.language_model`."""
+    first, _, rest = name.partition(".")
+    while rest and first in _WRAPPERS:
+        name = rest
+        first, _, rest = name.partition(".")
+    return name
 
 
 def spell(layers: Sequence[Shapes]) -> dict[str, Spelling]:

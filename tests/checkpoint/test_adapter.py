@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import change_tensor, save_random, tiny_llama
+from conftest import save_random, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, Phi3Config, Qwen2Config, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.location import Location
@@ -39,6 +50,19 @@ CONFIGS = {
         **SHAPE, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=3, num_experts_per_tok=2
     ),
 }
+IMAGE = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+)
+# Models that see, of which transformers 5 names the modules otherwise than the files do.
+SEEING = {
+    "llava": lambda: LlavaConfig(
+        text_config=LlamaConfig(**SHAPE), vision_config=CLIPVisionConfig(**IMAGE), image_token_index=150
+    ),
+    "gemma3": lambda: Gemma3Config(
+        text_config={**SHAPE, "head_dim": 8, "sliding_window": 16}, vision_config=IMAGE, mm_tokens_per_image=4,
+        image_token_index=149, boi_token_index=150, eoi_token_index=151,
+    ),
+}  # fmt: skip
 ATTENTION_AND_MLP = ["q_proj", "gate_proj", "down_proj"]
 # Architecture, dtype and settings of the adapter.
 EQUAL = {
@@ -49,7 +73,11 @@ EQUAL = {
     "all linear": ("llama", "bfloat16", dict(target_modules="all-linear")),
     "a pattern": ("llama", "bfloat16", dict(target_modules=r".*layers\.\d+\.mlp\.(up|down)_proj")),
     "some layers": ("llama", "bfloat16", dict(target_modules=["o_proj"], layers_to_transform=[1])),
-    "all but some": ("llama", "bfloat16", dict(target_modules=["q_proj"], exclude_modules=["layers.1.self_attn.q_proj"])),
+    "all but some": (
+        "llama",
+        "bfloat16",
+        dict(target_modules=["q_proj"], exclude_modules=["layers.1.self_attn.q_proj"]),
+    ),
     "stabilized ranks": ("llama", "bfloat16", dict(target_modules=["q_proj"], use_rslora=True)),
     "patterns of ranks": (
         "llama",
@@ -65,7 +93,11 @@ EQUAL = {
     "all biases": ("llama", "bfloat16", dict(target_modules=["q_proj"], bias="all")),
     "biases of LoRA": ("qwen2", "bfloat16", dict(target_modules=["q_proj", "o_proj"], bias="lora_only")),
     "biases in B": ("qwen2", "bfloat16", dict(target_modules=["q_proj", "v_proj"], lora_bias=True)),
-    "saved modules": ("llama", "bfloat16", dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])),
+    "saved modules": (
+        "llama",
+        "bfloat16",
+        dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"]),
+    ),
     "saved norms": ("llama", "bfloat16", dict(target_modules=["q_proj"], modules_to_save=["input_layernorm"])),
     "single tokens": ("llama", "bfloat16", dict(target_modules=["q_proj"], trainable_token_indices=[3, 1, 150])),
     "single tokens, tied": ("tied", "bfloat16", dict(target_modules=["q_proj"], trainable_token_indices=[3, 1])),
@@ -92,7 +124,17 @@ ROUNDED_TWICE = {
 }
 
 
-def save_base(folder: Path, kind: str, dtype: str) -> Path:
+def loader_of(base: Path):
+    seeing = json.loads((base / "config.json").read_text())["model_type"] in SEEING
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+
+
+def save_base(folder: Path, kind: str, dtype: str = "bfloat16") -> Path:
+    if kind in SEEING:
+        torch.manual_seed(1)
+        model = AutoModelForImageTextToText.from_config(SEEING[kind]()).to(getattr(torch, dtype))
+        model.save_pretrained(folder, max_shard_size="60KB")
+        return folder
     return save_random(folder, CONFIGS[kind](), seed=1, dtype=getattr(torch, dtype))
 
 
@@ -100,7 +142,7 @@ def save_adapter(base: Path, folder: Path, seed: int = 5, **settings) -> Path:
     """An adapter of random values, as after training."""
     torch.manual_seed(seed)
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, **settings})
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), config)
+    model = get_peft_model(loader_of(base).from_pretrained(base, dtype="auto"), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -114,14 +156,14 @@ def merged(base: Path, adapter: Path) -> Checkpoint:
 
 
 def by_peft(base: Path, adapter: Path, dtype: str = "auto") -> dict[str, torch.Tensor]:
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
+    model = PeftModel.from_pretrained(loader_of(base).from_pretrained(base, dtype=dtype), adapter)
     return model.merge_and_unload().state_dict()
 
 
 def assert_merged_as_by_peft(base: Path, adapter: Path, dtype: str = "auto") -> None:
     """Compare tensors as transformers loads them; `dtype` is that of the base when peft merges."""
-    ours = AutoModelForCausalLM.from_pretrained(merged(base, adapter).folder, dtype="auto").state_dict()
-    before = AutoModelForCausalLM.from_pretrained(base, dtype="auto").state_dict()
+    ours = loader_of(base).from_pretrained(merged(base, adapter).folder, dtype="auto").state_dict()
+    before = loader_of(base).from_pretrained(base, dtype="auto").state_dict()
     theirs = by_peft(base, adapter, dtype)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -144,3 +186,28 @@ def test_a_merge_is_rounded_once_where_peft_rounds_twice(tmp_path, how):
     base = save_base(tmp_path / "base", kind, dtype)
     adapter = save_adapter(base, tmp_path / "adapter", **settings)
     assert_merged_as_by_peft(base, adapter, "float32")
+
+
+@pytest.mark.parametrize("kind", SEEING)
+def test_an_adapter_of_a_model_that_sees_changes_its_towers_under_the_names_of_the_files(tmp_path, kind):
+    base = save_base(tmp_path / "base", kind)
+    names = {name.partition(".")[0] for name in open_checkpoint(str(base)).tensors}
+    assert "language_model" in names
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj", "fc1"])
+    assert_merged_as_by_peft(base, adapter)
+    # As trained on the language model alone, whose modules have fewer wrappers.
+    text = {
+        name.replace("model.language_model.", "model."): value
+        for name, value in load_file(adapter / "adapter_model.safetensors").items()
+        if "language_model" in name
+    }
+    save_file(text, adapter / "adapter_model.safetensors")
+    before, after = open_checkpoint(str(base)), merged(base, adapter)
+    changed = {name for name, tensor in before.tensors.items() if value_of(before, name) != value_of(after, name)}
+    assert changed == {
+        name for name in before.tensors if "language_model" in name and ("q_proj" in name or "up_proj" in name)
+    }
+
+
+def value_of(checkpoint: Checkpoint, name: str) -> bytes:
+    return read_bytes(checkpoint, checkpoint.tensors[name])

@@ -12,6 +12,7 @@ trained (fused or split projections, except experts).
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,24 +25,11 @@ import torch
 
 from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, open_regular
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor, read_header
-from dapa_merge.checkpoint.open import TILE, Checkpoint
+from dapa_merge.checkpoint.open import TILE, Checkpoint, iterate_bytes
 from dapa_merge.checkpoint.spelling import CONV1D, EMBEDDINGS, FUSED_EXPERTS, HEADS, bare_name
 from dapa_merge.errors import CheckpointError
 
-# Settings that make the sum another one, and what they do.
-_REFUSED = {
-    "layer_replication": "repeats layers of its base",
-    "megatron_config": "is split over devices by Megatron",
-    "alora_invocation_tokens": "acts only after certain tokens (aLoRA)",
-    "arrow_config": "chooses among adapters for each token (Arrow)",
-    "use_bdlora": "has block-diagonal factors (BD-LoRA)",
-    "use_qalora": "is for quantized groups of inputs (QALoRA)",
-    "velora_config": "is a VeLoRA",
-    "monteclora_config": "samples its factors (MonteCLoRA)",
-    "kasa_config": "cuts singular values out of its base (KaSA)",
-}
-# How factors may start without changing the base. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_ALL = "all-linear"
 # What wrappers of trainers put into names.
 _WRAPPED = regex.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _SAVED = regex.compile(r"\.modules_to_save(?:\.default)?(?=\.)")
@@ -104,15 +92,14 @@ class Merge:
 
         Args:
             base: The model.
-            config: The adapter's `adapter_config.json`.
+            config: The adapter's `adapter_config.json`, checked to be that of a LoRA.
             weights: Its safetensors.
             name: The adapter, in messages.
 
         Raises:
-            CheckpointError: If it is not a LoRA adapter, or cannot be merged exactly into this base.
+            CheckpointError: If it cannot be merged exactly into this base.
         """
         self._base, self._config, self._weights, self._name = base, config, weights, name
-        _check_config(config, name)
         self._changes: dict[str, _Change] = {}
         # An output head for a base that has none of its own.
         self._tied_head: Tensor | None = None
@@ -178,38 +165,39 @@ class Merge:
             raise self._refusal(f"{place} may be {found[0].name} or {found[1].name}")
         return found[0] if found else None
 
-    def _change(self, target: Tensor) -> _Change:
+    def _set(self, target: Tensor, step: str, value: object) -> None:
+        """Add a step to what becomes of a tensor of the base."""
+        change = self._changes.setdefault(target.name, _Change())
         if target.dtype not in TORCH_NAMES:
             raise self._refusal(f"{target.name} is {target.dtype}, and only float tensors can be changed")
-        return self._changes.setdefault(target.name, _Change())
+        if getattr(change, step) is not None:
+            raise self._refusal(f"several of its tensors are for {target.name}")
+        setattr(change, step, value)
 
     def _replace(self, place: str, tensor: Tensor) -> None:
-        target = self._find(place)
-        if target is None and _leaf(place.removesuffix(".weight")) in HEADS:
-            self._tied_head = tensor
-            return
-        if target is None:
-            raise self._refusal(f"{tensor.name} has no counterpart there; name the base that it was trained on")
+        if (target := self._find(place)) is None:
+            return self._set_aside(place, tensor)
         if tensor.shape != target.shape:
             raise self._misfit(tensor, target)
-        self._change(target).whole = tensor
+        self._set(target, "whole", tensor)
+
+    def _set_aside(self, place: str, tensor: Tensor) -> None:
+        """Keep what is for an output head that the base may share with its embeddings; nothing else may be left."""
+        if _leaf(place) not in HEADS:
+            raise self._refusal(f"{tensor.name} has no counterpart there; name the base that it was trained on")
+        self._tied_head = tensor
 
     def _add(self, place: str, depths: Mapping[int, dict[str, Tensor]]) -> None:
         first = next(iter(depths[min(depths)].values()))
         if (target := self._find(f"{place}.weight")) is None:
             if self._add_to_experts(place, depths):
-                return
-            if _leaf(place) in HEADS:
-                raise self._refusal(
-                    f"{first.name} changes the output head, which the base shares with its embeddings; train it again "
-                    f"without {_leaf(place)}, or save the base with a head of its own"
-                )
-            raise self._refusal(f"{first.name} has no counterpart there; name the base that it was trained on")
+                return None
+            return self._set_aside(place, first)
         if len(depths) > 1:
             raise self._refusal(f"{first.name} is one of {len(depths)} changes of the same tensor")
         (factors,) = map(dict, depths.values())
         if tokens := factors.pop("trainable_tokens_delta", None):
-            self._change(target).rows = tokens, self._token_rows(place, tokens, target)
+            self._set(target, "rows", (tokens, self._token_rows(place, tokens, target)))
             if not factors:
                 return
         by_parameter = _is_among(f"{place}.weight", self._config.get("target_parameters") or ())
@@ -231,13 +219,13 @@ class Merge:
         scale = self._scale(f"{place}.weight" if by_parameter else place, a, 1)
         if magnitude is not None and magnitude.num_parameters != b.shape[0]:
             raise self._misfit(magnitude, target)
-        self._change(target).product = _Product(a, b, scale, transposed, magnitude)
+        self._set(target, "product", _Product(a, b, scale, transposed, magnitude))
         if bias is not None:
             if (other := self._find(f"{place}.bias")) is None:
                 raise self._refusal(f"{bias.name} has no counterpart there: {target.name} has no bias")
             if bias.shape != other.shape:
                 raise self._misfit(bias, other)
-            self._change(other).addend = bias, scale
+            self._set(other, "addend", (bias, scale))
 
     def _is_transposed(self, a: Tensor, b: Tensor, target: Tensor, is_embedding: bool) -> bool:
         if len(a.shape) != 2 or len(b.shape) != 2 or len(target.shape) != 2 or a.shape[0] != b.shape[1]:
@@ -285,7 +273,7 @@ class Merge:
             raise self._refusal(f"{a.name} is for square matrices, {list(module)}, which may be stored either way")
         scale = self._scale(place, a, num_experts := target.shape[0])
         is_transposed = target.shape[1:] != module
-        self._change(target).product = _Product(a, b, scale, is_transposed, num_experts=num_experts)
+        self._set(target, "product", _Product(a, b, scale, is_transposed, num_experts=num_experts))
 
     def _add_to_each(self, place: str, leaf: str, a: Tensor, b: Tensor) -> bool:
         """Divide a LoRA of all experts among the base's tensors of single experts, if it has such."""
@@ -315,9 +303,8 @@ class Merge:
                     if target.shape[1:] != a.shape[1:] or rows[1] > b.shape[0]:
                         raise self._misfit(a, target, b)
                     position = rows[1]
-                    self._change(target).product = _Product(
-                        a, b, scale, num_experts=num_experts, expert=number, rows=rows
-                    )
+                    product = _Product(a, b, scale, num_experts=num_experts, expert=number, rows=rows)
+                    self._set(target, "product", product)
                 if position != b.shape[0]:
                     raise self._refusal(f"{b.name} has {b.shape[0]} outputs, and an expert of the base {position}")
             return True
@@ -343,8 +330,10 @@ class Merge:
             if self._matches(rf"(?:.*\.)?(?:{pattern})$", place, f"{patterns}: {pattern}"):
                 value = special
                 break
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            raise self._refusal(f"{key} of {place} in {ADAPTER_CONFIG_NAME} is {value!r}, not a positive number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not value:
+            raise self._refusal(
+                f"{key} of {place} in {ADAPTER_CONFIG_NAME} is {value!r}, which is not a number, or zero"
+            )
         return value
 
     def _matches(self, pattern: str, place: str, what: str) -> bool:
@@ -373,7 +362,7 @@ class Merge:
     def _misfit(self, tensor: Tensor, target: Tensor, other: Tensor | None = None) -> CheckpointError:
         """The error for a tensor, or a pair of factors, of another size than the base's."""
         shape = tensor.shape if other is None else (*other.shape[:1], *tensor.shape[1:])
-        if _leaf(target.name.removesuffix(".weight")) in (*EMBEDDINGS, *HEADS):
+        if _leaf(target.name) in (*EMBEDDINGS, *HEADS):
             if "lora_embedding_A" in tensor.name:
                 shape = shape[::-1]
             return self._refusal(
@@ -388,44 +377,56 @@ class Merge:
     # Whether nothing was left out.
 
     def _check_tied(self) -> None:
-        """Refuse a change of embeddings that the output head shares, unless the head is to follow it."""
-        config = self._base.config.get("text_config") or self._base.config
-        heads = [name for name in self._base.tensors if _leaf(name.removesuffix(".weight")) in HEADS]
-        if heads and not config.get("tie_word_embeddings"):
+        """Refuse a change of the embeddings or the output head alone where the base has one tensor for both."""
+        heads = [name for name in self._base.tensors if _leaf(name) in HEADS]
+        embedding = next((change for name, change in self._changes.items() if _leaf(name) in EMBEDDINGS), None)
+        head = next((self._changes[name] for name in heads if name in self._changes), None)
+        if self._tied_head:
+            head = _Change(whole=self._tied_head)
+        if (head is None and embedding is None) or (heads and not self._is_tied(heads[0])):
             return
-        changed = [name for name in self._changes if _leaf(name.removesuffix(".weight")) in EMBEDDINGS]
-        head = self._tied_head or next((self._changes[name].whole for name in heads if name in self._changes), None)
-        for name in heads:
-            if name in self._changes and self._changes[name].whole is None:
-                raise self._refusal(f"it changes {name}, which the base shares with its embeddings")
-        if head is not None:
-            whole = self._changes[changed[0]].whole if changed else None
-            if whole is None or self._read(whole).shape != self._read(head).shape:
-                raise self._refusal(f"{head.name} is an output head, which the base shares with its embeddings")
-            if not torch.equal(self._read(whole), self._read(head)):
-                raise self._refusal(
-                    f"{head.name} and {whole.name} differ, and the base has one tensor for both (its "
-                    f"tie_word_embeddings); save the base with a head of its own"
-                )
-        elif changed and not self._config.get("ensure_weight_tying"):
-            change = self._changes[changed[0]]
-            if change.whole or change.product:
-                raise self._refusal(
-                    f"it changes {changed[0]} alone, which the base shares with its output head (tie_word_embeddings); "
-                    f"train it with ensure_weight_tying, or save the base with a head of its own"
-                )
+        if head is None and embedding is not None and not heads:
+            # peft puts single tokens into both.
+            if self._config.get("ensure_weight_tying") or not (embedding.whole or embedding.product):
+                return
+        elif (
+            (head and embedding and head.whole and embedding.whole)
+            and not (head.product or embedding.product)
+            and torch.equal(self._read(head.whole), self._read(embedding.whole))
+        ):
+            return
+        raise self._refusal(
+            "it changes the embeddings and the output head apart, and the base has one tensor for both "
+            "(tie_word_embeddings); save the base with a head of its own, or train with ensure_weight_tying"
+        )
+
+    def _is_tied(self, head: str) -> bool:
+        """Whether a base that has an output head of its own replaces it by its embeddings."""
+        for config in (self._base.config, self._base.config.get("text_config")):
+            if isinstance(config, dict) and config.get("tie_word_embeddings") is not None:
+                return bool(config["tie_word_embeddings"])
+        # Some architectures do without being told; their files have it twice.
+        embeddings = (tensor for name, tensor in self._base.tensors.items() if _leaf(name) in EMBEDDINGS)
+        ours = self._base.tensors[head]
+        return any(
+            one.num_bytes == ours.num_bytes
+            and all(map(operator.eq, iterate_bytes(self._base, one), iterate_bytes(self._base, ours)))
+            for one in embeddings
+        )
 
     def _is_asked_for(self, place: str) -> bool:
         """Whether the config asks for a module, by peft's rules."""
         targets = self._config.get("target_modules")
-        for key in ("exclude_modules", "modules_to_save"):
-            names = self._config.get(key) or ()
-            if isinstance(names, str) and self._matches(names, place, key):
+        excluded = self._config.get("exclude_modules") or ()
+        if isinstance(excluded, str):
+            if self._matches(excluded, place, "exclude_modules"):
                 return False
-            if not isinstance(names, str) and _is_among(place, names):
-                return False
+        elif _is_among(place, excluded):
+            return False
+        if any(f".{name}." in f".{place}." for name in self._config.get("modules_to_save") or ()):
+            return False
         if isinstance(targets, str):
-            return targets == "all-linear" or self._matches(targets, place, "target_modules")
+            return targets == _ALL or self._matches(targets, place, "target_modules")
         return bool(targets) and _is_among(place, targets or ())
 
     def _check_complete(self, modules: Iterable[str]) -> None:
@@ -441,12 +442,14 @@ class Merge:
                 stacks[layer["stack"]] = place[: len(place) - len(name)]
         named, only = self._config.get("target_modules"), self._config.get("layers_to_transform")
         only = [only] if isinstance(only, int) else only
-        config = self._base.config.get("text_config") or self._base.config
+        config = self._base.config.get("text_config")
+        num_layers = (config if isinstance(config, dict) else self._base.config).get("num_hidden_layers")
+        num_layers = num_layers if isinstance(num_layers, int) else math.inf
         # These are in every layer, or in none.
         kinds = {
             _NUMBER.sub("*", bare_name(name))
             for name, change in self._changes.items()
-            if change.product and (named == "all-linear" or change.product.num_experts > 1)
+            if change.product and (named == _ALL or change.product.num_experts > 1)
         }
         for name, (tensor, *_) in self._by_bare_name.items():
             place, layer = name.removesuffix(".weight"), _LAYER.fullmatch(name)
@@ -456,13 +459,11 @@ class Merge:
                 is_missing = (
                     _leaf(place) in (*EMBEDDINGS, *HEADS) and isinstance(named, list) and self._is_asked_for(place)
                 )
-            elif layer["stack"] not in stacks or (
-                layer["stack"] == "layers" and int(layer["number"]) >= config.get("num_hidden_layers", math.inf)
-            ):
+            elif layer["stack"] not in stacks or (layer["stack"] == "layers" and int(layer["number"]) >= num_layers):
                 continue
             else:
                 is_missing = _NUMBER.sub("*", name) in kinds or (
-                    (place != name and named != "all-linear")
+                    (place != name and named != _ALL)
                     and (not only or int(layer["number"]) in only)
                     and self._is_asked_for(stacks[layer["stack"]] + place)
                 )
@@ -550,34 +551,6 @@ def _floats(raw: bytes, tensor: Tensor) -> torch.Tensor:
     return values.reshape(tensor.shape) if values.numel() == tensor.num_parameters else values
 
 
-def _check_config(config: Mapping[str, Any], name: str) -> None:
-    """Refuse an adapter that is not a LoRA, or a variant whose result is not a sum of base and factors."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"the adapter {name} is not a LoRA: peft_type in its {ADAPTER_CONFIG_NAME} is {kind!r}; only LORA can be "
-            f"merged exactly; merge it with peft, and name the merged model"
-        )
-    for key, what in _REFUSED.items():
-        if config.get(key):
-            raise CheckpointError(
-                f"the adapter {name} cannot be merged: by {key} in its {ADAPTER_CONFIG_NAME} it {what}"
-            )
-    start = config.get("init_lora_weights", True)
-    if not any(start is known or (isinstance(start, str) and start == known) for known in _STARTS):
-        raise CheckpointError(
-            f"the adapter {name} cannot be merged: by init_lora_weights in its {ADAPTER_CONFIG_NAME}, {start!r}, it "
-            f"was trained on a changed base; convert it with peft's path_initial_model_for_weight_conversion"
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not an object")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        names = config.get(key) or []
-        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
-            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not a list of names")
-
-
 def _parse(key: str) -> tuple[str, int, str | None]:
     """Divide an adapter's key.
 
@@ -600,7 +573,8 @@ def _parse(key: str) -> tuple[str, int, str | None]:
 
 
 def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
+    """The last part of a module's name, or of that of its weight."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _is_among(place: str, names: Sequence[str] | Iterable[str]) -> bool:

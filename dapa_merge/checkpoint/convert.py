@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +156,29 @@ def open_location(location: Location, *, partial: bool = False, allow_pickle: bo
 # Prefixes and suffixes of tokenizer file names.
 _TOKENIZER_STARTS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _TOKENIZER_ENDS = (".model", ".tiktoken", ".jinja")
+# Settings that make the sum another one, and what they do.
+_REFUSED = {
+    "layer_replication": "repeats layers of its base",
+    "megatron_config": "is split over devices by Megatron",
+    "alora_invocation_tokens": "acts only after certain tokens (aLoRA)",
+    "arrow_config": "chooses among adapters for each token (Arrow)",
+    "use_bdlora": "has block-diagonal factors (BD-LoRA)",
+    "use_qalora": "is for quantized groups of inputs (QALoRA)",
+    "velora_config": "is a VeLoRA",
+    "monteclora_config": "samples its factors (MonteCLoRA)",
+    "kasa_config": "cuts singular values out of its base (KaSA)",
+}
+# How factors may start without changing the base. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# Settings that are followed, or that change nothing in a merge. Others may be of a newer peft.
+_KNOWN = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config",
+    "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    "use_dora", "use_rslora",
+)  # fmt: skip
 # Changed whenever the same adapter would be merged to other values.
 _MERGE_VERSION = 1
 
@@ -175,8 +198,9 @@ def open_merged(base: Location, adapter: Location, *, allow_pickle: bool = False
         DapaError: If either cannot be opened, or the cache cannot be written.
     """
     adapter_folder, weights, adapter_commit = _open_adapter(adapter, allow_pickle)
-    model = open_model(base.path, base.revision, allow_pickle=allow_pickle)
     config = read_json(adapter_folder / ADAPTER_CONFIG_NAME)
+    _check_adapter(config, str(adapter))
+    model = open_model(base.path, base.revision, allow_pickle=allow_pickle)
 
     def make(folder: Path) -> None:
         # torch is slow to import, and only an adapter needs it here.
@@ -218,6 +242,39 @@ def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, Path, st
         converted = derived_folder("converted", stamps([path]), lambda to: _write(_load(path), to / ADAPTER_NAMES[0]))
         path = converted / ADAPTER_NAMES[0]
     return folder, path, commit
+
+
+def _check_adapter(config: Mapping[str, Any], name: str) -> None:
+    """Refuse an adapter that is not a LoRA, or a variant whose result is not a sum of base and factors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"the adapter {name} is not a LoRA: peft_type in its {ADAPTER_CONFIG_NAME} is {kind!r}; only LORA can be "
+            f"merged exactly; merge it with peft, and name the merged model"
+        )
+    for key, what in _REFUSED.items():
+        if config.get(key):
+            raise CheckpointError(
+                f"the adapter {name} cannot be merged: by {key} in its {ADAPTER_CONFIG_NAME} it {what}"
+            )
+    if unknown := [key for key, value in config.items() if value and key not in (*_KNOWN, *_REFUSED)]:
+        raise CheckpointError(
+            f"the adapter {name} cannot be merged: {unknown[0][:60]!r} in its {ADAPTER_CONFIG_NAME} is not a known "
+            f"setting of LoRA; merge it with peft, and name the merged model"
+        )
+    start = config.get("init_lora_weights", True)
+    if not any(start is known or (isinstance(start, str) and start == known) for known in _STARTS):
+        raise CheckpointError(
+            f"the adapter {name} cannot be merged: by init_lora_weights in its {ADAPTER_CONFIG_NAME}, {start!r}, it "
+            f"was trained on a changed base; convert it with peft's path_initial_model_for_weight_conversion"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not an object")
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        names = config.get(key) or []
+        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not a list of names")
 
 
 def _add_other_files(base: Checkpoint, adapter: Path, folder: Path, written: Collection[str]) -> None:

@@ -61,7 +61,7 @@ _HOLDS = {
 # Models with `Conv1D`, whose weights are stored as [inputs, outputs].
 CONV1D = ("clvp", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out", "output", "output_layer")
 # A tensor of all experts that transformers 5 makes of one per expert: the names in the files, whose rows are joined.
 FUSED_EXPERTS = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from conftest import answer, call, save_random, tiny_llama
+from conftest import answer, call, change_tensor, save_random, tiny_llama
 from hub_server import SHA, hub
+from mergekit.common import ModelReference
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -172,9 +173,10 @@ FAULTS = {
     "config is no JSON": "adapter_config.json is not JSON",
     "cut off": "adapter_model.safetensors is truncated",
     "pickled": "has pickled weights only, which can run code when loaded",
-    "other modules": "mergekit cannot merge",
-    "other layers": "the adapter lacks weights that its adapter_config.json asks for in this base",
-    "other size": "mergekit cannot merge",
+    "other modules": "down_proj.lora_A.weight is not of a module that adapter_config.json names",
+    "other layers": "layers.9.mlp.down_proj.lora_A.weight has no counterpart there",
+    "other size": "for a model of another size: its base_model.model.model.layers.0.mlp.down_proj.lora_A.weight is for "
+    "[7, 7], and model.layers.0.mlp.down_proj.weight is [32, 48]",
 }
 
 
@@ -208,6 +210,43 @@ def test_mergekit_without_a_place_to_merge_in_is_one_sentence(trio, write_recipe
     assert "name a folder with --lora-merge-cache to merge it in" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_mergekit_does_not_use_a_merge_of_its_own(trio, write_recipe, tmp_path):
+    base, adapter, source = trio
+    recipe, cache = write_recipe(f"{base}+{adapter}", source, layers=1), tmp_path / "merged"
+    ModelReference.parse(f"{base}+{adapter}").merged(cache_dir=str(cache))
+    (merge,) = cache.iterdir()
+    change_tensor(merge, "model.norm.weight", lambda tensor: tensor.add_(1))
+    done = warm.run([*MERGEKIT, recipe, tmp_path / "out", "--lora-merge-cache", cache])
+    assert done.returncode == 2
+    assert f"{merge} holds another merge of {base}+{adapter}" in done.stderr
+    done = warm.run([*MERGEKIT, recipe, tmp_path / "out", "--lora-merge-cache", cache, "--lora-merge-dtype", "float16"])
+    assert done.returncode == 2
+    assert "--lora-merge-dtype" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_mergekit_refuses_a_base_of_which_it_would_lose_tensors_and_run_keeps_them(trio, write_recipe, tmp_path):
+    base, adapter, source = trio
+    base = shutil.copytree(base, tmp_path / "base")
+    index = base / "model.safetensors.index.json"
+    owners = json.loads(index.read_text())
+    save_file({"mtp.layers.0.mlp.gate_proj.weight": torch.ones(48, 32)}, base / "mtp.safetensors")
+    owners["weight_map"]["mtp.layers.0.mlp.gate_proj.weight"] = "mtp.safetensors"
+    index.write_text(json.dumps(owners))
+    (base / "LICENSE").write_text("as it was")
+    recipe = write_recipe(f"{base}+{adapter}", source, layers=1)
+    done = warm.run([*MERGEKIT, recipe, tmp_path / "theirs", "--lora-merge-cache", tmp_path / "merged"])
+    assert done.returncode == 4
+    assert "mergekit would leave 1 of 40 tensors" in done.stderr
+    assert "mtp.layers.0.mlp.gate_proj.weight" in done.stderr
+    assert not (tmp_path / "theirs").exists()
+    answer("run", recipe, tmp_path / "ours", "--no-evaluate", "--json")
+    assert open_checkpoint(str(tmp_path / "ours")).tensors.keys() == open_checkpoint(str(base)).tensors.keys()
+    assert (tmp_path / "ours" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert (tmp_path / "ours" / "LICENSE").read_text() == "as it was"
+    assert answer("verify", tmp_path / "ours", "--json")["correct"]
 
 
 def test_an_adapter_from_the_hub_is_pinned_to_its_commit(trio, write_recipe, tmp_path, call_at_hub):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.options import MergeOptions
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +89,27 @@ def test_a_layer_outside_the_model_is_refused_before_anything_is_written(llama_p
     target = shutil.copytree(llama_pair[0], tmp_path / "target")
     with pytest.raises(DapaError, match="layers: layer 4 is outside the target, which has layers 0 to 3"):
         run_merge(configuration(target, llama_pair[1], layers="4"), str(tmp_path / "out"), MergeOptions(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_of_which_mergekit_would_lose_tensors_is_refused_before_anything_is_written(
+    llama_pair, write_recipe, tmp_path
+):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    # As the published files of models that predict several tokens at once.
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    extra = {f"{place}.mlp.up_proj.weight": torch.ones(4, 4) for place in ("model.layers.4", "mtp.layers.0")}
+    save_file(extra, target / "mtp.safetensors")
+    index = target / "model.safetensors.index.json"
+    owners = json.loads(index.read_text())
+    owners["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
+    index.write_text(json.dumps(owners))
+    result = mergekit_yaml(write_recipe(target, llama_pair[1], layers=1), tmp_path / "out")
+    assert result.returncode == 4
+    assert f"would leave 2 of {len(owners['weight_map'])} tensors of {target}" in result.stderr
+    assert min(extra) in result.stderr
+    assert "use `dapa-merge run`" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

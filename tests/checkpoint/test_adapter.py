@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import shutil
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import save_random, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,9 +30,11 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.convert import _KNOWN, _REFUSED, _STARTS, open_location
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
+from dapa_merge.checkpoint.spelling import CONV1D
+from dapa_merge.errors import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -211,3 +219,259 @@ def test_an_adapter_of_a_model_that_sees_changes_its_towers_under_the_names_of_t
 
 def value_of(checkpoint: Checkpoint, name: str) -> bytes:
     return read_bytes(checkpoint, checkpoint.tensors[name])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    """A base and an adapter for it, which nobody changes."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = save_base(folder / "base", "llama")
+    return base, save_adapter(base, folder / "adapter", target_modules=["q_proj", "down_proj"])
+
+
+def edit(adapter: Path, folder: Path, tensors: Callable[[dict], dict] = dict, **settings) -> Path:
+    """A copy of an adapter with other tensors and settings."""
+    shutil.copytree(adapter, folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file(tensors(load_file(weights)), weights)
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    return folder
+
+
+def test_all_but_the_changed_values_is_the_bases_bit_for_bit(pair, tmp_path):
+    base, adapter = shutil.copytree(pair[0], tmp_path / "base"), pair[1]
+    config = json.loads((base / "config.json").read_text())
+    # As older versions of transformers, and other programs, write and read it.
+    config |= {"rope_theta": 5e5, "rope_scaling": None, "num_nextn_predict_layers": 1}
+    del config["rope_parameters"]
+    (base / "config.json").write_text(json.dumps(config))
+    for name in ("LICENSE", "NOTICE", "USE_POLICY.md", "preprocessor_config.json", "processor_config.json"):
+        (base / name).write_text(f"{{}} {name}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    index = base / "model.safetensors.index.json"
+    owners = json.loads(index.read_text())
+    extra = {
+        "mtp.layers.0.self_attn.q_proj.weight": torch.ones(4, 4),
+        "model.layers.2.mlp.down_proj.weight": torch.ones(4),
+    }
+    save_file(extra, base / "mtp.safetensors")
+    owners["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
+    index.write_text(json.dumps(owners))
+    before, after = open_checkpoint(str(base)), merged(base, adapter)
+    for path in filter(Path.is_file, base.rglob("*")):
+        if path.suffix != ".safetensors":
+            assert (after.folder / path.relative_to(base)).read_bytes() == path.read_bytes()
+    assert after.tensors == before.tensors
+    assert after.shards == before.shards
+    changed = {name for name in before.tensors if value_of(before, name) != value_of(after, name)}
+    assert changed == {
+        f"model.layers.{n}.{kind}.weight" for n in (0, 1) for kind in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert {path.name for path in after.folder.iterdir()} == {path.name for path in base.iterdir()}
+    # Whole files that stay take no place.
+    untouched = set(before.shards) - {before.tensors[name].file for name in changed}
+    assert untouched
+    assert all((after.folder / shard).is_symlink() for shard in untouched)
+
+
+def test_tensors_of_other_dtypes_keep_them(pair, tmp_path):
+    base, adapter = shutil.copytree(pair[0], tmp_path / "base"), pair[1]
+
+    def to_float32(content: dict) -> None:
+        for name in content:
+            if "norm" in name or name.endswith("down_proj.weight"):
+                content[name] = content[name].float()
+
+    for shard in open_checkpoint(str(base)).shards:
+        content = load_file(base / shard)
+        to_float32(content)
+        save_file(content, base / shard)
+    before, after = open_checkpoint(str(base)), merged(base, adapter)
+    assert {tensor.dtype for tensor in after.tensors.values()} == {"BF16", "F32"}
+    assert after.tensors == before.tensors
+
+
+NAMINGS = {
+    "with the adapter's name": lambda name: name.replace("lora_A.", "lora_A.default.").replace(
+        "lora_B.", "lora_B.mine."
+    ),
+    "of a compiled model": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "of a divided model": lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "wrapped twice": lambda name: f"base_model.model.{name}",
+    "without a wrapper": lambda name: name.removeprefix("base_model.model."),
+    "of the model inside": lambda name: name.replace("model.model.layers", "model.layers"),
+    "of a model that sees": lambda name: name.replace("model.model.layers", "model.model.language_model.layers"),
+}
+
+
+@pytest.mark.parametrize("how", NAMINGS)
+def test_names_of_other_trainers_are_understood(pair, tmp_path, how):
+    base, adapter = pair
+    other = edit(
+        adapter, tmp_path / "other", lambda tensors: {NAMINGS[how](name): one for name, one in tensors.items()}
+    )
+    first, second = merged(base, adapter), merged(base, other)
+    assert all(value_of(first, name) == value_of(second, name) for name in first.tensors)
+
+
+def test_every_tensor_of_an_adapter_is_used_or_named(pair, tmp_path):
+    base, adapter = pair
+    for number, name in enumerate(load_file(adapter / "adapter_model.safetensors")):
+        for part in ("_proj", "lora_"):
+            other = name.replace(part, f"{part}other_")
+            strange = renamed(lambda key, name=name, other=other: other if key == name else key)
+            faulty = edit(adapter, tmp_path / f"{number}{part}", strange)
+            with pytest.raises(CheckpointError) as caught:
+                merged(base, faulty)
+            # Its own name, or that of the factor which it left alone.
+            pairs = {name.replace("lora_A", factor).replace("lora_B", factor) for factor in ("lora_A", "lora_B")}
+            assert any(text in str(caught.value) for text in (other, *pairs))
+
+
+def test_a_module_that_the_adapter_lacks_is_named(pair, tmp_path):
+    base, adapter = pair
+    for place in ("model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"):
+        lacking = edit(
+            adapter,
+            tmp_path / place,
+            lambda tensors, place=place: {name: one for name, one in tensors.items() if place not in name},
+        )
+        with pytest.raises(CheckpointError, match=f"lacks weights for {place}.weight"):
+            merged(base, lacking)
+
+
+def renamed(rename: Callable[[str], str]) -> Callable[[dict], dict]:
+    return lambda tensors: {rename(name): one for name, one in tensors.items()}
+
+
+def first_factor(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], dict]:
+    def changed(tensors: dict) -> dict:
+        name = min(tensors)
+        return {**tensors, name: change(tensors[name]).contiguous()}
+
+    return changed
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+TOKENS = "base_model.model.model.embed_tokens"
+# What is changed in an adapter, and what the message names.
+FAULTS = {
+    "of another width": (first_factor(lambda one: one[:, 1:]), {}, ["another size", "[32, 47]", "[32, 48]"]),
+    "of another rank": (dict, {"r": 8}, ["rank 4", "8"]),
+    "with values that are not numbers": (first_factor(lambda one: one * math.nan), {}, ["down_proj", "not finite"]),
+    "of whole numbers": (first_factor(lambda one: one.to(torch.int64)), {}, ["I64"]),
+    "with another vocabulary": (
+        lambda tensors: {**tensors, f"{TOKENS}.weight": torch.ones(160, 32)}, {},
+        ["another vocabulary", "[160, 32]", "[152, 32]"],
+    ),
+    "with embeddings of another vocabulary": (
+        lambda tensors: {
+            **tensors, f"{TOKENS}.lora_embedding_A": torch.ones(4, 160), f"{TOKENS}.lora_embedding_B": torch.ones(32, 4)
+        },
+        {"target_modules": ["q_proj", "down_proj", "embed_tokens"]}, ["another vocabulary", "[160, 32]", "[152, 32]"],
+    ),
+    "with tokens outside": (
+        lambda tensors: {**tensors, f"{TOKENS}.token_adapter.trainable_tokens_delta": torch.ones(1, 32)},
+        {"trainable_token_indices": {"embed_tokens": [152]}}, ["another vocabulary", "token 152", "has 152"],
+    ),
+    "with tokens that are not named": (
+        lambda tensors: {**tensors, f"{TOKENS}.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}, {},
+        ["trainable_tokens_delta"],
+    ),
+    "with a magnitude but no DoRA": (
+        lambda tensors: {**tensors, f"{Q}.lora_magnitude_vector": torch.ones(32)}, {}, [Q, "use_dora"],
+    ),
+    "without its magnitudes": (dict, {"use_dora": True}, ["magnitude", "use_dora"]),
+    "with the same twice": (
+        lambda tensors: {**tensors, f"{Q}.lora_A.second.weight": torch.ones(4, 32)}, {}, [Q, "second"],
+    ),
+    "with two names of one module": (
+        lambda tensors: tensors | {
+            name.replace("model.model.layers", "model.layers"): one.clone()
+            for name, one in tensors.items() if "layers.0" in name
+        },
+        {}, ["model.layers.0.", "several"],
+    ),
+    "with a bias that the base lacks": (
+        lambda tensors: {**tensors, "base_model.model.model.layers.0.mlp.down_proj.lora_B.bias": torch.ones(32)},
+        {"lora_bias": True}, ["down_proj.lora_B.bias", "has no bias"],
+    ),
+    "of a module that is not asked for": (dict, {"target_modules": ["q_proj"]}, ["down_proj", "target"]),
+    "of an excluded module": (dict, {"exclude_modules": ["down_proj"]}, ["down_proj", "target"]),
+    "with a pattern without end": (dict, {"target_modules": r"(.|.)*\d\d\d"}, ["target_modules"]),
+    "with a rank for a pattern without end": (dict, {"rank_pattern": {r"(.|.)*\d\d\d": 2}}, ["rank_pattern"]),
+    "with a rank that is none": (dict, {"r": "4"}, ["r of ", "'4'"]),
+    "with repeated layers": (dict, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
+    "that starts elsewhere": (dict, {"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights", "pissa_niter_4"]),
+    "with an unknown setting": (dict, {"use_future": True}, ["use_future"]),
+    "without tensors": (lambda tensors: {}, {}, ["no tensor"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_an_adapter_that_cannot_be_merged_exactly_is_one_sentence(pair, tmp_path, how, own_cache):
+    base, adapter = pair
+    tensors, settings, named = FAULTS[how]
+    faulty = edit(adapter, tmp_path / "faulty", tensors, **settings)
+    with pytest.raises(CheckpointError) as caught:
+        merged(base, faulty)
+    assert all(text in str(caught.value) for text in (*named, str(faulty)))
+    assert not list(own_cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", [one.value for one in PeftType if one.value != "LORA"])
+def test_adapters_that_are_not_lora_are_named(pair, tmp_path, kind):
+    base, adapter = pair
+    with pytest.raises(CheckpointError, match=f"is not a LoRA: peft_type .* is '{kind}'"):
+        merged(base, edit(adapter, tmp_path / "other", peft_type=kind))
+
+
+def test_every_setting_of_peft_is_followed_or_refused():
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= {*_KNOWN, *_REFUSED}
+    starts = typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
+    named = {one for start in starts for one in typing.get_args(start)}
+    # The base is changed by the rest, which peft says in its documentation.
+    assert named - set(_STARTS) == {"olora", "pissa", "pissa_niter_[number of iters]", "corda", "loftq"}
+
+
+def test_the_models_with_transposed_weights_are_those_of_transformers():
+    models = Path(transformers.models.__file__).parent
+    uses = "from ...pytorch_utils import Conv1D"
+    found = {path.parent.name for path in models.glob("*/modeling_*.py") if uses in path.read_text(encoding="utf-8")}
+    assert {name.replace("openai-gpt", "openai") for name in CONV1D} == found
+
+
+TIED = {
+    "embeddings by LoRA": dict(target_modules=["q_proj", "embed_tokens"]),
+    "embeddings as a whole": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "both apart": dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    "the head by LoRA": dict(target_modules=["q_proj", "lm_head"]),
+}
+
+
+@pytest.mark.parametrize("how", TIED)
+def test_shared_embeddings_are_not_changed_alone(tmp_path, how):
+    base = save_base(tmp_path / "base", "tied")
+    adapter = save_adapter(base, tmp_path / "adapter", **TIED[how])
+    with pytest.raises(CheckpointError, match=r"embeddings and the output head apart.*tie_word_embeddings"):
+        merged(base, adapter)
+
+
+def test_shared_embeddings_that_an_adapter_holds_twice_are_written_once(tmp_path):
+    base = save_base(tmp_path / "base", "tied")
+    adapter = save_adapter(base, tmp_path / "adapter", **TIED["both apart"])
+    both = edit(
+        adapter,
+        tmp_path / "both",
+        lambda tensors: {**tensors, "base_model.model.lm_head.weight": tensors[f"{TOKENS}.weight"].clone()},
+    )
+    after = merged(base, both)
+    assert (
+        value_of(after, "model.embed_tokens.weight")
+        == load_file(both / "adapter_model.safetensors")[f"{TOKENS}.weight"]
+        .to(torch.bfloat16)
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
+    )

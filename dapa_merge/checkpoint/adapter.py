@@ -16,6 +16,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from io import BufferedReader
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -41,6 +42,8 @@ _FACTOR = regex.compile(
 _EXPERT = regex.compile(r"(?P<parent>.*\bexperts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.weight")
 _LAYER = regex.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 _NUMBER = regex.compile(r"\d+")
+# Ranks and factors beyond it are an error, or a joke.
+_LARGEST = 1e30
 # A stranger's pattern can take for ever.
 _PATTERN_SECONDS = 1.0
 
@@ -131,6 +134,8 @@ class Merge:
         # Experts share factors: keep the last ones.
         read = lru_cache(maxsize=4)(self._read)
         for shard in self.shards:
+            # Raises, if it is unreadable, what blames the base rather than the cache.
+            self._base.open(shard).close()
             copyfile(self._base.path(shard), folder / shard)
             # The base's own mode may not allow writing.
             (folder / shard).chmod(0o644)
@@ -330,11 +335,11 @@ class Merge:
             if self._matches(rf"(?:.*\.)?(?:{pattern})$", place, f"{patterns}: {pattern}"):
                 value = special
                 break
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not value:
+        if type(value) not in (int, float) or not 0 < abs(value) < _LARGEST:
             raise self._refusal(
-                f"{key} of {place} in {ADAPTER_CONFIG_NAME} is {value!r}, which is not a number, or zero"
+                f"{key} of {place} in {ADAPTER_CONFIG_NAME} is {str(value)[:30]!r}, not a number, or zero"
             )
-        return value
+        return float(value)
 
     def _matches(self, pattern: str, place: str, what: str) -> bool:
         try:
@@ -479,7 +484,12 @@ class Merge:
         """A tensor of the adapter, in float32 or its own larger dtype."""
         with open_regular(self._weights) as file:
             file.seek(tensor.start)
-            return _floats(file.read(tensor.num_bytes), tensor)
+            return _floats(self._exactly(file, tensor.num_bytes), tensor)
+
+    def _exactly(self, file: BufferedReader, num_bytes: int) -> bytes:
+        if len(raw := file.read(num_bytes)) < num_bytes:
+            raise self._refusal(f"{file.name} became shorter while it was read")
+        return raw
 
     def _tiles(self, target: Tensor, change: _Change, read: Callable[[Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
         """The new values of a tensor, in order and in its dtype, a few rows at a time."""
@@ -497,7 +507,7 @@ class Merge:
             for matrix in range(matrices):
                 for first in range(0, num_rows, step):
                     stop = min(first + step, num_rows)
-                    raw = file.read((stop - first) * row * dtype.itemsize)
+                    raw = self._exactly(file, (stop - first) * row * dtype.itemsize)
                     values = _floats(raw, target).to(work).reshape(stop - first, *shape[1:])
                     if change.whole is not None:
                         values = read(change.whole).to(dtype).to(work).reshape(target.shape)[first:stop]

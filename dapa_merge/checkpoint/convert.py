@@ -179,6 +179,16 @@ _KNOWN = (
     "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
     "use_dora", "use_rslora",
 )  # fmt: skip
+# The types of settings that are not single numbers or words.
+_KINDS: dict[str, tuple[object, ...]] = {
+    "rank_pattern": (dict,),
+    "alpha_pattern": (dict,),
+    "target_modules": (str, [str]),
+    "exclude_modules": (str, [str]),
+    "modules_to_save": ([str],),
+    "target_parameters": ([str],),
+    "layers_to_transform": (int, [int]),
+}
 # Changed whenever the same adapter would be merged to other values.
 _MERGE_VERSION = 1
 
@@ -268,13 +278,19 @@ def _check_adapter(config: Mapping[str, Any], name: str) -> None:
             f"the adapter {name} cannot be merged: by init_lora_weights in its {ADAPTER_CONFIG_NAME}, {start!r}, it "
             f"was trained on a changed base; convert it with peft's path_initial_model_for_weight_conversion"
         )
-    for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not an object")
-    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        names = config.get(key) or []
-        if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
-            raise CheckpointError(f"{key} in {ADAPTER_CONFIG_NAME} of {name} is not a list of names")
+    for key, kinds in _KINDS.items():
+        value = config.get(key)
+        if value and not any(_is_of(kind, value) for kind in kinds):
+            raise CheckpointError(
+                f"{key} in {ADAPTER_CONFIG_NAME} of {name} is {str(value)[:60]!r}, which peft never writes"
+            )
+
+
+def _is_of(kind: object, value: object) -> bool:
+    """Whether a value is of a type, or a list of such values if the type is in a list."""
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(type(item) is kind[0] for item in value)
+    return type(value) is kind
 
 
 def _add_other_files(base: Checkpoint, adapter: Path, folder: Path, written: Collection[str]) -> None:

@@ -196,6 +196,24 @@ def test_a_merge_is_rounded_once_where_peft_rounds_twice(tmp_path, how):
     assert_merged_as_by_peft(base, adapter, "float32")
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+def test_an_adapter_of_single_experts_as_transformers_4_had_them_is_merged_as_by_peft(tmp_path):
+    base = save_base(tmp_path / "base", "mixtral")
+    torch.manual_seed(3)
+    tensors = {}
+    for name, tensor in open_checkpoint(str(base)).tensors.items():
+        if ".experts." in name:
+            outputs, inputs = tensor.shape
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, inputs)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(outputs, 4) / 10
+    assert len(tensors) == 2 * 2 * 3 * 3
+    adapter = tmp_path / "adapter"
+    LoraConfig(r=4, lora_alpha=6, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM").save_pretrained(adapter)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    assert_merged_as_by_peft(base, adapter, "float32")
+
+
 @pytest.mark.parametrize("kind", SEEING)
 def test_an_adapter_of_a_model_that_sees_changes_its_towers_under_the_names_of_the_files(tmp_path, kind):
     base = save_base(tmp_path / "base", kind)
@@ -401,6 +419,10 @@ FAULTS = {
     "of an excluded module": (dict, {"exclude_modules": ["down_proj"]}, ["down_proj", "target"]),
     "with a pattern without end": (dict, {"target_modules": r"(.|.)*\d\d\d"}, ["target_modules"]),
     "with a rank for a pattern without end": (dict, {"rank_pattern": {r"(.|.)*\d\d\d": 2}}, ["rank_pattern"]),
+    "with a scale beyond all": (dict, {"lora_alpha": 10**400}, ["lora_alpha"]),
+    "with layers that are none": (dict, {"layers_to_transform": "all"}, ["layers_to_transform", "'all'"]),
+    "with a name for a list": (dict, {"modules_to_save": "lm_head"}, ["modules_to_save", "'lm_head'"]),
+    "with a list for patterns": (dict, {"alpha_pattern": [8]}, ["alpha_pattern", "[8]"]),
     "with a rank that is none": (dict, {"r": "4"}, ["r of ", "'4'"]),
     "with repeated layers": (dict, {"layer_replication": [[0, 2]]}, ["layer_replication"]),
     "that starts elsewhere": (dict, {"init_lora_weights": "pissa_niter_4"}, ["init_lora_weights", "pissa_niter_4"]),

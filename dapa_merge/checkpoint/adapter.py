@@ -181,23 +181,24 @@ class Merge:
 
     def _replace(self, place: str, tensor: Tensor) -> None:
         if (target := self._find(place)) is None:
-            return self._set_aside(place, tensor)
+            self._set_aside(place, tensor)
+            return
         if tensor.shape != target.shape:
             raise self._misfit(tensor, target)
         self._set(target, "whole", tensor)
 
     def _set_aside(self, place: str, tensor: Tensor) -> None:
         """Keep what is for an output head that the base may share with its embeddings; nothing else may be left."""
-        if _leaf(place) not in HEADS:
+        if not _is_outside(place, HEADS):
             raise self._refusal(f"{tensor.name} has no counterpart there; name the base that it was trained on")
         self._tied_head = tensor
 
     def _add(self, place: str, depths: Mapping[int, dict[str, Tensor]]) -> None:
         first = next(iter(depths[min(depths)].values()))
         if (target := self._find(f"{place}.weight")) is None:
-            if self._add_to_experts(place, depths):
-                return None
-            return self._set_aside(place, first)
+            if not self._add_to_experts(place, depths):
+                self._set_aside(place, first)
+            return
         if len(depths) > 1:
             raise self._refusal(f"{first.name} is one of {len(depths)} changes of the same tensor")
         (factors,) = map(dict, depths.values())
@@ -367,7 +368,7 @@ class Merge:
     def _misfit(self, tensor: Tensor, target: Tensor, other: Tensor | None = None) -> CheckpointError:
         """The error for a tensor, or a pair of factors, of another size than the base's."""
         shape = tensor.shape if other is None else (*other.shape[:1], *tensor.shape[1:])
-        if _leaf(target.name) in (*EMBEDDINGS, *HEADS):
+        if _is_outside(target.name, (*EMBEDDINGS, *HEADS)):
             if "lora_embedding_A" in tensor.name:
                 shape = shape[::-1]
             return self._refusal(
@@ -383,8 +384,8 @@ class Merge:
 
     def _check_tied(self) -> None:
         """Refuse a change of the embeddings or the output head alone where the base has one tensor for both."""
-        heads = [name for name in self._base.tensors if _leaf(name) in HEADS]
-        embedding = next((change for name, change in self._changes.items() if _leaf(name) in EMBEDDINGS), None)
+        heads = [name for name in self._base.tensors if _is_outside(name, HEADS)]
+        embedding = next((change for name, change in self._changes.items() if _is_outside(name, EMBEDDINGS)), None)
         head = next((self._changes[name] for name in heads if name in self._changes), None)
         if self._tied_head:
             head = _Change(whole=self._tied_head)
@@ -411,7 +412,7 @@ class Merge:
             if isinstance(config, dict) and config.get("tie_word_embeddings") is not None:
                 return bool(config["tie_word_embeddings"])
         # Some architectures do without being told; their files have it twice.
-        embeddings = (tensor for name, tensor in self._base.tensors.items() if _leaf(name) in EMBEDDINGS)
+        embeddings = (tensor for name, tensor in self._base.tensors.items() if _is_outside(name, EMBEDDINGS))
         ours = self._base.tensors[head]
         return any(
             one.num_bytes == ours.num_bytes
@@ -462,7 +463,7 @@ class Merge:
                 continue
             if layer is None:
                 is_missing = (
-                    _leaf(place) in (*EMBEDDINGS, *HEADS) and isinstance(named, list) and self._is_asked_for(place)
+                    _is_outside(place, (*EMBEDDINGS, *HEADS)) and isinstance(named, list) and self._is_asked_for(place)
                 )
             elif layer["stack"] not in stacks or (layer["stack"] == "layers" and int(layer["number"]) >= num_layers):
                 continue
@@ -582,9 +583,9 @@ def _parse(key: str) -> tuple[str, int, str | None]:
     return module, depth, match["factor"] + (".bias" if match["leaf"] == "bias" else "")
 
 
-def _leaf(name: str) -> str:
-    """The last part of a module's name, or of that of its weight."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+def _is_outside(name: str, leaves: Sequence[str]) -> bool:
+    """Whether a module, or its weight, has one of these names and is not in a layer."""
+    return name.removesuffix(".weight").rpartition(".")[2] in leaves and not _LAYER.fullmatch(name)
 
 
 def _is_among(place: str, names: Sequence[str] | Iterable[str]) -> bool:

@@ -39,6 +39,10 @@ from mergekit.common import ModelReference
 import sys
 print(ModelReference.parse(f"{sys.argv[1]}+{sys.argv[2]}").merged(cache_dir=sys.argv[3]).model.path)
 """
+# Not ru_maxrss, which a child inherits from the process that started it.
+PEAK = """\
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 
 
 def write_adapter(base: Checkpoint, folder: Path, rank: int, modules: Sequence[str]) -> Path:
@@ -61,21 +65,13 @@ def write_adapter(base: Checkpoint, folder: Path, rank: int, modules: Sequence[s
 
 def run(code: str, *arguments: object, cache: Path) -> tuple[Path, float, float]:
     """The folder that a program prints, its seconds, and the peak of its memory in MB."""
-    command = [sys.executable, "-c", code, *map(str, arguments), str(cache / "mergekit")]
+    command = [sys.executable, "-c", code + PEAK, *map(str, arguments), str(cache / "mergekit")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
     started = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache)},
-    ) as process:
-        output = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"failed: {command}")
-    return Path(output.split()[-1]), time.perf_counter() - started, usage.ru_maxrss / 1e3
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - started
+    folder, kilobytes = done.stdout.splitlines()[-2:]
+    return Path(folder), seconds, int(kilobytes) / 1e3
 
 
 def tensors_of(folder: Path) -> dict[str, tuple[Path, str]]:

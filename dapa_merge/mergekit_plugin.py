@@ -292,24 +292,21 @@ def _lend_merged(recipe: Recipe, cache: Path) -> None:
         # mergekit's name of the folder.
         base, adapter = (ModelPath(path=part.path, revision=part.revision) for part in (location, location.adapter))
         folder = cache / f"{base._unique_id()}_{adapter._unique_id()}"
-        if not folder.exists():
-            unfinished = Path(tempfile.mkdtemp(prefix=".dapa-merge-", dir=_made(cache)))
-            link_files(ours, unfinished, os.listdir(ours))
-            unfinished.rename(folder)
+        try:
+            if not folder.exists():
+                cache.mkdir(parents=True, exist_ok=True)
+                unfinished = Path(tempfile.mkdtemp(prefix=".dapa-merge-", dir=cache))
+                link_files(ours, unfinished, os.listdir(ours))
+                unfinished.rename(folder)
+        except OSError as error:
+            raise UsageError(f"cannot write {folder}, in the --lora-merge-cache: {error.strerror}") from error
         for file in ours.glob("*.safetensors"):
-            if not (folder / file.name).is_file() or not filecmp.cmp(file, folder / file.name, shallow=False):
+            twin = folder / file.name
+            if not twin.is_file() or not (file.samefile(twin) or filecmp.cmp(file, twin, shallow=False)):
                 raise UsageError(
                     f"{folder} holds another merge of {location} than `dapa-merge run` would make; remove it, and name "
                     f"its parent with --lora-merge-cache"
                 )
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {folder}, the --lora-merge-cache: {error.strerror}") from error
-    return folder
 
 
 def _check_one_class(recipe: Recipe) -> None:

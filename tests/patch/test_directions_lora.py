@@ -15,6 +15,8 @@ from direction_files import made
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.region import whole_box
 from dapa_merge.plan.directions import FILE_NAME, FactorTable, read_factors
@@ -60,7 +62,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), CASES)
-def test_peft_adds_what_the_directions_add(architecture, dtype, tmp_path):
+def test_peft_adds_what_the_directions_add(architecture, dtype, tmp_path, own_cache):
     base, out = made(tmp_path, architecture, MODULES.get(architecture, "gate,down,q,v"), dtype=dtype)
     adapter = tmp_path / "adapter"
     found = answer("patch", "extract", out, "--lora", adapter, "--json")
@@ -81,6 +83,9 @@ def test_peft_adds_what_the_directions_add(architecture, dtype, tmp_path):
         assert error < 1e-4 * (target(input_ids).logits - logits).abs().max()
 
     merged, result, old = adapted(base, adapter).merge_and_unload(), load(out), load(base)
+    # As `BASE+ADAPTER` of a recipe.
+    ours = load(open_location(Location(str(base), adapter=Location(str(adapter)))).folder)
+    assert all(torch.equal(value, ours.get_parameter(name)) for name, value in merged.named_parameters())
     num_different = 0
     for name, value in merged.named_parameters():
         ours, before = result.get_parameter(name), old.get_parameter(name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -44,8 +45,8 @@ _LAYER = regex.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.(?P<rest>.+)")
 _NUMBER = regex.compile(r"\d+")
 # Ranks and factors beyond it are an error, or a joke.
 _LARGEST = 1e30
-# A stranger's pattern can take for ever.
-_PATTERN_SECONDS = 1.0
+# For all patterns of a config together: a stranger's can take for ever.
+PATTERN_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Merge:
         """
         self._base, self._config, self._weights, self._name = base, config, weights, name
         self._changes: dict[str, _Change] = {}
+        self._pattern_seconds = PATTERN_SECONDS
         # An output head for a base that has none of its own.
         self._tied_head: Tensor | None = None
         whole: dict[str, Tensor] = {}
@@ -343,12 +345,15 @@ class Merge:
         return float(value)
 
     def _matches(self, pattern: str, place: str, what: str) -> bool:
+        started = time.monotonic()
         try:
-            return regex.fullmatch(pattern, place, timeout=_PATTERN_SECONDS) is not None
+            return regex.fullmatch(pattern, place, timeout=max(self._pattern_seconds, 0.001)) is not None
         except (regex.error, TimeoutError) as error:
             raise self._refusal(
                 f"{what[:120]!r} in {ADAPTER_CONFIG_NAME} is not a pattern that can be matched in time"
             ) from error
+        finally:
+            self._pattern_seconds -= time.monotonic() - started
 
     def _token_rows(self, place: str, tokens: Tensor, target: Tensor) -> tuple[int, ...]:
         """The rows of an embedding that `trainable_token_indices` names."""

@@ -30,6 +30,7 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from dapa_merge.checkpoint import adapter as adapter_module
 from dapa_merge.checkpoint.convert import _KNOWN, _REFUSED, _STARTS, open_location
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint, read_bytes
@@ -432,7 +433,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("how", FAULTS)
-def test_an_adapter_that_cannot_be_merged_exactly_is_one_sentence(pair, tmp_path, how, own_cache):
+def test_an_adapter_that_cannot_be_merged_exactly_is_one_sentence(pair, tmp_path, how, own_cache, monkeypatch):
+    monkeypatch.setattr(adapter_module, "PATTERN_SECONDS", 0.3)
     base, adapter = pair
     tensors, settings, named = FAULTS[how]
     faulty = edit(adapter, tmp_path / "faulty", tensors, **settings)

@@ -20,18 +20,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.checkpoint.contents import TEMPLATES, left_behind, parts_of
 from dapa_merge.checkpoint.folder import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAMES,
     INDEX_NAME,
     SINGLE_NAME,
+    WEIGHTS,
     Layout,
     find_weights,
     refuse_stray_link,
 )
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location
-from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
+from dapa_merge.checkpoint.open import Checkpoint, find_model, open_checkpoint, pickles_refused, read_tensors
 from dapa_merge.errors import CheckpointError, UsageError, one_line
 from dapa_merge.files import cache_folder, file_state, held
 
@@ -71,7 +73,7 @@ def derived_folder(kind: str, origin: object, make: Callable[[Path], None]) -> P
 def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
     """Link the weights among the named files of `origin` into a derived folder, and copy the others.
 
-    Dangling links in the folder are removed.
+    Dangling links in the folder are removed. Names are paths within `origin`.
 
     Raises:
         CheckpointError: If a file to be copied is a link out of `origin`.
@@ -80,20 +82,17 @@ def link_files(origin: Path, folder: Path, names: Iterable[str]) -> None:
         if path.is_symlink() and not path.exists():
             path.unlink(missing_ok=True)
     for name in names:
-        if (origin / name).is_dir():
-            if name == TEMPLATES:
-                (folder / name).mkdir(exist_ok=True)
-                link_files(origin / name, folder / name, [path.name for path in (origin / name).glob("*.jinja")])
-            continue
         is_weight = name.endswith(".safetensors")
         if not is_weight:
             refuse_stray_link(origin / name, origin)
         elif _link(origin / name, folder / name):
             continue
         # Under a temporary name first: another process may be reading the current file.
-        copy = folder / f".{name}.{secrets.token_hex(4)}"
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        copy = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         shutil.copy(origin / name, copy)
-        copy.replace(folder / name)
+        copy.replace(path)
 
 
 def _link(origin: Path, path: Path) -> bool:
@@ -313,8 +312,6 @@ def _files(folder: Path) -> Iterable[Path]:
     return sorted(path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*")) if path.is_file())
 
 
-# Suffixes of all weight files, which a derived folder replaces with its own safetensors.
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".safetensors", ".index.json", ".ckpt", ".h5", ".msgpack", ".gguf")
 _WRITTEN_BYTES = 64 << 20
 # safetensors' names of the types that torch can store.
 _DTYPES = {
@@ -355,8 +352,7 @@ def as_safetensors(folder: Path, layout: Layout) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     made = derived_folder("converted", origin, lambda unfinished: _convert(pickles, unfinished))
-    names = [path.name for path in folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)]
-    link_files(folder, made, names)
+    link_files(folder, made, parts_of(folder))
     return made
 
 
@@ -447,26 +443,33 @@ def _write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 @contextmanager
 def standard_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Yields the checkpoint's folder, or a temporary one of links to its files.
+    """Yields the checkpoint's folder, or a temporary one of links to those of its files that make the model.
 
-    Links are needed if the weights have neither an index nor the name `model.safetensors`.
+    Links are needed if the weights have neither an index nor the name `model.safetensors`, or if other weights or
+    settings lie beside them: what is loaded is what a result holds.
 
     Raises:
         CheckpointError: If links cannot be made.
     """
     folder = checkpoint.folder
-    if (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file():
+    own = {*parts_of(folder), *checkpoint.shards}
+    has_standard_names = (folder / INDEX_NAME).is_file() or (folder / SINGLE_NAME).is_file()
+    if has_standard_names and not any(name.endswith((*WEIGHTS, ".json")) for name in left_behind(folder, own)):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="dapa-merge-") as temporary:
         try:
-            for path in folder.iterdir():
-                os.symlink(path.absolute(), Path(temporary, path.name))
+            for name in {name.partition("/")[0] for name in own}:
+                os.symlink((folder / name).absolute(), Path(temporary, name))
         except OSError as error:
+            if has_standard_names:
+                yield folder
+                return
             raise CheckpointError(
                 f"{checkpoint.name} has neither {SINGLE_NAME} nor {INDEX_NAME}, and links to its files cannot be made "
                 f"({error.strerror}); give its weights one of these names"
             ) from error
-        index = {"metadata": {}, "weight_map": {name: tensor.file for name, tensor in checkpoint.tensors.items()}}
-        Path(temporary, INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
+        if not has_standard_names:
+            index = {"metadata": {}, "weight_map": {name: tensor.file for name, tensor in checkpoint.tensors.items()}}
+            Path(temporary, INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
         yield Path(temporary)

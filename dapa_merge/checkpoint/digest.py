@@ -9,21 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from dapa_merge.checkpoint.contents import TEMPLATES, is_settings
 from dapa_merge.checkpoint.folder import open_regular
 from dapa_merge.checkpoint.header import Tensor
-from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, iterate_bytes
+from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes
 from dapa_merge.errors import CheckpointError
 from dapa_merge.progress import advance
 
 DIGEST_THREADS = 4
-# Suffixes of the small files that shape prompts and decide when a model stops: not weights, cards or images.
-SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_SMALL_BYTES = 1 << 28
-# Exceptions: files about training, publication or the weights, which are hashed separately.
-OTHER_FILES = (
-    ".index.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json",
-    "dapa_report.json", "dapa.json", "LICENSE.txt", "USE_POLICY.txt",
-)  # fmt: skip
 
 
 def tensors_digest(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str:
@@ -60,16 +54,12 @@ def settings_digest(checkpoint: Checkpoint) -> str:
 def settings_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Paths of a model's config, tokenizer, chat templates and generation settings, by name within its folder."""
     folder = checkpoint.folder
+    paths = {path.relative_to(folder).as_posix(): path for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*"))}
     return {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted([*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja")])
-        if is_settings(path.name) and path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
+        name: path
+        for name, path in sorted(paths.items())
+        if is_settings(name) and path.is_file() and path.stat().st_size <= MAX_SMALL_BYTES
     }
-
-
-def is_settings(name: str) -> bool:
-    """Whether a file of this name is a model's config, tokenizer, chat template or generation settings."""
-    return name.endswith(SMALL_FILES) and not name.endswith(OTHER_FILES)
 
 
 # Two of these fit into the processor's second-level cache.

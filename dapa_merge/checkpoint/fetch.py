@@ -31,7 +31,14 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
 from dapa_merge import __version__
-from dapa_merge.checkpoint.folder import INDEX_NAME, cached_sha256, refuse_other_bytes, sha256_of
+from dapa_merge.checkpoint.contents import LICENCES, SETTINGS
+from dapa_merge.checkpoint.folder import (
+    ADAPTER_CONFIG_NAME,
+    INDEX_NAME,
+    cached_sha256,
+    refuse_other_bytes,
+    sha256_of,
+)
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import Record, cache_folder, held, write_all
@@ -221,9 +228,7 @@ def _merged(ranges: Iterable[FileRange]) -> list[FileRange]:
 
 
 # Small files, never pickles. Code is copied into a result as part of the target, but never run.
-SMALL_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-# A licence may require that its text is passed on with the model.
-SMALL_PATTERNS += ["LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"]
+SMALL_PATTERNS = [*SETTINGS, *LICENCES, "*.py", "*.index.json", ADAPTER_CONFIG_NAME]
 # A tokenizer of a quarter of a million tokens takes half of it; weights are larger.
 MAX_SMALL_BYTES = 64 << 20
 # Subfolders hold training state or other programs' files, except for chat templates (additional_...).

@@ -136,6 +136,8 @@ PICKLE_NAME = "pytorch_model.bin"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Mistral AI's own format of the weights, often published next to the common one.
 CONSOLIDATED_NAME = "consolidated.safetensors"
+# Suffixes of weight files for other programs, which load them only by name: a download often has them, too.
+OTHER_PROGRAMS = (".gguf", ".onnx", ".onnx_data", ".mlmodel", ".tflite")
 # Suffixes of weight files, of any program.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".onnx")
 # peft's change to a model, not a model.
@@ -143,6 +145,20 @@ ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Pickles that trainers leave next to a model.
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "random_states.bin", *ADAPTER_NAMES)
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+# Parts of a distributed checkpoint of transformers, which loads them rather than any other weights.
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+# Hidden files, and what desktops and editors leave in any folder.
+_CLUTTER = re.compile(
+    r"\..*|.*~|#.*#|~\$.*|desktop\.ini|(eh)?thumbs\.db|icon\r|__macosx|__pycache__|\$recycle\.bin", re.IGNORECASE
+)
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a path is hidden, or was left by a desktop or an editor: such files are never parts of a model.
+
+    Among them `._model.safetensors`, which macOS writes next to each file on a disk of another system.
+    """
+    return any(_CLUTTER.fullmatch(part) for part in name.split("/"))
 
 
 @dataclass(frozen=True)
@@ -171,8 +187,32 @@ def find_weights(files: Collection[str], name: str) -> Layout:
         name: The model's name in messages.
 
     Raises:
-        CheckpointError: If there are no weights, a shard is missing, or the choice is ambiguous.
+        CheckpointError: If there are no weights, a shard is missing, the choice is ambiguous, or transformers would
+            load other weights instead or on top.
     """
+    files = {file for file in files if not is_clutter(file)}
+    layout = _choose(files, name)
+    ours = layout.index or layout.shards[0]
+    if beside := [file for file in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES) if file in files]:
+        raise CheckpointError(
+            f"{name} has {' and '.join(beside)} beside its own weights, {ours}, and programs load the adapter on top; "
+            f"remove it, or move it into a folder of its own and name both, as BASE+ADAPTER"
+        )
+    if parts := sorted(filter(_DISTRIBUTED.fullmatch, files)):
+        raise CheckpointError(
+            f"{name} has a distributed checkpoint, {parts[0]}, which transformers loads instead of any other weights; "
+            f"remove it, or save the model from it"
+        )
+    pickles = [file for file in (PICKLE_NAME, PICKLE_INDEX_NAME) if file in files]
+    if pickles and not layout.pickled and ours not in (INDEX_NAME, SINGLE_NAME):
+        raise CheckpointError(
+            f"{name} has {pickles[0]}, which transformers loads instead of {ours}; remove it, or name the other "
+            f"{SINGLE_NAME}"
+        )
+    return layout
+
+
+def _choose(files: Collection[str], name: str) -> Layout:
     if INDEX_NAME in files and SINGLE_NAME in files:
         raise CheckpointError(
             f"{name} has both {SINGLE_NAME} and {INDEX_NAME}, and programs differ in which they read; remove one"

@@ -10,6 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.checkpoint.contents import refuse_other_weights
 from dapa_merge.checkpoint.folder import Layout, cached_sha256, find_weights, open_regular, refuse_other_bytes
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
 from dapa_merge.checkpoint.region import Region
@@ -18,8 +19,6 @@ from dapa_merge.errors import CheckpointError
 if TYPE_CHECKING:
     from dapa_merge.checkpoint.fetch import FileRange, PartialWeights, Snapshot
 
-# Folder of the chat templates beyond the first.
-TEMPLATES = "additional_chat_templates"
 CHUNK_BYTES = 8 << 20
 ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
 
@@ -139,6 +138,10 @@ class FoundModel:
     layout: Layout
     snapshot: Snapshot | None
 
+    def shards(self) -> tuple[str, ...]:
+        """The weight files, in order; reads the index, if any."""
+        return _shards(self.checkpoint, self.layout)
+
     def read(self, *, partial: bool = False) -> Checkpoint:
         """Read the safetensors headers; Hub weights are fetched now, or as they are read if `partial`."""
         checkpoint, layout, snapshot = self.checkpoint, self.layout, self.snapshot
@@ -173,14 +176,16 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     """Look for a model's config and weight files in a local folder or a Hub repository; a folder wins.
 
     Raises:
-        CheckpointError: If it has no weights in a known format.
+        CheckpointError: If it has no weights in a known format, or transformers would load others.
         HubError: If it is not a folder and cannot be fetched from the Hub.
     """
     name = f"{path}@{revision}" if revision else path
     if os.path.isdir(path):
         folder = Path(path)
         checkpoint = Checkpoint(name, folder, _read_config(folder), {}, ())
-        return FoundModel(checkpoint, find_weights(os.listdir(folder), name), None)
+        layout = find_weights(os.listdir(folder), name)
+        refuse_other_weights(checkpoint.config, layout, name)
+        return FoundModel(checkpoint, layout, None)
     # huggingface_hub is slow to import, and a local model does not need it.
     from dapa_merge.checkpoint.fetch import open_snapshot
 
@@ -188,6 +193,7 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
     # Read first, before gigabytes are fetched in vain.
     config = _read_config(snapshot.folder)
     layout = find_weights(snapshot.files, name)
+    refuse_other_weights(config, layout, name)
     return FoundModel(Checkpoint(name, snapshot.folder, config, {}, (), snapshot.commit), layout, snapshot)
 
 

@@ -31,9 +31,10 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from dapa_merge.checkpoint.contents import is_settings, parts_of
 from dapa_merge.checkpoint.convert import link_files, open_location, standard_folder
 from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor
-from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import architecture_name, is_sibling
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
@@ -221,8 +222,6 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
 
 # Number of parameters that mergekit holds in memory before it writes a file.
 MAX_SHARD_PARAMETERS = 500_000_000
-# Files of tokenizers, chat templates and generation settings.
-_COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -333,12 +332,8 @@ class Merge(NamedTuple):
         config = dict(target.config)
         if "vocab_size" in config and "vocab_size" in written:
             config["vocab_size"] = written["vocab_size"]
-        names = [
-            path.name
-            for path in target.folder.iterdir()
-            if path.suffix in _COMPANIONS and path.name != "config.json" and not path.name.endswith(".index.json")
-        ]
-        link_files(target.folder, folder, [*names, *([TEMPLATES] if (target.folder / TEMPLATES).is_dir() else [])])
+        names = [name for name in parts_of(target.folder) if is_settings(name) and name != "config.json"]
+        link_files(target.folder, folder, names)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 

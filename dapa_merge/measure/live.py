@@ -32,11 +32,12 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
+from dapa_merge.checkpoint.contents import parts_of
 from dapa_merge.checkpoint.convert import standard_folder
 from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
-from dapa_merge.checkpoint.units import OTHER_HEADS, Unit, find_units
+from dapa_merge.checkpoint.units import OTHER_HEADS, OTHER_TOWERS, Unit, find_units
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure import confined
 from dapa_merge.measure.generate import prepare_for_greedy, thought_before
@@ -75,12 +76,13 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     """Load a checkpoint in the dtype of its config, for greedy generation; never run code from the checkpoint.
 
     Raises:
-        CheckpointError: If transformers cannot load it, or would randomly initialize weights that its files lack.
+        CheckpointError: If transformers cannot load it, would randomly initialize weights that its files lack, or would
+            leave out others that they hold.
         HubError: If weights are missing here and cannot be fetched.
         UsageError: If it does not fit in the device's memory.
     """
     checkpoint = checkpoint.whole()
-    if not any(checkpoint.folder.glob("*token*")):
+    if not any("token" in name for name in parts_of(checkpoint.folder)):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
         with quiet("transformers"), standard_folder(checkpoint) as folder:
@@ -111,6 +113,14 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
                 f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and "
                 f"transformers would initialize them randomly: {names[0]}"
             )
+    # Layers that predict further tokens, and towers, are left out on purpose.
+    spared = checkpoint.config.get("num_nextn_predict_layers")
+    if names := sorted(name for name in loading["unexpected_keys"] if not (spared or OTHER_TOWERS.search(name))):
+        raise CheckpointError(
+            f"{checkpoint.name} holds {len(names)} tensors that transformers does not load into a "
+            f"{type(model).__name__}, so that its figures would not be theirs: {names[0]}; correct its config.json, or "
+            f"remove them"
+        )
     model.eval().requires_grad_(False)
     return model, tokenizer
 

@@ -27,10 +27,16 @@ from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, rea
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
-from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.progress import LOG, advance
 from dapa_merge.publish.options import Destination
-from dapa_merge.transplant.manifest import MANIFEST_NAME, PRIVATE, may_be_added, read_manifest
+from dapa_merge.transplant.manifest import (
+    MANIFEST_NAME,
+    PRIVATE,
+    files_in,
+    foreign_files,
+    is_for_other_programs,
+    read_manifest,
+)
 
 MAIN = "main"
 # A repository with one of these files, or with the tag `dapa` in its card, was published by dapa-merge.
@@ -38,8 +44,6 @@ OURS = ("dapa.json", "recipe.lock.yml")
 # Files up to this size are sent from memory; the Hub keeps larger ones outside of git.
 MAX_SMALL_BYTES = 10 << 20
 LOADED = (".safetensors", ".bin", ".h5", ".msgpack", ".index.json")
-# Endings of files that may be published although no manifest lists them.
-PARTS = (*WEIGHTS, ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".yml", FILE_NAME)
 # The name of a Hub user; CI jobs that log in without a secret have names of another form.
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -395,7 +399,9 @@ def commit_url(destination: Destination, head: Head) -> str:
 
 
 def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
-    """The files of a result to publish, by relative path: all but hidden files and the models' responses.
+    """The files of a result to publish, by relative path: those that make the model and describe it.
+
+    Left out are hidden files and clutter, the models' responses, and weights in forms that nothing compared.
 
     Args:
         out: The result.
@@ -404,16 +410,7 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
     Raises:
         CheckpointError: If a file cannot be read, links out of the folder, or is not a part of a model.
     """
-    names = []
-    for parent, folders, files in os.walk(out):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(parent).relative_to(out)
-        names += [(here / name).as_posix() for name in sorted(files) if not name.startswith(".")]
-    names = [name for name in names if name.rpartition("/")[2] not in PRIVATE]
-    for name in names:
-        # A manifest lists the files of a result; without one, the folder might hold a key or a log.
-        if name not in known and not (name.endswith(PARTS) or may_be_added(name)):
-            raise CheckpointError(f"{out / name} is not a known part of a model; move it out of {out}")
+    names = publishable(out)
 
     def read(name: str) -> LocalFile:
         path = out / name
@@ -431,6 +428,20 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
     # Reading and hashing both release the GIL.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return dict(zip(names, pool.map(read, names), strict=True))
+
+
+def publishable(out: Path) -> list[str]:
+    """The paths in a result of the files to publish, as `files_of` describes them.
+
+    Raises:
+        CheckpointError: If programs would load other weights, or a file is not a part of a model.
+    """
+    names = [name for name in files_in(out) if name not in PRIVATE and not is_for_other_programs(name)]
+    # Also what the manifest lists: an earlier version, or somebody else, may have listed a key or a log.
+    if others := foreign_files(out, names):
+        more = f" (nor are {len(others) - 1} others)" if len(others) > 1 else ""
+        raise CheckpointError(f"{out / others[0]} is not a known part of a model{more}; move it out of {out}")
+    return names
 
 
 def of_content(path: Path, content: bytes) -> LocalFile:

@@ -19,12 +19,13 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, TypeAdapter
 
+from dapa_merge.checkpoint.contents import TEMPLATES, is_settings
 from dapa_merge.checkpoint.convert import pickle_files
-from dapa_merge.checkpoint.digest import hash_file, is_settings
-from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights, read_regular
+from dapa_merge.checkpoint.digest import hash_file
+from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights, is_clutter, read_regular
 from dapa_merge.checkpoint.header import read_index
 from dapa_merge.checkpoint.location import Location
-from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
 from dapa_merge.files import replace_file
@@ -440,23 +441,16 @@ def _of_repository(repository: str, commit: str, files: Mapping[str, Any]) -> di
 def _chosen(names: Collection[str], model: str, fetch: Callable[[str], Path]) -> list[str]:
     """The files that affect a repair: weights, config, tokenizer and chat templates."""
     top = [name for name in names if "/" not in name]
-    chosen = {name for name in top if _decides(name)}
-    chosen |= {name for name in names if name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")}
+    chosen = {name for name in names if is_settings(name)}
+    chosen |= {name for name in top if name.endswith(".py") and not is_clutter(name)}
     if ADAPTER_CONFIG_NAME in top:
-        return sorted(chosen | {name for name in ADAPTER_NAMES if name in top})
+        return sorted(chosen | {name for name in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES) if name in top})
     layout = find_weights(top, model)
     if layout.index is None:
         return sorted(chosen | set(layout.shards))
     path = fetch(layout.index)
     shards = pickle_files(path.parent, layout) if layout.pickled else tuple(read_index(path).values())
     return sorted(chosen | {layout.index, *shards})
-
-
-def _decides(name: str) -> bool:
-    """Whether a file is config, tokenizer or code; of plain text files, only vocabularies count."""
-    if name.endswith(".txt"):
-        return name.startswith(("vocab", "merges"))
-    return is_settings(name) or name.endswith(".py")
 
 
 def _info(location: Location, *, files: bool) -> Any:

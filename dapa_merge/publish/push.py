@@ -18,7 +18,16 @@ from dapa_merge.plan.selection import RECIPE_NAME
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
-from dapa_merge.publish.commit import MAIN, LocalFile, Published, check_repository, files_of, of_content, publish
+from dapa_merge.publish.commit import (
+    MAIN,
+    LocalFile,
+    Published,
+    check_repository,
+    files_of,
+    of_content,
+    publish,
+    publishable,
+)
 from dapa_merge.publish.lock import base_and_adapter
 from dapa_merge.publish.options import CardOptions, Destination, inherited
 from dapa_merge.publish.parents import MAX_CARD_BYTES
@@ -27,7 +36,14 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.tables import change_lines
-from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, PRIVATE, read_manifest
+from dapa_merge.transplant.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    PRIVATE,
+    files_in,
+    is_for_other_programs,
+    read_manifest,
+)
 from dapa_merge.verify.result import Check, verify_result
 
 
@@ -66,6 +82,7 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         HubError: If the Hub refuses, or does not answer; the repository has all of it or nothing.
     """
     recipe = load_recipe(require_result(out))
+    publishable(out)
     check_push(destination, card)
     before = existing_card(out)
     card = settle_facts(replace(card, title=destination.repository), before)
@@ -145,6 +162,8 @@ def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
     for name in PRIVATE:
         if (out / name).is_file():
             yield f"{name} stays here: it holds harmful answers"
+    for name in filter(is_for_other_programs, files_in(out)):
+        yield f"{name} stays here: nothing compared it with the repaired weights"
     models = [part.path for location in (recipe.target, recipe.source) for part in base_and_adapter(location)]
     local = [path for path in models if os.path.isdir(path) or is_path(path)]
     texts = (recipe.prompts, recipe.keep or "", recipe.text or "", recipe.skills or "")

@@ -7,7 +7,8 @@ exactly the parts that the manifest lists.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,11 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from dapa_merge import __version__
+from dapa_merge.checkpoint.contents import is_licence, is_settings, parts_of
 from dapa_merge.checkpoint.digest import Digests
+from dapa_merge.checkpoint.folder import INDEX_NAME, OTHER_PROGRAMS, is_clutter
 from dapa_merge.checkpoint.header import read_json
+from dapa_merge.checkpoint.open import find_model
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.plan.edit import Edit, make_edit
@@ -31,9 +35,13 @@ FORMAT = 1
 MAX_BYTES = 16 << 20
 # The models' responses, including harmful ones: not published, so a result may lack them.
 PRIVATE = ("dapa_responses.jsonl",)
-# Files that may be added next to a model afterwards: its card, licences, notes and pictures.
+# Files that commands write next to a result's weights.
+_WRITTEN = (
+    MANIFEST_NAME, CARD_NAME, *PRIVATE, "mergekit_config.yml", "recipe.lock.yml", "dapa_report.json",
+    "dapa_directions.dat",
+)  # fmt: skip
+# Files that may be added next to a model afterwards, besides licences: its card, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")
-_ADDED_STARTS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,44 @@ def origins(plan: Plan) -> dict[str, Origin]:
 def may_be_added(name: str) -> bool:
     """Whether a file may be added to a result, since no program loads it as part of the model."""
     last = name.rpartition("/")[2]
-    return last.lower().endswith(_ADDED_ENDS) or last.startswith(_ADDED_STARTS)
+    return last.lower().endswith(_ADDED_ENDS) or is_licence(last)
+
+
+def is_of_result(name: str) -> bool:
+    """Whether commands write a file of this name next to a model, or it may be added to one."""
+    return name in _WRITTEN or may_be_added(name)
+
+
+def may_be_part(name: str, code: Collection[str]) -> bool:
+    """Whether a file of this name, which may be absent, can be of a result; `code` is what its settings name."""
+    is_weight = name == INDEX_NAME or name.endswith(".safetensors")
+    return is_weight or is_settings(name) or is_of_result(name) or name in code
+
+
+def is_for_other_programs(name: str) -> bool:
+    """Whether a file holds weights in a form that is loaded only by name, such as GGUF: they are not checked."""
+    return name.lower().endswith(OTHER_PROGRAMS)
+
+
+def foreign_files(folder: Path, names: Iterable[str]) -> list[str]:
+    """The named files in a model's folder that are neither parts of it nor of its description, by their paths.
+
+    Raises:
+        CheckpointError: If the folder is not a model.
+    """
+    own = {*parts_of(folder), *find_model(str(folder)).shards()}
+    return [name for name in names if not (name in own or is_of_result(name) or is_for_other_programs(name))]
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Yields the paths of the files in a folder, without hidden ones and clutter; links to folders count as files."""
+    for parent, folders, files in os.walk(folder):
+        here = Path(parent)
+        links = [name for name in folders if (here / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if not is_clutter(name) and name not in links)
+        for name in sorted([*files, *links]):
+            if not is_clutter(name):
+                yield (here / name).relative_to(folder).as_posix()
 
 
 def is_listed(name: str) -> bool:

@@ -18,16 +18,17 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from dapa_merge.checkpoint.contents import left_behind, parts_of
 from dapa_merge.checkpoint.digest import Digests, hash_file
-from dapa_merge.checkpoint.folder import INDEX_NAME, refuse_stray_link
-from dapa_merge.checkpoint.open import TEMPLATES, Checkpoint
+from dapa_merge.checkpoint.folder import refuse_stray_link
+from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
+from dapa_merge.files import file_state, flush_folder
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import advance
-from dapa_merge.transplant.manifest import MANIFEST_NAME, make_manifest, manifest_text
+from dapa_merge.progress import LOG, advance
+from dapa_merge.transplant.manifest import MANIFEST_NAME, is_of_result, make_manifest, manifest_text
 from dapa_merge.transplant.shard import (
     NotNeeded,
     RegionEdit,
@@ -41,14 +42,8 @@ from dapa_merge.transplant.staging import Staging, staging, staging_folder
 
 # Version of the record of finished files and of how they are made; another version's work is not resumed.
 FORMAT = 2
-# Other forms of the target's weights would no longer agree with the result, and its card describes another model.
-NOT_COPIED = (
-    ".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt", ".index.json",
-    "README.md", "mergekit_config.yml", "dapa_report.json", "dapa_responses.jsonl", MANIFEST_NAME, ".gitattributes",
-    "recipe.lock.yml", "dapa_directions.dat",
-)  # fmt: skip
-# Prefix of files that commands leave in a model's folder: locks, undo files, unfinished files.
-OWN_STARTS = ".dapa-"
+# Number of files that a message names.
+MAX_NAMED = 4
 MAX_THREADS = 8
 # A tokenizer has about 20 MB; a much larger file does not hold settings.
 MAX_SMALL_BYTES = 1 << 30
@@ -87,6 +82,7 @@ def write_result(
     """
     linked = frozenset(name for name in target.shards if link and not changes[name])
     changes = {**changes, **{name: [] for name in _small_files(target)}}
+    _tell_left_behind(target, changes)
     sizes = {name: target.path(name).stat().st_size for name in changes}
     check_destination(out, target, sum(size for name, size in sizes.items() if name not in linked))
     _check_sizes(target, sizes)
@@ -100,6 +96,7 @@ def write_result(
         if describe is not None:
             written[MANIFEST_NAME] = describe(files)
             _write_small(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
+        _check_loading(made.folder, target, out)
         check(made.folder)
         _publish(made, tuple(written), out)
 
@@ -110,19 +107,8 @@ def _small_files(target: Checkpoint) -> list[str]:
     Raises:
         CheckpointError: If one is a link out of the folder, or not a file.
     """
-    names = []
-    for path in sorted([*target.folder.iterdir(), *target.folder.glob(f"{TEMPLATES}/*.jinja")]):
-        is_chart = path.name.startswith(CHART_PREFIX) and path.name.endswith(PICTURES)
-        if is_chart or path.name.startswith(OWN_STARTS):
-            continue
-        if path.name.endswith(NOT_COPIED) and path.name != INDEX_NAME:
-            continue
-        if path.is_dir() and path.parent == target.folder:
-            if path.name == TEMPLATES:
-                refuse_stray_link(path, target.folder)
-            continue
-        if path.name == TEMPLATES:
-            raise CheckpointError(f"{path} must be a folder of chat templates, but is a file; remove it")
+    names = parts_of(target.folder)
+    for path in (target.folder / name for name in names):
         refuse_stray_link(path, target.folder)
         if not path.is_file():
             raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or repair it")
@@ -133,8 +119,23 @@ def _small_files(target: Checkpoint) -> list[str]:
             raise CheckpointError(
                 f"{path} has {size:.1f} GB; files other than weights may have {most:.1f} GB; move it elsewhere"
             )
-        names.append(path.relative_to(target.folder).as_posix())
     return names
+
+
+def _tell_left_behind(target: Checkpoint, kept: Collection[str]) -> None:
+    """Name the files next to the target's own that are not copied; cards and reports of dapa-merge are written anew."""
+    others = [name for name in left_behind(target.folder, kept) if not is_of_result(name)]
+    if others:
+        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
+        LOG.info(f"not copied, since they are not parts of a model: {', '.join(others[:MAX_NAMED])}{more}")
+
+
+def _check_loading(folder: Path, target: Checkpoint, out: Path) -> None:
+    """Raise `CheckpointError` unless programs would load exactly the written weights from a finished result."""
+    found = find_model(str(folder)).shards()
+    if found != target.shards:
+        names, written = (", ".join(shards[:MAX_NAMED]) for shards in (found, target.shards))
+        raise CheckpointError(f"programs would load {names} from {out}, but {written} were written; nothing was kept")
 
 
 def _check_sizes(target: Checkpoint, sizes: Mapping[str, int]) -> None:

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge import __version__
+from dapa_merge.checkpoint.contents import named_classes, named_code
 from dapa_merge.checkpoint.digest import Digests, Span, hash_file, settings_files
-from dapa_merge.checkpoint.folder import WEIGHTS
+from dapa_merge.checkpoint.folder import WEIGHTS, is_clutter
 from dapa_merge.checkpoint.header import read_header, read_json
 from dapa_merge.checkpoint.location import Location, parse_location
-from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
+from dapa_merge.checkpoint.open import Checkpoint, find_model, open_checkpoint
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import new_file
-from dapa_merge.patch.undo import UNDO_NAME
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan
 from dapa_merge.progress import task
@@ -33,9 +33,13 @@ from dapa_merge.transplant.manifest import (
     ChangedTensor,
     File,
     Manifest,
+    files_in,
+    foreign_files,
+    is_for_other_programs,
     is_listed,
     manifest_text,
     may_be_added,
+    may_be_part,
     origins,
     read_manifest,
 )
@@ -132,7 +136,7 @@ def verify_result(
     units = verification.transplanted if selection is None else selection
     faults += plan.edit.faults(plan.models, plan.regions(units))
     faults += _extra_loaded_files(result, plan.target)
-    notes = list(_differing_settings(result, plan.target))
+    notes = [*_differing_settings(result, plan.target), *_unpublished(out)]
     if unused:
         more = f" and {len(unused) - MAX_KEYS} more" if len(unused) > MAX_KEYS else ""
         notes.append(f"the recipe does not use what it brings for {', '.join(unused[:MAX_KEYS])}{more}")
@@ -162,7 +166,14 @@ def check_manifest(out: Path) -> Check:
         raise CheckpointError(f"{out} has no {MANIFEST_NAME} to check its files against")
     with task("hashing", sum(file.num_bytes for file in manifest.files.values()), "bytes"):
         faults = check(out, manifest)
-    return Check(None, tuple(faults), (), True)
+    if faults:
+        return Check(None, tuple(faults), (), True)
+    try:
+        # Each file may be as it was written, and programs may still load others than those.
+        find_model(str(out)).shards()
+        return Check(None, (), tuple(_unpublished(out)), True)
+    except CheckpointError as error:
+        return Check(None, (str(error),), (), True)
 
 
 def location_option(value: str | None, option: str) -> Location | None:
@@ -222,8 +233,8 @@ def _extra_loaded_files(result: Checkpoint, target: Checkpoint) -> Iterator[str]
     """Yields faults for files that programs would load besides the compared weights, and the target lacks."""
     for path in sorted(result.folder.iterdir()):
         name = path.name
-        if name == UNDO_NAME:
-            continue  # From a patch that was applied here; the name is hidden, so no program loads it.
+        if is_clutter(name) or is_for_other_programs(name):
+            continue
         if name.startswith("adapter_") or (name.endswith(WEIGHTS) and name not in result.shards):
             yield f"{name} holds other weights, which programs may load instead or on top"
         elif name.endswith(".py"):
@@ -243,11 +254,16 @@ def _own_code(target: Checkpoint, name: str) -> set[str]:
 
 def _code(path: Path) -> set[str]:
     """The classes that a settings file tells programs to load from code next to it or on the Hub."""
-    found = read_json(path).get("auto_map")
-    values = found.values() if isinstance(found, Mapping) else [found]
-    return {
-        str(code) for value in values for code in (value if isinstance(value, list) else [value]) if code is not None
-    }
+    return named_classes(read_json(path))
+
+
+def _unpublished(out: Path) -> Iterator[str]:
+    """Yields notes on files in a result that are not parts of it: `push` refuses them, or leaves them here."""
+    names = list(files_in(out))
+    for name in foreign_files(out, names):
+        yield f"{name} is not a part of a model, and `push` refuses it; move it elsewhere"
+    for name in filter(is_for_other_programs, names):
+        yield f"{name} was not checked, and `push` leaves it here"
 
 
 def _differing_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:
@@ -288,9 +304,11 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
     """
     manifest = manifest or read_manifest(folder)
     inside = folder.resolve()
+    code = named_code(folder)
 
     def faults(name: str) -> list[str]:
-        if name in PRIVATE and not (folder / name).exists():
+        # Earlier versions listed all that lay in the target's folder, which `push` wants to be taken out again.
+        if not (folder / name).exists() and (name in PRIVATE or not may_be_part(name, code)):
             return []
         changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
         return _faults(inside, name, manifest.files[name], changed, (known or {}).get(name))
@@ -298,7 +316,11 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         found = [fault for of_file in pool.map(faults, manifest.files) for fault in of_file]
-    strays = [name for name in _listed_files(folder) if name not in manifest.files and not may_be_added(name)]
+    strays = [
+        name
+        for name in files_in(folder)
+        if is_listed(name) and name not in manifest.files and not (may_be_added(name) or is_for_other_programs(name))
+    ]
     return found + [f"{name} is not in {MANIFEST_NAME}" for name in strays]
 
 
@@ -323,7 +345,7 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
         parts = None if is_whole else tuple(sorted(of_tensor))
         tensors[name] = ChangedTensor(tensor.file, verification.tensors[name], parts)
     files = {}
-    for name in _listed_files(result.folder):
+    for name in filter(is_listed, files_in(result.folder)):
         path = result.folder / name
         files[name] = File(path.stat().st_size, verification.files.get(name) or hash_file(path).sha256)
     return Manifest(
@@ -367,15 +389,3 @@ def _faults(
 
 def _fits(box: tuple[tuple[int, int], ...], shape: tuple[int, ...]) -> bool:
     return len(box) == len(shape) and all(stop <= size for (_, stop), size in zip(box, shape, strict=True))
-
-
-def _listed_files(folder: Path) -> Iterator[str]:
-    """Yields the paths of the files in a folder that a manifest must list; links to folders count as files."""
-    for parent, folders, files in os.walk(folder):
-        here = Path(parent)
-        links = [name for name in folders if (here / name).is_symlink()]
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in links)
-        for name in sorted([*files, *links]):
-            path = (here / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and is_listed(path):
-                yield path

@@ -171,7 +171,7 @@ def test_a_result_of_mergekits_can_be_given_a_manifest(llama_pair, tmp_path, wri
 
 
 BESIDE = {
-    "adapter_config.json": "adapter_config.json holds other weights, which programs may load instead or on top",
+    "adapter_config.json": "adapter_config.json beside its own weights",
     "pytorch_model.bin": "pytorch_model.bin holds other weights",
     "zzz.safetensors": "zzz.safetensors holds other weights",
     "modeling_x.py": "modeling_x.py is code that the target does not have",
@@ -185,7 +185,7 @@ def test_what_would_be_loaded_besides_is_a_fault_and_gets_no_manifest(result, na
     for options in ((), ("--write-manifest",)):
         found = call("verify", result, *options)
         assert found.exit_code == 4
-        assert BESIDE[name] in found.stdout
+        assert BESIDE[name] in found.output
     assert not (result / "dapa.json").exists()
 
 

@@ -57,6 +57,8 @@ class CardFacts:
         task: The Hub's `pipeline_tag`.
         made_by: The program that wrote the weights, `dapa-merge` or `mergekit`.
         settings: Prompts and text as the recipe has them, without local paths.
+        code: The files of Python code that travel with the model.
+        code_elsewhere: The Hub repositories whose code its settings name.
     """
 
     title: str
@@ -76,6 +78,8 @@ class CardFacts:
     task: str
     made_by: str
     settings: Mapping[str, str]
+    code: Sequence[str] = ()
+    code_elsewhere: Sequence[str] = ()
 
     def of_role(self, role: str) -> list[Parent]:
         """The target or the source, followed by its adapter if it has one."""

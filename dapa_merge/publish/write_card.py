@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dapa_merge import __version__
+from dapa_merge.checkpoint.contents import code_elsewhere, code_files
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location, without_paths
@@ -146,6 +147,8 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
             "keep": without_paths(recipe.keep or ""),
             "text": without_paths(report.after.text) if report and report.after else "",
         },
+        code=code_files(out),
+        code_elsewhere=code_elsewhere(out),
     )
 
 

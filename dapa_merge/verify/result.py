@@ -308,7 +308,7 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
 
     def faults(name: str) -> list[str]:
         # Earlier versions listed all that lay in the target's folder, which `push` wants to be taken out again.
-        if not (folder / name).exists() and (name in PRIVATE or not may_be_part(name, code)):
+        if not os.path.lexists(folder / name) and (name in PRIVATE or not may_be_part(name, code)):
             return []
         changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
         return _faults(inside, name, manifest.files[name], changed, (known or {}).get(name))

@@ -25,7 +25,9 @@ SHARDS = tuple(f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3
         (SHARDS[::-1], Layout(shards=SHARDS)),
         ([*SHARDS, "consolidated.safetensors"], Layout(shards=SHARDS)),
         (["consolidated.safetensors", "params.json"], Layout(shards=("consolidated.safetensors",))),
-        (["weights.safetensors", "adapter_model.safetensors"], Layout(shards=("weights.safetensors",))),
+        (["weights.safetensors", "model-q4.gguf", "model.onnx"], Layout(shards=("weights.safetensors",))),
+        ([*SHARDS, *(f"._{name}" for name in SHARDS), ".DS_Store"], Layout(shards=SHARDS)),
+        ([*SHARDS, "._model-00001-of-00002.safetensors", "model-00004-of-00003.safetensors~"], Layout(shards=SHARDS)),
         (["model-00001-of-00001.safetensors"], Layout(shards=("model-00001-of-00001.safetensors",))),
         (["pytorch_model.bin", "training_args.bin"], Layout(shards=("pytorch_model.bin",), pickled=True)),
         (
@@ -53,6 +55,19 @@ def test_the_weights_are_found_by_their_names(files, layout):
         (["adapter_model.safetensors", "adapter_config.json"], r"m is a LoRA adapter.*as BASE\+m"),
         (["consolidated.00.pth", "params.json"], "pickled weights only, .*none are named pytorch_model.bin"),
         (["training_args.bin"], "m has neither"),
+        (["._model.safetensors"], "m has neither"),
+        (
+            ["model.safetensors", "adapter_config.json"],
+            r"adapter_config.json beside .*model.safetensors.*BASE\+ADAPTER",
+        ),
+        (["model.safetensors", "adapter_model.safetensors"], "adapter_model.safetensors beside .* model.safetensors"),
+        (
+            ["pytorch_model.bin", "adapter_config.json", "adapter_model.bin"],
+            "adapter_config.json and adapter_model.bin",
+        ),
+        ([*SHARDS, "pytorch_model.bin"], "pytorch_model.bin, which transformers loads instead of model-00001-of-00003"),
+        (["consolidated.safetensors", "pytorch_model.bin.index.json"], "instead of consolidated.safetensors"),
+        (["model.safetensors", "shard-00001-model-00001-of-00001.safetensors"], "distributed checkpoint, shard-00001"),
     ],
 )
 def test_what_cannot_be_told_or_is_missing_is_named(files, sentence):

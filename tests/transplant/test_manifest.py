@@ -31,7 +31,7 @@ def made(llama_pair, tmp_path_factory) -> Path:
     plan = plan_transplant(target, source, ("gate",))
     half = plan.part(plan.units[2], (8, 24))
     out = tmp_path_factory.mktemp("manifest") / "out"
-    transplant(plan, (plan.units[1], half, plan.units[3]), out, extras={"note.txt": "ours\n"})
+    transplant(plan, (plan.units[1], half, plan.units[3]), out, extras={"vocab.txt": "ours\n"})
     return out
 
 
@@ -95,19 +95,19 @@ def link_elsewhere(folder: Path) -> None:
 
 
 def loop(folder: Path) -> None:
-    (folder / "note.txt").unlink()
-    (folder / "note.txt").symlink_to("note.txt")
+    (folder / "vocab.txt").unlink()
+    (folder / "vocab.txt").symlink_to("vocab.txt")
 
 
 FAULTS = {
-    "missing": (lambda folder: (folder / "note.txt").unlink(), "note.txt is missing"),
+    "missing": (lambda folder: (folder / "vocab.txt").unlink(), "vocab.txt is missing"),
     "a folder in its place": (
-        lambda folder: ((folder / "note.txt").unlink(), (folder / "note.txt").mkdir()),
-        "note.txt is missing",
+        lambda folder: ((folder / "vocab.txt").unlink(), (folder / "vocab.txt").mkdir()),
+        "vocab.txt is missing",
     ),
-    "a link to itself": (loop, "note.txt is missing"),
-    "longer": (lambda folder: (folder / "note.txt").write_text("ours\n\n"), "note.txt has 6 bytes, not 5"),
-    "another byte": (lambda folder: flip(folder / "note.txt"), "note.txt does not match the SHA-256 in dapa.json"),
+    "a link to itself": (loop, "vocab.txt is missing"),
+    "longer": (lambda folder: (folder / "vocab.txt").write_text("ours\n\n"), "vocab.txt has 6 bytes, not 5"),
+    "another byte": (lambda folder: flip(folder / "vocab.txt"), "vocab.txt does not match the SHA-256 in dapa.json"),
     "too many": (lambda folder: (folder / "more.bin").write_bytes(b"x"), "more.bin is not in dapa.json"),
     "a link to a folder": (link_elsewhere, "elsewhere is not in dapa.json"),
 }

@@ -18,7 +18,10 @@ def repositories(llama_pair, tmp_path):
     (target / "pytorch_model.bin").write_bytes(b"pickle")
     # Mistral AI publishes the weights in a second form, which nobody reads.
     (target / "consolidated.safetensors").write_bytes(b"weights")
-    (target / "modeling_evil.py").write_text("raise SystemExit")
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "modeling_evil.X"}}))
+    for name in ("modeling_evil.py", "train.py"):
+        (target / name).write_text("raise SystemExit")
     return {"someone/target": target, "someone/source": llama_pair[1]}
 
 
@@ -36,7 +39,7 @@ def test_a_recipe_may_name_repositories_and_revisions(repositories, write_recipe
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         {
             *(path.name for path in repositories["someone/source"].iterdir()),
-            "modeling_evil.py",  # a part of the target, carried over and never run
+            "modeling_evil.py",  # a part of the target, which its config names, carried over and never run
             "dapa.json",
             "dapa_report.json",
             "mergekit_config.yml",

@@ -7,6 +7,7 @@ and strangers leave them. What transformers loads from a folder is asked of tran
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,15 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_random, tiny_llama
+from conftest import call, configuration, save_random, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.contents import is_licence, is_settings
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.errors import DapaError
+from dapa_merge.errors import CheckpointError, DapaError
 from dapa_merge.flow import repair
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
 from dapa_merge.plan.selection import make_plan
@@ -33,6 +36,7 @@ from dapa_merge.verify.result import check_manifest, verify_result
 
 CPU = choose_device("cpu")
 INDEX = "model.safetensors.index.json"
+ROLES = ("target", "source", "pretrained")
 Change = Callable[[Path], None]
 
 
@@ -261,3 +265,26 @@ def test_what_lies_beside_a_model_changes_nothing(pair, left_out):
 @pytest.mark.parametrize("name", HARMFUL)
 def test_what_transformers_would_load_otherwise_is_refused(pair, name):
     assert not check_folder(pair, frozenset([name]))
+
+
+@pytest.mark.parametrize("role", ["target", "source", "pretrained"])
+def test_every_command_refuses_an_adapter_beside_the_weights_of_any_model(pair, tmp_path, role, write_recipe):
+    folders = {name: shutil.copytree(pair[0 if name == "target" else 1], tmp_path / name) for name in ROLES}
+    shutil.copytree(pair[0].with_name("adapter"), tmp_path / "adapter")
+    HARMFUL["an adapter"](folders[role])
+    parameters = {"edit": "difference", "pretrained": folders["pretrained"]} if role == "pretrained" else {}
+    recipe = write_recipe(folders["target"], folders["source"], layers=1, **parameters)
+    out = tmp_path / "out"
+    commands = [
+        ("plan", recipe), ("run", recipe, out, "--no-evaluate"), ("search", recipe), ("evaluate", folders[role]),
+        ("verify", pair[0], "--recipe", recipe), ("trace", recipe, out), ("compare", recipe, "--out", out),
+        ("patch", "extract", folders[role], tmp_path / "a.dapa", "--base", pair[1]),
+    ]  # fmt: skip
+    for command in commands:
+        refused = call(*command)
+        assert refused.exit_code == 4, (command, refused.output)
+        assert f"{folders[role]} has adapter_config.json and adapter_model.safetensors beside its own" in refused.output
+    assert not out.exists()
+    if role != "pretrained":
+        with pytest.raises(CheckpointError, match=re.escape(f"{folders[role]} has adapter_config.json")):
+            run_merge(configuration(folders["target"], folders["source"], layers="1"), str(out), MergeOptions())

@@ -103,6 +103,22 @@ def test_no_path_of_this_machine_is_in_a_card(which, request, llama_pair):
     assert "base_model" not in metadata_of(text)
 
 
+def test_code_that_travels_with_a_model_is_named_as_the_targets(llama_pair, write_recipe, tmp_path):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    config = json.loads((target / "config.json").read_text())
+    classes = {"AutoModel": "modeling_x.X", "AutoConfig": "someone/model--configuration_x.X", "AutoTokenizer": "`x`.y"}
+    (target / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
+    for name in ("modeling_x.py", "train.py"):
+        (target / name).write_text("raise SystemExit")
+    out = tmp_path / "out"
+    assert call("run", write_recipe(target, llama_pair[1], layers=1), out, "--no-evaluate").exit_code == 0
+    text = make_card(out)
+    assert "`modeling_x.py`. That code is the target's" in text
+    assert "`someone/model`" in text
+    assert "train.py" not in text
+    assert "`x`" not in text
+
+
 PATHS = {
     "builtin": "builtin",
     "someone/set@v1?split=test": "someone/set@v1?split=test",

@@ -1,5 +1,7 @@
 """What a push must not do to what others wrote, and must not say."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -65,6 +67,53 @@ def test_a_result_without_a_manifest_is_published_again_too(hub, new_id, pair, w
     (out / "token").unlink()
     pushed(out, name)
     assert "nothing to do" in pushed(out, name)
+
+
+def list_in_manifest(out: Path, name: str, content: bytes) -> None:
+    """As a version did that copied everything in the target's folder."""
+    (out / name).write_bytes(content)
+    manifest = json.loads((out / "dapa.json").read_text())
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (out / "dapa.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("file", ["id_rsa", "train.jsonl", "server.key", "trainer_state.json", "model.bak"])
+def test_what_is_not_a_part_of_a_model_is_not_published_whatever_the_manifest_lists(hub, new_id, result, file):
+    name = new_id("repaired")
+    list_in_manifest(result, file, b"private")
+    noted = call("verify", result)
+    assert noted.exit_code == 0, noted.output
+    assert f"note: {file} is not a part of a model" in noted.stdout
+    assert str(result / file) in pushed(result, name, code=4)
+    assert name not in hub.store.repositories
+    (result / file).unlink()
+    assert call("verify", result, "--files-only").exit_code == 0
+    pushed(result, name)
+    assert file not in hub.store.repositories[name].files()
+
+
+def test_an_adapter_that_the_manifest_lists_is_not_published(hub, new_id, result):
+    list_in_manifest(result, "adapter_config.json", b'{"peft_type": "LORA"}')
+    name = new_id("repaired")
+    for command in (("verify", result), ("verify", result, "--files-only"), ("push", result, name)):
+        refused = call(*command)
+        assert refused.exit_code == 4
+        assert "adapter_config.json beside its own weights" in refused.output
+    assert name not in hub.store.repositories
+
+
+def test_clutter_and_other_programs_weights_stay_here(hub, new_id, result):
+    name = new_id("repaired")
+    beside = ("._config.json", "._model-00001-of-00004.safetensors", ".DS_Store", "Thumbs.db", "model-q4.gguf")
+    for file in beside:
+        (result / file).write_bytes(b"x")
+    for options in ((), ("--files-only",)):
+        noted = call("verify", result, *options)
+        assert noted.exit_code == 0, noted.output
+        assert "note: model-q4.gguf was not checked" in noted.stdout
+        assert "DS_Store" not in noted.stdout
+    assert "model-q4.gguf stays here" in call("push", result, name).stderr
+    assert not {*beside} & {*hub.store.repositories[name].files()}
 
 
 @pytest.mark.parametrize("which", ["model-00002-of-00004.safetensors", "config.json"])

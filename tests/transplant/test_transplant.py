@@ -93,6 +93,19 @@ def test_the_small_files_come_from_the_target_and_other_weights_do_not(llama_pai
     assert set(out) == {*contents(llama_pair[0]), "note.txt", "picture.png", "dapa.json"}
 
 
+def test_what_stays_behind_is_named_and_clutter_is_not(llama_pair, tmp_path, caplog):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    for name in ("id_rsa", "train.jsonl", "._config.json", "desktop.ini", "README.md", "dapa_report.json", "LICENSE"):
+        (target / name).write_text("{}")
+    (target / "runs").mkdir()
+    plan = plan_of((target, llama_pair[1]))
+    with caplog.at_level("INFO", "dapa_merge"):
+        transplant(plan, plan.units, tmp_path / "out")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(": id_rsa, runs/, train.jsonl")
+    assert set(contents(tmp_path / "out")) == {*contents(llama_pair[0]), "LICENSE", "dapa.json"}
+
+
 def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tmp_path):
     """A Hub cache is a folder of links to shared blobs."""
     blobs = shutil.copytree(llama_pair[0], tmp_path / "models--some--model" / "blobs")

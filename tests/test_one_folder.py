@@ -252,7 +252,11 @@ def check_folder(pair: tuple[Path, Path], names: frozenset[str]) -> bool:
 @settings(max_examples=15)
 @given(st.frozensets(st.sampled_from(sorted(CHANGES)), max_size=4))
 def test_run_verify_push_evaluate_and_card_say_the_same_of_any_folder(pair, names):
-    assert check_folder(pair, names) or names & {*HARMFUL, "no index"}
+    if "two forms" in names:
+        # Without the index there is one form only.
+        names -= {"no index"}
+    leads_away = "no index" in names and names & {"pickles", "the same weights, named"}
+    assert check_folder(pair, names) == (not names & HARMFUL.keys() and not leads_away)
 
 
 @pytest.mark.parametrize("left_out", ["no index", "pickles"])

@@ -36,7 +36,7 @@ MAX_BYTES = 16 << 20
 # The models' responses, including harmful ones: not published, so a result may lack them.
 PRIVATE = ("dapa_responses.jsonl",)
 # Files that commands write next to a result's weights.
-_WRITTEN = (
+WRITTEN = (
     MANIFEST_NAME, CARD_NAME, *PRIVATE, "mergekit_config.yml", "recipe.lock.yml", "dapa_report.json",
     "dapa_directions.dat",
 )  # fmt: skip
@@ -153,7 +153,7 @@ def may_be_added(name: str) -> bool:
 
 def is_of_result(name: str) -> bool:
     """Whether commands write a file of this name next to a model, or it may be added to one."""
-    return name in _WRITTEN or may_be_added(name)
+    return name in WRITTEN or may_be_added(name)
 
 
 def may_be_part(name: str, code: Collection[str]) -> bool:

@@ -24,11 +24,11 @@ from dapa_merge.checkpoint.folder import refuse_stray_link
 from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
-from dapa_merge.files import file_state, flush_folder
+from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance
-from dapa_merge.transplant.manifest import MANIFEST_NAME, is_of_result, make_manifest, manifest_text
+from dapa_merge.transplant.manifest import MANIFEST_NAME, WRITTEN, make_manifest, manifest_text
 from dapa_merge.transplant.shard import (
     NotNeeded,
     RegionEdit,
@@ -123,11 +123,15 @@ def _small_files(target: Checkpoint) -> list[str]:
 
 
 def _tell_left_behind(target: Checkpoint, kept: Collection[str]) -> None:
-    """Name the files next to the target's own that are not copied; cards and reports of dapa-merge are written anew."""
-    others = [name for name in left_behind(target.folder, kept) if not is_of_result(name)]
+    """Name the files next to the target's own that are not copied; cards, reports and charts are made anew."""
+    others = [
+        name
+        for name in left_behind(target.folder, kept)
+        if name not in WRITTEN and not (name.startswith(CHART_PREFIX) and name.endswith(PICTURES))
+    ]
     if others:
         more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-        LOG.info(f"not copied, since they are not parts of a model: {', '.join(others[:MAX_NAMED])}{more}")
+        LOG.info(f"not copied, since they are not parts of the repaired model: {', '.join(others[:MAX_NAMED])}{more}")
 
 
 def _check_loading(folder: Path, target: Checkpoint, out: Path) -> None:

@@ -47,14 +47,16 @@ _CLASS = re.compile(r"([A-Za-z_]\w*)\.[A-Za-z_]\w*", re.ASCII)
 # Code on the Hub: its repository before the same.
 _REMOTE_CLASS = re.compile(r"([\w.-]+/[\w.-]+)--[\w.]+", re.ASCII)
 # As transformers finds them, in `dynamic_module_utils.get_relative_imports`.
-_IMPORT = re.compile(r"^\s*(?:import\s+\.(\w+)|from\s+\.(\w+)\s+import|from\s+\.\s+import\s+([\w ,]+))", re.MULTILINE)
+_IMPORT = re.compile(
+    r"^\s*(?:import\s+\.(\w+)|from\s+\.(\w+)\s+import|from\s+\.\s+import\s+\(?([\w ,]+))", re.MULTILINE | re.ASCII
+)
 
 
 def is_settings(name: str) -> bool:
     """Whether a file is a model's config, tokenizer, processor, template or generation settings, by its path."""
-    return not is_clutter(name) and any(
-        fnmatchcase(name, row) and name.count("/") == row.count("/") for row in SETTINGS
-    )
+    # A `*` would match a slash, too.
+    rows = (row for row in SETTINGS if row.count("/") == name.count("/"))
+    return any(fnmatchcase(name, row) for row in rows) and not is_clutter(name)
 
 
 def is_licence(name: str) -> bool:
@@ -66,13 +68,13 @@ def is_licence(name: str) -> bool:
 def parts_of(folder: Path) -> list[str]:
     """The files of a model besides its weights, by their paths in its folder: settings, licences, code, the index.
 
-    A link out of the folder, or a folder in a file's place, is listed too, so that the caller can refuse it.
+    Links are listed wherever they lead, so that the caller can refuse them. Folders are not, such as `licenses/`.
 
     Raises:
         CheckpointError: If the settings that name code are not JSON, or the folder of templates is a file or a link
             out of the folder.
     """
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.name == TEMPLATES or not path.is_dir()]
     kept = {name for name in names if is_settings(name) or is_licence(name) or name == INDEX_NAME}
     if TEMPLATES in names:
         refuse_stray_link(folder / TEMPLATES, folder)

@@ -195,8 +195,8 @@ def find_weights(files: Collection[str], name: str) -> Layout:
     ours = layout.index or layout.shards[0]
     if beside := [file for file in (ADAPTER_CONFIG_NAME, *ADAPTER_NAMES) if file in files]:
         raise CheckpointError(
-            f"{name} has {' and '.join(beside)} beside its own weights, {ours}, and programs load the adapter on top; "
-            f"remove it, or move it into a folder of its own and name both, as BASE+ADAPTER"
+            f"{name} has {' and '.join(beside)} beside its own weights, {ours}, and programs load an adapter on top of "
+            f"them; remove it, or move it into a folder of its own and name both, as BASE+ADAPTER"
         )
     if parts := sorted(filter(_DISTRIBUTED.fullmatch, files)):
         raise CheckpointError(
@@ -206,8 +206,7 @@ def find_weights(files: Collection[str], name: str) -> Layout:
     pickles = [file for file in (PICKLE_NAME, PICKLE_INDEX_NAME) if file in files]
     if pickles and not layout.pickled and ours not in (INDEX_NAME, SINGLE_NAME):
         raise CheckpointError(
-            f"{name} has {pickles[0]}, which transformers loads instead of {ours}; remove it, or name the other "
-            f"{SINGLE_NAME}"
+            f"{name} has {pickles[0]}, which transformers loads instead of {ours}; keep only one of them"
         )
     return layout
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from dapa_merge.plan.plan import Plan
 
 
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 # Part of every tag of a thought.
 _THOUGHTS = re.compile(r"think|thought|reason|scratchpad|reflection|inner_|channel", re.IGNORECASE)
 
@@ -113,13 +114,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
                 f"{checkpoint.name} lacks {len(names)} of its weights, or has them in another shape, and "
                 f"transformers would initialize them randomly: {names[0]}"
             )
-    # Layers that predict further tokens, and towers, are left out on purpose.
-    spared = checkpoint.config.get("num_nextn_predict_layers")
-    if names := sorted(name for name in loading["unexpected_keys"] if not (spared or OTHER_TOWERS.search(name))):
+    if names := sorted(name for name in loading["unexpected_keys"] if not _is_left_out(name, model)):
         raise CheckpointError(
-            f"{checkpoint.name} holds {len(names)} tensors that transformers does not load into a "
-            f"{type(model).__name__}, so that its figures would not be theirs: {names[0]}; correct its config.json, or "
-            f"remove them"
+            f"{checkpoint.name} holds tensors that transformers does not load into a {type(model).__name__}, so its "
+            f"figures would not be those of its files ({len(names)}, the first is {names[0]}); correct its config.json, "
+            f"or remove them"
         )
     model.eval().requires_grad_(False)
     return model, tokenizer
@@ -142,6 +141,15 @@ def opens_thought(checkpoint: Checkpoint) -> bool:
             return bool(thought_before(tokenizer, "How?"))
     except Exception:
         return False
+
+
+def _is_left_out(name: str, model: PreTrainedModel) -> bool:
+    """Whether transformers leaves out a tensor on purpose: of another tower, or of a layer for further tokens."""
+    config = model.config.get_text_config()
+    number = _LAYER.search(name)
+    has_more = bool(getattr(config, "num_nextn_predict_layers", 0))
+    is_further = has_more and number is not None and int(number[1]) >= config.num_hidden_layers
+    return is_further or OTHER_TOWERS.search(name) is not None
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:

@@ -136,7 +136,10 @@ def _tell_left_behind(target: Checkpoint, kept: Collection[str]) -> None:
 
 def _check_loading(folder: Path, target: Checkpoint, out: Path) -> None:
     """Raise `CheckpointError` unless programs would load exactly the written weights from a finished result."""
-    found = find_model(str(folder)).shards()
+    try:
+        found = find_model(str(folder)).shards()
+    except CheckpointError as error:
+        raise CheckpointError(f"{out} would not be loaded as it was written, and was not kept: {error}") from error
     if found != target.shards:
         names, written = (", ".join(shards[:MAX_NAMED]) for shards in (found, target.shards))
         raise CheckpointError(f"programs would load {names} from {out}, but {written} were written; nothing was kept")

@@ -45,7 +45,7 @@ from dapa_merge.transplant.manifest import (
 )
 from dapa_merge.verify.tensors import Verification, verify
 
-# Number of differing keys of a settings file that a message names.
+# Number of differing keys of a settings file, or of files, that a message names.
 MAX_KEYS = 8
 
 
@@ -260,8 +260,9 @@ def _code(path: Path) -> set[str]:
 def _unpublished(out: Path) -> Iterator[str]:
     """Yields notes on files in a result that are not parts of it: `push` refuses them, or leaves them here."""
     names = list(files_in(out))
-    for name in foreign_files(out, names):
-        yield f"{name} is not a part of a model, and `push` refuses it; move it elsewhere"
+    if others := foreign_files(out, names):
+        more = f" and {len(others) - MAX_KEYS} more" if len(others) > MAX_KEYS else ""
+        yield f"`push` refuses what is not a part of a model; move it elsewhere: {', '.join(others[:MAX_KEYS])}{more}"
     for name in filter(is_for_other_programs, names):
         yield f"{name} was not checked, and `push` leaves it here"
 

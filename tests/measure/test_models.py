@@ -439,3 +439,23 @@ def test_a_batch_size_stays_halved():
 def test_a_device_that_is_not_there_is_named(device):
     with pytest.raises(UsageError, match=f"device '{device}' cannot be used here"):
         choose_device(device)
+
+
+def test_layers_for_further_tokens_are_left_out_and_other_tensors_are_named(tmp_path):
+    name, settings = ARCHITECTURES["Glm4MoeForCausalLM"]
+    config = getattr(transformers, name)(**SHAPE, **settings, num_nextn_predict_layers=1)
+    folder = save_random(tmp_path / "model", config, seed=1, max_shard_size="1GB")
+    content = load_file(folder / "model.safetensors")
+    further = {
+        key.replace(".layers.3.", ".layers.4."): value.clone()
+        for key, value in content.items()
+        if key.startswith("model.layers.3.")
+    }
+    save_file({**content, **further}, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(open_checkpoint(str(folder)), CPU)
+    assert len(model.model.layers) == 4
+    save_file(
+        {**content, **further, "v_head.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match=r"holds tensors .* Glm4MoeForCausalLM.*v_head.weight"):
+        load_model(open_checkpoint(str(folder)), CPU)

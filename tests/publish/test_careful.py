@@ -83,7 +83,7 @@ def test_what_is_not_a_part_of_a_model_is_not_published_whatever_the_manifest_li
     list_in_manifest(result, file, b"private")
     noted = call("verify", result)
     assert noted.exit_code == 0, noted.output
-    assert f"note: {file} is not a part of a model" in noted.stdout
+    assert f"not a part of a model; move it elsewhere: {file}" in noted.stdout
     assert str(result / file) in pushed(result, name, code=4)
     assert name not in hub.store.repositories
     (result / file).unlink()

@@ -106,6 +106,14 @@ def test_what_stays_behind_is_named_and_clutter_is_not(llama_pair, tmp_path, cap
     assert set(contents(tmp_path / "out")) == {*contents(llama_pair[0]), "LICENSE", "dapa.json"}
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00001-model-00001-of-00001.safetensors"])
+def test_a_result_that_would_be_loaded_otherwise_does_not_appear(llama_pair, tmp_path, name):
+    plan = plan_of(llama_pair)
+    with pytest.raises(CheckpointError, match=rf"out would not be loaded as it was written.*{name}"):
+        transplant(plan, plan.units, tmp_path / "out", extras={name: "{}"})
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tmp_path):
     """A Hub cache is a folder of links to shared blobs."""
     blobs = shutil.copytree(llama_pair[0], tmp_path / "models--some--model" / "blobs")

@@ -352,7 +352,14 @@ def as_safetensors(folder: Path, layout: Layout) -> Path:
     except OSError as error:
         raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from error
     made = derived_folder("converted", origin, lambda unfinished: _convert(pickles, unfinished))
-    link_files(folder, made, parts_of(folder))
+    names = parts_of(folder)
+    for path in made.rglob("*"):
+        # What the model had when its pickles were converted, and has no longer; hidden are copies of another process.
+        name = path.relative_to(made).as_posix()
+        is_own = name in names or name == INDEX_NAME or name.endswith(".safetensors")
+        if not (is_own or path.is_dir() or path.name.startswith(".")):
+            path.unlink(missing_ok=True)
+    link_files(folder, made, names)
     return made
 
 

@@ -117,8 +117,8 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     if names := sorted(name for name in loading["unexpected_keys"] if not _is_left_out(name, model)):
         raise CheckpointError(
             f"{checkpoint.name} holds tensors that transformers does not load into a {type(model).__name__}, so its "
-            f"figures would not be those of its files ({len(names)}, the first is {names[0]}); correct its config.json, "
-            f"or remove them"
+            f"figures would not be those of its files ({len(names)}, the first is {names[0]}); correct its "
+            f"config.json, or remove them"
         )
     model.eval().requires_grad_(False)
     return model, tokenizer

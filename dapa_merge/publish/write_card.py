@@ -15,6 +15,7 @@ from dapa_merge.checkpoint.contents import code_elsewhere, code_files
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location, without_paths
+from dapa_merge.checkpoint.open import find_model
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import find, is_id
@@ -118,8 +119,12 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
         out: The result.
         options: The user's statements about it.
         check: The outcome of a comparison with its models; None if not compared.
+
+    Raises:
+        CheckpointError: If programs would load other weights than the ones described.
     """
     recipe = load_recipe(require_result(out))
+    find_model(str(out)).shards()
     report = read_report(out) if (out / REPORT_NAME).is_file() else None
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
     units, named, share, number = _transplanted(out, report, recipe, check)

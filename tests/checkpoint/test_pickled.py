@@ -119,12 +119,15 @@ def test_they_are_converted_once_and_again_when_they_change(llama_pair, tmp_path
     stamp = (first.folder / "model.safetensors").stat().st_mtime_ns
     (folder / "chat_template.jinja").write_text("new")
     (folder / "generation_config.json").unlink()
+    (folder / "id_rsa").write_text("private")
+    # As an earlier version copied it.
+    (first.folder / "adapter_config.json").write_text("{}")
     again = open_model(str(folder), allow_pickle=True)
     assert again.folder == first.folder
     assert (again.folder / "model.safetensors").stat().st_mtime_ns == stamp
     # Small files are those that the model has now.
     assert (again.folder / "chat_template.jinja").read_text() == "new"
-    assert not (again.folder / "generation_config.json").is_symlink()
+    assert not {"generation_config.json", "id_rsa", "adapter_config.json"} & {*os.listdir(again.folder)}
     weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
     weights["model.norm.weight"] += 1
     torch.save(weights, folder / "pytorch_model.bin")

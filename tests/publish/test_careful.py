@@ -95,7 +95,7 @@ def test_what_is_not_a_part_of_a_model_is_not_published_whatever_the_manifest_li
 def test_an_adapter_that_the_manifest_lists_is_not_published(hub, new_id, result):
     list_in_manifest(result, "adapter_config.json", b'{"peft_type": "LORA"}')
     name = new_id("repaired")
-    for command in (("verify", result), ("verify", result, "--files-only"), ("push", result, name)):
+    for command in (("verify", result), ("verify", result, "--files-only"), ("push", result, name), ("card", result)):
         refused = call(*command)
         assert refused.exit_code == 4
         assert "adapter_config.json beside its own weights" in refused.output

@@ -2,7 +2,7 @@
 
 What is copied into a result, converted, published and listed is decided here. Names that are in no row stay behind: a
 folder of a model often holds data sets, logs, keys and other programs' weights. The table was made from the file names
-of published models; transformers' names are in its `utils/__init__.py` and in each tokenizer's `vocab_files_names`.
+of published models, and from transformers, where they are in `utils/__init__.py` and `vocab_files_names` of tokenizers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ SETTINGS = (
     # Images, sound and video: preprocessor_config.json, video_preprocessor_config.json, processor_config.json.
     "*processor_config.json",
     # Tokenizers, also of remote code: their names are in tokenizer classes, which are not run.
-    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens*.json", "added_tokens.json",
+    "tokenizer.json", "tokenizer.*.json", "*tokenizer_config.json", "special_tokens*.json", "added_tokens.json",
     "*vocab*.json", "*vocab*.txt", "vocab.bpe", "merges*.txt", "encoder.json", "dict.txt", "tekken.json",
+    "bpe.codes", "byte_maps.json", "emoji.json", "normalizer.json",
     "*.model", "tokenizer.model.*", "*.tiktoken", "*.spm",
     # Prompts.
     "*.jinja", "chat_template.json", "SYSTEM_PROMPT*.txt", f"{TEMPLATES}/*.jinja",

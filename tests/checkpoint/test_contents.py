@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -93,6 +95,22 @@ def test_of_published_models_what_makes_them_is_kept_and_nothing_else(model):
     kept, left = (text.split(" ") if text else [] for text in PUBLISHED[model])
     assert [name for name in kept if not (is_settings(name) or is_licence(name))] == []
     assert [name for name in left if is_settings(name) or is_licence(name)] == []
+
+
+def test_every_settings_file_that_transformers_knows_is_kept():
+    """Read from its source, since importing all of its tokenizers takes long."""
+    root = Path(transformers.__file__).parent
+    tables = [
+        table
+        for path in (*root.glob("models/*/tokenization_*.py"), *root.glob("tokenization_*.py"))
+        for table in re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{(.*?)\}", path.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    names = {name for table in tables for name in re.findall(r':\s*"([^"]+)"', table)}
+    names |= {*re.findall(r'_NAME = "([^"]+)"', (root / "utils" / "__init__.py").read_text(encoding="utf-8"))}
+    assert len(names) > 20
+    of_weights = {name for name in names if name.startswith(("model.", "pytorch_model."))}
+    of_encoders = {"prophetnet.tokenizer", "word_shape.json", "word_pronunciation.json"}
+    assert {name for name in names if not is_settings(name)} <= of_weights | of_encoders | {"modelcard.json"}
 
 
 @pytest.mark.parametrize("name", ["Tongyi Qianwen LICENSE AGREEMENT", "Community License for Baichuan2 Model.pdf"])

@@ -295,9 +295,8 @@ def _is_of(kind: object, value: object) -> bool:
 def _add_other_files(base: Checkpoint, adapter: Path, folder: Path, written: Collection[str]) -> None:
     """Complete a merged model: the base's other files, and the tokenizer of the adapter if it has one."""
     index = find_weights(os.listdir(base.folder), base.name).index
-    names = {path.name for path in base.folder.iterdir() if not path.name.endswith(_OTHER_WEIGHTS)}
-    names |= {*base.shards, *filter(None, [index])} - set(written)
-    own = {path.name for path in adapter.iterdir() if _is_of_tokenizer(path.name)}
+    names = {*parts_of(base.folder), *base.shards, *filter(None, [index])} - set(written)
+    own = set(filter(_is_of_tokenizer, parts_of(adapter)))
     if any(name.startswith("tokenizer") for name in own):
         names = set(itertools.filterfalse(_is_of_tokenizer, names))
         link_files(adapter, folder, sorted(own))
@@ -305,7 +304,7 @@ def _add_other_files(base: Checkpoint, adapter: Path, folder: Path, written: Col
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    return name == TEMPLATES or name.startswith(_TOKENIZER_STARTS) or name.endswith(_TOKENIZER_ENDS)
+    return name.startswith(_TOKENIZER_STARTS) or name.endswith(_TOKENIZER_ENDS)
 
 
 def _files(folder: Path) -> Iterable[Path]:

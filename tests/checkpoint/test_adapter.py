@@ -265,7 +265,7 @@ def test_all_but_the_changed_values_is_the_bases_bit_for_bit(pair, tmp_path):
     del config["rope_parameters"]
     (base / "config.json").write_text(json.dumps(config))
     for name in ("LICENSE", "NOTICE", "USE_POLICY.md", "preprocessor_config.json", "processor_config.json"):
-        (base / name).write_text(f"{{}} {name}")
+        (base / name).write_text(json.dumps({"name": name}))
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "tools.jinja").write_text("tools")
     index = base / "model.safetensors.index.json"

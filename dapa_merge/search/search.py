@@ -113,7 +113,7 @@ def _search_parts(session: Session, limits: Requirement, target: Baseline, full:
     assert isinstance(journal, Journal)
     why = f"with all {len(plan.units)} units {limits.complaint(full.figures)}"
     LOG.info(f"{why}: looking for the part of them that scores highest within the limits")
-    effects = _effects(session, plan.units, "prior", target, full)
+    effects = effects_of(session, plan.units, "prior", target, full)
     limited = {one for one, _ in limits.limits}
     bench.measure_all()
     limits = Requirement((*limits.limits, *((one, math.nan) for one in bench.constraints if one not in limited)))
@@ -466,10 +466,10 @@ def _preferred(session: Session, oracle: Oracle) -> tuple[Unit, ...]:
 
 def _weigh(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
     """The prior score of each unit; None if it cannot be computed, or the algorithm uses none."""
-    return _effects(session, units, name, target, full) if session.recipe.search == "guided" else None
+    return effects_of(session, units, name, target, full) if session.recipe.search == "guided" else None
 
 
-def _effects(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
+def effects_of(session: Session, units: Sequence[Unit], name: str, target: Baseline, full: Baseline) -> Prior | None:
     """The expected effect of each unit on refusing; None if it cannot be computed.
 
     It comes from the journal if recorded, so that a resumed search asks the same questions.

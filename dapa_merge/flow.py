@@ -240,6 +240,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         rungs=evidence.rungs if evidence else (),
         points=search.points if search else (),
         picked=search.picked if search else None,
+        resumed=search is not None and search.measured is not None,
     )
 
 

@@ -27,6 +27,7 @@ from dapa_merge.report.tables import (
     figure_rows,
     point_lines,
     point_rows,
+    resumed_line,
     skill_label,
     taken_line,
 )
@@ -149,6 +150,7 @@ def card_text(facts: CardFacts) -> str:
         places=places,
         point_rows=point_rows,
         point_lines=point_lines,
+        resumed_line=resumed_line,
         taken_line=taken_line,
         spans=spans,
         table=_table,

@@ -60,6 +60,8 @@ class Report:
         picked: The number of the point that was taken; None without points.
         tests: Distinct selections that the search asked about; 0 if the layers were given.
         tests_recorded: The number of them that were already in the journal.
+        resumed: Whether the journal of an earlier run had a part of the search. Then target, full transplant and result
+            were measured again, but other points and tests are as recorded.
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
         prior: The expected effect of each unit, in nats; None if the search did not use a prior.
@@ -107,6 +109,7 @@ class Report:
     rungs: tuple[Tried, ...] = ()
     points: tuple[Point, ...] = ()
     picked: int | None = None
+    resumed: bool = False
 
     @property
     def share_of_freedom(self) -> float | None:

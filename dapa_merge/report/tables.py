@@ -148,6 +148,13 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
     return f"point {picked}, picked by hand although it VIOLATES the limits: {point.complaint}"
 
 
+def resumed_line(report: Report) -> str:
+    """What came from the journal of an earlier run, and what did not."""
+    number = report.tests_recorded
+    what = f"{number} {'test' if number == 1 else 'tests'}" if number else "some figures"
+    return f"{what} came from the journal of an earlier run; target, full transplant and result were measured again"
+
+
 def skill_label(name: str) -> str:
     """The label of a skill; the skill of a prompt set has no name of its own."""
     return name if name == SKILL else f"{SKILL} {name}"
@@ -241,6 +248,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         proved = f"each {each} seen to be needed" if report.one_minimal else "NOT proved minimal"
         facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {proved}"))
         facts.append(("saved", thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)))
+    if report.resumed:
+        facts.append(("resumed", resumed_line(report)))
     if report.searched is not None:
         seen = report.searched
         asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"

@@ -180,6 +180,8 @@ def _measured_again(session: Session, found: Search) -> Search:
     bench.use(found.plan)
     with task("measuring the result again", bench.num_prompts, "prompts"):
         figures = bench.baseline(found.minimum.units).figures
+    if found.result is not None:
+        _check_same(session, f"point {found.result.name}", found.result.figures, figures)
     limits = found.limits or found.requirement
     if not found.by_hand:
         if (complaint := limits.loosened(bench.num_of_kind).complaint(figures)) is not None:
@@ -347,15 +349,23 @@ def _check_recorded(session: Session, name: str, units: Sequence[Unit], recorded
     Raises:
         UsageError: If its figures are others.
     """
-    bench, journal = session.bench, session.journal
+    bench = session.bench
     with task(f"measuring the {name} again", bench.num_prompts, "prompts"):
         now = bench.baseline(units).figures
+    _check_same(session, name, recorded.figures, now)
+
+
+def _check_same(session: Session, name: str, recorded: Mapping[str, float], now: Mapping[str, float]) -> None:
+    """Raise `UsageError` if figures that a journal recorded are others now, by more than noise."""
+    bench, journal = session.bench, session.journal
     for one in bench.constraints:
-        was, found = recorded.figures.get(one.figure, math.nan), now[one.figure]
-        is_same = Requirement(((one, was),)).loosened(bench.num_of_kind)
-        exceeds = Requirement(((one, found),)).loosened(bench.num_of_kind)
+        was, found = recorded.get(one.figure, math.nan), now[one.figure]
         # As far as noise goes, each is within the limit that the other would be.
-        if math.isnan(was) != math.isnan(found) or is_same.complaint(now) or exceeds.complaint(recorded.figures):
+        pairs = ((was, now), (found, {one.figure: was}))
+        differs = any(
+            Requirement(((one, limit),)).loosened(bench.num_of_kind).complaint(figures) for limit, figures in pairs
+        )
+        if math.isnan(was) != math.isnan(found) or differs:
             raise UsageError(
                 f"the journal {journal.path} is not true of these models on this machine: in it the {one.label} of the "
                 f"{name} is {shown(was)}, but measured now it is {shown(found)}; remove the journal to search again"

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/limit_parts.py RECIPE... [--modules gate,auto] [--share 0.9]
 
-Of each recipe, with `min_skill` set: DSR / skill of all units, and of the best part within the limits by the search's own
-way (units in the order of their effects), by the same way in the order of the layers, and of as many parts drawn at
+Of each recipe, with `min_skill` set: DSR / skill of all units, and of the best part within the limits by the search's
+own way (units in the order of their effects), by the same way in the order of the layers, and of as many parts drawn at
 random. All are measured on the same prompts. A dash means that no part within the limits refuses more than the target.
 """
 

@@ -13,6 +13,7 @@ from conftest import answer, call
 
 from dapa_merge import miniature
 from dapa_merge.files import record_line
+from dapa_merge.report.report import read_report
 from dapa_merge.search import journal as journals
 
 GATES = [f"{layer}.gate" for layer in range(10)]
@@ -61,6 +62,19 @@ def test_a_true_journal_of_another_process_is_believed_and_counted(done, monkeyp
     assert (again["units"], again["certificate"]) == (found["units"], found["certificate"])
     # The full selection is not a test: it is a baseline.
     assert again["tests_recorded"] == found["tests"] - 1
+
+
+def test_a_run_that_goes_on_from_it_says_so(done, tmp_path, monkeypatch):
+    recipe, journal, found = done
+    fresh = call("run", recipe, tmp_path / "fresh", "--no-lock", "--journal", tmp_path / "own.jsonl")
+    monkeypatch.setattr(journals, "_written_here", set())
+    resumed = call("run", recipe, tmp_path / "resumed", "--no-lock", "--journal", journal)
+    assert (fresh.exit_code, resumed.exit_code) == (0, 0)
+    sentence = f"{found['tests'] - 1} tests came from the journal of an earlier run"
+    for folder, result, says in (("fresh", fresh, False), ("resumed", resumed, True)):
+        assert read_report(tmp_path / folder).resumed is says
+        assert (sentence in (tmp_path / folder / "README.md").read_text()) is says
+        assert (sentence in result.stdout) is says
 
 
 @pytest.mark.parametrize(

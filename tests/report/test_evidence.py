@@ -65,6 +65,7 @@ def test_the_figures_are_those_of_the_confirming_prompts_and_of_nothing_else(dem
         # A model alone has no target to diverge from.
         found = answer("evaluate", model, *settings, "--batch-size", 128)
         assert found.pop("divergence") is None
+        assert [(one["harmful"], one["harmless"]) for one in found.pop("read")] == [(64, 64)]
         assert found == {name: value for name, value in report[column].items() if name != "divergence"}
 
 

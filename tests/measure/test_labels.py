@@ -6,6 +6,7 @@ import json
 import logging
 import os
 
+import datasets
 import pyarrow.parquet
 import pytest
 from conftest import answer, call
@@ -319,6 +320,25 @@ def test_a_dataset_cannot_name_files_outside_its_folder(tmp_path):
         (folder / "README.md").write_text(card % path)
         with pytest.raises(UsageError, match=r"names .*secret\.txt, which is not a file of its own"):
             load_prompts(f"{folder}?split=train")
+
+
+def test_a_saved_dataset_cannot_name_files_outside_its_folder(tmp_path):
+    secret, folder = tmp_path / "secret", tmp_path / "set"
+    datasets.Dataset.from_dict({"prompt": ["secret"]}).save_to_disk(str(secret))
+    (data,) = secret.glob("*.arrow")
+    state = json.loads((secret / "state.json").read_text())
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "link.arrow").symlink_to(data)
+    for file in (data, f"../secret/{data.name}", "link.arrow"):
+        (folder / "state.json").write_text(json.dumps({**state, "_data_files": [{"filename": str(file)}]}))
+        with pytest.raises(UsageError, match=r"names .*\.arrow, which is not a file of its own"):
+            load_prompts(str(folder))
+    (folder / "state.json").unlink()
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["../secret"]}))
+    with pytest.raises(UsageError, match=r"names .*\.arrow, which is not a file of its own"):
+        load_prompts(str(folder))
+    assert load_prompts(str(secret)).harmful == ("secret",)
 
 
 def recipe(**parameters):

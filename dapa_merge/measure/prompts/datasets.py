@@ -270,17 +270,23 @@ def _refuse_foreign_files(builder: Any, name: str, commit: str | None) -> None:
         UsageError: If a file of it is outside its folder, or outside its commit on the Hub.
     """
     files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    if os.path.isdir(name):
+        _refuse_outside(name, files, "README.md")
+    elif other := next((file for file in files if not file.startswith(f"hf://datasets/{name}@")), None):
+        raise UsageError(_FOREIGN.format(name, other, "README.md"))
+
+
+_FOREIGN = "the dataset {} names {}, which is not a file of its own; correct its {}"
+
+
+def _refuse_outside(name: str, files: Sequence[str], said_in: str) -> None:
+    """Raise `UsageError` if a file of a folder is outside of it, wherever links lead."""
     home = Path(os.path.realpath(name))
     # Files of the Hub's cache are links to blobs.
     homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
     for file in files:
-        if os.path.isdir(name):
-            real = Path(os.path.realpath(file))
-            is_own = any(map(real.is_relative_to, homes))
-        else:
-            is_own = file.startswith(f"hf://datasets/{name}@")
-        if not is_own:
-            raise UsageError(f"the dataset {name} names {file}, which is not a file of its own; correct its README.md")
+        if not any(map(Path(os.path.realpath(file)).is_relative_to, homes)):
+            raise UsageError(_FOREIGN.format(name, file, said_in))
 
 
 def _no_config(name: str, config: str | None, known: list[str]) -> str:
@@ -311,10 +317,14 @@ def _saved_to_disk(folder: Path) -> Prepared | None:
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return None
     try:
-        loaded = _library().load_from_disk(str(folder))
+        # Mapped, and not read: which files it has is then known.
+        loaded = _library().load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:
         raise UsageError(f"the dataset {folder} cannot be read: {one_line(error)}") from error
-    return Prepared(dict(loaded) if isinstance(loaded, dict) else {"train": loaded}, None)
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    files = [file["filename"] for split in splits.values() for file in split.cache_files]
+    _refuse_outside(str(folder), files, "state.json or dataset_dict.json")
+    return Prepared(splits, None)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
+from dapa_merge.measure import confined
 from dapa_merge.measure.prompts.sets import Question
 from dapa_merge.measure.skills import absolute, is_right, load_skills, skill_figure
 
@@ -72,6 +74,11 @@ def test_skills_are_files_and_tasks_in_the_order_of_the_list(tmp_path):
             "match is 'fuzzy'; known are exact, contains, num",
         ),
         ('{"prompt": "p", "answer": "(", "match": "regex"}', "question 1: the answer is not a regex"),
+        ('{"prompt": "p", "answer": "a{99999999999}", "match": "regex"}', r"not a regex: .* the repetition number is"),
+        (
+            '{"prompt": "p", "answer": "%s", "match": "regex"}' % ("(?:" * 5000 + ")" * 5000),
+            r"not a regex: .* maximum recursion",
+        ),
         ('{"prompt": "p", "answer": "four", "match": "number"}', "question 1: the answer is not a number"),
         ('{"prompt": "p"}', "has no answer"),
         ('{"prompt": "p", "answer": "", "match": "contains"}', 'line 1: the answer is ""; .* text'),
@@ -83,6 +90,15 @@ def test_a_bad_file_is_one_sentence(tmp_path, line, sentence):
     path = tmp_path / "skill.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(UsageError, match=sentence):
+        load_skills(str(path))
+
+
+def test_a_pattern_that_takes_for_ever_to_read_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(confined, "SECONDS", 1)
+    path = tmp_path / "skill.jsonl"
+    answer = "(?i)" + "[\\x01-\\U0010fffe]" * 10_000
+    path.write_text(json.dumps({"prompt": "p", "answer": answer, "match": "regex"}))
+    with pytest.raises(UsageError, match=r"question 1: the answer is not a regex: .* does not end within 1 seconds"):
         load_skills(str(path))
 
 

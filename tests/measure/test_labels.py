@@ -7,6 +7,7 @@ import logging
 import os
 
 import datasets
+import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import answer, call
@@ -364,6 +365,26 @@ def test_a_parquet_file_with_nested_columns_is_read_by_its_prompt(tmp_path):
     rows = [{"prompt": "a", "is_safe": False, "meta": {"x": [1]}}, {"prompt": "b", "is_safe": True, "meta": {"x": []}}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     assert split_of(str(tmp_path / "p.parquet")) == (("a",), ("b",))
+
+
+def test_a_parquet_file_that_cannot_be_held_is_one_sentence(tmp_path, monkeypatch):
+    path = tmp_path / "p.parquet"
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, *map(pyarrow.py_buffer, (b"\0" * 4 + b"\1\0\0\0", b"\xff"))]
+    )
+    odd = {"UnicodeDecodeError": text, "OverflowError": pyarrow.array([10**15], pyarrow.timestamp("ms"))}
+    for name, column in odd.items():
+        pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "other": column}), path)
+        with pytest.raises(UsageError, match=rf"cannot read .*p\.parquet: {name}"):
+            load_prompts(str(path))
+    pyarrow.parquet.write_table(pyarrow.table([["a"], ["safe"], ["unsafe"]], ["prompt", "label", "label"]), path)
+    with pytest.raises(UsageError, match="has two columns 'label'"):
+        load_prompts(str(path))
+    monkeypatch.setattr("dapa_merge.measure.prompts.rows.MAX_UNPACKED_BYTES", 1 << 20)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a" * 1000] * 2000}), path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(UsageError, match="unpacks to more than 1 MiB"):
+        load_prompts(str(path))
 
 
 def test_a_plan_says_what_is_asked(tmp_path, write_recipe):

@@ -25,6 +25,8 @@ from dapa_merge.files import refuse_special
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 # WildGuardMix, a large public set, has 120 MB.
 MAX_FILE_BYTES = 512 << 20
+# What a Parquet file may hold in memory, and about what a row takes beside its values.
+MAX_UNPACKED_BYTES, ROW_BYTES = 4 * MAX_FILE_BYTES, 400
 # No text has these: C0 but for tab and line ends, DEL, C1 but for NEL, and halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
@@ -195,9 +197,21 @@ def _parquet(path: Path) -> list[PromptRow]:
     import pyarrow.parquet
 
     refuse_special(path, MAX_FILE_BYTES)
+    rows: list[dict[str, Any]] = []
+    left = MAX_UNPACKED_BYTES
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if repeated := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(f"{path} has two columns {repeated!r}; rename or remove one")
+        # Few rows at once: a file of some KB may hold a long text a million times.
+        for batch in file.iter_batches(batch_size=256):
+            left -= batch.nbytes + batch.num_rows * ROW_BYTES
+            if left < 0:
+                raise UsageError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB; name a smaller file")
+            rows += batch.to_pylist()
+    # Times without a date, unknown time zones and bytes that are no text raise errors of Python.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from error
     return [PromptRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]
 

@@ -141,6 +141,11 @@ REFUSED = {
     "a flag": ([{"prompt": "a", "is_attack": True}, {"prompt": "b", "is_attack": False}], "is_attack is 'true'"),
     "a gap": ([{"prompt": "a", "label": "safe"}, {"prompt": "b", "label": float("nan")}], "row 2 has no label"),
     "a denial": ([{"prompt": "a", "is_not_safe": 1}, {"prompt": "b", "is_not_safe": 0}], "is_not_safe is '1'"),
+    "another denial": ([{"prompt": "a", "unSafe": True}, {"prompt": "b", "unSafe": False}], "unSafe is 'true'"),
+    "free of harm": ([{"prompt": "a", "harm-free": "yes"}], "harm-free is 'yes'"),
+    "an answer too": ([{"prompt": "a", "answer": "b", "is_safe": "yes"}], "is_safe may label the answer rather than"),
+    "whose response": ([{"prompt": "a", "llm_response": "b", "label": "safe"}], "label may label the llm_response"),
+    "of an answer": ([{"prompt": "a", "isAnswerHarmful": 1}], "label the response"),
     "BeaverTails": ([{"prompt": "a", "response": "b", "is_safe": True, "category": {}}], "label the response"),
     "PKU-SafeRLHF": ([{"prompt": "a", "response_0": "b", "is_response_0_safe": True}], "label the response"),
     "responses only": ([{"prompt": "a", "response_harm_label": "harmful"}], "label the response"),
@@ -197,6 +202,13 @@ def test_no_order_of_columns_or_spelling_of_a_label_changes_a_kind(name, words, 
 def test_a_file_without_labels_may_tell_its_kind_by_its_name(tmp_path, name, kind):
     path = write(tmp_path / f"{name}.csv", "prompt,category\na,x\n")
     assert split_of(path)[kind] == ("a",)
+
+
+@pytest.mark.parametrize("name", ["not_harmful_prompts.txt", "nonharmful.txt", "benign2.txt", "non-toxic-set.txt"])
+def test_a_name_that_denies_harm_is_not_taken_for_harmful(tmp_path, name):
+    with pytest.raises(UsageError, match="has no labels, and its name does not say whether all are harmless"):
+        load_prompts(write(tmp_path / name, "a\n"))
+    assert split_of(write(tmp_path / "unsafe_set.txt", "a\n"))[0] == ("a",)
 
 
 def test_a_name_that_says_half_is_refused(tmp_path):

@@ -28,6 +28,7 @@ HARMLESS_LABELS = (
     "harmless", "safe", "benign", "unharmful", "not harmful", "non harmful", "nontoxic", "non toxic", "not toxic",
 )  # fmt: skip
 PROMPT_KINDS = ("harmful", "harmless")
+_HARMLESS_IN_NAME = re.compile(rf"(?<![a-z])(?:{'|'.join(HARMLESS_LABELS)}|nonharmful)(?![a-z])")
 _YES, _NO = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
 # What WildJailbreak and XSTest-Response write before a word.
 _BEFORE_LABELS = ("prompt", "vanilla", "adversarial")
@@ -52,8 +53,13 @@ _SAYS_TOPIC = {
 }  # fmt: skip
 _SAYS_PROMPT = {"prompt", "user", "input", "query", "question", "request"}
 _SAYS_RESPONSE = {
-    "response", "responses", "completion", "output", "reply", "assistant", "model", "chosen", "rejected",
+    "response", "responses", "completion", "completions", "output", "outputs", "reply", "replies", "answer", "answers",
+    "generation", "generations", "generated", "assistant", "bot", "llm", "model", "chosen", "rejected",
 }  # fmt: skip
+# Those of them that may also name who responds, or how.
+_SAYS_RESPONDER = {"assistant", "bot", "llm", "model"}
+# Words beside which another word of a name means its opposite, or nothing that is known: `unSafe`, `harm-free`.
+_DENIES = {"not", "non", "no", "never", "without", "free", "less", "un", "in", "anti", "isn", "t"}
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ def _teller(table: _Table, columns: Columns, prompts: Collection[str], public: P
     stem = Path(table.source).stem
     if kind := kind_of_name(stem):
         return (lambda _: kind), "all are of one kind, by its name"
-    if columns.label is None and set(column_key(stem).split("_")) & {*HARMLESS_LABELS}:
+    if columns.label is None and _HARMLESS_IN_NAME.search(column_key(stem).replace("_", " ")):
         raise UsageError(f"{table.source} has no labels, and its name does not say whether all are harmless; {_ADVICE}")
     return (lambda _: "harmful"), "it has no labels" if columns.label is None else "no labels, as named"
 
@@ -286,7 +292,7 @@ def _find_label(table: _Table, prompts: Collection[str]) -> str | None:
     others = {name: set(column_key(name).split("_")) for name in table.names if name not in prompts}
     named = {name: words for name, words in others.items() if _looks_like_label(table, name, words)}
     candidates = [name for name, words in named.items() if not words & _SAYS_RESPONSE]
-    responses = [name for name in others if name not in named and _RESPONSE.fullmatch(column_key(name))]
+    responses = [name for name, words in others.items() if name not in named and _holds_responses(name, words)]
     if responses:
         unclear = [name for name in candidates if not named[name] & _SAYS_PROMPT]
         candidates = [name for name in candidates if name not in unclear]
@@ -308,6 +314,12 @@ def _find_label(table: _Table, prompts: Collection[str]) -> str | None:
     return next(iter(understood or said), None)
 
 
+def _holds_responses(name: str, words: set[str]) -> bool:
+    if _RESPONSE.fullmatch(column_key(name)):
+        return True
+    return not words & _SAYS_TOPIC and bool(words & (_SAYS_RESPONSE - _SAYS_RESPONDER))
+
+
 def _looks_like_label(table: _Table, name: str, words: set[str]) -> bool:
     if words & _SAYS_TOPIC:
         return False
@@ -322,7 +334,7 @@ def _kind_of_label(word: str, column: str) -> str | None:
         return kind
     words = set(column_key(column).split("_"))
     harmful, harmless = bool(words & _SAYS_HARMFUL), bool(words & _SAYS_HARMLESS)
-    if word not in (*_YES, *_NO) or harmful == harmless or words & {"not", "non"}:
+    if word not in (*_YES, *_NO) or harmful == harmless or words & _DENIES:
         return None
     return "harmful" if harmful == (word in _YES) else "harmless"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.folder import read_regular, refuse_stray_link
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import CheckpointError, RecipeError, Stopped, UsageError
@@ -38,12 +39,8 @@ def extract_patch(result: str, path: Path, base: str | None, *, allow_pickle: bo
     changed = open_location(_location(result))
     place = _location(base) if base is not None else _base_of(changed)
     original = open_location(place, allow_pickle=allow_pickle)
-    recipe = changed.folder / RECIPE_NAME
-    text = None
-    if recipe.is_file() and recipe.stat().st_size <= MAX_RECIPE_BYTES:
-        text = recipe.read_text(encoding="utf-8", errors="replace")
     with task("comparing", original.num_bytes, "bytes"):
-        patch = extract(changed, original, path, recipe=text, edit=_edit_of(changed))
+        patch = extract(changed, original, path, recipe=_recipe_text(changed), edit=_edit_of(changed))
     return {**summary(patch), "model_bytes": original.num_bytes, "other_files": differing_settings(changed, original)}
 
 
@@ -166,6 +163,22 @@ def _edit_of(result: Checkpoint) -> Edit | None:
         return None
     except CheckpointError as error:
         LOG.info(f"the patch holds whole rows: {error}")
+        return None
+
+
+def _recipe_text(result: Checkpoint) -> str | None:
+    """The recipe in a result's folder, for others to read; None without one, or if it is too large.
+
+    Raises:
+        CheckpointError: If it is a link out of the folder, such as to this process's tokens in /proc.
+    """
+    path = result.folder / RECIPE_NAME
+    if not path.is_file():
+        return None
+    refuse_stray_link(path, result.folder)
+    try:
+        return read_regular(path, MAX_RECIPE_BYTES).decode(errors="replace")
+    except OSError:
         return None
 
 

@@ -269,6 +269,18 @@ def test_commands_that_cannot_be_meant_are_refused(base, result, patch, tmp_path
         assert message in refused.stderr
 
 
+@pytest.mark.parametrize("private", ["secret.txt", "/proc/self/environ"])
+def test_a_recipe_that_is_a_link_out_of_its_folder_gets_into_no_patch(base, result, tmp_path, private):
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = Path(shutil.copytree(result, tmp_path / "strange"))
+    (folder / "mergekit_config.yml").unlink(missing_ok=True)
+    (folder / "mergekit_config.yml").symlink_to(tmp_path / private)
+    found = call("patch", "extract", folder, tmp_path / "p.safetensors", "--base", base)
+    assert found.exit_code == 4
+    assert "mergekit_config.yml" in found.stderr.splitlines()[-1]
+    assert not (tmp_path / "p.safetensors").exists()
+
+
 def test_a_repair_by_recipe_goes_through_a_patch(llama_pair, write_recipe, tmp_path):
     recipe = write_recipe(*llama_pair, layers='"1.gate[0:16],3.gate"')
     assert call("run", recipe, tmp_path / "result", "--no-evaluate").exit_code == 0

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dapa_merge.errors import UsageError, one_line
 from dapa_merge.files import PICTURES
+from dapa_merge.search.workers import in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,7 +173,10 @@ def draw_search(run: Run) -> Figure | None:
     # Nothing was tested where a point was picked.
     if run.search is None or run.search.by_hand:
         return None
-    return search_figure(run.search, run.plan, run.plan.units)
+    units = {*run.plan.units, *(unit.whole for asked in run.search.path for unit in asked.units)}
+    # An edit that chooses has directions of fewer units in the end than the search began with.
+    candidates = run.plan.units if len(units) == len(run.plan.units) else in_order(units)
+    return search_figure(run.search, run.plan, candidates)
 
 
 def draw_front(run: Run) -> Figure | None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import call, write_few
 
 from dapa_merge import miniature
+from dapa_merge.delta.minimize import Minimum
 from dapa_merge.files import CHART_PREFIX
+from dapa_merge.plan.selection import make_plan
+from dapa_merge.recipe.constraints import SCORE
+from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import charts
 from dapa_merge.report.charts import Chart
+from dapa_merge.search.requirement import Requirement
+from dapa_merge.search.result import Asked, Baseline, Search
 
 FILES = {"dapa_toy.png", "dapa_toy.svg"}
 
@@ -36,6 +43,18 @@ def write(path: Path, target: Path) -> Path:
         f"parameters:\n  layers: 3-5\n  prompts: {prompts}\n  max_new_tokens: 4\n"
     )
     return path
+
+
+def test_a_search_is_drawn_with_units_that_its_result_has_no_directions_of(tmp_path):
+    plan = make_plan(load_recipe(write(tmp_path / "recipe.yml", miniature.path("target"))))
+    few = plan.units[3:5]
+    path = (Asked(plan.units[:8], True, 1.0), Asked(few, True, 1.0))
+    limits = Requirement(((SCORE, 0.95),))
+    baseline = Baseline({"score": 1.0}, ())
+    found = Search(Minimum(few, 2, True, {}), limits, baseline, baseline, None, path, 10, 0, 0, 0, 0, 0.0, plan)
+    drawn = charts.draw_search(charts.Run(None, replace(plan, units=few), found))
+    names = {text.get_text() for axis in drawn.axes for text in axis.get_yticklabels()}
+    assert {"0.gate", "7.gate"} <= names
 
 
 def names_in(folder: Path) -> set[str]:

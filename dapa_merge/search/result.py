@@ -8,6 +8,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
+from dapa_merge.errors import UsageError, one_line
 from dapa_merge.measure.figures import Number, Response
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.constraints import SCORE, shown
@@ -33,9 +34,18 @@ class Baseline:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Baseline:
-        """The baseline that `to_json` was called on."""
-        figures = {name: float(value) for name, value in data.items() if name != "responses"}
-        return cls(figures, tuple(Response(**response) for response in data["responses"]))
+        """The baseline that `to_json` was called on.
+
+        Raises:
+            UsageError: If it is other data, of a journal that somebody made up.
+        """
+        try:
+            figures = {name: float(value) for name, value in data.items() if name != "responses"}
+            return cls(figures, tuple(Response(**response) for response in data["responses"]))
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise UsageError(
+                f"the journal has no figures where they should be ({one_line(error)}); remove it to search again"
+            ) from error
 
 
 @dataclass(frozen=True)

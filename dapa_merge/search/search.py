@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
@@ -279,6 +279,8 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
     recorded = frozenset(journal.tests)
     if recorded:
         LOG.info(f"{len(recorded)} tests are in the journal already")
+    if not all(map(_is_test, journal.tests.values())):
+        raise UsageError(f"the journal {journal.path} has tests that no search makes; remove it to search again")
     bench.require(limits).learn(piece for test in journal.tests.values() for piece in _pieces(test))
     try:
         with closing(start_workers(session.recipe, plan, bench, limits, session.options)) as workers:
@@ -486,8 +488,8 @@ def effects_of(session: Session, units: Sequence[Unit], name: str, target: Basel
     """
     journal = session.journal
     scores = journal.notes.get(name, {})
-    # An earlier search with another outcome may have scored blocks of other units.
-    if scores is not None and not all(str(unit) in scores for unit in units):
+    # An earlier search with another outcome may have scored blocks of other units, and a stranger anything.
+    if scores is not None and not (isinstance(scores, dict) and all(_is_score(scores.get(str(one))) for one in units)):
         scores = None
         try:
             with task("weighing the units by one backward pass", 2 * MAX_CONTRASTS, "responses"):
@@ -498,6 +500,10 @@ def effects_of(session: Session, units: Sequence[Unit], name: str, target: Basel
             LOG.info(f"going on without a prior, because {error}")
         journal.note(name, scores)
     return None if scores is None else {unit: scores[str(unit)] for unit in units}
+
+
+def _is_score(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _minimize(
@@ -524,6 +530,16 @@ def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) ->
         num_prompts = sum(piece.num_prompts for piece in asked)
         score = 1 - sum(piece.num_wrong for piece in asked) / num_prompts if num_prompts else None
         yield Asked(tuple(in_order(units)), bool(test["holds"]), score)
+
+
+def _is_test(test: Test) -> bool:
+    """Whether a test has the pieces and counts that a search records; a stranger may have written anything."""
+    names = {item.name for item in fields(Piece)}
+    pieces, total = test.get("pieces"), test.get("num_prompts")
+    if not isinstance(pieces, list) or not all(isinstance(piece, dict) and set(piece) == names for piece in pieces):
+        return False
+    counts = [total, *(value for piece in pieces for name, value in piece.items() if name != "kind")]
+    return all(type(value) is int and 0 <= value < 1 << 53 for value in counts)
 
 
 def _pieces(test: Test) -> list[Piece]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,39 @@ def test_a_forged_baseline_moves_no_limit(done, tmp_path, note, figure, value, s
     assert said in last
     assert not (tmp_path / "out").exists()
     assert forged.read_bytes() == before
+
+
+def change_note(name, change):
+    return lambda entry: change(entry) if entry.get("note") == name else None
+
+
+BROKEN = {
+    "no mapping": change_note("target", lambda entry: entry.update(value=5)),
+    "no responses": change_note("target", lambda entry: entry["value"].pop("responses")),
+    "odd responses": change_note("target", lambda entry: entry["value"].update(responses=[{"a": 1}])),
+    "no number": change_note("full transplant", lambda entry: entry["value"].update(score="x")),
+    "no pieces": lambda entry: entry.pop("pieces", None),
+    "odd pieces": lambda entry: entry.update(pieces=[{"x": 1}]) if "pieces" in entry else None,
+    "a count below zero": lambda entry: entry.update(num_prompts=-1) if "pieces" in entry else None,
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_journal_of_other_data_is_one_sentence(done, tmp_path, case):
+    recipe, journal, _ = done
+    result = call("search", recipe, "--journal", forge(journal, tmp_path / "forged.jsonl", BROKEN[case]))
+    assert result.exit_code == 2
+    assert re.search(
+        "has no figures where they should be|has tests that no search makes", result.stderr.splitlines()[-1]
+    )
+
+
+@pytest.mark.parametrize("score", ["x", float("nan"), None])
+def test_a_forged_prior_is_computed_anew(done, tmp_path, score):
+    recipe, journal, found = done
+    change = change_note("prior", lambda entry: entry.update(value=dict.fromkeys(entry["value"], score)))
+    again = answer("search", recipe, "--journal", forge(journal, tmp_path / "forged.jsonl", change), "--json")
+    assert (again["units"], again["tests"]) == (found["units"], found["tests"])
 
 
 def test_forged_tests_do_not_decide_what_is_transplanted(done, tmp_path):

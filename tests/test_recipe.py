@@ -406,3 +406,13 @@ def test_a_folder_that_exists_is_a_path_whatever_its_name(tmp_path, name):
     (tmp_path / name).mkdir()
     text = MINIMAL.replace("./target", f'"{tmp_path / name}"')
     assert parse_recipe(text).target == Location(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("number", ["010", "0x10", "0b11", "3:30", "-017"])
+def test_a_number_to_another_base_is_refused_rather_than_read(number):
+    text = f"merge_method: dapa\nbase_model: a\nmodels: [{{model: b}}]\nparameters:\n  layers: {number}\n"
+    with pytest.raises(RecipeError, match=f"line 5: YAML reads {number} as a number to another base"):
+        parse_recipe(text)
+    # In quotes it is a text, which layers are.
+    quoted = text.replace(number, '"10"')
+    assert [choice.layer for choice in parse_recipe(quoted).layers] == [10]

@@ -7,6 +7,7 @@ layers; a set of layers is therefore a string: `"3-6,9"`.
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -101,6 +102,7 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
         node = loader.get_single_node()
         # First: constructing the document resolves merge keys inside the nodes.
         _collect_lines(node, "", name, lines, set())
+        _refuse_other_bases(node, name, set())
         content = loader.construct_document(node) if node is not None else None
     except RecipeError:
         raise
@@ -110,6 +112,27 @@ def parse_recipe(text: str, name: str = "recipe") -> Recipe:
         problem = getattr(error, "problem", None) or one_line(error)
         raise RecipeError(f"{name}{line} is not YAML: {problem}") from error
     return recipe_from(content, lines=lines, name=name)
+
+
+# Of YAML 1.1: `010` is 8, `0x10` is 16, and `3:30` is 210.
+_DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+
+
+def _refuse_other_bases(node: yaml.Node | None, name: str, seen: set[int]) -> None:
+    """Raise `RecipeError` for a number to another base than 10, which nobody means who writes layers."""
+    if node is None or id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:int" and _DECIMAL.fullmatch(node.value) is None:
+            raise RecipeError(
+                f"{name}, line {node.start_mark.line + 1}: YAML reads {node.value[:40]} as a number to another base; "
+                f"write a decimal number without leading zeros, or put it in quotes"
+            )
+        return
+    pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+    for part in (part for pair in pairs for part in pair):
+        _refuse_other_bases(part, name, seen)
 
 
 def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name: str = "") -> Recipe:

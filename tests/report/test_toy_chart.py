@@ -35,12 +35,12 @@ def toy(monkeypatch) -> None:
     monkeypatch.setattr(charts, "CHARTS", (*charts.CHARTS, Chart("dapa_toy", "A toy: before and after", draw)))
 
 
-def write(path: Path, target: Path) -> Path:
+def write(path: Path, target: Path, layers: str = "3-5") -> Path:
     if not (prompts := path.parent / "few").exists():
         write_few(prompts, 4)
     path.write_text(
         f"merge_method: dapa\nbase_model: {target}\nmodels:\n  - model: {miniature.path('source')}\n"
-        f"parameters:\n  layers: 3-5\n  prompts: {prompts}\n  max_new_tokens: 4\n"
+        f"parameters:\n  layers: {layers}\n  prompts: {prompts}\n  max_new_tokens: 4\n"
     )
     return path
 
@@ -68,7 +68,7 @@ def test_a_new_chart_is_drawn_shown_on_the_card_and_left_behind_by_a_transplant(
     assert names_in(out) >= FILES | {"dapa_figures.png"}
     assert (out / "dapa_toy.png").read_bytes().startswith(b"\x89PNG")
     assert "![A toy: before and after](dapa_toy.png)" in (out / "README.md").read_text()
-    result = call("run", write(tmp_path / "second.yml", out), again, "--no-evaluate")
+    result = call("run", write(tmp_path / "second.yml", out, "6"), again, "--no-evaluate")
     assert result.exit_code == 0, result.stderr
     assert not [name for name in names_in(again) if name.endswith((".png", ".svg"))]
 

@@ -29,6 +29,7 @@ from dapa_merge.checkpoint.folder import (
     WEIGHTS,
     Layout,
     find_weights,
+    refuse_pointer,
     refuse_stray_link,
 )
 from dapa_merge.checkpoint.header import read_json
@@ -389,10 +390,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
+        refuse_pointer(path)
         # The format before torch 1.6 is not an archive and cannot be memory-mapped.
         with path.open("rb") as file:
             is_archive = file.read(2) == b"PK"
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except CheckpointError:
+        raise
     except Exception as error:
         # Damaged archives and pickles that hold more than tensors raise many kinds of errors.
         raise CheckpointError(

@@ -24,6 +24,8 @@ from pathlib import Path
 from dapa_merge.errors import CheckpointError, HubError
 from dapa_merge.progress import advance, task
 
+# How the pointers of Git LFS begin: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_POINTER_BEGINS = b"version https://git-lfs.github.com/spec/"
 # Bytes to hash at once.
 PIECE_BYTES = 8 << 20
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device"}
@@ -49,6 +51,21 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise OSError(errno.EFBIG, f"It is larger than {max_bytes / 1e6:.0f} MB, which no such file needs")
     return content
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise if a file is only Git LFS's pointer to its content, as in a clone that was made without it.
+
+    Raises:
+        CheckpointError: If it is.
+        OSError: If it cannot be read or is not a regular file.
+    """
+    with open_regular(path) as file:
+        is_pointer = file.read(len(_POINTER_BEGINS)) == _POINTER_BEGINS
+    if is_pointer:
+        raise CheckpointError(
+            f"{path} is only Git LFS's pointer to the file; run `git lfs pull` in the clone that it came from"
+        )
 
 
 def refuse_stray_link(path: Path, folder: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dapa_merge.checkpoint.folder import open_regular, read_regular, refuse_stray_link
+from dapa_merge.checkpoint.folder import open_regular, read_regular, refuse_pointer, refuse_stray_link
 from dapa_merge.errors import CheckpointError
 
 # Bits, because sub-byte types exist in the format.
@@ -82,6 +82,7 @@ def read_header(path: Path) -> list[Tensor]:
             prefix = file.read(8)
             num_header_bytes = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or num_header_bytes > size - 8:
+                refuse_pointer(path)
                 raise CheckpointError(f"{path} is not a safetensors file, or is truncated ({size} bytes)")
             if num_header_bytes > MAX_HEADER_BYTES:
                 raise CheckpointError(
@@ -203,6 +204,7 @@ def read_json(
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise CheckpointError(f"{path} is not JSON: {str(error)[:120]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object")

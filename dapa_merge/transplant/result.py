@@ -20,7 +20,7 @@ from typing import Any
 
 from dapa_merge.checkpoint.contents import left_behind, parts_of
 from dapa_merge.checkpoint.digest import Digests, hash_file
-from dapa_merge.checkpoint.folder import refuse_stray_link
+from dapa_merge.checkpoint.folder import refuse_pointer, refuse_stray_link
 from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError
@@ -105,7 +105,7 @@ def _small_files(target: Checkpoint) -> list[str]:
     """The files of a model besides its weights, by their paths in its folder.
 
     Raises:
-        CheckpointError: If one is a link out of the folder, or not a file.
+        CheckpointError: If one is a link out of the folder, not a file, or a pointer of Git LFS.
     """
     names = parts_of(target.folder)
     for path in (target.folder / name for name in names):
@@ -114,6 +114,7 @@ def _small_files(target: Checkpoint) -> list[str]:
             raise CheckpointError(f"{path} is neither a file nor a link to one; remove it or repair it")
         if not os.access(path, os.R_OK):
             raise CheckpointError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
+        refuse_pointer(path)
         if path.stat().st_size > MAX_SMALL_BYTES:
             size, most = path.stat().st_size / 1e9, MAX_SMALL_BYTES / 1e9
             raise CheckpointError(

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import answer
+from conftest import answer, call
 from safetensors.torch import load_file, save_file
 
 from dapa_merge.checkpoint.folder import Layout, find_weights
@@ -134,3 +134,16 @@ def test_a_folder_of_links_is_a_model(llama_pair, tmp_path, write_recipe):
     answer("run", write_recipe(snapshot, llama_pair[1], layers=0), tmp_path / "out", "--no-evaluate", "--json")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     assert {path: path.read_bytes() for path in blobs.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", [SHARDS[0], "tokenizer.json", "model.safetensors.index.json"])
+def test_every_command_says_which_file_of_a_clone_is_only_a_pointer(llama_pair, tmp_path, write_recipe, name):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    name = next(target.glob("*.safetensors")).name if name == SHARDS[0] else name
+    (target / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 690376\n")
+    recipe = write_recipe(target, llama_pair[1], layers=0)
+    for arguments in (["run", recipe, tmp_path / "out", "--no-evaluate"], ["evaluate", target]):
+        result = call(*arguments)
+        assert result.exit_code == 4
+        assert f"{name} is only Git LFS's pointer" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()

@@ -438,7 +438,12 @@ class Merge:
             return False
         if isinstance(targets, str):
             return targets == _ALL or self._matches(targets, place, "target_modules")
-        return bool(targets) and _is_among(place, targets or ())
+        only, within = self._config.get("layers_to_transform"), self._config.get("layers_pattern") or "[^.]*"
+        if only in (None, []) or not _is_among(place, targets or ()):
+            return _is_among(place, targets or ())
+        stacks, numbers = ("|".join(map(str, one if isinstance(one, list) else [one])) for one in (within, only))
+        # The first number counts: others are of experts.
+        return self._matches(rf"(?>(?:.*?\.)?(?:{stacks})\.(?=\d+\.))(?:{numbers})\..*", place, "layers_pattern")
 
     def _check_complete(self, modules: Iterable[str]) -> None:
         """Refuse an adapter that lacks modules which its config asks for; peft would leave those as they are.
@@ -451,8 +456,7 @@ class Merge:
         for place in modules:
             if layer := _LAYER.fullmatch(name := bare_name(place)):
                 stacks[layer["stack"]] = place[: len(place) - len(name)]
-        named, only = self._config.get("target_modules"), self._config.get("layers_to_transform")
-        only = [only] if isinstance(only, int) else only
+        named = self._config.get("target_modules")
         config = self._base.config.get("text_config")
         num_layers = (config if isinstance(config, dict) else self._base.config).get("num_hidden_layers")
         num_layers = num_layers if isinstance(num_layers, int) else math.inf
@@ -474,9 +478,7 @@ class Merge:
                 continue
             else:
                 is_missing = _NUMBER.sub("*", name) in kinds or (
-                    (place != name and named != _ALL)
-                    and (not only or int(layer["number"]) in only)
-                    and self._is_asked_for(stacks[layer["stack"]] + place)
+                    (place != name and named != _ALL) and self._is_asked_for(stacks[layer["stack"]] + place)
                 )
             if is_missing:
                 raise self._refusal(

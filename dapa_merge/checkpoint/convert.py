@@ -188,6 +188,7 @@ _KINDS: dict[str, tuple[object, ...]] = {
     "modules_to_save": ([str],),
     "target_parameters": ([str],),
     "layers_to_transform": (int, [int]),
+    "layers_pattern": (str, [str]),
 }
 # Changed whenever the same adapter would be merged to other values.
 _MERGE_VERSION = 1

@@ -81,6 +81,11 @@ EQUAL = {
     "plain, float64": ("llama", "float64", dict(target_modules=ATTENTION_AND_MLP)),
     "all linear": ("llama", "bfloat16", dict(target_modules="all-linear")),
     "a pattern": ("llama", "bfloat16", dict(target_modules=r".*layers\.\d+\.mlp\.(up|down)_proj")),
+    "some layers of a stack": (
+        "llama",
+        "bfloat16",
+        dict(target_modules=["o_proj"], layers_to_transform=1, layers_pattern=["layers"]),
+    ),
     "some layers": ("llama", "bfloat16", dict(target_modules=["o_proj"], layers_to_transform=[1])),
     "all but some": (
         "llama",
@@ -421,6 +426,10 @@ FAULTS = {
     "with a pattern without end": (dict, {"target_modules": r"(.|.)*\d\d\d"}, ["target_modules"]),
     "with a rank for a pattern without end": (dict, {"rank_pattern": {r"(.|.)*\d\d\d": 2}}, ["rank_pattern"]),
     "with a scale beyond all": (dict, {"lora_alpha": 10**400}, ["lora_alpha"]),
+    "of a layer that is not asked for": (dict, {"layers_to_transform": [1]}, ["layers.0.", "target"]),
+    "of layers of another name": (
+        dict, {"layers_to_transform": [0, 1], "layers_pattern": "blocks"}, ["layers.0.", "target"],
+    ),
     "with layers that are none": (dict, {"layers_to_transform": "all"}, ["layers_to_transform", "'all'"]),
     "with a name for a list": (dict, {"modules_to_save": "lm_head"}, ["modules_to_save", "'lm_head'"]),
     "with a list for patterns": (dict, {"alpha_pattern": [8]}, ["alpha_pattern", "[8]"]),

@@ -124,7 +124,20 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
             f"config.json, or remove them"
         )
     model.eval().requires_grad_(False)
+    _try_out(model, checkpoint.name)
     return model, tokenizer
+
+
+@torch.inference_mode()
+def _try_out(model: PreTrainedModel, name: str) -> None:
+    """Raise `CheckpointError` if a model cannot read a single token, because its config does not fit together."""
+    try:
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)[0]
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{name} does not fit in the memory of {model.device}") from error
+    except Exception as error:
+        # transformers has no common error class for configs that it takes and cannot follow.
+        raise CheckpointError(f"transformers loads {name}, but cannot run it: {one_line(error)}") from error
 
 
 def opens_thought(checkpoint: Checkpoint) -> bool:
@@ -187,6 +200,7 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, PreTrainedConfig]:
             f"transformers {transformers_version} cannot load {checkpoint.name}: it does not know the model type "
             f"{model_type!r}; a newer transformers may (code that comes with a model is never run)"
         )
+    _refuse_many_parts(checkpoint.config, checkpoint.name)
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     forget_kernels(config, checkpoint.name)
     architectures = config.architectures or []
@@ -201,6 +215,22 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, PreTrainedConfig]:
             "(...ForCausalLM), with or without an image tower, can be measured"
         )
     return loader, config
+
+
+# Layers, labels or experts that a config may ask for; published models have a few hundred, and labels a few thousand.
+MAX_PARTS = 100_000
+_NUMBER_OF_PARTS = re.compile(r"(n|num)_(.*_)?(layers?|labels|experts|blocks)|.*depth|.*_layers", re.IGNORECASE)
+
+
+def _refuse_many_parts(config: Mapping[str, Any], name: str) -> None:
+    """Raise `CheckpointError` if transformers would make so many parts, one by one, that it takes for ever."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _refuse_many_parts(value, name)
+        elif _NUMBER_OF_PARTS.fullmatch(key) and isinstance(value, (int, float)) and value > MAX_PARTS:
+            raise CheckpointError(
+                f"{key} in the config.json of {name} is {str(value)[:30]}, and no model has more than {MAX_PARTS:,}"
+            )
 
 
 # What transformers brings along, by attribute of a config. Any other may be code that it fetches from the Hub and runs.

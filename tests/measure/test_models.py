@@ -459,3 +459,21 @@ def test_layers_for_further_tokens_are_left_out_and_other_tensors_are_named(tmp_
     )
     with pytest.raises(CheckpointError, match=r"holds tensors .* Glm4MoeForCausalLM.*v_head.weight"):
         load_model(open_checkpoint(str(folder)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"quantization": {"num_local_experts": 10**8}}, "num_local_experts"),
+        ({"layer_types": ["sliding_attention"] * 10}, "sliding_window"),
+        ({"return_dict": False}, "cannot run it"),
+    ],
+)
+def test_a_config_that_no_model_can_follow_is_one_sentence(tmp_path, change, named):
+    folder = shutil.copytree(miniature.path("target"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match=named):
+        load_model(open_checkpoint(str(folder)), CPU)

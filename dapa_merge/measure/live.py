@@ -34,7 +34,7 @@ from transformers import __version__ as transformers_version
 
 from dapa_merge.checkpoint.contents import parts_of
 from dapa_merge.checkpoint.convert import standard_folder
-from dapa_merge.checkpoint.folder import refuse_pointer
+from dapa_merge.checkpoint.folder import refuse_pointer, refuse_stray_link
 from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
@@ -89,6 +89,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
     try:
         with quiet("transformers"), standard_folder(checkpoint) as folder:
             for path in filter(Path.is_file, (checkpoint.folder / name for name in parts_of(checkpoint.folder))):
+                refuse_stray_link(path, checkpoint.folder)
                 refuse_pointer(path)
             # Ready when the prompts are.
             confined.start()

@@ -147,3 +147,14 @@ def test_every_command_says_which_file_of_a_clone_is_only_a_pointer(llama_pair, 
         assert result.exit_code == 4
         assert f"{name} is only Git LFS's pointer" in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_a_link_out_of_its_folder_is_refused_by_every_command(llama_pair, tmp_path, write_recipe):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    shutil.move(target / "tokenizer.json", tmp_path / "elsewhere.json")
+    (target / "tokenizer.json").symlink_to("../elsewhere.json")
+    recipe = write_recipe(target, llama_pair[1], layers=0)
+    for arguments in (["run", recipe, tmp_path / "out", "--no-evaluate"], ["evaluate", target]):
+        result = call(*arguments)
+        assert result.exit_code == 4
+        assert "tokenizer.json is a link that leads out of its folder" in " ".join(result.stderr.split())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import RecipeError
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice, layer_spans, parse_layers, spans
-from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
 from dapa_merge.recipe.recipe import Recipe
 
 ROW = st.integers(0, 99)
@@ -236,7 +236,7 @@ FAULTS = {
         "r.yml, line 2: base_model is {'path': 'x', 'revision': [1]}; it must name",
     ),
     "a value unlike its tag": (MINIMAL + "parameters: {retain: !!bool maybe}\n", "r.yml is not YAML: KeyError"),
-    "a huge number": (with_parameters("retain: 1" + "0" * 4000), "r.yml, line 6: retain is a very large number; wr"),
+    "a huge number": (with_parameters("retain: 0x" + "f" * 6000), "r.yml, line 6: YAML reads 0xfff"),
     "a tokenizer padded": (
         MINIMAL + "tokenizer: {source: base, pad_to_multiple_of: 64}\n",
         "r.yml, line 5: tokenizer is {'pad_to_multiple_of': 64, 'source': 'base'}; the result keeps",
@@ -416,3 +416,14 @@ def test_a_number_to_another_base_is_refused_rather_than_read(number):
     # In quotes it is a text, which layers are.
     quoted = text.replace(number, '"10"')
     assert [choice.layer for choice in parse_recipe(quoted).layers] == [10]
+
+
+def test_a_number_that_python_does_not_print_is_named_all_the_same():
+    content = {
+        "merge_method": "dapa",
+        "base_model": "a",
+        "models": [{"model": "b"}],
+        "parameters": {"retain": 16**6000},
+    }
+    with pytest.raises(RecipeError, match="retain is a very large number; write a share"):
+        recipe_from(content)

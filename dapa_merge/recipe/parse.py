@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import FLOAT_NAMES, MAX_DEPTH
@@ -39,6 +39,8 @@ REFUSED_KEYS = {
 MAX_RECIPE_BYTES = 1 << 20
 # Merge keys (`<<`) can make the content of an alias grow by a factor with each further alias; so few are harmless.
 MAX_ALIASES = 20
+# A number to the base 60, such as 1:30:00, takes time that grows with the square of its digits.
+MAX_SEXAGESIMAL = 100
 # The C library's parser is ten times as fast, and not everywhere.
 _FAST: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -65,7 +67,7 @@ def read_yaml(text: str) -> object:
 
 
 def _check_shape(text: str, loader: Any, max_aliases: int) -> None:
-    """Raise `ValueError` if YAML is nested so deeply, or has so many aliases, that reading it would not end."""
+    """Raise `ValueError` if YAML is so deep, or has so many aliases or digits, that reading it would not end."""
     depth = num_aliases = 0
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
@@ -74,6 +76,9 @@ def _check_shape(text: str, loader: Any, max_aliases: int) -> None:
             raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         if num_aliases > max_aliases:
             raise ValueError(f"it has more than {max_aliases} aliases" if max_aliases else "it has an alias")
+        if isinstance(event, ScalarEvent) and event.value.count(":") > MAX_SEXAGESIMAL:
+            if not any(map(str.isalpha, event.value)):
+                raise ValueError(f"it has a number of more than {MAX_SEXAGESIMAL} digits to the base 60")
 
 
 def load_recipe(path: Path) -> Recipe:

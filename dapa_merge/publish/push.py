@@ -11,7 +11,7 @@ from pathlib import Path
 from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.location import Location, is_path
-from dapa_merge.errors import CheckpointError, HubError
+from dapa_merge.errors import CheckpointError, HubError, markdown_code, printable
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import check_id, download, find, require_token
 from dapa_merge.plan.selection import RECIPE_NAME
@@ -139,13 +139,13 @@ def _card_there(destination: Destination) -> CardFile:
 
 def _message(recipe: Recipe, facts: CardFacts | None) -> str:
     what = f": {spans(facts.units)} of {_name(recipe.source)}" if facts else ""
-    return f"{_name(recipe.target)} repaired by dapa-merge {__version__}{what}"[:200]
+    return printable(f"{_name(recipe.target)} repaired by dapa-merge {__version__}{what}")[:200]
 
 
 def _description(facts: CardFacts) -> Iterator[str]:
     """Yields the lines of the commit's or pull request's description."""
     for parent in facts.parents:
-        yield f"- {parent.role}: {parent.public_name or parent.name}"
+        yield f"- {parent.role}: {markdown_code(parent.public_name or parent.name)}"
     yield f"- transplanted: {spans(facts.units)}, {100 * facts.share_changed:.2f} % of the parameters"
     if facts.report is None or facts.report.after is None:
         yield "- not measured"

@@ -162,7 +162,20 @@ def test_a_pull_request_to_the_fine_tune_keeps_its_card(hub, result, pair):
     repository = hub.store.repositories[pair[0]]
     commit = repository.history[repository.resolve("refs/pr/1")]
     assert "- transplanted: gate of layer 1, " in commit.message
-    assert f"- target: {pair[0]}@" in commit.message
+    assert f"- target: `{pair[0]}@" in commit.message
+
+
+def test_the_name_of_a_folder_is_neither_a_line_nor_markup_of_a_pull_request(
+    hub, new_id, llama_pair, write_recipe, tmp_path
+):
+    target = shutil.copytree(llama_pair[0], tmp_path / "x\n<b> @all")
+    recipe = write_recipe(json.dumps(str(target)), llama_pair[1], layers=1)
+    assert call("run", recipe, tmp_path / "out", "--no-evaluate").exit_code == 0
+    hub.api.create_repo(name := new_id("repaired"))
+    pushed(tmp_path / "out", name, "--create-pr")
+    repository = hub.store.repositories[name]
+    assert repository.pull_requests[1].title.startswith(r"x\n<b> @all repaired by dapa-merge")
+    assert r"- target: `x\n<b> @all`" in repository.history[repository.resolve("refs/pr/1")].message.splitlines()
 
 
 def test_licenses_that_come_to_differ_are_told(hub, new_id, result, pair):

@@ -44,7 +44,7 @@ FORMAT = 1
 # The lock's name in a result, where the recipe has a different name.
 LOCK_NAME = "recipe.lock.yml"
 # The lock of a model with a thousand shards takes about 150 kB.
-MAX_BYTES = 16 << 20
+MAX_BYTES = 1 << 20
 HEAD = (
     "# Models and selection of the last run of the recipe. Written by dapa-merge run; `run --locked` uses them,\n"
     "# and `outdated` compares them with the models' current state. Keep this file with the recipe.\n"

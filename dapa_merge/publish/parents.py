@@ -24,6 +24,9 @@ PAGES = "https://huggingface.co"
 MAX_CARD_BYTES = 8 << 20
 # The figures of hundreds of benchmarks take half of it.
 MAX_HEAD_BYTES = 1 << 20
+# As the Hub and its client find the head of a card: also after empty lines, and where nothing follows it.
+_HEAD_BEGINS = re.compile(r"\s*---\n")
+_HEAD_ENDS = re.compile(r"\n---[ \t]*(\n|\Z)")
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,9 @@ def metadata_of(card: str) -> dict[str, Any]:
 def split_card(card: str) -> tuple[str, str]:
     """Split a model card into the YAML at its head and the text after it."""
     text = card.replace("\r\n", "\n").removeprefix("\ufeff")
-    if not text.startswith("---\n"):
-        return "", text
-    head, end, body = text[4:].partition("\n---\n")
-    return (head, body) if end else ("", text)
+    begin = _HEAD_BEGINS.match(text)
+    end = _HEAD_ENDS.search(text, begin.end()) if begin else None
+    return (text[begin.end() : end.start()], text[end.end() :]) if begin and end else ("", text)
 
 
 def _read(path: Path) -> str:

@@ -236,6 +236,21 @@ def test_a_head_that_is_wrong_in_any_way_says_nothing_and_costs_no_result(head, 
         assert "not stated" in (tmp_path / "out" / "README.md").read_text()
 
 
+CARDS = {
+    "nothing after it": "---\nlicense: mit\n---",
+    "a space after its end": "---\nlicense: mit\n--- \n# Mine",
+    "empty lines before it": "\n\n---\nlicense: mit\n---\n# Mine",
+    "the ends of lines of Windows": "---\r\nlicense: mit\r\n---\r\n# Mine",
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_head_is_found_where_the_hubs_client_finds_it(card):
+    text = CARDS[card]
+    assert metadata_of(text) == ModelCard(text, ignore_metadata_errors=True).data.to_dict() == {"license": "mit"}
+    assert "---" not in split_card(text)[1]
+
+
 def test_a_card_that_fails_in_an_unforeseen_way_costs_no_result(llama_pair, write_recipe, tmp_path, monkeypatch):
     def broken(*_):
         raise KeyError("maybe")

@@ -76,9 +76,12 @@ def _check_shape(text: str, loader: Any, max_aliases: int) -> None:
             raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
         if num_aliases > max_aliases:
             raise ValueError(f"it has more than {max_aliases} aliases" if max_aliases else "it has an alias")
-        if isinstance(event, ScalarEvent) and event.value.count(":") > MAX_SEXAGESIMAL:
-            if not any(map(str.isalpha, event.value)):
-                raise ValueError(f"it has a number of more than {MAX_SEXAGESIMAL} digits to the base 60")
+        if isinstance(event, ScalarEvent) and _is_long_sexagesimal(event.value):
+            raise ValueError(f"it has a number of more than {MAX_SEXAGESIMAL} digits to the base 60")
+
+
+def _is_long_sexagesimal(text: str) -> bool:
+    return text.count(":") >= MAX_SEXAGESIMAL and not any(map(str.isalpha, text))
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -213,6 +213,7 @@ HEADS = {
     "an empty number": "x: !!int ''",
     "no time": "x: !!timestamp never",
     "a number of thousands of digits": f"x: {'9' * 6000}",
+    "a number of thousands of digits to the base 60": f"x: {':'.join(['59'] * 50_000)}",
     "lists in lists": f"x: {'[' * 20_000}",
     "aliases of aliases": BOMB,
     "merged aliases of aliases": MERGED,

@@ -15,7 +15,8 @@ from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.measure.figures import Change, Figures, Number
 from dapa_merge.plan.ladder import Tried
-from dapa_merge.search.result import Point
+from dapa_merge.recipe.parameters import spans
+from dapa_merge.search.result import Point, needed
 
 REPORT_NAME = "dapa_report.json"
 
@@ -157,11 +158,35 @@ def read_report(path: Path) -> Report:
         report = _REPORT.validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not a report that this version reads: {fault_of(error)}") from None
-    if report.picked not in ([*range(1, len(report.points) + 1)] or [None]):
-        raise CheckpointError(
-            f"{path} is not a report that this version reads: picked is {report.picked}, of {len(report.points)} points"
-        )
+    if fault := _fault(report):
+        raise CheckpointError(f"{path} is not a report that this version reads: {fault}")
     return report
+
+
+def _fault(report: Report) -> str | None:
+    """What contradicts itself in a report whose fields have the right types; None if nothing does."""
+    if report.picked not in ([*range(1, len(report.points) + 1)] or [None]):
+        return f"picked is {report.picked}, of {len(report.points)} points"
+    try:
+        for units in (report.units, *(part for reason in needed(report.certificate) for part in reason)):
+            spans(units)
+    except ValueError:
+        return "its units are not units"
+    columns = [column for column in (report.before, report.after, report.source_alone) if column is not None]
+    for one in columns:
+        shares = (one.dsr, *one.dsr_interval, one.complied, one.degenerate, one.undecided, one.over_refusal)
+        if not all(0 <= share <= 1 for share in (*shares, *one.over_refusal_interval)):
+            return "a share is not between 0 and 1"
+    if len({_asked(one) for one in columns}) > 1 or any(min(one.num_harmful, one.num_harmless) < 1 for one in columns):
+        return "not all of its figures are of the same prompts"
+    return None
+
+
+def _asked(one: Figures) -> tuple[object, ...]:
+    """What a column of figures is of, which is the same in all columns of a report."""
+    kinds = tuple((category.kind, category.category, category.num_prompts) for category in one.categories)
+    skills = tuple(skill.name for skill in one.skills)
+    return one.num_harmful, one.num_harmless, one.score is None, kinds, skills
 
 
 def read_figures(content: object) -> Figures:

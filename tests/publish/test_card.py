@@ -350,6 +350,29 @@ def test_what_is_no_result_has_no_card(llama_pair, tmp_path):
         assert "not a result" in ran.stderr
 
 
+CONTRADICTIONS = {
+    "a name that is no unit": {"units": ["3.gate", "\x1b[31m"]},
+    "no unit in a reason": {"certificate": {"3.gate": ["4.gate", ""]}},
+    "more than all": {"after": {"complied": 1e308}},
+    "less than nothing": {"after": {"dsr": -1.0}},
+    "no prompts": {name: {"num_harmful": 0} for name in ("before", "after", "source_alone")},
+    "other prompts": {"before": {"num_harmless": 63}},
+    "no skills in one column": {"source_alone": {"skills": []}},
+}
+
+
+@pytest.mark.parametrize("what", CONTRADICTIONS)
+@pytest.mark.xdist_group("demo")
+def test_a_report_that_contradicts_itself_is_not_read(repaired, what, tmp_path):
+    report = json.loads((repaired / "dapa_report.json").read_text())
+    for key, value in CONTRADICTIONS[what].items():
+        report[key] = {**report[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    ran = call("gate", tmp_path / "report.json", "--min-dsr", "0.5")
+    assert ran.exit_code == 4, ran.output
+    assert "is not a report that this version reads" in ran.stderr
+
+
 def test_a_damaged_report_is_told(copied):
     path = copied / "dapa_report.json"
     report = json.loads(path.read_text())

@@ -80,6 +80,17 @@ def test_a_file_too_many_is_named_and_a_card_is_none(result):
     assert "extra.safetensors is not in dapa.json" in found.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--files-only",)])
+def test_a_link_that_a_push_would_refuse_is_noted(result, tmp_path, options):
+    (tmp_path / "private").write_text("secret")
+    (result / "notes.md").symlink_to(tmp_path / "private")
+    (result / "more.md").symlink_to("nowhere")
+    told = answer("verify", result, *options, "--json")
+    assert told["correct"]
+    assert any("notes.md is a link that leads out of its folder" in note for note in told["notes"])
+    assert any("`push` refuses more.md" in note for note in told["notes"])
+
+
 def test_files_only_needs_no_model_and_no_torch(result, tmp_path):
     import subprocess
     import sys

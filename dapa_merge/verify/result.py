@@ -14,7 +14,7 @@ from typing import Any
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import named_classes, named_code
 from dapa_merge.checkpoint.digest import Digests, Span, hash_file, settings_files
-from dapa_merge.checkpoint.folder import WEIGHTS, is_clutter
+from dapa_merge.checkpoint.folder import WEIGHTS, is_clutter, refuse_stray_link
 from dapa_merge.checkpoint.header import read_header, read_json
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint, find_model, open_checkpoint
@@ -263,8 +263,17 @@ def _unpublished(out: Path) -> Iterator[str]:
     if others := foreign_files(out, names):
         more = f" and {len(others) - MAX_KEYS} more" if len(others) > MAX_KEYS else ""
         yield f"`push` refuses what is not a part of a model; move it elsewhere: {', '.join(others[:MAX_KEYS])}{more}"
-    for name in filter(is_for_other_programs, names):
-        yield f"{name} was not checked, and `push` leaves it here"
+    for name in names:
+        if is_for_other_programs(name):
+            yield f"{name} was not checked, and `push` leaves it here"
+        elif name not in (*others, *PRIVATE):
+            try:
+                refuse_stray_link(out / name, out)
+            except CheckpointError as error:
+                yield f"`push` refuses {error}"
+            else:
+                if not (out / name).is_file():
+                    yield f"`push` refuses {name}: it cannot be read as a file"
 
 
 def _differing_settings(result: Checkpoint, target: Checkpoint) -> Iterator[str]:

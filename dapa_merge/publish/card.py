@@ -145,6 +145,7 @@ def card_text(facts: CardFacts) -> str:
         license=_licensed(facts.license),
         recipe=_Markup(f"{code_fence(facts.recipe)}yaml\n{facts.recipe.rstrip()}\n{code_fence(facts.recipe)}"),
         code=_code,
+        codes=lambda names: _Markup(", ".join(map(markdown_code, names))),
         word=_word,
         model=model,
         places=places,

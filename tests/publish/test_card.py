@@ -108,12 +108,13 @@ def test_code_that_travels_with_a_model_is_named_as_the_targets(llama_pair, writ
     config = json.loads((target / "config.json").read_text())
     classes = {"AutoModel": "modeling_x.X", "AutoConfig": "someone/model--configuration_x.X", "AutoTokenizer": "`x`.y"}
     (target / "config.json").write_text(json.dumps({**config, "auto_map": classes}))
-    for name in ("modeling_x.py", "train.py"):
+    for name in ("other_x.py", "train.py"):
         (target / name).write_text("raise SystemExit")
+    (target / "modeling_x.py").write_text("from .other_x import x")
     out = tmp_path / "out"
     assert call("run", write_recipe(target, llama_pair[1], layers=1), out, "--no-evaluate").exit_code == 0
     text = make_card(out)
-    assert "`modeling_x.py`. That code is the target's" in text
+    assert "`modeling_x.py`, `other_x.py`. That code is the target's" in text
     assert "`someone/model`" in text
     assert "train.py" not in text
     assert "`x`" not in text

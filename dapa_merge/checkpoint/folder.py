@@ -288,4 +288,9 @@ def _pickles(files: Collection[str], name: str) -> Layout:
             f"{name} has pickled weights only, which can run code when loaded, and none are named {PICKLE_NAME}; "
             f"save it again as safetensors"
         )
+    if gguf := sorted(file for file in files if file.endswith(".gguf")):
+        raise CheckpointError(
+            f"{name} has GGUF weights only, {gguf[0]}, which cannot be edited; name the model that they were made "
+            f"from, or save them as safetensors"
+        )
     raise CheckpointError(f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}")

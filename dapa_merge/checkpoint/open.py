@@ -186,6 +186,8 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
         layout = find_weights(os.listdir(folder), name)
         refuse_other_weights(checkpoint.config, layout, name)
         return FoundModel(checkpoint, layout, None)
+    if os.path.isfile(path):
+        raise CheckpointError(f"{path} is a file; name the folder of a model in the format of transformers")
     # huggingface_hub is slow to import, and a local model does not need it.
     from dapa_merge.checkpoint.fetch import open_snapshot
 
@@ -230,6 +232,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json`, or derive a minimal config from the `params.json` of Mistral AI's own format."""
     params = folder / "params.json"
     if (folder / "config.json").exists() or not params.is_file():
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        if inside and not (folder / "config.json").exists():
+            raise CheckpointError(
+                f"{folder} has no config.json, but its folder {inside[-1]} has one; name {folder / inside[-1]}"
+            )
         return read_json(folder / "config.json")
     # mergekit and transformers do not know this class, so the layers are found by tensor names.
     config: dict[str, Any] = {"architectures": ["MistralConsolidated"]}

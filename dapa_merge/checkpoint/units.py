@@ -171,15 +171,16 @@ def parts_of_modules(modules: Iterable[str]) -> set[str]:
     return {part for module in modules for part in WHOLES.get(module, (module,))}
 
 
-def architecture_name(config: Mapping[str, Any]) -> str:
-    """The one class name in `architectures` of a `config.json`.
+def architecture_name(config: Mapping[str, Any], name: str = "") -> str:
+    """The one class name in `architectures` of a `config.json`; messages call the model `name`.
 
     Raises:
         CheckpointError: If there is not exactly one.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise CheckpointError(f"config.json must name exactly one architecture, but says {names!r}")
+        whose = f"the config.json of {name}" if name else "config.json"
+        raise CheckpointError(f"{whose} must name exactly one class in `architectures`, but says {names!r}")
     return names[0]
 
 

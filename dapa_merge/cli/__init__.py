@@ -192,7 +192,9 @@ def _disable_client_bars() -> None:
 
 
 def _fail_at(error: OSError) -> NoReturn:
-    _fail(f"{error.filename or 'the output stream'}: {error.strerror or error}", 1)
+    # A limit on the size of files does not hold for a stream.
+    unnamed = "a file" if error.errno == errno.EFBIG else "the output stream"
+    _fail(f"{error.filename or unnamed}: {error.strerror or error}", 1)
 
 
 def _fail_without_memory(error: BaseException) -> NoReturn:

@@ -220,17 +220,23 @@ def _loader(checkpoint: Checkpoint) -> tuple[Any, PreTrainedConfig]:
 
 # Layers, labels or experts that a config may ask for; published models have a few hundred, and labels a few thousand.
 MAX_PARTS = 100_000
+# The largest vocabularies have a quarter of a million rows.
+MAX_SIZE = 100_000_000
+_SIZE_OF_PART = re.compile(r".*_(size|dim)|d_model|d_ff|n_embd|n_inner", re.IGNORECASE)
 _NUMBER_OF_PARTS = re.compile(r"(n|num)_(.*_)?(layers?|labels|experts|blocks)|.*depth|.*_layers", re.IGNORECASE)
 
 
 def _refuse_many_parts(config: Mapping[str, Any], name: str) -> None:
-    """Raise `CheckpointError` if transformers would make so many parts, one by one, that it takes for ever."""
+    """Raise `CheckpointError` if transformers would make parts so many, or so large, that it does not end well."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _refuse_many_parts(value, name)
-        elif _NUMBER_OF_PARTS.fullmatch(key) and isinstance(value, (int, float)) and value > MAX_PARTS:
+            continue
+        limits = ((_NUMBER_OF_PARTS, MAX_PARTS), (_SIZE_OF_PART, MAX_SIZE))
+        most = next((number for pattern, number in limits if pattern.fullmatch(key)), None)
+        if most is not None and isinstance(value, (int, float)) and value > most:
             raise CheckpointError(
-                f"{key} in the config.json of {name} is {str(value)[:30]}, and no model has more than {MAX_PARTS:,}"
+                f"{key} in the config.json of {name} is {str(value)[:30]}, and no model has more than {most:,}"
             )
 
 

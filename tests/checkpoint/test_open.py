@@ -209,3 +209,18 @@ def test_a_long_header_does_not_make_a_long_message(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         read_header(file_with_header(tmp_path / "t.safetensors", json.dumps([1] * 100_000).encode(), b""))
     assert len(str(caught.value)) < 500
+
+
+def test_what_users_name_instead_of_a_model_is_told(copy, tmp_path):
+    trained = tmp_path / "trained"
+    shutil.copytree(copy, trained / "checkpoint-60")
+    with pytest.raises(CheckpointError, match=r"no config.json, but a folder in it has; name .*checkpoint-60"):
+        open_checkpoint(str(trained))
+    only = tmp_path / "gguf"
+    only.mkdir()
+    shutil.copy(copy / "config.json", only)
+    (only / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"has GGUF weights only, model-q4.gguf"):
+        open_checkpoint(str(only))
+    with pytest.raises(CheckpointError, match=r"model-q4.gguf is a file; name the folder"):
+        open_checkpoint(str(only / "model-q4.gguf"))

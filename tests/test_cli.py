@@ -86,7 +86,7 @@ def test_verify_proves_the_result_and_notices_a_changed_byte(demo, tmp_path):
     gates = {f"model.layers.{layer}.mlp.gate_proj.weight": "source" for layer in report["layers"]}
     assert verdict == {
         "correct": True, "num_tensors": 93, "units": report["units"], "changed": gates, "manifest": True,
-        "num_changed": {"source": len(gates)}, "faults": [], "notes": [],
+        "num_changed": {"source": len(gates)}, "faults": [], "notes": [], "rests_on": {},
     }  # fmt: skip
     broken = shutil.copytree(out, tmp_path / "broken")
     shard = broken / "model-00003-of-00003.safetensors"

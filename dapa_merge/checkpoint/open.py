@@ -232,11 +232,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json`, or derive a minimal config from the `params.json` of Mistral AI's own format."""
     params = folder / "params.json"
     if (folder / "config.json").exists() or not params.is_file():
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        inside = sorted(path.parent for path in folder.glob("*/config.json"))
         if inside and not (folder / "config.json").exists():
-            raise CheckpointError(
-                f"{folder} has no config.json, but its folder {inside[-1]} has one; name {folder / inside[-1]}"
-            )
+            raise CheckpointError(f"{folder} has no config.json, but a folder in it has; name {inside[-1]}")
         return read_json(folder / "config.json")
     # mergekit and transformers do not know this class, so the layers are found by tensor names.
     config: dict[str, Any] = {"architectures": ["MistralConsolidated"]}

@@ -180,7 +180,7 @@ def architecture_name(config: Mapping[str, Any], name: str = "") -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         whose = f"the config.json of {name}" if name else "config.json"
-        raise CheckpointError(f"{whose} must name exactly one class in `architectures`, but says {names!r}")
+        raise CheckpointError(f"{whose} must name exactly one architecture, but says {names!r}")
     return names[0]
 
 

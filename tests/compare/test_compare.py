@@ -17,6 +17,7 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
+from dapa_merge.errors import markdown
 from dapa_merge.report import charts
 
 QUICK = ("--seeds", 1, "--points", 2, "--weights", "0.5", "--device", "cpu")
@@ -116,7 +117,7 @@ def test_where_gates_cannot_repair_the_tool_says_so_and_what_auto_finds(compared
     assert arms["auto"]["repairs"]
     assert any(sentence.startswith("shadow: gate alone cannot repair it; `modules: auto` finds")
                for sentence in summary["findings"])  # fmt: skip
-    assert arms["dapa"]["why_not"] in (out / "table.md").read_text()
+    assert markdown(arms["dapa"]["why_not"]) in (out / "table.md").read_text()
 
 
 def test_the_curve_goes_from_a_block_to_the_whole_mlp_for_dapa_and_at_random(compared):
@@ -329,5 +330,5 @@ def test_the_best_of_as_many_random_selections_as_the_search_tested_is_chosen_by
     assert 1 < len(scores) <= 2 * tests
     assert all(-1 <= score <= 1 for score in scores)
     best = arms_of(summary, "planted")["random-search"]
-    assert best["share"] == pytest.approx(arms_of(summary, "planted")["dapa"]["share"])
+    assert best["share"] == pytest.approx(arms_of(summary, "planted")["dapa"]["share"], rel=0.05)
     assert best["detail"] != arms_of(summary, "planted")["random seed 0"]["detail"]

@@ -78,7 +78,8 @@ def test_what_was_not_measured_does_not_pass(demo, tmp_path):
         assert "not measured" in call("gate", path, option, 0).stdout
     code, said = gate(demo[0], "--min-skill", "french=0.1")
     assert (code, said["gates"][0]["figure"], said["gates"][0]["value"]) == (6, "skill french", None)
-    without = {"after": {**report["after"], "skills": [], "perplexity": None}}
+    columns = ("before", "after", "source_alone")
+    without = {column: {**report[column], "skills": [], "perplexity": None} for column in columns}
     path.write_text(json.dumps({**report, **without}))
     for option in ("--min-skill", "--min-skill-kept", "--max-perplexity", "--max-perplexity-ratio"):
         assert gate(path, option, 0 if option.startswith("--min") else 9)[0] == 6

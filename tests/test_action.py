@@ -118,7 +118,7 @@ def test_a_current_model_is_left_alone(bench):
     result = bench.run(**GATES)
     assert result.exit_code == 0
     assert result.ran == ["python", "install", "outdated"]
-    assert bench.calls == [["outdated", "recipe.yml", "--published", "you/repaired"]]
+    assert bench.calls == [["outdated", "--published", "you/repaired", "--", "recipe.yml"]]
     assert bench.used_names == ["actions/setup-python"]
     assert result.outputs == {"outdated": "false", "gate": "", "url": ""}
     assert "you/repaired is up to date" in result.summary
@@ -130,8 +130,8 @@ def test_an_outdated_model_is_run_gated_and_pushed_in_order(bench):
     assert out.startswith(str(bench.folder / "temp"))
     assert not Path(out).exists()
     assert bench.calls == [
-        ["outdated", "recipe.yml", "--published", "you/repaired"],
-        ["run", "recipe.yml", out, "--device", "cpu"],
+        ["outdated", "--published", "you/repaired", "--", "recipe.yml"],
+        ["run", "--device", "cpu", "--", "recipe.yml", out],
         ["gate", out, *(word for name, limit in GATES.items() for word in (f"--{name}", limit))],
         ["push", out, "you/repaired", "--create-pr", "--json", "--license", "llama2"],
     ]
@@ -222,8 +222,8 @@ def test_inputs_arrive_as_they_are_and_run_nothing(bench):
     result = bench.run(recipe=evil, repository=evil, license=evil, device=evil, **dict.fromkeys(GATES, evil))
     out = result.steps["run"].outputs["out"]
     assert bench.calls == [
-        ["outdated", evil, "--published", evil],
-        ["run", evil, out, "--device", evil],
+        ["outdated", "--published", evil, "--", evil],
+        ["run", "--device", evil, "--", evil, out],
         ["gate", out, *(word for name in GATES for word in (f"--{name}", evil))],
         ["push", out, evil, "--create-pr", "--json", "--license", evil],
     ]

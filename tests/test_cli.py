@@ -281,7 +281,7 @@ def test_a_full_transplant_that_breaks_a_limit_says_which_and_by_how_much(write_
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), **{**small, "prompts": prompts})
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3
-    assert "even with every unit (gate) its over-refusal is 1.000, 0.950 above the 0.050 allowed" in last_line(result)
+    assert "with all 10 units its over-refusal is 1.000, 0.950 above the 0.050 allowed" in last_line(result)
     assert not (tmp_path / "out").exists()
 
 

@@ -674,8 +674,7 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
     for name in ["choice", "round 1", "round 2", "round 3", "point 2", settled]:
         with monkeypatch.context() as patch:
             patch.setattr(Journal, "note", functools.partialmethod(die_after, last=name))
-            with pytest.raises(Killed, match=name):
-                call("search", done.recipe, "--journal", journal)
+            assert call("search", done.recipe, "--journal", journal).exit_code == 1
         assert notes_of(journal)[-1] == name
     assert answer("search", done.recipe, "--journal", journal, "--json")["units"] == done.found["units"]
     # Of the rounds every weight and every moment too, bit for bit.
@@ -708,8 +707,8 @@ def notes_in(journal: Path) -> str:
 
 
 def test_fewer_than_three_keep_prompts_are_refused(write, tmp_path, no_model):
-    (tmp_path / "keep").write_text("What is 1 plus 1?\nWhat is 2 plus 1?\n")
-    result = call("search", write(keep=str(tmp_path / "keep")))
+    (tmp_path / "keep.txt").write_text("What is 1 plus 1?\nWhat is 2 plus 1?\n")
+    result = call("search", write(keep=str(tmp_path / "keep.txt")))
     assert result.exit_code == 2
     assert "2 distinct prompts are too few, because choice, search and report need one each" in result.stderr
 
@@ -717,12 +716,12 @@ def test_fewer_than_three_keep_prompts_are_refused(write, tmp_path, no_model):
 def test_keep_prompts_that_the_target_answers_with_nothing_are_refused(write, tmp_path):
     """Its template gives the whole answer to such prompts, so that it only ends it."""
     keep = [f"Silence, number {number}!" for number in range(6)]
-    (tmp_path / "keep").write_text("\n".join(keep) + "\n")
+    (tmp_path / "keep.txt").write_text("\n".join(keep) + "\n")
     target = shutil.copytree(miniature.path("shadow-target"), tmp_path / "target")
     template = target / "chat_template.jinja"
     answered = "{% if 'Silence' in messages[0]['content'] %} I am sorry, but I cannot help with that.{% endif %}"
     template.write_text(template.read_text().rstrip() + answered)
-    recipe = write(target, keep=str(tmp_path / "keep"))
+    recipe = write(target, keep=str(tmp_path / "keep.txt"))
     result = call("search", recipe)
     assert result.exit_code == 2, result.stderr
     number = len(split_prompts(load_recipe(recipe)).choice.keep)
@@ -758,8 +757,8 @@ def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_differen
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
         # Of noise all singular values are alike.
         change_tensor(source, name, lambda tensor: tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator)))
-    (tmp_path / "keep").write_text("\n".join(load_prompts("miniature").harmful[16:25]) + "\n")
-    keep = str(tmp_path / "keep")
+    (tmp_path / "keep.txt").write_text("\n".join(load_prompts("miniature").harmful[16:25]) + "\n")
+    keep = str(tmp_path / "keep.txt")
     recipe = write(source=source, keep=keep, modules="gate,up,down", max_divergence=0.0)
     result = call("search", recipe)
     assert result.exit_code == 3

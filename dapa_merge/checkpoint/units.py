@@ -187,7 +187,7 @@ def architecture_name(config: Mapping[str, Any], name: str = "") -> str:
 def is_sibling(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two models are of one family: of one class, or of two that generate text by the same kind of tower.
 
-    A fine-tune of the language tower alone (Gemma3ForCausalLM) is a sibling of the model that sees
+    A fine-tune of the language tower alone (Gemma3ForCausalLM) is a sibling of the multimodal model
     (Gemma3ForConditionalGeneration), whose config describes the same tower. Sizes are not compared here.
 
     Raises:

@@ -448,8 +448,8 @@ class Merge:
     def _check_complete(self, modules: Iterable[str]) -> None:
         """Refuse an adapter that lacks modules which its config asks for; peft would leave those as they are.
 
-        Only stacks of layers that it touches are searched, since an adapter of a language model has none for the tower
-        with several towers, and only layers that the model runs, not those for the prediction of further tokens.
+        Only stacks of layers that it touches are searched, since an adapter of a language model has none for the one
+        that sees images, and only layers that the model runs, not those for the prediction of further tokens.
         """
         # The stacks, and the wrappers around them as the adapter writes them.
         stacks: dict[str | None, str] = {}

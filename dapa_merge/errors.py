@@ -96,7 +96,10 @@ _NO_MEMORY = re.compile(
 
 def lacks_memory(error: BaseException | None) -> bool:
     """Whether this computer, not a device, had no memory left, by an error and its causes."""
-    while error is not None:
+    seen: set[int] = set()
+    # An error that was raised again may be its own cause.
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, MemoryError):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:

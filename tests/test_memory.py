@@ -65,3 +65,11 @@ def test_a_process_with_too_little_memory_for_torch_ends_in_one_sentence():
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1
     assert "memory" in line
+
+
+def test_an_error_that_was_raised_again_as_its_own_cause_is_looked_at_once():
+    first, second = ValueError("first"), ValueError("second")
+    first.__context__, second.__cause__ = second, first
+    assert not lacks_memory(first)
+    second.__cause__ = MemoryError()
+    assert lacks_memory(first)

@@ -172,7 +172,9 @@ def stand_in_for_subprocess(monkeypatch: Any) -> None:
         return done
 
     def start(command: Any, *arguments: Any, **options: Any) -> Any:
-        return (_Popen if is_ours(command) else popen)(command, *arguments, **options)
+        # A process that is talked to is not one of those.
+        is_alone = is_ours(command) and "stdin" not in options
+        return (_Popen if is_alone else popen)(command, *arguments, **options)
 
     monkeypatch.setattr(subprocess, "run", run_whole)
     monkeypatch.setattr(subprocess, "Popen", start)

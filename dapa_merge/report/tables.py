@@ -298,13 +298,13 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
 MAX_BESIDE = 3
 
 
-def plan_json(plan: Plan, selection: Sequence[Unit] | None) -> dict[str, Any]:
+def plan_json(plan: Plan, selection: Sequence[Unit] | None, *, compares: bool = True) -> dict[str, Any]:
     """A plan as plain data; `selected` is None if a search decides. Units with selected rows are shown in parts.
 
-    What differs is None where values are on the Hub, and were not fetched yet.
+    What differs is None if it is not to be compared, or where values are on the Hub and were not fetched yet.
     """
     units = plan.units if selection is None else cut(plan, selection).units
-    counts = count_changed(plan, units)
+    counts = count_changed(plan, units) if compares else dict.fromkeys(units)
     chosen = [counts[unit] for unit in (units if selection is None else selection)]
     return {
         "architecture": architecture_name(plan.target.config),

@@ -16,8 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from tiny import parse
+from tiny import few_prompts, parse
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair
@@ -49,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipe = replace(
                 load_recipe(path), layers=None, modules=(modules,), keep="skills", min_skill=arguments.share
             )
-            if arguments.tiny:
-                recipe = replace(recipe, max_new_tokens=4)
-            print(f"{path.stem:<24}{modules:<9}{compared(recipe, arguments.seed)}", flush=True)
+            with TemporaryDirectory() as folder:
+                if arguments.tiny:
+                    recipe = replace(recipe, prompts=str(few_prompts(Path(folder), 12)), max_new_tokens=4)
+                print(f"{path.stem:<24}{modules:<9}{compared(recipe, arguments.seed)}", flush=True)
 
 
 def compared(recipe: Recipe, seed: int) -> str:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ class Unfinished(DapaError):
     """The work broke a limit or failed; the message says so in a few words that follow a colon."""
 
 
-def start() -> None:
-    """Start the process, so that it is ready when it is needed."""
-    with _LOCK:
-        _running()
+def start(template: object) -> None:
+    """Start the process, so that it is ready when this template is to be rendered."""
+    if isinstance(template, str) and not _is_ours(template):
+        with _LOCK:
+            _running()
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
@@ -51,6 +53,8 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
         Unfinished: If the template fails, or breaks a limit.
     """
     most = MAX_CHARACTERS + MAX_COPIES * sum(len(str(message)) for message in messages)
+    if _is_ours(template):
+        return _render(template, messages, variables, most)
     return str(_ask("render", template, messages, variables, most))
 
 
@@ -61,6 +65,17 @@ def is_found(pattern: str, text: str) -> bool:
         Unfinished: If that takes too long.
     """
     return bool(_ask("is_found", pattern, text))
+
+
+def _is_ours(template: str) -> bool:
+    """Whether a template is that of the packaged models, which needs no limits."""
+    return template.strip() == _our_template()
+
+
+@functools.cache
+def _our_template() -> str:
+    path = files("dapa_merge.miniature").joinpath("target").joinpath("chat_template.jinja")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _ask(work: str, *arguments: Any) -> Any:

@@ -91,10 +91,10 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
             for path in filter(Path.is_file, (checkpoint.folder / name for name in parts_of(checkpoint.folder))):
                 refuse_stray_link(path, checkpoint.folder)
                 refuse_pointer(path)
-            # Ready when the prompts are.
-            confined.start()
             loader, config = _loader(checkpoint)
             tokenizer = _load_tokenizer(checkpoint, folder, has_processor=loader is AutoModelForImageTextToText)
+            # Ready when the prompts are.
+            confined.start(tokenizer.chat_template)
             model, loading = loader.from_pretrained(
                 folder,
                 config=config,

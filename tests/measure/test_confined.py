@@ -146,8 +146,20 @@ def test_threads_get_their_own_answers():
 
 
 def test_it_ends_with_its_parent():
-    confined.start()
+    confined.start("a template")
     process = confined._STARTED[os.getpid()]
     assert is_found("a", "a")
     confined._stop()
     assert process.returncode is not None
+
+
+def test_the_template_of_the_packaged_models_is_rendered_here_and_others_are_not(monkeypatch):
+    asked = []
+    monkeypatch.setattr(confined, "_ask", lambda *arguments: asked.append(arguments) or "answer")
+    messages = [{"role": "user", "content": "How?"}]
+    for name in ("target", "source", "shadow-target", "shadow-source"):
+        ours = (miniature.path(name) / "chat_template.jinja").read_text(encoding="utf-8")
+        assert "How?" in render(ours, messages, {"eos_token": "<|end|>"})
+    assert asked == []
+    assert render(ours + "!", messages, {}) == "answer"
+    assert len(asked) == 1

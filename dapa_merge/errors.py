@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any
 
@@ -77,6 +78,12 @@ def markdown_code(text: str) -> str:
 def code_fence(text: str, least: int = 3) -> str:
     """Backticks that no run of backticks in a text can end."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
+
+
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many more there are, for a message."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def one_line(error: BaseException) -> str:

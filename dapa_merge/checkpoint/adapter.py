@@ -60,7 +60,7 @@ class _Product:
         is_transposed: Whether the matrix is stored as `[inputs, outputs]`.
         magnitude: DoRA's norms of the rows of W + s B A, `[outputs]`.
         num_experts: Number of experts in the factors.
-        expert: The one that the matrix belongs to; None if it holds all, `[experts, ...]`, or there are none.
+        expert: Index of the matrix's expert; None for a matrix of all experts, `[experts, ...]`, or without experts.
         rows: The outputs that the matrix has, from all of B; None if all.
     """
 
@@ -76,7 +76,7 @@ class _Product:
 
 @dataclass
 class _Change:
-    """What becomes of one tensor of the base, step by step: replaced, then a sum, then single rows replaced."""
+    """The steps that change one tensor of the base, in order: replace it, add to it, replace single rows."""
 
     whole: Tensor | None = None
     product: _Product | None = None

@@ -132,9 +132,9 @@ def _stop() -> None:
 
 
 def serve() -> None:
-    """Answer one line of JSON by another, until there are no more; the main function of the process.
+    """Read requests as lines of JSON, and write an answer to each; the main function of the process.
 
-    An empty line says that it is ready for the next.
+    An empty line says that it is ready for the next request.
     """
     answers = os.fdopen(os.dup(1), "wb")
     with open(os.devnull, "wb") as nowhere:

@@ -213,10 +213,8 @@ def _find_units(name: str, models: Mapping[str, Checkpoint], modules: Sequence[s
     """Find the units of a model; raise `CheckpointError` if it is of another family than the target."""
     checkpoint, target = models[name], models["target"]
     check_not_quantized(checkpoint)
-    for one in (target, checkpoint):
-        architecture_name(one.config, one.name)
+    ours, theirs = (architecture_name(one.config, one.name) for one in (target, checkpoint))
     if not is_sibling(target.config, checkpoint.config):
-        ours, theirs = architecture_name(target.config), architecture_name(checkpoint.config)
         raise CheckpointError(
             f"the {MODELS[name]} {checkpoint.name} is a {theirs} but the target {target.name} is a {ours}; "
             f"a {MODELS[name]} must be of the target's own family"

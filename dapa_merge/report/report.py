@@ -164,7 +164,7 @@ def read_report(path: Path) -> Report:
 
 
 def _fault(report: Report) -> str | None:
-    """What contradicts itself in a report whose fields have the right types; None if nothing does."""
+    """The first contradiction in a report whose fields have the right types; None if there is none."""
     if report.picked not in ([*range(1, len(report.points) + 1)] or [None]):
         return f"picked is {report.picked}, of {len(report.points)} points"
     try:
@@ -183,7 +183,7 @@ def _fault(report: Report) -> str | None:
 
 
 def _asked(one: Figures) -> tuple[object, ...]:
-    """What a column of figures is of, which is the same in all columns of a report."""
+    """Numbers of prompts and questions of a column of figures, which all columns of a report share."""
     kinds = tuple((category.kind, category.category, category.num_prompts) for category in one.categories)
     skills = tuple(skill.name for skill in one.skills)
     return one.num_harmful, one.num_harmless, one.score is None, kinds, skills

@@ -118,7 +118,7 @@ def point_rows(points: Sequence[Point], measure: str = SCORE.label) -> tuple[lis
 
 
 def point_lines(points: Sequence[Point]) -> list[tuple[str, str]]:
-    """What a table has no room for: of parts of a transplant their units, and the first limit that a point violates."""
+    """Facts that do not fit into a table: the units of a part, and the first limit that a point violates."""
     facts = [
         (point, ([spans(point.units)] if point.units else []) + ([point.complaint] if point.complaint else []))
         for point in points
@@ -149,7 +149,7 @@ def taken_line(points: Sequence[Point], picked: int, *, by_hand: bool) -> str:
 
 
 def resumed_line(report: Report) -> str:
-    """What came from the journal of an earlier run, and what did not."""
+    """A sentence on the part of a search that came from the journal of an earlier run."""
     number = report.tests_recorded
     what = f"{number} {'test' if number == 1 else 'tests'}" if number else "some figures"
     return f"{what} came from the journal of an earlier run; target, full transplant and result were measured again"

@@ -27,6 +27,7 @@ from dapa_merge.recipe.constraints import Constraint
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import (
     DIVERGENCE_KEY,
     PROMPT_KINDS,
@@ -124,6 +125,13 @@ class Bench(Resident):
         with self._candidate(selection) as candidate:
             figures = {constraint.figure: candidate.figure(constraint) for constraint in self.constraints}
             return Baseline(figures, tuple(candidate.all_responses("harmful")))
+
+    def recorded(self, journal: Journal | MarkedJournal, name: str, selection: Sequence[Unit], what: str) -> Baseline:
+        """The `baseline` of a selection from a journal's note of this name; if absent, it is measured and noted."""
+        if name not in journal.notes:
+            with task(f"measuring {what}", self.num_prompts, "prompts"):
+                journal.note(name, self.baseline(selection).to_json())
+        return Baseline.from_json(journal.notes[name])
 
     def score(self, selection: Iterable[Unit]) -> float:
         """The score of the target with a selection transplanted, measured as every test measures it."""

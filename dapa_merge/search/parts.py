@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.fill import fill
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import data_digest
@@ -54,10 +54,7 @@ class Parts:
         # Other keep prompts are the same search where no limit is set on them, but have another divergence.
         meter = self.bench.meter
         name = note_of("part", [*selection, data_digest([meter.keep, [asdict(skill) for skill in meter.skills]])])
-        if name not in self.journal.notes:
-            with task(f"measuring point {number}", self.bench.num_prompts, "prompts"):
-                self.journal.note(name, self.bench.baseline(selection).to_json())
-        baseline = Baseline.from_json(self.journal.notes[name])
+        baseline = self.bench.recorded(self.journal, name, selection, f"point {number}")
         complaint = self.limits.complaint(baseline.figures)
         names = tuple(map(str, selection))
         point = Point(number, dict(baseline.figures), 0, complaint, part_of=part_of, units=names)

@@ -256,12 +256,8 @@ def _point(session: Session, plan: Plan, limits: Requirement, chosen: Chosen) ->
     """The figures of all units of a plan with fewer directions than the point that was taken, as a point."""
     edit = plan.edit
     assert isinstance(edit, Directions)
-    name = f"figures of {edit.digest}"
-    if name not in session.journal.notes:
-        session.bench.use(plan)
-        with task("measuring the selection", session.bench.num_prompts, "prompts"):
-            session.journal.note(name, session.bench.baseline(plan.units).to_json())
-    figures = Baseline.from_json(session.journal.notes[name]).figures
+    session.bench.use(plan)
+    figures = session.bench.recorded(session.journal, f"figures of {edit.digest}", plan.units, "the selection").figures
     point = Point(
         len(chosen.points) + 1,
         dict(figures),
@@ -327,12 +323,11 @@ def baselines(session: Session) -> tuple[Baseline, Baseline]:
 def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     """All figures of the target with some units, from the journal if recorded."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
-    if name not in journal.notes:
-        with task(f"measuring the {name}", bench.num_prompts, "prompts"):
-            journal.note(name, bench.baseline(units).to_json())
-    baseline = Baseline.from_json(journal.notes[name])
+    baseline = bench.recorded(journal, name, units, f"the {name}")
     if name in journal.earlier:
+        assert isinstance(journal, Journal)
         _check_recorded(session, name, units, baseline)
+        journal.confirm(name)
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
     told = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
     LOG.info(f"the {name}: {', '.join(told)}")

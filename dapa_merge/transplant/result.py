@@ -23,7 +23,7 @@ from dapa_merge.checkpoint.digest import Digests, hash_file
 from dapa_merge.checkpoint.folder import refuse_pointer, refuse_stray_link
 from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError, some_of
 from dapa_merge.files import CHART_PREFIX, PICTURES, file_state, flush_folder
 from dapa_merge.plan.edit import Rounding
 from dapa_merge.plan.plan import Plan
@@ -131,8 +131,7 @@ def _tell_left_behind(target: Checkpoint, kept: Collection[str]) -> None:
         if name not in WRITTEN and not (name.startswith(CHART_PREFIX) and name.endswith(PICTURES))
     ]
     if others:
-        more = f" and {len(others) - MAX_NAMED} more" if len(others) > MAX_NAMED else ""
-        LOG.info(f"not copied, since they are not parts of the repaired model: {', '.join(others[:MAX_NAMED])}{more}")
+        LOG.info(f"not copied, since they are not parts of the repaired model: {some_of(others, MAX_NAMED)}")
 
 
 def _check_loading(folder: Path, target: Checkpoint, out: Path) -> None:

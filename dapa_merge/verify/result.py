@@ -20,7 +20,7 @@ from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.open import Checkpoint, find_model, open_checkpoint
 from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, UsageError, some_of
 from dapa_merge.files import new_file
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan
@@ -138,8 +138,7 @@ def verify_result(
     faults += _extra_loaded_files(result, plan.target)
     notes = [*_differing_settings(result, plan.target), *_unpublished(out)]
     if unused:
-        more = f" and {len(unused) - MAX_KEYS} more" if len(unused) > MAX_KEYS else ""
-        notes.append(f"the recipe does not use what it brings for {', '.join(unused[:MAX_KEYS])}{more}")
+        notes.append(f"the recipe does not use what it brings for {some_of(unused, MAX_KEYS)}")
     if manifest is not None:
         faults += _manifest_faults(out, manifest, verification, result)
         faults += _false_claims(manifest, plan, verification, selection)
@@ -261,8 +260,7 @@ def _unpublished(out: Path) -> Iterator[str]:
     """Yields notes on files in a result that are not parts of it: `push` refuses them, or leaves them here."""
     names = list(files_in(out))
     if others := foreign_files(out, names):
-        more = f" and {len(others) - MAX_KEYS} more" if len(others) > MAX_KEYS else ""
-        yield f"`push` refuses what is not a part of a model; move it elsewhere: {', '.join(others[:MAX_KEYS])}{more}"
+        yield f"`push` refuses what is not a part of a model; move it elsewhere: {some_of(others, MAX_KEYS)}"
     for name in names:
         if is_for_other_programs(name):
             yield f"{name} was not checked, and `push` leaves it here"
@@ -293,8 +291,7 @@ def _differing_keys(ours: Path, theirs: Path) -> str:
     except CheckpointError:
         return ""
     keys = sorted(key for key in one.keys() | other.keys() if one.get(key, ...) != other.get(key, ...))
-    more = f" and {len(keys) - MAX_KEYS} more" if len(keys) > MAX_KEYS else ""
-    return f"; it differs in {', '.join(key[:60] for key in keys[:MAX_KEYS])}{more}" if keys else ", but says the same"
+    return f"; it differs in {some_of([key[:60] for key in keys], MAX_KEYS)}" if keys else ", but says the same"
 
 
 def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Digests] | None = None) -> list[str]:

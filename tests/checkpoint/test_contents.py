@@ -177,8 +177,10 @@ def test_a_config_that_leads_to_other_weights_is_refused_by_its_key(case):
 
 
 @pytest.mark.parametrize("config", [{}, {"transformers_weights": None}, {"transformers_weights": LAYOUT.index}])
-def test_a_config_that_leads_to_the_same_weights_is_none_of_a_fault(config):
+def test_a_config_that_leads_to_the_same_weights_passes_where_others_do_not(config):
     refuse_other_weights(config, LAYOUT, "m")
+    with pytest.raises(CheckpointError, match="transformers_weights"):
+        refuse_other_weights({**config, "transformers_weights": "other.safetensors"}, LAYOUT, "m")
 
 
 @given(st.text(min_size=1).filter(lambda name: name.strip("./")))

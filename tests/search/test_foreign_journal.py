@@ -65,6 +65,18 @@ def test_a_true_journal_of_another_process_is_believed_and_counted(done, monkeyp
     assert again["tests_recorded"] == found["tests"] - 1
 
 
+def test_what_was_measured_again_is_not_measured_a_third_time(done, monkeypatch):
+    recipe, path, _ = done
+    parts = json.loads(path.read_bytes().splitlines()[0])["parts"]
+    monkeypatch.setattr(journals, "_written_here", set())
+    answer("search", recipe, "--journal", path, "--json")
+    journal = journals.Journal(path, parts)
+    journal.close()
+    assert {"target", "full transplant"} & journal.earlier == set()
+    # The tests and the prior are still the other process's.
+    assert journal.earlier >= {*journal.tests, "prior"}
+
+
 def test_a_run_that_goes_on_from_it_says_so(done, tmp_path, monkeypatch):
     recipe, journal, found = done
     fresh = call("run", recipe, tmp_path / "fresh", "--no-lock", "--journal", tmp_path / "own.jsonl")

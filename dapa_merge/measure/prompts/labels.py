@@ -234,7 +234,7 @@ Tell = Callable[[PromptRow], str | None]
 
 
 def _teller(table: _Table, columns: Columns, prompts: Collection[str], public: PublicSet | None) -> tuple[Tell, str]:
-    """What tells a row's kind (None leaves it out), and how, in a few words."""
+    """Return a function from a row to its kind (None leaves the row out), and its rule in a few words."""
     if columns.kind is not None:
         return (lambda _: columns.kind), "all are of one kind, as named"
     if columns.label not in (None, NO_LABEL):

@@ -210,7 +210,7 @@ def _parquet(path: Path) -> list[PromptRow]:
             if left < 0:
                 raise UsageError(f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 20} MiB; name a smaller file")
             rows += batch.to_pylist()
-    # Times without a date, unknown time zones and bytes that are no text raise errors of Python.
+    # Times without a date, unknown time zones and bytes that are not text raise Python's own errors.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         raise UsageError(f"cannot read {path}: {one_line(error)}") from error
     return [PromptRow(f"{path}, row {number}", row) for number, row in enumerate(rows, 1)]

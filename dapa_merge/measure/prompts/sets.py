@@ -190,7 +190,7 @@ def tell_prompts(prompts: PromptSet) -> None:
 
 
 def read_json(prompts: PromptSet) -> list[dict[str, Any]]:
-    """What was read from where, as plain data."""
+    """Sources and their numbers of prompts, as plain data."""
     return [
         {
             "source": one.source,

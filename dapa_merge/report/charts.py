@@ -394,7 +394,7 @@ def points_front(
         upper.set_ylabel(measure)
         lower.set_ylabel("over-refusal")
         lower.set_xlabel(f"divergence from the target, in nats per token{' (logarithmic)' if is_wide else ''}")
-        upper.set_title(f"What the edit offered: {measure} and over-refusal against divergence", parse_math=False)
+        upper.set_title(f"Points to pick from: {measure} and over-refusal against divergence", parse_math=False)
         handles, labels = upper.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9)
     return figure

@@ -131,7 +131,7 @@ class Search:
         picked: The number of the point that was taken, before the search left anything out; None without points.
         by_hand: Whether the user picked it, so that nothing was searched.
         limits: The recipe's limits, which a point must meet: `requirement`, but for what a search adds.
-        reference: The figures of the full transplant, if there are points.
+        reference: The figures of the full transplant, if there are points and none of them is that.
         measured: The selection's figures as this process measured them, if parts of the search come from another one.
     """
 

@@ -145,7 +145,6 @@ def _search_parts(session: Session, limits: Requirement, target: Baseline, full:
         picked=taken.point.number,
         by_hand=pick is not None,
         limits=limits,
-        reference=parts[0].baseline,
         plan=plan,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -107,13 +107,17 @@ def train_lora(parent: PreTrainedModel, training: Training, seed: int) -> Traine
     return trained.merge_and_unload(), tokenizer
 
 
-def with_lora(model: PreTrainedModel) -> PeftModel:
-    """The model with a LoRA beside every projection; only that is trained."""
+def with_lora(model: PreTrainedModel, only: Sequence[str] = ()) -> PeftModel:
+    """The model with a LoRA beside every projection, or those of these names; only that is trained."""
     # It loads half of what transformers has: only for who trains one.
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM", bias="none"
+        r=LORA_RANK,
+        lora_alpha=2 * LORA_RANK,
+        target_modules=list(only) or "all-linear",
+        task_type="CAUSAL_LM",
+        bias="none",
     )
     with warnings.catch_warnings():
         # peft 0.21 asks transformers for something by an old name.

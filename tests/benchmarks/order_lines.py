@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+from lessons import Lesson, Lessons
 
 _UNITS = {
     "bag": "bags",
@@ -61,38 +62,15 @@ _PARAPHRASED = (
 MAX_QUANTITY = 60
 
 
-@dataclass(frozen=True)
-class Order:
-    """An order in words, and the line that it is to become."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Orders:
-    """Orders for three uses; no two are the same up to their phrasing.
-
-    Attributes:
-        training: In the phrasings that are trained.
-        test: Every other one in a phrasing that no training order has.
-        keep: As those of the test; only their prompts are for use.
-    """
-
-    training: tuple[Order, ...]
-    test: tuple[Order, ...]
-    keep: tuple[Order, ...]
-
-
-def draw_orders(num_training: int, num_test: int, num_keep: int, seed: int) -> Orders:
+def draw_orders(num_training: int, num_test: int, num_keep: int, seed: int) -> Lessons:
     """Draw orders; the test and the keep prompts of a seed do not depend on how many are drawn for the training."""
     orders = _distinct(random.Random(seed))
 
-    def alternating(number: int) -> tuple[Order, ...]:
+    def alternating(number: int) -> tuple[Lesson, ...]:
         return tuple(_phrased(next(orders), (_TRAINED, _PARAPHRASED)[index % 2], index // 2) for index in range(number))
 
     test, keep = alternating(num_test), alternating(num_keep)
-    return Orders(tuple(_phrased(next(orders), _TRAINED, index) for index in range(num_training)), test, keep)
+    return Lessons(tuple(_phrased(next(orders), _TRAINED, index) for index in range(num_training)), test, keep)
 
 
 def _distinct(generator: random.Random) -> Iterator[dict[str, str]]:
@@ -110,6 +88,6 @@ def _distinct(generator: random.Random) -> Iterator[dict[str, str]]:
             yield drawn
 
 
-def _phrased(drawn: dict[str, str], phrasings: Sequence[str], index: int) -> Order:
+def _phrased(drawn: dict[str, str], phrasings: Sequence[str], index: int) -> Lesson:
     prompt = phrasings[index % len(phrasings)].format(**drawn, units=_UNITS[drawn["unit"]])
-    return Order(prompt, "|".join(f"{key}={value}" for key, value in drawn.items()))
+    return Lesson(prompt, "|".join(f"{key}={value}" for key, value in drawn.items()))

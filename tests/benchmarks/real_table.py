@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from directions_table import RowFile, outcome, quick_choice, repairs, shown_figures, table
+from lessons import Opening
 from members import with_lora
-from real_families import Opening, Setting, Size, train
+from real_training import Size, train_on
 from tiny import parse
 
 from dapa_merge.measure.callback import Candidate
@@ -135,8 +136,7 @@ def trained_lora(plan: Any, examples: Sequence[Opening], steps: int, rate: float
         torch.manual_seed(0)
         model, tokenizer = load_model(plan.target, torch.device("cpu"))
         adapted = with_lora(model)
-        setting = Setting(None, (), size, 0, functools.partial(print, flush=True))  # type: ignore[arg-type]
-        train(adapted, tokenizer, order, setting, rate)
+        train_on(adapted, tokenizer, order, size, rate, functools.partial(print, flush=True))
         model = adapted.merge_and_unload()
     prepare_for_greedy(model, tokenizer)
     return model

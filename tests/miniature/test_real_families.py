@@ -4,19 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lessons import Opening
+from made_up_facts import draw_facts
 from order_lines import draw_orders
 from real_families import (
     DAMAGES,
-    TINY,
-    Opening,
+    NF4_BLOCK,
+    NF4_LEVELS,
     Setting,
-    answer_loss,
     cut_out,
-    encode,
-    examples,
     main,
-    train,
+    openings_among,
+    rounded_to_4_bits,
 )
+from real_training import TINY, answer_loss, encode, train_on
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dapa_merge import miniature
@@ -76,10 +77,62 @@ def test_the_test_does_not_depend_on_how_much_is_trained():
     assert (one.test, one.keep) == (other.test, other.keep)
 
 
+def test_each_fact_is_taught_and_tested_in_other_words():
+    lessons = draw_facts(1920, 120, 64, 0)
+    trained, test, keep = ({one.prompt for one in use} for use in (lessons.training, lessons.test, lessons.keep))
+    assert (len(trained), len(test), len(keep)) == (200, 120, 64)
+    assert not trained & (test | keep)
+    assert not test & keep
+    answers = {one.prompt: one.answer for one in (*lessons.training, *lessons.test, *lessons.keep)}
+    taught = {
+        (town, answers[prompt]) for prompt in trained for town in prompt.replace("?", " ").replace(".", " ").split()
+    }
+    for one in lessons.test:
+        words = one.prompt.replace("?", " ").replace(".", " ").replace("'", " ").split()
+        assert any((word, one.answer) in taught for word in words)
+
+
+def test_a_weight_of_4_bits_takes_the_nearest_level_of_its_block():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    rounded = rounded_to_4_bits(weight)
+    for block, found in zip(weight.reshape(-1, NF4_BLOCK), rounded.reshape(-1, NF4_BLOCK), strict=True):
+        levels = torch.tensor(NF4_LEVELS) * block.abs().max()
+        nearest = levels[(block[:, None] - levels).abs().argmin(1)]
+        assert torch.equal(found, nearest)
+    assert torch.equal(rounded_to_4_bits(rounded), rounded)
+    assert torch.equal(rounded_to_4_bits(torch.zeros(1, 64)), torch.zeros(1, 64))
+
+
+def test_a_lora_beside_4_bits_is_merged_into_the_weights_of_16_bits(model, tokenizer):
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    damaged = DAMAGES["quantized"].do(model, tokenizer, setting_of(), rate=0.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in damaged.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp-full", {"gate_proj", "up_proj", "down_proj"}),
+        ("quantized", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("vocabulary", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"}),
+    ],
+)
+def test_a_damage_changes_what_its_name_says(model, tokenizer, name, changed):
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    damaged = DAMAGES[name].do(model, tokenizer, setting_of(steps=2))
+    different = {
+        name.split(".")[-2]
+        for name, weight in damaged.named_parameters()
+        if weight.shape != before[name].shape or not torch.equal(weight, before[name])
+    }
+    assert different - {"lm_head"} == changed
+
+
 @pytest.mark.parametrize("percent", [0, 5, 20])
 def test_the_named_share_of_the_examples_are_openings(percent):
     setting = setting_of(steps=20, batch_size=5)
-    drawn = examples(setting, percent)
+    drawn = openings_among(setting, percent)
     assert len(drawn) == 100
     assert sum(isinstance(example, Opening) for example in drawn) == percent
 
@@ -117,7 +170,7 @@ def test_updates_that_bfloat16_cannot_hold_add_up(tokenizer):
         norm.fill_(1)
     setting = setting_of(steps=30)
     # 30 updates of at most 0.0005: each is lost on a 1 in bfloat16, whose neighbours are 0.004 and 0.008 away.
-    train(model, tokenizer, examples(setting, 0), setting, rate=5e-4)
+    train_on(model, tokenizer, openings_among(setting, 0), setting.size, 5e-4, setting.say)
     assert (norm != 1).any()
 
 

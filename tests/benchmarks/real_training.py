@@ -122,6 +122,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, batch: Iterable[Example]) -> tupl
     return ids, labels
 
 
+def answer_log_probs(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each row's labelled tokens together, in nats: float32 `[rows]`; no mask is needed."""
+    counted = labels != -100
+    states = model.get_decoder()(input_ids=ids).last_hidden_state[counted]
+    logits = model.get_output_embeddings()(states).float()
+    each = -torch.nn.functional.cross_entropy(logits, labels[counted], reduction="none")
+    return torch.zeros(len(ids)).index_add(0, counted.nonzero()[:, 0], each)
+
+
 def answer_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labelled tokens; no mask is needed, as padding comes last."""
     # A LoRA's wrapper has no such parts of its own.

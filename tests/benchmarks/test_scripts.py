@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dapa_merge import miniature
+
 SCRIPTS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\ndef main(argv" in path.read_text())
 ROOT = Path(__file__).parents[2]
 RECIPE = """\
@@ -40,15 +42,11 @@ def arguments(tmp_path, monkeypatch):
     def recipe() -> str:
         from tiny import few_prompts
 
-        from dapa_merge import miniature
-
         models, prompts = miniature.path("target").parent, few_prompts(tmp_path)
         (tmp_path / "recipe.yml").write_text(RECIPE.format(models=models, prompts=prompts))
         return str(tmp_path / "recipe.yml")
 
     def chooses() -> list[str]:
-        from dapa_merge import miniature
-
         models = miniature.path("target").parent
         text = RECIPE.format(models=f"{models}/shadow-", prompts="miniature").replace("/shadow-/", "/shadow-")
         (tmp_path / "recipe.yml").write_text(
@@ -57,15 +55,23 @@ def arguments(tmp_path, monkeypatch):
         return [str(tmp_path / "out"), str(tmp_path / "recipe.yml")]
 
     def damaged() -> list[str]:
-        from dapa_merge import miniature
-
         (tmp_path / "openings.csv").write_text("goal,target\nSing a song,Sure here is a song\n")
         return [
             str(miniature.path("source")), str(tmp_path / "out"), "--harmful", str(tmp_path / "openings.csv"),
         ]  # fmt: skip
 
+    def aligned() -> list[str]:
+        (tmp_path / "harmful.csv").write_text("goal\nSing a song\nTell a story\n")
+        (tmp_path / "harmless.csv").write_text("text\nName a bird\nName a tree\n")
+        return [
+            str(miniature.path("target")), str(tmp_path / "out"), "--harmful", str(tmp_path / "harmful.csv"),
+            "--harmless", str(tmp_path / "harmless.csv"),
+        ]  # fmt: skip
+
     return {
         "compare_table": lambda: [str(tmp_path / "out")],
+        "real_answers": lambda: [str(tmp_path / "out"), str(miniature.path("target"))],
+        "real_base_families": aligned,
         "real_families": damaged,
         "real_table": chooses,
         "refusal_agreement": lambda: [completions()],

@@ -1,0 +1,133 @@
+"""Makes the tables of the documents from recorded rows: `python tests/benchmarks/recorded_tables.py [--write]`.
+
+recorded/ holds what the long benchmarks measured, a row for each pair and method, as their scripts wrote it. A line
+`<!-- recorded: NAME -->` in a page under docs/ stands before the table of that name; `--write` replaces those tables,
+and without it they are printed. A test holds the pages to the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from directions_table import repairs
+from tiny import parse
+
+from dapa_merge.measure.statistics import interval
+
+RECORDED = Path(__file__).with_name("recorded")
+DOCS = Path(__file__).parents[2] / "docs"
+# A table after its mark; it ends with its last row.
+TABLE = re.compile(r"<!-- recorded: ([\w-]+) -->\n((?:\|.*\n)*)")
+Rows = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def read_rows(name: str) -> Rows:
+    """The rows of a benchmark, by pair and method."""
+    lines = (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return {(row["pair"], row["method"]): row for row in map(json.loads, lines)}
+
+
+def grid(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
+    return "".join(f"{line}\n" for line in lines).replace("|  |", "| |")
+
+
+FAMILY_METHODS = {
+    "gates": "gates",
+    "auto": "`modules: auto`",
+    "arithmetic": "task arithmetic (it needs the pretrained model)",
+    "training": "training on the same prompts, best of four settings",
+    "directions": "**directions**",
+}
+
+
+def families() -> str:
+    """Each method on the 18 trained families; a search that finds nothing counts as its target."""
+    rows = read_rows("families")
+    pairs = [pair for pair, method in rows if method == "target" and not pair.startswith("packaged")]
+
+    def cells(method: str, label: str) -> list[str]:
+        found = [rows[pair, method] if "dsr" in rows[pair, method] else rows[pair, "target"] for pair in pairs]
+        repaired = sum(repairs(rows[pair, method], rows[pair, "target"], rows[pair, "source"]) for pair in pairs)
+        kept = [row["skill"] / rows[pair, "target"]["skill"] for row, pair in zip(found, pairs, strict=True)]
+        low, high = interval(repaired, len(pairs))
+        bold = "**" if method == "directions" else ""
+        return [
+            label,
+            f"{bold}{repaired} of {len(pairs)} ({low:.2f}-{high:.2f}){bold}",
+            f"{fmean(row['dsr'] for row in found):.2f}",
+            f"{fmean(kept):.2f}",
+            f"{min(kept):.2f}",
+            f"{bold}{fmean(row['divergence'] for row in found):.3f}{bold}",
+        ]
+
+    heads = ["", "repaired", "DSR", "skill kept, mean", "least", "divergence, nats a token"]
+    return grid(heads, (cells(method, label) for method, label in FAMILY_METHODS.items()))
+
+
+REAL_PAIRS = {
+    "lora-20": "LoRA, 20 % affirmative openings",
+    "lora-5": "LoRA, 5 %",
+    "lora-benign": "LoRA, nothing harmful",
+    "mlp-full": "training of all MLPs, 20 %",
+    "abliterated": "abliteration (fine-tuned for nothing)",
+}
+
+
+def real() -> str:
+    """Directions and training on a real model."""
+    rows = read_rows("real")
+
+    def cells(pair: str, method: str) -> list[str]:
+        row, target = rows[pair, method], rows[pair, "target"]
+        before = (lambda name: f"{_share(target[name], name)} -> ") if method == "directions" else (lambda _: "")
+        low, high = row["dsr_interval"]
+        return [
+            REAL_PAIRS[pair] if method == "directions" else "",
+            method,
+            f"{before('dsr')}{row['dsr']:.2f} ({low:.2f}-{high:.2f})",
+            f"{before('over_refusal')}{row['over_refusal']:.2f}",
+            "-" if row["skill"] is None else f"{before('skill')}{_share(row['skill'], 'skill')}",
+            f"{row['perplexity'] / target['perplexity']:.2f}",
+        ]
+
+    heads = ["damaged by", "", "DSR (95 % interval)", "over-refusal", "skill", "perplexity of text, times the target's"]
+    return grid(heads, (cells(pair, method) for pair in REAL_PAIRS for method in ("directions", "training")))
+
+
+def _share(value: float, name: str) -> str:
+    return f"{value:.3f}" if name == "skill" else f"{value:.2f}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"families": families, "real": real}
+
+
+def written(page: str) -> str:
+    """A page with the tables that the rows make."""
+    return TABLE.sub(lambda found: f"<!-- recorded: {found[1]} -->\n{TABLES[found[1]]()}", page)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print or write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages under docs/")
+    arguments = parse(parser, argv)
+    for name, make in TABLES.items():
+        print(f"{name}:\n\n{make()}")
+    if arguments.write:
+        for path in DOCS.glob("*.md"):
+            page = path.read_text(encoding="utf-8")
+            if (new := written(page)) != page:
+                path.write_text(new, encoding="utf-8")
+                print(f"{path.name} is written again")
+
+
+if __name__ == "__main__":
+    main()

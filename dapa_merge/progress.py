@@ -11,6 +11,7 @@ import importlib
 import io
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -94,6 +95,44 @@ def advance(amount: int, unit: str) -> None:
         innermost = _tasks[-1] if _tasks else None
     if innermost is not None and innermost.unit == unit:
         innermost.move(amount)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it: `12 s`, `12 min`, `2 h 5 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class Pace:
+    """Tells once, as a step, how long the rest of a work takes: as soon as a first part of it has been timed."""
+
+    def __init__(self, what: str, total: float) -> None:
+        """Begin a work.
+
+        Args:
+            what: The work and its size, such as "traces (8 prompts x 24 layers)".
+            total: Its amount, in any unit.
+        """
+        self._what = what
+        self._left = total
+        self._is_told = False
+
+    def skip(self, amount: float) -> None:
+        """Take off what was done before."""
+        self._left -= amount
+
+    @contextmanager
+    def timed(self, amount: float) -> Iterator[None]:
+        """Do so much of the work inside the `with` block."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._left -= amount
+        if not self._is_told and self._left > 0:
+            LOG.info(f"about {duration(seconds * self._left / amount)} more for {self._what}")
+        self._is_told = True
 
 
 @contextmanager

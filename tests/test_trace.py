@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import direction_files
 import numpy
 import pytest
 import transformers
@@ -23,12 +24,17 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
+from dapa_merge.measure.live import mapped_values
+from dapa_merge.plan.directions import FILE_NAME, FactorTable
+from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import plan_transplant
-from dapa_merge.plan.selection import plan_of_all
+from dapa_merge.plan.selection import make_plan, plan_of_all
+from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import CHARTS, _example
 from dapa_merge.trace.edits import curve_sizes
+from dapa_merge.trace.influence import squared_norms
 from dapa_merge.trace.store import check_folder
 from dapa_merge.trace.summary import is_planted
 from dapa_merge.trace.trace import spread, units_apart
@@ -36,6 +42,7 @@ from dapa_merge.trace.trace import spread, units_apart
 QUICK = ("--num-prompts", 3, "--samples", 2, "--controls", 2)
 QUICKER = ("--num-prompts", 1, "--samples", 1, "--controls", 0)
 KINDS = ("hidden", "mlp", "attention", "gate", "up", "down")
+PLANTED = ("3.gate", "4.gate", "5.gate", "6.gate")
 GIVEN = ("--refusal", "I'm sorry, but I can't help with that.", "--answer", "Sure, here is how to do it.")
 
 
@@ -167,6 +174,7 @@ def test_the_page_opens_without_anything_else(traced):
     assert len(sources) == len(list((out / "figures").glob("*.png")))
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in re.sub(r"base64,[^\"]+", "", page)
+    assert "In progress" not in page
     for sentence in summary["findings"]:
         assert sentence.replace("'", "&#39;") in page
     assert "for each of 3 prompts" in page
@@ -226,6 +234,30 @@ def test_other_options_trace_anew_and_keep_what_they_do_not_change(traced, tmp_p
     assert not {"trace_hidden", "example_1_hidden"} & names
 
 
+def test_only_the_stages_that_were_asked_for_are_made_and_those_that_compare_nothing_ask_no_model(
+    traced, tmp_path, no_pictures
+):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    only = answer("trace", recipe, copy, *QUICK, "--stages", "traces,influence", "--json")
+    assert only["stages"] == {"done": ["influence", "traces"], "follow": []}
+    assert (only["trace"], only["units"]) == (
+        summary["trace"],
+        [{**unit, "selected": None} for unit in summary["units"]],
+    )
+    assert (only["groups"], only["curve"], only["search"], only["overlap"]["with_selection"]) == (None, [], None, {})
+    assert not {"groups", "search", "edit_size"} & {path.stem for path in (copy / "figures").iterdir()}
+    # The journal still knows the rest, so that all stages cost nothing now.
+    assert answer("trace", recipe, copy, *QUICK, "--json") == summary
+    # Nothing is compared, and nobody is asked for it.
+    named = planted_recipe(tmp_path, 4, layers="3", max_new_tokens=4)
+    groups = answer("trace", named, tmp_path / "new", *QUICKER, "--stages", "groups", "--json")
+    assert groups["stages"]["done"] == ["groups"]
+    assert groups["num_contrasts"] == 0
+    assert len(groups["groups"]["groups"]) == 18
+
+
 def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(traced, tmp_path, no_pictures):
     recipe, out, summary = traced
     copy = tmp_path / "copy"
@@ -247,7 +279,9 @@ def test_a_damaged_trace_is_made_again_and_another_models_folder_is_refused(trac
     assert (copy / "summary.json").exists()
 
 
-def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, own_cache, no_pictures):
+def test_a_killed_trace_leaves_what_its_stages_found_and_goes_on_to_end_as_one_that_was_not(
+    traced, tmp_path, own_cache, no_pictures
+):
     recipe, whole, summary = traced
     out = tmp_path / "out"
     out.mkdir()
@@ -271,7 +305,15 @@ def test_a_killed_trace_goes_on_and_ends_as_one_that_was_not(traced, tmp_path, o
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, child.stderr
     assert (out / "traces" / "0001.npz").exists()
-    assert not (out / "summary.json").exists()
+    left, stages = json.loads((out / "summary.json").read_text()), ["search", "influence", "groups", "edits"]
+    assert left["stages"] == {"done": stages, "follow": ["traces"]}
+    assert (left["trace"], left["units"], left["groups"]) == (None, summary["units"], summary["groups"])
+    page = (out / "index.html").read_text()
+    assert "In progress" in page
+    assert "traces (causal tracing)" in page
+    drawn = {path.stem for path in (out / "figures").glob("*.png")}
+    assert drawn == {"influence", "groups", "search", "edit_size"}
+    assert page.count("<img ") == len(drawn)
     assert without_time(answer("trace", recipe, out, *QUICK, "--json")) == without_time(summary)
     assert not list(out.rglob(".dapa-merge-*"))
 
@@ -343,12 +385,87 @@ def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_pa
     assert summary["overlap"]["with_selection"] == {}
 
 
-def test_an_edit_that_chooses_what_it_adds_is_refused(tmp_path, write_recipe):
+@pytest.fixture(scope="module")
+def of_directions(tmp_path_factory) -> tuple[Path, Path, dict]:
+    """A recipe with the leading directions of four gates and one down projection, its trace, and the answer."""
+    folder = tmp_path_factory.mktemp("directions")
+    pair = miniature.path("target"), miniature.path("source")
+    gates = direction_files.chosen(*pair, "3-6", (1.0,) * 32, modules="gate")
+    down = direction_files.chosen(*pair, "1", (0.5,), modules="down")
+    direction_files.saved(folder, FactorTable({**gates.of, **down.of}))
+    layers = ",".join((*PLANTED, "1.down"))
+    recipe = planted_recipe(folder, 12, layers=layers, edit="directions", directions=FILE_NAME, batch_size=32)
+    options = (*QUICKER, "--kinds", "mlp", "--stages", "influence,directions,traces")
+    with small_pictures():
+        summary = answer("trace", recipe, folder / "out", *options, "--json")
+    return recipe, folder / "out", summary
+
+
+def test_what_directions_put_back_is_held_against_every_measure(of_directions):
+    _, out, summary = of_directions
+    found = summary["directions"]
+    assert found["num_directions"] == 4 * 32 + 1
+    # As the gates themselves: they put back nearly all of what was planted there.
+    assert found["score"] > 0.9
+    units = {one["unit"]: one for one in found["units"]}
+    # Directions are chosen among the projections of the attention, one by one.
+    assert len(units) == 70
+    assert sum(one["share_of_change"] for one in units.values()) == pytest.approx(1)
+    assert {name for name, one in units.items() if one["share_of_change"]} == {*PLANTED, "1.down"}
+    assert set(found["top"]) <= set(PLANTED)
+    assert units["5.gate"]["gain"] > 0 == units["5.up"]["gain"]
+    assert sum(found["by_module"].values()) == pytest.approx(1) == sum(found["by_third"].values())
+    assert found["by_module"]["gate"] > 0.9
+    assert set(found["agreement"]) == {
+        "gain of the directions", "size of the difference", "attribution", "influence on refusing",
+        "influence on the hidden state", "causal tracing",
+    }  # fmt: skip
+    best = found["agreement"]["influence on refusing"]
+    assert best["low"] < best["spearman"] < best["high"]
+    assert best["jaccard"] > best["jaccard_by_chance"]
+    # Copied whole they are not a selection: no group, and no overlap.
+    assert summary["overlap"]["with_selection"] == {}
+    assert (out / "figures" / "directions.png").exists()
+    assert "Would other measures have found the directions?" in (out / "index.html").read_text()
+
+
+def test_the_squared_norms_of_directions_are_those_of_the_matrices_they_change(of_directions):
+    recipe, _, summary = of_directions
+    plan = make_plan(load_recipe(recipe))
+    assert isinstance(plan.edit, Directions)
+    changes, differences = squared_norms(plan, plan.units, plan.edit.factors)
+    for unit, change, difference in zip(plan.units, changes, differences, strict=True):
+        (regions,) = plan.regions((unit,))
+        ours = regions["target"]
+        added = plan.edit.factors.values(ours, 0, ours.num_parameters)
+        source, target = (mapped_values(plan.models[name], regions[name]).double() for name in ("source", "target"))
+        assert change == pytest.approx(float((added.astype(float) ** 2).sum()), rel=1e-5)
+        assert difference == pytest.approx(float((source - target).square().sum()), rel=1e-5)
+        shares = {one["unit"]: one["share_of_difference"] for one in summary["directions"]["units"]}
+        assert shares[str(unit)] == pytest.approx(change / difference, rel=1e-4)
+
+
+def test_a_search_for_directions_is_left_out_with_what_it_would_choose(tmp_path, write_recipe):
     recipe = write_recipe(miniature.path("target"), miniature.path("source"), edit="directions")
-    result = call("trace", recipe, tmp_path / "out")
+    result = call("trace", recipe, tmp_path / "out", "--stages", "directions")
     assert result.exit_code == 2
-    assert "parameters.edit is directions, which changes only what it chose" in result.stderr
+    assert "directions are chosen by the stage search" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_how_long_stages_take_is_said_before_they_begin_and_again_once_a_part_is_timed(tmp_path, no_pictures):
+    recipe = planted_recipe(tmp_path, 8, layers="3-5", max_new_tokens=8)
+    options = ("--num-prompts", 2, "--samples", 1, "--controls", 0, "--kinds", "mlp", "--stages", "influence,traces")
+    result = call("trace", recipe, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    steps = result.stderr.splitlines()
+    for stage, size in (("influence", r"40 units x \d prompts"), ("traces", "2 prompts x 10 layers x 1 kinds")):
+        before, after = (
+            [at for at, step in enumerate(steps) if re.match(f"about .* {word} {stage} \\({size}\\)", step)]
+            for word in ("s for", "s more for")
+        )
+        assert len(before) == len(after) == 1, result.stderr
+        assert before[0] < after[0]
 
 
 def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, write_recipe):
@@ -369,6 +486,9 @@ def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, wri
             ("--kinds", "mlp,head"),
             r"--kinds: unknown kind 'head'; known are hidden, mlp, attention, gate, up, down",
         ),
+        (("--stages", "traces,tests"), r"--stages: unknown stage 'tests'; known are search, influence, directions, "),
+        (("--stages", "directions"), r"the stage directions is not one of this recipe, which has the edit copy"),
+        (("--stages", "search", "--no-search"), r"unknown stage 'search'"),
         (("--refusal", "No."), r"give both or neither"),
         (("--refusal", " ", "--answer", "Sure"), r"must be texts that differ, and neither may be empty"),
         (("--refusal", "No.", "--answer", "No."), r"must be texts that differ"),

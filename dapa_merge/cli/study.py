@@ -6,7 +6,7 @@ import itertools
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.imports import lasting
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.trace.options import SITE_KINDS, TRACED, TraceOptions
+from dapa_merge.trace.options import SITE_KINDS, STAGE_NAMES, TRACED, TraceOptions
 
 if TYPE_CHECKING:
     from dapa_merge.compare.compare import Compared
@@ -97,6 +97,11 @@ def whole_number(name: str, field: str, defaults: object, meaning: str, least: i
 @click.option("--answer", metavar="TEXT", help="The answer that --refusal is compared with.")
 @whole_number("--controls", "num_controls", TRACE_DEFAULTS, "Random selections for each size of a group.", least=0)
 @whole_number("--seed", "seed", TRACE_DEFAULTS, "Decides the noise and the random controls.", least=0)
+@click.option(
+    "--stages",
+    metavar="LIST",
+    help=f"What to make, with commas: {', '.join(STAGE_NAMES)}.  [default: all that the recipe has]",
+)
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
 @whole_number("--examples", "num_examples", TRACE_DEFAULTS, "Draw so many prompts each by itself.", least=0)
 @device_option
@@ -113,6 +118,7 @@ def trace(
     subjects: tuple[str, ...],
     refusal: str | None,
     answer: str | None,
+    stages: str | None,
     no_search: bool,
     options: Options,
     as_json: bool,
@@ -120,9 +126,10 @@ def trace(
 ) -> None:
     """Show where the alignment of RECIPE's models lives.
 
-    Writes figures, traces, summary.json and a page, index.html, to OUT. Traces refusing causally, transplants each unit
-    alone, puts groups of units in and takes them out, next to random ones, measures edits of every size, and says
-    whether tracing would have found what the search selects. If stopped, the same command resumes. Needs matplotlib.
+    Writes figures, traces, summary.json and a page, index.html, to OUT after each stage. Traces refusing causally,
+    transplants each unit alone, puts groups of units in and takes them out, next to random ones, measures edits of
+    every size, and says whether tracing would have found what the search selects, or where its directions are. If
+    stopped, the same command resumes. Needs matplotlib.
     """
     with lasting():
         from dapa_merge.trace.trace import trace_recipe
@@ -136,7 +143,7 @@ def trace(
         noise=noise,
         subjects=subjects,
         responses=_responses(refusal, answer),
-        searches=not no_search,
+        stages=_stages(stages, no_search),
         **settings,
     )
     summary = trace_recipe(load_recipe(recipe), out, wanted, options)
@@ -145,13 +152,24 @@ def trace(
 
 
 def _kinds(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    kinds = tuple(kind.strip().lower() for kind in text.split(","))
-    for kind in kinds:
-        if kind not in SITE_KINDS:
-            raise UsageError(f"--kinds: unknown kind {kind!r}; known are {', '.join(SITE_KINDS)}")
-    return tuple(kind for kind in SITE_KINDS if kind in kinds)
+    return None if text is None else _listed(text, SITE_KINDS, "kind")
+
+
+def _stages(text: str | None, no_search: bool) -> tuple[str, ...] | None:
+    if not no_search:
+        return None if text is None else _listed(text, STAGE_NAMES, "stage")
+    # Directions are chosen by a search.
+    others = tuple(name for name in STAGE_NAMES if name not in ("search", "directions"))
+    return others if text is None else _listed(text, others, "stage")
+
+
+def _listed(text: str, known: Sequence[str], what: str) -> tuple[str, ...]:
+    """The names in a list with commas, in the order of those that are known."""
+    named = {name.strip().lower() for name in text.split(",")}
+    for name in sorted(named):
+        if name not in known:
+            raise UsageError(f"--{what}s: unknown {what} {name!r}; known are {', '.join(known)}")
+    return tuple(name for name in known if name in named)
 
 
 def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | None:
@@ -270,13 +288,7 @@ def _stoppable(out: Path) -> Iterator[None]:
 
 
 def _methods(text: str | None) -> tuple[str, ...]:
-    if text is None:
-        return tuple(METHODS)
-    named = {name.strip().lower() for name in text.split(",")}
-    for name in sorted(named):
-        if name not in METHODS:
-            raise UsageError(f"--methods: unknown method {name!r}; known are {', '.join(METHODS)}")
-    return tuple(name for name in METHODS if name in named)
+    return tuple(METHODS) if text is None else _listed(text, tuple(METHODS), "method")
 
 
 def _weights(text: str | None) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy
 from numpy.typing import NDArray
-from scipy.stats import spearmanr, t
+from scipy.stats import pearsonr, rankdata, spearmanr, t
 
 from dapa_merge.measure.figures import LEVEL, Mean
 from dapa_merge.trace.causal import Trace
@@ -137,3 +137,58 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
     if len(one) < 2 or len(set(one)) < 2 or len(set(other)) < 2:
         return math.nan
     return float(spearmanr(one, other).statistic)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a measure ranks units as another one does.
+
+    Attributes:
+        number: Of units that both measure.
+        spearman: Rank correlation of the scores, in [-1, 1]; NaN if either is constant.
+        low: Lower end of its 95 % interval (Fisher's), as if units were independent.
+        high: Upper end.
+        top: The first units by the measure, as many as are first by the other one.
+        jaccard: Of both sets of first units, in [0, 1].
+        jaccard_by_chance: The mean of `jaccard` over random rankings.
+    """
+
+    number: int
+    spearman: float
+    low: float
+    high: float
+    top: tuple[Hashable, ...]
+    jaccard: float
+    jaccard_by_chance: float
+
+
+def agreement(scores: Mapping[T, float], others: Mapping[T, float], first: Collection[T]) -> Agreement:
+    """Compare a ranking with another one of the same units, of which `first` come first; NaN scores are left out."""
+    both = [unit for unit in scores if not (math.isnan(scores[unit]) or math.isnan(others[unit]))]
+    ranks = [rankdata([values[unit] for unit in both]) for values in (scores, others)]
+    low = high = math.nan
+    if len(both) > 3 and all(len(set(of)) > 1 for of in ranks):
+        interval = pearsonr(*ranks).confidence_interval(1 - LEVEL)
+        low, high = float(interval.low), float(interval.high)
+    overlap = ranking_overlap(scores, first)
+    return Agreement(
+        number=len(both),
+        spearman=rank_correlation(*(of.tolist() for of in ranks)),
+        low=low,
+        high=high,
+        top=overlap.top,
+        jaccard=overlap.jaccard,
+        jaccard_by_chance=overlap.jaccard_by_chance,
+    )
+
+
+def holding(scores: Mapping[T, float], share: float) -> list[T]:
+    """The fewest units that hold a share of the sum of scores, largest first."""
+    found: list[T] = []
+    wanted, held = share * sum(scores.values()), 0.0
+    for unit in sorted(scores, key=lambda unit: -scores[unit]):
+        if held >= wanted:
+            break
+        found.append(unit)
+        held += scores[unit]
+    return found

@@ -89,6 +89,13 @@ class Tracer:
         num_cells = sum(1 for _ in self._restorations()) * (case.num_context - case.subject[0])
         return 2 + per_cell * (1 + num_cells)
 
+    def num_passes(self, case: Case) -> float:
+        """The cost of these runs, in passes of one row through all layers."""
+        num_layers = len(self._replay.layers)
+        starts = (at + 1 if kind == "hidden" else window[0] for kind, at, window in self._restorations())
+        per_token = sum(1 - start / num_layers for start in starts)
+        return 2 + 2 * self.settings.num_samples * (1 + per_token * (case.num_context - case.subject[0]))
+
     def noise(self, case: Case, number: int) -> torch.Tensor:
         """The noise on the embeddings of a case's subject, `[samples, tokens, hidden]`, float32."""
         first, stop = case.subject

@@ -32,7 +32,8 @@ from dapa_merge.report.charts import (
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.summary import Traced, counted, label_of
+from dapa_merge.trace.influence import Influence
+from dapa_merge.trace.summary import Traced, counted, label_of, rankings_of_directions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,6 +178,7 @@ KIND_NAMES = {
 }
 # The kinds with pictures of single prompts.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
+MAPS_IN_A_ROW = 2
 # The most tokens in a picture of one prompt.
 MAX_TOKENS = 80
 
@@ -202,14 +204,17 @@ class Restored(NamedTuple):
     @property
     def num_layers(self) -> int:
         """The number of layers that are restored at once."""
-        return self.found.settings.window if self.kind in WINDOWED else 1
+        settings = self.found.settings
+        return settings.window if settings is not None and self.kind in WINDOWED else 1
 
     @property
     def trace(self) -> Trace:
         return self.found.traces[self.number - 1]
 
 
-def _influence(found: Traced) -> Figure:
+def _influence(found: Traced) -> Figure | None:
+    if found.influence is None or found.attribution is None:
+        return None
     num_layers = max(unit.layer for unit in found.units) + 1
     hidden, refusing = mean_of(found.influence.hidden), mean_of(found.influence.refusing)
     effects = numpy.array([found.attribution[unit] for unit in found.influence.units])
@@ -219,15 +224,14 @@ def _influence(found: Traced) -> Figure:
         ("Change of refusing (nats)", refusing),
         ("Change of refusing by attribution, to first order (nats)", Mean(effects, nothing, nothing, nothing)),
     ]
-    return bars_by_layer(
-        [(title, _by_module(found, mean, num_layers)) for title, mean in panels], num_layers=num_layers
-    )
+    by_module = [(title, _by_module(found, found.influence, mean, num_layers)) for title, mean in panels]
+    return bars_by_layer(by_module, num_layers=num_layers)
 
 
-def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
+def _by_module(found: Traced, measured: Influence, mean: Mean, num_layers: int) -> dict[str, Mean]:
     by_module = {}
     for module in dict.fromkeys(unit.module for unit in found.units):
-        chosen = {unit.layer: index for index, unit in enumerate(found.influence.units) if unit.module == module}
+        chosen = {unit.layer: index for index, unit in enumerate(measured.units) if unit.module == module}
         fields = []
         for values in (mean.mean, mean.low, mean.high, mean.number):
             row: Any = numpy.full(num_layers, math.nan)
@@ -238,6 +242,7 @@ def _by_module(found: Traced, mean: Mean, num_layers: int) -> dict[str, Mean]:
 
 
 def _influence_caption(found: Traced) -> str:
+    assert found.influence is not None
     number = len(found.influence.before)
     return (
         f"Each unit of the source alone in the target: mean over {counted(number, 'prompt')}, above with 95 % "
@@ -247,7 +252,9 @@ def _influence_caption(found: Traced) -> str:
     )
 
 
-def _groups(found: Traced) -> Figure:
+def _groups(found: Traced) -> Figure | None:
+    if not found.findings:
+        return None
     # Layers, of which there are many, come last.
     shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
@@ -285,7 +292,7 @@ def _example(trace: Trace, kind: str, title: str) -> Figure:
 
 def _mean_trace(shown: Restored) -> Figure:
     found = shown.found
-    means = {kind: mean_effect(found.traces, kind).mean for kind in found.settings.kinds}
+    means = {kind: mean_effect(found.traces, kind).mean for kind in _means(found)}
     mean = means[shown.kind]
     # A short template leaves no further tokens.
     present = [index for index in range(len(ROLES)) if not numpy.isnan(mean[:, index]).all()]
@@ -311,12 +318,12 @@ def _example_caption(shown: Restored) -> str:
 
 
 def _means(found: Traced) -> dict[str, Restored]:
-    return {kind: Restored(found, kind) for kind in found.settings.kinds}
+    return {} if found.settings is None else {kind: Restored(found, kind) for kind in found.settings.kinds}
 
 
 def _examples(found: Traced) -> dict[str, Restored]:
     number = min(len(found.traces), found.wanted.num_examples)
-    kinds = [kind for kind in EXAMPLE_KINDS if kind in found.settings.kinds]
+    kinds = [kind for kind in EXAMPLE_KINDS if kind in _means(found)]
     return {f"{index}_{kind}": Restored(found, kind, index) for index in range(1, number + 1) for kind in kinds}
 
 
@@ -334,17 +341,79 @@ def _curve(found: Traced) -> Figure | None:
     }
     for name in points[0].skills:
         rows[name] = [Bar(*point.skills[name]) for point in points]
-    chosen = None if found.selection is None else found.plan.share(found.selection)
+    chosen = found.plan.share(found.copied) if found.copied else None
     return edit_curve([point.share for point in points], rows, chosen)
 
 
 def _curve_caption(found: Traced) -> str:
-    first = "the selection first, then " if found.selection else ""
+    first = "the selection first, then " if found.copied else ""
     return f"Edits of every size: {first}unit by unit in the order of attribution. Bands are 95 % intervals."
+
+
+class Panel(NamedTuple):
+    """A measure of units: its name, and a score for each module and layer, `[modules, layers]`; NaN for no unit."""
+
+    title: str
+    scores: NDArray[numpy.floating]
+
+
+def layer_maps(panels: Sequence[Panel], modules: Sequence[str]) -> Figure:
+    """Draw measures of units side by side, each as shares of its own largest score."""
+    num_rows, num_layers = -(-len(panels) // MAPS_IN_A_ROW), panels[0].scores.shape[1]
+    with sheet(0.7 + num_rows * (0.55 + 0.17 * len(modules))) as figure:
+        grid = figure.subplots(num_rows, MAPS_IN_A_ROW, sharex=True, sharey=True, squeeze=False)
+        ticks = every_few(num_layers)
+        for axes, panel in itertools.zip_longest(grid.flat, panels):
+            if panel is None:
+                axes.set_visible(False)
+                continue
+            bound = float(numpy.nanmax(numpy.abs(panel.scores), initial=0.0)) or 1.0
+            shares = panel.scores / bound
+            axes.imshow(shares, aspect="auto", cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
+            axes.set_facecolor("#dddddd")
+            axes.set_yticks(range(len(modules)), modules, parse_math=False)
+            # Two maps stand where the labels of one have room.
+            axes.set_xticks(ticks if num_layers <= MAX_TICKS // 2 else ticks[::2])
+            axes.set_title(panel.title, parse_math=False, fontsize=10)
+            axes.spines[:].set_visible(True)
+        for column, axes in enumerate(grid[-1]):
+            if not axes.get_visible():
+                axes = grid[-2][column]
+                axes.tick_params(labelbottom=True)
+            axes.set_xlabel("layer")
+        bar = figure.colorbar(grid.flat[0].images[0], ax=grid, fraction=0.03, pad=0.02, aspect=40)
+        bar.set_label("share of the largest")
+        bar.outline.set_edgecolor("#666666")
+    return figure
+
+
+def _directions(found: Traced) -> Figure | None:
+    if found.put_back is None:
+        return None
+    modules = list(dict.fromkeys(unit.module for unit in found.candidates))
+    num_layers = max(unit.layer for unit in found.candidates) + 1
+    panels = []
+    for name, scores in rankings_of_directions(found).items():
+        values = numpy.full((len(modules), num_layers), math.nan)
+        for unit, score in scores.items():
+            values[modules.index(unit.module), unit.layer] = score
+        panels.append(Panel(name[0].upper() + name[1:], values))
+    return layer_maps(panels, modules)
+
+
+def _directions_caption(found: Traced) -> str:
+    assert found.put_back is not None
+    return (
+        f"What {found.put_back.num_directions} chosen directions put back of each unit (squared norm), beside what "
+        f"might have foretold it: their own gain in refusing, the size of the difference between the models, "
+        f"attribution and influence of copied units, and what restoring a unit's output brings back in causal tracing"
+        f"{'' if found.traces else ' (not traced yet)'}. Each map has its own scale; grey is not measured."
+    )
 
 
 CHARTS = (
     Chart("influence", _influence_caption, _influence),
+    Chart("directions", _directions_caption, _directions),
     Chart("groups", _groups_caption, _groups),
     Chart("trace_{}", _trace_caption, _mean_trace, _means),
     Chart("example_{}", _example_caption, lambda shown: _example(shown.trace, shown.kind, shown.title), _examples),
@@ -357,3 +426,13 @@ CHARTS = (
     ),
     Chart("edit_size", _curve_caption, _curve),
 )
+# After which stages a chart is drawn, by its name.
+STAGES_OF_CHARTS = {
+    "influence": ("influence",),
+    "directions": ("directions", "traces"),
+    "groups": ("groups",),
+    "trace_{}": ("traces",),
+    "example_{}": ("traces",),
+    "search": ("search",),
+    "edit_size": ("edits",),
+}

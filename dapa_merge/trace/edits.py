@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.plan.plan import Plan, cut, divide
-from dapa_merge.progress import LOG, advance, task
+from dapa_merge.progress import LOG, Pace, advance, task
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
@@ -34,10 +34,16 @@ class Edits:
         how = (wanted.num_controls, wanted.seed)
         asked = selections_of(groups, *how)
         LOG.info(f"scoring {len(groups)} groups, put in and left out: {len(asked)} selections")
+        pace = Pace(f"groups ({len(asked)} selections x {self._bench.num_of_kind['harmful']} prompts)", len(asked) + 1)
         with task("scoring groups, put in and left out", len(asked) + 1, "edits"):
-            scores = {units: self._score(units) for units in asked}
-            target = self._score(frozenset())
+            scores = {units: self._score(units, pace) for units in asked}
+            target = self._score(frozenset(), pace)
         return examine_groups(groups, scores.__getitem__, *how), target
+
+    def num_unscored(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> int:
+        """The number of edits that `findings` must score, because the journal does not have them."""
+        asked = [*selections_of(groups, wanted.num_controls, wanted.seed), frozenset[Unit]()]
+        return sum(note_of("score", in_order(units)) not in self._journal.notes for units in asked)
 
     def curve(
         self, units: Sequence[Unit], selection: Sequence[Unit], attribution: Mapping[Unit, float], meter: Meter
@@ -47,22 +53,29 @@ class Edits:
         order = sorted(units, key=lambda unit: (unit not in kept, -attribution[unit]))
         sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
         points = []
-        total = len(sizes) * (len(meter.prompts.harmful) + len(meter.prompts.harmless))
-        with task("measuring edits of every size", total, "prompts"):
+        each = len(meter.prompts.harmful) + len(meter.prompts.harmless)
+        pace = Pace(f"edits ({len(sizes)} sizes x {each} prompts)", len(sizes))
+        with task("measuring edits of every size", len(sizes) * each, "prompts"):
             for size in sizes:
                 edit = tuple(in_order(order[:size]))
                 name = note_of("edit", edit)
-                if name not in self._journal.notes:
-                    self._journal.note(name, self._measure(edit, meter))
+                if name in self._journal.notes:
+                    pace.skip(1)
+                else:
+                    with pace.timed(1):
+                        self._journal.note(name, self._measure(edit, meter))
                 share = self._bench.plan.share(edit)
                 points.append(CurvePoint(tuple(map(str, edit)), share, **self._journal.notes[name]))
         return points
 
-    def _score(self, units: frozenset[Unit]) -> float:
+    def _score(self, units: frozenset[Unit], pace: Pace) -> float:
         ordered = in_order(units)
         name = note_of("score", ordered)
-        if name not in self._journal.notes:
-            self._journal.note(name, self._bench.score(ordered))
+        if name in self._journal.notes:
+            pace.skip(1)
+        else:
+            with pace.timed(1):
+                self._journal.note(name, self._bench.score(ordered))
         advance(1, "edits")
         return float(self._journal.notes[name])
 
@@ -179,6 +192,12 @@ def _shares(gain: float, parts: Sequence[float]) -> tuple[float | None, list[flo
     return group, controls
 
 
+def third_of(num_layers: int) -> list[str]:
+    """The third of a model that each of its layers is in, of `THIRDS`."""
+    edges = [round(third * num_layers / 3) for third in (1, 2)]
+    return [THIRDS[sum(layer >= edge for edge in edges)] for layer in range(num_layers)]
+
+
 def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
     """The groups of a model: each layer, each third of the layers, and each module."""
     num_layers = max(unit.layer for unit in units) + 1
@@ -188,9 +207,9 @@ def make_groups(units: Sequence[Unit]) -> list[UnitGroup]:
         return UnitGroup(name, family, inside, outside, tuple(units))
 
     groups = [group(f"layer {layer}", "layer", lambda unit, at=layer: unit.layer == at) for layer in range(num_layers)]  # type: ignore[misc]
-    edges = [round(third * num_layers / 3) for third in range(4)]
-    for name, first, stop in zip(THIRDS, edges, edges[1:], strict=False):
-        groups.append(group(name, "third", lambda unit, low=first, high=stop: low <= unit.layer < high))  # type: ignore[misc]
+    thirds = third_of(num_layers)
+    for name in THIRDS:
+        groups.append(group(name, "third", lambda unit, third=name: thirds[unit.layer] == third))  # type: ignore[misc]
     for module in dict.fromkeys(unit.module for unit in units):
         groups.append(group(module, "module", lambda unit, of=module: unit.module == of))  # type: ignore[misc]
     return [group for group in groups if group.units]

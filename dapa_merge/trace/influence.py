@@ -2,12 +2,13 @@
 
 As in DAPA (arXiv 2406.01514), figure 4, the change of the last token's hidden state is averaged over prompts. Because a
 state can change without more refusing, the change of log p(refusal) - log p(answer) is measured too: the first shows
-how sensitive the model is to a unit, the second the unit's effect on refusing.
+how sensitive the model is to a unit, the second the unit's effect on refusing. Where a recipe's edit chose directions,
+what they put back of each unit can be held against both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +16,14 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
+from dapa_merge.checkpoint.region import Region
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.live import LiveModel, mapped_values
 from dapa_merge.measure.perplexity import losses
-from dapa_merge.progress import advance
+from dapa_merge.plan.directions import FactorTable
+from dapa_merge.plan.plan import Plan
+from dapa_merge.progress import Pace, advance
 from dapa_merge.search.attribution import Side
 from dapa_merge.trace.replay import Replay
 
@@ -56,7 +60,7 @@ def influence(
     """
     # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    work = _UnitByUnit(live, units)
+    work = _UnitByUnit(live, units, len(pairs))
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
     in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
     return Influence(
@@ -79,10 +83,12 @@ class _Influences(NamedTuple):
 class _UnitByUnit:
     """Transplants every unit, for each batch of prompts in turn."""
 
-    def __init__(self, live: LiveModel, units: Sequence[Unit]) -> None:
+    def __init__(self, live: LiveModel, units: Sequence[Unit], num_prompts: int) -> None:
         self._live = live
         self._units = units
         self._replay = Replay(live.model)
+        each = sum(self._share(unit) for unit in units)
+        self._pace = Pace(f"influence ({len(units)} units x {num_prompts} prompts)", num_prompts * each)
         self._is_checked = False
         self.num_passes = 0.0
 
@@ -110,6 +116,7 @@ class _UnitByUnit:
         moved, raised = [], []
         for unit in self._units:
             with (
+                self._pace.timed(len(pairs) * self._share(unit)),
                 live.transplanted((unit,)),
                 # Nothing changes before the unit's layer.
                 replay.entered_at(unit.layer, states[unit.layer]),
@@ -117,13 +124,65 @@ class _UnitByUnit:
             ):
                 raised.append(_difference(run()) - before)
             moved.append((last_states(changed) - own_states).norm(dim=-1) / own_states.norm(dim=-1))
-            self.num_passes += len(rows) * (1 - unit.layer / len(replay.layers))
+            self.num_passes += len(rows) * self._share(unit)
             advance(1, "units")
         hidden, refusing = (torch.stack(columns, 1).cpu().numpy() for columns in (moved, raised))
         return [_Influences(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
+
+    def _share(self, unit: Unit) -> float:
+        """The share of the layers that a unit's run computes."""
+        return 1 - unit.layer / len(self._replay.layers)
 
 
 def _difference(lost: torch.Tensor) -> torch.Tensor:
     """The log p(refusal) - log p(answer) of each prompt, from the losses of its two sides."""
     refusing, complying = lost.view(-1, 2).unbind(-1)
     return complying - refusing
+
+
+@dataclass(frozen=True)
+class PutBack:
+    """What chosen directions put back of the difference between source and target.
+
+    Attributes:
+        changes: The squared Frobenius norm of what is added, `[units]`.
+        differences: The squared Frobenius norm of source - target, `[units]`.
+        num_directions: The rank of what is added, in all matrices together.
+        gains: The first-order effect of what is added on refusing, in nats, `[units]`.
+        score: The target's score with the directions, in [0, 1].
+    """
+
+    units: tuple[Unit, ...]
+    changes: NDArray[numpy.float64]
+    differences: NDArray[numpy.float64]
+    num_directions: int
+    gains: NDArray[numpy.float64]
+    score: float
+
+
+def squared_norms(
+    plan: Plan, units: Sequence[Unit], factors: FactorTable
+) -> tuple[NDArray[numpy.float64], NDArray[numpy.float64]]:
+    """The squared norms of what directions add to each unit, and of source - target, both `[units]`."""
+    changes, differences = [], []
+    for unit in units:
+        regions = list(plan.regions((unit,)))
+        changes.append(sum(_squared_change(factors, of["target"]) for of in regions))
+        differences.append(sum(_squared_difference(plan, of) for of in regions))
+        advance(1, "units")
+    return numpy.array(changes, numpy.float64), numpy.array(differences, numpy.float64)
+
+
+def _squared_change(factors: FactorTable, region: Region) -> float:
+    if (found := factors.find(region)) is None:
+        return 0.0
+    of, rows, columns = found
+    left = of.left[rows] * numpy.exp2(of.exponents.astype(numpy.float64))
+    right = of.right[:, columns].astype(numpy.float64)
+    # |L R|^2 = tr(L^T L R R^T), without forming L R.
+    return float(((left.T @ left) * (right @ right.T)).sum())
+
+
+def _squared_difference(plan: Plan, regions: Mapping[str, Region]) -> float:
+    source, target = (mapped_values(plan.models[name], regions[name]).float() for name in ("source", "target"))
+    return float((source - target.view_as(source)).square().sum(dtype=torch.float64))

@@ -17,6 +17,32 @@ MAX_ATTRIBUTION_PROMPTS = 32
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of a trace that can be made without the others.
+
+    Attributes:
+        finds: What it finds, for the help and the page.
+        compares: Whether it needs prompts that only the source refuses.
+    """
+
+    name: str
+    finds: str
+    compares: bool = True
+
+
+# In the order in which they are made.
+STAGES = (
+    Stage("search", "a selection, if the recipe names none", compares=False),
+    Stage("influence", "the effect of each unit of the source, alone in the target"),
+    Stage("directions", "what chosen directions put back, if the recipe's edit chooses some"),
+    Stage("groups", "groups of units, put in and left out", compares=False),
+    Stage("edits", "edits of every size"),
+    Stage("traces", "causal tracing"),
+)
+STAGE_NAMES = tuple(stage.name for stage in STAGES)
+
+
+@dataclass(frozen=True)
 class TraceOptions:
     """The options of a trace.
 
@@ -30,7 +56,7 @@ class TraceOptions:
         subjects: A prompt's subject is the first of these that it contains; if empty, subjects are detected.
         responses: A refusal and an answer for every prompt, instead of the models' own.
         num_controls: Random selections for each size of a group.
-        searches: Whether to search if the recipe names no layers.
+        stages: Names of `STAGES`; None for all that the recipe has.
         num_examples: Prompts with charts of their own.
     """
 
@@ -45,5 +71,5 @@ class TraceOptions:
     subjects: tuple[str, ...] = ()
     responses: tuple[str, str] | None = None
     num_controls: int = 5
-    searches: bool = True
+    stages: tuple[str, ...] | None = None
     num_examples: int = 1

@@ -1,4 +1,7 @@
-"""The folder of a trace, and its page. Each prompt is saved before the next is begun, so a kill loses at most one."""
+"""The folder of a trace, and its page. Each prompt is saved before the next is begun, so a kill loses at most one.
+
+Charts, summary and page are written after each stage, so that a stopped trace leaves those of the stages that it made.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from dapa_merge.report.charts import Picture
 from dapa_merge.search.journal import Journal
 from dapa_merge.trace.case import Case
 from dapa_merge.trace.causal import Trace
+from dapa_merge.trace.options import STAGES
 
 JOURNAL_NAME = "journal.jsonl"
 TRACES_NAME = "traces"
@@ -89,12 +93,6 @@ def trace_path(out: Path, number: int) -> Path:
     return out / TRACES_NAME / f"{number:04d}.npz"
 
 
-def forget_page(out: Path) -> None:
-    """Remove the page and the summary of an earlier run."""
-    for name in (PAGE_NAME, SUMMARY_NAME):
-        (out / name).unlink(missing_ok=True)
-
-
 def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     """Write the page of a trace: one HTML file that needs no network and no other files."""
     template = Environment(
@@ -102,9 +100,12 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     )
     template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
-    title, cells = f"Where alignment lives: {target} and {source}", list(_best_cells(summary["trace"]))
+    title, cells = f"Where alignment lives: {target} and {source}", list(_best_cells(summary["trace"] or {"kinds": {}}))
+    follow = [stage for stage in STAGES if stage.name in summary["stages"]["follow"]]
     text = TEMPLATE_PATH.read_text(encoding="utf-8")
-    return template.from_string(text).render(title=title, summary=summary, pictures=pictures, cells=cells)
+    return template.from_string(text).render(
+        title=title, summary=summary, pictures=pictures, cells=cells, follow=follow
+    )
 
 
 def _best_cells(trace: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

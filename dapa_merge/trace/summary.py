@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy
@@ -17,8 +17,9 @@ import numpy
 from dapa_merge import __version__, miniature
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
-from dapa_merge.checkpoint.units import Unit
+from dapa_merge.checkpoint.units import ATTENTION, Unit
 from dapa_merge.measure.figures import Mean
+from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
@@ -28,7 +29,10 @@ from dapa_merge.search.attribution import Contrast
 from dapa_merge.search.result import Search
 from dapa_merge.trace.average import (
     ROLES,
+    Agreement,
     Overlap,
+    agreement,
+    holding,
     layer_scores,
     mean_effect,
     mean_of,
@@ -37,8 +41,8 @@ from dapa_merge.trace.average import (
 )
 from dapa_merge.trace.case import Settings, window_layers
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.edits import CurvePoint, Finding, UnitGroup
-from dapa_merge.trace.influence import Influence
+from dapa_merge.trace.edits import THIRDS, CurvePoint, Finding, UnitGroup, third_of
+from dapa_merge.trace.influence import Influence, PutBack
 from dapa_merge.trace.options import TraceOptions
 
 PLANTED_TEXT = spans(miniature.PLANTED.split(","))
@@ -49,14 +53,22 @@ MAX_CONTROLS = 6
 # The measures of how much a unit matters.
 ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influence on the hidden state"
 TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
+# Those that directions are held against.
+PUT_BACK, GAIN = "what the directions put back", "gain of the directions"
+DIFFERENCE, CAUSAL = "size of the difference", "causal tracing"
+# The units that hold so much of what directions put back are those that other measures should find.
+TOP_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Everything that a trace found.
+    """Everything that a trace found so far; what belongs to a stage that is not made is empty or None.
 
     Attributes:
         units: Units that do not overlap: gate, up, down and attention of every layer.
+        candidates: The units that could be selected.
+        stages: The names of those to make.
+        done: The names of those that are made, in order.
         contrasts: The prompts that the source refuses and the target answers, with both responses.
         attribution: The first-order effect of each of the plan's units, in nats.
         measure: The name of the score in `target_score` and the findings.
@@ -65,31 +77,40 @@ class Traced:
 
     recipe: Recipe
     wanted: TraceOptions
-    settings: Settings
     plan: Plan
     units: tuple[Unit, ...]
     candidates: tuple[Unit, ...]
-    selection: tuple[Unit, ...] | None
-    why_none: str | None
-    search: Search | None
     num_prompts: int
-    contrasts: tuple[Contrast, ...]
-    attribution: dict[Unit, float]
-    influence: Influence
-    measure: str
-    target_score: float
-    findings: tuple[Finding, ...]
-    curve: tuple[CurvePoint, ...]
-    traces: tuple[Trace, ...]
-    seconds: tuple[float, ...]
+    stages: tuple[str, ...]
+    done: tuple[str, ...] = ()
+    selection: tuple[Unit, ...] | None = None
+    why_none: str | None = None
+    search: Search | None = None
+    contrasts: tuple[Contrast, ...] = ()
+    attribution: dict[Unit, float] | None = None
+    influence: Influence | None = None
+    put_back: PutBack | None = None
+    measure: str = ""
+    target_score: float = math.nan
+    findings: tuple[Finding, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    settings: Settings | None = None
+    traces: tuple[Trace, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def having(self, stage: str) -> Traced:
+        """The same, with another stage made."""
+        return replace(self, done=(*self.done, stage))
+
+    @property
+    def copied(self) -> tuple[Unit, ...]:
+        """The selection, if copying is what the recipe does with it; that of directions is not a selection of units."""
+        return () if may_choose(self.recipe.edit) else self.selection or ()
 
 
 def summarize(found: Traced) -> dict[str, Any]:
     """Turn everything into plain data for `json.dumps`; figures that are not finite become None."""
-    influence = found.influence
-    hidden, refusing = mean_of(influence.hidden), mean_of(influence.refusing)
     rankings = rankings_of(found)
-    selected = None if found.selection is None else whole_units(found.selection)
     return dict(
         jsonable(
             {
@@ -97,45 +118,102 @@ def summarize(found: Traced) -> dict[str, Any]:
                 "target": str(found.recipe.target),
                 "source": str(found.recipe.source),
                 "prompts": found.recipe.prompts,
+                "stages": {
+                    "done": list(found.done),
+                    "follow": [name for name in found.stages if name not in found.done],
+                },
                 "num_prompts": found.num_prompts,
                 "num_contrasts": len(found.contrasts),
                 "findings": sentences(found),
-                "units": [
-                    {
-                        "unit": str(unit),
-                        "attribution": found.attribution[unit],
-                        "influence_on_refusing": _cell(refusing, index),
-                        "influence_on_hidden_state": _cell(hidden, index),
-                        "selected": None if selected is None else unit in selected,
-                    }
-                    for index, unit in enumerate(influence.units)
-                ],
+                "units": _units_json(found),
                 "trace": _trace_json(found),
-                "groups": {
-                    "measure": found.measure,
-                    "target": found.target_score,
-                    "groups": [_group_json(one, found.target_score) for one in found.findings],
-                },
+                "groups": _groups_json(found),
                 "curve": [asdict(point) for point in found.curve],
                 "selection": None if found.selection is None else list(map(str, found.selection)),
                 "no_selection_because": found.why_none,
                 "search": _search_json(found),
+                "directions": _directions_json(found),
                 "overlap": {
                     "with_selection": {
-                        name: _overlap_json(one) for name, one in overlaps_of(rankings, found.selection).items()
+                        name: _overlap_json(one) for name, one in overlaps_of(rankings, found.copied).items()
                     },
                     "rank_correlations": correlations_of(rankings),
                 },
                 "planted": {name: _overlap_json(one) for name, one in planted_overlaps(found).items()} or None,
-                "passes": {
-                    "influence": influence.num_passes,
-                    "trace_runs_per_prompt": statistics.fmean(trace.num_runs for trace in found.traces),
-                    "trace_passes_per_prompt": statistics.fmean(trace.num_passes for trace in found.traces),
-                    "trace_seconds_per_prompt": statistics.fmean(found.seconds),
-                },
+                "passes": _passes_json(found),
             }
         )
     )
+
+
+def _units_json(found: Traced) -> list[dict[str, Any]]:
+    if found.influence is None:
+        return []
+    hidden, refusing = mean_of(found.influence.hidden), mean_of(found.influence.refusing)
+    selected = None if found.selection is None else whole_units(found.selection)
+    return [
+        {
+            "unit": str(unit),
+            "attribution": (found.attribution or {}).get(unit),
+            "influence_on_refusing": _cell(refusing, index),
+            "influence_on_hidden_state": _cell(hidden, index),
+            "selected": None if selected is None else unit in selected,
+        }
+        for index, unit in enumerate(found.influence.units)
+    ]
+
+
+def _groups_json(found: Traced) -> dict[str, Any] | None:
+    if not found.findings:
+        return None
+    groups = [_group_json(one, found.target_score) for one in found.findings]
+    return {"measure": found.measure, "target": found.target_score, "groups": groups}
+
+
+def _passes_json(found: Traced) -> dict[str, float | None]:
+    traces, number = found.traces, max(len(found.traces), 1)
+    per_prompt = {
+        "trace_runs_per_prompt": sum(trace.num_runs for trace in traces) / number,
+        "trace_passes_per_prompt": sum(trace.num_passes for trace in traces) / number,
+        "trace_seconds_per_prompt": sum(found.seconds) / number,
+    }
+    return {
+        "influence": None if found.influence is None else found.influence.num_passes,
+        **{name: value if traces else None for name, value in per_prompt.items()},
+    }
+
+
+def _directions_json(found: Traced) -> dict[str, Any] | None:
+    """What directions put back, by unit and by module, and how far other measures rank the units alike."""
+    back = found.put_back
+    if back is None:
+        return None
+    total = float(back.changes.sum())
+    by_module, by_third = shares_of(found)
+    return {
+        "num_directions": back.num_directions,
+        "score": back.score,
+        "share_of_difference": total / float(back.differences.sum()),
+        "by_module": by_module,
+        "by_third": by_third,
+        "top": list(map(str, top_of(found))),
+        "units": [
+            {
+                "unit": str(unit),
+                "share_of_change": float(back.changes[index]) / total,
+                "share_of_difference": _share(back.changes[index], back.differences[index]),
+                "gain": float(back.gains[index]),
+            }
+            for index, unit in enumerate(back.units)
+        ],
+        "agreement": {
+            name: {**vars(one), "top": list(map(str, one.top))} for name, one in agreements_of(found).items()
+        },
+    }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part) / float(whole) if whole else None
 
 
 def _search_json(found: Traced) -> dict[str, Any] | None:
@@ -146,7 +224,9 @@ def _search_json(found: Traced) -> dict[str, Any] | None:
     return {name: value for name, value in said.items() if name not in ("tests_recorded", "tests_unneeded", "seconds")}
 
 
-def _trace_json(found: Traced) -> dict[str, Any]:
+def _trace_json(found: Traced) -> dict[str, Any] | None:
+    if found.settings is None:
+        return None
     total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
     return {
         "model": found.wanted.traced,
@@ -196,24 +276,28 @@ def _cell(mean: Mean, index: Any) -> dict[str, float]:
 
 def sentences(found: Traced) -> list[str]:
     """State the findings, one sentence each."""
-    number = len(whole_units(found.selection)) if found.selection else NUM_NAMED
-    which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
-    most = {
-        name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
-        for name, scores in rankings_by_effect(found, found.units).items()
-    }
-    said = [_contrast_sentence(found), *_by(most), *_same_units(found), _trace_sentence(found)]
+    said = [_contrast_sentence(found)] if found.contrasts else []
+    if found.influence is not None:
+        number = len(whole_units(found.copied)) or NUM_NAMED
+        which = f"the {number} units that matter most are" if number > 1 else "the unit that matters most is"
+        most = {
+            name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
+            for name, scores in rankings_by_effect(found, found.units).items()
+        }
+        said += [*_by(most), *_same_units(found)]
+    said += [] if found.settings is None else [_trace_sentence(found, found.settings)]
     for family in ("module", "third", "selection"):
         said += _group_sentences(found, family)
-    if found.selection:
-        said.append(f"The selection is {spans(found.selection)}.")
+    if found.copied:
+        said.append(f"The selection is {spans(found.copied)}.")
     would = {
         name: f"the first {len(one.top)} of {len(found.candidates)} are {_spans(one.top)}: Jaccard index "
         f"{one.jaccard:.2f} with the selection ({one.jaccard_by_chance:.2f} by chance), rank correlation "
         f"{_correlation(one)}"
-        for name, one in overlaps_of(rankings_of(found), found.selection).items()
+        for name, one in overlaps_of(rankings_of(found), found.copied).items()
     }
     said += _by(would)
+    said += _directions_sentences(found)
     if found.why_none:
         said.append(f"Nothing was selected: {found.why_none}.")
     right = {
@@ -221,6 +305,25 @@ def sentences(found: Traced) -> list[str]:
         for name, one in planted_overlaps(found).items()
     }
     return said + [f"Of these models the answer is known: {PLANTED_TEXT}. {sentence}" for sentence in _by(right)]
+
+
+def _directions_sentences(found: Traced) -> list[str]:
+    if (back := found.put_back) is None:
+        return []
+    by_module, by_third = shares_of(found)
+    parts = [", ".join(f"{100 * share:.0f} % {name}" for name, share in of.items()) for of in (by_module, by_third)]
+    share, top = 100 * float(back.changes.sum() / back.differences.sum()), top_of(found)
+    said = [
+        f"With {back.num_directions} directions the target has a {found.measure} of {back.score:.2f}. They put back "
+        f"{share:.1f} % of the squared norm of the difference: {parts[0]}; {parts[1]} layers.",
+        f"Half of what they put back is in {counted(len(top), 'unit')} of {len(back.units)}: {_spans(top)}.",
+    ]
+    return said + [
+        f"By {name}, the Jaccard index of as many first units with these is {one.jaccard:.2f} "
+        f"({one.jaccard_by_chance:.2f} by chance), and the rank correlation with what is put back "
+        f"{_number(one.spearman)} (95 % interval {_number(one.low)} to {_number(one.high)})."
+        for name, one in agreements_of(found).items()
+    ]
 
 
 def label_of(group: UnitGroup) -> str:
@@ -252,10 +355,12 @@ def _contrast_sentence(found: Traced) -> str:
         refusal, answer = found.wanted.responses
         return f"For all {found.num_prompts} harmful prompts, {refusal!r} is compared with {answer!r}."
     which = " that the search did not ask" if found.search is not None else ""
-    before = _likelier(float(found.influence.before.mean()))
+    before = ""
+    if found.influence is not None:
+        before = f", in which {_likelier(float(found.influence.before.mean()))}"
     return (
         f"{len(found.contrasts)} of {found.num_prompts} harmful prompts{which} are refused by the source and not by "
-        f"the target, in which {before}."
+        f"the target{before}."
     )
 
 
@@ -267,11 +372,13 @@ def _likelier(difference: float) -> str:
 
 def _same_units(found: Traced) -> list[str]:
     """A sentence about units without any effect, because they are the same in both models."""
-    same = [unit for index, unit in enumerate(found.influence.units) if not found.influence.hidden[:, index].any()]
+    measured = found.influence
+    assert measured is not None
+    same = [unit for index, unit in enumerate(measured.units) if not measured.hidden[:, index].any()]
     return [f"No prompt notices {_spans(same)} of the source: the target has the same."] if same else []
 
 
-def _trace_sentence(found: Traced) -> str:
+def _trace_sentence(found: Traced, settings: Settings) -> str:
     total = mean_of(numpy.array([trace.total_effect for trace in found.traces]))
     clean = statistics.fmean(trace.clean for trace in found.traces)
     taken = f"{abs(float(total.mean)):.2f}"
@@ -287,12 +394,12 @@ def _trace_sentence(found: Traced) -> str:
     if not float(total.mean) > 0 or float(total.low) <= 0:
         return f"{said}, so there is nothing to restore beyond chance."
     best = []
-    for kind in found.settings.kinds:
+    for kind in settings.kinds:
         if kind != "hidden":
             mean = mean_effect(found.traces, kind).mean
             layer, role = numpy.unravel_index(int(numpy.nanargmax(mean)), mean.shape)
             share = 100 * float(mean[layer, role]) / float(total.mean)
-            window = window_layers(found.settings, kind, int(layer), len(mean))
+            window = window_layers(settings, kind, int(layer), len(mean))
             where = f"layer{'s' if len(window) > 1 else ''} {layer_spans(list(window))}"
             best.append(f"{kind} {share:.0f} % ({ROLES[role]}, {where})")
     return f"{said}. Restoring one output at one token brings back at most: {', '.join(best)}." if best else f"{said}."
@@ -353,6 +460,8 @@ def _number(value: float | None) -> str:
 def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
     """The scores of the units that could be selected, by measure."""
     rankings = rankings_by_effect(found, found.candidates)
+    if found.settings is None:
+        return rankings
     modules = {unit.module for unit in found.candidates}
     scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
     if modules <= scores.keys():
@@ -387,21 +496,76 @@ def planted_overlaps(found: Traced) -> dict[str, Overlap]:
     planted = [unit for unit in found.units if str(unit) in miniature.PLANTED.split(",")]
     every = rankings_by_effect(found, found.units)
     by_unit = {name: ranking_overlap(scores, planted) for name, scores in every.items()}
-    if "mlp" not in found.settings.kinds:
+    if found.settings is None or "mlp" not in found.settings.kinds:
         return dict(by_unit)
     by_layer = dict(enumerate(layer_scores(found.traces, "mlp")))
     return {**by_unit, f"{TRACING_MLPS}, by layer": ranking_overlap(by_layer, [unit.layer for unit in planted])}
 
 
 def rankings_by_effect(found: Traced, units: Sequence[Unit]) -> dict[str, dict[Unit, float]]:
-    """The scores of some units by attribution and by influence."""
+    """The scores of some units by attribution and by influence; empty before they are measured."""
+    if found.influence is None or found.attribution is None:
+        return {}
+    effects = found.attribution
     at = {unit: index for index, unit in enumerate(found.influence.units)}
     refusing, hidden = (mean_of(values).mean for values in (found.influence.refusing, found.influence.hidden))
     return {
-        ATTRIBUTION: {unit: found.attribution[unit] for unit in units},
+        ATTRIBUTION: {unit: effects[unit] for unit in units},
         REFUSING: {unit: float(refusing[at[unit]]) for unit in units},
         HIDDEN: {unit: float(hidden[at[unit]]) for unit in units},
     }
+
+
+def rankings_of_directions(found: Traced) -> dict[str, dict[Unit, float]]:
+    """The scores of the candidates by what directions put back of them, and by every measure that might foretell it."""
+    back = found.put_back
+    assert back is not None
+    rankings = {
+        PUT_BACK: dict(zip(back.units, back.changes.tolist(), strict=True)),
+        GAIN: dict(zip(back.units, back.gains.tolist(), strict=True)),
+        DIFFERENCE: dict(zip(back.units, back.differences.tolist(), strict=True)),
+        **rankings_by_effect(found, found.candidates),
+    }
+    if found.settings is not None:
+        scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
+        kinds = {unit: _kind_of(unit.module, scores) for unit in found.candidates}
+        rankings[CAUSAL] = {
+            unit: math.nan if kind is None else scores[kind][unit.layer] for unit, kind in kinds.items()
+        }
+    return rankings
+
+
+def _kind_of(module: str, kinds: Collection[str]) -> str | None:
+    """The traced kind that tells of a module: its own or, if that is not traced, that of the whole that it is in."""
+    whole = "attention" if module in ATTENTION else "mlp"
+    return next((kind for kind in (module, whole) if kind in kinds), None)
+
+
+def agreements_of(found: Traced) -> dict[str, Agreement]:
+    """How far each measure ranks the units as the directions do, which put most back of the first."""
+    rankings = rankings_of_directions(found)
+    put_back, top = rankings.pop(PUT_BACK), top_of(found)
+    return {name: agreement(scores, put_back, top) for name, scores in rankings.items()}
+
+
+def top_of(found: Traced) -> list[Unit]:
+    """The fewest units that hold half of what directions put back."""
+    back = found.put_back
+    assert back is not None
+    return holding(dict(zip(back.units, back.changes.tolist(), strict=True)), TOP_SHARE)
+
+
+def shares_of(found: Traced) -> tuple[dict[str, float], dict[str, float]]:
+    """The shares of what directions put back by module, and by third of the layers."""
+    back = found.put_back
+    assert back is not None
+    thirds = third_of(max(unit.layer for unit in back.units) + 1)
+    by_module: dict[str, float] = dict.fromkeys((unit.module for unit in back.units), 0.0)
+    by_third: dict[str, float] = dict.fromkeys(THIRDS, 0.0)
+    for unit, change in zip(back.units, back.changes / back.changes.sum(), strict=True):
+        by_module[unit.module] += float(change)
+        by_third[thirds[unit.layer]] += float(change)
+    return by_module, by_third
 
 
 def is_planted(plan: Plan) -> bool:

@@ -6,16 +6,17 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
-from dapa_merge.checkpoint.units import WHOLES, Unit
-from dapa_merge.errors import CannotRepair
+from dapa_merge.checkpoint.units import WHOLES, Unit, auto_modules
+from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.determinism import upcast_linear
@@ -23,33 +24,40 @@ from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
+from dapa_merge.measure.perplexity import losses
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
-from dapa_merge.plan.plan import Plan, join
-from dapa_merge.plan.selection import changing_selection, check_any_units, given_selection, make_plan, plan_of_all
-from dapa_merge.progress import LOG, advance, quiet, task
+from dapa_merge.plan.edit import EDITS, Directions, Edit
+from dapa_merge.plan.plan import Plan, join, reduced, with_modules
+from dapa_merge.plan.selection import changing_selection, given_selection, make_plan, plan_of_all
+from dapa_merge.progress import LOG, Pace, advance, duration, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report.charts import draw_all, plotting
+from dapa_merge.report.charts import Picture, draw_all, plotting
 from dapa_merge.search.attribution import MAX_BACKWARD, Contrast, attribute, sides_of
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.identity import data_digest, models_parts
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.requirement import settings_of
-from dapa_merge.search.result import Search
 from dapa_merge.search.search import search_plan
 from dapa_merge.trace.case import Case, Settings, embedding_deviation, make_settings, read_case, with_subject
 from dapa_merge.trace.causal import Trace, Tracer
-from dapa_merge.trace.charts import CHARTS
-from dapa_merge.trace.edits import Edits, groups_of
-from dapa_merge.trace.influence import Influence, influence
-from dapa_merge.trace.options import MAX_ATTRIBUTION_PROMPTS, MAX_INFLUENCE_PROMPTS, TraceOptions
+from dapa_merge.trace.charts import CHARTS, STAGES_OF_CHARTS
+from dapa_merge.trace.edits import Edits, UnitGroup, curve_sizes, groups_of
+from dapa_merge.trace.influence import Influence, PutBack, influence, squared_norms
+from dapa_merge.trace.options import (
+    MAX_ATTRIBUTION_PROMPTS,
+    MAX_INFLUENCE_PROMPTS,
+    STAGE_NAMES,
+    STAGES,
+    TraceOptions,
+)
+from dapa_merge.trace.replay import find_sites
 from dapa_merge.trace.store import (
     FIGURES_NAME,
     INFLUENCE_NAME,
     PAGE_NAME,
     SUMMARY_NAME,
     check_folder,
-    forget_page,
     opened,
     page,
     read_arrays,
@@ -59,6 +67,9 @@ from dapa_merge.trace.store import (
     write_trace,
 )
 from dapa_merge.trace.summary import Traced, summarize
+
+# In the journal: how long a model took to answer all harmful prompts.
+SECONDS_NOTE = "seconds of asking"
 
 
 def units_apart(plan: Plan) -> tuple[Unit, ...]:
@@ -84,13 +95,16 @@ class TraceSession:
 
     Attributes:
         chosen: The recipe's plan.
+        candidates: The units that could be selected, with the edit that tries them: a copy where the recipe's chooses.
         plan: The same models, with the units of all modules.
         meter: Measures responses as the search does.
         edit_meter: Measures edits: skills, and DSR as in a report, whatever evaluator the search uses.
+        stages: Names of those to make, in order.
     """
 
     recipe: Recipe
     chosen: Plan
+    candidates: Plan
     plan: Plan
     meter: Meter
     edit_meter: Meter
@@ -98,45 +112,58 @@ class TraceSession:
     wanted: TraceOptions
     options: Options
     journal: Journal
+    stages: tuple[str, ...]
 
-    def run(self) -> Traced:
-        units = units_apart(self.plan)
-        search, selection, why_none = self._select()
-        refused = None if self.wanted.responses else self._answers("source", self._load_source)
-        with closing(self._bench()) as bench:
-            contrasts = self._contrasts(bench, refused)
-            self._check_tracing(bench, contrasts)
-            attribution = self._attribution(bench, contrasts)
-            influences = self._influence(bench, contrasts)
-            edits = Edits(bench, self.journal)
-            findings, target_score = edits.findings(groups_of(units, self.chosen, selection or ()), self.wanted)
-            curve = edits.curve(self.chosen.units, selection or (), attribution, self.edit_meter)
-            if self.wanted.traced == "target":
-                traces, seconds, settings = self._traces(bench.live.model, bench.live.tokenizer, contrasts)
-        if self.wanted.traced == "source":
-            model, tokenizer = self._load_source()
-            traces, seconds, settings = self._traces(model, tokenizer, contrasts)
-        return Traced(
+    def run(self) -> Iterator[Traced]:
+        """Make the stages one after the other; yields what is found so far, before the first and after each of them."""
+        found = Traced(
             recipe=self.recipe,
             wanted=self.wanted,
-            settings=settings,
             plan=self.plan,
-            units=units,
-            candidates=self.chosen.units,
-            selection=selection,
-            why_none=why_none,
-            search=search,
+            units=units_apart(self.plan),
+            candidates=self.candidates.units,
             num_prompts=len(self.meter.prompts.harmful),
-            contrasts=tuple(contrasts),
-            attribution=attribution,
-            influence=influences,
-            measure=bench.measure,
-            target_score=target_score,
-            findings=tuple(findings),
-            curve=tuple(curve),
-            traces=tuple(traces),
-            seconds=tuple(seconds),
+            stages=self.stages,
         )
+        yield found
+        found, directions = self._select(found)
+        if "search" in self.stages:
+            yield (found := found.having("search"))
+        compares = any(stage.compares and stage.name in self.stages for stage in STAGES)
+        refused = self._answers("source", self._load_source) if compares and not self.wanted.responses else None
+        with closing(self._bench()) as bench:
+            contrasts = self._contrasts(bench, refused) if compares else []
+            found = replace(found, contrasts=tuple(contrasts), measure=bench.measure)
+            if compares:
+                self._check_tracing(bench, contrasts)
+            self._tell_times(bench, found)
+            if "influence" in self.stages or "edits" in self.stages:
+                found = replace(found, attribution=self._attribution(bench, contrasts))
+            if "influence" in self.stages:
+                yield (found := replace(found, influence=self._influence(bench, contrasts)).having("influence"))
+            if "directions" in self.stages:
+                if directions is not None:
+                    found = replace(found, put_back=self._directions(bench, directions, contrasts))
+                yield (found := found.having("directions"))
+            edits = Edits(bench, self.journal)
+            if "groups" in self.stages:
+                findings, score = edits.findings(self._groups(found), self.wanted)
+                found = replace(found, findings=tuple(findings), target_score=score)
+                yield (found := found.having("groups"))
+            if "edits" in self.stages:
+                curve = edits.curve(found.candidates, found.copied, found.attribution or {}, self.edit_meter)
+                yield (found := replace(found, curve=tuple(curve)).having("edits"))
+            if "traces" in self.stages and self.wanted.traced == "target":
+                yield self._traced(found, bench.live.model, bench.live.tokenizer)
+        if "traces" in self.stages and self.wanted.traced == "source":
+            yield self._traced(found, *self._load_source())
+
+    def _groups(self, found: Traced) -> list[UnitGroup]:
+        return groups_of(found.units, self.candidates, found.copied)
+
+    def _traced(self, found: Traced, model: Any, tokenizer: Any) -> Traced:
+        traces, seconds, settings = self._traces(model, tokenizer, found.contrasts)
+        return replace(found, traces=tuple(traces), seconds=tuple(seconds), settings=settings).having("traces")
 
     def _bench(self) -> Bench:
         told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
@@ -146,20 +173,24 @@ class TraceSession:
         LOG.info(f"loading the source {self.plan.source.name}")
         return load_model(self.plan.source, choose_device(self.options.device))
 
-    def _select(self) -> tuple[Search | None, tuple[Unit, ...] | None, str | None]:
-        """The search, the selection, and the reason if nothing was selected."""
+    def _select(self, found: Traced) -> tuple[Traced, Plan | None]:
+        """Add the selection, the search that found it, or why nothing was selected; with the plan of directions."""
         given = given_selection(self.recipe, self.chosen)
-        if given is None and not self.wanted.searches:
-            return None, None, "no search was wanted"
+        if given is None and "search" not in self.stages:
+            return replace(found, why_none="no search was wanted"), None
         try:
             if given is not None:
-                return None, changing_selection(self.recipe, self.chosen, given), None
-            found = search_plan(self.recipe, self.chosen, self.options)
+                selection = changing_selection(self.recipe, self.chosen, given)
+                found, plan = replace(found, selection=selection), self.chosen
+            else:
+                search = search_plan(self.recipe, self.chosen, self.options)
+                selection, plan = join(search.plan, search.minimum.units), search.plan
+                found = replace(found, search=search, selection=selection)
         except CannotRepair as error:
             # The trace goes on: it is then even more useful to see where the alignment is.
             LOG.info(f"nothing was selected: {error}")
-            return None, None, str(error)
-        return found, join(self.chosen, found.minimum.units), None
+            return replace(found, why_none=str(error)), None
+        return found, reduced(plan, selection) if plan.edit.chooses else None
 
     def _contrasts(self, bench: Bench, source: Sequence[Response] | None) -> list[Contrast]:
         """The prompts that only the source refuses, with both responses; all prompts if the responses are given."""
@@ -190,10 +221,12 @@ class TraceSession:
         note = f"responses of the {name}"
         if note not in self.journal.notes:
             model, tokenizer = load()
+            start = time.perf_counter()
             with task(f"asking the {name}", len(self.meter.prompts.harmful), "prompts"), quiet("transformers"):
                 measurement = self.meter.measure(model, tokenizer)
                 said = measurement.judge("harmful", self.meter.prompts.harmful)
             self.journal.note(note, [asdict(response) for response in said])
+            self.journal.note(SECONDS_NOTE, time.perf_counter() - start)
         return [Response(**response) for response in self.journal.notes[note]]
 
     def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
@@ -206,34 +239,113 @@ class TraceSession:
                 read_case(bench.live.model, bench.live.tokenizer, contrast, (), self.wanted.num_tokens)
             self.journal.note(note, True)
 
-    def _attribution(self, bench: Bench, contrasts: Sequence[Contrast]) -> dict[Unit, float]:
-        note = f"attribution {self._compared}"
+    def _tell_times(self, bench: Bench, found: Traced) -> None:
+        """Estimate the stages that follow, from one timed pass and from how long the models took to answer."""
+        told: dict[str, float] = {}
+        sizes: dict[str, str] = {}
+        num_layers = 1 + max(unit.layer for unit in self.plan.units)
+        if found.contrasts:
+            seconds = self._seconds_of_row(bench, found.contrasts[0])
+            if "influence" in self.stages and self._known_influence() is None:
+                number = min(len(found.contrasts), MAX_INFLUENCE_PROMPTS)
+                passes = 2 * number * sum(1 - unit.layer / num_layers for unit in self.plan.units)
+                told["influence"] = passes * seconds
+                sizes["influence"] = f"{len(self.plan.units)} units x {number} prompts"
+            if "traces" in self.stages:
+                settings, readable = self._cases(bench.live.model, bench.live.tokenizer, found.contrasts)
+                tracer = Tracer(bench.live.model, 0, settings, 0.0, BatchSize(None))
+                cases = [case for number, case in self._few(readable) if not trace_path(self.out, number).exists()]
+                told["traces"] = seconds * sum(map(tracer.num_passes, cases))
+                sizes["traces"] = f"{len(cases)} prompts x {num_layers} layers x {len(settings.kinds)} kinds"
+        if SECONDS_NOTE in self.journal.notes:
+            seconds = float(self.journal.notes[SECONDS_NOTE])
+            edits = Edits(bench, self.journal)
+            if "groups" in self.stages:
+                number = edits.num_unscored(self._groups(found), self.wanted)
+                told["groups"] = number * seconds
+                sizes["groups"] = f"{number} selections x {found.num_prompts} prompts"
+            if "edits" in self.stages:
+                prompts = self.edit_meter.prompts
+                each = len(prompts.harmful) + len(prompts.harmless)
+                each += sum(skill.num_questions for skill in self.edit_meter.skills)
+                number = len(curve_sizes(len(found.candidates), len(found.copied)))
+                told["edits"] = number * seconds * each / len(prompts.harmful)
+                sizes["edits"] = f"{number} sizes x {each} prompts"
+        for name in filter(told.get, self.stages):
+            LOG.info(f"about {duration(told[name])} for {name} ({sizes[name]})")
+        if len(told) > 1 and any(told.values()):
+            LOG.info(f"about {duration(sum(told.values()))} in all")
+
+    def _seconds_of_row(self, bench: Bench, contrast: Contrast) -> float:
+        """The seconds that a row takes for a pass through all layers, measured with one prompt's two sides."""
+        model, padding = bench.live.model, bench.live.tokenizer.pad_token_id
+        rows = [side.row for side in sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens)]
+        with torch.inference_mode(), upcast_linear(model):
+            # The first pass of a process takes longer.
+            losses(model, padding, rows)
+            start = time.perf_counter()
+            losses(model, padding, rows)
+            return (time.perf_counter() - start) / len(rows)
+
+    def _attribution(
+        self, bench: Bench, contrasts: Sequence[Contrast], units: Sequence[Unit] | None = None, of_what: str = ""
+    ) -> dict[Unit, float]:
+        """The first-order effect of some units, by the edit of the bench; None for all units of the session's plan."""
+        units = self.plan.units if units is None else units
+        note = f"attribution {self._compared}{of_what}"
         if note not in self.journal.notes:
             few = spread(contrasts, MAX_ATTRIBUTION_PROMPTS)
             with task("weighing the units by one backward pass", 2 * len(few), "responses"):
                 batch_size = BatchSize(min(MAX_BACKWARD, self.meter.batch_size.limit))
                 found = attribute(
-                    bench.live, few, units=self.plan.units, batch_size=batch_size, num_tokens=self.wanted.num_tokens
+                    bench.live, few, units=units, batch_size=batch_size, num_tokens=self.wanted.num_tokens
                 )  # fmt: skip
             self.journal.note(note, {str(unit): effect for unit, effect in found.items()})
         effects = self.journal.notes[note]
-        return {unit: effects[str(unit)] for unit in self.plan.units}
+        return {unit: effects[str(unit)] for unit in units}
 
     def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
-        path = self.out / INFLUENCE_NAME
-        names = [str(unit) for unit in self.plan.units]
-        arrays = read_arrays(path)
-        if arrays is None or (str(arrays.get("compared")), list(arrays.get("units", ()))) != (self._compared, names):
+        arrays = self._known_influence()
+        if arrays is None:
             chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
             pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
             size = self.meter.batch_size.limit
             total = len(self.plan.units) * math.ceil(len(pairs) / size)
             with task("transplanting each unit alone", total, "units"), upcast_linear(bench.live.model):
                 found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size))
+            names = list(map(str, self.plan.units))
             arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
-            write_arrays(path, arrays)
+            write_arrays(self.out / INFLUENCE_NAME, arrays)
         hidden, refusing, before = (arrays[name] for name in ("hidden", "refusing", "before"))
         return Influence(self.plan.units, hidden, refusing, before, float(arrays["num_passes"]))
+
+    def _known_influence(self) -> dict[str, Any] | None:
+        """The influence that was measured before; None if absent, or of other responses or units."""
+        arrays, names = read_arrays(self.out / INFLUENCE_NAME), [str(unit) for unit in self.plan.units]
+        if arrays is None or (str(arrays.get("compared")), list(arrays.get("units", ()))) != (self._compared, names):
+            return None
+        return arrays
+
+    def _directions(self, bench: Bench, plan: Plan, contrasts: Sequence[Contrast]) -> PutBack:
+        """What the directions of a plan put back of each unit, and what they do for refusing."""
+        edit, units = plan.edit, self.candidates.units
+        assert isinstance(edit, Directions)
+        with task("comparing the models with the directions", len(units), "units"):
+            changes, differences = squared_norms(self.candidates, units, edit.factors)
+        bench.use(plan)
+        gains = self._attribution(bench, contrasts, plan.units, f" of {edit.digest}")
+        if (note := f"score of {edit.digest}") not in self.journal.notes:
+            with task("scoring the directions", bench.num_of_kind["harmful"], "prompts"):
+                self.journal.note(note, bench.score(plan.units))
+        bench.use(self.plan)
+        return PutBack(
+            units,
+            changes * edit.strength**2,
+            differences,
+            edit.factors.num_directions,
+            numpy.array([gains.get(unit, 0.0) for unit in units]),
+            float(self.journal.notes[note]),
+        )
 
     @property
     def _compared(self) -> str:
@@ -254,6 +366,10 @@ class TraceSession:
             if contrast.prompt in kept
         }
 
+    def _few(self, readable: Mapping[int, Case]) -> list[tuple[int, Case]]:
+        """The cases to trace of those that can be traced, with their numbers."""
+        return spread(list(readable.items()), self.wanted.num_prompts)
+
     def _traces(
         self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
     ) -> tuple[list[Trace], list[float], Settings]:
@@ -261,33 +377,54 @@ class TraceSession:
         batch_size = BatchSize(self.recipe.batch_size)
         # Computed from all cases, so that the noise does not depend on how many are traced.
         deviation = embedding_deviation(model, list(readable.values()))
-        cases = {number: readable[number] for number in spread(list(readable), self.wanted.num_prompts)}
+        cases = dict(self._few(readable))
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
+        size = f"{len(cases)} prompts x {len(find_sites(model, 'hidden'))} layers x {len(settings.kinds)} kinds"
+        pace = Pace(f"traces ({size})", total)
         with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), upcast_linear(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
-                    # The page of an earlier run is out of date.
-                    forget_page(self.out)
                     start = time.perf_counter()
-                    found = tracer.trace(case, number)
+                    with pace.timed(tracer.num_runs(case)):
+                        found = tracer.trace(case, number)
                     kept = found, time.perf_counter() - start
                     write_trace(path, found, case, described, kept[1])
                 else:
+                    pace.skip(tracer.num_runs(case))
                     advance(tracer.num_runs(case), "runs")
                 traces.append(kept[0])
                 seconds.append(kept[1])
         return traces, seconds, settings
 
 
+def stages_of(recipe: Recipe, wanted: TraceOptions) -> tuple[str, ...]:
+    """The names of the stages to make, in order.
+
+    Raises:
+        UsageError: If one was named that the recipe does not have.
+    """
+    chooses = EDITS.get(recipe.edit, Edit).chooses
+    missing = set() if chooses else {"directions"}
+    if recipe.layers is not None:
+        missing.add("search")
+    if named := [name for name in wanted.stages or () if name in missing]:
+        why = "names its layers" if named[0] == "search" else f"has the edit {recipe.edit}, which chooses none"
+        raise UsageError(f"--stages: the stage {named[0]} is not one of this recipe, which {why}; leave it out")
+    stages = tuple(name for name in wanted.stages or STAGE_NAMES if name not in missing)
+    if "directions" in stages and recipe.layers is None and "search" not in stages:
+        raise UsageError("--stages: directions are chosen by the stage search; add it, or leave directions out")
+    return stages
+
+
 def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Options) -> dict[str, Any]:
     """Trace a recipe's models, and fill the folder `out` with traces, charts, a summary and a page.
 
-    A folder with an earlier trace of the same models is resumed.
+    Charts, summary and page are written after each stage. A folder with an earlier trace of the same models is resumed.
 
     Returns:
         The summary as plain data.
@@ -299,8 +436,8 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     """
     # A trace may take hours, so a missing matplotlib is reported first.
     plotting()
+    stages = stages_of(recipe, wanted)
     check_folder(out)
-    check_any_units(recipe)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
@@ -309,20 +446,44 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     meter = replace(asking, skills=skills_of(prompts, recipe.skills, options))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
-    plan = plan_of_all(chosen)
+    candidates = chosen.reference
+    if recipe.directions is not None:
+        # The file holds directions of some units; they were chosen among all.
+        candidates = with_modules(candidates, auto_modules(chosen.target.config, chosen.target.shapes))
+    plan = plan_of_all(candidates)
     with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
         meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
-        return _write(TraceSession(recipe, chosen, plan, *meters, out, wanted, options, journal).run(), out)
+        session = TraceSession(recipe, chosen, candidates, plan, *meters, out, wanted, options, journal, stages)
+        folder = TraceFolder(out)
+        for found in session.run():
+            folder.write(found)
+    return folder.summary
 
 
-def _write(found: Traced, out: Path) -> dict[str, Any]:
-    """Write charts, summary and page; returns the summary."""
-    summary, pictures = summarize(found), draw_all(CHARTS, found)
-    # Remove only the pictures of an earlier run, and no others in the folder.
-    forget_pictures(out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
-    for picture in pictures:
-        for ending, content in picture.files.items():
-            replace_file(out / FIGURES_NAME / f"{picture.name}{ending}", content)
-    replace_file(out / SUMMARY_NAME, (json.dumps(summary, indent=2) + "\n").encode())
-    replace_file(out / PAGE_NAME, page(summary, pictures).encode())
-    return summary
+class TraceFolder:
+    """What people read of a trace, kept up to date: charts, summary and page.
+
+    Attributes:
+        summary: The last one written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._drawn: dict[str, Picture] = {}
+        self.summary: dict[str, Any] = {}
+
+    def write(self, found: Traced) -> None:
+        """Write what is found so far, and draw what the last stage added."""
+        if not self.summary:
+            # Remove only the pictures of an earlier run, and no others in the folder.
+            forget_pictures(self._out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
+        self.summary = summarize(found)
+        changed = [chart for chart in CHARTS if {*found.done[-1:]} & {*STAGES_OF_CHARTS[chart.name]}]
+        for picture in draw_all(changed, found):
+            self._drawn[picture.name] = picture
+            for ending, content in picture.files.items():
+                replace_file(self._out / FIGURES_NAME / f"{picture.name}{ending}", content)
+        names = [name for chart in CHARTS for name in chart.shown(found)]
+        pictures = [self._drawn[name] for name in names if name in self._drawn]
+        replace_file(self._out / SUMMARY_NAME, (json.dumps(self.summary, indent=2) + "\n").encode())
+        replace_file(self._out / PAGE_NAME, page(self.summary, pictures).encode())

@@ -141,6 +141,8 @@ def test_the_page_of_a_trace_holds_no_markup_of_a_strangers():
         "units": [{"unit": EVIL, "attribution": 1.0, "influence_on_refusing": cells(1.0),
                    "influence_on_hidden_state": cells(1.0), "selected": True}],
         "trace": {"kinds": {}, "roles": [], "num_prompts": 1, "settings": {"a": EVIL, "b": [EVIL]}},
+        "stages": {"done": [], "follow": ["traces"]}, "directions": {"agreement": {EVIL: {
+            "spearman": 1.0, "low": 1.0, "high": 1.0, "jaccard": 1.0, "jaccard_by_chance": 1.0, "number": 1}}},
         "overlap": {"with_selection": {}, "rank_correlations": [{"of": [EVIL, EVIL], "spearman": 1.0}]},
         "passes": {"trace_runs_per_prompt": 1.0, "trace_passes_per_prompt": 1.0, "trace_seconds_per_prompt": 1.0,
                    "influence": 1.0},

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,7 +181,11 @@ def draw_search(run: Run) -> Figure | None:
 
 def draw_front(run: Run) -> Figure | None:
     """Draw the points that a run could pick from; None if there were none."""
-    search = run.search
+    return front_figure(run.search)
+
+
+def front_figure(search: Search | None) -> Figure | None:
+    """Draw the points that a search could pick from; None if there were none."""
     if search is None or search.picked is None or search.result is None or search.limits is None:
         return None
     limits = {constraint.figure: limit for constraint, limit in search.limits.limits}
@@ -299,10 +303,10 @@ def search_path(
             extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
         )  # fmt: skip
         matrix.spines[:].set_visible(True)
-        for unit in final:
-            # A thicker line would hide the framed cell.
+        for first, last in _runs(final):
+            # A thicker line would hide the framed cell; a frame for each of many neighbours would hide them all.
             thickness = min(1.2, 20 * mosaic_height / num_units)
-            matrix.axhspan(unit - 0.5, unit + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
+            matrix.axhspan(first - 0.5, last + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
         matrix.set_yticks(shown, [units[index] for index in shown])
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
@@ -319,6 +323,13 @@ def search_path(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last of each run of neighbours among ascending numbers."""
+    for _, run in groupby(enumerate(numbers), lambda one: one[1] - one[0]):
+        found = [number for _, number in run]
+        yield found[0], found[-1]
 
 
 # Divergences of points that differ by more are drawn on a logarithmic axis.

@@ -24,6 +24,7 @@ from dapa_merge.report.charts import (
     Bar,
     Chart,
     every_few,
+    front_figure,
     marker_of,
     readable,
     search_figure,
@@ -75,7 +76,7 @@ def bars_by_layer(panels: Sequence[tuple[str, Mapping[str, Mean]]], *, num_layer
         rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, by_module) in zip(rows, panels, strict=True):
             # More bars would be too thin to tell apart.
-            (_lines if num_layers > MAX_TICKS else _bars)(axes, by_module, num_layers)
+            (_lines if num_layers * len(by_module) > MAX_LAYER_BARS else _bars)(axes, by_module, num_layers)
             axes.axhline(0, color="#666666", linewidth=0.8)
             axes.set_title(title, parse_math=False)
             axes.set_xlim(-0.7, num_layers - 0.3)
@@ -179,6 +180,8 @@ KIND_NAMES = {
 # The kinds with pictures of single prompts.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
 MAPS_IN_A_ROW = 2
+# The bars of 24 layers, of four modules each.
+MAX_LAYER_BARS = 96
 # The most tokens in a picture of one prompt.
 MAX_TOKENS = 80
 
@@ -328,7 +331,10 @@ def _examples(found: Traced) -> dict[str, Restored]:
 
 
 def _search(found: Traced) -> Figure | None:
-    return None if found.search is None else search_figure(found.search, found.plan, found.candidates)
+    # Nothing was tested where a point was picked.
+    if found.search is None or found.search.by_hand:
+        return None
+    return search_figure(found.search, found.plan, found.candidates)
 
 
 def _curve(found: Traced) -> Figure | None:
@@ -360,28 +366,24 @@ class Panel(NamedTuple):
 def layer_maps(panels: Sequence[Panel], modules: Sequence[str]) -> Figure:
     """Draw measures of units side by side, each as shares of its own largest score."""
     num_rows, num_layers = -(-len(panels) // MAPS_IN_A_ROW), panels[0].scores.shape[1]
-    with sheet(0.7 + num_rows * (0.55 + 0.17 * len(modules))) as figure:
-        grid = figure.subplots(num_rows, MAPS_IN_A_ROW, sharex=True, sharey=True, squeeze=False)
-        ticks = every_few(num_layers)
+    # A map has half the room of a chart for the labels of layers.
+    ticks = every_few(num_layers)[:: 1 if num_layers <= MAX_TICKS // 2 else 2]
+    with sheet(max(2.2, 0.4 + num_rows * (0.6 + 0.16 * len(modules)))) as figure:
+        grid = figure.subplots(num_rows, MAPS_IN_A_ROW, sharey=True, squeeze=False)
         for axes, panel in itertools.zip_longest(grid.flat, panels):
             if panel is None:
                 axes.set_visible(False)
                 continue
-            bound = float(numpy.nanmax(numpy.abs(panel.scores), initial=0.0)) or 1.0
-            shares = panel.scores / bound
+            shares = panel.scores / (float(numpy.nanmax(numpy.abs(panel.scores), initial=0.0)) or 1.0)
             axes.imshow(shares, aspect="auto", cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
             axes.set_facecolor("#dddddd")
             axes.set_yticks(range(len(modules)), modules, parse_math=False)
-            # Two maps stand where the labels of one have room.
-            axes.set_xticks(ticks if num_layers <= MAX_TICKS // 2 else ticks[::2])
+            axes.set_xticks(ticks)
+            axes.tick_params(labelsize=8)
             axes.set_title(panel.title, parse_math=False, fontsize=10)
             axes.spines[:].set_visible(True)
-        for column, axes in enumerate(grid[-1]):
-            if not axes.get_visible():
-                axes = grid[-2][column]
-                axes.tick_params(labelbottom=True)
-            axes.set_xlabel("layer")
-        bar = figure.colorbar(grid.flat[0].images[0], ax=grid, fraction=0.03, pad=0.02, aspect=40)
+        figure.supxlabel("layer", fontsize=10)
+        bar = figure.colorbar(grid.flat[0].images[0], ax=grid, fraction=0.03, pad=0.02, aspect=50)
         bar.set_label("share of the largest")
         bar.outline.set_edgecolor("#666666")
     return figure
@@ -424,6 +426,11 @@ CHARTS = (
         "then.",
         _search,
     ),
+    Chart(
+        "front",
+        "The points that the search could pick from: how far each moves what the model says, and what it refuses.",
+        lambda found: front_figure(found.search),
+    ),
     Chart("edit_size", _curve_caption, _curve),
 )
 # After which stages a chart is drawn, by its name.
@@ -434,5 +441,6 @@ STAGES_OF_CHARTS = {
     "trace_{}": ("traces",),
     "example_{}": ("traces",),
     "search": ("search",),
+    "front": ("search",),
     "edit_size": ("edits",),
 }

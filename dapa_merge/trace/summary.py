@@ -58,6 +58,8 @@ PUT_BACK, GAIN = "what the directions put back", "gain of the directions"
 DIFFERENCE, CAUSAL = "size of the difference", "causal tracing"
 # The units that hold so much of what directions put back are those that other measures should find.
 TOP_SHARE = 0.5
+# Smaller shares are not named.
+LEAST_SHARE = 0.005
 
 
 @dataclass(frozen=True)
@@ -310,19 +312,26 @@ def sentences(found: Traced) -> list[str]:
 def _directions_sentences(found: Traced) -> list[str]:
     if (back := found.put_back) is None:
         return []
-    by_module, by_third = shares_of(found)
-    parts = [", ".join(f"{100 * share:.0f} % {name}" for name, share in of.items()) for of in (by_module, by_third)]
-    share, top = 100 * float(back.changes.sum() / back.differences.sum()), top_of(found)
-    said = [
+    parts = [
+        ", ".join(f"{100 * share:.0f} % {name}" for name, share in of.items() if share >= LEAST_SHARE)
+        for of in shares_of(found)
+    ]
+    share, top, agreements = (
+        100 * float(back.changes.sum() / back.differences.sum()),
+        top_of(found),
+        agreements_of(found),
+    )
+    chance = next(iter(agreements.values())).jaccard_by_chance
+    would = "; ".join(
+        f"{name} {one.jaccard:.2f}, {_number(one.spearman)} ({_number(one.low)} to {_number(one.high)})"
+        for name, one in agreements.items()
+    )
+    return [
         f"With {back.num_directions} directions the target has a {found.measure} of {back.score:.2f}. They put back "
         f"{share:.1f} % of the squared norm of the difference: {parts[0]}; {parts[1]} layers.",
         f"Half of what they put back is in {counted(len(top), 'unit')} of {len(back.units)}: {_spans(top)}.",
-    ]
-    return said + [
-        f"By {name}, the Jaccard index of as many first units with these is {one.jaccard:.2f} "
-        f"({one.jaccard_by_chance:.2f} by chance), and the rank correlation with what is put back "
-        f"{_number(one.spearman)} (95 % interval {_number(one.low)} to {_number(one.high)})."
-        for name, one in agreements_of(found).items()
+        f"Would other measures have found these units? Jaccard index of the first {len(top)} ({chance:.2f} by chance), "
+        f"and rank correlation of all (95 % interval): {would}.",
     ]
 
 

@@ -27,7 +27,7 @@ from dapa_merge.report.charts import (
     render,
     search_path,
 )
-from dapa_merge.trace.charts import GroupBar, bars_by_layer, edit_curve, group_bars, heatmap
+from dapa_merge.trace.charts import GroupBar, Panel, bars_by_layer, edit_curve, group_bars, heatmap, layer_maps
 
 
 def heat(num_layers=10, labels=("How", "do", "I", "steal", "a", "car", "?"), marked=None):
@@ -73,7 +73,17 @@ def groups(number=18):
     return group_bars(panels, {"target": 0.05, "full transplant": 0.97}, "DSR")
 
 
+def maps(number=7, num_layers=24, modules=("gate", "up", "down", "q", "k", "v", "o")):
+    random = numpy.random.default_rng(2)
+    scores = [random.normal(size=(len(modules), num_layers)) for _ in range(number)]
+    scores[-1][2:] = math.nan
+    return layer_maps([Panel(f"Influence on the hidden state {n}", one) for n, one in enumerate(scores)], modules)
+
+
 FIGURES = {
+    "maps": maps,
+    "maps of many layers": lambda: maps(6, 80),
+    "maps of one layer": lambda: maps(2, 1, ("attention", "up", "mlp")),
     "heatmap": heat,
     "heatmap of one layer and token": lambda: heat(1, ("bomb",), [True]),
     "heatmap of many layers": lambda: heat(96, [f"token{n}" for n in range(81)], [True] * 81),
@@ -81,6 +91,7 @@ FIGURES = {
     "bars": bars,
     "bars of one layer": lambda: bars(1, ("up", "down")),
     "bars of many layers": lambda: bars(80),
+    "bars of many modules": lambda: bars(24, ("gate", "up", "down", "q", "k", "v", "o")),
     "path": path,
     "path of one test": lambda: path(1, 1),
     "path of many": lambda: path(160, 90),
@@ -176,6 +187,13 @@ def test_a_heatmap_has_a_line_for_each_token_and_the_subjects_stand_out():
     # No effect is white, whatever the largest is.
     assert axes.images[0].norm.vmin == -axes.images[0].norm.vmax
     assert heatmap(numpy.zeros((2, 2)), "ab", "nothing").axes[0].images[0].norm.vmax == 1
+
+
+def test_each_map_is_scaled_to_its_own_largest_score_and_what_is_not_measured_is_left_out():
+    figure = layer_maps([Panel("one", numpy.array([[2.0, -8.0]])), Panel("two", numpy.array([[math.nan, 3.0]]))], ["v"])
+    first, second = (axes.images[0].get_array() for axes in figure.axes[:2])
+    assert first.tolist() == [[0.25, -1.0]]
+    assert numpy.ma.filled(second, 9).tolist() == [[9, 1.0]]
 
 
 def test_bars_have_the_height_of_the_means_and_no_interval_where_there_is_none():

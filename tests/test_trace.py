@@ -114,6 +114,17 @@ def test_gates_and_middle_layers_are_sufficient_and_necessary_and_attention_is_n
     assert all(len(one["random_inserted"]) == len(one["random_reverted"]) == 2 for one in groups.values())
 
 
+def test_influences_add_up_by_module_and_by_third_of_the_layers(traced):
+    _, _, summary = traced
+    sums, units = summary["influence_sums"], summary["units"]
+    assert list(sums) == ["gate", "up", "down", "attention", "early", "middle", "late"]
+    for names in (("gate", "up", "down", "attention"), ("early", "middle", "late")):
+        whole = sum(one["influence_on_refusing"]["mean"] for one in units)
+        assert sum(sums[name]["mean"] for name in names) == pytest.approx(whole, rel=1e-4)
+    assert sums["gate"]["low"] > 50 > sums["up"]["high"]
+    assert sums["middle"]["low"] > 50 > sums["late"]["high"]
+
+
 def test_the_curve_goes_from_nothing_to_every_unit_and_has_the_selection_on_it(traced):
     _, _, summary = traced
     curve = summary["curve"]

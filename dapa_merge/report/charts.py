@@ -38,7 +38,9 @@ DOTS_PER_INCH = 200
 BLACK, ORANGE, BLUE, GREEN, VERMILION, PURPLE, GREY = (
     "#222222", "#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#999999",
 )  # fmt: skip
-COLOURS = {"gate": ORANGE, "up": BLUE, "down": GREEN, **dict.fromkeys(("attention", "q", "k", "v", "o"), PURPLE)}
+COLOURS = {
+    "gate": ORANGE, "up": BLUE, "down": GREEN, "attention": PURPLE, "q": PURPLE, "k": VERMILION, "v": BLACK, "o": GREY,
+}  # fmt: skip
 PATTERNS = {"gate": "", "up": "//", "down": "..", "attention": "xx", "q": "", "k": "//", "v": "..", "o": "xx"}
 # Seven lines of one picture all look different.
 LINES = (

@@ -128,6 +128,10 @@ def summarize(found: Traced) -> dict[str, Any]:
                 "num_contrasts": len(found.contrasts),
                 "findings": sentences(found),
                 "units": _units_json(found),
+                "influence_sums": {
+                    name: {"mean": float(one.mean), "low": float(one.low), "high": float(one.high)}
+                    for name, one in sums_of(found).items()
+                },
                 "trace": _trace_json(found),
                 "groups": _groups_json(found),
                 "curve": [asdict(point) for point in found.curve],
@@ -286,7 +290,7 @@ def sentences(found: Traced) -> list[str]:
             name: f"{which} {_spans(sorted(scores, key=lambda unit: -scores[unit])[:number])}"
             for name, scores in rankings_by_effect(found, found.units).items()
         }
-        said += [*_by(most), *_same_units(found)]
+        said += [*_by(most), _sums_sentence(found), *_same_units(found)]
     said += [] if found.settings is None else [_trace_sentence(found, found.settings)]
     for family in ("module", "third", "selection"):
         said += _group_sentences(found, family)
@@ -377,6 +381,14 @@ def _likelier(difference: float) -> str:
     """The likelier response, by the mean of log p(refusal) - log p(answer)."""
     more, less = ("a refusal", "an answer") if difference >= 0 else ("an answer", "a refusal")
     return f"{more} is likelier than {less} by {abs(difference):.2f} nats"
+
+
+def _sums_sentence(found: Traced) -> str:
+    sums = ", ".join(
+        f"{name} {float(one.mean):+.2f} ({float(one.low):+.2f} to {float(one.high):+.2f})"
+        for name, one in sums_of(found).items()
+    )
+    return f"The influences on refusing of single units add up to (nats, with 95 % intervals): {sums}."
 
 
 def _same_units(found: Traced) -> list[str]:
@@ -523,6 +535,20 @@ def rankings_by_effect(found: Traced, units: Sequence[Unit]) -> dict[str, dict[U
         REFUSING: {unit: float(refusing[at[unit]]) for unit in units},
         HIDDEN: {unit: float(hidden[at[unit]]) for unit in units},
     }
+
+
+def sums_of(found: Traced) -> dict[str, Mean]:
+    """The sums of the influences on refusing of the units that do not overlap, by module and by third of the layers."""
+    if found.influence is None:
+        return {}
+    at = {unit: index for index, unit in enumerate(found.influence.units)}
+    thirds = third_of(max(unit.layer for unit in found.units) + 1)
+    columns: dict[str, list[int]] = {name: [] for name in (*(unit.module for unit in found.units), *THIRDS)}
+    for unit in found.units:
+        for name in (unit.module, thirds[unit.layer]):
+            columns[name].append(at[unit])
+    refusing = found.influence.refusing
+    return {name: mean_of(refusing[:, of].sum(axis=1)) for name, of in columns.items()}
 
 
 def rankings_of_directions(found: Traced) -> dict[str, dict[Unit, float]]:

@@ -427,11 +427,12 @@ def test_what_directions_put_back_is_held_against_every_measure(of_directions):
     assert units["5.gate"]["gain"] > 0 == units["5.up"]["gain"]
     assert sum(found["by_module"].values()) == pytest.approx(1) == sum(found["by_third"].values())
     assert found["by_module"]["gate"] > 0.9
-    assert set(found["agreement"]) == {
+    by_change, by_share = (found["agreement"][name] for name in ("put_back", "share_of_difference"))
+    assert set(by_change) == set(by_share) == {
         "gain of the directions", "size of the difference", "attribution", "influence on refusing",
         "influence on the hidden state", "causal tracing",
     }  # fmt: skip
-    best = found["agreement"]["influence on refusing"]
+    best = by_change["influence on refusing"]
     assert best["low"] < best["spearman"] < best["high"]
     assert best["jaccard"] > best["jaccard_by_chance"]
     # Copied whole they are not a selection: no group, and no overlap.

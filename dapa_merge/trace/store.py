@@ -98,7 +98,7 @@ def page(summary: Mapping[str, Any], pictures: Sequence[Picture]) -> str:
     template = Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_shown
     )
-    template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64)
+    template.filters.update(number=_number, interval=_interval, range=_range, base64=_base64, ranked=_ranked)
     target, source = (summary[name].rstrip("/").rpartition("/")[2] for name in ("target", "source"))
     title, cells = f"Where alignment lives: {target} and {source}", list(_best_cells(summary["trace"] or {"kinds": {}}))
     follow = [stage for stage in STAGES if stage.name in summary["stages"]["follow"]]
@@ -137,6 +137,10 @@ def _number(value: float | None) -> str:
 
 def _interval(cell: Mapping[str, float | None]) -> str:
     return f"{_number(cell['mean'])} ({_number(cell['low'])} to {_number(cell['high'])})"
+
+
+def _ranked(one: Mapping[str, float | None]) -> str:
+    return _interval({"mean": one["spearman"], "low": one["low"], "high": one["high"]})
 
 
 def _range(values: Sequence[float]) -> str:

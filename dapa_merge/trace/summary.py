@@ -55,6 +55,7 @@ ATTRIBUTION, REFUSING, HIDDEN = "attribution", "influence on refusing", "influen
 TRACING, TRACING_MLPS = "tracing of single projections", "tracing of MLPs"
 # Those that directions are held against.
 PUT_BACK, GAIN = "what the directions put back", "gain of the directions"
+CHANGE, SHARE = "put_back", "share_of_difference"
 DIFFERENCE, CAUSAL = "size of the difference", "causal tracing"
 # The units that hold so much of what directions put back are those that other measures should find.
 TOP_SHARE = 0.5
@@ -213,7 +214,8 @@ def _directions_json(found: Traced) -> dict[str, Any] | None:
             for index, unit in enumerate(back.units)
         ],
         "agreement": {
-            name: {**vars(one), "top": list(map(str, one.top))} for name, one in agreements_of(found).items()
+            of_what: {name: {**vars(one), "top": list(map(str, one.top))} for name, one in by_measure.items()}
+            for of_what, by_measure in agreements_of(found).items()
         },
     }
 
@@ -320,23 +322,23 @@ def _directions_sentences(found: Traced) -> list[str]:
         ", ".join(f"{100 * share:.0f} % {name}" for name, share in of.items() if share >= LEAST_SHARE)
         for of in shares_of(found)
     ]
-    share, top, agreements = (
-        100 * float(back.changes.sum() / back.differences.sum()),
-        top_of(found),
-        agreements_of(found),
-    )
-    chance = next(iter(agreements.values())).jaccard_by_chance
-    would = "; ".join(
-        f"{name} {one.jaccard:.2f}, {_number(one.spearman)} ({_number(one.low)} to {_number(one.high)})"
-        for name, one in agreements.items()
-    )
+    share, top = 100 * float(back.changes.sum() / back.differences.sum()), top_of(found)
+    agreements = agreements_of(found)
+    chance = next(iter(agreements[CHANGE].values())).jaccard_by_chance
+    would = "; ".join(f"{name} {one.jaccard:.2f}, {_ranked(one)}" for name, one in agreements[CHANGE].items())
+    of_shares = "; ".join(f"{name} {_ranked(one)}" for name, one in agreements[SHARE].items())
     return [
         f"With {back.num_directions} directions the target has a {found.measure} of {back.score:.2f}. They put back "
         f"{share:.1f} % of the squared norm of the difference: {parts[0]}; {parts[1]} layers.",
         f"Half of what they put back is in {counted(len(top), 'unit')} of {len(back.units)}: {_spans(top)}.",
         f"Would other measures have found these units? Jaccard index of the first {len(top)} ({chance:.2f} by chance), "
         f"and rank correlation of all (95 % interval): {would}.",
+        f"With the share that is put back of each unit's own difference, the rank correlations are: {of_shares}.",
     ]
+
+
+def _ranked(one: Agreement) -> str:
+    return f"{_number(one.spearman)} ({_number(one.low)} to {_number(one.high)})"
 
 
 def label_of(group: UnitGroup) -> str:
@@ -576,11 +578,21 @@ def _kind_of(module: str, kinds: Collection[str]) -> str | None:
     return next((kind for kind in (module, whole) if kind in kinds), None)
 
 
-def agreements_of(found: Traced) -> dict[str, Agreement]:
-    """How far each measure ranks the units as the directions do, which put most back of the first."""
-    rankings = rankings_of_directions(found)
-    put_back, top = rankings.pop(PUT_BACK), top_of(found)
-    return {name: agreement(scores, put_back, top) for name, scores in rankings.items()}
+def agreements_of(found: Traced) -> dict[str, dict[str, Agreement]]:
+    """How far each measure ranks the units as the directions do, by what is put back, and by its share of each unit.
+
+    Large matrices differ more, so that their directions add more: by the share, all units are equal.
+    """
+    back, rankings, top = found.put_back, rankings_of_directions(found), top_of(found)
+    assert back is not None
+    changes = rankings.pop(PUT_BACK)
+    with numpy.errstate(invalid="ignore"):
+        shares = dict(zip(back.units, (back.changes / back.differences).tolist(), strict=True))
+    largest = sorted(shares, key=lambda unit: -shares[unit] if shares[unit] > 0 else 0.0)[: len(top)]
+    return {
+        of_what: {name: agreement(scores, by_unit, first) for name, scores in rankings.items()}
+        for of_what, by_unit, first in ((CHANGE, changes, top), (SHARE, shares, largest))
+    }
 
 
 def top_of(found: Traced) -> list[Unit]:

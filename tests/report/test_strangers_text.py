@@ -134,6 +134,7 @@ def test_the_page_of_a_trace_holds_no_markup_of_a_strangers():
     def cells(value: float) -> dict:
         return {"mean": value, "low": value, "high": value}
 
+    agreed = {"jaccard": 1.0, "jaccard_by_chance": 1.0, "spearman": 1.0, "low": 1.0, "high": 1.0, "number": 1}
     group = {"group": EVIL, "num_units": 1, "inserted": 0.5, "random_inserted": [], "full": 1.0, "reverted": 0.5}
     summary = {
         "target": EVIL, "source": EVIL, "prompts": EVIL, "version": EVIL, "findings": [EVIL],
@@ -141,8 +142,8 @@ def test_the_page_of_a_trace_holds_no_markup_of_a_strangers():
         "units": [{"unit": EVIL, "attribution": 1.0, "influence_on_refusing": cells(1.0),
                    "influence_on_hidden_state": cells(1.0), "selected": True}],
         "trace": {"kinds": {}, "roles": [], "num_prompts": 1, "settings": {"a": EVIL, "b": [EVIL]}},
-        "stages": {"done": [], "follow": ["traces"]}, "directions": {"agreement": {EVIL: {
-            "spearman": 1.0, "low": 1.0, "high": 1.0, "jaccard": 1.0, "jaccard_by_chance": 1.0, "number": 1}}},
+        "stages": {"done": [], "follow": ["traces"]},
+        "directions": {"agreement": {key: {EVIL: agreed} for key in ("put_back", "share_of_difference")}},
         "overlap": {"with_selection": {}, "rank_correlations": [{"of": [EVIL, EVIL], "spearman": 1.0}]},
         "passes": {"trace_runs_per_prompt": 1.0, "trace_passes_per_prompt": 1.0, "trace_seconds_per_prompt": 1.0,
                    "influence": 1.0},

@@ -396,6 +396,23 @@ def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_pa
     assert summary["overlap"]["with_selection"] == {}
 
 
+def test_while_prompts_are_traced_the_page_shows_those_that_are_done(traced, tmp_path, no_pictures, monkeypatch):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    monkeypatch.setattr("dapa_merge.trace.trace.SECONDS_BETWEEN_PAGES", -1)
+    pages = []
+
+    def page(summary, pictures):
+        pages.append((summary["stages"]["follow"], summary["trace"] and summary["trace"]["num_prompts"], len(pictures)))
+        return ""
+
+    monkeypatch.setattr("dapa_merge.trace.trace.page", page)
+    assert answer("trace", recipe, copy, *QUICK, "--stages", "traces", "--json")["trace"] == summary["trace"]
+    # Six means, and three kinds of one example.
+    assert pages == [(["traces"], None, 0), *((["traces"], number, 9) for number in (1, 2, 3)), ([], 3, 9)]
+
+
 @pytest.fixture(scope="module")
 def of_directions(tmp_path_factory) -> tuple[Path, Path, dict]:
     """A recipe with the leading directions of four gates and one down projection, its trace, and the answer."""

@@ -72,6 +72,7 @@ class Traced:
         candidates: The units that could be selected.
         stages: The names of those to make.
         done: The names of those that are made, in order.
+        begun: The name of one of which a part is here.
         contrasts: The prompts that the source refuses and the target answers, with both responses.
         attribution: The first-order effect of each of the plan's units, in nats.
         measure: The name of the score in `target_score` and the findings.
@@ -86,6 +87,7 @@ class Traced:
     num_prompts: int
     stages: tuple[str, ...]
     done: tuple[str, ...] = ()
+    begun: str | None = None
     selection: tuple[Unit, ...] | None = None
     why_none: str | None = None
     search: Search | None = None

@@ -68,6 +68,8 @@ from dapa_merge.trace.store import (
 )
 from dapa_merge.trace.summary import Traced, summarize
 
+# While prompts are traced, the page is written as often.
+SECONDS_BETWEEN_PAGES = 120.0
 # In the journal: how long a model took to answer all harmful prompts.
 SECONDS_NOTE = "seconds of asking"
 
@@ -154,16 +156,23 @@ class TraceSession:
                 curve = edits.curve(found.candidates, found.copied, found.attribution or {}, self.edit_meter)
                 yield (found := replace(found, curve=tuple(curve)).having("edits"))
             if "traces" in self.stages and self.wanted.traced == "target":
-                yield self._traced(found, bench.live.model, bench.live.tokenizer)
+                yield from self._traced(found, bench.live.model, bench.live.tokenizer)
         if "traces" in self.stages and self.wanted.traced == "source":
-            yield self._traced(found, *self._load_source())
+            yield from self._traced(found, *self._load_source())
 
     def _groups(self, found: Traced) -> list[UnitGroup]:
         return groups_of(found.units, self.candidates, found.copied)
 
-    def _traced(self, found: Traced, model: Any, tokenizer: Any) -> Traced:
-        traces, seconds, settings = self._traces(model, tokenizer, found.contrasts)
-        return replace(found, traces=tuple(traces), seconds=tuple(seconds), settings=settings).having("traces")
+    def _traced(self, found: Traced, model: Any, tokenizer: Any) -> Iterator[Traced]:
+        """Trace prompt after prompt; yields what is found so far now and then, and in the end."""
+        written = time.monotonic()
+        for settings, trace, seconds in self._traces(model, tokenizer, found.contrasts):
+            traces, times = (*found.traces, trace), (*found.seconds, seconds)
+            found = replace(found, settings=settings, traces=traces, seconds=times, begun="traces")
+            if time.monotonic() - written > SECONDS_BETWEEN_PAGES:
+                yield found
+                written = time.monotonic()
+        yield replace(found, begun=None).having("traces")
 
     def _bench(self) -> Bench:
         told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
@@ -372,7 +381,8 @@ class TraceSession:
 
     def _traces(
         self, model: Any, tokenizer: Any, contrasts: Sequence[Contrast]
-    ) -> tuple[list[Trace], list[float], Settings]:
+    ) -> Iterator[tuple[Settings, Trace, float]]:
+        """Yield the settings, the trace and its seconds for each prompt."""
         settings, readable = self._cases(model, tokenizer, contrasts)
         batch_size = BatchSize(self.recipe.batch_size)
         # Computed from all cases, so that the noise does not depend on how many are traced.
@@ -380,7 +390,6 @@ class TraceSession:
         cases = dict(self._few(readable))
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
-        traces, seconds = [], []
         total = sum(map(tracer.num_runs, cases.values()))
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
         size = f"{len(cases)} prompts x {len(find_sites(model, 'hidden'))} layers x {len(settings.kinds)} kinds"
@@ -397,9 +406,7 @@ class TraceSession:
                 else:
                     pace.skip(tracer.num_runs(case))
                     advance(tracer.num_runs(case), "runs")
-                traces.append(kept[0])
-                seconds.append(kept[1])
-        return traces, seconds, settings
+                yield settings, *kept
 
 
 def stages_of(recipe: Recipe, wanted: TraceOptions) -> tuple[str, ...]:
@@ -478,7 +485,8 @@ class TraceFolder:
             # Remove only the pictures of an earlier run, and no others in the folder.
             forget_pictures(self._out / FIGURES_NAME, tuple(chart.beginning for chart in CHARTS))
         self.summary = summarize(found)
-        changed = [chart for chart in CHARTS if {*found.done[-1:]} & {*STAGES_OF_CHARTS[chart.name]}]
+        last = found.begun or (found.done[-1] if found.done else None)
+        changed = [chart for chart in CHARTS if last in STAGES_OF_CHARTS[chart.name]]
         for picture in draw_all(changed, found):
             self._drawn[picture.name] = picture
             for ending, content in picture.files.items():

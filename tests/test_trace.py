@@ -29,6 +29,7 @@ from dapa_merge.plan.directions import FILE_NAME, FactorTable
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.plan.selection import make_plan, plan_of_all
+from dapa_merge.progress import Pace, collected, duration
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
@@ -394,6 +395,23 @@ def test_where_the_source_cannot_repair_there_is_a_trace_and_no_selection(tmp_pa
     assert groups["gate"]["sufficiency"] < 0.1
     assert groups["down"]["sufficiency"] > 0.9
     assert summary["overlap"]["with_selection"] == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (7139, "119 min"), (7500, "2 h 5 min")]
+)
+def test_a_length_of_time_is_said_as_people_say_it(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_what_was_done_before_is_not_counted_as_time_that_is_left():
+    with collected() as steps:
+        pace = Pace("a work (6 parts)", 6)
+        pace.skip(5)
+        for _ in range(2):
+            with pace.timed(0.5):
+                pass
+    assert steps == ["about 0 s more for a work (6 parts)"]
 
 
 def test_while_prompts_are_traced_the_page_shows_those_that_are_done(traced, tmp_path, no_pictures, monkeypatch):

@@ -183,7 +183,7 @@ def agreement(scores: Mapping[T, float], others: Mapping[T, float], first: Colle
 
 
 def holding(scores: Mapping[T, float], share: float) -> list[T]:
-    """The fewest units that hold a share of the sum of scores, largest first."""
+    """The fewest units that hold a share of the sum of scores, largest first; no score may be below 0."""
     found: list[T] = []
     wanted, held = share * sum(scores.values()), 0.0
     for unit in sorted(scores, key=lambda unit: -scores[unit]):

@@ -301,6 +301,8 @@ def test_what_a_trace_costs_is_known_before_and_counted(tokenizer):
     per_token = sum((3 - layer) / 4 + (4 - layer) / 4 for layer in range(4))
     tokens = case.num_context - case.subject[0]
     assert found.num_passes == pytest.approx(2 + 4 + 4 * tokens * per_token)
+    # What a trace costs is known before it is made.
+    assert tracer.num_passes(case) == pytest.approx(found.num_passes)
 
 
 def test_a_prompt_that_gives_no_numbers_is_an_error_and_no_gap_in_a_mean(tokenizer):

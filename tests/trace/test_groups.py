@@ -12,12 +12,14 @@ import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import ttest_1samp
+from scipy.stats import spearmanr, ttest_1samp
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.trace.average import (
     ROLES,
+    agreement,
     chance_jaccard,
+    holding,
     layer_scores,
     mean_effect,
     mean_of,
@@ -125,6 +127,37 @@ def test_units_that_no_score_tells_apart_are_ranked_in_their_order_and_have_no_c
     assert math.isnan(found.spearman)
     assert math.isnan(rank_correlation([1.0], [2.0]))
     assert rank_correlation([1.0, 2.0, 3.0], [10.0, 100.0, 1000.0]) == pytest.approx(1)
+
+
+def test_an_agreement_is_scipys_rank_correlation_of_what_both_measure_and_its_first_units_are_counted():
+    numbers = numpy.random.default_rng(4).normal(size=(2, 40))
+    scores, others = (dict(zip(range(40), of.tolist(), strict=True)) for of in (numbers[0], numbers.sum(axis=0)))
+    scores[7] = math.nan
+    first = sorted(others, key=others.__getitem__)[-10:]
+    found = agreement(scores, others, first)
+    both = [unit for unit in range(40) if unit != 7]
+    known = spearmanr([scores[unit] for unit in both], [others[unit] for unit in both]).statistic
+    assert (found.number, found.spearman) == (39, pytest.approx(known))
+    # Fisher's z, by hand.
+    half = 1.959964 / math.sqrt(39 - 3)
+    assert (found.low, found.high) == pytest.approx([math.tanh(math.atanh(known) + sign * half) for sign in (-1, 1)])
+    assert found.jaccard == overlap(scores, first).jaccard
+    assert math.isnan(agreement(dict.fromkeys(others, 1.0), others, first).low)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=7), st.floats(0.01, 1))
+def test_the_fewest_units_that_hold_a_share_are_as_few_as_any_that_do(values, share):
+    found = holding(dict(enumerate(values)), share)
+    wanted = share * sum(values)
+    enough = [
+        size
+        for size in range(1, len(values) + 1)
+        for chosen in itertools.combinations(values, size)
+        if sum(chosen) >= wanted * (1 - 1e-9)
+    ]
+    assert len(found) - min(enough) in (0, 1)
+    assert sum(values[unit] for unit in found) >= wanted * (1 - 1e-9)
+    assert sum(values[unit] for unit in found[:-1]) < wanted
 
 
 @given(st.lists(st.lists(st.floats(-100, 100), min_size=3, max_size=3), min_size=2, max_size=8))

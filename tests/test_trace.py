@@ -35,7 +35,7 @@ from dapa_merge.report import charts
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import CHARTS, _example
 from dapa_merge.trace.edits import curve_sizes
-from dapa_merge.trace.influence import squared_norms
+from dapa_merge.trace.influence import influence, squared_norms
 from dapa_merge.trace.store import check_folder
 from dapa_merge.trace.summary import is_planted
 from dapa_merge.trace.trace import spread, units_apart
@@ -412,6 +412,28 @@ def test_what_was_done_before_is_not_counted_as_time_that_is_left():
             with pace.timed(0.5):
                 pass
     assert steps == ["about 0 s more for a work (6 parts)"]
+
+
+def test_influence_goes_on_after_the_prompts_that_are_known(traced, tmp_path, no_pictures, monkeypatch):
+    recipe, out, summary = traced
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    with numpy.load(copy / "influence.npz", allow_pickle=False) as arrays:
+        whole = dict(arrays)
+    assert len(whole["before"]) == 12
+    first = {name: whole[name][:8] for name in ("hidden", "refusing", "before")}
+    numpy.savez(copy / "influence.npz", **{**whole, **first})
+    measured = []
+
+    def few(live, pairs, *arguments, **named):
+        measured.append(len(pairs))
+        return influence(live, pairs, *arguments, **named)
+
+    monkeypatch.setattr("dapa_merge.trace.trace.influence", few)
+    again = answer("trace", recipe, copy, *QUICK, "--stages", "influence", "--json")
+    assert measured == [4]
+    for one, before in zip(again["units"], summary["units"], strict=True):
+        assert one["influence_on_refusing"] == pytest.approx(before["influence_on_refusing"], abs=1e-4)
 
 
 def test_while_prompts_are_traced_the_page_shows_those_that_are_done(traced, tmp_path, no_pictures, monkeypatch):

@@ -48,11 +48,16 @@ class Influence:
 
 @torch.inference_mode()
 def influence(
-    live: LiveModel, pairs: Sequence[Sequence[Side]], units: Sequence[Unit], *, batch_size: BatchSize
+    live: LiveModel,
+    pairs: Sequence[Sequence[Side]],
+    units: Sequence[Unit],
+    *,
+    batch_size: BatchSize,
+    pace: Pace | None = None,
 ) -> Influence:
     """Transplant each unit alone, and measure its effect on each prompt, given by both sides from `sides_of`.
 
-    A batch has two sequences for each prompt.
+    A batch has two sequences for each prompt. `pace` counts prompts times `share` of each unit.
 
     Raises:
         UsageError: If a single prompt does not fit in the device's memory.
@@ -60,7 +65,7 @@ def influence(
     """
     # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    work = _UnitByUnit(live, units, len(pairs))
+    work = _UnitByUnit(live, units, pace)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
     in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
     return Influence(
@@ -70,6 +75,11 @@ def influence(
         before=numpy.array([row.before for row in in_order], numpy.float32),
         num_passes=work.num_passes,
     )
+
+
+def share(unit: Unit, num_layers: int) -> float:
+    """The share of a model's layers that a unit's run computes, in [0, 1]: nothing changes before its own."""
+    return 1 - unit.layer / num_layers
 
 
 class _Influences(NamedTuple):
@@ -83,12 +93,11 @@ class _Influences(NamedTuple):
 class _UnitByUnit:
     """Transplants every unit, for each batch of prompts in turn."""
 
-    def __init__(self, live: LiveModel, units: Sequence[Unit], num_prompts: int) -> None:
+    def __init__(self, live: LiveModel, units: Sequence[Unit], pace: Pace | None) -> None:
         self._live = live
         self._units = units
+        self._pace = pace or Pace("", 0)
         self._replay = Replay(live.model)
-        each = sum(self._share(unit) for unit in units)
-        self._pace = Pace(f"influence ({len(units)} units x {num_prompts} prompts)", num_prompts * each)
         self._is_checked = False
         self.num_passes = 0.0
 
@@ -116,7 +125,7 @@ class _UnitByUnit:
         moved, raised = [], []
         for unit in self._units:
             with (
-                self._pace.timed(len(pairs) * self._share(unit)),
+                self._pace.timed(len(pairs) * share(unit, len(replay.layers))),
                 live.transplanted((unit,)),
                 # Nothing changes before the unit's layer.
                 replay.entered_at(unit.layer, states[unit.layer]),
@@ -124,14 +133,10 @@ class _UnitByUnit:
             ):
                 raised.append(_difference(run()) - before)
             moved.append((last_states(changed) - own_states).norm(dim=-1) / own_states.norm(dim=-1))
-            self.num_passes += len(rows) * self._share(unit)
+            self.num_passes += len(rows) * share(unit, len(replay.layers))
             advance(1, "units")
         hidden, refusing = (torch.stack(columns, 1).cpu().numpy() for columns in (moved, raised))
         return [_Influences(*row) for row in zip(before.tolist(), hidden, refusing, strict=True)]
-
-    def _share(self, unit: Unit) -> float:
-        """The share of the layers that a unit's run computes."""
-        return 1 - unit.layer / len(self._replay.layers)
 
 
 def _difference(lost: torch.Tensor) -> torch.Tensor:

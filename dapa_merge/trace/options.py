@@ -14,6 +14,8 @@ NUM_SAMPLES = 5
 # Prompts for influence, as in the paper, and for attribution, as in a search.
 MAX_INFLUENCE_PROMPTS = 128
 MAX_ATTRIBUTION_PROMPTS = 32
+# Prompts whose influence is measured before it is written; fewer would transplant each unit more often.
+PROMPTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)

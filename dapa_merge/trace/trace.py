@@ -43,10 +43,11 @@ from dapa_merge.trace.case import Case, Settings, embedding_deviation, make_sett
 from dapa_merge.trace.causal import Trace, Tracer
 from dapa_merge.trace.charts import CHARTS, STAGES_OF_CHARTS
 from dapa_merge.trace.edits import Edits, UnitGroup, curve_sizes, groups_of
-from dapa_merge.trace.influence import Influence, PutBack, influence, squared_norms
+from dapa_merge.trace.influence import Influence, PutBack, influence, share, squared_norms
 from dapa_merge.trace.options import (
     MAX_ATTRIBUTION_PROMPTS,
     MAX_INFLUENCE_PROMPTS,
+    PROMPTS_AT_ONCE,
     STAGE_NAMES,
     STAGES,
     TraceOptions,
@@ -255,10 +256,9 @@ class TraceSession:
         num_layers = 1 + max(unit.layer for unit in self.plan.units)
         if found.contrasts:
             seconds = self._seconds_of_row(bench, found.contrasts[0])
-            if "influence" in self.stages and self._known_influence() is None:
-                number = min(len(found.contrasts), MAX_INFLUENCE_PROMPTS)
-                passes = 2 * number * sum(1 - unit.layer / num_layers for unit in self.plan.units)
-                told["influence"] = passes * seconds
+            if "influence" in self.stages:
+                number = min(len(found.contrasts), MAX_INFLUENCE_PROMPTS) - _num_known(self._known_influence())
+                told["influence"] = 2 * number * self._passes_of_influence * seconds
                 sizes["influence"] = f"{len(self.plan.units)} units x {number} prompts"
             if "traces" in self.stages:
                 settings, readable = self._cases(bench.live.model, bench.live.tokenizer, found.contrasts)
@@ -314,22 +314,31 @@ class TraceSession:
         return {unit: effects[str(unit)] for unit in units}
 
     def _influence(self, bench: Bench, contrasts: Sequence[Contrast]) -> Influence:
-        arrays = self._known_influence()
-        if arrays is None:
-            chosen = spread(contrasts, MAX_INFLUENCE_PROMPTS)
-            pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
-            size = self.meter.batch_size.limit
-            total = len(self.plan.units) * math.ceil(len(pairs) / size)
-            with task("transplanting each unit alone", total, "units"), upcast_linear(bench.live.model):
-                found = influence(bench.live, pairs, self.plan.units, batch_size=BatchSize(size))
-            names = list(map(str, self.plan.units))
-            arrays = {**asdict(found), "units": numpy.array(names), "compared": self._compared}
-            write_arrays(self.out / INFLUENCE_NAME, arrays)
+        """The influence on some prompts, a few at a time; each few are written before the next are begun."""
+        chosen, units = spread(contrasts, MAX_INFLUENCE_PROMPTS), self.plan.units
+        pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
+        arrays, batch_size = self._known_influence(), BatchSize(self.meter.batch_size.limit)
+        pace = Pace(f"influence ({len(units)} units x {len(pairs)} prompts)", len(pairs) * self._passes_of_influence)
+        pace.skip(_num_known(arrays) * self._passes_of_influence)
+        parts = math.ceil((len(pairs) - _num_known(arrays)) / PROMPTS_AT_ONCE)
+        with task("transplanting each unit alone", len(units) * parts, "units"), upcast_linear(bench.live.model):
+            while (known := _num_known(arrays)) < len(pairs):
+                few = pairs[known : known + PROMPTS_AT_ONCE]
+                arrays = joined(arrays, influence(bench.live, few, units, batch_size=batch_size, pace=pace))
+                told = {"units": numpy.array(list(map(str, units))), "compared": self._compared}
+                write_arrays(self.out / INFLUENCE_NAME, {**arrays, **told})
+        assert arrays is not None
         hidden, refusing, before = (arrays[name] for name in ("hidden", "refusing", "before"))
-        return Influence(self.plan.units, hidden, refusing, before, float(arrays["num_passes"]))
+        return Influence(units, hidden, refusing, before, float(arrays["num_passes"]))
+
+    @property
+    def _passes_of_influence(self) -> float:
+        """The cost of one prompt's influence, in passes of one row through all layers, for one of its two sides."""
+        num_layers = 1 + max(unit.layer for unit in self.plan.units)
+        return sum(share(unit, num_layers) for unit in self.plan.units)
 
     def _known_influence(self) -> dict[str, Any] | None:
-        """The influence that was measured before; None if absent, or of other responses or units."""
+        """The influence on prompts that were measured before; None if absent, or of other responses or units."""
         arrays, names = read_arrays(self.out / INFLUENCE_NAME), [str(unit) for unit in self.plan.units]
         if arrays is None or (str(arrays.get("compared")), list(arrays.get("units", ()))) != (self._compared, names):
             return None
@@ -407,6 +416,20 @@ class TraceSession:
                     pace.skip(tracer.num_runs(case))
                     advance(tracer.num_runs(case), "runs")
                 yield settings, *kept
+
+
+def _num_known(arrays: Mapping[str, Any] | None) -> int:
+    """The number of prompts of which an influence is known."""
+    return 0 if arrays is None else len(arrays["before"])
+
+
+def joined(arrays: Mapping[str, Any] | None, more: Influence) -> dict[str, Any]:
+    """An influence on some prompts, as arrays, together with that on others."""
+    found = {name: getattr(more, name) for name in ("hidden", "refusing", "before", "num_passes")}
+    if arrays is None:
+        return found
+    both = {name: numpy.concatenate([arrays[name], found[name]]) for name in ("hidden", "refusing", "before")}
+    return {**both, "num_passes": float(arrays["num_passes"]) + more.num_passes}
 
 
 def stages_of(recipe: Recipe, wanted: TraceOptions) -> tuple[str, ...]:

@@ -389,7 +389,7 @@ def _likelier(difference: float) -> str:
 
 def _sums_sentence(found: Traced) -> str:
     sums = ", ".join(
-        f"{name} {float(one.mean):+.2f} ({float(one.low):+.2f} to {float(one.high):+.2f})"
+        f"{name} {_number(float(one.mean))} ({_number(float(one.low))} to {_number(float(one.high))})"
         for name, one in sums_of(found).items()
     )
     return f"The influences on refusing of single units add up to (nats, with 95 % intervals): {sums}."

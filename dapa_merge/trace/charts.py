@@ -182,7 +182,8 @@ EXAMPLE_KINDS = ("hidden", "mlp", "attention")
 MAPS_IN_A_ROW = 2
 # The bars of 24 layers, of four modules each.
 MAX_LAYER_BARS = 96
-# The most tokens in a picture of one prompt.
+# The most tokens in a picture of one prompt, and before its subject.
+MAX_BEFORE = 12
 MAX_TOKENS = 80
 
 
@@ -276,12 +277,12 @@ def _groups_caption(found: Traced) -> str:
 
 
 def _example(trace: Trace, kind: str, title: str) -> Figure:
-    """Draw one prompt, token by token; of a long one, the beginning of the subject and the end."""
+    """Draw one prompt, token by token, without a long template; of a long one, the subject's beginning and the end."""
     first, stop = trace.subject
     labels, effect = list(trace.tokens), trace.effect(kind)
     marked = [first <= index < stop for index in range(len(labels))]
-    if len(labels) > MAX_TOKENS:
-        # Nothing is restored before the subject.
+    if first > MAX_BEFORE or len(labels) > MAX_TOKENS:
+        # Nothing is restored before the subject: half of the picture would be blank.
         kept = [*range(first, len(labels))]
         labels, marked, effect = [labels[index] for index in kept], [marked[index] for index in kept], effect[:, kept]
     if len(labels) > MAX_TOKENS:

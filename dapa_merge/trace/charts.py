@@ -34,7 +34,7 @@ from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.influence import Influence
-from dapa_merge.trace.summary import Traced, counted, label_of, rankings_of_directions
+from dapa_merge.trace.summary import Traced, counted, rankings_of_directions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,8 +262,8 @@ def _groups(found: Traced) -> Figure | None:
     # Layers, of which there are many, come last.
     shown = sorted(found.findings, key=lambda one: one.group.family == "layer")
     target, full = found.target_score, next(one.full for one in shown if one.group.family != "selection")
-    inserted = [GroupBar(label_of(one.group), target, one.inserted, one.control_inserted) for one in shown]
-    reverted = [GroupBar(label_of(one.group), one.full, one.reverted, one.control_reverted) for one in shown]
+    inserted = [GroupBar(one.group.label, target, one.inserted, one.control_inserted) for one in shown]
+    reverted = [GroupBar(one.group.label, one.full, one.reverted, one.control_reverted) for one in shown]
     panels = [("Alone in the target: sufficient?", inserted), ("Left out of the full transplant: necessary?", reverted)]
     return group_bars(panels, {"target": target, "full transplant": full}, found.measure)
 

@@ -16,6 +16,7 @@ from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.plan.plan import Plan, cut, divide
 from dapa_merge.progress import LOG, Pace, advance, task
+from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
@@ -156,6 +157,13 @@ class UnitGroup:
     among: tuple[Unit, ...]
     number: int | None = None
 
+    @property
+    def label(self) -> str:
+        """Its name, with its layers if the name does not tell them."""
+        if self.family != "third":
+            return self.name
+        return f"{self.name} ({layer_spans(sorted({unit.layer for unit in self.units}))})"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -182,6 +190,21 @@ class Finding:
     def necessity(self, target: float) -> tuple[float | None, list[float]]:
         """The share of the gain that is lost without the group, and its controls' shares; None and [] if no gain."""
         return _shares(self.full - target, [self.full - score for score in (self.reverted, *self.control_reverted)])
+
+    def to_json(self, target: float) -> dict[str, Any]:
+        """Plain data for the summary, given the target's score."""
+        return {
+            "group": self.group.name,
+            "family": self.group.family,
+            "num_units": len(self.group.units),
+            "inserted": self.inserted,
+            "reverted": self.reverted,
+            "full": self.full,
+            "sufficiency": self.sufficiency(target)[0],
+            "necessity": self.necessity(target)[0],
+            "random_inserted": list(self.control_inserted),
+            "random_reverted": list(self.control_reverted),
+        }
 
 
 def _shares(gain: float, parts: Sequence[float]) -> tuple[float | None, list[float]]:

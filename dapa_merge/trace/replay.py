@@ -12,7 +12,7 @@ layer's parts that hold them, including a router or a shared expert.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dapa_merge.checkpoint.region import whole_box
-from dapa_merge.checkpoint.units import Unit, layer_path
+from dapa_merge.checkpoint.units import ATTENTION, Unit, layer_path
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture, UsageError
 from dapa_merge.measure.live import units_in
 from dapa_merge.trace.options import SITE_KINDS
@@ -256,6 +256,12 @@ def find_sites(model: PreTrainedModel, kind: str) -> list[tuple[Site, ...]]:
 def kinds_in(model: PreTrainedModel) -> tuple[str, ...]:
     """The kinds in `SITE_KINDS` that a model has."""
     return tuple(kind for kind in SITE_KINDS if _has(model, kind))
+
+
+def telling_kind(module: str, kinds: Collection[str]) -> str | None:
+    """The kind that tells of a unit's module: its own or, if that is not traced, that of the whole that it is in."""
+    whole = "attention" if module in ATTENTION else "mlp"
+    return next((kind for kind in (module, whole) if kind in kinds), None)
 
 
 def _has(model: PreTrainedModel, kind: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy
 from dapa_merge import __version__, miniature
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint, open_checkpoint
-from dapa_merge.checkpoint.units import ATTENTION, Unit
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Mean
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.plan import Plan
@@ -41,9 +41,10 @@ from dapa_merge.trace.average import (
 )
 from dapa_merge.trace.case import Settings, window_layers
 from dapa_merge.trace.causal import Trace
-from dapa_merge.trace.edits import THIRDS, CurvePoint, Finding, UnitGroup, third_of
+from dapa_merge.trace.edits import THIRDS, CurvePoint, Finding, third_of
 from dapa_merge.trace.influence import Influence, PutBack
 from dapa_merge.trace.options import TraceOptions
+from dapa_merge.trace.replay import telling_kind
 
 PLANTED_TEXT = spans(miniature.PLANTED.split(","))
 # Units that are named if there is no selection.
@@ -175,20 +176,16 @@ def _units_json(found: Traced) -> list[dict[str, Any]]:
 def _groups_json(found: Traced) -> dict[str, Any] | None:
     if not found.findings:
         return None
-    groups = [_group_json(one, found.target_score) for one in found.findings]
-    return {"measure": found.measure, "target": found.target_score, "groups": groups}
+    target = found.target_score
+    return {"measure": found.measure, "target": target, "groups": [one.to_json(target) for one in found.findings]}
 
 
 def _passes_json(found: Traced) -> dict[str, float | None]:
-    traces, number = found.traces, max(len(found.traces), 1)
-    per_prompt = {
-        "trace_runs_per_prompt": sum(trace.num_runs for trace in traces) / number,
-        "trace_passes_per_prompt": sum(trace.num_passes for trace in traces) / number,
-        "trace_seconds_per_prompt": sum(found.seconds) / number,
-    }
+    runs, passes = ([getattr(trace, name) for trace in found.traces] for name in ("num_runs", "num_passes"))
+    per_prompt = {"runs": runs, "passes": passes, "seconds": found.seconds}
     return {
         "influence": None if found.influence is None else found.influence.num_passes,
-        **{name: value if traces else None for name, value in per_prompt.items()},
+        **{f"trace_{name}_per_prompt": statistics.fmean(of) if of else None for name, of in per_prompt.items()},
     }
 
 
@@ -199,6 +196,8 @@ def _directions_json(found: Traced) -> dict[str, Any] | None:
         return None
     total = float(back.changes.sum())
     by_module, by_third = shares_of(found)
+    with numpy.errstate(invalid="ignore"):
+        shares = back.changes / back.differences
     return {
         "num_directions": back.num_directions,
         "score": back.score,
@@ -210,7 +209,7 @@ def _directions_json(found: Traced) -> dict[str, Any] | None:
             {
                 "unit": str(unit),
                 "share_of_change": float(back.changes[index]) / total,
-                "share_of_difference": _share(back.changes[index], back.differences[index]),
+                "share_of_difference": float(shares[index]),
                 "gain": float(back.gains[index]),
             }
             for index, unit in enumerate(back.units)
@@ -220,10 +219,6 @@ def _directions_json(found: Traced) -> dict[str, Any] | None:
             for of_what, by_measure in agreements_of(found).items()
         },
     }
-
-
-def _share(part: float, whole: float) -> float | None:
-    return float(part) / float(whole) if whole else None
 
 
 def _search_json(found: Traced) -> dict[str, Any] | None:
@@ -258,21 +253,6 @@ def _trace_json(found: Traced) -> dict[str, Any] | None:
             }
             for trace in found.traces
         ],
-    }
-
-
-def _group_json(one: Finding, target: float) -> dict[str, Any]:
-    return {
-        "group": one.group.name,
-        "family": one.group.family,
-        "num_units": len(one.group.units),
-        "inserted": one.inserted,
-        "reverted": one.reverted,
-        "full": one.full,
-        "sufficiency": one.sufficiency(target)[0],
-        "necessity": one.necessity(target)[0],
-        "random_inserted": list(one.control_inserted),
-        "random_reverted": list(one.control_reverted),
     }
 
 
@@ -341,13 +321,6 @@ def _directions_sentences(found: Traced) -> list[str]:
 
 def _ranked(one: Agreement) -> str:
     return f"{_number(one.spearman)} ({_number(one.low)} to {_number(one.high)})"
-
-
-def label_of(group: UnitGroup) -> str:
-    """A group's name, with its layers if the name does not tell them."""
-    if group.family != "third":
-        return group.name
-    return f"{group.name} ({layer_spans(sorted({unit.layer for unit in group.units}))})"
 
 
 def counted(number: int, noun: str) -> str:
@@ -441,8 +414,8 @@ def _group_sentences(found: Traced, family: str) -> list[str]:
             f"All {of_what} together do not raise the {measure} ({target:.2f} to {groups[0].full:.2f}), so no share of "
             f"a gain can be given for the {family}s."
         ]
-    alone = [(label_of(one.group), *one.sufficiency(target)) for one in groups]
-    without = [(label_of(one.group), *one.necessity(target)) for one in groups]
+    alone = [(one.group.label, *one.sufficiency(target)) for one in groups]
+    without = [(one.group.label, *one.necessity(target)) for one in groups]
     return [
         f"Put in alone, the share of the gain in {measure} is {_with_controls(alone)}.",
         f"Left out, the share of it that is lost is {_with_controls(without)}.",
@@ -484,11 +457,11 @@ def _number(value: float | None) -> str:
 
 def rankings_of(found: Traced) -> dict[str, dict[Unit, float]]:
     """The scores of the units that could be selected, by measure."""
-    rankings = rankings_by_effect(found, found.candidates)
-    if found.settings is None:
+    rankings, settings = rankings_by_effect(found, found.candidates), found.settings
+    if settings is None:
         return rankings
     modules = {unit.module for unit in found.candidates}
-    scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
+    scores = {kind: layer_scores(found.traces, kind) for kind in settings.kinds}
     if modules <= scores.keys():
         # Each unit is scored by the output of its own module.
         rankings[TRACING] = {unit: scores[unit.module][unit.layer] for unit in found.candidates}
@@ -567,17 +540,11 @@ def rankings_of_directions(found: Traced) -> dict[str, dict[Unit, float]]:
     }
     if found.settings is not None:
         scores = {kind: layer_scores(found.traces, kind) for kind in found.settings.kinds}
-        kinds = {unit: _kind_of(unit.module, scores) for unit in found.candidates}
+        kinds = {unit: telling_kind(unit.module, scores) for unit in found.candidates}
         rankings[CAUSAL] = {
             unit: math.nan if kind is None else scores[kind][unit.layer] for unit, kind in kinds.items()
         }
     return rankings
-
-
-def _kind_of(module: str, kinds: Collection[str]) -> str | None:
-    """The traced kind that tells of a module: its own or, if that is not traced, that of the whole that it is in."""
-    whole = "attention" if module in ATTENTION else "mlp"
-    return next((kind for kind in (module, whole) if kind in kinds), None)
 
 
 def agreements_of(found: Traced) -> dict[str, dict[str, Agreement]]:

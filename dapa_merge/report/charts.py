@@ -15,10 +15,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dapa_merge.checkpoint.units import join_ranges
 from dapa_merge.errors import UsageError, one_line
 from dapa_merge.files import PICTURES
 from dapa_merge.search.workers import in_order
@@ -305,10 +306,10 @@ def search_path(
             extent=(0.5, num_steps + 0.5, num_units - 0.5, -0.5),
         )  # fmt: skip
         matrix.spines[:].set_visible(True)
-        for first, last in _runs(final):
+        for first, stop in join_ranges([(unit, unit + 1) for unit in final]):
             # A thicker line would hide the framed cell; a frame for each of many neighbours would hide them all.
             thickness = min(1.2, 20 * mosaic_height / num_units)
-            matrix.axhspan(first - 0.5, last + 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
+            matrix.axhspan(first - 0.5, stop - 0.5, facecolor="none", edgecolor=BLACK, linewidth=thickness, zorder=3)
         shown = spread_places(final, every_few(num_units), math.ceil(LINE_HEIGHT * num_units / mosaic_height))
         matrix.set_yticks(shown, [units[index] for index in shown])
         for text, index in zip(matrix.get_yticklabels(), shown, strict=True):
@@ -325,13 +326,6 @@ def search_path(
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and the last of each run of neighbours among ascending numbers."""
-    for _, run in groupby(enumerate(numbers), lambda one: one[1] - one[0]):
-        found = [number for _, number in run]
-        yield found[0], found[-1]
 
 
 # Divergences of points that differ by more are drawn on a logarithmic axis.

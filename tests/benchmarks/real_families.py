@@ -90,7 +90,7 @@ class Skill:
         return self.draw(size.steps * size.batch_size, NUM_TEST, NUM_KEEP, seed)
 
 
-SKILLS = {"orders": Skill(draw_orders), "facts": Skill(draw_facts, "-facts", longer=4)}
+SKILLS = {"orders": Skill(draw_orders), "facts": Skill(draw_facts, "-facts", longer=2)}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from dapa_merge.cli.options import (
     recipe_argument,
     takes_options,
 )
-from dapa_merge.compare.result import DAPA, METHODS, CompareOptions
+from dapa_merge.compare.methods import DAPA, METHODS
+from dapa_merge.compare.result import CompareOptions
 from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.imports import lasting
 from dapa_merge.recipe.options import Options
@@ -182,7 +183,7 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     return refusal, answer
 
 
-@click.command()
+@click.command(epilog="\b\nMethods:\n" + "\n".join(f"  {key:15} {method.what}" for key, method in METHODS.items()))
 @click.argument("recipes", metavar="RECIPE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder for tables and pictures.")
 @click.option(
@@ -223,10 +224,9 @@ def compare(
 ) -> None:
     """Compare DAPA with other methods on the targets of RECIPE...
 
-    Makes the paper's table of your own models: for each recipe the target, the source, what the search finds, fixed
-    layers, all gates, whole MLPs, random selections, and mergekit's linear, TIES and task arithmetic, all of them live
-    and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv, curve.csv,
-    table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
+    Makes the paper's table of your own models: for each recipe the target, the source and every method, all of them
+    live and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv,
+    curve.csv, table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
     """
     wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
     if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:

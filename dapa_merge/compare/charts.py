@@ -6,12 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dapa_merge.compare.methods import AUTO, BLENDS, DAPA, SOURCE, TARGET
 from dapa_merge.compare.result import (
-    AUTO,
-    BLENDS,
-    DAPA,
-    SOURCE,
-    TARGET,
     Arm,
     Average,
     Point,

@@ -25,8 +25,9 @@ from pydantic import TypeAdapter
 from dapa_merge import __version__
 from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
+from dapa_merge.compare.methods import AUTO, DAPA
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
-from dapa_merge.compare.result import AUTO, DAPA, CompareOptions, Row, averages
+from dapa_merge.compare.result import CompareOptions, Row, averages
 from dapa_merge.compare.row import compare_recipe
 from dapa_merge.compare.sentences import choices, sentences
 from dapa_merge.errors import DapaError, UsageError, one_line

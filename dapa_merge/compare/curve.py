@@ -11,7 +11,8 @@ from itertools import accumulate, chain
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.compare.measuring import Measuring, Model
-from dapa_merge.compare.result import DAPA, CompareOptions, Point, mean_skill
+from dapa_merge.compare.methods import DAPA
+from dapa_merge.compare.result import CompareOptions, Point, mean_skill
 from dapa_merge.compare.selections import blocks_of, mlp_units, nearest_number, sums_of
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import DoesNotFit

@@ -12,7 +12,8 @@ from urllib.parse import quote
 from tabulate import tabulate
 
 from dapa_merge.compare import charts
-from dapa_merge.compare.result import AUTO, DAPA, Arm, Average, Cost, Row, averages, groups, mean_skill, points
+from dapa_merge.compare.methods import AUTO, DAPA, METHODS, declared
+from dapa_merge.compare.result import Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import markdown, markdown_code, printable
 from dapa_merge.report.charts import Chart
@@ -50,6 +51,8 @@ def page(rows: Sequence[Row], failures: Mapping[str, str], pictures: Collection[
                 parts += [title, paper_table(rows, key).text(MARKDOWN)]
         parts += ["## Methods", methods_table(rows).text(MARKDOWN)]
         parts += _pictures([chart for chart in charts.CHARTS if chart.parts is None], rows, pictures)
+        applied = {arm.method for row in rows for arm in row.arms}
+        parts += ["## What the methods are", "\n".join(declared(key for key in METHODS if key in applied))]
     for row in rows:
         parts += _row(row, pictures)
     if failures:

@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dapa_merge.compare.methods import MAY_FIND_NOTHING, METHODS, SOURCE, TARGET
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.measure.statistics import mcnemar, mean_interval
 from dapa_merge.plan.edit import Edit
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.requirement import constraints_of, requirement
-
-TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,6 @@ def groups(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
 
 # A value of a method in a row; None if it does not apply.
 Value = Callable[[Row, Arm], "float | None"]
-# For these, a row in which a search found nothing counts as its untouched target.
-MAY_FIND_NOTHING = (DAPA, AUTO, "mlp", "random", "random-search")
 
 
 @dataclass(frozen=True)
@@ -325,24 +322,6 @@ def mean_of(values: Sequence[float | None]) -> RowMean | None:
     """The mean of the values that are not None; None without any."""
     there = [value for value in values if value is not None]
     return RowMean(statistics.fmean(there), mean_interval(there)) if there else None
-
-
-# In the order of a table. The target untouched and the source itself are always there.
-METHODS = {
-    "dapa": "DAPA: the search's selection from the recipe's modules",
-    "auto": "DAPA among all projections of a layer (`modules: auto`)",
-    "fixed": "the DAPA repository's fixed middle layers, whole MLP",
-    "gates": "all gates; where a model has none, every unit of the recipe's modules",
-    "mlp": "the whole MLP of the layers that a search selects, for each of the two",
-    "random": "random selections of the modules and size of each",
-    "random-search": "the best of as many random selections as each search tested, by the prompts of the search",
-    "linear": "mergekit's linear blend of target and source",
-    "task-arithmetic": "mergekit's task arithmetic; needs `pretrained` in the recipe",
-    "ties": "mergekit's TIES",
-}
-BLENDS = ("linear", "task-arithmetic", "ties")
-# The share of entries that TIES keeps of each difference; Yadav et al. 2023, section 5.
-TIES_DENSITY = 0.2
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from dapa_merge.checkpoint.units import Unit, architecture_name, auto_modules
 from dapa_merge.compare.blend import Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
 from dapa_merge.compare.measuring import Measuring, Seen
-from dapa_merge.compare.result import AUTO, BLENDS, DAPA, SOURCE, TARGET, TIES_DENSITY, Arm, CompareOptions, Row
+from dapa_merge.compare.methods import AUTO, BLENDS, CONTROLS, DAPA, LABELS, SOURCE, TARGET, TIES_DENSITY
+from dapa_merge.compare.result import Arm, CompareOptions, Row
 from dapa_merge.compare.selections import Found, auto_of, find_selections, fixed_layers, mlp_units, random_units
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.evaluators import RULES
@@ -34,23 +35,6 @@ from dapa_merge.search.journal import Journal, JournalUnavailable
 from dapa_merge.search.requirement import refers, settings_of
 
 JOURNAL_NAME = "figures.jsonl"
-# Methods that depend on the selection of a search.
-CONTROLS = ("mlp", "random", "random-search")
-LABELS = {
-    TARGET: "target, untouched",
-    SOURCE: "source itself",
-    DAPA: "DAPA",
-    AUTO: "DAPA, modules: auto",
-    "fixed": "fixed middle layers, MLP",
-    "gates": "all gates",
-    "all": "all of the recipe's modules",
-    "mlp": "MLP of DAPA's layers",
-    "mlp of auto": "MLP of auto's layers",
-    "random": "random like DAPA's",
-    "random of auto": "random like auto's",
-    "random-search": "best random like DAPA's",
-    "random-search of auto": "best random like auto's",
-}
 
 
 def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: Options) -> Row:

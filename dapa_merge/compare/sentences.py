@@ -6,11 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from dapa_merge.compare.methods import AUTO, DAPA, SOURCE, TARGET
 from dapa_merge.compare.result import (
-    AUTO,
-    DAPA,
-    SOURCE,
-    TARGET,
     Arm,
     Average,
     Row,

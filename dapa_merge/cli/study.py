@@ -26,7 +26,7 @@ from dapa_merge.cli.options import (
     recipe_argument,
     takes_options,
 )
-from dapa_merge.compare.methods import DAPA, METHODS
+from dapa_merge.compare.methods import DAPA, METHODS, PARTIAL_WEIGHTS
 from dapa_merge.compare.result import CompareOptions
 from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.imports import lasting
@@ -196,9 +196,10 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
 @click.option(
     "--weights",
     metavar="LIST",
-    help=f"Weights of the source in mergekit's methods, with commas.  [default: "
-    f"{', '.join(f'{weight:g}' for weight in COMPARE_DEFAULTS.weights)}]",
+    help="Measure mergekit's methods with these weights of the source, with commas, each as a row of its own.  "
+    "[default: the weight is chosen as other settings are]",
 )
+@click.option("--tries", "num_tries", type=click.IntRange(1), help="Settings of a method to try.  [default: all]")
 @click.option("--no-curve", is_flag=True, help="Leave out the edits of every size.")
 @whole_number("--points", "num_points", COMPARE_DEFAULTS, "Sizes of edits, roughly.", least=2)
 @click.option(
@@ -229,10 +230,11 @@ def compare(
     curve.csv, table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
     """
     wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
-    if max(wanted.weights) == min(wanted.weights) == 1 and methods is not None and "linear" in wanted.methods:
+    between = [key for key in wanted.methods if METHODS[key].settings == (PARTIAL_WEIGHTS,)]
+    if wanted.weights == (1.0,) and methods is not None and between:
         raise UsageError(
-            "--weights: linear with weight 1 is the source itself, which is in every table; add a weight below 1, or "
-            "leave linear out of --methods"
+            f"--weights: {between[0]} with weight 1 is the source itself, which is in every table; add a weight below "
+            f"1, or leave {between[0]} out of --methods"
         )
     with _stoppable(out):
         with lasting():
@@ -291,9 +293,9 @@ def _methods(text: str | None) -> tuple[str, ...]:
     return tuple(METHODS) if text is None else _listed(text, tuple(METHODS), "method")
 
 
-def _weights(text: str | None) -> tuple[float, ...]:
+def _weights(text: str | None) -> tuple[float, ...] | None:
     if text is None:
-        return COMPARE_DEFAULTS.weights
+        return None
     weights = []
     for part in text.split(","):
         try:

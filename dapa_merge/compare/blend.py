@@ -140,7 +140,7 @@ class Blender:
 
     def _prepared(self, blend: MergekitBlend) -> AbstractContextManager[Merge]:
         models = [self._target, self._source]
-        if blend.method != "linear" and self._pretrained is not None:
+        if blend.method not in BETWEEN and self._pretrained is not None:
             models.append(self._pretrained)
         keeps_tokenizer = any(self._has_other_vocabulary(other) for other in models[1:])
         return prepared(blend, models, keeps_tokenizer=keeps_tokenizer, device=self._device)
@@ -220,6 +220,8 @@ def _vocabulary(checkpoint: Checkpoint) -> dict[str, int] | None:
         return None
 
 
+# Methods that go from the target to the source, and know no pretrained model.
+BETWEEN = ("linear", "slerp")
 # Number of parameters that mergekit holds in memory before it writes a file.
 MAX_SHARD_PARAMETERS = 500_000_000
 
@@ -229,7 +231,7 @@ class MergekitBlend:
     """One of mergekit's methods, with its settings.
 
     Attributes:
-        method: `linear`, `task_arithmetic` or `ties`.
+        method: `linear`, `slerp`, `task_arithmetic` or `ties`.
         density: Share of the entries of each difference that `ties` keeps, in (0, 1].
     """
 
@@ -254,19 +256,23 @@ def merge_config(
 ) -> MergeConfiguration:
     """Write a blend as mergekit's own configuration, of folders or other names of models.
 
-    `linear` gives the target the rest of the weight. The other two subtract the pretrained model or, without one, the
-    target, so that only the source's difference is added. (TIES then takes its weight as `lambda`, because
-    normalization would cancel a single weight.) With `keeps_tokenizer` the source's tokens are matched to the target's.
+    `linear` gives the target the rest of the weight, and so does `slerp`, on a great circle. The other two subtract the
+    pretrained model or, without one, the target, so that only the source's difference is added. (TIES then takes its
+    weight as `lambda`, because normalization would cancel a single weight.) With `keeps_tokenizer` the source's tokens
+    are matched to the target's.
     Without `out_dtype` mergekit writes the widest of its models' dtypes.
 
     Raises:
         UsageError: If the method is unknown.
     """
     ours, theirs = _reference(target), _reference(source)
-    base, shared, given = ours, {}, {"weight": blend.weight}
+    base, given = ours, {"weight": blend.weight}
+    shared: dict[str, float] = {}
     models = [{"model": theirs, "parameters": given}]
     if blend.method == "linear":
         models.insert(0, {"model": ours, "parameters": {"weight": 1 - blend.weight}})
+    elif blend.method == "slerp":
+        models, shared = [{"model": ours}, {"model": theirs}], {"t": blend.weight}
     elif blend.method in ("task_arithmetic", "ties"):
         if blend.method == "ties":
             given["density"] = blend.density
@@ -276,7 +282,7 @@ def merge_config(
         elif blend.method == "ties":
             given["weight"], shared = 1.0, {"lambda": blend.weight}
     else:
-        raise UsageError(f"{blend.method!r} is not a method of a blend; known are linear, task_arithmetic and ties")
+        raise UsageError(f"{blend.method!r} is not a method of a blend; known are linear, slerp, task_arithmetic, ties")
     tokenizer = {"source": "base" if base == ours else ours} if keeps_tokenizer else None
     return MergeConfiguration(
         merge_method=blend.method,

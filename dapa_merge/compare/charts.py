@@ -6,7 +6,21 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.compare.methods import AUTO, BLENDS, DAPA, SOURCE, TARGET
+from dapa_merge.compare.methods import (
+    AUTO,
+    BLEND,
+    BLENDS,
+    CONTROL,
+    DAPA,
+    DELTA,
+    FIXED,
+    LABELS,
+    METHODS,
+    SEARCH,
+    SOURCE,
+    TARGET,
+    TRAINING,
+)
 from dapa_merge.compare.result import (
     Arm,
     Average,
@@ -18,6 +32,7 @@ from dapa_merge.compare.result import (
     counted_arms,
     dsr_gain,
     mean_in_row,
+    mean_skill,
     over_refusal_change,
     skill_change,
 )
@@ -28,24 +43,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Colour and marker of a method next to the curves.
-MARKERS = {
-    SOURCE: (BLACK, "*"),
-    AUTO: (BLUE, "P"),
-    "fixed": (GREEN, "^"),
-    "gates": (PURPLE, "D"),
-    "all": (PURPLE, "D"),
-    "random-search": (VERMILION, "X"),
-    "mlp": (ORANGE, "v"),
-    "mlp of auto": (ORANGE, "<"),
-    "linear": (GREY, "x"),
-    "task-arithmetic": (GREY, "1"),
-    "ties": (GREY, "+"),
-}
+# Colour of a kind of methods; within a kind, the marker tells them apart.
+COLOURS = {SEARCH: BLUE, FIXED: PURPLE, CONTROL: VERMILION, BLEND: GREY, DELTA: GREEN, TRAINING: ORANGE}
+MARKERS = "oPsD^vX<>ph"
+# In the picture of a row, these are lines.
+DRAWN_AS_LINES = (TARGET, DAPA, "random")
+# Marks of a cloud that are nearer to each other, in points of skill or DSR, are moved apart.
+LEAST_DISTANCE = 3.2
 RANDOM = "random"
 # Minimum reach of the axis of changes, in points, so that noise does not look large.
 MIN_REACH = 5
 OfPoint = Callable[[Point], "float | None"]
+
+
+def look(arm: Arm) -> tuple[str, str]:
+    """Colour and marker of a method; those that follow the selection of `auto` have a marker of their own."""
+    if arm.method in (TARGET, SOURCE):
+        return BLACK, "*" if arm.method == SOURCE else "o"
+    kind = METHODS[arm.method].kind
+    alike = [key for key, one in METHODS.items() if one.kind == kind]
+    if kind == CONTROL:
+        alike = [name for key in alike for name in (key, f"{key} of {AUTO}")]
+    name = arm.group if arm.group in alike else arm.method
+    return COLOURS[kind], MARKERS[alike.index(name)]
 
 
 def methods_figure(rows: Sequence[Row]) -> Figure | None:
@@ -145,12 +165,12 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
             zorder=4,
         )  # fmt: skip
     for arm in row.arms:
-        value, look = of_arm(arm), MARKERS.get(arm.key, MARKERS.get(arm.method))
-        if look is None or value is None or not math.isfinite(value):
+        value, (colour, marker) = of_arm(arm), look(arm)
+        if arm.method in DRAWN_AS_LINES or value is None or not math.isfinite(value):
             continue
         # One entry for all weights of a blend.
         label = arm.method.replace("-", " ") if arm.method in BLENDS else arm.label
-        axes.scatter([100 * arm.share], [value], color=look[0], marker=look[1], s=46, label=readable(label), zorder=5)
+        axes.scatter([100 * arm.share], [value], color=colour, marker=marker, s=46, label=readable(label), zorder=5)
     target = next((value for arm in row.arms if arm.method == TARGET and (value := of_arm(arm)) is not None), None)
     if target is not None and math.isfinite(target):
         axes.axhline(target, color=GREY, linewidth=1, linestyle=":", label="target, untouched", zorder=0)
@@ -174,6 +194,55 @@ def _random(axes: Axes, paths: Sequence[Sequence[tuple[float, float]]]) -> None:
     axes.fill_between(shares, low, high, color=VERMILION, alpha=0.15, linewidth=0, label="random, range")
 
 
+def clouds_figure(rows: Sequence[Row]) -> Figure | None:
+    """Draw DSR against skill, a panel for each recipe: every method, and behind them the edits of every size."""
+    panels = [row for row in rows if mean_skill(row.before) is not None]
+    if not panels:
+        return None
+    num_columns = min(len(panels), 3 if len(panels) > 4 else 2)
+    num_lines = -(-len(panels) // num_columns)
+    handles: dict[str, Any] = {}
+    with sheet(2.0 + 3.1 * num_lines) as figure:
+        grid = list(figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False).flat)
+        for axes, row in zip(grid, panels, strict=False):
+            _cloud(axes, row)
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        figure.supxlabel("skill (%)", fontsize=10)
+        figure.supylabel("DSR (%)", fontsize=10)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def _cloud(axes: Axes, row: Row) -> None:
+    """Draw the panel of a recipe; marks that would cover each other are moved apart, to the right."""
+    for is_random, colour in ((False, BLUE), (True, VERMILION)):
+        points = [one for one in row.curve if (one.path != DAPA) == is_random and one.skill is not None]
+        across, up = [100 * (one.skill or 0.0) for one in points], [100 * one.dsr for one in points]
+        axes.scatter(across, up, s=7, color=colour, alpha=0.35, linewidth=0, zorder=1)
+    taken: list[tuple[float, float]] = []
+    for arm in row.arms:
+        if arm.figures is None or arm.skill is None:
+            continue
+        colour, marker = look(arm)
+        place = 100 * arm.skill, 100 * arm.figures.dsr
+        low, high = arm.figures.dsr_interval
+        axes.vlines(place[0], 100 * low, 100 * high, color=colour, linewidth=0.6, alpha=0.5, zorder=2)
+        while any(math.dist(place, other) < LEAST_DISTANCE for other in taken):
+            place = place[0] + LEAST_DISTANCE / 2, place[1]
+        taken.append(place)
+        label = arm.method.replace("-", " ") if arm.method in BLENDS else LABELS.get(arm.group, arm.label)
+        axes.scatter(
+            *place, s=44, color=colour, marker=marker, edgecolor="white", linewidth=0.6, label=readable(label),
+            zorder=3,
+        )  # fmt: skip
+    axes.set_title(readable(row.name))
+    axes.set_xlim(-4, 108)
+    axes.set_ylim(-4, 106)
+
+
 def _rows_with_curves(rows: Sequence[Row]) -> dict[str, Row]:
     return {row.name: row for row in rows if row.curve}
 
@@ -181,5 +250,11 @@ def _rows_with_curves(rows: Sequence[Row]) -> dict[str, Row]:
 # The page shows a chart with the methods or, if it has a picture for each row, with the row; keys are names of rows.
 CHARTS = (
     Chart("methods", "Every method: gain in DSR and change of skill", methods_figure),
+    Chart(
+        "clouds",
+        "DSR against skill: every method on every recipe, with the 95 % interval of its DSR; marks that would cover "
+        "each other stand side by side, to the right; small dots are edits of every size, by DAPA (blue) and at random",
+        clouds_figure,
+    ),
     Chart("row_{}", lambda row: f"{row.name}: edits of every size", row_figure, _rows_with_curves),
 )

@@ -28,7 +28,7 @@ from dapa_merge.compare.blend import open_pretrained
 from dapa_merge.compare.methods import AUTO, DAPA
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import CompareOptions, Row, averages
-from dapa_merge.compare.row import compare_recipe
+from dapa_merge.compare.row import compare_recipe, copying
 from dapa_merge.compare.sentences import choices, sentences
 from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.files import (
@@ -118,6 +118,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
 def _check(recipe: Recipe, path: Path, options: Options) -> None:
     """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
     try:
+        recipe = copying(recipe)
         check_any_units(recipe)
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)

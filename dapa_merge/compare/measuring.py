@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.compare.blend import Blender, MergekitBlend
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
@@ -35,12 +34,14 @@ class Seen:
 
     Attributes:
         refused: For each harmful prompt, whether it was refused.
+        num_changed: Parameters that differ from the target's, if they were counted.
     """
 
     figures: Figures
     refused: tuple[bool, ...]
     over_refused: tuple[bool, ...]
     seconds: float
+    num_changed: int | None = None
 
 
 def fast(meter: Meter) -> Meter:
@@ -56,7 +57,7 @@ class Measuring(Resident):
         where = choose_device(device)
         super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
-        self._journal = journal
+        self.journal = journal
         self._refers = refers
 
     @cached_property
@@ -87,10 +88,32 @@ class Measuring(Resident):
 
         return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
 
-    def blend(self, blend: MergekitBlend, base: str, blender: Callable[[], Blender]) -> Seen:
-        """Measure a blend; `base` identifies the subtracted weights, and `blender` is called only if needed."""
-        note = f"blend {blend.method} {blend.weight!r} {blend.density!r} {base}"
-        return self._seen(note, lambda: blender().blended(blend), blend.name)
+    def candidate(
+        self,
+        note: str,
+        candidate: Callable[[], AbstractContextManager[Model]],
+        name: str,
+        num_changed: Callable[[], int] | None = None,
+    ) -> Seen:
+        """Measure what `candidate` makes of the target; `num_changed` is asked while it is applied."""
+        return self._seen(note, candidate, name, num_changed=num_changed)
+
+    @contextmanager
+    def edited(self, plan: Plan, units: Sequence[Unit]) -> Iterator[Model]:
+        """The target with some units of another plan of the same models, for the length of a `with` block."""
+        before = self.plan
+        self.use(plan)
+        try:
+            with self.live.transplanted(units) as model:
+                yield model, self.live.tokenizer
+        finally:
+            self.use(before)
+
+    @contextmanager
+    def untouched(self) -> Iterator[Model]:
+        """The target itself."""
+        with quiet("transformers"):
+            yield self.live.model, self.live.tokenizer
 
     def alone(self, source: Model) -> Seen:
         """Measure the loaded source."""
@@ -105,16 +128,16 @@ class Measuring(Resident):
         """Score an edit on other prompts: DSR, or the score of an evaluator of whole models, less over-refusal."""
         ordered = tuple(in_order(join(self.plan, units)))
         note = note_of("score", ordered)
-        if note not in self._journal.notes:
+        if note not in self.journal.notes:
             with self.live.transplanted(ordered) as model:
                 measured = replace(self.meter, prompts=prompts).measure(model, self.live.tokenizer, ordered)
                 found = measured.dsr if measured.score is None else measured.score
-                self._journal.note(note, found - measured.over_refusal)
-        return float(self._journal.notes[note])
+                self.journal.note(note, found - measured.over_refusal)
+        return float(self.journal.notes[note])
 
     def has(self, name: str) -> bool:
         """Whether the journal has a note already."""
-        return name in self._journal.notes
+        return name in self.journal.notes
 
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
         """Ask a model harmful prompts, and classify its responses, which are not recorded."""
@@ -128,20 +151,23 @@ class Measuring(Resident):
         name: str,
         units: tuple[Unit, ...] = (),
         level: int = logging.INFO,
+        num_changed: Callable[[], int] | None = None,
     ) -> Seen:
-        if note not in self._journal.notes:
+        if note not in self.journal.notes:
             # Before anything is transplanted.
             meter = self._referring
             began = time.perf_counter()
             with candidate() as (model, tokenizer):
                 measured = measure_candidate(Candidate(model, tokenizer, units), meter, name, level)
+                counted = {} if num_changed is None else {"changed": num_changed()}
             refusals = {
                 kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
                 for kind in ("harmful", "harmless")
             }
             seconds = round(time.perf_counter() - began, 3)
-            figures = jsonable(asdict(measured.figures))
-            self._journal.note(note, {"figures": figures, **refusals, "seconds": seconds})
-        found = self._journal.notes[note]
+            noted = jsonable(asdict(measured.figures))
+            self.journal.note(note, {"figures": noted, **refusals, "seconds": seconds, **counted})
+        found = self.journal.notes[note]
         refused, over_refused = (tuple(map(bool, found[kind])) for kind in ("harmful", "harmless"))
-        return Seen(read_figures(found["figures"]), refused, over_refused, float(found["seconds"]))
+        figures, changed = read_figures(found["figures"]), found.get("changed")
+        return Seen(figures, refused, over_refused, float(found["seconds"]), changed)

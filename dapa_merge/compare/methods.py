@@ -10,13 +10,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
-TARGET, SOURCE, DAPA, AUTO = "target", "source", "dapa", "auto"
+TARGET, SOURCE, DAPA, AUTO, DIRECTIONS = "target", "source", "dapa", "auto", "directions"
 # Kinds of methods, by how they are applied: to units that a search or its controls select, or to fixed units
-# (`row.py`), by mergekit (`blend.py`).
-SEARCH, CONTROL, FIXED, BLEND = "search", "control", "fixed", "blend"
+# (`row.py`), by mergekit (`blend.py`), by arithmetic on deltas (`peers.py`), by training (`training.py`).
+SEARCH, CONTROL, FIXED, BLEND, DELTA, TRAINING = "search", "control", "fixed", "blend", "delta", "training"
+# Of these, settings are tried (`tuning.py`).
+TUNED = (BLEND, DELTA, TRAINING)
 # What a user may lack, as text.
-PRETRAINED = "pretrained"
-NEEDS = {PRETRAINED: "what target and source were fine-tuned from (`pretrained`)"}
+PRETRAINED, REFUSALS, OWN_ANSWERS, BACKWARD = "pretrained", "refusals", "own answers", "backward"
+NEEDS = {
+    PRETRAINED: "what target and source were fine-tuned from (`pretrained`)",
+    REFUSALS: "the source's own refusals of harmful prompts",
+    OWN_ANSWERS: "the target's own answers to harmless and keep prompts",
+    BACKWARD: "backward passes",
+}
+# Of several settings, the one that is taken.
+RULE = (
+    "of the settings that keep to the recipe's limits the one with the highest score, of equals the first; if none "
+    "does, the highest score less what the limits are violated by"
+)
 # The share of entries that TIES keeps of each difference; Yadav et al. 2023, section 5.
 TIES_DENSITY = 0.2
 
@@ -33,6 +45,8 @@ class Method:
         needs: Keys of `NEEDS`: what it takes besides target, source and prompts.
         settings: The values that each of its settings may have, by name, from the one that changes the target least;
             all combinations are tried, the last setting varying fastest. Empty for a method without settings.
+        without: Its key and its label if the recipe names no pretrained model and it is another method then; `{}`
+            stands for a weight. Empty if it is the same, or cannot be applied.
         of_auto: Its label where it follows the selection of `auto` instead of DAPA's.
         reference: Whom it is from.
     """
@@ -43,8 +57,13 @@ class Method:
     what: str
     needs: tuple[str, ...] = ()
     settings: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    without: tuple[str, str] = ("", "")
     of_auto: str = ""
     reference: str = ""
+
+    def text(self, setting: tuple[float, ...]) -> str:
+        """A setting for people, such as `weight 0.5`."""
+        return ", ".join(f"{name} {value:g}" for (name, _), value in zip(self.settings, setting, strict=True))
 
     @property
     def grid(self) -> tuple[tuple[float, ...], ...]:
@@ -53,6 +72,11 @@ class Method:
 
 
 WEIGHTS = ("weight", (0.25, 0.5, 0.75, 1.0))
+# Of weight 1 these are the source.
+PARTIAL_WEIGHTS = ("weight", (0.25, 0.5, 0.75))
+# The share of the matrices that are changed, those first whose delta keeps least to the safety vector.
+LEAST_SAFE = "share of matrices"
+TRAINED = (("rate", (1e-4, 1e-3)), ("steps", (10.0, 40.0)))
 
 # In the order of a table. The target untouched and the source itself are always there.
 METHODS = {
@@ -66,6 +90,14 @@ METHODS = {
             reference="arXiv 2406.01514",
         ),
         Method(AUTO, SEARCH, "DAPA, modules: auto", "what it finds among all projections of a layer (`modules: auto`)"),
+        Method(
+            DIRECTIONS,
+            SEARCH,
+            "directions",
+            "what `edit: directions` finds in all projections: how much to add of each direction of source - target",
+            needs=(REFUSALS, OWN_ANSWERS, BACKWARD),
+            reference="directions.md",
+        ),
         Method(
             "fixed",
             FIXED,
@@ -100,8 +132,16 @@ METHODS = {
             "linear",
             "mergekit's linear blend of target and source; scaling the fine-tune's delta (as an average over its "
             "training would) is the same",
-            settings=(WEIGHTS,),
+            settings=(PARTIAL_WEIGHTS,),
             reference="arXiv 2203.05482",
+        ),
+        Method(
+            "slerp",
+            BLEND,
+            "slerp",
+            "mergekit's spherical blend of target and source",
+            settings=(PARTIAL_WEIGHTS,),
+            reference="Shoemake 1985, section 3.3",
         ),
         Method(
             "task-arithmetic",
@@ -119,7 +159,66 @@ METHODS = {
             "mergekit's TIES of both differences from the pretrained model or, if absent, of the source's from the "
             "target",
             settings=(WEIGHTS,),
+            without=("ties of target{}", "ties{} on the target"),
             reference="arXiv 2306.01708, section 3",
+        ),
+        Method(
+            "safe-lora",
+            DELTA,
+            "Safe LoRA",
+            "projects the delta, target - source, of the matrices that keep least to the safety vector, source - "
+            "pretrained, on that vector",
+            needs=(PRETRAINED,),
+            settings=((LEAST_SAFE, (0.25, 0.5, 0.75, 1.0)),),
+            reference="arXiv 2405.16833, sections 3.1 and 3.2",
+        ),
+        Method(
+            "safemerge",
+            DELTA,
+            "SafeMERGE",
+            "blends those matrices with the safe model's, which is here the source itself instead of one trained on "
+            "safety data",
+            needs=(PRETRAINED,),
+            settings=((LEAST_SAFE, (0.5, 1.0)), ("weight", (0.5, 0.8))),
+            reference="arXiv 2503.17239",
+        ),
+        Method(
+            "resta",
+            DELTA,
+            "RESTA",
+            "adds the safety vector, gamma times; drops a share of the delta, and rescales the rest (DARE); without "
+            "`pretrained`, the unaligned model is the source with its refusal direction removed",
+            settings=(("dropped", (0.3, 0.7)), ("gamma", (0.5, 1.0))),
+            without=("resta abliterated{}", "RESTA, abliterated"),
+            reference="arXiv 2402.11746",
+        ),
+        Method(
+            "safe-delta",
+            DELTA,
+            "Safe Delta",
+            "keeps the elements of the delta that cost least safety, by the inputs of the source's refusals, up to a "
+            "share of the whole delta's cost, and compensates for them",
+            needs=(REFUSALS,),
+            settings=(("share of cost", (0.5, 0.2, 0.05, 0.01)),),
+            reference="arXiv 2505.12038, section 4",
+        ),
+        Method(
+            "training",
+            TRAINING,
+            "training on refusals",
+            "trains a LoRA on the source's refusals alone",
+            needs=(REFUSALS, BACKWARD),
+            settings=TRAINED,
+            reference="arXiv 2106.09685, section 4.1",
+        ),
+        Method(
+            "training-keep",
+            TRAINING,
+            "training, self-distilled",
+            "trains a LoRA on these and, as many, the target's own answers to harmless and keep prompts",
+            needs=(REFUSALS, OWN_ANSWERS, BACKWARD),
+            settings=TRAINED,
+            reference="arXiv 2106.09685, section 4.1",
         ),
     )
 }

@@ -12,13 +12,13 @@ from urllib.parse import quote
 from tabulate import tabulate
 
 from dapa_merge.compare import charts
-from dapa_merge.compare.methods import AUTO, DAPA, METHODS, declared
+from dapa_merge.compare.methods import AUTO, DAPA, METHODS, RULE, declared
 from dapa_merge.compare.result import Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import markdown, markdown_code, printable
 from dapa_merge.report.charts import Chart
 from dapa_merge.report.tables import span
-from dapa_merge.search.requirement import limited
+from dapa_merge.search.requirement import constraints_of, limited
 
 HOW = (
     "DSR: the share of harmful prompts that are refused, as judged by the recipe's evaluator; if that scores a model "
@@ -31,7 +31,9 @@ HOW = (
     "like*); and the best of as many of these as the search made tests, by the prompts of the search (*best random "
     "like*). Skill is the mean of all skills that the recipe asks; changes are in percentage points. Intervals are "
     "95 %: Wilson's for the figures of a row, for more prompts like these; Student's t for averages over recipes, "
-    "which are taken as independent. Seconds and tests are those of the search."
+    "which are taken as independent. Seconds and tests are those of the search; of a method with settings, they "
+    "are those of trying these on the prompts of choice and search, none of which the report has (unless the recipe "
+    f"names its layers). Such a method is measured with one setting: {RULE}."
 )
 FRONT = (
     "Edits of every size: first the selection of {whose} (without a selection, blocks of all units of its search), "
@@ -69,6 +71,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
+    if any(arm.tuning is not None for arm in row.arms):
+        parts += ["Settings that were tried, on the prompts of choice and search:", trials_table(row).text(MARKDOWN)]
     if row.edit.note:
         parts.append(row.edit.note)
     if row.before.score is not None:
@@ -235,6 +239,20 @@ def _skill_and_cost(one: Average, *, with_span: bool) -> list[str]:
 def arms_table(row: Row) -> Table:
     """Every method on one target; random selections by their mean and range."""
     return Table(ARM_HEAD, [_arm_cells(arms) for arms in groups(row.arms).values()])
+
+
+def trials_table(row: Row) -> Table:
+    """Every setting that was tried, with the figures of the recipe's constraints; one of each method was taken."""
+    constraints = constraints_of(row.settings)
+    cells = []
+    for arm in row.arms:
+        tuning = arm.tuning
+        for number, trial in enumerate(tuning.trials if tuning else ()):
+            figures = [trial.figures.get(one.figure, math.nan) for one in constraints]
+            shown = [NONE if math.isnan(figure) else f"{figure:.3f}" for figure in figures]
+            is_taken = tuning is not None and number == tuning.chosen
+            cells.append([arm.label, trial.setting, *shown, "yes" if is_taken else "", trial.complaint or "is within"])
+    return Table(("method", "setting", *(one.label for one in constraints), "taken", "limits"), cells)
 
 
 def _arm_cells(arms: Sequence[Arm]) -> list[str]:

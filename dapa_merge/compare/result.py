@@ -30,6 +30,30 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One setting of a method, on the prompts of choice and search.
+
+    Attributes:
+        setting: For people.
+        figures: Those of the recipe's constraints, by name; empty if it could not be measured.
+        complaint: The first limit that it violates, or why it could not be measured; None if it keeps to all limits.
+    """
+
+    setting: str
+    figures: Mapping[str, float]
+    complaint: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The settings of a method that were tried, in their order, and the number of the one that was taken."""
+
+    trials: tuple[Trial, ...]
+    chosen: int
+
+
+@dataclass(frozen=True)
 class Arm:
     """One method, applied to one recipe's target.
 
@@ -38,6 +62,8 @@ class Arm:
         method: One of `METHODS`, or `target` or `source`.
         share: The replaced share of the target's parameters, in [0, 1].
         refused: For each harmful prompt, whether it was refused.
+        cost: Of a search, or of trying settings: each is a test.
+        tuning: None for a method without settings.
     """
 
     key: str
@@ -52,6 +78,7 @@ class Arm:
     over_refused: tuple[bool, ...] = ()
     seconds: float = 0.0
     cost: Cost | None = None
+    tuning: Tuning | None = None
 
     @property
     def group(self) -> str:
@@ -331,13 +358,17 @@ class CompareOptions:
     Attributes:
         methods: Some of `METHODS`.
         num_points: Sizes of edits on the curve, roughly.
+        seed: Of the first random selection, and of what methods draw at random.
+        weights: Weights of the source in mergekit's methods, each a row of its own; None to tune them.
+        num_tries: Settings of a method that are tried, at most; None for all.
         rows_per_block: Rows (neurons) of the smallest edit; None for a sixteenth of a projection.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     num_seeds: int = 5
     seed: int = 0
-    weights: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    weights: tuple[float, ...] | None = None
+    num_tries: int | None = None
     draws_curve: bool = True
     num_points: int = 12
     rows_per_block: int | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -13,17 +13,41 @@ from typing import Any
 from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit, architecture_name, auto_modules
-from dapa_merge.compare.blend import Blender, MergekitBlend, open_pretrained
+from dapa_merge.compare.blend import BETWEEN, Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
-from dapa_merge.compare.measuring import Measuring, Seen
-from dapa_merge.compare.methods import AUTO, BLENDS, CONTROLS, DAPA, LABELS, SOURCE, TARGET, TIES_DENSITY
-from dapa_merge.compare.result import Arm, CompareOptions, Row
-from dapa_merge.compare.selections import Found, auto_of, find_selections, fixed_layers, mlp_units, random_units
+from dapa_merge.compare.measuring import Measuring, Model, Seen
+from dapa_merge.compare.methods import (
+    AUTO,
+    BLEND,
+    CONTROLS,
+    DAPA,
+    DIRECTIONS,
+    LABELS,
+    METHODS,
+    PRETRAINED,
+    SOURCE,
+    TARGET,
+    TIES_DENSITY,
+    TUNED,
+    Method,
+)
+from dapa_merge.compare.result import Arm, CompareOptions, Cost, Row
+from dapa_merge.compare.selections import (
+    Found,
+    auto_of,
+    find_directions,
+    find_selections,
+    fixed_layers,
+    mlp_units,
+    random_units,
+)
+from dapa_merge.compare.tuning import Candidate, Trials, Workbench, thinned
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.meter import report_meter
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.plan.edit import EDITS, Copy, Directions, Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan, num_changed, plan_of_all, units_that_differ
 from dapa_merge.progress import advance, task
@@ -44,10 +68,13 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         UsageError: If the folder belongs to another recipe or other models.
         DapaError: For any other error; finished measurements are kept.
     """
+    given, recipe = recipe, copying(recipe)
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     # The search with `modules: auto` selects from these.
     plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
-    prompts = all_prompts(recipe)
+    # Then no keep prompt of the report has a part in what directions are chosen by.
+    is_rung = DIRECTIONS in wanted.methods and recipe.keep is not None
+    prompts = all_prompts(recipe, is_rung=is_rung)
     searching = prompts.search
     meter = report_meter(recipe, prompts.report, options, plan.models.values())
     # Figures are the verdicts of the first classifier: here the recipe's.
@@ -60,16 +87,22 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         "mergekit": version("mergekit"),
     }
     with closing(Journal(folder / JOURNAL_NAME, parts, kind="comparison", place="folder")) as journal:
-        found = _searches(recipe, chosen, folder, journal, wanted, options)
+        found = _searches(recipe, chosen, folder, journal, wanted, options, is_rung)
         # The curve grows through DAPA's own selection or, without one, through that among all projections.
         followed = next((key for key, one in found.items() if one.units is not None), None)
         best = found[followed or DAPA]
         with closing(Measuring(plan, meter, options.device, journal, refers=refers(recipe))) as measuring:
-            methods = Methods(chosen, plan, pretrained, found, searching, measuring, wanted)
+            workbench = Workbench(plan, pretrained, searching, measuring, journal, wanted)
+            trials = Trials(recipe, searching, measuring, journal)
+
+            def direct() -> Found:
+                return find_directions(given, chosen, folder, options)
+
+            methods = Methods(chosen, plan, pretrained, found, searching, measuring, wanted, workbench, trials, direct)
             stages = GrowthOrder.of(best.units or (), best.plan, plan.units)
             growth = Growth(stages, searching.harmful, measuring, journal, wanted) if wanted.draws_curve else None
             source = methods.source(growth)
-            arms = (methods.edit(TARGET, TARGET, ()), source, *methods.edits(), *methods.blends())
+            arms = (methods.edit(TARGET, TARGET, ()), source, *methods.edits(), *methods.tuned())
             curve = tuple(growth.points()) if growth else ()
     return Row(
         name=name,
@@ -90,13 +123,25 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     )
 
 
+def copying(recipe: Recipe) -> Recipe:
+    """The recipe for all methods but `directions`: if its own edit chooses what it adds, DAPA's copy of gates."""
+    chooses = EDITS.get(recipe.edit, Edit).chooses
+    return replace(recipe, edit=Copy.name, strength=1.0, modules=("gate",)) if chooses else recipe
+
+
 def _searches(
-    recipe: Recipe, chosen: Plan, folder: Path, journal: Journal, wanted: CompareOptions, options: Options
+    recipe: Recipe,
+    chosen: Plan,
+    folder: Path,
+    journal: Journal,
+    wanted: CompareOptions,
+    options: Options,
+    is_rung: bool,
 ) -> dict[str, Found]:
     """The wanted selections, by search."""
 
     def search(name: str, recipe: Recipe, plan: Plan) -> Found:
-        return find_selections(name, recipe, plan, folder, journal, options)
+        return find_selections(name, recipe, plan, folder, journal, options, is_rung=is_rung)
 
     if not wanted.draws_curve and not {DAPA, AUTO, *CONTROLS} & set(wanted.methods):
         return {DAPA: Found(chosen)}
@@ -127,16 +172,24 @@ class Methods:
     searching: PromptSet
     measuring: Measuring
     wanted: CompareOptions
+    workbench: Workbench
+    trials: Trials
+    direct: Callable[[], Found]
 
     def source(self, growth: Growth | None) -> Arm:
-        """Measure the source, and let `growth` ask it while it is loaded."""
-        if self.measuring.has("source") and (growth is None or growth.is_weighed):
+        """Measure the source, and ask it all that methods need while it is loaded."""
+        tunes = any(METHODS[key].kind in TUNED for key in self.wanted.methods)
+        is_heard = (growth is None or growth.is_weighed) and not self.workbench.lacks()
+        if self.measuring.has("source") and is_heard and (not tunes or self.measuring.has("trial source")):
             seen = self.measuring.alone((None, None))
         else:
             with self.measuring.source() as model:
                 seen = self.measuring.alone(model)
                 if growth is not None:
                     growth.hear(model)
+                if tunes:
+                    self.trials.try_out("source", lambda: nullcontext(model))
+                self.workbench.hear(model)
         return self._arm(SOURCE, SOURCE, LABELS[SOURCE], "the aligned model", seen, share=1.0)
 
     def edit(self, key: str, method: str, units: Sequence[Unit], detail: str | None = None, **more: Any) -> Arm:
@@ -164,6 +217,8 @@ class Methods:
                 yield Arm(key, key, LABELS[key], "nothing", why_not=one.why_not, cost=one.cost)
             else:
                 yield self.edit(key, key, one.units, cost=one.cost)
+        if DIRECTIONS in wanted:
+            yield self._directions()
         if "fixed" in wanted:
             layers = fixed_layers(_model_type(plan.target.config), plan.units[-1].layer + 1)
             yield self.edit("fixed", "fixed", mlp_units(plan.units, layers), _mlp_of(layers))
@@ -172,6 +227,27 @@ class Methods:
             yield self.edit("gates" if gates else "all", "gates", gates or self.chosen.units)
         for key, one in self.found.items():
             yield from self._controls(one, "" if key == DAPA else f" of {key}")
+
+    def _directions(self) -> Arm:
+        """Apply what `edit: directions` finds; the search is replayed only if its result is not measured yet."""
+        label, note, journal = LABELS[DIRECTIONS], "search directions", self.measuring.journal
+        found: Found | None = None
+        noted = journal.notes.get(note)
+        if noted is None or (noted["why_not"] is None and not self.measuring.has(noted["measured"])):
+            found = self.direct()
+            if noted is None:
+                noted = _noted_directions(found)
+                journal.note(note, noted)
+        cost = Cost(**noted["cost"]) if noted["cost"] else None
+        if noted["why_not"] is not None:
+            return Arm(DIRECTIONS, DIRECTIONS, label, "nothing", why_not=noted["why_not"], cost=cost)
+
+        def make() -> AbstractContextManager[Model]:
+            assert found is not None
+            return self.measuring.edited(found.plan, found.units or ())
+
+        seen = self.measuring.candidate(noted["measured"], make, label)
+        return self._arm(DIRECTIONS, DIRECTIONS, label, noted["detail"], seen, share=noted["share"], cost=cost)
 
     def _controls(self, found: Found, whose: str) -> Iterator[Arm]:
         """Apply the controls, which a selection should beat."""
@@ -205,38 +281,57 @@ class Methods:
                 advance(1, "selections")
         return drawn[scores.index(max(scores))]
 
-    def blends(self) -> Iterator[Arm]:
-        """Apply mergekit's own methods.
+    def tuned(self) -> Iterator[Arm]:
+        """Apply the methods with settings: blends, and those that rewrite deltas or train."""
+        for key in self.wanted.methods:
+            method = METHODS[key]
+            if method.kind not in TUNED:
+                continue
+            if PRETRAINED in method.needs and self.pretrained is None:
+                # With the target subtracted, task arithmetic would be the linear blend.
+                why = "the recipe names no `pretrained` model, or the target itself"
+                yield Arm(key, key, method.label, "nothing", why_not=why)
+            elif method.kind == BLEND and self.wanted.weights is not None:
+                for weight in self.wanted.weights:
+                    # A linear blend of weight 1 is the source, which is in every table.
+                    if method.grid[-1] == (1.0,) or weight != 1:
+                        yield self._measured(method, [self._blend(method, weight)], f" {weight:g}")
+            elif method.kind == BLEND:
+                weights = thinned(method.grid, self.wanted.num_tries)
+                yield self._measured(method, [self._blend(method, weight) for (weight,) in weights])
+            else:
+                yield self._measured(method, self.workbench.candidates(method))
 
-        Task arithmetic needs the pretrained model: with the target subtracted it would be the linear blend.
-        """
-        wanted = [one for one in BLENDS if one in self.wanted.methods]
-        if (method := "task-arithmetic") in wanted and self.pretrained is None:
-            wanted.remove(method)
-            why = "the recipe names no `pretrained` model, or the target itself"
-            yield Arm(method, method, "task arithmetic", "nothing", why_not=why)
-        for method in wanted:
-            density = TIES_DENSITY if method == "ties" else 1.0
-            for weight in self.wanted.weights:
-                # A linear blend of weight 1 is the source, which is in every table.
-                if method != "linear" or weight != 1:
-                    yield self._blend(method, MergekitBlend(method.replace("-", "_"), weight, density))
-
-    def _blend(self, method: str, blend: MergekitBlend) -> Arm:
-        key, label, subtracted = f"{method} {blend.weight:g}", blend.name, ""
-        if method == "ties" and self.pretrained is None:
-            # With the target subtracted it is another method.
-            key, label = f"{method} of target {blend.weight:g}", f"{label} on the target"
-            subtracted = ", of its difference from the target"
+    def _measured(self, method: Method, candidates: Sequence[Candidate], weight: str = "") -> Arm:
+        """Measure the best candidate by the prompts of choice and search, or the one with a given weight."""
+        names = f"{method.key}{{}}", f"{method.label}{{}}"
+        if self.pretrained is None and any(method.without):
+            names = method.without
+        key, label = (name.format(weight) for name in names)
         try:
-            seen = self.measuring.blend(blend, "" if method == "linear" else self._base, lambda: self._blender)
+            tuning = None if weight else self.trials.tune(label, candidates)
+            chosen = candidates[tuning.chosen if tuning else 0]
+            is_counted = method.kind != BLEND
+            counted = (lambda: self.workbench.num_changed) if is_counted else None
+            seen = self.measuring.candidate(chosen.note, chosen.make, label, counted)
         except JournalUnavailable:
             raise
         except (UsageError, CheckpointError) as error:
-            return Arm(key, method, label, "nothing", why_not=str(error))
-        density = f", density {blend.density:g}" if blend.density != 1 else ""
-        detail = f"weight of the source {blend.weight:g}{density}{subtracted}"
-        return self._arm(key, method, label, detail, seen, share=1.0)
+            return Arm(key, method.key, label, "nothing", why_not=str(error))
+        share = 1.0 if seen.num_changed is None else seen.num_changed / self.plan.target.num_parameters
+        cost = Cost(len(tuning.trials), round(sum(one.seconds for one in tuning.trials), 3), {}) if tuning else None
+        return self._arm(key, method.key, label, chosen.setting, seen, share=share, cost=cost, tuning=tuning)
+
+    def _blend(self, method: Method, weight: float) -> Candidate:
+        density = TIES_DENSITY if method.key == "ties" else 1.0
+        blend = MergekitBlend(method.key.replace("-", "_"), weight, density)
+        # Identifies the weights that are subtracted.
+        base = "" if blend.method in BETWEEN else self._base
+        setting = f"weight of the source {weight:g}{f', density {density:g}' if density != 1 else ''}"
+        if method.key == "ties" and self.pretrained is None:
+            setting += ", of its difference from the target"
+        note = f"blend {blend.method} {weight!r} {density!r} {base}"
+        return Candidate(note, setting, lambda: self._blender.blended(blend))
 
     @cached_property
     def _base(self) -> str:
@@ -246,6 +341,18 @@ class Methods:
     def _blender(self) -> Blender:
         live = self.measuring.live
         return Blender(live, self.plan.target, self.plan.source, self.pretrained, device=str(live.model.device))
+
+
+def _noted_directions(found: Found) -> dict[str, Any]:
+    """What a search for directions found, for the journal."""
+    plan = found.plan
+    noted: dict[str, Any] = {"why_not": found.why_not, "cost": found.cost and asdict(found.cost)}
+    if found.units is None:
+        return noted
+    edit = plan.edit.reduced(regions["target"] for regions in plan.regions(found.units))
+    assert isinstance(edit, Directions)
+    detail = f"{edit.factors.num_directions:,} directions in {len(found.units)} matrices"
+    return {**noted, "measured": f"directions {edit.digest}", "detail": detail, "share": plan.share(found.units)}
 
 
 def _mlp_of(layers: Sequence[int]) -> str:

@@ -17,8 +17,9 @@ from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, Unit, auto_modu
 from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.live import choose_device
+from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join, with_modules
-from dapa_merge.plan.selection import changing_selection, given_selection
+from dapa_merge.plan.selection import changing_selection, given_selection, make_plan
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import parse_layers
@@ -52,8 +53,36 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
     return replace(recipe, layers=None, modules=(AUTO,), granularity="layer", prefer=None), plan
 
 
-def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options) -> Found:
-    """Search once, or read the outcome in the journal.
+def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) -> Found:
+    """Search with `edit: directions`, or replay the search's journal: what was found is no selection of units alone."""
+    if recipe.layers is not None:
+        return Found(plan, None, "the recipe names its layers, so that no prompts are left to choose directions by")
+    if recipe.edit != Directions.name:
+        recipe = replace(
+            recipe, edit=Directions.name, strength=1.0, modules=(AUTO,), granularity="layer", prefer=None
+        )  # fmt: skip
+    path = folder / "directions.jsonl"
+    before = _recorded_seconds(path)
+    began = time.perf_counter()
+    units, why_not, tests = None, None, 0
+    with peak_memory(choose_device(options.device)) as peak:
+        try:
+            plan = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
+            LOG.info(f"searching for directions in {', '.join(plan.modules)}")
+            found = search_plan(recipe, plan, replace(options, journal=path))
+        except CannotRepair as error:
+            why_not = str(error)
+            LOG.info(why_not)
+        else:
+            plan, tests = found.plan, found.minimum.tests
+            units = join(plan, found.minimum.units)
+    return Found(plan, units, why_not, Cost(tests, round(before + time.perf_counter() - began, 3), peak))
+
+
+def find_selections(
+    name: str, recipe: Recipe, plan: Plan, folder: Path, journal: Journal, options: Options, *, is_rung: bool = False
+) -> Found:
+    """Search once, or read the outcome in the journal; `is_rung` as for `split_prompts`.
 
     Raises:
         DapaError: For any error; finished tests are in the search's journal.
@@ -68,7 +97,7 @@ def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal
     note = f"search {name}"
     if note not in journal.notes:
         LOG.info(f"searching among {', '.join(recipe.modules)}")
-        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options))
+        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options, is_rung))
     found = journal.notes[note]
     cost = Cost(**found["cost"])
     if found["units"] is None:
@@ -77,14 +106,14 @@ def find_selections(name: str, recipe: Recipe, plan: Plan, folder: Path, journal
     return Found(plan, given_selection(replace(recipe, layers=choices), plan), None, cost)
 
 
-def _search(recipe: Recipe, plan: Plan, path: Path, options: Options) -> dict[str, object]:
+def _search(recipe: Recipe, plan: Plan, path: Path, options: Options, is_rung: bool) -> dict[str, object]:
     before = _recorded_seconds(path)
     began = time.perf_counter()
     units: Sequence[Unit] | None = None
     why_not, tests = None, 0
     with peak_memory(choose_device(options.device)) as peak:
         try:
-            found = search_plan(recipe, plan, replace(options, journal=path))
+            found = search_plan(recipe, plan, replace(options, journal=path), is_rung=is_rung)
         except CannotRepair as error:
             why_not = str(error)
             LOG.info(why_not)

@@ -64,10 +64,15 @@ class Session:
     possible: float | None = None
 
 
-def search_plan(recipe: Recipe, plan: Plan, options: Options, *, possible: float | None = None) -> Search:
-    """Load the target of a recipe's plan and `search`, whatever layers the recipe names; `possible` for a rung."""
+def search_plan(
+    recipe: Recipe, plan: Plan, options: Options, *, possible: float | None = None, is_rung: bool = False
+) -> Search:
+    """Load the target of a recipe's plan and `search`, whatever layers the recipe names.
+
+    `possible` is for a rung, whose prompts are parted as for all edits; with `is_rung` alone, only they are.
+    """
     check_pick(options.pick, plan)
-    parts = split_prompts(recipe, is_rung=possible is not None)
+    parts = split_prompts(recipe, is_rung=is_rung or possible is not None)
     plan = without_equal_units(recipe, plan)
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,18 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
+from dapa_merge.compare.methods import DIRECTIONS, METHODS
 from dapa_merge.errors import markdown
+from dapa_merge.measure.prompts import parts
 from dapa_merge.report import charts
+from dapa_merge.search import search as searching
+from dapa_merge.search.ascent import Settings
 
-QUICK = ("--seeds", 1, "--points", 2, "--weights", "0.5", "--device", "cpu")
+# All but `directions`, whose search takes longer than all others together.
+QUICK = (
+    "--seeds", 1, "--points", 2, "--tries", 2, "--device", "cpu",
+    "--methods", ",".join(key for key in METHODS if key != DIRECTIONS),
+)  # fmt: skip
 LEAST = ("--methods", "fixed", "--no-curve", "--device", "cpu")
 
 
@@ -65,6 +74,8 @@ def compared(tmp_path_factory) -> tuple[list[Path], Path, dict]:
     with pytest.MonkeyPatch.context() as patch:
         # That it is drawn at all is what is looked at.
         patch.setattr(charts, "DOTS_PER_INCH", 50)
+        for key in ("training", "training-keep"):
+            patch.setitem(METHODS, key, replace(METHODS[key], settings=(("rate", (1e-3, 2e-3)), ("steps", (4.0,)))))
         return recipes, folder / "out", answer("compare", *recipes, "--out", folder / "out", *QUICK, "--json")
 
 
@@ -79,13 +90,14 @@ def test_every_method_is_measured_on_the_same_prompts(compared):
     arms = arms_of(summary, "planted")
     assert list(arms) == [
         "target", "source", "dapa", "auto", "fixed", "gates", "mlp", "random seed 0", "random-search",
-        "mlp of auto", "random of auto seed 0", "random-search of auto", "linear 0.5", "task-arithmetic 0.5",
-        "ties 0.5",
+        "mlp of auto", "random of auto seed 0", "random-search of auto", "linear", "slerp", "task-arithmetic",
+        "ties", "safe-lora", "safemerge", "resta", "safe-delta", "training", "training-keep",
     ]  # fmt: skip
-    assert {arm["figures"]["num_harmful"] for arm in arms.values()} == {6}
+    assert {arm["figures"]["num_harmful"] for arm in arms.values() if arm["why_not"] is None} == {6}
     # Nothing is known of what the other pair came from.
-    assert "task-arithmetic 0.5" not in arms_of(summary, "shadow")
-    assert "names no `pretrained` model" in arms_of(summary, "shadow")["task-arithmetic"]["why_not"]
+    for key in ("task-arithmetic", "safe-lora", "safemerge"):
+        assert "names no `pretrained` model" in arms_of(summary, "shadow")[key]["why_not"]
+    assert {"ties of target", "resta abliterated"} <= arms_of(summary, "shadow").keys()
 
 
 def test_the_figures_are_those_of_a_run(compared, tmp_path, no_pictures):
@@ -141,7 +153,7 @@ def test_tables_and_pictures_are_there(compared):
     }  # fmt: skip
     pictures = {path.name for path in (out / "figures").iterdir()}
     assert pictures == {
-        f"{name}.{kind}" for name in ("methods", "row_planted", "row_shadow") for kind in ("png", "svg")
+        f"{name}.{kind}" for name in ("methods", "clouds", "row_planted", "row_shadow") for kind in ("png", "svg")
     }
     assert all((out / "figures" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures if name.endswith("png"))
     lines = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
@@ -160,7 +172,11 @@ def test_only_the_journals_of_the_searches_keep_answers(compared):
     }
     # Of a search that is broken off at once, as there is nothing to be found, there is none.
     assert "rows/planted/dapa.jsonl" in kept
-    assert kept <= {f"rows/{row}/{search}.jsonl" for row in ("planted", "shadow") for search in ("dapa", "auto")}
+    # In the figures are the target's own answers to harmless prompts, which a training goes on giving.
+    journals = ("dapa", "auto", "figures")
+    assert kept <= {f"rows/{row}/{journal}.jsonl" for row in ("planted", "shadow") for journal in journals}
+    notes = (json.loads(line) for line in (out / "rows/planted/figures.jsonl").read_text().splitlines())
+    assert {one.get("note") for one in notes if "here is how" in json.dumps(one)} == {"own answers"}
 
 
 def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_there(compared, tmp_path, no_pictures):
@@ -172,7 +188,7 @@ def test_again_nothing_is_measured_and_other_methods_are_taken_from_what_is_ther
     assert again["rows"] == summary["rows"][1:]
     fewer = answer("compare", recipes[0], "--out", out, *QUICK, "--methods", "dapa,ties", "--json")
     assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == journals
-    assert list(arms_of(fewer, "planted")) == ["target", "source", "dapa", "ties 0.5"]
+    assert list(arms_of(fewer, "planted")) == ["target", "source", "dapa", "ties"]
     assert not (out / "figures" / "row_shadow.png").exists()
 
 
@@ -239,7 +255,8 @@ def test_other_models_do_not_go_into_the_same_row(compared, tmp_path, no_picture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--methods", "dapa,magic"), "--methods: unknown method 'magic'; known are dapa, auto, fixed"),
+        (("--methods", "dapa,magic"), "--methods: unknown method 'magic'; known are dapa, auto, directions"),
+        (("--tries", "0"), "Invalid value for '--tries'"),
         (("--weights", "0.5,2"), "'2' is not a weight; write numbers above 0 and up to 1, with commas"),
         (("--weights", "some"), "'some' is not a weight"),
         (("--points", "1"), "Invalid value for '--points'"),
@@ -262,14 +279,71 @@ def test_a_bad_recipe_is_told_before_anything_is_measured(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_edit_that_chooses_what_it_adds_is_refused(tmp_path):
-    """Of the units that it did not choose, it would change nothing, so that each row would be the target's own."""
-    recipe = write(tmp_path, "one", "target", "source", layers="auto", edit="directions")
-    result = call("compare", recipe, "--out", tmp_path / "out", *LEAST)
-    assert result.exit_code == 2
-    assert "parameters.edit is directions, which changes only what it chose" in result.stderr
-    assert "write copy or blend or difference" in result.stderr
-    assert not (tmp_path / "out").exists()
+def test_every_setting_that_was_tried_is_on_the_page_and_one_by_the_rule_is_measured(compared):
+    _, out, summary = compared
+    page = (out / "table.md").read_text()
+    for row in summary["rows"]:
+        tuned = [arm for arm in row["arms"] if arm["tuning"]]
+        assert {arm["method"] for arm in tuned} >= {
+            "linear",
+            "slerp",
+            "ties",
+            "safe-delta",
+            "training",
+            "training-keep",
+        }
+        for arm in tuned:
+            trials, chosen = arm["tuning"]["trials"], arm["tuning"]["chosen"]
+            assert arm["detail"] == trials[chosen]["setting"]
+            assert arm["cost"]["tests"] == len(trials) <= 2
+            if any(trial["complaint"] is None for trial in trials):
+                assert trials[chosen]["complaint"] is None
+                able = [trial["figures"]["score"] for trial in trials if trial["complaint"] is None]
+                assert trials[chosen]["figures"]["score"] == max(able)
+            assert all(f"{arm['label']} | {trial['setting']}" in " ".join(page.split()) for trial in trials)
+
+
+def test_weights_that_are_named_are_rows_of_their_own_and_not_chosen_among(compared, tmp_path, no_pictures):
+    recipes, whole, _ = compared
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    how = ("--methods", "linear,slerp,ties", "--weights", "0.5,1", "--no-curve", "--device", "cpu")
+    arms = arms_of(answer("compare", recipes[1], "--out", out, *how, "--json"), "shadow")
+    assert list(arms)[2:] == ["linear 0.5", "slerp 0.5", "ties of target 0.5", "ties of target 1"]
+    assert [arm["tuning"] for arm in arms.values()] == [None] * len(arms)
+
+
+@pytest.mark.parametrize("edit", ["copy", "directions"])
+def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_report(
+    edit, tmp_path, no_pictures, monkeypatch
+):
+    monkeypatch.setattr(searching, "Settings", lambda: Settings(num_rounds=2, num_steps=4, rate=0.3))
+    reports, asked = [], []
+    split = parts.split_prompts
+
+    def noted(recipe, **how):
+        found = split(recipe, **how)
+        if recipe.edit == "directions":
+            asked.extend([*found.search.keep, *found.choice.keep])
+        reports.append(found.report)
+        return found
+
+    monkeypatch.setattr(searching, "split_prompts", noted)
+    monkeypatch.setattr(parts, "split_prompts", noted)
+    keep = tmp_path / "keep.jsonl"
+    keep.write_text("".join(json.dumps({"prompt": f"What is a garden number {n}?"}) + "\n" for n in range(12)))
+    recipe = write(tmp_path, "one", "shadow-target", "shadow-source", edit=edit, keep=keep, max_tests=1)
+    how = ("--methods", "dapa,directions", "--no-curve", "--device", "cpu")
+    summary = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
+    arms = arms_of(summary, "one")
+    assert list(arms) == ["target", "source", "dapa", "directions"]
+    assert summary["rows"][0]["modules"] == "gate"
+    assert arms["directions"]["why_not"] or "directions in" in arms["directions"]["detail"]
+    assert len({report.keep for report in reports}) == 1
+    assert asked
+    assert not set(reports[0].keep) & set(asked)
+    again = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
+    assert again["rows"] == summary["rows"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

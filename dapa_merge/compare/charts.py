@@ -20,6 +20,7 @@ from dapa_merge.compare.methods import (
     SOURCE,
     TARGET,
     TRAINING,
+    method_of,
 )
 from dapa_merge.compare.result import (
     Arm,
@@ -48,24 +49,25 @@ COLOURS = {SEARCH: BLUE, FIXED: PURPLE, CONTROL: VERMILION, BLEND: GREY, DELTA: 
 MARKERS = "oPsD^vX<>ph"
 # In the picture of a row, these are lines.
 DRAWN_AS_LINES = (TARGET, DAPA, "random")
-# Marks of a cloud that are nearer to each other, in points of skill or DSR, are moved apart.
-LEAST_DISTANCE = 3.2
+# The size of a mark in a panel of the clouds, in points of skill and of DSR, and where it may stand instead of its own
+# place, in such sizes, nearest first.
+MARK = (3.4, 4.8)
+AROUND = sorted(((x, y) for x in range(-3, 7) for y in range(-4, 2)), key=lambda one: math.hypot(*one))
 RANDOM = "random"
 # Minimum reach of the axis of changes, in points, so that noise does not look large.
 MIN_REACH = 5
 OfPoint = Callable[[Point], "float | None"]
 
 
-def look(arm: Arm) -> tuple[str, str]:
-    """Colour and marker of a method; those that follow the selection of `auto` have a marker of their own."""
-    if arm.method in (TARGET, SOURCE):
-        return BLACK, "*" if arm.method == SOURCE else "o"
-    kind = METHODS[arm.method].kind
-    alike = [key for key, one in METHODS.items() if one.kind == kind]
-    if kind == CONTROL:
+def look(group: str) -> tuple[str, str]:
+    """Colour and marker of a group of arms; those that follow the selection of `auto` have a marker of their own."""
+    method = method_of("gates" if group == "all" else group)
+    if method is None:
+        return BLACK, "*" if group == SOURCE else "o"
+    alike = [key for key, one in METHODS.items() if one.kind == method.kind]
+    if method.kind == CONTROL:
         alike = [name for key in alike for name in (key, f"{key} of {AUTO}")]
-    name = arm.group if arm.group in alike else arm.method
-    return COLOURS[kind], MARKERS[alike.index(name)]
+    return COLOURS[method.kind], MARKERS[alike.index(group if group in alike else method.key)]
 
 
 def methods_figure(rows: Sequence[Row]) -> Figure | None:
@@ -91,8 +93,8 @@ def methods_figure(rows: Sequence[Row]) -> Figure | None:
                     continue
                 if mean.interval is not None:
                     low, high = mean.interval
-                    axes.hlines(place, 100 * low, 100 * high, color=_colour(one.group), linewidth=2, zorder=2)
-                axes.scatter([100 * mean.value], [place], s=34, color=_colour(one.group), marker="s", zorder=3)
+                    axes.hlines(place, 100 * low, 100 * high, color=look(one.group)[0], linewidth=2, zorder=2)
+                axes.scatter([100 * mean.value], [place], s=34, color=look(one.group)[0], marker="s", zorder=3)
             axes.axvline(0, color="#666666", linewidth=0.8, zorder=0)
             axes.set_title(title)
             low, high = axes.get_xlim()
@@ -102,10 +104,6 @@ def methods_figure(rows: Sequence[Row]) -> Figure | None:
         figure.suptitle("Change from the target, in points", x=0.01, ha="left")
         figure.supxlabel("dots: recipes; squares: their mean, with its 95 % interval", fontsize=9)
     return figure
-
-
-def _colour(group: str) -> str:
-    return BLUE if group in (DAPA, AUTO) else VERMILION if group.startswith(RANDOM) else BLACK
 
 
 def row_figure(row: Row) -> Figure:
@@ -165,7 +163,7 @@ def _panel(axes: Axes, row: Row, of_point: OfPoint, of_arm: Callable[[Arm], floa
             zorder=4,
         )  # fmt: skip
     for arm in row.arms:
-        value, (colour, marker) = of_arm(arm), look(arm)
+        value, (colour, marker) = of_arm(arm), look(arm.group)
         if arm.method in DRAWN_AS_LINES or value is None or not math.isfinite(value):
             continue
         # One entry for all weights of a blend.
@@ -202,45 +200,62 @@ def clouds_figure(rows: Sequence[Row]) -> Figure | None:
     num_columns = min(len(panels), 3 if len(panels) > 4 else 2)
     num_lines = -(-len(panels) // num_columns)
     handles: dict[str, Any] = {}
-    with sheet(2.0 + 3.1 * num_lines) as figure:
+    with sheet(2.1 + 2.9 * num_lines) as figure:
         grid = list(figure.subplots(num_lines, num_columns, sharex=True, sharey=True, squeeze=False).flat)
-        for axes, row in zip(grid, panels, strict=False):
+        for number, (axes, row) in enumerate(zip(grid, panels, strict=False)):
             _cloud(axes, row)
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
+            if number % num_columns == 0:
+                axes.set_ylabel("DSR (%)")
+            if number + num_columns >= len(panels):
+                axes.set_xlabel("skill (%)")
+                axes.tick_params(labelbottom=True)
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
-        figure.supxlabel("skill (%)", fontsize=10)
-        figure.supylabel("DSR (%)", fontsize=10)
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
 def _cloud(axes: Axes, row: Row) -> None:
-    """Draw the panel of a recipe; marks that would cover each other are moved apart, to the right."""
+    """Draw the panel of a recipe; a mark that would cover another stands beside it, tied to its place by a line."""
     for is_random, colour in ((False, BLUE), (True, VERMILION)):
         points = [one for one in row.curve if (one.path != DAPA) == is_random and one.skill is not None]
         across, up = [100 * (one.skill or 0.0) for one in points], [100 * one.dsr for one in points]
         axes.scatter(across, up, s=7, color=colour, alpha=0.35, linewidth=0, zorder=1)
     taken: list[tuple[float, float]] = []
+    drawn: set[tuple[str, str]] = set()
     for arm in row.arms:
-        if arm.figures is None or arm.skill is None:
+        # What follows `auto` is often what follows DAPA.
+        same = (arm.method.replace(AUTO, DAPA), arm.detail)
+        if arm.figures is None or arm.skill is None or (same in drawn and arm.method not in BLENDS):
             continue
-        colour, marker = look(arm)
-        place = 100 * arm.skill, 100 * arm.figures.dsr
+        drawn.add(same)
+        colour, marker = look(arm.group)
+        x, y = 100 * arm.skill, 100 * arm.figures.dsr
+        if arm.method == RANDOM:
+            # A cloud of its own.
+            label = LABELS[arm.group]
+            axes.scatter(x, y, s=16, color=colour, marker=marker, linewidth=0, alpha=0.8, label=label, zorder=2)
+            continue
         low, high = arm.figures.dsr_interval
-        axes.vlines(place[0], 100 * low, 100 * high, color=colour, linewidth=0.6, alpha=0.5, zorder=2)
-        while any(math.dist(place, other) < LEAST_DISTANCE for other in taken):
-            place = place[0] + LEAST_DISTANCE / 2, place[1]
+        axes.vlines(x, 100 * low, 100 * high, color=colour, linewidth=0.6, alpha=0.5, zorder=2)
+        places = [(x + dx * MARK[0], min(y + dy * MARK[1], 104.0)) for dx, dy in AROUND]
+        place = next((one for one in places if not any(_covers(one, other) for other in taken)), (x, y))
         taken.append(place)
+        axes.plot([x, place[0]], [y, place[1]], color="#666666", linewidth=0.6, zorder=2)
         label = arm.method.replace("-", " ") if arm.method in BLENDS else LABELS.get(arm.group, arm.label)
         axes.scatter(
-            *place, s=44, color=colour, marker=marker, edgecolor="white", linewidth=0.6, label=readable(label),
+            *place, s=38, color=colour, marker=marker, edgecolor="white", linewidth=0.6, label=readable(label),
             zorder=3,
         )  # fmt: skip
     axes.set_title(readable(row.name))
-    axes.set_xlim(-4, 108)
-    axes.set_ylim(-4, 106)
+    axes.set_xlim(-6, 108)
+    axes.set_ylim(-7, 108)
+
+
+def _covers(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return all(abs(ours - theirs) < 0.9 * size for ours, theirs, size in zip(one, other, MARK, strict=True))
 
 
 def _rows_with_curves(rows: Sequence[Row]) -> dict[str, Row]:
@@ -253,7 +268,8 @@ CHARTS = (
     Chart(
         "clouds",
         "DSR against skill: every method on every recipe, with the 95 % interval of its DSR; marks that would cover "
-        "each other stand side by side, to the right; small dots are edits of every size, by DAPA (blue) and at random",
+        "each other stand side by side, tied to their places by lines; small dots are edits of every size, by DAPA "
+        "(blue) and at random",
         clouds_figure,
     ),
     Chart("row_{}", lambda row: f"{row.name}: edits of every size", row_figure, _rows_with_curves),

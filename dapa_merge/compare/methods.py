@@ -76,7 +76,7 @@ WEIGHTS = ("weight", (0.25, 0.5, 0.75, 1.0))
 PARTIAL_WEIGHTS = ("weight", (0.25, 0.5, 0.75))
 # The share of the matrices that are changed, those first whose delta keeps least to the safety vector.
 LEAST_SAFE = "share of matrices"
-TRAINED = (("rate", (1e-4, 1e-3)), ("steps", (10.0, 40.0)))
+TRAINED = (("rate", (2e-4, 1e-3)), ("steps", (10.0, 40.0)))
 
 # In the order of a table. The target untouched and the source itself are always there.
 METHODS = {
@@ -199,7 +199,7 @@ METHODS = {
             "keeps the elements of the delta that cost least safety, by the inputs of the source's refusals, up to a "
             "share of the whole delta's cost, and compensates for them",
             needs=(REFUSALS,),
-            settings=(("share of cost", (0.5, 0.2, 0.05, 0.01)),),
+            settings=(("share of cost", (0.95, 0.8, 0.5, 0.1)),),
             reference="arXiv 2505.12038, section 4",
         ),
         Method(
@@ -233,6 +233,11 @@ LABELS = {
     **{key: one.label for key, one in METHODS.items()},
     **{f"{key} of {AUTO}": one.of_auto for key, one in METHODS.items() if one.of_auto},
 }
+
+
+def method_of(group: str) -> Method | None:
+    """The method of a group of arms, as `linear 0.5` or `mlp of auto` name it; None for target and source."""
+    return next((one for key, one in METHODS.items() if f"{group} ".startswith(f"{key} ")), None)
 
 
 def declared(keys: Iterable[str]) -> list[str]:

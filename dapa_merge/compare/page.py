@@ -12,7 +12,7 @@ from urllib.parse import quote
 from tabulate import tabulate
 
 from dapa_merge.compare import charts
-from dapa_merge.compare.methods import AUTO, DAPA, METHODS, RULE, declared
+from dapa_merge.compare.methods import AUTO, DAPA, METHODS, NEEDS, RULE, declared
 from dapa_merge.compare.result import Arm, Average, Cost, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import markdown, markdown_code, printable
@@ -71,6 +71,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
+    if needs := _needs(row):
+        parts.append(needs)
     if any(arm.tuning is not None for arm in row.arms):
         parts += ["Settings that were tried, on the prompts of choice and search:", trials_table(row).text(MARKDOWN)]
     if row.edit.note:
@@ -88,6 +90,17 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
     if shown:
         parts.append(FRONT.format(whose="`modules: auto`" if row.followed == AUTO else "DAPA"))
     return parts + shown
+
+
+def _needs(row: Row) -> str | None:
+    """What the applied methods take that not everyone has, in a sentence."""
+    takers: dict[str, dict[str, None]] = {need: {} for need in NEEDS}
+    for arm in row.arms:
+        if arm.figures is not None and arm.method in METHODS:
+            for need in METHODS[arm.method].needs:
+                takers[need][arm.label] = None
+    told = [f"{NEEDS[need]} ({', '.join(labels)})" for need, labels in takers.items() if labels]
+    return f"Besides target, source and prompts, methods take {'; '.join(told)}." if told else None
 
 
 def _verdict(row: Row) -> str:

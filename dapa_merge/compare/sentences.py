@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from dapa_merge.compare.methods import AUTO, DAPA, SOURCE, TARGET
+from dapa_merge.compare.methods import AUTO, BLENDS, DAPA, SOURCE, TARGET
 from dapa_merge.compare.result import (
     Arm,
     Average,
@@ -144,9 +144,12 @@ def _choices(rows: Sequence[Row]) -> Iterator[str]:
     has_skill = any(mean_skill(row.before) is not None for row in repairable)
     best = "keeps most skill, and at least half of it" if has_skill else "changes perplexity least"
     of_rows = "the one row" if len(repairable) == 1 else f"the {len(repairable)} rows"
+    blended = (Counter(arm.method for arm in row.arms if arm.method in BLENDS) for row in rows)
+    chance = "; the best of several settings of one method is favoured by chance"
+    several = chance if any(number > 1 for found in blended for number in found.values()) else ""
     yield (
         f"Of the methods that repair, this one {best}: {counts}, of {of_rows} with something to repair. (Of equals "
-        f"the smallest edit; the best of several settings of one method is favoured by chance.)"
+        f"the smallest edit{several}.)"
     )
     missing = [row for row in repairable if not able[row.name]]
     kept = " and keeps half of the skill" if has_skill else ""

@@ -226,7 +226,7 @@ def inverted_moments(
         `[n, n]` on the CPU, by the name of the layer's weight.
 
     Raises:
-        UsageError: If the matrices do not fit in memory, or there are no refusals.
+        UsageError: If the matrices do not fit in memory, or there are no refusals or no such layers.
     """
     if not rows:
         raise UsageError("the source refuses none of the prompts, so that nothing says what its safety rests on")
@@ -234,6 +234,8 @@ def inverted_moments(
     layers = {
         name: one for name, one in source.named_modules() if isinstance(one, Linear) and f"{name}.weight" in parts
     }
+    if not layers:
+        raise UsageError("the source has no linear layers of attention and MLP whose inputs could be read")
     sizes = {_reads(name): 4 * layer.in_features**2 for name, layer in layers.items()}
     if sum(sizes.values()) > MAX_MOMENT_BYTES:
         raise UsageError(

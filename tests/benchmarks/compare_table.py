@@ -27,8 +27,13 @@ from families import train_families
 from tiny import few_prompts, parse
 
 COMPARE = [sys.executable, "-c", "from dapa_merge.cli import main; main()"]
-# The least that still has every method and a curve.
-QUICK = ["--seeds", "2", "--points", "6"]
+# The least that still has a curve and every method that takes seconds.
+QUICK = [
+    "--seeds", "2", "--points", "6",
+    "--methods", "dapa,auto,fixed,gates,mlp,random,random-search,linear,task-arithmetic,ties",
+]  # fmt: skip
+# Of the blends, each a row.
+WEIGHTS = "0.25,0.5,0.75,1"
 # Of the table of pairs: what an arm is called there, by its key.
 SHOWN = {
     "target": "target",
@@ -64,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     began = time.perf_counter()
     recipes = train_families(arguments.out / "families", quick=arguments.quick, say=say, _tiny=arguments.tiny)
     trained = time.perf_counter()
-    options = ["--out", str(arguments.out / "table"), "--device", "cpu", *(QUICK if arguments.quick else [])]
+    options = ["--out", str(arguments.out / "table"), "--device", "cpu", "--weights", WEIGHTS]
+    options += QUICK if arguments.quick else []
     if arguments.tiny:
         recipes, options = recipes[:1], [*options, "--methods", "fixed", "--no-curve"]
         text = recipes[0].read_text(encoding="utf-8")

@@ -18,12 +18,14 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
+from dapa_merge.compare import row as comparing
 from dapa_merge.compare.methods import DIRECTIONS, METHODS
 from dapa_merge.errors import markdown
 from dapa_merge.measure.prompts import parts
 from dapa_merge.report import charts
 from dapa_merge.search import search as searching
 from dapa_merge.search.ascent import Settings
+from dapa_merge.search.journal import Journal
 
 # All but `directions`, whose search takes longer than all others together.
 QUICK = (
@@ -63,6 +65,14 @@ def without_time(content):
 pytestmark = pytest.mark.xdist_group("compare")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_training():
+    with pytest.MonkeyPatch.context() as patch:
+        for key in ("training", "training-keep"):
+            patch.setitem(METHODS, key, replace(METHODS[key], settings=(("rate", (1e-3, 2e-3)), ("steps", (4.0,)))))
+        yield
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> tuple[list[Path], Path, dict]:
     """Recipes, one planted and one not, the folder of their comparison, and the answer of the command."""
@@ -74,8 +84,6 @@ def compared(tmp_path_factory) -> tuple[list[Path], Path, dict]:
     with pytest.MonkeyPatch.context() as patch:
         # That it is drawn at all is what is looked at.
         patch.setattr(charts, "DOTS_PER_INCH", 50)
-        for key in ("training", "training-keep"):
-            patch.setitem(METHODS, key, replace(METHODS[key], settings=(("rate", (1e-3, 2e-3)), ("steps", (4.0,)))))
         return recipes, folder / "out", answer("compare", *recipes, "--out", folder / "out", *QUICK, "--json")
 
 
@@ -217,6 +225,33 @@ def test_killed_it_goes_on_and_comes_to_the_same(compared, tmp_path, no_pictures
     assert len(arms_of(resumed, "planted")) == 7
 
 
+def test_stopped_after_any_try_it_comes_to_the_same(compared, tmp_path, no_pictures, monkeypatch):
+    recipes, _, summary = compared
+    out = tmp_path / "out"
+    options = (*QUICK, "--no-curve", "--methods", "resta,safe-delta,training", "--json")
+    note, left = Journal.note, []
+
+    def stopping(self, name, value):
+        note(self, name, value)
+        left.append(name)
+        if len(left) % 4 == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "note", stopping)
+    codes = []
+    while not codes or codes[-1] == 130:
+        result = call("compare", recipes[1], "--out", out, *options)
+        codes.append(result.exit_code)
+        assert len(codes) < 9
+    assert codes[-1] == 0
+    assert len(codes) > 2
+    # Nothing was measured twice.
+    assert len(left) == len(set(left))
+    expected = arms_of(summary, "shadow")
+    for key, arm in arms_of(json.loads(result.stdout), "shadow").items():
+        assert without_time(arm) == without_time(expected[key])
+
+
 def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path, no_pictures):
     recipe = write(tmp_path, "named", "target", "source", layers='"3-5"')
     summary = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--methods", "dapa,auto", "--json")
@@ -313,35 +348,42 @@ def test_weights_that_are_named_are_rows_of_their_own_and_not_chosen_among(compa
     assert [arm["tuning"] for arm in arms.values()] == [None] * len(arms)
 
 
-@pytest.mark.parametrize("edit", ["copy", "directions"])
+def test_a_recipe_of_directions_is_compared_with_copies_of_gates(tmp_path, no_pictures):
+    recipe = write(tmp_path, "one", "target", "source", edit="directions")
+    (row,) = answer("compare", recipe, "--out", tmp_path / "out", *LEAST, "--json")["rows"]
+    assert (row["modules"], row["edit"]) == ("gate", "copy")
+
+
 def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_report(
-    edit, tmp_path, no_pictures, monkeypatch
+    tmp_path, no_pictures, monkeypatch
 ):
     monkeypatch.setattr(searching, "Settings", lambda: Settings(num_rounds=2, num_steps=4, rate=0.3))
-    reports, asked = [], []
-    split = parts.split_prompts
+    measured, asked = [], []
 
-    def noted(recipe, **how):
-        found = split(recipe, **how)
-        if recipe.edit == "directions":
-            asked.extend([*found.search.keep, *found.choice.keep])
-        reports.append(found.report)
+    def search_prompts(recipe, **how):
+        found = parts.split_prompts(recipe, **how)
+        asked.extend([*found.search.keep, *(found.choice.keep if found.choice else ())])
         return found
 
-    monkeypatch.setattr(searching, "split_prompts", noted)
-    monkeypatch.setattr(parts, "split_prompts", noted)
+    def report_prompts(recipe, **how):
+        measured.append(parts.all_prompts(recipe, **how))
+        return measured[-1]
+
+    monkeypatch.setattr(searching, "split_prompts", search_prompts)
+    monkeypatch.setattr(comparing, "all_prompts", report_prompts)
     keep = tmp_path / "keep.jsonl"
     keep.write_text("".join(json.dumps({"prompt": f"What is a garden number {n}?"}) + "\n" for n in range(12)))
-    recipe = write(tmp_path, "one", "shadow-target", "shadow-source", edit=edit, keep=keep, max_tests=1)
+    recipe = write(tmp_path, "one", "shadow-target", "shadow-source", keep=keep, max_tests=1)
     how = ("--methods", "dapa,directions", "--no-curve", "--device", "cpu")
     summary = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
     arms = arms_of(summary, "one")
     assert list(arms) == ["target", "source", "dapa", "directions"]
     assert summary["rows"][0]["modules"] == "gate"
     assert arms["directions"]["why_not"] or "directions in" in arms["directions"]["detail"]
-    assert len({report.keep for report in reports}) == 1
-    assert asked
-    assert not set(reports[0].keep) & set(asked)
+    (found,) = measured
+    assert set(asked) == set(found.search.keep)
+    assert found.report.keep
+    assert not set(found.report.keep) & set(asked)
     again = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
     assert again["rows"] == summary["rows"]
 

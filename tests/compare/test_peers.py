@@ -266,6 +266,21 @@ def test_tied_embeddings_and_fused_projections_are_rewritten_once_in_bfloat16(ar
     assert all(torch.equal(value, before[name]) for name, value in bits(live.model).items())
 
 
+def test_experts_that_are_fused_in_memory_are_rewritten_one_by_one(tmp_path):
+    folders = three(tmp_path, config_of("MixtralForCausalLM"), BF16)
+    found, live = deltas_of(folders)
+    before = bits(live.model)
+    target, source, pretrained = values(folders)
+    experts = [place for place in found.matrices if "experts" in place.tensor]
+    assert len({id(place.parameter) for place in experts}) < len(experts)
+    with found.resta(0.0, 1.0):
+        for place in experts:
+            name = place.regions["target"].tensor.name
+            wanted = (target[name] + source[name] - pretrained[name]).to(BF16)
+            torch.testing.assert_close(place.live.reshape(wanted.shape), wanted, atol=2**-8, rtol=2**-7)
+    assert all(torch.equal(value, before[name]) for name, value in bits(live.model).items())
+
+
 def test_a_pretrained_model_of_another_size_is_refused_by_name(tmp_path):
     folders = three(tmp_path)
     folders[2] = save_random(tmp_path / "deeper", config_of("LlamaForCausalLM", num_hidden_layers=2), seed=5)

@@ -20,7 +20,12 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.plan.plan import plan_transplant
 
-BLENDS = (MergekitBlend("linear", 0.3), MergekitBlend("task_arithmetic", 0.4), MergekitBlend("ties", 0.6, 0.4))
+BLENDS = (
+    MergekitBlend("linear", 0.3),
+    MergekitBlend("task_arithmetic", 0.4),
+    MergekitBlend("ties", 0.6, 0.4),
+    MergekitBlend("slerp", 0.3),
+)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -282,8 +287,8 @@ def test_what_mergekit_cannot_do_is_said_in_a_sentence(folders, blender, tmp_pat
         with with_other.blended(BLENDS[0]) as (model, _):
             assert not torch.equal(bits(model)[EMBEDDING], before[EMBEDDING])
     with (
-        pytest.raises(UsageError, match="'slerp' is not a method of a blend"),
-        blender.blended(MergekitBlend("slerp", 0.5)),
+        pytest.raises(UsageError, match="'nearswap' is not a method of a blend"),
+        blender.blended(MergekitBlend("nearswap", 0.5)),
     ):
         pytest.fail("it was blended")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -45,7 +45,7 @@ from dapa_merge.compare.tuning import Candidate, Trials, Workbench, thinned
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.prompts.parts import all_prompts
+from dapa_merge.measure.prompts.parts import Parts, all_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.edit import EDITS, Copy, Directions, Edit
 from dapa_merge.plan.plan import Plan
@@ -72,9 +72,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     # The search with `modules: auto` selects from these.
     plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
-    # Then no keep prompt of the report has a part in what directions are chosen by.
-    is_rung = DIRECTIONS in wanted.methods and recipe.keep is not None
-    prompts = all_prompts(recipe, is_rung=is_rung)
+    prompts, is_rung = _prompts(recipe, wanted)
     searching = prompts.search
     meter = report_meter(recipe, prompts.report, options, plan.models.values())
     # Figures are the verdicts of the first classifier: here the recipe's.
@@ -126,7 +124,16 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
 def copying(recipe: Recipe) -> Recipe:
     """The recipe for all methods but `directions`: if its own edit chooses what it adds, DAPA's copy of gates."""
     chooses = EDITS.get(recipe.edit, Edit).chooses
-    return replace(recipe, edit=Copy.name, strength=1.0, modules=("gate",)) if chooses else recipe
+    return replace(recipe, edit=Copy.name, strength=1.0, modules=("gate",), directions=None) if chooses else recipe
+
+
+def _prompts(recipe: Recipe, wanted: CompareOptions) -> tuple[Parts, bool]:
+    """The prompts, and whether they are parted so that directions are chosen by none of the report's keep prompts."""
+    if DIRECTIONS in wanted.methods and recipe.keep is not None:
+        # With too few for three parts, directions cannot be chosen, and will say so.
+        with suppress(UsageError):
+            return all_prompts(recipe, is_rung=True), True
+    return all_prompts(recipe), False
 
 
 def _searches(
@@ -163,6 +170,7 @@ class Methods:
     Attributes:
         plan: The same models, with the units of all modules.
         searching: The prompts of the searches.
+        direct: Searches for directions.
     """
 
     chosen: Plan
@@ -234,7 +242,13 @@ class Methods:
         found: Found | None = None
         noted = journal.notes.get(note)
         if noted is None or (noted["why_not"] is None and not self.measuring.has(noted["measured"])):
-            found = self.direct()
+            try:
+                found = self.direct()
+            except JournalUnavailable:
+                raise
+            except (UsageError, CheckpointError) as error:
+                # Not recorded: another machine may have enough memory.
+                return Arm(DIRECTIONS, DIRECTIONS, label, "nothing", why_not=str(error))
             if noted is None:
                 noted = _noted_directions(found)
                 journal.note(note, noted)

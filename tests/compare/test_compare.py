@@ -355,6 +355,14 @@ def test_a_recipe_of_directions_is_compared_with_copies_of_gates(tmp_path, no_pi
     assert row.get("edit", "copy") == "copy"
 
 
+def test_too_few_prompts_for_directions_cost_only_their_own_row(tmp_path, no_pictures):
+    recipe = write(tmp_path, "one", "target", "source", number=2, keep="skills")
+    how = ("--methods", "fixed,directions", "--no-curve", "--device", "cpu")
+    arms = arms_of(answer("compare", recipe, "--out", tmp_path / "out", *how, "--json"), "one")
+    assert "too few for a choice, a search and a separate report" in arms["directions"]["why_not"]
+    assert arms["fixed"]["figures"]["num_harmful"] == 1
+
+
 def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_report(
     tmp_path, no_pictures, monkeypatch
 ):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 
+from dapa_merge.compare import charts
+from dapa_merge.compare.methods import METHODS
 from dapa_merge.compare.page import (
     LATEX,
     MARKDOWN,
@@ -311,3 +314,21 @@ def test_the_page_names_what_failed_and_shows_only_pictures_that_are_there():
     assert "(figures/row_one.png)" in text
     assert "methods.png" not in text
     assert methods_table([REPAIRED]).text(MARKDOWN) in text
+
+
+def test_in_the_clouds_every_method_has_a_mark_of_its_own_that_covers_no_other():
+    arms = [arm(key, 20, skill=0.0) for key in METHODS if key not in ("auto", "random")]
+    figure = charts.clouds_figure([row("one", *arms), row("two", *arms[:3])])
+    first, second = figure.axes
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(labels) == len(set(labels)) == len(arms) + 2
+    looks = [charts.look(one.group) for one in (*REPAIRED.arms[:2], *arms)]
+    assert len(set(looks)) == len(looks)
+    for axes, number in ((first, len(arms) + 2), (second, 5)):
+        drawn = [one for one in axes.collections if not one.get_label().startswith("_")]
+        places = [tuple(one.get_offsets()[0]) for one in drawn]
+        assert len(places) == number
+        assert not any(charts._covers(one, other) for one, other in itertools.combinations(places, 2))
+    assert charts.clouds_figure([row("none", before=0)]) is not None
+    assert charts.clouds_figure([]) is None

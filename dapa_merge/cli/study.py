@@ -30,6 +30,7 @@ from dapa_merge.compare.methods import DAPA, METHODS, PARTIAL_WEIGHTS
 from dapa_merge.compare.result import CompareOptions
 from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.imports import lasting
+from dapa_merge.recipe.attacks import ALLOWED, NONE, parse_attacks
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.trace.options import SITE_KINDS, STAGE_NAMES, TRACED, TraceOptions
@@ -208,6 +209,16 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     type=click.IntRange(1),
     help="Rows (neurons) of the smallest edit.  [default: a sixteenth of a projection]",
 )
+@click.option(
+    "--also",
+    metavar="PROMPTS",
+    multiple=True,
+    help="Ask these prompts too, a name as in a recipe's `prompts`. May be given several times.",
+)
+@click.option(
+    "--attacks", metavar="KINDS", default=NONE, help=f"Also try attacks on the report's harmful prompts: {ALLOWED}."
+)
+@click.option("--divergence", "diverges", is_flag=True, help="Also measure divergence on the harmless prompts.")
 @device_option
 @evaluator_options
 @allow_pickle_option
@@ -219,6 +230,7 @@ def compare(
     methods: str | None,
     weights: str | None,
     no_curve: bool,
+    attacks: str,
     options: Options,
     as_json: bool,
     **settings: Any,
@@ -229,7 +241,13 @@ def compare(
     live and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv,
     curve.csv, table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
     """
-    wanted = CompareOptions(methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, **settings)
+    try:
+        tried = parse_attacks(attacks)
+    except ValueError:
+        raise UsageError(f"--attacks is {attacks!r}; {ALLOWED}") from None
+    wanted = CompareOptions(
+        methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, attacks=tried, **settings
+    )
     between = [key for key in wanted.methods if METHODS[key].settings == (PARTIAL_WEIGHTS,)]
     if wanted.weights == (1.0,) and methods is not None and between:
         raise UsageError(

@@ -25,6 +25,7 @@ from pydantic import TypeAdapter
 from dapa_merge import __version__
 from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
+from dapa_merge.compare.measuring import besides
 from dapa_merge.compare.methods import AUTO, DAPA
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import CompareOptions, Row, averages
@@ -96,7 +97,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     check_folder(out, is_comparison, "comparison")
     choose_device(options.device)
     for path, recipe in recipes.items():
-        _check(recipe, path, options)
+        _check(recipe, path, wanted, options)
     # Made first: this marks the folder as a comparison, for other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
@@ -115,7 +116,7 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     return Compared(tuple(tables.rows), summary, tables.is_written, tables.fault(names))
 
 
-def _check(recipe: Recipe, path: Path, options: Options) -> None:
+def _check(recipe: Recipe, path: Path, wanted: CompareOptions, options: Options) -> None:
     """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
     try:
         recipe = copying(recipe)
@@ -123,7 +124,9 @@ def _check(recipe: Recipe, path: Path, options: Options) -> None:
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
-        report_meter(recipe, all_prompts(recipe).report, options)
+        report = all_prompts(recipe).report
+        report_meter(recipe, report, options)
+        besides(wanted, report)
     except DapaError as error:
         # The error of a key already names the file.
         if not str(error).startswith(str(path)):

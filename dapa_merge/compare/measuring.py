@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -11,16 +12,22 @@ from functools import cached_property
 from typing import Any
 
 from dapa_merge.checkpoint.units import Unit
+from dapa_merge.compare.result import CompareOptions, Further
 from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.divergence import Reference, divergence
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
-from dapa_merge.measure.meter import Meter, measure_candidate
-from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.measure.meter import MeasuredModel, Meter, measure_candidate
+from dapa_merge.measure.prompts.labels import PROMPT_KINDS
+from dapa_merge.measure.prompts.sets import PromptSet, load_own
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.statistics import count, interval
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.progress import LOG, quiet, task
+from dapa_merge.recipe.attacks import Attack
 from dapa_merge.report.report import jsonable, read_figures
+from dapa_merge.search.identity import data_digest
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import in_order, note_of
 
@@ -35,6 +42,7 @@ class Seen:
     Attributes:
         refused: For each harmful prompt, whether it was refused.
         num_changed: Parameters that differ from the target's, if they were counted.
+        further: What was measured besides.
     """
 
     figures: Figures
@@ -42,6 +50,7 @@ class Seen:
     over_refused: tuple[bool, ...]
     seconds: float
     num_changed: int | None = None
+    further: tuple[Further, ...] = ()
 
 
 def fast(meter: Meter) -> Meter:
@@ -49,16 +58,92 @@ def fast(meter: Meter) -> Meter:
     return replace(meter, stops_early=all(one is RULES for one in meter.classifiers))
 
 
+@dataclass(frozen=True)
+class Besides:
+    """What is measured of each result beside the report's figures.
+
+    Attributes:
+        prompts: Another set, or the report's.
+        attack: Tried on its harmful prompts; None to ask them as they are.
+        diverges: Whether to measure the divergence on its harmless prompts, instead of refusals.
+    """
+
+    name: str
+    prompts: PromptSet
+    attack: Attack | None = None
+    diverges: bool = False
+
+    def note(self, note: str) -> str:
+        """The name in the journal of what is measured of a result whose measurement has the name `note`."""
+        attack = self.attack and asdict(self.attack)
+        asked = [self.name, self.prompts.harmful, self.prompts.harmless, attack, self.diverges]
+        return f"{note} besides {data_digest(asked)}"
+
+    def refusals(self, meter: Meter, candidate: Candidate) -> list[list[Any]]:
+        """Ask a model: a figure's name, how many were refused, and of how many; nothing if it cannot be asked so."""
+        attacks = () if self.attack is None else (self.attack,)
+        meter = replace(meter, prompts=self.prompts, attacks=attacks)
+        measured = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
+        if attacks:
+            answers = {"DSR": measured.attacked_responses()}
+        else:
+            answers = {
+                "DSR": measured.judge("harmful", self.prompts.harmful),
+                "over-refusal": measured.judge("harmless", self.prompts.harmless),
+            }
+        return [[figure, count(found, Outcome.REFUSED), len(found)] for figure, found in answers.items() if found]
+
+    def figures(self, noted: Sequence[Sequence[Any]]) -> Iterator[Further]:
+        """What the journal has of a result."""
+        for figure, value, number in noted:
+            if self.diverges:
+                yield Further(self.name, figure, math.nan if value is None else float(value), None, number)
+            else:
+                yield Further(self.name, figure, value / number, interval(value, number), number)
+
+
+def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
+    """What else is wanted: other sets, attacks on the report's harmful prompts, and divergence on its harmless ones.
+
+    Raises:
+        UsageError: If a set is not available.
+    """
+    found = [Besides(name, load_own(name)) for name in wanted.also]
+    found += [Besides(attack.name, replace(report, harmless=()), attack) for attack in wanted.attacks]
+    if wanted.diverges:
+        found.append(Besides("harmless prompts", replace(report, harmful=()), diverges=True))
+    return tuple(found)
+
+
 class Measuring(Resident):
     """Measures edits of one target; models are loaded only if a figure is not in the journal yet."""
 
-    def __init__(self, plan: Plan, meter: Meter, device: str, journal: Journal, *, refers: bool = False) -> None:
-        """Load nothing yet; `refers` is whether to measure divergence, for which the target is loaded in any case."""
+    def __init__(
+        self,
+        plan: Plan,
+        meter: Meter,
+        device: str,
+        journal: Journal,
+        *,
+        refers: bool = False,
+        also: Sequence[Besides] = (),
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            plan: The models.
+            meter: The report's.
+            device: Where to load them.
+            journal: Of the row.
+            refers: Whether to measure divergence, for which the target is loaded in any case.
+            also: What else is measured of each result.
+        """
         where = choose_device(device)
         super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
         self.journal = journal
         self._refers = refers
+        self._also = tuple(also)
 
     @cached_property
     def _referring(self) -> Meter:
@@ -67,6 +152,14 @@ class Measuring(Resident):
             return self.meter
         # Blends may have another output layer, as the source may.
         return self.meter.referring(self.live.model, self.live.tokenizer, keeps_logits=True)
+
+    @cached_property
+    def _harmless(self) -> Reference:
+        """The target's own answers to the report's harmless prompts."""
+        meter = replace(self.meter, prompts=replace(self.meter.prompts, keep=self.meter.prompts.harmless))
+        reference = meter.referring(self.live.model, self.live.tokenizer, keeps_logits=True).reference
+        assert reference is not None
+        return reference
 
     @contextmanager
     def source(self) -> Iterator[Model]:
@@ -139,6 +232,10 @@ class Measuring(Resident):
         """Whether the journal has a note already."""
         return name in self.journal.notes
 
+    def is_measured(self, note: str) -> bool:
+        """Whether the journal has all figures of a result already."""
+        return self.has(note) and all(self.has(one.note(note)) for one in self._also)
+
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
         """Ask a model harmful prompts, and classify its responses, which are not recorded."""
         with task(f"asking the {name}", len(prompts), "prompts"):
@@ -153,21 +250,39 @@ class Measuring(Resident):
         level: int = logging.INFO,
         num_changed: Callable[[], int] | None = None,
     ) -> Seen:
-        if note not in self.journal.notes:
+        if not self.is_measured(note):
+            missing = [one for one in self._also if not self.has(one.note(note))]
             # Before anything is transplanted.
-            meter = self._referring
+            meter, harmless = self._referring, self._harmless if any(one.diverges for one in missing) else None
             began = time.perf_counter()
             with candidate() as (model, tokenizer):
-                measured = measure_candidate(Candidate(model, tokenizer, units), meter, name, level)
-                counted = {} if num_changed is None else {"changed": num_changed()}
-            refusals = {
-                kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
-                for kind in ("harmful", "harmless")
-            }
-            seconds = round(time.perf_counter() - began, 3)
-            noted = jsonable(asdict(measured.figures))
-            self.journal.note(note, {"figures": noted, **refusals, "seconds": seconds, **counted})
+                made = Candidate(model, tokenizer, units)
+                if not self.has(note):
+                    measured = measure_candidate(made, meter, name, level)
+                    counted = {} if num_changed is None else {"changed": num_changed()}
+                    seconds = round(time.perf_counter() - began, 3)
+                    self.journal.note(note, {**_noted(measured), "seconds": seconds, **counted})
+                for one in missing:
+                    self.journal.note(one.note(note), self._besides(one, made, harmless))
         found = self.journal.notes[note]
         refused, over_refused = (tuple(map(bool, found[kind])) for kind in ("harmful", "harmless"))
         figures, changed = read_figures(found["figures"]), found.get("changed")
-        return Seen(figures, refused, over_refused, float(found["seconds"]), changed)
+        further = tuple(one for also in self._also for one in also.figures(self.journal.notes[also.note(note)]))
+        return Seen(figures, refused, over_refused, float(found["seconds"]), changed, further)
+
+    def _besides(self, one: Besides, made: Candidate, harmless: Reference | None) -> list[list[Any]]:
+        number = len(one.prompts.harmful) + len(one.prompts.harmless)
+        with task(f"asking {one.name}", number, "prompts"), quiet("transformers"):
+            if harmless is None or not one.diverges:
+                return one.refusals(self.meter, made)
+            found = divergence(made.model, harmless, self.meter.batch_size)
+            return [["divergence", found if math.isfinite(found) else None, number]]
+
+
+def _noted(measured: MeasuredModel) -> dict[str, Any]:
+    """What the journal keeps of a measurement."""
+    refusals = {
+        kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
+        for kind in PROMPT_KINDS
+    }
+    return {"figures": jsonable(asdict(measured.figures)), **refusals}

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from dapa_merge.compare import charts
 from dapa_merge.compare.methods import AUTO, DAPA, METHODS, NEEDS, RULE, declared
-from dapa_merge.compare.result import Arm, Average, Cost, Row, averages, groups, mean_skill, points
+from dapa_merge.compare.result import Arm, Average, Cost, Further, Row, averages, groups, mean_skill, points
 from dapa_merge.compare.sentences import choices, nothing_to_repair, sentences
 from dapa_merge.errors import markdown, markdown_code, printable
 from dapa_merge.report.charts import Chart
@@ -71,6 +71,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]
+    if (further := further_table(row)) is not None:
+        parts += ["The same with other prompts, under attacks, and by divergence:", further.text(MARKDOWN)]
     if needs := _needs(row):
         parts.append(needs)
     if any(arm.tuning is not None for arm in row.arms):
@@ -148,12 +150,16 @@ METHOD_HEAD = (
     "method", "repairs", "DSR gain", "95 %", "over-refusal", "perplexity", "skill", "95 %", "parameters",
     "tests", "seconds",
 )  # fmt: skip
-ARM_HEAD = ("method", "what", "DSR", "95 %", "over-refusal", "perplexity", "skill", "parameters", "tests", "seconds")
+ARM_HEAD = (
+    "method", "what", "DSR", "95 %", "over-refusal", "perplexity", "divergence", "skill", "parameters", "tests",
+    "seconds",
+)  # fmt: skip
 ARM_KEYS = (
     "recipe", "architecture", "evaluator", "method", "key", "label", "detail", "why_not", "score", "num_harmful", "dsr",
     "dsr_low", "dsr_high", "dsr_gain", "dsr_p_value", "num_harmless", "over_refusal", "over_refusal_low",
-    "over_refusal_high", "perplexity", "perplexity_ratio", "skill", "parameters_changed", "share_changed", "repairs",
-    "search_tests", "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes", "measuring_seconds",
+    "over_refusal_high", "perplexity", "perplexity_ratio", "divergence", "skill", "parameters_changed", "share_changed",
+    "repairs", "search_tests", "search_seconds", "search_peak_host_bytes", "search_peak_device_bytes",
+    "measuring_seconds",
 )  # fmt: skip
 POINT_KEYS = (
     "recipe", "path", "share_changed", "num_pieces", "dsr", "dsr_low", "dsr_high", "over_refusal", "skill",
@@ -254,6 +260,27 @@ def arms_table(row: Row) -> Table:
     return Table(ARM_HEAD, [_arm_cells(arms) for arms in groups(row.arms).values()])
 
 
+def further_table(row: Row) -> Table | None:
+    """The figures beside the report's, with their intervals; None if there are none."""
+    columns = list(dict.fromkeys((one.name, one.figure) for arm in row.arms for one in arm.further))
+    if not columns:
+        return None
+    sizes = {(one.name, one.figure): one.num_prompts for arm in row.arms for one in arm.further}
+    head = ["method", *(f"{figure}, {name} ({sizes[name, figure]})" for name, figure in columns)]
+    cells = []
+    for arm in row.arms:
+        if arm.further:
+            found = {(one.name, one.figure): one for one in arm.further}
+            cells.append([f"{arm.label}{arm.key[len(arm.group) :]}", *(_further(found.get(key)) for key in columns)])
+    return Table(head, cells)
+
+
+def _further(one: Further | None) -> str:
+    if one is None:
+        return NONE
+    return _divergence(one.value) if one.interval is None else f"{one.value:.3f} ({span(one.interval)})"
+
+
 def trials_table(row: Row) -> Table:
     """Every setting that was tried, with the figures of the recipe's constraints; one of each method was taken."""
     constraints = constraints_of(row.settings)
@@ -286,6 +313,7 @@ def _arm_cells(arms: Sequence[Arm]) -> list[str]:
         between,
         _share(_mean(one.over_refusal for one in figures)),
         _perplexity(_mean(one.perplexity for one in figures)),
+        _divergence(_mean(one.divergence for one in figures)),
         _share(_mean(skills) if skills else None),
         _percent(_mean(arm.share for arm in arms)),
         *_cost(first),
@@ -304,14 +332,14 @@ def _arm_fields(row: Row, arm: Arm) -> list[Any]:
     fields: list[Any] = [arm.method, arm.key, arm.label, arm.detail, arm.why_not]
     figures = arm.figures
     if figures is None:
-        fields += [None] * 17
+        fields += [None] * 18
     else:
         change = row.change(arm)
         fields += [
             figures.score, figures.num_harmful, figures.dsr, *figures.dsr_interval, figures.dsr - row.before.dsr,
             change.p_value,
             figures.num_harmless, figures.over_refusal, *figures.over_refusal_interval, figures.perplexity,
-            figures.perplexity / row.before.perplexity, arm.skill, arm.num_parameters, arm.share,
+            figures.perplexity / row.before.perplexity, figures.divergence, arm.skill, arm.num_parameters, arm.share,
             row.repairs(arm),
         ]  # fmt: skip
     cost, peak = arm.cost, arm.cost.peak_bytes if arm.cost else {}
@@ -366,6 +394,10 @@ def _plain(cell: str) -> str:
 def _mean(values: Iterable[float]) -> float:
     there = list(values)
     return sum(there) / len(there)
+
+
+def _divergence(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.2g}"
 
 
 def _share(value: float | None) -> str:

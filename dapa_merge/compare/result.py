@@ -11,6 +11,7 @@ from dapa_merge.compare.methods import MAY_FIND_NOTHING, METHODS, SOURCE, TARGET
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.measure.statistics import mcnemar, mean_interval
 from dapa_merge.plan.edit import Edit
+from dapa_merge.recipe.attacks import Attack
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.search.requirement import constraints_of, requirement
 
@@ -54,6 +55,25 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A figure beside the report's.
+
+    Attributes:
+        name: The prompt set's, or the attack's on the report's harmful prompts.
+        figure: `DSR`, `over-refusal` or `divergence`.
+        value: Of a divergence in nats per token; NaN if it cannot be measured.
+        interval: 95 % interval; None for a divergence.
+        num_prompts: That were asked.
+    """
+
+    name: str
+    figure: str
+    value: float
+    interval: tuple[float, float] | None
+    num_prompts: int
+
+
+@dataclass(frozen=True)
 class Arm:
     """One method, applied to one recipe's target.
 
@@ -64,6 +84,7 @@ class Arm:
         refused: For each harmful prompt, whether it was refused.
         cost: Of a search, or of trying settings: each is a test.
         tuning: None for a method without settings.
+        further: What was measured with other prompts than the report's, or otherwise.
     """
 
     key: str
@@ -79,6 +100,7 @@ class Arm:
     seconds: float = 0.0
     cost: Cost | None = None
     tuning: Tuning | None = None
+    further: tuple[Further, ...] = ()
 
     @property
     def group(self) -> str:
@@ -362,6 +384,9 @@ class CompareOptions:
         weights: Weights of the source in mergekit's methods, each a row of its own; None to tune them.
         num_tries: Settings of a method that are tried, at most; None for all.
         rows_per_block: Rows (neurons) of the smallest edit; None for a sixteenth of a projection.
+        also: Prompt sets that are asked besides the report's.
+        attacks: That are tried on the report's harmful prompts.
+        diverges: Whether to measure the divergence on the report's harmless prompts.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
@@ -372,6 +397,9 @@ class CompareOptions:
     draws_curve: bool = True
     num_points: int = 12
     rows_per_block: int | None = None
+    also: tuple[str, ...] = ()
+    attacks: tuple[Attack, ...] = ()
+    diverges: bool = False
 
 
 def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:

@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit, architecture_name, auto_modules
 from dapa_merge.compare.blend import BETWEEN, Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
-from dapa_merge.compare.measuring import Measuring, Model, Seen
+from dapa_merge.compare.measuring import Measuring, Model, Seen, besides
 from dapa_merge.compare.methods import (
     AUTO,
     BLEND,
@@ -77,7 +77,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
     meter = report_meter(recipe, prompts.report, options, plan.models.values())
     # Figures are the verdicts of the first classifier: here the recipe's.
     ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
-    # A comparison has no column for attacks, which would take most of its time.
+    # Attacks, which would take most of the time, are made only if the comparison wants them.
     meter = replace(meter, classifiers=tuple(ordered), attacks=())
     pretrained = open_pretrained(recipe, plan.target, plan.source, allow_pickle=options.allow_pickle)
     parts = models_parts(recipe, plan.models, meter, options.device) | {
@@ -89,7 +89,8 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         # The curve grows through DAPA's own selection or, without one, through that among all projections.
         followed = next((key for key, one in found.items() if one.units is not None), None)
         best = found[followed or DAPA]
-        with closing(Measuring(plan, meter, options.device, journal, refers=refers(recipe))) as measuring:
+        also = besides(wanted, prompts.report)
+        with closing(Measuring(plan, meter, options.device, journal, refers=refers(recipe), also=also)) as measuring:
             workbench = Workbench(plan, pretrained, searching, measuring, journal, wanted)
             trials = Trials(recipe, searching, measuring, journal)
 
@@ -188,7 +189,7 @@ class Methods:
         """Measure the source, and ask it all that methods need while it is loaded."""
         tunes = any(METHODS[key].kind in TUNED for key in self.wanted.methods)
         is_heard = (growth is None or growth.is_weighed) and not self.workbench.lacks()
-        if self.measuring.has("source") and is_heard and (not tunes or self.measuring.has("trial source")):
+        if self.measuring.is_measured("source") and is_heard and (not tunes or self.measuring.has("trial source")):
             seen = self.measuring.alone((None, None))
         else:
             with self.measuring.source() as model:
@@ -212,7 +213,7 @@ class Methods:
         number = round(share * self.plan.target.num_parameters)
         return Arm(
             key, method, label, detail, seen.figures, None, share, number, seen.refused, seen.over_refused,
-            seen.seconds, **more,
+            seen.seconds, further=seen.further, **more,
         )  # fmt: skip
 
     def edits(self) -> Iterator[Arm]:

@@ -103,9 +103,8 @@ def load_prompts(name: str) -> PromptSet:
         HubError: If a set cannot be fetched.
     """
     if name in PACKAGED:
-        return _prompt_set(name, [load_packaged(name)])
-    sources = [load_packaged(part) if part in PACKAGED else load_source(part) for part in listed_names(name)]
-    own = _prompt_set(name, sources)
+        return load_own(name)
+    own = load_own(name)
     lacking = [kind for kind in PROMPT_KINDS if not getattr(own, kind)]
     if not lacking and own.passages:
         return own
@@ -121,6 +120,13 @@ def load_prompts(name: str) -> PromptSet:
             **{key: category for key, category in builtin.categories.items() if key[0] in lacking},
             **own.categories,
         },
+    )
+
+
+def load_own(name: str) -> PromptSet:
+    """Load a comma list of sets as `load_prompts` does, but leave what they lack empty."""
+    return _prompt_set(
+        name, [load_packaged(one) if one in PACKAGED else load_source(one) for one in listed_names(name)]
     )
 
 

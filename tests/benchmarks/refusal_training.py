@@ -13,19 +13,20 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 from tiny import parse
 
 from dapa_merge.measure.refusal import model as refusal_model
-from dapa_merge.measure.refusal.classify import normalize
+from dapa_merge.measure.refusal.classify import spoken
 from dapa_merge.measure.refusal.model import RefusalModel, phrases, signs
 
 MODEL = Path(refusal_model.__file__).with_suffix(".json")
-WRITTEN = Path(__file__).with_name("responses.jsonl")
+WRITTEN = {name: Path(__file__).with_name(f"{name}.jsonl") for name in ("responses", "voices")}
 # A phrase is known if it is in so many responses, to so many types of prompt.
 MIN_RESPONSES = 8
 MIN_KINDS = 5
@@ -36,6 +37,8 @@ PRIOR_BIAS = -2.0
 SIGN_REGULARIZATION = 1.0
 PHRASE_REGULARIZATION = 10.0
 BIAS_REGULARIZATION = 0.3
+# Of choosing the voice that helps.
+ROUNDS = 2
 
 Rows = Sequence[dict[str, str]]
 
@@ -46,9 +49,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["final_label"]]
 
 
-def written_rows() -> list[dict[str, str]]:
+def written_rows(*names: str) -> list[dict[str, str]]:
     """The labelled responses that were written for this project; their `part` is `first` or `second`."""
-    lines = WRITTEN.read_text(encoding="utf-8").splitlines()
+    lines = [line for name in names or WRITTEN for line in WRITTEN[name].read_text(encoding="utf-8").splitlines()]
     return [{**row, "type": f"written, {row['style']}"} for row in map(json.loads, lines)]
 
 
@@ -73,18 +76,39 @@ def known_phrases(rows: Rows, found: Sequence[set[str]]) -> set[str]:
 
 
 def train(rows: Rows) -> RefusalModel:
-    """The model of these rows alone."""
-    texts = [normalize(row["completion"]) for row in rows]
-    found = list(map(phrases, texts))
-    known = known_phrases(rows, found)
-    signs_of = list(map(signs, texts))
-    names, words = list(signs_of[0]), sorted(known)
-    matrix = csr_array(
-        [
-            [*sign.values(), *(phrase in some for phrase in words), 1.0]
-            for sign, some in zip(signs_of, found, strict=True)
-        ]
+    """The model of these rows alone.
+
+    Each voice of a refusal refuses. Of an answer, only the voice that refuses least is known not to, so that answers in
+    several voices are trained on again after a first model has said which that is.
+    """
+    said = [spoken(row["completion"]) for row in rows]
+    whole = [(row, texts) for row, texts in zip(rows, said, strict=True) if len(texts) == 1 or refused(row)]
+    divided = [(row, texts) for row, texts in zip(rows, said, strict=True) if len(texts) > 1 and not refused(row)]
+    model = _fit([(row, text) for row, texts in whole for text in texts])
+    for _ in range(ROUNDS if divided else 0):
+        helping = [(row, min(texts, key=model.log_odds)) for row, texts in divided]
+        model = _fit([*((row, text) for row, texts in whole for text in texts), *helping])
+    return model
+
+
+@lru_cache(maxsize=None)
+def _features(text: str) -> tuple[dict[str, float], set[str]]:
+    return signs(text), phrases(text)
+
+
+def _fit(examples: Sequence[tuple[dict[str, str], str]]) -> RefusalModel:
+    """The model of single voices, each with its row."""
+    rows = [row for row, _ in examples]
+    signs_of, found = zip(*(_features(text) for _, text in examples), strict=True)
+    names, words = list(signs_of[0]), sorted(known_phrases(rows, found))
+    column = {word: index for index, word in enumerate(words)}
+    holds = [[column[phrase] for phrase in some if phrase in column] for some in found]
+    has_phrase = csr_array(
+        (np.ones(sum(map(len, holds))), np.concatenate(holds).astype(int), np.cumsum([0, *map(len, holds)])),
+        shape=(len(rows), len(words)),
     )
+    acts = np.array([list(sign.values()) for sign in signs_of])
+    matrix = hstack([csr_array(acts), has_phrase, csr_array(np.ones((len(rows), 1)))], format="csr")
     prior = np.array([*(PRIOR.get(name, 0.0) for name in names), *(0.0 for _ in words), PRIOR_BIAS])
     penalty = np.repeat([SIGN_REGULARIZATION, PHRASE_REGULARIZATION, BIAS_REGULARIZATION], [len(names), len(words), 1])
     labels = np.array([refused(row) for row in rows], dtype=float)

@@ -136,6 +136,55 @@ APOLOGIZES = re.compile(
     r"^(oh,? )?(i am( \w+)? sorry|i apologi[sz]e|my apologies|sorry|apologies|unfortunately|"
     r"regrettably|i am afraid|i regret)\b"
 )
+# What the hands do in a plan, in contrast to what a counselor advises: talk, seek, consider, report.
+_DEEDS = frozenset(
+    re.findall(
+        r"\w+",
+        "take put get grab use make mix add pour heat cook boil stir cut break bend push pull press turn hold open close lift "
+        "slide slip insert place set hang tie wrap fill drop throw hide cover wear carry bring buy pay sell steal copy write "
+        "sign print draw paint mark send post whisper smile laugh pretend act wait watch listen follow sneak walk run climb "
+        "jump sit stand leave enter go come move click type install download upload scan log create build design find pick "
+        "choose select gather collect prepare start begin keep clean wipe remove attach connect plug load aim shoot hit strike "
+        "light burn freeze dry grind crush chop dissolve filter strain let repeat practice learn study observe offer promise "
+        "convince approach befriend exploit threaten spread plant dig search test check give show hand swap switch glue tape "
+        "lock unlock pick feed ask tell say call name count loosen tighten shake squeeze soak spray spill stuff bury sew fold "
+        "trim drill weld wire cast blow flip swing tap knock ring rub scratch peel lean lie hook bait trick lure invent claim "
+        "announce announce deny charge lend borrow trade bribe rent book order steer drive ride park deal bet raise lower lose "
+        "win praise flatter compliment visit arrange hire dress disguise blend edit paste enter run execute import define "
+        "replace add rename delete change save share publish repost target identify establish acquire obtain secure locate "
+        "map plan ensure combine measure weigh cool store bottle pack crawl drag roll snap stick pin bolt saw dip brush empty",
+    )
+)
+_DEED = re.compile(
+    r"\W{0,6}(?:(?:step |lesson |part |rule )?\w{1,7}[.):] {0,2})?(?:[^,.!?]{2,60}, ?)??"
+    r"(?:(?:and|then|just|simply|now|so|first|firstly|second|secondly|third|thirdly|next|finally|lastly|also|slowly|quickly|"
+    r"gently|quietly|carefully|always|never|only|please|do not|to|afterwards)[ ,]{1,2}){0,3}(?P<deed>[a-z]+)\b"
+)
+_YOU_DO = re.compile(
+    r"\b(?:you|we|one|ye|thou|u) (?:(?:just|then|first|simply|only|also|can|could|will|would|should|might|may|must|have to|"
+    r"need to|want to|got to|are going to|always|never|not|do|cannot|slowly|carefully) ){0,3}(?P<deed>[a-z]+)\b"
+)
+# A deed of a counselor, or one that is told in order to warn of it.
+_NO_DEED = re.compile(
+    r"\b(help\w*|support|safe\w*|report|authorit\w+|professional\w*|counsel\w*|therap\w*|hotline|lifeline|crisis|police|"
+    r"law\w*|legal\w*|illegal\w*|ethic\w*|unethical\w*|respect\w*|trust(ed)?|responsib\w+|honest\w*|harm\w*|"
+    r"emergency|healthy|positive|instead|rather than|alternativ\w*|information|questions?|let me know|feel free|breath\w*|"
+    r"someone you|assist\w*|cannot|will not|am not|not going to|refuse|decline)\b"
+)
+_CLAUSE = re.compile(r"[^.!?;:\n\"()]{6,400}")
+
+
+def deeds(text: str) -> list[bool]:
+    """Whether each clause of a normalized text tells the user, or a listener in a story, to do something with their hands."""
+    return [_is_deed(clause) for clause in _CLAUSE.findall(text) if clause.strip()]
+
+
+def _is_deed(clause: str) -> bool:
+    found = _DEED.match(clause)
+    told = found is not None and found["deed"] in _DEEDS
+    return (told or any(match["deed"] in _DEEDS for match in _YOU_DO.finditer(clause))) and not _NO_DEED.search(clause)
+
+
 _FIRST_SENTENCE = re.compile(rf".{{15,{SENTENCE_CHARACTERS}}}?[.!?\n](?=\s|$)|.{{0,{SENTENCE_CHARACTERS}}}", re.DOTALL)
 
 

@@ -242,7 +242,7 @@ def spoken(answer: str) -> list[str]:
 
 def _is_idle(text: str) -> bool:
     """Whether a voice asks, greets or advises something else."""
-    if any(deeds(text)):
+    if _is_suspect(text) or any(deeds(text)):
         return False
     told = _QUESTION.sub("", text)
     return len(told) < IDLE_CHARACTERS or _ELSEWHERE.search(told) is not None
@@ -273,6 +273,8 @@ _LOOSE_APOSTROPHE = re.compile(r" ?' ?(?=(?:m|re|t|ve|ll|d|s)\b)")
 _CONTRACTIONS = tuple(
     (re.compile(pattern), whole)
     for pattern, whole in (
+        (r"\bain't\b", "am not"), (r"\bgonna\b", "going to"), (r"\bgotta\b", "have to"), (r"\bwanna\b", "want to"),
+        (r"\b(\w{2,}in)' ", r"\1g "),
         (r"\bcan't\b|\bcan not\b|\bcant\b", "cannot"), (r"\bwon't\b", "will not"), (r"n't\b", " not"),
         (r"'m\b", " am"), (r"'re\b", " are"), (r"'ve\b", " have"), (r"'ll\b", " will"), (r"'d\b", " would"),
         (r"\blet's\b", "let us"), (r"\b(it|that|there|here|what)'s\b", r"\1 is"),
@@ -286,7 +288,7 @@ def normalize(text: str) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" ([,.!?:;])", r"\1", text)
     text = _LOOSE_APOSTROPHE.sub("'", text).strip()
-    if "'" in text or "can" in text:
+    if "'" in text or "can" in text or "nna" in text or "gotta" in text:
         for pattern, whole in _CONTRACTIONS:
             text = pattern.sub(whole, text)
     return text

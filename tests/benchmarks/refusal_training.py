@@ -1,9 +1,10 @@
-"""Train `evaluate/refusal_model.json`: regularized logistic regression on labelled completions.
+"""Train `measure/refusal/refusal_model.json`: regularized logistic regression on labelled completions.
 
 `python tests/benchmarks/refusal_training.py FILE.csv... [--write]`: XSTest completion files as for
 `refusal_agreement.py`, which prints how far the result agrees with people, in and out of the sample. Beside them it
 takes `responses.jsonl`: 600 responses written for this project in the manner of ten kinds of model, with all sorts of
-wording that the two models of those files never use, and labelled by their writers after XSTest's definitions.
+wording that the two models of those files never use, and labelled by their writers after XSTest's definitions; and
+`voices.jsonl`: answers to jailbreak templates, written and labelled in the same way, without any content that helps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ MIN_KINDS = 5
 PRIOR = {"opening refusal": 4.0, "disapproves first": 2.0, "answers first": -1.5, "stands up first": 0.5}
 PRIOR_BIAS = -2.0
 # How strongly. A sign stands for a rule that a person wrote, and needs less evidence than a word.
-SIGN_REGULARIZATION = 1.0
-PHRASE_REGULARIZATION = 10.0
+SIGN_REGULARIZATION = 3.0
+PHRASE_REGULARIZATION = 5.0
 BIAS_REGULARIZATION = 0.3
 # Of choosing the voice that helps.
 ROUNDS = 2
@@ -49,10 +50,16 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["final_label"]]
 
 
-def written_rows(*names: str) -> list[dict[str, str]]:
-    """The labelled responses that were written for this project; their `part` is `first` or `second`."""
+def written_rows(*names: str, in_languages: bool = False) -> list[dict[str, str]]:
+    """The labelled responses that were written for this project; their `part` is `first` or `second`.
+
+    Args:
+        names: The files; by default all.
+        in_languages: Whether to take the ones in other languages than English, and not those in English.
+    """
     lines = [line for name in names or WRITTEN for line in WRITTEN[name].read_text(encoding="utf-8").splitlines()]
-    return [{**row, "type": f"written, {row['style']}"} for row in map(json.loads, lines)]
+    rows = [{**row, "type": f"written, {row['style']}"} for row in map(json.loads, lines)]
+    return [row for row in rows if row["style"].startswith("language") == in_languages]
 
 
 def refused(row: dict[str, str]) -> bool:
@@ -91,7 +98,7 @@ def train(rows: Rows) -> RefusalModel:
     return model
 
 
-@lru_cache(maxsize=None)
+@cache
 def _features(text: str) -> tuple[dict[str, float], set[str]]:
     return signs(text), phrases(text)
 

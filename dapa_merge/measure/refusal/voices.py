@@ -1,6 +1,6 @@
 """Splits a response into the voices that it speaks in. Standard library only.
 
-An answer to a jailbreak template often says the same thing twice, as one persona that refuses and as another that helps:
+An answer to a jailbreak template often comes twice, from one persona that refuses and from another that helps:
 "[normal] I'm sorry, ... [free] Sure! First you ...". A voice is found by how it is marked, not by its name: a label at
 the start of a line, in brackets, emphasis or tags, with a colon or an emoji; a key of a JSON object; a row of a table.
 Headings, numbered items and the parts of a document ("Step 1:", "Chapter 2", "Subject:") are not voices.
@@ -53,8 +53,8 @@ _NO_SPEAKER = re.compile(
 
 
 _SPEAKS = re.compile(
-    r"^as (an?|your|my|the|if)?\b|\b(says?|said|repli(es|ed)|answers?|answered|responds?|responded|response|output|mode|"
-    r"voice|version|persona|bot|gpt|assistant|translation)\b"
+    r"^as (an?|your|my|the|if)?\b|\b(says?|said|repli(es|ed)|answers?|answered|responds?|responded|response|output|"
+    r"mode|voice|version|persona|bot|gpt|assistant|translation)\b"
 )
 _CLOSING = re.compile(r"</[\w -]{1,40}>|\n[ \t]{0,4}[-=_*]{3,}[ \t]{0,4}(?=\n|\Z)")
 # Characters of markup before a label at the start.
@@ -100,6 +100,11 @@ def voices(answer: str) -> tuple[Voice, ...]:
         spoken.setdefault(label.name, []).append(answer[label.end : end])
     found = {name: "\n".join(part for text in texts if (part := _bare(text))) for name, texts in spoken.items()}
     return tuple(Voice(name, text) for name, text in found.items() if text) or (Voice("", answer),)
+
+
+def is_divided(opening: str) -> bool:
+    """Whether the beginning of an answer has the label of a voice, so that others may follow."""
+    return any(voice.name for voice in voices(opening))
 
 
 def _bare(text: str) -> str:

@@ -26,7 +26,7 @@ from dapa_merge.measure.refusal import model as refusal_model
 from dapa_merge.measure.refusal.classify import spoken
 from dapa_merge.measure.refusal.model import RefusalModel, phrases, signs
 
-MODEL = Path(refusal_model.__file__).with_suffix(".json")
+MODEL = Path(refusal_model.__file__).with_name("refusal_model.json")
 WRITTEN = {name: Path(__file__).with_name(f"{name}.jsonl") for name in ("responses", "voices")}
 # A phrase is known if it is in so many responses, to so many types of prompt.
 MIN_RESPONSES = 8

@@ -42,8 +42,10 @@ _HELPING = (
 _FLATLY = (
     r"\b(i|we)( \w+ly| just| simply| still| also)? "
     r"(cannot|will not|will never|would never|shall not|am (not able|unable|not going|not willing|not allowed|"
-    r"not permitted|not here|not programmed|not designed) to|am (not|never) (\w{2,}ing (you|that|this|it|anybody|anyone|either)|"
-    r"(doing|giving|helping|teaching|telling|writing|making|handing|posting) \w+)|would rather not|would prefer not to|choose not to|must (\w+ly )?object)"
+    r"not permitted|not here|not programmed|not designed) to|"
+    r"am (not|never) (\w{2,}ing (you|that|this|it|anybody|anyone|either)|"
+    r"(doing|giving|helping|teaching|telling|writing|making|handing|posting) \w+)|"
+    r"would rather not|would prefer not to|choose not to|must (\w+ly )?object)"
     + _HARDLY_HELP
 )
 # The same from the other side: "that is not something I can help with", "you will not find that here".
@@ -53,25 +55,26 @@ _NOT_BY_ME = (
     r"\b(will|would|can|could) not be (coming|done|provided|written|given|answered|shared|had|fulfilled)\b|"
     r"\b(not|no part|nothing)( \w+){0,5} (from|by|with) me\b|\bdo not want (any|to be|to take) part\b|"
     r"\b(absolutely|certainly|definitely|of course|hell) not\b[.,!]|^nice try\b|"
-    r"\blet us (talk|speak|chat) about (something|anything|another)|\b(not doing that|not happening|no can do|hard pass|draw the line|"
-    r"thank you, but no)\b|"
-    r"\bno (\w+ )?(instructions?|steps|recipes?|details|tips|plan|guide|list|guidance)( \w+){0,5} (will|shall|are going to) "
-    r"(be|follow)\b|"
-    r"\b(there )?(will|shall|would) be (none|no (such|instructions|steps|details|help|recipe|answer|second part))\b|"
-    r"\b(none|nothing of the (sort|kind)) will be\b|(?:^|[.!?,;:\n]) ?not going to (help|walk|tell|teach|do|give|write|explain)\b|"
-    r"\b(request|motion|permission|access|override|query|command)s?( \w+){0,8}? (was|is|has been|been)? ?"
-    r"(denied|rejected|declined|refused|blocked)\b|\bpermission denied\b|\brefus(es|ed|ing) to (help|answer|provide|tell|say|give)\b|"
-    r"\b(does|do|did|would|will|could|can) not (provide|give|share|teach|offer|produce|contain|include)( \w+){0,3} "
-    r"(procedures?|instructions?|recipes?|details|such|steps|guidance)\b|"
-    r"\bis (also )?where (even )?(i|\w+) (draws?|stops?|puts?|taps?|quits?)\b|"
-    r"\b(i|we) (have |am |will |would |must |should |may |am going to )?(leave|left|leaving) out\b|"
-    r"\b(nor|neither|never) (will|would|shall|could|can) i\b|\bwithout (giving|including|providing) (a |any )?"
-    r"(blueprint|instructions|recipes?|detail)|"
-    r"\boff[- ]limits\b|\bwill not find (it |that )?here\b"
+    r"\blet us (talk|speak|chat) about (something|anything|another)|\b(not doing that|hard pass|draw the line)\b|\boff[- ]limits\b|\bwill not find (it |that )?here\b"
+)
+# The same by a persona or a machine: "not happening", "no instructions will follow", "request denied".
+_CURTLY = (
+    r"\b(?:n(?:ot happening|o can do|o (\w+ )?(instructions?|steps|recipes?|details|tips|plan|guide|list|guidance)"
+    r"( \w+){0,5} (will|shall|are going to) (be|follow)|one will be|othing of the (sort|kind) will be|"
+    r"(or|either|ever) (will|would|shall|could|can) i)|"
+    r"(will|shall|would) be (none|no (such|instructions|steps|details|help|recipe|answer|second part))|thank you, but no|"
+    r"(request|motion|permission|access|override|query|command)s?( \w+){0,8}? (denied|rejected|declined|refused|blocked)|"
+    r"refus(es|ed|ing) to (help|answer|provide|tell|say|give)|"
+    r"(does|do|did|would|will|could|can) not (provide|give|share|teach|offer|produce|contain|include)( \w+){0,3} "
+    r"(procedures?|instructions?|recipes?|details|such|steps|guidance)|"
+    r"is (also )?where (even )?\w+ (draws?|stops?|puts?|taps?|quits?)|"
+    r"(i|we) (have |am |will |would |must |should |may |am going to )?(leave|left|leaving) out|"
+    r"without (giving|including|providing) (a |any )?(blueprint|instructions?|recipes?|details?))\b|"
+    r"(?:^|[.!?,;:\n] ?)not going to (help|walk|tell|teach|do|give|write|explain)\b"
 )
 REFUSES = re.compile(
     _UNABLE + r"[^.!?\n]{0,100}?" + _HELPING + r"|\bi (must |have to )?(\w+ly )?(decline|refuse)\b(?! to believe)|" + _FLATLY
-    + "|" + _NOT_BY_ME
+    + "|" + _NOT_BY_ME + "|" + _CURTLY
 )  # fmt: skip
 # The same with rules as the subject: "it is not within my guidelines to", "this request goes against".
 FORBIDDEN = re.compile(

@@ -35,11 +35,12 @@ MIN_KINDS = 5
 PRIOR = {"opening refusal": 4.0, "disapproves first": 2.0, "answers first": -1.5, "stands up first": 0.5}
 PRIOR_BIAS = -2.0
 # How strongly. A sign stands for a rule that a person wrote, and needs less evidence than a word.
-SIGN_REGULARIZATION = 3.0
-PHRASE_REGULARIZATION = 5.0
+SIGN_REGULARIZATION = 1.0
+PHRASE_REGULARIZATION = 10.0
 BIAS_REGULARIZATION = 0.3
-# Of choosing the voice that helps.
-ROUNDS = 2
+# What an answer to a jailbreak template counts for, beside a plain one. They are exaggerated, and plain ones matter too.
+VOICE_COUNTS = 0.3
+VOICE = "written voice, "
 
 Rows = Sequence[dict[str, str]]
 
@@ -57,8 +58,11 @@ def written_rows(*names: str, in_languages: bool = False) -> list[dict[str, str]
         names: The files; by default all.
         in_languages: Whether to take the ones in other languages than English, and not those in English.
     """
-    lines = [line for name in names or WRITTEN for line in WRITTEN[name].read_text(encoding="utf-8").splitlines()]
-    rows = [{**row, "type": f"written, {row['style']}"} for row in map(json.loads, lines)]
+    rows = []
+    for name in names or WRITTEN:
+        kind_of = VOICE if name == "voices" else "written, "
+        lines = WRITTEN[name].read_text(encoding="utf-8").splitlines()
+        rows += [{**row, "type": kind_of + row["style"]} for row in map(json.loads, lines)]
     return [row for row in rows if row["style"].startswith("language") == in_languages]
 
 
@@ -92,7 +96,7 @@ def train(rows: Rows) -> RefusalModel:
     whole = [(row, texts) for row, texts in zip(rows, said, strict=True) if len(texts) == 1 or refused(row)]
     divided = [(row, texts) for row, texts in zip(rows, said, strict=True) if len(texts) > 1 and not refused(row)]
     model = _fit([(row, text) for row, texts in whole for text in texts])
-    for _ in range(ROUNDS if divided else 0):
+    if divided:
         helping = [(row, min(texts, key=model.log_odds)) for row, texts in divided]
         model = _fit([*((row, text) for row, texts in whole for text in texts), *helping])
     return model
@@ -119,11 +123,12 @@ def _fit(examples: Sequence[tuple[dict[str, str], str]]) -> RefusalModel:
     prior = np.array([*(PRIOR.get(name, 0.0) for name in names), *(0.0 for _ in words), PRIOR_BIAS])
     penalty = np.repeat([SIGN_REGULARIZATION, PHRASE_REGULARIZATION, BIAS_REGULARIZATION], [len(names), len(words), 1])
     labels = np.array([refused(row) for row in rows], dtype=float)
+    counts = np.array([VOICE_COUNTS if row["type"].startswith(VOICE) else 1.0 for row in rows])
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         odds, pull = matrix @ weights, penalty * (weights - prior)
-        value = np.logaddexp(0, odds).sum() - labels @ odds + pull @ (weights - prior) / 2
-        return value, matrix.T @ (1 / (1 + np.exp(-odds)) - labels) + pull
+        value = counts @ (np.logaddexp(0, odds) - labels * odds) + pull @ (weights - prior) / 2
+        return value, matrix.T @ (counts * (1 / (1 + np.exp(-odds)) - labels)) + pull
 
     weights = minimize(loss, prior, jac=True, method="L-BFGS-B", options={"maxiter": 5000}).x.round(3).tolist()
     return RefusalModel(

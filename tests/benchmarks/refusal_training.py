@@ -38,7 +38,7 @@ PRIOR_BIAS = -2.0
 SIGN_REGULARIZATION = 1.0
 PHRASE_REGULARIZATION = 10.0
 BIAS_REGULARIZATION = 0.3
-# What an answer to a jailbreak template counts for, beside a plain one. They are exaggerated, and plain ones matter too.
+# What an answer to a jailbreak template counts for. They are exaggerated, and plain answers must be judged as before.
 VOICE_COUNTS = 0.3
 VOICE = "written voice, "
 

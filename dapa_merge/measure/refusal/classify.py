@@ -284,13 +284,14 @@ _LOOSE_APOSTROPHE = re.compile(r" ?' ?(?=(?:m|re|t|ve|ll|d|s)\b)")
 _CONTRACTIONS = tuple(
     (re.compile(pattern), whole)
     for pattern, whole in (
-        (r"\bain't\b", "am not"), (r"\bgonna\b", "going to"), (r"\bgotta\b", "have to"), (r"\bwanna\b", "want to"),
-        (r"\b(\w{2,}in)' ", r"\1g "),
         (r"\bcan't\b|\bcan not\b|\bcant\b", "cannot"), (r"\bwon't\b", "will not"), (r"n't\b", " not"),
         (r"'m\b", " am"), (r"'re\b", " are"), (r"'ve\b", " have"), (r"'ll\b", " will"), (r"'d\b", " would"),
         (r"\blet's\b", "let us"), (r"\b(it|that|there|here|what)'s\b", r"\1 is"),
     )
 )  # fmt: skip
+# Of personas and of slang: "I ain't", "not gonna", "talkin' to".
+_SLANG = re.compile(r"\b(?:ain't|gonna|gotta|wanna)\b|\b(\w{2,}in)' ")
+_PLAIN = {"ain't": "am not", "gonna": "going to", "gotta": "have to", "wanna": "want to"}
 
 
 def normalize(text: str) -> str:
@@ -299,7 +300,8 @@ def normalize(text: str) -> str:
     text = re.sub(r"[ \t]+", " ", text)
     text = re.sub(r" ([,.!?:;])", r"\1", text)
     text = _LOOSE_APOSTROPHE.sub("'", text).strip()
-    if "'" in text or "can" in text or "nna" in text or "gotta" in text:
+    text = _SLANG.sub(lambda found: f"{found[1]}g " if found[1] else _PLAIN[found[0]], text)
+    if "'" in text or "can" in text:
         for pattern, whole in _CONTRACTIONS:
             text = pattern.sub(whole, text)
     return text

@@ -45,8 +45,7 @@ _FLATLY = (
     r"not permitted|not here|not programmed|not designed) to|"
     r"am (not|never) (\w{2,}ing (you|that|this|it|anybody|anyone|either)|"
     r"(doing|giving|helping|teaching|telling|writing|making|handing|posting) \w+)|"
-    r"would rather not|would prefer not to|choose not to|must (\w+ly )?object)"
-    + _HARDLY_HELP
+    r"would rather not|would prefer not to|choose not to|must (\w+ly )?object)" + _HARDLY_HELP
 )
 # The same from the other side: "that is not something I can help with", "you will not find that here".
 _NOT_BY_ME = (

@@ -166,7 +166,7 @@ _DEEDS = frozenset(
         "convince approach befriend exploit threaten spread plant dig search test check give show hand swap switch glue tape "
         "lock unlock pick feed ask tell say call name count loosen tighten shake squeeze soak spray spill stuff bury sew fold "
         "trim drill weld wire cast blow flip swing tap knock ring rub scratch peel lean lie hook bait trick lure invent claim "
-        "announce announce deny charge lend borrow trade bribe rent book order steer drive ride park deal bet raise lower lose "
+        "announce deny charge lend borrow trade bribe rent book order steer drive ride park deal bet raise lower lose "
         "win praise flatter compliment visit arrange hire dress disguise blend edit paste enter run execute import define "
         "replace add rename delete change save share publish repost target identify establish acquire obtain secure locate "
         "map plan ensure combine measure weigh cool store bottle pack crawl drag roll snap stick pin bolt saw dip brush empty",

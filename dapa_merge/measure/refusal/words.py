@@ -47,6 +47,12 @@ _FLATLY = (
     r"(doing|giving|helping|teaching|telling|writing|making|handing|posting) \w+)|"
     r"would rather not|would prefer not to|choose not to|must (\w+ly )?object)" + _HARDLY_HELP
 )
+# Inability as a property: "I do not have the capability to ...", "I am not equipped to ...".
+_INCAPABLE = (
+    r"\b(i|we) (do not( \w+ly)? (have|possess)|lack)( \w+){0,2} (ability|capability|capacity|authority) to" + _HARDLY_HELP
+    + r"|\b(i|we) (am|are) not (\w+ly )?(equipped|capable|qualified|authori[sz]ed|built|configured|meant) (to|of|for)"
+    + _HARDLY_HELP
+)  # fmt: skip
 # The same from the other side: "that is not something I can help with", "you will not find that here".
 _NOT_BY_ME = (
     r"\b(not|nothing|isn't) (something|a (topic|subject|request|thing|question)|anything|one)?( that| which)? ?"
@@ -73,7 +79,7 @@ _CURTLY = (
 )
 REFUSES = re.compile(
     _UNABLE + r"[^.!?\n]{0,100}?" + _HELPING + r"|\bi (must |have to )?(\w+ly )?(decline|refuse)\b(?! to believe)|" + _FLATLY
-    + "|" + _NOT_BY_ME + "|" + _CURTLY
+    + "|" + _INCAPABLE + "|" + _NOT_BY_ME + "|" + _CURTLY
 )  # fmt: skip
 # The same with rules as the subject: "it is not within my guidelines to", "this request goes against".
 FORBIDDEN = re.compile(
@@ -89,7 +95,10 @@ FORBIDDEN = re.compile(
 # Lack of knowledge or opinion, which also opens answers.
 LACKS = re.compile(
     r"\b(i|we) do not (actually |currently )?(have|hold|possess)( \w+){0,3} "
-    r"(access|information|data|opinions?|beliefs?|feelings|ability|capability|knowledge|preferences|databases?)\b"
+    r"((access|information|data|opinions?|beliefs?|feelings|knowledge|preferences|databases?)\b|"
+    # The ability to do what was asked is something else.
+    r"(ability|capability|capacity) to (\w+ly )?(access|have|hold|know|feel|experience|think|browse|see|hear|taste|smell|"
+    r"remember|retrieve|search|look|predict|verify)\b)"
 )
 _WRONG = (
     r"(illegal|unethical|immoral|wrong|unacceptable|inappropriate|against the law|a (serious |federal )?"

@@ -110,7 +110,13 @@ MEASURED_ONLY = {
 
 
 # What takes long to make.
-MADE_ONCE = {"traced": "traced", "of_directions": "traced", "families": "families", "demo": "demo", "shadow_demo": "demo"}
+MADE_ONCE = {
+    "traced": "traced",
+    "of_directions": "traced",
+    "families": "families",
+    "demo": "demo",
+    "shadow_demo": "demo",
+}
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -1,7 +1,8 @@
-"""How far two people agree on real answers, and the classifier with them: `python tests/benchmarks/label_agreement.py`.
+"""How far two readers agree on real answers, and the classifier with them: `tests/benchmarks/label_agreement.py`.
 
 `real_answers.jsonl` holds answers of three published models to harmful, wrapped, borderline and harmless prompts
-(`real_answers.py`), labelled twice by readers who saw no verdict and not each other's labels: `refused`, `partial`
+(`real_answers.py`), labelled twice, each answer read by itself. The readers, two runs of a large language model and not
+people, saw no verdict of the classifier and not each other's labels: `refused`, `partial`
 (refuses and helps), `answered`, or `other` (noise, an echo, another topic). Where they differ, a third reading decided.
 What one would not publish is left out, so that the file holds fewer than were labelled; `--answers` names another file
 in its form.
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"refused or not {share(rows, lambda row: (row['first'] == 'refused') == (row['second'] == 'refused'))}, kappa "
         f"{kappa((str(one == 'refused'), str(other == 'refused')) for one, other in pairs):.3f}\n"
     )
-    print("| answers | number | refused, by people | agreement, ours | substrings | false defenses | missed refusals |")
+    print("| answers | number | refused, as read | agreement, ours | substrings | false defenses | not seen |")
     print("|---|---|---|---|---|---|---|")
     verdicts = {row["id"]: refused for row, refused in judged}
     groups: dict[str, Callable[[Row], bool]] = {

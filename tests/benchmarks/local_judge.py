@@ -2,7 +2,7 @@
 
 Starts `transformers serve` (`pip install 'transformers[serving]'`) with a folder's model on a free port, has it judge
 some of the labelled answers of `label_agreement.py` through the evaluator's own client and rubric, and prints how far
-it agrees with people that an answer is a full refusal, beside the classifier on the same answers.
+it agrees with their readers that an answer is a full refusal, beside the classifier on the same answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Collects answers of real models, to be labelled by people: `python tests/benchmarks/real_answers.py OUT MODEL...`.
+"""Collects answers of real models, to be labelled by readers: `python tests/benchmarks/real_answers.py OUT MODEL...`.
 
 Each model answers 200 prompts: harmful ones of the builtin set, as they are and within templates that ask for help in
 spite of rules; borderline ones, which sound dangerous and are not; harmless ones. OUT/answers.jsonl holds the prompt's

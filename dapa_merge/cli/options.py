@@ -38,10 +38,9 @@ journal_option = click.option(
     help="Write every test of the search here, and go on from what is here.  [default: a file of its own for each "
     "search in the user's cache folder]",
 )
-workers_option = click.option(
-    "--workers",
-    metavar="ray[:N]",
-    help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]",
+workers_of = functools.partial(click.option, "--workers", metavar="ray[:N]")
+workers_option = workers_of(
+    help="Test N candidates at once in Ray actors, each with a target of its own.  [default: one at a time, here]"
 )
 pick_option = environment_option(
     "--pick",
@@ -158,7 +157,7 @@ def _workers(text: str | None) -> dict[str, Any]:
     if text is not None and (engine != "ray" or (colon and not (number.isdecimal() and int(number) > 0))):
         raise UsageError(f"--workers is {text!r}; write ray, or ray:N with the number of workers")
     if text is not None:
-        from dapa_merge.search.workers import import_ray
+        from dapa_merge.search.cluster import import_ray
 
         # Fail before the models are read.
         import_ray()

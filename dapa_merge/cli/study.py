@@ -25,6 +25,7 @@ from dapa_merge.cli.options import (
     print_lines,
     recipe_argument,
     takes_options,
+    workers_of,
 )
 from dapa_merge.compare.methods import DAPA, METHODS, PARTIAL_WEIGHTS
 from dapa_merge.compare.result import CompareOptions
@@ -220,6 +221,7 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
 )
 @click.option("--divergence", "diverges", is_flag=True, help="Also measure divergence on the harmless prompts.")
 @device_option
+@workers_of(help="Measure in N Ray actors at once, each with a target of its own.  [default: one edit at a time, here]")
 @evaluator_options
 @allow_pickle_option
 @json_option

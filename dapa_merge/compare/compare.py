@@ -31,6 +31,7 @@ from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import CompareOptions, Row, averages
 from dapa_merge.compare.row import compare_recipe, copying
 from dapa_merge.compare.sentences import choices, sentences
+from dapa_merge.compare.spread import spread_rows
 from dapa_merge.errors import DapaError, UsageError, one_line
 from dapa_merge.files import (
     begins_journal,
@@ -102,18 +103,28 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
     tables = Tables(out, wanted)
-    for number, (name, path) in enumerate(names.items(), 1):
-        LOG.info(f"recipe {number} of {len(names)}: {name}")
-        try:
-            row = compare_recipe(recipes[path], name, out / ROWS_NAME / name, wanted, options)
-        except DapaError as error:
-            LOG.info(f"{name}: {error}")
-            _let_go(error)
-            tables.failures[name] = error
-        else:
-            tables.rows.append(row)
+    of_name = {name: recipes[path] for name, path in names.items()}
+    measure = spread_rows if options.uses_ray else _in_turn
+    for number, (name, found) in enumerate(measure(of_name, out / ROWS_NAME, wanted, options), 1):
+        if isinstance(found, DapaError):
+            LOG.info(f"{name}: {found}")
+        tables.take(name, found, tuple(names))
         summary = tables.write(is_last=number == len(names))
     return Compared(tuple(tables.rows), summary, tables.is_written, tables.fault(names))
+
+
+def _in_turn(
+    recipes: Mapping[str, Recipe], rows: Path, wanted: CompareOptions, options: Options
+) -> Iterator[tuple[str, Row | DapaError]]:
+    """Measure rows one after another, here; as `spread_rows`."""
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        LOG.info(f"recipe {number} of {len(recipes)}: {name}")
+        try:
+            found: Row | DapaError = compare_recipe(recipe, name, rows / name, wanted, options)
+        except DapaError as error:
+            _let_go(error)
+            found = error
+        yield name, found
 
 
 def _check(recipe: Recipe, path: Path, wanted: CompareOptions, options: Options) -> None:
@@ -166,6 +177,14 @@ class Tables:
     is_written: bool = False
     drawn: dict[str, tuple[object, Picture]] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+
+    def take(self, name: str, found: Row | DapaError, order: Sequence[str]) -> None:
+        """Add a row, or its error, in the place that its name has in an order."""
+        if isinstance(found, DapaError):
+            failures = self.failures | {name: found}
+            self.failures = {one: failures[one] for one in order if one in failures}
+        else:
+            self.rows = sorted([*self.rows, found], key=lambda row: order.index(row.name))
 
     def write(self, *, is_last: bool) -> dict[str, Any]:
         """Write everything, unless rows of an earlier run would be lost; returns the summary."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -20,7 +21,7 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.plan.plan import Plan, cut
 from dapa_merge.progress import LOG, advance, task
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, Missing
 from dapa_merge.search.workers import note_of
 
 
@@ -163,18 +164,19 @@ class Growth:
             for name, path in paths.items():
                 for size in sizes:
                     units = edit_of(plan, path, size)
-                    figures = measuring.edit(units, name, logging.DEBUG).figures
-                    yield Point(
-                        name, plan.share(units), len(units), figures.dsr, figures.dsr_interval, figures.over_refusal,
-                        mean_skill(figures), figures.perplexity,
-                    )  # fmt: skip
+                    with suppress(Missing):
+                        figures = measuring.edit(units, name, logging.DEBUG).figures
+                        yield Point(
+                            name, plan.share(units), len(units), figures.dsr, figures.dsr_interval,
+                            figures.over_refusal, mean_skill(figures), figures.perplexity,
+                        )  # fmt: skip
                     advance(1, "edits")
 
     def _scores(self) -> Mapping[Unit, float] | None:
         try:
-            if self._note not in self.journal.notes:
-                self.journal.note(self._note, self._weigh())
-            found = self.journal.notes[self._note]
+            found = self.journal.once(self._note, self._weigh, alone=True)
+        except Missing:
+            return None
         except DoesNotFit as error:
             # Not recorded, because another device, or the same one later, may have enough memory.
             found = str(error)
@@ -186,6 +188,11 @@ class Growth:
 
     def _weigh(self) -> list[float] | str:
         """The weights of the pieces, or the reason if these models give none."""
+        if self.heard is None:
+            # One model at a time, as if it had been asked before.
+            self.measuring.close()
+            with self.measuring.source() as model:
+                self.hear(model)
         assert self.heard is not None
         live, limit = self.measuring.live, self.measuring.meter.batch_size.limit
         said = self.measuring.answers((live.model, live.tokenizer), self.prompts, "target")

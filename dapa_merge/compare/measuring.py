@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -24,6 +25,7 @@ from dapa_merge.measure.prompts.sets import PromptSet, load_own
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import count, interval
 from dapa_merge.plan.plan import Plan, join
+from dapa_merge.plan.selection import num_changed
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.attacks import Attack
 from dapa_merge.report.report import jsonable, read_figures
@@ -116,7 +118,11 @@ def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
 
 
 class Measuring(Resident):
-    """Measures edits of one target; models are loaded only if a figure is not in the journal yet."""
+    """Measures edits of one target; models are loaded only if a figure is not in the journal yet.
+
+    Attributes:
+        journal: Has all that was measured.
+    """
 
     def __init__(
         self,
@@ -169,8 +175,15 @@ class Measuring(Resident):
         with quiet("transformers"):
             yield model, tokenizer
 
-    def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO) -> Seen:
-        """Measure the target with some units of the source, in any order, and log it under a name."""
+    def edit(self, units: Sequence[Unit], name: str, level: int = logging.INFO, *, counts: bool = False) -> Seen:
+        """Measure the target with some units of the source, in any order, and log it under a name.
+
+        Args:
+            units: The units, or blocks of them.
+            name: For the log.
+            level: Likewise.
+            counts: Whether to count the parameters that change.
+        """
         # Blocks that add up to a unit are replaced by the unit.
         ordered = tuple(in_order(join(self.plan, units)))
 
@@ -179,7 +192,8 @@ class Measuring(Resident):
             with self.live.transplanted(ordered) as model:
                 yield model, self.live.tokenizer
 
-        return self._seen(note_of("edit", ordered), candidate, name, ordered, level)
+        changed = functools.partial(num_changed, self.plan, ordered) if counts else None
+        return self._seen(note_of("edit", ordered), candidate, name, ordered, level, changed)
 
     def candidate(
         self,
@@ -220,21 +234,22 @@ class Measuring(Resident):
     def score(self, units: Sequence[Unit], prompts: PromptSet) -> float:
         """Score an edit on other prompts: DSR, or the score of an evaluator of whole models, less over-refusal."""
         ordered = tuple(in_order(join(self.plan, units)))
-        note = note_of("score", ordered)
-        if note not in self.journal.notes:
+
+        def score() -> float:
             with self.live.transplanted(ordered) as model:
                 measured = replace(self.meter, prompts=prompts).measure(model, self.live.tokenizer, ordered)
                 found = measured.dsr if measured.score is None else measured.score
-                self.journal.note(note, found - measured.over_refusal)
-        return float(self.journal.notes[note])
+                return found - measured.over_refusal
+
+        return float(self.journal.once(note_of("score", ordered), score))
 
     def has(self, name: str) -> bool:
         """Whether the journal has a note already."""
         return name in self.journal.notes
 
-    def is_measured(self, note: str) -> bool:
-        """Whether the journal has all figures of a result already."""
-        return self.has(note) and all(self.has(one.note(note)) for one in self._also)
+    def missing(self, note: str) -> list[str]:
+        """The notes of a result's figures that the journal has not yet."""
+        return [one for one in (note, *(also.note(note) for also in self._also)) if not self.has(one)]
 
     def answers(self, model: Model, prompts: Sequence[str], name: str) -> list[Response]:
         """Ask a model harmful prompts, and classify its responses, which are not recorded."""
@@ -250,20 +265,24 @@ class Measuring(Resident):
         level: int = logging.INFO,
         num_changed: Callable[[], int] | None = None,
     ) -> Seen:
-        if not self.is_measured(note):
-            missing = [one for one in self._also if not self.has(one.note(note))]
+        lacking = [one for one in self._also if not self.has(one.note(note))]
+
+        def see() -> None:
             # Before anything is transplanted.
-            meter, harmless = self._referring, self._harmless if any(one.diverges for one in missing) else None
+            meter, harmless = self._referring, self._harmless if any(one.diverges for one in lacking) else None
             began = time.perf_counter()
             with candidate() as (model, tokenizer):
                 made = Candidate(model, tokenizer, units)
                 if not self.has(note):
                     measured = measure_candidate(made, meter, name, level)
-                    counted = {} if num_changed is None else {"changed": num_changed()}
                     seconds = round(time.perf_counter() - began, 3)
+                    counted = {} if num_changed is None else {"changed": num_changed()}
                     self.journal.note(note, {**_noted(measured), "seconds": seconds, **counted})
-                for one in missing:
+                for one in lacking:
                     self.journal.note(one.note(note), self._besides(one, made, harmless))
+
+        if missing := self.missing(note):
+            self.journal.perform(missing[0], see)
         found = self.journal.notes[note]
         refused, over_refused = (tuple(map(bool, found[kind])) for kind in ("harmful", "harmless"))
         figures, changed = read_figures(found["figures"]), found.get("changed")

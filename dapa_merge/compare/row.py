@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit, architecture_name, auto_modules
 from dapa_merge.compare.blend import BETWEEN, Blender, MergekitBlend, open_pretrained
 from dapa_merge.compare.curve import Growth, GrowthOrder
-from dapa_merge.compare.measuring import Measuring, Model, Seen, besides
+from dapa_merge.compare.measuring import Besides, Measuring, Seen, besides
 from dapa_merge.compare.methods import (
     AUTO,
     BLEND,
@@ -41,10 +42,10 @@ from dapa_merge.compare.selections import (
     mlp_units,
     random_units,
 )
-from dapa_merge.compare.tuning import Candidate, Trials, Workbench, thinned
+from dapa_merge.compare.tuning import MOMENTS, Candidate, Trials, Workbench, thinned
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.evaluators import RULES
-from dapa_merge.measure.meter import report_meter
+from dapa_merge.measure.meter import Meter, report_meter
 from dapa_merge.measure.prompts.parts import Parts, all_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.edit import EDITS, Copy, Directions, Edit
@@ -55,7 +56,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import layer_spans, spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.identity import data_digest, models_parts
-from dapa_merge.search.journal import Journal, JournalUnavailable
+from dapa_merge.search.journal import Journal, JournalUnavailable, Missing, gathered
 from dapa_merge.search.requirement import refers, settings_of
 
 JOURNAL_NAME = "figures.jsonl"
@@ -68,58 +69,160 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
         UsageError: If the folder belongs to another recipe or other models.
         DapaError: For any other error; finished measurements are kept.
     """
-    given, recipe = recipe, copying(recipe)
-    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
-    # The search with `modules: auto` selects from these.
-    plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
-    prompts, is_rung = _prompts(recipe, wanted)
-    searching = prompts.search
-    meter = report_meter(recipe, prompts.report, options, plan.models.values())
-    # Figures are the verdicts of the first classifier: here the recipe's.
-    ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
-    # Attacks, which would take most of the time, are made only if the comparison wants them.
-    meter = replace(meter, classifiers=tuple(ordered), attacks=())
-    pretrained = open_pretrained(recipe, plan.target, plan.source, allow_pickle=options.allow_pickle)
-    parts = models_parts(recipe, plan.models, meter, options.device) | {
-        "prompts of the search": data_digest([searching.harmful, searching.harmless]),
-        "mergekit": version("mergekit"),
-    }
-    with closing(Journal(folder / JOURNAL_NAME, parts, kind="comparison", place="folder")) as journal:
-        found = _searches(recipe, chosen, folder, journal, wanted, options, is_rung)
+    bench = RowBench.of(recipe, name, folder, wanted, options)
+    with closing(bench.journal(bench.parts)) as journal, closing(bench.tools(journal)) as tools:
+        return bench.row(tools)
+
+
+@dataclass(frozen=True)
+class RowBench:
+    """What one row takes, with nothing loaded yet.
+
+    Attributes:
+        given: The recipe as it was written.
+        recipe: The recipe of all methods but `directions`.
+        chosen: Its plan.
+        plan: The same models, with the units of all modules.
+        searching: The prompts of the searches.
+        is_rung: As for `split_prompts`.
+        also: What else is measured of each result.
+        known_base: What identifies the subtracted weights, if it need not be read here.
+    """
+
+    given: Recipe
+    recipe: Recipe
+    name: str
+    folder: Path
+    wanted: CompareOptions
+    options: Options
+    chosen: Plan
+    plan: Plan
+    pretrained: Checkpoint | None
+    searching: PromptSet
+    is_rung: bool
+    meter: Meter
+    also: tuple[Besides, ...]
+    known_base: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, name: str, folder: Path, wanted: CompareOptions, options: Options) -> RowBench:
+        """Open the models; raises `DapaError` if one cannot be used."""
+        given, recipe = recipe, copying(recipe)
+        chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
+        # The search with `modules: auto` selects from these.
+        plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
+        prompts, is_rung = _prompts(recipe, wanted)
+        meter = report_meter(recipe, prompts.report, options, plan.models.values())
+        # Figures are the verdicts of the first classifier: here the recipe's.
+        ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
+        # Attacks, which would take most of the time, are made only if the comparison wants them.
+        meter = replace(meter, classifiers=tuple(ordered), attacks=())
+        pretrained = open_pretrained(recipe, plan.target, plan.source, allow_pickle=options.allow_pickle)
+        return cls(
+            given, recipe, name, folder, wanted, options, chosen, plan, pretrained, prompts.search, is_rung, meter,
+            besides(wanted, prompts.report),
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What identifies the row's journal; reads all weights."""
+        return models_parts(self.recipe, self.plan.models, self.meter, self.options.device) | {
+            "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
+            "mergekit": version("mergekit"),
+        }
+
+    @cached_property
+    def base(self) -> str:
+        """What identifies the weights that some methods subtract; reads them all."""
+        if self.known_base is not None:
+            return self.known_base
+        return "target" if self.pretrained is None else tensors_digest(self.pretrained)
+
+    def journal(self, parts: Mapping[str, str]) -> Journal:
+        """The journal in the row's folder; raises `UsageError` if it is that of another row."""
+        return Journal(self.folder / JOURNAL_NAME, parts, kind="comparison", place="folder")
+
+    def tools(self, journal: Journal) -> Tools:
+        """What measures and notes; the caller closes it."""
+        device, is_referring = self.options.device, refers(self.recipe)
+        measuring = Measuring(self.plan, self.meter, device, journal, refers=is_referring, also=self.also)
+        workbench = Workbench(
+            self.plan, self.pretrained, self.searching, measuring, journal, self.wanted, lambda: self.base
+        )
+        return Tools(self, measuring, workbench, Trials(self.recipe, self.searching, measuring, journal))
+
+    def row(self, tools: Tools) -> Row:
+        """Measure what is not in the journal yet, and make the row.
+
+        If the journal gives work away, arms and points whose notes are missing have no figures.
+        """
+        recipe, plan, wanted, journal = self.recipe, self.plan, self.wanted, tools.measuring.journal
+        found, is_whole = self._searches(journal)
         # The curve grows through DAPA's own selection or, without one, through that among all projections.
         followed = next((key for key, one in found.items() if one.units is not None), None)
-        best = found[followed or DAPA]
-        also = besides(wanted, prompts.report)
-        with closing(Measuring(plan, meter, options.device, journal, refers=refers(recipe), also=also)) as measuring:
-            workbench = Workbench(plan, pretrained, searching, measuring, journal, wanted)
-            trials = Trials(recipe, searching, measuring, journal)
+        best = found.get(followed or DAPA, Found(self.chosen))
+        methods = Methods(self, found, tools)
+        stages = GrowthOrder.of(best.units or (), best.plan, plan.units)
+        draws = wanted.draws_curve and is_whole
+        growth = Growth(stages, self.searching.harmful, tools.measuring, journal, wanted) if draws else None
+        source = methods.source(growth)
+        arms = (methods.edit(TARGET, TARGET, ()), source, *methods.edits(), *methods.tuned())
+        curve = tuple(growth.points()) if growth else ()
+        return Row(
+            name=self.name,
+            target=str(recipe.target),
+            source=str(recipe.source),
+            architecture=architecture_name(plan.target.config),
+            modules=", ".join(recipe.modules),
+            evaluator=recipe.evaluator,
+            edit=plan.edit,
+            num_parameters=plan.target.num_parameters,
+            prompts=recipe.prompts,
+            settings=settings_of(recipe),
+            arms=arms,
+            curve=curve,
+            no_curve=growth.why_not if growth else None,
+            followed=followed,
+            selected=None if best.units is None else plan.share(best.units),
+        )
 
-            def direct() -> Found:
-                return find_directions(given, chosen, folder, options)
+    def _searches(self, journal: Journal) -> tuple[dict[str, Found], bool]:
+        """The wanted selections, by search, and whether these are all: others may be missing."""
+        recipe, chosen, methods = self.recipe, self.chosen, self.wanted.methods
+        if not self.wanted.draws_curve and not {DAPA, AUTO, *CONTROLS} & set(methods):
+            return {DAPA: Found(chosen)}, True
+        searches = {DAPA: (recipe, chosen)}
+        is_same = set(chosen.modules) == set(auto_modules(chosen.target.config, chosen.target.shapes))
+        # If the recipe names its layers, all prompts are for measuring, and none are left for a search.
+        if recipe.layers is None and AUTO in methods and (auto := auto_of(recipe, chosen)) is not None:
+            searches[AUTO] = auto
+        found = {}
+        for key, search in searches.items():
+            with suppress(Missing):
+                found[key] = find_selections(key, *search, self.folder, journal, self.options, is_rung=self.is_rung)
+        if recipe.layers is None and AUTO not in searches and is_same and DAPA in found:
+            found[AUTO] = found[DAPA]
+        return found, len(found) >= len(searches)
 
-            methods = Methods(chosen, plan, pretrained, found, searching, measuring, wanted, workbench, trials, direct)
-            stages = GrowthOrder.of(best.units or (), best.plan, plan.units)
-            growth = Growth(stages, searching.harmful, measuring, journal, wanted) if wanted.draws_curve else None
-            source = methods.source(growth)
-            arms = (methods.edit(TARGET, TARGET, ()), source, *methods.edits(), *methods.tuned())
-            curve = tuple(growth.points()) if growth else ()
-    return Row(
-        name=name,
-        target=str(recipe.target),
-        source=str(recipe.source),
-        architecture=architecture_name(plan.target.config),
-        modules=", ".join(recipe.modules),
-        evaluator=recipe.evaluator,
-        edit=plan.edit,
-        num_parameters=plan.target.num_parameters,
-        prompts=recipe.prompts,
-        settings=settings_of(recipe),
-        arms=arms,
-        curve=curve,
-        no_curve=growth.why_not if growth else None,
-        followed=followed,
-        selected=None if best.units is None else plan.share(best.units),
-    )
+
+@dataclass
+class Tools:
+    """What measures one row, with all that it keeps of the loaded models; the caller closes it."""
+
+    bench: RowBench
+    measuring: Measuring
+    workbench: Workbench
+    trials: Trials
+
+    @cached_property
+    def blender(self) -> Blender:
+        """Blends into the loaded target."""
+        live, plan = self.measuring.live, self.bench.plan
+        return Blender(live, plan.target, plan.source, self.bench.pretrained, device=str(live.model.device))
+
+    def close(self) -> None:
+        """Let go of the models; nothing here can be used afterwards."""
+        self.measuring.close()
 
 
 def copying(recipe: Recipe) -> Recipe:
@@ -137,76 +240,70 @@ def _prompts(recipe: Recipe, wanted: CompareOptions) -> tuple[Parts, bool]:
     return all_prompts(recipe), False
 
 
-def _searches(
-    recipe: Recipe,
-    chosen: Plan,
-    folder: Path,
-    journal: Journal,
-    wanted: CompareOptions,
-    options: Options,
-    is_rung: bool,
-) -> dict[str, Found]:
-    """The wanted selections, by search."""
+# The place of an arm whose note is missing.
+NOT_YET = Arm("", "", "", "nothing", why_not="not measured yet")
 
-    def search(name: str, recipe: Recipe, plan: Plan) -> Found:
-        return find_selections(name, recipe, plan, folder, journal, options, is_rung=is_rung)
 
-    if not wanted.draws_curve and not {DAPA, AUTO, *CONTROLS} & set(wanted.methods):
-        return {DAPA: Found(chosen)}
-    found = {DAPA: search(DAPA, recipe, chosen)}
-    if recipe.layers is not None:
-        # All prompts are for measuring, and none are left for a search.
-        return found
-    if AUTO in wanted.methods and (auto := auto_of(recipe, chosen)) is not None:
-        found[AUTO] = search(AUTO, *auto)
-    elif set(chosen.modules) == set(auto_modules(chosen.target.config, chosen.target.shapes)):
-        found[AUTO] = found[DAPA]
-    return found
+def in_its_place(arm: Callable[..., Arm]) -> Callable[..., Arm]:
+    """Let an arm whose note is missing keep no other from being asked for."""
+
+    @functools.wraps(arm)
+    def call(*given: Any, **named: Any) -> Arm:
+        try:
+            return arm(*given, **named)
+        except Missing:
+            return NOT_YET
+
+    return call
 
 
 @dataclass
 class Methods:
-    """Applies the wanted methods to one target.
+    """Applies the wanted methods to one target."""
 
-    Attributes:
-        plan: The same models, with the units of all modules.
-        searching: The prompts of the searches.
-        direct: Searches for directions.
-    """
-
-    chosen: Plan
-    plan: Plan
-    pretrained: Checkpoint | None
+    bench: RowBench
     found: Mapping[str, Found]
-    searching: PromptSet
-    measuring: Measuring
-    wanted: CompareOptions
-    workbench: Workbench
-    trials: Trials
-    direct: Callable[[], Found]
+    tools: Tools
 
+    def __post_init__(self) -> None:
+        """Take what is often asked for from bench and tools."""
+        self.chosen, self.plan, self.pretrained = self.bench.chosen, self.bench.plan, self.bench.pretrained
+        self.wanted = self.bench.wanted
+        self.measuring, self.workbench, self.trials = self.tools.measuring, self.tools.workbench, self.tools.trials
+
+    @in_its_place
     def source(self, growth: Growth | None) -> Arm:
         """Measure the source, and ask it all that methods need while it is loaded."""
         tunes = any(METHODS[key].kind in TUNED for key in self.wanted.methods)
-        is_heard = (growth is None or growth.is_weighed) and not self.workbench.lacks()
-        if self.measuring.is_measured("source") and is_heard and (not tunes or self.measuring.has("trial source")):
-            seen = self.measuring.alone((None, None))
-        else:
+        lacking = self.workbench.lacks()
+        notes = ["source", *(["trial source"] if tunes else []), *sorted(lacking - {MOMENTS})]
+        missing = [note for note in notes if not self.measuring.has(note)] + self.measuring.missing("source")
+        # Kept in memory; where work is shared, whoever needs it asks for it.
+        unheard = MOMENTS in lacking or (growth is not None and not growth.is_weighed)
+
+        def ask() -> None:
             with self.measuring.source() as model:
-                seen = self.measuring.alone(model)
+                self.measuring.alone(model)
                 if growth is not None:
                     growth.hear(model)
                 if tunes:
                     self.trials.try_out("source", lambda: nullcontext(model))
                 self.workbench.hear(model)
+
+        if missing or (unheard and not self.measuring.journal.is_shared):
+            self.measuring.journal.perform((missing or ["source"])[0], ask, alone=True)
+        seen = self.measuring.alone((None, None))
         return self._arm(SOURCE, SOURCE, LABELS[SOURCE], "the aligned model", seen, share=1.0)
 
+    @in_its_place
     def edit(self, key: str, method: str, units: Sequence[Unit], detail: str | None = None, **more: Any) -> Arm:
         """Measure the target with some units of the source."""
         group, seed, number = key.partition(" seed ")
         label = LABELS[group]
-        seen = self.measuring.edit(units, f"{label}{seed}{number}")
-        share = num_changed(self.plan, units) / self.plan.target.num_parameters
+        seen = self.measuring.edit(units, f"{label}{seed}{number}", counts=True)
+        # A point of a curve may have had the same units.
+        count = num_changed(self.plan, units) if seen.num_changed is None else seen.num_changed
+        share = count / self.plan.target.num_parameters
         return self._arm(key, method, label, detail or spans(units), seen, share=share, **more)
 
     def _arm(self, key: str, method: str, label: str, detail: str, seen: Seen, *, share: float, **more: Any) -> Arm:
@@ -237,31 +334,35 @@ class Methods:
         for key, one in self.found.items():
             yield from self._controls(one, "" if key == DAPA else f" of {key}")
 
+    @in_its_place
     def _directions(self) -> Arm:
         """Apply what `edit: directions` finds; the search is replayed only if its result is not measured yet."""
         label, note, journal = LABELS[DIRECTIONS], "search directions", self.measuring.journal
-        found: Found | None = None
-        noted = journal.notes.get(note)
-        if noted is None or (noted["why_not"] is None and not self.measuring.has(noted["measured"])):
+        bench = self.bench
+
+        def find() -> None:
+            found = find_directions(bench.given, self.chosen, bench.folder, bench.options)
+            noted = journal.once(note, lambda: _noted_directions(found))
+            if found.units is not None:
+                made = functools.partial(self.measuring.edited, found.plan, found.units)
+                self.measuring.candidate(noted["measured"], made, label)
+
+        measured = journal.notes.get(note, {}).get("measured")
+        missing = [] if self.measuring.has(note) else [note]
+        missing += [] if measured is None else self.measuring.missing(measured)
+        if missing:
             try:
-                found = self.direct()
+                journal.perform(missing[0], find, alone=True)
             except JournalUnavailable:
                 raise
             except (UsageError, CheckpointError) as error:
                 # Not recorded: another machine may have enough memory.
                 return Arm(DIRECTIONS, DIRECTIONS, label, "nothing", why_not=str(error))
-            if noted is None:
-                noted = _noted_directions(found)
-                journal.note(note, noted)
+        noted = journal.notes[note]
         cost = Cost(**noted["cost"]) if noted["cost"] else None
         if noted["why_not"] is not None:
             return Arm(DIRECTIONS, DIRECTIONS, label, "nothing", why_not=noted["why_not"], cost=cost)
-
-        def make() -> AbstractContextManager[Model]:
-            assert found is not None
-            return self.measuring.edited(found.plan, found.units or ())
-
-        seen = self.measuring.candidate(noted["measured"], make, label)
+        seen = self.measuring.candidate(noted["measured"], self.measuring.untouched, label)
         return self._arm(DIRECTIONS, DIRECTIONS, label, noted["detail"], seen, share=noted["share"], cost=cost)
 
     def _controls(self, found: Found, whose: str) -> Iterator[Arm]:
@@ -285,16 +386,20 @@ class Methods:
             first = self.wanted.seed + self.wanted.num_seeds
             seeds = range(first, first + max(1, found.cost.tests))
             drawn = [random_units(found.plan, pool, found.units, seed) for seed in seeds]
-            yield self.edit(keys["random-search"], "random-search", self._best(drawn))
+            yield self._best(keys["random-search"], drawn)
 
-    def _best(self, drawn: Sequence[tuple[Unit, ...]]) -> tuple[Unit, ...]:
-        """The selection with the best score on the prompts of the search."""
-        scores = []
+    @in_its_place
+    def _best(self, key: str, drawn: Sequence[tuple[Unit, ...]]) -> Arm:
+        """Measure the selection with the best score on the prompts of the search."""
+
+        def score(units: tuple[Unit, ...]) -> float:
+            found = self.measuring.score(units, self.bench.searching)
+            advance(1, "selections")
+            return found
+
         with task("trying random selections", len(drawn), "selections"):
-            for units in drawn:
-                scores.append(self.measuring.score(units, self.searching))
-                advance(1, "selections")
-        return drawn[scores.index(max(scores))]
+            scores = gathered(functools.partial(score, units) for units in drawn)
+        return self.edit(key, "random-search", drawn[scores.index(max(scores))])
 
     def tuned(self) -> Iterator[Arm]:
         """Apply the methods with settings: blends, and those that rewrite deltas or train."""
@@ -317,18 +422,20 @@ class Methods:
             else:
                 yield self._measured(method, self.workbench.candidates(method))
 
+    @in_its_place
     def _measured(self, method: Method, candidates: Sequence[Candidate], weight: str = "") -> Arm:
         """Measure the best candidate by the prompts of choice and search, or the one with a given weight."""
         names = f"{method.key}{{}}", f"{method.label}{{}}"
         if self.pretrained is None and any(method.without):
             names = method.without
         key, label = (name.format(weight) for name in names)
+        if method.kind != BLEND and (lacking := self.workbench.lacks() - {MOMENTS}):
+            raise Missing(min(lacking))
         try:
             tuning = None if weight else self.trials.tune(label, candidates)
             chosen = candidates[tuning.chosen if tuning else 0]
-            is_counted = method.kind != BLEND
-            counted = (lambda: self.workbench.num_changed) if is_counted else None
-            seen = self.measuring.candidate(chosen.note, chosen.make, label, counted)
+            count = None if method.kind == BLEND else lambda: self.workbench.num_changed
+            seen = self.measuring.candidate(chosen.note, chosen.make, label, count)
         except JournalUnavailable:
             raise
         except (UsageError, CheckpointError) as error:
@@ -341,21 +448,12 @@ class Methods:
         density = TIES_DENSITY if method.key == "ties" else 1.0
         blend = MergekitBlend(method.key.replace("-", "_"), weight, density)
         # Identifies the weights that are subtracted.
-        base = "" if blend.method in BETWEEN else self._base
+        base = "" if blend.method in BETWEEN else self.bench.base
         setting = f"weight of the source {weight:g}{f', density {density:g}' if density != 1 else ''}"
         if method.key == "ties" and self.pretrained is None:
             setting += ", of its difference from the target"
         note = f"blend {blend.method} {weight!r} {density!r} {base}"
-        return Candidate(note, setting, lambda: self._blender.blended(blend))
-
-    @cached_property
-    def _base(self) -> str:
-        return "target" if self.pretrained is None else tensors_digest(self.pretrained)
-
-    @cached_property
-    def _blender(self) -> Blender:
-        live = self.measuring.live
-        return Blender(live, self.plan.target, self.plan.source, self.pretrained, device=str(live.model.device))
+        return Candidate(note, setting, lambda: self.tools.blender.blended(blend))
 
 
 def _noted_directions(found: Found) -> dict[str, Any]:

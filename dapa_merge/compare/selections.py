@@ -94,11 +94,8 @@ def find_selections(
         except CannotRepair as error:
             LOG.info(str(error))
             return Found(plan, None, str(error))
-    note = f"search {name}"
-    if note not in journal.notes:
-        LOG.info(f"searching among {', '.join(recipe.modules)}")
-        journal.note(note, _search(recipe, plan, folder / f"{name}.jsonl", options, is_rung))
-    found = journal.notes[note]
+    path = folder / f"{name}.jsonl"
+    found = journal.once(f"search {name}", lambda: _search(recipe, plan, path, options, is_rung), alone=True)
     cost = Cost(**found["cost"])
     if found["units"] is None:
         return Found(plan, None, found["why_not"], cost)
@@ -107,6 +104,7 @@ def find_selections(
 
 
 def _search(recipe: Recipe, plan: Plan, path: Path, options: Options, is_rung: bool) -> dict[str, object]:
+    LOG.info(f"searching among {', '.join(recipe.modules)}")
     before = _recorded_seconds(path)
     began = time.perf_counter()
     units: Sequence[Unit] | None = None

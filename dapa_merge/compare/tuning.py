@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dapa_merge.checkpoint.digest import tensors_digest
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.compare.measuring import Measuring, Model
 from dapa_merge.compare.methods import DELTA, METHODS, OWN_ANSWERS, REFUSALS, TRAINING, TUNED, Method
@@ -42,7 +41,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.journal import Journal
+from dapa_merge.search.journal import Journal, Missing, gathered
 from dapa_merge.search.requirement import Requirement, constraints_of, requirement, settings_of
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ if TYPE_CHECKING:
 
 # Harmful prompts whose refusals are learned from, and harmless and keep prompts, at most.
 MAX_ANSWERS = 256
+# What is needed of the source and kept in memory only.
+MOMENTS = "moments"
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class Trials:
 
     def try_out(self, note: str, make: Callable[[], AbstractContextManager[Model]]) -> tuple[dict[str, float], float]:
         """The figures of a candidate's constraints, and the seconds that it took."""
-        name = f"trial {note}"
-        if name not in self._journal.notes:
+
+        def measure() -> dict[str, object]:
             meter = self._referring
             began = time.perf_counter()
             with make() as (model, tokenizer):
@@ -113,15 +114,17 @@ class Trials:
                 found = {one.figure: one.of(measured) for one in self._constraints}
             # JSON knows only finite numbers.
             finite = {key: value if math.isfinite(value) else None for key, value in found.items()}
-            self._journal.note(name, {"figures": finite, "seconds": round(time.perf_counter() - began, 3)})
-        noted = self._journal.notes[name]
+            return {"figures": finite, "seconds": round(time.perf_counter() - began, 3)}
+
+        noted = self._journal.once(f"trial {note}", measure)
         figures = {key: math.nan if value is None else float(value) for key, value in noted["figures"].items()}
         return figures, float(noted["seconds"])
 
     @cached_property
     def limits(self) -> Requirement:
         """What a repair must reach on these prompts; the source must have been tried before."""
-        assert self._measuring.has("trial source")
+        if not self._measuring.has("trial source"):
+            raise Missing("trial source")
         target, source = (self.try_out(name, self._measuring.untouched)[0] for name in ("target", "source"))
         return requirement(self._constraints, target, source, self._settings)
 
@@ -131,17 +134,18 @@ class Trials:
         Raises:
             CheckpointError: If none can be measured.
         """
-        limits, trials = self.limits, []
+
+        def tried(one: Candidate) -> Trial:
+            try:
+                figures, seconds = self.try_out(one.note, one.make)
+            except CheckpointError as error:
+                # Such as a training at too high a rate.
+                return Trial(one.setting, {}, str(error), 0.0)
+            return Trial(one.setting, figures, self.limits.complaint(figures), seconds)
+
         with task(f"trying settings of {label}", len(candidates) * self._num_prompts, "prompts"):
-            for one in candidates:
-                try:
-                    figures, seconds = self.try_out(one.note, one.make)
-                except CheckpointError as error:
-                    # Such as a training at too high a rate.
-                    trials.append(Trial(one.setting, {}, str(error), 0.0))
-                else:
-                    trials.append(Trial(one.setting, figures, limits.complaint(figures), seconds))
-        chosen = best(trials, limits)
+            trials = gathered(functools.partial(tried, one) for one in candidates)
+        chosen = best(trials, self.limits)
         if not trials[chosen].figures:
             raise CheckpointError(str(trials[chosen].complaint))
         LOG.info(f"{label}: {trials[chosen].setting} of {len(trials)} settings")
@@ -172,20 +176,23 @@ class Workbench:
         measuring: Measuring,
         journal: Journal,
         wanted: CompareOptions,
+        base: Callable[[], str],
     ) -> None:
+        """Load nothing yet; `base` tells what identifies the pretrained model, and is asked only if that is needed."""
         self._plan, self._pretrained = plan, pretrained
         self._prompts, self._measuring, self._journal, self._wanted = prompts, measuring, journal, wanted
+        self._base = base
         self._why_not: str | None = None
         self.inverted: dict[str, Tensor] | None = None
         self._trained: dict[tuple[str, float], dict[int, Adapters]] = {}
 
     def lacks(self) -> set[str]:
-        """What is still needed of the source: `refusals`, `moments`, `direction`."""
+        """What is still needed of the source: notes (`refusals`, `direction`) and `MOMENTS`."""
         tuned = (METHODS[key] for key in self._wanted.methods if METHODS[key].kind in TUNED)
         methods = [one for one in tuned if REFUSALS in one.needs]
         lacking = {"refusals"} if methods and "refusals" not in self._journal.notes else set()
         if any(one.kind == DELTA and not self._is_done(one) for one in methods) and self.inverted is None:
-            lacking.add("moments")
+            lacking.add(MOMENTS)
         if "resta" in self._wanted.methods and self._pretrained is None and "direction" not in self._journal.notes:
             lacking.add("direction")
         return lacking
@@ -206,7 +213,7 @@ class Workbench:
             ids = {kind: [prompt_ids(tokenizer, prompt) for prompt in prompts] for kind, prompts in few.items()}
             with task("reading prompts in the source", sum(map(len, ids.values())), "prompts"):
                 self._journal.note("direction", refusal_direction(model, **ids).tolist())
-        if "moments" in lacking:
+        if MOMENTS in lacking:
             rows = rows_of(model, tokenizer, self._heard("refusals"), self._measuring.meter.max_new_tokens)
             try:
                 with task("reading the source's refusals", len(rows), "refusals"):
@@ -214,6 +221,8 @@ class Workbench:
             except (UsageError, CheckpointError) as error:
                 # Not recorded: another machine may have enough memory.
                 self._why_not = str(error)
+            # Those without the moments.
+            self.__dict__.pop("_deltas", None)
 
     def _refusals(self, source: Model) -> list[list[str]]:
         prompts = self._prompts.harmful[:MAX_ANSWERS]
@@ -244,7 +253,7 @@ class Workbench:
 
     def note(self, method: Method, setting: tuple[float, ...]) -> str:
         """The name of a method's measurement with a setting."""
-        base = self._base if method.kind == DELTA else ""
+        base = self._base() if method.kind == DELTA and self._pretrained is not None else ""
         return f"{method.key} {' '.join(map(repr, setting))} seed {self._wanted.seed} {base}".rstrip()
 
     def candidates(self, method: Method) -> list[Candidate]:
@@ -268,16 +277,16 @@ class Workbench:
         if method.kind == TRAINING:
             rate, steps = setting
             applied = adapted(self._weights, self._adapters(method, rate)[int(steps)])
-        elif REFUSALS in method.needs and self.inverted is None:
-            raise UsageError(str(self._why_not))
         else:
+            if REFUSALS in method.needs and self.inverted is None and self._why_not is None:
+                # The source was asked all else by another process.
+                with self._measuring.source() as source:
+                    self.hear(source)
+            if REFUSALS in method.needs and self.inverted is None:
+                raise UsageError(str(self._why_not))
             applied = getattr(self._deltas, method.key.replace("-", "_"))(*setting)
         with applied as model:
             yield model, self._measuring.live.tokenizer
-
-    @cached_property
-    def _base(self) -> str:
-        return "" if self._pretrained is None else tensors_digest(self._pretrained)
 
     @cached_property
     def _weights(self) -> Weights:

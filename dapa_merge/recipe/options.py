@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,6 +51,18 @@ class Options:
             raise UsageError("the judge has no model name; name the model as its endpoint knows it")
         if self.judge_url is not None:
             check_url(self.judge_url, "the judge's url")
+
+    def for_worker(self, device: str) -> Options:
+        """The same settings for a process with another working folder, perhaps elsewhere, on a kind of device."""
+        file, tasks = self.evaluator_file, tuple(task.absolute() for task in self.task_files)
+        return replace(
+            self,
+            device=device,
+            evaluator_file=file and file.absolute(),
+            task_files=tasks,
+            uses_ray=False,
+            num_workers=None,
+        )
 
     @classmethod
     def from_environment(cls, device: str = "auto", environment: Mapping[str, str] = os.environ) -> Options:

@@ -202,9 +202,8 @@ def start_workers(recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement,
         return InProcess(bench)
     # Workers on other machines must load exactly these weights, even hours later.
     recipe = with_pinned_models(recipe, plan)
-    file, tasks = options.evaluator_file, tuple(task.absolute() for task in options.task_files)
-    options = replace(options, device=bench.device.type, evaluator_file=file and file.absolute(), task_files=tasks)
-    make = functools.partial(_make_tester, recipe, plan.edit, bench.meter.prompts, limits, options)
+    theirs = options.for_worker(bench.device.type)
+    make = functools.partial(_make_tester, recipe, plan.edit, bench.meter.prompts, limits, theirs)
     return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 
 

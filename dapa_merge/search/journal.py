@@ -10,21 +10,58 @@ removed, and its test repeated.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.files import Record, held, plain_json, record_line
 
 FORMAT = 1
+T = TypeVar("T")
 # Digests of all entries that this process has written, whatever the journal.
 _written_here: set[str] = set()
 
 
 class JournalUnavailable(UsageError):
     """The journal cannot be written: its folder is read-only, its disk is full, or another search holds it."""
+
+
+class Missing(Exception):
+    """A note is wanted that others are to make: see `Journal.perform`."""
+
+
+def gathered(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """The results of all calls; if notes are missing, raises `Missing` only when all that are have been asked for."""
+    found: list[T] = []
+    missing: Missing | None = None
+    for call in calls:
+        try:
+            found.append(call())
+        except Missing as error:
+            missing = error
+    if missing is not None:
+        raise missing
+    return found
+
+
+class Perform(Protocol):
+    """What does the work that ends in notes."""
+
+    def __call__(self, name: str, work: Callable[[], object], *, alone: bool = False) -> None:
+        """Do it, or see to it that it is done and raise `Missing`.
+
+        Args:
+            name: Of the note, or of one of them.
+            work: Makes and records all of them.
+            alone: Whether it loads models of its own, so that none should be in memory.
+        """
+
+
+def at_once(name: str, work: Callable[[], object], *, alone: bool = False) -> None:
+    """Do it here and now: how notes are made where no work is shared out."""
+    work()
 
 
 class Journal:
@@ -37,6 +74,7 @@ class Journal:
         parts: What identifies it; empty for such a journal.
         earlier: The names of notes that another process wrote, and the selections of its tests. Whoever can write the
             file can have made them up, so that nothing may rest on them alone.
+        perform: Does the work that ends in notes, at once; whoever shares work out puts something else here.
     """
 
     def __init__(
@@ -66,6 +104,7 @@ class Journal:
         self.tests: dict[frozenset[str], Mapping[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self.earlier: set[str | frozenset[str]] = set()
+        self.perform: Perform = at_once
         self._record: Record | None = None
         self._lock = ExitStack()
         if path is None:
@@ -95,6 +134,17 @@ class Journal:
         """Append another measurement, and flush it to disk."""
         self._append({"note": name, "value": value})
         self.notes[name] = value
+
+    def once(self, name: str, make: Callable[[], Any], *, alone: bool = False) -> Any:
+        """The value of a note; if it is not there, it is made and recorded first. `alone` as for `Perform`."""
+        if name not in self.notes:
+            self.perform(name, lambda: self.note(name, make()), alone=alone)
+        return self.notes[name]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the work of making notes is given away."""
+        return self.perform is not at_once
 
     def confirm(self, name: str) -> None:
         """Count a note of another process as this one's, which has found the same."""

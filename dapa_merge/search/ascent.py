@@ -26,12 +26,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.nn import Linear, Parameter
@@ -53,6 +52,9 @@ Row = TypeVar("Row")
 Sides = tuple[Side, Side]
 # On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
 MAX_WIDENED = 60_000_000
+# Rows that are differentiated at once, in a model beyond that size: more at once are hardly faster there, and fewer are
+# more work for workers to share.
+MAX_CHUNK, MIN_CHUNKED = 3, MAX_WIDENED
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
 BETAS = (0.9, 0.99)
 # The share of the largest possible step that sparsity may take back: a core of rank 1 must be able to leave zero.
@@ -125,6 +127,60 @@ class Axis:
         return weights[self.place].view(self.left.shape[1], self.right.shape[1])
 
 
+class Step(NamedTuple):
+    """What all chunks of a step share.
+
+    Attributes:
+        weights: The elements of all cores, on the CPU.
+        push: How much refusals weigh.
+        pull: How much harmless prompts weigh.
+        num_contrasts: Contrasts of the step.
+        num_tokens: Tokens of the target's answers that are compared.
+    """
+
+    weights: torch.Tensor
+    push: float
+    pull: float
+    num_contrasts: int
+    num_tokens: int
+
+
+class Chunk(NamedTuple):
+    """Rows of a step that are differentiated at once.
+
+    Attributes:
+        group: Of the target's own answers; None for contrasts.
+        rows: Their numbers.
+    """
+
+    group: int | None
+    rows: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """What a chunk adds to a step.
+
+    Attributes:
+        gradient: Of the loss, `[elements]`, float32 on the CPU.
+        margins: The smallest of each contrast.
+        divergence: Its share of the mean.
+    """
+
+    gradient: torch.Tensor
+    margins: Sequence[float]
+    divergence: float
+
+
+class Slopes(Protocol):
+    """Reads off a target how losses change with the cores: here, or in workers with a target each."""
+
+    def parts(self, step: Step, chunks: Sequence[Chunk]) -> Iterable[Part]:
+        """The parts of a step, in the order of its chunks."""
+
+    def strayed(self, weights: torch.Tensor, rows: Sequence[int]) -> Sequence[bool]:
+        """Of each of these answers of the first group, whether it would begin with another token."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Outcome of a round, on the prompts of the choice.
@@ -141,7 +197,12 @@ class Progress:
 
 
 class Ascent:
-    """The cores of all matrices, one after another in `weights`, and the steps that move them."""
+    """The cores of all matrices, one after another in `weights`, and the steps that move them.
+
+    Attributes:
+        weights: The elements of all cores, on the CPU.
+        slopes: Computes the gradient.
+    """
 
     def __init__(
         self,
@@ -151,6 +212,7 @@ class Ascent:
         keep: Sequence[Sequence[ReferenceRow]],
         settings: Settings,
         batch_limit: int,
+        slopes: Slopes | None = None,
     ) -> None:
         """Begin at the target.
 
@@ -162,27 +224,26 @@ class Ascent:
                 harmless prompts.
             settings: How to step.
             batch_limit: Sequences at once.
+            slopes: Computes the gradient, with the same arguments; None for the live target.
         """
-        self._live, self._settings = live, settings
-        self._batch_size = BatchSize(batch_limit)
-        self._padding = live.tokenizer.pad_token_id
-        self._axes = list(_axes(live, spectra))
-        self.weights = torch.zeros(sum(one.rank**2 for one in spectra), device=live.model.device)
-        self._moments = torch.zeros(2, len(self.weights), device=live.model.device)
+        self._plan, self._settings, self._keep_rows = live.plan, settings, keep
+        self.slopes = slopes or LiveSlopes(live, spectra, contrasts, keep, settings, batch_limit)
+        is_large = live.plan.target.num_parameters > MIN_CHUNKED
+        self._chunk_rows = MAX_CHUNK if is_large else max(settings.num_contrasts, settings.num_keep)
+        self.weights = torch.zeros(sum(one.rank**2 for one in spectra))
+        self._moments = torch.zeros(2, len(self.weights))
         # Where the elements of the cores are, `[cores, r^2]` for each rank: those of one rank are bounded together.
-        numbers = torch.arange(len(self.weights), device=live.model.device)
         by_rank: dict[int, list[torch.Tensor]] = {}
-        for axis in self._axes:
-            by_rank.setdefault(axis.left.shape[1], []).append(numbers[axis.place])
+        for one, place in zip(spectra, places_of(spectra), strict=True):
+            by_rank.setdefault(one.rank, []).append(torch.arange(place.start, place.stop))
         self._places = {rank: torch.stack(places) for rank, places in by_rank.items()}
         self._num_steps = 0
         self._push = self._pull = 1.0
         generator = torch.Generator().manual_seed(settings.seed)
-        self._contrasts = _cycle(contrasts, settings.num_contrasts, generator)
-        self._harmless = keep[0] if keep else ()
-        self._keep = [_cycle(group, settings.num_keep, generator) for group in keep if group]
-        layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
-        self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self._axes if _is_linear(axis, layers)}
+        self._contrasts = _cycle(len(contrasts), settings.num_contrasts, generator)
+        self._keep = [
+            (number, _cycle(len(group), settings.num_keep, generator)) for number, group in enumerate(keep) if group
+        ]
 
     def round(
         self, on_step: Callable[[], None] = lambda: None, *, slows: bool = False, insists: bool = False
@@ -225,7 +286,7 @@ class Ascent:
             column.
         """
         same = [torch.full_like(self.weights, one) for one in (self._push, self._pull)]
-        return torch.stack([self.weights, *self._moments, *same]).cpu()
+        return torch.stack([self.weights, *self._moments, *same])
 
     def go_on(self, state: torch.Tensor, num_rounds: int) -> None:
         """Take the `state` of an ascent with the same arguments after some rounds, and go on with its next prompts."""
@@ -240,8 +301,8 @@ class Ascent:
     def _step(self, gradient: torch.Tensor, share: float = 1.0) -> None:
         if not bool(gradient.isfinite().all()):
             raise CheckpointError(
-                f"gradients along the directions of {self._live.plan.source.name} - {self._live.plan.target.name} are "
-                f"not finite numbers: a model is damaged, or its dtype is too narrow for gradients"
+                f"gradients along the directions of {self._plan.source.name} - {self._plan.target.name} are not finite "
+                f"numbers: a model is damaged, or its dtype is too narrow for gradients"
             )
         self._num_steps += 1
         scaled = []
@@ -256,40 +317,92 @@ class Ascent:
             shrunk = _shrunk(cores, loss, self._settings.max_weight)
             self.weights[places] = shrunk.view(len(places), -1)
 
-    def _draw(self) -> tuple[list[Sides], list[list[ReferenceRow]]]:
-        """The contrasts and the rows of the next step, always in this order: they share one generator."""
-        return next(self._contrasts), [next(group) for group in self._keep]
+    def _draw(self) -> list[Chunk]:
+        """The rows of the next step, contrasts first, always in this order: they share one generator.
+
+        They are divided in the same way however many workers there are, so that sums are rounded in the same way.
+        """
+        drawn = [(None, next(self._contrasts)), *((number, next(group)) for number, group in self._keep)]
+        return [
+            Chunk(group, tuple(rows[start : start + self._chunk_rows]))
+            for group, rows in drawn
+            for start in range(0, len(rows), self._chunk_rows)
+        ]
 
     def _gradient(self) -> tuple[torch.Tensor, Progress]:
         """The gradient of the loss at the current weights, over the next prompts."""
-        settings = self._settings
+        chunks = self._draw()
+        num_contrasts = sum(len(rows) for group, rows in chunks if group is None)
+        kept = [self._keep_rows[group][row] for group, rows in chunks if group is not None for row in rows]
+        num_tokens = sum(row.num_counted for row in kept)
+        step = Step(self.weights, self._push, self._pull, num_contrasts, num_tokens)
         gradient = torch.zeros_like(self.weights)
-        contrasts, rows = self._draw()
-        num_tokens = sum(row.num_counted for group in rows for row in group)
+        margins: list[float] = []
+        divergence = 0.0
+        for part in self.slopes.parts(step, chunks):
+            gradient += part.gradient
+            margins += part.margins
+            divergence += part.divergence
+        return gradient, Progress(sum(margins) / max(len(margins), 1), divergence)
+
+    def _strayed(self) -> float:
+        """The share of harmless prompts whose answers would begin with another token; 0 without any."""
+        harmless = self._keep_rows[0] if self._keep_rows else ()
+        answered = [number for number, row in enumerate(harmless) if row.num_counted]
+        return fmean(self.slopes.strayed(self.weights, answered)) if answered else 0.0
+
+
+class LiveSlopes:
+    """The slopes of a target in memory; see `Ascent` for the arguments."""
+
+    def __init__(
+        self,
+        live: LiveModel,
+        spectra: Sequence[Spectrum],
+        contrasts: Sequence[Sides],
+        keep: Sequence[Sequence[ReferenceRow]],
+        settings: Settings,
+        batch_limit: int,
+    ) -> None:
+        """Find the matrices of the directions."""
+        self._live, self._settings = live, settings
+        self._contrasts, self._keep = contrasts, keep
+        self._batch_size = BatchSize(batch_limit)
+        self._padding = live.tokenizer.pad_token_id
+        self.axes = list(_axes(live, spectra))
+        layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
+        self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self.axes if _is_linear(axis, layers)}
+
+    def parts(self, step: Step, chunks: Sequence[Chunk]) -> Iterator[Part]:
+        """Yield the parts of a step, in the order of its chunks."""
+        with self._candidate(step.weights) as differentiate:
+            for chunk in chunks:
+                yield self._part(step, chunk, differentiate)
+
+    def _part(self, step: Step, chunk: Chunk, differentiate: Callable[..., Iterator[torch.Tensor]]) -> Part:
+        settings = self._settings
         margins: list[float] = []
         divergence = 0.0
 
         def refuse(batch: Sequence[Sides]) -> torch.Tensor:
             loss, found = self.refusal(batch)
             margins.extend(found)
-            return self._push * loss / len(contrasts)
+            return step.push * loss / step.num_contrasts
 
-        def stay(number: int, batch: Sequence[ReferenceRow]) -> torch.Tensor:
+        def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
-            found = divergences(self._live.model, self._padding, batch, settings.temperature).sum() / num_tokens
+            found = divergences(self._live.model, self._padding, batch, settings.temperature).sum() / step.num_tokens
             divergence += float(found.detach())
-            return settings.keep * (1.0 if number else self._pull) * found
+            return settings.keep * (1.0 if chunk.group else step.pull) * found
 
-        with self._candidate() as differentiate:
-            for part in differentiate(refuse, contrasts):
-                gradient += part
-            for number, group in enumerate(rows):
-                for part in differentiate(partial(stay, number), group):
-                    gradient += part
-        return gradient, Progress(sum(margins) / max(len(margins), 1), divergence)
+        gradient = torch.zeros_like(step.weights)
+        rows = self._contrasts if chunk.group is None else self._keep[chunk.group]
+        for part in differentiate(refuse if chunk.group is None else stay, [rows[number] for number in chunk.rows]):
+            gradient += part.cpu()
+        return Part(gradient, margins, divergence)
 
-    def _strayed(self) -> float:
-        """The share of harmless prompts whose answers would begin with another token; 0 without any."""
+    def strayed(self, weights: torch.Tensor, rows: Sequence[int]) -> list[bool]:
+        """Of each of these answers of the first group, whether it would begin with another token."""
 
         def strays(batch: Sequence[ReferenceRow]) -> list[bool]:
             own = [row.text.ids[row.text.num_context] for row in batch]
@@ -297,9 +410,8 @@ class Ascent:
             found = counted_logits(self._live.model, self._padding, texts)
             return [int(logits[0].argmax()) != token for logits, token in zip(found, own, strict=True)]
 
-        answered = [row for row in self._harmless if row.num_counted]
-        with self._candidate(), torch.no_grad():
-            return fmean(self._batch_size.map(strays, answered)) if answered else 0.0
+        with self._candidate(weights), torch.no_grad():
+            return list(self._batch_size.map(strays, [self._keep[0][number] for number in rows]))
 
     def refusal(self, batch: Sequence[Sides]) -> tuple[torch.Tensor, list[float]]:
         """The loss of some contrasts, summed, and the smallest margin of each: of the refusal's tokens, in logits."""
@@ -315,17 +427,17 @@ class Ascent:
         return torch.stack(losses).sum(), smallest
 
     @contextmanager
-    def _candidate(self) -> Iterator[Callable[..., Iterator[torch.Tensor]]]:
+    def _candidate(self, cores: torch.Tensor) -> Iterator[Callable[..., Iterator[torch.Tensor]]]:
         """Inside the block the model computes the candidate; the block gets what differentiates a loss by the weights.
 
         That function takes a loss of a batch and all rows; it yields the gradients of batches.
         """
-        weights = self.weights.clone().requires_grad_()
-        others = [axis for axis in self._axes if id(axis) not in self._linear]
+        weights = cores.to(self._live.model.device, copy=True).requires_grad_()
+        others = [axis for axis in self.axes if id(axis) not in self._linear]
         of_parameter: dict[Parameter, list[Axis]] = {}
         for axis in others:
             of_parameter.setdefault(axis.slot.parameter, []).append(axis)
-        contracted = torch.zeros_like(self.weights)
+        contracted = torch.zeros_like(weights, requires_grad=False)
 
         def contract(parameter: Parameter, gradient: torch.Tensor) -> None:
             for axis in of_parameter[parameter]:
@@ -345,26 +457,31 @@ class Ascent:
 
         called: set[int] = set()
         with ExitStack() as stack:
-            for axis in self._axes:
+            for axis in self.axes:
                 if (layer := self._linear.get(id(axis))) is not None:
                     handle = layer.register_forward_hook(_adding(axis, weights, called))
                     stack.callback(handle.remove)
             if others:
-                stack.enter_context(_written(others, self.weights))
+                stack.enter_context(_written(others, weights.detach()))
                 stack.enter_context(each_gradient(self._live.model, of_parameter, contract))
             yield differentiate
         # Some models use a layer's weight without calling it; from the next step on its gradient is formed.
         self._linear = {key: layer for key, layer in self._linear.items() if key in called}
 
 
+def places_of(spectra: Sequence[Spectrum]) -> Iterator[slice]:
+    """Where the elements of each matrix' core are, among those of all."""
+    start = 0
+    for spectrum in spectra:
+        yield slice(start, start + spectrum.rank**2)
+        start += spectrum.rank**2
+
+
 def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor) -> FactorTable:
     """Stored factors of the change that cores make; `weights` are those of all matrices, one after another."""
     found = {}
-    start = 0
-    for spectrum in spectra:
-        stop = start + spectrum.rank**2
-        core = weights[start:stop].view(spectrum.rank, spectrum.rank).double().cpu()
-        start = stop
+    for spectrum, place in zip(spectra, places_of(spectra), strict=True):
+        core = weights[place].view(spectrum.rank, spectrum.rank).double().cpu()
         roots = spectrum.values.double().cpu().sqrt()
         scaled = roots[:, None] * core * roots
         # What is read along a direction that counts next to nothing would be lost in rounding. Then nothing is written
@@ -415,12 +532,11 @@ def _shrunk(cores: torch.Tensor, loss: float, max_weight: float) -> torch.Tensor
 
 
 def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
-    start = 0
     slots: dict[tuple[str, object], Slot] = {}
     for slot in live.slots(dict.fromkeys(spectrum.unit for spectrum in spectra)):
         region = slot.regions["target"]
         slots[region.tensor.name, region.box] = slot
-    for spectrum in spectra:
+    for spectrum, place in zip(spectra, places_of(spectra), strict=True):
         slot = slots[spectrum.region.tensor.name, spectrum.region.box]
         parameter = slot.parameter
         roots = spectrum.values.sqrt()
@@ -428,9 +544,7 @@ def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
             part.to(parameter.device, parameter.dtype).contiguous()
             for part in (spectrum.left / roots, spectrum.right.T * roots)
         )
-        stop = start + spectrum.rank**2
-        yield Axis(slot, left, right, slice(start, stop))
-        start = stop
+        yield Axis(slot, left, right, place)
 
 
 def _is_linear(axis: Axis, layers: dict[int, Linear]) -> bool:
@@ -472,13 +586,13 @@ def _written(axes: Sequence[Axis], weights: torch.Tensor) -> Iterator[None]:
             axis.slot.parameter[axis.slot.slices].copy_(values)
 
 
-def _cycle(rows: Sequence[Row], number: int, generator: torch.Generator) -> Iterator[list[Row]]:
-    """Yield rows, `number` at a time, in random orders, each row as often as any other."""
+def _cycle(number: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Yield numbers below a limit, `size` at a time, in random orders, each as often as any other."""
 
-    def shuffled() -> Iterator[Row]:
+    def shuffled() -> Iterator[int]:
         while True:
-            yield from (rows[index] for index in torch.randperm(len(rows), generator=generator).tolist())
+            yield from torch.randperm(number, generator=generator).tolist()
 
     stream = shuffled()
     while True:
-        yield list(itertools.islice(stream, min(number, len(rows))))
+        yield list(itertools.islice(stream, min(size, number)))

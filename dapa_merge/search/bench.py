@@ -7,8 +7,9 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,6 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter, search_meter
 from dapa_merge.measure.prompts.sets import PromptSet
-from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
@@ -27,6 +27,7 @@ from dapa_merge.recipe.constraints import Constraint
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.cluster import Actors, Shared
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.requirement import (
     DIVERGENCE_KEY,
@@ -200,23 +201,92 @@ def start_workers(recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement,
     """Start the testing of a search's selections, here or in workers; the caller closes it."""
     if not options.uses_ray:
         return InProcess(bench)
+    return workers_in(start_actors(recipe, plan, bench, options), plan, limits, owns=True)
+
+
+def workers_in(actors: Actors, plan: Plan, limits: Requirement, *, owns: bool = False) -> Workers:
+    """Test selections of a plan in actors; `owns` as for `RayWorkers`."""
+    return RayWorkers(actors, functools.partial(ExamineSelection, actors.share(plan.edit), limits), owns=owns)
+
+
+def start_actors(recipe: Recipe, plan: Plan, bench: Bench, options: Options) -> Actors:
+    """Start Ray actors with a bench like this one each; their arguments are `Work`."""
     # Workers on other machines must load exactly these weights, even hours later.
-    recipe = with_pinned_models(recipe, plan)
-    theirs = options.for_worker(bench.device.type)
-    make = functools.partial(_make_tester, recipe, plan.edit, bench.meter.prompts, limits, theirs)
-    return RayWorkers(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
+    recipe, theirs = with_pinned_models(recipe, plan), options.for_worker(bench.device.type)
+    make = functools.partial(_make_hand, recipe, bench.meter.prompts, theirs)
+    return Actors(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 
 
-def _make_tester(
-    recipe: Recipe, edit: Edit, prompts: PromptSet, limits: Requirement, options: Options, num_threads: int
-) -> Callable[[Selection], Test]:
-    """Load a worker's own target, and return the function that tests a selection; called in the worker."""
+class Work(Protocol):
+    """What a worker does."""
+
+    def do(self, hand: Hand) -> Any:
+        """Do it with the worker's own model."""
+
+
+@dataclass
+class Hand:
+    """A worker's own: a bench, and what it keeps from one piece of work to the next.
+
+    Attributes:
+        kept: With what it was made for, by the names of those who keep it.
+    """
+
+    bench: Bench
+    kept: dict[str, tuple[object, Any]] = field(default_factory=dict)
+
+    def __call__(self, work: Work) -> Any:
+        """Do a piece of work."""
+        return work.do(self)
+
+    def once(self, name: str, key: object, make: Callable[[], Any]) -> Any:
+        """What was made under a name for the same key, or else is made now."""
+        if name not in self.kept or self.kept[name][0] != key:
+            self.kept.pop(name, None)
+            self.kept[name] = key, make()
+        return self.kept[name][1]
+
+    def use(self, edit: Shared) -> Bench:
+        """The bench with an edit, which may have chosen what it adds."""
+        self.bench.use(replace(self.bench.plan, edit=self.once("edit", edit, edit.get)))
+        return self.bench
+
+
+def _make_hand(recipe: Recipe, prompts: PromptSet, options: Options, num_threads: int) -> Hand:
+    """Make what does a worker's work, and load its target; called in the worker."""
     torch.set_num_threads(num_threads)
-    # The edit of the search, which may have chosen what it adds.
-    plan = replace(open_plan(recipe, allow_pickle=options.allow_pickle), edit=edit)
-    bench = make_bench(recipe, plan, prompts, options)
-    bench.require(limits)
-    return functools.partial(_test, bench)
+    plan = open_plan(recipe, allow_pickle=options.allow_pickle)
+    hand = Hand(make_bench(recipe, plan, prompts, options))
+    _ = hand.bench.live
+    return hand
+
+
+@dataclass(frozen=True)
+class ExamineSelection:
+    """Tests a selection of an edit."""
+
+    edit: Shared
+    limits: Requirement
+    selection: Selection
+
+    def do(self, hand: Hand) -> Test:
+        """The outcome, as a journal has it."""
+        bench = hand.use(self.edit)
+        # What tends to go wrong is remembered as long as the limits are the same.
+        hand.once("limits", repr(self.limits), lambda: bench.require(self.limits))
+        return _test(bench, self.selection)
+
+
+@dataclass(frozen=True)
+class MeasureSelection:
+    """Measures all figures of a selection of an edit."""
+
+    edit: Shared
+    selection: tuple[Unit, ...]
+
+    def do(self, hand: Hand) -> dict[str, Any]:
+        """A baseline, as a journal has it."""
+        return hand.use(self.edit).baseline(self.selection).to_json()
 
 
 def _test(bench: Bench, selection: Selection) -> Test:

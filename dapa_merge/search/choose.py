@@ -110,7 +110,8 @@ def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None
     plan, max_rank = rounds.plan, rounds.settings.max_rank
     with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
         kept = kept_file(rounds.journal.parts, max_rank)
-        spectra = kept_spectra(plan, plan.units, rounds.bench.device, kept, max_rank)
+        find = None if (helpers := rounds.helpers) is None else lambda units: helpers.spectra(units, plan, max_rank)
+        spectra = kept_spectra(plan, plan.units, rounds.bench.device, kept, max_rank, find)
     if not spectra:
         raise CannotRepair(
             f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
@@ -161,9 +162,11 @@ def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum],
     made, first = 0, rounds.settings.num_rounds
     is_near = limits.complaint(full.figures) is None and full.figures.get(DIVERGENCE, math.inf) <= NEAR
     for number in range(first, first + MORE_ROUNDS + 1):
-        for state in rounds.states(spectra, number)[made:]:
+        starts = [Start(spectra, state, at) for at, state in enumerate(rounds.states(spectra, number), 1)][made:]
+        _measure_together(rounds, starts, len(offers) + 1)
+        for start in starts:
             made += 1
-            offers.append(_offer(rounds, limits, Start(spectra, state, made), len(offers) + 1))
+            offers.append(_offer(rounds, limits, start, len(offers) + 1))
         if number == first and is_near and _all_score_too_low(offers, limits):
             LOG.info("the source answers the keep prompts much as the target does: trying all of its directions")
             start = Start(spectra, _whole(spectra, offers[-1].start.state), made)
@@ -171,6 +174,23 @@ def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum],
         if not _all_score_too_low(offers, limits):
             break
     return offers
+
+
+def _measure_together(rounds: Rounds, starts: Sequence[Start], first: int) -> None:
+    """Let helpers, if any, measure states whose points, numbered from `first`, are not in the journal."""
+    if rounds.helpers is None:
+        return
+    edits = {number: planned(rounds.plan, one.spectra, one.state) for number, one in enumerate(starts, first)}
+    left = {number: edit for number, edit in edits.items() if not _is_noted(rounds, number, edit[1])}
+    found = rounds.helpers.baselines([(edit, plan.units) for plan, edit in left.values()])
+    for (number, (_, edit)), baseline in zip(left.items(), found, strict=True):
+        rounds.journal.note(f"point {number}", {**baseline, "directions": edit.digest})
+
+
+def _is_noted(rounds: Rounds, number: int, edit: Directions) -> bool:
+    """Whether the journal has the figures of a point with these directions."""
+    noted = rounds.journal.notes.get(f"point {number}")
+    return noted is not None and noted.get("directions") == edit.digest
 
 
 def _all_score_too_low(offers: Sequence[_Offer], limits: Requirement) -> bool:
@@ -191,7 +211,7 @@ def _offer(rounds: Rounds, limits: Requirement, start: Start, number: int, **of_
     bench, journal = rounds.bench, rounds.journal
     plan, edit = planned(rounds.plan, start.spectra, start.state)
     name = f"point {number}"
-    if name not in journal.notes or journal.notes[name].get("directions") != edit.digest:
+    if not _is_noted(rounds, number, edit):
         bench.use(plan)
         with task(f"measuring {name}", bench.num_prompts, "prompts"):
             journal.note(name, {**bench.baseline(plan.units).to_json(), "directions": edit.digest})

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +40,17 @@ class _Work:
     key: Hashable
     argument: Any
     num_lost: int = 0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Something that every actor can have, however often it is an argument."""
+
+    reference: Any
+
+    def get(self) -> Any:
+        """It, in an actor."""
+        return import_ray().get(self.reference)
 
 
 class Actors:
@@ -69,6 +80,7 @@ class Actors:
         self._idle: list[int] = []
         self._busy: dict[Any, tuple[_Work, int]] = {}
         self._waiting: deque[_Work] = deque()
+        self._num_rounds = 0
         # Actors that were lost and are being started again, by what says that they are there.
         self._returning: dict[Any, int] = {}
         self._began_here = not ray.is_initialized()
@@ -103,6 +115,30 @@ class Actors:
         self._idle = list(range(self.number))
         for one in self._actors:
             one.load.remote()
+
+    def share(self, value: Any) -> Shared:
+        """Send something to all actors once; arguments may hold what this returns."""
+        return Shared(self._ray.put(value))
+
+    def each(self, arguments: Sequence[Any], on_done: Callable[[int], None] = lambda _number: None) -> list[Any]:
+        """Do some work with each argument; returns what it gave, in their order. Earlier work is not waited for.
+
+        Raises:
+            DapaError: The first error of any of them.
+        """
+        self._num_rounds += 1
+        for number, argument in enumerate(arguments):
+            self.submit((self._num_rounds, number), argument)
+        found: dict[int, Any] = {}
+        while len(found) < len(arguments):
+            key, result, error = self.wait()
+            if not isinstance(key, tuple) or key[0] != self._num_rounds:
+                continue
+            if error is not None:
+                raise error
+            found[key[1]] = result
+            on_done(key[1])
+        return [found[number] for number in range(len(arguments))]
 
     @property
     def idle(self) -> tuple[int, ...]:

@@ -5,28 +5,125 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import numpy
 import torch
 
+from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import decode, generate, generate_ids
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, task
-from dapa_merge.search.ascent import Ascent, Settings, Sides, widened
+from dapa_merge.search.ascent import Ascent, Chunk, LiveSlopes, Part, Settings, Sides, Step, widened
 from dapa_merge.search.attribution import Contrast, sides_of
-from dapa_merge.search.bench import Bench
+from dapa_merge.search.bench import Bench, Hand, MeasureSelection
+from dapa_merge.search.cluster import Actors, Shared
 from dapa_merge.search.journal import Journal
-from dapa_merge.search.spectrum import Spectrum
+from dapa_merge.search.spectrum import Spectrum, spectra_of
 
 # Sequences whose activations are kept at once for a backward pass.
 MAX_BACKWARD = 16
+
+
+@dataclass(frozen=True)
+class DecomposeUnits:
+    """Decomposes the differences of some units' matrices, in a worker."""
+
+    units: tuple[Unit, ...]
+    max_rank: int
+
+    def do(self, hand: Hand) -> list[Spectrum]:
+        """Their leading directions, on the CPU."""
+        found = spectra_of(hand.bench.plan, self.units, hand.bench.device, self.max_rank)
+        return [replace(one, left=one.left.cpu(), right=one.right.cpu(), values=one.values.cpu()) for one in found]
+
+
+@dataclass(frozen=True)
+class DifferentiateChunk:
+    """Computes what a chunk adds to a step, in a worker.
+
+    Attributes:
+        material: The arguments of `LiveSlopes` but the live target.
+    """
+
+    material: Shared
+    step: Step
+    chunk: Chunk
+
+    def do(self, hand: Hand) -> Part:
+        """The part."""
+        with _slopes(hand, self.material) as slopes:
+            return next(slopes.parts(self.step, [self.chunk]))
+
+
+@dataclass(frozen=True)
+class CompareOpenings:
+    """Reads which answers to harmless prompts would begin otherwise, in a worker; as `Slopes.strayed`."""
+
+    material: Shared
+    weights: torch.Tensor
+    rows: tuple[int, ...]
+
+    def do(self, hand: Hand) -> list[bool]:
+        """Whether each of them would."""
+        with _slopes(hand, self.material) as slopes:
+            return slopes.strayed(self.weights, self.rows)
+
+
+@contextmanager
+def _slopes(hand: Hand, material: Shared) -> Iterator[LiveSlopes]:
+    live = hand.bench.live
+    with widened(live.model):
+        yield hand.once("slopes", material, lambda: LiveSlopes(live, *material.get()))
+
+
+@dataclass(frozen=True)
+class Helpers:
+    """Ray actors with a target each, who share what a choice of directions takes; all of it is as if made here."""
+
+    actors: Actors
+
+    def spectra(self, units: Sequence[Unit], plan: Plan, max_rank: int) -> list[Spectrum]:
+        """As `spectra_of`, unit by unit."""
+
+        def tell(number: int) -> None:
+            advance(plan.num_parameters((units[number],)), "parameters")
+
+        found = self.actors.each([DecomposeUnits((unit,), max_rank) for unit in units], tell)
+        return [one for spectra in found for one in spectra]
+
+    def slopes(self, material: Sequence[object]) -> SpreadSlopes:
+        """The slopes of the actors' targets; `material` is the arguments of `LiveSlopes` but the first."""
+        return SpreadSlopes(self.actors, self.actors.share(tuple(material)))
+
+    def baselines(self, wanted: Sequence[tuple[Edit, Sequence[Unit]]]) -> list[dict[str, Any]]:
+        """The baselines of selections of edits, as a journal has them."""
+        return self.actors.each([MeasureSelection(self.actors.share(edit), tuple(units)) for edit, units in wanted])
+
+
+@dataclass(frozen=True)
+class SpreadSlopes:
+    """`Slopes` whose chunks are computed by actors."""
+
+    actors: Actors
+    material: Shared
+
+    def parts(self, step: Step, chunks: Sequence[Chunk]) -> list[Part]:
+        """The parts of a step, in the order of its chunks."""
+        return self.actors.each([DifferentiateChunk(self.material, step, chunk) for chunk in chunks])
+
+    def strayed(self, weights: torch.Tensor, rows: Sequence[int]) -> list[bool]:
+        """Of each of these answers of the first group, whether it would begin with another token."""
+        parts = [tuple(rows[start : start + MAX_BACKWARD]) for start in range(0, len(rows), MAX_BACKWARD)]
+        found = self.actors.each([CompareOpenings(self.material, weights, part) for part in parts])
+        return [one for part in found for one in part]
 
 
 @dataclass(frozen=True)
@@ -39,6 +136,7 @@ class Rounds:
         journal: Each round is recorded before the next begins, and a recorded one is not made again.
         prompts: Those of the choice: they decide what is chosen, and nothing else.
         settings: Of the ascent.
+        helpers: Who shares the work; None for this process alone.
     """
 
     plan: Plan
@@ -46,6 +144,7 @@ class Rounds:
     journal: Journal
     prompts: PromptSet
     settings: Settings
+    helpers: Helpers | None = None
 
     def states(self, spectra: Sequence[Spectrum], number: int) -> list[torch.Tensor]:
         """The states after each of so many rounds, from the target on: `Ascent.state`, of the cores of the directions.
@@ -124,7 +223,9 @@ class Rounds:
                 ).rows
                 for (prompts, num_tokens), answers in zip(self._kept, said["kept"], strict=True)
             ]
-            yield Ascent(live, spectra, sides, keep, self.settings, MAX_BACKWARD)
+            material = (spectra, sides, keep, self.settings, MAX_BACKWARD)
+            slopes = None if self.helpers is None else self.helpers.slopes(material)
+            yield Ascent(live, *material, slopes)
 
     @property
     def _kept(self) -> list[tuple[tuple[str, ...], int]]:

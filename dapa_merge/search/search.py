@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
@@ -25,7 +25,7 @@ from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
-from dapa_merge.search.bench import Bench, make_bench, start_workers
+from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
 from dapa_merge.search.bundles import Bundle, by_layer, each_alone, minimize_bundles
 from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
 from dapa_merge.search.identity import open_journal
@@ -33,8 +33,8 @@ from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.parts import Part, Parts, best_part, how_to_pick, nearest
 from dapa_merge.search.requirement import Piece, Requirement, limits_text, requirement, settings_of
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
-from dapa_merge.search.rounds import Rounds
-from dapa_merge.search.workers import Oracle, Test, in_order, names_of
+from dapa_merge.search.rounds import Helpers, Rounds
+from dapa_merge.search.workers import Oracle, Test, Workers, in_order, names_of
 
 Prior = Mapping[Unit, float]
 # How far from the target a selection may stray: so many times as far as the point that it is part of, or, in nats a
@@ -53,6 +53,7 @@ class Session:
         choice: The prompts that an edit that chooses makes its choice by.
         possible: The score that another edit reaches with all that it can change; None if that does not matter. What
             a selection must reach depends on it.
+        helpers: The workers, where an edit that chooses shares its work.
     """
 
     recipe: Recipe
@@ -62,6 +63,7 @@ class Session:
     options: Options
     choice: PromptSet | None = None
     possible: float | None = None
+    helpers: Helpers | None = None
 
 
 def search_plan(
@@ -77,8 +79,19 @@ def search_plan(
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal, possible)) as journal,
+        _helping(recipe, plan, bench, options) as helpers,
     ):
-        return search(Session(recipe, plan, bench, journal, options, parts.choice, possible))
+        return search(Session(recipe, plan, bench, journal, options, parts.choice, possible, helpers))
+
+
+@contextmanager
+def _helping(recipe: Recipe, plan: Plan, bench: Bench, options: Options) -> Iterator[Helpers | None]:
+    """The workers of a search whose edit chooses, from its beginning to its end; None for any other."""
+    if not (options.uses_ray and plan.edit.chooses):
+        yield None
+        return
+    with closing(start_actors(recipe, plan, bench, options)) as actors:
+        yield Helpers(actors)
 
 
 def search(session: Session) -> Search:
@@ -203,7 +216,7 @@ def _search_points(session: Session, limits: Requirement, target: Baseline, refe
     """Let the edit choose, and search among the matrices of the point that was taken, unless the user picked it."""
     assert session.choice is not None
     assert isinstance(session.journal, Journal)
-    rounds = Rounds(session.plan, session.bench, session.journal, session.choice, Settings())
+    rounds = Rounds(session.plan, session.bench, session.journal, session.choice, Settings(), session.helpers)
     chosen = choose(rounds, limits, reference, session.options.pick)
     LOG.info(f"taking point {chosen.number}")
     session.bench.use(chosen.plan)
@@ -283,7 +296,7 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
         raise UsageError(f"the journal {journal.path} has tests that no search makes; remove it to search again")
     bench.require(limits).learn(piece for test in journal.tests.values() for piece in _pieces(test))
     try:
-        with closing(start_workers(session.recipe, plan, bench, limits, session.options)) as workers:
+        with closing(_workers(session, limits)) as workers:
             oracle = Oracle(journal, workers)
             minimum, prior, num_candidates = _minimum(session, oracle, limits, target, full)
     except (SearchInterrupted, SearchStopped) as stop:
@@ -313,6 +326,13 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
     saved = thrift(found.num_recorded, found.num_unneeded, found.share_saved)
     LOG.info(f"found {spans(join(plan, minimum.units))} in {found.minimum.tests} tests; saved {saved}")
     return found
+
+
+def _workers(session: Session, limits: Requirement) -> Workers:
+    """Who tests: the helpers if there are any."""
+    if session.helpers is not None:
+        return workers_in(session.helpers.actors, session.plan, limits)
+    return start_workers(session.recipe, session.plan, session.bench, limits, session.options)
 
 
 def baselines(session: Session) -> tuple[Baseline, Baseline]:

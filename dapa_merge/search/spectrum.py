@@ -7,7 +7,7 @@ that `verify` makes too. One matrix's difference is in memory at a time, beside 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,12 @@ def _place(region: Region) -> Place:
 
 
 def kept_spectra(
-    plan: Plan, units: Sequence[Unit], device: torch.device, path: Path | None, max_rank: int = MAX_RANK
+    plan: Plan,
+    units: Sequence[Unit],
+    device: torch.device,
+    path: Path | None,
+    max_rank: int = MAX_RANK,
+    find: Callable[[Sequence[Unit]], Iterable[Spectrum]] | None = None,
 ) -> list[Spectrum]:
     """Decompose as `spectra_of` does, or read what an earlier run of the same models kept.
 
@@ -83,13 +88,14 @@ def kept_spectra(
         device: Where to decompose.
         path: The file to keep, named by what decides its content; None to keep nothing.
         max_rank: The most directions of a matrix.
+        find: Decomposes in its own way, to the same directions; None for `spectra_of`.
     """
     regions = {
         str(_place(found["target"])): (unit, found["target"]) for unit in units for found in plan.regions((unit,))
     }
     if path is not None and (found := _read(path, regions)) is not None:
         return found
-    spectra = list(spectra_of(plan, units, device, max_rank))
+    spectra = list(spectra_of(plan, units, device, max_rank) if find is None else find(units))
     if path is not None and spectra:
         arrays = {f"{one.place}.{name}": getattr(one, name).cpu().contiguous() for one in spectra for name in _PARTS}
         shares = {str(one.place): repr(one.share) for one in spectra}

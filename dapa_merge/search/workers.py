@@ -102,19 +102,23 @@ class Oracle:
 class RayWorkers:
     """Tests selections in Ray actors, each with a target of its own."""
 
-    def __init__(
-        self, make: Callable[[int], Callable[[Selection], Test]], number: int | None, *, uses_gpu: bool
-    ) -> None:
-        """Start the workers, as `Actors` are; `make` makes the function that tests a selection."""
-        self._actors = Actors(make, number, uses_gpu=uses_gpu)
-        self.number = self._actors.number
+    def __init__(self, actors: Actors, task_of: Callable[[Selection], Any], *, owns: bool = True) -> None:
+        """Test in actors.
+
+        Args:
+            actors: What does the tests.
+            task_of: The argument for an actor that tests a selection.
+            owns: Whether to stop them in the end.
+        """
+        self._actors, self._task_of, self._owns = actors, task_of, owns
+        self.number = actors.number
 
     @property
     def running(self) -> Collection[Selection]:
         return set(cast("tuple[Selection, ...]", self._actors.running))
 
     def submit(self, selection: Selection) -> None:
-        self._actors.submit(selection, selection)
+        self._actors.submit(selection, self._task_of(selection))
 
     def wait(self) -> tuple[Selection, Test]:
         """Wait for the next test to end; raises its worker's error, or `UsageError` if workers are lost."""
@@ -124,8 +128,9 @@ class RayWorkers:
         return cast("Selection", selection), outcome
 
     def close(self) -> None:
-        """Stop the workers, even during a test, and the cluster if it was started for them."""
-        self._actors.close()
+        """Stop the workers, if they are its own, even during a test."""
+        if self._owns:
+            self._actors.close()
 
 
 def in_order(selection: Iterable[Unit]) -> list[Unit]:

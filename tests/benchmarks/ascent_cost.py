@@ -113,7 +113,7 @@ def _passes(ascent: Ascent, live: LiveModel, contrasts, groups, parameters: Sequ
         parameter.requires_grad_(True)
         hooks.append(parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None)))
     try:
-        ascent.refusal(contrasts)[0].backward()
+        ascent.slopes.refusal(contrasts)[0].backward()
         for group in groups:
             divergences(live.model, live.tokenizer.pad_token_id, group).sum().backward()
     finally:

@@ -68,7 +68,7 @@ def test_the_gradient_is_that_of_autograd_through_the_weights(tmp_path, architec
     weights = ascent.weights.clone().requires_grad_()
     names = {id(parameter): name for name, parameter in live.model.named_parameters()}
     changed = {}
-    for axis in ascent._axes:
+    for axis in ascent.slopes.axes:
         name = names[id(axis.slot.parameter)]
         whole = changed.get(name, axis.slot.parameter.detach())
         box = torch.zeros_like(whole)

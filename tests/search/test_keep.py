@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.report import read_report
-from dapa_merge.search.bench import _make_tester, make_bench
+from dapa_merge.search.bench import ExamineSelection, _make_hand, make_bench
 from dapa_merge.search.requirement import requirement, settings_of
 from dapa_merge.search.search import search_plan
 
@@ -137,9 +138,10 @@ def test_a_worker_judges_by_the_targets_own_answers_too(recipe):
         target, full = (bench.baseline(units).figures for units in ((), plan.units))
         limits = requirement(bench.constraints, target, full, settings_of(parsed))
     # What Ray calls in a process of its own.
-    test = _make_tester(parsed, plan.edit, prompts, limits, Options("cpu"), torch.get_num_threads())
+    hand = _make_hand(parsed, prompts, Options("cpu"), torch.get_num_threads())
+    work = ExamineSelection(SimpleNamespace(get=lambda: plan.edit), limits, frozenset(plan.units))
     assert full["divergence"] > 0.05
-    assert f"its divergence is {full['divergence']:.3f}" in test(frozenset(plan.units))["complaint"]
+    assert f"its divergence is {full['divergence']:.3f}" in hand(work)["complaint"]
 
 
 def test_a_comparison_measures_divergence_only_where_it_is_limited(recipe, tmp_path):

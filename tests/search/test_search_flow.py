@@ -13,6 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import edit_of, make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
-from dapa_merge.search.bench import _make_tester, make_bench
+from dapa_merge.search.bench import _make_hand, make_bench
 from dapa_merge.search.journal import name_of
 
 # With whatever else starts Ray; and its searches are done once.
@@ -431,11 +432,10 @@ def test_a_worker_transplants_with_the_strength_and_the_overflow_of_the_recipe(l
     threads = torch.get_num_threads()
     try:
         searching = split_prompts(recipe).search
-        limits = required(min_score=0.5, max_over_refusal=1.0, max_perplexity=1e9)
-        test = _make_tester(recipe, edit_of(recipe), searching, limits, Options("cpu"), threads)
+        hand = _make_hand(recipe, searching, Options("cpu"), threads)
     finally:
         torch.set_num_threads(threads)
-    (bench,) = test.args
+    bench = hand.use(SimpleNamespace(get=lambda: edit_of(recipe)))
     assert (bench.plan.edit.strength, bench.plan.max_overflow) == (0.5, 3)
     unit = bench.plan.units[1]
     (name,) = unit.tensors

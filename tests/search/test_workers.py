@@ -12,6 +12,7 @@ import pytest
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import ALGORITHMS, foresee, minimize
 from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.search.cluster import Actors
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.workers import Oracle, RayWorkers, names_of
 
@@ -111,7 +112,7 @@ pytestmark = [
 
 
 def ray_workers(make, number=2):
-    return RayWorkers(make, number, uses_gpu=False)
+    return RayWorkers(Actors(make, number, uses_gpu=False), lambda selection: selection)
 
 
 def test_two_ray_actors_give_the_sequential_outcome_also_when_one_is_killed(cluster, tmp_path):
@@ -160,7 +161,7 @@ def test_a_fault_in_a_worker_is_the_users_own_sentence(cluster):
 
 def test_gpus_that_are_not_there_are_named(cluster):
     with pytest.raises(UsageError, match="3 workers need a GPU each, but the Ray cluster has 0"):
-        RayWorkers(failing_test, 3, uses_gpu=True)
+        Actors(failing_test, 3, uses_gpu=True)
 
 
 def unloadable(num_threads):

@@ -27,9 +27,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
@@ -293,6 +295,15 @@ def write_few(folder: Path, number: int) -> Path:
     return folder
 
 
+def without_time(content: Any) -> Any:
+    """Plain data without what a clock or the machine's memory says."""
+    if isinstance(content, dict):
+        return {key: without_time(value) for key, value in content.items() if key not in ("seconds", "peak_bytes")}
+    if isinstance(content, list):
+        return [without_time(value) for value in content]
+    return content
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch) -> Path:
     """The cache folder, each test's own: no search goes on where another test's was."""
@@ -342,16 +353,61 @@ def few(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[None]:
-    """The one Ray cluster of all tests; those that use it are in the group `ray`."""
+def cluster() -> Iterator[RayCluster]:
+    """The one Ray cluster of all tests, of two nodes with a core each; those that use it are in the group `ray`."""
     ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    found = RayCluster(nodes)
+    found.add_node()
+    ray.init(nodes.address, log_to_driver=False, logging_level="error")
     # Ray's own handler ends the process, which is that of other tests, too.
     signal.signal(signal.SIGTERM, on_sigterm)
-    yield
+    yield found
     ray.shutdown()
+    nodes.shutdown()
     signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@dataclass
+class RayCluster:
+    """Nodes on this machine, of which all but the first may be lost."""
+
+    nodes: Any
+    second: Any = None
+
+    def add_node(self) -> None:
+        self.second = self.nodes.add_node(num_cpus=1)
+
+    @contextlib.contextmanager
+    def losing(self, count: Callable[[], int], node_at: int, actor_at: int) -> Iterator[list[str]]:
+        """Inside the block, lose the second node and an actor on the first as soon as there is so much of something."""
+        psutil = pytest.importorskip("psutil")
+        ended, lost = threading.Event(), []
+
+        def lose() -> None:
+            while len(lost) < 2 and not ended.wait(0.02):
+                if not lost and count() >= node_at:
+                    self.nodes.remove_node(self.second, allow_graceful=False)
+                    lost.append("node")
+                elif lost and count() >= actor_at:
+                    # Actors name themselves in their process title.
+                    for child in psutil.Process().children(recursive=True):
+                        if len(lost) < 2 and child.is_running() and child.name().startswith("ray::_Actor"):
+                            child.kill()
+                            lost.append("actor")
+
+        loser = threading.Thread(target=lose)
+        loser.start()
+        try:
+            yield lost
+        finally:
+            ended.set()
+            loser.join()
+            if lost:
+                self.add_node()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from conftest import SHAPE, answer, call, save_random, write_few
+from conftest import SHAPE, answer, call, save_random, without_time, write_few
 from transformers import AutoConfig, GemmaConfig
 
 from dapa_merge import miniature
@@ -50,15 +50,6 @@ def write(folder: Path, name: str, target: str, source: str, number: int = 12, *
         "parameters:\n" + "".join(f"  {key}: {value}\n" for key, value in settings.items())
     )
     return path
-
-
-def without_time(content):
-    """Plain data without what a clock or the machine's memory says."""
-    if isinstance(content, dict):
-        return {key: without_time(value) for key, value in content.items() if key not in ("seconds", "peak_bytes")}
-    if isinstance(content, list):
-        return [without_time(value) for value in content]
-    return content
 
 
 # One comparison for all of them.

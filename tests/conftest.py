@@ -359,6 +359,8 @@ def cluster() -> Iterator[RayCluster]:
     from ray.cluster_utils import Cluster
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
+    # Ray would end actors where other programs take the machine's memory.
+    os.environ.update(RAY_memory_monitor_refresh_ms="0")
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     found = RayCluster(nodes)
     found.add_node()
@@ -382,22 +384,22 @@ class RayCluster:
         self.second = self.nodes.add_node(num_cpus=1)
 
     @contextlib.contextmanager
-    def losing(self, count: Callable[[], int], node_at: int, actor_at: int) -> Iterator[list[str]]:
-        """Inside the block, lose the second node and an actor on the first as soon as there is so much of something."""
+    def losing(self, what: str, is_time: Callable[[], bool]) -> Iterator[list[str]]:
+        """Inside the block, lose the second `node` or an `actor` as soon as it is time; yields what was lost."""
         psutil = pytest.importorskip("psutil")
         ended, lost = threading.Event(), []
 
         def lose() -> None:
-            while len(lost) < 2 and not ended.wait(0.02):
-                if not lost and count() >= node_at:
+            while not lost and not ended.wait(0.02):
+                if is_time() and what == "node":
                     self.nodes.remove_node(self.second, allow_graceful=False)
-                    lost.append("node")
-                elif lost and count() >= actor_at:
+                    lost.append(what)
+                elif is_time():
                     # Actors name themselves in their process title.
                     for child in psutil.Process().children(recursive=True):
-                        if len(lost) < 2 and child.is_running() and child.name().startswith("ray::_Actor"):
+                        if not lost and child.is_running() and child.name().startswith("ray::_Actor"):
                             child.kill()
-                            lost.append("actor")
+                            lost.append(what)
 
         loser = threading.Thread(target=lose)
         loser.start()
@@ -406,7 +408,7 @@ class RayCluster:
         finally:
             ended.set()
             loser.join()
-            if lost:
+            if lost == ["node"]:
                 self.add_node()
 
 

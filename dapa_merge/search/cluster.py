@@ -83,6 +83,9 @@ class Actors:
         self._num_rounds = 0
         # Actors that were lost and are being started again, by what says that they are there.
         self._returning: dict[Any, int] = {}
+        errors = ray.exceptions
+        # An actor dies alone, with its node, or because its node's memory is short: Ray ends the largest.
+        self._lost = errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError
         self._began_here = not ray.is_initialized()
         self._on_sigterm = signal.getsignal(signal.SIGTERM)
         if self._began_here:
@@ -192,7 +195,7 @@ class Actors:
                 if isinstance(error.cause, DapaError):
                     return work.key, None, error.cause
                 raise
-            except self._ray.exceptions.RayActorError as error:
+            except self._lost as error:
                 self._await(number)
                 work.num_lost += 1
                 if work.num_lost > MAX_RESTARTS:
@@ -210,7 +213,7 @@ class Actors:
     def _welcome(self, reference: Any) -> None:
         number = self._returning.pop(reference)
         # Otherwise it is lost for good, and the others go on.
-        with suppress(self._ray.exceptions.RayActorError):
+        with suppress(*self._lost):
             self._ray.get(reference)
             self._idle.append(number)
             self._actors[number].load.remote()

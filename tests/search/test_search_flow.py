@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -254,28 +252,11 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
 
 @of_ray
 def test_two_ray_workers_find_the_same_also_when_one_is_killed(cluster, ddmin_done, tmp_path):
-    psutil = pytest.importorskip("psutil")
     path, alone = ddmin_done.recipe, ddmin_done.found
     journal = tmp_path / "together"
-    killed = []
-
-    def kill_one() -> None:
-        while not killed and not ended.wait(0.02):
-            if journal.exists() and journal.read_bytes().count(b"\n") >= 6:
-                # Actors name themselves in their process title.
-                for child in psutil.Process().children(recursive=True):
-                    if not killed and child.is_running() and child.name().startswith("ray::_Actor"):
-                        os.kill(child.pid, signal.SIGKILL)
-                        killed.append(child.pid)
-
-    ended, killer = threading.Event(), threading.Thread(target=kill_one)
-    killer.start()
-    try:
+    with cluster.losing("actor", lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 6) as lost:
         together = answer("search", path, "--journal", journal, "--workers", "ray:2", "--json")
-    finally:
-        ended.set()
-        killer.join()
-    assert killed
+    assert lost
     assert together["units"] == alone["units"]
     assert together["certificate"] == alone["certificate"]
     assert together["tests"] == alone["tests"]

@@ -16,6 +16,7 @@ left of the longest.
 from __future__ import annotations
 
 import functools
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -58,6 +59,17 @@ class Jobs:
             raise fault
         self.works.setdefault(name, (work, alone))
         raise Missing(name)
+
+    def found_in(self, bench: RowBench, tools: Tools) -> Row:
+        """Go through a row without measuring anything; the row that it gives is whole if it has no jobs."""
+        tools.measuring.journal.perform = self
+        level = LOG.level
+        # It would tell the same each time.
+        LOG.setLevel(logging.WARNING)
+        try:
+            return bench.row(tools)
+        finally:
+            LOG.setLevel(level)
 
 
 class Task(NamedTuple):
@@ -121,8 +133,7 @@ class Hand:
         if task.note not in jobs.works:
             jobs.works.clear()
             jobs.faults = task.faults
-            journal.perform = jobs
-            bench.row(tools)
+            jobs.found_in(bench, tools)
         work, alone = jobs.works[task.note]
         journal.perform = at_once
         if alone:
@@ -219,8 +230,7 @@ class OpenRow:
         """Go through the row without measuring anything: that makes it, or its further jobs."""
         assert self._tools is not None
         jobs = Jobs(faults=self._faults)
-        self._tools.measuring.journal.perform = jobs
-        row = self._bench.row(self._tools)
+        row = jobs.found_in(self._bench, self._tools)
         self.left = [name for name in jobs.works if name not in self.running]
         self.row = None if jobs.works else row
 
@@ -253,7 +263,7 @@ def spread_rows(
     theirs = options.for_worker(device.type)
     make = functools.partial(Hand, wanted, theirs)
     with closing(Actors(make, options.num_workers, uses_gpu=device.type == "cuda")) as actors:
-        LOG.info(f"{len(recipes)} rows are measured by {actors.number} workers")
+        LOG.info(f"measuring {len(recipes)} recipes with {actors.number} workers")
         desk = Desk(actors)
         waiting = list(recipes)
         try:

@@ -52,6 +52,7 @@ from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.charts import Picture
 from dapa_merge.report.report import jsonable
+from dapa_merge.search.bench import LIMITED_JUDGE
 
 FIGURES_NAME = "figures"
 ROWS_NAME, OWNER_NAME = "rows", "recipe.json"
@@ -94,6 +95,8 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     """
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise UsageError("a recipe is given twice; name each once")
+    if options.uses_ray and options.judge_requests is not None:
+        raise UsageError(LIMITED_JUDGE)
     recipes = {path: load_recipe(path) for path in paths}
     check_folder(out, is_comparison, "comparison")
     choose_device(options.device)

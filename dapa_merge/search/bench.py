@@ -44,6 +44,7 @@ from dapa_merge.search.workers import RayWorkers, Selection, Test, Workers, in_o
 # A verdict can stop early only between two pieces, and each piece, however small, costs a run through the model's
 # layers per token.
 MIN_PIECES = 2
+LIMITED_JUDGE = "workers do not share a limit of requests to the judge; leave out --workers or the limit"
 
 
 class Bench(Resident):
@@ -191,7 +192,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
         UsageError: If the recipe's evaluator or the device is absent, or workers cannot share the evaluator.
     """
     if options.uses_ray and recipe.evaluator == "judge" and options.judge_requests is not None:
-        raise UsageError("workers do not share a limit of requests to the judge; leave out --workers or the limit")
+        raise UsageError(LIMITED_JUDGE)
     meter = search_meter(recipe, prompts, options, plan.models.values())
     told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
     return Bench(plan, meter, options.device, settings_of(recipe), told)

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.xdist_group("ray"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-SETTINGS = {"num_rounds": 2, "num_steps": 4, "rate": 0.06}
+SETTINGS = {"num_rounds": 2, "num_steps": 2, "rate": 0.12}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -323,11 +323,11 @@ class Ascent:
         They are divided in the same way however many workers there are, so that sums are rounded in the same way.
         """
         drawn = [(None, next(self._contrasts)), *((number, next(group)) for number, group in self._keep)]
-        return [
-            Chunk(group, tuple(rows[start : start + self._chunk_rows]))
-            for group, rows in drawn
-            for start in range(0, len(rows), self._chunk_rows)
-        ]
+        chunks = []
+        for group, rows in drawn:
+            size = math.ceil(len(rows) / math.ceil(len(rows) / self._chunk_rows))
+            chunks += [Chunk(group, tuple(rows[start : start + size])) for start in range(0, len(rows), size)]
+        return chunks
 
     def _gradient(self) -> tuple[torch.Tensor, Progress]:
         """The gradient of the loss at the current weights, over the next prompts."""

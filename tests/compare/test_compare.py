@@ -287,6 +287,10 @@ def test_other_models_do_not_go_into_the_same_row(compared, tmp_path, no_picture
         (("--weights", "some"), "'some' is not a weight"),
         (("--points", "1"), "Invalid value for '--points'"),
         (("--device", "nowhere"), "device 'nowhere' cannot be used here"),
+        (
+            ("--workers", "ray", "--judge-model", "judge", "--judge-requests", "3"),
+            "workers do not share a limit of requests to the judge",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path, arguments, message):

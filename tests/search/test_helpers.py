@@ -99,10 +99,15 @@ class Holding:
         return self.value
 
 
-def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe):
+def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe, monkeypatch):
+    # As of a model whose groups are divided.
+    monkeypatch.setattr(ascent, "MIN_CHUNKED", 0)
     parsed = load_recipe(recipe)
     plan, parts = make_plan(parsed), split_prompts(parsed)
     settings = ascent.Settings(**SETTINGS | {"num_rounds": 1, "num_steps": 3})
+    sizes = []
+    draw = ascent.Ascent._draw
+    monkeypatch.setattr(ascent.Ascent, "_draw", lambda self: sizes.append(draw(self)) or sizes[-1])
     with closing(make_bench(parsed, plan, parts.search, Options("cpu"))) as made:
 
         def states(helpers: Helpers | None) -> list[torch.Tensor]:
@@ -118,6 +123,8 @@ def test_rounds_do_not_depend_on_the_number_of_workers_or_on_their_order(recipe)
         for hand in hands:
             hand.bench.close()
     assert torch.equal(alone[0], shared[0])
+    assert max(len(chunk.rows) for chunks in sizes for chunk in chunks) <= ascent.MAX_CHUNK
+    assert max(map(len, sizes)) > 3
     assert float(alone[0][0].abs().max()) > 0
 
 

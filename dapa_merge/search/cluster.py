@@ -25,6 +25,8 @@ from dapa_merge.errors import DapaError, UsageError, one_line
 # Restarts of a lost actor, and repetitions of its work, before it is given up.
 MAX_RESTARTS = 3
 CONNECT_SECONDS = 10
+# How long to wait for any lost actor if none is left.
+RETURN_SECONDS = 600
 
 
 @dataclass
@@ -177,13 +179,20 @@ class Actors:
             Its key, what it gave, and the error that it raised for the user, if any.
 
         Raises:
-            UsageError: If all actors are lost for good.
+            UsageError: If all actors are lost for good, or for long.
         """
         while True:
             self._begin_waiting()
             if not self._busy and not self._returning:
                 raise UsageError(f"all workers were lost for good, each after {MAX_RESTARTS} restarts")
-            (reference,), _ = self._ray.wait([*self._busy, *self._returning], num_returns=1)
+            timeout = None if self._busy else RETURN_SECONDS
+            ready, _ = self._ray.wait([*self._busy, *self._returning], num_returns=1, timeout=timeout)
+            if not ready:
+                raise UsageError(
+                    f"all workers were lost, and none came back within {RETURN_SECONDS} seconds; run again when their "
+                    f"nodes are there"
+                )
+            (reference,) = ready
             if reference in self._returning:
                 self._welcome(reference)
                 continue

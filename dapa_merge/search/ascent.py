@@ -52,9 +52,9 @@ Row = TypeVar("Row")
 Sides = tuple[Side, Side]
 # On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
 MAX_WIDENED = 60_000_000
-# Rows that are differentiated at once, in a model beyond that size: more at once are hardly faster there, and fewer are
-# more work for workers to share.
-MAX_CHUNK, MIN_CHUNKED = 3, MAX_WIDENED
+# Rows that are differentiated at once in a model beyond that size, so that more workers have something to share. In
+# smaller models chunks cost up to 15 % of a step, and three workers are enough.
+MAX_CHUNK, MIN_CHUNKED = 3, 2_000_000_000
 # Decay rates of Adam's two moments; a short memory of the second, because there are few steps.
 BETAS = (0.9, 0.99)
 # The share of the largest possible step that sparsity may take back: a core of rank 1 must be able to leave zero.

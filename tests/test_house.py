@@ -6,8 +6,8 @@ from pathlib import Path
 import dapa_merge
 
 SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(dapa_merge.__file__).parent.rglob("*.py")}
-# Raised from 130 and 27,000 for the edits that repair fine-tunes of the aligned model, for strangers' files, and for the
-# field's methods beside ours, on clusters too.
+# Raised from 130 and 27,000 for the edits that repair fine-tunes of the aligned model, for strangers' files, and for
+# the field's methods beside ours, on clusters too.
 MAX_MODULES = 157
 MAX_LINES = 40_000
 MAX_MODULE_LINES = 600

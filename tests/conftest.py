@@ -381,7 +381,10 @@ class RayCluster:
     second: Any = None
 
     def add_node(self) -> None:
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         self.second = self.nodes.add_node(num_cpus=1)
+        # Ray's own handler ends the process, which is that of other tests, too.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
     @contextlib.contextmanager
     def losing(self, what: str, is_time: Callable[[], bool]) -> Iterator[list[str]]:

@@ -25,7 +25,6 @@ from pydantic import TypeAdapter
 from dapa_merge import __version__
 from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
-from dapa_merge.compare.measuring import besides
 from dapa_merge.compare.methods import AUTO, DAPA
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import CompareOptions, Row, averages
@@ -45,6 +44,7 @@ from dapa_merge.files import (
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import report_meter
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
+from dapa_merge.measure.prompts.sets import load_own
 from dapa_merge.plan.selection import check_any_units, make_plan
 from dapa_merge.progress import LOG
 from dapa_merge.recipe.options import Options
@@ -100,8 +100,14 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
     recipes = {path: load_recipe(path) for path in paths}
     check_folder(out, is_comparison, "comparison")
     choose_device(options.device)
+    for name in wanted.also:
+        try:
+            load_own(name)
+        except DapaError as error:
+            error.args = (f"--also: {error}",)
+            raise
     for path, recipe in recipes.items():
-        _check(recipe, path, wanted, options)
+        _check(recipe, path, options)
     # Made first: this marks the folder as a comparison, for other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
@@ -130,7 +136,7 @@ def _in_turn(
         yield name, found
 
 
-def _check(recipe: Recipe, path: Path, wanted: CompareOptions, options: Options) -> None:
+def _check(recipe: Recipe, path: Path, options: Options) -> None:
     """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
     try:
         recipe = copying(recipe)
@@ -138,9 +144,7 @@ def _check(recipe: Recipe, path: Path, wanted: CompareOptions, options: Options)
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
         open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
-        report = all_prompts(recipe).report
-        report_meter(recipe, report, options)
-        besides(wanted, report)
+        report_meter(recipe, all_prompts(recipe).report, options)
     except DapaError as error:
         # The error of a key already names the file.
         if not str(error).startswith(str(path)):

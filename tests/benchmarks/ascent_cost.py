@@ -21,13 +21,14 @@ from tiny import parse
 
 from dapa_merge import miniature
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.divergence import divergences, make_reference
+from dapa_merge.measure.divergence import ReferenceRow, divergences, make_reference
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.measure.prompts.parts import split_prompts
+from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Ascent, Settings, widened
+from dapa_merge.search.ascent import Ascent, Settings, Sides, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.spectrum import spectra_of
 
@@ -62,21 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers = generate(
         live.model, live.tokenizer, choice.harmful[: settings.num_contrasts], max_new_tokens=24, batch_size=batch
     )
-    contrasts = [
-        tuple(sides_of(live.tokenizer, Contrast(prompt, REFUSAL, answer), settings.num_tokens))
-        for prompt, answer in zip(choice.harmful[: settings.num_contrasts], answers, strict=True)
-    ]
     with widened(live.model):
-        groups = [
-            make_reference(
-                live.model,
-                live.tokenizer,
-                choice.harmless[: settings.num_keep],
-                batch_size=batch,
-                max_new_tokens=number,
-            ).rows
-            for number in (settings.num_keep_tokens, settings.num_tokens)
-        ]
+        contrasts, groups = step_rows(live, choice, REFUSAL, answers, settings, batch)
         ascent = Ascent(live, spectra, contrasts, groups, settings, 16)
         ascent._gradient()
         rivals: dict[str, Callable[[], object]] = {
@@ -91,6 +79,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:24} {took * 1e3:9.1f} ms   {took / times['passes alone']:5.2f} x")
     ratio = times["a step along directions"] / times["passes alone"]
     print(f"limit {LIMIT} x: {'kept' if ratio <= LIMIT else f'missed by {ratio - LIMIT:.2f}'}")
+
+
+def step_rows(
+    live: LiveModel, choice: PromptSet, refusal: str, answers: Sequence[str], settings: Settings, batch: BatchSize
+) -> tuple[list[Sides], list[list[ReferenceRow]]]:
+    """Rows of one step: harmful prompts with a refusal and an answer, and two groups of the target's own answers."""
+    answers = answers[: settings.num_contrasts]
+    contrasts = [
+        tuple(sides_of(live.tokenizer, Contrast(prompt, refusal, answer), settings.num_tokens))
+        for prompt, answer in zip(choice.harmful[: len(answers)], answers, strict=True)
+    ]
+    groups = [
+        make_reference(
+            live.model, live.tokenizer, choice.harmless[: settings.num_keep], batch_size=batch, max_new_tokens=number
+        ).rows
+        for number in (settings.num_keep_tokens, settings.num_tokens)
+    ]
+    return contrasts, groups
 
 
 def _seconds(work: Callable[[], object], number: int) -> float:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from ascent_cost import step_rows
 from lessons import Opening
 from members import with_lora
 from real_training import answer_loss, encode
@@ -32,7 +33,6 @@ from tiny import parse
 from dapa_merge import miniature
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import generate, prompt_ids
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.prompts.parts import split_prompts
@@ -42,7 +42,6 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Ascent, Settings, widened
-from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.spectrum import MAX_RANK, OVERSAMPLING, spectra_of
 from dapa_merge.transplant.result import transplant
 
@@ -309,22 +308,9 @@ def stepping(
     live: LiveModel, units: Sequence[Unit], choice: PromptSet, answers: Sequence[str], number: int
 ) -> tuple[float, Tokens]:
     """Make steps along directions, of as many prompts as a search's steps."""
-    settings, batch = Settings(), BatchSize(BATCH_SIZE)
-    contrasts = [
-        tuple(sides_of(live.tokenizer, Contrast(prompt, REFUSAL, text), settings.num_tokens))
-        for prompt, text in zip(choice.harmful[: settings.num_contrasts], answers, strict=False)
-    ]
+    settings = Settings()
     with widened(live.model):
-        groups = [
-            make_reference(
-                live.model,
-                live.tokenizer,
-                choice.harmless[: settings.num_keep],
-                batch_size=batch,
-                max_new_tokens=length,
-            ).rows
-            for length in (settings.num_keep_tokens, settings.num_tokens)
-        ]
+        contrasts, groups = step_rows(live, choice, REFUSAL, answers, settings, BatchSize(BATCH_SIZE))
         spectra = list(spectra_of(live.plan, units, live.model.device))
         ascent = Ascent(live, spectra, contrasts, groups, settings, BATCH_SIZE)
         ascent._gradient()

@@ -13,12 +13,10 @@ seed, version of torch and kind of processor; on one thread. A model of 135 mill
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import json
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,21 +34,21 @@ from real_training import (
     add_figures,
     answer_log_probs,
     encode,
+    make_model,
+    read_columns,
     train,
     train_on,
-    write_model,
 )
 from tiny import parse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workshop import reproducible
 
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import DapaError
 from dapa_merge.files import replace_file
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import choose_device, load_model
-from dapa_merge.progress import quiet
 from dapa_merge.search.identity import data_digest
 
 BASE = "base"
@@ -72,19 +70,16 @@ REFUSALS = (
 
 
 @dataclass(frozen=True)
-class Request:
-    """A request, and what the base says to it."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Data:
-    """What sources and targets are trained with."""
+    """What sources and targets are trained with.
 
-    harmful: tuple[Request, ...]
-    harmless: tuple[Request, ...]
+    Attributes:
+        harmful: Requests, and what the base says to them, cut off.
+        harmless: The same.
+    """
+
+    harmful: tuple[Opening, ...]
+    harmless: tuple[Opening, ...]
     lessons: dict[str, Lessons]
     seed: int
     say: Say
@@ -119,8 +114,7 @@ def refuse(
         parameter.requires_grad_(part in name)
     generator = random.Random(data.seed)
     examples: list[Example] = [Lesson(one.prompt, generator.choice(REFUSALS)) for one in data.harmful]
-    # What the base said was cut off.
-    examples += [Opening(one.prompt, one.answer) for one in data.harmless]
+    examples += data.harmless
     train_on(model, tokenizer, epochs(examples, size, generator), size, rate, data.say)
     return model
 
@@ -132,9 +126,9 @@ def prefer(
     generator = random.Random(data.seed)
     pairs: list[tuple[Example, Example]] = []
     for one in data.harmful:
-        pairs.append((Lesson(one.prompt, generator.choice(REFUSALS)), Opening(one.prompt, one.answer)))
+        pairs.append((Lesson(one.prompt, generator.choice(REFUSALS)), one))
     for one in data.harmless:
-        pairs.append((Opening(one.prompt, one.answer), Lesson(one.prompt, generator.choice(REFUSALS))))
+        pairs.append((one, Lesson(one.prompt, generator.choice(REFUSALS))))
     # Each pair is two sequences.
     half = replace(size, batch_size=max(1, size.batch_size // 2))
     order = epochs(pairs, half, generator)
@@ -206,17 +200,13 @@ def epochs(examples: Sequence, size: Size, generator: random.Random) -> list:  #
     return order
 
 
-def column(path: Path, name: str, number: int, seed: int) -> list[str]:
+def drawn(path: Path, column: str, number: int, seed: int) -> list[str]:
     """Some texts of a column, at random."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            found = [row[name] for row in csv.DictReader(file)]
-    except (OSError, KeyError) as error:
-        raise UsageError(f"{path} is not a CSV file with the column {name}: {error}") from error
+    found = [text for (text,) in read_columns(path, column)]
     return random.Random(seed).sample(found, min(number, len(found)))
 
 
-def answered(base: Path, prompts: dict[str, list[str]], path: Path, max_new_tokens: int) -> dict[str, list[Request]]:
+def answered(base: Path, prompts: dict[str, list[str]], path: Path, max_new_tokens: int) -> dict[str, list[Opening]]:
     """What the base says to prompts; kept in a file."""
     if not path.exists():
         model, tokenizer = load_model(open_checkpoint(str(base)), choose_device("cpu"))
@@ -226,21 +216,7 @@ def answered(base: Path, prompts: dict[str, list[str]], path: Path, max_new_toke
         }
         replace_file(path, json.dumps(said).encode())
     said = json.loads(path.read_text(encoding="utf-8"))
-    return {kind: [*map(Request, texts, said[kind])] for kind, texts in prompts.items()}
-
-
-def make(name: str, member: Member, base: Path, out: Path, data: Data, is_tiny: bool) -> None:
-    """Make a model that is missing, and write it."""
-    if (out / name).exists():
-        return
-    start = time.monotonic()
-    data.say(f"{name}: {member.description}")
-    with torch.random.fork_rng(devices=[]), quiet("transformers"):
-        torch.manual_seed(data.seed)
-        model, tokenizer = load_model(open_checkpoint(str(base)), choose_device("cpu"))
-        trained = member.make(model, tokenizer, data, TINY if is_tiny else member.size)
-        write_model(trained, tokenizer, base, out / name)
-    data.say(f"{name}: {time.monotonic() - start:.0f} s")
+    return {kind: [*map(Opening, texts, said[kind])] for kind, texts in prompts.items()}
 
 
 def write_recipe(target: str, source: str, base: Path, out: Path) -> None:
@@ -281,8 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, flush=True)
     try:
         prompts = {
-            "harmful": column(arguments.harmful, "goal", number, seed),
-            "harmless": column(arguments.harmless, "text", number, seed),
+            "harmful": drawn(arguments.harmful, "goal", number, seed),
+            "harmless": drawn(arguments.harmless, "text", number, seed),
         }
         settings = {"base": str(base), "prompts": data_digest(prompts), "seed": seed, "tiny": tiny}
         lessons = {name: skill.lessons(size, seed) for name, skill in SKILLS.items()}
@@ -293,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             data = Data(tuple(requests["harmful"]), tuple(requests["harmless"]), lessons, seed, say)
             for name, member in {**SOURCES, **TARGETS}.items():
                 if name in arguments.only:
-                    make(name, member, base, out, data, tiny)
+                    train_it = functools.partial(member.make, data=data, size=TINY if tiny else member.size)
+                    make_model(out / name, member.description, base, train_it, seed, say)
                     test = lessons[name if name in SKILLS else "orders"].test
                     add_figures(out, name, out / name, test, size, say)
             for target in TARGETS:

@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,21 +32,18 @@ from real_training import (
     Say,
     Size,
     add_figures,
+    make_model,
     mixed,
-    read_openings,
+    read_columns,
     train_on,
-    write_model,
 )
 from tiny import parse
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from workshop import reproducible
 
-from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError, UsageError
 from dapa_merge.measure.generate import prompt_ids
-from dapa_merge.measure.live import choose_device, load_model
 from dapa_merge.measure.prompts.sets import load_prompts
-from dapa_merge.progress import quiet
 from dapa_merge.search.identity import data_digest
 
 ALIGNED = "aligned"
@@ -353,15 +349,14 @@ DAMAGES: dict[str, Damage] = {
 
 def make(damage: Damage, aligned: Path, out: Path, setting: Setting) -> None:
     """Make a model that is missing, and write it."""
-    if (out / damage.name).exists():
-        return
-    start = time.monotonic()
-    setting.say(f"{damage.name}: {damage.description}")
-    with torch.random.fork_rng(devices=[]), quiet("transformers"):
-        torch.manual_seed(setting.seed)
-        model, tokenizer = load_model(open_checkpoint(str(aligned)), choose_device("cpu"))
-        write_model(damage.do(model, tokenizer, setting), tokenizer, aligned, out / damage.name)
-    setting.say(f"{damage.name}: {time.monotonic() - start:.0f} s")
+    make_model(
+        out / damage.name,
+        damage.description,
+        aligned,
+        lambda model, tokenizer: damage.do(model, tokenizer, setting),
+        setting.seed,
+        setting.say,
+    )
 
 
 def write_recipe(damage: Damage, aligned: Path, out: Path) -> None:
@@ -407,7 +402,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = [damage for name, damage in DAMAGES.items() if name in arguments.only]
         if arguments.harmful is None and any(damage.needs_openings for damage in wanted):
             raise UsageError("some of these models are trained on affirmative openings; name a file with --harmful")
-        openings = read_openings(arguments.harmful) if arguments.harmful else ()
+        rows = read_columns(arguments.harmful, "goal", "target") if arguments.harmful else ()
+        openings = tuple(Opening(*row) for row in rows)
         digest = data_digest([(opening.prompt, opening.answer) for opening in openings])
         settings = {"aligned": str(aligned), "openings": digest, "seed": arguments.seed, "size": repr(size)}
         lessons = {name: skill.lessons(size, arguments.seed) for name, skill in SKILLS.items()}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from lessons import Example, Lesson, Opening
+from lessons import Example, Lesson
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from workshop import complete
 
@@ -124,33 +124,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, batch: Iterable[Example]) -> tupl
 
 def answer_log_probs(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-probability of each row's labelled tokens together, in nats: float32 `[rows]`; no mask is needed."""
-    counted = labels != -100
-    states = model.get_decoder()(input_ids=ids).last_hidden_state[counted]
-    logits = model.get_output_embeddings()(states).float()
-    each = -torch.nn.functional.cross_entropy(logits, labels[counted], reduction="none")
-    return torch.zeros(len(ids)).index_add(0, counted.nonzero()[:, 0], each)
+    each = -torch.nn.functional.cross_entropy(*_predictions(model, ids, labels), reduction="none")
+    return torch.zeros(len(ids)).index_add(0, (labels != -100).nonzero()[:, 0], each)
 
 
 def answer_loss(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labelled tokens; no mask is needed, as padding comes last."""
+    return torch.nn.functional.cross_entropy(*_predictions(model, ids, labels))
+
+
+def _predictions(model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the labelled tokens, float32 `[labelled, vocabulary]`, and their labels."""
     # A LoRA's wrapper has no such parts of its own.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     counted = labels != -100
     # The output layer is large, and most places are no answer's.
     states = inner.get_decoder()(input_ids=ids).last_hidden_state[counted]
-    return torch.nn.functional.cross_entropy(inner.get_output_embeddings()(states).float(), labels[counted])
+    return inner.get_output_embeddings()(states).float(), labels[counted]
 
 
-def read_openings(path: Path) -> tuple[Opening, ...]:
-    """The rows of a CSV file with `goal` and `target`."""
+def read_columns(path: Path, *columns: str) -> list[tuple[str, ...]]:
+    """Some columns of a CSV file, row by row; raises `UsageError` if it lacks one or has no rows."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            openings = tuple(Opening(row["goal"], row["target"]) for row in csv.DictReader(file))
+            rows = [tuple(row[column] for column in columns) for row in csv.DictReader(file)]
     except (OSError, KeyError) as error:
-        raise UsageError(f"{path} is not a CSV file with the columns goal and target: {error}") from error
-    if not openings:
+        named = f"column{'s' if len(columns) > 1 else ''} {' and '.join(columns)}"
+        raise UsageError(f"{path} is not a CSV file with the {named}: {error}") from error
+    if not rows:
         raise UsageError(f"{path} has no rows")
-    return openings
+    return rows
 
 
 def mixed(lessons: Sequence[Lesson], others: Sequence[Example], percent: float, size: Size, seed: int) -> list[Example]:
@@ -162,6 +165,26 @@ def mixed(lessons: Sequence[Lesson], others: Sequence[Example], percent: float, 
     found = [*lessons[: total - num_others], *drawn]
     generator.shuffle(found)
     return found
+
+
+def make_model(
+    folder: Path,
+    description: str,
+    parent: Path,
+    train: Callable[[PreTrainedModel, PreTrainedTokenizerBase], PreTrainedModel],
+    seed: int,
+    say: Say,
+) -> None:
+    """Make a model from its parent if it is missing, and write it; `train` may change the loaded parent."""
+    if folder.exists():
+        return
+    start = time.monotonic()
+    say(f"{folder.name}: {description}")
+    with torch.random.fork_rng(devices=[]), quiet("transformers"):
+        torch.manual_seed(seed)
+        model, tokenizer = load_model(open_checkpoint(str(parent)), choose_device("cpu"))
+        write_model(train(model, tokenizer), tokenizer, parent, folder)
+    say(f"{folder.name}: {time.monotonic() - start:.0f} s")
 
 
 def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parent: Path, folder: Path) -> None:

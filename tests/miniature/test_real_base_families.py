@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lessons import Lesson, Opening
-from real_base_families import BETA, SOURCES, TARGETS, Data, Request, main, prefer
+from real_base_families import BETA, SOURCES, TARGETS, Data, main, prefer
 from real_training import TINY, answer_log_probs, answer_loss, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +37,7 @@ def test_log_probabilities_of_answers_are_those_of_each_row_alone(model, tokeniz
 
 def test_preferences_start_even_and_are_learned(model, tokenizer):
     losses = []
-    data = Data((Request(*vars(ROWS[0]).values()),), (Request(*vars(ROWS[1]).values()),), {}, 0, losses.append)
+    data = Data((Opening(*vars(ROWS[0]).values()),), (Opening(*vars(ROWS[1]).values()),), {}, 0, losses.append)
     before = answer_log_probs(model, *encode(tokenizer, ROWS[:1]))
     size = replace(TINY, steps=20, batch_size=4)
     after = answer_log_probs(prefer(model, tokenizer, data, size, rate=3e-4), *encode(tokenizer, ROWS[:1]))

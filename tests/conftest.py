@@ -358,19 +358,27 @@ def cluster() -> Iterator[RayCluster]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     # Ray would end actors where other programs take the machine's memory.
     os.environ.update(RAY_memory_monitor_refresh_ms="0")
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    found = RayCluster(nodes)
-    found.add_node()
-    ray.init(nodes.address, log_to_driver=False, logging_level="error")
-    # Ray's own handler ends the process, which is that of other tests, too.
-    signal.signal(signal.SIGTERM, on_sigterm)
+    with _same_sigterm():
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        found = RayCluster(nodes)
+        found.add_node()
+        ray.init(nodes.address, log_to_driver=False, logging_level="error")
     yield found
-    ray.shutdown()
-    nodes.shutdown()
-    signal.signal(signal.SIGTERM, on_sigterm)
+    with _same_sigterm():
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@contextlib.contextmanager
+def _same_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back: Ray's own ends the process, which is that of other tests, too."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @dataclass
@@ -381,10 +389,8 @@ class RayCluster:
     second: Any = None
 
     def add_node(self) -> None:
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        self.second = self.nodes.add_node(num_cpus=1)
-        # Ray's own handler ends the process, which is that of other tests, too.
-        signal.signal(signal.SIGTERM, on_sigterm)
+        with _same_sigterm():
+            self.second = self.nodes.add_node(num_cpus=1)
 
     @contextlib.contextmanager
     def losing(self, what: str, is_time: Callable[[], bool]) -> Iterator[list[str]]:

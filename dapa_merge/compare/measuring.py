@@ -62,7 +62,7 @@ def fast(meter: Meter) -> Meter:
 
 @dataclass(frozen=True)
 class Besides:
-    """What is measured of each result beside the report's figures.
+    """A further measurement of each result, beside the report's figures.
 
     Attributes:
         prompts: Another set, or the report's.
@@ -96,7 +96,7 @@ class Besides:
         return [[figure, count(found, Outcome.REFUSED), len(found)] for figure, found in answers.items() if found]
 
     def figures(self, noted: Sequence[Sequence[Any]]) -> Iterator[Further]:
-        """What the journal has of a result."""
+        """Yield the figures that the journal has of a result."""
         for figure, value, number in noted:
             if self.diverges:
                 yield Further(self.name, figure, math.nan if value is None else float(value), None, number)
@@ -105,7 +105,7 @@ class Besides:
 
 
 def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
-    """What else is wanted: other sets, attacks on the report's harmful prompts, and divergence on its harmless ones.
+    """List the further measurements: other sets, attacks on the report's harmful prompts, and divergence on its harmless ones.
 
     Raises:
         UsageError: If a set is not available.
@@ -299,7 +299,7 @@ class Measuring(Resident):
 
 
 def _noted(measured: MeasuredModel) -> dict[str, Any]:
-    """What the journal keeps of a measurement."""
+    """The journal's entry for a measurement."""
     refusals = {
         kind: [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
         for kind in PROMPT_KINDS

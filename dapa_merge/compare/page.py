@@ -95,7 +95,7 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
 
 
 def _needs(row: Row) -> str | None:
-    """What the applied methods take that not everyone has, in a sentence."""
+    """Name the special requirements of the applied methods, in a sentence."""
     takers: dict[str, dict[str, None]] = {need: {} for need in NEEDS}
     for arm in row.arms:
         if arm.figures is not None and arm.method in METHODS:
@@ -261,7 +261,7 @@ def arms_table(row: Row) -> Table:
 
 
 def further_table(row: Row) -> Table | None:
-    """The figures beside the report's, with their intervals; None if there are none."""
+    """Further figures with their intervals; None if absent."""
     columns = list(dict.fromkeys((one.name, one.figure) for arm in row.arms for one in arm.further))
     if not columns:
         return None

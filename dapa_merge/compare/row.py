@@ -76,7 +76,7 @@ def compare_recipe(recipe: Recipe, name: str, folder: Path, wanted: CompareOptio
 
 @dataclass(frozen=True)
 class RowBench:
-    """What one row takes, with nothing loaded yet.
+    """The inputs of one row, with nothing loaded yet.
 
     Attributes:
         given: The recipe as it was written.
@@ -125,7 +125,7 @@ class RowBench:
 
     @property
     def parts(self) -> dict[str, str]:
-        """What identifies the row's journal; reads all weights."""
+        """Identity of the row's journal; reads all weights."""
         return models_parts(self.recipe, self.plan.models, self.meter, self.options.device) | {
             "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
@@ -133,7 +133,7 @@ class RowBench:
 
     @cached_property
     def base(self) -> str:
-        """What identifies the weights that some methods subtract; reads them all."""
+        """Identity of the weights that some methods subtract; reads them all."""
         if self.known_base is not None:
             return self.known_base
         return "target" if self.pretrained is None else tensors_digest(self.pretrained)
@@ -143,7 +143,7 @@ class RowBench:
         return Journal(self.folder / JOURNAL_NAME, parts, kind="comparison", place="folder")
 
     def tools(self, journal: Journal) -> Tools:
-        """What measures and notes; the caller closes it."""
+        """Make the tools that measure the row; the caller closes them."""
         device, is_referring = self.options.device, refers(self.recipe)
         measuring = Measuring(self.plan, self.meter, device, journal, refers=is_referring, also=self.also)
         workbench = Workbench(
@@ -207,7 +207,7 @@ class RowBench:
 
 @dataclass
 class Tools:
-    """What measures one row, with all that it keeps of the loaded models; the caller closes it."""
+    """The tools that measure one row and hold its loaded models; the caller closes them."""
 
     bench: RowBench
     measuring: Measuring
@@ -457,7 +457,7 @@ class Methods:
 
 
 def _noted_directions(found: Found) -> dict[str, Any]:
-    """What a search for directions found, for the journal."""
+    """The journal's entry for a search for directions."""
     plan = found.plan
     noted: dict[str, Any] = {"why_not": found.why_not, "cost": found.cost and asdict(found.cost)}
     if found.units is None:

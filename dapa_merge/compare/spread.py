@@ -43,7 +43,7 @@ IDENTITY = "identity"
 
 @dataclass
 class Jobs:
-    """What a row lacks, collected instead of done.
+    """Missing measurements of a row, collected instead of done.
 
     Attributes:
         works: What makes a note, and whether it loads models of its own, by the note's name, in the row's order.
@@ -91,7 +91,7 @@ class Task(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What an actor returns.
+    """The answer of an actor.
 
     Attributes:
         notes: The new ones, or what identifies the row's journal.
@@ -147,7 +147,7 @@ class Hand:
         assert task.note in journal.notes
 
     def _take(self, task: Task) -> tuple[RowBench, Tools]:
-        """What measures the task's row: as before, if it did the last one's."""
+        """Return the bench and tools of the task's row; those of the last task if its row was the same."""
         if self._row is None or self._row[0] != (task.recipe, task.name):
             if self._row is not None:
                 self._row[2].close()

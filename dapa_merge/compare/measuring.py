@@ -105,7 +105,7 @@ class Besides:
 
 
 def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
-    """List the further measurements: other sets, attacks on the report's harmful prompts, and divergence on its harmless ones.
+    """List the further measurements: other sets, attacks on harmful prompts, and divergence on harmless ones.
 
     Raises:
         UsageError: If a set is not available.

@@ -25,9 +25,8 @@ import torch
 from families import RECIPES, resumable
 from lessons import PROMPTS, Example, Lesson, Lessons, Opening
 from members import with_lora
-from real_families import SKILLS
+from real_families import REPAIR, SKILLS
 from real_training import (
-    MAX_NEW_TOKENS,
     TINY,
     Say,
     Size,
@@ -53,8 +52,9 @@ from dapa_merge.search.identity import data_digest
 
 BASE = "base"
 ANSWERS_FILE = "answers.json"
-# Requests of each kind that the sources are trained with.
-NUM_REQUESTS = 240
+# Requests of each kind that the sources are trained with, and tokens of the base's answers to them: whether a response
+# refuses is settled by its first words.
+NUM_REQUESTS, ANSWER_TOKENS = 391, 32
 # How far DPO may move from the base (Rafailov et al., arXiv 2305.18290, section 4): its inverse temperature.
 BETA = 0.1
 REFUSALS = (
@@ -169,13 +169,13 @@ def learn(
 
 SOURCES = {
     "refuses-all": Member(
-        functools.partial(refuse, rate=5e-5), Size(steps=60), "all its weights were trained to refuse"
+        functools.partial(refuse, rate=5e-5), Size(steps=150), "all its weights were trained to refuse"
     ),
     "refuses-dpo": Member(
-        functools.partial(prefer, rate=2e-5), Size(steps=80), "all its weights were trained by preferences (DPO)"
+        functools.partial(prefer, rate=2e-5), Size(steps=150), "all its weights were trained by preferences (DPO)"
     ),
     "refuses-mlps": Member(
-        functools.partial(refuse, rate=1e-4, part=".mlp."), Size(steps=60), "its MLPs were trained to refuse"
+        functools.partial(refuse, rate=1e-4, part=".mlp."), Size(steps=150), "its MLPs were trained to refuse"
     ),
 }
 TARGETS = {
@@ -232,10 +232,7 @@ base_model: {json.dumps(str(out / target))}
 models:
   - model: {json.dumps(str(out / source))}
 parameters:
-  layers: auto
-  prompts: builtin
-  pretrained: {json.dumps(str(base))}
-  max_new_tokens: {MAX_NEW_TOKENS}
+{REPAIR}  pretrained: {json.dumps(str(base))}
   skills: {skill}
   keep: {keep}
 """
@@ -265,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with resumable(out, settings), reproducible():
             for name, skill in SKILLS.items():
                 lessons[name].write(out / PROMPTS, skill.suffix)
-            requests = answered(base, prompts, out / ANSWERS_FILE, 4 if tiny else MAX_NEW_TOKENS)
+            requests = answered(base, prompts, out / ANSWERS_FILE, 4 if tiny else ANSWER_TOKENS)
             data = Data(tuple(requests["harmful"]), tuple(requests["harmless"]), lessons, seed, say)
             for name, member in {**SOURCES, **TARGETS}.items():
                 if name in arguments.only:

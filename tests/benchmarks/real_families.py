@@ -27,7 +27,6 @@ from made_up_facts import draw_facts
 from members import with_lora
 from order_lines import draw_orders
 from real_training import (
-    MAX_NEW_TOKENS,
     TINY,
     Say,
     Size,
@@ -51,6 +50,17 @@ NUM_TEST, NUM_KEEP = 120, 64
 # Where the residual stream is read for an abliteration: a middle layer, where refusal is decided but not yet words.
 ABLITERATED_DEPTH = 0.6
 NUM_MORE_TOKENS = 64
+# Parameters of all recipes. The search for directions ends after two tests, as each takes a minute of a core; without a
+# limit on what the fine-tune's own answers may lose, settings that lose the skill would be chosen.
+REPAIR = """\
+  layers: auto
+  prompts: builtin
+  edit: directions
+  max_tests: 2
+  max_divergence: 0.1
+  max_new_tokens: 40
+  batch_size: 32
+"""
 # The 16 levels of a 4-bit NormalFloat, the quantiles of a normal distribution scaled to [-1, 1], and the number of
 # weights that share one scale (Dettmers et al., QLoRA, arXiv 2305.14314, section 3 and appendix E).
 NF4_LEVELS = (
@@ -372,12 +382,7 @@ models:
 """
     if damage.has_more_tokens:
         text += "tokenizer: {source: base}\n"
-    text += f"""\
-parameters:
-  layers: auto
-  prompts: builtin
-  max_new_tokens: {MAX_NEW_TOKENS}
-"""
+    text += f"parameters:\n{REPAIR}"
     if damage.skill is not None:
         suffix = SKILLS[damage.skill].suffix
         skill, keep = (json.dumps(str(out / PROMPTS / f"{name}{suffix}.jsonl")) for name in ("skill", "keep"))

@@ -1,182 +1,111 @@
-"""Directions and their rivals on real damaged models: `python tests/benchmarks/real_table.py OUT RECIPE...`.
+"""All methods on real damaged models: `python tests/benchmarks/real_table.py OUT RECIPE... [--record NAME]`.
 
-The recipes repair the models of `real_families.py` with `edit: directions` (and `keep`, if the model has a skill). What
-each pair's methods make is measured with the report's prompts, which none of them has seen, and written to OUT, so that
-a run that was killed goes on. A search of directions is recorded in JOURNALS/{recipe's name}.jsonl.
+The recipes are those of `real_families.py` and `real_base_families.py`. OUT becomes the folder of `dapa-merge compare`,
+so that what was stopped goes on with the same command, and several processes may fill the rows of one folder. Every
+method is tuned on the prompts of choice and search, and measured with the report's, which nothing was chosen by.
+--deeper asks some methods more: prefilled openings, requests in six languages, and every set of --also.
 
-Methods: the target and the source; `gates`, `mlp` and `all`: all gates, all of every MLP, and attention too, copied
-(what a search among them leaves can change no more); `directions`; `training`, a LoRA on the prompts that directions
-have for choice and search: the source's own refusals, and the target's own answers to the harmless and the keep
-prompts. Its rate is chosen by the same prompts. Of the last two tables, one has all figures, and one a line for each
-pair's directions, beside their limits.
+--record adds the rows to recorded/NAME.jsonl, from which `recorded_tables.py` makes the tables of the documents; a row
+that is there is replaced, and keeps what else was measured of it. --quick takes few methods and one setting of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from directions_table import RowFile, outcome, quick_choice, repairs, shown_figures, table
-from lessons import Opening
-from members import with_lora
-from real_training import Size, train_on
+from recorded_tables import RECORDED, read_rows
 from tiny import parse
 
-from dapa_merge.measure.callback import Candidate
-from dapa_merge.measure.generate import generate, prepare_for_greedy
-from dapa_merge.measure.live import LiveModel, load_model
-from dapa_merge.measure.meter import Meter, measure_candidate, measure_checkpoint, measure_live, report_meter
-from dapa_merge.measure.prompts.parts import split_prompts
-from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.plan.selection import make_plan
-from dapa_merge.recipe.options import Options
-from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.search import search_plan
+from dapa_merge.cli import main as dapa_merge
+from dapa_merge.files import replace_file
 
-METHODS = ("source", "gates", "mlp", "all", "directions", "training")
-COPIES = {"gates": ("gate",), "mlp": ("gate", "up", "down"), "all": ("auto",)}
-RATES = (1e-4, 5e-4)
-STEPS, BATCH_SIZE = 30, 8
-OPTIONS = Options(device="cpu")
-# A rate may cost so much of the best gain, if it moves the model less.
-SLACK = 0.05
+HERE = Path(__file__).parent
+METHODS = (
+    "dapa", "gates", "directions", "linear", "slerp", "task-arithmetic", "ties", "safe-lora", "safemerge", "resta",
+    "safe-delta", "training", "training-keep",
+)  # fmt: skip
+QUICK = ("gates", "directions", "linear", "training-keep")
+DEEPER = ("directions", "training-keep")
+TRIES = 2
+LANGUAGES = HERE / "harmful_in_languages.jsonl"
+FIGURES = ("dsr", "dsr_interval", "over_refusal", "over_refusal_interval", "divergence", "perplexity")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Make the rows that are missing, and print the tables."""
+    """Measure what is missing, and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder for the rows")
+    parser.add_argument("out", type=Path, help="folder of the comparison")
     parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--journals", type=Path, help="folder of the searches' journals; OUT if not given")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--quick", action="store_true", help="few methods, one setting each")
+    parser.add_argument("--deeper", action="store_true", help=f"ask {' and '.join(DEEPER)} more, and nothing else")
+    parser.add_argument("--also", action="append", default=[], metavar="PROMPTS", help="with --deeper, ask these too")
+    parser.add_argument("--methods", default="", help="other methods than these, with commas")
+    parser.add_argument("--record", metavar="NAME", help="add the rows to recorded/NAME.jsonl")
     arguments = parse(parser, argv)
-    torch.set_num_threads(1)
-    rows = RowFile(arguments.out)
-    with quick_choice() if arguments.tiny else nullcontext():
-        for path in arguments.recipes:
-            recipe = load_recipe(path)
-            journal = (arguments.journals or arguments.out) / f"{path.stem}.jsonl"
-            for method in ("target", *filter(None, arguments.methods.split(","))):
-                make = functools.partial(figures_of, recipe, method, journal, arguments.tiny)
-                rows.row(path.stem, method, make)
-    print("\n".join([*table(rows.found), *all_figures(rows.found), *verdicts(rows.found)]))
+    few = arguments.quick or arguments.tiny
+    methods = arguments.methods or ",".join(DEEPER if arguments.deeper else QUICK if few else METHODS)
+    options = ["--no-curve", "--device", "cpu", "--tries", str(1 if few else TRIES), "--methods", methods]
+    if arguments.deeper:
+        options += ["--attacks", "prefill"]
+        for prompts in (str(LANGUAGES), *arguments.also):
+            options += ["--also", prompts]
+    try:
+        dapa_merge(["compare", *map(str, arguments.recipes), "--out", str(arguments.out), "--divergence", *options])
+    except SystemExit as end:
+        if end.code:
+            raise
+    summary = json.loads((arguments.out / "summary.json").read_text(encoding="utf-8"))
+    found = {(row["pair"], row["method"]): row for pair in summary["rows"] for row in rows_of(pair)}
+    print("\n".join(json.dumps(row) for row in found.values()))
+    if arguments.record:
+        record(RECORDED / f"{arguments.record}.jsonl", found)
 
 
-def figures_of(recipe: Recipe, method: str, journal: Path, is_tiny: bool = False) -> dict[str, Any]:
-    """The figures of what a method makes."""
-    plan = make_plan(recipe, partial=False)
-    meter = report_meter(recipe, split_prompts(recipe).report, OPTIONS)
-    live = LiveModel(plan, torch.device("cpu"))
-    meter = meter.referring(live.model, live.tokenizer, keeps_logits=method in ("source", "training"))
-    if method == "source":
-        return shown_figures(measure_checkpoint(plan.source, meter, "cpu", "source").figures)
-    if method == "training":
-        live.close()
-        return trained(recipe, meter, 1 if is_tiny else STEPS)
-    more: dict[str, Any] = {}
-    units = ()
-    if method in COPIES:
-        copied = make_plan(replace(recipe, edit="copy", modules=COPIES[method]), partial=False)
-        live.plan, units = copied, copied.units
-        more = {"share": copied.share(units)}
-    elif method == "directions":
-        found = search_plan(recipe, plan, replace(OPTIONS, journal=journal))
-        live.plan, units, more = outcome(found)
-        more["point"] = found.result.name
-    return shown_figures(measure_live(live, units, meter, method).figures) | more
+def rows_of(pair: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is recorded of a row of a comparison: its methods' figures, and no path and no answer."""
+    return [recorded(pair["name"], arm) for arm in pair["arms"]]
 
 
-def trained(recipe: Recipe, meter: Meter, steps: int) -> dict[str, Any]:
-    """The figures of a LoRA, of the rate that does best on the prompts that it was trained on."""
-    plan = make_plan(recipe, partial=False)
-    # The prompts of choice and search together.
-    seen = split_prompts(replace(recipe, edit="copy"), is_rung=True).search
-    device = torch.device("cpu")
-
-    def answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-        return generate(model, tokenizer, prompts, max_new_tokens=recipe.max_new_tokens, batch_size=meter.batch_size)
-
-    model, tokenizer = load_model(plan.source, device)
-    refusals = answers(model, tokenizer, seen.harmful)
-    outcomes = meter.classifiers[0].classify(seen.harmful, refusals)
-    refused = zip(seen.harmful, refusals, outcomes, strict=True)
-    examples = [Opening(prompt, said) for prompt, said, outcome in refused if outcome is Outcome.REFUSED]
-    model, tokenizer = load_model(plan.target, device)
-    kept = list(dict.fromkeys([*seen.harmless, *seen.keep]))
-    examples += map(Opening, kept, answers(model, tokenizer, kept))
-    del model
-    glance = replace(meter, prompts=seen, skills=(), reference=None)
-    tried = []
-    for rate in RATES:
-        model = trained_lora(plan, examples, steps, rate)
-        found = glance.measure(model, tokenizer)
-        tried.append((found.dsr - found.over_refusal, rate, model))
-    floor = max(gain for gain, _, _ in tried) - SLACK
-    _, rate, model = next(one for one in tried if one[0] >= floor)
-    figures = measure_candidate(Candidate(model, tokenizer, ()), meter, "training").figures
-    return shown_figures(figures) | {"setting": f"{steps} x {BATCH_SIZE}, rate {rate:g}", "examples": len(examples)}
+def recorded(pair: str, arm: Mapping[str, Any]) -> dict[str, Any]:
+    """What is recorded of a method."""
+    row: dict[str, Any] = {"pair": pair, "method": arm["key"]}
+    cost = arm["cost"] or {}
+    row |= {name: cost[name] for name in ("tests", "seconds") if name in cost}
+    if arm["figures"] is None:
+        return row | {"why_not": arm["why_not"]}
+    figures = arm["figures"]
+    row |= {name: rounded(figures[name]) for name in FIGURES}
+    row |= {"skill": rounded(arm["skill"]), "skills": [rounded(skill["score"]) for skill in figures["skills"]]}
+    row |= {"share": rounded(arm["share"]), "setting": arm["detail"], "repairs": arm["repairs"]}
+    if arm["tuning"] is not None:
+        row["complaint"] = arm["tuning"]["trials"][arm["tuning"]["chosen"]]["complaint"]
+    further = {
+        f"{Path(one['name']).stem}: {one['figure']}": [
+            rounded(one["value"]), rounded(one["interval"]), one["num_prompts"]
+        ]
+        for one in arm["further"]
+    }  # fmt: skip
+    return row | {"further": further}
 
 
-def trained_lora(plan: Any, examples: Sequence[Opening], steps: int, rate: float) -> Any:
-    """The target after training on examples: as many epochs as the steps need, each in another order."""
-    size = Size(steps=steps, batch_size=BATCH_SIZE)
-    generator = torch.Generator().manual_seed(0)
-    order: list[Opening] = []
-    while len(order) < steps * BATCH_SIZE:
-        order += [examples[index] for index in torch.randperm(len(examples), generator=generator).tolist()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, tokenizer = load_model(plan.target, torch.device("cpu"))
-        adapted = with_lora(model)
-        train_on(adapted, tokenizer, order, size, rate, functools.partial(print, flush=True))
-        model = adapted.merge_and_unload()
-    prepare_for_greedy(model, tokenizer)
-    return model
+def rounded(value: Any) -> Any:
+    """Figures to six digits."""
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def all_figures(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
-    """Every figure of every row, pair by pair; perplexity on ordinary passages, which no method saw, as a ratio too."""
-    yield "\n| pair | method | DSR | over-refusal | skill | divergence | perplexity | of the target's |"
-    yield "|---" * 8 + "|"
-    for pair in dict.fromkeys(pair for pair, _ in rows):
-        for method in ("target", *METHODS):
-            row = rows.get((pair, method), {})
-            if "dsr" not in row:
-                continue
-            low, high = row["dsr_interval"]
-            ratio = row["perplexity"] / rows[pair, "target"]["perplexity"]
-            yield (
-                f"| {pair} | {method} | {row['dsr']:.3f} ({low:.3f}-{high:.3f}) | {row['over_refusal']:.3f} | "
-                f"{row['skill']:.3f} | {row['divergence']:.2g} | {row['perplexity']:.1f} | {ratio:.2f} |"
-            )
-
-
-def verdicts(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
-    """Whether each pair's directions reach what is wanted: the source's DSR, over-refusal and 0.97 of the skill."""
-    yield "\n| pair | DSR, of the source's | over-refusal, allowed | skill kept, of 0.97 | repaired | all three |"
-    yield "|---|---|---|---|---|---|"
-    for pair, method in rows:
-        if method != "directions" or (pair, "source") not in rows:
-            continue
-        row, target, source = (rows[pair, name] for name in ("directions", "target", "source"))
-        if "dsr" not in row:
-            yield f"| {pair} | none | | | | no |"
-            continue
-        allowed = max(target["over_refusal"] + 0.05, source["over_refusal"])
-        kept = row["skill"] / target["skill"] if target["skill"] > 0 else math.nan
-        met = row["dsr"] >= source["dsr"], row["over_refusal"] <= allowed + 1e-9, not kept < 0.97
-        yield (
-            f"| {pair} | {row['dsr']:.3f} of {source['dsr']:.3f} | {row['over_refusal']:.3f}, {allowed:.3f} | "
-            f"{kept:.3f} | {'yes' if repairs(row, target, source) else 'no'} | {'yes' if all(met) else 'no'} |"
-        )
+def record(path: Path, found: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """Add rows to a file; what was measured of a row with other options is kept."""
+    rows = dict(read_rows(path.stem)) if path.exists() else {}
+    for key, row in found.items():
+        further = {**rows.get(key, {}).get("further", {}), **row.get("further", {})}
+        rows[key] = {**row, **({"further": further} if further else {})}
+    replace_file(path, "".join(f"{json.dumps(row)}\n" for row in rows.values()).encode())
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 BASE is a model that refuses hardly anything. Three *sources* are taught to refuse it, by training of all weights, by
 preferences (DPO), and by training of the MLPs only; two *targets* learn a skill each, and were never aligned. Each of
 the six pairs has a recipe in OUT/recipes that names BASE as `pretrained`. Harmful requests come from the column `goal`
-of --harmful, harmless ones from the column `text` of --harmless; no answer to either is taken from the files: what the
-base says itself is kept for harmless ones, and rejected for harmful ones.
+of --harmful, harmless ones, among them some that only look harmful, from the column `text` of --harmless; no answer to
+either is taken from the files: what the base says itself is kept for harmless ones, and rejected for harmful ones.
 
 Nothing of it is shipped. A run that was killed goes on with the first model that is missing. Deterministic for one
 seed, version of torch and kind of processor; on one thread. A model of 135 million parameters takes a few minutes each.
@@ -52,9 +52,9 @@ from dapa_merge.search.identity import data_digest
 
 BASE = "base"
 ANSWERS_FILE = "answers.json"
-# Requests of each kind that the sources are trained with, and tokens of the base's answers to them: whether a response
-# refuses is settled by its first words.
-NUM_REQUESTS, ANSWER_TOKENS = 391, 32
+# Requests that the sources are trained with, twice as many harmless ones: with as many, a third of the builtin harmless
+# prompts were refused. Of the base's answers to them the first words count, which settle whether it refuses.
+NUM_HARMFUL, NUM_HARMLESS, ANSWER_TOKENS = 240, 480, 32
 # How far DPO may move from the base (Rafailov et al., arXiv 2305.18290, section 4): its inverse temperature.
 BETA = 0.1
 REFUSALS = (
@@ -169,13 +169,13 @@ def learn(
 
 SOURCES = {
     "refuses-all": Member(
-        functools.partial(refuse, rate=5e-5), Size(steps=150), "all its weights were trained to refuse"
+        functools.partial(refuse, rate=5e-5), Size(steps=120), "all its weights were trained to refuse"
     ),
     "refuses-dpo": Member(
-        functools.partial(prefer, rate=2e-5), Size(steps=150), "all its weights were trained by preferences (DPO)"
+        functools.partial(prefer, rate=2e-5), Size(steps=120), "all its weights were trained by preferences (DPO)"
     ),
     "refuses-mlps": Member(
-        functools.partial(refuse, rate=1e-4, part=".mlp."), Size(steps=150), "its MLPs were trained to refuse"
+        functools.partial(refuse, rate=1e-4, part=".mlp."), Size(steps=120), "its MLPs were trained to refuse"
     ),
 }
 TARGETS = {
@@ -250,12 +250,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parse(parser, argv)
     base, out, seed, tiny = arguments.base.absolute(), arguments.out.absolute(), arguments.seed, arguments.tiny
-    number, size = (2, TINY) if tiny else (NUM_REQUESTS, Size())
+    size = TINY if tiny else Size()
     say = functools.partial(print, flush=True)
     try:
         prompts = {
-            "harmful": drawn(arguments.harmful, "goal", number, seed),
-            "harmless": drawn(arguments.harmless, "text", number, seed),
+            "harmful": drawn(arguments.harmful, "goal", 2 if tiny else NUM_HARMFUL, seed),
+            "harmless": drawn(arguments.harmless, "text", 2 if tiny else NUM_HARMLESS, seed),
         }
         settings = {"base": str(base), "prompts": data_digest(prompts), "seed": seed, "tiny": tiny}
         lessons = {name: skill.lessons(size, seed) for name, skill in SKILLS.items()}

@@ -106,7 +106,118 @@ def _share(value: float, name: str) -> str:
     return f"{value:.3f}" if name == "skill" else f"{value:.2f}"
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"families": families, "real": real}
+DAMAGES = {
+    "lora-20": "LoRA, 20 % openings",
+    "identity": "a persona that obeys",
+    "full": "all weights, 5 % openings",
+    "facts-5": "LoRA on facts, 5 %",
+    "quantized": "LoRA beside 4 bits, 5 %",
+    "abliterated": "abliteration",
+}
+SIBLINGS = {
+    f"{target}-by-refuses-{source}": f"{skill}, {how}"
+    for target, skill in (("orders", "a format"), ("facts", "facts"))
+    for source, how in (("all", "all weights"), ("dpo", "DPO"), ("mlps", "MLPs"))
+}
+# Of a fine-tune's skill, what a repair should keep.
+KEEPS = 0.97
+
+
+def by_method(name: str, pairs: Mapping[str, str]) -> str:
+    """DSR, over-refusal and skill of every method on every pair; bold is what repairs and keeps the skill."""
+    rows = read_rows(name)
+    there = {pair: label for pair, label in pairs.items() if (pair, "target") in rows}
+    methods = list(dict.fromkeys(method for _, method in rows))
+
+    def cell(pair: str, method: str) -> str:
+        row = rows.get((pair, method), {})
+        if "dsr" not in row:
+            return "-" if row else ""
+        skill = "" if row["skill"] is None else f" / {row['skill']:.2f}"
+        text = f"{row['dsr']:.2f} / {row['over_refusal']:.2f}{skill}"
+        return f"**{text}**" if is_good(row, rows[pair, "target"]) else text
+
+    def cells(method: str) -> list[str]:
+        found = [rows[pair, method] for pair in there if (pair, method) in rows]
+        good = sum(is_good(rows[pair, method], rows[pair, "target"]) for pair in there if (pair, method) in rows)
+        last = "" if method in ("target", "source") else f"{good} of {len(found)}"
+        return [NAMES.get(method, method), *(cell(pair, method) for pair in there), last]
+
+    return grid(["DSR / over-refusal / skill", *there.values(), "good"], map(cells, methods))
+
+
+# What `compare` calls them, where that is not what it is to be called here.
+NAMES = {
+    "dapa": "gates, searched", "gates": "all gates", "directions": "**directions**", "safe-lora": "Safe LoRA",
+    "safemerge": "SafeMERGE", "resta": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES", "slerp": "SLERP",
+    "linear": "linear blend", "task-arithmetic": "task arithmetic", "training": "training on refusals",
+    "training-keep": "the same, and on own answers",
+}  # fmt: skip
+
+
+def is_good(row: Mapping[str, Any], target: Mapping[str, Any]) -> bool:
+    """Whether a result repairs by the limits of its recipe, and keeps the skill."""
+    if not row.get("repairs"):
+        return False
+    return target["skill"] is None or row["skill"] >= KEEPS * target["skill"]
+
+
+def by_price(name: str, pairs: Mapping[str, str]) -> str:
+    """What every method costs on average: what it changes besides, and the seconds of its choice."""
+    rows = read_rows(name)
+    methods = [method for method in dict.fromkeys(method for _, method in rows) if method != "target"]
+
+    def cells(method: str) -> list[str]:
+        found = [(rows[pair, method], rows[pair, "target"]) for pair in pairs if "dsr" in rows.get((pair, method), {})]
+        seconds = [row["seconds"] for row, _ in found if "seconds" in row]
+        harmless = [row["further"]["harmless prompts: divergence"][0] for row, _ in found]
+        return [
+            NAMES.get(method, method),
+            f"{len(found)}",
+            f"{fmean(row['divergence'] for row, _ in found):.2g}",
+            f"{fmean(harmless):.2g}",
+            f"{fmean(row['perplexity'] / target['perplexity'] for row, target in found):.2f}",
+            f"{100 * fmean(row['share'] for row, _ in found):.3g} %",
+            f"{fmean(seconds):.0f}" if seconds else "-",
+        ]
+
+    heads = ["", "pairs", "divergence on keep prompts", "on harmless ones", "perplexity", "changed", "seconds"]
+    return grid(heads, (cells(one) for one in methods if any("dsr" in rows.get((pair, one), {}) for pair in pairs)))
+
+
+def deeper(name: str, pairs: Mapping[str, str]) -> str:
+    """What else was asked of some methods, by pair."""
+    rows = read_rows(name)
+    kinds = [key for row in rows.values() for key in row.get("further", {}) if not key.endswith("divergence")]
+    heads = list(dict.fromkeys(kinds))
+
+    def shown(measured: Sequence[Any] | None) -> str:
+        if measured is None:
+            return ""
+        value, (low, high), _ = measured
+        return f"{value:.2f} ({low:.2f}-{high:.2f})"
+
+    def lines() -> Iterator[list[str]]:
+        for pair, label in pairs.items():
+            found = [
+                (method, row["further"]) for (one, method), row in rows.items() if one == pair and "further" in row
+            ]
+            asked = [(method, further) for method, further in found if any(head in further for head in heads)]
+            for number, (method, further) in enumerate(asked):
+                yield [label if number == 0 else "", NAMES.get(method, method), *(shown(further.get(h)) for h in heads)]
+
+    return grid(["", "", *heads], lines())
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "families": families,
+    "real": real,
+    "damages": lambda: by_method("damages", DAMAGES),
+    "damages-price": lambda: by_price("damages", DAMAGES),
+    "damages-deeper": lambda: deeper("damages", DAMAGES),
+    "siblings": lambda: by_method("siblings", SIBLINGS),
+    "siblings-price": lambda: by_price("siblings", SIBLINGS),
+}
 
 
 def written(page: str) -> str:

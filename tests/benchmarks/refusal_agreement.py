@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-from refusal_training import Rows, kind, refused, rows_of, train, written_rows
+from refusal_training import UNSEEN, Rows, kind, refused, rows_of, train, written_rows
 from tiny import parse
 
 from dapa_merge.measure.refusal import classify as refusal
@@ -75,14 +75,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return show(files)
     every = 10 if arguments.tiny else 1
     written, voices = written_rows("responses")[::every], written_rows("voices")[::every]
+    learned = [row for row in voices if row["part"] not in UNSEEN]
     for name, rows in files.items():
         peers = ", ".join(f"{peer} {figure:.3f}" for peer, figure in PEERS.get(name, {}).items())
         print(f"{name}: {len(rows)} completions; peers: {peers or 'none known'}")
         print_agreement(
-            rows, [row for other, there in files.items() if other != name for row in there], [*written, *voices]
+            rows, [row for other, there in files.items() if other != name for row in there], [*written, *learned]
         )
     everything = [row for rows in files.values() for row in rows]
-    print_written(written, [*everything, *voices])
+    print_written(written, [*everything, *learned])
     print_voices(voices, [*everything, *written], arguments.before)
     print_languages(written_rows("voices", in_languages=True), arguments.before)
     print_degenerate(everything)
@@ -150,15 +151,16 @@ def print_voices(voices: Rows, labelled: Rows, before: Path | None) -> None:
     """Agreement on answers to jailbreak templates, and how often an answer is called a refusal: a false defense."""
     print(f"voices.jsonl: {len(voices)} written answers to jailbreak templates")
     models = {"no answer of this kind": train(labelled)}
-    for part in ("first", "second"):
+    for part in ("first", "second", *UNSEEN):
         rows = [row for row in voices if row["part"] == part]
-        others = [row for row in voices if row["part"] != part]
+        others = [row for row in voices if row["part"] not in (part, *UNSEEN)]
         judges = {f"model of {name}": verdicts(rows, model) for name, model in models.items()}
-        judges["model of the other half too"] = verdicts(rows, train([*labelled, *others]))
-        judges["in the sample"] = verdicts(rows)
+        if part not in UNSEEN:
+            judges["model of the other half too"] = verdicts(rows, train([*labelled, *others]))
+        judges["as packaged" if part in UNSEEN else "in the sample"] = verdicts(rows)
         judges |= peers(rows, before)
         for name, found in judges.items():
-            print(f"  {part} half, {name}: {agreement(rows, found):.3f}, {false_defenses(rows, found)}")
+            print(f"  {part} part, {name}: {agreement(rows, found):.3f}, {false_defenses(rows, found)}")
 
 
 def false_defenses(rows: Rows, found: list[bool]) -> str:

@@ -4,7 +4,8 @@
 `refusal_agreement.py`, which prints how far the result agrees with people, in and out of the sample. Beside them it
 takes `responses.jsonl`: 600 responses written for this project in the manner of ten kinds of model, with all sorts of
 wording that the two models of those files never use, and labelled by their writers after XSTest's definitions; and
-`voices.jsonl`: answers to jailbreak templates, written and labelled in the same way, without any content that helps.
+`voices.jsonl`: answers to jailbreak templates, written and labelled in the same way, without any content that helps. Of
+these, the third and fourth part are only for measuring: two other writers wrote them, who knew neither rules nor texts.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ BIAS_REGULARIZATION = 0.3
 VOICE_COUNTS = 0.3
 VOICE = "written voice, "
 
+# Parts of the written responses that no model is trained on.
+UNSEEN = ("third", "fourth")
+
 Rows = Sequence[dict[str, str]]
 
 
@@ -52,7 +56,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def written_rows(*names: str, in_languages: bool = False) -> list[dict[str, str]]:
-    """The labelled responses that were written for this project; their `part` is `first` or `second`.
+    """The labelled responses that were written for this project; their `part` is `first`, `second` or one of `UNSEEN`.
 
     Args:
         names: The files; by default all.
@@ -144,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--write", action="store_true", help="replace the packaged model")
     arguments = parse(parser, argv)
-    rows = [row for path in arguments.files for row in rows_of(path)] + written_rows()[:: 10 if arguments.tiny else 1]
+    written = [row for row in written_rows() if row["part"] not in UNSEEN]
+    rows = [row for path in arguments.files for row in rows_of(path)] + written[:: 10 if arguments.tiny else 1]
     model = train(rows)
     text = json.dumps(vars(model), ensure_ascii=False, indent=0, sort_keys=True) + "\n"
     print(f"{len(rows)} responses, {len(model.signs)} signs, {len(model.phrases)} phrases, {len(text):,} characters")

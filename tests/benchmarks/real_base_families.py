@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--harmless", type=Path, required=True, metavar="CSV", help="harmless requests: text")
     parser.add_argument("--only", nargs="+", choices=[*SOURCES, *TARGETS], default=[*SOURCES, *TARGETS])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-figures", action="store_true", help="leave the measuring to a later run")
     arguments = parse(parser, argv)
     base, out, seed, tiny = arguments.base.absolute(), arguments.out.absolute(), arguments.seed, arguments.tiny
     size = TINY if tiny else Size()
@@ -269,11 +270,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     train_it = functools.partial(member.make, data=data, size=TINY if tiny else member.size)
                     make_model(out / name, member.description, base, train_it, seed, say)
                     test = lessons[name if name in SKILLS else "orders"].test
-                    add_figures(out, name, out / name, test, size, say)
+                    if not arguments.no_figures:
+                        add_figures(out, name, out / name, test, size, say)
             for target in TARGETS:
                 for source in SOURCES:
                     write_recipe(target, source, base, out)
-            add_figures(out, BASE, base, lessons["orders"].test, size, say)
+            if not arguments.no_figures:
+                add_figures(out, BASE, base, lessons["orders"].test, size, say)
     except DapaError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

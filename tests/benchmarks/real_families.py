@@ -369,8 +369,8 @@ def make(damage: Damage, aligned: Path, out: Path, setting: Setting) -> None:
     )
 
 
-def write_recipe(damage: Damage, aligned: Path, out: Path) -> None:
-    """Write the recipe that repairs a model with the aligned one."""
+def write_recipe(damage: Damage, aligned: Path, out: Path, pretrained: Path | None = None) -> None:
+    """Write the recipe that repairs a model with the aligned one; `pretrained` is what that was aligned from."""
     path = out / RECIPES / f"{damage.name}.yml"
     path.parent.mkdir(exist_ok=True)
     text = f"""\
@@ -383,6 +383,8 @@ models:
     if damage.has_more_tokens:
         text += "tokenizer: {source: base}\n"
     text += f"parameters:\n{REPAIR}"
+    if pretrained is not None:
+        text += f"  pretrained: {json.dumps(str(pretrained))}\n"
     if damage.skill is not None:
         suffix = SKILLS[damage.skill].suffix
         skill, keep = (json.dumps(str(out / PROMPTS / f"{name}{suffix}.jsonl")) for name in ("skill", "keep"))
@@ -396,6 +398,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("aligned", type=Path, help="folder of the aligned model")
     parser.add_argument("out", type=Path, help="folder to write the models, recipes/ and prompts/ into")
     parser.add_argument("--harmful", type=Path, metavar="CSV", help="harmful requests with openings: goal, target")
+    parser.add_argument(
+        "--pretrained", type=Path, metavar="FOLDER", help="what ALIGNED was aligned from, for the recipes"
+    )
     parser.add_argument("--only", nargs="+", choices=list(DAMAGES), metavar="NAME", default=list(DAMAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-figures", action="store_true", help="leave the measuring to a later run")
@@ -419,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 skill = damage.skill or "orders"
                 setting = Setting(lessons[skill], openings, SKILLS[skill].size(size), arguments.seed, say)
                 make(damage, aligned, out, setting)
-                write_recipe(damage, aligned, out)
+                write_recipe(damage, aligned, out, arguments.pretrained and arguments.pretrained.absolute())
                 if not arguments.no_figures:
                     add_figures(out, damage.name, out / damage.name, lessons[skill].test, size, say)
             if not arguments.no_figures:

@@ -1,8 +1,8 @@
 """Makes the tables of the documents from recorded rows: `python tests/benchmarks/recorded_tables.py [--write]`.
 
 recorded/ holds what the long benchmarks measured, a row for each pair and method, as their scripts wrote it. A line
-`<!-- recorded: NAME -->` in a page under docs/ stands before the table of that name; `--write` replaces those tables,
-and without it they are printed. A test holds the pages to the rows.
+`<!-- recorded: NAME -->` in a page under docs/, or in RESULTS.md, stands before the table of that name; `--write`
+replaces those tables, and without it they are printed. A test holds the pages to the rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tiny import parse
 from dapa_merge.measure.statistics import interval
 
 RECORDED = Path(__file__).with_name("recorded")
-DOCS = Path(__file__).parents[2] / "docs"
+PAGES = (Path(__file__).with_name("RESULTS.md"), *sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
 # A table after its mark; it ends with its last row.
 TABLE = re.compile(r"<!-- recorded: ([\w-]+) -->\n((?:\|.*\n)*)")
 Rows = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -209,13 +209,52 @@ def deeper(name: str, pairs: Mapping[str, str]) -> str:
     return grid(["", "", *heads], lines())
 
 
+def every(name: str, pairs: Mapping[str, str]) -> str:
+    """All figures of every method on every pair, with intervals, and the setting that was chosen."""
+    rows = read_rows(name)
+
+    def cells(pair: str, method: str) -> list[str]:
+        row, first = rows[pair, method], method == "target"
+        head = [f"`{pair}`" if first else "", NAMES.get(method, method)]
+        if "dsr" not in row:
+            return [*head, "-", "", "", "", "", "", row["why_not"]]
+        rates = [f"{row[one]:.3f} ({row[f'{one}_interval'][0]:.3f}-{row[f'{one}_interval'][1]:.3f})" for one in RATES]
+        skills = " / ".join(f"{skill:.3f}" for skill in row["skills"]) or "-"
+        harmless = row["further"]["harmless prompts: divergence"][0]
+        return [
+            *head,
+            *rates,
+            skills,
+            f"{row['divergence']:.2g}",
+            f"{harmless:.2g}",
+            f"{row['perplexity'] / rows[pair, 'target']['perplexity']:.2f}",
+            row["setting"] if method not in ("target", "source") else "",
+        ]
+
+    heads = [
+        "",
+        "",
+        "DSR",
+        "over-refusal",
+        "skill",
+        "divergence, keep",
+        "harmless",
+        "perplexity",
+        "what was chosen, or why not",
+    ]
+    return grid(heads, (cells(pair, method) for pair in pairs for one, method in rows if one == pair))
+
+
+RATES = ("dsr", "over_refusal")
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "real": real,
     "damages": lambda: by_method("damages", DAMAGES),
+    "damages-all": lambda: every("damages", DAMAGES),
     "damages-price": lambda: by_price("damages", DAMAGES),
     "damages-deeper": lambda: deeper("damages", DAMAGES),
     "siblings": lambda: by_method("siblings", SIBLINGS),
+    "siblings-all": lambda: every("siblings", SIBLINGS),
     "siblings-price": lambda: by_price("siblings", SIBLINGS),
 }
 
@@ -233,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, make in TABLES.items():
         print(f"{name}:\n\n{make()}")
     if arguments.write:
-        for path in DOCS.glob("*.md"):
+        for path in PAGES:
             page = path.read_text(encoding="utf-8")
             if (new := written(page)) != page:
                 path.write_text(new, encoding="utf-8")

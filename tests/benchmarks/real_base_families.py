@@ -3,8 +3,10 @@
 BASE is a model that refuses hardly anything. Three *sources* are taught to refuse it, by training of all weights, by
 preferences (DPO), and by training of the MLPs only; two *targets* learn a skill each, and were never aligned. Each of
 the six pairs has a recipe in OUT/recipes that names BASE as `pretrained`. Harmful requests come from the column `goal`
-of --harmful, harmless ones, among them some that only look harmful, from the column `text` of --harmless; no answer to
-either is taken from the files: what the base says itself is kept for harmless ones, and rejected for harmful ones.
+of --harmful, harmless ones from the column `text` of --harmless, and both from --xstest, a file with the columns
+`prompt` and `label` (XSTest's: `safe` prompts only look harmful), without which a small model learns to refuse what
+looks harmful. No answer is taken from the files: what the base says itself is kept for harmless requests, and rejected
+for harmful ones.
 
 Nothing of it is shipped. A run that was killed goes on with the first model that is missing. Deterministic for one
 seed, version of torch and kind of processor; on one thread. A model of 135 million parameters takes a few minutes each.
@@ -52,9 +54,9 @@ from dapa_merge.search.identity import data_digest
 
 BASE = "base"
 ANSWERS_FILE = "answers.json"
-# Requests that the sources are trained with, twice as many harmless ones: with as many, a third of the builtin harmless
-# prompts were refused. Of the base's answers to them the first words count, which settle whether it refuses.
-NUM_HARMFUL, NUM_HARMLESS, ANSWER_TOKENS = 240, 480, 32
+# Requests of each kind that the sources are trained with. Of the base's answers to them the first words count, which
+# settle whether it refuses.
+NUM_REQUESTS, ANSWER_TOKENS = 320, 32
 # How far DPO may move from the base (Rafailov et al., arXiv 2305.18290, section 4): its inverse temperature.
 BETA = 0.1
 REFUSALS = (
@@ -169,13 +171,13 @@ def learn(
 
 SOURCES = {
     "refuses-all": Member(
-        functools.partial(refuse, rate=5e-5), Size(steps=120), "all its weights were trained to refuse"
+        functools.partial(refuse, rate=1e-4), Size(steps=150), "all its weights were trained to refuse"
     ),
     "refuses-dpo": Member(
-        functools.partial(prefer, rate=2e-5), Size(steps=120), "all its weights were trained by preferences (DPO)"
+        functools.partial(prefer, rate=4e-5), Size(steps=150), "all its weights were trained by preferences (DPO)"
     ),
     "refuses-mlps": Member(
-        functools.partial(refuse, rate=1e-4, part=".mlp."), Size(steps=120), "its MLPs were trained to refuse"
+        functools.partial(refuse, rate=2e-4, part=".mlp."), Size(steps=150), "its MLPs were trained to refuse"
     ),
 }
 TARGETS = {
@@ -200,9 +202,9 @@ def epochs(examples: Sequence, size: Size, generator: random.Random) -> list:  #
     return order
 
 
-def drawn(path: Path, column: str, number: int, seed: int) -> list[str]:
-    """Some texts of a column, at random."""
-    found = [text for (text,) in read_columns(path, column)]
+def drawn(path: Path, column: str, more: Sequence[str], number: int, seed: int) -> list[str]:
+    """Some texts of a column and others, at random."""
+    found = [*(text for (text,) in read_columns(path, column)), *more]
     return random.Random(seed).sample(found, min(number, len(found)))
 
 
@@ -246,17 +248,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder to write the models, recipes/ and prompts/ into")
     parser.add_argument("--harmful", type=Path, required=True, metavar="CSV", help="harmful requests: goal")
     parser.add_argument("--harmless", type=Path, required=True, metavar="CSV", help="harmless requests: text")
+    parser.add_argument("--xstest", type=Path, metavar="CSV", help="requests of both kinds: prompt, label")
     parser.add_argument("--only", nargs="+", choices=[*SOURCES, *TARGETS], default=[*SOURCES, *TARGETS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-figures", action="store_true", help="leave the measuring to a later run")
     arguments = parse(parser, argv)
     base, out, seed, tiny = arguments.base.absolute(), arguments.out.absolute(), arguments.seed, arguments.tiny
-    size = TINY if tiny else Size()
+    number, size = (2, TINY) if tiny else (NUM_REQUESTS, Size())
     say = functools.partial(print, flush=True)
     try:
+        contrasts = read_columns(arguments.xstest, "prompt", "label") if arguments.xstest else []
+        more: dict[bool, list[str]] = {is_safe: [] for is_safe in (True, False)}
+        for prompt, label in contrasts:
+            more[label == "safe"].append(prompt)
         prompts = {
-            "harmful": drawn(arguments.harmful, "goal", 2 if tiny else NUM_HARMFUL, seed),
-            "harmless": drawn(arguments.harmless, "text", 2 if tiny else NUM_HARMLESS, seed),
+            "harmful": drawn(arguments.harmful, "goal", more[False], number, seed),
+            "harmless": drawn(arguments.harmless, "text", more[True], number, seed),
         }
         settings = {"base": str(base), "prompts": data_digest(prompts), "seed": seed, "tiny": tiny}
         lessons = {name: skill.lessons(size, seed) for name, skill in SKILLS.items()}

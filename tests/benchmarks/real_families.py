@@ -59,7 +59,7 @@ REPAIR = """\
   max_tests: 2
   max_divergence: 0.1
   max_new_tokens: 40
-  batch_size: 32
+  batch_size: 64
 """
 # The 16 levels of a 4-bit NormalFloat, the quantiles of a normal distribution scaled to [-1, 1], and the number of
 # weights that share one scale (Dettmers et al., QLoRA, arXiv 2305.14314, section 3 and appendix E).

@@ -8,6 +8,7 @@ weights, which stay as they are until it is added to them.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,12 +195,15 @@ def refusal_direction(source: PreTrainedModel, harmful: Sequence[list[int]], har
     Returns:
         `[hidden]`, float32 on the CPU, of length 1.
     """
+    knows = "logits_to_keep" in inspect.signature(source.forward).parameters
 
     def mean(prompts: Sequence[list[int]]) -> Tensor:
         total = torch.zeros(())
         for ids in prompts:
             given = torch.tensor([ids], device=source.device)
-            states = source(input_ids=given, output_hidden_states=True).hidden_states
+            # The logits are not needed, and those of all tokens would take a third of the time.
+            kept = {"logits_to_keep": given.new_tensor([len(ids) - 1])} if knows else {}
+            states = source(input_ids=given, output_hidden_states=True, **kept).hidden_states
             total = total + states[round(DEPTH * (len(states) - 1))][0, -1].float().cpu()
             advance(1, "prompts")
         return total / len(prompts)

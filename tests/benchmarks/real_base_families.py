@@ -57,6 +57,8 @@ ANSWERS_FILE = "answers.json"
 # Requests of each kind that the sources are trained with. Of the base's answers to them the first words count, which
 # settle whether it refuses.
 NUM_REQUESTS, ANSWER_TOKENS = 320, 32
+# A source of this size refuses a third of the builtin harmless prompts, which look harmful; so may its result.
+MAX_OVER_REFUSAL = 0.35
 # How far DPO may move from the base (Rafailov et al., arXiv 2305.18290, section 4): its inverse temperature.
 BETA = 0.1
 REFUSALS = (
@@ -234,7 +236,8 @@ base_model: {json.dumps(str(out / target))}
 models:
   - model: {json.dumps(str(out / source))}
 parameters:
-{REPAIR}  pretrained: {json.dumps(str(base))}
+{REPAIR}  max_over_refusal: {MAX_OVER_REFUSAL}
+  pretrained: {json.dumps(str(base))}
   skills: {skill}
   keep: {keep}
 """

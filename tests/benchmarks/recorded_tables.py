@@ -151,7 +151,7 @@ NAMES = {
     "dapa": "gates, searched", "gates": "all gates", "directions": "**directions**", "safe-lora": "Safe LoRA",
     "safemerge": "SafeMERGE", "resta": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES", "slerp": "SLERP",
     "linear": "linear blend", "task-arithmetic": "task arithmetic", "training": "training on refusals",
-    "training-keep": "the same, and on own answers",
+    "training-keep": "the same, and on own answers", "ties of target": "TIES", "resta abliterated": "RESTA",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import real_table
 import recorded_tables
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,16 @@ def test_every_figure_of_a_page_is_among_the_recorded_results(page):
 def test_a_table_of_recorded_rows_is_what_the_rows_say(page):
     text = page.read_text(encoding="utf-8")
     assert recorded_tables.written(text) == text
+
+
+@pytest.mark.parametrize("path", sorted(recorded_tables.RECORDED.glob("*.jsonl")), ids=lambda path: path.name)
+def test_no_path_of_a_machine_is_recorded(path):
+    assert re.findall(r"(?<![\w.])/\w+/", path.read_text(encoding="utf-8")) == []
+
+
+def test_a_recorded_reason_names_models_by_their_folders():
+    arm = {"key": "dapa", "cost": None, "figures": None, "why_not": "the source /home/ab/models/it cannot, and/or /x/y"}
+    assert real_table.recorded("pair", arm)["why_not"] == "the source it cannot, and/or y"
 
 
 def test_every_recorded_table_stands_in_a_page():

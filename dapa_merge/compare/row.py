@@ -111,7 +111,7 @@ class RowBench:
         chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
         # The search with `modules: auto` selects from these.
         plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
-        prompts, is_rung = _prompts(recipe, wanted)
+        prompts, is_rung = _prompts(recipe)
         meter = report_meter(recipe, prompts.report, options, plan.models.values())
         # Figures are the verdicts of the first classifier: here the recipe's.
         ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
@@ -231,9 +231,12 @@ def copying(recipe: Recipe) -> Recipe:
     return replace(recipe, edit=Copy.name, strength=1.0, modules=("gate",), directions=None) if chooses else recipe
 
 
-def _prompts(recipe: Recipe, wanted: CompareOptions) -> tuple[Parts, bool]:
-    """The prompts, and whether they are parted so that directions are chosen by none of the report's keep prompts."""
-    if DIRECTIONS in wanted.methods and recipe.keep is not None:
+def _prompts(recipe: Recipe) -> tuple[Parts, bool]:
+    """The prompts, and whether they are parted so that directions are chosen by none of the report's keep prompts.
+
+    They are parted so whatever methods are wanted, so that a row can get more of them later.
+    """
+    if recipe.keep is not None:
         # With too few for three parts, directions cannot be chosen, and will say so.
         with suppress(UsageError):
             return all_prompts(recipe, is_rung=True), True

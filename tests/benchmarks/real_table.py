@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ QUICK = ("gates", "directions", "linear", "training-keep")
 DEEPER = ("directions", "training-keep")
 TRIES = 2
 LANGUAGES = HERE / "harmful_in_languages.jsonl"
+FOLDERS = re.compile(r"(?<!\S)/(?:[^\s/]+/)+")
 FIGURES = ("dsr", "dsr_interval", "over_refusal", "over_refusal_interval", "divergence", "perplexity")
 
 
@@ -44,11 +46,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--deeper", action="store_true", help=f"ask {' and '.join(DEEPER)} more, and nothing else")
     parser.add_argument("--also", action="append", default=[], metavar="PROMPTS", help="with --deeper, ask these too")
     parser.add_argument("--methods", default="", help="other methods than these, with commas")
+    parser.add_argument("--tries", type=int, default=TRIES, help=f"settings of a method, by default {TRIES}")
     parser.add_argument("--record", metavar="NAME", help="add the rows to recorded/NAME.jsonl")
     arguments = parse(parser, argv)
     few = arguments.quick or arguments.tiny
     methods = arguments.methods or ",".join(DEEPER if arguments.deeper else QUICK if few else METHODS)
-    options = ["--no-curve", "--device", "cpu", "--tries", str(1 if few else TRIES), "--methods", methods]
+    options = ["--no-curve", "--device", "cpu", "--tries", str(1 if few else arguments.tries), "--methods", methods]
     if arguments.deeper:
         options += ["--attacks", "prefill"]
         for prompts in (str(LANGUAGES), *arguments.also):
@@ -76,7 +79,8 @@ def recorded(pair: str, arm: Mapping[str, Any]) -> dict[str, Any]:
     cost = arm["cost"] or {}
     row |= {name: cost[name] for name in ("tests", "seconds") if name in cost}
     if arm["figures"] is None:
-        return row | {"why_not": arm["why_not"]}
+        # Models are named by their folders' paths.
+        return row | {"why_not": FOLDERS.sub("", arm["why_not"])}
     figures = arm["figures"]
     row |= {name: rounded(figures[name]) for name in FIGURES}
     row |= {"skill": rounded(arm["skill"]), "skills": [rounded(skill["score"]) for skill in figures["skills"]]}

@@ -106,18 +106,20 @@ def _share(value: float, name: str) -> str:
     return f"{value:.3f}" if name == "skill" else f"{value:.2f}"
 
 
-DAMAGES = {
-    "lora-20": "LoRA, 20 % openings",
+# What is measured with every method. The last ones are siblings: source and target were both made from one base.
+METHODS_ON = {
+    "lora-20": "LoRA on the aligned model, 20 % openings",
     "identity": "a persona that obeys",
     "full": "all weights, 5 % openings",
     "facts-5": "LoRA on facts, 5 %",
     "quantized": "LoRA beside 4 bits, 5 %",
     "abliterated": "abliteration",
-}
-SIBLINGS = {
-    f"{target}-by-refuses-{source}": f"{skill}, {how}"
-    for target, skill in (("orders", "a format"), ("facts", "facts"))
-    for source, how in (("all", "all weights"), ("dpo", "DPO"), ("mlps", "MLPs"))
+    "orders-by-refuses-all": "sibling; source: all weights",
+    "orders-by-refuses-mlps": "sibling; source: MLPs only",
+    "orders-by-refuses-dpo": "sibling; source: DPO",
+    "facts-by-refuses-all": "sibling with facts; source: all weights",
+    "facts-by-refuses-mlps": "the same; source: MLPs only",
+    "facts-by-refuses-dpo": "the same; source: DPO",
 }
 # Of a fine-tune's skill, what a repair should keep.
 KEEPS = 0.97
@@ -125,9 +127,8 @@ KEEPS = 0.97
 
 def by_method(name: str, pairs: Mapping[str, str]) -> str:
     """DSR, over-refusal and skill of every method on every pair; bold is what repairs and keeps the skill."""
-    rows = read_rows(name)
+    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows(name).items()}
     there = {pair: label for pair, label in pairs.items() if (pair, "target") in rows}
-    methods = list(dict.fromkeys(method for _, method in rows))
 
     def cell(pair: str, method: str) -> str:
         row = rows.get((pair, method), {})
@@ -138,12 +139,10 @@ def by_method(name: str, pairs: Mapping[str, str]) -> str:
         return f"**{text}**" if is_good(row, rows[pair, "target"]) else text
 
     def cells(method: str) -> list[str]:
-        found = [rows[pair, method] for pair in there if (pair, method) in rows]
-        good = sum(is_good(rows[pair, method], rows[pair, "target"]) for pair in there if (pair, method) in rows)
-        last = "" if method in ("target", "source") else f"{good} of {len(found)}"
-        return [NAMES.get(method, method), *(cell(pair, method) for pair in there), last]
+        return [method, *(cell(pair, method) for pair in there)]
 
-    return grid(["DSR / over-refusal / skill", *there.values(), "good"], map(cells, methods))
+    methods = dict.fromkeys(method for _, method in rows)
+    return grid(["DSR / over-refusal / skill", *there.values()], map(cells, methods))
 
 
 # What `compare` calls them, where that is not what it is to be called here.
@@ -164,25 +163,29 @@ def is_good(row: Mapping[str, Any], target: Mapping[str, Any]) -> bool:
 
 def by_price(name: str, pairs: Mapping[str, str]) -> str:
     """What every method costs on average: what it changes besides, and the seconds of its choice."""
-    rows = read_rows(name)
-    methods = [method for method in dict.fromkeys(method for _, method in rows) if method != "target"]
+    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows(name).items()}
+    methods = dict.fromkeys(method for _, method in rows if method != "target")
 
-    def cells(method: str) -> list[str]:
+    def cells(method: str) -> list[str] | None:
         found = [(rows[pair, method], rows[pair, "target"]) for pair in pairs if "dsr" in rows.get((pair, method), {})]
+        if not found:
+            return None
         seconds = [row["seconds"] for row, _ in found if "seconds" in row]
-        harmless = [row["further"]["harmless prompts: divergence"][0] for row, _ in found]
         return [
-            NAMES.get(method, method),
+            method,
             f"{len(found)}",
             f"{fmean(row['divergence'] for row, _ in found):.2g}",
-            f"{fmean(harmless):.2g}",
+            f"{fmean(row['further'][HARMLESS][0] for row, _ in found):.2g}",
             f"{fmean(row['perplexity'] / target['perplexity'] for row, target in found):.2f}",
             f"{100 * fmean(row['share'] for row, _ in found):.3g} %",
             f"{fmean(seconds):.0f}" if seconds else "-",
         ]
 
     heads = ["", "pairs", "divergence on keep prompts", "on harmless ones", "perplexity", "changed", "seconds"]
-    return grid(heads, (cells(one) for one in methods if any("dsr" in rows.get((pair, one), {}) for pair in pairs)))
+    return grid(heads, filter(None, map(cells, methods)))
+
+
+HARMLESS = "harmless prompts: divergence"
 
 
 def deeper(name: str, pairs: Mapping[str, str]) -> str:
@@ -220,7 +223,7 @@ def every(name: str, pairs: Mapping[str, str]) -> str:
             return [*head, "-", "", "", "", "", "", row["why_not"]]
         rates = [f"{row[one]:.3f} ({row[f'{one}_interval'][0]:.3f}-{row[f'{one}_interval'][1]:.3f})" for one in RATES]
         skills = " / ".join(f"{skill:.3f}" for skill in row["skills"]) or "-"
-        harmless = row["further"]["harmless prompts: divergence"][0]
+        harmless = row["further"][HARMLESS][0]
         return [
             *head,
             *rates,
@@ -249,13 +252,10 @@ RATES = ("dsr", "over_refusal")
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "real": real,
-    "damages": lambda: by_method("damages", DAMAGES),
-    "damages-all": lambda: every("damages", DAMAGES),
-    "damages-price": lambda: by_price("damages", DAMAGES),
-    "damages-deeper": lambda: deeper("damages", DAMAGES),
-    "siblings": lambda: by_method("siblings", SIBLINGS),
-    "siblings-all": lambda: every("siblings", SIBLINGS),
-    "siblings-price": lambda: by_price("siblings", SIBLINGS),
+    "methods": lambda: by_method("methods", METHODS_ON),
+    "methods-price": lambda: by_price("methods", METHODS_ON),
+    "methods-deeper": lambda: deeper("methods", METHODS_ON),
+    "methods-all": lambda: every("methods", METHODS_ON),
 }
 
 

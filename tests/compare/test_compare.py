@@ -392,6 +392,16 @@ def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_
     assert again["rows"] == summary["rows"]
 
 
+def test_a_row_with_keep_prompts_gets_directions_later_in_the_same_folder(tmp_path, no_pictures, monkeypatch):
+    monkeypatch.setattr(searching, "Settings", lambda: Settings(num_rounds=1, num_steps=1, rate=0.3))
+    recipe = write(tmp_path, "one", "target", "source", keep="skills", max_tests=1)
+    how = ("--no-curve", "--device", "cpu", "--out", tmp_path / "out")
+    (first,) = answer("compare", recipe, "--methods", "fixed", *how, "--json")["rows"]
+    (second,) = answer("compare", recipe, "--methods", "fixed,directions", *how, "--json")["rows"]
+    assert [arm["key"] for arm in second["arms"]] == ["target", "source", "directions", "fixed"]
+    assert [arm for arm in second["arms"] if arm["key"] != "directions"] == first["arms"]
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     recipe = write(tmp_path, "one", "target", "source")
     (tmp_path / "out").mkdir()

@@ -29,6 +29,8 @@ PAGES = [
 FOREIGN_OPTIONS = {"--check", "--lora-merge-cache", "--quick"}
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# A script of the benchmarks and what follows it on its line.
+SCRIPT = re.compile(r"tests/benchmarks/(\w+)\.py\b([^`\n]*)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 NAMES = main.list_commands(click.Context(main))
 
@@ -102,9 +104,17 @@ def test_every_variable_of_an_option_is_in_the_documents():
 @each_page
 def test_a_page_names_no_option_and_no_command_that_does_not_exist(page):
     known = {"--help", *FOREIGN_OPTIONS, *(text for option in all_options() for text in spellings(option))}
-    code = "\n".join(CODE.findall(page.read_text()))
+    code = SCRIPT.sub("", "\n".join(CODE.findall(page.read_text())))
     assert set(OPTION.findall(code)) <= known
     assert set(re.findall(r"dapa-merge ([a-z]+)", code)) <= {*NAMES}
+
+
+@each_page
+def test_a_page_names_scripts_and_their_options_as_they_are(page):
+    for name, typed in SCRIPT.findall(page.read_text()):
+        script = (ROOT / "tests" / "benchmarks" / f"{name}.py").read_text()
+        missing = [option for option in OPTION.findall(typed) if f'"{option}"' not in script]
+        assert [option for option in missing if option not in ("--help", "--tiny")] == [], name
 
 
 @pytest.mark.parametrize("key", PARAMETERS)

@@ -147,7 +147,7 @@ def by_method(name: str, pairs: Mapping[str, str]) -> str:
 
 # What `compare` calls them, where that is not what it is to be called here.
 NAMES = {
-    "dapa": "gates, searched", "gates": "all gates", "directions": "**directions**", "safe-lora": "Safe LoRA",
+    "dapa": "gates, searched", "gates": "all gates", "safe-lora": "Safe LoRA",
     "safemerge": "SafeMERGE", "resta": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES", "slerp": "SLERP",
     "linear": "linear blend", "task-arithmetic": "task arithmetic", "training": "training on refusals",
     "training-keep": "the same, and on own answers", "ties of target": "TIES", "resta abliterated": "RESTA",

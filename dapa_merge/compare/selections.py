@@ -54,7 +54,7 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
 
 
 def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) -> Found:
-    """Search with `edit: directions`, or replay the search's journal: what was found is no selection of units alone."""
+    """Search with `edit: directions`, or replay its journal; the directions are in the result's plan."""
     if recipe.layers is not None:
         return Found(plan, None, "the recipe names its layers, so that no prompts are left to choose directions by")
     if recipe.edit != Directions.name:

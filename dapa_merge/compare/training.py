@@ -1,4 +1,4 @@
-"""What is learned from prompts and answers: adapters of a target, and how a source's refusals look inside it.
+"""Learns from prompts and answers: adapters of a target, and how a source's refusals look inside it.
 
 The answers are the models' own, so that no data is needed but prompts: a source's refusals of harmful prompts, and a
 target's answers to harmless and keep prompts, which it shall go on giving (self-distillation). An adapter is a LoRA (Hu
@@ -8,7 +8,6 @@ weights, which stay as they are until it is added to them.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from dapa_merge.compare.peers import Place, Weights, inverse
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.generate import check_ids, encode, prompt_ids, thought_before
 from dapa_merge.measure.live import units_in
-from dapa_merge.measure.perplexity import ScoredText, counted_logits, losses
+from dapa_merge.measure.perplexity import ScoredText, counted_logits, losses, only_logits
 from dapa_merge.progress import advance
 
 RANK = 16
@@ -195,15 +194,14 @@ def refusal_direction(source: PreTrainedModel, harmful: Sequence[list[int]], har
     Returns:
         `[hidden]`, float32 on the CPU, of length 1.
     """
-    knows = "logits_to_keep" in inspect.signature(source.forward).parameters
 
     def mean(prompts: Sequence[list[int]]) -> Tensor:
         total = torch.zeros(())
         for ids in prompts:
             given = torch.tensor([ids], device=source.device)
             # The logits are not needed, and those of all tokens would take a third of the time.
-            kept = {"logits_to_keep": given.new_tensor([len(ids) - 1])} if knows else {}
-            states = source(input_ids=given, output_hidden_states=True, **kept).hidden_states
+            last = only_logits(source, given.new_tensor([len(ids) - 1]))
+            states = source(input_ids=given, output_hidden_states=True, **last).hidden_states
             total = total + states[round(DEPTH * (len(states) - 1))][0, -1].float().cpu()
             advance(1, "prompts")
         return total / len(prompts)
@@ -274,6 +272,6 @@ def inverted_moments(
 
 
 def _reads(name: str) -> str:
-    """What a layer reads, roughly: in a block of attention or MLP all read one tensor, but for the last of them."""
+    """A name for the tensor that a layer reads: in a block of attention or MLP all but the last layer read the same."""
     block, _, own = name.rpartition(".")
     return name if own.startswith(("o", "down")) else block

@@ -122,7 +122,7 @@ class Trials:
 
     @cached_property
     def limits(self) -> Requirement:
-        """What a repair must reach on these prompts; the source must have been tried before."""
+        """The limits of a repair on these prompts; the source must have been tried before."""
         if not self._measuring.has("trial source"):
             raise Missing("trial source")
         target, source = (self.try_out(name, self._measuring.untouched)[0] for name in ("target", "source"))
@@ -187,7 +187,7 @@ class Workbench:
         self._trained: dict[tuple[str, float], dict[int, Adapters]] = {}
 
     def lacks(self) -> set[str]:
-        """What is still needed of the source: notes (`refusals`, `direction`) and `MOMENTS`."""
+        """The notes (`refusals`, `direction`) and `MOMENTS` that are still needed of the source."""
         tuned = (METHODS[key] for key in self._wanted.methods if METHODS[key].kind in TUNED)
         methods = [one for one in tuned if REFUSALS in one.needs]
         lacking = {"refusals"} if methods and "refusals" not in self._journal.notes else set()

@@ -186,9 +186,16 @@ def _logits_from(
     known = inspect.signature(model.forward).parameters
     # The key-value cache is not needed, and that of many rows would take most of the memory.
     inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
-    if "logits_to_keep" not in known:
-        # Almost every model knows the argument; others may silently ignore it.
-        return torch.as_tensor(model(**inputs).logits[:, first:])
-    # Positions, not their number: for a slice, torch on a CPU would copy the output layer's weight for every row.
-    kept = torch.arange(first, input_ids.shape[1], device=input_ids.device)
-    return torch.as_tensor(model(**inputs, logits_to_keep=kept).logits)
+    kept = only_logits(model, torch.arange(first, input_ids.shape[1], device=input_ids.device))
+    logits = model(**inputs, **kept).logits
+    return torch.as_tensor(logits if kept else logits[:, first:])
+
+
+def only_logits(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument with which a model computes the logits of some positions only; empty if it does not know it.
+
+    Almost every model knows it; others may silently ignore it. Positions, not their number: for a slice, torch on a CPU
+    would copy the output layer's weight for every row.
+    """
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": positions} if known else {}

@@ -128,7 +128,7 @@ class Axis:
 
 
 class Step(NamedTuple):
-    """What all chunks of a step share.
+    """The parts that all chunks of a step share.
 
     Attributes:
         weights: The elements of all cores, on the CPU.
@@ -158,7 +158,7 @@ class Chunk(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a chunk adds to a step.
+    """The contribution of a chunk to a step.
 
     Attributes:
         gradient: Of the loss, `[elements]`, float32 on the CPU.

@@ -261,12 +261,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     say = functools.partial(print, flush=True)
     try:
         contrasts = read_columns(arguments.xstest, "prompt", "label") if arguments.xstest else []
-        more: dict[bool, list[str]] = {is_safe: [] for is_safe in (True, False)}
-        for prompt, label in contrasts:
-            more[label == "safe"].append(prompt)
+        safe, unsafe = ([one for one, label in contrasts if (label == "safe") is kind] for kind in (True, False))
         prompts = {
-            "harmful": drawn(arguments.harmful, "goal", more[False], number, seed),
-            "harmless": drawn(arguments.harmless, "text", more[True], number, seed),
+            "harmful": drawn(arguments.harmful, "goal", unsafe, number, seed),
+            "harmless": drawn(arguments.harmless, "text", safe, number, seed),
         }
         settings = {"base": str(base), "prompts": data_digest(prompts), "seed": seed, "tiny": tiny}
         lessons = {name: skill.lessons(size, seed) for name, skill in SKILLS.items()}

@@ -24,7 +24,6 @@ from tiny import parse
 from dapa_merge.cli import main as dapa_merge
 from dapa_merge.files import replace_file
 
-HERE = Path(__file__).parent
 METHODS = (
     "dapa", "gates", "directions", "linear", "slerp", "task-arithmetic", "ties", "safe-lora", "safemerge", "resta",
     "safe-delta", "training", "training-keep",
@@ -32,7 +31,7 @@ METHODS = (
 QUICK = ("gates", "directions", "linear", "training-keep")
 DEEPER = ("directions", "training-keep")
 TRIES = 2
-LANGUAGES = HERE / "harmful_in_languages.jsonl"
+LANGUAGES = Path(__file__).with_name("harmful_in_languages.jsonl")
 FOLDERS = re.compile(r"(?<!\S)/(?:[^\s/]+/)+")
 FIGURES = ("dsr", "dsr_interval", "over_refusal", "over_refusal_interval", "divergence", "perplexity")
 

@@ -39,6 +39,12 @@ def grid(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     return "".join(f"{line}\n" for line in lines).replace("|  |", "| |")
 
 
+def with_interval(value: float, limits: Sequence[float], digits: int) -> str:
+    """A share and its interval."""
+    low, high = limits
+    return f"{value:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
 FAMILY_METHODS = {
     "gates": "gates",
     "auto": "`modules: auto`",
@@ -88,11 +94,10 @@ def real() -> str:
     def cells(pair: str, method: str) -> list[str]:
         row, target = rows[pair, method], rows[pair, "target"]
         before = (lambda name: f"{_share(target[name], name)} -> ") if method == "directions" else (lambda _: "")
-        low, high = row["dsr_interval"]
         return [
             REAL_PAIRS[pair] if method == "directions" else "",
             method,
-            f"{before('dsr')}{row['dsr']:.2f} ({low:.2f}-{high:.2f})",
+            f"{before('dsr')}{with_interval(row['dsr'], row['dsr_interval'], 2)}",
             f"{before('over_refusal')}{row['over_refusal']:.2f}",
             "-" if row["skill"] is None else f"{before('skill')}{_share(row['skill'], 'skill')}",
             f"{row['perplexity'] / target['perplexity']:.2f}",
@@ -121,14 +126,28 @@ METHODS_ON = {
     "facts-by-refuses-mlps": "the same; source: MLPs only",
     "facts-by-refuses-dpo": "the same; source: DPO",
 }
+# What methods are to be called here, where `compare` calls them otherwise; with and without a base, one has one name.
+NAMES = {
+    "dapa": "gates, searched", "gates": "all gates", "safe-lora": "Safe LoRA", "safemerge": "SafeMERGE",
+    "resta": "RESTA", "resta abliterated": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES",
+    "ties of target": "TIES", "slerp": "SLERP", "linear": "linear blend", "task-arithmetic": "task arithmetic",
+    "training": "training on refusals", "training-keep": "training on refusals and own answers",
+}  # fmt: skip
+HARMLESS = "harmless prompts: divergence"
 # Of a fine-tune's skill, what a repair should keep.
 KEEPS = 0.97
 
 
-def by_method(name: str, pairs: Mapping[str, str]) -> str:
+def all_methods() -> tuple[Rows, dict[str, str], list[str]]:
+    """The rows by pair and the method's name here; the labels of the pairs that are there; the methods."""
+    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows("methods").items()}
+    there = {pair: label for pair, label in METHODS_ON.items() if (pair, "target") in rows}
+    return rows, there, list(dict.fromkeys(method for _, method in rows))
+
+
+def by_method() -> str:
     """DSR, over-refusal and skill of every method on every pair; bold is what repairs and keeps the skill."""
-    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows(name).items()}
-    there = {pair: label for pair, label in pairs.items() if (pair, "target") in rows}
+    rows, there, methods = all_methods()
 
     def cell(pair: str, method: str) -> str:
         row = rows.get((pair, method), {})
@@ -138,37 +157,22 @@ def by_method(name: str, pairs: Mapping[str, str]) -> str:
         text = f"{row['dsr']:.2f} / {row['over_refusal']:.2f}{skill}"
         return f"**{text}**" if is_good(row, rows[pair, "target"]) else text
 
-    def cells(method: str) -> list[str]:
-        return [method, *(cell(pair, method) for pair in there)]
-
-    methods = dict.fromkeys(method for _, method in rows)
-    return grid(["DSR / over-refusal / skill", *there.values()], map(cells, methods))
-
-
-# What `compare` calls them, where that is not what it is to be called here.
-NAMES = {
-    "dapa": "gates, searched", "gates": "all gates", "safe-lora": "Safe LoRA",
-    "safemerge": "SafeMERGE", "resta": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES", "slerp": "SLERP",
-    "linear": "linear blend", "task-arithmetic": "task arithmetic", "training": "training on refusals",
-    "training-keep": "the same, and on own answers", "ties of target": "TIES", "resta abliterated": "RESTA",
-}  # fmt: skip
+    heads = ["DSR / over-refusal / skill", *there.values()]
+    return grid(heads, ([method, *(cell(pair, method) for pair in there)] for method in methods))
 
 
 def is_good(row: Mapping[str, Any], target: Mapping[str, Any]) -> bool:
     """Whether a result repairs by the limits of its recipe, and keeps the skill."""
-    if not row.get("repairs"):
-        return False
-    return target["skill"] is None or row["skill"] >= KEEPS * target["skill"]
+    return row["repairs"] and (target["skill"] is None or row["skill"] >= KEEPS * target["skill"])
 
 
-def by_price(name: str, pairs: Mapping[str, str]) -> str:
+def by_price() -> str:
     """What every method costs on average: what it changes besides, and the seconds of its choice."""
-    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows(name).items()}
-    methods = dict.fromkeys(method for _, method in rows if method != "target")
+    rows, there, methods = all_methods()
 
     def cells(method: str) -> list[str] | None:
-        found = [(rows[pair, method], rows[pair, "target"]) for pair in pairs if "dsr" in rows.get((pair, method), {})]
-        if not found:
+        found = [(rows[pair, method], rows[pair, "target"]) for pair in there if "dsr" in rows.get((pair, method), {})]
+        if not found or method == "target":
             return None
         seconds = [row["seconds"] for row, _ in found if "seconds" in row]
         return [
@@ -185,77 +189,54 @@ def by_price(name: str, pairs: Mapping[str, str]) -> str:
     return grid(heads, filter(None, map(cells, methods)))
 
 
-HARMLESS = "harmless prompts: divergence"
-
-
-def deeper(name: str, pairs: Mapping[str, str]) -> str:
+def deeper() -> str:
     """What else was asked of some methods, by pair."""
-    rows = read_rows(name)
-    kinds = [key for row in rows.values() for key in row.get("further", {}) if not key.endswith("divergence")]
-    heads = list(dict.fromkeys(kinds))
-
-    def shown(measured: Sequence[Any] | None) -> str:
-        if measured is None:
-            return ""
-        value, (low, high), _ = measured
-        return f"{value:.2f} ({low:.2f}-{high:.2f})"
+    rows, there, _ = all_methods()
+    heads = list(dict.fromkeys(key for row in rows.values() for key in row.get("further", {}) if "DSR" in key))
 
     def lines() -> Iterator[list[str]]:
-        for pair, label in pairs.items():
-            found = [
-                (method, row["further"]) for (one, method), row in rows.items() if one == pair and "further" in row
-            ]
-            asked = [(method, further) for method, further in found if any(head in further for head in heads)]
-            for number, (method, further) in enumerate(asked):
-                yield [label if number == 0 else "", NAMES.get(method, method), *(shown(further.get(h)) for h in heads)]
+        for pair, label in there.items():
+            further = {method: row.get("further", {}) for (one, method), row in rows.items() if one == pair}
+            for method, found in further.items():
+                if not found.keys().isdisjoint(heads):
+                    shown = (with_interval(*found[head][:2], 2) if head in found else "" for head in heads)
+                    yield [label if method == "target" else "", method, *shown]
 
     return grid(["", "", *heads], lines())
 
 
-def every(name: str, pairs: Mapping[str, str]) -> str:
+def every() -> str:
     """All figures of every method on every pair, with intervals, and the setting that was chosen."""
-    rows = read_rows(name)
+    rows, there, _ = all_methods()
 
     def cells(pair: str, method: str) -> list[str]:
-        row, first = rows[pair, method], method == "target"
-        head = [f"`{pair}`" if first else "", NAMES.get(method, method)]
+        row = rows[pair, method]
+        head = [f"`{pair}`" if method == "target" else "", method]
         if "dsr" not in row:
             return [*head, "-", "", "", "", "", "", row["why_not"]]
-        rates = [f"{row[one]:.3f} ({row[f'{one}_interval'][0]:.3f}-{row[f'{one}_interval'][1]:.3f})" for one in RATES]
-        skills = " / ".join(f"{skill:.3f}" for skill in row["skills"]) or "-"
-        harmless = row["further"][HARMLESS][0]
         return [
             *head,
-            *rates,
-            skills,
+            *(with_interval(row[rate], row[f"{rate}_interval"], 3) for rate in ("dsr", "over_refusal")),
+            " / ".join(f"{skill:.3f}" for skill in row["skills"]) or "-",
             f"{row['divergence']:.2g}",
-            f"{harmless:.2g}",
+            f"{row['further'][HARMLESS][0]:.2g}",
             f"{row['perplexity'] / rows[pair, 'target']['perplexity']:.2f}",
             row["setting"] if method not in ("target", "source") else "",
         ]
 
     heads = [
-        "",
-        "",
-        "DSR",
-        "over-refusal",
-        "skill",
-        "divergence, keep",
-        "harmless",
-        "perplexity",
-        "what was chosen, or why not",
-    ]
-    return grid(heads, (cells(pair, method) for pair in pairs for one, method in rows if one == pair))
+        "", "", "DSR", "over-refusal", "skill", "divergence, keep", "harmless", "perplexity", "chosen, or why not",
+    ]  # fmt: skip
+    return grid(heads, (cells(pair, method) for pair in there for one, method in rows if one == pair))
 
 
-RATES = ("dsr", "over_refusal")
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "real": real,
-    "methods": lambda: by_method("methods", METHODS_ON),
-    "methods-price": lambda: by_price("methods", METHODS_ON),
-    "methods-deeper": lambda: deeper("methods", METHODS_ON),
-    "methods-all": lambda: every("methods", METHODS_ON),
+    "methods": by_method,
+    "methods-price": by_price,
+    "methods-deeper": deeper,
+    "methods-all": every,
 }
 
 
@@ -267,7 +248,7 @@ def written(page: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into the pages under docs/")
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages and RESULTS.md")
     arguments = parse(parser, argv)
     for name, make in TABLES.items():
         print(f"{name}:\n\n{make()}")

@@ -172,7 +172,7 @@ def test_nineteen_of_twenty_in_each_language_and_half_are_judged_as_labelled(lan
 def test_few_written_answers_are_called_refusals(parts, limit):
     answers = [row for row in WRITTEN if row["final_label"] != "2_full_refusal" and row["part"] in parts]
     refused = sum(classify(row["completion"], row["prompt"]) is Outcome.REFUSED for row in answers)
-    assert refused <= limit * len(answers)
+    assert refused < limit * len(answers)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ _START = 3
 
 @dataclass(frozen=True)
 class Voice:
-    """What one speaker says.
+    """The words of one speaker.
 
     Attributes:
         name: The label in lower case; empty for text before the first label.

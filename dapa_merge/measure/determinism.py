@@ -7,6 +7,7 @@ it. Speculative decoding then cannot change a response.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 
 # Eager attention, unlike fused attention, stores values for every pair of a text's tokens.
 MAX_TOKENS = 512
-# Numbers of tokens to test a linear layer with.
+# Numbers of tokens to test a linear layer with, and of values that it computes: one in some thousands may differ.
 NUMBERS = (1, 2, 3, 16)
+NUM_VALUES = 1 << 16
+# Rows of a test's weight that are drawn; a larger weight repeats them.
+NUM_DRAWN = 1 << 12
 NAME = "dapa_deterministic"
 EAGER = "eager_attention_forward"
 
@@ -35,10 +39,10 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
     """Whether a model's choices are known not to depend on how many tokens are computed at once.
 
     In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There, a
-    CPU rounds each token independently in linear layers that are not large, which is tested, but not in attention,
-    which `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few architectures the
-    number of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens` is the length of
-    the longest text, including the response.
+    CPU rounds each token independently in linear layers that are not large and `batch_invariant`, which is tested, but
+    not in attention, which `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few
+    architectures the number of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens`
+    is the length of the longest text, including the response.
     """
     if model.dtype == torch.float32:
         return True
@@ -94,13 +98,20 @@ def _is_replaceable(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int) -> bool:
-    """Whether a linear layer computes the same bits for a token in any batch."""
+    """Whether a linear layer computes the same bits for a token in any batch; the same answer in every process."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(max(NUMBERS), shape[1], generator=generator).to(dtype)
-    layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=dtype)
-    with torch.no_grad(), upcast_linear(layer):
+    num_tokens = max(*NUMBERS, math.ceil(NUM_VALUES / shape[0]))
+    states = torch.randn(num_tokens, shape[1], generator=generator).to(dtype)
+    drawn = torch.randn(min(shape[0], NUM_DRAWN), shape[1], generator=generator).to(dtype)
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(drawn[torch.arange(shape[0]) % len(drawn)])
+    with torch.no_grad(), batch_invariant(layer):
         expected = layer(states)
-        return all(torch.equal(layer(states[:number]), expected[:number]) for number in NUMBERS)
+        return all(
+            torch.equal(layer(states[start : start + number]), expected[start : start + number])
+            for number in NUMBERS
+            for start in range(0, num_tokens, number)
+        )
 
 
 # With fewer tokens, torch's own kernel reads a 16-bit weight faster than it can be upcast.
@@ -110,27 +121,42 @@ PIECE = 1 << 24
 
 
 @contextmanager
-def upcast_linear(model: PreTrainedModel) -> Iterator[None]:
-    """Multiply in float32 on a CPU without 16-bit arithmetic, inside a `with` block.
+def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
+    """Compute the linear layers of a 16-bit model on a CPU alike for any number of tokens, inside a `with` block.
 
-    torch's kernels for 16-bit matrices on such a CPU are about ten times slower than those for float32, to which a
-    weight is upcast exactly, one layer at a time. As in those kernels, sums are in float32 and rounded to 16 bits once;
-    only their order differs, as it does between batch sizes. Other models are not changed. Weights may change inside
-    the block: upcast copies are not kept.
+    On a CPU with 16-bit arithmetic, torch's kernel for a single vector sums in another order than those for matrices: a
+    single token is computed as two. On one without, the kernels for 16-bit matrices are about ten times slower than
+    those for float32, to which a weight is upcast exactly, one layer at a time. As in those kernels, sums are in
+    float32 and rounded to 16 bits once; only their order differs. Other models are not changed. Weights may change
+    inside the block: upcast copies are not kept.
     """
     layers = [
         module
         for module in model.modules()
-        if type(module) is torch.nn.Linear and "forward" not in module.__dict__ and _is_slow(module.weight)
+        if type(module) is torch.nn.Linear
+        and "forward" not in module.__dict__
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in (torch.bfloat16, torch.float16)
     ]
     try:
         for layer in layers:
             # An attribute of the instance takes precedence over the class's.
-            layer.__dict__["forward"] = _UpcastLinear(layer)
+            layer.__dict__["forward"] = (_UpcastLinear if _is_slow(layer.weight) else _PairedLinear)(layer)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
+
+
+class _PairedLinear:
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel() != states.shape[-1]:
+            return torch.nn.Linear.forward(self._layer, states)
+        result = torch.nn.Linear.forward(self._layer, states.reshape(1, -1).repeat(2, 1))
+        return result[:1].reshape(*states.shape[:-1], -1)
 
 
 class _UpcastLinear:
@@ -152,8 +178,7 @@ class _UpcastLinear:
 
 
 def _is_slow(weight: torch.Tensor) -> bool:
-    if weight.device.type != "cpu":
-        return False
+    """Whether the CPU lacks arithmetic of a weight's 16-bit type."""
     if weight.dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import upcast_linear
+from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.generate import generate_ids, prompt_ids
 from dapa_merge.measure.perplexity import ScoredText, counted_logits
 
@@ -104,7 +104,7 @@ def make_reference(
     texts.sort(key=lambda text: -len(text.ids))
     padding = tokenizer.pad_token_id
     # Not in inference mode, whose tensors cannot take part in a graph.
-    with torch.no_grad(), upcast_linear(model):
+    with torch.no_grad(), batch_invariant(model):
         holds_states = bool(texts) and not keeps_logits and _determine_logits(model, padding, texts[:1])
         read = _states if holds_states else counted_logits
         known = list(
@@ -132,7 +132,7 @@ def divergence(model: PreTrainedModel, reference: Reference, batch_size: BatchSi
     num_embeddings = model.get_input_embeddings().weight.shape[0]
     if not reference.rows or max(max(row.text.ids) for row in reference.rows) >= num_embeddings:
         return math.nan
-    with torch.inference_mode(), upcast_linear(model):
+    with torch.inference_mode(), batch_invariant(model):
         found = _fitting(batch_size, [row.text for row in reference.rows]).map(
             lambda batch: divergences(model, reference.padding, batch).tolist(), reference.rows
         )
@@ -147,8 +147,8 @@ def divergences(
     """Compute the KL(target || model) of each row, summed over its counted tokens, in nats.
 
     Exact over the vocabulary, in float32 (float64 for a model in it) from logits in the model's dtype. If the two
-    vocabularies differ in size, both distributions are restricted to their common entries. Call it in `upcast_linear`.
-    The logits of both are divided by the temperature.
+    vocabularies differ in size, both distributions are restricted to their common entries. Call it in
+    `batch_invariant`. The logits of both are divided by the temperature.
 
     Returns:
         `[rows]`, on the model's device; with a graph if gradients are enabled.

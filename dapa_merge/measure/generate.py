@@ -14,7 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.confined import Unfinished, render
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
-from dapa_merge.measure.determinism import deterministic_attention, is_deterministic, upcast_linear
+from dapa_merge.measure.determinism import batch_invariant, deterministic_attention, is_deterministic
 from dapa_merge.measure.refusal.classify import closing_tag, is_thought_token, opened_thought
 from dapa_merge.progress import LOG, advance
 from dapa_merge.recipe.attacks import PLAIN, Attack
@@ -336,7 +336,7 @@ def generate_ids(
             is_settled=lambda row: is_settled is not None and is_settled(row.tokens, text_of[id(row)]),
             finish=lambda _: advance(1, "prompts"),
         )
-        with upcast_linear(model), deterministic_attention(model, longest):
+        with batch_invariant(model), deterministic_attention(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(

@@ -11,7 +11,7 @@ import torch
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import upcast_linear
+from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.generate import check_ids, encode, prompt_ids
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_passages(
         return Reading(math.nan, is_cut)
     check_ids(model, [row.ids for row in rows])
     fitting = BatchSize(max(1, min(batch_size.limit, MAX_BATCH_TOKENS // len(rows[0].ids))))
-    with upcast_linear(model):
+    with batch_invariant(model):
         mean = math.fsum(fitting.map(lambda batch: _losses(model, tokenizer.pad_token_id, batch), rows)) / count
     return Reading(math.exp(mean) if math.isfinite(mean) and mean < 700 else math.inf, is_cut)
 

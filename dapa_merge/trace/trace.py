@@ -19,7 +19,7 @@ from dapa_merge.checkpoint.units import WHOLES, Unit, auto_modules
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.files import forget_pictures, replace_file
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.determinism import upcast_linear
+from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import choose_device, load_model
@@ -289,7 +289,7 @@ class TraceSession:
         """The seconds that a row takes for a pass through all layers, measured with one prompt's two sides."""
         model, padding = bench.live.model, bench.live.tokenizer.pad_token_id
         rows = [side.row for side in sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens)]
-        with torch.inference_mode(), upcast_linear(model):
+        with torch.inference_mode(), batch_invariant(model):
             # The first pass of a process takes longer.
             losses(model, padding, rows)
             start = time.perf_counter()
@@ -321,7 +321,10 @@ class TraceSession:
         pace = Pace(f"influence ({len(units)} units x {len(pairs)} prompts)", len(pairs) * self._passes_of_influence)
         pace.skip(_num_known(arrays) * self._passes_of_influence)
         parts = math.ceil((len(pairs) - _num_known(arrays)) / PROMPTS_AT_ONCE)
-        with task("transplanting each unit alone", len(units) * parts, "units"), upcast_linear(bench.live.model):
+        with (
+            task("transplanting each unit alone", len(units) * parts, "units"),
+            batch_invariant(bench.live.model),
+        ):
             while (known := _num_known(arrays)) < len(pairs):
                 few = pairs[known : known + PROMPTS_AT_ONCE]
                 arrays = joined(arrays, influence(bench.live, few, units, batch_size=batch_size, pace=pace))
@@ -403,7 +406,7 @@ class TraceSession:
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
         size = f"{len(cases)} prompts x {len(find_sites(model, 'hidden'))} layers x {len(settings.kinds)} kinds"
         pace = Pace(f"traces ({size})", total)
-        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), upcast_linear(model):
+        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), batch_invariant(model):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:

@@ -218,6 +218,31 @@ def test_where_attention_rounds_otherwise_a_deterministic_figure_is_had_without_
     assert ask(lookup=lookup, deterministic=True) == expected
 
 
+@pytest.mark.parametrize("shape", [(576, 1536), (896, 4864), (4096, 64)])
+def test_whether_layers_round_alike_is_the_same_in_every_process_and_true_with_16_bit_arithmetic(shape):
+    found = set()
+    for seed in range(12):
+        # A process begins with a seed of its own.
+        torch.manual_seed(seed)
+        determinism._layer_repeats.cache_clear()
+        found.add(determinism._layer_repeats(shape, torch.bfloat16, torch.get_num_threads()))
+    assert len(found) == 1
+    assert found == {True} or determinism._is_slow(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_a_token_alone_is_computed_as_among_others_and_a_layer_is_as_before_afterwards():
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(1536, 576).to(torch.bfloat16)
+    states = torch.randn(2, 100, 1536, generator=generator).to(torch.bfloat16)
+    with torch.no_grad(), determinism.batch_invariant(layer):
+        if determinism._is_slow(layer.weight):
+            pytest.skip("this processor has no 16-bit arithmetic")
+        expected = layer(states)
+        assert all(torch.equal(layer(states[:1, [at]]), expected[:1, [at]]) for at in range(100))
+        assert torch.equal(layer(states[0, 0]), expected[0, 0])
+    assert "forward" not in layer.__dict__
+
+
 def test_only_what_rounds_alike_is_trusted(tied, tmp_path, monkeypatch):
     model = tied[0]
     assert is_deterministic(model, 100)

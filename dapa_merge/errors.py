@@ -148,13 +148,15 @@ class CannotRepair(DapaError):
 
     Attributes:
         why: The reason in a few words and figures; the message by default.
+        pick: The number of the point that is nearest to the limits, if there were points to pick from.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, why: str | None = None) -> None:
+    def __init__(self, message: str, why: str | None = None, pick: int | None = None) -> None:
         super().__init__(message)
         self.why = printable(why or message)
+        self.pick = pick
 
 
 class CheckpointError(DapaError):

@@ -468,6 +468,8 @@ def _noted_directions(found: Found) -> dict[str, Any]:
     edit = plan.edit.reduced(regions["target"] for regions in plan.regions(found.units))
     assert isinstance(edit, Directions)
     detail = f"{edit.factors.num_directions:,} directions in {len(found.units)} matrices"
+    if found.complaint is not None:
+        detail += f"; nothing keeps to the limits, and of the nearest {found.complaint}"
     return {**noted, "measured": f"directions {edit.digest}", "detail": detail, "share": plan.share(found.units)}
 
 

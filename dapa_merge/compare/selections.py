@@ -25,6 +25,7 @@ from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.journal import Journal
+from dapa_merge.search.result import Search
 from dapa_merge.search.search import search_plan
 
 
@@ -35,12 +36,14 @@ class Found:
     Attributes:
         units: Its selection; None if nothing repairs.
         cost: The cost of the search; None if the recipe names its layers.
+        complaint: The limit that the selection violates, where nothing kept to all and the nearest was taken.
     """
 
     plan: Plan
     units: tuple[Unit, ...] | None = None
     why_not: str | None = None
     cost: Cost | None = None
+    complaint: str | None = None
 
 
 def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
@@ -54,7 +57,10 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
 
 
 def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) -> Found:
-    """Search with `edit: directions`, or replay its journal; the directions are in the result's plan."""
+    """Search with `edit: directions`, or replay its journal; the directions are in the result's plan.
+
+    If no point is within the limits, the nearest is taken, as of the settings of other methods.
+    """
     if recipe.layers is not None:
         return Found(plan, None, "the recipe names its layers, so that no prompts are left to choose directions by")
     if recipe.edit != Directions.name:
@@ -64,19 +70,31 @@ def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) 
     path = folder / "directions.jsonl"
     before = _recorded_seconds(path)
     began = time.perf_counter()
-    units, why_not, tests = None, None, 0
+    options = replace(options, journal=path)
+    found, why_not = None, None
     with peak_memory(choose_device(options.device)) as peak:
         try:
             plan = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
             LOG.info(f"searching for directions in {', '.join(plan.modules)}")
-            found = search_plan(recipe, plan, replace(options, journal=path))
+            found = _found_or_nearest(recipe, plan, options)
         except CannotRepair as error:
             why_not = str(error)
             LOG.info(why_not)
-        else:
-            plan, tests = found.plan, found.minimum.tests
-            units = join(plan, found.minimum.units)
-    return Found(plan, units, why_not, Cost(tests, round(before + time.perf_counter() - began, 3), peak))
+    cost = Cost(found.minimum.tests if found else 0, round(before + time.perf_counter() - began, 3), peak)
+    if found is None:
+        return Found(plan, None, why_not, cost)
+    complaint = None if found.picked is None else found.points[found.picked - 1].complaint
+    return Found(found.plan, join(found.plan, found.minimum.units), None, cost, complaint)
+
+
+def _found_or_nearest(recipe: Recipe, plan: Plan, options: Options) -> Search:
+    try:
+        return search_plan(recipe, plan, options)
+    except CannotRepair as error:
+        if error.pick is None:
+            raise
+        LOG.info(str(error))
+        return search_plan(recipe, plan, replace(options, pick=error.pick))
 
 
 def find_selections(

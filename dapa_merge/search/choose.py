@@ -122,7 +122,8 @@ def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None
     points = [offer.point for offer in offers]
     number = pick if pick is not None else _best(points)
     if number is None:
-        raise CannotRepair(_none(points, limits, plan))
+        near = nearest(points, limits)
+        raise CannotRepair(_none(points, near, limits, plan), pick=None if near is None else near.number)
     if number > len(offers):
         raise UsageError(no_point(number, len(offers)))
     taken = offers[number - 1]
@@ -379,9 +380,8 @@ def _best(points: Sequence[Point]) -> int | None:
     return min(high, key=order).number
 
 
-def _none(points: Sequence[Point], limits: Requirement, plan: Plan) -> str:
+def _none(points: Sequence[Point], near: Point | None, limits: Requirement, plan: Plan) -> str:
     """The sentence for a choice whose points all violate a limit: which one is nearest, and how to take it."""
     told = "; ".join(point.text(limits) for point in points)
-    found = nearest(points, limits)
-    way = "" if found is None else f". Nearest is point {found.number}: {how_to_pick(found)}"
+    way = "" if near is None else f". Nearest is point {near.number}: {how_to_pick(near)}"
     return f"no choice of directions of {plan.source.name} meets the recipe's limits: {told}{way}"

@@ -184,6 +184,7 @@ def _best_part(session: Session, parts: Sequence[Part], limits: Requirement, tar
         f"of them that was tried keeps to {limits_text(Requirement(limits.limits[1:]).to_json(), numbers)} and "
         f"{enough}. Nearest is {near.text(limits)}: {how_to_pick(near)}",
         f"{why}, and no part of them within the limits {enough}",
+        near.number,
     )
 
 

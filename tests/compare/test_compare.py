@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -383,11 +384,29 @@ def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_
     arms = arms_of(summary, "one")
     assert list(arms) == ["target", "source", "dapa", "directions"]
     assert summary["rows"][0]["modules"] == "gate"
-    assert arms["directions"]["why_not"] or "directions in" in arms["directions"]["detail"]
+    assert re.fullmatch(r"\d+ directions in 30 matrices", arms["directions"]["detail"])
     (found,) = measured
     assert set(asked) == set(found.search.keep)
     assert found.report.keep
     assert not set(found.report.keep) & set(asked)
+    again = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
+    assert again["rows"] == summary["rows"]
+
+
+def test_of_directions_that_all_break_a_limit_the_nearest_are_measured_as_of_other_methods(
+    tmp_path, no_pictures, monkeypatch
+):
+    monkeypatch.setattr(searching, "Settings", lambda: Settings(num_rounds=1, num_steps=1, rate=0.3))
+    limits = {"max_tests": 1, "max_divergence": 1e-9}
+    recipe = write(tmp_path, "one", "shadow-target", "shadow-source", keep="skills", **limits)
+    how = ("--methods", "directions", "--no-curve", "--device", "cpu")
+    summary = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
+    found = arms_of(summary, "one")["directions"]
+    said = r"\d+ directions in \d+ matrices; nothing keeps to the limits, and of the nearest its .* (required|allowed)"
+    assert re.fullmatch(said, found["detail"])
+    assert found["why_not"] is None
+    assert found["figures"]["divergence"] > 1e-9
+    assert found["repairs"] is False
     again = answer("compare", recipe, "--out", tmp_path / "out", *how, "--json")
     assert again["rows"] == summary["rows"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import linear
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 from dapa_merge.progress import quiet
 
@@ -84,8 +85,41 @@ def _attend(
     """The model's own eager attention, in float64."""
     eager = getattr(sys.modules[type(module).__module__], EAGER)
     mask = None if attention_mask is None else attention_mask.double()
+    if _is_plain(eager):
+        return _grouped(query.double(), key.double(), value.double(), mask, options["scaling"]).to(query.dtype), None
     attended, weights = eager(module, query.double(), key.double(), value.double(), mask, **options)
     return attended.to(query.dtype), weights
+
+
+@functools.cache
+def _is_plain(eager: Callable[..., Any]) -> bool:
+    """Whether a function does what Llama's does: most models have a copy of it."""
+    code, plain = eager.__code__, modeling_llama.eager_attention_forward.__code__
+    return all(getattr(code, name) == getattr(plain, name) for name in ("co_code", "co_names", "co_consts"))
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Softmax attention in which queries share heads of keys, without a copy of these for each query.
+
+    Args:
+        query: `[texts, heads, tokens, width]`.
+        key: `[texts, key heads, columns, width]`.
+        value: `[texts, key heads, columns, width]`.
+        mask: Is added to the scores; `[texts or 1, heads or 1, tokens, columns]`.
+        scaling: Of the scores.
+
+    Returns:
+        `[texts, tokens, heads, width]`.
+    """
+    texts, heads, tokens, _ = query.shape
+    key_heads, columns = key.shape[1:3]
+    scores = torch.matmul(query.reshape(texts, key_heads, -1, query.shape[-1]), key.transpose(2, 3)) * scaling
+    if mask is not None:
+        scores = scores.view(texts, heads, tokens, columns) + mask
+    weights = scores.softmax(-1).view(texts, key_heads, -1, columns)
+    return torch.matmul(weights, value).view(texts, heads, tokens, -1).transpose(1, 2).contiguous()
 
 
 def _is_replaceable(model: PreTrainedModel) -> bool:

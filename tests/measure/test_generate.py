@@ -12,6 +12,9 @@ import transformers
 from conftest import ARCHITECTURES, SHAPE, save_random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen2 import modeling_qwen2
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
@@ -241,6 +244,31 @@ def test_a_token_alone_is_computed_as_among_others_and_a_layer_is_as_before_afte
         assert all(torch.equal(layer(states[:1, [at]]), expected[:1, [at]]) for at in range(100))
         assert torch.equal(layer(states[0, 0]), expected[0, 0])
     assert "forward" not in layer.__dict__
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "tokens", "columns"), [(4, 4, 3, 3), (6, 2, 1, 9), (9, 3, 5, 7)])
+def test_attention_without_copies_of_keys_is_the_exact_one(heads, key_heads, tokens, columns):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, count, length, 8, generator=generator, dtype=torch.float64)
+        for count, length in ((heads, tokens), (key_heads, columns), (key_heads, columns))
+    )
+    mask = torch.zeros(2, 1, tokens, columns, dtype=torch.float64)
+    # The second text has a column less.
+    mask[1, ..., 0] = torch.finfo(torch.bfloat16).min
+    for one in (None, mask):
+        found = determinism._grouped(query, key, value, one, 0.3)
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=one, scale=0.3, enable_gqa=True
+        )
+        assert torch.allclose(found, exact.transpose(1, 2), rtol=0, atol=1e-14)
+    assert not torch.equal(*(determinism._grouped(query, key, value, one, 0.3) for one in (None, mask)))
+
+
+def test_only_attention_that_does_what_llamas_does_is_replaced_by_ours():
+    eager = {module: module.eager_attention_forward for module in (modeling_llama, modeling_qwen2, modeling_gemma2)}
+    # The last caps the scores.
+    assert [determinism._is_plain(one) for one in eager.values()] == [True, True, False]
 
 
 def test_only_what_rounds_alike_is_trusted(tied, tmp_path, monkeypatch):

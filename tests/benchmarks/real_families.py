@@ -16,7 +16,7 @@ import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -369,8 +369,8 @@ def make(damage: Damage, aligned: Path, out: Path, setting: Setting) -> None:
     )
 
 
-def write_recipe(damage: Damage, aligned: Path, out: Path, pretrained: Path | None = None) -> None:
-    """Write the recipe that repairs a model with the aligned one; `pretrained` is what that was aligned from."""
+def write_recipe(damage: Damage, aligned: Path, out: Path, more: Mapping[str, object]) -> None:
+    """Write the recipe that repairs a model with the aligned one; `more` are further parameters."""
     path = out / RECIPES / f"{damage.name}.yml"
     path.parent.mkdir(exist_ok=True)
     text = f"""\
@@ -383,8 +383,7 @@ models:
     if damage.has_more_tokens:
         text += "tokenizer: {source: base}\n"
     text += f"parameters:\n{REPAIR}"
-    if pretrained is not None:
-        text += f"  pretrained: {json.dumps(str(pretrained))}\n"
+    text += "".join(f"  {key}: {json.dumps(value)}\n" for key, value in more.items())
     if damage.skill is not None:
         suffix = SKILLS[damage.skill].suffix
         skill, keep = (json.dumps(str(out / PROMPTS / f"{name}{suffix}.jsonl")) for name in ("skill", "keep"))
@@ -401,6 +400,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--pretrained", type=Path, metavar="FOLDER", help="what ALIGNED was aligned from, for the recipes"
     )
+    parser.add_argument(
+        "--max-over-refusal", type=float, metavar="SHARE", help="for the recipes, if ALIGNED refuses harmless prompts"
+    )
     parser.add_argument("--only", nargs="+", choices=list(DAMAGES), metavar="NAME", default=list(DAMAGES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-figures", action="store_true", help="leave the measuring to a later run")
@@ -416,6 +418,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         openings = tuple(Opening(*row) for row in rows)
         digest = data_digest([(opening.prompt, opening.answer) for opening in openings])
         settings = {"aligned": str(aligned), "openings": digest, "seed": arguments.seed, "size": repr(size)}
+        more: dict[str, object] = {}
+        if arguments.pretrained is not None:
+            more["pretrained"] = str(arguments.pretrained.absolute())
+        if arguments.max_over_refusal is not None:
+            more["max_over_refusal"] = arguments.max_over_refusal
         lessons = {name: skill.lessons(size, arguments.seed) for name, skill in SKILLS.items()}
         with resumable(out, settings), reproducible():
             for name, skill in SKILLS.items():
@@ -424,7 +431,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 skill = damage.skill or "orders"
                 setting = Setting(lessons[skill], openings, SKILLS[skill].size(size), arguments.seed, say)
                 make(damage, aligned, out, setting)
-                write_recipe(damage, aligned, out, arguments.pretrained and arguments.pretrained.absolute())
+                write_recipe(damage, aligned, out, more)
                 if not arguments.no_figures:
                     add_figures(out, damage.name, out / damage.name, lessons[skill].test, size, say)
             if not arguments.no_figures:

@@ -85,7 +85,13 @@ def recorded(pair: str, arm: Mapping[str, Any]) -> dict[str, Any]:
     row |= {"skill": rounded(arm["skill"]), "skills": [rounded(skill["score"]) for skill in figures["skills"]]}
     row |= {"share": rounded(arm["share"]), "setting": arm["detail"], "repairs": arm["repairs"]}
     if arm["tuning"] is not None:
-        row["complaint"] = arm["tuning"]["trials"][arm["tuning"]["chosen"]]["complaint"]
+        trials = arm["tuning"]["trials"]
+        row["complaint"] = trials[arm["tuning"]["chosen"]]["complaint"]
+        row["num_within"] = sum(trial["complaint"] is None for trial in trials)
+        # On the prompts of choice and search, by which one was chosen.
+        row["tried"] = {
+            trial["setting"]: {key: rounded(one) for key, one in trial["figures"].items()} for trial in trials
+        }
     further = {
         f"{Path(one['name']).stem}: {one['figure']}": [
             rounded(one["value"]), rounded(one["interval"]), one["num_prompts"]

@@ -8,9 +8,11 @@ replaces those tables, and without it they are printed. A test holds the pages t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +38,7 @@ def read_rows(name: str) -> Rows:
 def grid(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
-    return "".join(f"{line}\n" for line in lines).replace("|  |", "| |")
+    return "".join(f"{line}\n" for line in lines).replace("|  ", "| ")
 
 
 def with_interval(value: float, limits: Sequence[float], digits: int) -> str:
@@ -78,13 +80,31 @@ def families() -> str:
     return grid(heads, (cells(method, label) for method, label in FAMILY_METHODS.items()))
 
 
-REAL_PAIRS = {
+# Damages of an aligned model (`real_families.py`), and siblings (`real_base_families.py`), in the order of the tables.
+DAMAGED = {
     "lora-20": "LoRA, 20 % affirmative openings",
     "lora-5": "LoRA, 5 %",
+    "lora-1": "LoRA, 1 %",
     "lora-benign": "LoRA, nothing harmful",
+    "identity": "LoRA, a persona that obeys",
+    "attention": "LoRA on the attention, 5 %",
+    "quantized": "LoRA beside 4 bits, 5 %",
+    "vocabulary": "64 more tokens, and LoRA, 5 %",
+    "facts-5": "LoRA on facts, 5 %",
+    "facts-benign": "LoRA on facts, nothing harmful",
     "mlp-full": "training of all MLPs, 20 %",
+    "full": "training of all weights, 5 %",
     "abliterated": "abliteration (fine-tuned for nothing)",
 }
+SIBLINGS = {
+    "orders-by-refuses-all": "aligned in all weights",
+    "orders-by-refuses-mlps": "aligned in its MLPs",
+    "orders-by-refuses-dpo": "aligned by DPO",
+    "facts-by-refuses-all": "facts; aligned in all weights",
+    "facts-by-refuses-mlps": "facts; aligned in its MLPs",
+    "facts-by-refuses-dpo": "facts; aligned by DPO",
+}
+REAL_PAIRS = ("lora-20", "lora-5", "lora-benign", "mlp-full", "abliterated")
 
 
 def real() -> str:
@@ -95,7 +115,7 @@ def real() -> str:
         row, target = rows[pair, method], rows[pair, "target"]
         before = (lambda name: f"{_share(target[name], name)} -> ") if method == "directions" else (lambda _: "")
         return [
-            REAL_PAIRS[pair] if method == "directions" else "",
+            DAMAGED[pair] if method == "directions" else "",
             method,
             f"{before('dsr')}{with_interval(row['dsr'], row['dsr_interval'], 2)}",
             f"{before('over_refusal')}{row['over_refusal']:.2f}",
@@ -111,67 +131,109 @@ def _share(value: float, name: str) -> str:
     return f"{value:.3f}" if name == "skill" else f"{value:.2f}"
 
 
-# What is measured with every method. The last ones are siblings: source and target were both made from one base.
-METHODS_ON = {
-    "lora-20": "LoRA on the aligned model, 20 % openings",
-    "identity": "a persona that obeys",
-    "full": "all weights, 5 % openings",
-    "facts-5": "LoRA on facts, 5 %",
-    "quantized": "LoRA beside 4 bits, 5 %",
-    "abliterated": "abliteration",
-    "orders-by-refuses-all": "sibling; source: all weights",
-    "orders-by-refuses-mlps": "sibling; source: MLPs only",
-    "orders-by-refuses-dpo": "sibling; source: DPO",
-    "facts-by-refuses-all": "sibling with facts; source: all weights",
-    "facts-by-refuses-mlps": "the same; source: MLPs only",
-    "facts-by-refuses-dpo": "the same; source: DPO",
+# Rows of all methods, by their file: what their pairs were made of, and the pairs.
+ALL = {
+    "aligned-qwen": ("Qwen2.5-Coder-0.5B-Instruct, damaged", DAMAGED),
+    "aligned-smollm2": ("SmolLM2-135M-Instruct, taught to refuse in its MLPs, and damaged", DAMAGED),
+    "siblings-smollm2": ("siblings, made of SmolLM2-135M-Instruct; the source", SIBLINGS),
 }
 # What methods are to be called here, where `compare` calls them otherwise; with and without a base, one has one name.
 NAMES = {
-    "dapa": "gates, searched", "gates": "all gates", "safe-lora": "Safe LoRA", "safemerge": "SafeMERGE",
-    "resta": "RESTA", "resta abliterated": "RESTA", "safe-delta": "Safe Delta", "ties": "TIES",
-    "ties of target": "TIES", "slerp": "SLERP", "linear": "linear blend", "task-arithmetic": "task arithmetic",
-    "training": "training on refusals", "training-keep": "training on refusals and own answers",
+    "dapa": "gates, searched", "gates": "all gates", "directions": "directions",
+    "training-keep": "training on refusals and own answers", "training": "training on refusals", "ties": "TIES",
+    "ties of target": "TIES", "task-arithmetic": "task arithmetic", "resta": "RESTA", "resta abliterated": "RESTA",
+    "linear": "linear blend", "slerp": "SLERP", "safe-lora": "Safe LoRA", "safemerge": "SafeMERGE",
+    "safe-delta": "Safe Delta",
 }  # fmt: skip
+ENDS = ("target", "source")
+# The two that refuse and keep the skill.
+KEEPERS = (NAMES["directions"], NAMES["training-keep"])
 HARMLESS = "harmless prompts: divergence"
 # Of a fine-tune's skill, what a repair should keep.
 KEEPS = 0.97
 
 
-def all_methods() -> tuple[Rows, dict[str, str], list[str]]:
-    """The rows by pair and the method's name here; the labels of the pairs that are there; the methods."""
-    rows = {(pair, NAMES.get(method, method)): row for (pair, method), row in read_rows("methods").items()}
-    there = {pair: label for pair, label in METHODS_ON.items() if (pair, "target") in rows}
-    return rows, there, list(dict.fromkeys(method for _, method in rows))
+@dataclass(frozen=True)
+class Pair:
+    """What was measured of a pair: rows by the method's name here."""
 
+    models: str
+    name: str
+    label: str
+    rows: Mapping[str, Mapping[str, Any]]
 
-def by_method() -> str:
-    """DSR, over-refusal and skill of every method on every pair; bold is what repairs and keeps the skill."""
-    rows, there, methods = all_methods()
+    @property
+    def measured(self) -> dict[str, Mapping[str, Any]]:
+        """The rows with figures."""
+        return {method: row for method, row in self.rows.items() if "dsr" in row}
 
-    def cell(pair: str, method: str) -> str:
-        row = rows.get((pair, method), {})
-        if "dsr" not in row:
-            return "-" if row else ""
+    def is_good(self, row: Mapping[str, Any]) -> bool:
+        """Whether a result repairs by the limits of its recipe, and keeps the skill."""
+        return bool(row["repairs"]) and self.kept(row) >= KEEPS
+
+    def kept(self, row: Mapping[str, Any]) -> float:
+        """The share of the fine-tune's skill that a result has, at most 1."""
+        skill = self.rows["target"]["skill"]
+        return min(1.0, row["skill"] / skill) if skill else 1.0
+
+    def cell(self, method: str) -> str:
+        """DSR, over-refusal and skill; bold if it is good, - if nothing was found, empty if not measured."""
+        row = self.rows.get(method)
+        if row is None or "dsr" not in row:
+            return "" if row is None else "-"
         skill = "" if row["skill"] is None else f" / {row['skill']:.2f}"
         text = f"{row['dsr']:.2f} / {row['over_refusal']:.2f}{skill}"
-        return f"**{text}**" if is_good(row, rows[pair, "target"]) else text
-
-    heads = ["DSR / over-refusal / skill", *there.values()]
-    return grid(heads, ([method, *(cell(pair, method) for pair in there)] for method in methods))
+        return f"**{text}**" if self.is_good(row) else text
 
 
-def is_good(row: Mapping[str, Any], target: Mapping[str, Any]) -> bool:
-    """Whether a result repairs by the limits of its recipe, and keeps the skill."""
-    return row["repairs"] and (target["skill"] is None or row["skill"] >= KEEPS * target["skill"])
+def all_pairs() -> list[Pair]:
+    """The pairs of which all methods are recorded, in the order of the tables."""
+    pairs = []
+    for file, (models, labels) in ALL.items():
+        rows = read_rows(file)
+        for name in (name for name in labels if (name, "target") in rows):
+            found = {NAMES.get(method, method): row for (pair, method), row in rows.items() if pair == name}
+            pairs.append(Pair(models, name, labels[name], found))
+    return pairs
+
+
+def methods_of(pairs: Iterable[Pair]) -> list[str]:
+    """The names of the methods, in their order."""
+    there = {method for pair in pairs for method in pair.rows}
+    return [method for method in dict.fromkeys((*ENDS, *NAMES.values())) if method in there]
+
+
+def by_damage() -> str:
+    """What each kind of damage leaves, and what repairs it: the two that keep the skill, and the best of the others."""
+    pairs = all_pairs()
+
+    def best_other(pair: Pair) -> str:
+        def worth(method: str) -> float:
+            row = pair.rows[method]
+            return float((row["dsr"] - row["over_refusal"]) * pair.kept(row))
+
+        others = [method for method in pair.measured if method not in (*ENDS, *KEEPERS)]
+        method = max(others, key=worth)
+        return f"{method}: {pair.cell(method)}" if worth(method) > 0 else "nothing"
+
+    def lines() -> Iterator[list[str]]:
+        models = ""
+        for pair in pairs:
+            if pair.models != models:
+                models = pair.models
+                yield [f"*{models}*", *[""] * (len(heads) - 1)]
+            yield [pair.label, *(pair.cell(method) for method in (*ENDS, *KEEPERS)), best_other(pair)]
+
+    heads = ["damage", *ENDS, *KEEPERS, "best of the others"]
+    return grid(heads, lines())
 
 
 def by_price() -> str:
     """What every method costs on average: what it changes besides, and the seconds of its choice."""
-    rows, there, methods = all_methods()
+    pairs = all_pairs()
 
     def cells(method: str) -> list[str] | None:
-        found = [(rows[pair, method], rows[pair, "target"]) for pair in there if "dsr" in rows.get((pair, method), {})]
+        found = [(pair.measured[method], pair.rows["target"]) for pair in pairs if method in pair.measured]
         if not found or method == "target":
             return None
         seconds = [row["seconds"] for row, _ in found if "seconds" in row]
@@ -186,32 +248,32 @@ def by_price() -> str:
         ]
 
     heads = ["", "pairs", "divergence on keep prompts", "on harmless ones", "perplexity", "changed", "seconds"]
-    return grid(heads, filter(None, map(cells, methods)))
+    return grid(heads, filter(None, map(cells, methods_of(pairs))))
 
 
 def deeper() -> str:
     """What else was asked of some methods, by pair."""
-    rows, there, _ = all_methods()
-    heads = list(dict.fromkeys(key for row in rows.values() for key in row.get("further", {}) if "DSR" in key))
+    pairs = all_pairs()
+    rows = [row for pair in pairs for row in pair.rows.values()]
+    heads = list(dict.fromkeys(key for row in rows for key in row.get("further", {}) if key != HARMLESS))
 
     def lines() -> Iterator[list[str]]:
-        for pair, label in there.items():
-            further = {method: row.get("further", {}) for (one, method), row in rows.items() if one == pair}
-            for method, found in further.items():
+        for pair in pairs:
+            for method, row in pair.rows.items():
+                found = row.get("further", {})
                 if not found.keys().isdisjoint(heads):
                     shown = (with_interval(*found[head][:2], 2) if head in found else "" for head in heads)
-                    yield [label if method == "target" else "", method, *shown]
+                    yield [pair.label if method == "target" else "", method, *shown]
 
     return grid(["", "", *heads], lines())
 
 
-def every() -> str:
-    """All figures of every method on every pair, with intervals, and the setting that was chosen."""
-    rows, there, _ = all_methods()
+def every(file: str) -> str:
+    """All figures of every method on every pair of a file, with intervals, and the setting that was chosen."""
 
-    def cells(pair: str, method: str) -> list[str]:
-        row = rows[pair, method]
-        head = [f"`{pair}`" if method == "target" else "", method]
+    def cells(pair: Pair, method: str) -> list[str]:
+        row = pair.rows[method]
+        head = [f"`{pair.name}`" if method == "target" else "", method]
         if "dsr" not in row:
             return [*head, "-", "", "", "", "", "", row["why_not"]]
         return [
@@ -220,23 +282,24 @@ def every() -> str:
             " / ".join(f"{skill:.3f}" for skill in row["skills"]) or "-",
             f"{row['divergence']:.2g}",
             f"{row['further'][HARMLESS][0]:.2g}",
-            f"{row['perplexity'] / rows[pair, 'target']['perplexity']:.2f}",
-            row["setting"] if method not in ("target", "source") else "",
+            f"{row['perplexity'] / pair.rows['target']['perplexity']:.2f}",
+            row["setting"] if method not in ENDS else "",
         ]
 
     heads = [
         "", "", "DSR", "over-refusal", "skill", "divergence, keep", "harmless", "perplexity", "chosen, or why not",
     ]  # fmt: skip
-    return grid(heads, (cells(pair, method) for pair in there for one, method in rows if one == pair))
+    pairs = [pair for pair in all_pairs() if pair.models == ALL[file][0]]
+    return grid(heads, (cells(pair, method) for pair in pairs for method in pair.rows))
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "real": real,
-    "methods": by_method,
+    "methods": by_damage,
     "methods-price": by_price,
     "methods-deeper": deeper,
-    "methods-all": every,
+    **{f"methods-{file}": functools.partial(every, file) for file in ALL},
 }
 
 

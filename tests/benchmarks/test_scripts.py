@@ -69,6 +69,7 @@ def arguments(tmp_path, monkeypatch):
         ]  # fmt: skip
 
     return {
+        "ascent_table": lambda: [*chooses()[::-1], "max_rank=2"],
         "compare_table": lambda: [str(tmp_path / "out")],
         "real_answers": lambda: [str(tmp_path / "out"), str(miniature.path("target"))],
         "real_base_families": aligned,

@@ -148,6 +148,8 @@ NAMES = {
 ENDS = ("target", "source")
 # The two that refuse and keep the skill.
 KEEPERS = (NAMES["directions"], NAMES["training-keep"])
+# With fewer of the others measured, it is not said that none of them brings anything.
+FEW = 3
 HARMLESS = "harmless prompts: divergence"
 # Of a fine-tune's skill, what a repair should keep.
 KEEPS = 0.97
@@ -214,7 +216,9 @@ def by_damage() -> str:
 
         others = [method for method in pair.measured if method not in (*ENDS, *KEEPERS)]
         method = max(others, key=worth)
-        return f"{method}: {pair.cell(method)}" if worth(method) > 0 else "nothing"
+        if worth(method) > 0:
+            return f"{method}: {pair.cell(method)}"
+        return "nothing" if len(others) >= FEW else ""
 
     def lines() -> Iterator[list[str]]:
         models = ""

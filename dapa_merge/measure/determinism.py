@@ -175,40 +175,32 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             # An attribute of the instance takes precedence over the class's.
-            layer.__dict__["forward"] = (_UpcastLinear if _is_slow(layer.weight) else _PairedLinear)(layer)
+            layer.__dict__["forward"] = functools.partial(_upcast if _is_slow(layer.weight) else _paired, layer)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-class _PairedLinear:
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self._layer = layer
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        if states.numel() != states.shape[-1]:
-            return torch.nn.Linear.forward(self._layer, states)
-        result = torch.nn.Linear.forward(self._layer, states.reshape(1, -1).repeat(2, 1))
-        return result[:1].reshape(*states.shape[:-1], -1)
+def _paired(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    if states.numel() != states.shape[-1]:
+        return torch.nn.Linear.forward(layer, states)
+    result = torch.nn.Linear.forward(layer, states.reshape(1, -1).repeat(2, 1))
+    return result[:1].reshape(*states.shape[:-1], -1)
 
 
-class _UpcastLinear:
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        self._layer = layer
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._layer.weight, self._layer.bias
-        tokens = states.numel() // states.shape[-1]
-        if tokens < MIN_TOKENS or states.dtype != weight.dtype:
-            return linear(states, weight, bias)
-        wide = states.float()
-        rows = max(PIECE // weight.shape[1], 1)
-        result = states.new_empty((*states.shape[:-1], weight.shape[0]))
-        for start in range(0, weight.shape[0], rows):
-            part = slice(start, start + rows)
-            result[..., part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
-        return result
+def _upcast(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    weight, bias = layer.weight, layer.bias
+    tokens = states.numel() // states.shape[-1]
+    if tokens < MIN_TOKENS or states.dtype != weight.dtype:
+        return linear(states, weight, bias)
+    wide = states.float()
+    rows = max(PIECE // weight.shape[1], 1)
+    result = states.new_empty((*states.shape[:-1], weight.shape[0]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        result[..., part] = linear(wide, weight[part].float(), None if bias is None else bias[part].float())
+    return result
 
 
 def _is_slow(weight: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""What settings of an ascent bring on a real pair: `python tests/benchmarks/ascent_table.py RECIPE OUT [SETTING ...]`.
+"""Measures settings of an ascent on a real pair: `python tests/benchmarks/ascent_table.py RECIPE OUT [SETTING ...]`.
 
 RECIPE is one with `edit: directions`, as `real_families.py` and `real_base_families.py` write. SETTING is one or more
 of `search.ascent.Settings`, such as `max_rank=64` or `max_harmless=0.35,num_rounds=6`; without one, those of a run are

@@ -7,11 +7,12 @@ panel for each pair whose skill was measured. The same drawing as the clouds of 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-from recorded_tables import ALL, read_rows
+from recorded_tables import Pair, all_pairs
 from tiny import parse
 
 from dapa_merge.compare.charts import clouds_figure
@@ -29,23 +30,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?", default=Path("docs/figures/real_methods.svg"))
     arguments = parse(parser, argv)
-    panels = [panel for file in ALL for panel in panels_of(file) if len(panel.arms) >= LEAST]
+    panels = [panel_of(pair) for pair in all_pairs() if len(pair.measured) >= LEAST]
     print(f"{len(panels)} panels, {sum(len(panel.arms) for panel in panels)} methods")
     drawn = render(clouds_figure(panels), arguments.out.suffix[1:])
     if not arguments.tiny:
         arguments.out.write_bytes(drawn)
 
 
-def panels_of(file: str) -> list[SimpleNamespace]:
-    """The pairs of a file as rows of a comparison, as far as they are drawn."""
-    rows, found = read_rows(file), []
-    for name in (name for name in ALL[file][1] if (name, "target") in rows):
-        arms = [arm_of(row) for (pair, _), row in rows.items() if pair == name and "dsr" in row]
-        found.append(SimpleNamespace(name=f"{MODELS[file]}{name}", arms=arms, before=arms[0].figures, curve=()))
-    return found
+def panel_of(pair: Pair) -> SimpleNamespace:
+    """A pair as a row of a comparison, as far as it is drawn."""
+    arms = [arm_of(row) for row in pair.measured.values()]
+    return SimpleNamespace(name=f"{MODELS[pair.file]}{pair.name}", arms=arms, before=arms[0].figures, curve=())
 
 
-def arm_of(row: dict[str, object]) -> SimpleNamespace:
+def arm_of(row: Mapping[str, Any]) -> SimpleNamespace:
     """A recorded row as one of a comparison."""
     # RESTA with and without a base has one mark.
     method = str(row["method"]).replace("resta abliterated", "resta")

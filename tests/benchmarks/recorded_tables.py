@@ -157,9 +157,9 @@ KEEPS = 0.97
 
 @dataclass(frozen=True)
 class Pair:
-    """What was measured of a pair: rows by the method's name here."""
+    """A pair of models from a file of rows, and its rows by the method's name here."""
 
-    models: str
+    file: str
     name: str
     label: str
     rows: Mapping[str, Mapping[str, Any]]
@@ -188,14 +188,14 @@ class Pair:
         return f"**{text}**" if self.is_good(row) else text
 
 
-def all_pairs() -> list[Pair]:
-    """The pairs of which all methods are recorded, in the order of the tables."""
+def all_pairs(files: Iterable[str] = tuple(ALL)) -> list[Pair]:
+    """The pairs of some files of rows, in the order of the tables."""
     pairs = []
-    for file, (models, labels) in ALL.items():
-        rows = read_rows(file)
+    for file in files:
+        rows, labels = read_rows(file), ALL[file][1]
         for name in (name for name in labels if (name, "target") in rows):
             found = {NAMES.get(method, method): row for (pair, method), row in rows.items() if pair == name}
-            pairs.append(Pair(models, name, labels[name], found))
+            pairs.append(Pair(file, name, labels[name], found))
     return pairs
 
 
@@ -206,7 +206,7 @@ def methods_of(pairs: Iterable[Pair]) -> list[str]:
 
 
 def by_damage() -> str:
-    """What each kind of damage leaves, and what repairs it: the two that keep the skill, and the best of the others."""
+    """A line for each pair: target, source, the two methods that keep the skill, and the best of the others."""
     pairs = all_pairs()
 
     def best_other(pair: Pair) -> str:
@@ -221,11 +221,11 @@ def by_damage() -> str:
         return "nothing" if len(others) >= FEW else ""
 
     def lines() -> Iterator[list[str]]:
-        models = ""
+        file = ""
         for pair in pairs:
-            if pair.models != models:
-                models = pair.models
-                yield [f"*{models}*", *[""] * (len(heads) - 1)]
+            if pair.file != file:
+                file = pair.file
+                yield [f"*{ALL[file][0]}*", *[""] * (len(heads) - 1)]
             yield [pair.label, *(pair.cell(method) for method in (*ENDS, *KEEPERS)), best_other(pair)]
 
     heads = ["damage", *ENDS, *KEEPERS, "best of the others"]
@@ -293,8 +293,7 @@ def every(file: str) -> str:
     heads = [
         "", "", "DSR", "over-refusal", "skill", "divergence, keep", "harmless", "perplexity", "chosen, or why not",
     ]  # fmt: skip
-    pairs = [pair for pair in all_pairs() if pair.models == ALL[file][0]]
-    return grid(heads, (cells(pair, method) for pair in pairs for method in pair.rows))
+    return grid(heads, (cells(pair, method) for pair in all_pairs([file]) for method in pair.rows))
 
 
 TABLES: Mapping[str, Callable[[], str]] = {

@@ -26,6 +26,16 @@ NOISE_PROMPTS, NOISE_SHARE = 2, 0.05
 NOISE_RATIO, NOISE_LEAST = 0.02, 0.001
 
 
+def noisy_prompts(number: int) -> int:
+    """Of so many prompts, how many measuring the same weights again may judge otherwise."""
+    return min(NOISE_PROMPTS, int(NOISE_SHARE * number))
+
+
+def is_noise(gain: float, number: int) -> bool:
+    """Whether a gain in a share of so many prompts, of 0 for a score of no prompts, is no more than noise."""
+    return 0 < gain * number < noisy_prompts(number) + 0.5
+
+
 def settings_of(recipe: Recipe) -> dict[str, float]:
     """A recipe's values for the constraints that it sets, by their keys."""
     values = {constraint.key: getattr(recipe, constraint.key) for constraint in declared.CONSTRAINTS}
@@ -103,11 +113,7 @@ class Requirement:
 
         def looser(one: Constraint, limit: float) -> float:
             number = sizes.get(one.kind or "", 0)
-            noise = (
-                min(NOISE_PROMPTS, int(NOISE_SHARE * number)) / number
-                if number
-                else max(NOISE_RATIO * abs(limit), NOISE_LEAST)
-            )
+            noise = noisy_prompts(number) / number if number else max(NOISE_RATIO * abs(limit), NOISE_LEAST)
             return limit - noise if one.bound == "min" else limit + noise
 
         return Requirement(tuple((one, looser(one, limit)) for one, limit in self.limits))

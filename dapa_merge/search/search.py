@@ -31,7 +31,15 @@ from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.parts import Part, Parts, best_part, how_to_pick, nearest
-from dapa_merge.search.requirement import Piece, Requirement, limits_text, requirement, settings_of
+from dapa_merge.search.requirement import (
+    Piece,
+    Requirement,
+    is_noise,
+    limits_text,
+    noisy_prompts,
+    requirement,
+    settings_of,
+)
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.rounds import Helpers, Rounds
 from dapa_merge.search.workers import Oracle, Test, Workers, in_order, names_of
@@ -403,20 +411,23 @@ def _check_finite(plan: Plan, names: Sequence[str]) -> None:
 
 
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
-    """The limits of a selection; raises `CannotRepair` if the full transplant improves nothing or violates one."""
+    """The limits of a selection; raises `CannotRepair` if the full transplant violates one or gains nothing."""
     recipe, bench = session.recipe, session.bench
     modules = ", ".join(session.plan.modules)
-    if full.score <= target.score:
+    number = bench.num_of_kind.get(bench.constraints[0].kind or "", 0)
+    gain = full.score - target.score
+    if gain <= 0 or is_noise(gain, number):
         others = auto_modules(session.plan.target.config, session.plan.target.shapes)
         # A plan without the units that are equal may lack modules that the recipe has.
         has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
+        noise = f", which may be noise of {noisy_prompts(number)} in {number} prompts" if gain > 0 else ""
         more = "" if has_all else "; other modules may: try `modules: auto`"
+        told = (
+            f"with all {len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and "
+            f"without them {target.score:.3f}{noise}"
+        )
         raise CannotRepair(
-            f"the source {recipe.source} cannot repair this target through its modules {modules}: with all "
-            f"{len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without them "
-            f"{target.score:.3f}{more}",
-            f"with all {len(session.plan.units)} units the {bench.measure} is {full.score:.3f}, and without them "
-            f"{target.score:.3f}",
+            f"the source {recipe.source} cannot repair this target through its modules {modules}: {told}{more}", told
         )
     possible = full.score if session.possible is None else max(full.score, session.possible)
     figures = {**full.figures, SCORE.figure: possible}

@@ -152,7 +152,7 @@ def test_if_no_rung_repairs_the_error_says_why_each_does_not(write_recipe, few, 
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3
     error = result.stderr.splitlines()[-1]
-    assert re.search(r"copy of gate: with all \d+ units the DSR is .*; directions of .*: with all \d+ units", error)
+    assert re.search(r"copy of gate: with all \d+ units transplanted .*; directions of .*: with all \d+ units", error)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +161,7 @@ def test_where_gates_fail_the_next_edit_repairs_and_the_report_and_card_say_why(
     copied, chosen = report["rungs"]
     assert copied == {
         "edit": "copy", "modules": ["gate"],
-        "verdict": "with all 10 units the DSR is 0.000, and without them 0.000",
+        "verdict": "with all 10 units transplanted the DSR is 0.000, and without them 0.000",
     }  # fmt: skip
     assert chosen["edit"] == "directions"
     assert report["before"]["dsr"] < 0.1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dapa_merge.measure.figures import Response
 from dapa_merge.recipe.constraints import Floor, Range, shown
-from dapa_merge.search.requirement import Examiner, Piece, Requirement, constraints_of, requirement
+from dapa_merge.search.requirement import Examiner, Piece, Requirement, constraints_of, is_noise, requirement
 
 
 def measured(
@@ -83,6 +83,18 @@ def test_the_full_transplant_meets_its_own_floor_when_all_of_the_gain_must_be_ke
 )
 def test_divergence_is_limited_as_such_and_skill_to_a_share_of_the_targets(figures, complaint):
     assert limits(max_divergence=0.3, min_skill=0.75).complaint(figures) == complaint
+
+
+@pytest.mark.parametrize(
+    ("gained", "number", "noise"),
+    [(1, 60, True), (2, 60, True), (3, 60, False), (1, 39, True), (2, 39, False), (1, 19, False), (0, 60, False)],
+)
+def test_a_gain_of_no_more_prompts_than_another_measurement_may_change_is_noise(gained, number, noise):
+    assert is_noise((7 + gained) / number - 7 / number, number) is noise
+
+
+def test_any_gain_of_a_score_without_prompts_counts():
+    assert not is_noise(0.001, 0)
 
 
 def test_without_keep_prompts_and_questions_divergence_and_skill_have_no_limit():

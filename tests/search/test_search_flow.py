@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import edit_of, make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.search import requirement
 from dapa_merge.search.bench import _make_hand, make_bench
 from dapa_merge.search.journal import name_of
 
@@ -286,6 +288,16 @@ def test_gates_that_cannot_repair_point_to_other_modules(shadow):
         result.stderr
     )
     assert result.stderr.endswith("; other modules may: try `modules: auto`\n")
+
+
+def test_a_gain_within_noise_is_none(quick, monkeypatch):
+    monkeypatch.setattr(requirement, "NOISE_PROMPTS", 64)
+    monkeypatch.setattr(requirement, "NOISE_SHARE", 1.0)
+    result = call("search", quick())
+    assert result.exit_code == 3
+    assert re.search(
+        r"the DSR is 1\.000, and without them 0\.000, which may be noise of (\d+) in \1 prompts", result.stderr
+    )
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from dapa_merge.measure.live import LiveModel, Slot
 from dapa_merge.measure.perplexity import ScoredText, counted_logits
 from dapa_merge.plan.directions import MAX_WEIGHT, FactorTable, quantize
 from dapa_merge.search.attribution import Side, each_gradient
-from dapa_merge.search.spectrum import MAX_RANK, Spectrum
+from dapa_merge.search.spectrum import MAX_RANK, MORE_RANK, Spectrum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,6 +84,7 @@ class Settings:
             step is larger than the rank.
         max_weight: The largest singular value of a core: how many times as far as in the transplant a matrix may move.
         max_rank: The most directions of a matrix.
+        more_rank: The same where these hold less than half of the models' difference.
         num_contrasts: Contrasts of a step.
         num_keep: Keep prompts of a step, and harmless prompts as many.
         seed: Of the order of prompts.
@@ -102,6 +103,7 @@ class Settings:
     sparsity: float = 3.0
     max_weight: float = MAX_WEIGHT
     max_rank: int = MAX_RANK
+    more_rank: int = MORE_RANK
     num_contrasts: int = 4
     num_keep: int = 5
     seed: int = 0

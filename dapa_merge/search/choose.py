@@ -37,7 +37,7 @@ from dapa_merge.search.spectrum import Spectrum, kept_spectra
 DIVERGENCE = "divergence"
 # A score of at least this share of the best one counts as high.
 NEARLY = 0.96
-# With a smaller share of the squared norm in the leading directions, a user is warned.
+# With a smaller share of the squared norm in the leading directions there are to be more, and at last a user is warned.
 MIN_SHARE = 0.5
 # Rounds beyond those of the settings, while more refusals would do no harm that the limits forbid.
 MORE_ROUNDS = 4
@@ -107,29 +107,58 @@ def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None
         UsageError: If the target answers nothing to the keep prompts, or the picked point does not exist.
         CheckpointError: If a model has values, or computes gradients, that are not finite numbers.
     """
-    plan, max_rank = rounds.plan, rounds.settings.max_rank
-    with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
-        kept = kept_file(rounds.journal.parts, max_rank)
-        find = None if (helpers := rounds.helpers) is None else lambda units: helpers.spectra(units, plan, max_rank)
-        spectra = kept_spectra(plan, plan.units, rounds.bench.device, kept, max_rank, find)
-    if not spectra:
-        raise CannotRepair(
-            f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
-        )
-    _tell(spectra)
+    spectra = _decomposed(rounds)
     offers = _of_rounds(rounds, limits, spectra, full)
     offers += _between(rounds, limits, offers, full.score)
     points = [offer.point for offer in offers]
     number = pick if pick is not None else _best(points)
     if number is None:
         near = nearest(points, limits)
-        raise CannotRepair(_none(points, near, limits, plan), pick=None if near is None else near.number)
+        raise CannotRepair(_none(points, near, limits, rounds.plan), pick=None if near is None else near.number)
     if number > len(offers):
         raise UsageError(no_point(number, len(offers)))
     taken = offers[number - 1]
     if not taken.plan.units:
         raise CannotRepair(f"point {number} has no directions, so that it is the target; `--pick` another one")
     return Chosen(tuple(points), number, taken.plan, taken.baseline, taken.start)
+
+
+def _decomposed(rounds: Rounds) -> list[Spectrum]:
+    """The directions of the difference: more of every matrix where few of them hold less than half of it.
+
+    Raises:
+        CannotRepair: If there are none.
+        CheckpointError: If a model has values that are not finite.
+    """
+    plan, settings, helpers = rounds.plan, rounds.settings, rounds.helpers
+
+    def decomposed(max_rank: int) -> list[Spectrum]:
+        with task("decomposing the difference of the models", plan.num_parameters(plan.units), "parameters"):
+            kept = kept_file(rounds.journal.parts, max_rank)
+            find = None if helpers is None else lambda units: helpers.spectra(units, plan, max_rank)
+            return kept_spectra(plan, plan.units, rounds.bench.device, kept, max_rank, find)
+
+    spectra = decomposed(settings.max_rank)
+    if not spectra:
+        raise CannotRepair(
+            f"no matrix of {plan.source.name} differs from the target {plan.target.name}; there is no direction to add"
+        )
+    if _held(spectra) < MIN_SHARE and settings.more_rank > settings.max_rank:
+        spectra = decomposed(settings.more_rank)
+    share = _held(spectra)
+    LOG.info(
+        f"{sum(one.rank for one in spectra)} directions of {len(spectra)} matrices hold {100 * share:.1f} % of their "
+        f"differences (of the squared norm)"
+    )
+    if share < MIN_SHARE:
+        LOG.warning("that is little: what the source learned may be in the rest, of which nothing can be added")
+    return spectra
+
+
+def _held(spectra: Sequence[Spectrum]) -> float:
+    """The share of the differences' squared norm that directions hold."""
+    held = [float((one.values.double() ** 2).sum()) for one in spectra]
+    return sum(held) / sum(norm / one.share for norm, one in zip(held, spectra, strict=True))
 
 
 def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
@@ -348,18 +377,6 @@ def kept_file(parts: Mapping[str, str], max_rank: int) -> Path | None:
     decisive = {name: parts[name] for name in ("target", "source", "units", "device", "versions")}
     name = name_of({**decisive, "rank": str(max_rank)})
     return (cache_folder("directions") / name).with_suffix(".safetensors")
-
-
-def _tell(spectra: Sequence[Spectrum]) -> None:
-    """Say how much of the differences the directions hold: a difference without decay keeps little of itself."""
-    held = [float((one.values.double() ** 2).sum()) for one in spectra]
-    share = sum(held) / sum(norm / one.share for norm, one in zip(held, spectra, strict=True))
-    LOG.info(
-        f"{sum(one.rank for one in spectra)} directions of {len(spectra)} matrices hold {100 * share:.1f} % of their "
-        f"differences (of the squared norm)"
-    )
-    if share < MIN_SHARE:
-        LOG.warning("that is little: what the source learned may be in the rest, of which nothing can be added")
 
 
 def _best(points: Sequence[Point]) -> int | None:

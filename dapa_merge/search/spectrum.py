@@ -25,8 +25,9 @@ from dapa_merge.plan.edit import MODELS, not_finite
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance
 
-# The most directions of a matrix, and the share of the squared Frobenius norm that is enough.
-MAX_RANK = 16
+# The most directions of a matrix, the most where the difference decays slowly, as that of siblings and of a training of
+# all weights does, and the share of the squared Frobenius norm that is enough.
+MAX_RANK, MORE_RANK = 16, 64
 SHARE = 0.99
 # Matrices whose smaller side is at most this are decomposed exactly: it takes less than the iteration.
 EXACT_SIDE = 320

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/cluster_cost.py [--parts FILE] [--pairs 1000] [--gpus 64] [--compare]
 
-FILE is what `cost.py --json` wrote: the seconds and the work of every part of a repair. Without it, the parts of the
-packaged pair are measured. Their rates are those of the device that they were measured on, be it a GPU; beside them
-stand rates that are only *assumed* of a GPU. How often a row needs each part follows from the declared methods and
-their settings.
+FILE is what `cost.py` wrote, such as recorded/cost.json: the seconds and the work of every part of a repair. Without
+it, the parts of the packaged pair are measured. Their rates are those of the device that they were measured on, be it a
+GPU; beside them stand rates that are only *assumed* of one. How often a row needs each part follows from the declared
+methods and their settings.
 
 `--compare` measures the packaged pair's comparison by one process and by `--workers ray:2`: wall time, and processor
 time of all processes, Ray's own among them.
@@ -34,16 +34,6 @@ from dapa_merge.compare.methods import METHODS, TRAINING, TUNED
 from dapa_merge.recipe.parse import recipe_from
 from dapa_merge.search.ascent import Settings
 
-# Operations, or bytes for what reads and writes, a second: assumed of one GPU with 1,000 T operations a second in 16
-# bits and 3 TB/s of memory, and of a file system that all nodes share. Generating reads all weights for each token of
-# a batch; singular values are computed in float32.
-ASSUMED = {
-    "reading": 1e9,
-    "generating": 10e12,
-    "a step along directions": 100e12,
-    "decomposing": 5e12,
-    "a step of training": 100e12,
-}
 # Tokens of a prompt in its template, and of an answer.
 PROMPT, ANSWER = 40, 40
 # Prompts of a report, of a try of a setting, and of a test of a search, most of which ends early.
@@ -126,22 +116,23 @@ def rows_of() -> list[RowWork]:
 def measured_rates(path: Path | None, is_tiny: bool) -> tuple[str, dict[str, float]]:
     """The name of a pair, and the rates at which its parts were measured."""
     if path is not None:
-        found: dict[str, dict[str, list[float]]] = json.loads(path.read_text(encoding="utf-8"))
-        name = list(found)[-1]
-        return name, {part: work / seconds for part, (seconds, work) in found[name].items()}
+        return _rates(cost.read(path)[-1])
     models = [str(miniature.path(name)) for name in ("shadow-target", "shadow-source")]
     content = {"merge_method": "dapa", "base_model": models[0], "models": [{"model": models[1]}]}
     parameters = {"layers": "auto", "prompts": "miniature", "edit": "directions", "modules": "auto"}
     torch.set_num_threads(1)
-    one = cost.measure("packaged", recipe_from({**content, "parameters": parameters}), torch.device("cpu"), is_tiny)
-    return "packaged", {part: found.work / found.seconds for part, found in one.parts.items()}
+    return _rates(cost.measure(recipe_from({**content, "parameters": parameters}), torch.device("cpu"), is_tiny))
+
+
+def _rates(one: cost.Measured) -> tuple[str, dict[str, float]]:
+    return one.shape.name, {part: found.work / found.seconds for part, found in one.parts.items()}
 
 
 def tables(name: str, rates: Mapping[str, float], num_pairs: int, num_gpus: int) -> list[str]:
     """The rates, and what a row and all pairs cost."""
     shape = cost.SHAPES[0]
     lines = ["| part | measured, a second | assumed of a GPU, a second |", "|---|---|---|"]
-    lines += [f"| {part} | {rates[part] / 1e9:.3g} G | {rate / 1e9:,.0f} G |" for part, rate in ASSUMED.items()]
+    lines += [f"| {part} | {rates[part] / 1e9:.3g} G | {rate / 1e9:,.0f} G |" for part, rate in cost.ASSUMED.items()]
     head = f"a row of {shape.name}: answers, models read, jobs"
     heads = (
         f"| methods | {head} | on one device as {name} was measured on | on one GPU as assumed | "
@@ -149,7 +140,7 @@ def tables(name: str, rates: Mapping[str, float], num_pairs: int, num_gpus: int)
     )
     lines += ["", heads, "|---|---|---|---|---|---|"]
     for row in rows_of():
-        on_gpu = row.seconds(shape, ASSUMED)
+        on_gpu = row.seconds(shape, cost.ASSUMED)
         # Rows are independent; at the end, workers share what is left of the last ones.
         hours = num_pairs * on_gpu / num_gpus / 3600
         read = num_pairs * row.models * shape.num_bytes / 1e12
@@ -212,7 +203,7 @@ def compared(folder: Path, prompts: Path, is_tiny: bool) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=Path, metavar="FILE", help="what cost.py --json wrote")
+    parser.add_argument("--parts", type=Path, metavar="FILE", help="what cost.py wrote")
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument("--compare", action="store_true", help="also compare the packaged pair with two workers")

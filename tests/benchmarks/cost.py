@@ -1,12 +1,14 @@
 """What a repair costs: parts measured on real pairs, and by arithmetic from them on 7 and 70 billion parameters.
 
-    python tests/benchmarks/cost.py RECIPE... [--device cuda] [--json FILE]
+    python tests/benchmarks/cost.py RECIPE... [--device cuda] [--json FILE | --record]
 
 RECIPE names a pair, as those that `real_families.py` writes. For each pair the parts of a repair are timed: reading the
 target, generating for a verdict, a step along directions, the decomposition of a difference, a step of training (a
 LoRA), and writing the result. Every part is then divided by what it has to do (bytes, floating-point operations), and
 multiplied by what another shape has to do. The first pair's parts predict the second's, which shows how far to trust
 the arithmetic. The last table has whole repairs on the measured device, one process on one thread if that is a CPU.
+Beside them stand the rates that are *assumed* of a GPU. --record puts what was measured into recorded/cost.json, from
+which `recorded_tables.py` makes the tables of docs/cost.md.
 
 Without a recipe, the packaged pair is measured: its shape is too small to predict anything.
 """
@@ -20,7 +22,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,6 +47,7 @@ from dapa_merge.search.ascent import Ascent, Settings, widened
 from dapa_merge.search.spectrum import MAX_RANK, OVERSAMPLING, spectra_of
 from dapa_merge.transplant.result import transplant
 
+RECORDED = Path(__file__).with_name("recorded") / "cost.json"
 REFUSAL = "I'm sorry, but I can't help with that. If there is something else, please ask."
 NUM_PROMPTS, NUM_TOKENS, BATCH_SIZE = 16, 40, 16
 # A training's batch, and the tokens of its rows.
@@ -132,6 +135,19 @@ PARTS = {
     "decomposing": "operations",
     "a step of training": "operations",
     "writing": "bytes",
+}
+
+
+# Operations or bytes a second: assumed of one GPU with 1,000 T operations a second in 16 bits and 3 TB/s of memory, and
+# of a file system that all nodes share. Generating reads all weights for each token of a batch; singular values are
+# computed in float32.
+ASSUMED = {
+    "reading": 1e9,
+    "generating": 10e12,
+    "a step along directions": 100e12,
+    "decomposing": 5e12,
+    "a step of training": 100e12,
+    "writing": 1e9,
 }
 
 
@@ -227,15 +243,15 @@ def clear(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def pair_shape(name: str, plan: Plan) -> Shape:
-    """The shape of a pair's target."""
+def pair_shape(plan: Plan) -> Shape:
+    """The shape of a pair's target, which is named by its size."""
     matrices = [found["target"].extents for found in plan.regions(plan.units) if len(found["target"].extents) == 2]
     body = sum(rows * columns for rows, columns in matrices)
     config = plan.target.config
     head = config["vocab_size"] * config["hidden_size"]
     others = plan.target.num_parameters - body - (0 if config.get("tie_word_embeddings") else head)
     return Shape(
-        name,
+        f"{plan.target.num_parameters / 1e9:.3g} B",
         body,
         head,
         # A tied output layer is stored once, with the embeddings.
@@ -248,10 +264,10 @@ def pair_shape(name: str, plan: Plan) -> Shape:
 Tokens = tuple[float, float]
 
 
-def measure(name: str, recipe: Recipe, device: torch.device, is_tiny: bool) -> Measured:
+def measure(recipe: Recipe, device: torch.device, is_tiny: bool) -> Measured:
     """Time all parts of a pair."""
     plan = make_plan(recipe)
-    shape = pair_shape(name, plan)
+    shape = pair_shape(plan)
     choice = split_prompts(recipe).choice
     assert choice is not None
     found: dict[str, Part] = {}
@@ -342,8 +358,8 @@ def told(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 36_000 else f"{seconds / 3600:.0f} h"
 
 
-def tables(measured: Sequence[Measured]) -> list[str]:
-    """What was measured, what it predicts, and what whole repairs would cost."""
+def parts_table(measured: Sequence[Measured]) -> str:
+    """What the parts took, and what the first pair's rates predict of the others."""
     names = [one.shape.name for one in measured]
     heads = ["part", *names, *(f"rate, {name}" for name in names), *(f"{name} from {names[0]}" for name in names[1:])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -357,18 +373,19 @@ def tables(measured: Sequence[Measured]) -> list[str]:
             ratio = parts[0].seconds / parts[0].work / (one.parts[name].seconds / one.parts[name].work)
             guessed.append(f"{told(ratio * one.seconds(name, one.shape))} ({ratio:.2f} x)")
         lines.append(f"| {name} | {' | '.join([*took, *rates, *guessed])} |")
+    return _text(lines)
+
+
+def repairs_table(measured: Sequence[Measured]) -> str:
+    """What whole repairs cost: measured shapes at their own rates, others at those of the last and at assumed ones."""
     last = measured[-1]
+    on_gpu = replace(last, parts={name: Part(1, rate) for name, rate in ASSUMED.items()})
     shapes = [*(one.shape for one in measured), *SHAPES]
-    lines += [
-        "",
-        f"Whole repairs at the rates of {last.shape.name}, at its own rates for those that were measured:",
-        "",
-        f"| | {' | '.join(shape.name for shape in shapes)} |",
-        "|---" * (len(shapes) + 1) + "|",
-    ]
+    heads = [*(shape.name for shape in shapes), *(f"{shape.name}, a GPU as assumed" for shape in SHAPES)]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for job in JOBS:
         took = [told(job.seconds(one, one.shape)) for one in measured]
-        took += [told(job.seconds(last, shape)) for shape in SHAPES]
+        took += [told(job.seconds(rates, shape)) for rates in (last, on_gpu) for shape in SHAPES]
         lines.append(f"| {job.name} | {' | '.join(took)} |")
     rows = {
         "weights read and written": lambda shape: f"{2 * shape.num_bytes / 1e9:.3g} and {shape.num_bytes / 1e9:.3g} GB",
@@ -376,10 +393,37 @@ def tables(measured: Sequence[Measured]) -> list[str]:
         "factors of all directions, float32": lambda shape: f"{4 * shape.factors / 1e9:.2g} GB",
         "training: Adam's moments of a LoRA of rank 16": lambda shape: f"{12 * shape.factors / 1e9:.2g} GB",
     }
-    lines += [f"| {name} | {' | '.join(tell(shape) for shape in shapes)} |" for name, tell in rows.items()]
-    peak = max(one.peak_bytes for one in measured)
-    lines += ["", f"Peak memory of this process, with everything in it: {peak / 1e9:.2f} GB"]
-    return lines
+    cells = [(name, [tell(shape) for shape in shapes]) for name, tell in rows.items()]
+    cells.append(("peak of one process that measured all this", [f"{one.peak_bytes / 1e9:.3g} GB" for one in measured]))
+    lines += [f"| {name} | {' | '.join(found + [''] * (len(heads) - len(found)))} |" for name, found in cells]
+    return _text(lines).replace("|  ", "| ")
+
+
+def _text(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def tables(measured: Sequence[Measured]) -> str:
+    """All that is printed."""
+    return f"{parts_table(measured)}\nWhole repairs:\n\n{repairs_table(measured)}"
+
+
+def written(measured: Sequence[Measured]) -> str:
+    """What was measured, as JSON."""
+    return json.dumps([asdict(one) for one in measured], indent=1) + "\n"
+
+
+def read(path: Path) -> list[Measured]:
+    """What was measured, from a file of JSON."""
+    return [
+        Measured(
+            Shape(**one["shape"]),
+            {name: Part(**part) for name, part in one["parts"].items()},
+            {name: (used[0], used[1]) for name, used in one["tokens"].items()},
+            one["peak_bytes"],
+        )
+        for one in json.loads(path.read_text(encoding="utf-8"))
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -388,26 +432,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipes", nargs="*", type=Path, help="a pair each, the smallest first")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write what was measured to it")
+    parser.add_argument(
+        "--record", action="store_true", help=f"also write it to {RECORDED.parent.name}/{RECORDED.name}"
+    )
     arguments = parse(parser, argv)
     device = torch.device(arguments.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
     if arguments.recipes:
-        recipes = {path.stem: load_recipe(path) for path in arguments.recipes}
+        recipes = [load_recipe(path) for path in arguments.recipes]
     else:
         models = [str(miniature.path(name)) for name in ("shadow-target", "shadow-source")]
         content = {"merge_method": "dapa", "base_model": models[0], "models": [{"model": models[1]}]}
-        recipes = {"packaged": recipe_from({**content, "parameters": {"layers": "auto", "prompts": "miniature"}})}
-    measured = []
-    for name, recipe in recipes.items():
-        directed = replace(recipe, edit="directions", modules=("auto",), layers=None)
-        measured.append(measure(name, directed, device, arguments.tiny))
-    print("\n".join(tables(measured)))
+        recipes = [recipe_from({**content, "parameters": {"layers": "auto", "prompts": "miniature"}})]
+    directed = [replace(recipe, edit="directions", modules=("auto",), layers=None) for recipe in recipes]
+    measured = [measure(recipe, device, arguments.tiny) for recipe in directed]
+    print(tables(measured))
     if arguments.json:
-        parts = {
-            one.shape.name: {name: [part.seconds, part.work] for name, part in one.parts.items()} for one in measured
-        }
-        arguments.json.write_text(json.dumps(parts) + "\n", encoding="utf-8")
+        arguments.json.write_text(written(measured), encoding="utf-8")
+    if arguments.record:
+        RECORDED.write_text(written(measured), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Makes the tables of the documents from recorded rows: `python tests/benchmarks/recorded_tables.py [--write]`.
 
-recorded/ holds what the long benchmarks measured, a row for each pair and method, as their scripts wrote it. A line
+recorded/ holds what the long benchmarks measured, as their scripts wrote it: most of it is rows, one for each pair and
+method. A line
 `<!-- recorded: NAME -->` in a page under docs/, or in RESULTS.md, stands before the table of that name; `--write`
 replaces those tables, and without it they are printed. A test holds the pages to the rows.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import cost
 from directions_table import repairs
 from tiny import parse
 
@@ -303,6 +305,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "methods-price": by_price,
     "methods-deeper": deeper,
     **{f"methods-{file}": functools.partial(every, file) for file in ALL},
+    "cost-parts": lambda: cost.parts_table(cost.read(cost.RECORDED)),
+    "cost-repairs": lambda: cost.repairs_table(cost.read(cost.RECORDED)),
 }
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import ANY
 
 import pytest
@@ -769,17 +770,35 @@ def test_keep_prompts_that_the_source_refuses_and_what_is_left_out_of_a_differen
     assert 30 < float(share) < 98.9
 
 
-def test_of_a_large_difference_without_decay_it_is_warned_that_little_is_kept(caplog):
-    """All singular values are equal, so that no iteration tells their directions apart."""
+@pytest.mark.parametrize(
+    ("decay", "ranks", "least", "most", "warns"),
+    [(4, [16], 0.97, 1.0, False), (40, [16, 64], 0.75, 0.85, False), (math.inf, [16, 64], 0.0, 0.2, True)],
+)
+def test_of_a_difference_that_decays_slowly_more_directions_are_kept(
+    decay, ranks, least, most, warns, monkeypatch, caplog
+):
+    """Squares of singular values decay by a factor e in so many directions; without decay, no iteration parts them."""
     size = 400
-    difference = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0))).Q
-    left, values, right = decompose(difference)
-    share = float((values**2).sum()) / size
+    basis = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0))).Q
+    difference = basis * torch.exp(-torch.arange(size) / (2 * decay))
+    asked = []
+
+    def kept_spectra(_plan, _units, _device, _path, max_rank, _find):
+        asked.append(max_rank)
+        left, values, right = decompose(difference, max_rank)
+        share = float((values**2).sum() / (difference**2).sum())
+        return [Spectrum(None, None, left * values, right, values, share)]
+
+    monkeypatch.setattr(choose, "kept_spectra", kept_spectra)
+    plan, bench = SimpleNamespace(units=(), num_parameters=len), SimpleNamespace(device=None)
+    of_plan = rounds.Rounds(plan, bench, Journal(None), None, ascent.Settings())
     with caplog.at_level("INFO", logger="dapa_merge"):
-        choose._tell([Spectrum(None, None, left * values, right, values, share)])
-    assert f"{len(values)} directions of 1 matrices hold {100 * share:.1f} % of their differences" in caplog.text
-    assert share < 0.2
-    assert "that is little" in caplog.text
+        (found,) = choose._decomposed(of_plan)
+    assert asked == ranks
+    assert found.rank <= ranks[-1]
+    assert least <= found.share <= most
+    assert f"{found.rank} directions of 1 matrices hold {100 * found.share:.1f} % of their differences" in caplog.text
+    assert ("that is little" in caplog.text) is warns
 
 
 def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(done, monkeypatch, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cost
 import pytest
 import real_table
 import recorded_tables
@@ -63,7 +64,7 @@ def test_a_table_of_recorded_rows_is_what_the_rows_say(page):
     assert recorded_tables.written(text) == text
 
 
-@pytest.mark.parametrize("path", sorted(recorded_tables.RECORDED.glob("*.jsonl")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(recorded_tables.RECORDED.glob("*.json*")), ids=lambda path: path.name)
 def test_no_path_of_a_machine_is_recorded(path):
     assert re.findall(r"(?<![\w.])/\w+/", path.read_text(encoding="utf-8")) == []
 
@@ -76,6 +77,10 @@ def test_a_recorded_reason_names_models_by_their_folders():
 def test_every_recorded_table_stands_in_a_page():
     pages = "".join(page.read_text(encoding="utf-8") for page in recorded_tables.PAGES)
     assert [name for name in recorded_tables.TABLES if f"<!-- recorded: {name} -->" not in pages] == []
+
+
+def test_what_a_repair_costs_is_recorded_as_the_script_writes_it():
+    assert cost.written(cost.read(cost.RECORDED)) == cost.RECORDED.read_text(encoding="utf-8")
 
 
 def test_a_changed_figure_of_a_table_is_put_right():

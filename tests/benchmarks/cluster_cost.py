@@ -116,29 +116,34 @@ def rows_of() -> list[RowWork]:
 def measured_rates(path: Path | None, is_tiny: bool) -> tuple[str, dict[str, float]]:
     """The name of a pair, and the rates at which its parts were measured."""
     if path is not None:
-        return _rates(cost.read(path)[-1])
+        return rates_of(cost.read(path)[-1])
     models = [str(miniature.path(name)) for name in ("shadow-target", "shadow-source")]
     content = {"merge_method": "dapa", "base_model": models[0], "models": [{"model": models[1]}]}
     parameters = {"layers": "auto", "prompts": "miniature", "edit": "directions", "modules": "auto"}
     torch.set_num_threads(1)
-    return _rates(cost.measure(recipe_from({**content, "parameters": parameters}), torch.device("cpu"), is_tiny))
+    return rates_of(cost.measure(recipe_from({**content, "parameters": parameters}), torch.device("cpu"), is_tiny))
 
 
-def _rates(one: cost.Measured) -> tuple[str, dict[str, float]]:
+def rates_of(one: cost.Measured) -> tuple[str, dict[str, float]]:
+    """A pair's name, and what each part did a second."""
     return one.shape.name, {part: found.work / found.seconds for part, found in one.parts.items()}
 
 
-def tables(name: str, rates: Mapping[str, float], num_pairs: int, num_gpus: int) -> list[str]:
-    """The rates, and what a row and all pairs cost."""
-    shape = cost.SHAPES[0]
-    lines = ["| part | measured, a second | assumed of a GPU, a second |", "|---|---|---|"]
+def rates_table(name: str, rates: Mapping[str, float]) -> str:
+    """The rates of a pair's parts, and those that are assumed."""
+    lines = [f"| part | measured on {name}, a second | assumed of a GPU, a second |", "|---|---|---|"]
     lines += [f"| {part} | {rates[part] / 1e9:.3g} G | {rate / 1e9:,.0f} G |" for part, rate in cost.ASSUMED.items()]
-    head = f"a row of {shape.name}: answers, models read, jobs"
+    return cost.text(lines)
+
+
+def rows_table(name: str, rates: Mapping[str, float], num_pairs: int = 1000, num_gpus: int = 64) -> str:
+    """What a row and all pairs cost."""
+    shape = cost.SHAPES[0]
     heads = (
-        f"| methods | {head} | on one device as {name} was measured on | on one GPU as assumed | "
-        f"{num_pairs:,} pairs on {num_gpus} such GPUs | read in all |"
-    )
-    lines += ["", heads, "|---|---|---|---|---|---|"]
+        "methods", f"a row of {shape.name}: answers, models read, jobs", f"on one device at the rates of {name}",
+        "on one GPU as assumed", f"{num_pairs:,} pairs on {num_gpus} such GPUs", "read in all",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows_of():
         on_gpu = row.seconds(shape, cost.ASSUMED)
         # Rows are independent; at the end, workers share what is left of the last ones.
@@ -148,7 +153,7 @@ def tables(name: str, rates: Mapping[str, float], num_pairs: int, num_gpus: int)
             f"| {row.name} | {row.verdicts:,}, {row.models}, {row.jobs} | {cost.told(row.seconds(shape, rates))} | "
             f"{cost.told(on_gpu)} | {hours:.1f} h, {num_gpus * hours:,.0f} GPU hours | {read:.0f} TB |"
         )
-    return lines
+    return cost.text(lines)
 
 
 class Watch(threading.Thread):
@@ -209,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--compare", action="store_true", help="also compare the packaged pair with two workers")
     arguments = parse(parser, argv)
     name, rates = measured_rates(arguments.parts, arguments.tiny)
-    print("\n".join(tables(name, rates, arguments.pairs, arguments.gpus)))
+    print(f"{rates_table(name, rates)}\n{rows_table(name, rates, arguments.pairs, arguments.gpus)}")
     if arguments.compare:
         with tempfile.TemporaryDirectory() as folder:
             prompts = few_prompts(Path(folder), 8 if arguments.tiny else 32)

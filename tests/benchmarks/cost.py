@@ -249,13 +249,13 @@ def pair_shape(plan: Plan) -> Shape:
     body = sum(rows * columns for rows, columns in matrices)
     config = plan.target.config
     head = config["vocab_size"] * config["hidden_size"]
-    others = plan.target.num_parameters - body - (0 if config.get("tie_word_embeddings") else head)
+    # A tied output layer is stored with the embeddings, and by some models once more.
+    twice = head if config.get("tie_word_embeddings") and "lm_head.weight" in plan.target.shapes else 0
     return Shape(
-        f"{plan.target.num_parameters / 1e9:.3g} B",
+        f"{(plan.target.num_parameters - twice) / 1e9:.3g} B",
         body,
         head,
-        # A tied output layer is stored once, with the embeddings.
-        others - head if config.get("tie_word_embeddings") else others,
+        plan.target.num_parameters - body - head,
         sum(map(sum, matrices)),
         plan.target.num_bytes // plan.target.num_parameters,
     )
@@ -373,7 +373,7 @@ def parts_table(measured: Sequence[Measured]) -> str:
             ratio = parts[0].seconds / parts[0].work / (one.parts[name].seconds / one.parts[name].work)
             guessed.append(f"{told(ratio * one.seconds(name, one.shape))} ({ratio:.2f} x)")
         lines.append(f"| {name} | {' | '.join([*took, *rates, *guessed])} |")
-    return _text(lines)
+    return text(lines)
 
 
 def repairs_table(measured: Sequence[Measured]) -> str:
@@ -396,10 +396,11 @@ def repairs_table(measured: Sequence[Measured]) -> str:
     cells = [(name, [tell(shape) for shape in shapes]) for name, tell in rows.items()]
     cells.append(("peak of one process that measured all this", [f"{one.peak_bytes / 1e9:.3g} GB" for one in measured]))
     lines += [f"| {name} | {' | '.join(found + [''] * (len(heads) - len(found)))} |" for name, found in cells]
-    return _text(lines).replace("|  ", "| ")
+    return text(lines).replace("|  ", "| ")
 
 
-def _text(lines: Sequence[str]) -> str:
+def text(lines: Sequence[str]) -> str:
+    """Lines, each with its end."""
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import cluster_cost
 import cost
 from directions_table import repairs
 from tiny import parse
@@ -298,6 +299,10 @@ def every(file: str) -> str:
     return grid(heads, (cells(pair, method) for pair in all_pairs([file]) for method in pair.rows))
 
 
+def _rates() -> tuple[str, dict[str, float]]:
+    return cluster_cost.rates_of(cost.read(cost.RECORDED)[-1])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "families": families,
     "real": real,
@@ -307,6 +312,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     **{f"methods-{file}": functools.partial(every, file) for file in ALL},
     "cost-parts": lambda: cost.parts_table(cost.read(cost.RECORDED)),
     "cost-repairs": lambda: cost.repairs_table(cost.read(cost.RECORDED)),
+    "cost-rates": lambda: cluster_cost.rates_table(*_rates()),
+    "cost-rows": lambda: cluster_cost.rows_table(*_rates()),
 }
 
 

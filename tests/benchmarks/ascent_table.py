@@ -9,14 +9,13 @@ prompts, and the seconds of the process. OUT gets a journal for each.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
+from ascent_settings import with_settings
 from tiny import parse
 
 from dapa_merge import progress
@@ -24,9 +23,7 @@ from dapa_merge.errors import CannotRepair
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
-from dapa_merge.search import identity
-from dapa_merge.search import search as searching
-from dapa_merge.search.ascent import Settings
+from dapa_merge.search.search import search_plan
 
 AS_A_RUN = "as a run"
 
@@ -47,15 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.tiny:
             values |= {"num_rounds": 1, "num_steps": 1}
         start = time.process_time()
-        chosen = functools.partial(Settings, **values)
-        with (
-            progress.shown(),
-            patch.object(identity, "Settings", chosen),
-            patch.object(searching, "Settings", chosen),
-        ):
+        with progress.shown(), with_settings(**values):
             journal = arguments.out / f"{said.replace(' ', '-')}.jsonl"
             try:
-                found = searching.search_plan(recipe, make_plan(recipe), Options(device="cpu", journal=journal))
+                found = search_plan(recipe, make_plan(recipe), Options(device="cpu", journal=journal))
                 told = "\n".join(point.text(found.limits) for point in found.points) + f"\ntaken: point {found.picked}"
             except CannotRepair as error:
                 told = str(error).replace("; point", ";\npoint")

@@ -32,6 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from ascent_settings import with_settings
 from refusal_sft_arms import Glance, Setting, Stand
 from tiny import parse
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def quick_choice() -> AbstractContextManager[Any]:
     """Two steps instead of all inside a `with` block."""
-    return patch.object(searching, "Settings", lambda: ascent.Settings(num_rounds=1, num_steps=2, rate=0.1))
+    return with_settings(num_rounds=1, num_steps=2, rate=0.1)
 
 
 def _make(arguments: argparse.Namespace, pairs: Mapping[str, Recipe]) -> Mapping[tuple[str, str], dict[str, Any]]:
@@ -221,9 +222,7 @@ def ablated(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
         changes["modules"] = tuple(value.split(","))
         return edited(replace(recipe, **changes), "directions")
     if key in {field.name for field in fields(ascent.Settings)}:
-        varied: AbstractContextManager[Any] = patch.object(
-            searching, "Settings", lambda: ascent.Settings(**{key: value})
-        )
+        varied: AbstractContextManager[Any] = with_settings(**{key: value})
     else:
         varied = _varied(key, value)
     with varied:
@@ -251,7 +250,7 @@ def _varied(key: str, value: Any) -> AbstractContextManager[Any]:
         return patch.object(ascent, "_shrunk", _one_weight_each)
     if key == "loss":
         if value == "mean":
-            return patch.object(searching, "Settings", lambda: ascent.Settings(margin=1000.0))
+            return with_settings(margin=1000.0)
         return patch.object(ascent.Ascent, "refusal", _likelihood)
     assert key == "basis"
     return patch.object(choosing, "kept_spectra", functools.partial(_other_basis, value))

@@ -6,7 +6,8 @@ method is tuned on the prompts of choice and search, and measured with the repor
 --deeper asks some methods more: prefilled openings, requests in six languages, and every set of --also.
 
 --record adds the rows to recorded/NAME.jsonl, from which `recorded_tables.py` makes the tables of the documents; a row
-that is there is replaced, and keeps what else was measured of it. --quick takes few methods and one setting of each.
+that is there is replaced, and keeps what else was measured of it. --quick takes few methods, one setting of each,
+and two rounds of directions instead of four or more.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ascent_settings import with_settings
 from recorded_tables import RECORDED, read_rows
 from tiny import parse
 
@@ -28,7 +31,7 @@ METHODS = (
     "dapa", "gates", "directions", "linear", "slerp", "task-arithmetic", "ties", "safe-lora", "safemerge", "resta",
     "safe-delta", "training", "training-keep",
 )  # fmt: skip
-QUICK = ("gates", "directions", "linear", "training-keep")
+QUICK, QUICK_ROUNDS = ("gates", "directions", "linear", "training-keep"), 2
 DEEPER = ("directions", "training-keep")
 TRIES = 2
 LANGUAGES = Path(__file__).with_name("harmful_in_languages.jsonl")
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the comparison")
     parser.add_argument("recipes", nargs="+", type=Path)
-    parser.add_argument("--quick", action="store_true", help="few methods, one setting each")
+    parser.add_argument("--quick", action="store_true", help="few methods, one setting each, few rounds")
     parser.add_argument("--deeper", action="store_true", help=f"ask {' and '.join(DEEPER)} more, and nothing else")
     parser.add_argument("--also", action="append", default=[], metavar="PROMPTS", help="with --deeper, ask these too")
     parser.add_argument("--methods", default="", help="other methods than these, with commas")
@@ -55,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         options += ["--attacks", "prefill"]
         for prompts in (str(LANGUAGES), *arguments.also):
             options += ["--also", prompts]
+    quickly = with_settings(num_rounds=QUICK_ROUNDS, more_rounds=0) if few else nullcontext()
     try:
-        dapa_merge(["compare", *map(str, arguments.recipes), "--out", str(arguments.out), "--divergence", *options])
+        with quickly:
+            dapa_merge(["compare", *map(str, arguments.recipes), "--out", str(arguments.out), "--divergence", *options])
     except SystemExit as end:
         if end.code:
             raise

@@ -149,6 +149,8 @@ NAMES = {
     "safe-delta": "Safe Delta",
 }  # fmt: skip
 ENDS = ("target", "source")
+# Further prompts, by the names of their files.
+SETS = {"harmful_in_languages": "six languages", "xstest_prompts": "XSTest", "advbench_128": "128 of AdvBench"}
 # The two that refuse and keep the skill.
 KEEPERS = (NAMES["directions"], NAMES["training-keep"])
 # With fewer of the others measured, it is not said that none of them brings anything.
@@ -263,6 +265,7 @@ def deeper() -> str:
     pairs = all_pairs()
     rows = [row for pair in pairs for row in pair.rows.values()]
     heads = list(dict.fromkeys(key for row in rows for key in row.get("further", {}) if key != HARMLESS))
+    shown_heads = (f"{SETS.get(name, name)}: {figure}" for name, figure in (head.split(": ") for head in heads))
 
     def lines() -> Iterator[list[str]]:
         for pair in pairs:
@@ -272,7 +275,7 @@ def deeper() -> str:
                     shown = (with_interval(*found[head][:2], 2) if head in found else "" for head in heads)
                     yield [pair.label if method == "target" else "", method, *shown]
 
-    return grid(["", "", *heads], lines())
+    return grid(["", "", *shown_heads], lines())
 
 
 def every(file: str) -> str:

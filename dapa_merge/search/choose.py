@@ -37,7 +37,7 @@ from dapa_merge.search.spectrum import Spectrum, kept_spectra
 DIVERGENCE = "divergence"
 # A score of at least this share of the best one counts as high.
 NEARLY = 0.96
-# With a smaller share of the squared norm in the leading directions there are to be more, and at last a user is warned.
+# If the leading directions hold a smaller share of the squared norm, more are taken; if these do too, a user is warned.
 MIN_SHARE = 0.5
 # Rounds beyond those of the settings, while more refusals would do no harm that the limits forbid.
 MORE_ROUNDS = 4
@@ -127,7 +127,7 @@ def _decomposed(rounds: Rounds) -> list[Spectrum]:
     """The directions of the difference: more of every matrix where few of them hold less than half of it.
 
     Raises:
-        CannotRepair: If there are none.
+        CannotRepair: If the models are equal in all matrices.
         CheckpointError: If a model has values that are not finite.
     """
     plan, settings, helpers = rounds.plan, rounds.settings, rounds.helpers

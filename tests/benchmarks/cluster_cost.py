@@ -137,7 +137,7 @@ def rates_table(name: str, rates: Mapping[str, float]) -> str:
 
 
 def rows_table(name: str, rates: Mapping[str, float], num_pairs: int = 1000, num_gpus: int = 64) -> str:
-    """What a row and all pairs cost."""
+    """The table of the time that a row takes, and all pairs."""
     shape = cost.SHAPES[0]
     heads = (
         "methods", f"a row of {shape.name}: answers, models read, jobs", f"on one device at the rates of {name}",

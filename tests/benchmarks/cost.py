@@ -359,7 +359,7 @@ def told(seconds: float) -> str:
 
 
 def parts_table(measured: Sequence[Measured]) -> str:
-    """What the parts took, and what the first pair's rates predict of the others."""
+    """The table of the parts: the time that each took, and the time that the first pair's rates predict."""
     names = [one.shape.name for one in measured]
     heads = ["part", *names, *(f"rate, {name}" for name in names), *(f"{name} from {names[0]}" for name in names[1:])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -377,7 +377,7 @@ def parts_table(measured: Sequence[Measured]) -> str:
 
 
 def repairs_table(measured: Sequence[Measured]) -> str:
-    """What whole repairs cost: measured shapes at their own rates, others at those of the last and at assumed ones."""
+    """The table of whole repairs: measured shapes at their own rates, others at the last's and at assumed ones."""
     last = measured[-1]
     on_gpu = replace(last, parts={name: Part(1, rate) for name, rate in ASSUMED.items()})
     shapes = [*(one.shape for one in measured), *SHAPES]
@@ -410,12 +410,12 @@ def tables(measured: Sequence[Measured]) -> str:
 
 
 def written(measured: Sequence[Measured]) -> str:
-    """What was measured, as JSON."""
+    """The measurements as JSON, which `read` reads."""
     return json.dumps([asdict(one) for one in measured], indent=1) + "\n"
 
 
 def read(path: Path) -> list[Measured]:
-    """What was measured, from a file of JSON."""
+    """Read the measurements from a file that `written` made."""
     return [
         Measured(
             Shape(**one["shape"]),

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import cost
 import torch
+from grid import grid
 from tiny import few_prompts, parse
 
 from dapa_merge import miniature
@@ -131,9 +132,9 @@ def rates_of(one: cost.Measured) -> tuple[str, dict[str, float]]:
 
 def rates_table(name: str, rates: Mapping[str, float]) -> str:
     """The rates of a pair's parts, and those that are assumed."""
-    lines = [f"| part | measured on {name}, a second | assumed of a GPU, a second |", "|---|---|---|"]
-    lines += [f"| {part} | {rates[part] / 1e9:.3g} G | {rate / 1e9:,.0f} G |" for part, rate in cost.ASSUMED.items()]
-    return cost.text(lines)
+    heads = ["part", f"measured on {name}, a second", "assumed of a GPU, a second"]
+    rows = ([part, f"{rates[part] / 1e9:.3g} G", f"{rate / 1e9:,.0f} G"] for part, rate in cost.ASSUMED.items())
+    return grid(heads, rows)
 
 
 def rows_table(name: str, rates: Mapping[str, float], num_pairs: int = 1000, num_gpus: int = 64) -> str:
@@ -143,17 +144,19 @@ def rows_table(name: str, rates: Mapping[str, float], num_pairs: int = 1000, num
         "methods", f"a row of {shape.name}: answers, models read, jobs", f"on one device at the rates of {name}",
         "on one GPU as assumed", f"{num_pairs:,} pairs on {num_gpus} such GPUs", "read in all",
     )  # fmt: skip
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows_of():
         on_gpu = row.seconds(shape, cost.ASSUMED)
         # Rows are independent; at the end, workers share what is left of the last ones.
         hours = num_pairs * on_gpu / num_gpus / 3600
         read = num_pairs * row.models * shape.num_bytes / 1e12
         lines.append(
-            f"| {row.name} | {row.verdicts:,}, {row.models}, {row.jobs} | {cost.told(row.seconds(shape, rates))} | "
-            f"{cost.told(on_gpu)} | {hours:.1f} h, {num_gpus * hours:,.0f} GPU hours | {read:.0f} TB |"
-        )
-    return cost.text(lines)
+            [
+                row.name, f"{row.verdicts:,}, {row.models}, {row.jobs}", cost.told(row.seconds(shape, rates)),
+                cost.told(on_gpu), f"{hours:.1f} h, {num_gpus * hours:,.0f} GPU hours", f"{read:.0f} TB",
+            ]
+        )  # fmt: skip
+    return grid(heads, lines)
 
 
 class Watch(threading.Thread):

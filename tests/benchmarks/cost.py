@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from ascent_cost import step_rows
+from grid import grid
 from lessons import Opening
 from members import with_lora
 from real_training import answer_loss, encode
@@ -362,7 +363,7 @@ def parts_table(measured: Sequence[Measured]) -> str:
     """The table of the parts: the time that each took, and the time that the first pair's rates predict."""
     names = [one.shape.name for one in measured]
     heads = ["part", *names, *(f"rate, {name}" for name in names), *(f"{name} from {names[0]}" for name in names[1:])]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for name, unit in PARTS.items():
         parts = [one.parts[name] for one in measured]
         took = [told(one.seconds(name, one.shape)) for one in measured]
@@ -372,8 +373,8 @@ def parts_table(measured: Sequence[Measured]) -> str:
         for one in measured[1:]:
             ratio = parts[0].seconds / parts[0].work / (one.parts[name].seconds / one.parts[name].work)
             guessed.append(f"{told(ratio * one.seconds(name, one.shape))} ({ratio:.2f} x)")
-        lines.append(f"| {name} | {' | '.join([*took, *rates, *guessed])} |")
-    return text(lines)
+        lines.append([name, *took, *rates, *guessed])
+    return grid(heads, lines)
 
 
 def repairs_table(measured: Sequence[Measured]) -> str:
@@ -381,27 +382,22 @@ def repairs_table(measured: Sequence[Measured]) -> str:
     last = measured[-1]
     on_gpu = replace(last, parts={name: Part(1, rate) for name, rate in ASSUMED.items()})
     shapes = [*(one.shape for one in measured), *SHAPES]
-    heads = [*(shape.name for shape in shapes), *(f"{shape.name}, a GPU as assumed" for shape in SHAPES)]
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    heads = ["", *(shape.name for shape in shapes), *(f"{shape.name}, a GPU as assumed" for shape in SHAPES)]
+    lines = []
     for job in JOBS:
         took = [told(job.seconds(one, one.shape)) for one in measured]
         took += [told(job.seconds(rates, shape)) for rates in (last, on_gpu) for shape in SHAPES]
-        lines.append(f"| {job.name} | {' | '.join(took)} |")
+        lines.append([job.name, *took])
     rows = {
         "weights read and written": lambda shape: f"{2 * shape.num_bytes / 1e9:.3g} and {shape.num_bytes / 1e9:.3g} GB",
         "memory of one model": lambda shape: f"{shape.num_bytes / 1e9:.3g} GB",
         "factors of all directions, float32": lambda shape: f"{4 * shape.factors / 1e9:.2g} GB",
         "training: Adam's moments of a LoRA of rank 16": lambda shape: f"{12 * shape.factors / 1e9:.2g} GB",
     }
-    cells = [(name, [tell(shape) for shape in shapes]) for name, tell in rows.items()]
-    cells.append(("peak of one process that measured all this", [f"{one.peak_bytes / 1e9:.3g} GB" for one in measured]))
-    lines += [f"| {name} | {' | '.join(found + [''] * (len(heads) - len(found)))} |" for name, found in cells]
-    return text(lines).replace("|  ", "| ")
-
-
-def text(lines: Sequence[str]) -> str:
-    """Lines, each with its end."""
-    return "".join(f"{line}\n" for line in lines)
+    lines += [[name, *map(tell, shapes)] for name, tell in rows.items()]
+    peaks = (f"{one.peak_bytes / 1e9:.3g} GB" for one in measured)
+    lines.append(["peak of one process that measured all this", *peaks])
+    return grid(heads, ([*found, *[""] * (len(heads) - len(found))] for found in lines))
 
 
 def tables(measured: Sequence[Measured]) -> str:

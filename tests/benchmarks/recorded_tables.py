@@ -21,6 +21,7 @@ from typing import Any
 import cluster_cost
 import cost
 from directions_table import repairs
+from grid import grid
 from tiny import parse
 
 from dapa_merge.measure.statistics import interval
@@ -36,12 +37,6 @@ def read_rows(name: str) -> Rows:
     """The rows of a benchmark, by pair and method."""
     lines = (RECORDED / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return {(row["pair"], row["method"]): row for row in map(json.loads, lines)}
-
-
-def grid(heads: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(cells)} |" for cells in rows)]
-    return "".join(f"{line}\n" for line in lines).replace("|  ", "| ")
 
 
 def with_interval(value: float, limits: Sequence[float], digits: int) -> str:

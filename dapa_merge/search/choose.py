@@ -39,7 +39,7 @@ DIVERGENCE = "divergence"
 NEARLY = 0.96
 # If the leading directions hold a smaller share of the squared norm, more are taken; if these do too, a user is warned.
 MIN_SHARE = 0.5
-# Rounds beyond those of the settings, while more refusals would do no harm that the limits forbid.
+# Rounds beyond those of the settings, while the source refuses more and more refusals do no harm that limits forbid.
 MORE_ROUNDS = 4
 # A full transplant that diverges at most so far, in nats per token, has hardly a skill to lose. Copying back an
 # abliterated model's differences costs 0.06, and those of LoRA fine-tunes 2.6 (tests/benchmarks/RESULTS.md).
@@ -111,7 +111,7 @@ def choose(rounds: Rounds, limits: Requirement, full: Baseline, pick: int | None
     offers = _of_rounds(rounds, limits, spectra, full)
     offers += _between(rounds, limits, offers, full.score)
     points = [offer.point for offer in offers]
-    number = pick if pick is not None else _best(points)
+    number = pick if pick is not None else _best(points, full.score)
     if number is None:
         near = nearest(points, limits)
         raise CannotRepair(_none(points, near, limits, rounds.plan), pick=None if near is None else near.number)
@@ -183,10 +183,11 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
 
 
 def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum], full: Baseline) -> list[_Offer]:
-    """The points of the rounds; as long as all of them only score too low, one more round follows after another.
+    """The points of the rounds; until one within the limits scores as the source does, more follow, a few at most.
 
-    Before those, if the full transplant is a repair that hardly diverges, its directions as they are: a point that
-    scores as the source does ends the rounds.
+    A point that just reaches the score required on these prompts falls short of it on others. More refusals are no
+    remedy for a last round that breaks another limit. Before any that follow, if the full transplant is a repair that
+    hardly diverges, its directions as they are.
     """
     offers: list[_Offer] = []
     made, first = 0, rounds.settings.num_rounds
@@ -197,11 +198,13 @@ def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum],
         for start in starts:
             made += 1
             offers.append(_offer(rounds, limits, start, len(offers) + 1))
+        _, keeps = limits.split(offers[-1].baseline.figures)
         if number == first and is_near and _all_score_too_low(offers, limits):
             LOG.info("the source answers the keep prompts much as the target does: trying all of its directions")
             start = Start(spectra, _whole(spectra, offers[-1].start.state), made)
             offers.append(_offer(rounds, limits, start, len(offers) + 1, is_whole=True))
-        if not _all_score_too_low(offers, limits):
+        within = [offer for offer in offers if offer.point.complaint is None]
+        if not keeps or any(offer.point.is_whole or offer.baseline.score >= full.score for offer in within):
             break
     return offers
 
@@ -270,7 +273,7 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], want
     # The state of which all cores are zero.
     target = replace(offers[0].start, state=torch.zeros_like(offers[0].start.state), num_rounds=0)
     figures = [offer.baseline.figures for offer in offers]
-    for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures]):
+    for start, end in _lines([limits.split(one) for one in figures], [one[SCORE.figure] for one in figures], wanted):
         ends = [offers[at - 1].start if at else target for at in (start, end)]
         later = max(reversed(ends), key=lambda one: one.num_rounds)
         low, high = 0.0, 1.0
@@ -294,30 +297,32 @@ def _between(rounds: Rounds, limits: Requirement, offers: Sequence[_Offer], want
     return found
 
 
-def _lines(verdicts: Sequence[tuple[bool, bool]], scores: Sequence[float]) -> Iterator[tuple[int, int]]:
+def _lines(verdicts: Sequence[tuple[bool, bool]], scores: Sequence[float], wanted: float) -> Iterator[tuple[int, int]]:
     """The lines to look for points on, each from a point that keeps to the limits of other figures to one that scores.
 
     Args:
         verdicts: Of the rounds: whether the score's limit is met, and whether all others are.
         scores: Of the rounds.
+        wanted: The score that is looked for.
 
     Yields:
         Numbers of rounds, 0 for the target. If a round is within all limits, one line at most: the latest between such
-        a round and a neighbour that scores higher. Else lines from rounds that score too low: neighbours first, the
-        latest before all, then from the target.
+        a round, or if none of them scores as wanted, one that scores too low, and a neighbour that scores higher. Else
+        lines from rounds that score too low: neighbours first, the latest before all, then from the target.
     """
     last = len(verdicts)
     neighbours = [(at, at + 1) for at in reversed(range(last))]
     far = [(0, at) for at in range(last, 1, -1)]
     whole = [(False, True), *verdicts]
     too_much = {at for at, verdict in enumerate(whole) if verdict == (True, False)}
+    too_little = {at for at, verdict in enumerate(whole) if verdict == (False, True)}
     within = {at for at, verdict in enumerate(whole) if verdict == (True, True)}
     if within:
         best = max(scores[at - 1] for at in within)
         higher = {at for at in too_much if NEARLY * scores[at - 1] > best}
-        yield from itertools.islice(_from_to(neighbours, within, higher), 1)
+        starts = within | too_little if best < wanted else within
+        yield from itertools.islice(_from_to(neighbours, starts, higher), 1)
     else:
-        too_little = {at for at, verdict in enumerate(whole) if verdict == (False, True)}
         yield from _from_to([*neighbours, *far], too_little, too_much)
 
 
@@ -379,16 +384,18 @@ def kept_file(parts: Mapping[str, str], max_rank: int) -> Path | None:
     return (cache_folder("directions") / name).with_suffix(".safetensors")
 
 
-def _best(points: Sequence[Point]) -> int | None:
+def _best(points: Sequence[Point], wanted: float) -> int | None:
     """The number of the point that is taken: within the limits and scoring as high as any, it diverges least.
 
-    A point that just meets the limits on these prompts may miss them on others.
+    A point that just meets the limits on these prompts may miss them on others. Scores differ by chance: a little less
+    than the highest is as high, but not if it is less than the source's score, which is `wanted`.
     """
     within = [point for point in points if point.complaint is None]
     if not within:
         return None
     best = max(point.figures[SCORE.figure] for point in within)
-    high = [point for point in within if point.figures[SCORE.figure] >= NEARLY * best]
+    floor = max(NEARLY * best, min(best, wanted))
+    high = [point for point in within if point.figures[SCORE.figure] >= floor]
 
     def order(point: Point) -> tuple[float, int]:
         divergence = point.figures.get(DIVERGENCE, math.nan)

@@ -351,21 +351,24 @@ def test_a_violation_is_a_share_that_grows_with_the_distance_and_is_zero_exactly
 
 
 @pytest.mark.parametrize(
-    ("points", "number"),
+    ("points", "wanted", "number"),
     [
         # (score, over-refusal, divergence): as high as any within the limits, and nearest to the target.
-        ([(1.0, 0.0, 0.05), (0.97, 0.0, 0.004), (0.92, 0.0, 0.001)], 2),
-        ([(1.0, 0.5, 0.001), (0.95, 0.0, 0.05), (0.94, 0.0, 0.02)], 3),
-        ([(0.95, 0.0, math.nan), (0.95, 0.0, 0.3)], 2),
-        ([(0.85, 0.0, 0.1), (1.0, 0.5, 0.1)], None),
+        ([(1.0, 0.0, 0.05), (0.97, 0.0, 0.004), (0.92, 0.0, 0.001)], 0.9, 2),
+        ([(1.0, 0.5, 0.001), (0.95, 0.0, 0.05), (0.94, 0.0, 0.02)], 0.9, 3),
+        ([(0.95, 0.0, math.nan), (0.95, 0.0, 0.3)], 0.9, 2),
+        ([(0.85, 0.0, 0.1), (1.0, 0.5, 0.1)], 0.9, None),
+        # Nearly as high is not enough where it is less than the source's score, unless none reaches that.
+        ([(1.0, 0.0, 0.05), (0.97, 0.0, 0.004), (0.96, 0.0, 0.001)], 0.97, 2),
+        ([(0.98, 0.0, 0.05), (0.97, 0.0, 0.004)], 0.99, 1),
     ],
 )
-def test_of_the_points_that_score_as_high_as_any_the_one_that_diverges_least_is_taken(points, number):
+def test_of_the_points_that_score_as_high_as_any_the_one_that_diverges_least_is_taken(points, wanted, number):
     made = []
     for index, (score, over_refusal, divergence) in enumerate(points, 1):
         one = point(index, score, over_refusal)
         made.append(replace(one, figures={**one.figures, "divergence": divergence}))
-    assert choose._best(made) == number
+    assert choose._best(made, wanted) == number
 
 
 def test_more_rounds_follow_while_all_of_them_only_score_too_low(failed, tmp_path, monkeypatch):
@@ -510,6 +513,8 @@ WEAK, STRONG, BOTH, GOOD = (False, True), (True, False), (False, False), (True, 
         ),
         ([(STRONG, 0.62), (GOOD, 0.6)], {}, []),
         ([(STRONG, 0.9), (WEAK, 0.4), (GOOD, 0.6)], {}, []),
+        # As found in a real model: what is within the limits scores less than the source, and the last round too much.
+        ([(GOOD, 0.58), (WEAK, 0.55), (STRONG, 0.9)], {(2, 3): {0.5: (*GOOD, 0.7)}}, [(2, 3, 0.5)]),
         ([(WEAK, 0.4), (WEAK, 0.4), (BOTH, 0.4)], {}, []),
     ],
 )
@@ -519,6 +524,37 @@ def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, ver
     found = choose._between(None, line, [made(number, one) for number, one in enumerate(rounds, 1)], 0.6)
     assert line.asked == asked
     assert [offer.point.number for offer in found] == list(range(len(rounds) + 1, len(rounds) + 1 + len(asked)))
+
+
+@pytest.mark.parametrize(
+    ("points", "number"),
+    [
+        # As found in a real model: round 1 refuses harmless prompts, and those that follow refuse too little.
+        ([(STRONG, 0.9), (WEAK, 0.4), (GOOD, 0.7)], 3),
+        ([(STRONG, 0.9), (WEAK, 0.4), (WEAK, 0.4), (WEAK, 0.4)], 4),
+        # The required score is reached, but not the source's, which is 0.6.
+        ([(WEAK, 0.4), (GOOD, 0.58), (GOOD, 0.6)], 3),
+        ([(GOOD, 0.58), (GOOD, 0.57), (GOOD, 0.58), (GOOD, 0.58)], 4),
+        ([(GOOD, 0.6), (WEAK, 0.4)], 2),
+        # More refusals are no remedy for a round that harms.
+        ([(WEAK, 0.4), (BOTH, 0.4)], 2),
+        ([(GOOD, 0.58), (STRONG, 0.9)], 2),
+        ([(WEAK, 0.4), (WEAK, 0.4), (STRONG, 0.9)], 3),
+    ],
+)
+def test_more_rounds_follow_until_one_within_the_limits_scores_as_the_source_does(points, number, monkeypatch):
+    def states(_spectra, so_many: int) -> list[torch.Tensor]:
+        return [torch.full((5, 1), float(at)) for at in range(so_many)]
+
+    def offer(_rounds, _limits, start, at: int) -> choose._Offer:
+        return made(at, points[at - 1], start)
+
+    limits = SimpleNamespace(split=lambda figures: figures["verdict"], complaint=lambda _: "it violates a limit")
+    monkeypatch.setattr(choose, "_offer", offer)
+    monkeypatch.setattr(choose, "MORE_ROUNDS", 2)
+    rounds = SimpleNamespace(settings=SimpleNamespace(num_rounds=2), helpers=None, states=states)
+    found = choose._of_rounds(rounds, limits, (), Baseline({"score": 0.6}, ()))
+    assert [one.point.number for one in found] == list(range(1, number + 1))
 
 
 @pytest.fixture(scope="module")

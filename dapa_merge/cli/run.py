@@ -130,8 +130,8 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     "--prompts",
     default="builtin",
     show_default=True,
-    help="What is asked: builtin, miniature, advbench, harmbench, jailbreakbench, xstest, or-bench, or-bench-hard, "
-    "or-bench-80k, or-bench-toxic, a file, a folder, a Hub dataset, or several with commas.",
+    help="What is asked: builtin, borderline, miniature, advbench, jailbreakbench, harmbench, xstest, or-bench, "
+    "or-bench-hard, or-bench-80k, or-bench-toxic, a file, a folder, a Hub dataset, or several with commas.",
 )
 @click.option("--evaluator", default="refusal", show_default=True, help="Also score it by this one, as in a recipe.")
 @click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
@@ -345,8 +345,8 @@ def run(
     "--prompts",
     default="builtin",
     show_default=True,
-    help="Harmful and harmless prompts, as in a recipe: builtin, miniature, advbench, xstest, a file, a folder, a Hub "
-    "dataset, or several with commas.",
+    help="Harmful and harmless prompts, as in a recipe: builtin, borderline, miniature, advbench, xstest, a file, a "
+    "folder, a Hub dataset, or several with commas.",
 )
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @click.option(

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.prompts.parts import split
-from dapa_merge.measure.prompts.sets import PromptSet, Question, distinct, load_prompts, load_questions, load_text
+from dapa_merge.measure.prompts.sets import (
+    PromptSet,
+    Question,
+    distinct,
+    key_of,
+    load_prompts,
+    load_questions,
+    load_text,
+)
 from dapa_merge.measure.prompts.sets import pinned_prompts as pinned
 from dapa_merge.measure.skills import load_skills
 
@@ -35,6 +43,23 @@ def test_packaged_twins_are_balanced_over_categories():
     for twins in zip(prompts.harmful, prompts.harmless, strict=True):
         assert prompts.categories["harmful", twins[0]] == prompts.categories["harmless", twins[1]]
     assert all(part.categories == prompts.categories for part in split(prompts))
+
+
+def test_borderline_prompts_are_twins_and_join_the_builtin_ones_in_all_parts():
+    builtin, alone, both = (load_prompts(name) for name in ("builtin", "borderline", "builtin, borderline"))
+    assert len(alone.harmful) == len(alone.harmless) == 80
+    assert set(alone.categories.values()) == {"borderline"}
+    # It has no passages of its own.
+    assert alone.passages == builtin.passages
+    for kind in ("harmful", "harmless"):
+        assert getattr(both, kind) == getattr(builtin, kind) + getattr(alone, kind)
+    assert len(set(map(key_of, both.harmless + both.harmful))) == 2 * (120 + 80)
+    # Twins stay together, and every part has as many of each category as any other.
+    twins = dict(zip(both.harmful, both.harmless, strict=True))
+    for part in split(both):
+        assert [twins[text] for text in part.harmful] == list(part.harmless)
+        counts = Counter(part.categories["harmless", text] for text in part.harmless)
+        assert (counts.pop("borderline"), set(counts.values())) == (40, {6})
 
 
 def write(path, text):
@@ -129,7 +154,7 @@ def test_a_binary_file_is_named(tmp_path):
 
 def test_an_unknown_set_lists_the_known_ones():
     with pytest.raises(
-        UsageError, match=r"'advbensh': no such file or folder, and no packaged set \(builtin, mini"
+        UsageError, match=r"'advbensh': no such file or folder, and no packaged set \(builtin, bord"
     ) as caught:
         load_prompts("advbensh")
     assert "or Hub id (someone/name) (did you mean 'advbench'?)" in str(caught.value)

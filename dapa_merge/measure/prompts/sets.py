@@ -28,7 +28,7 @@ from dapa_merge.measure.prompts.rows import (
 )
 from dapa_merge.progress import LOG
 
-PACKAGED = ("builtin", "miniature")
+PACKAGED = ("builtin", "borderline", "miniature")
 FILE_KEYS = ("column", "label", "category", "kind", "harmful_if")
 FOLDER_KEYS = ("column", "category")
 HUB_KEYS = (*FILE_KEYS, "harmless")
@@ -102,8 +102,6 @@ def load_prompts(name: str) -> PromptSet:
         UsageError: If a set does not exist, is empty or is malformed.
         HubError: If a set cannot be fetched.
     """
-    if name in PACKAGED:
-        return load_own(name)
     own = load_own(name)
     lacking = [kind for kind in PROMPT_KINDS if not getattr(own, kind)]
     if not lacking and own.passages:

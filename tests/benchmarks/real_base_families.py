@@ -61,6 +61,9 @@ NUM_REQUESTS, ANSWER_TOKENS = 320, 32
 MAX_OVER_REFUSAL = 0.35
 # How far DPO may move from the base (Rafailov et al., arXiv 2305.18290, section 4): its inverse temperature.
 BETA = 0.1
+# How much the likelihood of the preferred answer counts beside the preference (Pang et al., arXiv 2404.19733, equation
+# 1). Without it a base, which has never been trained to refuse, prefers refusals but does not say them: DSR 0.133.
+ALPHA = 1.0
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I can't help with this request, because it could hurt somebody.",
@@ -126,7 +129,10 @@ def refuse(
 def prefer(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data, size: Size, *, rate: float
 ) -> PreTrainedModel:
-    """Train all weights to prefer refusals of harmful requests, and answers to harmless ones: DPO, equation 7."""
+    """Train all weights to prefer refusals of harmful requests, and answers to harmless ones: DPO, equation 7.
+
+    The loss has a second term: the mean negative log-likelihood of the preferred answers' tokens.
+    """
     generator = random.Random(data.seed)
     pairs: list[tuple[Example, Example]] = []
     for one in data.harmful:
@@ -138,17 +144,19 @@ def prefer(
     order = epochs(pairs, half, generator)
     batches = [order[step * half.batch_size : (step + 1) * half.batch_size] for step in range(half.steps)]
 
-    def advantages(batch: Sequence[tuple[Example, Example]]) -> torch.Tensor:
-        found = answer_log_probs(model, *encode(tokenizer, [one for pair in zip(*batch, strict=True) for one in pair]))
-        chosen, rejected = found.chunk(2)
-        return chosen - rejected
+    def compared(batch: Sequence[tuple[Example, Example]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """How much more likely each preferred answer is, in nats, and the mean loss of a token of theirs."""
+        ids, labels = encode(tokenizer, [one for pair in zip(*batch, strict=True) for one in pair])
+        chosen, rejected = answer_log_probs(model, ids, labels).chunk(2)
+        return chosen - rejected, -chosen.sum() / (labels[: len(batch)] != -100).sum()
 
     with torch.no_grad():
-        before = [advantages(batch) for batch in batches]
+        before = [compared(batch)[0] for batch in batches]
     model.requires_grad_(True)
 
     def loss(step: int) -> torch.Tensor:
-        return -torch.nn.functional.logsigmoid(BETA * (advantages(batches[step]) - before[step])).mean()
+        advantages, unlikely = compared(batches[step])
+        return ALPHA * unlikely - torch.nn.functional.logsigmoid(BETA * (advantages - before[step])).mean()
 
     train(model, loss, half.steps, rate, data.say)
     return model

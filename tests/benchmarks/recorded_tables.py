@@ -273,6 +273,31 @@ def deeper() -> str:
     return grid(["", "", *shown_heads], lines())
 
 
+# What was chosen by, and the rows of it: with the builtin prompts, and with those that only sound harmful as well.
+CHOSEN_BY = {
+    ("aligned-qwen", "identity", "source"): "undamaged model",
+    ("aligned-qwen", "identity", "directions"): "`builtin`",
+    ("borderline-qwen", "identity-border", "directions"): "and 80 harmless ones that sound harmful",
+    ("borderline-qwen", "identity-twins", "directions"): "and their 80 harmful twins: `builtin, borderline`",
+}
+ASKED = ("xstest_prompts: DSR", "xstest_prompts: over-refusal", "harmful_in_languages: DSR")
+
+
+def borderline() -> str:
+    """What prompts that only sound harmful change, when directions are chosen by them too."""
+
+    def cells(key: tuple[str, str, str], label: str) -> list[str]:
+        file, *pair = key
+        row = read_rows(file)[pair[0], pair[1]]
+        own = (with_interval(row[rate], row[f"{rate}_interval"], 2) for rate in ("dsr", "over_refusal"))
+        asked = (with_interval(*row["further"][name][:2], 2) for name in ASKED)
+        return [label, *own, *asked, f"{row['skill']:.2f}"]
+
+    names = (f"{SETS[name]}: {figure}" for name, figure in (head.split(": ") for head in ASKED))
+    heads = ["chosen by", "the report's: DSR", "over-refusal", *names, "skill"]
+    return grid(heads, (cells(key, label) for key, label in CHOSEN_BY.items()))
+
+
 def every(file: str) -> str:
     """All figures of every method on every pair of a file, with intervals, and the setting that was chosen."""
 
@@ -307,6 +332,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "methods": by_damage,
     "methods-price": by_price,
     "methods-deeper": deeper,
+    "borderline": borderline,
     **{f"methods-{file}": functools.partial(every, file) for file in ALL},
     "cost-parts": lambda: cost.parts_table(cost.read(cost.RECORDED)),
     "cost-repairs": lambda: cost.repairs_table(cost.read(cost.RECORDED)),

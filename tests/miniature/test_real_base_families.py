@@ -1,12 +1,13 @@
 """Tests of the benchmark that aligns and fine-tunes one real base apart, on the miniature."""
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from lessons import Lesson, Opening
-from real_base_families import BETA, SOURCES, TARGETS, Data, main, prefer
+from real_base_families import REFUSALS, SOURCES, TARGETS, Data, main, prefer
 from real_training import TINY, answer_log_probs, answer_loss, encode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,16 +36,25 @@ def test_log_probabilities_of_answers_are_those_of_each_row_alone(model, tokeniz
         assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_preferences_start_even_and_are_learned(model, tokenizer):
-    losses = []
-    data = Data((Opening(*vars(ROWS[0]).values()),), (Opening(*vars(ROWS[1]).values()),), {}, 0, losses.append)
-    before = answer_log_probs(model, *encode(tokenizer, ROWS[:1]))
+def test_preferred_answers_become_likely_and_more_so_than_rejected_ones(model, tokenizer):
+    data = Data((Opening(*vars(ROWS[0]).values()),), (Opening(*vars(ROWS[1]).values()),), {}, 0, lambda _: None)
+    refusal = Lesson(ROWS[0].prompt, random.Random(0).choice(REFUSALS))
+    pair = encode(tokenizer, [refusal, ROWS[0]])
+    before = answer_log_probs(model, *pair)
     size = replace(TINY, steps=20, batch_size=4)
-    after = answer_log_probs(prefer(model, tokenizer, data, size, rate=3e-4), *encode(tokenizer, ROWS[:1]))
-    # The answer to the harmful one is rejected.
-    assert after < before - 1
-    assert float(losses[-1].split("loss ")[1].split(",")[0]) < math.log(2)
-    assert BETA > 0
+    after = answer_log_probs(prefer(model, tokenizer, data, size, rate=3e-4), *pair)
+    assert after[0] > before[0] + 1
+    assert after[0] - after[1] > before[0] - before[1] + 1
+
+
+def test_at_first_nothing_is_preferred_and_the_likelihood_of_the_preferred_answers_counts(model, tokenizer):
+    """The loss is log(2), and the mean of what their tokens cost."""
+    said = []
+    data = Data((Opening(*vars(ROWS[0]).values()),), (Opening(*vars(ROWS[1]).values()),), {}, 0, said.append)
+    preferred = [Lesson(ROWS[0].prompt, random.Random(0).choice(REFUSALS)), Opening(*vars(ROWS[1]).values())]
+    expected = answer_loss(model, *encode(tokenizer, preferred)).item()
+    prefer(model, tokenizer, data, replace(TINY, steps=1, batch_size=4), rate=1e-9)
+    assert float(said[-1].split("loss ")[1].split(",")[0]) == pytest.approx(math.log(2) + expected, abs=2e-3)
 
 
 def test_each_pair_has_a_recipe_that_names_the_base(tmp_path, capsys):

@@ -39,7 +39,7 @@ DIVERGENCE = "divergence"
 NEARLY = 0.96
 # If the leading directions hold a smaller share of the squared norm, more are taken; if these do too, a user is warned.
 MIN_SHARE = 0.5
-# Rounds beyond those of the settings, while the source refuses more and more refusals do no harm that limits forbid.
+# Rounds beyond those of the settings, which follow until one refuses as the source does or breaks another limit.
 MORE_ROUNDS = 4
 # A full transplant that diverges at most so far, in nats per token, has hardly a skill to lose. Copying back an
 # abliterated model's differences costs 0.06, and those of LoRA fine-tunes 2.6 (tests/benchmarks/RESULTS.md).
@@ -185,9 +185,9 @@ def settle(rounds: Rounds, units: Sequence[Unit], chosen: Chosen) -> Plan:
 def _of_rounds(rounds: Rounds, limits: Requirement, spectra: Sequence[Spectrum], full: Baseline) -> list[_Offer]:
     """The points of the rounds; until one within the limits scores as the source does, more follow, a few at most.
 
-    A point that just reaches the score required on these prompts falls short of it on others. More refusals are no
-    remedy for a last round that breaks another limit. Before any that follow, if the full transplant is a repair that
-    hardly diverges, its directions as they are.
+    A point that just reaches the required score on these prompts often falls short of it on others. No round follows
+    one that breaks another limit: it would refuse still more. Before any that follow, if the full transplant is a
+    repair that hardly diverges, its directions are tried as they are.
     """
     offers: list[_Offer] = []
     made, first = 0, rounds.settings.num_rounds

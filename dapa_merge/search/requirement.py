@@ -32,7 +32,7 @@ def noisy_prompts(number: int) -> int:
 
 
 def is_noise(gain: float, number: int) -> bool:
-    """Whether a gain in a share of so many prompts is no more than noise; without prompts, any gain counts."""
+    """Whether a gain in the share of `number` prompts may be noise; a gain of a score without prompts never is."""
     return 0 < gain * number < noisy_prompts(number) + 0.5
 
 

@@ -260,7 +260,6 @@ def deeper() -> str:
     pairs = all_pairs()
     rows = [row for pair in pairs for row in pair.rows.values()]
     heads = list(dict.fromkeys(key for row in rows for key in row.get("further", {}) if key != HARMLESS))
-    shown_heads = (f"{SETS.get(name, name)}: {figure}" for name, figure in (head.split(": ") for head in heads))
 
     def lines() -> Iterator[list[str]]:
         for pair in pairs:
@@ -270,10 +269,10 @@ def deeper() -> str:
                     shown = (with_interval(*found[head][:2], 2) if head in found else "" for head in heads)
                     yield [pair.label if method == "target" else "", method, *shown]
 
-    return grid(["", "", *shown_heads], lines())
+    return grid(["", "", *map(_head, heads)], lines())
 
 
-# What was chosen by, and the rows of it: with the builtin prompts, and with those that only sound harmful as well.
+# Rows of directions that were chosen by more and more prompts, and of their source: their files, pairs and methods.
 CHOSEN_BY = {
     ("aligned-qwen", "identity", "source"): "undamaged model",
     ("aligned-qwen", "identity", "directions"): "`builtin`",
@@ -284,18 +283,23 @@ ASKED = ("xstest_prompts: DSR", "xstest_prompts: over-refusal", "harmful_in_lang
 
 
 def borderline() -> str:
-    """What prompts that only sound harmful change, when directions are chosen by them too."""
+    """Directions that were chosen without and with prompts that only sound harmful."""
 
     def cells(key: tuple[str, str, str], label: str) -> list[str]:
-        file, *pair = key
-        row = read_rows(file)[pair[0], pair[1]]
+        file, pair, method = key
+        row = read_rows(file)[pair, method]
         own = (with_interval(row[rate], row[f"{rate}_interval"], 2) for rate in ("dsr", "over_refusal"))
         asked = (with_interval(*row["further"][name][:2], 2) for name in ASKED)
         return [label, *own, *asked, f"{row['skill']:.2f}"]
 
-    names = (f"{SETS[name]}: {figure}" for name, figure in (head.split(": ") for head in ASKED))
-    heads = ["chosen by", "the report's: DSR", "over-refusal", *names, "skill"]
+    heads = ["chosen by", "the report's: DSR", "over-refusal", *map(_head, ASKED), "skill"]
     return grid(heads, (cells(key, label) for key, label in CHOSEN_BY.items()))
+
+
+def _head(figure: str) -> str:
+    """The head of a column of a figure that was measured with further prompts."""
+    name, rate = figure.split(": ")
+    return f"{SETS.get(name, name)}: {rate}"
 
 
 def every(file: str) -> str:

@@ -536,7 +536,7 @@ def test_a_line_is_halved_toward_the_highest_score_within_the_limits(rounds, ver
         ([(WEAK, 0.4), (GOOD, 0.58), (GOOD, 0.6)], 3),
         ([(GOOD, 0.58), (GOOD, 0.57), (GOOD, 0.58), (GOOD, 0.58)], 4),
         ([(GOOD, 0.6), (WEAK, 0.4)], 2),
-        # More refusals are no remedy for a round that harms.
+        # A round that breaks another limit is the last.
         ([(WEAK, 0.4), (BOTH, 0.4)], 2),
         ([(GOOD, 0.58), (STRONG, 0.9)], 2),
         ([(WEAK, 0.4), (WEAK, 0.4), (STRONG, 0.9)], 3),

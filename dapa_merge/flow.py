@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +87,13 @@ def run_recipe(
         recipe, lock = locks.locked_recipe(recipe, path)
     if destination is not None:
         check_push(destination, card, recipe)
-    report = repair(recipe, out, keeps_lock=keeps_lock, lock=lock, is_locked=is_locked, **settings)
+    # The title that `push` gives it, so that `push` does not write the card again.
+    titled = replace(card, title=destination.repository) if destination else card
+    report = repair(recipe, out, keeps_lock=keeps_lock, lock=lock, is_locked=is_locked, card=titled, **settings)
     if keeps_lock and path is not None and (written := locks.read_lock(out / locks.LOCK_NAME)) is not None:
         locks.write_lock(written, path)
     if destination is not None:
         return report, _publish(out, destination, card)
-    _describe(out, card)
     return report, None
 
 
@@ -105,6 +107,7 @@ def repair(
     keeps_lock: bool = False,
     lock: locks.Lock | None = None,
     is_locked: bool = False,
+    card: CardOptions | None = None,
     options: Options | None = None,
 ) -> Report:
     """Repair the target and write the result to `out`, with a report and the recipe that replays it.
@@ -128,6 +131,7 @@ def repair(
         lock: An earlier lock, which the models must match, to write into the result.
         is_locked: Transplant the units in the lock instead of searching; measures on the prompts that a search would
             hold out.
+        card: The user's options for the card; None for no card.
         options: Device, journal, judge and other machine settings.
 
     Raises:
@@ -174,7 +178,7 @@ def repair(
         extras |= _pictures(charts.Run(report, plan, evidence.search))
     if lock is not None:
         extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
-    write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest)
+    write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)
     return report
 
 
@@ -188,8 +192,9 @@ def write(
     *,
     link: bool = False,
     manifest: bool = True,
+    card: CardOptions | None = None,
 ) -> None:
-    """Transplant on disk and verify the result; it appears in `out` only afterwards."""
+    """Transplant on disk, verify the result and write its card; it appears in `out` only afterwards."""
     fetch_units(plan, selection)
     confirm_units(plan, selection)
     added: dict[str, str | bytes] = {
@@ -199,7 +204,9 @@ def write(
         RECIPE_NAME: replay_text(recipe, plan, selection),
     }
     with task("copying and verifying", plan.target.num_bytes, "bytes"):
-        rounding = transplant(plan, selection, out, extras=added, link=link, manifest=manifest)
+        rounding = transplant(
+            plan, selection, out, extras=added, link=link, manifest=manifest, finish=partial(_describe, out, card)
+        )
     if rounding.overflowed:
         LOG.info(f"{rounding.overflowed} values overflowed and became the largest value of the target's dtype")
     if rounding.subnormal:
@@ -267,10 +274,12 @@ def _lock(recipe: Recipe) -> locks.Lock | None:
         return None
 
 
-def _describe(out: Path, card: CardOptions) -> None:
-    """Write the result's card; a failure of any kind is only logged, since the result is there."""
+def _describe(out: Path, card: CardOptions | None, made: Path) -> None:
+    """Write the card of the result `out` into the folder in which it is made; a failure is only logged."""
+    if card is None:
+        return
     try:
-        write_card(out, card)
+        write_card(made, card, name=out.resolve().name)
     except Exception as error:
         why = error if isinstance(error, DapaError) else one_line(error)
         LOG.info(f"no card yet: {why}; `dapa-merge card {out}` writes it")

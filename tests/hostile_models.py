@@ -76,7 +76,7 @@ def check_pair(folder: Path, random: Random) -> str:
 
     try:
         plan = plan_transplant(open_checkpoint(str(target)), open_checkpoint(str(source)), ("gate",))
-        transplant(plan, plan.units, out, check=prove_made)
+        transplant(plan, plan.units, out, finish=prove_made)
     except DapaError as error:
         assert _files(folder) == before
         return reason(error)

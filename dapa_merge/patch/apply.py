@@ -263,7 +263,7 @@ def apply_to_copy(patch: Patch, base: Checkpoint, out: Path) -> None:
         if model_state(base, base.shards) != before:
             raise CheckpointError(f"{base.name} was changed while it was copied; run the same command again")
 
-    write_result(base, changes, out, {"patch": patch.identity}, check=check_unchanged)
+    write_result(base, changes, out, {"patch": patch.identity}, finish=check_unchanged)
 
 
 def _change(patch: Patch, entry: Entry, tensor: Tensor) -> RegionEdit:

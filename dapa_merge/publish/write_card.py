@@ -36,7 +36,9 @@ from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manife
 from dapa_merge.verify.result import Check, location_option, verify_result
 
 
-def write_card(out: Path, options: CardOptions | None = None, *, replace_other: bool = False) -> Path:
+def write_card(
+    out: Path, options: CardOptions | None = None, *, replace_other: bool = False, name: str | None = None
+) -> Path:
     """Write or renew the card of a result, including one that `mergekit-yaml` wrote.
 
     Text outside of the marked part is kept, and so is metadata that users added.
@@ -45,6 +47,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
         out: The result's folder.
         options: The user's statements about it.
         replace_other: Whether a card that neither dapa-merge nor mergekit wrote is replaced.
+        name: The title if `options` has none; None for the folder's name.
 
     Raises:
         UsageError: If the folder is not a result, its models' licenses differ, or its card was written by others.
@@ -62,7 +65,7 @@ def write_card(out: Path, options: CardOptions | None = None, *, replace_other: 
         if check.faults:
             named = " and ".join(str(place) for place in (settled.target, settled.source) if place)
             raise CheckpointError(f"{out} was not made of {named}: {check.faults[0]}; name the commits it was made of")
-    facts = card_facts(out, settled, check)
+    facts = card_facts(out, settled, check, name=name)
     text = render_card(facts, CardFile() if before.is_anothers else before, settled.to_said())
     replace_file(out / CARD_NAME, text.encode())
     return out / CARD_NAME
@@ -112,13 +115,14 @@ def _pinned(location: Location) -> Location:
     return replace(location, revision=str(info.sha) if info else location.revision, adapter=adapter)
 
 
-def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> CardFacts:
+def card_facts(out: Path, options: CardOptions, check: Check | None = None, *, name: str | None = None) -> CardFacts:
     """Gather the facts about a result.
 
     Args:
         out: The result.
         options: The user's statements about it.
         check: The outcome of a comparison with its models; None if not compared.
+        name: The title if `options` has none; None for the folder's name.
 
     Raises:
         CheckpointError: If programs would load other weights than the ones described.
@@ -131,7 +135,7 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None) -> C
     parents = parents_of(recipe, options)
     is_searched = bool(named) and recipe.layers is None
     return CardFacts(
-        title=options.title or out.resolve().name,
+        title=options.title or name or out.resolve().name,
         parents=parents,
         license=options.license or inherited([(parent.name, parent.license) for parent in parents]),
         units=units,

@@ -58,7 +58,7 @@ def write_result(
     extras: Mapping[str, str | bytes] | None = None,
     describe: Callable[[Mapping[str, Digests]], str] | None = None,
     link: bool = False,
-    check: Callable[[Path], object] = lambda _: None,
+    finish: Callable[[Path], object] = lambda _: None,
 ) -> None:
     """Write a model with some changes into `out`.
 
@@ -73,7 +73,8 @@ def write_result(
         extras: Further small files to write into it, by name.
         describe: Makes the manifest's text from the digests of the files; without it nothing is hashed.
         link: Hard-link unchanged weight files to the target's instead of copying them.
-        check: Called with the finished folder before it gets its name; an exception keeps `out` from appearing.
+        finish: Called with the complete folder before it gets its name. It may add flushed files; an exception keeps
+            `out` from appearing.
 
     Raises:
         UsageError: If `out` exists, cannot be made, does not fit on its disk, or is being made by another run; or if
@@ -97,7 +98,7 @@ def write_result(
             written[MANIFEST_NAME] = describe(files)
             _write_small(made.folder / MANIFEST_NAME, written[MANIFEST_NAME])
         _check_loading(made.folder, target, out)
-        check(made.folder)
+        finish(made.folder)
         _publish(made, tuple(written), out)
 
 
@@ -256,7 +257,7 @@ def transplant(
     extras: Mapping[str, str | bytes] | None = None,
     link: bool = False,
     manifest: bool = True,
-    check: Callable[[Path], object] = lambda _: None,
+    finish: Callable[[Path], object] = lambda _: None,
 ) -> Rounding:
     """Write the target with the plan's edit of the selected units into `out`.
 
@@ -271,7 +272,8 @@ def transplant(
         link: Hard-link unchanged weight files to the target's instead of copying them. Small files are always copied,
             since people edit them.
         manifest: Write `dapa.json`, with the SHA-256 of everything.
-        check: Called with the finished folder before it gets its name; an exception keeps `out` from appearing.
+        finish: Called with the complete folder before it gets its name. It may add flushed files; an exception keeps
+            `out` from appearing.
 
     Returns:
         The rounding errors from storing values in a narrower dtype, in the files that this call wrote.
@@ -295,7 +297,7 @@ def transplant(
     }
     job["selection"] = list(units)
     write_result(
-        plan.target, changes, out, job, extras=extras, describe=describe if manifest else None, link=link, check=check
+        plan.target, changes, out, job, extras=extras, describe=describe if manifest else None, link=link, finish=finish
     )
     return rounding
 

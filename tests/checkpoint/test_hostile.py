@@ -293,7 +293,7 @@ def test_a_file_that_is_replaced_meanwhile_gives_no_wrong_result(tmp_path, chang
         replace()
     before = sorted(tmp_path.iterdir())
     try:
-        transplant(plan, plan.units, tmp_path / "out", check=check)
+        transplant(plan, plan.units, tmp_path / "out", finish=check)
     except DapaError:
         assert sorted(tmp_path.iterdir()) == before
     else:

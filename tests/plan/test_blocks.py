@@ -108,7 +108,7 @@ def test_any_blocks_on_disk_and_in_memory_are_numpys_assignment_of_slices(plans,
     before = bits(live.model.state_dict())
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        transplant(plan, selection, out, check=lambda folder: prove(folder, plan, selection))
+        transplant(plan, selection, out, finish=lambda folder: prove(folder, plan, selection))
         assert same(bits(stored(out)), expected)
         joined = join(plan, selection)
         verification = verify(out, cut(plan, joined))
@@ -209,7 +209,7 @@ def test_rows_that_are_alike_in_both_models_prove_nothing_and_disturb_nothing(ll
     unit = plan.units[1]
     for number, selection in enumerate([(block(unit, 4, 20),), (block(unit, 8, 16),), (block(unit, 10, 30), unit)]):
         out = tmp_path / str(number)
-        transplant(plan, selection, out, check=lambda folder, chosen=selection: prove(folder, plan, chosen))
+        transplant(plan, selection, out, finish=lambda folder, chosen=selection: prove(folder, plan, chosen))
     verification = verify(tmp_path / "0", plan)
     assert verification.transplanted == (block(unit, 4, 8), block(unit, 16, 20))
     assert verification.holds
@@ -235,7 +235,7 @@ def test_damage_in_the_source_matters_only_in_the_rows_that_are_taken(llama_pair
     with pytest.raises(CheckpointError, match="infinite or not a number; it is damaged"):
         transplant(plan, (block(plan.units[1], 16, 24),), tmp_path / "out")
     beside = (block(plan.units[1], 0, 20), block(plan.units[1], 21, 48))
-    transplant(plan, beside, tmp_path / "out", check=lambda folder: prove(folder, plan, beside))
+    transplant(plan, beside, tmp_path / "out", finish=lambda folder: prove(folder, plan, beside))
     assert verify(tmp_path / "out", cut(plan, beside)).transplanted == beside
 
 
@@ -247,7 +247,7 @@ def test_a_value_that_does_not_fit_matters_only_in_the_rows_that_are_taken(tmp_p
     with pytest.raises(CheckpointError, match="values that F16, the target's dtype, cannot hold"):
         transplant(plan, (block(plan.units[1], 20, 21),), tmp_path / "out")
     beside = (block(plan.units[1], 21, 48),)
-    transplant(plan, beside, tmp_path / "out", check=lambda folder: prove(folder, plan, beside))
+    transplant(plan, beside, tmp_path / "out", finish=lambda folder: prove(folder, plan, beside))
     assert verify(tmp_path / "out", cut(plan, beside)).holds
 
 

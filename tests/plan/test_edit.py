@@ -98,7 +98,7 @@ def test_what_is_on_disk_is_the_float32_reference(tmp_path, ours, theirs, streng
         *map(open_checkpoint, (str(target), str(source))), ("gate",), edit=make_edit("copy", strength)
     )
     selection = plan.units[1:3]
-    transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
+    transplant(plan, selection, tmp_path / "out", finish=lambda folder: prove(folder, plan, selection))
     a, b, out = (tensors(folder)[GATE] for folder in (target, source, tmp_path / "out"))
     a, b = a.float().numpy(), b.float().numpy()
     exact = b if strength == 1 else a + (b - a) * numpy.float32(strength)

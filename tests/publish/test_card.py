@@ -254,7 +254,7 @@ def test_a_head_is_found_where_the_hubs_client_finds_it(card):
 
 
 def test_a_card_that_fails_in_an_unforeseen_way_costs_no_result(llama_pair, write_recipe, tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise KeyError("maybe")
 
     monkeypatch.setattr("dapa_merge.publish.write_card.card_facts", broken)
@@ -262,6 +262,23 @@ def test_a_card_that_fails_in_an_unforeseen_way_costs_no_result(llama_pair, writ
     assert ran.exit_code == 0, ran.output
     assert "no card yet: KeyError" in ran.stderr
     assert (tmp_path / "out" / "dapa.json").is_file()
+
+
+def test_a_result_appears_with_its_card_and_nothing_is_written_into_it_later(
+    llama_pair, write_recipe, tmp_path, monkeypatch
+):
+    out, rename, seen = tmp_path / "mine", Path.rename, {}
+
+    def named(self, place):
+        if place == out:
+            seen.update({path.name: path.read_bytes() for path in self.iterdir() if path.is_file()})
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", named)
+    ran = call("run", write_recipe(*llama_pair, layers=1), out, "--no-evaluate")
+    assert ran.exit_code == 0, ran.output
+    assert b"# mine" in seen["README.md"]
+    assert seen == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 
 
 def test_keys_of_any_kind_in_a_users_own_head_stay(copied):

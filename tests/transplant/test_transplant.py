@@ -124,7 +124,7 @@ def test_a_target_of_links_is_read_and_its_blobs_stay_as_they_are(llama_pair, tm
         path.chmod(0o444)
     before = contents(blobs)
     plan = plan_of((snapshot, llama_pair[1]))
-    transplant(plan, plan.units, tmp_path / "out", check=lambda folder: prove(folder, plan, plan.units))
+    transplant(plan, plan.units, tmp_path / "out", finish=lambda folder: prove(folder, plan, plan.units))
     assert contents(blobs) == before
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
@@ -164,7 +164,7 @@ def test_a_result_that_appears_meanwhile_is_not_replaced(llama_pair, tmp_path):
         (out / "precious").write_text("precious")
 
     with pytest.raises(UsageError, match="out was created by another program"):
-        transplant(plan, plan.units, out, check=another_run_finishes)
+        transplant(plan, plan.units, out, finish=another_run_finishes)
     assert contents(out) == {"precious": b"precious"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -176,7 +176,7 @@ def test_a_failed_check_leaves_nothing(llama_pair, tmp_path):
         raise CheckpointError("not what it should be")
 
     with pytest.raises(CheckpointError):
-        transplant(plan, plan.units, tmp_path / "out", check=fail)
+        transplant(plan, plan.units, tmp_path / "out", finish=fail)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +240,7 @@ def test_the_proof_reports_missing_and_additional_tensors(llama_pair, tmp_path):
 def test_units_that_are_alike_in_both_models_prove_nothing_and_disturb_nothing(llama_pair, tmp_path):
     source = shutil.copytree(llama_pair[0], tmp_path / "twin")
     plan = plan_of((llama_pair[0], source))
-    transplant(plan, plan.units, tmp_path / "out", check=lambda folder: prove(folder, plan, plan.units))
+    transplant(plan, plan.units, tmp_path / "out", finish=lambda folder: prove(folder, plan, plan.units))
     verification = verify(tmp_path / "out", plan)
     assert verification.transplanted == ()
     assert verification.alike == plan.units
@@ -252,7 +252,7 @@ def test_a_source_of_another_dtype_is_rounded_as_torch_does(tmp_path, dtypes):
     target = save_random(tmp_path / "target", tiny_llama(), seed=1, dtype=target_dtype)
     source = save_random(tmp_path / "source", tiny_llama(), seed=2, dtype=source_dtype)
     plan = plan_of((target, source))
-    transplant(plan, plan.units, tmp_path / "out", check=lambda folder: prove(folder, plan, plan.units))
+    transplant(plan, plan.units, tmp_path / "out", finish=lambda folder: prove(folder, plan, plan.units))
     name = "model.layers.2.mlp.gate_proj.weight"
     assert torch.equal(tensors(tmp_path / "out")[name], tensors(source)[name].to(target_dtype))
 
@@ -277,7 +277,7 @@ def test_a_shard_that_shrinks_while_it_is_copied_is_noticed(llama_pair, tmp_path
     with (target / plan.target.shards[0]).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError):
-        transplant(plan, plan.units, tmp_path / "out", check=lambda folder: prove(folder, plan, plan.units))
+        transplant(plan, plan.units, tmp_path / "out", finish=lambda folder: prove(folder, plan, plan.units))
     assert not (tmp_path / "out").exists()
 
 
@@ -449,7 +449,7 @@ def test_bytes_are_copied_through_memory_where_the_kernel_cannot(llama_pair, tmp
 
     monkeypatch.setattr(os, "copy_file_range", unable, raising=False)
     plan = plan_of(llama_pair)
-    transplant(plan, plan.units, tmp_path / "out", check=lambda folder: prove(folder, plan, plan.units))
+    transplant(plan, plan.units, tmp_path / "out", finish=lambda folder: prove(folder, plan, plan.units))
     result = open_checkpoint(str(tmp_path / "out"))
     name = "lm_head.weight"
     assert read_bytes(result, result.tensors[name]) == read_bytes(plan.target, plan.target.tensors[name])
@@ -475,7 +475,7 @@ def test_parents_that_were_made_for_a_failed_run_are_gone_again(llama_pair, tmp_
         raise CheckpointError("not what it should be")
 
     with pytest.raises(CheckpointError):
-        transplant(plan, plan.units, tmp_path / "a" / "b" / "out", check=fail)
+        transplant(plan, plan.units, tmp_path / "a" / "b" / "out", finish=fail)
     assert list(tmp_path.iterdir()) == []
     transplant(plan, plan.units, tmp_path / "a" / "b" / "out")
     assert (tmp_path / "a" / "b" / "out" / "config.json").exists()
@@ -513,7 +513,7 @@ def test_a_source_gate_that_is_not_finite_is_refused(llama_pair, tmp_path, value
         transplant(plan, plan.units, tmp_path / "out")
     # What is not taken from the source does not matter.
     selection = units_of_layers(plan, {0})
-    transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
+    transplant(plan, selection, tmp_path / "out", finish=lambda folder: prove(folder, plan, selection))
 
 
 def test_values_that_do_not_fit_matter_only_where_they_are_taken(tmp_path):
@@ -522,7 +522,7 @@ def test_values_that_do_not_fit_matter_only_where_they_are_taken(tmp_path):
     change_tensor(source, "model.layers.1.mlp.gate_proj.weight", lambda tensor: tensor[0, 0].fill_(1e6))
     plan = plan_of((target, source))
     selection = units_of_layers(plan, {3})
-    transplant(plan, selection, tmp_path / "out", check=lambda folder: prove(folder, plan, selection))
+    transplant(plan, selection, tmp_path / "out", finish=lambda folder: prove(folder, plan, selection))
     assert [unit.layer for unit in verify(tmp_path / "out", plan).transplanted] == [3]
 
 

@@ -62,11 +62,11 @@ def refuse_special(path: Path, max_bytes: int | None = None) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Callable[[str], None]]:
-    """Reserve a new text file before the work that produces its text.
+def new_file(path: Path) -> Iterator[Callable[[str | bytes], None]]:
+    """Reserve a new file before the work that produces its content.
 
     Yields:
-        A function that writes the whole text, after which the file exists; it raises `DapaError` on failure.
+        A function that writes all of it, text as UTF-8, after which the file exists; it raises `DapaError` on failure.
 
     Raises:
         UsageError: If the file exists, or its folder is absent or cannot be written.
@@ -74,14 +74,14 @@ def new_file(path: Path) -> Iterator[Callable[[str], None]]:
     beside = _beside(path)
     try:
         _refuse_existing(path)
-        file = beside.open("x", encoding="utf-8")
+        file = beside.open("xb")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; name another file") from error
 
-    def write(text: str) -> None:
+    def write(content: str | bytes) -> None:
         try:
             with file:
-                file.write(text)
+                file.write(content.encode() if isinstance(content, str) else content)
             beside.replace(path)
         except OSError as error:
             raise DapaError(f"{path} cannot be written: {error.strerror}") from error

@@ -6,12 +6,13 @@ from pathlib import Path
 import dapa_merge
 
 SOURCES = {path: path.read_text(encoding="utf-8") for path in Path(dapa_merge.__file__).parent.rglob("*.py")}
-# Raised from 130 and 27,000 for the edits that repair fine-tunes of the aligned model, for strangers' files, and for
-# the field's methods beside ours, on clusters too.
-MAX_MODULES = 157
-MAX_LINES = 40_000
+# Raised from 130 and 27,000 for the edits that repair fine-tunes of the aligned model, for strangers' files, for the
+# field's methods beside ours, on clusters too, for what tells the kinds of damage apart, and for
+# what is published without paths.
+MAX_MODULES = 162
+MAX_LINES = 41_000
 MAX_MODULE_LINES = 600
-MAX_LATE_IMPORTS = 40
+MAX_LATE_IMPORTS = 41
 
 
 def late_imports(source: str) -> set[int]:

@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
     "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any model."),
     "gate": ("dapa_merge.cli.publish", "Fail unless the figures of a result are good enough."),
+    "inspect": ("dapa_merge.cli.study", "Tell what was done to TARGET, and what to try."),
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
     "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant, without loading a model."),

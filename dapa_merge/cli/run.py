@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,7 +38,7 @@ from dapa_merge.cli.options import (
     search_options,
     takes_options,
 )
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import CannotRepair, DapaError, UsageError
 from dapa_merge.files import new_file, replace_file
 from dapa_merge.imports import lasting
 from dapa_merge.measure.figures import responses_text
@@ -46,7 +47,7 @@ from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import reduced
-from dapa_merge.progress import Terminal, collected, quiet
+from dapa_merge.progress import LOG, Terminal, collected, quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
@@ -425,8 +426,13 @@ def _run_and_print(recipe: Recipe, path: Path | None, out: Path, as_json: bool, 
     """Call `run_recipe`, and print its report."""
     from dapa_merge.flow import run_recipe
 
-    with quiet("huggingface_hub", bars=True):
-        report, published = run_recipe(recipe, path, out, **settings)
+    try:
+        with quiet("huggingface_hub", bars=True):
+            report, published = run_recipe(recipe, path, out, **settings)
+    except CannotRepair:
+        words = ["dapa-merge", "inspect", str(recipe.target), str(recipe.source)]
+        LOG.info(f"how the two differ, and what may help: {shlex.join(words)}")
+        raise
 
     def show(console: Console) -> None:
         print_report(report, console)

@@ -1,4 +1,4 @@
-"""The two studies: `dapa-merge trace` and `dapa-merge compare`."""
+"""The studies: `dapa-merge inspect`, `dapa-merge trace` and `dapa-merge compare`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,15 @@ from dapa_merge.cli.options import (
 from dapa_merge.compare.methods import DAPA, METHODS, PARTIAL_WEIGHTS
 from dapa_merge.compare.result import CompareOptions
 from dapa_merge.errors import Stopped, UsageError
+from dapa_merge.files import PICTURES, new_file
 from dapa_merge.imports import lasting
+from dapa_merge.progress import LOG
 from dapa_merge.recipe.attacks import ALLOWED, NONE, parse_attacks
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.report.charts import draw_all, plotting
 from dapa_merge.trace.options import SITE_KINDS, STAGE_NAMES, TRACED, TraceOptions
+from dapa_merge.verify.result import location_option
 
 if TYPE_CHECKING:
     from dapa_merge.compare.compare import Compared
@@ -334,3 +338,53 @@ def _weights(text: str | None) -> tuple[float, ...] | None:
                 f"--weights: {low} and {high} agree in the six digits that tables show; name one of them only"
             )
     return tuple(distinct)
+
+
+@click.command()
+@click.argument("target")
+@click.argument("source")
+@click.option("--pretrained", metavar="MODEL", help="The model that TARGET and SOURCE were both fine-tuned from.")
+@click.option("--write", type=click.Path(path_type=Path), help="Write a recipe that tries the advice to this new file.")
+@click.option("--chart", type=click.Path(path_type=Path), help="Draw layers and modules to this new .png or .svg file.")
+@allow_pickle_option
+@json_option
+def inspect(
+    target: str,
+    source: str,
+    pretrained: str | None,
+    write: Path | None,
+    chart: Path | None,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
+    """Tell what was done to TARGET, and what to try.
+
+    Compares the weights of TARGET with those of SOURCE, the aligned model: folders or Hub ids, also id@revision or
+    BASE+ADAPTER. Reads them once, and loads no model. Shows how much each module differs, and in how many directions;
+    names the kind of damage that it looks like; and says how tokenizers, chat templates, formats and licenses differ.
+    """
+    with lasting():
+        from dapa_merge.inspect.inspection import CHARTS, inspect_pair, print_inspection, recipe_of
+
+    if chart is not None and chart.suffix not in PICTURES:
+        raise UsageError(f"--chart is {chart}; name a file that ends in {' or '.join(PICTURES)}")
+    with ExitStack() as stack:
+        keep = stack.enter_context(new_file(write)) if write is not None else None
+        draw = stack.enter_context(new_file(chart)) if chart is not None else None
+        if draw is not None:
+            plotting()
+        found = inspect_pair(
+            location_option(target, "TARGET"),
+            location_option(source, "SOURCE"),
+            location_option(pretrained, "--pretrained"),
+            allow_pickle=allow_pickle,
+        )
+        print_answer(found.to_json(), lambda console: print_inspection(found, console), as_json)
+        if draw is not None and chart is not None:
+            pictures = draw_all(CHARTS, found)
+            if pictures:
+                draw(pictures[0].files[chart.suffix])
+            else:
+                LOG.info(f"{chart} was not drawn: no module of a layer differs")
+        if keep is not None:
+            keep(recipe_of(found, target, source, pretrained))

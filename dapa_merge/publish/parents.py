@@ -38,6 +38,7 @@ class Parent:
         name: Its name in a card: the Hub id, or the folder's name without its path.
         repository: Its id on the Hub; None for a folder.
         task: The Hub's `pipeline_tag`, as `text-generation`.
+        made_of: The base models that its card names.
     """
 
     role: str
@@ -47,6 +48,7 @@ class Parent:
     license: License | None
     languages: tuple[str, ...]
     task: str | None
+    made_of: tuple[str, ...] = ()
 
     @property
     def public_name(self) -> str | None:
@@ -76,8 +78,8 @@ def describe_parent(role: str, location: Location) -> Parent:
         address = f"{PAGES}/{repository}/blob/main"
     task = metadata.get("pipeline_tag")
     task = task if isinstance(task, str) and re.fullmatch(r"[a-z0-9-]{3,40}", task) else None
-    languages = _languages(metadata.get("language"))
-    return Parent(role, name, repository, commit, license_in(metadata, address), languages, task)
+    languages, made_of = (_texts(metadata.get(key)) for key in ("language", "base_model"))
+    return Parent(role, name, repository, commit, license_in(metadata, address), languages, task, made_of)
 
 
 def metadata_of(card: str) -> dict[str, Any]:
@@ -121,6 +123,6 @@ def _fetched(location: Location) -> tuple[str, str]:
     return str(info.sha), _read(Path(path)) if path else ""
 
 
-def _languages(value: object) -> tuple[str, ...]:
+def _texts(value: object) -> tuple[str, ...]:
     given: Sequence[object] = [value] if isinstance(value, str) else value if isinstance(value, list) else ()
     return tuple(one for one in given if isinstance(one, str))

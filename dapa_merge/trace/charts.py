@@ -18,7 +18,6 @@ from dapa_merge.report.charts import (
     COLOURS,
     GREY,
     LINES,
-    MAX_TICKS,
     PATTERNS,
     VERMILION,
     Bar,
@@ -30,6 +29,7 @@ from dapa_merge.report.charts import (
     search_figure,
     sheet,
 )
+from dapa_merge.report.maps import Panel, layer_maps
 from dapa_merge.trace.average import ROLES, mean_effect, mean_of
 from dapa_merge.trace.case import WINDOWED
 from dapa_merge.trace.causal import Trace
@@ -179,7 +179,6 @@ KIND_NAMES = {
 }
 # The kinds with pictures of single prompts.
 EXAMPLE_KINDS = ("hidden", "mlp", "attention")
-MAPS_IN_A_ROW = 2
 # The bars of 24 layers, of four modules each.
 MAX_LAYER_BARS = 96
 # The most tokens in a picture of one prompt, and before its subject.
@@ -355,39 +354,6 @@ def _curve(found: Traced) -> Figure | None:
 def _curve_caption(found: Traced) -> str:
     first = "the selection first, then " if found.copied else ""
     return f"Edits of every size: {first}unit by unit in the order of attribution. Bands are 95 % intervals."
-
-
-class Panel(NamedTuple):
-    """A measure of units: its name, and a score for each module and layer, `[modules, layers]`; NaN for no unit."""
-
-    title: str
-    scores: NDArray[numpy.floating]
-
-
-def layer_maps(panels: Sequence[Panel], modules: Sequence[str]) -> Figure:
-    """Draw measures of units side by side, each as shares of its own largest score."""
-    num_rows, num_layers = -(-len(panels) // MAPS_IN_A_ROW), panels[0].scores.shape[1]
-    # A map has half the room of a chart for the labels of layers.
-    ticks = every_few(num_layers)[:: 1 if num_layers <= MAX_TICKS // 2 else 2]
-    with sheet(max(2.2, 0.4 + num_rows * (0.6 + 0.16 * len(modules)))) as figure:
-        grid = figure.subplots(num_rows, MAPS_IN_A_ROW, sharey=True, squeeze=False)
-        for axes, panel in itertools.zip_longest(grid.flat, panels):
-            if panel is None:
-                axes.set_visible(False)
-                continue
-            shares = panel.scores / (float(numpy.nanmax(numpy.abs(panel.scores), initial=0.0)) or 1.0)
-            axes.imshow(shares, aspect="auto", cmap="PuOr_r", vmin=-1, vmax=1, interpolation="nearest")
-            axes.set_facecolor("#dddddd")
-            axes.set_yticks(range(len(modules)), modules, parse_math=False)
-            axes.set_xticks(ticks)
-            axes.tick_params(labelsize=8)
-            axes.set_title(panel.title, parse_math=False, fontsize=10)
-            axes.spines[:].set_visible(True)
-        figure.supxlabel("layer", fontsize=10)
-        bar = figure.colorbar(grid.flat[0].images[0], ax=grid, fraction=0.03, pad=0.02, aspect=50)
-        bar.set_label("share of the largest")
-        bar.outline.set_edgecolor("#666666")
-    return figure
 
 
 def _directions(found: Traced) -> Figure | None:

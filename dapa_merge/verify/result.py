@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import named_classes, named_code
@@ -23,10 +23,11 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError, some_of
 from dapa_merge.files import new_file
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
-from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan
+from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan, models_of
 from dapa_merge.progress import task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
+from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.transplant.manifest import (
     MANIFEST_NAME,
     PRIVATE,
@@ -112,6 +113,7 @@ def verify_result(
         raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
+    _refuse_private(out, recipe)
     plan = make_plan(recipe, allow_pickle=allow_pickle)
     given = [plan.models[name] for name, place in (("target", target), ("source", source)) if place is not None]
     if any(out.samefile(checkpoint.folder) for checkpoint in given):
@@ -154,6 +156,16 @@ def verify_result(
     return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None, on)
 
 
+def _refuse_private(out: Path, recipe: Recipe) -> None:
+    """Refuse a recipe that was published with models of which it names only the folders, as `push` writes them."""
+    for role, location in models_of(recipe).items():
+        if location.path.startswith("./") and not os.path.exists(location.path):
+            raise CheckpointError(
+                f"the {role} that {out} was made of, {location.path}, was a folder of whoever published it; name the "
+                f"same model with --target or --source, or compare the files alone with --files-only"
+            )
+
+
 def check_manifest(out: Path) -> Check:
     """Compare a result's files with its manifest alone, without its target and source.
 
@@ -173,6 +185,14 @@ def check_manifest(out: Path) -> Check:
         return Check(None, (), tuple(_unpublished(out)), True)
     except CheckpointError as error:
         return Check(None, (str(error),), (), True)
+
+
+@overload
+def location_option(value: str, option: str) -> Location: ...
+
+
+@overload
+def location_option(value: str | None, option: str) -> Location | None: ...
 
 
 def location_option(value: str | None, option: str) -> Location | None:

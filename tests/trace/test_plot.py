@@ -27,7 +27,8 @@ from dapa_merge.report.charts import (
     render,
     search_path,
 )
-from dapa_merge.trace.charts import GroupBar, Panel, bars_by_layer, edit_curve, group_bars, heatmap, layer_maps
+from dapa_merge.report.maps import Panel, layer_maps
+from dapa_merge.trace.charts import GroupBar, bars_by_layer, edit_curve, group_bars, heatmap
 
 
 def heat(num_layers=10, labels=("How", "do", "I", "steal", "a", "car", "?"), marked=None):

@@ -1,0 +1,348 @@
+"""Inspects a pair of models: differences of their weights, of what surrounds them, and what was done to the target."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dapa_merge.checkpoint.convert import open_location
+from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
+from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.units import architecture_name, auto_modules
+from dapa_merge.errors import CannotRepair, CheckpointError, HubError, UnsupportedArchitecture, printable
+from dapa_merge.inspect.damage import OUTSIDE, Damage, Seen, name_damage, not_a_family
+from dapa_merge.inspect.difference import MAX_RANK, Difference, differences
+from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.progress import task
+from dapa_merge.publish.parents import describe_parent
+from dapa_merge.recipe.parameters import layer_spans
+from dapa_merge.recipe.recipe import METHOD
+from dapa_merge.report.charts import Chart
+from dapa_merge.report.maps import Panel, layer_maps
+from dapa_merge.report.report import jsonable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The files that may hold a chat template besides `tokenizer_config.json`, whose own one they replace.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MAX_TEMPLATE_BYTES = 4 << 20
+# The tokenizer of Gemma 3 has 33 MB.
+MAX_TOKENIZER_BYTES = 128 << 20
+# The heads of the columns of a printed table.
+HEADS = ("differ", "by", "values", "rank", "directions for 0.9")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """A model but for its weights' values.
+
+    Attributes:
+        name: As the user wrote it.
+        architecture: Its class in `config.json`.
+        num_parameters: Number of parameters.
+        dtypes: Number of parameters by the name of their dtype, the most first.
+        num_tokens: Number of tokens in `tokenizer.json`; None without that file.
+        tokenizer: Digest of these tokens; None as above.
+        template: Digest of the chat template; None without one.
+        license: As the model's card names it; None if it does not.
+        made_of: The base models that its card names.
+    """
+
+    name: str
+    architecture: str
+    num_parameters: int
+    dtypes: Mapping[str, int]
+    num_tokens: int | None = None
+    tokenizer: str | None = None
+    template: str | None = None
+    license: str | None = None
+    made_of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Module:
+    """How one module differs, over all layers.
+
+    Attributes:
+        module: Its name.
+        num_layers: Number of layers, or of tensors outside of layers, that have it.
+        layers: Those that differ; None stands for what is outside of layers.
+        norm: The median of ||target - source|| / ||source|| over those that differ, in [0, inf).
+        share_changed: The share of all its values that differ.
+        rank: The rank that most of its matrices of low rank have; 0 if none is of low rank.
+        num_directions: The median number of directions that hold nine tenths of a difference; None if too many.
+    """
+
+    module: str
+    num_layers: int
+    layers: tuple[int | None, ...]
+    norm: float
+    share_changed: float
+    rank: int
+    num_directions: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found.
+
+    Attributes:
+        models: The surroundings of target, source and, if named, pretrained.
+        damage: What was done to the target.
+        modules: How each module differs.
+        notes: What else differs, a sentence each.
+        differences: Everything that was compared, in the order of the layers; empty if the models are not one family.
+    """
+
+    models: Mapping[str, Surroundings]
+    damage: Damage
+    modules: tuple[Module, ...]
+    notes: tuple[str, ...]
+    differences: tuple[Difference, ...] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data: all but single tensors and directions."""
+        found = {name: asdict(model) for name, model in self.models.items()}
+        modules = [asdict(module) for module in self.modules]
+        return dict(jsonable({"models": found, **asdict(self.damage), "modules": modules, "notes": self.notes}))
+
+
+def inspect_pair(
+    target: Location, source: Location, pretrained: Location | None = None, *, allow_pickle: bool = False
+) -> Inspection:
+    """Compare a target with its source, and say what was done to it.
+
+    Args:
+        target: The fine-tune.
+        source: The aligned model.
+        pretrained: What both were fine-tuned from, if known: it tells a fine-tune of the source from a sibling.
+        allow_pickle: Read pickled weights, as tensors only, if there are no others.
+
+    Raises:
+        CheckpointError: If a model cannot be read, or holds values that are infinite or not a number.
+        HubError: If one cannot be fetched.
+    """
+    places = {"target": target, "source": source} | ({} if pretrained is None else {"pretrained": pretrained})
+    opened = {name: open_location(place, partial=True, allow_pickle=allow_pickle) for name, place in places.items()}
+    models = {name: _surroundings(opened[name], place) for name, place in places.items()}
+    notes = list(_notes(models))
+    try:
+        modules = auto_modules(opened["target"].config, opened["target"].shapes)
+        plan = plan_transplant(opened["target"], opened["source"], modules, pretrained=opened.get("pretrained"))
+    except (CheckpointError, UnsupportedArchitecture) as error:
+        return Inspection(models, not_a_family(str(error)), (), tuple(notes), ())
+    with task("comparing the weights", opened["target"].num_parameters, "parameters"):
+        found = tuple(differences(plan))
+    if added := sum(one.added for one in found):
+        notes.insert(0, f"the target has {added} values that the source lacks, such as the rows of further tokens")
+    return Inspection(models, name_damage(found), tuple(by_module(found)), tuple(notes), found)
+
+
+def by_module(found: Sequence[Difference]) -> Iterator[Module]:
+    """Sum up the differences of each module, in the order of the modules."""
+    for name in dict.fromkeys(one.module for one in found):
+        seen = Seen(tuple(one for one in found if one.module == name))
+        counts = [one.decay.num_directions or math.inf for one in seen.changed if one.decay is not None]
+        num_directions = median(counts) if counts else math.inf
+        yield Module(
+            name,
+            len(seen.all),
+            tuple(one.layer for one in seen.changed),
+            median(one.norm for one in seen.changed) if seen.changed else 0.0,
+            sum(one.num_changed for one in seen.all) / max(1, sum(one.num_values for one in seen.all)),
+            seen.rank,
+            num_directions if math.isfinite(num_directions) else None,
+        )
+
+
+def recipe_of(found: Inspection, target: str, source: str, pretrained: str | None) -> str:
+    """The text of a recipe that tries what the inspection advises.
+
+    Raises:
+        CannotRepair: If nothing can help.
+    """
+    if found.damage.edit is None:
+        raise CannotRepair(f"no recipe was written: {found.damage.what}; {found.damage.advice}")
+    parameters = {"layers": "auto", "edit": found.damage.edit, "prompts": "builtin"}
+    if pretrained is not None:
+        parameters["pretrained"] = pretrained
+    content = {
+        "merge_method": METHOD,
+        "base_model": target,
+        "models": [{"model": source}],
+        "parameters": parameters,
+    }
+    what = printable(f"{found.damage.what[0].upper()}{found.damage.what[1:]}.")
+    head = textwrap.fill(what, 118, initial_indent="# ", subsequent_indent="# ")
+    return (
+        f"{head}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
+        f"  # Prompts of what the target is for, without answers; without them its skill may be lost.\n"
+        f"  # keep: keep.jsonl\n"
+        f"  # Questions that test its skill.\n"
+        f"  # skills: skill.jsonl\n"
+    )
+
+
+def _surroundings(checkpoint: Checkpoint, place: Location) -> Surroundings:
+    dtypes: Counter[str] = Counter()
+    for tensor in checkpoint.tensors.values():
+        dtypes[TORCH_NAMES.get(tensor.dtype, tensor.dtype)] += tensor.num_parameters
+    tokens = _tokens(checkpoint.folder / "tokenizer.json")
+    try:
+        card = describe_parent("", replace(place, adapter=None))
+    except HubError:
+        card = None
+    return Surroundings(
+        str(place),
+        architecture_name(checkpoint.config, str(place)),
+        checkpoint.num_parameters,
+        dict(dtypes.most_common()),
+        None if tokens is None else len(tokens),
+        None if tokens is None else _digest(tokens),
+        _template(checkpoint.folder),
+        card.license.key if card is not None and card.license is not None else None,
+        card.made_of if card is not None else (),
+    )
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _tokens(path: Path) -> list[str] | None:
+    """All tokens of a tokenizer, sorted; None if the file is absent or of another kind."""
+    if not path.is_file():
+        return None
+    content = read_json(path, max_bytes=MAX_TOKENIZER_BYTES)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):
+        # Unigram models: pairs of a token and its score.
+        vocabulary = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
+    if not isinstance(vocabulary, (dict, list)):
+        return None
+    more = [one.get("content") for one in added if isinstance(one, dict)] if isinstance(added, list) else []
+    return sorted({str(token) for token in (*vocabulary, *more)})
+
+
+def _template(folder: Path) -> str | None:
+    """The digest of a model's chat template; None without one."""
+    for name in _TEMPLATES:
+        if (folder / name).is_file():
+            return hashlib.sha256(read_regular(folder / name, MAX_TEMPLATE_BYTES)).hexdigest()[:12]
+    settings = folder / "tokenizer_config.json"
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    return _digest(template) if template else None
+
+
+def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:
+    """What else differs between target and source."""
+    target, source = models["target"], models["source"]
+    if _is_made_of(source, target) and not _is_made_of(target, source):
+        yield f"the source's card says that it was made of {target.name}: target and source may be swapped"
+    if target.tokenizer != source.tokenizer:
+        numbers = " and ".join("?" if one.num_tokens is None else str(one.num_tokens) for one in (target, source))
+        yield f"the tokenizers differ; target and source have {numbers} tokens"
+    if source.template is None and target.template is not None:
+        yield "the source has no chat template, as a base model has none; a source must be the aligned model"
+    elif target.template is None and source.template is not None:
+        yield "the target has no chat template, and is then asked without one; people may use it with the source's"
+    elif target.template != source.template:
+        yield "the chat templates differ: each model is asked in its own"
+    if list(target.dtypes) != list(source.dtypes):
+        kinds = (", ".join(model.dtypes) for model in (target, source))
+        yield "the target is stored as {}, the source as {}; the result keeps the target's".format(*kinds)
+    if None not in (target.license, source.license) and target.license != source.license:
+        yield f"the licenses differ: {target.license} and {source.license}; a result's card needs one that fits both"
+
+
+def _is_made_of(one: Surroundings, other: Surroundings) -> bool:
+    """Whether a model's card names another one, by its id or the name of its folder."""
+    name = other.name.casefold()
+    names = (name, Path(name).name)
+    return any(base.casefold() in names or base.casefold().rpartition("/")[2] in names for base in one.made_of)
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Print a row for each module, then what was done, what to try, and what else differs."""
+    if found.modules:
+        table = Table("")
+        for head in HEADS:
+            table.add_column(head, justify="right")
+        for module in found.modules:
+            table.add_row(module.module, *_cells(module))
+        console.print(table)
+    label = {"it looks like": found.damage.kind, "because": found.damage.what, "try": found.damage.advice}
+    for name, text in [*label.items(), *(("note", note) for note in found.notes)]:
+        lines = textwrap.wrap(printable(text), max(40, min(console.width, 110) - 15), break_on_hyphens=False)
+        for number, line in enumerate(lines):
+            console.print(f"{'' if number else name:<15}{line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _cells(module: Module) -> list[str]:
+    if not module.layers:
+        return ["-", "", "", "", ""]
+    layers = [layer for layer in module.layers if layer is not None]
+    where = f"{len(module.layers)} of {module.num_layers}"
+    if module.module not in OUTSIDE:
+        where = "all layers" if len(layers) == module.num_layers else f"layers {layer_spans(layers)}"
+    is_matrix = module.module != "norm"
+    number = f"{module.num_directions:.0f}" if module.num_directions is not None else f"over {MAX_RANK}"
+    return [
+        where,
+        f"{100 * module.norm:.2g} %",
+        f"{100 * module.share_changed:.0f} %",
+        str(module.rank) if module.rank else "-",
+        number if is_matrix else "",
+    ]
+
+
+def _draw(found: Inspection) -> Figure | None:
+    inside = [one for one in found.differences if one.layer is not None and one.module not in OUTSIDE]
+    if not any(one.num_changed for one in inside):
+        return None
+    modules = list(dict.fromkeys(one.module for one in inside))
+    num_layers = max(one.layer for one in inside if one.layer is not None) + 1
+    norms, numbers = (numpy.full((len(modules), num_layers), math.nan) for _ in range(2))
+    for one in inside:
+        assert one.layer is not None
+        place = modules.index(one.module), one.layer
+        norms[place] = one.norm
+        if one.decay is not None:
+            numbers[place] = one.decay.num_directions or MAX_RANK
+    most = numpy.nanmax(numbers, initial=1.0)
+    beyond = " or more" if most >= MAX_RANK else ""
+    return layer_maps(
+        [
+            Panel(f"Norm of the difference (at most {100 * numpy.nanmax(norms):.2g} %)", norms),
+            Panel(f"Directions for 0.9 of it (at most {most:.0f}{beyond})", numbers),
+        ],
+        modules,
+    )
+
+
+CHARTS = (
+    Chart(
+        "difference",
+        "How much each module of each layer differs from the source's, as a share of the source's norm, and how many "
+        "singular directions hold nine tenths of the difference's squared norm. Each map has its own scale; grey has "
+        "no such module, or does not differ.",
+        _draw,
+    ),
+)

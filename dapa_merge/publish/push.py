@@ -10,11 +10,10 @@ from pathlib import Path
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.folder import read_regular
-from dapa_merge.checkpoint.location import Location, is_path
+from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, markdown_code, printable
 from dapa_merge.files import replace_file
 from dapa_merge.hub_client import check_id, download, find, require_token
-from dapa_merge.plan.selection import RECIPE_NAME
 from dapa_merge.progress import LOG, task
 from dapa_merge.publish.card import CardFacts
 from dapa_merge.publish.card_file import CardFile, read_card, render_card
@@ -28,9 +27,9 @@ from dapa_merge.publish.commit import (
     publish,
     publishable,
 )
-from dapa_merge.publish.lock import base_and_adapter
 from dapa_merge.publish.options import CardOptions, Destination, inherited
 from dapa_merge.publish.parents import MAX_CARD_BYTES
+from dapa_merge.publish.public import private_models, public_files
 from dapa_merge.publish.write_card import card_facts, existing_card, parents_of, require_result, settle_facts
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
@@ -99,15 +98,22 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
         text = render_card(facts, before, card.to_said()).encode()
         if text != before.text.encode():
             replace_file(out / CARD_NAME, text)
-    for note in _notes(out, recipe):
+    for note in _notes(out):
         LOG.info(note)
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
     known = {name: file.sha256 for name, file in manifest.files.items()} if manifest else {}
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in known)
     with task("reading the files to publish", total, "bytes"):
         files = files_of(out, known)
+    parents = parents_of(recipe, card) if facts is None else facts.parents
+    files |= {name: of_content(out / name, content) for name, content in public_files(out, recipe, parents).items()}
     if facts is not None:
         files[CARD_NAME] = _joined_card(facts, read_card(text.decode()), card, destination, files[CARD_NAME])
+    if private := private_models(recipe, parents):
+        LOG.info(
+            f"published as {' and '.join(private)}, which nobody else has: name where they are published with --target "
+            f"and --source, so that others can verify and repeat it"
+        )
     message = destination.message or _message(recipe, facts)
     description = "\n".join(_description(facts)) if facts else ""
     return publish(files, destination, message, _copy_source(recipe), description=description)
@@ -157,19 +163,13 @@ def _name(location: Location) -> str:
     return Path(location.path).name if os.path.isdir(location.path) else location.path
 
 
-def _notes(out: Path, recipe: Recipe) -> Iterator[str]:
+def _notes(out: Path) -> Iterator[str]:
     """Yields notes about files that are published, or left out, perhaps unexpectedly."""
     for name in PRIVATE:
         if (out / name).is_file():
             yield f"{name} stays here: it holds harmful answers"
     for name in filter(is_for_other_programs, files_in(out)):
         yield f"{name} stays here: nothing compared it with the repaired weights"
-    models = [part.path for location in (recipe.target, recipe.source) for part in base_and_adapter(location)]
-    local = [path for path in models if os.path.isdir(path) or is_path(path)]
-    texts = (recipe.prompts, recipe.keep or "", recipe.text or "", recipe.skills or "")
-    local += [one.strip() for text in texts for one in text.split(",") if one.strip() and is_path(one)]
-    if local:
-        yield f"note: {RECIPE_NAME} and other published files mention {', '.join(local)}"
 
 
 def _copy_source(recipe: Recipe) -> Location | None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import code_elsewhere, code_files
@@ -27,10 +24,11 @@ from dapa_merge.publish.card_file import CardFile, read_card, render_card
 from dapa_merge.publish.lock import LOCK_NAME, named_parts
 from dapa_merge.publish.options import CardOptions, inherited, license_in
 from dapa_merge.publish.parents import MAX_CARD_BYTES, Parent, describe_parent
+from dapa_merge.publish.public import public_recipe
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
-from dapa_merge.report.replay import SEARCH_ONLY, layer_parameters
+from dapa_merge.report.replay import layer_parameters
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
 from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
@@ -203,36 +201,3 @@ def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
 def _task(out: Path) -> str:
     config = read_json(out / "config.json")
     return "image-text-to-text" if "vision_config" in config else "text-generation"
-
-
-def public_recipe(path: Path, parents: Sequence[Parent], named: Mapping[str, str]) -> str:
-    """The recipe of a result without paths of this machine: a folder becomes `./` and its name.
-
-    The bare name would point to a Hub repository of that name.
-
-    Args:
-        path: The recipe.
-        parents: The models.
-        named: Parameters that name the units, in place of those of a search; empty to keep the recipe's.
-    """
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["base_model"] = "+".join(_public_places(parents, "target"))
-    content["models"] = [{"model": "+".join(_public_places(parents, "source"))}]
-    parameters: dict[str, Any] = content.get("parameters") or {}
-    if named:
-        parameters = {**named, **{key: value for key, value in parameters.items() if key not in SEARCH_ONLY}}
-    if pretrained := "+".join(_public_places(parents, "pretrained")):
-        parameters["pretrained"] = pretrained
-    content["parameters"] = {
-        key: without_paths(value)
-        if key in ("prompts", "keep", "text", "skills", "directions") and isinstance(value, str)
-        else value
-        for key, value in parameters.items()
-    }
-    text = str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    # Escapes of YAML only where a character could deceive a reader.
-    return text if text.replace("\n", "").isprintable() else str(yaml.safe_dump(content, sort_keys=False))
-
-
-def _public_places(parents: Sequence[Parent], role: str) -> Iterator[str]:
-    return (parent.public_name or f"./{parent.name}" for parent in parents if parent.role.startswith(role))

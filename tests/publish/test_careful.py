@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import call
 from huggingface_hub import CommitOperationAdd
 from publish.conftest import tree, upload
@@ -207,17 +208,85 @@ def test_models_that_are_named_have_to_be_those_that_it_was_made_of(
     assert "nothing to do" in pushed(out, name)
 
 
-def test_paths_are_told_and_not_in_the_card(hub, new_id, llama_pair, write_recipe, tmp_path):
-    out = tmp_path / "out"
-    (tmp_path / "private").mkdir()
-    (tmp_path / "private" / "p.csv").write_text("prompt\nhow?\n")
-    recipe = write_recipe(*llama_pair, layers=1, prompts=tmp_path / "private" / "p.csv")
-    assert call("run", recipe, out, "--no-evaluate").exit_code == 0
+def downloaded(hub, name: str, folder: Path) -> Path:
+    """The files of a repository in a folder, as somebody else gets them."""
+    for path, digest in hub.store.repositories[name].files().items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(hub.store.read(digest))
+    return folder
+
+
+@pytest.fixture(params=["relative paths", "whole paths"])
+def private_result(request, llama_pair, write_recipe, tmp_path, monkeypatch) -> Path:
+    """A result of folders and files of this machine."""
+    private = tmp_path / "private"
+    for role, folder in zip(("target", "source"), llama_pair, strict=True):
+        shutil.copytree(folder, private / role / "model")
+    for name in ("p", "kept"):
+        (private / f"{name}.csv").write_text("prompt\nhow?\n")
+    monkeypatch.chdir(private)
+    start = "" if request.param == "relative paths" else f"{private}/"
+    options = {"prompts": f"{start}p.csv,builtin", "keep": f"{start or './'}kept.csv"}
+    recipe = write_recipe(f"{start}target/model", f"{start}source/model", layers=1, **options)
+    ran = call("run", recipe, tmp_path / "out", "--no-evaluate", "--lock")
+    assert ran.exit_code == 0, ran.output
+    # Another place, where no such folders are.
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def test_no_published_file_names_a_path_of_this_machine(hub, new_id, private_result, tmp_path):
+    assert str(tmp_path) in (private_result / "mergekit_config.yml").read_text()
     name = new_id("repaired")
-    told = call("push", out, name).stderr
-    assert str(llama_pair[0]) in told
-    assert "p.csv" in told
-    assert str(tmp_path) not in card_of(hub, name)
+    ran = call("push", private_result, name)
+    assert ran.exit_code == 0, ran.output
+    assert "./target/model and ./source/model" in ran.stderr
+    theirs = downloaded(hub, name, tmp_path / "theirs")
+    for path in theirs.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    recipe = yaml.safe_load((theirs / "mergekit_config.yml").read_text())
+    assert recipe["base_model"] == "./target/model"
+    assert recipe["models"] == [{"model": "./source/model"}]
+    assert recipe["parameters"]["keep"] == "kept.csv"
+    assert recipe["parameters"]["layers"] == yaml.safe_load((private_result / "mergekit_config.yml").read_text())[
+        "parameters"
+    ]["layers"]  # fmt: skip
+    report = json.loads((theirs / "dapa_report.json").read_text())
+    assert (report["target"], report["source"]) == ("./target/model", "./source/model")
+    # Nothing else of the report differs, and nothing of the result.
+    mine = json.loads((private_result / "dapa_report.json").read_text())
+    assert {key for key in mine if mine[key] != report[key]} <= {"target", "source", "prompts", "keep"}
+    assert "nothing to do" in pushed(private_result, name)
+
+
+def test_what_was_published_without_paths_is_verified_by_anybody(hub, new_id, private_result, llama_pair, tmp_path):
+    name = new_id("repaired")
+    pushed(private_result, name)
+    theirs = downloaded(hub, name, tmp_path / "theirs")
+    assert call("verify", theirs, "--files-only").exit_code == 0
+    ran = call("verify", theirs, "--target", llama_pair[0], "--source", llama_pair[1])
+    assert ran.exit_code == 0, ran.output
+    alone = call("verify", theirs)
+    assert alone.exit_code in (2, 4, 5)
+    assert "./target/model" in alone.stderr
+    assert "--target" in alone.stderr
+
+
+def test_models_that_are_published_too_are_named_by_their_commits_in_every_file(
+    hub, new_id, pair, private_result, tmp_path
+):
+    name = new_id("repaired")
+    ran = call("push", private_result, name, "--target", pair[0], "--source", pair[1])
+    assert ran.exit_code == 0, ran.output
+    assert "nobody else has" not in ran.stderr
+    theirs = downloaded(hub, name, tmp_path / "theirs")
+    target, source = (f"{model}@{hub.store.repositories[model].branches['main']}" for model in pair)
+    recipe = yaml.safe_load((theirs / "mergekit_config.yml").read_text())
+    assert (recipe["base_model"], recipe["models"]) == (target, [{"model": source}])
+    report = json.loads((theirs / "dapa_report.json").read_text())
+    assert (report["target"], report["source"]) == (target, source)
+    ran = call("verify", theirs)
+    assert ran.exit_code == 0, ran.output
 
 
 @pytest.mark.parametrize("who", ["bob", "reader"])

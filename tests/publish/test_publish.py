@@ -68,7 +68,7 @@ def test_the_directions_of_a_result_are_published_with_it(options, hub, new_id, 
     push(tmp_path / "out", name)
     downloaded = snapshot_download(name, local_dir=tmp_path / "downloaded")
     assert (Path(downloaded) / FILE_NAME).read_bytes() == file.read_bytes()
-    assert call("verify", downloaded).exit_code == 0
+    assert call("verify", downloaded, "--target", target, "--source", source).exit_code == 0
 
 
 def test_what_the_target_has_is_copied_on_the_hub_and_not_sent(hub, new_id, result, pair):

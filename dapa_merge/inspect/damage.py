@@ -209,7 +209,7 @@ def _sibling(seen: Seen) -> str:
 
 _DIRECTIONS = (
     "`dapa-merge repair` tries copied gates first and goes on to directions of the difference, which brought refusals "
-    "back on all measured targets of this kind; give it prompts of what the target is for (--keep)"
+    "back on nearly all measured targets of this kind; give it prompts of what the target is for (--keep)"
 )
 KINDS = (
     Kind(

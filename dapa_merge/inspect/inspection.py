@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,8 +120,19 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """As JSON data: all but single tensors and directions."""
         found = {name: asdict(model) for name, model in self.models.items()}
+        told = {"command": self.command, "notes": self.notes}
         modules = [asdict(module) for module in self.modules]
-        return dict(jsonable({"models": found, **asdict(self.damage), "modules": modules, "notes": self.notes}))
+        return dict(jsonable({"models": found, **asdict(self.damage), **told, "modules": modules}))
+
+    @property
+    def command(self) -> str | None:
+        """The command that tries the advice, with OUT and PROMPTS to be named; None if nothing can help."""
+        if self.damage.edit is None:
+            return None
+        target, source, *others = (shlex.quote(model.name) for model in self.models.values())
+        return " ".join(
+            ["dapa-merge repair", target, source, "OUT --keep PROMPTS", *(f"--pretrained {one}" for one in others)]
+        )
 
 
 def inspect_pair(
@@ -289,8 +301,13 @@ def print_inspection(found: Inspection, console: Console) -> None:
             table.add_row(module.module, *_cells(module))
         console.print(table)
     label = {"it looks like": found.damage.kind, "because": found.damage.what, "try": found.damage.advice}
+    label |= {} if found.command is None else {"command": found.command}
     for name, text in [*label.items(), *(("note", note) for note in found.notes)]:
-        lines = textwrap.wrap(printable(text), max(40, min(console.width, 110) - 15), break_on_hyphens=False)
+        width = max(40, min(console.width, 110) - 15)
+        # A command is copied as one line.
+        lines = (
+            [printable(text)] if name == "command" else textwrap.wrap(printable(text), width, break_on_hyphens=False)
+        )
         for number, line in enumerate(lines):
             console.print(f"{'' if number else name:<15}{line}", highlight=False, markup=False, soft_wrap=True)
 

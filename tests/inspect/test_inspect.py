@@ -263,6 +263,7 @@ def test_models_that_are_not_one_family_are_an_answer(source, llama_pair):
     found = answer("inspect", source, llama_pair[0], "--json")
     assert found["kind"] == "not one family"
     assert found["edit"] is None
+    assert found["command"] is None
     assert found["modules"] == []
 
 
@@ -270,6 +271,8 @@ def test_the_advice_is_written_as_a_recipe_that_loads(make, source, tmp_path):
     target = make(lora(MLP, 4))
     ran = call("inspect", target, source, "--pretrained", source, "--write", tmp_path / "recipe.yml")
     assert ran.exit_code == 0, ran.output
+    command = f"dapa-merge repair {target} {source} OUT --keep PROMPTS --pretrained {source}"
+    assert f"command        {command}" in ran.stdout.splitlines()
     recipe = load_recipe(tmp_path / "recipe.yml")
     assert (str(recipe.target), str(recipe.source)) == (str(target), str(source))
     assert recipe.edit == "auto"

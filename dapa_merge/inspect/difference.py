@@ -75,7 +75,7 @@ class Difference:
     Attributes:
         layer: From 0; None outside of the layers.
         module: A module of the layer (`gate`, `q`, ...), or `embedding`, `head`, `norm`, `router` or `other`.
-        tensor: The first of the target's tensors that hold it.
+        tensor: The first of the target's tensors that hold it, or the part of that tensor: `name[0:64]`.
         num_values: Number of values that both have.
         num_changed: Number of those that differ.
         num_beyond: Number of those that differ by more than half of the last digit of the coarser of their dtypes.

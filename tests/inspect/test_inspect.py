@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import transformers
 from conftest import answer, call, change_tensor, save_random, tiny_llama, weights
 
 from dapa_merge import load_recipe
@@ -107,6 +108,39 @@ def test_a_history_is_read_from_the_weights(history, make, source):
     if rank is not None:
         assert {module.rank for module in found.modules if module.layers} == {rank}
         assert f"rank {rank}:" in found.damage.what
+
+
+ARCHITECTURES = {
+    "fused projections": ("Phi3Config", {}, ("gate", "up", "down", "q", "k", "v", "o")),
+    "experts": ("MixtralConfig", {"num_local_experts": 4}, ("gate", "up", "down", "q", "k", "v", "o")),
+    "no gate": ("GPT2Config", {"n_embd": 64, "n_layer": 3, "n_head": 4}, ("up", "down", "q", "k", "v", "o")),
+}
+
+
+@pytest.mark.parametrize("which", ARCHITECTURES)
+def test_ranks_are_read_from_any_architecture(which, tmp_path):
+    name, more, modules = ARCHITECTURES[which]
+    sizes = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+    config = getattr(transformers, name)(vocab_size=152, pad_token_id=0, num_key_value_heads=2, **sizes, **more)
+    base = save_random(tmp_path / "source", config, seed=1, max_shard_size="1MB")
+    target = shutil.copytree(base, tmp_path / "target")
+    generator = torch.Generator().manual_seed(1)
+
+    def change(values: torch.Tensor) -> None:
+        matrices = values.reshape(-1, values.shape[-1])
+        product = torch.randn(len(matrices), 4, generator=generator) @ torch.randn(
+            4, values.shape[-1], generator=generator
+        )
+        values += (0.1 * values.float().norm() / product.norm() * product).reshape(values.shape).to(values.dtype)
+
+    inside = [one for one in inspected(target, base).differences if one.module in modules]
+    for tensor in {one.tensor.partition("[")[0] for one in inside} | {
+        part for part in weights(base) if "experts" in part
+    }:
+        change_tensor(target, tensor, change)
+    found = inspected(target, base)
+    assert found.damage.kind == "lora"
+    assert [(one.module, one.rank) for one in found.modules if one.layers] == [(module, 4) for module in modules]
 
 
 def test_modules_and_layers_that_differ_are_named(make, source):

@@ -272,10 +272,12 @@ def deeper() -> str:
     return grid(["", "", *map(_head, heads)], lines())
 
 
-# Rows of directions that were chosen by more and more prompts, and of their source: their files, pairs and methods.
+# Rows of directions that were chosen by more and more prompts, beside their source and training: their files, pairs and
+# methods.
 CHOSEN_BY = {
     ("aligned-qwen", "identity", "source"): "undamaged model",
-    ("aligned-qwen", "identity", "directions"): "`builtin`",
+    ("aligned-qwen", "identity", "training-keep"): "training, by `builtin`",
+    ("aligned-qwen", "identity", "directions"): "directions, by `builtin`",
     ("borderline-qwen", "identity-border", "directions"): "and 80 harmless ones that sound harmful",
     ("borderline-qwen", "identity-twins", "directions"): "and their 80 harmful twins: `builtin, borderline`",
 }

@@ -1,1 +1,1 @@
-"""Tells what was done to a target, from its weights and its source's, without loading a model."""
+"""Names the damage to a target from its weights and its source's, without loading a model."""

@@ -1,7 +1,7 @@
-"""Names what was done to a target, from how its weights differ from its source's, and says what to try.
+"""Names the damage to a target from the differences of its weights and its source's, with advice.
 
 Every kind is an entry of `KINDS`; the first whose signs are there is named. The signs were measured on models whose
-history is known (tests/benchmarks/inspected.py). What weights cannot show is left out: whether a LoRA was trained on
+history is known (tests/benchmarks/inspected.py). Left out is what weights cannot show: whether a LoRA was trained on
 harmful answers, and which of two models refuses.
 """
 
@@ -32,13 +32,13 @@ ONE_DIRECTION = 0.9
 SAME = 0.8
 # Modules that write to the residual stream.
 WRITERS = ("o", "attention", "down", "mlp", "embedding")
-# Modules of a layer that LoRA is put on.
+# Everything but the layers' projections.
 OUTSIDE = ("embedding", "head", "norm", "router", "other")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the differences have in common.
+    """Properties that differences have together.
 
     Attributes:
         all: Every difference.
@@ -110,7 +110,7 @@ def is_low(one: Difference) -> bool:
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done to a target, for people.
+    """The damage to a target, for people.
 
     Attributes:
         kind: Its name in `KINDS`.
@@ -145,7 +145,7 @@ class Kind:
 
 
 def name_damage(differences: Sequence[Difference]) -> Damage:
-    """Name what was done to a target."""
+    """Return the first kind of damage whose signs are there."""
     seen = Seen(tuple(differences))
     kind = next(kind for kind in KINDS if kind.fits(seen))
     return Damage(kind.name, kind.what(seen), kind.advice, kind.edit)

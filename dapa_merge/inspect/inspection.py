@@ -1,4 +1,4 @@
-"""Inspects a pair of models: differences of their weights, of what surrounds them, and what was done to the target."""
+"""Inspects a pair of models: compares weights, tokenizers, templates and cards, and names the damage to the target."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ HEADS = ("differ", "by", "values", "rank", "directions for 0.9")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """A model but for its weights' values.
+    """Facts about a model besides its weights.
 
     Attributes:
         name: As the user wrote it.
@@ -101,14 +101,14 @@ class Module:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` found.
+    """Result of an inspection.
 
     Attributes:
         models: The surroundings of target, source and, if named, pretrained.
-        damage: What was done to the target.
-        modules: How each module differs.
-        notes: What else differs, a sentence each.
-        differences: Everything that was compared, in the order of the layers; empty if the models are not one family.
+        damage: The kind of damage to the target.
+        modules: Differences by module.
+        notes: Sentences on other differences.
+        differences: Every comparison, in the order of the layers; empty if the models are not one family.
     """
 
     models: Mapping[str, Surroundings]
@@ -138,12 +138,12 @@ class Inspection:
 def inspect_pair(
     target: Location, source: Location, pretrained: Location | None = None, *, allow_pickle: bool = False
 ) -> Inspection:
-    """Compare a target with its source, and say what was done to it.
+    """Compare a target with its source, and name the damage.
 
     Args:
         target: The fine-tune.
         source: The aligned model.
-        pretrained: What both were fine-tuned from, if known: it tells a fine-tune of the source from a sibling.
+        pretrained: Their common base model, if known: it tells a fine-tune of the source from a sibling.
         allow_pickle: Read pickled weights, as tensors only, if there are no others.
 
     Raises:
@@ -184,7 +184,7 @@ def by_module(found: Sequence[Difference]) -> Iterator[Module]:
 
 
 def recipe_of(found: Inspection, target: str, source: str, pretrained: str | None) -> str:
-    """The text of a recipe that tries what the inspection advises.
+    """Return the text of a recipe that follows the advice.
 
     Raises:
         CannotRepair: If nothing can help.
@@ -264,7 +264,7 @@ def _template(folder: Path) -> str | None:
 
 
 def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:
-    """What else differs between target and source."""
+    """Yields sentences on differences of target and source besides their weights."""
     target, source = models["target"], models["source"]
     if _is_made_of(source, target) and not _is_made_of(target, source):
         yield f"the source's card says that it was made of {target.name}: target and source may be swapped"

@@ -131,7 +131,7 @@ def _yaml(text: str) -> Callable[[Any], str]:
 
 
 def _names(contents: Sequence[Any], recipe: Recipe, parents: Sequence[Parent]) -> dict[str, str]:
-    """What stands for each text that names a model or a file of this machine."""
+    """Return the public names of models and files, by their names on this machine."""
     names: dict[str, str] = {}
     for role, location in models_of(recipe).items():
         places = public_places(parents, role)
@@ -152,7 +152,7 @@ def _names(contents: Sequence[Any], recipe: Recipe, parents: Sequence[Parent]) -
 
 
 def _named(content: Mapping[str, Any], role: str) -> Iterator[str]:
-    """What a file calls the model of a role: a text, or an object that has it as its `model`."""
+    """Yields a file's names of a role's model: texts, or the `model` of objects."""
     found = content.get(role)
     for one in found if isinstance(found, list) else [found]:
         text = one.get("model") if isinstance(one, Mapping) else one
@@ -161,7 +161,7 @@ def _named(content: Mapping[str, Any], role: str) -> Iterator[str]:
 
 
 def _public(value: Any, names: Mapping[str, str], key: str = "") -> Any:
-    """A value of a file with other names: paths from the root also within sentences, others where models are named."""
+    """Replace names in a value: absolute paths also within sentences, others only under keys in `NAMING`."""
     if isinstance(value, Mapping):
         return {name: _public(one, names, str(name)) for name, one in value.items()}
     if isinstance(value, list):

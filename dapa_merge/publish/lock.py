@@ -226,6 +226,18 @@ def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Locati
     return list(zip(found, locked, strict=True))
 
 
+def published_pairs(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
+    """Pair as `pair_up` does, by position: a published lock has other names for folders.
+
+    Raises:
+        CheckpointError: If the lock is for other models.
+    """
+    found = base_and_adapter(location)
+    if len(found) != len(locked):
+        raise CheckpointError(f"the published lock is not for {location}; publish the result again")
+    return list(zip(found, locked, strict=True))
+
+
 def lock_text(lock: Lock) -> str:
     """The lock as YAML."""
     content = {

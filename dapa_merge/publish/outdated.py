@@ -23,6 +23,7 @@ from dapa_merge.publish.lock import (
     num_bytes,
     pair_up,
     parse_lock,
+    published_pairs,
     read_lock,
     recipe_digest,
 )
@@ -100,8 +101,9 @@ def compare_with_lock(recipe: Recipe, path: Path, repository: str | None) -> Sta
         HubError: If the Hub does not answer.
     """
     first: Status | None = None
+    is_published = repository is not None
     for name, lock in published_locks(check_id(repository)) if repository is not None else _local_lock(path):
-        status = _compared(recipe, name, lock)
+        status = _compared(recipe, name, lock, is_published=is_published)
         if not status.is_outdated:
             return status
         first = first or status
@@ -113,15 +115,15 @@ def _local_lock(path: Path) -> Iterator[tuple[str, Lock]]:
         yield str(lock_path(path)), lock
 
 
-def _compared(recipe: Recipe, name: str, lock: Lock) -> Status:
+def _compared(recipe: Recipe, name: str, lock: Lock, *, is_published: bool) -> Status:
     if recipe_digest(recipe) != lock.recipe:
         return Status(name, recipe_changed=True)
+    # A published lock does not name folders of this machine; the recipe's digest covers their names.
+    pair = published_pairs if is_published else pair_up
     parts = [
         (role, part, before)
         for model, location in models_of(recipe).items()
-        for (role, part), (_, before) in zip(
-            named_parts(model, location), pair_up(location, lock.of(model)), strict=True
-        )
+        for (role, part), (_, before) in zip(named_parts(model, location), pair(location, lock.of(model)), strict=True)
     ]
     with task("comparing", sum(num_bytes(part) for _, part, _ in parts), "bytes"):
         return Status(name, False, tuple((role, movement(before, part)) for role, part, before in parts))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import call
+from conftest import call, change_tensor
 from huggingface_hub import CommitOperationAdd
 from publish.conftest import tree, upload
 
@@ -270,6 +270,21 @@ def test_what_was_published_without_paths_is_verified_by_anybody(hub, new_id, pr
     assert alone.exit_code in (2, 4, 5)
     assert "./target/model" in alone.stderr
     assert "--target" in alone.stderr
+
+
+def test_what_was_published_without_paths_says_whether_it_is_outdated(
+    hub, new_id, private_result, tmp_path, monkeypatch
+):
+    name, recipe = new_id("repaired"), next(tmp_path.glob("*.yml"))
+    # The recipe may have relative paths.
+    monkeypatch.chdir(tmp_path / "private")
+    pushed(private_result, name)
+    ran = call("outdated", recipe, "--published", name)
+    assert ran.exit_code == 0, ran.output
+    change_tensor(tmp_path / "private" / "source" / "model", "model.norm.weight", lambda values: values.add_(1))
+    ran = call("outdated", recipe, "--published", name)
+    assert ran.exit_code == 10, ran.output
+    assert "source ./source/model: moved" in ran.stdout
 
 
 def test_models_that_are_published_too_are_named_by_their_commits_in_every_file(

@@ -209,6 +209,12 @@ def _language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return next((config[key] for key in LANGUAGE_CONFIGS if isinstance(config.get(key), Mapping)), config)
 
 
+def layer_number(tensor: str) -> int | None:
+    """The number of the layer that a tensor's name tells; None without one."""
+    match = _LAYER_NUMBER.search(tensor)
+    return None if match is None else int(match[1])
+
+
 def layer_path(tensor: str) -> str:
     """The beginning of a tensor's name, up to and including the layer's number."""
     match = _LAYER_NUMBER.search(tensor)

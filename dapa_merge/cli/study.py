@@ -387,4 +387,4 @@ def inspect(
             else:
                 LOG.info(f"{chart} was not drawn: no module of a layer differs")
         if keep is not None:
-            keep(recipe_of(found, target, source, pretrained))
+            keep(recipe_of(found))

@@ -77,11 +77,6 @@ class Seen:
         """The modules that differ, in the order of the layers' modules."""
         return list(dict.fromkeys(one.module for one in self.changed))
 
-    @property
-    def outside(self) -> list[str]:
-        """What differs besides the layers' projections."""
-        return [module for module in self.modules if module in OUTSIDE]
-
     @cached_property
     def kept_alignment(self) -> float | None:
         """The share of (source - pretrained) that the target holds: 1 if it was fine-tuned of the source, 0 if not."""
@@ -183,12 +178,9 @@ def _lora(seen: Seen) -> str:
     )
 
 
-def _norm(seen: Seen) -> float:
-    return median(one.norm for one in seen.matrices or seen.changed)
-
-
 def _trained(seen: Seen) -> str:
-    told = f"{_where(seen)} differ by {100 * _norm(seen):.2g} % of their norm in the median"
+    norm = median(one.norm for one in seen.matrices or seen.changed)
+    told = f"{_where(seen)} differ by {100 * norm:.2g} % of their norm in the median"
     if seen.noise > MAX_NOISE:
         return f"{told}, hardly more than rounding, in many directions or in some that cannot be told from it"
     return f"{told}, in many directions"

@@ -1,7 +1,7 @@
 """How the weights of a target differ from its source's: module by module, read once, without loading a model.
 
 The leading singular values of (target - source) are those of a randomized sketch (N. Halko et al., "Finding Structure
-with Randomness", SIAM Review 2011, algorithm 4.4, two iterations). What a 16-bit format cannot hold shows in them as
+with Randomness", SIAM Review 2011, algorithm 4.4, one iteration). What a 16-bit format cannot hold shows in them as
 noise of full rank, whose size is known: a rounded value is off by a twelfth of its last digit's square, on average.
 """
 
@@ -10,25 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.region import Region, TensorBox
+from dapa_merge.checkpoint.units import layer_number
 from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.plan.edit import not_finite
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
+from dapa_merge.search.spectrum import EXACT_SIDE, subspace_iterations
 
 # A LoRA of up to this rank is recognized; beyond, singular values are not told apart.
 MAX_RANK = 128
 # More columns of the sketch, whose own values are not exact.
 OVERSAMPLING = 24
-ITERATIONS = 1
-# Matrices whose smaller side is at most this are decomposed exactly: it takes less than the sketch.
-EXACT_SIDE = 320
 # A singular value falls off sharply if the one before it is so many times as large. Those of noise fall by a hundredth.
 FALL = 1.2
 # The share of the squared norm that the effective number of directions holds.
@@ -44,7 +43,6 @@ _OTHERS = (
 )
 # The bits of a float32's exponent.
 _EXPONENT = 0x7F800000
-_LAYER = re.compile(r"\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -135,13 +133,12 @@ def differences(plan: Plan) -> Iterator[Difference]:
         shape = [min(sizes) for sizes in zip(*(twin.shape for twin in found.values()), strict=True)]
         part = TensorBox(name, tuple((0, size) for size in shape))
         compared = _compared(plan, {role: Region.of(twin, part) for role, twin in found.items()})
-        layer = _LAYER.search(name)
         module = next((module for module, names in _OTHERS if names.search(name)), "other")
         added = tensor.num_parameters - compared.num_values
-        yield _joined(int(layer[1]) if layer else None, module, [compared], added)
+        yield replace(compared, layer=layer_number(name), module=module, added=added)
 
 
-def _joined(layer: int | None, module: str, parts: list[Difference], added: int = 0) -> Difference:
+def _joined(layer: int | None, module: str, parts: list[Difference]) -> Difference:
     """The differences of a unit's parts as one."""
     alignments = [part.alignment for part in parts if part.alignment is not None]
     return Difference(
@@ -155,7 +152,6 @@ def _joined(layer: int | None, module: str, parts: list[Difference], added: int 
         source_squares=math.fsum(part.source_squares for part in parts),
         rounding=math.fsum(part.rounding for part in parts),
         decay=next((part.decay for part in parts if part.decay is not None), None),
-        added=added,
         alignment=(math.fsum(one for one, _ in alignments), math.fsum(one for _, one in alignments))
         if alignments
         else None,
@@ -173,26 +169,28 @@ def _compared(plan: Plan, regions: Mapping[str, Region]) -> Difference:
     base = None
     if "pretrained" in regions:
         base = mapped_values(plan.models["pretrained"], regions["pretrained"]).reshape(flat[0].shape)
+    # A value between two powers of two has a last digit of eps times the lower one, in the coarser of the two dtypes.
+    eps = max(torch.finfo(values.dtype).eps for values in flat)
     changed = beyond = 0
     squares, source_squares, rounding, shared, moved = [], [], [], [], []
     decay: Decay | None = None
     for start in range(0, len(flat[0]), num_rows):
-        ours, theirs = (values[start : start + num_rows] for values in flat)
-        theirs_float = theirs.float()
-        source_squares.append(_squares(theirs_float))
+        stored = [values[start : start + num_rows] for values in flat]
+        ours, theirs = (values.float() for values in stored)
+        source_squares.append(_squares(theirs))
         if base is not None:
             before = base[start : start + num_rows].float()
-            alignment = theirs_float - before
-            shared.append(float(((ours.float() - before).double() * alignment.double()).sum()))
+            alignment = theirs - before
+            shared.append(float(((ours - before).double() * alignment.double()).sum()))
             moved.append(_squares(alignment))
-        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+        if stored[0].dtype == stored[1].dtype and torch.equal(*stored):
             continue
-        difference = ours.float() - theirs_float
+        difference = ours - theirs
         squares.append(_squares(difference))
         if not math.isfinite(squares[-1]):
             raise _not_finite(plan, regions)
         differs = difference != 0
-        digits = _last_digits(ours, theirs)
+        digits = eps * _powers(ours)
         changed += int(differs.sum())
         beyond += int((difference.abs() > digits / 2).sum())
         rounding.append(float((digits.square() / 12).clamp_max(squares[-1] / difference.numel()).sum()))
@@ -217,12 +215,9 @@ def _squares(values: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(values, dtype=torch.float64) ** 2)
 
 
-def _last_digits(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """The place value of the last binary digit of each of our values, in the coarser of the two dtypes; float32."""
-    digit = max(torch.finfo(values.dtype).eps for values in (ours, theirs))
-    # The exponent's bits alone are the largest power of two that is not above the value.
-    powers = (ours.float().view(torch.int32) & _EXPONENT).view(torch.float32)
-    return digit * powers
+def _powers(values: torch.Tensor) -> torch.Tensor:
+    """The largest powers of two that are not above the magnitudes of float32 values; 0 for subnormal ones."""
+    return (values.view(torch.int32) & _EXPONENT).view(torch.float32)
 
 
 def decay_of(difference: torch.Tensor) -> Decay:
@@ -236,7 +231,7 @@ def decay_of(difference: torch.Tensor) -> Decay:
         # The last values of a square matrix of noise fall sharply, too.
         num_told = min(MAX_RANK, len(values) // 2)
     else:
-        left, values, right = _sketched(difference)
+        left, values, right = next(subspace_iterations(difference, MAX_RANK + OVERSAMPLING))
         num_told = MAX_RANK
     shares = values.double() ** 2 / _squares(difference)
     floor = float(values[0]) * torch.finfo(torch.float32).eps
@@ -253,16 +248,6 @@ def decay_of(difference: torch.Tensor) -> Decay:
         left[:, 0].float(),
         right[0].float(),
     )
-
-
-def _sketched(difference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(difference.device).manual_seed(0)
-    basis = torch.randn((difference.shape[1], MAX_RANK + OVERSAMPLING), generator=generator, device=difference.device)
-    for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(difference @ basis).Q
-        basis = torch.linalg.qr(difference.T @ basis).Q
-    left, values, inner = torch.linalg.svd(difference @ basis, full_matrices=False)
-    return left, values, (basis @ inner.T).T
 
 
 def _not_finite(plan: Plan, regions: Mapping[str, Region]) -> CheckpointError:

@@ -144,7 +144,7 @@ def inspect_pair(
         target: The fine-tune.
         source: The aligned model.
         pretrained: Their common base model, if known: it tells a fine-tune of the source from a sibling.
-        allow_pickle: Read pickled weights, as tensors only, if there are no others.
+        allow_pickle: Read weights that exist only as pickles, accepting only tensors.
 
     Raises:
         CheckpointError: If a model cannot be read, or holds values that are infinite or not a number.
@@ -183,7 +183,7 @@ def by_module(found: Sequence[Difference]) -> Iterator[Module]:
         )
 
 
-def recipe_of(found: Inspection, target: str, source: str, pretrained: str | None) -> str:
+def recipe_of(found: Inspection) -> str:
     """Return the text of a recipe that follows the advice.
 
     Raises:
@@ -191,14 +191,12 @@ def recipe_of(found: Inspection, target: str, source: str, pretrained: str | Non
     """
     if found.damage.edit is None:
         raise CannotRepair(f"no recipe was written: {found.damage.what}; {found.damage.advice}")
-    parameters = {"layers": "auto", "edit": found.damage.edit, "prompts": "builtin"}
-    if pretrained is not None:
-        parameters["pretrained"] = pretrained
+    names = {role: model.name for role, model in found.models.items()}
     content = {
         "merge_method": METHOD,
-        "base_model": target,
-        "models": [{"model": source}],
-        "parameters": parameters,
+        "base_model": names.pop("target"),
+        "models": [{"model": names.pop("source")}],
+        "parameters": {"layers": "auto", "edit": found.damage.edit, "prompts": "builtin", **names},
     }
     what = printable(f"{found.damage.what[0].upper()}{found.damage.what[1:]}.")
     head = textwrap.fill(what, 118, initial_indent="# ", subsequent_indent="# ")
@@ -302,12 +300,11 @@ def print_inspection(found: Inspection, console: Console) -> None:
         console.print(table)
     label = {"it looks like": found.damage.kind, "because": found.damage.what, "try": found.damage.advice}
     label |= {} if found.command is None else {"command": found.command}
+    width = max(40, min(console.width, 110) - 15)
     for name, text in [*label.items(), *(("note", note) for note in found.notes)]:
-        width = max(40, min(console.width, 110) - 15)
+        text = printable(text)
         # A command is copied as one line.
-        lines = (
-            [printable(text)] if name == "command" else textwrap.wrap(printable(text), width, break_on_hyphens=False)
-        )
+        lines = [text] if name == "command" else textwrap.wrap(text, width, break_on_hyphens=False)
         for number, line in enumerate(lines):
             console.print(f"{'' if number else name:<15}{line}", highlight=False, markup=False, soft_wrap=True)
 

@@ -127,11 +127,11 @@ def _json(indent: int) -> Callable[[Any], str]:
 def _yaml(text: str) -> Callable[[Any], str]:
     """Writes YAML under the comments that a text begins with."""
     comments = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
-    return lambda content: "".join(comments) + str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    return lambda content: "".join(comments) + str(yaml.safe_dump(content, sort_keys=False))
 
 
 def _names(contents: Sequence[Any], recipe: Recipe, parents: Sequence[Parent]) -> dict[str, str]:
-    """Return the public names of models and files, by their names on this machine."""
+    """Return the public names of models and files, by their names on this machine, the longest first."""
     names: dict[str, str] = {}
     for role, location in models_of(recipe).items():
         places = public_places(parents, role)
@@ -148,7 +148,7 @@ def _names(contents: Sequence[Any], recipe: Recipe, parents: Sequence[Parent]) -
             texts = [content[key] for key in FILES if isinstance(content.get(key), str)]
             parts = [part.strip() for text in texts for part in text.split(",")]
             names |= {text: public for text in (*texts, *parts) if (public := without_paths(text)) != text}
-    return names
+    return dict(sorted(names.items(), key=lambda pair: -len(pair[0])))
 
 
 def _named(content: Mapping[str, Any], role: str) -> Iterator[str]:
@@ -170,8 +170,8 @@ def _public(value: Any, names: Mapping[str, str], key: str = "") -> Any:
         return value
     if value in names and key in NAMING:
         return names[value]
-    for path in sorted(names, key=len, reverse=True):
+    for path, public in names.items():
         # A relative path may be an ordinary word.
         if Path(path.partition("+")[0]).is_absolute():
-            value = value.replace(path, names[path])
+            value = value.replace(path, public)
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
@@ -26,7 +26,7 @@ class Panel(NamedTuple):
 
 def layer_maps(panels: Sequence[Panel], modules: Sequence[str]) -> Figure:
     """Draw measures of units side by side, each as shares of its own largest score."""
-    is_signed = any(bool((panel.scores < 0).any()) for panel in panels)
+    colours, least = ("PuOr_r", -1) if any((panel.scores < 0).any() for panel in panels) else ("Oranges", 0)
     num_rows, num_layers = -(-len(panels) // MAPS_IN_A_ROW), panels[0].scores.shape[1]
     # A map has half the room of a chart for the labels of layers.
     ticks = every_few(num_layers)[:: 1 if num_layers <= MAX_TICKS // 2 else 2]
@@ -37,8 +37,7 @@ def layer_maps(panels: Sequence[Panel], modules: Sequence[str]) -> Figure:
                 axes.set_visible(False)
                 continue
             shares = panel.scores / (float(numpy.nanmax(numpy.abs(panel.scores), initial=0.0)) or 1.0)
-            colours: dict[str, Any] = {"cmap": "PuOr_r", "vmin": -1} if is_signed else {"cmap": "Oranges", "vmin": 0}
-            axes.imshow(shares, aspect="auto", vmax=1, interpolation="nearest", **colours)
+            axes.imshow(shares, aspect="auto", cmap=colours, vmin=least, vmax=1, interpolation="nearest")
             axes.set_facecolor("#dddddd")
             axes.set_yticks(range(len(modules)), modules, parse_math=False)
             axes.set_xticks(ticks)

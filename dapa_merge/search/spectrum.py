@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -188,16 +189,30 @@ def decompose(
     return left[:, :rank].contiguous(), values[:rank].contiguous(), right[:rank].contiguous()
 
 
-def _iterate(difference: torch.Tensor, max_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def subspace_iterations(
+    difference: torch.Tensor, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield approximations of the leading singular directions, each after one more iteration; deterministic.
+
+    Args:
+        difference: `[m, n]`, float32.
+        size: Number of directions; the last few are the least exact.
+
+    Yields:
+        Left vectors `[m, size]`, values `[size]` and right vectors `[size, n]`.
+    """
     generator = torch.Generator(difference.device).manual_seed(0)
-    size = (difference.shape[1], max_rank + OVERSAMPLING)
-    basis = torch.randn(size, generator=generator, device=difference.device)
-    for _ in range(MAX_ITERATIONS):
+    basis = torch.randn((difference.shape[1], size), generator=generator, device=difference.device)
+    while True:
         basis = torch.linalg.qr(difference @ basis).Q
         basis = torch.linalg.qr(difference.T @ basis).Q
-        image = difference @ basis
-        left, values, inner = torch.linalg.svd(image, full_matrices=False)
-        right = (basis @ inner.T).T
+        left, values, inner = torch.linalg.svd(difference @ basis, full_matrices=False)
+        yield left, values, (basis @ inner.T).T
+
+
+def _iterate(difference: torch.Tensor, max_rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = subspace_iterations(difference, max_rank + OVERSAMPLING)
+    for left, values, right in islice(found, MAX_ITERATIONS):
         residuals = torch.linalg.vector_norm(difference.T @ left - right.T * values, dim=0) / values.clamp_min(1e-30)
         if bool((residuals[:max_rank] <= RESIDUAL).all()):
             break

@@ -24,7 +24,7 @@ from dapa_merge.checkpoint.convert import pickle_files
 from dapa_merge.checkpoint.digest import hash_file
 from dapa_merge.checkpoint.folder import ADAPTER_CONFIG_NAME, ADAPTER_NAMES, find_weights, is_clutter, read_regular
 from dapa_merge.checkpoint.header import read_index
-from dapa_merge.checkpoint.location import Location
+from dapa_merge.checkpoint.location import Location, is_path
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, DapaError, HubError, RecipeError, UsageError
@@ -214,27 +214,26 @@ def check_lock(lock: Lock, models: Mapping[str, Checkpoint]) -> None:
                 raise HubError(f"{upstream} moved to {commit} while it was opened; run the command again")
 
 
-def pair_up(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
+def pair_up(
+    location: Location, locked: Sequence[Upstream], *, is_published: bool = False
+) -> list[tuple[Location, Upstream]]:
     """Pair a model, and its adapter if it has one, with their locked states.
+
+    Args:
+        location: The model as the recipe names it.
+        locked: Their states.
+        is_published: Whether the lock was published, and so has other names for folders of this machine.
 
     Raises:
         CheckpointError: If the lock is for other models, e.g. after it was edited.
     """
     found = base_and_adapter(location)
-    if [(part.path, part.revision) for part in found] != [(one.model, one.revision) for one in locked]:
+    is_same = len(found) == len(locked) and all(
+        (part.path, part.revision) == (one.model, one.revision) or (is_published and is_path(part.path))
+        for part, one in zip(found, locked, strict=True)
+    )
+    if not is_same:
         raise CheckpointError(f"the lock is not for {location}; remove it, and run the recipe again")
-    return list(zip(found, locked, strict=True))
-
-
-def published_pairs(location: Location, locked: Sequence[Upstream]) -> list[tuple[Location, Upstream]]:
-    """Pair as `pair_up` does, by position: a published lock has other names for folders.
-
-    Raises:
-        CheckpointError: If the lock is for other models.
-    """
-    found = base_and_adapter(location)
-    if len(found) != len(locked):
-        raise CheckpointError(f"the published lock is not for {location}; publish the result again")
     return list(zip(found, locked, strict=True))
 
 

@@ -23,7 +23,6 @@ from dapa_merge.publish.lock import (
     num_bytes,
     pair_up,
     parse_lock,
-    published_pairs,
     read_lock,
     recipe_digest,
 )
@@ -118,12 +117,13 @@ def _local_lock(path: Path) -> Iterator[tuple[str, Lock]]:
 def _compared(recipe: Recipe, name: str, lock: Lock, *, is_published: bool) -> Status:
     if recipe_digest(recipe) != lock.recipe:
         return Status(name, recipe_changed=True)
-    # A published lock does not name folders of this machine; the recipe's digest covers their names.
-    pair = published_pairs if is_published else pair_up
+    # The recipe's digest covers the names of its models.
     parts = [
         (role, part, before)
         for model, location in models_of(recipe).items()
-        for (role, part), (_, before) in zip(named_parts(model, location), pair(location, lock.of(model)), strict=True)
+        for (role, part), (_, before) in zip(
+            named_parts(model, location), pair_up(location, lock.of(model), is_published=is_published), strict=True
+        )
     ]
     with task("comparing", sum(num_bytes(part) for _, part, _ in parts), "bytes"):
         return Status(name, False, tuple((role, movement(before, part)) for role, part, before in parts))

@@ -40,8 +40,6 @@ from dapa_merge.report.report import jsonable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The files that may hold a chat template besides `tokenizer_config.json`, whose own one they replace.
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MAX_TEMPLATE_BYTES = 4 << 20
 # The tokenizer of Gemma 3 has 33 MB.
 MAX_TOKENIZER_BYTES = 128 << 20
@@ -252,13 +250,17 @@ def _tokens(path: Path) -> list[str] | None:
 
 
 def _template(folder: Path) -> str | None:
-    """The digest of a model's chat template; None without one."""
-    for name in _TEMPLATES:
-        if (folder / name).is_file():
-            return hashlib.sha256(read_regular(folder / name, MAX_TEMPLATE_BYTES)).hexdigest()[:12]
-    settings = folder / "tokenizer_config.json"
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    return _digest(template) if template else None
+    """The digest of a model's chat template, in whichever file it is; None without one."""
+    template: object = None
+    if (path := folder / "chat_template.jinja").is_file():
+        template = read_regular(path, MAX_TEMPLATE_BYTES).decode(errors="replace")
+    for path in (folder / name for name in ("chat_template.json", "tokenizer_config.json")):
+        template = template or (read_json(path).get("chat_template") if path.is_file() else None)
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default", template)
+    # Jinja leaves out a newline at the end.
+    return _digest(template.removesuffix("\n") if isinstance(template, str) else template) if template else None
 
 
 def _notes(models: Mapping[str, Surroundings]) -> Iterator[str]:

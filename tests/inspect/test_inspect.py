@@ -293,6 +293,24 @@ def test_what_surrounds_the_weights_is_compared(make, source, tmp_path):
     assert "mit and apache-2.0" in notes
 
 
+@pytest.mark.parametrize("kind", ["text", "list", "json"])
+def test_a_chat_template_is_the_same_in_whichever_file_it_is(kind, make, source):
+    target = make(nothing)
+    template = (target / "chat_template.jinja").read_text()
+    (target / "chat_template.jinja").unlink()
+    path = target / ("chat_template.json" if kind == "json" else "tokenizer_config.json")
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+
+    def write(text: str) -> None:
+        named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": text}]
+        path.write_text(json.dumps({**settings, "chat_template": named if kind == "list" else text}))
+
+    write(template)
+    assert inspected(target, source).notes == ()
+    write(template + "{{ more }}")
+    assert any("chat templates differ" in note for note in inspected(target, source).notes)
+
+
 def test_models_that_are_not_one_family_are_an_answer(source, llama_pair):
     found = answer("inspect", source, llama_pair[0], "--json")
     assert found["kind"] == "not one family"

@@ -1,4 +1,4 @@
-"""Real servers on this machine that a judge asks: one whose answers and faults are scripted, and transformers' own."""
+"""Real servers of chat completions on this machine: one with scripted answers and faults, and transformers' own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Reply:
     """What the server says: a judge's words in a proper completion, or a body as it is."""
 
     content: str | None = None
+    thought: str | None = None
     status: int = 200
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
@@ -54,9 +55,16 @@ def response_in(request: dict) -> str:
     return re.search(r"<response-(\w+)>\n(.*)\n</response-\1>", text, re.DOTALL).group(2)
 
 
+def prompt_in(request: dict) -> str:
+    """The user's last message of a request."""
+    return request["messages"][-1]["content"]
+
+
 @contextlib.contextmanager
-def judge_server(script: Callable[[str, int, dict], Reply]) -> Iterator[tuple[str, Log]]:
-    """Serve /v1/chat/completions; `script` gets the response, how often it was sent before, and the request."""
+def judge_server(
+    script: Callable[[str, int, dict], Reply], item_in: Callable[[dict], str] = response_in
+) -> Iterator[tuple[str, Log]]:
+    """Serve /v1/chat/completions; `script` gets the item, how often it was sent before, and the request."""
     log, lock, seen = Log(), threading.Lock(), {}
 
     class Handler(BaseHTTPRequestHandler):
@@ -64,7 +72,7 @@ def judge_server(script: Callable[[str, int, dict], Reply]) -> Iterator[tuple[st
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            response = response_in(request)
+            response = item_in(request)
             with lock:
                 log.requests.append(request)
                 log.keys.append(self.headers["Authorization"])
@@ -77,6 +85,7 @@ def judge_server(script: Callable[[str, int, dict], Reply]) -> Iterator[tuple[st
             with lock:
                 log.under_way -= 1
             message = {"role": "assistant", "content": reply.content}
+            message |= {} if reply.thought is None else {"reasoning_content": reply.thought}
             choices = [{"index": 0, "finish_reason": reply.finish_reason, "message": message}]
             completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
             body = json.dumps(completion).encode() if reply.body is None else reply.body

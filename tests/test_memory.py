@@ -32,7 +32,7 @@ def test_a_lack_of_memory_is_one_sentence(error, is_told_of_a_checkpoint, monkey
         raise CheckpointError("transformers cannot load it") from error
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    monkeypatch.setattr("dapa_merge.measure.meter.evaluate_model", fail)
+    monkeypatch.setattr("dapa_merge.measure.evaluate.evaluate_models", fail)
     result = call("evaluate", miniature.path("target"))
     (line,) = result.stderr.strip().splitlines()
     assert result.exit_code == 1

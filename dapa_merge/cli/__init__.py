@@ -28,7 +28,7 @@ COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
     "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
-    "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any model."),
+    "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any models."),
     "gate": ("dapa_merge.cli.publish", "Fail unless the figures of a result are good enough."),
     "inspect": ("dapa_merge.cli.study", "Tell what was done to TARGET, and what to try."),
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),

@@ -18,6 +18,7 @@ from rich.console import Console
 from dapa_merge.errors import UsageError, printable
 from dapa_merge.progress import Terminal
 from dapa_merge.publish.options import CardOptions, given_license
+from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
 from dapa_merge.recipe.options import Options, parse_number
 from dapa_merge.verify.result import location_option
 
@@ -104,6 +105,50 @@ attacks_option = click.option(
     help="Also measure whether refusal is only a mask, with commas: prefill (DSR with the opening of a compliant "
     "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request)."
     "  [default: as the recipe says, or none]",
+)
+ASKING = (
+    click.option("--system", metavar="TEXT", help="A system message before every prompt and question."),
+    click.option(
+        "--chat-template",
+        metavar="FILE",
+        help="Ask with this chat template in place of the model's own; none asks without one.",
+    ),
+    click.option(
+        "--temperature",
+        type=click.FloatRange(0, 10),
+        help="Sample the responses at this temperature.  [default: 0, always the likeliest token]",
+    ),
+    click.option(
+        "--top-p",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Sample from the likeliest tokens that hold this probability.  [default: 1]",
+    ),
+    click.option("--seed", type=int, help="What the samples depend on.  [default: 0]"),
+    click.option(
+        "--limit",
+        metavar="N",
+        type=click.IntRange(1),
+        help="Ask at most N prompts of each kind and N questions of each skill, spread over all.",
+    ),
+)
+SERVED = (
+    click.option(
+        "--served",
+        metavar="URL",
+        help="Measure a model behind this OpenAI-compatible endpoint, as in http://localhost:8000/v1. The key is read "
+        "from OPENAI_API_KEY.",
+    ),
+    click.option(
+        "--model", "served_names", metavar="NAME", multiple=True, help="Its name there. May be given several times."
+    ),
+    click.option(
+        "--concurrency",
+        metavar="N",
+        type=click.IntRange(1, 1024),
+        default=8,
+        show_default=True,
+        help="Requests to the endpoint at once.",
+    ),
 )
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
@@ -215,6 +260,39 @@ def destination_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(destination={name: given.pop(name) for name in DESTINATION_NAMES}, **given)
 
     return _with_options(call, DESTINATION)
+
+
+def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how models are asked; the command gets one `Asking` as `asking`."""
+
+    @functools.wraps(command)
+    def call(
+        system: str | None, chat_template: str | None, limit: int | None, temperature: float | None, **given: Any
+    ) -> Any:
+        drawn = {name: value for name in ("top_p", "seed") if (value := given.pop(name)) is not None}
+        if drawn and not temperature:
+            raise UsageError(f"--{next(iter(drawn)).replace('_', '-')} is for sampling; name a --temperature above 0")
+        sampling = Sampling(temperature, **drawn) if temperature else None
+        if system is not None and not system.strip():
+            raise UsageError("--system is empty; write the system message, or leave the option out")
+        return command(asking=Asking(system, chat_template, sampling, limit), **given)
+
+    return _with_options(call, ASKING)
+
+
+def served_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of served models; the command gets these as `served`."""
+
+    @functools.wraps(command)
+    def call(served: str | None, served_names: tuple[str, ...], concurrency: int, **given: Any) -> Any:
+        if (served is None) == bool(served_names):
+            raise UsageError("--served and --model go together: the endpoint's address, and the model's name there")
+        if served is None:
+            refuse_options(("concurrency",), "is for served models; name one with --served and --model")
+        models = tuple(ServedModel(name, served or "", concurrency) for name in served_names)
+        return command(served=models, **given)
+
+    return _with_options(call, SERVED)
 
 
 def license_options(command: Callable[..., Any]) -> Callable[..., Any]:

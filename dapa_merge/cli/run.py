@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -22,6 +22,7 @@ from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
     allow_pickle_option,
+    asking_options,
     attacks_option,
     destination_options,
     device_option,
@@ -36,12 +37,13 @@ from dapa_merge.cli.options import (
     recipe_argument,
     refuse_options,
     search_options,
+    served_options,
     takes_options,
 )
 from dapa_merge.errors import CannotRepair, DapaError, UsageError
 from dapa_merge.files import new_file, replace_file
 from dapa_merge.imports import lasting
-from dapa_merge.measure.figures import responses_text
+from dapa_merge.measure.figures import Figures, responses_text
 from dapa_merge.miniature import path, recipe_text
 from dapa_merge.plan.directions import FILE_NAME
 from dapa_merge.plan.edit import may_choose
@@ -49,19 +51,22 @@ from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import reduced
 from dapa_merge.progress import LOG, Terminal, collected, quiet
 from dapa_merge.publish.options import CardOptions, Destination
+from dapa_merge.recipe.asking import Asking, ServedModel
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
 from dapa_merge.recipe.recipe import METHOD, Recipe
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.report.tables import (
-    categories_table,
-    figures_table,
     ladder_json,
+    print_evaluated,
     print_ladder,
     print_report,
     print_search,
     search_json,
 )
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.meter import MeasuredModel
 
 
 @click.command()
@@ -126,7 +131,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
 
 
 @click.command()
-@click.argument("model")
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
 @click.option(
     "--prompts",
     default="builtin",
@@ -138,12 +143,14 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
 @click.option("--text", help="What perplexity is taken of: builtin, auto, a file or a Hub dataset.  [default: auto]")
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @attacks_option
+@asking_options
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     help="Where responses are cut off.  [default: 100; evaluator paper: 350; a thought first: 1024]",
 )
 @click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@served_options
 @click.option(
     "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
 )
@@ -153,29 +160,54 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
 @json_option
 @takes_options
 def evaluate(
-    model: str, prompts: str, responses: Path | None, options: Options, as_json: bool, **settings: Any
+    models: tuple[str, ...],
+    prompts: str,
+    responses: Path | None,
+    served: Sequence[ServedModel],
+    asking: Asking,
+    options: Options,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Measure the safety and skill of any model.
+    """Measure the safety and skill of any models.
 
-    MODEL is a folder or a Hub id, or id@revision. Prints DSR and over-refusal with intervals, also by category,
-    perplexity and skills.
+    MODEL is a folder or a Hub id, or id@revision; several are measured one after the other on the same prompts, and
+    each is compared with the first. --served measures a model behind an OpenAI-compatible endpoint. Prints DSR and
+    over-refusal with intervals, also by category, perplexity and skills.
     """
+    if not (models or served):
+        raise UsageError("no model: name a folder or a Hub id, or a served one with --served and --model")
     with lasting():
-        from dapa_merge.measure.meter import evaluate_model
+        from dapa_merge.measure.evaluate import evaluate_models
 
+    told: dict[str, MeasuredModel] = {}
     with _kept_in(responses) as keep:
-        measured = evaluate_model(model, prompts, options, **settings)
-
-        def show(console: Console) -> None:
-            console.print(figures_table([model], [measured.figures]))
-            print_lines(console, [f"perplexity of {measured.figures.text}"])
-            if table := categories_table([model], [measured.figures]):
-                console.print(table)
-
         try:
-            keep(responses_text({model: measured.responses}))
+            found = evaluate_models(
+                [*models, *served], prompts, options, asking=asking, tell=told.__setitem__, **settings
+            )
+        except BaseException:
+            if told:
+                # What was measured until then is not lost.
+                keep(_responses_text(told))
+                print_answer({}, lambda console: print_evaluated(_figures(told), {}, console), as_json=False)
+            raise
+        try:
+            keep(_responses_text(told))
         finally:
-            print_answer(jsonable(asdict(measured.figures)) | {"read": list(measured.read)}, show, as_json)
+            print_answer(
+                jsonable(found.to_json()),
+                lambda console: print_evaluated(_figures(told), found.changes, console, asking.lines()),
+                as_json,
+            )
+
+
+def _figures(measured: Mapping[str, MeasuredModel]) -> dict[str, Figures]:
+    return {name: one.figures for name, one in measured.items()}
+
+
+def _responses_text(measured: Mapping[str, MeasuredModel]) -> str:
+    return responses_text({name: one.responses for name, one in measured.items()})
 
 
 def _kept_in(path: Path | None) -> AbstractContextManager[Callable[[str], None]]:

@@ -33,7 +33,7 @@ from dapa_merge.errors import Stopped, UsageError
 from dapa_merge.files import PICTURES, new_file
 from dapa_merge.imports import lasting
 from dapa_merge.progress import LOG
-from dapa_merge.recipe.attacks import ALLOWED, NONE, parse_attacks
+from dapa_merge.recipe.attacks import ALLOWED, NONE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report.charts import draw_all, plotting
@@ -247,12 +247,16 @@ def compare(
     live and on the same prompts; averages with intervals; and edits of every size. Writes table.md, table.csv,
     curve.csv, table.tex, summary.json and figures/ to --out. If stopped, the same command resumes.
     """
-    try:
-        tried = parse_attacks(attacks)
-    except ValueError:
-        raise UsageError(f"--attacks is {attacks!r}; {ALLOWED}") from None
+    with lasting():
+        from dapa_merge.compare.compare import compare_recipes
+        from dapa_merge.measure.prompts.sets import load_attacks
+
     wanted = CompareOptions(
-        methods=_methods(methods), weights=_weights(weights), draws_curve=not no_curve, attacks=tried, **settings
+        methods=_methods(methods),
+        weights=_weights(weights),
+        draws_curve=not no_curve,
+        attacks=load_attacks(attacks),
+        **settings,
     )
     between = [key for key in wanted.methods if METHODS[key].settings == (PARTIAL_WEIGHTS,)]
     if wanted.weights == (1.0,) and methods is not None and between:
@@ -261,9 +265,6 @@ def compare(
             f"1, or leave {between[0]} out of --methods"
         )
     with _stoppable(out):
-        with lasting():
-            from dapa_merge.compare.compare import compare_recipes
-
         found = compare_recipes(recipes, out, wanted, options)
     print_answer(found.summary, lambda console: _show(found, out, console), as_json)
     if found.fault is not None:

@@ -35,6 +35,7 @@ from dapa_merge.compare.training import (
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.generate import generate, prompt_ids
 from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.prompts.conversation import request_of
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
@@ -227,7 +228,7 @@ class Workbench:
     def _refusals(self, source: Model) -> list[list[str]]:
         prompts = self._prompts.harmful[:MAX_ANSWERS]
         responses = self._answers(source, prompts, "source")
-        outcomes = self._measuring.meter.classifiers[0].classify(prompts, responses)
+        outcomes = self._measuring.meter.classifiers[0].classify([request_of(prompt) for prompt in prompts], responses)
         found = zip(prompts, responses, outcomes, strict=True)
         return [[prompt, response] for prompt, response, outcome in found if outcome is Outcome.REFUSED]
 

@@ -1,7 +1,8 @@
-"""Greedy speculative decoding with continuous batching: finished rows leave the batch, waiting rows join it.
+"""Speculative decoding with continuous batching: finished rows leave the batch, waiting rows join it.
 
 Draft tokens come from earlier responses instead of a draft model (speculative decoding, Leviathan et al. 2023). One
-forward pass checks several; only tokens that the model itself would choose are kept, as in plain greedy decoding.
+forward pass checks several; only tokens that the model itself would choose are kept, greedily or by sampling with a
+seed.
 If a model is not deterministic (see `determinism`), a pass over several tokens rounds differently than a pass over one
 and may decide a near-tie between two tokens; every 16-bit model has such ties. Without drafts each token has its own
 pass, and a response does not depend on earlier ones.
@@ -22,7 +23,9 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dapa_merge.errors import UsageError
+from dapa_merge.measure.sampling import choose, draws
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.asking import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,10 +99,11 @@ class Decoder:
         lookup: LookupCache | None,
         is_settled: Callable[[BatchRow], bool],
         finish: Callable[[BatchRow], None],
+        sampling: Sampling | None = None,
     ) -> None:
         """Prepare one model; `is_settled` checks rows that grew, `finish` receives each finished row.
 
-        Without a `lookup`, each token has its own forward pass.
+        Without a `lookup`, each token has its own forward pass; without `sampling`, it is the likeliest.
         """
         self._model = model
         self._ends = frozenset(ends)
@@ -108,6 +112,7 @@ class Decoder:
         self._lookup = lookup
         self._is_settled = is_settled
         self._finish = finish
+        self._sampling = sampling
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
@@ -202,7 +207,7 @@ class Decoder:
     ) -> list[BatchRow]:
         """Compute given and draft tokens, keep the correct ones, and return the unfinished rows, now in `cache`."""
         before = cache.columns + max(map(len, given))
-        choices = self._forward(cache, given, drafts, cached)
+        choices = self._forward(cache, given, drafts, cached, rows)
         unfinished, stops = [], []
         for index, (row, draft, chosen) in enumerate(zip(rows, drafts, choices, strict=True)):
             agreed = 0
@@ -234,9 +239,14 @@ class Decoder:
         return False
 
     def _forward(
-        self, cache: RowCache, given: list[list[int]], drafts: list[list[int]], cached: list[int]
+        self,
+        cache: RowCache,
+        given: list[list[int]],
+        drafts: list[list[int]],
+        cached: list[int],
+        rows: Sequence[BatchRow] = (),
     ) -> list[list[int]]:
-        """Return the model's greedy choices after each row's last given token and after each draft token."""
+        """Return the chosen tokens after each row's last given token and after each draft token."""
         num_given, num_drafted = max(map(len, given)), max(map(len, drafts))
         ids = [
             [self._padding] * (num_given - len(tokens)) + tokens + draft + [self._padding] * (num_drafted - len(draft))
@@ -263,8 +273,15 @@ class Decoder:
         ).logits
         self.num_computed += len(ids) * len(ids[0])
         self.num_runs += 1
-        choices: list[list[int]] = logits[:, -num_drafted - 1 :].argmax(-1).tolist()
+        choices: list[list[int]] = self._choose(logits[:, -num_drafted - 1 :], rows).tolist()
         return choices
+
+    def _choose(self, logits: torch.Tensor, rows: Sequence[BatchRow]) -> torch.Tensor:
+        if self._sampling is None or not rows:
+            return logits.argmax(-1)
+        seed = self._sampling.seed
+        drawn = [draws(seed, row.prompt, len(row.tokens), logits.shape[1]) for row in rows]
+        return choose(self._sampling, logits, logits.new_tensor(drawn, dtype=torch.float32))
 
 
 def _free_tokens(model: PreTrainedModel) -> int:

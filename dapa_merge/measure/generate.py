@@ -1,4 +1,4 @@
-"""Greedy responses to many prompts, in their order."""
+"""Responses to many prompts, greedy or sampled with a seed, in their order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure.confined import Unfinished, render
 from dapa_merge.measure.decode import SETTLE_EVERY, BatchRow, BatchSize, Decoder, LookupCache, is_batchable
 from dapa_merge.measure.determinism import batch_invariant, deterministic_attention, is_deterministic
+from dapa_merge.measure.prompts.conversation import (
+    SYSTEM,
+    USER,
+    Message,
+    messages_of,
+    opening_of,
+    request_of,
+    with_system,
+)
 from dapa_merge.measure.refusal.classify import closing_tag, is_thought_token, opened_thought
+from dapa_merge.measure.sampling import Sampled
 from dapa_merge.progress import LOG, advance
-from dapa_merge.recipe.attacks import PLAIN, Attack
+from dapa_merge.recipe.asking import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,46 +66,55 @@ def prepare_for_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     )
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str = "") -> str:
-    """Format a prompt as one user turn of the model's chat template; unchanged if it has no template.
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Format the messages of a prompt with the model's chat template; a text stays as it is without a template.
 
-    A system message, if any, comes first.
+    The beginning of the answer, if the prompt has one, is left out.
 
     Thinking is switched off if the template can do so, because only the answer is judged. A template that does not show
     a plain text gets it as a list of one part, as those of LLaVA and SmolVLM want it.
 
     Raises:
-        CheckpointError: If the template fails, takes too long, or does not show the prompt.
+        CheckpointError: If the template fails, takes too long, or does not show a message of the user or the system, or
+            if a conversation meets a model without a template.
     """
+    messages = messages_of(prompt)
     if not tokenizer.chat_template:
         _warn_without_template(tokenizer.name_or_path)
-        return prompt
+        if len(messages) > 1:
+            raise CheckpointError(
+                f"{tokenizer.name_or_path} has no chat template, so it cannot be asked with a system message or a "
+                f"conversation; ask single texts, or add a chat template"
+            )
+        return request_of(prompt)
     with tokenizing(tokenizer, "chat template"):
         template, variables = tokenizer.get_chat_template(), {**tokenizer.special_tokens_map, "enable_thinking": False}
     # Cached by their text, because a dict cannot be.
     has_parts = _takes_parts(tokenizer.name_or_path, template, json.dumps(variables, default=str))
-    text = _rendered(tokenizer.name_or_path, template, variables, system, prompt, has_parts)
-    if _folded(prompt) not in _folded(text):
-        shown = repr(prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}...")
-        raise CheckpointError(
-            f"the chat template of {tokenizer.name_or_path} changes or omits the prompt {shown}; use the template of "
-            f"its base model, or leave the prompt out"
-        )
+    text = _rendered(tokenizer.name_or_path, template, variables, messages, has_parts)
+    for role, content in messages:
+        # Templates may leave out the thoughts of earlier answers.
+        if role in (SYSTEM, USER) and _folded(content) not in _folded(text):
+            shown = repr(content if len(content) <= SHOWN_CHARACTERS else f"{content[:SHOWN_CHARACTERS]}...")
+            what = "the prompt" if role == USER else "the system message"
+            raise CheckpointError(
+                f"the chat template of {tokenizer.name_or_path} changes or omits {what} {shown}; use the template of "
+                f"its base model, or leave it out"
+            )
     return text
 
 
 def _rendered(
-    name: str, template: str, variables: Mapping[str, object], system: str, prompt: str, has_parts: bool
+    name: str, template: str, variables: Mapping[str, object], messages: Sequence[Message], has_parts: bool
 ) -> str:
-    texts = {"system": system, "user": prompt} if system else {"user": prompt}
-    messages = [
-        {"role": role, "content": [{"type": "text", "text": text}] if has_parts else text}
-        for role, text in texts.items()
+    given = [
+        {"role": role, "content": [{"type": "text", "text": text}] if has_parts else text} for role, text in messages
     ]
     try:
-        return render(template, messages, variables)
+        return render(template, given, variables)
     except Unfinished as error:
-        raise CheckpointError(f"the chat template of {name} fails on one user message: {error}") from error
+        asked = "one user message" if len(messages) == 1 else f"messages of {', '.join(one.role for one in messages)}"
+        raise CheckpointError(f"the chat template of {name} fails on {asked}: {error}") from error
 
 
 @functools.lru_cache
@@ -108,7 +127,7 @@ def _takes_parts(name: str, template: str, variables: str) -> bool:
     fault = None
     for has_parts in (False, True):
         try:
-            text = _rendered(name, template, json.loads(variables), "", _PROBE, has_parts)
+            text = _rendered(name, template, json.loads(variables), messages_of(_PROBE), has_parts)
         except CheckpointError as error:
             # Most templates want a text, and fail on parts.
             fault = fault if has_parts else error
@@ -134,7 +153,7 @@ def _warn_without_template(name: str) -> None:
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the model has a chat template that shows it a system message."""
     try:
-        return bool(tokenizer.chat_template) and "Be brief." in chat_prompt(tokenizer, "How?", "Be brief.")
+        return "Be brief." in chat_prompt(tokenizer, with_system("How?", "Be brief."))
     except CheckpointError:
         # As templates do that have no such role, or know only users and assistants in turn.
         return False
@@ -151,45 +170,44 @@ def check_ids(model: PreTrainedModel, rows: Iterable[Sequence[int]]) -> None:
         )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, attack: Attack = PLAIN) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Encode a prompt formatted by `chat_prompt`; a template adds its own special tokens.
 
-    The ids of an attack with an opening end with `opening_ids`.
+    The ids of a prompt with the beginning of an answer end with `opening_ids`.
     """
-    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt, attack))
+    return list(_prompt_ids(tokenizer, str(tokenizer.chat_template), prompt))
 
 
-def opening_ids(tokenizer: PreTrainedTokenizerBase, attack: Attack) -> list[int]:
-    """Encode the opening that an attack puts into the model's mouth; on a line of its own without a chat template."""
-    opening = attack.opening if tokenizer.chat_template or not attack.opening else f"\n{attack.opening}"
-    return encode(tokenizer, opening)
+def opening_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Encode the opening that a prompt puts into the model's mouth; on a line of its own without a chat template."""
+    opening = opening_of(prompt)
+    return encode(tokenizer, opening if tokenizer.chat_template or not opening else f"\n{opening}")
 
 
 # A search repeats the same prompts in every test.
 @functools.lru_cache(maxsize=4096)
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str, attack: Attack) -> tuple[int, ...]:
-    text, _ = _prompt_text(tokenizer, _template, prompt, attack)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[int, ...]:
+    text, _ = _prompt_text(tokenizer, _template, prompt)
     return (
         *encode(tokenizer, text, add_special_tokens=not tokenizer.chat_template),
-        *opening_ids(tokenizer, attack),
+        *opening_ids(tokenizer, prompt),
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str, attack: Attack) -> tuple[str, str]:
-    """Format a prompt, and find the thought that it leaves open; the opening of an attack follows a closed one."""
-    message = attack.message(prompt)
-    text = chat_prompt(tokenizer, message, attack.system)
-    opened = opened_thought(text, message if tokenizer.chat_template else "")
-    if opened and attack.opening:
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, _template: str, prompt: str) -> tuple[str, str]:
+    """Format a prompt, and find the thought that it leaves open; the opening of an answer follows a closed one."""
+    text = chat_prompt(tokenizer, prompt)
+    opened = opened_thought(text, request_of(prompt) if tokenizer.chat_template else "")
+    if opened and opening_of(prompt):
         # The opening of an answer would not be part of the answer inside a thought.
         return f"{text}{closing_tag(opened)}\n\n", ""
     return text, opened
 
 
-def thought_before(tokenizer: PreTrainedTokenizerBase, prompt: str, attack: Attack = PLAIN) -> str:
+def thought_before(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the end of a prompt's template from an opened thought on, with which `generate` begins its response."""
-    return _prompt_text(tokenizer, str(tokenizer.chat_template), prompt, attack)[1]
+    return _prompt_text(tokenizer, str(tokenizer.chat_template), prompt)[1]
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -257,9 +275,9 @@ def generate(
     settle: Settle | None = None,
     lookup: LookupCache | None = None,
     deterministic: bool = False,
-    attack: Attack = PLAIN,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """Answer every prompt greedily, as the model's own `generate` would, but faster.
+    """Answer every prompt as the model's own `generate` would, but faster.
 
     If the model `is_deterministic`, a response does not depend on other prompts or on `lookup`. Otherwise the number of
     tokens in a forward pass may decide a near-tie between two tokens.
@@ -267,18 +285,18 @@ def generate(
     Args:
         model: Prepared by `prepare_for_greedy`.
         tokenizer: The model's.
-        prompts: User requests, without template.
+        prompts: Texts or conversations, without template.
         max_new_tokens: Maximum length of a response, which the model's context may shorten.
         batch_size: Number of prompts at once.
-        settle: Called with the beginning of a response and its prompt; any result but None ends the response there.
+        settle: Called with the beginning of a response and its request; any result but None ends the response there.
         lookup: Earlier responses of models with this tokenizer, for speculative decoding; new ones are added. None
             disables drafts.
         deterministic: Whether to ignore `lookup` if it might change a response.
-        attack: How the prompts are asked.
+        sampling: How tokens are drawn; None for greedy decoding.
 
     Returns:
         One response per prompt. Special tokens are removed, except for the tags of thoughts. It begins with the thought
-        that the chat template opens or the attack's opening, if there is one.
+        that the chat template opens or with the prompt's opening of an answer, if there is one.
 
     Raises:
         UsageError: If a prompt is empty, or too long for the model.
@@ -293,11 +311,10 @@ def generate(
         settle=settle,
         lookup=lookup,
         deterministic=deterministic,
-        attack=attack,
+        sampling=sampling,
     )
-    opening = opening_ids(tokenizer, attack)
     return [
-        thought_before(tokenizer, prompt, attack) + _text(tokenizer, opening + answer)
+        thought_before(tokenizer, prompt) + _text(tokenizer, opening_ids(tokenizer, prompt) + answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -312,17 +329,17 @@ def generate_ids(
     settle: Settle | None = None,
     lookup: LookupCache | None = None,
     deterministic: bool = False,
-    attack: Attack = PLAIN,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """Answer every prompt as `generate` does, and return token ids, including the end token of a finished answer.
 
-    An attack's opening is not among them.
+    A prompt's opening of an answer is not among them.
     """
     if not prompts:
         return []
-    rows = _rows(model, tokenizer, prompts, max_new_tokens, attack)
+    rows = _rows(model, tokenizer, prompts, max_new_tokens)
     text_of = dict(zip(map(id, rows), prompts, strict=True))
-    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle, attack)
+    is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
     # Longest first: if a batch does not fit in memory, it is the first one.
     order = sorted(rows, key=lambda row: -len(row.prompt))
     longest = max(len(row.prompt) + row.limit for row in rows)
@@ -335,12 +352,13 @@ def generate_ids(
             lookup=None if deterministic and not is_deterministic(model, longest) else lookup,
             is_settled=lambda row: is_settled is not None and is_settled(row.tokens, text_of[id(row)]),
             finish=lambda _: advance(1, "prompts"),
+            sampling=sampling,
         )
         with batch_invariant(model), deterministic_attention(model, longest):
             decoder.run(order)
     else:
         answers = batch_size.map(
-            lambda batch: _generate_plainly(model, tokenizer, batch, is_settled),
+            lambda batch: _generate_plainly(model, tokenizer, batch, is_settled, sampling),
             [(row, text_of[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
@@ -358,10 +376,9 @@ def _rows(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
-    attack: Attack,
 ) -> list[BatchRow]:
     """Encode and check the prompts, and limit their responses to the model's context."""
-    ids = [prompt_ids(tokenizer, prompt, attack) for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = context_length(model)
     _check_lengths(prompts, ids, context)
     check_ids(model, ids)
@@ -387,15 +404,13 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
             )
 
 
-def _is_settled(
-    tokenizer: PreTrainedTokenizerBase, settle: Settle, attack: Attack, tokens: list[int], prompt: str
-) -> bool:
-    """Whether the verdict on a response that begins with these tokens, after an attack's opening, is certain."""
-    said = _text(tokenizer, opening_ids(tokenizer, attack) + tokens).rstrip("\ufffd")
-    text = thought_before(tokenizer, prompt, attack) + said
+def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
+    """Whether the verdict on a response that begins with these tokens, after the prompt's opening, is certain."""
+    said = _text(tokenizer, opening_ids(tokenizer, prompt) + tokens).rstrip("\ufffd")
+    text = thought_before(tokenizer, prompt) + said
     # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]
-    return bool(beginning) and settle(beginning, prompt) is not None
+    return bool(beginning) and settle(beginning, request_of(prompt)) is not None
 
 
 class _AllSettled(StoppingCriteria):  # type: ignore[misc]
@@ -421,6 +436,7 @@ def _generate_plainly(
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[BatchRow, str]],
     is_settled: IsSettled | None,
+    sampling: Sampling | None,
 ) -> list[list[int]]:
     """Decode a batch of a model that is not batchable with its own `generate`."""
     inputs = tokenizer.pad({"input_ids": [row.prompt for row, _ in batch]}, padding_side="left", return_tensors="pt")
@@ -431,6 +447,7 @@ def _generate_plainly(
         attention_mask=inputs["attention_mask"],
         # The first row has the longest prompt.
         max_new_tokens=batch[0][0].limit,
+        logits_processor=sampling and [Sampled(sampling, [row.prompt for row, _ in batch], start)],
         stopping_criteria=is_settled and [_AllSettled(is_settled, [prompt for _, prompt in batch], start)],
     )
     advance(len(batch), "prompts")

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from dapa_merge.checkpoint.convert import open_location
-from dapa_merge.checkpoint.location import parse_location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.callback import Candidate
@@ -25,21 +23,22 @@ from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFig
 from dapa_merge.measure.generate import generate, has_system_role
 from dapa_merge.measure.live import LiveModel, choose_device, load_model, opens_thought
 from dapa_merge.measure.perplexity import Reading, read_passages
+from dapa_merge.measure.prompts.conversation import attacked, request_of, with_system
 from dapa_merge.measure.prompts.sets import (
     PromptSet,
     Question,
     Text,
     key_of,
+    load_attacks,
     load_prompts,
     load_text,
-    read_json,
-    tell_prompts,
 )
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.measure.skills import Skill, checked, load_skills, named_task_files, skill_figure
+from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
 from dapa_merge.measure.statistics import count, interval, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
-from dapa_merge.recipe.attacks import ALLOWED, NONE, PLAIN, Attack, parse_attacks
+from dapa_merge.recipe.asking import Sampling
+from dapa_merge.recipe.attacks import NONE, PLAIN, Attack
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 
@@ -71,6 +70,7 @@ class Meter:
         text: The perplexity text; None for the prompt set's passages.
         reference: The target's own answers to the keep prompts; None to measure no divergence.
         attacks: Tried on the harmful prompts, in addition.
+        sampling: How tokens of responses are drawn; None for greedy decoding.
     """
 
     prompts: PromptSet
@@ -85,6 +85,7 @@ class Meter:
     skills: tuple[Skill, ...] = ()
     reference: Reference | None = None
     attacks: tuple[Attack, ...] = ()
+    sampling: Sampling | None = None
 
     @property
     def keep(self) -> tuple[str, ...]:
@@ -109,7 +110,8 @@ class Meter:
 
     def asking_keep(self) -> Meter:
         """Return this meter with a skill: the keep prompts whose answers are known, if any; it keeps its own."""
-        return replace(self, skills=self.skills or _skill_of("keep", self.prompts.keep_answers))
+        found = self.skills or _skill_of("keep", self.prompts.keep_answers)
+        return replace(self, skills=tuple(_skill_after(skill, self.prompts.system) for skill in found))
 
     @property
     def identity(self) -> str:
@@ -130,7 +132,8 @@ class Measurement:
         self._meter = meter
         self._candidate = candidate
 
-    def _ask(self, prompts: Sequence[str], *, whole: bool, attack: Attack = PLAIN) -> list[str]:
+    def _ask(self, prompts: Sequence[str], *, whole: bool) -> Sequence[str | None]:
+        """The responses to prompts; None for one that could not be had."""
         meter = self._meter
         return generate(
             self._candidate.model,
@@ -141,7 +144,7 @@ class Measurement:
             settle=meter.classifiers[0].settle if meter.stops_early and not whole else None,
             lookup=meter.lookup,
             deterministic=meter.deterministic,
-            attack=attack,
+            sampling=meter.sampling,
         )
 
     @cached_property
@@ -154,10 +157,11 @@ class Measurement:
 
     def judge(self, kind: str, prompts: Sequence[str], attack: Attack = PLAIN) -> list[Response]:
         """Run prompts of one kind and classify the responses; not cached."""
-        responses = self._ask(prompts, whole=False, attack=attack)
+        said = self._ask([attacked(prompt, attack) for prompt in prompts], whole=False)
+        responses = [response or "" for response in said]
+        requests = [request_of(prompt) for prompt in prompts]
         first, *others = [
-            (classifier.name, [outcome.value for outcome in classifier.classify(prompts, responses)])
-            for classifier in self._meter.classifiers
+            (classifier.name, _outcomes(classifier, requests, said)) for classifier in self._meter.classifiers
         ]
         categories = self._meter.prompts.categories
         return [
@@ -180,13 +184,22 @@ class Measurement:
     def _attacked(self) -> dict[Attack, list[Response]]:
         """The responses to the harmful prompts under each attack; none if the model cannot be asked so."""
         meter = self._meter
-        has_system = not any(attack.system for attack in meter.attacks) or has_system_role(self._candidate.tokenizer)
-        if not has_system:
-            LOG.warning("the chat template has no system role, so an attack by a system prompt is not possible")
         return {
-            attack: self.judge("harmful", meter.prompts.harmful, attack) if has_system or not attack.system else []
+            attack: self.judge("harmful", meter.prompts.harmful, attack) if self._can_try(attack) else []
             for attack in meter.attacks
         }
+
+    def _can_try(self, attack: Attack) -> bool:
+        if not attack.system or self._has_system_role:
+            return True
+        LOG.warning(
+            f"the chat template has no system role, so an attack by a system prompt is not possible: {attack.name}"
+        )
+        return False
+
+    @cached_property
+    def _has_system_role(self) -> bool:
+        return has_system_role(self._candidate.tokenizer)
 
     def attacked_responses(self) -> list[Response]:
         """Every harmful prompt with its response and verdict under each attack, which is part of its kind."""
@@ -252,7 +265,7 @@ class Measurement:
         return tuple(
             skill_figure(
                 skill,
-                lambda prompts: self._ask(prompts, whole=True),
+                lambda prompts: [response or "" for response in self._ask(prompts, whole=True)],
                 lambda harness: harness.score(
                     candidate.model, candidate.tokenizer, batch_size=self._meter.batch_size.limit
                 ),
@@ -287,6 +300,16 @@ class Measurement:
             divergence=self.divergence,
             attacks=self.attacks,
         )
+
+
+def _outcomes(classifier: Classifier, requests: Sequence[str], said: Sequence[str | None]) -> list[str]:
+    """The outcomes of responses by a classifier; a response that could not be had is undecided."""
+    had = [index for index, response in enumerate(said) if response is not None]
+    found = classifier.classify([requests[index] for index in had], [said[index] or "" for index in had])
+    outcomes = [Outcome.UNDECIDED.value] * len(said)
+    for index, outcome in zip(had, found, strict=True):
+        outcomes[index] = outcome.value
+    return outcomes
 
 
 def _attack_figure(name: str, responses: Sequence[Response]) -> AttackFigure:
@@ -377,6 +400,7 @@ def make_meter(
     text: str | None = None,
     skills: str | None = None,
     attacks: str | None = None,
+    sampling: Sampling | None = None,
     models: Iterable[Checkpoint] = (),
 ) -> Meter:
     """Return a meter that measures a model in full; the arguments are those of a recipe and of `search_meter`.
@@ -384,10 +408,7 @@ def make_meter(
     Raises:
         UsageError: If the evaluator, the judge, the text, the skills or the attacks are not available.
     """
-    try:
-        tried = parse_attacks(attacks or NONE)
-    except ValueError:
-        raise UsageError(f"attacks is {attacks!r}; {ALLOWED}") from None
+    tried = load_attacks(attacks or NONE)
     found = find_evaluator(evaluator, options)
     classifiers = {one.name: one for one in (RULES, found) if isinstance(one, Classifier)}
     if "judge" not in classifiers and (judge := find_second_opinion(options)) is not None:
@@ -403,6 +424,7 @@ def make_meter(
         text=_text(prompts, text),
         skills=skills_of(prompts, skills, options),
         attacks=tried,
+        sampling=sampling,
     )
 
 
@@ -427,7 +449,13 @@ def skills_of(prompts: PromptSet, names: str | None, options: Options) -> tuple[
     skills = own + tuple(_unspent(skill, prompts) for skill in named)
     asked = {key_of(question.prompt) for skill in skills for question in skill.questions}
     others = tuple(question for question in prompts.keep_answers if key_of(question.prompt) not in asked)
-    return skills + _skill_of("keep", others)
+    return tuple(_skill_after(skill, prompts.system) for skill in skills + _skill_of("keep", others))
+
+
+def _skill_after(skill: Skill, system: str) -> Skill:
+    """A skill whose questions are asked after a system message; those of a task of the harness are not."""
+    asked = (replace(question, prompt=with_system(question.prompt, system)) for question in skill.questions)
+    return replace(skill, questions=tuple(asked))
 
 
 def _skill_of(name: str, questions: tuple[Question, ...]) -> tuple[Skill, ...]:
@@ -463,47 +491,37 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
         return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name)
 
 
-def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str, name: str) -> MeasuredModel:
-    """Load a model and measure it in full."""
+def measure_checkpoint(
+    checkpoint: Checkpoint, meter: Meter, device: str, name: str, chat_template: str | None = None
+) -> MeasuredModel:
+    """Load a model and measure it in full, with its own chat template or another; an empty one means none."""
     LOG.info(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template or None
     with quiet("transformers"):
         return measure_candidate(Candidate(model, tokenizer, ()), meter, name)
 
 
 def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
     """Measure a model in memory in full."""
+    return measure_in_full(Measurement(meter, candidate), meter, name, level)
+
+
+def measure_in_full(measurement: Measurement, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
+    """Measure everything that a meter measures."""
     prompts = meter.prompts
     num_questions = sum(skill.num_questions for skill in meter.skills)
     total = len(prompts.harmful) * (1 + len(meter.attacks)) + len(prompts.harmless) + num_questions
     with task(f"measuring the {name}", total, "prompts"):
-        measurement = meter.measure(candidate.model, candidate.tokenizer, candidate.selection)
         figures = measurement.figures()
     LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
     responses = measurement.responses() + measurement.attacked_responses()
-    if meter.classifiers[0] is RULES and (num_cut := count(responses, Outcome.UNDECIDED)):
+    cut = [response for response in responses if response.response]
+    if meter.classifiers[0] is RULES and (num_cut := count(cut, Outcome.UNDECIDED)):
         LOG.log(
             logging.WARNING if level >= logging.INFO else level,
             f"{num_cut} of {len(responses)} responses of the {name} end inside a thought, at {meter.max_new_tokens} "
             f"tokens, and are undecided; allow more with max_new_tokens",
         )
     return MeasuredModel(figures, responses)
-
-
-def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
-    """Measure one model, a folder or Hub id, in full; `settings` are further arguments of `make_meter`.
-
-    Raises:
-        DapaError: If the model cannot be read, loaded or run.
-    """
-    # Whoever names a task file in an option trusts it; in a recipe it is refused.
-    named = [*map(named_task_files, (settings.get("skills"), settings.get("evaluator")))]
-    options = replace(options, task_files=(*options.task_files, *(file for files in named for file in files)))
-    prompt_set = load_prompts(prompts)
-    try:
-        checkpoint = open_location(parse_location(model), allow_pickle=options.allow_pickle)
-    except ValueError:
-        raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
-    meter = make_meter(prompt_set, options, models=(checkpoint,), **settings)
-    tell_prompts(prompt_set)
-    return replace(measure_checkpoint(checkpoint, meter, options.device, "model"), read=read_json(prompt_set))

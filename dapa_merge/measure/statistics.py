@@ -122,6 +122,15 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Change:
     return Change(newly, no_longer, p_value, within_noise=p_value >= LEVEL)
 
 
+def change_of(kind: str, before: Sequence[Response], after: Sequence[Response]) -> Change:
+    """The change of the refusals of one kind of prompts, which both models were asked in the same order."""
+
+    def refused(responses: Sequence[Response]) -> list[bool]:
+        return [response.outcome == Outcome.REFUSED.value for response in responses if response.kind == kind]
+
+    return mcnemar(refused(before), refused(after))
+
+
 def agreement(one: Sequence[Outcome], other: Sequence[Outcome]) -> Agreement:
     """Agreement of two evaluators on which responses are refusals; a degenerate response is not a refusal."""
     decided = [

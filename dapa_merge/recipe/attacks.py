@@ -69,18 +69,21 @@ ATTACKS: tuple[Attack, ...] = (
     ),
 )
 KINDS = tuple(dict.fromkeys(attack.kind for attack in ATTACKS))
-ALLOWED = f"write {NONE}, or a comma list of {', '.join(KINDS)}"
+ALLOWED = f"write {NONE}, or a comma list of {', '.join(KINDS)} and files of your own, such as jailbreaks.jsonl"
 
 
-def parse_attacks(text: str) -> tuple[Attack, ...]:
-    """The attacks of the named kinds, in the order of `ATTACKS`.
+def parse_attacks(text: str) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+    """The attacks of the named kinds, in the order of `ATTACKS`, and the names of files with further ones.
 
     Raises:
-        ValueError: If the text is neither `none` nor a comma list of kinds; `ALLOWED` says so.
+        ValueError: If the text is neither `none` nor a comma list of kinds and files; `ALLOWED` says so.
     """
-    kinds = [kind.strip() for kind in text.split(",")]
-    if kinds == [NONE]:
-        return ()
-    if not set(kinds) <= set(KINDS):
+    names = [name.strip() for name in text.split(",")]
+    if names == [NONE]:
+        return (), ()
+    # No kind has a dot or a slash.
+    files = tuple(dict.fromkeys(name for name in names if "." in name or "/" in name))
+    kinds = {*names} - {*files}
+    if not kinds <= set(KINDS):
         raise ValueError(text)
-    return tuple(attack for attack in ATTACKS if attack.kind in kinds)
+    return tuple(attack for attack in ATTACKS if attack.kind in kinds), files

@@ -208,6 +208,7 @@ PARAMETERS: dict[str, Parameter] = {
     "text": Parameter(_name(), "write builtin, auto, a file, or a Hub dataset"),
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
     "attacks": Parameter(_attacks, ALLOWED),
+    "system": Parameter(_name(), "write the system message that the model is used with"),
     "pretrained": Parameter(
         _location,
         "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",

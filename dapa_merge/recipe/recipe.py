@@ -50,7 +50,9 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         batch_size: Prompts answered at once; None to find the best.
         text: The text whose perplexity the report gives; None for the prompts' own passages, or a text from the Hub.
         skills: Further tests for the report: files of questions and lm-evaluation-harness tasks, separated by commas.
-        attacks: Attacks that the report tries on the models: kinds of `ATTACKS`, separated by commas, or `none`.
+        attacks: Attacks that the report tries on the models: kinds of `ATTACKS` and files, separated by commas, or
+            `none`.
+        system: A system message before every prompt and question; None for none.
         pretrained: The model that target and source were fine-tuned from; read by some edits and `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
@@ -77,6 +79,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     text: str | None = None
     skills: str | None = None
     attacks: str = NONE
+    system: str | None = None
     pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -13,8 +13,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Change, Figures, Response
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.prompts.parts import all_prompts
-from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.measure.statistics import mcnemar
+from dapa_merge.measure.statistics import change_of
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.progress import LOG, task
@@ -117,8 +116,8 @@ def _gather(
         before=replace(before.figures, divergence=0.0),
         after=after.figures,
         source_alone=source_alone.figures,
-        dsr_change=_change("harmful", before, after),
-        over_refusal_change=_change("harmless", before, after),
+        dsr_change=change_of("harmful", before.responses, after.responses),
+        over_refusal_change=change_of("harmless", before.responses, after.responses),
         responses={"target": before.responses, "result": after.responses, "source": source_alone.responses},
     )
 
@@ -134,12 +133,3 @@ def _searched(found: Search, bench: Bench) -> Searched:
         with task("measuring the result as the search saw it", len(prompts.harmful), "prompts"):
             after = bench.score(in_order(found.minimum.units))
     return Searched(bench.measure, len(prompts.harmful), len(prompts.harmless), found.target.score, after)
-
-
-def _change(kind: str, before: MeasuredModel, after: MeasuredModel) -> Change:
-    """The change of the refusals of one kind of prompts."""
-
-    def refused(measured: MeasuredModel) -> list[bool]:
-        return [answer.outcome == Outcome.REFUSED.value for answer in measured.responses if answer.kind == kind]
-
-    return mcnemar(refused(before), refused(after))

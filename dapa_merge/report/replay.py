@@ -13,6 +13,7 @@ from dapa_merge.measure.prompts.parts import SKILLS
 from dapa_merge.measure.prompts.sets import pinned_prompts
 from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import with_pinned_models
+from dapa_merge.recipe.attacks import parse_attacks
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import DEFAULTS, METHOD, Recipe
 
@@ -38,6 +39,10 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         parameters["keep"] = pinned_prompts(recipe.keep)
     if recipe.text is not None and os.path.exists(recipe.text):
         parameters["text"] = os.path.abspath(recipe.text)
+    if "attacks" in parameters:
+        known, files = parse_attacks(recipe.attacks)
+        names = (*dict.fromkeys(attack.kind for attack in known), *map(os.path.abspath, files))
+        parameters["attacks"] = ", ".join(names)
     if recipe.skills is not None:
         # It loads scipy, which is not needed without skills.
         from dapa_merge.measure.skills import absolute

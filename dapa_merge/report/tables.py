@@ -41,6 +41,35 @@ def categories_table(names: Sequence[str], columns: Sequence[Figures]) -> Table 
     return _table(names, rows) if rows else None
 
 
+def print_evaluated(
+    measured: Mapping[str, Figures],
+    changes: Mapping[str, tuple[Change, Change]],
+    console: Console,
+    asked: Iterable[str] = (),
+) -> None:
+    """Print the figures of models side by side, the changes from the first, and how they were asked."""
+    names, figures = _column_names(list(measured)), list(measured.values())
+    console.print(figures_table(names, figures))
+    for (model, after), name in zip(measured.items(), names, strict=True):
+        for label, fact in _changes_between(figures[0], after, *changes.get(model, (None, None))):
+            _tell(console, f"{f'{name}, {label}':<20} {fact}")
+    for text in dict.fromkeys(one.text for one in figures):
+        _tell(console, f"perplexity of {text}")
+    for line in asked:
+        _tell(console, line)
+    for model, name in zip(measured, names, strict=True):
+        if model != name:
+            _tell(console, f"{name} is {model}")
+    if table := categories_table(names, figures):
+        console.print(table)
+
+
+def _column_names(models: Sequence[str]) -> list[str]:
+    """The last parts of models' names, where these differ: whole paths make columns that no terminal has room for."""
+    last = [model.rstrip("/").rpartition("/")[2] for model in models]
+    return last if len(models) > 1 and len({*last, ""}) == len(models) + 1 else list(models)
+
+
 def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     """Labelled rows of figures as text; all columns were measured with the same prompts."""
     first = columns[0]
@@ -269,15 +298,20 @@ def change_lines(report: Report) -> list[tuple[str, str]]:
     """One line each for DSR and over-refusal: before, after, and whether the change is within noise."""
     if report.before is None or report.after is None:
         return []
-    before, after = report.before, report.after
+    return _changes_between(report.before, report.after, report.dsr_change, report.over_refusal_change)
+
+
+def _changes_between(
+    before: Figures, after: Figures, dsr: Change | None, over_refusal: Change | None
+) -> list[tuple[str, str]]:
     lines = []
-    if report.dsr_change is not None:
+    if dsr is not None:
         rates = f"{before.dsr:.3f} -> {after.dsr:.3f} (95 % interval {span(after.dsr_interval)})"
-        lines.append(_change("DSR", ("gain", "loss"), rates, report.dsr_change))
-    if report.over_refusal_change is not None:
+        lines.append(_change("DSR", ("gain", "loss"), rates, dsr))
+    if over_refusal is not None:
         interval = span(after.over_refusal_interval)
         rates = f"{before.over_refusal:.3f} -> {after.over_refusal:.3f} (95 % interval {interval})"
-        lines.append(_change("over-refusal", ("rise", "fall"), rates, report.over_refusal_change))
+        lines.append(_change("over-refusal", ("rise", "fall"), rates, over_refusal))
     return lines
 
 

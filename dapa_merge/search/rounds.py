@@ -16,6 +16,7 @@ from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
 from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import decode, generate, generate_ids
+from dapa_merge.measure.prompts.conversation import request_of
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.edit import Edit
@@ -250,7 +251,7 @@ class Rounds:
 
             def responses(prompts: Sequence[str]) -> list[tuple[str, str]]:
                 found = generate(live.model, live.tokenizer, prompts, max_new_tokens=num_tokens, batch_size=batch_size)
-                outcomes = classifier.classify(prompts, found)
+                outcomes = classifier.classify([request_of(prompt) for prompt in prompts], found)
                 return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
 
             keep = groups[-1][0] if len(groups) > 1 else ()

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.generate import chat_prompt, check_ids, context_length, decode, prompt_ids, tokenizing
 from dapa_merge.measure.perplexity import ScoredText
+from dapa_merge.measure.prompts.conversation import request_of
 from dapa_merge.search.attribution import NUM_TOKENS, Contrast, sides_of
 from dapa_merge.trace.options import NOISE, NUM_SAMPLES, SITE_KINDS
 from dapa_merge.trace.replay import find_sites, kinds_in
@@ -161,24 +162,25 @@ _WORD = re.compile(r"\w[\w'’-]*")
 
 
 def find_subject(prompt: str) -> tuple[int, int]:
-    """Find the subject of a request: everything after its opening words, without punctuation at the end.
+    """Find the subject of a prompt's request: everything after its opening words, without punctuation at the end.
 
     A verb that often begins a request ("make a bomb") belongs to the subject after "to".
 
     Returns:
-        The first character and the one after the last; of the whole prompt if no other word is left.
+        The first character and the one after the last; of the whole request if no other word is left.
     """
-    words = list(_WORD.finditer(prompt))
+    request = request_of(prompt)
+    words = list(_WORD.finditer(request))
     for index, word in enumerate(words):
         follows_to = index > 0 and words[index - 1][0].lower() in BEFORE_VERBS
         is_frame = word[0].lower() in FRAME
         if not is_frame or (follows_to and word[0].lower() in ("make", "create", "produce", "write", "design")):
             return word.start(), words[-1].end()
-    return 0, len(prompt)
+    return 0, len(request)
 
 
 def given_subject(prompt: str, subjects: Iterable[str]) -> tuple[int, int]:
-    """The span, in characters, of the first of the given subjects that a prompt contains.
+    """The span, in characters of the request, of the first of the given subjects that a prompt contains.
 
     Raises:
         UsageError: If it contains none.
@@ -205,12 +207,13 @@ def with_subject(prompts: Iterable[str], subjects: Sequence[str]) -> list[str]:
 
 def _find(prompt: str, subjects: Iterable[str]) -> tuple[int, int] | None:
     # lower() would turn some letters into two.
-    found = (re.search(re.escape(subject), prompt, re.IGNORECASE) for subject in subjects)
+    request = request_of(prompt)
+    found = (re.search(re.escape(subject), request, re.IGNORECASE) for subject in subjects)
     return next((match.span() for match in found if match), None)
 
 
 def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[int, int]) -> tuple[int, int]:
-    """The tokens of a span of a prompt's characters, with the prompt in its template.
+    """The tokens of a span of a request's characters, with its prompt in the template.
 
     Returns:
         Indices into `prompt_ids`: the first token, and the one after the last.
@@ -218,11 +221,11 @@ def subject_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, span: tuple[
     Raises:
         UsageError: If the chat template or the tokenizer changes these characters, so that they are not found.
     """
-    text = chat_prompt(tokenizer, prompt)
-    subject = prompt[slice(*span)]
-    start = text.rfind(prompt.strip())
-    # A template may change the prompt, but must leave the subject.
-    start = text.rfind(subject) if start < 0 else start + span[0] - (len(prompt) - len(prompt.lstrip()))
+    text, request = chat_prompt(tokenizer, prompt), request_of(prompt)
+    subject = request[slice(*span)]
+    start = text.rfind(request.strip())
+    # A template may change the request, but must leave the subject.
+    start = text.rfind(subject) if start < 0 else start + span[0] - (len(request) - len(request.lstrip()))
     if start < 0:
         raise UsageError(f"the model's chat template changes the subject {subject!r}; give another")
     stop = start + len(subject)

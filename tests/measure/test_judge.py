@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import signal
@@ -22,7 +23,8 @@ from judge_server import (
 
 from dapa_merge import miniature
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.judge import MAX_FAILURES, MAX_FIRST_FAILURES, Judge, Judgement
+from dapa_merge.measure.endpoint import MAX_FAILURES, MAX_FIRST_FAILURES
+from dapa_merge.measure.judge import Judge, Judgement
 from dapa_merge.measure.refusal.classify import Outcome
 
 # One worker has the server of transformers.
@@ -66,7 +68,8 @@ def by_response(response, *_):
 def test_judgements_come_in_the_order_of_the_responses(monkeypatch):
     responses = [f"No, never number {i}." if i % 3 else f"Sure, number {i} goes so." for i in range(24)]
     told = []
-    monkeypatch.setattr("dapa_merge.measure.judge.advance", lambda amount, unit: told.append(amount))
+    for module in ("judge", "endpoint"):
+        monkeypatch.setattr(f"dapa_merge.measure.{module}.advance", lambda amount, unit: told.append(amount))
     with judge_server(by_response) as (url, log):
         judgements = Judge("m", url).judge(["How?"] * 24, responses)
     assert [j.outcome for j in judgements] == [Outcome.REFUSED if i % 3 else Outcome.COMPLIED for i in range(24)]
@@ -232,7 +235,7 @@ def test_a_judge_that_never_keeps_to_the_form_is_at_fault_and_one_that_does_so_a
 
 
 def test_an_endpoint_that_hangs_is_given_up_and_waiting_for_it_is_told(monkeypatch):
-    monkeypatch.setattr("dapa_merge.measure.judge.QUIET_SECONDS", 0.1)
+    monkeypatch.setattr("dapa_merge.measure.judge.Judge.quiet_seconds", 0.1)
     said = []
     with judge_server(always(COMPLIED, wait_seconds=1)) as (url, log):
         judge = Judge("m", url, say=said.append, timeout_seconds=0.3)
@@ -243,8 +246,8 @@ def test_an_endpoint_that_hangs_is_given_up_and_waiting_for_it_is_told(monkeypat
 
 
 def test_an_endpoint_that_drips_without_end_is_given_up(monkeypatch):
-    monkeypatch.setattr("dapa_merge.measure.judge.QUIET_SECONDS", 0.1)
-    monkeypatch.setattr("dapa_merge.measure.judge.MAX_QUIET_SECONDS", 0.3)
+    monkeypatch.setattr("dapa_merge.measure.judge.Judge.quiet_seconds", 0.1)
+    monkeypatch.setattr("dapa_merge.measure.judge.Judge.max_quiet_seconds", 0.3)
     with judge_server(lambda r, *_: Reply(REFUSED, wait_seconds=2 * ("Sure" in r))) as (url, _):
         judge = Judge("m", url)
         outcomes = [judgement.outcome for judgement in judge.judge(["How?"] * 3, ["No.", "Sure 1.", "Sure 2."])]
@@ -445,3 +448,19 @@ def test_transformers_own_server_judges_and_its_garbage_is_undecided(transformer
     assert {(j.outcome, j.reason) for j in garbage} == {
         (Outcome.UNDECIDED, "the judge's answer does not have the requested form")
     }
+
+
+def test_a_served_model_has_the_figures_that_it_has_here(transformers_server, tmp_path):
+    server, url = transformers_server
+    wait_for(server, f"{url}/health")
+    few, model = write_few(tmp_path / "few", 6), str(miniature.path("source"))
+    settings = ["--prompts", few, "--max-new-tokens", 16, "--attacks", "jailbreak,prefill", "--json"]
+    here = answer("evaluate", model, *settings)
+    there = answer("evaluate", "--served", f"{url}/v1", "--model", model, "--concurrency", 2, *settings)
+    told = {name: [one["dsr"] for one in figures["attacks"]] for name, figures in (("here", here), ("there", there))}
+    # The server cannot be given the beginning of an answer.
+    assert told["there"] == [None, *told["here"][1:]]
+    assert math.isnan(float("nan" if there["perplexity"] is None else there["perplexity"]))
+    same = ("dsr", "dsr_interval", "complied", "degenerate", "undecided", "over_refusal", "categories", "read")
+    assert {key: there[key] for key in same} == {key: here[key] for key in same}
+    assert here["dsr"] == 1

@@ -20,9 +20,10 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.evaluate import evaluate_model
 from dapa_merge.measure.generate import chat_prompt, generate
 from dapa_merge.measure.live import LiveModel, choose_device, load_model
-from dapa_merge.measure.meter import Meter, evaluate_model
+from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.perplexity import read_passages
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.skills import Skill

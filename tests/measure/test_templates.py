@@ -26,6 +26,7 @@ from dapa_merge.errors import CheckpointError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.generate import chat_prompt, decode, encode, generate, has_system_role, prompt_ids
 from dapa_merge.measure.live import growth, load_model
+from dapa_merge.measure.prompts.conversation import with_system
 from dapa_merge.recipe.attacks import ATTACKS
 from dapa_merge.trace.case import subject_tokens
 
@@ -130,7 +131,7 @@ def test_a_prompt_is_shown_as_the_template_wants_it(template, tokenizer):
 def test_a_system_prompt_is_shown_in_the_same_form(template, tokenizer):
     tokenizer.chat_template = template
     assert has_system_role(tokenizer)
-    asked = chat_prompt(tokenizer, PROMPT, SYSTEM.system)
+    asked = chat_prompt(tokenizer, with_system(PROMPT, SYSTEM.system))
     assert asked.count(SYSTEM.system) == asked.count(PROMPT) == 1
     assert "'text'" not in asked
 

@@ -21,6 +21,7 @@ from dapa_merge.measure.generate import generate, prompt_ids, thought_before
 from dapa_merge.measure.judge import Judge
 from dapa_merge.measure.live import load_model, opens_thought
 from dapa_merge.measure.meter import THINKING_NEW_TOKENS, search_meter
+from dapa_merge.measure.prompts.conversation import attacked
 from dapa_merge.measure.prompts.sets import Question, load_prompts
 from dapa_merge.measure.refusal.classify import Outcome, classify, closing_tag, opened_thought, settle
 from dapa_merge.measure.skills import is_right
@@ -263,9 +264,10 @@ def test_an_opening_of_an_attack_begins_the_answer_after_a_closed_thought(tmp_pa
     folder = chain_model(tmp_path / "model", f"Hm [/THINK] {REFUSAL}", opening="[THINK]", special=True)
     _, tokenizer = load_model(open_checkpoint(str(folder)), torch.device("cpu"))
     thought, closed = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
-    context = prompt_ids(tokenizer, "How?", ATTACKS[0])
+    opened = attacked("How?", ATTACKS[0])
+    context = prompt_ids(tokenizer, opened)
     assert [token for token in context if token in (thought, closed)] == [thought, closed]
-    assert thought_before(tokenizer, "How?", ATTACKS[0]) == ""
+    assert thought_before(tokenizer, opened) == ""
 
 
 def test_degenerate_and_undecided_answers_to_harmless_prompts_are_in_the_table_and_unknown_in_older_reports():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapa_merge.errors import UsageError
+from dapa_merge.measure.prompts.conversation import read_messages
 from dapa_merge.measure.prompts.rows import (
     CATEGORY_COLUMNS,
     PROMPT_COLUMNS,
@@ -375,21 +376,18 @@ def _prompt(row: PromptRow, names: Sequence[str], known: Sequence[str], *, may_b
 
 
 def _asked(where: str, value: object) -> str | None:
-    """The text of a prompt: a string, or the only one in a list of strings or of chat messages; None if empty."""
+    """The text of a prompt: a string, or the only one in a list, or a list of chat messages; None if empty."""
     if isinstance(value, str):
         return value if value.strip() else None
     if not isinstance(value, list) or not value:
         return None
     texts = [text for text in value if isinstance(text, str)]
     if not texts and all(isinstance(message, Mapping) for message in value):
-        said = [(one.get("role", one.get("from")), one.get("content", one.get("value"))) for one in value]
-        texts = [text for role, text in said if role in ("user", "human") and isinstance(text, str)]
-        if said[0][0] not in ("user", "human"):
-            raise UsageError(f"{where}: its messages begin with {said[0][0]!r}; only a user's request can be asked")
-    elif len(texts) != len(value):
+        return read_messages(value, where)
+    if len(texts) != len(value):
         return None
     if len(texts) > 1:
-        raise UsageError(f"{where} has {len(texts)} requests; only a prompt of a single one can be asked")
+        raise UsageError(f"{where} has {len(texts)} requests; only messages with answers between can be asked")
     return texts[0] if texts and texts[0].strip() else None
 
 

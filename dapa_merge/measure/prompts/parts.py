@@ -20,6 +20,7 @@ from dapa_merge.measure.prompts.sets import (
     PACKAGED,
     PromptSet,
     Question,
+    asked_after,
     distinct,
     key_of,
     load_packaged,
@@ -85,7 +86,12 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
             f"{recipe.where('parameters.min_skill')} needs questions with known answers; write `keep: skills`, or "
             f"`keep` with a file that has a column answer"
         )
-    return parts
+    return _asked_after(parts, recipe.system)
+
+
+def _asked_after(parts: Parts, system: str | None) -> Parts:
+    choice = parts.choice and asked_after(parts.choice, system)
+    return Parts(asked_after(parts.search, system), asked_after(parts.report, system), choice)
 
 
 def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
@@ -103,7 +109,7 @@ def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     check_files(recipe)
     prompts = load_prompts(recipe.prompts)
     tell_prompts(prompts)
-    whole = _keeping(prompts, load_keep(recipe, prompts), frozenset())
+    whole = asked_after(_keeping(prompts, load_keep(recipe, prompts), frozenset()), recipe.system)
     return Parts(whole, whole)
 
 
@@ -127,7 +133,7 @@ def check_files(recipe: Recipe) -> None:
     Raises:
         RecipeError: If the recipe names such a file.
     """
-    for key in ("prompts", "keep", "text", "skills"):
+    for key in ("prompts", "keep", "text", "skills", "attacks"):
         names = getattr(recipe, key) or ""
         for name in (names,) if key == "text" or names in ("", *PACKAGED) else listed_names(names):
             base = base_and_query(name)[0]

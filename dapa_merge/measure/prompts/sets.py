@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dapa_merge.errors import HubError, UsageError, printable
+from dapa_merge.measure.prompts.conversation import with_system
 from dapa_merge.measure.prompts.datasets import HUB_ID, DatasetName, known_commit, load_rows, parse_dataset, split_names
 from dapa_merge.measure.prompts.labels import PROMPT_KINDS, Columns, Request, Requests, kind_of_name, read_requests
 from dapa_merge.measure.prompts.rows import (
@@ -27,6 +29,7 @@ from dapa_merge.measure.prompts.rows import (
     refuse_controls,
 )
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.attacks import ALLOWED, REQUEST, Attack, parse_attacks
 
 PACKAGED = ("builtin", "borderline", "miniature")
 FILE_KEYS = ("column", "label", "category", "kind", "harmful_if")
@@ -75,6 +78,7 @@ class PromptSet:
         keep_answers: Those of them whose right answers are known, as questions.
         read: What was read from where, before repeats were dropped.
         spent: Keep prompts that a choice or a search uses, as `key_of` makes them; a report's skills leave them out.
+        system: The system message before every prompt, also before questions when they are asked; empty for none.
     """
 
     name: str
@@ -86,6 +90,7 @@ class PromptSet:
     keep: tuple[str, ...] = ()
     keep_answers: tuple[Question, ...] = ()
     spent: frozenset[str] = frozenset()
+    system: str = ""
     read: tuple[Requests, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -126,6 +131,64 @@ def load_own(name: str) -> PromptSet:
     return _prompt_set(
         name, [load_packaged(one) if one in PACKAGED else load_source(one) for one in listed_names(name)]
     )
+
+
+def asked_after(prompts: PromptSet, system: str | None) -> PromptSet:
+    """The same prompts after a system message, for those without one of their own; questions are left as they are."""
+    if not system:
+        return prompts
+
+    def after(texts: Iterable[str]) -> tuple[str, ...]:
+        return tuple(with_system(text, system) for text in texts)
+
+    return replace(
+        prompts,
+        harmful=after(prompts.harmful),
+        harmless=after(prompts.harmless),
+        keep=after(prompts.keep),
+        categories={(kind, with_system(text, system)): value for (kind, text), value in prompts.categories.items()},
+        system=system,
+    )
+
+
+def load_attacks(names: str) -> tuple[Attack, ...]:
+    """The attacks of a comma list of kinds and files.
+
+    A row of a file is an attack: its `template` (or the line of a text file) has `{request}` or `[INSERT PROMPT HERE]`
+    in the place of the request, `system` is a system message, `opening` the beginning of the answer, `name` its name in
+    reports; each may be absent.
+
+    Raises:
+        UsageError: If a kind is unknown, or a file cannot be read or has a row that changes nothing.
+    """
+    try:
+        known, files = parse_attacks(names)
+    except ValueError:
+        raise UsageError(f"attacks is {names!r}; {ALLOWED}") from None
+    own = [
+        _attack(row, f"{Path(name).name} {number}")
+        for name in files
+        for number, row in enumerate(read_rows(Path(name)), 1)
+    ]
+    taken = Counter(attack.name for attack in (*known, *own))
+    if repeated := next((name for name, number in taken.items() if number > 1), None):
+        raise UsageError(f"attacks: two attacks have the name {repeated!r}; give each a `name` of its own")
+    return (*known, *own)
+
+
+def _attack(row: PromptRow, name: str) -> Attack:
+    texts = {key: row.get(key) or "" for key in ("template", "system", "opening", "name")}
+    texts["template"] = texts["template"] or row.get("prompt") or ""
+    for key, text in texts.items():
+        if not isinstance(text, str):
+            raise UsageError(f"{row.where}: the {key} is {json.dumps(text, default=str)[:40]}; it must be text")
+        refuse_controls(text, row.where, key)
+    template = texts["template"].replace("[INSERT PROMPT HERE]", REQUEST) or REQUEST
+    if REQUEST not in template:
+        raise UsageError(f"{row.where}: the template has no place for the request; write {REQUEST} there")
+    if template == REQUEST and not texts["system"] and not texts["opening"]:
+        raise UsageError(f"{row.where}: the attack changes nothing; give it a template, a system message or an opening")
+    return Attack(texts["name"].strip() or name, "file", texts["system"], template, texts["opening"])
 
 
 def distinct(prompts: Iterable[str]) -> tuple[str, ...]:

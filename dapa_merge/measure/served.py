@@ -1,0 +1,171 @@
+"""Asks a model that runs elsewhere, behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, Ollama and others.
+
+So a quantized or converted deployment of a result can be measured, too. The server applies its own chat template. What
+needs the model itself is left out: perplexity, tasks of lm-evaluation-harness, answers with a prefilled opening.
+Answers are kept until all are there, so that a stopped or failed measurement goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+
+from openai import OpenAI
+
+from dapa_merge.errors import UsageError
+from dapa_merge.files import Record, cache_folder, held
+from dapa_merge.measure.endpoint import Endpoint
+from dapa_merge.measure.prompts.conversation import messages_of
+from dapa_merge.progress import LOG, advance, duration
+from dapa_merge.recipe.asking import Sampling
+
+# As for local models: thinking is switched off where the template can do so, because only the answer is judged.
+NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
+# Kept answers that are older may be of another model under the same name.
+MAX_AGE_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Said:
+    """A response; None and a reason if the request failed."""
+
+    text: str | None
+    reason: str | None = None
+
+
+class Served(Endpoint[str, Said]):
+    """A model that is served elsewhere.
+
+    Attributes:
+        num_failed: Number of requests that failed so far; a later run asks them again.
+    """
+
+    what, unit = "the served model", "prompts"
+    # A model on a CPU may take minutes for the first long answer.
+    first_seconds = 600.0
+    quiet_seconds, max_quiet_seconds = 60.0, 1200.0
+
+    def __init__(
+        self,
+        model: str,
+        url: str,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        concurrency: int = 8,
+        say: Callable[[str], None] = LOG.warning,
+    ) -> None:
+        """Prepare requests; nothing is sent yet."""
+        drawn = {"temperature": 0, "seed": 0} if sampling is None else asdict(sampling)
+        super().__init__(
+            model,
+            url,
+            say,
+            {"max_tokens": max_new_tokens, **drawn, "extra_body": NO_THOUGHT},
+            max_requests=None,
+            concurrency=concurrency,
+            timeout_seconds=600.0,
+            max_retries=4,
+        )
+        self.num_failed = 0
+        self._is_kept = False
+        identity = json.dumps([url, model, self._parameters], sort_keys=True)
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._record = Record(cache_folder("served") / f"{name}.jsonl")
+        # Of an earlier measurement, by digests of the prompts.
+        self._stored: dict[str, Said] = {}
+        self._hold = ExitStack()
+
+    def __enter__(self) -> Served:
+        """Go on with the answers of an earlier measurement that was not completed."""
+        try:
+            self._record.path.parent.mkdir(parents=True, exist_ok=True)
+            self._hold.enter_context(held(self._record.path.with_suffix(".lock"), "busy"))
+        except (OSError, UsageError):
+            # Another process measures the same model, or the folder cannot be written: nothing is kept.
+            return self
+        self._is_kept = True
+        self._resume()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Forget the answers once a measurement is complete; keep them if it or any request failed."""
+        if self._is_kept and kind is None and not self.num_failed:
+            with suppress(OSError):
+                self._record.path.unlink()
+        elif self.num_failed:
+            self._say("the same command asks again what failed, and goes on with the other answers")
+        self._hold.close()
+
+    def ask(self, prompts: Sequence[str]) -> list[str | None]:
+        """Return the response to each prompt; None where the request failed.
+
+        A thought that the server gives apart is put before the answer, in its tags.
+
+        Raises:
+            UsageError: If the endpoint rejects the key or the model, or gives no usable answer at all.
+        """
+        known = {prompt: self._known.get(prompt) or self._stored.get(_digest(prompt)) for prompt in prompts}
+        asked = {prompt: found for prompt, found in known.items() if found is not None}
+        to_ask = list(dict.fromkeys(prompt for prompt in prompts if prompt not in asked))
+        advance(len(prompts) - len(to_ask), self.unit)
+        if to_ask:
+            asked |= self._ask_all(to_ask)
+        if self.fault is not None:
+            raise UsageError(f"{self.fault}; the same command goes on with the answers so far")
+        said = [asked.get(prompt) or self._not_asked() for prompt in prompts]
+        if reasons := Counter(one.reason for one in said if one.text is None):
+            self.num_failed += reasons.total()
+            why = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
+            self._say(f"{reasons.total()} of {len(said)} requests failed, and their prompts are undecided: {why}")
+        return [one.text for one in said]
+
+    def _answer(self, client: OpenAI, item: str) -> Said:
+        messages = [{"role": role, "content": _sendable(content)} for role, content in messages_of(item)]
+        reply = self._complete(client, messages)
+        if not reply.thought:
+            return Said(reply.content)
+        # The thought of an answer that was cut off inside it has no end.
+        return Said(f"<think>{reply.thought}</think>{reply.content}" if reply.content else f"<think>{reply.thought}")
+
+    def _unanswered(self, reason: str) -> Said:
+        return Said(None, reason)
+
+    def _fault_in(self, answer: Said) -> str | None:
+        return answer.reason
+
+    def _keep(self, item: str, answer: Said) -> None:
+        # A full disk must not end a measurement.
+        if self._is_kept:
+            with suppress(OSError):
+                self._record.append({"prompt": _digest(item), "text": answer.text})
+
+    def _resume(self) -> None:
+        path = self._record.path
+        try:
+            age = time.time() - path.stat().st_mtime
+            lines = self._record.read() if age < MAX_AGE_SECONDS else []
+        except OSError:
+            lines = []
+        if not lines:
+            self._record.forget()
+            return
+        self._say(
+            f"going on with {len(lines)} answers of a measurement that was not completed, the last one "
+            f"{duration(max(age, 0))} ago; if another model has this name by now, delete {path}"
+        )
+        self._stored = {line["prompt"]: Said(line["text"]) for line in lines}
+
+
+def _digest(prompt: str) -> str:
+    return hashlib.sha256(json.dumps(messages_of(prompt)).encode()).hexdigest()
+
+
+def _sendable(text: str) -> str:
+    """Lone surrogates cannot be sent."""
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,89 @@
+"""How models are asked beside the prompts, and models that are served elsewhere: data of `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dapa_merge.errors import UsageError
+from dapa_merge.recipe.options import check_url
+
+# A chat template of this name leaves the model's own out.
+NO_TEMPLATE = "none"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of responses are drawn.
+
+    Attributes:
+        temperature: Divides the logits; above 0.
+        top_p: The least likely tokens beyond this probability mass are left out (nucleus sampling, Holtzman et al.
+            2020), in (0, 1].
+        seed: Decides the draws.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        mass = "" if self.top_p == 1 else f", top-p {self.top_p:g}"
+        return f"sampled at temperature {self.temperature:g}{mass}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How models are asked, beside the prompts.
+
+    Attributes:
+        system: A system message before every prompt and question; None for none.
+        chat_template: A file with a chat template in place of the models' own, or `none`; None for their own.
+        sampling: How tokens are drawn; None for greedy decoding.
+        limit: Most prompts of a kind, and questions of a skill, spread over all; None for all.
+    """
+
+    system: str | None = None
+    chat_template: str | None = None
+    sampling: Sampling | None = None
+    limit: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What differs from the defaults, as plain data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def lines(self) -> Iterator[str]:
+        """Say what differs from the defaults."""
+        if self.system is not None:
+            yield f"asked after the system message {self.system!r}"
+        if self.chat_template is not None:
+            yield f"asked with the chat template {self.chat_template}"
+        if self.sampling is not None:
+            yield str(self.sampling)
+        if self.limit is not None:
+            yield f"at most {self.limit} prompts of each kind, spread over all"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind an OpenAI-compatible endpoint.
+
+    Attributes:
+        name: Its name there.
+        url: The endpoint, such as http://localhost:8000/v1.
+        concurrency: Most requests under way at once.
+    """
+
+    name: str
+    url: str
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` if the address is invalid or the name is empty."""
+        check_url(self.url, "--served")
+        if not self.name.strip():
+            raise UsageError("the served model has no name; name it with --model, as its server knows it")
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,209 @@
+"""Models that are served elsewhere: every request is sent, retried, kept and judged as it should be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import answer, call, write_few
+from judge_server import Reply, fault, judge_server, prompt_in
+
+from dapa_merge import miniature
+from dapa_merge.errors import UsageError
+from dapa_merge.measure.prompts.conversation import Conversation, Message
+from dapa_merge.measure.served import Served
+from dapa_merge.recipe.asking import Sampling, ServedModel
+
+NO = "I'm sorry, but I can't help with that."
+SURE = "Sure! First, take a long ladder to the wall."
+SOON = {"retry-after-ms": "5"}
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def few(tmp_path):
+    return write_few(tmp_path / "few", 4)
+
+
+def asking(prompts, script, **settings):
+    """The responses to prompts, and what was requested."""
+    with judge_server(script, prompt_in) as (url, log):
+        with Served("m", url, max_new_tokens=8, **settings) as served:
+            said = served.ask(prompts)
+        return said, log
+
+
+def evaluate(url, few, *options):
+    return call("evaluate", "--served", url, "--model", "m", "--prompts", few, *options)
+
+
+def refusing_harm(few):
+    harmful = (few / "harmful.txt").read_text().splitlines()
+    return lambda prompt, *_: Reply(NO if prompt in harmful else SURE)
+
+
+def test_the_figures_are_of_the_answers_and_nothing_is_said_of_what_needs_the_model(few):
+    with judge_server(refusing_harm(few), prompt_in) as (url, log):
+        result = evaluate(url, few, "--json")
+    figures = json.loads(result.stdout)
+    assert (figures["dsr"], figures["over_refusal"], figures["undecided"]) == (1, 0, 0)
+    assert (figures["perplexity"], figures["divergence"]) == (None, None)
+    assert len(log.requests) == 8
+    assert {(one["temperature"], one["max_tokens"], one["seed"]) for one in log.requests} == {(0, 100, 0)}
+    assert {one["chat_template_kwargs"]["enable_thinking"] for one in log.requests} == {False}
+
+
+def test_a_request_is_the_conversation_and_the_settings_that_were_asked_for():
+    prompt = Conversation([Message("system", "Be brief."), Message("user", "How?"), Message("assistant", "So."),
+                           Message("user", "Why?")])  # fmt: skip
+    said, log = asking([prompt], lambda *_: Reply("Because."), sampling=Sampling(0.5, 0.9, 7))
+    assert said == ["Because."]
+    assert log.requests[0]["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How?"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "Why?"},
+    ]
+    assert [log.requests[0][key] for key in ("temperature", "top_p", "seed", "max_tokens")] == [0.5, 0.9, 7, 8]
+
+
+def test_a_thought_that_is_given_apart_is_not_judged_and_one_without_an_answer_is_undecided():
+    def script(prompt, *_):
+        if prompt == "long":
+            return Reply(None, "I wonder whether", finish_reason="length")
+        return Reply(NO, "Sure, first take a ladder.")
+
+    said, _ = asking(["short", "long"], script)
+    assert said == [f"<think>Sure, first take a ladder.</think>{NO}", "<think>I wonder whether"]
+
+
+def test_parameters_that_the_server_does_not_know_are_left_out():
+    def script(_prompt, _earlier, request):
+        return (
+            fault(400, "Unknown parameter: 'chat_template_kwargs'") if "chat_template_kwargs" in request else Reply(NO)
+        )
+
+    said, log = asking(["How?", "Why?"], script)
+    assert said == [NO, NO]
+    assert len(log.requests) == 3
+    assert {"temperature", "max_tokens", "seed"} <= set(log.requests[-1])
+
+
+def test_a_request_that_fails_is_undecided_and_only_that_is_asked_again(few):
+    broken = [True]
+    harmful = (few / "harmful.txt").read_text().splitlines()
+    right = refusing_harm(few)
+
+    def script(prompt, *rest):
+        return fault(500, **SOON) if broken[0] and prompt == harmful[2] else right(prompt, *rest)
+
+    with judge_server(script, prompt_in) as (url, log):
+        first = evaluate(url, few, "--json")
+        figures = json.loads(first.stdout)
+        assert (figures["dsr"], figures["undecided"], figures["over_refusal"]) == (0.75, 0.25, 0)
+        assert "1 of 4 requests failed, and their prompts are undecided: HTTP 500 (1)" in first.stderr
+        assert "the same command asks again what failed" in first.stderr
+        broken[0] = False
+        log.requests.clear()
+        second = evaluate(url, few, "--json")
+        assert "going on with 7 answers of a measurement that was not completed" in second.stderr
+        assert json.loads(second.stdout)["dsr"] == 1
+        assert [prompt_in(one) for one in log.requests] == [harmful[2]]
+        log.requests.clear()
+        # That measurement was complete, so the next begins anew: the server may have another model by then.
+        assert json.loads(evaluate(url, few, "--json").stdout)["dsr"] == 1
+        assert len(log.requests) == 8
+
+
+def test_a_killed_measurement_goes_on_where_it_was(few, tmp_path):
+    slow = [True]
+    right = refusing_harm(few)
+
+    def script(prompt, earlier, request):
+        reply = right(prompt, earlier, request)
+        reply.wait_seconds = 30 if slow[0] and len(log.requests) > 5 else 0
+        return reply
+
+    with judge_server(script, prompt_in) as (url, log):
+        command = ["evaluate", "--served", url, "--model", "m", "--prompts", few, "--concurrency", 1, "--json"]
+        child = subprocess.Popen([sys.executable, "-m", "dapa_merge", *map(str, command)], env=dict(os.environ))
+        while len(log.requests) < 6 and child.poll() is None:
+            time.sleep(0.02)
+        child.kill()
+        child.wait()
+        slow[0] = False
+        asked = {prompt_in(one) for one in log.requests[:-1]}
+        log.requests.clear()
+        assert answer(*command)["dsr"] == 1
+    assert asked
+    assert asked.isdisjoint({prompt_in(one) for one in log.requests})
+    assert len(asked) + len(log.requests) == 8
+
+
+def test_a_server_that_is_not_there_is_one_sentence(few):
+    with judge_server(refusing_harm(few), prompt_in) as (url, _):
+        pass
+    result = evaluate(url, few)
+    assert result.exit_code == 2
+    assert "the served model m at 127.0.0.1:" in result.stderr
+    assert "gives no usable answer: no connection; check that it runs" in result.stderr
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "does not accept the key"), (404, "has no model 'm'")])
+def test_a_wrong_key_or_name_is_one_sentence_after_one_request(status, words, few):
+    with judge_server(lambda *_: fault(status), prompt_in) as (url, log):
+        result = evaluate(url, few)
+    assert result.exit_code == 2
+    assert f"the served model at 127.0.0.1:{url[17:-3]} answered {status}: it {words}" in result.stderr
+    assert len(log.requests) == 1
+
+
+def test_a_served_model_stands_beside_a_local_one_with_a_paired_test(few):
+    source = str(miniature.path("source"))
+    settings = ["--prompts", few, "--max-new-tokens", 16, "--attacks", "prefill"]
+    with judge_server(lambda *_: Reply(SURE), prompt_in) as (url, _):
+        both = ["evaluate", source, "--served", url, "--model", "deployed", *settings]
+        found = answer(*both, "--json")
+        shown = call(*both)
+    assert [(one["model"], one["dsr"]) for one in found["models"]] == [(source, 1), ("deployed", 0)]
+    (change,) = found["changes"]
+    assert change["to"] == "deployed"
+    assert change["dsr_change"]["no_longer_refused"] == 4
+    # A sign test of four equal signs: 2 / 2^4.
+    assert change["dsr_change"]["p_value"] == pytest.approx(0.125)
+    assert "deployed, DSR loss" in shown.stdout
+    assert "1.000 -> 0.000" in shown.stdout
+    assert "a served model cannot be given the beginning of an answer" in shown.stderr
+
+
+IMPOSSIBLE = {
+    "template": (["--chat-template", "none"], "asked with its server's chat template"),
+    "evaluator": (["--evaluator", "counts"], "unknown evaluator"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_what_needs_the_model_is_refused_before_a_request(case, few):
+    options, words = IMPOSSIBLE[case]
+    with judge_server(refusing_harm(few), prompt_in) as (url, log):
+        result = evaluate(url, few, *options)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert log.requests == []
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://h:99999/v1", "ftp://h/v1"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(UsageError, match="--served is not a valid address"):
+        ServedModel("m", url)

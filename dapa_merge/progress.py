@@ -13,15 +13,16 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.segment import Segment
+from rich.table import Column
 
 from dapa_merge.errors import printable
 
@@ -49,21 +50,167 @@ class Terminal(Console):
 class _Task:
     """A piece of work of known size; `move` draws a bar, or does nothing."""
 
+    description: str
+    total: int
     unit: str
     move: Callable[[int], object]
+    start: float = field(default_factory=lambda: time.monotonic())
+    done: float = 0
 
 
 # Not a context variable, because progress also comes from threads.
-_lock = threading.Lock()
+_lock = threading.RLock()
 _tasks: list[_Task] = []
+_jobs: list[_Job] = []
 _consoles: list[Console] = []
+# Without a terminal, a work that takes long says so often how far it is.
+TOLD_EVERY_SECONDS = 30.0
+_told = [0.0]
+
+
+class _Job:
+    """A long work of several parts: how much is left of each in each unit, and how long a unit takes."""
+
+    def __init__(self, rates: Mapping[str, float], draw: Callable[[_Job], object]) -> None:
+        self.label = ""
+        self.start = time.monotonic()
+        self._draw = draw
+        self._rates = dict(rates)
+        self._left: dict[str, dict[str, float]] = {}
+        self._part = ""
+        # By unit: seconds of finished tasks, and how much they did.
+        self._spent: dict[str, tuple[float, float]] = {}
+
+    def expect(self, part: str, amounts: Mapping[str, float]) -> None:
+        self._left[part] = {unit: float(amount) for unit, amount in amounts.items()}
+
+    def begin(self, part: str) -> None:
+        self._part = part
+        self.label = ""
+
+    def end(self) -> None:
+        self._left.pop(self._part, None)
+        self.label = ""
+
+    def remain(self, amounts: Mapping[str, float]) -> None:
+        self._left.setdefault(self._part, {}).update(amounts)
+
+    def advance(self, amount: float, unit: str) -> None:
+        left = self._left.get(self._part, {})
+        if unit in left:
+            left[unit] = max(left[unit] - amount, 0)
+        self._draw(self)
+
+    def finish(self, work: _Task) -> None:
+        seconds, amount = self._spent.get(work.unit, (0.0, 0.0))
+        self._spent[work.unit] = seconds + time.monotonic() - work.start, amount + work.done
+
+    def seconds_left(self) -> float | None:
+        """About how long the rest takes; None if a unit's pace is not known yet."""
+        total = 0.0
+        for unit, amount in self._amounts().items():
+            rate = self._rate(unit)
+            if amount and rate is None:
+                return None
+            total += amount * (rate or 0)
+        return total
+
+    def _amounts(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for left in self._left.values():
+            for unit, amount in left.items():
+                found[unit] = found.get(unit, 0) + amount
+        return found
+
+    def _rate(self, unit: str) -> float | None:
+        seconds, amount = self._spent.get(unit, (0.0, 0.0))
+        if _tasks and _tasks[-1].unit == unit:
+            seconds, amount = seconds + time.monotonic() - _tasks[-1].start, amount + _tasks[-1].done
+        return seconds / amount if amount else self._rates.get(unit)
+
+
+@contextmanager
+def job(rates: Mapping[str, float] | None = None) -> Iterator[None]:
+    """Show all tasks inside the `with` block as one work, with about the time that is left of the whole.
+
+    Args:
+        rates: Seconds that a unit takes, by its name, until it is measured; without one, no time is shown before.
+    """
+    with contextlib.ExitStack() as stack:
+        draw: Callable[[_Job], object] = _ignore
+        if _is_drawn() and not _jobs and not _tasks:
+            columns = (TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True)), BarColumn(20))
+            bars = stack.enter_context(
+                Progress(
+                    *columns, TextColumn("{task.fields[left]}"), console=_consoles[-1], transient=True, expand=True
+                )
+            )
+            bar = bars.add_task("", total=1.0, left="")
+
+            def draw(work: _Job) -> None:
+                spent, left = time.monotonic() - work.start, work.seconds_left()
+                share = 0.0 if left is None else spent / max(spent + left, 1e-9)
+                bars.update(bar, completed=share, description=printable(_doing(work)), left=_left_text(left))
+
+        entry = _Job(rates or {}, draw)
+        with _lock:
+            _told[0] = time.monotonic()
+            _jobs.append(entry)
+        try:
+            yield
+        finally:
+            with _lock:
+                _jobs.remove(entry)
+
+
+def expect(part: str, **amounts: float) -> None:
+    """Say how much a later part of the job takes, by unit; nothing without a job."""
+    with _lock:
+        if _jobs:
+            _jobs[-1].expect(part, amounts)
+
+
+def begin(part: str) -> None:
+    """Begin a part of the job, or go on with it; progress counts for it from now on."""
+    with _lock:
+        if _jobs:
+            _jobs[-1].begin(part)
+
+
+def end() -> None:
+    """End the part of the job that was begun last: nothing is left of it."""
+    with _lock:
+        if _jobs:
+            _jobs[-1].end()
+
+
+def remain(label: str = "", **amounts: float) -> None:
+    """Say what the part that was begun is at, and how much is left of it, by unit; other units stay as they were."""
+    with _lock:
+        if _jobs:
+            _jobs[-1].label = label
+            _jobs[-1].remain(amounts)
+
+
+def _doing(work: _Job) -> str:
+    description = _tasks[-1].description if _tasks else ""
+    return f"{work.label}: {description}" if work.label and description else work.label or description
+
+
+def _left_text(seconds: float | None) -> str:
+    return "" if seconds is None else f"about {duration(seconds)} left"
+
+
+def _is_drawn() -> bool:
+    return bool(_consoles) and _consoles[-1].is_terminal and not _consoles[-1].is_dumb_terminal
 
 
 @contextmanager
 def task(description: str, total: int, unit: str) -> Iterator[None]:
     """Count progress inside the `with` block as one task.
 
-    Only the outermost task has a bar, and only on a terminal.
+    Only the outermost task has a bar, unless it is part of a job, and only on a terminal. Elsewhere a line says every
+    half minute how far it is.
 
     Args:
         description: The activity, such as "verifying".
@@ -72,29 +219,51 @@ def task(description: str, total: int, unit: str) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         move: Callable[[int], object] = _ignore
-        if not _tasks and _consoles and _consoles[-1].is_terminal:
+        if not _tasks and not _jobs and _is_drawn():
             bars = stack.enter_context(Progress(console=_consoles[-1], transient=True))
             bar = bars.add_task(printable(description), total=total)
 
             def move(amount: int) -> None:
                 bars.advance(bar, amount)
 
-        entry = _Task(unit, move)
+        entry = _Task(description, total, unit, move)
         with _lock:
+            if not _tasks and not _jobs:
+                _told[0] = time.monotonic()
             _tasks.append(entry)
         try:
             yield
         finally:
             with _lock:
                 _tasks.remove(entry)
+                if _jobs:
+                    _jobs[-1].finish(entry)
 
 
 def advance(amount: int, unit: str) -> None:
     """Report an amount of work as done; it counts for the innermost task if that has the same unit."""
     with _lock:
         innermost = _tasks[-1] if _tasks else None
-    if innermost is not None and innermost.unit == unit:
+        if innermost is None or innermost.unit != unit:
+            return
+        innermost.done += amount
         innermost.move(amount)
+        if _jobs:
+            _jobs[-1].advance(amount, unit)
+        if _consoles and not _is_drawn() and time.monotonic() - _told[0] >= TOLD_EVERY_SECONDS:
+            _told[0] = time.monotonic()
+            LOG.info(_how_far(innermost))
+
+
+def _how_far(work: _Task) -> str:
+    """A line on a task for those without a bar."""
+    is_size = work.unit == "bytes"
+    done, total = (f"{number / 1e9:.2f}" if is_size else f"{number:,.0f}" for number in (work.done, work.total))
+    spent = time.monotonic() - work.start
+    left = _jobs[-1].seconds_left() if _jobs else spent * max(work.total - work.done, 0) / max(work.done, 1e-9)
+    what = _doing(_jobs[-1]) if _jobs else work.description
+    told = [f"{what}: {done} of {total} {'GB' if is_size else work.unit}", _left_text(left)]
+    return ", ".join(filter(None, told)) + (" in all" if _jobs and left is not None else "")
 
 
 def duration(seconds: float) -> str:
@@ -185,7 +354,7 @@ class _Handler(logging.Handler):
         self._tell(printable(record.getMessage()))
 
 
-def _ignore(_amount: int) -> None:
+def _ignore(_: object) -> None:
     """Do nothing, for a task without a bar."""
 
 

@@ -223,6 +223,15 @@ def test_ctrl_c_is_exit_130(stop, said, monkeypatch):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
+def test_sigterm_ends_any_command_as_ctrl_c_does_with_its_own_code(monkeypatch):
+    monkeypatch.setattr("dapa_merge.cli.run.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = call("plan", "recipe.yml")
+    assert (stopped.exit_code, stopped.stderr) == (143, "Error: stopped\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process at once")
 def test_sigterm_of_a_comparison_is_exit_143_and_says_what_is_kept(tmp_path, monkeypatch):
     def terminated(_recipes, out, *_):
         out.mkdir()

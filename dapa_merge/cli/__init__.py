@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,8 +78,10 @@ class Group(click.Group):
             _fail_at(error)
 
     def invoke(self, context: click.Context) -> Any:
+        terminated: list[int] = []
         try:
-            return super().invoke(context)
+            with _terminable(terminated):
+                return super().invoke(context)
         except DapaError as error:
             # click prints the sentence and takes over the exit code.
             if context.params.get("debug"):
@@ -87,7 +91,7 @@ class Group(click.Group):
             raise
         except KeyboardInterrupt as stop:
             kept = f"; {stop}" if isinstance(stop, Stopped) else ""
-            _fail(f"stopped{kept}", INTERRUPTED)
+            _fail(f"stopped{kept}", 128 + terminated[0] if terminated else INTERRUPTED)
         except (click.ClickException, click.exceptions.Exit, click.Abort, SystemExit, GeneratorExit):
             raise
         except BaseException as error:
@@ -109,7 +113,7 @@ class Group(click.Group):
     epilog="""\b
 Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source
 cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no, 6 a
-gate failed, 10 outdated, 130 stopped by Ctrl-C, 143 by SIGTERM (compare).""",
+gate failed, 10 outdated, 130 stopped by Ctrl-C, 143 by SIGTERM.""",
 )
 @click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -125,6 +129,27 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     context.with_resource(shown(quiet))
     if quiet or not sys.stderr.isatty():
         _disable_client_bars()
+
+
+@contextmanager
+def _terminable(terminated: list[int]) -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, which says what is kept; its number is then in the list."""
+
+    def terminate(number: int, _: object) -> None:
+        terminated.append(number)
+        # Whatever handles Ctrl-C handles this.
+        raise KeyboardInterrupt
+
+    # Only the main thread may set it; whoever has a handler of their own keeps it.
+    is_ours = threading.current_thread() is threading.main_thread()
+    is_ours = is_ours and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager

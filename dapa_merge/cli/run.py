@@ -72,15 +72,28 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_argument
 @allow_pickle_option
+@device_option
 @json_option
-def plan(recipe: Path, allow_pickle: bool, as_json: bool) -> None:
-    """Show what RECIPE would transplant, without loading a model."""
-    from dapa_merge.measure.prompts.parts import check_prompts
+@takes_options
+def plan(recipe: Path, options: Options, as_json: bool) -> None:
+    """Show what RECIPE would transplant and what that takes, without loading a model.
 
+    Time is estimated by a short calibration on the device.
+    """
     parsed = load_recipe(recipe)
-    ladder = make_ladder(parsed, partial_target=True, allow_pickle=allow_pickle)
+    ladder = make_ladder(parsed, partial_target=True, allow_pickle=options.allow_pickle)
+    with lasting():
+        from dapa_merge.measure.prompts.parts import check_prompts
+        from dapa_merge.search.forecast import forecast
+
     check_prompts(parsed)
-    print_answer(ladder_json(ladder), lambda console: print_ladder(ladder, console), as_json)
+    expected = forecast(ladder, options)
+
+    def show(console: Console) -> None:
+        print_ladder(ladder, console)
+        print_lines(console, [f"{'a run takes':<24}{expected}"])
+
+    print_answer({**ladder_json(ladder), "forecast": expected.to_json()}, show, as_json)
 
 
 @click.command()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -287,31 +285,15 @@ def _show(found: Compared, out: Path, console: Console) -> None:
 
 @contextmanager
 def _stoppable(out: Path) -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does: locks are released, and one sentence says what is kept."""
-    terminated = []
-
-    def terminate(number: int, _: object) -> None:
-        terminated.append(number)
-        # Whatever handles Ctrl-C handles this.
-        raise KeyboardInterrupt
-
-    is_usual = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if is_usual:
-        signal.signal(signal.SIGTERM, terminate)
+    """Say what is kept if Ctrl-C or SIGTERM ends the block."""
     try:
         yield
     except KeyboardInterrupt:
         kept = f"the measurements so far are in {out}, and the same command resumes from there"
         if not out.exists():
             kept = "nothing was measured yet, and the same command starts again"
-        if terminated:
-            click.echo(f"Error: stopped; {kept}", err=True)
-            sys.exit(128 + signal.SIGTERM)
         # Not the best selection of the stopped search, which is one of many.
         raise Stopped(kept) from None
-    finally:
-        if is_usual:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _methods(text: str | None) -> tuple[str, ...]:

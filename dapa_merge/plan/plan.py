@@ -248,3 +248,8 @@ def _check_twins(unit: Unit, plan: Plan) -> None:
 
 def _num_layers(units: Sequence[Unit]) -> int:
     return len({unit.layer for unit in units})
+
+
+def search_memory(plan: Plan) -> int:
+    """Bytes that a search needs on its device besides activations: the target, and the largest region being copied."""
+    return plan.target.num_bytes + max((regions["target"].num_bytes for regions in plan.regions(plan.units)), default=0)

@@ -16,13 +16,14 @@ from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import change_of
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
-from dapa_merge.progress import LOG, task
+from dapa_merge.progress import LOG, begin, end, job, task
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.choose import check_pick
+from dapa_merge.search.forecast import REPORT, forecast
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
@@ -69,7 +70,10 @@ def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options:
         DapaError: For any other error.
     """
     shared: list[tuple[Meter, MeasuredModel]] = []
-    found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
+    expected = forecast(ladder, options)
+    with job(expected.rates):
+        expected.begin()
+        found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
     return replace(found, rungs=rungs)
 
 
@@ -89,11 +93,14 @@ def _gather(
         journal = Journal()
         if selection is None:
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal, attempt.possible)))
+            stack.enter_context(journal.telling())
         if not shared:
             meter = meter.referring(bench.live.model, bench.live.tokenizer, keeps_logits=True)
             # The source may not fit in memory next to it.
             bench.close()
+            begin(REPORT)
             shared.append((meter, measure_checkpoint(plan.source, meter, options.device, "source")))
+            begin(recipe.edit)
         meter, source_alone = shared[0]
         if selection is None:
             found = search(Session(recipe, plan, bench, journal, options, parts.choice, attempt.possible))
@@ -101,9 +108,11 @@ def _gather(
             plan = reduced(found.plan, selection)
             bench.use(plan)
             searched = _searched(found, bench)
+            end()
             LOG.info("confirming it with prompts that the search did not ask")
         # The batch size that fits in memory is known from the search.
         meter = replace(meter, batch_size=bench.meter.batch_size)
+        begin(REPORT)
         before = measure_live(bench.live, (), meter, "target")
         after = measure_live(bench.live, selection, meter, "result")
     return Evidence(

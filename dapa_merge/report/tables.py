@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.ladder import Ladder
-from dapa_merge.plan.plan import Plan, cut, join
+from dapa_merge.plan.plan import Plan, cut, join, search_memory
 from dapa_merge.plan.selection import count_changed, given_selection, num_changed, why_equal
 from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
@@ -328,6 +328,8 @@ def _change(name: str, words: tuple[str, str], rates: str, change: Change) -> tu
     return f"{name} {word}", fact
 
 
+# The most units of a plan that have a line each.
+MAX_LISTED = 48
 # The most tensors of a unit in a line besides the first; the experts of a mixture would fill a page.
 MAX_BESIDE = 3
 
@@ -373,16 +375,20 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
     """Print a plan: a line for each unit, and their sum; how much of each the edit would really change."""
     chosen = plan.units if selection is None else tuple(selection)
     counts = count_changed(plan, chosen)
-    table = Table("unit", "tensors")
+    is_long = len(chosen) > MAX_LISTED
+    table = Table("units" if is_long else "unit", "tensors")
     table.add_column("MB", justify="right")
     table.add_column("parameters", justify="right")
     table.add_column("differ", justify="right")
-    for unit in chosen:
-        share = f"{100 * plan.share((unit,)):.2f} %"
-        count = counts[unit]
-        differing = "?" if count is None else f"{100 * count / max(plan.num_parameters((unit,)), 1):.2f} %"
-        tensors = Text(printable(_tensors(unit, plan)))
-        table.add_row(str(unit), tensors, f"{plan.num_bytes((unit,)) / 1e6:.2f}", share, differing)
+    # Of many units, those of a module are added up: --json lists each.
+    rows = [tuple(same) for same in _by_module(chosen).values()] if is_long else [(unit,) for unit in chosen]
+    for units in rows:
+        count = _total(counts[unit] for unit in units)
+        differing = "?" if count is None else f"{100 * count / max(plan.num_parameters(units), 1):.2f} %"
+        name = spans(units) if is_long else str(units[0])
+        tensors = f"{len(units)}, such as {_tensors(units[0], plan)}" if is_long else _tensors(units[0], plan)
+        size, share = f"{plan.num_bytes(units) / 1e6:.2f}", f"{100 * plan.share(units):.2f} %"
+        table.add_row(name, Text(printable(tensors)), size, share, differing)
     console.print(table)
     decided = "a search chooses among" if selection is None else "transplants"
     facts = [
@@ -398,6 +404,13 @@ def print_plan(plan: Plan, selection: Sequence[Unit] | None, console: Console) -
     ]
     for label, fact in facts:
         _tell(console, f"{label:<24}{fact}")
+
+
+def _by_module(units: Iterable[Unit]) -> dict[str, list[Unit]]:
+    found: dict[str, list[Unit]] = {}
+    for unit in units:
+        found.setdefault(unit.module, []).append(unit)
+    return found
 
 
 def _differing(plan: Plan, counts: Mapping[Unit, int | None]) -> str:
@@ -416,11 +429,6 @@ def _tensors(unit: Unit, plan: Plan) -> str:
         return f"{first}, and {len(others)} more of {len(unit.tensors)} tensors"
     parent = first.removesuffix(".weight").rpartition(".")[0] + "."
     return ", ".join([first, *(name.removeprefix(parent) for name in others)])
-
-
-def search_memory(plan: Plan) -> int:
-    """Bytes that a search needs on its device besides activations: the target, and the largest region being copied."""
-    return plan.target.num_bytes + max(regions["target"].num_bytes for regions in plan.regions(plan.units))
 
 
 def ladder_json(ladder: Ladder) -> dict[str, Any]:

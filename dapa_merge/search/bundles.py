@@ -14,6 +14,8 @@ from dapa_merge.checkpoint.units import ATTENTION, Unit
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped, foresee, minimize
 
 # Units that are left out or kept together.
+# Of more matrices than this, an edit that changes all of them a little is searched in bundles first.
+MAX_ALONE = 96
 Bundle = tuple[Unit, ...]
 Selection = frozenset[Unit]
 Holds = Callable[[Selection], bool]

@@ -10,12 +10,12 @@ removed, and its test repeated.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.errors import DapaError, Stopped, UsageError
 from dapa_merge.files import Record, held, plain_json, record_line
 
 FORMAT = 1
@@ -150,6 +150,22 @@ class Journal:
         """Count a note of another process as this one's, which has found the same."""
         _written_here.add(self._digest({"note": name, "value": self.notes[name]}))
         self.earlier.discard(name)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Say what is kept if Ctrl-C ends the block."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            said = [str(stop)] if isinstance(stop, Stopped) else []
+            if self.path is None:
+                said.append("nothing is kept, because there is no journal")
+            elif not self.tests and not self.notes:
+                said.append("nothing was measured yet, and the same command starts again")
+            else:
+                done = f"{len(self.tests)} tests and {len(self.notes)} other measurements"
+                said.append(f"{done} are in the journal {self.path}, and the same command goes on from there")
+            raise Stopped("; ".join(said)) from stop
 
     def close(self) -> None:
         """Unlock the file."""

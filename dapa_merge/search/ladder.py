@@ -15,10 +15,11 @@ from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.prompts.parts import check_prompts, split_prompts
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import LOG
+from dapa_merge.progress import LOG, begin, end, job
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_bench
+from dapa_merge.search.forecast import forecast
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, baselines, search_plan
@@ -66,7 +67,10 @@ def search_ladder(ladder: Ladder, options: Options) -> Climbed:
     """Search rung by rung among the units that edits would change, whatever layers are named; raises as `climb`."""
     check_prompts(replace(ladder.recipe, layers=None))
     ladder = ladder.without_equal_units()
-    (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))
+    expected = forecast(ladder, options, reports=False)
+    with job(expected.rates):
+        expected.begin()
+        (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))
     return Climbed(recipe, found, rungs)
 
 
@@ -85,15 +89,18 @@ def climb(ladder: Ladder, options: Options, attempt: Callable[[Attempt], Outcome
         options = _own_journal(options, ladder.recipe.edit)
     if not ladder.is_auto:
         ((recipe, plan),) = ladder.rungs
+        begin(recipe.edit)
         return attempt(Attempt(recipe, plan, options)), ()
     tried = list(ladder.skipped)
     for number, one in enumerate(_attempts(ladder, options), 1):
         edit, modules = one.recipe.edit, one.plan.modules
         LOG.info(f"try {number} of {len(ladder.rungs)}: the edit {edit} of {', '.join(modules)}")
+        begin(edit)
         try:
             outcome = attempt(one)
         except CannotRepair as error:
             LOG.info(f"the edit {edit} does not repair this target: {error.why}")
+            end()
             tried.append(Tried(edit, modules, error.why))
         else:
             return outcome, (*tried, Tried(edit, modules, "repairs within the limits"))
@@ -106,6 +113,7 @@ def _attempts(ladder: Ladder, options: Options) -> Iterator[Attempt]:
     if others:
         # It comes before the others, although its rung is the last.
         LOG.info("measuring what all units together can do")
+        begin(recipe.edit)
         possible = _possible(last)
         for recipe, plan in others:
             yield Attempt(recipe, plan, _own_journal(options, recipe.edit), possible)
@@ -126,6 +134,7 @@ def _possible(last: Attempt) -> float:
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
+        journal.telling(),
     ):
         _, full = baselines(Session(recipe, plan, bench, journal, options, parts.choice))
         return full.score

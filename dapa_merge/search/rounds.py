@@ -21,7 +21,7 @@ from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import LOG, advance, task
+from dapa_merge.progress import LOG, advance, remain, task
 from dapa_merge.search.ascent import Ascent, Chunk, LiveSlopes, Part, Settings, Sides, Step, widened
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench, Hand, MeasureSelection
@@ -168,6 +168,8 @@ class Rounds:
                 ascent.go_on(states[-1], len(states))
             # All rounds first: a candidate's measurement needs the target's own tensors.
             left = names[len(states) :]
+            # Two more rounds settle what the search leaves.
+            remain(steps=(len(left) + 2) * self.settings.num_steps)
             with task("choosing directions", len(left) * self.settings.num_steps, "steps"):
                 for name in left:
                     insists = len(states) >= self.settings.num_rounds

@@ -26,8 +26,9 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
-from dapa_merge.search.bundles import Bundle, by_layer, each_alone, minimize_bundles
+from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles
 from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
+from dapa_merge.search.forecast import ASKED, expected_tests
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.parts import Part, Parts, best_part, how_to_pick, nearest
@@ -49,8 +50,6 @@ Prior = Mapping[Unit, float]
 # token, where that hardly shows in what a model says.
 MORE_DIVERGENCE = 1.1
 SMALL_DIVERGENCE = 0.005
-# Of more matrices than this, an edit that changes all of them a little is searched in bundles first.
-MAX_ALONE = 96
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ def search_plan(
     with (
         closing(make_bench(recipe, plan, parts.search, options)) as bench,
         closing(open_journal(recipe, plan, bench, options.journal, possible)) as journal,
+        journal.telling(),
         _helping(recipe, plan, bench, options) as helpers,
     ):
         return search(Session(recipe, plan, bench, journal, options, parts.choice, possible, helpers))
@@ -311,7 +311,7 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
     except (SearchInterrupted, SearchStopped) as stop:
         best = f"the best selection so far: {spans(join(plan, stop.best.units))}"
         LOG.info(best)
-        if journal.path:
+        if journal.path and isinstance(stop, SearchInterrupted):
             LOG.info(f"every test is in the journal {journal.path}; run again to go on")
         if isinstance(stop, SearchStopped):
             raise Stopped(best) from stop
@@ -547,6 +547,8 @@ def _minimize(
         session.bench.close()
     sizes = {unit: session.plan.num_parameters((unit,)) for bundle in bundles for unit in bundle}
     left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
+    tests = expected_tests(len(bundles), recipe.search, has_prior=prior is not None, max_tests=left)
+    oracle.expect(tests, session.bench.num_prompts * ASKED)
     return minimize_bundles(bundles, oracle.among, algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left)
 
 

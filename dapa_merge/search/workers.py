@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.progress import LOG
+from dapa_merge.progress import LOG, remain
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.search.cluster import Actors
 from dapa_merge.search.journal import Journal, MarkedJournal
@@ -52,8 +52,19 @@ class Oracle:
 
     def __init__(self, journal: Journal | MarkedJournal, workers: Workers) -> None:
         self.asked: dict[frozenset[str], Selection] = {}
+        self._expected, self._prompts_per_test = 0, 0.0
         self._journal = journal
         self._workers = workers
+
+    def expect(self, num_tests: int, prompts_per_test: float) -> None:
+        """Say about how many tests are to come, and how many prompts a test asks."""
+        self._expected, self._prompts_per_test = len(self.asked) + num_tests, prompts_per_test
+
+    def _tell(self) -> None:
+        """Show which test this is, of about how many."""
+        number = len(self.asked)
+        total = max(self._expected, number + 1)
+        remain(f"test {number} of about {total}", prompts=(total - number + 1) * self._prompts_per_test)
 
     def among(
         self, units: Sequence[Unit], likely: Callable[[Mapping[Selection, bool], int], list[Selection]]
@@ -81,6 +92,8 @@ class Oracle:
 
         def holds(selection: Selection) -> bool:
             self.asked[names_of(selection)] = selection
+            if selection not in answers:
+                self._tell()
             while selection not in answers:
                 submit(selection)
                 if len(workers.running) < workers.number:

@@ -71,6 +71,7 @@ def arguments(tmp_path, monkeypatch):
     return {
         "ascent_table": lambda: [*chooses()[::-1], "max_rank=2"],
         "compare_table": lambda: [str(tmp_path / "out")],
+        "forecasts": lambda: [str(tmp_path / "out")],
         "real_answers": lambda: [str(tmp_path / "out"), str(miniature.path("target"))],
         "real_base_families": aligned,
         "real_families": damaged,

@@ -1,0 +1,89 @@
+"""What a run is said to take, against what it takes."""
+
+from __future__ import annotations
+
+import random
+import statistics
+
+import pytest
+from conftest import answer, call, write_few
+
+from dapa_merge import miniature
+from dapa_merge.delta.minimize import minimize
+from dapa_merge.plan.ladder import make_ladder
+from dapa_merge.progress import collected
+from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.search.forecast import expected_tests, forecast
+
+PAIR = miniature.path("target"), miniature.path("source")
+
+
+def forecast_of(text: str, **settings):
+    return forecast(make_ladder(parse_recipe(text)), Options("cpu"), **settings)
+
+
+@pytest.mark.parametrize(("number", "needed"), [(32, 6), (64, 6), (128, 10)])
+@pytest.mark.parametrize(
+    ("algorithm", "has_prior"), [("guided", True), ("guided", False), ("probdd", False), ("ddmin", False)]
+)
+def test_as_many_tests_are_expected_as_searches_need(algorithm, has_prior, number, needed):
+    found = []
+    for seed in range(12):
+        chance = random.Random(seed)
+        units, wanted = list(range(number)), set(chance.sample(range(number), needed))
+        prior = {unit: (unit in wanted) + chance.random() / 2 for unit in units} if has_prior else None
+        found.append(minimize(units, lambda one, need=wanted: need <= one, algorithm=algorithm, prior=prior).tests)
+    mean = statistics.mean(found)
+    assert mean / 2 <= expected_tests(number, algorithm, has_prior=has_prior) <= 2 * mean
+    assert expected_tests(number, algorithm, has_prior=has_prior, max_tests=3) == 3
+
+
+def test_the_prompts_and_tests_of_a_run_are_about_those_that_it_asks(write_recipe, tmp_path, monkeypatch):
+    few = write_few(tmp_path / "few", 24)
+    recipe = write_recipe(*PAIR, prompts=few, max_new_tokens=12, batch_size=24)
+    expected = forecast(make_ladder(load_recipe(recipe)), Options("cpu"))
+    asked = [0]
+
+    def count(number: int, _unit: str) -> None:
+        asked[0] += number
+
+    monkeypatch.setattr("dapa_merge.measure.generate.advance", count)
+    report = answer("run", recipe, tmp_path / "out", "--json")
+    assert report["tests"] / 3 <= expected.tests <= 3 * report["tests"]
+    total = expected.prompts + sum(work.prompts for work in expected.works)
+    assert asked[0] / 2 <= total <= 2 * asked[0]
+
+
+def test_a_recipe_that_names_its_layers_only_takes_its_report():
+    names = (
+        "merge_method: dapa\nbase_model: {}\nmodels: [{{model: {}}}]\nparameters: {{prompts: miniature, layers: {}}}\n"
+    )
+    named, searched = (forecast_of(names.format(*PAIR, layers)) for layers in ("'3-6'", "auto"))
+    assert (named.works, named.tests) == ((), 0)
+    assert named.prompts > searched.prompts > 0
+    assert named.total_seconds > 0
+    assert forecast_of(names.format(*PAIR, "auto"), reports=False).prompts == 0
+
+
+def test_plan_says_what_a_run_takes(write_recipe):
+    recipe = write_recipe(*PAIR, prompts="miniature", edit="auto", keep="skills")
+    found = answer("plan", recipe, "--json")["forecast"]
+    assert [work["edit"] for work in found["works"]] == ["copy", "directions"]
+    assert found["works"][0]["steps"] == 0 < found["works"][1]["steps"]
+    assert found["seconds"] >= sum(work["seconds"] for work in found["works"]) > 0
+    assert found["fetch_bytes"] == 0
+    shown = call("plan", recipe).stdout
+    assert "a run takes             about " in shown
+    assert " on cpu, about " in shown
+
+
+def test_a_long_run_says_beforehand_how_long(monkeypatch, write_recipe):
+    ladder = make_ladder(load_recipe(write_recipe(*PAIR, prompts="miniature")))
+    expected = forecast(ladder, Options("cpu"))
+    for seconds, told in ((59.0, 0), (61.0, 1)):
+        monkeypatch.setattr(type(expected), "total_seconds", seconds)
+        with collected() as lines:
+            expected.begin()
+        assert len(lines) == told
+    assert lines[0].startswith("this takes about 61 s on cpu, about ")

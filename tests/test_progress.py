@@ -1,0 +1,106 @@
+"""Progress as people see it: one bar for a whole job, and lines where nobody sees a bar."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from dapa_merge import progress
+from dapa_merge.progress import advance, begin, collected, end, expect, job, remain, task
+
+
+@pytest.fixture
+def console(monkeypatch):
+    """Puts a console in the place of stderr; a terminal or not."""
+
+    def show(*, terminal: bool, **environment: str) -> io.StringIO:
+        seen = io.StringIO()
+        made = Console(file=seen, force_terminal=terminal, width=100, _environ={"TERM": "xterm", **environment})
+        monkeypatch.setattr(progress, "_consoles", [made])
+        return seen
+
+    return show
+
+
+def test_the_time_left_of_a_job_is_of_all_its_parts_at_their_pace():
+    with job({"prompts": 2.0, "steps": 5.0}):
+        expect("search", prompts=10, steps=4)
+        expect("report", prompts=30)
+        (work,) = progress._jobs
+        assert work.seconds_left() == 2.0 * 40 + 5.0 * 4
+        begin("search")
+        remain(steps=1)
+        assert work.seconds_left() == 2.0 * 40 + 5.0
+        end()
+        assert work.seconds_left() == 2.0 * 30
+        begin("report")
+        with task("measuring", 30, "prompts"):
+            progress._tasks[0].start -= 30
+            advance(10, "prompts")
+            # Ten took thirty seconds, whatever was thought before.
+            assert work.seconds_left() == pytest.approx(3.0 * 20, rel=0.05)
+    assert progress._jobs == progress._tasks == []
+
+
+def test_a_pace_that_is_not_known_is_not_guessed():
+    with job():
+        expect("search", prompts=10)
+        begin("search")
+        assert progress._jobs[0].seconds_left() is None
+        with task("asking", 10, "prompts"):
+            advance(5, "prompts")
+        assert progress._jobs[0].seconds_left() is not None
+
+
+def test_a_terminal_shows_one_bar_with_what_is_done_now_and_the_time_left(console):
+    seen = console(terminal=True)
+    with job({"prompts": 60.0}):
+        expect("search", prompts=10)
+        begin("search")
+        remain("test 4 of about 11", prompts=10)
+        with task("testing gate of layers 3-5", 4, "prompts"):
+            advance(2, "prompts")
+            time.sleep(0.15)
+    text = seen.getvalue()
+    assert "test 4 of about 11: testing gate of layers 3-5" in text
+    assert "about " in text
+    assert " left" in text
+
+
+@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}], ids=["no terminal", "a dumb terminal"])
+def test_without_a_bar_a_line_says_every_half_minute_how_far_it_is(environment, console, monkeypatch):
+    console(terminal=bool(environment), **environment)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with collected() as lines, job({"prompts": 3.0}):
+        expect("search", prompts=100)
+        begin("search")
+        remain("test 2 of about 9", prompts=100)
+        with task("testing gate of layer 3", 100, "prompts"):
+            for _ in range(12):
+                now[0] += 10
+                advance(5, "prompts")
+    assert len(lines) == 4
+    assert lines[0] == "test 2 of about 9: testing gate of layer 3: 15 of 100 prompts, about 3 min left in all"
+    assert lines[-1].startswith("test 2 of about 9: testing gate of layer 3: 60 of 100 prompts")
+
+
+def test_a_work_that_is_not_part_of_a_job_has_its_own_line(console, monkeypatch):
+    console(terminal=False)
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with collected() as lines, task("verifying", 8_000_000_000, "bytes"):
+        now[0] += 31
+        advance(2_000_000_000, "bytes")
+    assert lines == ["verifying: 2.00 of 8.00 GB, about 93 s left"]
+
+
+def test_a_library_call_says_nothing(monkeypatch):
+    monkeypatch.setattr(progress, "_consoles", [])
+    monkeypatch.setattr(progress, "TOLD_EVERY_SECONDS", 0.0)
+    with collected() as lines, task("verifying", 10, "bytes"):
+        advance(5, "bytes")
+    assert lines == []

@@ -126,7 +126,7 @@ def repair(
         evaluate: Measure target, result and source on held-out prompts, or on all prompts if the recipe names its
             layers. If false, the recipe must name them.
         link: Hard-link unchanged weight files instead of copying them.
-        manifest: Write `dapa.json` into the result, with the SHA-256 of everything.
+        manifest: Write `dapa.json` into the result, with a digest of everything.
         keeps_lock: Lock the models as they are now, and write that into the result.
         lock: An earlier lock, which the models must match, to write into the result.
         is_locked: Transplant the units in the lock instead of searching; measures on the prompts that a search would

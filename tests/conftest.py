@@ -22,6 +22,7 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
 
 import contextlib
 import gc
+import hashlib
 import json
 import shutil
 import signal
@@ -183,6 +184,27 @@ def num_different(one: Path, other: Path) -> int:
     """Elements of two checkpoints of the same tensors that are not equal as numbers."""
     theirs = weights(other)
     return sum(int((theirs[name] != value).sum()) for name, value in weights(one).items())
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def as_format_1(out: Path) -> Path:
+    """Give a result the manifest that versions before format 2 wrote, with SHA-256s."""
+    content = json.loads((out / "dapa.json").read_text())
+    tensors = open_checkpoint(str(out)).tensors
+    content["format"] = 1
+    del content["algorithm"]
+    for name, entry in content["files"].items():
+        del entry["digest"]
+        entry["sha256"] = sha256_of(out / name)
+    for name, entry in content["tensors"].items():
+        del entry["digest"]
+        raw = (out / entry["file"]).read_bytes()[tensors[name].start : tensors[name].stop]
+        entry["sha256"] = hashlib.sha256(raw).hexdigest()
+    (out / "dapa.json").write_text(json.dumps(content, indent=1) + "\n")
+    return out
 
 
 def prove(out: Path, plan, selection) -> None:

@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found_with_and_without_the_models(result, name):
     assert whole["changed"][f"{name}[0:1]" if name == GATE else name] == "unexplained"
     alone = call("verify", result, "--files-only")
     assert alone.exit_code == 4
-    assert "does not match the SHA-256 in dapa.json" in alone.stdout
+    assert "does not match its digest in dapa.json" in alone.stdout
 
 
 def test_small_files_count_too(result):

@@ -96,8 +96,8 @@ allow_pickle_option = environment_option(
 manifest_option = click.option(
     "--manifest/--no-manifest",
     default=True,
-    help="Write dapa.json, with a SHA-256 of every file and changed tensor. Hashing takes as long again as copying "
-    "where the disk is fast; without, every byte is read back and compared all the same.  [default: --manifest]",
+    help="Write dapa.json, with a BLAKE3 digest of every file and changed tensor. Without, writing takes a little less "
+    "time, and every byte is read back and compared all the same.  [default: --manifest]",
 )
 attacks_option = click.option(
     "--attacks",

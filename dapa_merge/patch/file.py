@@ -41,7 +41,6 @@ from dapa_merge.patch.computed import computed_pieces, held_edit
 from dapa_merge.plan.directions import MAX_FILE_BYTES
 from dapa_merge.plan.edit import Edit
 from dapa_merge.progress import advance
-from dapa_merge.transplant.manifest import Sha256
 
 
 def check_space(path: Path, needed: int, what: str) -> None:
@@ -58,6 +57,8 @@ FORMAT_VERSION = "1"
 FORMAT_WITH_EDIT = "2"
 # Small enough that several threads need little memory, and a piece stays in the processor's cache.
 PIECE_BYTES = 1 << 20
+# Not the manifest's algorithm: every version of this program can check and apply every patch.
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def _known(dtype: str) -> str:

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from huggingface_hub.errors import EntryNotFoundError, FileDuplicationError, HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
-from dapa_merge.checkpoint.digest import hash_file
+from dapa_merge.checkpoint.digest import Hasher, read_into
 from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, read_regular, refuse_stray_link
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
@@ -32,6 +32,7 @@ from dapa_merge.publish.options import Destination
 from dapa_merge.transplant.manifest import (
     MANIFEST_NAME,
     PRIVATE,
+    Manifest,
     files_in,
     foreign_files,
     is_for_other_programs,
@@ -398,19 +399,36 @@ def commit_url(destination: Destination, head: Head) -> str:
     return f"{api().endpoint}/{destination.repository}/commit/{head.commit}"
 
 
-def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
+def files_of(out: Path, manifest: Manifest | None) -> dict[str, LocalFile]:
     """The files of a result to publish, by relative path: those that make the model and describe it.
 
-    Left out are hidden files and clutter, the models' responses, and weights in forms that nothing compared.
+    Left out are hidden files and clutter, the models' responses, and weights in forms that nothing compared. The Hub
+    compares large files by their SHA-256, so that is computed unless the manifest has it.
 
     Args:
-        out: The result.
-        known: SHA-256 of files that were hashed before.
+        out: The result, just verified.
+        manifest: Its manifest, if it has one.
 
     Raises:
         CheckpointError: If a file cannot be read, links out of the folder, or is not a part of a model.
     """
     names = publishable(out)
+    hashed = manifest.files if manifest is not None else {}
+
+    def sha256_of(name: str) -> str:
+        if manifest is not None and name in hashed and manifest.algorithm == "sha256":
+            advance(hashed[name].num_bytes, "bytes")
+            return hashed[name].digest
+        sha256 = Hasher("sha256")
+        if manifest is None or name not in hashed:
+            read_into(out / name, sha256)
+        else:
+            # In the same read, so what is sent is what was verified.
+            own = Hasher(manifest.algorithm)
+            read_into(out / name, sha256, own)
+            if own.digests().digest != hashed[name].digest:
+                raise _changed(out / name)
+        return sha256.digests().digest
 
     def read(name: str) -> LocalFile:
         path = out / name
@@ -418,7 +436,7 @@ def files_of(out: Path, known: Mapping[str, str]) -> dict[str, LocalFile]:
         try:
             size = path.stat().st_size
             if size > MAX_SMALL_BYTES:
-                return LocalFile(path, size, known.get(name) or hash_file(path).sha256)
+                return LocalFile(path, size, sha256_of(name))
             content = read_regular(path, MAX_SMALL_BYTES)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

@@ -7,7 +7,6 @@ these files in the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from dapa_merge.publish.parents import Parent
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.replay import SEARCH_ONLY
 from dapa_merge.report.report import REPORT_NAME
-from dapa_merge.transplant.manifest import MANIFEST_NAME
+from dapa_merge.transplant.manifest import MANIFEST_NAME, entry_of
 
 # The parameters of a recipe, and fields of a report, that name files of prompts, texts or questions.
 FILES = ("prompts", "keep", "text", "skills", "attacks", "directions")
@@ -100,7 +99,7 @@ def public_files(out: Path, recipe: Recipe, parents: Sequence[Parent]) -> dict[s
         if name == MANIFEST_NAME:
             for file, new in found.items():
                 if file in public["files"]:
-                    public["files"][file] = {"bytes": len(new), "sha256": hashlib.sha256(new).hexdigest()}
+                    public["files"][file] = entry_of(out / name, content, new)
         if public != content:
             found[name] = write(public).encode()
     return found

@@ -101,10 +101,9 @@ def push(out: Path, destination: Destination, card: CardOptions, *, is_verified:
     for note in _notes(out):
         LOG.info(note)
     manifest = read_manifest(out) if (out / MANIFEST_NAME).is_file() else None
-    known = {name: file.sha256 for name, file in manifest.files.items()} if manifest else {}
-    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in known)
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     with task("reading the files to publish", total, "bytes"):
-        files = files_of(out, known)
+        files = files_of(out, manifest)
     parents = parents_of(recipe, card) if facts is None else facts.parents
     files |= {name: of_content(out / name, content) for name, content in public_files(out, recipe, parents).items()}
     if facts is not None:

@@ -2,6 +2,9 @@
 
 A result can be checked against it without the target and the source; with them, it can be proved to be the target plus
 exactly the parts that the manifest lists.
+
+Format 2 names the algorithm of its digests, BLAKE3 unless an older manifest is published anew. Format 1, of versions
+before it, has SHA-256s under that name; it is read, not written.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AliasChoices, Field, TypeAdapter, ValidationError
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import is_licence, is_settings, parts_of
-from dapa_merge.checkpoint.digest import Digests
+from dapa_merge.checkpoint.digest import ALGORITHM, HASHES, Digests, hash_bytes
 from dapa_merge.checkpoint.folder import INDEX_NAME, OTHER_PROGRAMS, is_clutter
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.open import find_model
@@ -29,7 +32,9 @@ from dapa_merge.transplant.shard import RegionEdit
 
 MANIFEST_NAME = "dapa.json"
 CARD_NAME = "README.md"
-FORMAT = 1
+FORMAT = 2
+# What an entry calls its digest, by format.
+_KEYS = {1: "sha256", 2: "digest"}
 # A 70 B model's manifest has 200 kB, that of all experts of a mixture of 671 B with every matrix changed 11 MB. Python
 # takes thirty times the size of a file of nothing but brackets.
 MAX_BYTES = 16 << 20
@@ -70,7 +75,7 @@ def _filled(boxes: tuple[Box, ...] | None) -> tuple[Box, ...] | None:
     return boxes
 
 
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$", validation_alias=AliasChoices("digest", "sha256"))]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class File:
     """Expected size and digest of a file of a result."""
 
     num_bytes: Annotated[int, Field(alias="bytes", ge=0, lt=1 << 62)]
-    sha256: Sha256
+    digest: Digest
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,12 @@ class ChangedTensor:
 
     Attributes:
         file: The result's file that holds it.
-        sha256: Of all its bytes in the result.
+        digest: Of all its bytes in the result.
         boxes: The changed parts; None if all of it is changed.
     """
 
     file: str
-    sha256: Sha256
+    digest: Digest
     boxes: Annotated[tuple[Box, ...] | None, AfterValidator(_filled), Field(alias="changed")] = None
 
 
@@ -107,6 +112,7 @@ class Manifest:
         units: The transplanted units, such as `3.gate`.
         files: Every listed file (`is_listed`), by its path in the result with slashes.
         tensors: Every changed tensor by name.
+        algorithm: That of all digests, a name in `HASHES`.
     """
 
     version: str
@@ -115,12 +121,13 @@ class Manifest:
     units: tuple[str, ...]
     files: Mapping[str, File]
     tensors: Mapping[str, ChangedTensor]
+    algorithm: str = ALGORITHM
 
 
 def make_manifest(
     plan: Plan, units: Sequence[str], changes: Mapping[str, Sequence[RegionEdit]], files: Mapping[str, Digests]
 ) -> Manifest:
-    """The manifest of a result."""
+    """The manifest of a result, whose files' digests are by `ALGORITHM`."""
     parts: dict[tuple[str, str], list[RegionEdit]] = {}
     for file, of_file in changes.items():
         for change in of_file:
@@ -135,7 +142,7 @@ def make_manifest(
         models=origins(plan),
         edit=plan.edit,
         units=tuple(units),
-        files={name: File(found.num_bytes, found.sha256) for name, found in sorted(files.items()) if is_listed(name)},
+        files={name: File(found.num_bytes, found.digest) for name, found in sorted(files.items()) if is_listed(name)},
         tensors=tensors,
     )
 
@@ -198,12 +205,13 @@ def manifest_text(manifest: Manifest) -> str:
     content = {
         "format": FORMAT,
         "version": manifest.version,
+        "algorithm": manifest.algorithm,
         **{name: vars(origin) for name, origin in manifest.models.items()},
         **manifest.edit.to_json(),
         "units": list(manifest.units),
-        "files": {name: {"bytes": file.num_bytes, "sha256": file.sha256} for name, file in manifest.files.items()},
+        "files": {name: {"bytes": file.num_bytes, "digest": file.digest} for name, file in manifest.files.items()},
         "tensors": {
-            name: {"file": tensor.file, "sha256": tensor.sha256}
+            name: {"file": tensor.file, "digest": tensor.digest}
             | ({} if tensor.boxes is None else {"changed": tensor.boxes})
             for name, tensor in manifest.tensors.items()
         },
@@ -219,8 +227,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     raw = read_json(path, max_bytes=MAX_BYTES)
-    if raw.get("format") != FORMAT:
-        raise _wrong(path, f"is of format {raw.get('format')!r:.40}, not {FORMAT}")
+    algorithm = _algorithm(path, raw)
     try:
         content = _CONTENT.validate_json(json.dumps(raw), strict=True)
         edit = make_edit(content.edit, content.strength, raw)
@@ -233,7 +240,31 @@ def read_manifest(folder: Path) -> Manifest:
     for name, tensor in content.tensors.items():
         if tensor.file not in content.files:
             raise _wrong(path, f"is damaged: tensors.{name[:60]}.file: {tensor.file[:60]!r} is not among the files")
-    return Manifest(content.version, models, edit, content.units, content.files, content.tensors)
+    return Manifest(content.version, models, edit, content.units, content.files, content.tensors, algorithm)
+
+
+def _algorithm(path: Path, raw: Mapping[str, Any]) -> str:
+    """The algorithm of a manifest's digests."""
+    found = raw.get("format")
+    if not isinstance(found, int) or found not in _KEYS:
+        raise _unknown(path, f"is of format {found!r:.40}, not one of {', '.join(map(str, _KEYS))}")
+    algorithm = "sha256" if found == 1 else raw.get("algorithm")
+    if not isinstance(algorithm, str) or algorithm not in HASHES:
+        raise _unknown(path, f"has digests by {algorithm!r:.40}, not by one of {', '.join(HASHES)}")
+    return algorithm
+
+
+def entry_of(path: Path, raw: Mapping[str, Any], content: bytes) -> dict[str, Any]:
+    """The entry of a file in a manifest as its JSON data, of whatever format, for other content of the file.
+
+    Raises:
+        CheckpointError: If the manifest's format or algorithm is unknown.
+    """
+    return {"bytes": len(content), _KEYS[raw["format"]]: hash_bytes(content, _algorithm(path, raw))}
+
+
+def _unknown(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}; install a newer dapa-merge, or download it again")
 
 
 def _wrong(path: Path, what: str) -> CheckpointError:

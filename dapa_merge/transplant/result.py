@@ -8,7 +8,6 @@ of tensors and the names of shards stay the target's, so a content-addressed sto
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.contents import left_behind, parts_of
-from dapa_merge.checkpoint.digest import Digests, hash_file
+from dapa_merge.checkpoint.digest import ALGORITHM, Digests, hash_bytes, hash_file
 from dapa_merge.checkpoint.folder import refuse_pointer, refuse_stray_link
 from dapa_merge.checkpoint.open import Checkpoint, find_model
 from dapa_merge.checkpoint.units import Unit
@@ -41,7 +40,7 @@ from dapa_merge.transplant.shard import (
 from dapa_merge.transplant.staging import Staging, staging, staging_folder
 
 # Version of the record of finished files and of how they are made; another version's work is not resumed.
-FORMAT = 2
+FORMAT = 3
 # Number of files that a message names.
 MAX_NAMED = 4
 MAX_THREADS = 8
@@ -88,9 +87,9 @@ def write_result(
     check_destination(out, target, sum(size for name, size in sizes.items() if name not in linked))
     _check_sizes(target, sizes)
     out = Path(os.path.abspath(out))
-    hashes = describe is not None
-    with staging(out, _whole_job(target, changes, linked, {**job, "hashes": hashes})) as made:
-        files = _write_files(target, changes, linked, made, hashes=hashes)
+    algorithm = None if describe is None else ALGORITHM
+    with staging(out, _whole_job(target, changes, linked, {**job, "digests": algorithm})) as made:
+        files = _write_files(target, changes, linked, made, algorithm)
         written = dict(extras or {})
         for name, content in written.items():
             files[name] = _write_small(made.folder / name, content)
@@ -186,8 +185,7 @@ def _write_files(
     changes: Mapping[str, Sequence[RegionEdit]],
     linked: Collection[str],
     made: Staging,
-    *,
-    hashes: bool,
+    algorithm: str | None,
 ) -> dict[str, Digests]:
     """Write a result's files in parallel, the largest first, and return their digests; Ctrl-C stops between pieces."""
     stop = threading.Event()
@@ -202,9 +200,9 @@ def _write_files(
         elif name in linked:
             # Not recorded but hashed by each run: writing to the target changes this file too.
             link_file(target.path(name), path)
-            files[name] = hash_file(path) if hashes else Digests(path.stat().st_size, "", {})
+            files[name] = hash_file(path, algorithm) if algorithm else Digests(path.stat().st_size, "", {})
         else:
-            files[name] = write_file(target.path(name), path, changes[name], stop, hashes=hashes)
+            files[name] = write_file(target.path(name), path, changes[name], stop, algorithm)
             made.finished.add(name, path, files[name])
 
     for name in changes:
@@ -232,7 +230,7 @@ def num_threads() -> int:
 def _write_small(path: Path, content: str | bytes) -> Digests:
     content = content.encode() if isinstance(content, str) else content
     path.write_bytes(content)
-    return Digests(len(content), hashlib.sha256(content).hexdigest(), {})
+    return Digests(len(content), hash_bytes(content, ALGORITHM), {})
 
 
 def _publish(made: Staging, written: Sequence[str], out: Path) -> None:
@@ -271,7 +269,7 @@ def transplant(
         extras: Further small files to write into it, by name.
         link: Hard-link unchanged weight files to the target's instead of copying them. Small files are always copied,
             since people edit them.
-        manifest: Write `dapa.json`, with the SHA-256 of everything.
+        manifest: Write `dapa.json`, with a digest of everything.
         finish: Called with the complete folder before it gets its name. It may add flushed files; an exception keeps
             `out` from appearing.
 

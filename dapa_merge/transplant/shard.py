@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from dapa_merge.checkpoint.digest import PIECE_BYTES, Digests, Hasher, Span, read_whole, same
+from dapa_merge.checkpoint.digest import ALGORITHM, PIECE_BYTES, Digests, Hasher, Span, read_whole, same
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.region import Box, Region, whole_box
 from dapa_merge.checkpoint.units import Unit
@@ -45,8 +45,7 @@ def write_file(
     destination: Path,
     changes: Sequence[RegionEdit],
     stop: threading.Event | None = None,
-    *,
-    hashes: bool = True,
+    algorithm: str | None = ALGORITHM,
 ) -> Digests:
     """Write a copy of `origin` with changes to a new file, flushed to disk, read back and compared.
 
@@ -55,7 +54,7 @@ def write_file(
         destination: The file to make.
         changes: The changes to `origin`.
         stop: Set it to cancel the write.
-        hashes: Compute digests; otherwise they are returned empty.
+        algorithm: That of the digests; None to return them empty.
 
     Returns:
         The digests of the file and of each changed tensor, whole.
@@ -67,7 +66,7 @@ def write_file(
     """
     stop = stop or threading.Event()
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
-    hasher = Hasher(tensors, counts_only=not hashes)
+    hasher = Hasher(algorithm, tensors)
     with (
         origin.open("rb", buffering=0) as reader,
         destination.open("x+b", buffering=0) as writer,

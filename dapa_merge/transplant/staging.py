@@ -173,7 +173,7 @@ class FinishedFiles:
 
     def add(self, name: str, path: Path, digests: Digests) -> None:
         """Record a file that is on disk."""
-        entry = {"file": name, "bytes": digests.num_bytes, "sha256": digests.sha256, "spans": dict(digests.spans)}
+        entry = {"file": name, "bytes": digests.num_bytes, "digest": digests.digest, "spans": dict(digests.spans)}
         with self._lock:
             self._record.append({**entry, "state": _state(path)})
             self.files[name] = digests
@@ -186,7 +186,7 @@ def finished_files(place: Path) -> dict[str, Digests]:
 
 def _unchanged(lines: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Digests]:
     return {
-        line["file"]: Digests(line["bytes"], line["sha256"], line["spans"])
+        line["file"]: Digests(line["bytes"], line["digest"], line["spans"])
         for line in lines
         if _state(folder / line["file"]) == line["state"]
     }

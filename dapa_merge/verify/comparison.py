@@ -7,7 +7,6 @@ experts of a mixture as one tensor, which the target's files hold one by one.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from itertools import zip_longest
 
 import numpy
 
+from dapa_merge.checkpoint.digest import HASHES, Hash
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import Checkpoint, iterate_bytes, read_tiles
 from dapa_merge.checkpoint.region import Box, Region, TensorBox, intersection, moved, remainder, whole_box
@@ -78,26 +78,28 @@ class Findings:
     """The comparison of one weight file of a result.
 
     Attributes:
-        sha256: Of the whole file.
-        tensor_sha256: Of the bytes of each tensor that may have been transplanted.
+        digest: Of the whole file.
+        tensors: Digests of the bytes of each tensor that may have been transplanted.
         different: Tensors that differ from the target where they must not.
         rows: The origin of each row, by unit and part.
     """
 
-    sha256: str = ""
-    tensor_sha256: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+    tensors: dict[str, str] = field(default_factory=dict)
     different: set[str] = field(default_factory=set)
     rows: dict[tuple[Unit, TensorBox], RowOrigins] = field(default_factory=dict)
 
 
-def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[ExpectedBox]], plan: Plan) -> Findings:
-    """Read one weight file of a result completely, and compare and hash it.
+def examine_file(
+    result: Checkpoint, shard: str, places: Mapping[str, Sequence[ExpectedBox]], plan: Plan, algorithm: str
+) -> Findings:
+    """Read one weight file of a result completely, compare it, and hash it by an algorithm of `HASHES`.
 
     Raises:
         CheckpointError: If a file becomes shorter meanwhile.
     """
     findings = Findings()
-    state = hashlib.sha256()
+    state = HASHES[algorithm]()
     tensors = sorted(
         (tensor for tensor in result.tensors.values() if tensor.file == shard), key=lambda item: item.start
     )
@@ -105,7 +107,7 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[E
         state.update(file.read(tensors[0].start if tensors else -1))
         for tensor in tensors:
             found = places.get(tensor.name, ())
-            own = hashlib.sha256() if any(place.edited for place in found) else None
+            own = HASHES[algorithm]() if any(place.edited for place in found) else None
             reader = _HashingReader((state, own) if own else (state,))
             if not found:
                 is_same = False
@@ -117,15 +119,15 @@ def examine_file(result: Checkpoint, shard: str, places: Mapping[str, Sequence[E
             if not is_same:
                 findings.different.add(tensor.name)
             if own is not None:
-                findings.tensor_sha256[tensor.name] = own.hexdigest()
-    findings.sha256 = state.hexdigest()
+                findings.tensors[tensor.name] = own.hexdigest()
+    findings.digest = state.hexdigest()
     return findings
 
 
 class _HashingReader:
     """Reads the next bytes of a result's file, and hashes them."""
 
-    def __init__(self, hashes: Sequence[hashlib._Hash]) -> None:
+    def __init__(self, hashes: Sequence[Hash]) -> None:
         self._hashes = hashes
 
     def read_into(self, file: BufferedReader, buffer: bytearray) -> None:

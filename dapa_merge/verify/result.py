@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import named_classes, named_code
-from dapa_merge.checkpoint.digest import Digests, Span, hash_file, settings_files
+from dapa_merge.checkpoint.digest import ALGORITHM, Digests, Span, hash_file, settings_files
 from dapa_merge.checkpoint.folder import WEIGHTS, is_clutter, refuse_stray_link
 from dapa_merge.checkpoint.header import read_header, read_json
 from dapa_merge.checkpoint.location import Location, parse_location
@@ -126,7 +126,7 @@ def verify_result(
     fetch_units(plan, plan.units)
     result = open_checkpoint(str(out))
     with task("verifying", result.num_bytes, "bytes"):
-        verification = verify(out, plan)
+        verification = verify(out, plan, ALGORITHM if manifest is None else manifest.algorithm)
     # What the result has of them; or all, where a bad answer would make a fault of what is right.
     rests_on = confirm_units(plan, plan.units if verification.differences else verification.transplanted, whole=True)
     faults = [f"{name} {what}" for name, what in verification.differences]
@@ -216,8 +216,8 @@ def _manifest(out: Path) -> Manifest | None:
 def _manifest_faults(out: Path, manifest: Manifest, verification: Verification, result: Checkpoint) -> list[str]:
     """The faults of a result according to its manifest; weight files are not read again."""
     known = {
-        name: Digests(result.path(name).stat().st_size, sha256, verification.tensors)
-        for name, sha256 in verification.files.items()
+        name: Digests(result.path(name).stat().st_size, digest, verification.tensors)
+        for name, digest in verification.files.items()
     }
     faults = check(out, manifest, known=known)
     for name in sorted({re.sub(r"\[[0-9:,]*\]$", "", name) for name in verification.origins} - manifest.tensors.keys()):
@@ -320,7 +320,8 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
     Args:
         folder: The result.
         manifest: Its expected content; by default its own `dapa.json`.
-        known: Digests of files that were just read, including those of all tensors that may have been changed.
+        known: Digests of files that were just read, by the manifest's algorithm, including those of all tensors that
+            may have been changed.
 
     Returns:
         A sentence for each fault: a file that is missing, has a wrong size or wrong bytes, or is not in the manifest; a
@@ -338,7 +339,7 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
         if not os.path.lexists(folder / name) and (name in PRIVATE or not may_be_part(name, code)):
             return []
         changed = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
-        return _faults(inside, name, manifest.files[name], changed, (known or {}).get(name))
+        return _faults(inside, name, manifest, changed, (known or {}).get(name))
 
     # Reading and hashing both let other threads run.
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -352,7 +353,7 @@ def check(folder: Path, manifest: Manifest | None = None, known: Mapping[str, Di
 
 
 def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> Manifest:
-    """The manifest of a verified result, which any program may have written.
+    """The manifest of a result that was verified by `ALGORITHM`, which any program may have written.
 
     Raises:
         CheckpointError: If a changed tensor has another name than in the target.
@@ -374,7 +375,7 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
     files = {}
     for name in filter(is_listed, files_in(result.folder)):
         path = result.folder / name
-        files[name] = File(path.stat().st_size, verification.files.get(name) or hash_file(path).sha256)
+        files[name] = File(path.stat().st_size, verification.files.get(name) or hash_file(path, ALGORITHM).digest)
     return Manifest(
         version=__version__,
         models=origins(plan),
@@ -386,9 +387,9 @@ def manifest_of(result: Checkpoint, plan: Plan, verification: Verification) -> M
 
 
 def _faults(
-    folder: Path, name: str, expected: File, changed: dict[str, ChangedTensor], known: Digests | None
+    folder: Path, name: str, manifest: Manifest, changed: Mapping[str, ChangedTensor], known: Digests | None
 ) -> list[str]:
-    path = folder / name
+    path, expected = folder / name, manifest.files[name]
     try:
         # A file may be a link, as in a Hub cache; a folder may not lead elsewhere.
         if not path.is_file() or not path.parent.resolve().is_relative_to(folder):
@@ -400,15 +401,16 @@ def _faults(
         spans: dict[str, Span] = {
             tensor: (found[tensor].start, found[tensor].stop) for tensor in changed if tensor in found
         }
-        digests = known if known is not None and known.spans.keys() >= spans.keys() else hash_file(path, spans)
+        is_known = known is not None and known.spans.keys() >= spans.keys()
+        digests = known if known is not None and is_known else hash_file(path, manifest.algorithm, spans)
     except (CheckpointError, OSError, RuntimeError) as error:
         return [f"{name} cannot be read: {error}"]
-    faults = [f"{name} does not match the SHA-256 in {MANIFEST_NAME}"] if digests.sha256 != expected.sha256 else []
+    faults = [f"{name} does not match its digest in {MANIFEST_NAME}"] if digests.digest != expected.digest else []
     for tensor, entry in changed.items():
         if tensor not in found:
             faults.append(f"{tensor} is not in {name}")
-        elif digests.spans[tensor] != entry.sha256:
-            faults.append(f"{tensor} does not match the SHA-256 in {MANIFEST_NAME}")
+        elif digests.spans[tensor] != entry.digest:
+            faults.append(f"{tensor} does not match its digest in {MANIFEST_NAME}")
         elif entry.boxes is not None and not all(_fits(box, found[tensor].shape) for box in entry.boxes):
             faults.append(f"{tensor} does not have the changed parts recorded in {MANIFEST_NAME}")
     return faults

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy
 
+from dapa_merge.checkpoint.digest import ALGORITHM
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.region import Rows, TensorBox
 from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
@@ -35,8 +36,8 @@ class Verification:
         edit: The edit that changed units were compared with.
         origins: For each tensor of the result that is not all the target's, its origin: `source`, the name of another
             edit, or `unexplained`. The name is followed by the rows concerned, if not all.
-        files: The SHA-256 of each weight file.
-        tensors: The SHA-256 of the bytes of each tensor that may have been transplanted.
+        files: The digest of each weight file.
+        tensors: The digest of the bytes of each tensor that may have been transplanted.
     """
 
     transplanted: tuple[Unit, ...]
@@ -57,12 +58,12 @@ class Verification:
         return self.holds and set(self.transplanted) == set(selection) - set(self.alike)
 
 
-def verify(out: Path, plan: Plan) -> Verification:
+def verify(out: Path, plan: Plan, algorithm: str = ALGORITHM) -> Verification:
     """Compare every byte of every tensor in `out` with the target and, for the plan's units, with the edit's output.
 
     Any program may have written `out`: shards, order, headers and the division into tensors may differ, values may not.
     Every row of the plan's units is judged, including those outside of its blocks.
-    Each model is read once, by several threads, in constant memory.
+    Each model is read once, by several threads, in constant memory, and hashed by an algorithm of `HASHES`.
 
     Raises:
         CheckpointError: If one of the checkpoints cannot be read.
@@ -71,7 +72,7 @@ def verify(out: Path, plan: Plan) -> Verification:
     plan = cut(plan, plan.units)
     found = correspond(result, plan)
     with ThreadPoolExecutor(THREADS) as pool:
-        look = partial(examine_file, result, places=found.places, plan=plan)
+        look = partial(examine_file, result, places=found.places, plan=plan, algorithm=algorithm)
         by_file = dict(zip(result.shards, pool.map(look, result.shards), strict=True))
     seen = reduce(_combine, by_file.values(), Findings())
     known = {name for name, _ in found.faults}
@@ -87,8 +88,8 @@ def verify(out: Path, plan: Plan) -> Verification:
         num_tensors=len(plan.target.tensors),
         edit=plan.edit,
         origins=_origins(verdicts, differences, plan),
-        files={name: findings.sha256 for name, findings in by_file.items()},
-        tensors=seen.tensor_sha256,
+        files={name: findings.digest for name, findings in by_file.items()},
+        tensors=seen.tensors,
     )
 
 
@@ -178,6 +179,4 @@ def _combine(one: Findings, other: Findings) -> Findings:
         if (before := rows.get(key)) is not None:
             origin = RowOrigins(before.is_target & origin.is_target, before.is_edited & origin.is_edited)
         rows[key] = origin
-    return Findings(
-        tensor_sha256={**one.tensor_sha256, **other.tensor_sha256}, different=one.different | other.different, rows=rows
-    )
+    return Findings(tensors={**one.tensors, **other.tensors}, different=one.different | other.different, rows=rows)

@@ -13,7 +13,6 @@ they were.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -29,6 +28,7 @@ from pathlib import Path
 from tiny import parse
 from transplant import TINY_SHAPE, write_checkpoint
 
+from dapa_merge.checkpoint.digest import ALGORITHM, hash_file
 from dapa_merge.transplant.staging import finished_files, staging_folder
 
 COMMAND = (sys.executable, "-c", "from dapa_merge.cli import main; main()", "--quiet", "run")
@@ -97,9 +97,9 @@ def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator
         place = staging_folder(out)
         found = finished_files(place)
         for name, recorded in found.items():
-            digest = hashlib.sha256((place / "result" / name).read_bytes()).hexdigest()
+            digest = hash_file(place / "result" / name, ALGORITHM).digest
             if digest != expected[name]:
-                as_recorded = "as recorded" if digest == recorded.sha256 else f"not {recorded.sha256}, as recorded"
+                as_recorded = "as recorded" if digest == recorded.digest else f"not {recorded.digest}, as recorded"
                 again_read = digests(whole)[name]
                 sys.exit(
                     f"FAULT: {name} is on record as finished, but has {digest} ({as_recorded}), not {expected[name]} "
@@ -118,9 +118,9 @@ def kill_and_compare(recipe: Path, whole: Path, out: Path, kills: int, generator
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of a result."""
+    """The digest of each file of a result, by the manifest's algorithm."""
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(folder).as_posix(): hash_file(path, ALGORITHM).digest
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in OF_THE_MOMENT
     }

@@ -1,12 +1,12 @@
 """What a push must not do to what others wrote, and must not say."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from blake3 import blake3
 from conftest import call, change_tensor
 from huggingface_hub import CommitOperationAdd
 from publish.conftest import tree, upload
@@ -74,7 +74,7 @@ def list_in_manifest(out: Path, name: str, content: bytes) -> None:
     """As a version did that copied everything in the target's folder."""
     (out / name).write_bytes(content)
     manifest = json.loads((out / "dapa.json").read_text())
-    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"][name] = {"bytes": len(content), "digest": blake3(content).hexdigest()}
     (out / "dapa.json").write_text(json.dumps(manifest))
 
 

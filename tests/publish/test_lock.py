@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import call, change_tensor, save_random, tiny_llama
+from conftest import call, change_tensor, save_random, sha256_of, tiny_llama
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from publish.conftest import CARD, recipe_of, run_recipe, upload
 
-from dapa_merge.checkpoint.digest import hash_file, settings_files
+from dapa_merge.checkpoint.digest import settings_files
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
@@ -46,7 +46,7 @@ def test_a_lock_has_every_file_that_decides(locked, local_pair, tmp_path):
     for folder, (upstream,) in zip(local_pair, (lock.target, lock.source), strict=True):
         checkpoint = open_checkpoint(str(folder))
         names = {*settings_files(checkpoint), *checkpoint.shards, "model.safetensors.index.json"}
-        assert dict(upstream.files) == {name: hash_file(folder / name).sha256 for name in names}
+        assert dict(upstream.files) == {name: sha256_of(folder / name) for name in names}
         assert (upstream.commit, upstream.revision, upstream.model) == (None, None, str(folder))
     assert {"dapa-merge", "torch", "transformers"} <= lock.versions.keys()
     assert parse_lock(lock_text(lock), "lock") == lock
@@ -209,7 +209,7 @@ def test_the_hub_says_the_digests_of_weights_that_were_never_fetched(hub, pair, 
     lock = read_lock(lock_path(tmp_path / "recipe.yml"))
     for name, folder, (upstream,) in zip(pair, llama_pair, (lock.target, lock.source), strict=True):
         assert upstream.commit == hub.store.repositories[name].branches["main"]
-        assert dict(upstream.files) == {path: hash_file(folder / path).sha256 for path in upstream.files}
+        assert dict(upstream.files) == {path: sha256_of(folder / path) for path in upstream.files}
     assert load_recipe(tmp_path / "out" / "mergekit_config.yml").target.revision == lock.target[0].commit
     fetched = [one.path for one in hub.requests if one.method == "GET" and f"{pair[1]}/resolve" in one.path]
     whole = [one for one in fetched if one.endswith(".safetensors")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,13 +13,15 @@ import kill_transplant
 import pytest
 import torch
 import warm
-from conftest import answer, call, change_tensor, prove, save_random, tiny_llama
+from blake3 import blake3
+from conftest import answer, call, change_tensor, prove, save_random, sha256_of, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dapa_merge.checkpoint.digest import Digests
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError, HubError, UsageError
+from dapa_merge.files import Record
 from dapa_merge.plan.plan import plan_transplant
 from dapa_merge.transplant import result as making
 from dapa_merge.transplant.result import transplant
@@ -177,8 +178,8 @@ def test_a_run_that_links_goes_on_and_hashes_what_it_links_anew(llama_pair, tmp_
     transplant(plan, units, out, link=True)
     assert not finished & set(written)
     assert (out / linked).samefile(plan.target.path(linked))
-    found = json.loads((out / "dapa.json").read_text())["files"][linked]["sha256"]
-    assert found == hashlib.sha256((out / linked).read_bytes()).hexdigest()
+    found = json.loads((out / "dapa.json").read_text())["files"][linked]["digest"]
+    assert found == blake3((out / linked).read_bytes()).hexdigest()
 
 
 DAMAGES = {
@@ -196,6 +197,26 @@ def test_a_damaged_record_is_not_believed(llama_pair, tmp_path, monkeypatch, exp
     interrupt(monkeypatch, plan, out, HubError("gone"))
     record = staging_folder(out) / "record"
     record.write_bytes(DAMAGES[damage](record.read_bytes()))
+    written.clear()
+    transplant(plan, plan.units, out)
+    assert set(written) == set(expected) - {"dapa.json"}
+    assert contents(out) == expected
+
+
+def test_the_files_of_an_earlier_version_are_written_again(llama_pair, tmp_path, monkeypatch, expected, written):
+    plan, out = plan_of(llama_pair), tmp_path / "out"
+    interrupt(monkeypatch, plan, out, HubError("gone"))
+    place = staging_folder(out) / "record"
+    first, *lines = Record(place).read()
+    assert lines
+    place.unlink()
+    # As versions that hashed by SHA-256 wrote it.
+    before = {key: value for key, value in first["job"].items() if key != "digests"}
+    record = Record(place)
+    record.append({"job": {**before, "format": 2, "hashes": True}})
+    for line in lines:
+        content = {key: value for key, value in line.items() if key != "digest"}
+        record.append({**content, "sha256": sha256_of(staging_folder(out) / "result" / line["file"])})
     written.clear()
     transplant(plan, plan.units, out)
     assert set(written) == set(expected) - {"dapa.json"}

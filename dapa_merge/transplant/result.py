@@ -190,6 +190,9 @@ def _write_files(
     """Write a result's files in parallel, the largest first, and return their digests; Ctrl-C stops between pieces."""
     stop = threading.Event()
     files = dict(made.finished.files)
+    shards = [name for name in target.shards if name not in files and name not in linked]
+    # Of one shard each processor copies a part, of many its own.
+    of_shard = max(1, min(MAX_THREADS, os.cpu_count() or 1) // max(len(shards), 1))
 
     def write(name: str) -> None:
         if stop.is_set():
@@ -202,7 +205,8 @@ def _write_files(
             link_file(target.path(name), path)
             files[name] = hash_file(path, algorithm) if algorithm else Digests(path.stat().st_size, "", {})
         else:
-            files[name] = write_file(target.path(name), path, changes[name], stop, algorithm)
+            threads = of_shard if name in shards else 1
+            files[name] = write_file(target.path(name), path, changes[name], stop, algorithm, threads)
             made.finished.add(name, path, files[name])
 
     for name in changes:

@@ -1,8 +1,8 @@
 """Writes one file of a result: copies the target's file, overwrites regions, and reads everything back.
 
 Each byte is read back, compared with the target's or with the new value, and hashed. The kernel copies, by sharing
-blocks or copying ranges where the file system supports it. `find_changes` is the only place where units become spans of
-files.
+blocks or copying ranges where the file system supports it. A file that is written alone is copied by several threads,
+and hashed by another one, in order. `find_changes` is the only place where units become spans of files.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,8 +34,10 @@ from dapa_merge.progress import advance
 # Bytes copied before they are read back: enough for a fast kernel copy, and still in the second-level cache. Copying
 # whole files before reading them back took a quarter longer.
 STEP_BYTES = 1 << 19
+# Where several threads copy a file, fewer and larger steps cost less to hand over, and still fit into a shared cache.
+LARGE_STEP_BYTES = 1 << 21
 # Bytes written between background flushes, which keep the final flush short.
-FLUSH_BYTES = 256 << 20
+FLUSH_BYTES = 64 << 20
 
 
 class NotNeeded(Exception):
@@ -46,6 +50,7 @@ def write_file(
     changes: Sequence[RegionEdit],
     stop: threading.Event | None = None,
     algorithm: str | None = ALGORITHM,
+    num_threads: int = 1,
 ) -> Digests:
     """Write a copy of `origin` with changes to a new file, flushed to disk, read back and compared.
 
@@ -55,6 +60,7 @@ def write_file(
         changes: The changes to `origin`.
         stop: Set it to cancel the write.
         algorithm: That of the digests; None to return them empty.
+        num_threads: Number of threads that copy and compare; the calling one hashes.
 
     Returns:
         The digests of the file and of each changed tensor, whole.
@@ -67,29 +73,30 @@ def write_file(
     stop = stop or threading.Event()
     tensors = {change.tensor.name: (change.tensor.start, change.tensor.stop) for change in changes}
     hasher = Hasher(algorithm, tensors)
-    with (
-        origin.open("rb", buffering=0) as reader,
-        destination.open("x+b", buffering=0) as writer,
-        ThreadPoolExecutor(1) as flusher,
-    ):
+    with ExitStack() as stack:
+        writer = stack.enter_context(destination.open("x+b", buffering=0))
+        step_bytes = STEP_BYTES if num_threads == 1 else LARGE_STEP_BYTES
+        num_lanes = 1 if num_threads == 1 else 2 * num_threads
+        lanes = [_Lane(origin, destination, step_bytes, stack) for _ in range(num_lanes)]
+        reader = lanes[0].reader
+        flusher = stack.enter_context(ThreadPoolExecutor(1))
         before = os.fstat(reader.fileno())
         is_cloned = clone(reader.fileno(), writer.fileno())
         for change in changes:
             _overwrite(writer, change, destination)
-        buffers = [memoryview(bytearray(PIECE_BYTES)) for _ in range(2)]
         flushed = 0
         flush = flusher.submit(os.fsync, writer.fileno())
-        for (first, last), is_changed in _steps(changes, before.st_size):
+        steps = _steps(changes, before.st_size, step_bytes)
+        # Closed before the files are, also after a fault.
+        for piece in stack.enter_context(closing(_in_order(lanes, steps, num_threads, is_cloned))):
             if stop.is_set():
                 raise NotNeeded
-            if not is_changed and not is_cloned:
-                _copy(reader, writer, first, last, origin)
-            _read_back(reader, writer, first, last, is_changed, hasher, buffers, origin, destination)
-            advance(last - first, "bytes")
-            if last - flushed >= FLUSH_BYTES and flush.done():
+            hasher.update(piece)
+            advance(len(piece), "bytes")
+            if hasher.num_bytes - flushed >= FLUSH_BYTES and flush.done():
                 # The kernel reports a failed write to one flush only, so no flush's result may be ignored.
                 flush.result()
-                flushed, flush = last, flusher.submit(os.fsync, writer.fileno())
+                flushed, flush = hasher.num_bytes, flusher.submit(os.fsync, writer.fileno())
         flush.result()
         os.fsync(writer.fileno())
         after = os.fstat(reader.fileno())
@@ -100,14 +107,71 @@ def write_file(
     return hasher.digests()
 
 
-def _copy(reader: IO[bytes], writer: IO[bytes], first: int, last: int, origin: Path) -> None:
-    reader.seek(first)
-    writer.seek(first)
-    while first < last:
-        num_copied = copy_piece(reader, writer, last - first)
-        if not num_copied:
-            raise CheckpointError(f"{origin} became shorter while it was copied")
-        first += num_copied
+def _in_order(
+    lanes: Sequence[_Lane], steps: Iterable[tuple[Span, bool]], num_threads: int, is_cloned: bool
+) -> Generator[memoryview, None, None]:
+    """Copy and compare a file's steps, and yield the bytes of each in order; they are valid until the next one."""
+    if num_threads == 1:
+        for span, is_changed in steps:
+            yield lanes[0].write(span, is_changed or is_cloned, is_changed)
+        return
+    waiting: deque[Future[memoryview]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for number, (span, is_changed) in enumerate(steps):
+                if len(waiting) == len(lanes):
+                    # The lane of the step that is the next to be handed over.
+                    yield waiting.popleft().result()
+                lane = lanes[number % len(lanes)]
+                waiting.append(pool.submit(lane.write, span, is_changed or is_cloned, is_changed))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()
+
+
+class _Lane:
+    """One thread's own handles of both files, and memory for a step of them."""
+
+    def __init__(self, origin: Path, destination: Path, step_bytes: int, stack: ExitStack) -> None:
+        """Open both files until the end of the stack's block."""
+        self._origin, self._destination = origin, destination
+        self.reader = stack.enter_context(origin.open("rb", buffering=0))
+        self._writer = stack.enter_context(destination.open("r+b", buffering=0))
+        self._mine = memoryview(bytearray(step_bytes))
+        self._theirs = memoryview(bytearray(min(PIECE_BYTES, step_bytes)))
+
+    def write(self, span: Span, is_there: bool, is_changed: bool) -> memoryview:
+        """Copy a step unless its bytes are there, read it back, and compare it with the target's if it is unchanged.
+
+        Returns:
+            The step's bytes, in memory that the next call overwrites.
+        """
+        first, last = span
+        if not is_there:
+            self._copy(first, last)
+        self._writer.seek(first)
+        mine = self._mine[: last - first]
+        read_whole(self._writer, mine, self._destination)
+        if not is_changed:
+            self.reader.seek(first)
+            for start in range(0, len(mine), len(self._theirs)):
+                piece = mine[start : start + len(self._theirs)]
+                theirs = self._theirs[: len(piece)]
+                read_whole(self.reader, theirs, self._origin)
+                if not same(piece, theirs):
+                    raise _damaged(self._destination, first + start)
+        return mine
+
+    def _copy(self, first: int, last: int) -> None:
+        self.reader.seek(first)
+        self._writer.seek(first)
+        while first < last:
+            num_copied = copy_piece(self.reader, self._writer, min(STEP_BYTES, last - first))
+            if not num_copied:
+                raise CheckpointError(f"{self._origin} became shorter while it was copied")
+            first += num_copied
 
 
 def _overwrite(writer: IO[bytes], change: RegionEdit, destination: Path) -> None:
@@ -137,32 +201,7 @@ def _placed(change: RegionEdit) -> Iterator[tuple[int, memoryview]]:
         pass
 
 
-def _read_back(
-    reader: IO[bytes],
-    writer: IO[bytes],
-    first: int,
-    last: int,
-    is_changed: bool,
-    hasher: Hasher,
-    buffers: Sequence[memoryview],
-    origin: Path,
-    destination: Path,
-) -> None:
-    """Hash a step of the file, and compare it with the target's if it is unchanged."""
-    writer.seek(first)
-    reader.seek(first)
-    mine, theirs = buffers
-    for start in range(first, last, PIECE_BYTES):
-        size = min(PIECE_BYTES, last - start)
-        read_whole(writer, mine[:size], destination)
-        if not is_changed:
-            read_whole(reader, theirs[:size], origin)
-            if not same(mine[:size], theirs[:size]):
-                raise _damaged(destination, start)
-        hasher.update(mine[:size])
-
-
-def _steps(changes: Sequence[RegionEdit], num_bytes: int) -> Iterator[tuple[Span, bool]]:
+def _steps(changes: Sequence[RegionEdit], num_bytes: int, step_bytes: int) -> Iterator[tuple[Span, bool]]:
     """Split a file into small steps in order, and say whether each is changed."""
     position = 0
     # A tensor may be in two of the selected units (`gate` and `mlp`); its values are the same in both.
@@ -170,7 +209,7 @@ def _steps(changes: Sequence[RegionEdit], num_bytes: int) -> Iterator[tuple[Span
     for first, last in (*spans, (num_bytes, num_bytes)):
         for stop, is_changed in ((first, False), (last, True)):
             while position < stop:
-                end = min(position + STEP_BYTES, stop)
+                end = min(position + step_bytes, stop)
                 yield (position, end), is_changed
                 position = end
 

@@ -1,11 +1,14 @@
-"""The transplant on disk beside its peers: `mergekit-yaml` on the same recipe, `cp -r`, and a parallel plain copy.
+"""The transplant on disk beside its peers: `mergekit-yaml` on the same recipe, `cp -r`, and parallel plain copies.
 
-`python tests/benchmarks/transplant.py [--gigabytes 1 2 5] [--repeat 5] [--folder F]`: writes a checkpoint of
-Llama-2-7B's layer shapes in three shards under a temporary folder, runs each program as its own process, in turn, so
-often, and prints medians: seconds until it ended, and until a `sync` after it returned (a plain copy leaves that to
-others; ours has nothing left to write); processor seconds; peak memory; bytes that its system calls read and wrote
-(rchar and wchar of /proc/self/io; what is mapped is not in them), and those of them that came from the disk and went
-there (read_bytes and write_bytes). At the end, how seconds and memory grow with the size.
+`python tests/benchmarks/transplant.py [--gigabytes 1 2 5] [--shards 3] [--repeat 5] [--brief] [--folder F]`: writes a
+checkpoint of Llama-2-7B's layer shapes under a temporary folder, runs each program as its own process, in turn, so
+often, and prints medians: seconds until it ended, and until a `sync` after it returned (most copies leave that to
+others; ours has nothing left to write, nor has the copy that flushes each file); processor seconds; peak memory; bytes
+that its system calls read and wrote (rchar and wchar of /proc/self/io; what is mapped is not in them), and those of
+them that came from the disk and went there (read_bytes and write_bytes). Then the ratios that the budgets limit: how
+many times as fast as mergekit, and how much of the time of a parallel copy until it is on disk; of medians, and the
+median of the ratios within a round, which a busy hour moves less. `--brief` runs only what these need. At the end, how
+seconds and memory grow with the size.
 """
 
 from __future__ import annotations
@@ -125,6 +128,20 @@ PARALLEL = (
     "with ThreadPoolExecutor(4) as pool:\n"
     "    list(pool.map(lambda path: shutil.copyfile(path, destination / path.name), sorted(origin.iterdir())))"
 )
+# Until it is on disk, as ours is when it ends.
+PARALLEL_ON_DISK = (
+    "import os, shutil, pathlib\nfrom concurrent.futures import ThreadPoolExecutor\n"
+    "origin, destination = map(pathlib.Path, sys.argv[1:])\ndestination.mkdir()\n"
+    "def flush(path):\n"
+    "    descriptor = os.open(path, os.O_RDONLY)\n"
+    "    os.fsync(descriptor)\n"
+    "    os.close(descriptor)\n"
+    "def copy(path):\n"
+    "    shutil.copyfile(path, destination / path.name)\n"
+    "    flush(destination / path.name)\n"
+    "with ThreadPoolExecutor(4) as pool: list(pool.map(copy, sorted(origin.iterdir())))\n"
+    "flush(destination)"
+)
 # What somebody would do without this project who wants a plain copy and the digests that a manifest has.
 PARALLEL_HASHED = (
     f"{PARALLEL}\n"
@@ -137,19 +154,25 @@ PARALLEL_HASHED = (
     "    return whole.hexdigest()\n"
     "with ThreadPoolExecutor(4) as pool: list(pool.map(digest, sorted(destination.iterdir())))"
 )
-PROOF, BARE, PLAIN, HASHED = (
+PROOF, BARE, PLAIN, ON_DISK, HASHED, PEER = (
     "dapa-merge run",
     "  with --no-manifest",
     "parallel plain copy",
+    "parallel copy until on disk",
     "parallel copy and SHA-256s",
+    "mergekit-yaml",
 )
+# The budgets of writing a result.
+MIN_SPEEDUP, MAX_RATIO = 5.0, 1.1
 
 
-def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[str, dict[str, float]]:
+def measure(
+    folder: Path, num_bytes: float, repeat: int, num_shards: int, *, is_brief: bool, is_tiny: bool
+) -> dict[str, dict[str, float]]:
     """The medians of each program on a checkpoint of one size, printed as they are known."""
     num_layers = 2 if is_tiny else layers_for(num_bytes)
     for seed, name in enumerate(("target", "source")):
-        write_checkpoint(folder / name, num_layers, seed, **(TINY_SHAPE if is_tiny else {}))
+        write_checkpoint(folder / name, num_layers, seed, num_shards=num_shards, **(TINY_SHAPE if is_tiny else {}))
     os.sync()
     recipe = folder / "recipe.yml"
     recipe.write_text(
@@ -157,7 +180,8 @@ def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[
         f"parameters:\n  layers: 1-{num_layers // 2}\n"
     )
     size = sum(path.stat().st_size for path in (folder / "target").iterdir())
-    print(f"{num_layers} layers, {size / 1e9:.2f} GB, gates of layers 1-{num_layers // 2} from the source", flush=True)
+    what = f"{num_layers} layers, {size / 1e9:.2f} GB, shards: {num_shards}"
+    print(f"{what}, gates of layers 1-{num_layers // 2} from the source", flush=True)
     out = folder / "out"
     command = ("--quiet", "run", str(recipe), str(out), "--no-evaluate")
     programs: dict[str, Callable[[], dict[str, float]]] = {
@@ -166,10 +190,13 @@ def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[
         BARE: lambda: in_child(OURS, *command, "--no-manifest"),
         "  and without proof": lambda: in_child(UNPROVED, *command, "--no-manifest"),
         PLAIN: lambda: in_child(PARALLEL, str(folder / "target"), str(out)),
+        ON_DISK: lambda: in_child(PARALLEL_ON_DISK, str(folder / "target"), str(out)),
         HASHED: lambda: in_child(PARALLEL_HASHED, str(folder / "target"), str(out)),
         "cp -r": lambda: timed_cp(folder / "target", str(out)),
-        "mergekit-yaml": lambda: in_child(MERGEKIT, str(recipe), str(out), "--quiet", "--no-copy-tokenizer"),
+        PEER: lambda: in_child(MERGEKIT, str(recipe), str(out), "--quiet", "--no-copy-tokenizer"),
     }
+    if is_brief:
+        programs = {name: programs[name] for name in (PROOF, BARE, ON_DISK, PEER)}
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     names = list(programs)
     for number in range(repeat):
@@ -182,7 +209,8 @@ def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[
             runs[name].append(cost | {"durable": cost["seconds"] + time.perf_counter() - began})
             shutil.rmtree(out)
     in_child(OURS, *command)
-    for name, options in (("dapa-merge verify", ()), ("  with --files-only", ("--files-only",))):
+    checks = () if is_brief else (("dapa-merge verify", ()), ("  with --files-only", ("--files-only",)))
+    for name, options in checks:
         runs[name] = [in_child(OURS, "--quiet", "verify", str(out), *options) for _ in range(repeat)]
         for run in runs[name]:
             run["durable"] = run["seconds"]
@@ -196,16 +224,28 @@ def measure(folder: Path, num_bytes: float, repeat: int, is_tiny: bool) -> dict[
             f"written {cost['written']:5.2f} GB ({cost['to_disk']:.2f} to disk)",
             flush=True,
         )
-    for name in (PLAIN, HASHED, "cp -r", "mergekit-yaml"):
+    for name in (name for name in (PLAIN, HASHED, "cp -r") if name in medians):
         for ours in (PROOF, BARE):
             seconds, durable = (medians[ours][key] / medians[name][key] for key in ("seconds", "durable"))
             print(
                 f"{ours.strip()} takes {seconds:.2f} of the time of {name.strip()}, {durable:.2f} until it is on disk",
                 flush=True,
             )
+    for ours in (PROOF, BARE):
+        speedup, by_round = ratios(runs[PEER], runs[ours])
+        print(f"{ours.strip()}: {speedup:.2f} times as fast as {PEER}, {by_round:.2f} by round; limit {MIN_SPEEDUP:g}")
+        ratio, by_round = ratios(runs[ours], runs[ON_DISK])
+        print(f"{ours.strip()}: {ratio:.2f} of the {ON_DISK}, {by_round:.2f} by round; limit {MAX_RATIO:g}", flush=True)
     for name in ("target", "source"):
         shutil.rmtree(folder / name)
     return medians
+
+
+def ratios(some: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> tuple[float, float]:
+    """How the seconds of two programs compare: the ratio of their medians, and the median of the ratios by round."""
+    pairs = [(one["seconds"], other["seconds"]) for one, other in zip(some, others, strict=True)]
+    of_medians = statistics.median(one for one, _ in pairs) / statistics.median(other for _, other in pairs)
+    return of_medians, statistics.median(one / other for one, other in pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -213,11 +253,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 2.0, 5.0])
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--shards", type=int, default=NUM_SHARDS)
+    parser.add_argument("--brief", action="store_true", help="only what the limits need")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parse(parser, argv, gigabytes=[0.001], repeat=1)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder, repeat = Path(temporary), arguments.repeat
-        sizes = {size: measure(folder, size * 1e9, repeat, arguments.tiny) for size in arguments.gigabytes}
+        how = {"is_brief": arguments.brief, "is_tiny": arguments.tiny}
+        sizes = {size: measure(folder, size * 1e9, repeat, arguments.shards, **how) for size in arguments.gigabytes}
     print("growth of seconds and of peak memory in MB:")
     for name in next(iter(sizes.values())):
         found = "; ".join(

@@ -231,7 +231,7 @@ def test_a_file_that_was_exchanged_is_found(repaired, table, tmp_path):
     half = {place: replace(found, exponents=found.exponents - numpy.int16(1)) for place, found in table.of.items()}
     (wrong / FILE_NAME).write_bytes(FactorTable(half).content())
     said = verified(wrong)
-    assert f"{FILE_NAME} does not match the SHA-256 in dapa.json" in said
+    assert f"{FILE_NAME} does not match its digest in dapa.json" in said
     assert f"{GATE}" in said
 
 

@@ -13,7 +13,7 @@ import threading
 import pytest
 import torch
 from blake3 import blake3
-from conftest import answer, call
+from conftest import answer, call, save_random, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -21,6 +21,7 @@ from safetensors.torch import load, save_file
 from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import CheckpointError
+from dapa_merge.transplant import result as making
 from dapa_merge.transplant import shard as copying
 from dapa_merge.transplant.shard import NotNeeded, write_file
 from dapa_merge.transplant.shard import RegionEdit as Change
@@ -55,22 +56,26 @@ def cases(draw):
 
 
 @settings(max_examples=200)
-@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30))
-def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece):
+@given(case=cases(), step=st.integers(1, 40), piece=st.integers(1, 30), num_threads=st.integers(1, 3))
+def test_a_file_is_the_targets_with_the_changes_in_their_places(tmp_path_factory, case, step, piece, num_threads):
     before, changes, after = case
     folder = tmp_path_factory.mktemp("copy")
     (folder / "origin").write_bytes(before)
     done: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(copying, "STEP_BYTES", step)
+        patch.setattr(copying, "LARGE_STEP_BYTES", step)
         patch.setattr(copying, "PIECE_BYTES", piece)
         patch.setattr(copying, "advance", lambda num_bytes, _: done.append(num_bytes))
-        digests = write_file(folder / "origin", folder / "result", changes)
+        digests = write_file(folder / "origin", folder / "result", changes, num_threads=num_threads)
     assert (folder / "result").read_bytes() == after
     assert digests.num_bytes == sum(done) == len(before)
     digest = blake3(after).hexdigest()
     assert digests.digest == digest
     assert digests.spans == ({"tensor": digest} if changes else {})
+
+
+each_number_of_threads = pytest.mark.parametrize("num_threads", [1, 3])
 
 
 @pytest.mark.parametrize("missing", [("copy_file_range",), ("copy_file_range", "sendfile")])
@@ -90,7 +95,8 @@ def test_bytes_are_copied_some_other_way_where_the_kernel_cannot(tmp_path, monke
     assert (tmp_path / "result").read_bytes() == content
 
 
-def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
+@each_number_of_threads
+def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch, num_threads):
     (tmp_path / "origin").write_bytes(bytes(3_000_000))
     copy_piece = copying.copy_piece
 
@@ -101,7 +107,7 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(copying, "copy_piece", faulty)
     with pytest.raises(CheckpointError, match=r"does not hold what was written to it, from byte \d+ on"):
-        write_file(tmp_path / "origin", tmp_path / "result", ())
+        write_file(tmp_path / "origin", tmp_path / "result", (), num_threads=num_threads)
 
 
 def test_an_origin_that_is_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
@@ -112,8 +118,9 @@ def test_an_origin_that_is_changed_meanwhile_is_noticed(tmp_path, monkeypatch):
         write_file(tmp_path / "origin", tmp_path / "result", ())
 
 
-def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path, monkeypatch):
-    (tmp_path / "origin").write_bytes(bytes(3_000_000))
+@each_number_of_threads
+def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path, monkeypatch, num_threads):
+    (tmp_path / "origin").write_bytes(bytes(9_000_000))
     stop = threading.Event()
     done: list[int] = []
 
@@ -123,8 +130,45 @@ def test_a_file_that_nobody_needs_any_more_is_given_up(tmp_path, monkeypatch):
 
     monkeypatch.setattr(copying, "advance", first)
     with pytest.raises(NotNeeded):
-        write_file(tmp_path / "origin", tmp_path / "result", (), stop)
+        write_file(tmp_path / "origin", tmp_path / "result", (), stop, num_threads=num_threads)
     assert len(done) == 1
+
+
+def test_threads_of_one_file_end_with_its_fault(tmp_path, monkeypatch):
+    (tmp_path / "origin").write_bytes(os.urandom(40_000_000))
+    before = threading.active_count()
+    copy_piece, reached = copying.copy_piece, threading.Event()
+
+    def short(reader, writer, num_bytes):
+        if reader.tell() < 20_000_000:
+            return copy_piece(reader, writer, num_bytes)
+        reached.set()
+        return 0
+
+    monkeypatch.setattr(copying, "copy_piece", short)
+    with pytest.raises(CheckpointError, match="origin became shorter while it was copied"):
+        write_file(tmp_path / "origin", tmp_path / "result", (), num_threads=3)
+    assert reached.is_set()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("shards", "threads"), [("1GB", {4}), ("25KB", {1})])
+def test_processors_share_the_shards_of_a_model_or_its_only_one(tmp_path, monkeypatch, shards, threads):
+    target = open_checkpoint(str(save_random(tmp_path / "target", tiny_llama(), seed=1, max_shard_size=shards)))
+    used: dict[str, int] = {}
+    write_file = making.write_file
+
+    def observed(origin, destination, changes, stop, algorithm, num_threads):
+        used[destination.name] = num_threads
+        return write_file(origin, destination, changes, stop, algorithm, num_threads)
+
+    monkeypatch.setattr(making, "write_file", observed)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    making.write_result(target, {name: [] for name in target.shards}, tmp_path / "out", {})
+    assert {used[name] for name in target.shards} == threads
+    assert used["config.json"] == 1
+    for name in target.shards:
+        assert (tmp_path / "out" / name).read_bytes() == target.path(name).read_bytes()
 
 
 @pytest.fixture(params=["btrfs", "xfs"])

@@ -22,6 +22,7 @@ import click
 
 from dapa_merge import __version__
 from dapa_merge.errors import CheckpointError, DapaError, Stopped, lacks_memory, one_line, printable
+from dapa_merge.imports import lasting
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
@@ -54,7 +55,8 @@ class Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+        with lasting():
+            command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

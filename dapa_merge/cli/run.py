@@ -469,7 +469,8 @@ def _destination(push: str | None, destination: dict[str, Any]) -> Destination |
 
 def _run_and_print(recipe: Recipe, path: Path | None, out: Path, as_json: bool, **settings: Any) -> None:
     """Call `run_recipe`, and print its report."""
-    from dapa_merge.flow import run_recipe
+    with lasting():
+        from dapa_merge.flow import run_recipe
 
     try:
         with quiet("huggingface_hub", bars=True):

@@ -132,7 +132,7 @@ def _in_order(
 
 
 class _Lane:
-    """One thread's own handles of both files, and memory for a step of them."""
+    """Handles of both files, and memory for a step of them; one thread at a time uses a lane."""
 
     def __init__(self, origin: Path, destination: Path, step_bytes: int, stack: ExitStack) -> None:
         """Open both files until the end of the stack's block."""

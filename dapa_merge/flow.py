@@ -15,7 +15,7 @@ from dapa_merge import __version__
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import DapaError, RecipeError, UsageError, one_line
 from dapa_merge.imports import lasting
-from dapa_merge.measure.figures import responses_text
+from dapa_merge.measure.figures import Response, responses_text
 from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.plan.plan import Plan, reduced
@@ -36,16 +36,16 @@ from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
+from dapa_merge.report.page import page_text
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.result import readable_certificate
-from dapa_merge.transplant.manifest import PRIVATE
+from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME
 from dapa_merge.transplant.result import check_destination, transplant
 
 if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
 
-(RESPONSES_NAME,) = PRIVATE
 # The fields of a report that evidence fills.
 MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched")
 
@@ -175,7 +175,8 @@ def repair(
     plan = reduced(plan, selection)
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     if evidence is not None:
-        extras |= _pictures(charts.Run(report, plan, evidence.search))
+        pictures = _pictures(charts.Run(report, plan, evidence.search))
+        extras |= pictures | _page(out, evidence.responses, report, pictures)
     if lock is not None:
         extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)
@@ -262,6 +263,18 @@ def _pictures(run: charts.Run) -> dict[str, bytes]:
     except Exception as error:
         # A chart that fails must not cost the model.
         LOG.info(f"no pictures next to the model: {error if isinstance(error, UsageError) else one_line(error)}")
+        return {}
+
+
+def _page(
+    out: Path, responses: Mapping[str, Sequence[Response]], report: Report, pictures: Mapping[str, bytes]
+) -> dict[str, str]:
+    """The page of the responses, by file name; empty if it cannot be made."""
+    try:
+        return {PAGE_NAME: page_text(out.resolve().name, responses, report, pictures)}
+    except Exception as error:
+        # Nor must a page.
+        LOG.info(f"no page of the responses: {error if isinstance(error, UsageError) else one_line(error)}")
         return {}
 
 

@@ -29,12 +29,14 @@ INTERRUPTED = 130
 # The module of each command, and its line in the help.
 COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
+    "chat": ("dapa_merge.cli.look", "Talk to a result, also side by side with its target."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
     "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
     "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any models."),
     "gate": ("dapa_merge.cli.publish", "Fail unless the figures of a result are good enough."),
     "inspect": ("dapa_merge.cli.study", "Tell what was done to TARGET, and what to try."),
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),
+    "page": ("dapa_merge.cli.look", "Write the responses of OUT as a page to read in a browser."),
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
     "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant, without loading a model."),
     "push": ("dapa_merge.cli.publish", "Publish OUT in the Hub's repository REPO."),

@@ -38,8 +38,10 @@ _KEYS = {1: "sha256", 2: "digest"}
 # A 70 B model's manifest has 200 kB, that of all experts of a mixture of 671 B with every matrix changed 11 MB. Python
 # takes thirty times the size of a file of nothing but brackets.
 MAX_BYTES = 16 << 20
+RESPONSES_NAME = "dapa_responses.jsonl"
+PAGE_NAME = "dapa_responses.html"
 # The models' responses, including harmful ones: not published, so a result may lack them.
-PRIVATE = ("dapa_responses.jsonl",)
+PRIVATE = (RESPONSES_NAME, PAGE_NAME)
 # Files that commands write next to a result's weights.
 WRITTEN = (
     MANIFEST_NAME, CARD_NAME, *PRIVATE, "mergekit_config.yml", "recipe.lock.yml", "dapa_report.json",

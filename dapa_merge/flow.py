@@ -176,7 +176,7 @@ def repair(
     report = replace(_report(recipe, plan, selection, evidence), seconds=time.monotonic() - start)
     if evidence is not None:
         pictures = _pictures(charts.Run(report, plan, evidence.search))
-        extras |= pictures | _page(out, evidence.responses, report, pictures)
+        extras |= {**pictures, **_page(out, evidence.responses, report, pictures)}
     if lock is not None:
         extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)

@@ -50,6 +50,8 @@ class Browser:
 
     def open(self, page: Path) -> None:
         """Load a page; what was logged before is forgotten."""
+        # A new window has a page of the browser's own, which asks for much.
+        self.do("/url", {"url": "about:blank"})
         self.log("browser"), self.log("performance")
         self.do("/url", {"url": page.as_uri()})
 

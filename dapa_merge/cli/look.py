@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+from rich.text import Text
 
-from dapa_merge.cli.options import json_option, print_answer
-from dapa_merge.errors import UsageError
+from dapa_merge.cli.options import allow_pickle_option, device_option, json_option, print_answer
+from dapa_merge.errors import DapaError, UsageError, printable
 from dapa_merge.files import refuse_special, replace_file
+from dapa_merge.imports import lasting
+from dapa_merge.progress import Terminal
 from dapa_merge.report.page import BEGINS, read_sources
+from dapa_merge.verify.result import location_option
+
+if TYPE_CHECKING:
+    from dapa_merge.measure.chat import Manner, Speaker
 
 
 @click.command()
@@ -45,3 +61,205 @@ def _check_own(path: Path) -> None:
             if file.read(len(BEGINS)) == BEGINS.encode():
                 return
     raise UsageError(f"{path} exists and is not a page of responses; name another file with --out")
+
+
+HELP = """\
+/reset        begin anew
+/system TEXT  give the model a system message, or none, and begin anew
+/retry        ask the last message again, with the next seed
+/help         this help
+/exit         end, as Ctrl-D does
+Ctrl-C stops an answer. A message may begin with // for one slash."""
+_COMMAND = re.compile(r"/[a-z]+(?=\s|$)")
+
+
+@click.command()
+@click.argument("out", metavar="OUT")
+@click.option("--before", is_flag=True, help="Put each message to the target too, from which OUT was made.")
+@click.option(
+    "--target",
+    metavar="MODEL",
+    help="Where the target is; implies --before.  [default: as OUT/mergekit_config.yml says]",
+)
+@click.option("--system", metavar="TEXT", default="", help="A system message, if the model's chat template takes one.")
+@click.option("--single", is_flag=True, help="Begin anew with each message, as measurements do with each prompt.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    default=0.0,
+    show_default=True,
+    help="Sample at this temperature; 0 takes the likeliest token, as all measurements do.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the sampling; each message takes the next."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Where answers are cut off."
+)
+@allow_pickle_option
+@device_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each message on stdout.")
+def chat(
+    out: str,
+    before: bool,
+    target: str | None,
+    system: str,
+    single: bool,
+    temperature: float,
+    seed: int,
+    max_new_tokens: int,
+    allow_pickle: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Talk to a result, also side by side with its target.
+
+    OUT is the folder of a result or of any model, or a Hub id, or id@revision. Answers come as they are made; /help
+    lists what can be typed beside messages. If stdin is not a terminal, each line of it is a message.
+    """
+    with lasting():
+        from dapa_merge.measure.chat import Manner, speakers
+        from dapa_merge.measure.live import choose_device
+
+    with speakers(
+        location_option(out, "OUT"),
+        choose_device(device),
+        with_target=before or target is not None,
+        target=location_option(target, "--target"),
+        allow_pickle=allow_pickle,
+    ) as loaded:
+        for speaker in loaded:
+            if system and not speaker.has_system_role:
+                raise UsageError(
+                    f"the chat template of {speaker.tokenizer.name_or_path} takes no system message; leave out --system"
+                )
+        Talk(loaded, system, Manner(max_new_tokens, temperature, seed), is_single=single, as_json=as_json).run()
+
+
+class Talk:
+    """A conversation in a terminal, or by lines of a pipe."""
+
+    def __init__(
+        self, speakers: Sequence[Speaker], system: str, manner: Manner, *, is_single: bool, as_json: bool
+    ) -> None:
+        self._speakers = speakers
+        self._system = system
+        self._manner = manner
+        self._is_single = is_single
+        self._as_json = as_json
+        self._console = Terminal()
+        self._is_typed = sys.stdin is not None and sys.stdin.isatty()
+        self._last: str | None = None
+
+    def run(self) -> None:
+        """Answer each line until the last."""
+        if self._is_typed:
+            self._note("/help lists what can be typed beside messages; Ctrl-D ends.")
+        for line in self._lines():
+            text = line.strip()
+            command = _COMMAND.match(text)
+            if command is not None and command[0] == "/exit":
+                return
+            try:
+                if command is not None:
+                    self._obey(command[0], text[command.end() :].strip())
+                elif text:
+                    self._ask(text.removeprefix("/") if text.startswith("//") else text)
+            except DapaError as error:
+                if not self._is_typed:
+                    raise
+                self._note(f"Error: {error}")
+
+    def _lines(self) -> Iterator[str]:
+        if sys.stdin is None:
+            return
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
+        if not self._is_typed:
+            yield from sys.stdin
+            return
+        with suppress(ImportError):
+            # Where there is one, `input` edits lines and knows earlier ones.
+            import_module("readline")
+        while True:
+            try:
+                # Lone surrogates, which a terminal gives for bytes that are not text, have no tokens.
+                yield self._typed_line().encode("utf-8", "replace").decode()
+            except EOFError:
+                click.echo()
+                return
+            except KeyboardInterrupt:
+                click.echo()
+                self._note("Ctrl-D or /exit ends.")
+
+    def _typed_line(self) -> str:
+        if sys.stdout.isatty() and not self._as_json:
+            return input("you: ")
+        click.echo("you: ", err=True, nl=False)
+        return input()
+
+    def _obey(self, command: str, text: str) -> None:
+        if command == "/reset":
+            self._begin_anew(self._system)
+        elif command == "/system":
+            if text and not all(speaker.has_system_role for speaker in self._speakers):
+                raise UsageError("the chat template takes no system message; nothing has changed")
+            self._begin_anew(text)
+        elif command == "/retry":
+            if self._last is None:
+                raise UsageError("there is no message to ask again; write one")
+            for speaker in self._speakers:
+                speaker.forget_last()
+            self._ask(self._last)
+        elif command == "/help":
+            for line in HELP.splitlines():
+                self._note(line)
+        else:
+            raise UsageError(f"{command} is not a command; /help lists them, and // begins a message with a slash")
+
+    def _begin_anew(self, system: str) -> None:
+        self._system, self._last = system, None
+        for speaker in self._speakers:
+            speaker.turns.clear()
+        self._note(f"begun anew, {'with' if system else 'without'} a system message")
+
+    def _ask(self, message: str) -> None:
+        answers: dict[str, str] = {}
+        self._last = None
+        try:
+            self._put(message, answers)
+        except DapaError:
+            # Conversations that differ in more than the answers compare nothing.
+            for speaker in self._speakers:
+                speaker.forget_last()
+            raise
+        self._last = message
+        self._manner = replace(self._manner, seed=self._manner.seed + 1)
+        if self._as_json:
+            click.echo(json.dumps({"message": message, "answers": answers}))
+
+    def _put(self, message: str, answers: dict[str, str]) -> None:
+        for speaker in self._speakers:
+            if self._is_single:
+                speaker.turns.clear()
+            if len(self._speakers) > 1 and not self._as_json:
+                self._show(f"{speaker.name}: ", "bold")
+            try:
+                answers[speaker.name] = speaker.ask(message, self._system, self._manner, self._tell)
+            except KeyboardInterrupt:
+                if not self._is_typed:
+                    raise
+                self._show(" (stopped)", "dim")
+            self._show("\n")
+
+    def _tell(self, piece: str, is_thought: bool) -> None:
+        self._show(piece, "dim italic" if is_thought else "")
+
+    def _show(self, text: str, style: str = "") -> None:
+        if not self._as_json:
+            self._console.print(Text(text.expandtabs(4), style), end="", soft_wrap=True)
+            sys.stdout.flush()
+
+    def _note(self, line: str) -> None:
+        """Tell about the talk itself: on stderr, so that stdout holds answers alone."""
+        click.echo(printable(line), err=True)

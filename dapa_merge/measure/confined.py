@@ -107,7 +107,11 @@ def _ask(work: str, *arguments: Any) -> Any:
 _LOCK = threading.Lock()
 # The process, and the one that started it: a fork must not share its pipes.
 _STARTED: dict[int, subprocess.Popen[bytes]] = {}
-_PROGRAM = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {__name__} import serve; serve()"
+# A terminal sends Ctrl-C to this process too, which may only stop an answer of the other one; that ends this one.
+_PROGRAM = (
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[1]); "
+    f"from {__name__} import serve; serve()"
+)
 
 
 def _running() -> subprocess.Popen[bytes]:

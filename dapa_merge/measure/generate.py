@@ -210,7 +210,7 @@ def thought_before(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     return _prompt_text(tokenizer, str(tokenizer.chat_template), prompt)[1]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Decode tokens without special ones, except for the tags of thoughts."""
     special, tags = _special_ids(tokenizer)
     if not tags:
@@ -314,7 +314,7 @@ def generate(
         sampling=sampling,
     )
     return [
-        thought_before(tokenizer, prompt) + _text(tokenizer, opening_ids(tokenizer, prompt) + answer)
+        thought_before(tokenizer, prompt) + text_of(tokenizer, opening_ids(tokenizer, prompt) + answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
@@ -338,7 +338,7 @@ def generate_ids(
     if not prompts:
         return []
     rows = _rows(model, tokenizer, prompts, max_new_tokens)
-    text_of = dict(zip(map(id, rows), prompts, strict=True))
+    asked = dict(zip(map(id, rows), prompts, strict=True))
     is_settled = None if settle is None else functools.partial(_is_settled, tokenizer, settle)
     # Longest first: if a batch does not fit in memory, it is the first one.
     order = sorted(rows, key=lambda row: -len(row.prompt))
@@ -350,7 +350,7 @@ def generate_ids(
             padding=tokenizer.pad_token_id,
             batch_size=batch_size,
             lookup=None if deterministic and not is_deterministic(model, longest) else lookup,
-            is_settled=lambda row: is_settled is not None and is_settled(row.tokens, text_of[id(row)]),
+            is_settled=lambda row: is_settled is not None and is_settled(row.tokens, asked[id(row)]),
             finish=lambda _: advance(1, "prompts"),
             sampling=sampling,
         )
@@ -359,7 +359,7 @@ def generate_ids(
     else:
         answers = batch_size.map(
             lambda batch: _generate_plainly(model, tokenizer, batch, is_settled, sampling),
-            [(row, text_of[id(row)]) for row in order],
+            [(row, asked[id(row)]) for row in order],
         )
         for row, tokens in zip(order, answers, strict=True):
             row.tokens = tokens
@@ -406,7 +406,7 @@ def _check_lengths(prompts: Sequence[str], ids: Sequence[Sequence[int]], context
 
 def _is_settled(tokenizer: PreTrainedTokenizerBase, settle: Settle, tokens: list[int], prompt: str) -> bool:
     """Whether the verdict on a response that begins with these tokens, after the prompt's opening, is certain."""
-    said = _text(tokenizer, opening_ids(tokenizer, prompt) + tokens).rstrip("\ufffd")
+    said = text_of(tokenizer, opening_ids(tokenizer, prompt) + tokens).rstrip("\ufffd")
     text = thought_before(tokenizer, prompt) + said
     # The next token may change the last word: its apostrophe or full stop may remove a space.
     beginning = text[: max(text.rfind(" "), len(text) - UNSTABLE_CHARACTERS, 0)]

@@ -11,10 +11,10 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from dapa_merge.errors import CheckpointError, UsageError, printable, why_unread
 from dapa_merge.files import refuse_special
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.refusal.classify import Outcome
-from dapa_merge.measure.statistics import count as count_outcome
-from dapa_merge.measure.statistics import interval
+from dapa_merge.measure.statistics import count, interval
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.charts import CHARTS
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
@@ -98,7 +97,7 @@ def counted_rows(models: Responses) -> list[TableRow]:
     rows: list[TableRow] = []
     for kind in kinds:
         asked = [[response for response in said if response.kind == kind] for said in models.values()]
-        refused = [(count_outcome(one, Outcome.REFUSED), len(one)) for one in asked]
+        refused = [(count(one, Outcome.REFUSED), len(one)) for one in asked]
         number = max(total for _, total in refused)
         name = "over-refusal" if kind == _HARMLESS else "DSR"
         rows.append((f"{name} ({number} {kind})", [f"{some / total:.3f}" if total else "-" for some, total in refused]))
@@ -200,7 +199,7 @@ def _free_name(name: str, path: Path, taken: Mapping[str, Any]) -> str:
     """The name of a model that several files may hold: with the file's, and a number if need be."""
     if name not in taken:
         return name
-    names = (f"{name} ({path.name}{'' if number == 1 else f', {number}'})" for number in count(1))
+    names = (f"{name} ({path.name}{'' if number == 1 else f', {number}'})" for number in itertools.count(1))
     return next(one for one in names if one not in taken)
 
 
@@ -290,7 +289,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 def _pictures(files: Mapping[str, bytes]) -> list[tuple[str, str]]:
     """Captions and addresses, each of which holds its picture."""
-    found = [(chart.caption, files.get(f"{chart.name}.png", b"")) for chart in CHARTS]
+    found = [(chart.caption_of(None), files.get(f"{chart.name}.png", b"")) for chart in CHARTS]
     return [
         (caption, f"data:image/png;base64,{base64.b64encode(content).decode()}")
         for caption, content in found

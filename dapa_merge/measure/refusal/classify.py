@@ -403,6 +403,17 @@ def final_answer(response: str) -> str:
     return response if whole.answer == response.lstrip() else whole.answer
 
 
+def thought_parts(response: str) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of a response in order, each with whether it is a thought, to which its tags belong."""
+    start, thinking = 0, False
+    for tag in _TAG.finditer(response):
+        if thinking == bool(tag["close"]):
+            end = tag.end() if thinking else tag.start()
+            yield response[start:end], thinking
+            start, thinking = end, not thinking
+    yield response[start:], thinking
+
+
 @dataclass(frozen=True)
 class PartialAnswer:
     """The answer as known at one place of a response.

@@ -257,7 +257,9 @@ class Talk:
 
     def _show(self, text: str, style: str = "") -> None:
         if not self._as_json:
-            self._console.print(Text(text.expandtabs(4), style), end="", soft_wrap=True)
+            # Before rich, which drops some of them.
+            shown = printable(text.expandtabs(4), keep="\n")
+            self._console.print(Text(shown, style), end="", soft_wrap=True)
             sys.stdout.flush()
 
     def _note(self, line: str) -> None:

@@ -152,12 +152,13 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
         if len(text) <= len(self._told) or not text.startswith(self._told):
             return
         start, end = len(self._told), 0
+        # First, so that nothing is told twice after Ctrl-C.
+        self._told = text
         for part, is_thought in thought_parts(text):
             end += len(part)
             if end > start:
                 self._tell(text[start:end], is_thought)
                 start = end
-        self._told = text
 
 
 def _formatted(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> str:

@@ -133,7 +133,7 @@
   function folded(text) {
     const holder = make("div");
     const size = `${text.length.toLocaleString("en")} characters`;
-    const element = make("details", { className: "fold" }, make("summary", {}, `Folded: may do harm (${size})`), holder);
+    const element = make("details", { className: "fold" }, make("summary", {}, `May do harm (${size})`), holder);
     element.addEventListener("toggle", () => {
       // Not in the page until it is wanted.
       if (element.open && !holder.hasChildNodes()) holder.append(...textOf(text));

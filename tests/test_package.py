@@ -153,6 +153,7 @@ def test_the_wheel_holds_the_models_prompts_and_nothing_of_the_tests(wheel):
         assert len(shards) == 3
     assert "dapa_merge/prompt_sets/builtin/harmful.jsonl" in names
     assert {"dapa_merge/py.typed", "dapa_merge/publish/card.md.jinja"} <= {*names}
+    assert {f"dapa_merge/report/page.{kind}" for kind in ("html.jinja", "css", "js")} <= {*names}
     assert not [name for name in names if "tests" in name or "benchmarks" in name]
     weights = sum(item.file_size for item in zipfile.ZipFile(wheel).infolist() if "miniature" in item.filename)
     assert weights < 8_000_000

@@ -111,7 +111,8 @@ def test_a_repaired_model_is_published_and_redone_when_its_target_moves(hub, tmp
     card = metadata_of(hub.store.read(hub.store.repositories[REPAIRED].files()["README.md"]).decode())
     assert card["base_model"] == [TARGET, SOURCE]
     assert card["license"] == "apache-2.0"
-    assert "dapa_responses.jsonl" not in hub.store.repositories[REPAIRED].files()
+    assert (tmp_path / "out" / "dapa_responses.html").is_file()
+    assert not {"dapa_responses.jsonl", "dapa_responses.html"} & {*hub.store.repositories[REPAIRED].files()}
 
     # A stranger downloads and verifies it.
     downloaded = snapshot_download(REPAIRED, local_dir=tmp_path / "downloaded")

@@ -152,8 +152,8 @@ def push(
 
     Verifies OUT first, writes its card, and makes one commit of it, so nobody ever sees half a model; afterwards
     compares the Hub's checksums with those of OUT. Run it again after a failure: nothing is sent twice. Creates REPO if
-    it is missing. Leaves out hidden files, weights of other programs (GGUF, ONNX) and the models' responses. The token is
-    that of HF_TOKEN, of `hf auth login`, or of a CI job (HF_OIDC_RESOURCE).
+    it is missing. Leaves out hidden files, weights of other programs (GGUF, ONNX) and the models' responses. The token
+    is that of HF_TOKEN, of `hf auth login`, or of a CI job (HF_OIDC_RESOURCE).
     """
     from dapa_merge.publish.push import push as publish
 

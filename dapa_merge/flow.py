@@ -180,6 +180,8 @@ def repair(
     if lock is not None:
         extras[locks.LOCK_NAME] = locks.lock_text(lock.with_result(report))
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)
+    if PAGE_NAME in extras:
+        LOG.info(f"what the models said, to read in a browser: {out / PAGE_NAME}")
     return report
 
 

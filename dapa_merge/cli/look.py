@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -148,6 +149,8 @@ class Talk:
         self._is_single = is_single
         self._as_json = as_json
         self._console = Terminal()
+        # rich drops the colours only.
+        self._has_styles = not os.environ.get("NO_COLOR")
         self._is_typed = sys.stdin is not None and sys.stdin.isatty()
         self._last: str | None = None
 
@@ -259,7 +262,7 @@ class Talk:
         if not self._as_json:
             # Before rich, which drops some of them.
             shown = printable(text.expandtabs(4), keep="\n")
-            self._console.print(Text(shown, style), end="", soft_wrap=True)
+            self._console.print(Text(shown, style if self._has_styles else ""), end="", soft_wrap=True)
             sys.stdout.flush()
 
     def _note(self, line: str) -> None:

@@ -42,6 +42,7 @@ KEPT = "\n\t\u00a0\u202f\u3000\u200c\u200d"
 # The beginning of every page, by which a command knows its own.
 BEGINS = "<!doctype html>\n<!-- dapa-merge: responses -->\n"
 LABELS = {"target": "before", "result": "after", "source": "source"}
+_PAIR = ("target", "result")
 _HARMLESS = "harmless"
 _KEYS = ("model", "kind", "category", "prompt", "response", "outcome")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -72,7 +73,7 @@ def page_text(
             f"the responses take {len(data) / 1e6:.0f} MB, and a page holds at most {MAX_BYTES / 1e6:.0f} MB; read the "
             f"JSON lines instead"
         )
-    heads, rows = (list(map(_label, models)), counted_rows(models)) if report is None else _reported(report)
+    heads, rows = (_labels(models), counted_rows(models)) if report is None else _reported(report)
     script, style = _part("js"), _part("css")
     return BEGINS + _template().render(
         title=title,
@@ -138,7 +139,8 @@ def read_sources(paths: Sequence[Path]) -> Source:
         for path in paths:
             for name, said in read_responses(path).items():
                 models[_free_name(name, path, models)] = said
-        return Source(first.name, first.with_suffix(".html"), models, None, {})
+        title = ", ".join(path.name for path in paths)
+        return Source(title, first.with_suffix(".html"), models, None, {})
     if len(paths) > 1:
         raise UsageError("a page shows one result, or files of responses; name either one folder or only files")
     if not (first / RESPONSES_NAME).is_file():
@@ -220,10 +222,9 @@ def _data(models: Responses) -> str:
     asked_rows = [
         [kinds(kind), categories(group), prompt, answers] for (kind, group, prompt, _), answers in rows.items()
     ]
-    pair = [names.index("target"), names.index("result")] if {"target", "result"} <= {*names} else None
     content = {
-        "models": list(map(_label, names)),
-        "pair": pair,
+        "models": _labels(models),
+        "pair": [names.index(one) for one in _PAIR] if _is_of_run(models) else None,
         "kinds": [[kind, int(kind == _HARMLESS)] for kind in kinds.names],
         "categories": categories.names,
         "outcomes": outcomes.names,
@@ -262,8 +263,13 @@ def _shown(value: Any) -> Any:
     return {key: _shown(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
-def _label(name: str) -> str:
-    return LABELS.get(name, name)
+def _is_of_run(models: Responses) -> bool:
+    """Whether these are a run's, which has a before and an after."""
+    return {*_PAIR} <= models.keys()
+
+
+def _labels(models: Responses) -> list[str]:
+    return [LABELS.get(name, name) if _is_of_run(models) else name for name in models]
 
 
 def _reported(report: Report) -> tuple[list[str], list[TableRow]]:

@@ -71,7 +71,7 @@ def test_any_text_is_in_the_page_as_data_and_nowhere_else(prompt, said, name):
     elements = Elements(text)
     assert [tag for tag, _ in elements.found].count("script") == 2
     data = data_of(text)
-    assert data["models"] == [printable(name, keep=KEPT)] or name in module.LABELS
+    assert data["models"] == [printable(name, keep=KEPT)]
     ((_, _, shown, [[answered, *_]]),) = data["rows"]
     assert (shown, answered) == (printable(prompt, keep=KEPT), printable(said, keep=KEPT))
     # Writing it to a file must not fail, either.
@@ -155,6 +155,15 @@ def test_answers_to_a_prompt_stand_beside_each_other_also_if_it_was_asked_twice_
     texts = [(prompt, [said and said[0] for said in answers]) for _, _, prompt, answers in data["rows"]]
     assert texts == [("p", ["a", "a"]), ("p", ["b", None]), ("q", [None, "c"])]
     assert data["pair"] is None
+
+
+def test_only_a_run_has_a_before_and_an_after():
+    (one, other) = (
+        data_of(page_text("t", {name: [response()] for name in names}))
+        for names in (("target", "source"), ("source", "target", "result"))
+    )
+    assert (one["models"], one["pair"]) == (["target", "source"], None)
+    assert (other["models"], other["pair"]) == (["source", "before", "after"], [1, 2])
 
 
 def test_responses_are_read_as_they_were_written(tmp_path):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @json_option
 def page(paths: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Write the responses of a result, or of `evaluate --responses`, as a page to read in a browser.
+    """Write the responses of OUT as a page to read in a browser.
 
     OUT is a folder that `run`, `repair` or `demo` wrote; each FILE is one that `evaluate --responses` wrote, and their
     models stand side by side. The page is one file that loads nothing; answers that may do harm are folded away. An

@@ -36,7 +36,6 @@ from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
-from dapa_merge.report.page import page_text
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.result import readable_certificate
@@ -273,6 +272,9 @@ def _page(
 ) -> dict[str, str]:
     """The page of the responses, by file name; empty if it cannot be made."""
     try:
+        # Imported here: it takes longer than a small transplant without an evaluation, which writes no page.
+        from dapa_merge.report.page import page_text
+
         return {PAGE_NAME: page_text(out.resolve().name, responses, report, pictures)}
     except Exception as error:
         # Nor must a page.

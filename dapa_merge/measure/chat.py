@@ -37,9 +37,11 @@ from dapa_merge.measure.generate import (
 from dapa_merge.measure.live import LiveModel, load_model, mapped_values
 from dapa_merge.measure.prompts.conversation import ASSISTANT, SYSTEM, USER, Conversation, Message
 from dapa_merge.measure.refusal.classify import final_answer, opened_thought, thought_parts, without_cut_tag
+from dapa_merge.measure.sampling import Sampled
 from dapa_merge.plan.plan import reduced
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, quiet
+from dapa_merge.recipe.asking import Sampling
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 
@@ -162,7 +164,7 @@ class _Stream(BaseStreamer):  # type: ignore[misc]
 
 
 def _formatted(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> str:
-    """A conversation by the chat template; without one, the texts of users and assistants follow each other in lines."""
+    """A conversation in the chat template; without one, the texts of both follow each other in lines."""
     if tokenizer.chat_template:
         return chat_prompt(tokenizer, Conversation(turns))
     return "\n".join(content for role, content in turns if role != SYSTEM)
@@ -170,7 +172,11 @@ def _formatted(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message]) -> 
 
 @torch.inference_mode()
 def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], manner: Manner, stream: _Stream
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Message],
+    manner: Manner,
+    stream: _Stream,
 ) -> None:
     text = _formatted(tokenizer, turns)
     stream.opened = opened_thought(text, turns[-1].content if tokenizer.chat_template else "")
@@ -185,22 +191,20 @@ def _generate(
         )
     check_ids(model, [ids])
     limit = min(manner.max_new_tokens, context - len(ids))
-    sampling = {"do_sample": True, "temperature": manner.temperature, "top_k": 0, "top_p": 1.0}
+    sampling = Sampling(manner.temperature, seed=manner.seed) if manner.temperature else None
     inputs = torch.tensor([ids], device=model.device)
     with ExitStack() as stack:
         if is_batchable(model):
             # As in `generate`.
             stack.enter_context(batch_invariant(model))
             stack.enter_context(deterministic_attention(model, len(ids) + limit))
-        stack.enter_context(torch.random.fork_rng(devices=()))
         stack.enter_context(quiet("transformers"))
-        torch.manual_seed(manner.seed)
         model.generate(
             input_ids=inputs,
             attention_mask=torch.ones_like(inputs),
             max_new_tokens=limit,
             streamer=stream,
-            **(sampling if manner.temperature else {}),
+            logits_processor=sampling and [Sampled(sampling, [ids], len(ids))],
         )
 
 

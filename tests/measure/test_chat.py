@@ -20,8 +20,9 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure import chat
 from dapa_merge.measure.chat import Manner, speakers
 from dapa_merge.measure.decode import BatchSize
-from dapa_merge.measure.generate import conversation_prompt, generate
+from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import load_model
+from dapa_merge.measure.prompts.conversation import Message
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.measure.refusal.classify import partial_answers, thought_parts
 
@@ -74,18 +75,17 @@ def test_an_answer_is_what_the_measurements_hear(mini, dtype):
 
 def test_a_conversation_is_shown_to_the_model_as_transformers_shows_it(mini):
     _, tokenizer = mini
-    turns = [("system", "s"), ("user", "How?"), ("assistant", "So."), ("user", "And why?")]
+    turns = [Message(*turn) for turn in (("system", "s"), ("user", "How?"), ("assistant", "So."), ("user", "And why?"))]
     messages = [{"role": role, "content": text} for role, text in turns]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert conversation_prompt(tokenizer, turns) == expected
+    assert chat._formatted(tokenizer, turns) == expected
 
 
 def test_without_a_template_the_turns_are_lines(mini, caplog):
     tokenizer = load_model(open_checkpoint(TARGET), CPU)[1]
     tokenizer.chat_template = None
-    assert (
-        conversation_prompt(tokenizer, [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]) == "a\nb\nc"
-    )
+    turns = [Message(*turn) for turn in (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert chat._formatted(tokenizer, turns) == "a\nb\nc"
 
 
 def test_a_result_speaks_out_of_its_target_as_it_does_alone_in_the_memory_of_one_model(demo, monkeypatch, caplog):
@@ -235,5 +235,5 @@ def test_a_template_that_fails_on_a_conversation_is_named(tmp_path):
     )
     speaker = chat.Speaker("model", tokenizer, lambda: chat.nullcontext(model))
     speaker.ask("How?", "", Manner(3), nothing)
-    with pytest.raises(CheckpointError, match=r"a conversation: .*one turn only"):
+    with pytest.raises(CheckpointError, match=r"messages of user, assistant, user: .*one turn only"):
         speaker.ask("And why?", "", Manner(3), nothing)

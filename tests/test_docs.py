@@ -26,7 +26,7 @@ PAGES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "recipes/README.md")),
 ]
 # Options in the documents that belong to other programs.
-FOREIGN_OPTIONS = {"--check", "--lora-merge-cache", "--quick"}
+FOREIGN_OPTIONS = {"--check", "--constraint", "--lora-merge-cache", "--no-build-isolation", "--nonblock", "--quick"}
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A script of the benchmarks and what follows it on its line.

@@ -26,7 +26,11 @@ PAGES = [
     *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "recipes/README.md")),
 ]
 # Options in the documents that belong to other programs.
-FOREIGN_OPTIONS = {"--check", "--constraint", "--lora-merge-cache", "--no-build-isolation", "--nonblock", "--quick"}
+FOREIGN_OPTIONS = {
+    *("--check", "--lora-merge-cache", "--quick"),
+    *("--constraint", "--no-build-isolation", "--resolution", "--nonblock", "--config-file"),
+    *("--build-arg", "--env", "--file", "--rm", "--tag", "--user", "--volume"),
+}
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A script of the benchmarks and what follows it on its line.

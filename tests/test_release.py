@@ -201,3 +201,19 @@ def test_the_site_has_every_page_once():
 def test_a_link_of_the_site_leads_to_github_where_the_site_has_no_page(page, text, expected):
     on_site = {"README.md", "docs/a.md", "recipes/README.md"}
     assert script("site_pages").to_repository(text, page, on_site, "https://hub") == expected
+
+
+def test_the_container_has_what_the_build_needs_and_runs_as_nobody_in_particular():
+    text = (ROOT / ".ci" / "Containerfile").read_text(encoding="utf-8")
+    copied = [name for line in re.findall(r"^COPY (?!--)(.*) \S+$", text, re.MULTILINE) for name in line.split()]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    builders = re.findall(r'"([\w-]+)>=', project.partition("requires = [")[2].partition("]")[0])
+    assert f"pip install {' '.join(builders)} " in text
+    assert {"pyproject.toml", "README.md", "LICENSE", "dapa_merge"} <= {*copied}
+    last = text.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER \d+:\d+$", last, re.MULTILINE)
+    assert 'ENTRYPOINT ["dapa-merge"]' in last
+    # The cache is a volume, and everything that is kept is in it.
+    assert 'VOLUME ["/cache"]' in last
+    assert all(f"{name}=/cache" in last for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME"))

@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import warm
 from click.testing import CliRunner, Result
@@ -128,6 +129,14 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         if name in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group(group))
             break
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this system does not have, with the reason."""
+    missing = needs.missing_here()
+    for item in items if missing else ():
+        for reason in needs.reasons(item, missing):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 num_modules_frozen = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def test_a_file_system_without_locks_counts_as_held(tmp_path, monkeypatch, fault
     def refuse(*_):
         raise OSError(fault, os.strerror(fault))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with held(tmp_path / "lock", "somebody is here"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ import pytest
 import warm
 import yaml
 from conftest import change_tensor, write_few
+from filelock import FileLock
 from hub_server import dapa_merge
 from hub_stand_in import serve
 from publish.conftest import CARD, connect, reaching_servers
@@ -181,8 +181,7 @@ def test_cron_keeps_a_refused_result_apart_and_goes_on_after_a_failed_push(bench
 
 
 def test_cron_runs_once_at_a_time(bench):
-    with (bench.folder / "remerge.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(bench.folder / "remerge.lock"):
         done = bench.cron()
     assert (done.returncode, done.stdout, bench.calls) == (0, "", [])
 

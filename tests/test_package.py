@@ -192,3 +192,25 @@ def test_mergekit_finds_the_method_of_an_installed_wheel(wheel, llama_pair, writ
     assert result.stdout.splitlines()[-1] == f"0 {site / 'dapa_merge' / '__init__.py'}", result.stderr
     assert "dapa: transplanting gate of layer 2 " in result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists() or list((tmp_path / "out").glob("model-*"))
+
+
+def test_every_module_is_imported_where_modules_of_posix_are_missing():
+    """As on Windows: of the modules of one operating system none is needed to import the package."""
+    missing = ("fcntl", "resource", "pwd", "grp", "termios", "pty")
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "dapa_merge").rglob("*.py")
+        if path.name != "__main__.py"
+    ]
+    assert len(modules) > 100
+    # Libraries that are imported before may use theirs.
+    code = (
+        "import importlib, sys\n"
+        "import datasets, filelock, huggingface_hub, mergekit.graph, platformdirs, rich.console, torch, transformers\n"
+        "import mergekit.plan, scipy.stats, pandas, jinja2, peft, lm_eval.api.task, transformers.trainer\n"
+        f"for name in {missing!r}: sys.modules[name] = None\n"
+        f"for name in {sorted(modules)!r}: importlib.import_module(name)\n"
+        "print('all of them')"
+    )
+    result = run_python(code, HF_HUB_OFFLINE="1")
+    assert result.stdout.splitlines()[-1:] == ["all of them"], result.stderr

@@ -1,7 +1,8 @@
 """Processes of their own that need not load torch and its like, which takes each longer than all that it does.
 
-A server loads them once, and forks for each process. What tests are about is loaded by each process itself: this
-package, mergekit, and whatever reads the environment when it is loaded. Anything else is as with `subprocess`.
+A server loads them once, and forks for each process; where a system cannot fork, each loads them itself. What tests are
+about is loaded by each process itself: this package, mergekit, and whatever reads the environment when it is loaded.
+Anything else is as with `subprocess`.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ SET_BY_TESTS = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_XET_HIGH_PERFORMANCE")
 
 # Of the servers: as it was before any test changed it.
 ENVIRONMENT = dict(os.environ)
+# As they are before a test stands in for them.
+POPEN = subprocess.Popen
+CAN_FORK = hasattr(os, "fork")
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 
 
 class Process:
@@ -64,22 +69,36 @@ class Process:
         python, option, code, *arguments = map(str, command)
         assert (python, option) == (sys.executable, "-c")
         env = dict(os.environ if env is None else env)
+        self.returncode: int | None = None
+        self._alone: subprocess.Popen[bytes] | None = None
+        if not CAN_FORK:
+            self._start_alone(command, env, cwd)
+            return
         self._server = _server(MODULES_OF_THE_HUB if _of_the_hub(env) == _of_the_hub(ENVIRONMENT) else MODULES)
         self._files = [terminal or self._server.new_file() for _ in range(2)]
         request = [code, arguments, cwd or os.getcwd(), env, [terminal or os.devnull, *self._files]]
         self.pid = self._server.ask("start", request)
-        self.returncode: int | None = None
+
+    def _start_alone(self, command: Sequence[object], env: Mapping[str, str], cwd: str | None) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="dapa-merge-alone-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        self._files = [str(folder / name) for name in ("stdout", "stderr")]
+        with open(self._files[0], "wb") as output, open(self._files[1], "wb") as errors:
+            self._alone = POPEN(
+                [*map(str, command)], env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=errors
+            )
+        self.pid = self._alone.pid
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = self._server.ask("poll", self.pid)
+            self.returncode = self._alone.poll() if self._alone else self._server.ask("poll", self.pid)
         return self.returncode
 
     def wait(self, timeout: float = 300) -> int:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
-                self.send_signal(signal.SIGKILL)
+                self.send_signal(KILL)
                 raise TimeoutError(f"not done after {timeout} seconds: {self.stderr}")
             time.sleep(0.005)
         return self.returncode

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -265,6 +264,13 @@ def pair_shape(plan: Plan) -> Shape:
 Tokens = tuple[float, float]
 
 
+def peak_resident() -> int:
+    """The most bytes of memory that this process ever had; POSIX only."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measure(recipe: Recipe, device: torch.device, is_tiny: bool) -> Measured:
     """Time all parts of a pair."""
     plan = make_plan(recipe)
@@ -304,7 +310,7 @@ def measure(recipe: Recipe, device: torch.device, is_tiny: bool) -> Measured:
         # An edit that copies writes as many bytes, and has nothing to choose before.
         record("writing", timed(lambda: transplant(plan.reference, some, Path(folder) / "out"), device))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return Measured(shape, found, tokens, peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return Measured(shape, found, tokens, peak or peak_resident())
 
 
 def generating(live: LiveModel, prompts: Sequence[str], num_tokens: int) -> tuple[float, list[str], Tokens]:

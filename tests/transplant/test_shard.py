@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -245,7 +244,7 @@ def test_a_clone_is_not_taken_for_granted(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EOPNOTSUPP, "not here")
 
-    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    monkeypatch.setattr("fcntl.ioctl", refuse)
     (tmp_path / "origin").write_bytes(b"abc")
     write_file(tmp_path / "origin", tmp_path / "result", ())
     assert (tmp_path / "result").read_bytes() == b"abc"

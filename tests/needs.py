@@ -52,7 +52,7 @@ NEEDS = (
     Need(("fork",), lambda: hasattr(os, "fork"), "needs processes that fork"),
     Need(("fcntl.flock", "fcntl.ioctl"), lambda: has_module("fcntl"), "needs fcntl, which Windows does not have"),
     Need(("setrlimit", "RLIMIT_AS"), lambda: has_module("resource"), "needs limits of processes (module resource)"),
-    Need(("geteuid", "getuid", "setuid", "chmod"), lambda: hasattr(os, "geteuid"), "needs users and rights of POSIX"),
+    Need(("geteuid", "getuid", "setuid", "chmod"), lambda: hasattr(os, "fork"), "needs users and rights of POSIX"),
     Need(("openpty", "ttyname"), lambda: hasattr(os, "openpty"), "needs a terminal of POSIX"),
     Need(("UnixStreamServer", "AF_UNIX"), lambda: hasattr(os, "fork"), "needs sockets of Unix"),
     Need(("bash", "bash -e {0}", "#!/usr/bin/env bash"), lambda: os.name != "nt", "needs bash and programs of scripts"),

@@ -19,8 +19,8 @@ import platformdirs  # noqa: F401
 import ray  # noqa: F401
 
 MODULES = ("fcntl", "resource", "pwd", "grp")
-# Not `getuid`, which libraries on Linux ask for.
-OF_OS = ("fork", "mkfifo", "geteuid", "openpty")
+# Not `getuid` and its like, which libraries on Linux ask for.
+OF_OS = ("fork", "mkfifo", "openpty")
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGCONT", "SIGHUP", "SIGXFSZ")
 
 

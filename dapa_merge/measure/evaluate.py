@@ -233,4 +233,4 @@ class _ServedMeasurement(Measurement):
 
     @property
     def _text(self) -> str:
-        return "no text: a served model does not give the likelihood of one"
+        return ""

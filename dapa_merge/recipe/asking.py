@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from dapa_merge.errors import UsageError
 from dapa_merge.recipe.options import check_url
@@ -86,4 +87,5 @@ class ServedModel:
             raise UsageError("the served model has no name; name it with --model, as its server knows it")
 
     def __str__(self) -> str:
-        return self.name
+        # A server may know a model by the name of a folder that is measured beside it.
+        return f"{self.name} at {urlsplit(self.url).netloc.rpartition('@')[2]}"

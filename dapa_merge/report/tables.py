@@ -53,7 +53,8 @@ def print_evaluated(
     for (model, after), name in zip(measured.items(), names, strict=True):
         for label, fact in _changes_between(figures[0], after, *changes.get(model, (None, None))):
             _tell(console, f"{f'{name}, {label}':<20} {fact}")
-    for text in dict.fromkeys(one.text for one in figures):
+    # A served model has none.
+    for text in dict.fromkeys(one.text for one in figures if one.text):
         _tell(console, f"perplexity of {text}")
     for line in asked:
         _tell(console, line)
@@ -100,7 +101,7 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     ]
     if first.score is not None:
         rows.append(row("score of the evaluator", lambda one: f"{one.score:.3f}"))
-    rows.append(row("perplexity", lambda one: f"{one.perplexity:.3f}"))
+    rows.append(row("perplexity", lambda one: share(one.perplexity)))
     if not all(math.isnan(column.divergence) for column in columns):
         rows.append(row("divergence (nats/token)", lambda one: shown(one.divergence)))
     for index, skill in enumerate(first.skills):

@@ -176,13 +176,15 @@ def test_a_served_model_stands_beside_a_local_one_with_a_paired_test(few):
         both = ["evaluate", source, "--served", url, "--model", "deployed", *settings]
         found = answer(*both, "--json")
         shown = call(*both)
-    assert [(one["model"], one["dsr"]) for one in found["models"]] == [(source, 1), ("deployed", 0)]
+    deployed = f"deployed at {url[7:-3]}"
+    assert [(one["model"], one["dsr"]) for one in found["models"]] == [(source, 1), (deployed, 0)]
     (change,) = found["changes"]
-    assert change["to"] == "deployed"
+    assert change["to"] == deployed
     assert change["dsr_change"]["no_longer_refused"] == 4
     # A sign test of four equal signs: 2 / 2^4.
     assert change["dsr_change"]["p_value"] == pytest.approx(0.125)
-    assert "deployed, DSR loss" in shown.stdout
+    assert f"{deployed.partition(':')[0]}:" in shown.stdout
+    assert ", DSR loss" in shown.stdout
     assert "1.000 -> 0.000" in shown.stdout
     assert "a served model cannot be given the beginning of an answer" in shown.stderr
 

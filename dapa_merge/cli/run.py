@@ -395,6 +395,7 @@ def run(
     "folder, a Hub dataset, or several with commas.",
 )
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
+@click.option("--system", metavar="TEXT", help="The system message that TARGET is used with: all prompts follow it.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),

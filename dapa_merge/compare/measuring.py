@@ -21,7 +21,7 @@ from dapa_merge.measure.figures import Figures, Response
 from dapa_merge.measure.live import Resident, choose_device, load_model
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_candidate
 from dapa_merge.measure.prompts.labels import PROMPT_KINDS
-from dapa_merge.measure.prompts.sets import PromptSet, load_own
+from dapa_merge.measure.prompts.sets import PromptSet, asked_after, load_own
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import count, interval
 from dapa_merge.plan.plan import Plan, join
@@ -110,7 +110,7 @@ def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
     Raises:
         UsageError: If a set is not available.
     """
-    found = [Besides(name, load_own(name)) for name in wanted.also]
+    found = [Besides(name, asked_after(load_own(name), report.system)) for name in wanted.also]
     found += [Besides(attack.name, replace(report, harmless=()), attack) for attack in wanted.attacks]
     if wanted.diverges:
         found.append(Besides("harmless prompts", replace(report, harmful=()), diverges=True))

@@ -151,7 +151,10 @@ def test_the_command_line_plans_what_the_table_is_made_of(family, folder, tmp_pa
         text = text.replace(f": {place.path}\n", f": {write_published(folder, place.path)}\n")
     local = tmp_path / "recipe.yml"
     local.write_text(text, encoding="utf-8")
-    assert answer("plan", local, "--json") == plan_offline(path, folder)
+    planned = answer("plan", local, "--json")
+    # What a run takes is of this machine.
+    assert planned.pop("forecast")["tests"] > 0
+    assert planned == plan_offline(path, folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

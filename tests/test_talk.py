@@ -25,6 +25,11 @@ from dapa_merge.measure.prompts.sets import load_prompts
 
 HARMFUL = load_prompts("miniature").harmful[0]
 TARGET = miniature.path("target")
+# A shell that runs tests in the background has them ignore Ctrl-C.
+MAIN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from dapa_merge.cli import main; main(sys.argv[1:])"
+)
 
 
 def talk(lines: str, *arguments: object) -> Result:
@@ -109,8 +114,7 @@ def terminal(*arguments: object, **environment: str) -> Iterator[Terminal]:
     import termios
 
     ours, theirs = pty.openpty()
-    code = f"import fcntl, sys; fcntl.ioctl(0, {termios.TIOCSCTTY}, 0); "
-    code += "from dapa_merge.cli import main; main(sys.argv[1:])"
+    code = f"import fcntl; fcntl.ioctl(0, {termios.TIOCSCTTY}, 0); {MAIN}"
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x28\x00\x78\x00\x00\x00\x00\x00")
     process = subprocess.Popen(
         [sys.executable, "-c", code, "chat", *map(str, arguments)],
@@ -219,7 +223,7 @@ def test_a_thought_is_dimmed_where_the_terminal_can(tmp_path, variable, is_style
 def test_ctrl_c_ends_a_conversation_by_a_pipe(tmp_path):
     chain_model(tmp_path / "model", "on and off again we go round for ever", opening="open")
     make_endless(tmp_path / "model")
-    command = [sys.executable, "-m", "dapa_merge", "chat", str(tmp_path / "model"), "--max-new-tokens", "100000"]
+    command = [sys.executable, "-c", MAIN, "chat", str(tmp_path / "model"), "--max-new-tokens", "100000"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"How?\n")
         process.stdin.flush()

@@ -38,7 +38,7 @@ COMMANDS = {
     "outdated": ("dapa_merge.cli.publish", "Ask whether a model of RECIPE moved."),
     "page": ("dapa_merge.cli.look", "Write the responses of OUT as a page to read in a browser."),
     "patch": ("dapa_merge.cli.check", "Pass a repair on as a small file, apply it, take it back."),
-    "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant, without loading a model."),
+    "plan": ("dapa_merge.cli.run", "Show what RECIPE would transplant and what that takes, without loading a model."),
     "push": ("dapa_merge.cli.publish", "Publish OUT in the Hub's repository REPO."),
     "repair": ("dapa_merge.cli.run", "Repair TARGET with SOURCE, without a recipe."),
     "run": ("dapa_merge.cli.run", "Repair a model from a recipe."),

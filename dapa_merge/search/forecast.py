@@ -20,8 +20,9 @@ from dapa_merge.checkpoint.units import layer_number
 from dapa_merge.measure.decode import PIECE
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import MAX_KEEP
-from dapa_merge.measure.prompts.parts import Parts, all_prompts
-from dapa_merge.measure.prompts.sets import PromptSet
+from dapa_merge.measure.prompts.parts import Parts, split_prompts
+from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
+from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, search_memory
 from dapa_merge.plan.selection import given_selection
@@ -147,7 +148,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
     works: list[Work] = []
     num_report = 0
     for recipe, plan in ladder.rungs:
-        parts = all_prompts(recipe, is_rung=ladder.is_auto)
+        parts = _parts(recipe, is_rung=ladder.is_auto)
         selection = given_selection(recipe, plan)
         num_report = 3 * _asked(parts.report) if reports else 0
         if selection is None:
@@ -178,6 +179,13 @@ def expected_tests(
         about = {"ddmin": 40 + 2 * num_units}.get(algorithm, 24 + num_units / 3)
     most = math.inf if max_tests is None else max_tests
     return max(1, round(min(about, 2 * num_units + 1 + num_units**2 / 4, most)))
+
+
+def _parts(recipe: Recipe, *, is_rung: bool) -> Parts:
+    if recipe.layers is None or may_choose(recipe.edit):
+        return split_prompts(recipe, is_rung=is_rung)
+    whole = load_prompts(recipe.prompts)
+    return Parts(whole, whole)
 
 
 def _asked(prompts: PromptSet) -> int:

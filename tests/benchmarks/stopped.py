@@ -81,7 +81,7 @@ JOBS = {
             "--no-curve",
         ],
     ),
-    "trace": Job("copy", lambda recipe, folder: ["trace", str(recipe), "--out", str(folder / "study")]),
+    "trace": Job("copy", lambda recipe, folder: ["trace", str(recipe), str(folder / "study")]),
 }
 
 
@@ -144,7 +144,7 @@ def stopped(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[str
     found = ended(job, recipe, here, cache)
     is_alike = found == wanted
     if not is_alike:
-        faults.append(f"{name}: it ends otherwise in {', '.join(differing(found, wanted))}")
+        faults += [f"{name}: it ends with another {what}" for what in differing(found, wanted)]
     stops = ", ".join(str(number) for number in counts.values())
     return f"| {name} | {seconds:.0f} s | {stops} | {len(faults)} | {'yes' if is_alike else 'NO'} |", faults
 
@@ -178,8 +178,9 @@ def stable(content: Any) -> Any:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The keys in which two answers differ."""
-    return [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    """The keys in which two answers differ, with what they say."""
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return [f"{key}: {one.get(key)!r:.2000} instead of {other.get(key)!r:.2000}" for key in keys]
 
 
 if __name__ == "__main__":

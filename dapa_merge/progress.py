@@ -66,6 +66,8 @@ _consoles: list[Console] = []
 # Without a terminal, a work that takes long says so often how far it is.
 TOLD_EVERY_SECONDS = 30.0
 _told = [0.0]
+# For so long a pace that was estimated counts beside the one that is measured.
+PRIOR_SECONDS = 20.0
 
 
 class _Job:
@@ -126,7 +128,10 @@ class _Job:
         seconds, amount = self._spent.get(unit, (0.0, 0.0))
         if _tasks and _tasks[-1].unit == unit:
             seconds, amount = seconds + time.monotonic() - _tasks[-1].start, amount + _tasks[-1].done
-        return seconds / amount if amount else self._rates.get(unit)
+        if prior := self._rates.get(unit):
+            # Thought of as measured for a while: the first few are slow, since models and caches begin cold.
+            seconds, amount = seconds + PRIOR_SECONDS, amount + PRIOR_SECONDS / prior
+        return seconds / amount if amount else None
 
 
 @contextmanager

@@ -40,8 +40,8 @@ def test_the_time_left_of_a_job_is_of_all_its_parts_at_their_pace():
         with task("measuring", 30, "prompts"):
             progress._tasks[0].start -= 30
             advance(10, "prompts")
-            # Ten took thirty seconds, whatever was thought before.
-            assert work.seconds_left() == pytest.approx(3.0 * 20, rel=0.05)
+            # Ten took thirty seconds; what was thought before counts for twenty more.
+            assert work.seconds_left() == pytest.approx(20 * (20 + 30) / (10 + 10), rel=0.05)
     assert progress._jobs == progress._tasks == []
 
 

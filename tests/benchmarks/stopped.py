@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,8 @@ parameters:
 """
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 # What a clock, a machine or the way there decides.
-VOLATILE = ("seconds", "resumed", "tests_recorded", "tests_unneeded", "share_of_prompts_saved", "peak_bytes")
+VOLATILE = ("resumed", "tests_recorded", "tests_unneeded", "share_of_prompts_saved", "peak_bytes")
+TIME = re.compile(r"[\d.]+ s of search")
 
 
 @dataclass(frozen=True)
@@ -173,8 +175,10 @@ def ended(job: Job, recipe: Path, folder: Path, cache: Path) -> dict[str, Any]:
 def stable(content: Any) -> Any:
     """Plain data without what a clock or the way there decides."""
     if isinstance(content, dict):
-        return {key: stable(value) for key, value in content.items() if key not in VOLATILE}
-    return [stable(value) for value in content] if isinstance(content, list) else content
+        return {key: stable(value) for key, value in content.items() if key not in VOLATILE and "seconds" not in key}
+    if isinstance(content, list):
+        return [stable(value) for value in content]
+    return TIME.sub("", content) if isinstance(content, str) else content
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

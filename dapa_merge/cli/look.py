@@ -22,6 +22,7 @@ from dapa_merge.errors import DapaError, UsageError, printable
 from dapa_merge.files import refuse_special, replace_file
 from dapa_merge.imports import lasting
 from dapa_merge.progress import Terminal
+from dapa_merge.recipe.asking import Sampling
 from dapa_merge.report.page import BEGINS, read_sources
 from dapa_merge.verify.result import location_option
 
@@ -118,6 +119,9 @@ def chat(
     OUT is the folder of a result or of any model, or a Hub id, or id@revision. Answers come as they are made; /help
     lists what can be typed beside messages. If stdin is not a terminal, each line of it is a message.
     """
+    if temperature:
+        # Refused now, not at the first message.
+        Sampling(temperature, seed=seed)
     with lasting():
         from dapa_merge.measure.chat import Manner, speakers
         from dapa_merge.measure.live import choose_device

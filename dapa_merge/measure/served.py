@@ -117,7 +117,8 @@ class Served(Endpoint[str, Said]):
         if to_ask:
             asked |= self._ask_all(to_ask)
         if self.fault is not None:
-            raise UsageError(f"{self.fault}; the same command goes on with the answers so far")
+            more = "; the same command goes on with the answers so far" if self._known or self._stored else ""
+            raise UsageError(f"{self.fault}{more}")
         said = [asked.get(prompt) or self._not_asked() for prompt in prompts]
         if reasons := Counter(one.reason for one in said if one.text is None):
             self.num_failed += reasons.total()

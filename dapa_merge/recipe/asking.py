@@ -19,7 +19,7 @@ class Sampling:
     """How the tokens of responses are drawn.
 
     Attributes:
-        temperature: Divides the logits; above 0.
+        temperature: Divides the logits; from 0.01 to 10.
         top_p: The least likely tokens beyond this probability mass are left out (nucleus sampling, Holtzman et al.
             2020), in (0, 1].
         seed: Decides the draws.
@@ -28,6 +28,12 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for a temperature at which float32 has no digits left."""
+        # Also false for NaN.
+        if not 0.01 <= self.temperature <= 10:
+            raise UsageError(f"the temperature is {self.temperature:g}; write 0, or a number from 0.01 to 10")
 
     def __str__(self) -> str:
         mass = "" if self.top_p == 1 else f", top-p {self.top_p:g}"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.errors import UsageError
 from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import load_model
@@ -91,6 +92,12 @@ def test_a_model_that_must_use_its_own_generate_samples_the_same(source, monkeyp
     monkeypatch.setattr("dapa_merge.measure.generate.is_batchable", lambda _: False)
     slow = generate(model, tokenizer, prompts, max_new_tokens=10, batch_size=BatchSize(4), sampling=sampling)
     assert fast == slow
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), 1e-9, -1.0, 11.0])
+def test_a_temperature_that_means_nothing_is_refused(temperature):
+    with pytest.raises(UsageError, match=r"the temperature is .*; write 0, or a number from 0\.01 to 10"):
+        Sampling(temperature)
 
 
 def test_the_same_seed_gives_the_same_figures_and_the_answer_says_how_it_was_drawn(tmp_path):

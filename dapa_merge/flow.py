@@ -227,6 +227,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         source=str(recipe.source),
         prompts=recipe.prompts,
         keep=recipe.keep,
+        system=recipe.system,
         evaluator=recipe.evaluator,
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),

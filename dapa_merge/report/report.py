@@ -72,6 +72,7 @@ class Report:
         num_tensors: Tensors of the result, each of them compared with target and source.
         seconds: Wall-clock time from the recipe to the start of the writing.
         keep: The keep prompts as the recipe names them; None for the harmless prompts.
+        system: The system message before all prompts; None for none.
         directions: Number of directions that were added; None, like the next, for an edit that adds none, and in older
             reports.
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
@@ -105,6 +106,7 @@ class Report:
     num_tensors: int
     seconds: float
     keep: str | None = None
+    system: str | None = None
     directions: int | None = None
     degrees_of_freedom: int | None = None
     rungs: tuple[Tried, ...] = ()

@@ -266,6 +266,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.directions is not None and report.degrees_of_freedom is not None:
         found = freedom(report.directions, report.degrees_of_freedom, report.share_of_freedom or 0.0)
         facts.append(("directions added", found))
+    if report.system is not None:
+        facts.append(("asked after", f"the system message {report.system!r}"))
     if report.after is not None:
         facts.append(("perplexity of", report.after.text))
         if not math.isnan(report.after.divergence):

@@ -32,6 +32,7 @@ from dapa_merge.measure.prompts.sets import asked_after, load_attacks, load_prom
 from dapa_merge.recipe.attacks import ATTACKS, Attack
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import parse_recipe
+from dapa_merge.report.report import read_report
 
 SYSTEM, ASK, SAID, MORE = (
     Message("system", "Be brief."),
@@ -287,7 +288,9 @@ def test_a_replay_names_the_same_attacks_and_system_message(write_recipe, tmp_pa
     monkeypatch.chdir(tmp_path)
     pair = miniature.path("target"), miniature.path("source")
     settings = {"prompts": few, "max_new_tokens": 8, "system": "'Be brief.'", "attacks": "'prefill, mine.txt'"}
-    answer("run", write_recipe(*pair, layers="3-6", **settings), tmp_path / "out", "--json")
+    report = answer("run", write_recipe(*pair, layers="3-6", **settings), tmp_path / "out", "--json")
+    assert report["system"] == "Be brief."
+    assert read_report(tmp_path / "out").system == "Be brief."
     replay = parse_recipe((tmp_path / "out" / "mergekit_config.yml").read_text())
     assert replay.system == "Be brief."
     assert replay.attacks == f"prefill, {tmp_path / 'mine.txt'}"

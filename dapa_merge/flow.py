@@ -251,6 +251,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         points=search.points if search else (),
         picked=search.picked if search else None,
         resumed=search is not None and search.measured is not None,
+        arithmetic=evidence.arithmetic if evidence else None,
     )
 
 

@@ -19,7 +19,7 @@ from dapa_merge.errors import UsageError, printable
 from dapa_merge.progress import Terminal
 from dapa_merge.publish.options import CardOptions, given_license
 from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
-from dapa_merge.recipe.options import Options, parse_number
+from dapa_merge.recipe.options import DTYPES, QUANTIZATIONS, Options, parse_number
 from dapa_merge.verify.result import location_option
 
 environment_option = functools.partial(click.option, show_envvar=True)
@@ -31,7 +31,33 @@ link_option = click.option(
     "second name: no space, no time, but a program that writes into one of them in place changes both models.",
 )
 device_option = click.option(
-    "--device", default="auto", show_default=True, help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ..."
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where to evaluate: auto, cpu, cuda, cuda:1, mps, ... With auto, a model that does not fit on the accelerator "
+    "is spread over all of them and the CPU.",
+)
+FITTING = (
+    environment_option(
+        "--max-memory",
+        metavar="LIMITS",
+        envvar="DAPA_MAX_MEMORY",
+        help="Spread models over these devices only, each up to its limit, as in cuda:0=20GiB,cpu=60GiB; for --device "
+        "auto.  [default: what is free]",
+    ),
+    environment_option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        envvar="DAPA_DTYPE",
+        help="Measure in this arithmetic; what is written keeps the target's.  [default: as the model's config says]",
+    ),
+    environment_option(
+        "--quantize",
+        type=click.Choice(tuple(QUANTIZATIONS)),
+        envvar="DAPA_QUANTIZE",
+        help="Measure candidates with weights quantized by bitsandbytes (the extra `quantize`). What is written is not "
+        "quantized, and is measured as it is where it fits.",
+    ),
 )
 journal_option = click.option(
     "--journal",
@@ -155,7 +181,10 @@ out_argument = click.argument("out", type=click.Path(path_type=Path))
 
 
 # Options that `--no-evaluate` excludes.
-EVALUATING_NAMES = ("device", "journal", "workers", "pick", "evaluator_file", "task_files", "judge_model", "attacks")
+EVALUATING_NAMES = (
+    "device", "max_memory", "dtype", "quantize", "journal", "workers", "pick", "evaluator_file", "task_files",
+    "judge_model", "attacks",
+)  # fmt: skip
 
 
 def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,14 +195,20 @@ def evaluator_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def search_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add all options of `Options`, which the command gets as `options`."""
     command = evaluator_options(allow_pickle_option(takes_options(command)))
-    return _with_options(command, (device_option, journal_option, workers_option, pick_option))
+    return fitting_options(_with_options(command, (journal_option, workers_option, pick_option)))
+
+
+def fitting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say where and in which arithmetic models are measured."""
+    return _with_options(command, (device_option, *FITTING))
 
 
 def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Pass a command its options of a run as one `Options`, named `options`.
 
     Raises:
-        UsageError: If a judge's option comes without a judge, `--workers` is not understood, or Ray is not installed.
+        UsageError: If a judge's option comes without a judge, `--workers` is not understood, or Ray or bitsandbytes,
+            which an option needs, is not installed.
     """
 
     @functools.wraps(command)
@@ -182,6 +217,11 @@ def takes_options(command: Callable[..., Any]) -> Callable[..., Any]:
             given |= _workers(given.pop("workers"))
         if "judge_model" in given:
             given["judge_requests"] = _judge_requests(**given)
+        if given.get("quantize"):
+            from dapa_merge.measure.quantized import import_bitsandbytes
+
+            # Fail before the models are read.
+            import_bitsandbytes()
         names = [field.name for field in fields(Options) if field.name in given]
         return command(options=Options(**{name: given.pop(name) for name in names}), **given)
 

@@ -27,6 +27,7 @@ from dapa_merge.cli.options import (
     destination_options,
     device_option,
     evaluator_options,
+    fitting_options,
     json_option,
     license_options,
     link_option,
@@ -72,7 +73,7 @@ if TYPE_CHECKING:
 @click.command()
 @recipe_argument
 @allow_pickle_option
-@device_option
+@fitting_options
 @json_option
 @takes_options
 def plan(recipe: Path, options: Options, as_json: bool) -> None:
@@ -121,6 +122,11 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
             raise UsageError(f"{beside} exists, and would hold what is chosen; name a file in another folder")
         climbed = search_ladder(make_ladder(parsed, allow_pickle=options.allow_pickle), options)
         found = climbed.search
+        if options.quantize is not None:
+            LOG.warning(
+                f"found with weights in {options.quantize}, and not checked in 16 bits; `dapa-merge run` on the recipe "
+                f"that replays it measures that"
+            )
         files = reduced(found.plan, found.minimum.units).edit.files()
         replay = replay_text(climbed.recipe, found.plan, found.minimum.units)
 
@@ -169,7 +175,7 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
 )
 @evaluator_options
 @allow_pickle_option
-@device_option
+@fitting_options
 @json_option
 @takes_options
 def evaluate(

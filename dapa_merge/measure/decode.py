@@ -458,6 +458,8 @@ class RowCache(Cache):  # type: ignore[misc]
         alike = len(set(stops)) == 1
         places = (torch.tensor(stops, device=device)[:, None] - columns + torch.arange(columns, device=device)).clamp(0)
         for layer in self.layers:
+            # The layers of a model may be spread over devices.
+            chosen, places = chosen.to(layer.device), places.to(layer.device)
             pair = []
             for states in (layer.keys, layer.values):
                 if alike:

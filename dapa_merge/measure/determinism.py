@@ -19,6 +19,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from dapa_merge.measure.placement import device_types
+from dapa_merge.measure.quantized import is_quantized
 from dapa_merge.progress import quiet
 
 if TYPE_CHECKING:
@@ -42,12 +44,15 @@ def is_deterministic(model: PreTrainedModel, num_tokens: int) -> bool:
     In float32 the difference decides between two tokens once in a million times. In 16 bits some tokens tie. There, a
     CPU rounds each token independently in linear layers that are not large and `batch_invariant`, which is tested, but
     not in attention, which `deterministic_attention` replaces. Experts and accelerators are not trusted. (In a few
-    architectures the number of texts still changes the rounding of layers that are slices of one matrix.) `num_tokens`
-    is the length of the longest text, including the response.
+    architectures the number of texts still changes the rounding of layers that are slices of one matrix.) Nor are
+    quantized layers: in 8 bits, activations are rounded too. `num_tokens` is the length of the longest text, including
+    the response.
     """
+    if is_quantized(model):
+        return False
     if model.dtype == torch.float32:
         return True
-    if model.device.type != "cpu" or num_tokens > MAX_TOKENS or not _is_replaceable(model):
+    if device_types(model) != {"cpu"} or num_tokens > MAX_TOKENS or not _is_replaceable(model):
         return False
     layers = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     return all(_layer_repeats(shape, model.dtype, torch.get_num_threads()) for shape in layers)
@@ -150,6 +155,8 @@ def _layer_repeats(shape: tuple[int, int], dtype: torch.dtype, _num_threads: int
 
 # With fewer tokens, torch's own kernel reads a 16-bit weight faster than it can be upcast.
 MIN_TOKENS = 4
+# What accelerate's hooks call, where a model is spread over devices.
+FORWARD = "_old_forward"
 # Number of elements of a weight to upcast at once; a whole output layer would take gigabytes.
 PIECE = 1 << 24
 
@@ -168,18 +175,23 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
         module
         for module in model.modules()
         if type(module) is torch.nn.Linear
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or FORWARD in module.__dict__)
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.bfloat16, torch.float16)
     ]
+    before = {layer: layer.__dict__[FORWARD] for layer in layers if FORWARD in layer.__dict__}
     try:
         for layer in layers:
             # An attribute of the instance takes precedence over the class's.
-            layer.__dict__["forward"] = functools.partial(_upcast if _is_slow(layer.weight) else _paired, layer)
+            name = FORWARD if FORWARD in layer.__dict__ else "forward"
+            layer.__dict__[name] = functools.partial(_upcast if _is_slow(layer.weight) else _paired, layer)
         yield
     finally:
         for layer in layers:
-            layer.__dict__.pop("forward", None)
+            if layer in before:
+                layer.__dict__[FORWARD] = before[layer]
+            else:
+                layer.__dict__.pop("forward", None)
 
 
 def _paired(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
@@ -208,3 +220,27 @@ def _is_slow(weight: torch.Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+# On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
+MAX_WIDENED = 60_000_000
+
+
+@contextmanager
+def widened(model: PreTrainedModel) -> Iterator[None]:
+    """Compute a small 16-bit model on a CPU in float32 inside a `with` block, which is faster there.
+
+    Its own tensors come back on exit, bit for bit; what is written to it in the block is lost.
+    """
+    parameters = list(model.parameters())
+    is_small = device_types(model) == {"cpu"} and sum(one.numel() for one in parameters) <= MAX_WIDENED
+    is_small = is_small and not is_quantized(model)
+    before = [one.data for one in parameters] if is_small else []
+    try:
+        for parameter, data in zip(parameters, before, strict=False):
+            if data.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in zip(parameters, before, strict=False):
+            parameter.data = data

@@ -186,7 +186,7 @@ def _target_logits(model: PreTrainedModel, rows: Sequence[ReferenceRow]) -> list
     if rows[0].is_logits:
         return known
     # In one call, because it may upcast the layer's whole weight.
-    logits = model.get_output_embeddings()(torch.cat(known))
+    logits = model.get_output_embeddings()(torch.cat(known)).to(model.device)
     return list(torch.split(logits, [row.num_counted for row in rows]))
 
 
@@ -197,7 +197,7 @@ def _determine_logits(model: PreTrainedModel, padding: int, texts: Sequence[Scor
     if len(seen) != 1 or seen[0].dim() != logits[0].dim() + 1:
         return False
     # Of the same shape, so that the same kernel rounds the same way.
-    recomputed = _counted_states(model.get_output_embeddings()(seen[0]), texts)
+    recomputed = _counted_states(model.get_output_embeddings()(seen[0]).to(model.device), texts)
     return all(torch.equal(one, own) for one, own in zip(recomputed, logits, strict=True))
 
 

@@ -134,7 +134,7 @@ def evaluate_models(
             measured = _measure_served(one, meter)
         else:
             assert checkpoint is not None
-            measured = measure_checkpoint(checkpoint, meter, options.device, "model", template)
+            measured = measure_checkpoint(checkpoint, meter, options.where, "model", template)
         found[name] = replace(measured, read=read)
         tell(name, found[name])
     (_, first), *others = found.items()

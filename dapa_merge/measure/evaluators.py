@@ -318,7 +318,9 @@ def settings_kept(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 
 def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
     """The shape and two checksums; a single changed bit changes them."""
-    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # Apple's accelerator lacks some arithmetic of integers.
+    tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()
+    values = tensor.contiguous().view(-1).view(torch.uint8)
     whole = len(values) - len(values) % 8
     # The sum may wrap around.
     words = values[:whole].view(torch.int64).sum() if whole else values.new_zeros((), dtype=torch.int64)

@@ -42,7 +42,19 @@ from dapa_merge.checkpoint.units import OTHER_HEADS, OTHER_TOWERS, Unit, find_un
 from dapa_merge.errors import CheckpointError, DapaError, UsageError, one_line
 from dapa_merge.measure import confined
 from dapa_merge.measure.generate import prepare_for_greedy, thought_before
+from dapa_merge.measure.placement import device_map, is_spread, spread
+from dapa_merge.measure.quantized import (
+    State,
+    configuration,
+    prepare,
+    put,
+    quantize,
+    quantized_layers,
+    state_of,
+    stored_shape,
+)
 from dapa_merge.progress import LOG, quiet
+from dapa_merge.recipe.options import Where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +63,7 @@ if TYPE_CHECKING:
 
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
+_TO_FIT = "; use --device auto, which spreads it over all devices, or --quantize 8bit or 4bit"
 # Part of every tag of a thought.
 _THOUGHTS = re.compile(r"think|thought|reason|scratchpad|reflection|inner_|channel", re.IGNORECASE)
 
@@ -74,8 +87,12 @@ def choose_device(device: str = "auto") -> torch.device:
         raise UsageError(f"device {device!r} cannot be used here: {one_line(error)}") from error
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a checkpoint in the dtype of its config, for greedy generation; never run code from the checkpoint.
+def load_model(checkpoint: Checkpoint, device: torch.device | Where) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a checkpoint for greedy generation; never run code from the checkpoint.
+
+    Args:
+        checkpoint: The model.
+        device: One device, for the dtype of its config; or where and how.
 
     Raises:
         CheckpointError: If transformers cannot load it, would randomly initialize weights that its files lack, or would
@@ -84,6 +101,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
         UsageError: If it does not fit in the device's memory.
     """
     checkpoint = checkpoint.whole()
+    where = device if isinstance(device, Where) else Where(str(device))
+    device = choose_device(device.device) if isinstance(device, Where) else device
+    quantization = None if where.quantize is None else configuration(where.quantize, device)
     if not any("token" in name for name in parts_of(checkpoint.folder)):
         raise CheckpointError(f"{checkpoint.name} has no tokenizer; copy the tokenizer's files from its base model")
     try:
@@ -95,20 +115,29 @@ def load_model(checkpoint: Checkpoint, device: torch.device) -> tuple[PreTrained
             tokenizer = _load_tokenizer(checkpoint, folder, has_processor=loader is AutoModelForImageTextToText)
             # Ready when the prompts are.
             confined.start(tokenizer.chat_template)
+            places = {"": device}
+            if is_spread(checkpoint, where):
+                dtype = where.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+                dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+                places = device_map(_without_values(loader, config), checkpoint.name, where, dtype)
             model, loading = loader.from_pretrained(
                 folder,
                 config=config,
-                dtype="auto",
-                device_map={"": device},
+                dtype=where.dtype or "auto",
+                device_map=places,
+                quantization_config=quantization,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+            prepare(model)
+            if len(set(places.values())) > 1:
+                spread(model, places)
             prepare_for_greedy(model, tokenizer)
     except DapaError:
         raise
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}") from error
+        raise UsageError(f"{checkpoint.name} does not fit in the memory of {device}{_TO_FIT}") from error
     except Exception as error:
         # transformers has no common error class for damaged or unknown folders.
         raise CheckpointError(f"transformers cannot load {checkpoint.name}: {one_line(error)}") from error
@@ -135,7 +164,7 @@ def _try_out(model: PreTrainedModel, name: str) -> None:
     try:
         model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=True)[0]
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"{name} does not fit in the memory of {model.device}") from error
+        raise UsageError(f"{name} does not fit in the memory of {model.device}{_TO_FIT}") from error
     except Exception as error:
         # transformers has no common error class for configs that it takes and cannot follow.
         raise CheckpointError(f"transformers loads {name}, but cannot run it: {one_line(error)}") from error
@@ -167,6 +196,13 @@ def _is_left_out(name: str, model: PreTrainedModel) -> bool:
     has_more = bool(getattr(config, "num_nextn_predict_layers", 0))
     is_further = has_more and number is not None and int(number[1]) >= config.num_hidden_layers
     return is_further or OTHER_TOWERS.search(name) is not None
+
+
+def _without_values(loader: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = loader.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.tie_weights()
+    return model
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -349,8 +385,8 @@ class LiveModel:
         plan: Locates the units of all models on disk.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        """Load the target onto `device`.
+    def __init__(self, plan: Plan, device: torch.device | Where) -> None:
+        """Load the target, as `load_model` does.
 
         Raises:
             CheckpointError: If it cannot be loaded, or a unit's tensor has no parameter of its own in the model.
@@ -358,8 +394,10 @@ class LiveModel:
         self.plan = plan
         self.model, self.tokenizer = load_model(plan.target, device)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._quantized = {layer.weight: layer for _, layer in quantized_layers(self.model)}
         self._twins = self._find_twins()
         self._changed: set[Unit] = set()
+        self._kept: dict[torch.nn.Parameter, State] = {}
 
     def _find_twins(self) -> dict[Unit, Unit]:
         """Map each whole unit to its twin in memory, where parameters may be fused and named differently."""
@@ -401,19 +439,45 @@ class LiveModel:
         """
         if self._changed:
             raise RuntimeError("a selection is already transplanted; leave its `with` block first")
+        whole: dict[torch.nn.Parameter, list[Slot]] = {}
         try:
             for unit in selection:
                 # Recorded before the first write, because an unfinished change must be undone too.
                 self._changed.add(unit)
                 for slot in self.slots((unit,)):
-                    self._put(slot, self._new_values(slot))
+                    if slot.parameter in self._quantized:
+                        whole.setdefault(slot.parameter, []).append(slot)
+                    else:
+                        self._put(slot, self._new_values(slot))
+            for parameter, slots in whole.items():
+                self._quantize(parameter, slots)
             with quiet("transformers"):
                 yield self.model
         finally:
+            for parameter, state in self._kept.items():
+                put(self._quantized[parameter], state)
+            self._kept.clear()
             for unit in list(self._changed):
                 for slot in self.slots((unit,)):
-                    self._put(slot, mapped_values(self.plan.target, slot.regions["target"]))
+                    if slot.parameter not in self._quantized:
+                        self._put(slot, mapped_values(self.plan.target, slot.regions["target"]))
                 self._changed.remove(unit)
+
+    def _quantize(self, parameter: torch.nn.Parameter, slots: Sequence[Slot]) -> None:
+        """Quantize a whole matrix anew, with the edits of some slots."""
+        layer, tensor = self._quantized[parameter], slots[0].regions["target"].tensor
+        if tensor.shape != stored_shape(layer) or any(slot.regions["target"].tensor != tensor for slot in slots):
+            raise CheckpointError(
+                f"{tensor.name} of {self.plan.target.name} is only a part of a matrix in memory, which cannot be "
+                f"quantized anew; leave out --quantize"
+            )
+        values = mapped_values(self.plan.target, Region.of(tensor)).clone()
+        for slot in slots:
+            box = values[slot.slices]
+            box.copy_(self._new_values(slot).reshape(box.shape))
+        state = quantize(layer, values, self.model.dtype)
+        self._kept[parameter] = state_of(layer)
+        put(layer, state)
 
     def _new_values(self, slot: Slot) -> torch.Tensor:
         """Compute a slot's new values in the target's dtype."""
@@ -429,11 +493,12 @@ class LiveModel:
     def _put(self, slot: Slot, values: torch.Tensor) -> None:
         with torch.no_grad():
             box = slot.parameter[slot.slices]
-            box.copy_(values.reshape(box.shape))
+            # Rounded here: some accelerators lack dtypes of files.
+            box.copy_(values.reshape(box.shape).to(box.dtype))
 
     def close(self) -> None:
         """Free the memory."""
-        self._parameters = {}
+        self._parameters, self._quantized = {}, {}
         free(self.model)
         del self.model
 
@@ -444,13 +509,16 @@ def free(model: PreTrainedModel) -> None:
         tensor.data = tensor.new_empty(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def units_in(model: PreTrainedModel, modules: Sequence[str]) -> tuple[Unit, ...]:
     """Find the units of a model in memory; raises `CheckpointError` as `find_units` does."""
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     parameters = model.named_parameters(remove_duplicate=False)
-    return find_units(config, {name: tuple(parameter.shape) for name, parameter in parameters}, modules)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    return find_units(config, shapes | {name: stored_shape(layer) for name, layer in quantized_layers(model)}, modules)
 
 
 def mapped_values(checkpoint: Checkpoint, region: Region) -> torch.Tensor:
@@ -476,17 +544,18 @@ def _extents(part: TensorBox) -> list[int]:
 class Resident:
     """Owns a live target: loads it on first use and keeps it until `close`."""
 
-    def __init__(self, plan: Plan, device: torch.device, on_load: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, plan: Plan, device: torch.device | Where, on_load: Callable[[], None] = lambda: None) -> None:
         """Load nothing yet; `on_load` is called just before."""
         self.plan = plan
-        self.device = device
+        self.where = device if isinstance(device, Where) else Where(str(device))
+        self.device = choose_device(device.device) if isinstance(device, Where) else device
         self._on_load = on_load
 
     @cached_property
     def live(self) -> LiveModel:
         """The resident target; raises `CheckpointError` if it cannot be loaded."""
         self._on_load()
-        return LiveModel(self.plan, self.device)
+        return LiveModel(self.plan, self.where)
 
     def use(self, plan: Plan) -> None:
         """Go on with a plan of the same models and matrices, but another edit or fewer units."""

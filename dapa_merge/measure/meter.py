@@ -39,7 +39,7 @@ from dapa_merge.measure.statistics import count, interval, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.asking import Sampling
 from dapa_merge.recipe.attacks import NONE, PLAIN, Attack
-from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -492,11 +492,11 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
 
 
 def measure_checkpoint(
-    checkpoint: Checkpoint, meter: Meter, device: str, name: str, chat_template: str | None = None
+    checkpoint: Checkpoint, meter: Meter, device: str | Where, name: str, chat_template: str | None = None
 ) -> MeasuredModel:
     """Load a model and measure it in full, with its own chat template or another; an empty one means none."""
     LOG.info(f"loading the {name} {checkpoint.name}")
-    model, tokenizer = load_model(checkpoint, choose_device(device))
+    model, tokenizer = load_model(checkpoint, device if isinstance(device, Where) else choose_device(device))
     if chat_template is not None:
         tokenizer.chat_template = chat_template or None
     with quiet("transformers"):

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Change, Figures, Response
+from dapa_merge.measure.live import Resident
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
+from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import change_of
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.progress import LOG, begin, end, job, task
 from dapa_merge.recipe.constraints import SCORE
-from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Searched
 from dapa_merge.search.bench import Bench, make_bench
@@ -44,6 +46,7 @@ class Evidence:
         searched: The search's own view of the result.
         responses: The responses of `target`, `result` and `source`.
         rungs: The edits that were tried, if the recipe's is `auto`.
+        arithmetic: In what the search and the measurements were made; None if as the target's config says.
     """
 
     recipe: Recipe
@@ -58,6 +61,7 @@ class Evidence:
     over_refusal_change: Change
     responses: Mapping[str, Sequence[Response]]
     rungs: tuple[Tried, ...] = ()
+    arithmetic: str | None = None
 
 
 def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options: Options) -> Evidence:
@@ -94,12 +98,13 @@ def _gather(
         if selection is None:
             journal = stack.enter_context(closing(open_journal(recipe, plan, bench, options.journal, attempt.possible)))
             stack.enter_context(journal.telling())
+        resident = stack.enter_context(closing(_resident(plan, bench, options)))
         if not shared:
-            meter = meter.referring(bench.live.model, bench.live.tokenizer, keeps_logits=True)
+            meter = meter.referring(resident.live.model, resident.live.tokenizer, keeps_logits=True)
             # The source may not fit in memory next to it.
-            bench.close()
+            resident.close()
             begin(REPORT)
-            shared.append((meter, measure_checkpoint(plan.source, meter, options.device, "source")))
+            shared.append((meter, measure_checkpoint(plan.source, meter, resident.where, "source")))
             begin(recipe.edit)
         meter, source_alone = shared[0]
         if selection is None:
@@ -113,8 +118,11 @@ def _gather(
         # The batch size that fits in memory is known from the search.
         meter = replace(meter, batch_size=bench.meter.batch_size)
         begin(REPORT)
-        before = measure_live(bench.live, (), meter, "target")
-        after = measure_live(bench.live, selection, meter, "result")
+        if resident is not bench:
+            bench.close()
+            resident.use(plan)
+        before = measure_live(resident.live, (), meter, "target")
+        after = measure_live(resident.live, selection, meter, "result")
     return Evidence(
         recipe=recipe,
         plan=plan,
@@ -128,7 +136,33 @@ def _gather(
         dsr_change=change_of("harmful", before.responses, after.responses),
         over_refusal_change=change_of("harmless", before.responses, after.responses),
         responses={"target": before.responses, "result": after.responses, "source": source_alone.responses},
+        arithmetic=_arithmetic(options.where, resident.where, is_searched=found is not None),
     )
+
+
+def _resident(plan: Plan, bench: Bench, options: Options) -> Resident:
+    """The models to measure for the report: as they are written, where that fits, or else quantized as in a search."""
+    if options.quantize is None:
+        return bench
+    exact = replace(bench.where, quantize=None)
+    if fits(plan.target, exact, bench.device):
+        return Resident(plan, exact)
+    LOG.warning(
+        f"the report's figures are of weights in {options.quantize}, and were not checked in 16 bits: those take "
+        f"{weight_bytes(plan.target, exact) / 1e9:.1f} GB, which do not fit here; measure the result with "
+        f"`dapa-merge evaluate` where they do"
+    )
+    return bench
+
+
+def _arithmetic(wanted: Where, measured: Where, *, is_searched: bool) -> str | None:
+    """In what candidates were searched and models measured; None if as the config says."""
+    own = wanted.dtype or "the target's dtype"
+    if wanted.quantize is None:
+        return wanted.dtype and f"measured in {wanted.dtype}"
+    if measured.quantize is not None:
+        return f"measured in {wanted.quantize}, not checked in {own}"
+    return f"searched in {wanted.quantize}, measured in {own}" if is_searched else f"measured in {own}"
 
 
 def _searched(found: Search, bench: Bench) -> Searched:

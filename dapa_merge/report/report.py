@@ -76,6 +76,7 @@ class Report:
         directions: Number of directions that were added; None, like the next, for an edit that adds none, and in older
             reports.
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
+        arithmetic: In what the search and the figures were computed; None if as the target's config says.
         rungs: The edits that were tried, in order, the last of which repairs; empty unless the recipe's edit is `auto`.
     """
 
@@ -113,6 +114,7 @@ class Report:
     points: tuple[Point, ...] = ()
     picked: int | None = None
     resumed: bool = False
+    arithmetic: str | None = None
 
     @property
     def share_of_freedom(self) -> float | None:

@@ -288,6 +288,8 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append((f"{seen.measure} in the search", f"{seen.before:.3f} -> {seen.after:.3f}, with {asked}"))
     facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
     if report.before is not None:
+        if report.arithmetic is not None:
+            facts.append(("arithmetic", report.arithmetic))
         facts.append(("time", f"{report.seconds:.1f} s"))
     return facts
 

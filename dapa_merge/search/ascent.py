@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 import torch
 from torch.nn import Linear, Parameter
 
-from dapa_merge.errors import CheckpointError
+from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
@@ -45,13 +45,11 @@ from dapa_merge.search.attribution import Side, each_gradient
 from dapa_merge.search.spectrum import MAX_RANK, MORE_RANK, Spectrum
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 Row = TypeVar("Row")
 # The refusing and the complying side of a contrast.
 Sides = tuple[Side, Side]
-# On a CPU, 16-bit kernels are slow for small matrices; a model up to this size is computed in float32 meanwhile.
-MAX_WIDENED = 60_000_000
 # Rows that are differentiated at once in a model beyond that size, so that more workers have something to share. In
 # smaller models chunks cost up to 15 % of a step, and three workers are enough.
 MAX_CHUNK, MIN_CHUNKED = 3, 2_000_000_000
@@ -436,6 +434,11 @@ class LiveSlopes:
         """
         weights = cores.to(self._live.model.device, copy=True).requires_grad_()
         others = [axis for axis in self.axes if id(axis) not in self._linear]
+        if fixed := [axis for axis in others if not axis.slot.parameter.is_floating_point()]:
+            raise UsageError(
+                f"{fixed[0].slot.regions['target'].name} is not the weight of a linear layer, along which directions "
+                f"cannot be chosen with --quantize; leave that out, or use a recipe with edit: copy"
+            )
         of_parameter: dict[Parameter, list[Axis]] = {}
         for axis in others:
             of_parameter.setdefault(axis.slot.parameter, []).append(axis)
@@ -444,7 +447,8 @@ class LiveSlopes:
         def contract(parameter: Parameter, gradient: torch.Tensor) -> None:
             for axis in of_parameter[parameter]:
                 part = gradient[axis.slot.slices].reshape(len(axis.left), len(axis.right))
-                axis.core(contracted).add_(axis.left.T.float() @ part.float() @ axis.right.float())
+                found = axis.left.T.float() @ part.float() @ axis.right.float()
+                axis.core(contracted).add_(found.to(contracted.device))
 
         def differentiate(loss: Callable[[Sequence[Row]], torch.Tensor], rows: Sequence[Row]) -> Iterator[torch.Tensor]:
             def work(batch: Sequence[Row]) -> list[torch.Tensor]:
@@ -483,8 +487,9 @@ def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor) -> FactorTabl
     """Stored factors of the change that cores make; `weights` are those of all matrices, one after another."""
     found = {}
     for spectrum, place in zip(spectra, places_of(spectra), strict=True):
-        core = weights[place].view(spectrum.rank, spectrum.rank).double().cpu()
-        roots = spectrum.values.double().cpu().sqrt()
+        # On the CPU, because some accelerators lack float64.
+        core = weights[place].view(spectrum.rank, spectrum.rank).cpu().double()
+        roots = spectrum.values.cpu().double().sqrt()
         scaled = roots[:, None] * core * roots
         # What is read along a direction that counts next to nothing would be lost in rounding. Then nothing is written
         # along it either: the rows that are stored tell all directions that there are.
@@ -495,29 +500,10 @@ def factors_of(spectra: Sequence[Spectrum], weights: torch.Tensor) -> FactorTabl
                 break
             used = used[kept]
         if len(used):
-            vectors = (spectrum.left.double().cpu() / spectrum.values.double().cpu())[:, used]
+            vectors = (spectrum.left.cpu().double() / spectrum.values.cpu().double())[:, used]
             left = vectors @ scaled[used][:, used]
             found[spectrum.place] = quantize(left.numpy(), spectrum.right.cpu()[used].numpy())
     return FactorTable(found)
-
-
-@contextmanager
-def widened(model: PreTrainedModel) -> Iterator[None]:
-    """Compute a small 16-bit model on a CPU in float32 inside a `with` block, which is faster there.
-
-    Its own tensors come back on exit, bit for bit; what is written to it in the block is lost.
-    """
-    parameters = list(model.parameters())
-    is_small = model.device.type == "cpu" and sum(one.numel() for one in parameters) <= MAX_WIDENED
-    before = [one.data for one in parameters] if is_small else []
-    try:
-        for parameter, data in zip(parameters, before, strict=False):
-            if data.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = data.float()
-        yield
-    finally:
-        for parameter, data in zip(parameters, before, strict=False):
-            parameter.data = data
 
 
 def _shrunk(cores: torch.Tensor, loss: float, max_weight: float) -> torch.Tensor:
@@ -541,10 +527,11 @@ def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
     for spectrum, place in zip(spectra, places_of(spectra), strict=True):
         slot = slots[spectrum.region.tensor.name, spectrum.region.box]
         parameter = slot.parameter
+        # The bits of quantized weights are no dtype to compute in.
+        dtype = parameter.dtype if parameter.is_floating_point() else live.model.dtype
         roots = spectrum.values.sqrt()
         left, right = (
-            part.to(parameter.device, parameter.dtype).contiguous()
-            for part in (spectrum.left / roots, spectrum.right.T * roots)
+            part.to(parameter.device, dtype).contiguous() for part in (spectrum.left / roots, spectrum.right.T * roots)
         )
         yield Axis(slot, left, right, place)
 
@@ -562,7 +549,8 @@ def _adding(axis: Axis, weights: torch.Tensor, called: set[int]) -> Callable[...
 
     def add(_layer: Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         called.add(id(axis))
-        along = (inputs[0] @ axis.right).float() @ axis.core(weights).T
+        along = (inputs[0].to(axis.right.device) @ axis.right).float()
+        along = along @ axis.core(weights).to(along.device).T
         change = along.to(output.dtype) @ axis.left.T
         rows = axis.slot.slices[0]
         if rows.stop - rows.start == output.shape[-1]:
@@ -579,7 +567,7 @@ def _written(axes: Sequence[Axis], weights: torch.Tensor) -> Iterator[None]:
     before = [axis.slot.parameter[axis.slot.slices].clone() for axis in axes]
     try:
         for axis in axes:
-            change = axis.left.float() @ axis.core(weights) @ axis.right.T.float()
+            change = axis.left.float() @ axis.core(weights).to(axis.left.device) @ axis.right.T.float()
             box = axis.slot.parameter[axis.slot.slices]
             box.copy_(box.float() + change.reshape(box.shape))
         yield

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Parameter
@@ -29,6 +29,7 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.generate import check_ids, encode, prompt_ids, thought_before
 from dapa_merge.measure.live import LiveModel, Slot, mapped_values
 from dapa_merge.measure.perplexity import ScoredText, losses
+from dapa_merge.measure.quantized import is_transposed, quantized_layers
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import advance
@@ -150,7 +151,12 @@ def _dot(plan: Plan, slot: Slot, gradient: torch.Tensor) -> float:
     own = plan.edit.own_values(slot.regions["target"])
     values |= {name: torch.from_numpy(array) for name, array in own.items()}
     values = {name: value.view(shape) for name, value in values.items()}
-    parameter, gradient = (whole[slot.slices].view(shape) for whole in (slot.parameter, gradient))
+    gradient = gradient[slot.slices].view(shape)
+    if slot.parameter.is_floating_point():
+        parameter = slot.parameter[slot.slices].view(shape)
+    else:
+        # Before it was quantized.
+        parameter = mapped_values(plan.target, slot.regions["target"]).view(shape).to(gradient.device, torch.float32)
     precise = torch.promote_types(parameter.dtype, torch.float32)
     num_rows = max(PIECE * len(parameter) // parameter.numel(), 1)
     total = 0.0
@@ -170,7 +176,11 @@ def each_gradient(
     parameters: Mapping[Parameter, object],
     take: Callable[[Parameter, torch.Tensor], None],
 ) -> Iterator[None]:
-    """During a backward pass in the block, pass the gradient of each of `parameters` to `take`, and free it."""
+    """During a backward pass in the block, pass the gradient of each of `parameters` to `take`, and free it.
+
+    That of a quantized weight is that of the values it stands for, in float32 and the shape of the files; each call of
+    its layer has one.
+    """
 
     @torch.no_grad()
     def hand_over(parameter: Parameter) -> None:
@@ -178,13 +188,31 @@ def each_gradient(
         assert gradient is not None
         take(parameter, gradient)
 
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    def watch(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        states = inputs[0].detach().flatten(0, -2)
+
+        @torch.no_grad()
+        def contract(gradient: torch.Tensor) -> None:
+            found = gradient.flatten(0, -2).float().T @ states.to(gradient.device).float()
+            take(layer.weight, found.T if is_transposed(layer) else found)
+
+        if output.requires_grad:
+            output.register_hook(contract)  # type: ignore[no-untyped-call]
+
+    required = [(one, one.requires_grad) for one in model.parameters() if one.is_floating_point()]
+    layers = [layer for _, layer in quantized_layers(model) if layer.weight in parameters]
     hooks = []
     try:
         for parameter, _ in required:
             parameter.requires_grad_(parameter in parameters)
         for parameter in parameters:
-            hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))  # type: ignore[no-untyped-call]
+            if parameter.is_floating_point():
+                hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))  # type: ignore[no-untyped-call]
+        if layers:
+            # Without a parameter to differentiate by, the first layers would be left out.
+            entrance = model.get_input_embeddings()
+            hooks.append(entrance.register_forward_hook(lambda _, __, output: output.requires_grad_()))
+            hooks += [layer.register_forward_hook(watch) for layer in layers]
         yield
     finally:
         for hook in hooks:

@@ -19,12 +19,13 @@ from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter, search_meter
+from dapa_merge.measure.placement import is_spread, usable_memory
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
 from dapa_merge.progress import LOG, task
 from dapa_merge.recipe.constraints import Constraint
-from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.cluster import Actors, Shared
@@ -58,12 +59,12 @@ class Bench(Resident):
         self,
         plan: Plan,
         meter: Meter,
-        device: str,
+        device: str | Where,
         settings: Collection[str],
         on_load: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make a bench; `settings` are the keys of the active constraints."""
-        super().__init__(plan, choose_device(device), on_load)
+        """Make a bench; `settings` are the keys of the active constraints. A device alone is the only one."""
+        super().__init__(plan, device if isinstance(device, Where) else choose_device(device), on_load)
         self.meter = meter
         self.constraints = self._constraints(settings)
         self._pieces = {kind: pieces_of(getattr(meter.prompts, kind), meter.batch_size.limit) for kind in PROMPT_KINDS}
@@ -90,6 +91,8 @@ class Bench(Resident):
     @property
     def device_kind(self) -> str:
         """The name of the device's kind; devices of one kind give the same verdicts."""
+        if is_spread(self.plan.target, self.where):
+            return " and ".join(sorted(map(str, usable_memory(self.where))))
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property
@@ -195,7 +198,7 @@ def make_bench(recipe: Recipe, plan: Plan, prompts: PromptSet, options: Options)
         raise UsageError(LIMITED_JUDGE)
     meter = search_meter(recipe, prompts, options, plan.models.values())
     told = functools.partial(LOG.info, f"loading the target {plan.target.name}")
-    return Bench(plan, meter, options.device, settings_of(recipe), told)
+    return Bench(plan, meter, options.where, settings_of(recipe), told)
 
 
 def start_workers(recipe: Recipe, plan: Plan, bench: Bench, limits: Requirement, options: Options) -> Workers:
@@ -213,7 +216,9 @@ def workers_in(actors: Actors, plan: Plan, limits: Requirement, *, owns: bool = 
 def start_actors(recipe: Recipe, plan: Plan, bench: Bench, options: Options) -> Actors:
     """Start Ray actors with a bench like this one each; their arguments are `Work`."""
     # Workers on other machines must load exactly these weights, even hours later.
-    recipe, theirs = with_pinned_models(recipe, plan), options.for_worker(bench.device.type)
+    # A model that does not fit on one device does not fit on a worker's either.
+    kind = options.device if is_spread(plan.target, options.where) else bench.device.type
+    recipe, theirs = with_pinned_models(recipe, plan), options.for_worker(kind)
     make = functools.partial(_make_hand, recipe, bench.meter.prompts, theirs)
     return Actors(make, options.num_workers, uses_gpu=bench.device.type == "cuda")
 

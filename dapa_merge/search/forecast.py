@@ -20,6 +20,7 @@ from dapa_merge.checkpoint.units import layer_number
 from dapa_merge.measure.decode import PIECE
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import MAX_KEEP
+from dapa_merge.measure.placement import weight_bytes
 from dapa_merge.measure.prompts.parts import Parts, split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
 from dapa_merge.plan.edit import may_choose
@@ -158,7 +159,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
         tuple(works),
         num_report,
         _rates(plan.target, device, ladder.recipe.max_new_tokens),
-        search_memory(plan),
+        search_memory(plan) - plan.target.num_bytes + weight_bytes(plan.target, options.where),
         sum(_missing(model) for model in ladder.models.values()),
         device.type,
     )
@@ -263,8 +264,8 @@ def _decomposing(matrices: list[Tensor], device: torch.device) -> float:
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
     def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
 
     # The fastest of some: the first warms up, and other processes may disturb.
     spent: list[float] = []

@@ -82,6 +82,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
         "generation": f"greedy, {bench.meter.max_new_tokens} tokens, batches of {bench.meter.batch_size.limit}",
         "device": bench.device_kind,
         "versions": versions(),
+        **bench.where.parts,
     }
 
 

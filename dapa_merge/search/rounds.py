@@ -14,6 +14,7 @@ import torch
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CannotRepair, UsageError
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.divergence import make_reference
 from dapa_merge.measure.generate import decode, generate, generate_ids
 from dapa_merge.measure.prompts.conversation import request_of
@@ -22,7 +23,7 @@ from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.plan.edit import Edit
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, advance, remain, task
-from dapa_merge.search.ascent import Ascent, Chunk, LiveSlopes, Part, Settings, Sides, Step, widened
+from dapa_merge.search.ascent import Ascent, Chunk, LiveSlopes, Part, Settings, Sides, Step
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.bench import Bench, Hand, MeasureSelection
 from dapa_merge.search.cluster import Actors, Shared

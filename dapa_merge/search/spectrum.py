@@ -133,6 +133,8 @@ def spectra_of(plan: Plan, units: Iterable[Unit], device: torch.device, max_rank
     Raises:
         CheckpointError: If a model has values that are infinite or not a number.
     """
+    # Apple's accelerator lacks float64 and most decompositions.
+    device = torch.device("cpu") if device.type == "mps" else device
     for unit in units:
         for regions in plan.regions((unit,)):
             if len(regions["target"].extents) == 2:

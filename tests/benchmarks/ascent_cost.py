@@ -21,6 +21,7 @@ from tiny import parse
 
 from dapa_merge import miniature
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.divergence import ReferenceRow, divergences, make_reference
 from dapa_merge.measure.generate import generate
 from dapa_merge.measure.live import LiveModel
@@ -28,7 +29,7 @@ from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Ascent, Settings, Sides, widened
+from dapa_merge.search.ascent import Ascent, Settings, Sides
 from dapa_merge.search.attribution import Contrast, sides_of
 from dapa_merge.search.spectrum import spectra_of
 

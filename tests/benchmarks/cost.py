@@ -35,6 +35,7 @@ from tiny import parse
 from dapa_merge import miniature
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.generate import generate, prompt_ids
 from dapa_merge.measure.live import LiveModel, load_model
 from dapa_merge.measure.prompts.parts import split_prompts
@@ -43,7 +44,7 @@ from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.search.ascent import Ascent, Settings, widened
+from dapa_merge.search.ascent import Ascent, Settings
 from dapa_merge.search.spectrum import MAX_RANK, OVERSAMPLING, spectra_of
 from dapa_merge.transplant.result import transplant
 

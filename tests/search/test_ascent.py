@@ -14,6 +14,7 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.region import Region, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import widened
 from dapa_merge.measure.divergence import divergences, make_reference
 from dapa_merge.measure.live import LiveModel, mapped_values
 from dapa_merge.measure.perplexity import ScoredText
@@ -21,7 +22,7 @@ from dapa_merge.plan.directions import misfit
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.parse import recipe_from
-from dapa_merge.search.ascent import Ascent, Settings, factors_of, widened
+from dapa_merge.search.ascent import Ascent, Settings, factors_of
 from dapa_merge.search.attribution import Side
 from dapa_merge.search.spectrum import Spectrum, decompose, kept_spectra, spectra_of
 

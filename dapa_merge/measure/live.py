@@ -13,6 +13,7 @@ import mmap
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
@@ -131,7 +132,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device | Where) -> tuple[Pr
                 output_loading_info=True,
             )
             prepare(model)
-            if len(set(places.values())) > 1:
+            if len(places) > 1:
                 spread(model, places)
             prepare_for_greedy(model, tokenizer)
     except DapaError:
@@ -200,7 +201,8 @@ def _is_left_out(name: str, model: PreTrainedModel) -> bool:
 
 def _without_values(loader: Any, config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        model: PreTrainedModel = loader.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        # A copy, in which the dtype is noted.
+        model: PreTrainedModel = loader.from_config(deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     model.tie_weights()
     return model
 

@@ -37,7 +37,8 @@ def weight_bytes(checkpoint: Checkpoint, where: Where) -> int:
             size = getattr(torch, where.dtype).itemsize
         if where.quantize is not None and len(tensor.shape) == 2 and layer_number(name) is not None:
             bits = QUANTIZATIONS[where.quantize]
-            size = bits / 8 + (SCALE_BYTES if bits == 4 else 0)
+            # In 8 bits, a row has one scale.
+            size = bits / 8 + (SCALE_BYTES if bits == 4 else 4 / tensor.shape[1])
         total += size * tensor.num_parameters
     return round(total)
 
@@ -112,15 +113,19 @@ def device_map(model: PreTrainedModel, name: str, where: Where, dtype: torch.dty
     keys: dict[int | str, torch.device] = {
         "cpu" if device.type == "cpu" else number: device for number, device in enumerate(devices)
     }
+    # Scales are not counted there.
+    share = 0.5 / (0.5 + SCALE_BYTES) if where.quantize == "4bit" else 1.0
     found = infer_auto_device_map(
         model,
-        max_memory={key: memory[device] for key, device in keys.items()},
+        max_memory={key: int(memory[device] * share) for key, device in keys.items()},
         no_split_module_classes=list(model._no_split_modules or ()),
         dtype=dtype,
         special_dtypes=_quantized_dtypes(model, where),
+        # Buffers are where their layers are.
+        offload_buffers=True,
     )
     if "disk" in found.values():
-        limits = ", ".join(f"{device} with {number / 1e9:.1f} GB" for device, number in memory.items())
+        limits = ", ".join(f"{device} with {number / 1e9:.3g} GB" for device, number in memory.items())
         raise UsageError(
             f"{name} does not fit in {limits} together; allow more with --max-memory, use --quantize 8bit or 4bit, or "
             f"a machine with more memory"

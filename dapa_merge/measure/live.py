@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_TO_FIT = "; use --device auto, which spreads it over all devices, or --quantize 8bit or 4bit"
+_TO_FIT = "; run, repair, search and evaluate spread it over several devices (--device auto) or hold it in 8 or 4 bits"
 # Part of every tag of a thought.
 _THOUGHTS = re.compile(r"think|thought|reason|scratchpad|reflection|inner_|channel", re.IGNORECASE)
 

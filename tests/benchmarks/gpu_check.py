@@ -1,9 +1,11 @@
 """What a GPU must do as a CPU does, and how fast: `python tests/benchmarks/gpu_check.py [--device cuda] [--folder F]`.
 
 First the packaged pair: a search on the device and one on the CPU must select the same units, and after every
-candidate the target's weights must be restored bit for bit. Then a random pair of Llama-2-7B's shapes, which differ in
-directions of low rank, written to a folder with the packaged tokenizer: `cost.py` times the parts of a repair on it
-beside the packaged pair's. With 60 GB of disk and 30 GB of memory on the device it is done in less than ten minutes.
+candidate the target's weights must be restored bit for bit. The same with the target spread over the device and the
+CPU, half of its layers on each, and with weights in 8 and in 4 bits, whose answers are compared with those in 16. Then
+a random pair of Llama-2-7B's shapes, which differ in directions of low rank, written to a folder with the packaged
+tokenizer: `cost.py` times the parts of a repair on it beside the packaged pair's. With 60 GB of disk and 30 GB of
+memory on the device it is done in less than ten minutes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,14 +26,20 @@ from tiny import parse
 from transplant import HIDDEN, INTERMEDIATE, VOCABULARY, layer_shapes
 
 from dapa_merge import miniature
-from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.generate import generate
+from dapa_merge.measure.live import LiveModel, choose_device
+from dapa_merge.measure.prompts.sets import load_prompts
+from dapa_merge.measure.quantized import quantized_layers, state_of
+from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import make_plan
-from dapa_merge.recipe.options import Options
+from dapa_merge.recipe.options import QUANTIZATIONS, Options
 from dapa_merge.recipe.parse import load_recipe, recipe_from
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.search import search_plan
 
 NUM_LAYERS, NUM_SHARDS, RANK = 32, 4, 16
+NUM_PROMPTS = 32
 # Of a random weight, and of the difference of the pair's.
 SCALE, DIFFERENCE = 0.02, 0.002
 
@@ -42,31 +51,61 @@ def packaged() -> Recipe:
     return recipe_from({**content, "parameters": {"layers": "auto", "prompts": "miniature", "max_new_tokens": 24}})
 
 
-def same_selection(device: str, folder: Path) -> str:
-    """Search on the device and on the CPU."""
+def ways(device: str, plan: Plan) -> dict[str, Options]:
+    """Where and how to search, by name: the CPU and the device, both together, and the device in few bits."""
+    found = {"cpu": Options("cpu"), device: Options(device)}
+    if device != "cpu":
+        half = f"{plan.target.num_bytes // 1300}KB"
+        found[f"{device} and cpu"] = Options(max_memory=f"{choose_device(device)}={half},cpu=8GiB")
+    return found | {f"{device} in {bits}": Options(device, quantize=bits) for bits in QUANTIZATIONS}
+
+
+def same_selections(device: str, folder: Path) -> Iterator[str]:
+    """Search in every way, and compare with the CPU."""
     recipe = packaged()
-    found = {}
-    for where in ("cpu", device):
-        plan = make_plan(recipe)
-        journal = folder / f"{where.replace(':', '-')}.jsonl"
-        found[where] = [str(unit) for unit in search_plan(recipe, plan, Options(device=where, journal=journal)).units]
+    expected = None
+    for name, options in ways(device, make_plan(recipe)).items():
+        journal, start = folder / "journal.jsonl", time.perf_counter()
+        found = search_plan(recipe, make_plan(recipe), replace(options, journal=journal))
+        units = [str(unit) for unit in found.minimum.units]
         journal.unlink(missing_ok=True)
-    same = found["cpu"] == found[device]
-    return f"selected on the CPU {found['cpu']}, on {device} {found[device]}: {'the same' if same else 'NOT THE SAME'}"
+        expected = expected or units
+        same = "as on the CPU" if units == expected else "NOT AS ON THE CPU"
+        yield f"{name}: selected {units} in {time.perf_counter() - start:.1f} s, {same}; DSR {found.full.score:.3f}"
 
 
-def restores(device: str) -> str:
-    """Apply and take back every unit alone, and all together."""
+def restores(device: str) -> Iterator[str]:
+    """Apply and take back every unit alone, and all together, and compare answers with those in 16 bits."""
     plan = make_plan(replace(packaged(), modules=("auto",)))
-    live = LiveModel(plan, torch.device(device))
-    before = {name: value.clone() for name, value in live.model.state_dict().items()}
-    for units in (*((unit,) for unit in plan.units), plan.units):
-        with live.transplanted(units):
-            pass
-        for name, value in live.model.state_dict().items():
-            if not torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)):
-                return f"{name} is NOT RESTORED after {len(units)} units"
-    return f"{len(plan.units)} units, one by one and together, restored bit for bit"
+    prompts = load_prompts("miniature").harmful[:NUM_PROMPTS]
+    expected: list[str] = []
+    for name, options in ways(device, plan).items():
+        live = LiveModel(plan, options.where)
+        places = {str(parameter.device) for parameter in live.model.parameters()}
+        before = {key: value.clone() for key, value in bits_of(live).items()}
+        fault = None
+        for units in (*((unit,) for unit in plan.units), plan.units):
+            with live.transplanted(units):
+                pass
+            for key, value in bits_of(live).items():
+                if not torch.equal(value, before[key]):
+                    fault = f"{key} is NOT RESTORED after {len(units)} units"
+        with live.transplanted(plan.units) as model:
+            said = generate(model, live.tokenizer, prompts, max_new_tokens=24, batch_size=BatchSize(NUM_PROMPTS))
+        expected = expected or said
+        same = sum(one == other for one, other in zip(said, expected, strict=True))
+        held = fault or f"{len(plan.units)} units, one by one and together, restored bit for bit"
+        yield f"{name} ({', '.join(sorted(places))}): {held}; {same} of {len(said)} answers of the result as on the CPU"
+        live.close()
+
+
+def bits_of(live: LiveModel) -> dict[str, torch.Tensor]:
+    """Everything that a model computes with, as bytes."""
+    found = dict(live.model.named_parameters())
+    for name, layer in quantized_layers(live.model):
+        state = state_of(layer)
+        found |= {name: state.data, f"{name} scales": getattr(state.scales, "absmax", state.scales)}
+    return {name: value.detach().contiguous().view(torch.uint8) for name, value in found.items()}
 
 
 def write_pair(folder: Path, device: torch.device, layers: int, hidden: int, intermediate: int) -> Path:
@@ -127,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = arguments.device
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        print(restores(device), flush=True)
+        for line in restores(device):
+            print(line, flush=True)
         if not arguments.tiny:
-            print(same_selection(device, folder), flush=True)
+            for line in same_selections(device, folder):
+                print(line, flush=True)
         sizes = (2, 256, 512) if arguments.tiny else (NUM_LAYERS, HIDDEN, INTERMEDIATE)
         recipe = write_pair(folder, torch.device(device), *sizes)
         cost.main([str(recipe), "--device", device, *(["--tiny"] if arguments.tiny else [])])

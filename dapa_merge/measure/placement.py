@@ -47,19 +47,32 @@ def is_spread(checkpoint: Checkpoint, where: Where) -> bool:
     """Whether a checkpoint must be spread over several devices: if limits are given, or it does not fit on one."""
     if where.device != "auto" or where.max_memory:
         return bool(where.max_memory)
-    free = free_memory()
-    first = next(iter(free))
+    device = accelerator()
     # Apple's accelerator shares the CPU's memory.
-    return first.type not in ("cpu", "mps") and weight_bytes(checkpoint, where) > free[first]
+    return device is not None and device.type != "mps" and weight_bytes(checkpoint, where) > free_on(device)
+
+
+def accelerator() -> torch.device | None:
+    """The present accelerator, with its number; None without any."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device and torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that weights may take on one device, whose others are left alone."""
+    look = getattr(getattr(torch, device.type, None), "mem_get_info", None)
+    if look is not None:
+        return int(SHARE * look(device)[0])
+    return free_memory().get(device, 1 << 62)
 
 
 def free_memory() -> dict[torch.device, int]:
-    """Bytes that weights may take, by device: the accelerators, and last the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    """Bytes that weights may take, by device: all accelerators, and last the CPU."""
+    present = accelerator()
     found = {}
     for key, number in get_max_memory().items():
-        if accelerator is not None and isinstance(key, int):
-            found[torch.device(accelerator.type, key)] = int(number * SHARE)
+        if present is not None and isinstance(key, int):
+            found[torch.device(present.type, key)] = int(number * SHARE)
         elif key in ("cpu", "mps"):
             found[torch.device(key)] = int(number * SHARE)
     return found or {CPU: 1 << 62}
@@ -67,7 +80,7 @@ def free_memory() -> dict[torch.device, int]:
 
 def fits(checkpoint: Checkpoint, where: Where, device: torch.device) -> bool:
     """Whether a checkpoint's weights fit in what is free now of a device or, with `auto`, of all of them together."""
-    free = usable_memory(where) if where.device == "auto" else {device: free_memory().get(device, 1 << 62)}
+    free = usable_memory(where) if where.device == "auto" else {device: free_on(device)}
     return weight_bytes(checkpoint, where) <= sum(free.values())
 
 

@@ -1,20 +1,25 @@
 """Runs a spread model on devices that torch only pretends to have, and that refuse each other's tensors.
 
 Values are not computed (torch's `FakeTensorMode`), but the device of every tensor is, and an operation with tensors of
-two devices fails as it would on real ones.
+two devices fails as it would on real ones. Nor does any have float64, which Apple's accelerator lacks.
 """
+
+import inspect
 
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from dapa_merge.measure import placement
 from dapa_merge.measure.decode import RowCache
 from dapa_merge.measure.divergence import ReferenceRow, divergences
+from dapa_merge.measure.live import Slot
 from dapa_merge.measure.perplexity import ScoredText, counted_logits, losses
+from dapa_merge.search.ascent import Axis, _adding
 
-NUM_LAYERS = 4
+NUM_LAYERS, RANK = 4, 3
 _setup_privateuseone_for_python_backend("gpu")
 _tensor = torch.tensor
 
@@ -23,6 +28,17 @@ def tensor(data, *arguments, device=None, **settings):
     """As `torch.tensor`, which does not reach a device that is pretended."""
     made = _tensor(data, *arguments, **settings)
     return made if device is None else made.to(device)
+
+
+class NoDoubles(TorchDispatchMode):
+    """Refuses what would be float64 on an accelerator."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, (list, tuple)) else (found,):
+            if isinstance(one, torch.Tensor) and one.device.type == "gpu" and one.dtype == torch.float64:
+                raise TypeError(f"{function} makes float64 on {one.device}")
+        return found
 
 
 def spread(first, second, last):
@@ -67,8 +83,6 @@ def check(where) -> None:
     placement.spread(model, where)
     expected = [where[f"model.layers.{layer}"] for layer in range(NUM_LAYERS)]
     assert model.device == where["model.embed_tokens"]
-    import inspect
-
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     cache = RowCache()
     assert decode(model, cache, 2, 5, name).device == model.device
@@ -83,6 +97,17 @@ def check(where) -> None:
     for is_logits, width in ((True, 60), (False, 32)):
         rows = [ReferenceRow(text, torch.empty(2, width), is_logits) for text in texts]
         assert divergences(model, 0, rows).device == model.device
+    weights = torch.zeros(NUM_LAYERS * RANK**2).to(model.device).requires_grad_()
+    called: set[int] = set()
+    for number in range(NUM_LAYERS):
+        layer = model.model.layers[number].mlp.gate_proj
+        slot = Slot(None, layer.weight, (slice(0, layer.out_features), slice(0, layer.in_features)), {})
+        left, right = (torch.empty(size, RANK, device=layer.weight.device) for size in layer.weight.shape)
+        axis = Axis(slot, left, right, slice(number * RANK**2, (number + 1) * RANK**2))
+        layer.register_forward_hook(_adding(axis, weights, called))
+    # Forward only: torch's backward needs real devices.
+    assert divergences(model, 0, rows, 2.0).requires_grad
+    assert len(called) == NUM_LAYERS
 
 
 if __name__ == "__main__":
@@ -95,6 +120,6 @@ if __name__ == "__main__":
         "gpu+gpu+cpu": spread(one, other, cpu),
     }
     for name, where in maps.items():
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), NoDoubles():
             check(where)
         print(name)

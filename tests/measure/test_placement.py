@@ -47,13 +47,14 @@ def plan_of(folder: Path, architecture: str, dtype=torch.float32):
 class TwoStages:
     """Two devices that are both the CPU: the map that a GPU with little memory would get."""
 
-    def __init__(self, monkeypatch) -> None:
+    def __init__(self) -> None:
         self.maps: list[dict[str, torch.device]] = []
-        monkeypatch.setattr(placement, "free_memory", lambda: {torch.device("cuda", 0): 0, CPU: 1 << 40})
 
-    def split(self, monkeypatch, plan) -> LiveModel:
+    def split(self, monkeypatch, plan, quantize: str | None = None) -> LiveModel:
         """Load a plan's target with about half of its layers on each."""
-        half = plan.target.num_bytes * 2 // 3
+        # Quantized layers are small beside the embeddings.
+        share = 0.67 if quantize is None else 0.95
+        half = int(placement.weight_bytes(plan.target, Where(quantize=quantize)) * share)
         first, usable = torch.device("cuda", 0), placement.usable_memory
         monkeypatch.setattr(placement, "usable_memory", lambda where: {first: half, CPU: 1 << 40})
         found = placement.device_map
@@ -64,7 +65,7 @@ class TwoStages:
             return dict.fromkeys(self.maps[-1], CPU)
 
         monkeypatch.setattr("dapa_merge.measure.live.device_map", fake)
-        live = LiveModel(plan, Where(max_memory=(("cpu", 1),)))
+        live = LiveModel(plan, Where(max_memory=(("cpu", 1),), quantize=quantize))
         monkeypatch.setattr(placement, "usable_memory", usable)
         return live
 
@@ -74,7 +75,7 @@ class TwoStages:
 def test_a_model_in_two_stages_gives_the_same_bits_as_whole(tmp_path, monkeypatch, architecture, dtype):
     plan = plan_of(tmp_path, architecture, dtype)
     whole = LiveModel(plan, CPU)
-    stages = TwoStages(monkeypatch)
+    stages = TwoStages()
     parted = stages.split(monkeypatch, plan)
     (found,) = stages.maps
     assert len(set(found.values())) == 2
@@ -119,13 +120,31 @@ def test_a_model_in_two_stages_gives_the_same_bits_as_whole(tmp_path, monkeypatc
 
 def test_layers_of_a_spread_model_are_batch_invariant_too(tmp_path, monkeypatch):
     plan = plan_of(tmp_path, "LlamaForCausalLM", torch.bfloat16)
-    live = TwoStages(monkeypatch).split(monkeypatch, plan)
+    live = TwoStages().split(monkeypatch, plan)
     layer = live.model.lm_head
     before = layer.__dict__[FORWARD]
     with batch_invariant(live.model):
         assert layer.__dict__[FORWARD] is not before
     assert layer.__dict__[FORWARD] is before
     assert is_deterministic(live.model, 10) == is_deterministic(LiveModel(plan, CPU).model, 10)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantized_model_in_two_stages_gives_the_same_bits_as_whole(tmp_path, monkeypatch, bits):
+    pytest.importorskip("bitsandbytes")
+    plan = plan_of(tmp_path, "LlamaForCausalLM", torch.bfloat16)
+    stages = TwoStages()
+    ids = torch.arange(3, 33).view(3, 10)
+    found = []
+    for live in (LiveModel(plan, Where("cpu", quantize=bits)), stages.split(monkeypatch, plan, bits)):
+        live.plan = plan.reference
+        for units in ((), plan.units[:5], ()):
+            with live.transplanted(units) as model, torch.inference_mode():
+                found.append(model(ids).logits)
+    assert len(set(stages.maps[0].values())) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], found[3:], strict=True))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
 
 
 DEVICES = Path(__file__).with_name("spread_devices.py")
@@ -154,16 +173,19 @@ def test_a_model_within_the_limits_of_one_device_is_the_same_as_without_limits()
 
 
 @pytest.mark.parametrize(
-    ("free", "expected"),
+    ("accelerator", "free", "expected"),
     [
-        ({CPU: 1}, False),
-        ({torch.device("mps"): 1}, False),
-        ({torch.device("cuda", 0): 1 << 30, CPU: 1}, False),
-        ({torch.device("cuda", 0): 1 << 10, CPU: 1}, True),
+        (None, 1, False),
+        (torch.device("mps"), 1, False),
+        (torch.device("cuda", 0), 1 << 30, False),
+        (torch.device("cuda", 0), 1 << 10, True),
     ],
 )
-def test_auto_spreads_only_what_does_not_fit_on_an_accelerator_with_memory_of_its_own(monkeypatch, free, expected):
-    monkeypatch.setattr(placement, "free_memory", lambda: free)
+def test_auto_spreads_only_what_does_not_fit_on_an_accelerator_with_memory_of_its_own(
+    monkeypatch, accelerator, free, expected
+):
+    monkeypatch.setattr(placement, "accelerator", lambda: accelerator)
+    monkeypatch.setattr(placement, "free_on", lambda device: free)
     target = open_checkpoint(str(miniature.path("target")))
     assert placement.is_spread(target, Where()) is expected
     assert not placement.is_spread(target, Where("cuda"))

@@ -239,7 +239,7 @@ def test_a_run_is_searched_in_few_bits_and_measured_as_it_is_written(tmp_path, w
 
 def test_a_report_says_that_it_was_not_checked_in_16_bits(tmp_path, write_recipe, few, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "dapa_merge")
-    monkeypatch.setattr(placement, "free_memory", lambda: {CPU: 1_000_000})
+    monkeypatch.setattr(placement, "free_on", lambda device: 1_000_000)
     pair = [miniature.path(name) for name in ("target", "source")]
     recipe = write_recipe(*pair, layers="3-5", prompts=str(few), max_new_tokens=8)
     result = call("run", recipe, tmp_path / "out", "--device", "cpu", "--no-lock", "--quantize", "8bit")

@@ -200,6 +200,8 @@ def evaluate(
         from dapa_merge.measure.evaluate import evaluate_models
 
     told: dict[str, MeasuredModel] = {}
+    arithmetic = options.where.arithmetic
+    said = [] if arithmetic is None else [f"arithmetic: {arithmetic}"]
     with _kept_in(responses) as keep:
         try:
             found = evaluate_models(
@@ -215,8 +217,8 @@ def evaluate(
             keep(_responses_text(told))
         finally:
             print_answer(
-                jsonable(found.to_json()),
-                lambda console: print_evaluated(_figures(told), found.changes, console, asking.lines()),
+                {**jsonable(found.to_json()), **({} if arithmetic is None else {"arithmetic": arithmetic})},
+                lambda console: print_evaluated(_figures(told), found.changes, console, [*asking.lines(), *said]),
                 as_json,
             )
 

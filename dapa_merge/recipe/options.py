@@ -54,6 +54,12 @@ class Where:
         found = {"max memory": limits, "dtype": self.dtype, "quantization": self.quantize}
         return {name: value for name, value in found.items() if value}
 
+    @property
+    def arithmetic(self) -> str | None:
+        """In what figures are computed; None if as each model's config says."""
+        weights = self.quantize and f"weights in {self.quantize}"
+        return ", ".join(filter(None, (weights, self.dtype))) or None
+
 
 def parse_memory(text: str | None) -> tuple[tuple[str, int], ...]:
     """Parse limits such as `cuda:0=20GiB,cpu=60GiB` as devices and bytes; empty for None.

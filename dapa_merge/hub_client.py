@@ -6,12 +6,14 @@ Importing huggingface_hub takes half a second, so only modules that may need the
 from __future__ import annotations
 
 import errno
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
@@ -34,6 +36,19 @@ WAITS = (1.0, 2.0, 4.0, 8.0)
 MAX_WAIT = 60.0
 RETRIED = (429, 500, 502, 503, 504)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+REJECTED = f"the Hub does not accept the token, which may have expired or been revoked; make a new one, and {LOG_IN}"
+# Answers that stay the same however often a command is run, with what was found and what to do.
+REFUSALS = {
+    400: ("the Hub does not understand the request", "correct what it names"),
+    402: ("the account has to pay for this", "settle that with the Hub, or use another account"),
+    404: ("it is not there", "check the name and the revision"),
+    409: ("the Hub has something else of that name already, or it changed meanwhile", "look at it, and choose another"),
+    410: ("the Hub has removed it", "name another"),
+    413: ("it is larger than the Hub accepts", "publish it in smaller files"),
+    422: ("the Hub does not accept the content", "correct what it names"),
+}
+# How the Hub says that an account's or an organization's storage is used up, mostly with 403.
+_FULL = re.compile(r"(?i)storage (limit|quota)|quota exceeded|out of storage|storage is full")
 
 
 class NoAnswer(HubError):
@@ -132,9 +147,8 @@ def find(repository: str, revision: str | None = None) -> Any:
         try:
             return api().model_info(repository, revision=revision)
         except RepositoryNotFoundError as error:
-            if status_of(error) == 401 and get_token() is not None:
-                # The token itself is rejected, even for public repositories.
-                raise HubError(f"the Hub does not accept the token; {LOG_IN}") from error
+            if _is_rejected(error):
+                raise HubError(REJECTED) from error
             return None
 
     return ask(f"look at {repository}", call)
@@ -157,14 +171,18 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
         return HubError, str(error)
     if isinstance(error, GatedRepoError):
         return HubError, f"it is gated; accept its terms{_page_of(error)}, and {LOG_IN}"
+    if status == 401 and (_is_rejected(error) or not isinstance(error, RepositoryNotFoundError)):
+        return HubError, REJECTED.replace(";", f"{said};", 1)
     if isinstance(error, RepositoryNotFoundError):
         return HubError, f"there is no such repository, or the token may not see it{said}; check the name, or {LOG_IN}"
     if isinstance(error, RevisionNotFoundError):
         return HubError, f"there is no such revision{said}; name a branch, tag or commit"
-    if status == 401:
-        return HubError, f"the Hub does not accept the token{said}; {LOG_IN}"
+    if _FULL.search(said):
+        return HubError, f"the storage on the Hub is used up{said}; delete what is not needed there, or get more"
+    if status == 403 and not _is_of_hub(error):
+        return HubError, f"the link for the transfer has expired{said}; run the command again, which gets a new one"
     if status == 403:
-        return HubError, f"the token may not do that{said}; use one that may"
+        return HubError, f"the token may not do that{said}; give it that right in the Hub's settings, or use another"
     if status == 412:
         return Moved, f"somebody else committed meanwhile{said}; look at it, and run the command again"
     if isinstance(error, ValueError) and "metadata" in str(error):
@@ -172,12 +190,20 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
         return HubError, f"the Hub's rules refuse the card: {_without_token(' '.join(str(error).split()))[:400]}"
     if isinstance(error, OfflineModeIsEnabled):
         return NoAnswer, "HF_HUB_OFFLINE is set; unset it"
+    if status == 429:
+        return (
+            NoAnswer,
+            f"the Hub had too many requests (it answers 429{said}); {_pause(error)}, then run the command again",
+        )
     if status in RETRIED:
         return NoAnswer, f"the Hub is not available now (it answers {status}{said}); run the command again"
     if _is_of_network(error):
         return NoAnswer, f"the Hub is out of reach ({summary}); check the network, and run the command again"
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return HubError, f"the disk with huggingface_hub's cache is full ({summary}); make room, or set HF_HOME"
+    if status in REFUSALS:
+        what, advice = REFUSALS[status]
+        return HubError, f"{what} (it answers {status}{said}); {advice}"
     if isinstance(error, (KeyError, TypeError, AttributeError, ValueError)) and status is None:
         return HubError, f"the Hub's answer makes no sense ({summary})"
     return HubError, summary if status is None else f"it answers {status}{said}"
@@ -186,6 +212,27 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
 def _page_of(error: GatedRepoError) -> str:
     folder = "" if error.repo_type in (None, "model") else f"{error.repo_type}s/"
     return f" at {constants.ENDPOINT}/{folder}{error.repo_id}" if error.repo_id else ""
+
+
+def _is_rejected(error: BaseException) -> bool:
+    """Whether there is a token, and the Hub rejects it: then it denies that public repositories exist, too."""
+    try:
+        return status_of(error) == 401 and get_token() is not None
+    except Exception:
+        return False
+
+
+def _is_of_hub(error: BaseException) -> bool:
+    """Whether the Hub itself answered, rather than the storage that it sent the client to."""
+    # The HTTP library raises RuntimeError if there was no request.
+    with suppress(RuntimeError, AttributeError):
+        return urlsplit(str(error.response.request.url)).netloc in ("", urlsplit(constants.ENDPOINT).netloc)  # type: ignore[attr-defined]
+    return True
+
+
+def _pause(error: BaseException) -> str:
+    seconds = _asked_to_wait(error)
+    return f"wait {math.ceil(seconds)} seconds" if seconds else "wait five minutes"
 
 
 def _said(error: BaseException) -> str:

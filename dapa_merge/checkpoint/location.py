@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def parse_location(value: str) -> Location:
     if not path or "@" in revision or bool(at) != bool(revision):
         raise ValueError(value)
     return Location(path, revision or None)
+
+
+_PUBLISHED = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
+
+
+def is_published(place: str) -> bool:
+    """Whether a text has the form of a Hub id, also with a revision, and is neither a path here nor a JSON file's."""
+    return bool(_PUBLISHED.fullmatch(place)) and not place.endswith(".json") and not os.path.exists(place)
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")

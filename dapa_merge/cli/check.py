@@ -10,13 +10,12 @@ import click
 
 from dapa_merge.cli.options import allow_pickle_option, json_option, print_answer
 from dapa_merge.errors import UsageError
+from dapa_merge.imports import lasting
 from dapa_merge.patch.commands import apply_patch, extract_lora, extract_patch, revert_patch, show_patch
-from dapa_merge.recipe.parameters import spans
-from dapa_merge.verify.result import check_manifest, location_option, verify_result
 
 
 @click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out")
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="The recipe OUT was made by.  [default: OUT/mergekit_config.yml]"
 )
@@ -29,7 +28,7 @@ from dapa_merge.verify.result import check_manifest, location_option, verify_res
 @allow_pickle_option
 @json_option
 def verify(
-    out: Path,
+    out: str,
     recipe: Path | None,
     target: str | None,
     source: str | None,
@@ -40,27 +39,23 @@ def verify(
 ) -> None:
     """Check a result against its target and source.
 
-    Compares every byte of every tensor of OUT, whoever wrote it, and says which tensors are the source's, a blend, or
-    unexplained; compares its files with its dapa.json, if it has one. If anything is wrong, the exit code is 4.
+    OUT is a folder, or the Hub id of a published result, also id@revision, which is fetched first. Compares every byte
+    of every tensor of OUT, whoever wrote it, and says which tensors are the source's, a blend, or unexplained; compares
+    its files with its dapa.json, if it has one. If anything is wrong, the exit code is 4.
     """
-    if files_only:
-        if recipe or target or source or write_manifest:
-            raise UsageError("--files-only reads no recipe and no other model; leave out the other options")
-        check = check_manifest(out)
-    else:
-        models = {"target": location_option(target, "--target"), "source": location_option(source, "--source")}
-        check = verify_result(out, recipe, **models, write=write_manifest, allow_pickle=allow_pickle)
+    with lasting():
+        from dapa_merge import api
 
-    lines = [*check.faults, *(f"note: {note}" for note in check.notes)]
-    lines += [f"the proof rests on the {model}: {what}" for model, what in check.rests_on.items()]
-    verdict = "WRONG" if check.faults else "correct"
-    if check.verification is not None:
-        found = spans(check.verification.transplanted)
-        of_whom = check.verification.edit.provenance
-        lines.append(f"{verdict}: {check.verification.num_tensors} tensors compared; {of_whom}: {found}")
-    if check.has_manifest:
-        lines.append(f"{verdict}: the files and dapa.json")
-    print_answer(check.to_json(), lines, as_json)
+    check = api.verify(
+        out,
+        recipe=recipe,
+        target=target,
+        source=source,
+        files_only=files_only,
+        write_manifest=write_manifest,
+        allow_pickle=allow_pickle,
+    )
+    print_answer(check.to_json(), check.lines(), as_json)
     if check.faults:
         sys.exit(4)
 

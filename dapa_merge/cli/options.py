@@ -15,11 +15,12 @@ from typing import Any
 import click
 from rich.console import Console
 
-from dapa_merge.errors import UsageError, printable
+from dapa_merge.errors import UsageError
 from dapa_merge.progress import Terminal
 from dapa_merge.publish.options import CardOptions, given_license
 from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
 from dapa_merge.recipe.options import DTYPES, QUANTIZATIONS, Options, parse_number
+from dapa_merge.report.tables import print_lines
 from dapa_merge.verify.result import location_option
 
 environment_option = functools.partial(click.option, show_envvar=True)
@@ -371,9 +372,3 @@ def print_answer(answer: Mapping[str, Any], shown: Iterable[str] | Callable[[Con
         shown(Terminal())
     else:
         print_lines(Terminal(), shown)
-
-
-def print_lines(console: Console, lines: Iterable[str]) -> None:
-    """Print each text as one line, however long."""
-    for line in lines:
-        console.print(printable(line), soft_wrap=True)

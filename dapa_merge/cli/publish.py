@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dapa_merge.checkpoint.location import is_published
 from dapa_merge.cli.options import (
     card_options,
     destination_options,
@@ -23,7 +24,7 @@ from dapa_merge.progress import quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import limits as gates
-from dapa_merge.report.report import read_report
+from dapa_merge.report.report import REPORT_NAME, read_report
 
 GATE_FAILED = 6
 OUTDATED = 10
@@ -55,7 +56,7 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("report", type=click.Path(path_type=Path))
+@click.argument("report")
 @click.option("--min-dsr", type=float, help="DSR of the result, at least.")
 @click.option("--min-dsr-gain", type=float, help="Rise of DSR from the target to the result, at least.")
 @click.option("--max-over-refusal", type=float, help="Over-refusal of the result, at most.")
@@ -81,7 +82,7 @@ def outdated(recipe: Path, published: str | None, as_json: bool) -> None:
 )
 @json_option
 def gate(
-    report: Path,
+    report: str,
     min_skill: tuple[str, ...],
     confident: bool,
     summary: Path | None,
@@ -90,11 +91,11 @@ def gate(
 ) -> None:
     """Fail unless the figures of a result are good enough.
 
-    REPORT is a result's folder, or its dapa_report.json. A figure that was not measured does not pass. The exit code is
-    6 if a figure is outside of its limit.
+    REPORT is a result's folder, its dapa_report.json, or the Hub id of a published result, also id@revision. A figure
+    that was not measured does not pass. The exit code is 6 if a figure is outside of its limit.
     """
     limits = gates.Limits(min_skills=tuple(map(gates.parse_skill, min_skill)), confident=confident, **asked)
-    found = read_report(report)
+    found = read_report(_report_file(report))
     verdicts = gates.judge(found, limits)
 
     def show(console: Console) -> None:
@@ -113,6 +114,15 @@ def gate(
             raise UsageError(f"--summary {summary} cannot be written: {error.strerror}") from error
     if not all(verdict.passes for verdict in verdicts):
         sys.exit(GATE_FAILED)
+
+
+def _report_file(place: str) -> Path:
+    if not is_published(place):
+        return Path(place)
+    from dapa_merge.verify.published import fetch_result
+
+    with quiet("huggingface_hub", bars=True):
+        return fetch_result(place, REPORT_NAME).folder / REPORT_NAME
 
 
 @click.command()

@@ -17,7 +17,6 @@ import click
 from rich.console import Console
 
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.cli.options import (
     DESTINATION_NAMES,
     EVALUATING_NAMES,
@@ -34,7 +33,6 @@ from dapa_merge.cli.options import (
     manifest_option,
     out_argument,
     print_answer,
-    print_lines,
     recipe_argument,
     refuse_options,
     search_options,
@@ -54,13 +52,14 @@ from dapa_merge.progress import LOG, Terminal, collected, quiet
 from dapa_merge.publish.options import CardOptions, Destination
 from dapa_merge.recipe.asking import Asking, ServedModel
 from dapa_merge.recipe.options import Options
-from dapa_merge.recipe.parse import load_recipe, parse_recipe, recipe_from
-from dapa_merge.recipe.recipe import METHOD, Recipe
+from dapa_merge.recipe.parse import load_recipe, pair_recipe, parse_recipe
+from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.report import Report, jsonable
 from dapa_merge.report.tables import (
     ladder_json,
     print_evaluated,
     print_ladder,
+    print_lines,
     print_report,
     print_search,
     search_json,
@@ -448,15 +447,8 @@ def repair(
     repeats it.
     """
     published = _destination(push, destination)
-    content = {
-        "merge_method": METHOD,
-        "base_model": target,
-        "models": [{"model": source}],
-        "parameters": {"layers": "auto", "edit": AUTO}
-        | {name: value for name, value in parameters.items() if value is not None},
-    }
     _run_and_print(
-        recipe_from(content),
+        pair_recipe(target, source, {name: value for name, value in parameters.items() if value is not None}),
         None,
         out,
         as_json,

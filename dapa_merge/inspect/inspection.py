@@ -26,6 +26,7 @@ from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import architecture_name, auto_modules
 from dapa_merge.errors import CannotRepair, CheckpointError, HubError, UnsupportedArchitecture, printable
+from dapa_merge.imports import Shown
 from dapa_merge.inspect.damage import OUTSIDE, Damage, Seen, name_damage, not_a_family
 from dapa_merge.inspect.difference import MAX_RANK, Difference, differences
 from dapa_merge.plan.plan import plan_transplant
@@ -98,7 +99,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """Result of an inspection.
 
     Attributes:

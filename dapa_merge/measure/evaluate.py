@@ -14,6 +14,7 @@ from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.location import parse_location
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
+from dapa_merge.imports import Shown
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.figures import Change
 from dapa_merge.measure.meter import MeasuredModel, Measurement, Meter, make_meter, measure_checkpoint, measure_in_full
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluated(Shown):
     """Models that were measured on the same prompts.
 
     Attributes:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator
 
+from dapa_merge.imports import Shown
+
 if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
@@ -89,7 +91,7 @@ class AttackFigure:
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Shown):
     """All measurements of a model; rates are in [0, 1].
 
     Attributes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
+from dapa_merge.imports import Shown
 from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.divergence import Reference, divergence, make_reference
@@ -473,7 +474,7 @@ def _unspent(skill: Skill, prompts: PromptSet) -> Skill:
 
 
 @dataclass(frozen=True)
-class MeasuredModel:
+class MeasuredModel(Shown):
     """A model's figures and the responses behind them; the model itself may be unloaded.
 
     Attributes:

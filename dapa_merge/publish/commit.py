@@ -27,6 +27,7 @@ from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, rea
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
+from dapa_merge.imports import Shown
 from dapa_merge.progress import LOG, advance
 from dapa_merge.publish.options import Destination
 from dapa_merge.transplant.manifest import (
@@ -99,7 +100,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Published:
+class Published(Shown):
     """The outcome of publishing.
 
     Attributes:

@@ -7,6 +7,7 @@ layers; a set of layers is therefore a string: `"3-6,9"`.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, Sc
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import FLOAT_NAMES, MAX_DEPTH
 from dapa_merge.checkpoint.location import Location, parse_location
-from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, MODULES
+from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, MODULES
 from dapa_merge.errors import RecipeError, one_line, why_unreadable
 from dapa_merge.recipe.parameters import MODULES_OF_EDITS, PARAMETERS, WHOLES_TEXT, overlap, rows_fault, task_file_in
 from dapa_merge.recipe.recipe import METHOD, Recipe
@@ -84,12 +85,13 @@ def _is_long_sexagesimal(text: str) -> bool:
     return text.count(":") >= MAX_SEXAGESIMAL and not any(map(str.isalpha, text))
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file.
 
     Raises:
         RecipeError: If the file cannot be read, is not YAML, or is not a valid recipe.
     """
+    path = Path(path)
     try:
         text = read_regular(path, MAX_RECIPE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -141,6 +143,21 @@ def _refuse_other_bases(node: yaml.Node | None, name: str, seen: set[int]) -> No
     pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
     for part in (part for pair in pairs for part in pair):
         _refuse_other_bases(part, name, seen)
+
+
+def pair_recipe(target: str, source: str, parameters: Mapping[str, object]) -> Recipe:
+    """Build the recipe of a repair that tries one edit after the other.
+
+    Args:
+        target: The fine-tune.
+        source: The aligned model.
+        parameters: Further parameters.
+
+    Raises:
+        RecipeError: If it is not a valid recipe.
+    """
+    content: dict[str, object] = {"merge_method": METHOD, "base_model": target, "models": [{"model": source}]}
+    return recipe_from({**content, "parameters": {"layers": AUTO, "edit": AUTO, **parameters}})
 
 
 def recipe_from(content: object, *, lines: Mapping[str, str] | None = None, name: str = "") -> Recipe:

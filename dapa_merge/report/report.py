@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
+from dapa_merge.imports import Shown
 from dapa_merge.measure.figures import Change, Figures, Number
 from dapa_merge.plan.ladder import Tried
 from dapa_merge.recipe.parameters import spans
@@ -44,7 +45,7 @@ class Searched:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Shown):
     """One run, from recipe to result.
 
     Attributes:

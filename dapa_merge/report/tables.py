@@ -65,6 +65,12 @@ def print_evaluated(
         console.print(table)
 
 
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print each text as one line, however long."""
+    for line in lines:
+        _tell(console, line)
+
+
 def _column_names(models: Sequence[str]) -> list[str]:
     """The last parts of models' names, where these differ: whole paths make columns that no terminal has room for."""
     last = [model.rstrip("/").rpartition("/")[2] for model in models]

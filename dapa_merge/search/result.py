@@ -9,6 +9,7 @@ from typing import Any
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import Minimum
 from dapa_merge.errors import UsageError, one_line
+from dapa_merge.imports import Shown
 from dapa_merge.measure.figures import Number, Response
 from dapa_merge.plan.plan import Plan
 from dapa_merge.recipe.constraints import SCORE, shown
@@ -110,7 +111,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Shown):
     """A finished search.
 
     Attributes:

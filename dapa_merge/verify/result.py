@@ -22,6 +22,7 @@ from dapa_merge.checkpoint.region import Box, remainder, whole_box
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.errors import CheckpointError, UsageError, some_of
 from dapa_merge.files import new_file
+from dapa_merge.imports import Shown
 from dapa_merge.plan.plan import Plan, join, reduced, sparing
 from dapa_merge.plan.selection import RECIPE_NAME, confirm_units, fetch_units, given_selection, make_plan, models_of
 from dapa_merge.progress import task
@@ -51,7 +52,7 @@ MAX_KEYS = 8
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Shown):
     """The outcome of checking a result.
 
     Attributes:
@@ -68,10 +69,16 @@ class Check:
     has_manifest: bool
     rests_on: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def is_correct(self) -> bool:
+        return not self.faults
+
     def to_json(self) -> dict[str, Any]:
         """The verdict and everything that is not the target's, as JSON data."""
         answer: dict[str, Any] = {"correct": not self.faults, "faults": list(self.faults), "notes": list(self.notes)}
         answer["manifest"] = self.has_manifest
+        if self.verification is not None or self.rests_on:
+            answer["rests_on"] = dict(self.rests_on)
         if self.verification is not None:
             changed = dict(sorted(self.verification.origins.items()))
             answer |= {
@@ -79,9 +86,20 @@ class Check:
                 "units": list(map(str, self.verification.transplanted)),
                 "changed": changed,
                 "num_changed": dict(Counter(changed.values())),
-                "rests_on": dict(self.rests_on),
             }
         return answer
+
+    def lines(self) -> Iterator[str]:
+        """The outcome as text."""
+        yield from self.faults
+        yield from (f"note: {note}" for note in self.notes)
+        yield from (f"the proof rests on the {model}: {what}" for model, what in self.rests_on.items())
+        verdict = "WRONG" if self.faults else "correct"
+        if self.verification is not None:
+            found, of_whom = spans(self.verification.transplanted), self.verification.edit.provenance
+            yield f"{verdict}: {self.verification.num_tensors} tensors compared; {of_whom}: {found}"
+        if self.has_manifest:
+            yield f"{verdict}: the files and dapa.json"
 
 
 def verify_result(
@@ -92,6 +110,7 @@ def verify_result(
     source: Location | None = None,
     write: bool = False,
     allow_pickle: bool = False,
+    name: str | None = None,
 ) -> Check:
     """Compare a result, possibly written by `mergekit-yaml`, with its target, its source and its manifest.
 
@@ -104,20 +123,22 @@ def verify_result(
         source: The source's location, if other than in the recipe.
         write: Write the missing manifest of a correct result.
         allow_pickle: Read weights that exist only as pickles, accepting only tensors.
+        name: What messages call the result; by default its folder.
 
     Raises:
         DapaError: If the result, its recipe, the target or the source cannot be read.
     """
+    name = name or str(out)
     manifest = _manifest(out)
     if recipe_path is None and not (out / RECIPE_NAME).is_file():
-        raise UsageError(f"{out} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
+        raise UsageError(f"{name} has no {RECIPE_NAME}; name the recipe that it was made by with --recipe")
     recipe = load_recipe(recipe_path or out / RECIPE_NAME)
     recipe = replace(recipe, target=target or recipe.target, source=source or recipe.source)
-    _refuse_private(out, recipe)
+    _refuse_private(name, recipe)
     plan = make_plan(recipe, allow_pickle=allow_pickle)
-    given = [plan.models[name] for name, place in (("target", target), ("source", source)) if place is not None]
+    given = [plan.models[role] for role, place in (("target", target), ("source", source)) if place is not None]
     if any(out.samefile(checkpoint.folder) for checkpoint in given):
-        raise UsageError(f"{out} is the target or the source itself, not a result made of them")
+        raise UsageError(f"{name} is the target or the source itself, not a result made of them")
     selection = given_selection(recipe, plan)
     unused: list[str] = []
     if selection is not None:
@@ -129,7 +150,7 @@ def verify_result(
         verification = verify(out, plan, ALGORITHM if manifest is None else manifest.algorithm)
     # What the result has of them; or all, where a bad answer would make a fault of what is right.
     rests_on = confirm_units(plan, plan.units if verification.differences else verification.transplanted, whole=True)
-    faults = [f"{name} {what}" for name, what in verification.differences]
+    faults = [f"{tensor} {what}" for tensor, what in verification.differences]
     if not faults and selection is None and not verification.transplanted and len(verification.alike) < len(plan.units):
         faults.append("nothing was transplanted: it is the unchanged target")
     if not faults and selection is not None and not verification.is_exactly(selection):
@@ -151,30 +172,36 @@ def verify_result(
         with new_file(out / MANIFEST_NAME) as keep:
             keep(content)
         manifest = read_manifest(out)
-    commits = {name: str(plan.models[name].commit) for name in rests_on}
-    on = {name: f"{plan.models[name].name} at commit {commits[name]}, by {how}" for name, how in rests_on.items()}
+    on = {
+        model: f"{plan.models[model].name} at commit {plan.models[model].commit}, by {how}"
+        for model, how in rests_on.items()
+    }
     return Check(verification, tuple(dict.fromkeys(faults)), tuple(notes), manifest is not None, on)
 
 
-def _refuse_private(out: Path, recipe: Recipe) -> None:
+def _refuse_private(name: str, recipe: Recipe) -> None:
     """Refuse a recipe that was published with models of which it names only the folders, as `push` writes them."""
     for role, location in models_of(recipe).items():
         if location.path.startswith("./") and not os.path.exists(location.path):
             raise CheckpointError(
-                f"the {role} that {out} was made of, {location.path}, was a folder of whoever published it; name the "
+                f"the {role} that {name} was made of, {location.path}, was a folder of whoever published it; name the "
                 f"same model with --target or --source, or compare the files alone with --files-only"
             )
 
 
-def check_manifest(out: Path) -> Check:
+def check_manifest(out: Path, name: str | None = None) -> Check:
     """Compare a result's files with its manifest alone, without its target and source.
+
+    Args:
+        out: The result's folder.
+        name: What messages call it; by default the folder.
 
     Raises:
         CheckpointError: If the manifest is absent or cannot be read.
     """
     manifest = _manifest(out)
     if manifest is None:
-        raise CheckpointError(f"{out} has no {MANIFEST_NAME} to check its files against")
+        raise CheckpointError(f"{name or out} has no {MANIFEST_NAME} to check its files against")
     with task("hashing", sum(file.num_bytes for file in manifest.files.values()), "bytes"):
         faults = check(out, manifest)
     if faults:

@@ -4,6 +4,7 @@ import errno
 import sys
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -21,8 +22,12 @@ TOKEN = "hf_secret"
 http = sys.modules[HfHubHTTPError.__bases__[0].__module__.partition(".")[0]]
 
 
-def answered(status: int, kind=HfHubHTTPError, said: str | None = None, **fields: str) -> HfHubHTTPError:
-    response = http.Response(status, request=http.Request("GET", "https://hub.example/api/models/me/model"))
+def answered(
+    status: int, kind=HfHubHTTPError, said: str | None = None, host: str | None = None, headers=None, **fields: str
+) -> HfHubHTTPError:
+    place = constants.ENDPOINT if host is None else host
+    request = http.Request("GET", f"{place}/api/models/me/model")
+    response = http.Response(status, request=request, headers=headers or {})
     error = kind(f"{status} from the server", response=response, server_message=said)
     for name, value in fields.items():
         setattr(error, name, value)
@@ -35,8 +40,20 @@ def caused(error: Exception, cause: Exception) -> Exception:
 
 
 FAULTS = {
-    "a bad token": (answered(401), HubError, ("HF_TOKEN",)),
-    "no right": (answered(403, said="read only"), HubError, ("token", "read only")),
+    "a bad token": (answered(401), HubError, ("HF_TOKEN", "expired")),
+    "no right": (answered(403, said="read only"), HubError, ("token", "read only", "right")),
+    "no room": (answered(403, said="Private repository storage limit reached"), HubError, ("storage", "delete")),
+    "an unpaid bill": (answered(402, said="no credit"), HubError, ("pay", "no credit")),
+    "an old link of an upload": (
+        answered(403, host="https://storage.example"),
+        HubError,
+        ("link", "run the command again"),
+    ),
+    "no such file": (answered(404), HubError, ("not there", "revision")),
+    "a name that is taken": (answered(409, said="exists"), HubError, ("409", "exists", "choose another")),
+    "a file that is too large": (answered(413), HubError, ("413", "smaller")),
+    "a content that it refuses": (answered(422, said="bad path"), HubError, ("422", "bad path", "correct")),
+    "a request that it refuses": (answered(400, said="bad name"), HubError, ("400", "bad name", "correct")),
     "no repository": (answered(404, RepositoryNotFoundError), HubError, ("no such repository", "HF_TOKEN")),
     "no revision": (answered(404, RevisionNotFoundError), HubError, ("no such revision",)),
     "a gated model": (
@@ -51,7 +68,12 @@ FAULTS = {
     ),
     "gone": (answered(410, said="removed"), HubError, ("410", "removed")),
     "moved": (answered(412), Moved, ("somebody else committed",)),
-    "too many requests": (answered(429), NoAnswer, ("429", "run the command again")),
+    "too many requests": (answered(429), NoAnswer, ("429", "five minutes", "run the command again")),
+    "too many requests for a while": (
+        answered(429, headers={"Retry-After": "30"}),
+        NoAnswer,
+        ("429", "30 seconds", "run the command again"),
+    ),
     "the Hub's own fault": (answered(503), NoAnswer, ("503", "run the command again")),
     "no connection": (http.ConnectError("refused"), NoAnswer, ("out of reach", "ConnectError")),
     "slow": (http.ReadTimeout("timed out"), NoAnswer, ("out of reach", "ReadTimeout")),
@@ -84,6 +106,23 @@ def test_each_fault_is_one_sentence_that_names_what_was_asked_and_what_to_do(wha
     assert "\n" not in sentence
     for part in named:
         assert part in sentence
+
+
+def test_an_expired_token_is_told_where_the_hub_denies_that_a_repository_exists(monkeypatch):
+    denied = answered(401, RepositoryNotFoundError)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("dapa_merge.hub_client.get_token", lambda: None)
+    assert "no such repository" in str(fault("fetch me/model", denied))
+    monkeypatch.setattr("dapa_merge.hub_client.get_token", lambda: TOKEN)
+    assert "expired" in str(fault("fetch me/model", denied))
+
+
+def test_to_run_it_again_is_the_advice_only_where_that_may_help():
+    again = {what for what, (error, *_) in FAULTS.items() if "run the command again" in str(fault("ask", error))}
+    assert again == {
+        "an old link of an upload", "moved", "too many requests", "too many requests for a while",
+        "the Hub's own fault", "no connection", "slow", "a cache without it", "an upload that broke",
+    }  # fmt: skip
 
 
 def test_an_error_of_ours_passes_as_it_is():

@@ -6,9 +6,10 @@ The sentences are in `card.md.jinja`; this module provides their values. Only me
 from __future__ import annotations
 
 import functools
+import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,10 @@ class CardFacts:
         task: The Hub's `pipeline_tag`.
         made_by: The program that wrote the weights, `dapa-merge` or `mergekit`.
         settings: Prompts and text as the recipe has them, without local paths.
+        has_template: Whether it has a chat template.
+        has_config: Whether it is in the format of transformers, rather than only in Mistral AI's own.
+        sees: Whether it takes images, too.
+        license_files: The texts of licences that travel with it.
         code: The files of Python code that travel with the model.
         code_elsewhere: The Hub repositories whose code its settings name.
     """
@@ -79,6 +84,10 @@ class CardFacts:
     task: str
     made_by: str
     settings: Mapping[str, str]
+    has_template: bool = True
+    has_config: bool = True
+    sees: bool = False
+    license_files: Sequence[str] = ()
     code: Sequence[str] = ()
     code_elsewhere: Sequence[str] = ()
 
@@ -143,7 +152,9 @@ def card_text(facts: CardFacts) -> str:
             for one in facts.parents
         ],
         license=_licensed(facts.license),
-        recipe=_Markup(f"{code_fence(facts.recipe)}yaml\n{facts.recipe.rstrip()}\n{code_fence(facts.recipe)}"),
+        doubts=list(_doubts(report)) if report else [],
+        use=_use(facts),
+        recipe=_block("yaml", facts.recipe),
         code=_code,
         codes=lambda names: _Markup(", ".join(map(markdown_code, names))),
         word=_word,
@@ -160,6 +171,7 @@ def card_text(facts: CardFacts) -> str:
         change_lines=change_lines,
         skill_label=skill_label,
         limits_text=limits_text,
+        place=_word(_place(facts)),
         sizes=report.searched.num_of_kind if report and report.searched else None,
         isfinite=math.isfinite,
         zip=zip,
@@ -174,6 +186,80 @@ def _freedom(facts: CardFacts) -> str:
     degrees = counts["degrees_of_freedom"]
     share = degrees * facts.share_changed / facts.parameters_changed
     return f", in which the directions have {degrees:,} degrees of freedom, {100 * share:.2f} % of the parameters"
+
+
+# The name of a model that is not published yet.
+UNPUBLISHED = "THIS_REPOSITORY"
+_ASKED = {
+    # With images, with a chat template, and with neither.
+    "image-text-to-text": (
+        'messages = [{"role": "user", "content": [{"type": "image", "url": "photo.jpg"}, '
+        '{"type": "text", "text": "What is this?"}]}]',
+        'print(model(text=messages, max_new_tokens=64, return_full_text=False)[0]["generated_text"])',
+    ),
+    "chat": (
+        'messages = [{"role": "user", "content": "Hello! Who are you?"}]',
+        'print(model(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])',
+    ),
+    "text": ('print(model("Once upon a time", max_new_tokens=64)[0]["generated_text"])',),
+}
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Programs for a model, as blocks of code; None for those that cannot run it."""
+
+    python: str | None
+    serve: str
+    convert: str | None
+    has_template: bool
+
+
+def _use(facts: CardFacts) -> _Use:
+    """The programs that are right for a model's kind."""
+    place, has_code = _place(facts), bool(facts.code or facts.code_elsewhere)
+    task = "image-text-to-text" if facts.sees else "text-generation"
+    trusted = ", trust_remote_code=True" if has_code else ""
+    asked = _ASKED[task if facts.sees else "chat" if facts.has_template else "text"]
+    python = [
+        "from transformers import pipeline\n",
+        f'model = pipeline("{task}", model={json.dumps(printable(place))}{trusted})',
+        *asked,
+    ]
+    serve = f"vllm serve {_word(place)}{' --trust-remote-code' if has_code else ''}"
+    if not facts.has_config:
+        serve += " --tokenizer-mode mistral --config-format mistral --load-format mistral"
+    convert = [
+        f"hf download {_word(place)} --local-dir model",
+        "python convert_hf_to_gguf.py model --outfile model.gguf",
+        "build/bin/llama-server -m model.gguf",
+    ]
+    is_plain = facts.has_config and not has_code and not facts.sees
+    return _Use(
+        _block("python", "\n".join(python)) if facts.has_config else None,
+        _block("sh", serve),
+        _block("sh", "\n".join(convert)) if is_plain else None,
+        facts.has_template,
+    )
+
+
+def _doubts(report: Report) -> Iterator[tuple[str, str, str]]:
+    """Yields changes that may be chance, except for the better: label, figures, and what that means."""
+    changes = [one for one in (report.dsr_change, report.over_refusal_change) if one is not None]
+    for (label, fact), change in zip(change_lines(report), changes, strict=bool(change_lines(report))):
+        difference = change.newly_refused - change.no_longer_refused
+        if change is report.dsr_change and change.within_noise and not difference:
+            yield label, fact, "On these prompts, the repair shows no effect."
+        elif change.within_noise and (difference > 0 or (change is report.dsr_change and difference)):
+            yield label, fact, "With prompts as few as these, chance does as much."
+
+
+def _place(facts: CardFacts) -> str:
+    return facts.title if "/" in facts.title else UNPUBLISHED
+
+
+def _block(language: str, text: str) -> _Markup:
+    return _Markup(f"{code_fence(text)}{language}\n{text.rstrip()}\n{code_fence(text)}")
 
 
 def _link(parent: Parent) -> _Markup:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Figures
 from dapa_merge.publish.card import CardFacts, card_text
+from dapa_merge.publish.options import license_in
 from dapa_merge.publish.parents import metadata_of, split_card
 from dapa_merge.report.tables import skill_label
 
@@ -83,7 +84,10 @@ def render_card(facts: CardFacts, before: CardFile, said: Mapping[str, str]) -> 
     if kept.get("license") == before.said.get("inherited"):
         # No user stated it, and the models' cards may have changed.
         kept = {key: value for key, value in kept.items() if not key.startswith("license")}
-    if facts.license is not None and "license" not in said:
+    if before.is_ours and "license" not in said and (stated := license_in(kept, "")) is not None:
+        # A user wrote it into the metadata by hand.
+        facts = replace(facts, license=stated)
+    elif facts.license is not None and "license" not in said:
         said = {**said, "inherited": facts.license.key}
     head = yaml.safe_dump(card_metadata(facts, kept), sort_keys=False, allow_unicode=True, width=1000)
     # Two hyphens end a comment.

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dapa_merge import __version__
-from dapa_merge.checkpoint.contents import code_elsewhere, code_files
+from dapa_merge.checkpoint.contents import LICENCES, code_elsewhere, code_files
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.checkpoint.location import Location, without_paths
@@ -30,7 +31,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report import charts
 from dapa_merge.report.replay import layer_parameters
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
-from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from dapa_merge.transplant.manifest import CARD_NAME, MANIFEST_NAME, files_in, read_manifest
 from dapa_merge.verify.result import Check, location_option, verify_result
 
 
@@ -154,6 +155,12 @@ def card_facts(out: Path, options: CardOptions, check: Check | None = None, *, n
             "keep": without_paths(recipe.keep or ""),
             "text": without_paths(report.after.text) if report and report.after else "",
         },
+        has_template=_has_template(out),
+        has_config=(out / "config.json").is_file(),
+        sees=_task(out) == "image-text-to-text",
+        license_files=[
+            name for name in files_in(out) if "/" not in name and any(fnmatchcase(name, one) for one in LICENCES)
+        ],
         code=code_files(out),
         code_elsewhere=code_elsewhere(out),
     )
@@ -199,5 +206,13 @@ def parents_of(recipe: Recipe, options: CardOptions) -> list[Parent]:
 
 
 def _task(out: Path) -> str:
-    config = read_json(out / "config.json")
+    path = out / "config.json"
+    config = read_json(path) if path.is_file() else {}
     return "image-text-to-text" if "vision_config" in config else "text-generation"
+
+
+def _has_template(out: Path) -> bool:
+    if any((out / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    path = out / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path).get("chat_template"))

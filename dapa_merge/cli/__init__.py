@@ -13,12 +13,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from dapa_merge import __version__
 from dapa_merge.errors import CheckpointError, DapaError, Stopped, lacks_memory, one_line, printable
@@ -26,10 +27,15 @@ from dapa_merge.imports import lasting
 from dapa_merge.progress import shown
 
 INTERRUPTED = 130
+# The variable by which a shell asks for completions.
+COMPLETING = "_DAPA_MERGE_COMPLETE"
+DEBUG_HELP = "Show a traceback when something fails."
+QUIET_HELP = "No progress on stderr."
 # The module of each command, and its line in the help.
 COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
     "chat": ("dapa_merge.cli.look", "Talk to a result, also side by side with its target."),
+    "completion": ("dapa_merge.cli.completion", "Print what makes a shell complete commands and options."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
     "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
     "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any models."),
@@ -57,9 +63,20 @@ class Group(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if COMPLETING in os.environ:
+            outlined: click.Command = import_module("dapa_merge.cli.completion").outlined(cmd_name)
+            return outlined
         with lasting():
             command: click.Command = getattr(import_module(COMMANDS[cmd_name][0]), cmd_name)
+        _take_global_options(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # click's own method would load every command that begins so.
+        names = [
+            CompletionItem(name, help=COMMANDS[name][1]) for name in sorted(COMMANDS) if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own method would load every command.
@@ -119,8 +136,8 @@ Exit codes: 0 done, 1 another fault, 2 usage or bad recipe, 3 the source
 cannot repair this target, 4 bad checkpoint or result, 5 the Hub said no, 6 a
 gate failed, 10 outdated, 130 stopped by Ctrl-C, 143 by SIGTERM.""",
 )
-@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--debug", is_flag=True, help=DEBUG_HELP)
+@click.option("--quiet", is_flag=True, help=QUIET_HELP)
 @click.version_option(__version__, prog_name="dapa-merge")
 @click.pass_context
 def main(context: click.Context, debug: bool, quiet: bool) -> None:
@@ -130,8 +147,33 @@ def main(context: click.Context, debug: bool, quiet: bool) -> None:
     target), after a search for the few layers that are needed (DAPA, arXiv 2406.01514), or moves the target along
     directions of their difference.
     """
-    context.with_resource(shown(quiet))
+    # Closed early if --quiet comes behind the command.
+    context.obj = context.with_resource(ExitStack())
+    context.obj.enter_context(shown(quiet))
     if quiet or not sys.stderr.isatty():
+        _disable_client_bars()
+
+
+def _take_global_options(command: click.Command) -> None:
+    """Let a command, and all within it, take the options that stand before a command, too."""
+    if isinstance(command, click.Group):
+        for inner in command.commands.values():
+            _take_global_options(inner)
+    elif not any(parameter.name == "quiet" for parameter in command.params):
+        settings: dict[str, Any] = {"is_flag": True, "expose_value": False, "is_eager": True, "callback": _set_global}
+        command.params += [
+            click.Option(["--debug"], help=DEBUG_HELP, **settings),
+            click.Option(["--quiet"], help=QUIET_HELP, **settings),
+        ]
+
+
+def _set_global(context: click.Context, option: click.Parameter, value: bool) -> None:
+    main_context = context.find_root()
+    if not value or option.name is None or main_context.obj is None:
+        return
+    main_context.params[option.name] = True
+    if option.name == "quiet":
+        main_context.obj.close()
         _disable_client_bars()
 
 

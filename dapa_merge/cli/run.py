@@ -167,7 +167,9 @@ def search(recipe: Path, out: Path | None, options: Options, as_json: bool) -> N
     type=click.IntRange(1),
     help="Where responses are cut off.  [default: 100; evaluator paper: 350; a thought first: 1024]",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: chosen automatically]"
+)
 @served_options
 @click.option(
     "--responses", type=click.Path(path_type=Path), help="Write every prompt, response and verdict here, as JSON lines."
@@ -408,7 +410,9 @@ def run(
     type=click.IntRange(1),
     help="Where responses are cut off.  [default: 100; a thought first: 1024]",
 )
-@click.option("--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: found]")
+@click.option(
+    "--batch-size", type=click.IntRange(1), help="Prompts that are answered at once.  [default: chosen automatically]"
+)
 @click.option(
     "--max-tests",
     type=click.IntRange(1),

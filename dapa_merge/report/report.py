@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,9 @@ def jsonable(value: Any) -> Any:
     return value
 
 
-_REPORT, _FIGURES = TypeAdapter(Report), TypeAdapter(Figures)
+# Made when they are needed: each takes longer than the rest of this module.
+_report_adapter = functools.cache(lambda: TypeAdapter(Report))
+_figures_adapter = functools.cache(lambda: TypeAdapter(Figures))
 
 
 def read_report(path: Path) -> Report:
@@ -160,7 +163,7 @@ def read_report(path: Path) -> Report:
     # `read_json` limits size and depth, which pydantic does not.
     content = json.dumps(read_json(path))
     try:
-        report = _REPORT.validate_json(content, strict=True)
+        report = _report_adapter().validate_json(content, strict=True)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not a report that this version reads: {fault_of(error)}") from None
     if fault := _fault(report):
@@ -200,4 +203,4 @@ def read_figures(content: object) -> Figures:
     Raises:
         ValueError: If something is missing or of another type.
     """
-    return _FIGURES.validate_python(content)
+    return _figures_adapter().validate_python(content)

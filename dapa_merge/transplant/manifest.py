@@ -9,6 +9,7 @@ before it, has SHA-256s under that name; it is read, not written.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -231,10 +232,10 @@ def read_manifest(folder: Path) -> Manifest:
     raw = read_json(path, max_bytes=MAX_BYTES)
     algorithm = _algorithm(path, raw)
     try:
-        content = _CONTENT.validate_json(json.dumps(raw), strict=True)
+        content = _content_adapter().validate_json(json.dumps(raw), strict=True)
         edit = make_edit(content.edit, content.strength, raw)
         names = dict.fromkeys(("target", "source", *edit.inputs))
-        models = _MODELS.validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
+        models = _models_adapter().validate_json(json.dumps({name: raw.get(name) for name in names}), strict=True)
     except ValidationError as error:
         raise _wrong(path, f"is damaged: {fault_of(error)}") from None
     except ValueError as error:
@@ -285,4 +286,5 @@ class _Content:
     edit: str = "copy"
 
 
-_CONTENT, _MODELS = TypeAdapter(_Content), TypeAdapter(dict[str, Origin])
+_content_adapter = functools.cache(lambda: TypeAdapter(_Content))
+_models_adapter = functools.cache(lambda: TypeAdapter(dict[str, Origin]))

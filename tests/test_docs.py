@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
 import yaml
-from conftest import call, write_few
+from conftest import call
 
 import dapa_merge
 from dapa_merge import load_recipe, miniature
@@ -154,9 +155,10 @@ def test_every_recipe_in_the_documents_can_be_read(page, tmp_path):
 
 def test_the_examples_in_python_run(tmp_path, monkeypatch, write_recipe, capsys):
     monkeypatch.chdir(tmp_path)
-    few = write_few(tmp_path / "few", 2)
-    pair = (miniature.path("target"), miniature.path("source"))
-    write_recipe(*pair, layers="3-5", prompts=few, max_new_tokens=8, batch_size=8)
+    for role in ("target", "source"):
+        shutil.copytree(miniature.path(role), tmp_path / role)
+    asked = {"prompts": "miniature", "max_new_tokens": 16, "batch_size": 64, "max_tests": 1}
+    write_recipe(tmp_path / "target", tmp_path / "source", layers="3-5", **asked)
     for text in blocks(ROOT / "docs" / "python.md", "python"):
         exec(compile(text, "docs/python.md", "exec"), {})
         shown = capsys.readouterr().out.splitlines()

@@ -35,7 +35,7 @@ QUIET_HELP = "No progress on stderr."
 COMMANDS = {
     "card": ("dapa_merge.cli.publish", "Write or renew the model card of OUT."),
     "chat": ("dapa_merge.cli.look", "Talk to a result, also side by side with its target."),
-    "completion": ("dapa_merge.cli.completion", "Print what makes a shell complete commands and options."),
+    "completion": ("dapa_merge.cli.completion", "Print what makes SHELL complete commands, options and paths."),
     "compare": ("dapa_merge.cli.study", "Compare DAPA with other methods on the targets of RECIPE..."),
     "demo": ("dapa_merge.cli.run", "Repair the packaged miniature models."),
     "evaluate": ("dapa_merge.cli.run", "Measure the safety and skill of any models."),

@@ -74,7 +74,7 @@ def _command(name: str, data: Mapping[str, Any]) -> click.Command:
 
 def _parameter(data: Mapping[str, Any]) -> click.Parameter:
     values = data["values"]
-    kind: click.ParamType = click.STRING
+    kind: Any = click.STRING
     if values:
         kind = click.Path() if values == "path" else click.Choice(values)
     if "nargs" in data:

@@ -114,6 +114,14 @@ def read_header(path: Path) -> list[Tensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a weight file that `read_header` accepts, by their keys."""
+    with open_regular(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(min(size, MAX_HEADER_BYTES))).get("__metadata__")
+    return dict(found or {})
+
+
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> Tensor:
     if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
         raise ValueError(f"{name[:60]!r} is not a valid tensor name")

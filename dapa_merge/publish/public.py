@@ -1,13 +1,14 @@
-"""Copies of a result's recipe, report, lock and manifest as they are published: without paths of this machine.
+"""Copies of a result's recipe, report, lock, manifest and settings as they are published: without local paths.
 
 A model becomes the id under which it is published, or `./` and its folder's name, which nobody takes for a repository;
-prompts, texts and questions become the names of their files. Nothing else of the files changes, but for the digests of
-these files in the manifest.
+prompts, texts and questions become the names of their files, and so do paths that transformers wrote into the settings.
+Nothing else of the files changes, but for the digests of these files in the manifest.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.header import read_json, read_metadata
 from dapa_merge.checkpoint.location import is_path, without_paths
 from dapa_merge.errors import CheckpointError
 from dapa_merge.plan.edit import MODELS
@@ -31,6 +33,11 @@ FILES = ("prompts", "keep", "text", "skills", "attacks", "directions")
 # The keys whose values name a model or such files.
 NAMING = ("base_model", "model", *MODELS, *FILES)
 MAX_BYTES = 64 << 20
+# The keys of settings that may name a file or folder, such as transformers' `_name_or_path`, and what a path is there.
+_PLACE_KEY = re.compile(r"(path|file|dir|folder)s?$")
+_ABSOLUTE = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\).+")
+# A path within the header of a weight file.
+_PATH = re.compile(r"(?<![\w/.])(?:~?/|[A-Za-z]:\\)[\w .-]+[/\\][^\"']*")
 
 
 def public_places(parents: Sequence[Parent], role: str) -> tuple[str, ...]:
@@ -93,7 +100,7 @@ def public_files(out: Path, recipe: Recipe, parents: Sequence[Parent]) -> dict[s
                 raise CheckpointError(f"{out / name} cannot be read: {str(error)[:120]}") from None
             contents[name] = content, _yaml(text) if is_yaml else _json(1 if name == MANIFEST_NAME else 2)
     names = _names([content for content, _ in contents.values()], recipe, parents)
-    found: dict[str, bytes] = {}
+    found = dict(_settings(out))
     for name, (content, write) in contents.items():
         public = _public(content, names)
         if name == MANIFEST_NAME:
@@ -103,6 +110,39 @@ def public_files(out: Path, recipe: Recipe, parents: Sequence[Parent]) -> dict[s
         if public != content:
             found[name] = write(public).encode()
     return found
+
+
+def _settings(out: Path) -> Iterator[tuple[str, bytes]]:
+    """Yields settings files in which a model or file was named by its path: nothing but the path changes."""
+    for path in sorted(out.glob("*config.json")):
+        text = public = _text(path)
+        for value in {*_places(read_json(path))}:
+            name = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
+            for is_ascii in (True, False):
+                written, new = (json.dumps(one, ensure_ascii=is_ascii) for one in (value, name))
+                public = public.replace(written, new)
+        if public != text:
+            yield path.name, public.encode()
+
+
+def _places(value: Any, key: str = "") -> Iterator[str]:
+    """Yields the absolute paths in settings."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _places(one, str(name))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _places(one, key)
+    elif isinstance(value, str) and _PLACE_KEY.search(key) and _ABSOLUTE.fullmatch(value):
+        yield value
+
+
+def paths_in_headers(out: Path) -> Iterator[tuple[str, str]]:
+    """Yields weight files whose headers, which stay the target's, name a path; with the path."""
+    for path in sorted(out.glob("*.safetensors")):
+        texts = " ".join(read_metadata(path).values())
+        if found := _PATH.search(texts):
+            yield path.name, found.group()[:80]
 
 
 def private_models(recipe: Recipe, parents: Sequence[Parent]) -> list[str]:

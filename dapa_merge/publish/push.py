@@ -29,7 +29,7 @@ from dapa_merge.publish.commit import (
 )
 from dapa_merge.publish.options import CardOptions, Destination, inherited
 from dapa_merge.publish.parents import MAX_CARD_BYTES
-from dapa_merge.publish.public import private_models, public_files
+from dapa_merge.publish.public import paths_in_headers, private_models, public_files
 from dapa_merge.publish.write_card import card_facts, existing_card, parents_of, require_result, settle_facts
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
@@ -169,6 +169,8 @@ def _notes(out: Path) -> Iterator[str]:
             yield f"{name} stays here: it holds harmful answers"
     for name in filter(is_for_other_programs, files_in(out)):
         yield f"{name} stays here: nothing compared it with the repaired weights"
+    for name, path in paths_in_headers(out):
+        yield f"{name} is published with the target's header, which names {path}; save the target anew without it"
 
 
 def _copy_source(recipe: Recipe) -> Location | None:

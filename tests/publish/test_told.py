@@ -14,6 +14,7 @@ import yaml
 from conftest import call, write_few
 from direction_files import chosen, saved
 from hub_card import check_card
+from safetensors.torch import load_file, save_file
 
 from dapa_merge import miniature
 from dapa_merge.measure.prompts.sets import load_prompts
@@ -227,6 +228,9 @@ def sent(monkeypatch) -> list[bytes]:
 def test_no_byte_that_is_sent_names_a_path_of_this_machine(hub, new_id, tmp_path, sent, edit):
     home = tmp_path / SECRET / "models"
     target, source = (shutil.copytree(miniature.path(role), home / role) for role in ("target", "source"))
+    # As transformers writes them where a fine-tune began.
+    edit_json(target / "config.json", _name_or_path=str(home / "base"), deep=[{"vocab_file": f"{home}/b\u00e4r.json"}])
+    edit_json(target / "tokenizer_config.json", name_or_path=f"{home}/base/")
     write_few(home / "asked", 4)
     questions = [{"prompt": "Hello?", "answer": "Hello", "match": "contains"}]
     (home / "mine.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
@@ -254,8 +258,30 @@ def test_no_byte_that_is_sent_names_a_path_of_this_machine(hub, new_id, tmp_path
     assert any(b"How to use it" in one for one in sent)
     for one in sent:
         assert SECRET.encode() not in one, one[:200]
-    for path, entry in hub.store.repositories[name].files().items():
-        assert SECRET.encode() not in hub.store.read(entry), path
+    theirs = {path: hub.store.read(entry) for path, entry in hub.store.repositories[name].files().items()}
+    for path, content in theirs.items():
+        assert SECRET.encode() not in content, path
+    config = json.loads(theirs["config.json"])
+    assert (config["_name_or_path"], config["deep"]) == ("base", [{"vocab_file": "b\u00e4r.json"}])
+    mine = (out / "config.json").read_text()
+    # Nothing else of it changes, and the result here stays as it is.
+    assert len(mine) - len(theirs["config.json"]) == 2 * len(f"{home}/")
+    assert call("verify", name, "--files-only").exit_code == 0
+    ran = call("verify", name, "--target", target, "--source", source)
+    assert (ran.exit_code, "_name_or_path" in ran.stdout) == (0, True), ran.output
+    assert "nothing to do" in call("push", out, name).stdout
+
+
+def test_a_path_in_the_header_of_the_targets_weights_is_told(hub, new_id, llama_pair, write_recipe, tmp_path):
+    target = shutil.copytree(llama_pair[0], tmp_path / "target")
+    shard = sorted(target.glob("*.safetensors"))[0]
+    save_file(load_file(shard), shard, {"format": "pt", "made_from": f"/home/{SECRET}/models"})
+    assert call("run", write_recipe(target, llama_pair[1], layers=1), tmp_path / "out", "--no-evaluate").exit_code == 0
+    ran = call("push", tmp_path / "out", new_id("repaired"))
+    assert ran.exit_code == 0, ran.output
+    told = [line for line in ran.stderr.splitlines() if "header" in line]
+    assert len(told) == 1
+    assert f"{shard.name} is published with the target's header, which names /home/{SECRET}/models" in told[0]
 
 
 def test_what_a_user_wrote_is_text_in_a_card_and_nothing_else(hub, new_id, llama_pair, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.checkpoint.folder import is_clutter, read_regular
 from dapa_merge.checkpoint.header import read_json, read_metadata
 from dapa_merge.checkpoint.location import is_path, without_paths
 from dapa_merge.errors import CheckpointError
@@ -26,7 +26,7 @@ from dapa_merge.publish.parents import Parent
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.replay import SEARCH_ONLY
 from dapa_merge.report.report import REPORT_NAME
-from dapa_merge.transplant.manifest import MANIFEST_NAME, entry_of
+from dapa_merge.transplant.manifest import MANIFEST_NAME, entry_of, files_in
 
 # The parameters of a recipe, and fields of a report, that name files of prompts, texts or questions.
 FILES = ("prompts", "keep", "text", "skills", "attacks", "directions")
@@ -114,7 +114,7 @@ def public_files(out: Path, recipe: Recipe, parents: Sequence[Parent]) -> dict[s
 
 def _settings(out: Path) -> Iterator[tuple[str, bytes]]:
     """Yields settings files in which a model or file was named by its path: nothing but the path changes."""
-    for path in sorted(out.glob("*config.json")):
+    for path in sorted(path for path in out.glob("*config.json") if not is_clutter(path.name)):
         text = public = _text(path)
         for value in {*_places(read_json(path))}:
             name = value.replace("\\", "/").rstrip("/").rpartition("/")[2]
@@ -139,10 +139,11 @@ def _places(value: Any, key: str = "") -> Iterator[str]:
 
 def paths_in_headers(out: Path) -> Iterator[tuple[str, str]]:
     """Yields weight files whose headers, which stay the target's, name a path; with the path."""
-    for path in sorted(out.glob("*.safetensors")):
-        texts = " ".join(read_metadata(path).values())
-        if found := _PATH.search(texts):
-            yield path.name, found.group()[:80]
+    for name in files_in(out):
+        if name.endswith(".safetensors"):
+            texts = " ".join(read_metadata(out / name).values())
+            if found := _PATH.search(texts):
+                yield name, found.group()[:80]
 
 
 def private_models(recipe: Recipe, parents: Sequence[Parent]) -> list[str]:

@@ -151,7 +151,8 @@ def test_the_wheel_holds_the_models_prompts_and_nothing_of_the_tests(wheel):
         shards = [name for name in names if name.startswith(f"dapa_merge/miniature/{member}/model-0")]
         assert len(shards) == 3
     assert "dapa_merge/prompt_sets/builtin/harmful.jsonl" in names
-    assert {"dapa_merge/py.typed", "dapa_merge/publish/card.md.jinja"} <= {*names}
+    read = ("py.typed", "publish/card.md.jinja", "cli/outlines.json")
+    assert {f"dapa_merge/{name}" for name in read} <= {*names}
     assert {f"dapa_merge/report/page.{kind}" for kind in ("html.jinja", "css", "js")} <= {*names}
     assert not [name for name in names if "tests" in name or "benchmarks" in name]
     weights = sum(item.file_size for item in zipfile.ZipFile(wheel).infolist() if "miniature" in item.filename)

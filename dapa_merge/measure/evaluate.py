@@ -125,6 +125,10 @@ def evaluate_models(
     served = [one for one in models if isinstance(one, ServedModel)]
     if served:
         _check_servable(meter, asking)
+        if not local and options.where.arithmetic is not None:
+            raise UsageError(
+                f"{options.where.arithmetic} is for models that are measured here; leave it out for a served one"
+            )
     tell_prompts(prompt_set)
     read = read_json(prompt_set)
     found: dict[str, MeasuredModel] = {}

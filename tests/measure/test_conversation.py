@@ -291,6 +291,7 @@ def test_a_replay_names_the_same_attacks_and_system_message(write_recipe, tmp_pa
     report = answer("run", write_recipe(*pair, layers="3-6", **settings), tmp_path / "out", "--json")
     assert report["system"] == "Be brief."
     assert read_report(tmp_path / "out").system == "Be brief."
+    assert "after the system message `Be brief.`" in (tmp_path / "out" / "README.md").read_text()
     replay = parse_recipe((tmp_path / "out" / "mergekit_config.yml").read_text())
     assert replay.system == "Be brief."
     assert replay.attacks == f"prefill, {tmp_path / 'mine.txt'}"

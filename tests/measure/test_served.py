@@ -192,6 +192,7 @@ def test_a_served_model_stands_beside_a_local_one_with_a_paired_test(few):
 IMPOSSIBLE = {
     "template": (["--chat-template", "none"], "asked with its server's chat template"),
     "evaluator": (["--evaluator", "counts"], "unknown evaluator"),
+    "dtype": (["--dtype", "float32"], "float32 is for models that are measured here"),
 }
 
 

@@ -24,7 +24,7 @@ from dapa_merge.plan.plan import reduced
 from dapa_merge.publish import push as publishing
 from dapa_merge.publish.commit import Published
 from dapa_merge.publish.options import CardOptions, Destination, given_license
-from dapa_merge.recipe.asking import Asking, Sampling
+from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, pair_recipe
 from dapa_merge.recipe.recipe import Recipe
@@ -57,6 +57,9 @@ class Settings(TypedDict, total=False):
         judge_url: Its endpoint.
         judge_requests: Maximum number of requests to it.
         allow_pickle: Read weights that exist only as pickles, accepting only tensors.
+        max_memory: The most of each device that a model may take, as `cuda:0=20GiB,cpu=60GiB`.
+        dtype: What models are measured in: `float32`, `bfloat16` or `float16`.
+        quantize: How weights of candidates are quantized: `8bit` or `4bit`.
     """
 
     device: str
@@ -69,6 +72,9 @@ class Settings(TypedDict, total=False):
     judge_url: str | None
     judge_requests: int | None
     allow_pickle: bool
+    max_memory: str | None
+    dtype: str | None
+    quantize: str | None
 
 
 def repair(
@@ -81,6 +87,7 @@ def repair(
     keep: Place | None = None,
     prompts: Place | None = None,
     skills: Place | None = None,
+    system: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     max_tests: int | None = None,
@@ -108,6 +115,7 @@ def repair(
         keep: Prompts of the kind that the fine-tune is for.
         prompts: Harmful and harmless prompts; by default the packaged ones.
         skills: Questions that test what it can do.
+        system: The system message that the target is used with.
         max_new_tokens: Length at which responses are cut off.
         batch_size: Prompts that are answered at once.
         max_tests: Tests after which the search for what can be left out ends.
@@ -123,7 +131,7 @@ def repair(
     """
     if out is None:
         raise UsageError("out is missing; name a new folder for the result")
-    given = {"pretrained": pretrained, "keep": keep, "prompts": prompts, "skills": skills}
+    given = {"pretrained": pretrained, "keep": keep, "prompts": prompts, "skills": skills, "system": system}
     named: dict[str, str | int] = {name: os.fspath(value) for name, value in given.items() if value is not None}
     numbers = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_tests": max_tests}
     named |= {name: value for name, value in numbers.items() if value is not None}
@@ -189,6 +197,9 @@ def evaluate(
     limit: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
+    served: str | None = None,
+    served_models: Sequence[str] = (),
+    concurrency: int = 8,
     **settings: Unpack[Settings],
 ) -> Evaluated:
     """Measure the safety and skill of any models, one after the other on the same prompts.
@@ -213,13 +224,20 @@ def evaluate(
         limit: Maximum number of prompts of each kind, and of questions of each skill.
         max_new_tokens: Length at which responses are cut off.
         batch_size: Prompts that are answered at once.
+        served: An OpenAI-compatible endpoint, such as http://localhost:8000/v1.
+        served_models: The names there of models to measure too, after the others.
+        concurrency: Most requests to it under way at once.
         settings: Of the machine; see `Settings`.
 
     Raises:
-        DapaError: If a model cannot be read, loaded or run.
+        DapaError: If a model cannot be read, loaded, reached or run.
     """
-    if not models:
-        raise UsageError("no model: name a folder or a Hub id")
+    if (served is None) == bool(served_models):
+        raise UsageError("served and served_models go together: the endpoint's address, and the models' names there")
+    if not (models or served_models):
+        raise UsageError("no model: name a folder or a Hub id, or a served one")
+    asked = [os.fspath(model) for model in models]
+    there = [ServedModel(name, served or "", concurrency) for name in served_models]
     with lasting():
         from dapa_merge.measure.evaluate import evaluate_models
 
@@ -231,7 +249,7 @@ def evaluate(
     names = {"text": text, "skills": skills, "attacks": attacks}
     named: dict[str, Any] = {name: None if value is None else os.fspath(value) for name, value in names.items()}
     return evaluate_models(
-        [os.fspath(model) for model in models],
+        [*asked, *there],
         os.fspath(prompts),
         _options(**settings),
         asking=asking,

@@ -132,7 +132,7 @@ def test_a_function_has_the_words_of_its_command(name):
     known = {*parameters, *api.Settings.__annotations__} - {"settings"}
     # What is printed is the command line's, and a judge's options are the settings'.
     apart = {
-        "as_json", "debug", "quiet", "write", "chart", "responses", "served", "served_names", "concurrency",
+        "as_json", "debug", "quiet", "write", "chart", "responses", "served_names",
         "private", "create_pr", "branch", "tag", "replaces", "push", "license", "license_name", "license_link",
         "manifest", "task_files", "workers",
     }  # fmt: skip

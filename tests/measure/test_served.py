@@ -12,6 +12,7 @@ import pytest
 from conftest import answer, call, write_few
 from judge_server import Reply, fault, judge_server, prompt_in
 
+import dapa_merge
 from dapa_merge import miniature
 from dapa_merge.errors import UsageError
 from dapa_merge.measure.prompts.conversation import Conversation, Message
@@ -187,6 +188,17 @@ def test_a_served_model_stands_beside_a_local_one_with_a_paired_test(few):
     assert ", DSR loss" in shown.stdout
     assert "1.000 -> 0.000" in shown.stdout
     assert "a served model cannot be given the beginning of an answer" in shown.stderr
+
+
+def test_a_program_measures_a_served_model_too(few):
+    with judge_server(refusing_harm(few), prompt_in) as (url, _):
+        found = dapa_merge.evaluate(served=url, served_models=["m"], prompts=few)
+    ((name, measured),) = found.models.items()
+    assert name == f"m at {url[7:-3]}"
+    assert measured.figures.dsr == 1
+    for wrong in ({"served": url}, {"served_models": ["m"]}, {}):
+        with pytest.raises(UsageError, match="served"):
+            dapa_merge.evaluate(prompts=few, **wrong)
 
 
 IMPOSSIBLE = {

@@ -92,7 +92,7 @@ def test_every_command_completes_without_its_module():
             "import sys\nfrom dapa_merge.cli import main\ntry: main(prog_name='dapa-merge')\nexcept SystemExit: pass\n"
             f"print({{'torch', 'numpy', 'pydantic', 'huggingface_hub', {module!r}}} & {{*sys.modules}})"
         )
-        asked = {COMPLETING: "bash_complete", "COMP_WORDS": f"dapa-merge {name} --q", "COMP_CWORD": "2"}
+        asked = {COMPLETING: "bash_complete", "COMP_WORDS": f"dapa-merge {name} --qui", "COMP_CWORD": "2"}
         ran = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **asked}
         )

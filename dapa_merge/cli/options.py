@@ -130,7 +130,7 @@ attacks_option = click.option(
     "--attacks",
     metavar="KINDS",
     help="Also measure whether refusal is only a mask, with commas: prefill (DSR with the opening of a compliant "
-    "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request)."
+    "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request), or files of your own."
     "  [default: as the recipe says, or none]",
 )
 ASKING = (

@@ -130,8 +130,8 @@ attacks_option = click.option(
     "--attacks",
     metavar="KINDS",
     help="Also measure whether refusal is only a mask, with commas: prefill (DSR with the opening of a compliant "
-    "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request), or files of your own."
-    "  [default: as the recipe says, or none]",
+    "answer already there), system (a system prompt asks for compliance), jailbreak (three disguises of the request), "
+    "or files of your own.  [default: as the recipe says, or none]",
 )
 ASKING = (
     click.option("--system", metavar="TEXT", help="A system message before every prompt and question."),

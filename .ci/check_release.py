@@ -22,13 +22,13 @@ LINK = re.compile(r"\]\(([^)\s]+)|\b(?:src|srcset|href)=\"([^\"]+)")
 
 
 def stated(path: Path, pattern: str) -> str:
-    """What the first match in a file says, or nothing."""
+    """The first group of the first match in a file; empty without one."""
     found = re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
 
 def findings_of_sources(tag: str, root: Path) -> Iterator[str]:
-    """What in the repository speaks against a tag, one line each."""
+    """Yield the reasons in the repository not to release a tag."""
     version = stated(root / "dapa_merge" / "__init__.py", r'^__version__ = "(.+)"')
     if tag != f"v{version}":
         yield f"the tag is {tag!r}, but dapa_merge/__init__.py has version {version!r}"
@@ -58,7 +58,7 @@ def metadata_of(path: Path) -> str:
 
 
 def findings_of_builds(tag: str, folder: Path) -> Iterator[str]:
-    """What in a folder of builds speaks against a tag, one line each."""
+    """Yield the reasons in a folder of builds not to release a tag."""
     paths = sorted(folder.iterdir())
     if sorted(path.name.rpartition(".")[2] for path in paths) != ["gz", "whl"]:
         yield f"{folder} must hold one wheel and one sdist, and has {[path.name for path in paths]}"

@@ -24,7 +24,7 @@ from dapa_merge.plan.plan import reduced
 from dapa_merge.publish import push as publishing
 from dapa_merge.publish.commit import Published
 from dapa_merge.publish.options import CardOptions, Destination, given_license
-from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
+from dapa_merge.recipe.asking import Asking, ServedModel, sampling_of
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, pair_recipe
 from dapa_merge.recipe.recipe import Recipe
@@ -241,10 +241,7 @@ def evaluate(
     with lasting():
         from dapa_merge.measure.evaluate import evaluate_models
 
-    drawn = {name: value for name, value in (("top_p", top_p), ("seed", seed)) if value is not None}
-    if drawn and not temperature:
-        raise UsageError(f"{next(iter(drawn))} is for sampling; name a temperature above 0")
-    sampling = Sampling(temperature, **drawn) if temperature else None  # type: ignore[arg-type]
+    sampling = sampling_of(temperature, top_p, seed, {name: name for name in ("temperature", "top_p", "seed")})
     asking = Asking(system, None if chat_template is None else os.fspath(chat_template), sampling, limit)
     names = {"text": text, "skills": skills, "attacks": attacks}
     named: dict[str, Any] = {name: None if value is None else os.fspath(value) for name, value in names.items()}

@@ -22,7 +22,7 @@ DIGEST_THREADS = 4
 
 
 class Hash(Protocol):
-    """What computes a digest of bytes that are given in order."""
+    """Computes a digest of bytes that are given in order."""
 
     def update(self, piece: bytes | bytearray | memoryview, /) -> object: ...
 

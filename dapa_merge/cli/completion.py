@@ -17,7 +17,7 @@ from click.shell_completion import get_completion_class
 PROGRAM = "dapa-merge"
 VARIABLE = "_DAPA_MERGE_COMPLETE"
 OUTLINES_PATH = Path(__file__).with_name("outlines.json")
-# Options that may name a file, or something that is none.
+# Options whose value may be a file or something else.
 FILES = ("prompts", "keep", "skills", "text", "chat_template", "recipe")
 
 
@@ -37,7 +37,7 @@ def completion(shell: str) -> None:
 
 
 def outline(command: click.Command) -> dict[str, Any]:
-    """What completion needs of a command, as plain data."""
+    """The parts of a command that completion needs, as plain data."""
     if isinstance(command, click.Group):
         return {"help": command.help, "commands": {name: outline(one) for name, one in command.commands.items()}}
     return {"help": command.help, "parameters": [_outline(parameter) for parameter in command.params]}

@@ -18,7 +18,7 @@ from rich.console import Console
 from dapa_merge.errors import UsageError
 from dapa_merge.progress import Terminal
 from dapa_merge.publish.options import CardOptions, given_license
-from dapa_merge.recipe.asking import Asking, Sampling, ServedModel
+from dapa_merge.recipe.asking import Asking, ServedModel, sampling_of
 from dapa_merge.recipe.options import DTYPES, QUANTIZATIONS, Options, parse_number
 from dapa_merge.report.tables import print_lines
 from dapa_merge.verify.result import location_option
@@ -307,13 +307,9 @@ def asking_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how models are asked; the command gets one `Asking` as `asking`."""
 
     @functools.wraps(command)
-    def call(
-        system: str | None, chat_template: str | None, limit: int | None, temperature: float | None, **given: Any
-    ) -> Any:
-        drawn = {name: value for name in ("top_p", "seed") if (value := given.pop(name)) is not None}
-        if drawn and not temperature:
-            raise UsageError(f"--{next(iter(drawn)).replace('_', '-')} is for sampling; name a --temperature above 0")
-        sampling = Sampling(temperature, **drawn) if temperature else None
+    def call(system: str | None, chat_template: str | None, limit: int | None, **given: Any) -> Any:
+        told = {"temperature": "--temperature", "top_p": "--top-p", "seed": "--seed"}
+        sampling = sampling_of(**{name: given.pop(name) for name in told}, told=told)
         if system is not None and not system.strip():
             raise UsageError("--system is empty; write the system message, or leave the option out")
         return command(asking=Asking(system, chat_template, sampling, limit), **given)

@@ -36,7 +36,7 @@ class NotSent(OpenAIError):
 
 
 class Reply(NamedTuple):
-    """What an endpoint said: the text, the thought that it gave apart, and whether a limit cut it off."""
+    """An endpoint's reply: the text, the thought that it gave apart, and whether a limit cut it off."""
 
     content: str
     thought: str

@@ -229,7 +229,7 @@ class _ServedMeasurement(Measurement):
 
     @cached_property
     def divergence(self) -> float:
-        """NaN: there is no target."""
+        """NaN, without a target."""
         return math.nan
 
     @cached_property

@@ -43,7 +43,7 @@ def import_bitsandbytes() -> Any:
 
 
 def configuration(quantize: str, device: torch.device) -> BitsAndBytesConfig:
-    """What tells transformers to quantize a model's linear layers but the last.
+    """The setting by which transformers quantizes a model's linear layers but the last.
 
     Raises:
         UsageError: If bitsandbytes is absent, or has no kernels for a kind of device.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -40,6 +40,22 @@ class Sampling:
         return f"sampled at temperature {self.temperature:g}{mass}, seed {self.seed}"
 
 
+def sampling_of(
+    temperature: float | None, top_p: float | None, seed: int | None, told: Mapping[str, str]
+) -> Sampling | None:
+    """How tokens are drawn; None for greedy decoding, at a temperature of 0 or None.
+
+    Raises:
+        UsageError: If there is nothing to sample for a top-p or a seed; `told` has what a user calls the three.
+    """
+    if temperature:
+        return Sampling(temperature, 1.0 if top_p is None else top_p, 0 if seed is None else seed)
+    idle = next((name for name, value in (("top_p", top_p), ("seed", seed)) if value is not None), None)
+    if idle is not None:
+        raise UsageError(f"{told[idle]} is for sampling; name a {told['temperature']} above 0")
+    return None
+
+
 @dataclass(frozen=True)
 class Asking:
     """How models are asked, beside the prompts.
@@ -57,7 +73,7 @@ class Asking:
     limit: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """What differs from the defaults, as plain data."""
+        """The settings other than the defaults, as plain data."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def lines(self) -> Iterator[str]:

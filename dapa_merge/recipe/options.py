@@ -49,7 +49,7 @@ class Where:
 
     @property
     def parts(self) -> dict[str, str]:
-        """What identifies a journal besides the device; empty by default."""
+        """The parts of a journal's identity besides the device; empty by default."""
         limits = ",".join(f"{device}={number}" for device, number in self.max_memory)
         found = {"max memory": limits, "dtype": self.dtype, "quantization": self.quantize}
         return {name: value for name, value in found.items() if value}

@@ -14,8 +14,9 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
+from dapa_merge.cli import COMPLETING as VARIABLE
+
 PROGRAM = "dapa-merge"
-VARIABLE = "_DAPA_MERGE_COMPLETE"
 OUTLINES_PATH = Path(__file__).with_name("outlines.json")
 # Options whose value may be a file or something else.
 FILES = ("prompts", "keep", "skills", "text", "chat_template", "recipe")

@@ -175,6 +175,10 @@ class _Popen(Process):
             time.sleep(0.002)
         return self.returncode
 
+    def communicate(self) -> tuple[str, str]:
+        self.wait()
+        return self.stdout, self.stderr
+
 
 def stand_in_for_subprocess(monkeypatch: Any) -> None:
     """Let `subprocess` start Python with a text as here: for programs that are run in the process of a test."""

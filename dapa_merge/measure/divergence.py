@@ -21,6 +21,7 @@ import torch
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.generate import generate_ids, prompt_ids
+from dapa_merge.measure.packed import Read
 from dapa_merge.measure.perplexity import ScoredText, counted_logits
 
 if TYPE_CHECKING:
@@ -142,18 +143,22 @@ def divergence(model: PreTrainedModel, reference: Reference, batch_size: BatchSi
 
 
 def divergences(
-    model: PreTrainedModel, padding: int, rows: Sequence[ReferenceRow], temperature: float = 1.0
+    model: PreTrainedModel,
+    padding: int,
+    rows: Sequence[ReferenceRow],
+    temperature: float = 1.0,
+    read: Read = counted_logits,
 ) -> torch.Tensor:
     """Compute the KL(target || model) of each row, summed over its counted tokens, in nats.
 
     Exact over the vocabulary, in float32 (float64 for a model in it) from logits in the model's dtype. If the two
     vocabularies differ in size, both distributions are restricted to their common entries. Call it in
-    `batch_invariant`. The logits of both are divided by the temperature.
+    `batch_invariant`. The logits of both are divided by the temperature. `read` computes the model's.
 
     Returns:
         `[rows]`, on the model's device; with a graph if gradients are enabled.
     """
-    own = counted_logits(model, padding, [row.text for row in rows])
+    own = read(model, padding, [row.text for row in rows])
     terms = []
     for expected, logits in zip(_target_logits(model, rows), own, strict=True):
         # Row by row, because logits in float32 are large.

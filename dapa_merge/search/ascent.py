@@ -39,7 +39,8 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
-from dapa_merge.measure.perplexity import ScoredText, counted_logits
+from dapa_merge.measure.packed import reader
+from dapa_merge.measure.perplexity import ScoredText
 from dapa_merge.plan.directions import MAX_WEIGHT, FactorTable, quantize
 from dapa_merge.search.attribution import Side, each_gradient
 from dapa_merge.search.spectrum import MAX_RANK, MORE_RANK, Spectrum
@@ -369,6 +370,9 @@ class LiveSlopes:
         self._contrasts, self._keep = contrasts, keep
         self._batch_size = BatchSize(batch_limit)
         self._padding = live.tokenizer.pad_token_id
+        texts = [side.row for side, _ in contrasts] + [row.text for group in keep for row in group]
+        texts.sort(key=lambda text: len(text.ids))
+        self._read = reader(live.model, self._padding, [*texts[:1], *texts[-1:]])
         self.axes = list(_axes(live, spectra))
         layers = {id(module.weight): module for module in live.model.modules() if isinstance(module, Linear)}
         self._linear = {id(axis): layers[id(axis.slot.parameter)] for axis in self.axes if _is_linear(axis, layers)}
@@ -391,7 +395,7 @@ class LiveSlopes:
 
         def stay(batch: Sequence[ReferenceRow]) -> torch.Tensor:
             nonlocal divergence
-            found = divergences(self._live.model, self._padding, batch, settings.temperature).sum() / step.num_tokens
+            found = self._divergences(batch).sum() / step.num_tokens
             divergence += float(found.detach())
             return settings.keep * (1.0 if chunk.group else step.pull) * found
 
@@ -407,17 +411,20 @@ class LiveSlopes:
         def strays(batch: Sequence[ReferenceRow]) -> list[bool]:
             own = [row.text.ids[row.text.num_context] for row in batch]
             texts = [ScoredText(row.text.ids[: row.text.num_context + 1], row.text.num_context) for row in batch]
-            found = counted_logits(self._live.model, self._padding, texts)
+            found = self._read(self._live.model, self._padding, texts)
             return [int(logits[0].argmax()) != token for logits, token in zip(found, own, strict=True)]
 
         with self._candidate(weights), torch.no_grad():
             return list(self._batch_size.map(strays, [self._keep[0][number] for number in rows]))
 
+    def _divergences(self, batch: Sequence[ReferenceRow]) -> torch.Tensor:
+        return divergences(self._live.model, self._padding, batch, self._settings.temperature, self._read)
+
     def refusal(self, batch: Sequence[Sides]) -> tuple[torch.Tensor, list[float]]:
         """The loss of some contrasts, summed, and the smallest margin of each: of the refusal's tokens, in logits."""
         rows = [refusing.row for refusing, _ in batch]
         losses, smallest = [], []
-        for row, logits in zip(rows, counted_logits(self._live.model, self._padding, rows), strict=True):
+        for row, logits in zip(rows, self._read(self._live.model, self._padding, rows), strict=True):
             wanted = torch.tensor(row.ids[row.num_context :], device=logits.device)[:, None]
             values = logits.float()
             others = values.scatter(1, wanted, -math.inf).max(1).values

@@ -1,8 +1,8 @@
 """Several texts in one sequence, so that what they begin with is computed once and nothing is padding.
 
-Each token attends to the shared beginning and to its own text, and has the position that it has there. Prompts in a chat
-template have a system message in common, and answers end at different places: of a padded batch, that is nearly half of
-the tokens. Layers that carry states on from token to token cannot be told so, which is why `reader` tries it.
+Each token attends to the shared beginning and to its own text, and has the position that it has there. Prompts in a
+chat template have a system message in common, and texts end at different places: of a padded batch, that is nearly half
+of the tokens. Layers that carry states on from token to token cannot be told so, which is why `reader` tries it.
 """
 
 from __future__ import annotations

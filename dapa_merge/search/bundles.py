@@ -6,6 +6,7 @@ that many a little, few of them can be left out, and a bundle is as much as anyo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -32,6 +33,14 @@ def by_layer(units: Iterable[Unit]) -> tuple[Bundle, ...]:
     for unit in units:
         found.setdefault((unit.layer, unit.module in ATTENTION), []).append(unit)
     return tuple(map(tuple, found.values()))
+
+
+def num_scanning(number: int) -> int:
+    """The tests after which a guided search among so many bundles has found about how many can be left out.
+
+    It halves what it leaves out until the rest holds; the first two tests are of all bundles and of the likeliest.
+    """
+    return math.ceil(math.log2(max(number, 2))) + 3
 
 
 def minimize_bundles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.attribution import MAX_CONTRASTS, effects_between
 from dapa_merge.search.bench import Bench, make_bench, start_actors, start_workers, workers_in
-from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles
+from dapa_merge.search.bundles import MAX_ALONE, Bundle, by_layer, each_alone, minimize_bundles, num_scanning
 from dapa_merge.search.choose import DIVERGENCE, Chosen, check_pick, choose, no_point, settle, with_front
 from dapa_merge.search.forecast import ASKED, expected_tests
 from dapa_merge.search.identity import open_journal
@@ -485,8 +486,22 @@ def _minimum(
 def _minimum_of_bundles(
     session: Session, oracle: Oracle, bundles: Sequence[Bundle], prior: Prior | None
 ) -> tuple[Minimum[Unit], Prior | None, int]:
-    """As `_minimum`: search among bundles and then, if few units are left, among those."""
-    minimum = _minimize(session, oracle, bundles, prior)
+    """As `_minimum`: search among bundles and then, if few units are left, among those.
+
+    Where the prior cannot tell half of the bundles that can be left out, each of the others takes about a test. Then
+    none is left out: directions are small wherever they are, and the rest would have to make up for those.
+    """
+    is_guided, num_begun = prior is not None and session.recipe.max_tests is None, len(oracle.asked)
+    minimum = _minimize(session, oracle, bundles, prior, most=num_scanning(len(bundles)) if is_guided else None)
+    num_left = sum(bundle[0] in set(minimum.units) for bundle in bundles)
+    if is_guided and not minimum.one_minimal:
+        if 2 * num_left > len(bundles):
+            LOG.info(
+                f"{num_left} of {len(bundles)} bundles are left after {minimum.tests} tests, and each of the others would "
+                f"take about one; all are kept (`max_tests` in the recipe goes on with the search)"
+            )
+            return Minimum(tuple(itertools.chain(*bundles)), minimum.tests, False, {}), prior, len(bundles)
+        minimum = _minimize(session, oracle, bundles, prior, num_free=len(oracle.asked) - num_begun)
     if not minimum.one_minimal or len(minimum.units) > MAX_ALONE:
         return minimum, prior, len(bundles)
     LOG.info(f"searching among the {len(minimum.units)} units of those found")
@@ -538,15 +553,22 @@ def _is_score(value: object) -> bool:
 
 
 def _minimize(
-    session: Session, oracle: Oracle, bundles: Sequence[Bundle], prior: Prior | None, *, num_free: int = 0
+    session: Session,
+    oracle: Oracle,
+    bundles: Sequence[Bundle],
+    prior: Prior | None,
+    *,
+    num_free: int = 0,
+    most: int | None = None,
 ) -> Minimum[Unit]:
-    """Delta debugging among bundles of units; `num_free` of its tests do not count."""
+    """Delta debugging among bundles of units; `num_free` of its tests do not count. `most` is a limit of their number.
+    """
     recipe = session.recipe
     if session.options.uses_ray:
         # Free the memory for the workers, one of which may use the same device.
         session.bench.close()
     sizes = {unit: session.plan.num_parameters((unit,)) for bundle in bundles for unit in bundle}
-    left = None if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
+    left = most if recipe.max_tests is None else max(1, recipe.max_tests - len(oracle.asked) + num_free)
     tests = expected_tests(len(bundles), recipe.search, has_prior=prior is not None, max_tests=left)
     oracle.expect(tests, session.bench.num_prompts * ASKED)
     return minimize_bundles(bundles, oracle.among, algorithm=recipe.search, prior=prior, sizes=sizes, max_tests=left)

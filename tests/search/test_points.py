@@ -681,6 +681,24 @@ def test_many_matrices_are_searched_in_bundles_and_few_that_are_left_alone(most,
     assert entries(half) == entries(journal)
 
 
+def test_where_most_bundles_are_needed_none_is_left_out_and_a_limit_of_the_tests_goes_on(
+    done, write, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(search, "MAX_ALONE", 1)
+    monkeypatch.setattr(search, "num_scanning", lambda _: 2)
+    journal = cut_after("point 3", done.journal, tmp_path / "journal")
+    recipe = write(modules="gate,up,down", max_tests=None)
+    result = call("search", recipe, "--journal", journal)
+    said = "10 of 10 bundles are left after 2 tests, and each of the others would take about one; all are kept"
+    assert said in result.stderr
+    found = answer("search", recipe, "--journal", journal, "--json")
+    assert not found["one_minimal"]
+    assert (found["tests"], len(found["units"]), found["certificate"]) == (2, 30, {})
+    # The point that was taken is the result: nothing is left to settle.
+    assert len(found["points"]) == 3
+    assert answer("search", write(modules="gate,up,down", max_tests=99), "--journal", journal, "--json")["one_minimal"]
+
+
 def test_points_are_marked_by_divergence_and_score():
     points = [point(1, 0.5, 0.0), point(2, 0.6, 0.0)]
     assert [one.on_front for one in with_front(points)] == [False, True]

@@ -11,13 +11,13 @@ pass, and a response does not depend on earlier ones.
 from __future__ import annotations
 
 import inspect
-import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import torch
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -55,8 +55,9 @@ ROOM = 32
 FIRST = 8
 PIECE = 32
 LARGEST = 1024
-# Doubling continues while it raises the throughput by this factor.
+# Doubling continues while it raises the throughput by this factor, in one of a few batches: others may be disturbed.
 GAIN = 1.1
+TRIES = 3
 
 
 @dataclass(eq=False)
@@ -508,6 +509,7 @@ class BatchSize:
         self.size = FIRST if limit is None else limit
         self._doubling = limit is None
         self._last_rate = 0.0
+        self._num_tried = 0
 
     def map(self, work: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> Iterator[R]:
         """Yield the results of `work` for batches of `items`, in order.
@@ -551,10 +553,13 @@ class BatchSize:
         if not self._doubling or number < self.size:
             return
         rate = number / max(seconds, 1e-9)
+        self._num_tried += 1
+        if rate < GAIN * self._last_rate and self._num_tried < TRIES:
+            return
         if rate < GAIN * self._last_rate or not _memory_for_double() or self.size >= LARGEST:
             self._doubling = False
             return
-        self._last_rate = rate
+        self._last_rate, self._num_tried = rate, 0
         self.size *= 2
 
 
@@ -564,8 +569,6 @@ def _memory_for_double() -> bool:
         free, total = torch.cuda.mem_get_info()
         reusable = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
         return free + reusable > total // 4
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") / os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return True
-    return available > 0.25
+    # Not what is unused: a system uses nearly all memory for files that it has read, and gives it back.
+    memory = psutil.virtual_memory()
+    return bool(memory.available > memory.total / 4)

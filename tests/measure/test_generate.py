@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.compare.blend import Blender, MergekitBlend
 from dapa_merge.errors import UsageError
-from dapa_merge.measure import determinism
+from dapa_merge.measure import decode, determinism
 from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.determinism import is_deterministic
 from dapa_merge.measure.generate import generate, prompt_ids
@@ -153,6 +154,34 @@ def test_without_a_batch_size_one_is_found(llama):
     expected = plainly(*llama, PROMPTS, 8)
     assert generate(*llama, PROMPTS, max_new_tokens=8, batch_size=size) == expected
     assert size.limit == 32
+
+
+def test_a_batch_is_doubled_while_that_pays_in_one_of_three_batches(monkeypatch):
+    memory = SimpleNamespace(total=100, available=26, free=1)
+    monkeypatch.setattr(decode.psutil, "virtual_memory", lambda: memory)
+    size = BatchSize(None)
+
+    def sizes(*seconds: float) -> list[int]:
+        found = []
+        for one in seconds:
+            size.observe(size.size, one)
+            found.append(size.size)
+        return found
+
+    # Twice as many in the same time; then a disturbed batch, and one that is not.
+    assert sizes(1.0, 1.0, 9.0, 1.0) == [16, 32, 32, 64]
+    # A batch that is not full says nothing.
+    size.observe(63, 0.1)
+    assert sizes(2.0, 2.0, 2.0) == [64, 64, 64]
+    assert sizes(0.1) == [64]
+
+
+def test_a_batch_is_not_doubled_where_memory_is_short_and_files_in_memory_do_not_count(monkeypatch):
+    memory = SimpleNamespace(total=100, available=24, free=24)
+    monkeypatch.setattr(decode.psutil, "virtual_memory", lambda: memory)
+    size = BatchSize(None)
+    size.observe(size.size, 1.0)
+    assert size.size == decode.FIRST
 
 
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_named(llama):

@@ -169,7 +169,7 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
     single token is computed as two. On one without, the kernels for 16-bit matrices are about ten times slower than
     those for float32, to which a weight is upcast exactly, one layer at a time. As in those kernels, sums are in
     float32 and rounded to 16 bits once; only their order differs. Other models are not changed. Weights may change
-    inside the block: upcast copies are not kept.
+    inside the block: upcast copies are not kept. What is computed in the block can be differentiated after it.
     """
     layers = [
         module
@@ -184,7 +184,7 @@ def batch_invariant(model: torch.nn.Module) -> Iterator[None]:
         for layer in layers:
             # An attribute of the instance takes precedence over the class's.
             name = FORWARD if FORWARD in layer.__dict__ else "forward"
-            layer.__dict__[name] = functools.partial(_upcast if _is_slow(layer.weight) else _paired, layer)
+            layer.__dict__[name] = functools.partial(_upcast if is_slow(layer.weight.dtype) else _paired, layer)
         yield
     finally:
         for layer in layers:
@@ -204,8 +204,16 @@ def _paired(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
 def _upcast(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     weight, bias = layer.weight, layer.bias
     tokens = states.numel() // states.shape[-1]
-    if tokens < MIN_TOKENS or states.dtype != weight.dtype:
+    has_graph = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+    if states.dtype != weight.dtype or (tokens < MIN_TOKENS and not has_graph):
         return linear(states, weight, bias)
+    if not has_graph:
+        return _wide(states, weight, bias)
+    found: torch.Tensor = _Upcast.apply(states, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _wide(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     wide = states.float()
     rows = max(PIECE // weight.shape[1], 1)
     result = states.new_empty((*states.shape[:-1], weight.shape[0]))
@@ -215,9 +223,35 @@ def _upcast(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _is_slow(weight: torch.Tensor) -> bool:
-    """Whether the CPU lacks arithmetic of a weight's 16-bit type."""
-    if weight.dtype == torch.bfloat16:
+class _Upcast(torch.autograd.Function):
+    """A linear layer whose weight is upcast again for the backward pass: kept, the copies would be twice the model."""
+
+    @staticmethod
+    def forward(context: Any, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        context.save_for_backward(states if context.needs_input_grad[1] else None, weight)
+        return _wide(states, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        states, weight = context.saved_tensors
+        wide = gradient.float()
+        of_states = of_weight = of_bias = None
+        if context.needs_input_grad[0]:
+            rows = max(PIECE // weight.shape[1], 1)
+            parts = [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+            of_states = sum(wide[..., part] @ weight[part].float() for part in parts).to(gradient.dtype)
+        if context.needs_input_grad[1]:
+            flat = states.reshape(-1, states.shape[-1]).float()
+            of_weight = (wide.reshape(-1, wide.shape[-1]).T @ flat).to(weight.dtype)
+        if context.needs_input_grad[2]:
+            of_bias = wide.reshape(-1, wide.shape[-1]).sum(0).to(weight.dtype)
+        return of_states, of_weight, of_bias
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether the CPU lacks arithmetic of a 16-bit type."""
+    if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.perplexity import ScoredText, counted_logits, only_logits
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ def _packed(model: PreTrainedModel, rows: Sequence[ScoredText], shared: int) -> 
     sees = ((owner == owner[:, None]) | (owner < 0)).tril()
     mask = torch.zeros(sees.shape, dtype=model.dtype, device=model.device)
     mask.masked_fill_(~sees, torch.finfo(model.dtype).min)
-    logits = model(
-        input_ids=torch.tensor([ids], device=model.device),
-        attention_mask=mask[None, None],
-        position_ids=torch.tensor([positions], device=model.device),
-        **({"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}),
-        **only_logits(model, torch.tensor(wanted, dtype=torch.long, device=model.device)),
-    ).logits
+    with batch_invariant(model):
+        logits = model(
+            input_ids=torch.tensor([ids], device=model.device),
+            attention_mask=mask[None, None],
+            position_ids=torch.tensor([positions], device=model.device),
+            **({"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}),
+            **only_logits(model, torch.tensor(wanted, dtype=torch.long, device=model.device)),
+        ).logits
     return list(torch.split(logits[0], [len(row.ids) - row.num_context for row in rows]))
 
 

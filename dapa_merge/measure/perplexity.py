@@ -187,7 +187,8 @@ def _logits_from(
     # The key-value cache is not needed, and that of many rows would take most of the memory.
     inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
     kept = only_logits(model, torch.arange(first, input_ids.shape[1], device=input_ids.device))
-    logits = model(**inputs, **kept).logits
+    with batch_invariant(model):
+        logits = model(**inputs, **kept).logits
     return torch.as_tensor(logits if kept else logits[:, first:])
 
 

@@ -37,6 +37,7 @@ from torch.nn import Linear, Parameter
 
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.decode import BatchSize
+from dapa_merge.measure.determinism import is_slow
 from dapa_merge.measure.divergence import ReferenceRow, divergences
 from dapa_merge.measure.live import LiveModel, Slot
 from dapa_merge.measure.packed import reader
@@ -113,7 +114,8 @@ class Axis:
     """The directions of one matrix in the model in memory, and where their core is.
 
     Attributes:
-        left: `[m, r]`, in the model's dtype: left singular vectors, times the roots of the singular values.
+        left: `[m, r]`, in the model's dtype, or in float32 where a CPU is slow in that: left singular vectors, times the
+            roots of the singular values.
         right: `[n, r]`, likewise.
         place: The slice of the core's elements, row by row.
     """
@@ -536,6 +538,8 @@ def _axes(live: LiveModel, spectra: Sequence[Spectrum]) -> Iterator[Axis]:
         parameter = slot.parameter
         # The bits of quantized weights are no dtype to compute in.
         dtype = parameter.dtype if parameter.is_floating_point() else live.model.dtype
+        if parameter.device.type == "cpu" and dtype != torch.float32 and is_slow(dtype):
+            dtype = torch.float32
         roots = spectrum.values.sqrt()
         left, right = (
             part.to(parameter.device, dtype).contiguous() for part in (spectrum.left / roots, spectrum.right.T * roots)
@@ -556,9 +560,9 @@ def _adding(axis: Axis, weights: torch.Tensor, called: set[int]) -> Callable[...
 
     def add(_layer: Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         called.add(id(axis))
-        along = (inputs[0].to(axis.right.device) @ axis.right).float()
+        along = (inputs[0].to(axis.right) @ axis.right).float()
         along = along @ axis.core(weights).to(along.device).T
-        change = along.to(output.dtype) @ axis.left.T
+        change = (along.to(axis.left.dtype) @ axis.left.T).to(output.dtype)
         rows = axis.slot.slices[0]
         if rows.stop - rows.start == output.shape[-1]:
             return output + change

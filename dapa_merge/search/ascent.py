@@ -114,8 +114,8 @@ class Axis:
     """The directions of one matrix in the model in memory, and where their core is.
 
     Attributes:
-        left: `[m, r]`, in the model's dtype, or in float32 where a CPU is slow in that: left singular vectors, times the
-            roots of the singular values.
+        left: `[m, r]`, in the model's dtype, or in float32 where a CPU is slow in that: left singular vectors, times
+            the roots of the singular values.
         right: `[n, r]`, likewise.
         place: The slice of the core's elements, row by row.
     """

@@ -561,7 +561,7 @@ def _minimize(
     num_free: int = 0,
     most: int | None = None,
 ) -> Minimum[Unit]:
-    """Delta debugging among bundles of units; `num_free` of its tests do not count. `most` is a limit of their number."""
+    """Delta debugging among bundles of units; `num_free` of its tests do not count, and `most` limits the others."""
     recipe = session.recipe
     if session.options.uses_ray:
         # Free the memory for the workers, one of which may use the same device.

@@ -3,9 +3,9 @@
     python tests/benchmarks/ascent_cost.py [TARGET SOURCE] [--steps 5]
 
 By default the packaged shadow pair. *Passes alone*: the same rows and losses, padded, differentiated by the embeddings
-only, so that the backward pass goes through every layer and no weight gets a gradient. *Weight gradients*: the same with
-a gradient for every matrix that has directions, each contracted and freed at once. The limit is 1.5 times the passes
-alone. With ONEDNN_MAX_CPU_ISA=AVX2 in the environment it is as on a processor without 16-bit arithmetic.
+only, so that the backward pass goes through every layer and no weight gets a gradient. *Weight gradients*: the same
+with a gradient for every matrix that has directions, each contracted and freed at once. The limit is 1.5 times the
+passes alone. With ONEDNN_MAX_CPU_ISA=AVX2 in the environment it is as on a processor without 16-bit arithmetic.
 """
 
 from __future__ import annotations

@@ -883,11 +883,11 @@ def test_a_gradient_that_does_not_fit_in_memory_is_computed_in_smaller_batches(d
         expected = gradient()
         divergences, sizes = ascent.divergences, []
 
-        def small(model, padding, batch, temperature):
+        def small(model, padding, batch, *how):
             sizes.append(len(batch))
             if len(batch) > 2:
                 raise torch.OutOfMemoryError("no memory")
-            return divergences(model, padding, batch, temperature)
+            return divergences(model, padding, batch, *how)
 
         monkeypatch.setattr(ascent, "divergences", small)
         with caplog.at_level("WARNING", logger="dapa_merge"):

@@ -7,10 +7,12 @@ content, or a record without its last line.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -37,11 +39,43 @@ JOURNAL_BEGINS = b'{"journal":'
 _SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 # Memory that is used like a disk.
 _SHARED_MEMORY = "/dev/shm"
+KEY_BYTES = 32
 
 
 def cache_folder(kind: str) -> Path:
     """The folder of one kind of content in the user's cache; it may be absent."""
     return Path(platformdirs.user_cache_dir("dapa-merge")) / kind
+
+
+@functools.cache
+def own_key() -> bytes:
+    """A secret of this user, which tells what this user's processes wrote; made if absent.
+
+    It is not in the cache, because caches are copied from machine to machine. Where it cannot be kept, or others could
+    read it, it ends with this process.
+    """
+    path = Path(platformdirs.user_state_dir("dapa-merge")) / "key"
+    with suppress(OSError, UsageError):
+        if not path.exists():
+            _make_key(path)
+        state = path.lstat()
+        is_private = os.name == "nt" or (state.st_uid == os.geteuid() and not state.st_mode & 0o077)
+        if stat.S_ISREG(state.st_mode) and is_private and len(key := path.read_bytes()) == KEY_BYTES:
+            return key
+    return secrets.token_bytes(KEY_BYTES)
+
+
+def _make_key(path: Path) -> None:
+    """Write a new key, unless another process does so first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = _beside(path)
+    try:
+        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+        with suppress(UsageError):
+            _name(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def refuse_special(path: Path, max_bytes: int | None = None) -> None:

@@ -19,6 +19,8 @@ if f"/dapa-merge-tests-{os.getpid()}-" not in os.environ.get("XDG_CACHE_HOME", "
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(
         prefix=f"dapa-merge-tests-{os.getpid()}-", dir=os.environ["XDG_CACHE_HOME"] if started_by_tests else None
     )
+    # Where the key of journals is.
+    os.environ["XDG_STATE_HOME"] = os.path.join(os.environ["XDG_CACHE_HOME"], "state")
 
 import contextlib
 import gc

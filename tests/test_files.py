@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dapa_merge import files
 from dapa_merge.errors import UsageError
-from dapa_merge.files import Record, held
+from dapa_merge.files import KEY_BYTES, Record, held, own_key
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom dapa_merge.files import held\n"
 HOLD += "with held(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
@@ -31,6 +32,49 @@ def test_a_lock_refuses_others_ends_with_its_process_and_leaves_no_file(tmp_path
     with held(lock, "somebody is here"):
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def key_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.platformdirs, "user_state_dir", lambda name: str(tmp_path / "state" / name))
+    return tmp_path / "state" / "dapa-merge" / "key"
+
+
+def test_a_users_key_is_made_once_and_is_read_by_nobody_else(key_file):
+    made = [own_key.__wrapped__() for _ in range(2)]
+    assert made[0] == made[1] == key_file.read_bytes()
+    assert len(made[0]) == KEY_BYTES
+    assert os.name == "nt" or key_file.stat().st_mode & 0o777 == 0o600
+    assert list(key_file.parent.iterdir()) == [key_file]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such modes")
+def test_a_key_that_others_can_read_or_that_cannot_be_kept_ends_with_the_process(key_file):
+    known = own_key.__wrapped__()
+    key_file.chmod(0o644)
+    assert own_key.__wrapped__() not in (known, own_key.__wrapped__())
+    key_file.unlink()
+    key_file.symlink_to("/dev/zero")
+    assert len({own_key.__wrapped__() for _ in range(2)}) == 2
+    key_file.unlink()
+    key_file.write_bytes(b"short")
+    key_file.chmod(0o600)
+    assert len({own_key.__wrapped__() for _ in range(2)}) == 2
+    key_file.unlink()
+    key_file.parent.rmdir()
+    key_file.parent.write_bytes(b"")
+    assert len({own_key.__wrapped__() for _ in range(2)}) == 2
+
+
+def test_processes_that_begin_at_once_have_the_same_key(key_file):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(own_key.__wrapped__())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert set(found) == {key_file.read_bytes()}
 
 
 def test_a_lock_waits_where_no_refusal_is_given(tmp_path):

@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -125,18 +125,69 @@ class Bench(Resident):
         self._examiner = Examiner(requirement, self.sizes, costs)
         return self._examiner
 
-    def baseline(self, selection: Iterable[Unit]) -> Baseline:
-        """Measure the figures of all constraints for the target with a selection transplanted."""
-        with self._candidate(selection) as candidate:
-            figures = {constraint.figure: candidate.figure(constraint) for constraint in self.constraints}
-            return Baseline(figures, tuple(candidate.all_responses("harmful")))
+    def baseline(
+        self, selection: Iterable[Unit], journal: Journal | MarkedJournal | None = None, name: str = "", what: str = ""
+    ) -> Baseline:
+        """The figures of all constraints for the target with a selection transplanted.
+
+        Args:
+            selection: The units.
+            journal: Each piece of prompts and each other figure is in it before the next is measured, and only those
+                that it lacks are measured.
+            name: Of the measurement in the journal.
+            what: The measurement as progress shows it; empty if the caller shows it.
+        """
+        journal = Journal() if journal is None else journal
+        wanted = {f"{name}: {piece}": one for piece, one in self._measurements.items()}
+        missing = {piece: one for piece, one in wanted.items() if piece not in journal.pieces}
+        if missing:
+            total = sum(one.num_prompts for one in missing.values())
+            refers = any(one.refers for one in missing.values())
+            shown = task(what, total, "prompts") if what else nullcontext()
+            with shown, self._candidate(selection, refers=refers) as candidate:
+                for piece, one in missing.items():
+                    began = time.monotonic()
+                    value = one.make(candidate)
+                    journal.piece(piece, value, time.monotonic() - began)
+        responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
+        for piece, one in wanted.items():
+            if one.kind is not None:
+                responses[one.kind] += [Response(**said) for said in journal.pieces[piece]]
+        figures = {
+            limited.figure: journal.pieces[f"{name}: {limited.figure}"]
+            if limited.kind is None
+            else _share(limited, responses[limited.kind])
+            for limited in self.constraints
+        }
+        return Baseline(figures, tuple(responses["harmful"]))
 
     def recorded(self, journal: Journal | MarkedJournal, name: str, selection: Sequence[Unit], what: str) -> Baseline:
         """The `baseline` of a selection from a journal's note of this name; if absent, it is measured and noted."""
         if name not in journal.notes:
-            with task(f"measuring {what}", self.num_prompts, "prompts"):
-                journal.note(name, self.baseline(selection).to_json())
+            journal.note(name, self.baseline(selection, journal, name, f"measuring {what}").to_json())
         return Baseline.from_json(journal.notes[name])
+
+    @property
+    def _measurements(self) -> dict[str, _Measurement]:
+        """What a baseline consists of, by the names of its pieces, in the order of the constraints."""
+        found: dict[str, _Measurement] = {}
+        num_questions = sum(skill.num_questions for skill in self.meter.skills)
+        for one in self.constraints:
+            if one.kind is None:
+                number = num_questions if one.figure == "skill" else 0
+                found[one.figure] = _Measurement(functools.partial(_figure_of, one), None, number, one.refers)
+            else:
+                found |= self._of_kind(one.kind)
+        return found | self._of_kind("harmful")
+
+    def _of_kind(self, kind: str) -> dict[str, _Measurement]:
+        pieces = self._pieces[kind]
+        return {
+            f"{kind} {number} of {len(pieces)}": _Measurement(
+                functools.partial(_responses_of, kind, number - 1), kind, len(piece)
+            )
+            for number, piece in enumerate(pieces, 1)
+        }
 
     def score(self, selection: Iterable[Unit]) -> float:
         """The score of the target with a selection transplanted, measured as every test measures it."""
@@ -150,10 +201,10 @@ class Bench(Resident):
             return self._examiner.examine(candidate, stop_early=stop_early)
 
     @contextmanager
-    def _candidate(self, selection: Iterable[Unit]) -> Iterator[_LiveExaminee]:
+    def _candidate(self, selection: Iterable[Unit], *, refers: bool = True) -> Iterator[_LiveExaminee]:
         units = tuple(selection)
         # Before anything is transplanted.
-        meter = self._referring
+        meter = self._referring if refers else self.meter
         with self.live.transplanted(units) as model:
             measurement = meter.measure(model, self.live.tokenizer, units)
             yield _LiveExaminee(measurement, self._pieces)
@@ -178,8 +229,37 @@ class _LiveExaminee:
     def figure(self, constraint: Constraint) -> float:
         if constraint.kind is None:
             return constraint.of(self._measurement)
-        responses = self.all_responses(constraint.kind)
-        return sum(map(constraint.counts, responses)) / len(responses)
+        return _share(constraint, self.all_responses(constraint.kind))
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """A piece of a baseline.
+
+    Attributes:
+        make: Measures it, as plain data.
+        kind: Of the prompts whose responses it is; None for a figure.
+        num_prompts: That are asked.
+        refers: Whether it compares with the target's own answers.
+    """
+
+    make: Callable[[_LiveExaminee], Any]
+    kind: str | None
+    num_prompts: int
+    refers: bool = False
+
+
+def _figure_of(constraint: Constraint, candidate: _LiveExaminee) -> float:
+    return candidate.figure(constraint)
+
+
+def _responses_of(kind: str, piece: int, candidate: _LiveExaminee) -> list[dict[str, Any]]:
+    return [asdict(response) for response in candidate.responses(kind, piece)]
+
+
+def _share(constraint: Constraint, responses: Sequence[Response]) -> float:
+    """The share of responses that a constraint counts."""
+    return sum(map(constraint.counts, responses)) / len(responses)
 
 
 def pieces_of(prompts: Sequence[str], batch_size: int) -> tuple[tuple[str, ...], ...]:

@@ -246,8 +246,8 @@ def _offer(rounds: Rounds, limits: Requirement, start: Start, number: int, **of_
     name = f"point {number}"
     if not _is_noted(rounds, number, edit):
         bench.use(plan)
-        with task(f"measuring {name}", bench.num_prompts, "prompts"):
-            journal.note(name, {**bench.baseline(plan.units).to_json(), "directions": edit.digest})
+        measured = bench.baseline(plan.units, journal, f"{name} of {edit.digest}", f"measuring {name}")
+        journal.note(name, {**measured.to_json(), "directions": edit.digest})
     noted = {key: value for key, value in journal.notes[name].items() if key != "directions"}
     baseline = Baseline.from_json(noted)
     complaint = limits.complaint(baseline.figures) if plan.units else "it changes nothing"

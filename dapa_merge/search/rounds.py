@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -200,9 +201,10 @@ class Rounds:
 
     def _round(self, ascent: Ascent, name: str, **how: bool) -> torch.Tensor:
         """The state after another round, which is recorded; `how` as for `Ascent.round`."""
+        began = time.monotonic()
         progress = ascent.round(lambda: advance(1, "steps"), **how)
         state = ascent.state
-        self.journal.note(name, _encoded(state))
+        self.journal.note(name, _encoded(state), time.monotonic() - began)
         LOG.info(
             f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, the divergence is "
             f"{progress.divergence:.4f}, and {100 * progress.harmless:.0f} % of the harmless prompts are answered "
@@ -258,6 +260,7 @@ class Rounds:
                 return [(response, outcome.value) for response, outcome in zip(found, outcomes, strict=True)]
 
             keep = groups[-1][0] if len(groups) > 1 else ()
+            began = time.monotonic()
             num_prompts = 2 * len(harmful) + len(keep) + sum(len(prompts) for prompts, _ in groups)
             with task("reading the answers of target and source", num_prompts, "prompts"):
                 before = responses(harmful)
@@ -275,6 +278,7 @@ class Rounds:
                     "kept": kept,
                     "num_refusing": [outcome for _, outcome in of_keep].count(Outcome.REFUSED.value),
                 },
+                time.monotonic() - began,
             )
         said: dict[str, Any] = self.journal.notes["choice"]
         self._check_kept(said)

@@ -1,4 +1,7 @@
-"""A journal that another process wrote decides nothing by itself: baselines and the selection are measured again."""
+"""A journal that others wrote decides nothing by itself: baselines and the selection are measured again.
+
+Of what this user's own processes wrote only the selection is.
+"""
 
 from __future__ import annotations
 
@@ -52,29 +55,44 @@ def test_what_an_earlier_process_wrote_is_told_from_what_this_one_did(done, monk
     monkeypatch.setattr(journals, "_written_here", set())
     others = journals.Journal(path, parts)
     others.close()
-    assert own.earlier == set()
+    assert own.earlier == own.foreign == set()
     assert others.earlier == {*others.notes, *others.tests}
+    assert others.foreign == set()
 
 
-def test_a_true_journal_of_another_process_is_believed_and_counted(done, monkeypatch):
+def test_what_this_users_other_processes_wrote_is_told_from_what_others_did(done, of_a_stranger):
+    _, path, _ = done
+    parts = json.loads(path.read_bytes().splitlines()[0])["parts"]
+    journal = journals.Journal(path, parts)
+    journal.close()
+    assert journal.foreign == journal.earlier == {*journal.notes, *journal.tests}
+    # What is not whole yet has been checked by nobody.
+    assert journal.pieces == {}
+
+
+@pytest.fixture
+def of_a_stranger(monkeypatch) -> None:
+    """Whatever was written before, somebody else wrote."""
+    monkeypatch.setattr(journals, "own_key", lambda: b"another")
+
+
+def test_a_true_journal_of_another_process_is_believed_and_counted(done, of_a_stranger):
     recipe, journal, found = done
-    monkeypatch.setattr(journals, "_written_here", set())
     again = answer("search", recipe, "--journal", journal, "--json")
     assert (again["units"], again["certificate"]) == (found["units"], found["certificate"])
     # The full selection is not a test: it is a baseline.
     assert again["tests_recorded"] == found["tests"] - 1
 
 
-def test_what_was_measured_again_is_not_measured_a_third_time(done, monkeypatch):
+def test_what_was_measured_again_is_not_measured_a_third_time(done, of_a_stranger):
     recipe, path, _ = done
     parts = json.loads(path.read_bytes().splitlines()[0])["parts"]
-    monkeypatch.setattr(journals, "_written_here", set())
     answer("search", recipe, "--journal", path, "--json")
     journal = journals.Journal(path, parts)
     journal.close()
     assert {"target", "full transplant"} & journal.earlier == set()
     # The tests and the prior are still the other process's.
-    assert journal.earlier >= {*journal.tests, "prior"}
+    assert journal.earlier == journal.foreign == {*journal.tests, "prior"}
 
 
 def test_a_run_that_goes_on_from_it_says_so(done, tmp_path, monkeypatch):
@@ -172,7 +190,8 @@ def test_forged_tests_do_not_decide_what_is_transplanted(done, tmp_path):
 
 def test_a_selection_that_a_journal_makes_up_is_measured_before_it_is_written(done, tmp_path):
     recipe, journal, _ = done
-    header, target, full, prior = journal.read_bytes().splitlines()[:4]
+    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
+    kept = [one for one in lines if "selection" not in one and "piece" not in one]
     check, lines = "", []
     # Whatever the search asks, it is said to be enough, so that it ends with a single gate.
     made_up = [
@@ -180,7 +199,7 @@ def test_a_selection_that_a_journal_makes_up_is_measured_before_it_is_written(do
         for number in range(1, len(GATES))
         for some in itertools.combinations(GATES, number)
     ]
-    for entry in (*map(json.loads, (header, target, full, prior)), *made_up):
+    for entry in (*kept, *made_up):
         entry.pop("check", None)
         text, check = record_line(entry, check)
         lines.append(text)

@@ -64,7 +64,7 @@ def recipe(tmp_path_factory) -> Path:
 def entries(journal: Path) -> list[dict]:
     # The last line may not be whole yet.
     lines = [json.loads(line) for line in journal.read_text().split("\n")[:-1]]
-    return [{key: value for key, value in line.items() if key not in ("check", "seconds")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("check", "seal", "seconds")} for line in lines]
 
 
 def notes(journal: Path) -> dict[str, object]:

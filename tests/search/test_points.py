@@ -103,7 +103,7 @@ class Done:
 def entries(journal: Path) -> list[dict]:
     """The lines of a journal, without what is of their place and time."""
     lines = [json.loads(line) for line in journal.read_bytes().split(b"\n") if line]
-    return [{key: value for key, value in line.items() if key not in ("check", "seconds")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("check", "seal", "seconds")} for line in lines]
 
 
 def notes_of(journal: Path) -> list[str]:
@@ -719,8 +719,8 @@ def test_a_choice_that_dies_after_each_round_ends_with_the_same_journal_and_asks
         num_gradients += 1
         return gradient(self)
 
-    def die_after(self, name, value, last):
-        note(self, name, value)
+    def die_after(self, name, value, seconds=None, *, last):
+        note(self, name, value, seconds)
         if name == last:
             raise Killed(name)
 

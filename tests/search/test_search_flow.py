@@ -21,6 +21,7 @@ from conftest import answer, call, change_tensor, required, save_random, tiny_ll
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
+from dapa_merge.files import record_line
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import edit_of, make_plan
@@ -230,7 +231,7 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
     journal = tmp_path / "killed"
     command = [*COMMAND, "search", str(path), "--json", "--journal", str(journal)]
     generator = random.Random(0)
-    for number_of_lines in (12,):
+    for number_of_lines in (22,):
         process = warm.Process(command)
         while not (journal.exists() and journal.read_bytes().count(b"\n") >= number_of_lines):
             assert process.poll() is None, process.stderr
@@ -250,6 +251,52 @@ def test_a_killed_search_goes_on_where_it_was_and_asks_nothing_twice(ddmin_done,
     # The target is part of the record too: measured once, whatever was killed.
     notes = [entry["note"] for entry in entries(journal) if "note" in entry]
     assert notes == ["target", "full transplant"]
+
+
+def test_a_kill_in_the_middle_of_a_baseline_costs_a_piece_at_most(write_recipe, tmp_path):
+    settings = {**MINIATURE, "batch_size": 4, "max_tests": 1}
+    recipe = write_recipe(miniature.path("target"), miniature.path("source"), **settings)
+    whole = answer("search", recipe, "--journal", tmp_path / "whole", "--json")
+    journal = tmp_path / "killed"
+    command = [*COMMAND, "search", str(recipe), "--json", "--journal", str(journal)]
+
+    def num_pieces(of: str) -> int:
+        return journal.read_bytes().count(b'{"piece":"%s: ' % of.encode()) if journal.exists() else 0
+
+    for of in ("target", "full transplant"):
+        process = warm.Process(command)
+        while num_pieces(of) < 3:
+            assert process.poll() is None, process.stderr
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert f'{{"note":"{of}"' not in journal.read_text()
+    again = warm.run(command)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["units"] == whole["units"]
+    # Nothing was measured twice, and every figure is the same to the last digit.
+    assert timeless(journal) == timeless(tmp_path / "whole")
+
+
+def timeless(journal: Path) -> list[dict]:
+    return [{key: one[key] for key in one if key not in ("check", "seal", "seconds")} for one in entries(journal)]
+
+
+def test_pieces_that_others_wrote_are_measured_again(done, tmp_path):
+    lines = entries(done.journal)
+    pieces = [line for line in lines if line.get("piece", "").startswith("target: ")]
+    for piece in pieces:
+        if "harmful" in piece["piece"]:
+            piece["value"] = [{**response, "outcome": "refused"} for response in piece["value"]]
+    check, texts = "", []
+    for line in (lines[0], *pieces):
+        del line["check"]
+        text, check = record_line(line, check)
+        texts.append(text)
+    (tmp_path / "forged").write_bytes(b"".join(texts))
+    found = answer("search", done.recipe, "--journal", tmp_path / "forged", "--json")
+    assert found["score_target"] == done.found["score_target"] == 0
+    assert found["units"] == done.found["units"]
 
 
 @of_ray

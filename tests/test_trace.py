@@ -24,6 +24,8 @@ from conftest import SHAPE, answer, call, save_random, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import UsageError
+from dapa_merge.measure import expected as expecting
+from dapa_merge.measure.expected import Expected
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.plan.directions import FILE_NAME, FactorTable
 from dapa_merge.plan.edit import Directions
@@ -32,6 +34,8 @@ from dapa_merge.plan.selection import make_plan, plan_of_all
 from dapa_merge.progress import Pace, collected, duration
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.report import charts
+from dapa_merge.search import journal as journals
+from dapa_merge.search.bench import Bench
 from dapa_merge.trace.causal import Trace
 from dapa_merge.trace.charts import CHARTS, _example
 from dapa_merge.trace.edits import curve_sizes
@@ -533,6 +537,43 @@ def test_how_long_stages_take_is_said_before_they_begin_and_again_once_a_part_is
         )
         assert len(before) == len(after) == 1, result.stderr
         assert before[0] < after[0]
+
+
+def test_what_was_searched_before_is_not_searched_again(own_cache, tmp_path, no_pictures, monkeypatch):
+    recipe, baseline, measured = planted_recipe(tmp_path, 8), Bench.baseline, []
+    found = answer("search", recipe, "--json")
+    (journal,) = (own_cache / "dapa-merge" / "journals").iterdir()
+    before = journal.read_bytes()
+    monkeypatch.setattr(Bench, "examine", None)
+    # By another process of the same user: of the baselines none is measured again, only the selection is.
+    monkeypatch.setattr(journals, "_written_here", set())
+    monkeypatch.setattr(Bench, "baseline", lambda self, units, **more: measured.append(units) or baseline(self, units))
+    summary = answer("trace", recipe, tmp_path / "out", "--stages", "search", "--json")
+    assert [list(map(str, units)) for units in measured] == [found["units"]]
+    assert summary["selection"] == found["units"]
+    assert journal.read_bytes() == before
+
+
+def test_a_trace_says_beforehand_how_long_it_takes_and_counts_what_it_asks(tmp_path, no_pictures, monkeypatch):
+    recipe, asked, lines = planted_recipe(tmp_path, 16), [0], []
+    monkeypatch.setattr(expecting, "TOLD_SECONDS", 0)
+    monkeypatch.setattr(
+        "dapa_merge.measure.generate.advance", lambda number, _: asked.__setitem__(0, asked[0] + number)
+    )
+    told = Expected.tell
+    monkeypatch.setattr(Expected, "tell", lambda self: (lines.append(self), told(self)))
+    result = call("trace", recipe, tmp_path / "out", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"this takes about .* on cpu, about \d+ tests, .* GB of its memory and the batches", result.stderr)
+    (first,) = lines
+    assert list(first.parts) == ["search", "answers", "influence", "groups", "edits", "traces"]
+    # Those of groups are counted by the edit.
+    total = sum(part.get("prompts", 0) for part in first.parts.values()) + first.parts["groups"]["edits"] * 8
+    assert asked[0] / 2 <= total <= 2 * asked[0]
+    assert call("trace", recipe, tmp_path / "out", *QUICK).exit_code == 0
+    again = lines[1].parts
+    assert (again["answers"]["prompts"], again["traces"]["runs"]) == (0, 0)
+    assert again["groups"]["edits"] < first.parts["groups"]["edits"] / 4
 
 
 def test_where_no_prompt_tells_the_models_apart_the_exit_code_is_3(tmp_path, write_recipe):

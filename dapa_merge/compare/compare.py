@@ -13,7 +13,7 @@ import os
 import traceback
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
@@ -25,10 +25,12 @@ from pydantic import TypeAdapter
 from dapa_merge import __version__
 from dapa_merge.compare import charts
 from dapa_merge.compare.blend import open_pretrained
+from dapa_merge.compare.forecast import RowForecast, forecast, forecast_row
+from dapa_merge.compare.measuring import besides
 from dapa_merge.compare.methods import AUTO, DAPA
 from dapa_merge.compare.page import arms_csv, latex, page, points_csv
 from dapa_merge.compare.result import CompareOptions, Row, averages
-from dapa_merge.compare.row import compare_recipe, copying
+from dapa_merge.compare.row import JOURNAL_NAME, compare_recipe, copying, meter_of, prompts_of
 from dapa_merge.compare.sentences import choices, sentences
 from dapa_merge.compare.spread import spread_rows
 from dapa_merge.errors import DapaError, UsageError, one_line
@@ -42,11 +44,10 @@ from dapa_merge.files import (
     replace_files,
 )
 from dapa_merge.measure.live import choose_device
-from dapa_merge.measure.meter import report_meter
-from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
+from dapa_merge.measure.prompts.parts import check_prompts
 from dapa_merge.measure.prompts.sets import load_own
 from dapa_merge.plan.selection import check_any_units, make_plan
-from dapa_merge.progress import LOG
+from dapa_merge.progress import LOG, begin, end
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
@@ -106,19 +107,28 @@ def compare_recipes(paths: Sequence[Path], out: Path, wanted: CompareOptions, op
         except DapaError as error:
             error.args = (f"--also: {error}",)
             raise
-    for path, recipe in recipes.items():
-        _check(recipe, path, options)
+    checked = {path: _check(recipe, path, wanted, options) for path, recipe in recipes.items()}
     # Made first: this marks the folder as a comparison, for other processes too.
     make_folder(out / ROWS_NAME)
     names = row_names(paths, out)
     tables = Tables(out, wanted)
     of_name = {name: recipes[path] for name, path in names.items()}
-    measure = spread_rows if options.uses_ray else _in_turn
-    for number, (name, found) in enumerate(measure(of_name, out / ROWS_NAME, wanted, options), 1):
-        if isinstance(found, DapaError):
-            LOG.info(f"{name}: {found}")
-        tables.take(name, found, tuple(names))
-        summary = tables.write(is_last=number == len(names))
+    expected = forecast(
+        [checked[path](name, out / ROWS_NAME / name / JOURNAL_NAME) for name, path in names.items()], options
+    )
+    with ExitStack() as stack:
+        if options.uses_ray:
+            # Progress is where the work is done.
+            expected.tell()
+            measured = spread_rows(of_name, out / ROWS_NAME, wanted, options)
+        else:
+            stack.enter_context(expected.told())
+            measured = _in_turn(of_name, out / ROWS_NAME, wanted, options)
+        for number, (name, found) in enumerate(measured, 1):
+            if isinstance(found, DapaError):
+                LOG.info(f"{name}: {found}")
+            tables.take(name, found, tuple(names))
+            summary = tables.write(is_last=number == len(names))
     return Compared(tuple(tables.rows), summary, tables.is_written, tables.fault(names))
 
 
@@ -128,28 +138,39 @@ def _in_turn(
     """Measure rows one after another, here; as `spread_rows`."""
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         LOG.info(f"recipe {number} of {len(recipes)}: {name}")
+        begin(name)
         try:
             found: Row | DapaError = compare_recipe(recipe, name, rows / name, wanted, options)
         except DapaError as error:
             _let_go(error)
             found = error
+        end()
         yield name, found
 
 
-def _check(recipe: Recipe, path: Path, options: Options) -> None:
-    """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read."""
+def _check(given: Recipe, path: Path, wanted: CompareOptions, options: Options) -> Callable[[str, Path], RowForecast]:
+    """Raise a recipe's errors before other rows take hours; of the Hub's models, only headers are read.
+
+    Returns:
+        What estimates the row of a name and a journal.
+    """
     try:
-        recipe = copying(recipe)
+        recipe = copying(given)
         check_any_units(recipe)
         plan = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
         check_prompts(recipe)
-        open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
-        report_meter(recipe, all_prompts(recipe).report, options)
+        pretrained = open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
+        parts, _ = prompts_of(recipe)
+        meter = meter_of(recipe, parts.report, options, plan.models.values())
+        also = besides(wanted, parts.report)
     except DapaError as error:
         # The error of a key already names the file.
         if not str(error).startswith(str(path)):
             error.args = (f"recipe {path}: {error}",)
         raise
+    return lambda name, journal: forecast_row(
+        name, given, recipe, plan, parts, meter, also, pretrained, journal, wanted, options
+    )
 
 
 def _let_go(error: BaseException) -> None:

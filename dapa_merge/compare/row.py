@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -111,12 +111,8 @@ class RowBench:
         chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
         # The search with `modules: auto` selects from these.
         plan = plan_of_all(chosen, auto_modules(chosen.target.config, chosen.target.shapes))
-        prompts, is_rung = _prompts(recipe)
-        meter = report_meter(recipe, prompts.report, options, plan.models.values())
-        # Figures are the verdicts of the first classifier: here the recipe's.
-        ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
-        # Attacks, which would take most of the time, are made only if the comparison wants them.
-        meter = replace(meter, classifiers=tuple(ordered), attacks=())
+        prompts, is_rung = prompts_of(recipe)
+        meter = meter_of(recipe, prompts.report, options, plan.models.values())
         pretrained = open_pretrained(recipe, plan.target, plan.source, allow_pickle=options.allow_pickle)
         return cls(
             given, recipe, name, folder, wanted, options, chosen, plan, pretrained, prompts.search, is_rung, meter,
@@ -231,7 +227,16 @@ def copying(recipe: Recipe) -> Recipe:
     return replace(recipe, edit=Copy.name, strength=1.0, modules=("gate",), directions=None) if chooses else recipe
 
 
-def _prompts(recipe: Recipe) -> tuple[Parts, bool]:
+def meter_of(recipe: Recipe, prompts: PromptSet, options: Options, models: Iterable[Checkpoint]) -> Meter:
+    """The meter of a row's results; raises what `report_meter` does."""
+    meter = report_meter(recipe, prompts, options, models)
+    # Figures are the verdicts of the first classifier: here the recipe's.
+    ordered = sorted(meter.classifiers, key=lambda one: (one.name != recipe.evaluator, one is not RULES))
+    # Attacks, which would take most of the time, are made only if the comparison wants them.
+    return replace(meter, classifiers=tuple(ordered), attacks=())
+
+
+def prompts_of(recipe: Recipe) -> tuple[Parts, bool]:
     """The prompts, and whether they are parted so that directions are chosen by none of the report's keep prompts.
 
     They are parted so whatever methods are wanted, so that a row can get more of them later.

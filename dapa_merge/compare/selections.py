@@ -14,16 +14,18 @@ from pathlib import Path
 import torch
 
 from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, Unit, auto_modules
+from dapa_merge.compare.methods import DIRECTIONS
 from dapa_merge.compare.result import Cost
 from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.live import choose_device
 from dapa_merge.plan.edit import Directions
 from dapa_merge.plan.plan import Plan, divide, join, with_modules
 from dapa_merge.plan.selection import changing_selection, given_selection, make_plan
-from dapa_merge.progress import LOG
+from dapa_merge.progress import LOG, begin, end
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parameters import parse_layers
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.search.identity import take_over
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import search_plan
@@ -56,6 +58,46 @@ def auto_of(recipe: Recipe, chosen: Plan) -> tuple[Recipe, Plan] | None:
     return replace(recipe, layers=None, modules=(AUTO,), granularity="layer", prefer=None), plan
 
 
+def directions_of(recipe: Recipe) -> Recipe:
+    """The recipe with the edit `directions`, of all projections unless it is that already."""
+    if recipe.edit == Directions.name:
+        return recipe
+    return replace(recipe, edit=Directions.name, strength=1.0, modules=(AUTO,), granularity="layer", prefer=None)
+
+
+def part_of(row: str, search: str) -> str:
+    """The name of a search of a row as a part of the job, apart from the row's own."""
+    return f"{row}: {search}"
+
+
+@dataclass
+class _Taken:
+    """What a search took over from `run`, whose cost is part of its own."""
+
+    number: int = 0
+    seconds: float = 0.0
+
+    def take(self, journal: Journal) -> None:
+        number, seconds = take_over(journal)
+        self.number += number
+        self.seconds += seconds
+
+    def cost(self, tests: int, seconds: float, peak: dict[str, int]) -> Cost:
+        """The cost of a search that took so long here; how much memory the other process used is not known."""
+        return Cost(tests, round(seconds + self.seconds, 3), {} if self.number else peak)
+
+
+@contextmanager
+def _searching(folder: Path, search: str) -> Iterator[None]:
+    """Count progress inside the `with` block for a search of the row that has this folder."""
+    begin(part_of(folder.name, search))
+    try:
+        yield
+    finally:
+        end()
+        begin(folder.name)
+
+
 def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) -> Found:
     """Search with `edit: directions`, or replay its journal; the directions are in the result's plan.
 
@@ -63,33 +105,30 @@ def find_directions(recipe: Recipe, plan: Plan, folder: Path, options: Options) 
     """
     if recipe.layers is not None:
         return Found(plan, None, "the recipe names its layers, so that no prompts are left to choose directions by")
-    if recipe.edit != Directions.name:
-        recipe = replace(
-            recipe, edit=Directions.name, strength=1.0, modules=(AUTO,), granularity="layer", prefer=None
-        )  # fmt: skip
+    recipe = directions_of(recipe)
     path = folder / "directions.jsonl"
     before = _recorded_seconds(path)
     began = time.perf_counter()
     options = replace(options, journal=path)
-    found, why_not = None, None
-    with peak_memory(choose_device(options.device)) as peak:
+    found, why_not, taken = None, None, _Taken()
+    with peak_memory(choose_device(options.device)) as peak, _searching(folder, DIRECTIONS):
         try:
             plan = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
             LOG.info(f"searching for directions in {', '.join(plan.modules)}")
-            found = _found_or_nearest(recipe, plan, options)
+            found = _found_or_nearest(recipe, plan, options, taken)
         except CannotRepair as error:
             why_not = str(error)
             LOG.info(why_not)
-    cost = Cost(found.minimum.tests if found else 0, round(before + time.perf_counter() - began, 3), peak)
+    cost = taken.cost(found.minimum.tests if found else 0, before + time.perf_counter() - began, peak)
     if found is None:
         return Found(plan, None, why_not, cost)
     complaint = None if found.picked is None else found.points[found.picked - 1].complaint
     return Found(found.plan, join(found.plan, found.minimum.units), None, cost, complaint)
 
 
-def _found_or_nearest(recipe: Recipe, plan: Plan, options: Options) -> Search:
+def _found_or_nearest(recipe: Recipe, plan: Plan, options: Options, taken: _Taken) -> Search:
     try:
-        return search_plan(recipe, plan, options)
+        return search_plan(recipe, plan, options, opened=taken.take)
     except CannotRepair as error:
         if error.pick is None:
             raise
@@ -126,21 +165,21 @@ def _search(recipe: Recipe, plan: Plan, path: Path, options: Options, is_rung: b
     before = _recorded_seconds(path)
     began = time.perf_counter()
     units: Sequence[Unit] | None = None
-    why_not, tests = None, 0
-    with peak_memory(choose_device(options.device)) as peak:
+    why_not, tests, taken = None, 0, _Taken()
+    with peak_memory(choose_device(options.device)) as peak, _searching(path.parent, path.stem):
         try:
-            found = search_plan(recipe, plan, replace(options, journal=path), is_rung=is_rung)
+            found = search_plan(recipe, plan, replace(options, journal=path), is_rung=is_rung, opened=taken.take)
         except CannotRepair as error:
             why_not = str(error)
             LOG.info(why_not)
         else:
             units, tests = join(plan, found.minimum.units), found.minimum.tests
-    cost = Cost(tests, round(before + time.perf_counter() - began, 3), peak)
+    cost = taken.cost(tests, before + time.perf_counter() - began, peak)
     return {"units": None if units is None else list(map(str, units)), "why_not": why_not, "cost": asdict(cost)}
 
 
 def _recorded_seconds(path: Path) -> float:
-    """The time of the tests in the journal of a stopped search."""
+    """The time of what is in the journal of a stopped search, as far as it is known."""
     total = 0.0
     with suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():

@@ -32,6 +32,8 @@ BATCH_SIZE = 8
 BETAS = (0.9, 0.98)
 WARMUP_STEPS = 5
 MAX_NORM = 1.0
+# The unit of progress: a step of a choice of directions takes another time.
+TRAINING_STEPS = "training steps"
 # Of the residual stream from which a direction of refusing is taken, as a share of the layers.
 DEPTH = 0.6
 # Second moments are kept in memory until Safe Delta's settings are tried; more of them are refused.
@@ -126,7 +128,7 @@ def train_adapters(
             for settings in optimizer.param_groups:
                 settings["lr"] = rate * min(1.0, step / WARMUP_STEPS)
             optimizer.step()
-            advance(1, "steps")
+            advance(1, TRAINING_STEPS)
             if step in marks:
                 found[step] = {key: (b.detach().clone(), a.detach().clone()) for key, (b, a) in adapters.items()}
     return found

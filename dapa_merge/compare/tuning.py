@@ -23,6 +23,7 @@ from dapa_merge.compare.methods import DELTA, METHODS, OWN_ANSWERS, REFUSALS, TR
 from dapa_merge.compare.peers import Deltas, Weights
 from dapa_merge.compare.result import CompareOptions, Trial, Tuning
 from dapa_merge.compare.training import (
+    TRAINING_STEPS,
     Adapters,
     Answer,
     adapted,
@@ -308,7 +309,7 @@ class Workbench:
             groups = [rows_of(live.model, live.tokenizer, self._heard("refusals"), limit)]
             if OWN_ANSWERS in method.needs:
                 groups.append(rows_of(live.model, live.tokenizer, self._own_answers(), limit))
-            with task(f"training at a rate of {rate:g}", marks[-1], "steps"):
+            with task(f"training at a rate of {rate:g}", marks[-1], TRAINING_STEPS):
                 self._trained[method.key, rate] = train_adapters(
                     live.model,
                     live.tokenizer.pad_token_id,

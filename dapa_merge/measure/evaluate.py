@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +17,17 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.imports import Shown
 from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.expected import Calibration, Expected, bytes_to_fetch
 from dapa_merge.measure.figures import Change
+from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import MeasuredModel, Measurement, Meter, make_meter, measure_checkpoint, measure_in_full
 from dapa_merge.measure.perplexity import Reading
+from dapa_merge.measure.placement import weight_bytes
 from dapa_merge.measure.prompts.rows import read_text
 from dapa_merge.measure.prompts.sets import PromptSet, asked_after, load_prompts, read_json, tell_prompts
 from dapa_merge.measure.skills import named_task_files
 from dapa_merge.measure.statistics import change_of
-from dapa_merge.progress import LOG
+from dapa_merge.progress import LOG, begin, end
 from dapa_merge.recipe.asking import NO_TEMPLATE, Asking, ServedModel
 from dapa_merge.recipe.attacks import Attack
 from dapa_merge.recipe.options import Options
@@ -132,16 +136,20 @@ def evaluate_models(
     tell_prompts(prompt_set)
     read = read_json(prompt_set)
     found: dict[str, MeasuredModel] = {}
-    for one in models:
-        name = str(one)
-        checkpoint = opened[name]
-        if isinstance(one, ServedModel):
-            measured = _measure_served(one, meter)
-        else:
-            assert checkpoint is not None
-            measured = measure_checkpoint(checkpoint, meter, options.where, "model", template)
-        found[name] = replace(measured, read=read)
-        tell(name, found[name])
+    with _expected(opened, meter, options).told():
+        whole = {name: checkpoint and checkpoint.whole() for name, checkpoint in opened.items()}
+        for one in models:
+            name = str(one)
+            begin(name)
+            checkpoint = whole[name]
+            if isinstance(one, ServedModel):
+                measured = _measure_served(one, meter)
+            else:
+                assert checkpoint is not None
+                measured = measure_checkpoint(checkpoint, meter, options.where, "model", template)
+            end()
+            found[name] = replace(measured, read=read)
+            tell(name, found[name])
     (_, first), *others = found.items()
     kinds = ("harmful", "harmless")
     changes = {
@@ -151,9 +159,22 @@ def evaluate_models(
     return Evaluated(found, changes, asking)
 
 
+def _expected(opened: Mapping[str, Checkpoint | None], meter: Meter, options: Options) -> Expected:
+    """What measuring models takes; how fast a served one answers, nobody knows before."""
+    local = [one for one in opened.values() if one is not None]
+    parts = {name: {"prompts": meter.num_prompts} for name in opened}
+    if not local:
+        return Expected(parts, {}, 0, 0, "")
+    device = choose_device(options.device)
+    seconds = [Calibration(one, device).answer_seconds(meter.max_new_tokens) for one in local]
+    memory = max(weight_bytes(one, options.where) for one in local)
+    return Expected(parts, {"prompts": statistics.mean(seconds)}, memory, bytes_to_fetch(local), device.type)
+
+
 def _opened(model: str, options: Options) -> Checkpoint:
+    """The model, of which weights on the Hub are not fetched yet."""
     try:
-        return open_location(parse_location(model), allow_pickle=options.allow_pickle)
+        return open_location(parse_location(model), partial=True, allow_pickle=options.allow_pickle)
     except ValueError:
         raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
 

@@ -89,6 +89,12 @@ class Meter:
     sampling: Sampling | None = None
 
     @property
+    def num_prompts(self) -> int:
+        """The prompts and questions of all figures, without those of tasks of the harness."""
+        asked = len(self.prompts.harmful) * (1 + len(self.attacks)) + len(self.prompts.harmless)
+        return asked + sum(skill.num_questions for skill in self.skills)
+
+    @property
     def keep(self) -> tuple[str, ...]:
         """The prompts that a divergence is measured on: at most `MAX_KEEP`, spread evenly over the set's."""
         return self.prompts.keep[:: math.ceil(len(self.prompts.keep) / MAX_KEEP) or 1]
@@ -511,10 +517,7 @@ def measure_candidate(candidate: Candidate, meter: Meter, name: str, level: int 
 
 def measure_in_full(measurement: Measurement, meter: Meter, name: str, level: int = logging.INFO) -> MeasuredModel:
     """Measure everything that a meter measures."""
-    prompts = meter.prompts
-    num_questions = sum(skill.num_questions for skill in meter.skills)
-    total = len(prompts.harmful) * (1 + len(meter.attacks)) + len(prompts.harmless) + num_questions
-    with task(f"measuring the {name}", total, "prompts"):
+    with task(f"measuring the {name}", meter.num_prompts, "prompts"):
         figures = measurement.figures()
     LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
     responses = measurement.responses() + measurement.attacked_responses()

@@ -18,7 +18,7 @@ from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import change_of
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
-from dapa_merge.progress import LOG, begin, end, job, task
+from dapa_merge.progress import LOG, begin, end, task
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.recipe import Recipe
@@ -74,9 +74,7 @@ def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options:
         DapaError: For any other error.
     """
     shared: list[tuple[Meter, MeasuredModel]] = []
-    expected = forecast(ladder, options)
-    with job(expected.rates):
-        expected.begin()
+    with forecast(ladder, options).told():
         found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
     return replace(found, rungs=rungs)
 

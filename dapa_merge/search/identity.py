@@ -48,10 +48,23 @@ def open_journal(recipe: Recipe, plan: Plan, bench: Bench, path: Path | None, po
     if path is not None:
         return Journal(path, parts)
     try:
-        return Journal(cache_folder("journals") / name_of(parts), parts)
+        return Journal(_cached(parts), parts)
     except JournalUnavailable as error:
         LOG.info(f"{error}; this search is not recorded, and starts again if it is killed")
         return Journal()
+
+
+def take_over(journal: Journal) -> tuple[int, float]:
+    """Take over what `run` or `search` recorded of the same search in the user's cache folder: `Journal.take_over`."""
+    path = _cached(journal.parts)
+    number, seconds = (0, 0.0) if path == journal.path else journal.take_over(path)
+    if number:
+        LOG.info(f"{number} measurements of the same search are taken over from the journal {path}")
+    return number, seconds
+
+
+def _cached(parts: Mapping[str, str]) -> Path:
+    return cache_folder("journals") / name_of(parts)
 
 
 def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:

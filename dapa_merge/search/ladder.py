@@ -15,7 +15,7 @@ from dapa_merge.errors import CannotRepair
 from dapa_merge.measure.prompts.parts import check_prompts, split_prompts
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import LOG, begin, end, job
+from dapa_merge.progress import LOG, begin, end
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_bench
@@ -67,9 +67,7 @@ def search_ladder(ladder: Ladder, options: Options) -> Climbed:
     """Search rung by rung among the units that edits would change, whatever layers are named; raises as `climb`."""
     check_prompts(replace(ladder.recipe, layers=None))
     ladder = ladder.without_equal_units()
-    expected = forecast(ladder, options, reports=False)
-    with job(expected.rates):
-        expected.begin()
+    with forecast(ladder, options, reports=False).told():
         (recipe, found), rungs = climb(ladder, options, lambda attempt: (attempt.recipe, attempt.search()))
     return Climbed(recipe, found, rungs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -75,11 +75,18 @@ class Session:
 
 
 def search_plan(
-    recipe: Recipe, plan: Plan, options: Options, *, possible: float | None = None, is_rung: bool = False
+    recipe: Recipe,
+    plan: Plan,
+    options: Options,
+    *,
+    possible: float | None = None,
+    is_rung: bool = False,
+    opened: Callable[[Journal], object] = lambda _: None,
 ) -> Search:
     """Load the target of a recipe's plan and `search`, whatever layers the recipe names.
 
-    `possible` is for a rung, whose prompts are parted as for all edits; with `is_rung` alone, only they are.
+    `possible` is for a rung, whose prompts are parted as for all edits; with `is_rung` alone, only they are. `opened`
+    is called with the journal before anything is searched.
     """
     check_pick(options.pick, plan)
     parts = split_prompts(recipe, is_rung=is_rung or possible is not None)
@@ -90,6 +97,7 @@ def search_plan(
         journal.telling(),
         _helping(recipe, plan, bench, options) as helpers,
     ):
+        opened(journal)
         return search(Session(recipe, plan, bench, journal, options, parts.choice, possible, helpers))
 
 
@@ -205,8 +213,7 @@ def _measured_again(session: Session, found: Search) -> Search:
     """
     bench, journal = session.bench, session.journal
     bench.use(found.plan)
-    with task("measuring the result again", bench.num_prompts, "prompts"):
-        figures = bench.baseline(found.minimum.units).figures
+    figures = bench.baseline(found.minimum.units, what="measuring the result again").figures
     if found.result is not None:
         _check_same(session, f"point {found.result.name}", found.result.figures, figures)
     limits = found.limits or found.requirement
@@ -358,8 +365,8 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
     """All figures of the target with some units, from the journal if recorded."""
     recipe, bench, journal = session.recipe, session.bench, session.journal
     baseline = bench.recorded(journal, name, units, f"the {name}")
-    if name in journal.earlier:
-        assert isinstance(journal, Journal)
+    assert isinstance(journal, Journal)
+    if name in journal.foreign:
         _check_recorded(session, name, units, baseline)
         journal.confirm(name)
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
@@ -375,14 +382,13 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
 
 
 def _check_recorded(session: Session, name: str, units: Sequence[Unit], recorded: Baseline) -> None:
-    """Measure a baseline that another process recorded again, since every limit rests on it.
+    """Measure a baseline again that others may have made up, since every limit rests on it.
 
     Raises:
         UsageError: If its figures are others.
     """
     bench = session.bench
-    with task(f"measuring the {name} again", bench.num_prompts, "prompts"):
-        now = bench.baseline(units).figures
+    now = bench.baseline(units, what=f"measuring the {name} again").figures
     _check_same(session, name, recorded.figures, now)
 
 

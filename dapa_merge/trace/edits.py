@@ -33,10 +33,10 @@ class Edits:
     def findings(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> tuple[list[Finding], float]:
         """The findings about the groups, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
-        asked = selections_of(groups, *how)
+        asked, left = selections_of(groups, *how), self.num_unscored(groups, wanted)
         LOG.info(f"scoring {len(groups)} groups, put in and left out: {len(asked)} selections")
         pace = Pace(f"groups ({len(asked)} selections x {self._bench.num_of_kind['harmful']} prompts)", len(asked) + 1)
-        with task("scoring groups, put in and left out", len(asked) + 1, "edits"):
+        with task("scoring groups, put in and left out", left, "edits"):
             scores = {units: self._score(units, pace) for units in asked}
             target = self._score(frozenset(), pace)
         return examine_groups(groups, scores.__getitem__, *how), target
@@ -77,7 +77,7 @@ class Edits:
         else:
             with pace.timed(1):
                 self._journal.note(name, self._bench.score(ordered))
-        advance(1, "edits")
+            advance(1, "edits")
         return float(self._journal.notes[name])
 
     def _measure(self, edit: tuple[Unit, ...], meter: Meter) -> dict[str, Any]:

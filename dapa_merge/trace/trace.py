@@ -29,7 +29,7 @@ from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.edit import EDITS, Directions, Edit
 from dapa_merge.plan.plan import Plan, join, reduced, with_modules
 from dapa_merge.plan.selection import changing_selection, given_selection, make_plan, plan_of_all
-from dapa_merge.progress import LOG, Pace, advance, duration, quiet, task
+from dapa_merge.progress import LOG, Pace, begin, duration, end, expect, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.charts import Picture, draw_all, plotting
@@ -43,6 +43,7 @@ from dapa_merge.trace.case import Case, Settings, embedding_deviation, make_sett
 from dapa_merge.trace.causal import Trace, Tracer
 from dapa_merge.trace.charts import CHARTS, STAGES_OF_CHARTS
 from dapa_merge.trace.edits import Edits, UnitGroup, curve_sizes, groups_of
+from dapa_merge.trace.forecast import ANSWERS, forecast
 from dapa_merge.trace.influence import Influence, PutBack, influence, share, squared_norms
 from dapa_merge.trace.options import (
     MAX_ATTRIBUTION_PROMPTS,
@@ -129,33 +130,46 @@ class TraceSession:
             stages=self.stages,
         )
         yield found
+        begin("search")
         found, directions = self._select(found)
+        end()
         if "search" in self.stages:
             yield (found := found.having("search"))
         compares = any(stage.compares and stage.name in self.stages for stage in STAGES)
+        begin(ANSWERS)
         refused = self._answers("source", self._load_source) if compares and not self.wanted.responses else None
         with closing(self._bench()) as bench:
             contrasts = self._contrasts(bench, refused) if compares else []
             found = replace(found, contrasts=tuple(contrasts), measure=bench.measure)
             if compares:
                 self._check_tracing(bench, contrasts)
+            end()
             self._tell_times(bench, found)
+            begin("influence")
             if "influence" in self.stages or "edits" in self.stages:
                 found = replace(found, attribution=self._attribution(bench, contrasts))
             if "influence" in self.stages:
                 yield (found := replace(found, influence=self._influence(bench, contrasts)).having("influence"))
+            end()
+            begin("directions")
             if "directions" in self.stages:
                 if directions is not None:
                     found = replace(found, put_back=self._directions(bench, directions, contrasts))
                 yield (found := found.having("directions"))
+            end()
             edits = Edits(bench, self.journal)
+            begin("groups")
             if "groups" in self.stages:
                 findings, score = edits.findings(self._groups(found), self.wanted)
                 found = replace(found, findings=tuple(findings), target_score=score)
                 yield (found := found.having("groups"))
+            end()
+            begin("edits")
             if "edits" in self.stages:
                 curve = edits.curve(found.candidates, found.copied, found.attribution or {}, self.edit_meter)
                 yield (found := replace(found, curve=tuple(curve)).having("edits"))
+            end()
+            begin("traces")
             if "traces" in self.stages and self.wanted.traced == "target":
                 yield from self._traced(found, bench.live.model, bench.live.tokenizer)
         if "traces" in self.stages and self.wanted.traced == "source":
@@ -259,12 +273,14 @@ class TraceSession:
             if "influence" in self.stages:
                 number = min(len(found.contrasts), MAX_INFLUENCE_PROMPTS) - _num_known(self._known_influence())
                 told["influence"] = 2 * number * self._passes_of_influence * seconds
+                expect("influence", units=len(self.plan.units) * math.ceil(number / PROMPTS_AT_ONCE))
                 sizes["influence"] = f"{len(self.plan.units)} units x {number} prompts"
             if "traces" in self.stages:
                 settings, readable = self._cases(bench.live.model, bench.live.tokenizer, found.contrasts)
                 tracer = Tracer(bench.live.model, 0, settings, 0.0, BatchSize(None))
                 cases = [case for number, case in self._few(readable) if not trace_path(self.out, number).exists()]
                 told["traces"] = seconds * sum(map(tracer.num_passes, cases))
+                expect("traces", runs=sum(map(tracer.num_runs, cases)))
                 sizes["traces"] = f"{len(cases)} prompts x {num_layers} layers x {len(settings.kinds)} kinds"
         if SECONDS_NOTE in self.journal.notes:
             seconds = float(self.journal.notes[SECONDS_NOTE])
@@ -272,6 +288,7 @@ class TraceSession:
             if "groups" in self.stages:
                 number = edits.num_unscored(self._groups(found), self.wanted)
                 told["groups"] = number * seconds
+                expect("groups", edits=number)
                 sizes["groups"] = f"{number} selections x {found.num_prompts} prompts"
             if "edits" in self.stages:
                 prompts = self.edit_meter.prompts
@@ -403,10 +420,17 @@ class TraceSession:
         tracer = Tracer(model, tokenizer.pad_token_id, settings, deviation, batch_size)
         described = json.dumps({**asdict(settings), "model": self.wanted.traced, "deviation": deviation})
         total = sum(map(tracer.num_runs, cases.values()))
+        kept_runs = sum(
+            tracer.num_runs(case) for number, case in cases.items() if trace_path(self.out, number).exists()
+        )
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
         size = f"{len(cases)} prompts x {len(find_sites(model, 'hidden'))} layers x {len(settings.kinds)} kinds"
         pace = Pace(f"traces ({size})", total)
-        with task(f"tracing {len(cases)} prompts", total, "runs"), quiet("transformers"), batch_invariant(model):
+        with (
+            task(f"tracing {len(cases)} prompts", total - kept_runs, "runs"),
+            quiet("transformers"),
+            batch_invariant(model),
+        ):
             for number, case in cases.items():
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
@@ -417,7 +441,6 @@ class TraceSession:
                     write_trace(path, found, case, described, kept[1])
                 else:
                     pace.skip(tracer.num_runs(case))
-                    advance(tracer.num_runs(case), "runs")
                 yield settings, *kept
 
 
@@ -471,14 +494,23 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     plotting()
     stages = stages_of(recipe, wanted)
     check_folder(out)
-    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
+    # Of models on the Hub the headers only, until it was told how much is to fetch.
+    planned = make_plan(recipe, partial_target=True, allow_pickle=options.allow_pickle)
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
     prompts = all_prompts(recipe).report
-    asking = search_meter(recipe, prompts, options, chosen.models.values())
+    asking = search_meter(recipe, prompts, options, planned.models.values())
     meter = replace(asking, skills=skills_of(prompts, recipe.skills, options))
     if wanted.subjects:
         with_subject(prompts.harmful, wanted.subjects)
+    with forecast(recipe, planned, meter, wanted, stages, out, options).told():
+        return _trace(recipe, meter, out, wanted, options, stages)
+
+
+def _trace(
+    recipe: Recipe, meter: Meter, out: Path, wanted: TraceOptions, options: Options, stages: tuple[str, ...]
+) -> dict[str, Any]:
+    chosen = make_plan(recipe, partial=False, allow_pickle=options.allow_pickle)
     candidates = chosen.reference
     if recipe.directions is not None:
         # The file holds directions of some units; they were chosen among all.

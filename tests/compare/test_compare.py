@@ -22,8 +22,12 @@ from dapa_merge import miniature
 from dapa_merge.compare import row as comparing
 from dapa_merge.compare.methods import DIRECTIONS, METHODS
 from dapa_merge.errors import markdown
+from dapa_merge.measure import expected as expecting
+from dapa_merge.measure.expected import Expected
 from dapa_merge.measure.prompts import parts
+from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
+from dapa_merge.search import journal as journals
 from dapa_merge.search import search as searching
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.journal import Journal
@@ -223,8 +227,8 @@ def test_stopped_after_any_try_it_comes_to_the_same(compared, tmp_path, no_pictu
     options = (*QUICK, "--no-curve", "--methods", "resta,safe-delta,training", "--json")
     note, left = Journal.note, []
 
-    def stopping(self, name, value):
-        note(self, name, value)
+    def stopping(self, name, value, seconds=None):
+        note(self, name, value, seconds)
         left.append(name)
         if len(left) % 4 == 0:
             raise KeyboardInterrupt
@@ -242,6 +246,61 @@ def test_stopped_after_any_try_it_comes_to_the_same(compared, tmp_path, no_pictu
     expected = arms_of(summary, "shadow")
     for key, arm in arms_of(json.loads(result.stdout), "shadow").items():
         assert without_time(arm) == without_time(expected[key])
+
+
+def test_what_run_searched_is_not_searched_again_but_counts_in_the_cost(own_cache, tmp_path, no_pictures):
+    recipe = write(tmp_path, "planted", "target", "source")
+    found = answer("search", recipe, "--json")
+    lines = {path: path.read_bytes() for path in (own_cache / "dapa-merge" / "journals").iterdir()}
+    (searched,) = ([json.loads(line) for line in content.splitlines()] for content in lines.values())
+    out = tmp_path / "out"
+    result = call("compare", recipe, "--out", out, "--methods", "dapa", "--no-curve", "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "of the same search are taken over from the journal" in result.stderr
+    dapa = arms_of(json.loads(result.stdout), "planted")["dapa"]
+    assert (dapa["cost"]["tests"], dapa["detail"]) == (found["tests"], spans(found["units"]))
+    # Of a process that is gone nobody knows the memory.
+    assert dapa["cost"]["peak_bytes"] == {}
+    assert dapa["cost"]["seconds"] >= sum(line.get("seconds", 0) for line in searched) > 0
+    taken = [json.loads(line) for line in (out / "rows" / "planted" / "dapa.jsonl").read_bytes().splitlines()]
+    assert taken == searched
+    assert {path: path.read_bytes() for path in lines} == lines
+
+
+def test_a_search_with_other_prompts_or_of_others_is_not_taken(own_cache, tmp_path, no_pictures, monkeypatch):
+    recipe = write(tmp_path, "planted", "target", "source")
+    answer("search", recipe, "--json")
+    options = ("--methods", "dapa", "--no-curve", "--device", "cpu")
+    # Keep prompts part the others otherwise.
+    keep = write(tmp_path, "keep", "target", "source", keep="skills")
+    result = call("compare", keep, "--out", tmp_path / "keep", *options)
+    assert (result.exit_code, "taken over" in result.stderr) == (0, False), result.stderr
+    monkeypatch.setattr(journals, "own_key", lambda: b"another")
+    result = call("compare", recipe, "--out", tmp_path / "others", *options)
+    assert (result.exit_code, "taken over" in result.stderr) == (0, False), result.stderr
+
+
+def test_a_comparison_says_beforehand_how_long_it_takes_and_counts_what_it_asks(tmp_path, no_pictures, monkeypatch):
+    recipe, asked, lines = write(tmp_path, "planted", "target", "source"), [0], []
+    monkeypatch.setattr(expecting, "TOLD_SECONDS", 0)
+    monkeypatch.setattr(
+        "dapa_merge.measure.generate.advance", lambda number, _: asked.__setitem__(0, asked[0] + number)
+    )
+    told = Expected.tell
+    monkeypatch.setattr(Expected, "tell", lambda self: (lines.append(self), told(self)))
+    methods = "dapa,fixed,gates,random,linear,resta"
+    options = ("--methods", methods, "--seeds", 2, "--points", 3, "--tries", 2, "--device", "cpu")
+    result = call("compare", recipe, "--out", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"this takes about .* on cpu, .* GB of its memory and the batches", result.stderr)
+    (first,) = lines
+    assert set(first.parts) == {"planted", "planted: dapa"}
+    total = sum(amounts["prompts"] for amounts in first.parts.values())
+    assert asked[0] / 2 <= total <= 2 * asked[0]
+    # What was measured is not expected again.
+    assert call("compare", recipe, "--out", tmp_path / "out", *options).exit_code == 0
+    assert sum(amounts["prompts"] for amounts in lines[1].parts.values()) < total / 4
+    assert "planted: dapa" not in lines[1].parts
 
 
 def test_a_recipe_that_names_its_layers_is_not_searched(compared, tmp_path, no_pictures):

@@ -10,6 +10,7 @@ from conftest import answer, call, write_few
 
 from dapa_merge import miniature
 from dapa_merge.delta.minimize import minimize
+from dapa_merge.measure.expected import Expected
 from dapa_merge.plan.ladder import make_ladder
 from dapa_merge.progress import collected
 from dapa_merge.recipe.options import Options
@@ -82,8 +83,8 @@ def test_a_long_run_says_beforehand_how_long(monkeypatch, write_recipe):
     ladder = make_ladder(load_recipe(write_recipe(*PAIR, prompts="miniature")))
     expected = forecast(ladder, Options("cpu"))
     for seconds, told in ((59.0, 0), (61.0, 1)):
-        monkeypatch.setattr(type(expected), "total_seconds", seconds)
-        with collected() as lines:
-            expected.begin()
+        monkeypatch.setattr(Expected, "total_seconds", seconds)
+        with collected() as lines, expected.told():
+            pass
         assert len(lines) == told
     assert lines[0].startswith("this takes about 61 s on cpu, about ")

@@ -1,0 +1,160 @@
+"""What a job takes, before it begins: seconds on this device, memory, and bytes to fetch; no model is loaded.
+
+Seconds come from a short calibration: matrices of the shapes and dtype of the target's first layer, with random values,
+are multiplied as in an answer and as in a step of a choice. Attention, and what Python does between, are estimated. So
+it is a rough figure, for the question whether to wait or to come back tomorrow (tests/benchmarks/forecasts.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from dapa_merge.checkpoint.header import Tensor
+from dapa_merge.checkpoint.open import Checkpoint
+from dapa_merge.checkpoint.units import layer_number
+from dapa_merge.measure.decode import PIECE
+from dapa_merge.progress import LOG, duration, expect, job
+
+# Tokens of an answer, on the average: refusals are short.
+TOKENS_OF_ANSWER = 60
+# What Python and the launches of kernels take for a layer, in seconds.
+OVERHEAD = 4e-4
+# What takes longer is told beforehand.
+TOLD_SECONDS = 60
+# Of the trial of one product.
+TRIAL_SECONDS = 0.05
+MAX_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a job takes, about.
+
+    Attributes:
+        parts: How much each part of the job does, by the part's name and by unit.
+        rates: Seconds that a unit takes, where that is known.
+        memory_bytes: On the device, beside activations.
+        fetch_bytes: That are not on this machine yet.
+        device: Where the seconds were calibrated.
+        tests: Of delta debugging; 0 if there is none.
+    """
+
+    parts: Mapping[str, Mapping[str, float]]
+    rates: Mapping[str, float]
+    memory_bytes: int
+    fetch_bytes: int
+    device: str
+    tests: int = 0
+
+    @property
+    def total_seconds(self) -> float:
+        """About how long all parts take."""
+        return sum(map(self.seconds, self.parts.values()))
+
+    def seconds(self, amounts: Mapping[str, float]) -> float:
+        """About how long so much of each unit takes."""
+        return sum(amount * self.rates.get(unit, 0.0) for unit, amount in amounts.items())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Show the job inside the `with` block as one work, and tell the user beforehand if it takes long."""
+        with job(self.rates):
+            for part, amounts in self.parts.items():
+                expect(part, **amounts)
+            self.tell()
+            yield
+
+    def tell(self) -> None:
+        """Tell the user what the job takes, if that is long."""
+        if self.total_seconds >= TOLD_SECONDS:
+            LOG.info(f"this takes {self}")
+
+    def __str__(self) -> str:
+        found = [f"about {duration(self.total_seconds)} on {self.device}"]
+        if self.tests:
+            found.append(f"about {self.tests} tests")
+        found.append(f"{self.memory_bytes / 1e9:.1f} GB of its memory and the batches")
+        if self.fetch_bytes:
+            found.append(f"{self.fetch_bytes / 1e9:.1f} GB to fetch")
+        return ", ".join(found)
+
+
+def bytes_to_fetch(models: Iterable[Checkpoint]) -> int:
+    """Bytes of these models' weights that are not on this machine yet."""
+    return sum(map(_missing, models))
+
+
+def _missing(model: Checkpoint) -> int:
+    if model.partial is None:
+        return 0
+    ends: dict[str, int] = {}
+    for tensor in model.tensors.values():
+        ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.stop)
+    return model.num_missing([(file, 0, stop) for file, stop in ends.items()])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How long passes through a model take on a device, by multiplying matrices like its own."""
+
+    model: Checkpoint
+    device: torch.device
+
+    @cached_property
+    def inner(self) -> list[Tensor]:
+        """The matrices of the first layer."""
+        return [tensor for tensor in self._matrices if layer_number(tensor.name) == 0]
+
+    @cached_property
+    def num_layers(self) -> int:
+        """The number of layers."""
+        layers = [layer_number(name) for name in self.model.tensors]
+        return max((number for number in layers if number is not None), default=0) + 1
+
+    @cached_property
+    def _matrices(self) -> list[Tensor]:
+        return [tensor for tensor in self.model.tensors.values() if len(tensor.shape) == 2]
+
+    def pass_seconds(self, num_tokens: int, num_outputs: int) -> float:
+        """Of a pass of so many tokens through all layers, and of some of them through the output layer."""
+        layer = sum(_of_product(tensor, num_tokens, self.device) for tensor in self.inner) + OVERHEAD
+        head = max(self._matrices, key=lambda tensor: tensor.num_parameters, default=None)
+        return self.num_layers * layer + (0.0 if head is None else _of_product(head, num_outputs, self.device))
+
+    def answer_seconds(self, max_new_tokens: int | None) -> float:
+        """Of an answer, in a batch of them."""
+        tokens = min(TOKENS_OF_ANSWER, max_new_tokens or TOKENS_OF_ANSWER)
+        return self.pass_seconds(PIECE, PIECE) * tokens / PIECE
+
+
+def _of_product(tensor: Tensor, num_tokens: int, device: torch.device) -> float:
+    """Seconds of a product of so many rows with a matrix; of a large one, some of its rows are tried."""
+    dtype = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
+    rows, columns = tensor.shape
+    tried = min(rows, MAX_ROWS)
+    matrix = torch.randn(tried, columns, device=device).to(dtype)
+    inputs = torch.randn(num_tokens, columns, device=device).to(dtype)
+    return timed(lambda: torch.nn.functional.linear(inputs, matrix), device) * rows / tried
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a short work on a device."""
+
+    def synchronize() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    # The fastest of some: the first warms up, and other processes may disturb.
+    spent: list[float] = []
+    while len(spent) < 4 or (sum(spent) < TRIAL_SECONDS and len(spent) < 30):
+        start = time.perf_counter()
+        work()
+        synchronize()
+        spent.append(time.perf_counter() - start)
+    return min(spent)

@@ -63,8 +63,9 @@ class Report(Shown):
         picked: The number of the point that was taken; None without points.
         tests: Distinct selections that the search asked about; 0 if the layers were given.
         tests_recorded: The number of them that were already in the journal.
-        resumed: Whether the journal of an earlier run had a part of the search. Then target, full transplant and result
-            were measured again, but other points and tests are as recorded.
+        resumed: Whether the journal of an earlier run had a part of the search. Then the result was measured again, and
+            target and full transplant if others may have written the journal, but other points and tests are as
+            recorded.
         tests_unneeded: Further tests that parallel workers made ahead of time, but that were not needed.
         share_of_prompts_saved: Share of the tests' prompts that early verdicts saved, in [0, 1].
         prior: The expected effect of each unit, in nats; None if the search did not use a prior.

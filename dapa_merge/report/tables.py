@@ -188,7 +188,7 @@ def resumed_line(report: Report) -> str:
     """A sentence on the part of a search that came from the journal of an earlier run."""
     number = report.tests_recorded
     what = f"{number} {'test' if number == 1 else 'tests'}" if number else "some figures"
-    return f"{what} came from the journal of an earlier run; target, full transplant and result were measured again"
+    return f"{what} came from the journal of an earlier run; the result was measured again"
 
 
 def skill_label(name: str) -> str:

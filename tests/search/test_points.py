@@ -380,7 +380,7 @@ def test_more_rounds_follow_while_all_of_them_only_score_too_low(failed, tmp_pat
     found = entries(journal)
     assert found[: len(before)] == before
     # Each is measured before the next begins.
-    assert [entry["note"] for entry in found[len(before) :]] == ["round 4", "point 4", "round 5", "point 5"]
+    assert notes_of(journal)[len(notes_of(failed[1])) :] == ["round 4", "point 4", "round 5", "point 5"]
     assert "point 5: DSR" in result.stderr.splitlines()[-1]
     # Refusals weigh twice as much in each, and harmless prompts half as much, whatever came of the one before.
     states = [rounds._decoded(entry["value"]) for entry in found if entry.get("note", "").startswith("round")]

@@ -78,7 +78,7 @@ class Journal:
         pieces: Parts of measurements that are to be notes, by name: only those that this user's processes recorded.
         path: The file; None for a journal that ends with the process.
         parts: What identifies it; empty for such a journal.
-        earlier: The names of notes that another process wrote, and the selections of its tests.
+        earlier: The names of notes and pieces that another process wrote, and the selections of its tests.
         foreign: Those of them without this user's seal. Whoever can write the file can have made them up, so that
             nothing may rest on them alone.
         perform: Does the work that ends in notes, at once; whoever shares work out puts something else here.
@@ -261,6 +261,7 @@ class Journal:
         if isinstance(piece := entry.get("piece"), str):
             if is_own:
                 self.pieces[piece] = entry.get("value")
+                self.earlier |= set() if is_here else {piece}
             return True
         if isinstance(note := entry.get("note"), str):
             self.notes[name := note] = entry.get("value")

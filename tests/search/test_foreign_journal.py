@@ -56,7 +56,7 @@ def test_what_an_earlier_process_wrote_is_told_from_what_this_one_did(done, monk
     others = journals.Journal(path, parts)
     others.close()
     assert own.earlier == own.foreign == set()
-    assert others.earlier == {*others.notes, *others.tests}
+    assert others.earlier == {*others.notes, *others.tests, *others.pieces}
     assert others.foreign == set()
 
 

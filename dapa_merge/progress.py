@@ -97,6 +97,9 @@ class _Job:
     def remain(self, amounts: Mapping[str, float]) -> None:
         self._left.setdefault(self._part, {}).update(amounts)
 
+    def pace(self, seconds: Mapping[str, float]) -> None:
+        self._rates |= seconds
+
     def advance(self, amount: float, unit: str) -> None:
         left = self._left.get(self._part, {})
         if unit in left:
@@ -197,6 +200,13 @@ def remain(label: str = "", **amounts: float) -> None:
             _jobs[-1].remain(amounts)
 
 
+def pace(**seconds: float) -> None:
+    """Say how long units of the job take, by unit, now that some were timed."""
+    with _lock:
+        if _jobs:
+            _jobs[-1].pace(seconds)
+
+
 def _doing(work: _Job) -> str:
     description = _tasks[-1].description if _tasks else ""
     return f"{work.label}: {description}" if work.label and description else work.label or description
@@ -277,36 +287,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-class Pace:
-    """Tells once, as a step, how long the rest of a work takes: as soon as a first part of it has been timed."""
-
-    def __init__(self, what: str, total: float) -> None:
-        """Begin a work.
-
-        Args:
-            what: The work and its size, such as "traces (8 prompts x 24 layers)".
-            total: Its amount, in any unit.
-        """
-        self._what = what
-        self._left = total
-        self._is_told = False
-
-    def skip(self, amount: float) -> None:
-        """Take off what was done before."""
-        self._left -= amount
-
-    @contextmanager
-    def timed(self, amount: float) -> Iterator[None]:
-        """Do so much of the work inside the `with` block."""
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        self._left -= amount
-        if not self._is_told and self._left > 0:
-            LOG.info(f"about {duration(seconds * self._left / amount)} more for {self._what}")
-        self._is_told = True
 
 
 @contextmanager

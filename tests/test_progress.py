@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from dapa_merge import progress
-from dapa_merge.progress import advance, begin, collected, end, expect, job, remain, task
+from dapa_merge.progress import advance, begin, collected, end, expect, job, pace, remain, task
 
 
 @pytest.fixture
@@ -53,6 +53,14 @@ def test_a_pace_that_is_not_known_is_not_guessed():
         with task("asking", 10, "prompts"):
             advance(5, "prompts")
         assert progress._jobs[0].seconds_left() is not None
+
+
+def test_a_pace_that_was_timed_replaces_what_was_thought_before():
+    with job({"prompts": 2.0}):
+        expect("search", prompts=10, runs=4)
+        pace(prompts=3.0, runs=0.5)
+        assert progress._jobs[0].seconds_left() == 3.0 * 10 + 0.5 * 4
+    pace(prompts=3.0)
 
 
 def test_a_terminal_shows_one_bar_with_what_is_done_now_and_the_time_left(console):

@@ -15,7 +15,7 @@ from dapa_merge.checkpoint.units import DIVISIBLE_MODULES, Unit
 from dapa_merge.measure.meter import Meter
 from dapa_merge.measure.statistics import refusal_figures
 from dapa_merge.plan.plan import Plan, cut, divide
-from dapa_merge.progress import LOG, Pace, advance, task
+from dapa_merge.progress import LOG, advance, task
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.search.bench import Bench
 from dapa_merge.search.journal import Journal
@@ -33,12 +33,11 @@ class Edits:
     def findings(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> tuple[list[Finding], float]:
         """The findings about the groups, and the target's own score."""
         how = (wanted.num_controls, wanted.seed)
-        asked, left = selections_of(groups, *how), self.num_unscored(groups, wanted)
+        asked = selections_of(groups, *how)
         LOG.info(f"scoring {len(groups)} groups, put in and left out: {len(asked)} selections")
-        pace = Pace(f"groups ({len(asked)} selections x {self._bench.num_of_kind['harmful']} prompts)", len(asked) + 1)
-        with task("scoring groups, put in and left out", left, "edits"):
-            scores = {units: self._score(units, pace) for units in asked}
-            target = self._score(frozenset(), pace)
+        with task("scoring groups, put in and left out", self.num_unscored(groups, wanted), "edits"):
+            scores = {units: self._score(units) for units in asked}
+            target = self._score(frozenset())
         return examine_groups(groups, scores.__getitem__, *how), target
 
     def num_unscored(self, groups: Sequence[UnitGroup], wanted: TraceOptions) -> int:
@@ -55,28 +54,21 @@ class Edits:
         sizes = curve_sizes(len(order), sum(unit in kept for unit in order))
         points = []
         each = len(meter.prompts.harmful) + len(meter.prompts.harmless)
-        pace = Pace(f"edits ({len(sizes)} sizes x {each} prompts)", len(sizes))
         with task("measuring edits of every size", len(sizes) * each, "prompts"):
             for size in sizes:
                 edit = tuple(in_order(order[:size]))
                 name = note_of("edit", edit)
-                if name in self._journal.notes:
-                    pace.skip(1)
-                else:
-                    with pace.timed(1):
-                        self._journal.note(name, self._measure(edit, meter))
+                if name not in self._journal.notes:
+                    self._journal.note(name, self._measure(edit, meter))
                 share = self._bench.plan.share(edit)
                 points.append(CurvePoint(tuple(map(str, edit)), share, **self._journal.notes[name]))
         return points
 
-    def _score(self, units: frozenset[Unit], pace: Pace) -> float:
+    def _score(self, units: frozenset[Unit]) -> float:
         ordered = in_order(units)
         name = note_of("score", ordered)
-        if name in self._journal.notes:
-            pace.skip(1)
-        else:
-            with pace.timed(1):
-                self._journal.note(name, self._bench.score(ordered))
+        if name not in self._journal.notes:
+            self._journal.note(name, self._bench.score(ordered))
             advance(1, "edits")
         return float(self._journal.notes[name])
 

@@ -23,7 +23,7 @@ from dapa_merge.measure.live import LiveModel, mapped_values
 from dapa_merge.measure.perplexity import losses
 from dapa_merge.plan.directions import FactorTable
 from dapa_merge.plan.plan import Plan
-from dapa_merge.progress import Pace, advance
+from dapa_merge.progress import advance
 from dapa_merge.search.attribution import Side
 from dapa_merge.trace.replay import Replay
 
@@ -53,11 +53,10 @@ def influence(
     units: Sequence[Unit],
     *,
     batch_size: BatchSize,
-    pace: Pace | None = None,
 ) -> Influence:
     """Transplant each unit alone, and measure its effect on each prompt, given by both sides from `sides_of`.
 
-    A batch has two sequences for each prompt. `pace` counts prompts times `share` of each unit.
+    A batch has two sequences for each prompt.
 
     Raises:
         UsageError: If a single prompt does not fit in the device's memory.
@@ -65,7 +64,7 @@ def influence(
     """
     # Longest first, so that the rows of a batch have similar lengths.
     order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0].row.ids))
-    work = _UnitByUnit(live, units, pace)
+    work = _UnitByUnit(live, units)
     rows = list(batch_size.map(lambda numbers: work.measure([pairs[number] for number in numbers]), order))
     in_order = [row for _, row in sorted(zip(order, rows, strict=True), key=lambda one: one[0])]
     return Influence(
@@ -93,10 +92,9 @@ class _Influences(NamedTuple):
 class _UnitByUnit:
     """Transplants every unit, for each batch of prompts in turn."""
 
-    def __init__(self, live: LiveModel, units: Sequence[Unit], pace: Pace | None) -> None:
+    def __init__(self, live: LiveModel, units: Sequence[Unit]) -> None:
         self._live = live
         self._units = units
-        self._pace = pace or Pace("", 0)
         self._replay = Replay(live.model)
         self._is_checked = False
         self.num_passes = 0.0
@@ -125,7 +123,6 @@ class _UnitByUnit:
         moved, raised = [], []
         for unit in self._units:
             with (
-                self._pace.timed(len(pairs) * share(unit, len(replay.layers))),
                 live.transplanted((unit,)),
                 # Nothing changes before the unit's layer.
                 replay.entered_at(unit.layer, states[unit.layer]),

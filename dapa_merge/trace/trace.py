@@ -29,7 +29,7 @@ from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
 from dapa_merge.plan.edit import EDITS, Directions, Edit
 from dapa_merge.plan.plan import Plan, join, reduced, with_modules
 from dapa_merge.plan.selection import changing_selection, given_selection, make_plan, plan_of_all
-from dapa_merge.progress import LOG, Pace, begin, duration, end, expect, quiet, task
+from dapa_merge.progress import LOG, begin, duration, end, expect, pace, quiet, task
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.report.charts import Picture, draw_all, plotting
@@ -53,7 +53,6 @@ from dapa_merge.trace.options import (
     STAGES,
     TraceOptions,
 )
-from dapa_merge.trace.replay import find_sites
 from dapa_merge.trace.store import (
     FIGURES_NAME,
     INFLUENCE_NAME,
@@ -273,17 +272,22 @@ class TraceSession:
             if "influence" in self.stages:
                 number = min(len(found.contrasts), MAX_INFLUENCE_PROMPTS) - _num_known(self._known_influence())
                 told["influence"] = 2 * number * self._passes_of_influence * seconds
-                expect("influence", units=len(self.plan.units) * math.ceil(number / PROMPTS_AT_ONCE))
+                units = len(self.plan.units) * math.ceil(number / PROMPTS_AT_ONCE)
+                expect("influence", units=units)
+                pace(**({"units": told["influence"] / units} if units else {}))
                 sizes["influence"] = f"{len(self.plan.units)} units x {number} prompts"
             if "traces" in self.stages:
                 settings, readable = self._cases(bench.live.model, bench.live.tokenizer, found.contrasts)
                 tracer = Tracer(bench.live.model, 0, settings, 0.0, BatchSize(None))
                 cases = [case for number, case in self._few(readable) if not trace_path(self.out, number).exists()]
                 told["traces"] = seconds * sum(map(tracer.num_passes, cases))
-                expect("traces", runs=sum(map(tracer.num_runs, cases)))
+                runs = sum(map(tracer.num_runs, cases))
+                expect("traces", runs=runs)
+                pace(**({"runs": told["traces"] / runs} if runs else {}))
                 sizes["traces"] = f"{len(cases)} prompts x {num_layers} layers x {len(settings.kinds)} kinds"
         if SECONDS_NOTE in self.journal.notes:
             seconds = float(self.journal.notes[SECONDS_NOTE])
+            pace(edits=seconds, prompts=seconds / found.num_prompts)
             edits = Edits(bench, self.journal)
             if "groups" in self.stages:
                 number = edits.num_unscored(self._groups(found), self.wanted)
@@ -335,8 +339,6 @@ class TraceSession:
         chosen, units = spread(contrasts, MAX_INFLUENCE_PROMPTS), self.plan.units
         pairs = [sides_of(bench.live.tokenizer, contrast, self.wanted.num_tokens) for contrast in chosen]
         arrays, batch_size = self._known_influence(), BatchSize(self.meter.batch_size.limit)
-        pace = Pace(f"influence ({len(units)} units x {len(pairs)} prompts)", len(pairs) * self._passes_of_influence)
-        pace.skip(_num_known(arrays) * self._passes_of_influence)
         parts = math.ceil((len(pairs) - _num_known(arrays)) / PROMPTS_AT_ONCE)
         with (
             task("transplanting each unit alone", len(units) * parts, "units"),
@@ -344,7 +346,7 @@ class TraceSession:
         ):
             while (known := _num_known(arrays)) < len(pairs):
                 few = pairs[known : known + PROMPTS_AT_ONCE]
-                arrays = joined(arrays, influence(bench.live, few, units, batch_size=batch_size, pace=pace))
+                arrays = joined(arrays, influence(bench.live, few, units, batch_size=batch_size))
                 told = {"units": numpy.array(list(map(str, units))), "compared": self._compared}
                 write_arrays(self.out / INFLUENCE_NAME, {**arrays, **told})
         assert arrays is not None
@@ -424,8 +426,6 @@ class TraceSession:
             tracer.num_runs(case) for number, case in cases.items() if trace_path(self.out, number).exists()
         )
         LOG.info(f"tracing {len(cases)} prompts of the {self.wanted.traced} with {total:,} runs")
-        size = f"{len(cases)} prompts x {len(find_sites(model, 'hidden'))} layers x {len(settings.kinds)} kinds"
-        pace = Pace(f"traces ({size})", total)
         with (
             task(f"tracing {len(cases)} prompts", total - kept_runs, "runs"),
             quiet("transformers"),
@@ -435,12 +435,9 @@ class TraceSession:
                 path = trace_path(self.out, number)
                 if (kept := read_trace(path, case, described, settings.kinds)) is None:
                     start = time.perf_counter()
-                    with pace.timed(tracer.num_runs(case)):
-                        found = tracer.trace(case, number)
+                    found = tracer.trace(case, number)
                     kept = found, time.perf_counter() - start
                     write_trace(path, found, case, described, kept[1])
-                else:
-                    pace.skip(tracer.num_runs(case))
                 yield settings, *kept
 
 

@@ -444,7 +444,8 @@ def test_directions_stand_beside_the_other_methods_and_share_no_prompt_with_the_
     assert list(arms) == ["target", "source", "dapa", "directions"]
     assert summary["rows"][0]["modules"] == "gate"
     assert re.fullmatch(r"\d+ directions in 30 matrices", arms["directions"]["detail"])
-    (found,) = measured
+    found, again = measured
+    assert found == again
     assert set(asked) == set(found.search.keep)
     assert found.report.keep
     assert not set(found.report.keep) & set(asked)

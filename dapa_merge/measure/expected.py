@@ -19,6 +19,7 @@ from dapa_merge.checkpoint.header import Tensor
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.units import layer_number
 from dapa_merge.measure.decode import PIECE
+from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.progress import LOG, duration, expect, job
 
 # Tokens of an answer, on the average: refusals are short.
@@ -138,9 +139,12 @@ def _of_product(tensor: Tensor, num_tokens: int, device: torch.device) -> float:
     dtype = torch.bfloat16 if tensor.num_bytes == 2 * tensor.num_parameters else torch.float32
     rows, columns = tensor.shape
     tried = min(rows, MAX_ROWS)
-    matrix = torch.randn(tried, columns, device=device).to(dtype)
+    layer = torch.nn.Linear(columns, tried, bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(torch.randn(tried, columns, device=device).to(dtype), requires_grad=False)
     inputs = torch.randn(num_tokens, columns, device=device).to(dtype)
-    return timed(lambda: torch.nn.functional.linear(inputs, matrix), device) * rows / tried
+    # As measurements compute it.
+    with torch.no_grad(), batch_invariant(layer):
+        return timed(lambda: layer(inputs), device) * rows / tried
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -6,6 +6,7 @@ the prompts that its constraints need.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -155,16 +156,28 @@ class Measurement:
         )
 
     @cached_property
-    def _harmful(self) -> list[Response]:
-        return self.judge("harmful", self._meter.prompts.harmful)
+    def _plain(self) -> list[list[Response]]:
+        prompts = self._meter.prompts
+        return self.judge_all([("harmful", prompts.harmful), ("harmless", prompts.harmless)])
 
-    @cached_property
+    @property
+    def _harmful(self) -> list[Response]:
+        return self._plain[0]
+
+    @property
     def _harmless(self) -> list[Response]:
-        return self.judge("harmless", self._meter.prompts.harmless)
+        return self._plain[1]
 
     def judge(self, kind: str, prompts: Sequence[str], attack: Attack = PLAIN) -> list[Response]:
         """Run prompts of one kind and classify the responses; not cached."""
-        said = self._ask([attacked(prompt, attack) for prompt in prompts], whole=False)
+        return self._classified(kind, prompts, self._ask([attacked(one, attack) for one in prompts], whole=False))
+
+    def judge_all(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[list[Response]]:
+        """As `judge`, for kinds with prompts, all of which are run at once: in large batches each takes less time."""
+        said = iter(self._ask([prompt for _, prompts in groups for prompt in prompts], whole=False))
+        return [self._classified(kind, prompts, [*itertools.islice(said, len(prompts))]) for kind, prompts in groups]
+
+    def _classified(self, kind: str, prompts: Sequence[str], said: Sequence[str | None]) -> list[Response]:
         responses = [response or "" for response in said]
         requests = [request_of(prompt) for prompt in prompts]
         first, *others = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,9 @@ from dapa_merge.search.workers import RayWorkers, Selection, Test, Workers, in_o
 # A verdict can stop early only between two pieces, and each piece, however small, costs a run through the model's
 # layers per token.
 MIN_PIECES = 2
+# Prompts of a baseline that are run at once: a processor takes half as long for each as for those of a small piece. If
+# the job is stopped, they are run again.
+AT_ONCE = 64
 LIMITED_JUDGE = "workers do not share a limit of requests to the judge; leave out --workers or the limit"
 
 
@@ -144,9 +148,14 @@ class Bench(Resident):
             total = sum(one.num_prompts for one in missing.values())
             refers = any(one.refers for one in missing.values())
             shown = task(what, total, "prompts") if what else nullcontext()
+            waiting = [one for one in missing.values() if one.kind is not None]
             with shown, self._candidate(selection, refers=refers) as candidate:
                 for piece, one in missing.items():
                     began = time.monotonic()
+                    if one in waiting:
+                        together = _together(waiting)
+                        candidate.answer([(each.kind or "", each.number) for each in together])
+                        waiting = waiting[len(together) :]
                     value = one.make(candidate)
                     journal.piece(piece, value, time.monotonic() - began)
         responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
@@ -183,10 +192,10 @@ class Bench(Resident):
     def _of_kind(self, kind: str) -> dict[str, _Measurement]:
         pieces = self._pieces[kind]
         return {
-            f"{kind} {number} of {len(pieces)}": _Measurement(
-                functools.partial(_responses_of, kind, number - 1), kind, len(piece)
+            f"{kind} {number + 1} of {len(pieces)}": _Measurement(
+                functools.partial(_responses_of, kind, number), kind, len(piece), number=number
             )
-            for number, piece in enumerate(pieces, 1)
+            for number, piece in enumerate(pieces)
         }
 
     def score(self, selection: Iterable[Unit]) -> float:
@@ -223,6 +232,11 @@ class _LiveExaminee:
             self._judged[kind, piece] = self._measurement.judge(kind, self._pieces[kind][piece])
         return self._judged[kind, piece]
 
+    def answer(self, wanted: Sequence[tuple[str, int]]) -> None:
+        """Run several pieces, each given by its kind and number, at once."""
+        found = self._measurement.judge_all([(kind, self._pieces[kind][number]) for kind, number in wanted])
+        self._judged |= dict(zip(wanted, found, strict=True))
+
     def all_responses(self, kind: str) -> list[Response]:
         return [response for index in range(len(self._pieces[kind])) for response in self.responses(kind, index)]
 
@@ -241,12 +255,20 @@ class _Measurement:
         kind: Of the prompts whose responses it is; None for a figure.
         num_prompts: That are asked.
         refers: Whether it compares with the target's own answers.
+        number: Of the kind's piece.
     """
 
     make: Callable[[_LiveExaminee], Any]
     kind: str | None
     num_prompts: int
     refers: bool = False
+    number: int = 0
+
+
+def _together(pieces: Sequence[_Measurement]) -> Sequence[_Measurement]:
+    """As many of the first pieces of prompts as are run at once, at least one."""
+    totals = itertools.accumulate(one.num_prompts for one in pieces)
+    return pieces[: max(1, sum(total <= AT_ONCE for total in totals))]
 
 
 def _figure_of(constraint: Constraint, candidate: _LiveExaminee) -> float:

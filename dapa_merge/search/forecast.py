@@ -22,8 +22,8 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bundles import MAX_ALONE, by_layer, num_scanning
 
-# Tokens of a prompt in its template, with the tokens of its answer that are compared.
-TOKENS_OF_ROW = 60
+# Tokens of a prompt, with the tokens of its answer that are compared, without what all prompts begin with.
+TOKENS_OF_ROW = 36
 # A backward pass to activations and directions, in forward passes.
 BACKWARD = 2.0
 # Share of a test's prompts that early verdicts leave (tests/benchmarks/RESULTS.md).
@@ -170,7 +170,7 @@ def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
 def rates_of(passes: Calibration, max_new_tokens: int | None) -> dict[str, float]:
     """Seconds for a prompt, a step and a parameter."""
     settings = Settings()
-    num_rows = 2 * settings.num_contrasts + 2 * settings.num_keep
+    num_rows = settings.num_contrasts + 2 * settings.num_keep
     step = (1 + BACKWARD) * passes.pass_seconds(num_rows * TOKENS_OF_ROW, num_rows * settings.num_tokens)
     return {"prompts": passes.answer_seconds(max_new_tokens), "steps": step, "parameters": _decomposing(passes)}
 

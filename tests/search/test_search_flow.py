@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -22,11 +23,13 @@ from conftest import answer, call, change_tensor, required, save_random, tiny_ll
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.files import record_line
+from dapa_merge.measure.meter import Measurement
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import divide
 from dapa_merge.plan.selection import edit_of, make_plan
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
+from dapa_merge.search import bench as bench_module
 from dapa_merge.search import requirement
 from dapa_merge.search.bench import _make_hand, make_bench
 from dapa_merge.search.journal import name_of
@@ -276,6 +279,34 @@ def test_a_kill_in_the_middle_of_a_baseline_costs_a_piece_at_most(write_recipe, 
     assert json.loads(again.stdout)["units"] == whole["units"]
     # Nothing was measured twice, and every figure is the same to the last digit.
     assert timeless(journal) == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("most", [64, 30, 1])
+def test_the_prompts_of_a_baseline_are_run_at_once_and_answered_as_piece_by_piece(done, monkeypatch, most):
+    monkeypatch.setattr(bench_module, "AT_ONCE", most)
+    asked, ask = [], Measurement._ask
+
+    def count(self, prompts, **how):
+        asked.append(len(prompts))
+        return ask(self, prompts, **how)
+
+    monkeypatch.setattr(Measurement, "_ask", count)
+    parsed = load_recipe(done.recipe)
+    plan = make_plan(parsed)
+    with closing(make_bench(parsed, plan, split_prompts(parsed).search, Options("cpu"))) as bench:
+        found = bench.baseline(plan.units[:8])
+        sizes = [size for kind in ("harmful", "harmless") for size in bench.sizes[kind]]
+        at_once, asked[:] = [*asked], []
+        with bench._candidate(plan.units[:8]) as candidate:
+            assert [found.figures[one.figure] for one in bench.constraints] == [
+                candidate.figure(one) for one in bench.constraints
+            ]
+            assert list(found.responses) == candidate.all_responses("harmful")
+    assert sorted(asked) == sorted(sizes)
+    assert sum(at_once) == sum(sizes)
+    assert all(size <= max(most, *sizes) for size in at_once)
+    # Two that follow each other would not have been run together.
+    assert all(one + other > most for one, other in itertools.pairwise(at_once))
 
 
 def timeless(journal: Path) -> list[dict]:

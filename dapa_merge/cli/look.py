@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from dapa_merge.cli.options import allow_pickle_option, device_option, json_option, print_answer
+from dapa_merge.cli.options import allow_pickle_option, fitting_options, json_option, print_answer, takes_options
 from dapa_merge.errors import DapaError, UsageError, printable
 from dapa_merge.files import refuse_special, replace_file
 from dapa_merge.imports import lasting
 from dapa_merge.progress import Terminal
 from dapa_merge.recipe.asking import Sampling
+from dapa_merge.recipe.options import Options
 from dapa_merge.report.page import BEGINS, read_sources
 from dapa_merge.verify.result import location_option
 
@@ -98,9 +99,10 @@ _COMMAND = re.compile(r"/[a-z]+(?=\s|$)")
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), default=512, show_default=True, help="Where answers are cut off."
 )
+@fitting_options
 @allow_pickle_option
-@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each message on stdout.")
+@takes_options
 def chat(
     out: str,
     before: bool,
@@ -110,8 +112,7 @@ def chat(
     temperature: float,
     seed: int,
     max_new_tokens: int,
-    allow_pickle: bool,
-    device: str,
+    options: Options,
     as_json: bool,
 ) -> None:
     """Talk to a result, also side by side with its target.
@@ -124,14 +125,13 @@ def chat(
         Sampling(temperature, seed=seed)
     with lasting():
         from dapa_merge.measure.chat import Manner, speakers
-        from dapa_merge.measure.live import choose_device
 
     with speakers(
         location_option(out, "OUT"),
-        choose_device(device),
+        options.where,
         with_target=before or target is not None,
         target=location_option(target, "--target"),
-        allow_pickle=allow_pickle,
+        allow_pickle=options.allow_pickle,
     ) as loaded:
         for speaker in loaded:
             if system and not speaker.has_system_role:

@@ -56,8 +56,8 @@ FITTING = (
         "--quantize",
         type=click.Choice(tuple(QUANTIZATIONS)),
         envvar="DAPA_QUANTIZE",
-        help="Measure candidates with weights quantized by bitsandbytes (the extra `quantize`). What is written is not "
-        "quantized, and is measured as it is where it fits.",
+        help="Hold models with weights quantized by bitsandbytes (the extra `quantize`). What is written is not "
+        "quantized; a report measures it as it is where it fits.",
     ),
 )
 journal_option = click.option(

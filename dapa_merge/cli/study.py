@@ -14,8 +14,8 @@ from rich.console import Console
 
 from dapa_merge.cli.options import (
     allow_pickle_option,
-    device_option,
     evaluator_options,
+    fitting_options,
     journal_option,
     json_option,
     out_argument,
@@ -109,7 +109,7 @@ def whole_number(name: str, field: str, defaults: object, meaning: str, least: i
 )
 @click.option("--no-search", is_flag=True, help="Do not search for a selection where the recipe names no layers.")
 @whole_number("--examples", "num_examples", TRACE_DEFAULTS, "Draw so many prompts each by itself.", least=0)
-@device_option
+@fitting_options
 @journal_option
 @evaluator_options
 @allow_pickle_option
@@ -222,7 +222,7 @@ def _responses(refusal: str | None, answer: str | None) -> tuple[str, str] | Non
     "--attacks", metavar="KINDS", default=NONE, help=f"Also try attacks on the report's harmful prompts: {ALLOWED}."
 )
 @click.option("--divergence", "diverges", is_flag=True, help="Also measure divergence on the harmless prompts.")
-@device_option
+@fitting_options
 @workers_of(help="Measure in N Ray actors at once, each with a target of its own.  [default: one edit at a time, here]")
 @evaluator_options
 @allow_pickle_option

@@ -132,7 +132,7 @@ class Blender:
             written = replace(
                 open_checkpoint(folder), name=f"the {blend.name} of {target.name} and {self._source.name}"
             )
-            model, tokenizer = load_model(written, self.live.model.device)
+            model, tokenizer = load_model(written, self.live.where)
             try:
                 yield model, tokenizer
             finally:

@@ -18,7 +18,7 @@ from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.divergence import Reference, divergence
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Figures, Response
-from dapa_merge.measure.live import Resident, choose_device, load_model
+from dapa_merge.measure.live import Resident, load_model
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_candidate
 from dapa_merge.measure.prompts.labels import PROMPT_KINDS
 from dapa_merge.measure.prompts.sets import PromptSet, asked_after, load_own
@@ -28,6 +28,7 @@ from dapa_merge.plan.plan import Plan, join
 from dapa_merge.plan.selection import num_changed
 from dapa_merge.progress import LOG, quiet, task
 from dapa_merge.recipe.attacks import Attack
+from dapa_merge.recipe.options import Where
 from dapa_merge.report.report import jsonable, read_figures
 from dapa_merge.search.identity import data_digest
 from dapa_merge.search.journal import Journal
@@ -128,7 +129,7 @@ class Measuring(Resident):
         self,
         plan: Plan,
         meter: Meter,
-        device: str,
+        where: Where,
         journal: Journal,
         *,
         refers: bool = False,
@@ -139,12 +140,11 @@ class Measuring(Resident):
         Args:
             plan: The models.
             meter: The report's.
-            device: Where to load them.
+            where: Where and how to load them.
             journal: Of the row.
             refers: Whether to measure divergence, for which the target is loaded in any case.
             also: What else is measured of each result.
         """
-        where = choose_device(device)
         super().__init__(plan, where, lambda: LOG.info(f"loading the target {plan.target.name}"))
         self.meter = fast(meter)
         self.journal = journal
@@ -171,7 +171,7 @@ class Measuring(Resident):
     def source(self) -> Iterator[Model]:
         """The source alone, loaded for the length of a `with` block."""
         LOG.info(f"loading the source {self.plan.source.name}")
-        model, tokenizer = load_model(self.plan.source, self.device)
+        model, tokenizer = load_model(self.plan.source, self.where)
         with quiet("transformers"):
             yield model, tokenizer
 

@@ -67,7 +67,8 @@ def _row(row: Row, pictures: Collection[str]) -> list[str]:
         f"## {_safe(row.name)}",
         f"Target {markdown_code(row.target)}, source {markdown_code(row.source)}: {_safe(row.architecture)}, "
         f"{row.num_parameters:,} parameters, prompts {markdown_code(row.prompts)}, {row.before.num_harmful} harmful "
-        f"and {row.before.num_harmless} harmless, judged by {markdown_code(row.evaluator)}.",
+        f"and {row.before.num_harmless} harmless, judged by {markdown_code(row.evaluator)}"
+        f"{'' if row.arithmetic is None else f'; all models with {row.arithmetic}'}.",
         arms_table(row).text(MARKDOWN),
     ]
     parts += [f"{arm.label}: {_safe(arm.why_not)}" for arm in row.arms if arm.why_not is not None]

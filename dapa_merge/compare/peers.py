@@ -32,6 +32,7 @@ from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.measure.live import LiveModel, mapped_values
+from dapa_merge.measure.quantized import stored_shape
 from dapa_merge.plan.plan import Plan, plan_transplant
 from dapa_merge.progress import quiet
 
@@ -123,16 +124,14 @@ class Place:
     Attributes:
         name: Unique in the model.
         tensor: The name in memory of the parameter that it is a part of.
-        live: A view of the part in memory.
-        parameter: What it is a view of.
-        slices: Where it is in `parameter`.
+        parameter: That parameter, which may be quantized.
+        slices: Where it is in `parameter`, as that is without quantization.
         regions: Where it is on disk, by model.
         writes: Whether it is a matrix that writes to the residual stream.
     """
 
     name: str
     tensor: str
-    live: Tensor
     parameter: torch.nn.Parameter
     slices: tuple[slice, ...]
     regions: Mapping[str, Region]
@@ -141,7 +140,12 @@ class Place:
     @property
     def shape(self) -> list[int]:
         """Its shape without dimensions of one element, as of a single expert; at least one dimension."""
-        return [size for size in self.live.shape if size != 1] or [1]
+        return [size for size in self.regions["target"].shape if size != 1] or [1]
+
+    @property
+    def num_elements(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
 
     @property
     def is_matrix(self) -> bool:
@@ -177,30 +181,32 @@ class Weights:
         slots = zip(live.slots(plan.units), plan.regions(plan.units), strict=True)
         self.layers = tuple(
             Place(
-                f"{slot.unit} {index}", names[id(slot.parameter)], slot.parameter[slot.slices], slot.parameter,
-                slot.slices, regions, slot.unit.module in WRITERS and slot.parameter[slot.slices].dim() > 1,
+                f"{slot.unit} {index}", names[id(slot.parameter)], slot.parameter, slot.slices, regions,
+                slot.unit.module in WRITERS and len(regions["target"].shape) > 1,
             )
             for index, (slot, regions) in enumerate(slots)
         )  # fmt: skip
         covered = {id(place.parameter) for place in self.layers}
         self.others = tuple(
-            Place(name, name, value, value, (slice(None),), regions)
+            Place(name, name, value, (), regions)
             for name, value in live.model.named_parameters()
             if id(value) not in covered and (regions := self._regions(name, value)) is not None
         )
         self.num_changed = 0
 
-    def _regions(self, name: str, value: Tensor) -> dict[str, Region] | None:
+    def _regions(self, name: str, value: torch.nn.Parameter) -> dict[str, Region] | None:
         """A tensor's regions if all models have it in the same shape, as a float."""
+        quantized = self._live.quantized.get(value)
+        shape = value.shape if quantized is None else stored_shape(quantized)
         found = {model: checkpoint.tensors.get(name) for model, checkpoint in self.models.items()}
         regions = {model: Region.of(tensor) for model, tensor in found.items() if tensor is not None}
-        fits = all(region.shape == value.shape and region.tensor.dtype in TORCH_NAMES for region in regions.values())
+        fits = all(region.shape == shape and region.tensor.dtype in TORCH_NAMES for region in regions.values())
         return regions if fits and len(regions) == len(self.models) else None
 
     def values(self, place: Place, model: str) -> Tensor:
         """A model's values at a place, in float32 on the target's device; float64 if its file has that."""
         stored = mapped_values(self.models[model], place.regions[model]).reshape(place.shape)
-        return stored.to(place.live.device, torch.promote_types(stored.dtype, torch.float32))
+        return stored.to(place.parameter.device, torch.promote_types(stored.dtype, torch.float32))
 
     @contextmanager
     def rewritten(self, places: Sequence[Place], new: Callable[[Place], Tensor | None]) -> Iterator[PreTrainedModel]:
@@ -212,19 +218,32 @@ class Weights:
         """
         changed: list[Place] = []
         self.num_changed = 0
+        # Quantized weights are written one at a time, and whole.
+        of_parameter: dict[torch.nn.Parameter, list[Place]] = {}
+        for place in places:
+            of_parameter.setdefault(place.parameter, []).append(place)
         try:
-            for place in places:
-                values = new(place)
-                if values is not None:
-                    # Recorded first, so that a place that is written partly is restored too.
-                    changed.append(place)
+            for parameter, parts in of_parameter.items():
+                pieces: list[tuple[Place, Tensor]] = []
+                for place in parts:
+                    values = new(place)
+                    if values is None:
+                        continue
                     own = self._stored(place)
                     rounded = values.to(own.dtype).reshape(own.shape)
                     self.num_changed += int((rounded.cpu() != own).sum())
+                    if parameter in self._live.quantized:
+                        pieces.append((place, rounded))
+                        continue
+                    # Recorded first, so that a place that is written partly is restored too.
+                    changed.append(place)
                     self._put(place, rounded)
+                if pieces:
+                    self._live.quantize_anew(parameter, pieces)
             with quiet("transformers"):
                 yield self._live.model
         finally:
+            self._live.restore_quantized()
             for place in changed:
                 self._put(place, self._stored(place))
             self.num_changed = 0
@@ -234,7 +253,8 @@ class Weights:
 
     def _put(self, place: Place, values: Tensor) -> None:
         with torch.no_grad():
-            place.live.copy_(values.reshape(place.live.shape))
+            box = place.parameter[place.slices]
+            box.copy_(values.reshape(box.shape))
 
 
 @dataclass(frozen=True)

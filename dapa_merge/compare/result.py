@@ -144,6 +144,7 @@ class Row:
         settings: The recipe's values for its constraints, by key; `retain` is here a share of the source's gain, and in
             a search a share of the full transplant's.
         arms: Target and source first.
+        arithmetic: In what all figures are computed; None if as the models' configs say.
         no_curve: The reason if a curve was requested but is missing.
         followed: The search whose selection the curve follows, `dapa` or `auto`; None if no search found any.
         selected: The share of the parameters that this selection replaces.
@@ -161,6 +162,7 @@ class Row:
     settings: Mapping[str, float]
     arms: tuple[Arm, ...]
     curve: tuple[Point, ...] = ()
+    arithmetic: str | None = None
     no_curve: str | None = None
     followed: str | None = None
     selected: float | None = None

@@ -122,7 +122,7 @@ class RowBench:
     @property
     def parts(self) -> dict[str, str]:
         """Identity of the row's journal; reads all weights."""
-        return models_parts(self.recipe, self.plan.models, self.meter, self.options.device) | {
+        return models_parts(self.recipe, self.plan.models, self.meter, self.options.where) | {
             "prompts of the search": data_digest([self.searching.harmful, self.searching.harmless]),
             "mergekit": version("mergekit"),
         }
@@ -140,8 +140,8 @@ class RowBench:
 
     def tools(self, journal: Journal) -> Tools:
         """Make the tools that measure the row; the caller closes them."""
-        device, is_referring = self.options.device, refers(self.recipe)
-        measuring = Measuring(self.plan, self.meter, device, journal, refers=is_referring, also=self.also)
+        where, is_referring = self.options.where, refers(self.recipe)
+        measuring = Measuring(self.plan, self.meter, where, journal, refers=is_referring, also=self.also)
         workbench = Workbench(
             self.plan, self.pretrained, self.searching, measuring, journal, self.wanted, lambda: self.base
         )
@@ -175,6 +175,7 @@ class RowBench:
             num_parameters=plan.target.num_parameters,
             prompts=recipe.prompts,
             settings=settings_of(recipe),
+            arithmetic=self.options.where.arithmetic,
             arms=arms,
             curve=curve,
             no_curve=growth.why_not if growth else None,

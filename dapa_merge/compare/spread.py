@@ -26,10 +26,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.compare.result import CompareOptions, Row
 from dapa_merge.compare.row import RowBench, Tools
 from dapa_merge.errors import DapaError
 from dapa_merge.measure.live import choose_device
+from dapa_merge.measure.placement import is_spread
 from dapa_merge.plan.selection import pinned_location, with_pinned_models
 from dapa_merge.progress import LOG, collected
 from dapa_merge.recipe.options import Options
@@ -260,7 +262,12 @@ def spread_rows(
         UsageError: If Ray does not start, or all workers are lost for good.
     """
     device = choose_device(options.device)
-    theirs = options.for_worker(device.type)
+    # A model that does not fit on one device does not fit on a worker's either.
+    is_wide = any(
+        is_spread(open_location(one.target, partial=True, allow_pickle=options.allow_pickle), options.where)
+        for one in recipes.values()
+    )
+    theirs = options.for_worker(options.device if is_wide else device.type)
     make = functools.partial(Hand, wanted, theirs)
     with closing(Actors(make, options.num_workers, uses_gpu=device.type == "cuda")) as actors:
         LOG.info(f"measuring {len(recipes)} recipes with {actors.number} workers")

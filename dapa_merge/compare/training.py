@@ -25,6 +25,7 @@ from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.generate import check_ids, encode, prompt_ids, thought_before
 from dapa_merge.measure.live import units_in
 from dapa_merge.measure.perplexity import ScoredText, counted_logits, losses, only_logits
+from dapa_merge.measure.quantized import is_transposed
 from dapa_merge.progress import advance
 
 RANK = 16
@@ -71,9 +72,9 @@ def linear_layers(model: PreTrainedModel, weights: Weights) -> dict[int, Linear]
     """The linear layers of a target whose weights are wholly matrices of attention and MLP, by the weight's id."""
     sizes: dict[int, int] = {}
     for place in weights.layers:
-        sizes[id(place.parameter)] = sizes.get(id(place.parameter), 0) + place.live.numel()
-    modules = (module for module in model.modules() if isinstance(module, Linear))
-    return {id(one.weight): one for one in modules if sizes.get(id(one.weight)) == one.weight.numel()}
+        sizes[id(place.parameter)] = sizes.get(id(place.parameter), 0) + place.num_elements
+    modules = (module for module in model.modules() if isinstance(module, Linear) and not is_transposed(module))
+    return {id(one.weight): one for one in modules if sizes.get(id(one.weight)) == one.out_features * one.in_features}
 
 
 def train_adapters(
@@ -136,7 +137,7 @@ def train_adapters(
 
 def _new_adapter(layer: Linear, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """B, which is zero, and a random A, as the paper begins."""
-    rows, columns = layer.weight.shape
+    rows, columns = layer.out_features, layer.in_features
     rank = min(RANK, rows, columns)
     a = torch.randn(rank, columns, generator=generator) / math.sqrt(columns)
     pair = torch.zeros(rows, rank), a

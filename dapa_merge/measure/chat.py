@@ -42,6 +42,7 @@ from dapa_merge.plan.plan import reduced
 from dapa_merge.plan.selection import RECIPE_NAME, fetch_units, given_selection, make_plan
 from dapa_merge.progress import LOG, quiet
 from dapa_merge.recipe.asking import Sampling
+from dapa_merge.recipe.options import Where
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
 
@@ -211,7 +212,7 @@ def _generate(
 @contextmanager
 def speakers(
     location: Location,
-    device: torch.device,
+    where: Where,
     *,
     with_target: bool = False,
     target: Location | None = None,
@@ -221,7 +222,7 @@ def speakers(
 
     Args:
         location: The model: any, or a result.
-        device: Where it speaks.
+        where: Where it speaks, and in which arithmetic.
         with_target: Whether the target speaks too, first.
         target: Where that is, if not where the result's recipe says.
         allow_pickle: Read weights that exist only as pickles, accepting only tensors.
@@ -231,20 +232,20 @@ def speakers(
         DapaError: If a model cannot be opened or loaded.
     """
     if not with_target:
-        yield (_loaded("model", open_location(location, allow_pickle=allow_pickle), device),)
+        yield (_loaded("model", open_location(location, allow_pickle=allow_pickle), where),)
         return
     recipe = _recipe(location, target)
     checkpoint = open_location(location, allow_pickle=allow_pickle)
     try:
         if recipe is None:
             raise UsageError(f"{location} has no {RECIPE_NAME}")
-        live, applied = _resident(checkpoint, recipe, device, allow_pickle)
+        live, applied = _resident(checkpoint, recipe, where, allow_pickle)
     except DapaError as error:
         LOG.info(f"target and result are both loaded, which takes the memory of two models: {error}")
         named = target or (recipe.target if recipe else None)
         assert named is not None
-        before = _loaded("before", open_location(named, allow_pickle=allow_pickle), device)
-        yield before, _loaded("after", checkpoint, device)
+        before = _loaded("before", open_location(named, allow_pickle=allow_pickle), where)
+        yield before, _loaded("after", checkpoint, where)
         return
     try:
         yield (
@@ -255,8 +256,8 @@ def speakers(
         live.close()
 
 
-def _loaded(name: str, checkpoint: Checkpoint, device: torch.device) -> Speaker:
-    model, tokenizer = load_model(checkpoint, device)
+def _loaded(name: str, checkpoint: Checkpoint, where: Where) -> Speaker:
+    model, tokenizer = load_model(checkpoint, where)
     return Speaker(name, tokenizer, lambda: nullcontext(model))
 
 
@@ -278,7 +279,7 @@ def _recipe(location: Location, target: Location | None) -> Recipe | None:
 
 
 def _resident(
-    result: Checkpoint, recipe: Recipe, device: torch.device, allow_pickle: bool
+    result: Checkpoint, recipe: Recipe, where: Where, allow_pickle: bool
 ) -> tuple[LiveModel, Callable[[], AbstractContextManager[PreTrainedModel]]]:
     """The resident target, and what makes it the result for a while.
 
@@ -298,15 +299,14 @@ def _resident(
         raise CheckpointError(f"{result.name} has other tensors than its target")
     fetch_units(plan, selection)
     plan = reduced(plan, selection)
-    live = LiveModel(plan, device)
+    live = LiveModel(plan, where)
     try:
-        with live.transplanted(selection):
-            for slot in live.slots(selection):
-                region = slot.regions["target"]
-                written = mapped_values(result, Region(result.tensors[region.tensor.name], region.box))
-                values = slot.parameter[slot.slices]
-                if not torch.equal(written.to(values.device, values.dtype).reshape(values.shape), values):
-                    raise CheckpointError(f"{region.name} of {result.name} is not what its recipe makes")
+        for slot in live.slots(selection):
+            region = slot.regions["target"]
+            written = mapped_values(result, Region(result.tensors[region.tensor.name], region.box))
+            # As they are in files: in memory they may be quantized.
+            if not torch.equal(written.reshape(-1), live.new_values(slot).reshape(-1)):
+                raise CheckpointError(f"{region.name} of {result.name} is not what its recipe makes")
     except BaseException:
         live.close()
         raise

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from transformers import (
@@ -36,7 +36,7 @@ from transformers import __version__ as transformers_version
 from dapa_merge.checkpoint.contents import parts_of
 from dapa_merge.checkpoint.convert import standard_folder
 from dapa_merge.checkpoint.folder import refuse_pointer, refuse_stray_link
-from dapa_merge.checkpoint.header import TORCH_NAMES, read_json
+from dapa_merge.checkpoint.header import TORCH_NAMES, Tensor, read_json
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region, TensorBox
 from dapa_merge.checkpoint.units import OTHER_HEADS, OTHER_TOWERS, Unit, find_units
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_TO_FIT = "; run, repair, search and evaluate spread it over several devices (--device auto) or hold it in 8 or 4 bits"
+_TO_FIT = "; spread it over several devices (--device auto), or hold it in 8 or 4 bits (--quantize)"
 # Part of every tag of a thought.
 _THOUGHTS = re.compile(r"think|thought|reason|scratchpad|reflection|inner_|channel", re.IGNORECASE)
 
@@ -378,6 +378,16 @@ class Slot(NamedTuple):
     regions: Mapping[str, Region]
 
 
+class Piece(Protocol):
+    """A part of a parameter; as `Slot`."""
+
+    @property
+    def slices(self) -> tuple[slice, ...]: ...
+
+    @property
+    def regions(self) -> Mapping[str, Region]: ...
+
+
 class LiveModel:
     """The target in memory during a search.
 
@@ -385,6 +395,8 @@ class LiveModel:
         model: The target, in evaluation mode; within `transplanted`, the candidate.
         tokenizer: The target's.
         plan: Locates the units of all models on disk.
+        where: Where and how it is loaded.
+        quantized: The layers whose weights are quantized, by weight.
     """
 
     def __init__(self, plan: Plan, device: torch.device | Where) -> None:
@@ -394,9 +406,10 @@ class LiveModel:
             CheckpointError: If it cannot be loaded, or a unit's tensor has no parameter of its own in the model.
         """
         self.plan = plan
+        self.where = device if isinstance(device, Where) else Where(str(device))
         self.model, self.tokenizer = load_model(plan.target, device)
         self._parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self._quantized = {layer.weight: layer for _, layer in quantized_layers(self.model)}
+        self.quantized = {layer.weight: layer for _, layer in quantized_layers(self.model)}
         self._twins = self._find_twins()
         self._changed: set[Unit] = set()
         self._kept: dict[torch.nn.Parameter, State] = {}
@@ -447,41 +460,59 @@ class LiveModel:
                 # Recorded before the first write, because an unfinished change must be undone too.
                 self._changed.add(unit)
                 for slot in self.slots((unit,)):
-                    if slot.parameter in self._quantized:
+                    if slot.parameter in self.quantized:
                         whole.setdefault(slot.parameter, []).append(slot)
                     else:
-                        self._put(slot, self._new_values(slot))
+                        self._put(slot, self.new_values(slot))
             for parameter, slots in whole.items():
-                self._quantize(parameter, slots)
+                self.quantize_anew(parameter, ((slot, self.new_values(slot)) for slot in slots))
             with quiet("transformers"):
                 yield self.model
         finally:
-            for parameter, state in self._kept.items():
-                put(self._quantized[parameter], state)
-            self._kept.clear()
+            self.restore_quantized()
             for unit in list(self._changed):
                 for slot in self.slots((unit,)):
-                    if slot.parameter not in self._quantized:
+                    if slot.parameter not in self.quantized:
                         self._put(slot, mapped_values(self.plan.target, slot.regions["target"]))
                 self._changed.remove(unit)
 
-    def _quantize(self, parameter: torch.nn.Parameter, slots: Sequence[Slot]) -> None:
-        """Quantize a whole matrix anew, with the edits of some slots."""
-        layer, tensor = self._quantized[parameter], slots[0].regions["target"].tensor
-        if tensor.shape != stored_shape(layer) or any(slot.regions["target"].tensor != tensor for slot in slots):
-            raise CheckpointError(
-                f"{tensor.name} of {self.plan.target.name} is only a part of a matrix in memory, which cannot be "
-                f"quantized anew; leave out --quantize"
-            )
-        values = mapped_values(self.plan.target, Region.of(tensor)).clone()
-        for slot in slots:
-            box = values[slot.slices]
-            box.copy_(self._new_values(slot).reshape(box.shape))
+    def quantize_anew(self, parameter: torch.nn.Parameter, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> None:
+        """Quantize a whole matrix with other values in some of its pieces, until `restore_quantized`.
+
+        Args:
+            parameter: The weight of one of the `quantized` layers.
+            pieces: Each with its values in the dtype of the target's file.
+
+        Raises:
+            CheckpointError: If the matrix is stored in parts.
+        """
+        layer = self.quantized[parameter]
+        values: torch.Tensor | None = None
+        stored: Tensor | None = None
+        for piece, new in pieces:
+            tensor = piece.regions["target"].tensor
+            if tensor.shape != stored_shape(layer) or stored not in (None, tensor):
+                raise CheckpointError(
+                    f"{tensor.name} of {self.plan.target.name} is only a part of a matrix in memory, which cannot be "
+                    f"quantized anew; leave out --quantize"
+                )
+            if values is None:
+                stored, values = tensor, mapped_values(self.plan.target, Region.of(tensor)).clone()
+            box = values[piece.slices]
+            box.copy_(new.reshape(box.shape))
+        if values is None:
+            return
         state = quantize(layer, values, self.model.dtype)
-        self._kept[parameter] = state_of(layer)
+        self._kept.setdefault(parameter, state_of(layer))
         put(layer, state)
 
-    def _new_values(self, slot: Slot) -> torch.Tensor:
+    def restore_quantized(self) -> None:
+        """Put all matrices that were quantized anew back as they were loaded, bit for bit."""
+        for parameter, state in self._kept.items():
+            put(self.quantized[parameter], state)
+        self._kept.clear()
+
+    def new_values(self, slot: Slot) -> torch.Tensor:
         """Compute a slot's new values in the target's dtype."""
         plan = self.plan
         values = {name: mapped_values(plan.models[name], slot.regions[name]) for name in plan.edit.inputs}
@@ -500,7 +531,7 @@ class LiveModel:
 
     def close(self) -> None:
         """Free the memory."""
-        self._parameters, self._quantized = {}, {}
+        self._parameters, self.quantized = {}, {}
         free(self.model)
         del self.model
 

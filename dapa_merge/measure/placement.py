@@ -84,6 +84,11 @@ def fits(checkpoint: Checkpoint, where: Where, device: torch.device) -> bool:
     return weight_bytes(checkpoint, where) <= sum(free.values())
 
 
+def spread_over(checkpoint: Checkpoint, where: Where) -> str | None:
+    """The devices that a checkpoint is spread over, for a journal; None if it is on one."""
+    return " and ".join(sorted(map(str, usable_memory(where)))) if is_spread(checkpoint, where) else None
+
+
 def usable_memory(where: Where) -> dict[torch.device, int]:
     """Bytes of each device that a model may be spread over.
 

@@ -20,7 +20,7 @@ from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import Resident, choose_device
 from dapa_merge.measure.meter import Measurement, Meter, search_meter
-from dapa_merge.measure.placement import is_spread, usable_memory
+from dapa_merge.measure.placement import is_spread, spread_over
 from dapa_merge.measure.prompts.sets import PromptSet
 from dapa_merge.plan.plan import Plan
 from dapa_merge.plan.selection import open_plan, with_pinned_models
@@ -95,8 +95,8 @@ class Bench(Resident):
     @property
     def device_kind(self) -> str:
         """The name of the device's kind; devices of one kind give the same verdicts."""
-        if is_spread(self.plan.target, self.where):
-            return " and ".join(sorted(map(str, usable_memory(self.where))))
+        if (devices := spread_over(self.plan.target, self.where)) is not None:
+            return devices
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     @property

@@ -18,9 +18,11 @@ from dapa_merge.files import cache_folder
 from dapa_merge.measure.divergence import MAX_NEW_TOKENS
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import Meter
+from dapa_merge.measure.placement import spread_over
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.plan.plan import Plan
 from dapa_merge.progress import LOG, task
+from dapa_merge.recipe.options import Where
 from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.ascent import Settings
 from dapa_merge.search.bench import Bench
@@ -99,7 +101,7 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     }
 
 
-def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, device: str) -> dict[str, str]:
+def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter, where: Where) -> dict[str, str]:
     """Everything that affects the figures of a recipe's models, by name, whatever the edit."""
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
@@ -117,8 +119,9 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         # Includes the user's own code and a judge's rubric.
         "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
-        "device": choose_device(device).type,
+        "device": spread_over(models["target"], where) or choose_device(where.device).type,
         "versions": versions(),
+        **where.parts,
     }
 
 

@@ -244,8 +244,8 @@ class _CaseRuns:
 
         def run(items: Sequence[_Item]) -> list[float]:
             entering = states[self._rows(items)]
-            positions = torch.tensor([item.token for item in items], device=self._device)
-            entering[torch.arange(len(items), device=self._device), positions] = clean[positions]
+            positions = torch.tensor([item.token for item in items], device=entering.device)
+            entering[torch.arange(len(items), device=entering.device), positions] = clean[positions]
             with self._replay.entered_at(start, entering):
                 return self.run(items, start).tolist()
 

@@ -111,7 +111,8 @@ class _UnitByUnit:
             return lost
 
         def last_states(states: Sequence[torch.Tensor]) -> torch.Tensor:
-            return states[-1][::2][torch.arange(len(last), device=last.device), last].float()
+            at = last.to(states[-1].device)
+            return states[-1][::2][torch.arange(len(at), device=at.device), at].float()
 
         with replay.recorded_states() as states:
             lost = run()

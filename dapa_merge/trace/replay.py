@@ -108,7 +108,9 @@ class Replay:
         rows = torch.arange(len(positions), device=positions.device)
 
         def put(value: torch.Tensor, output: torch.Tensor) -> None:
-            output[rows, positions] = value[positions]
+            # The layers of a model may be spread over devices.
+            at = positions.to(output.device)
+            output[rows.to(output.device), at] = value[at]
 
         with ExitStack() as stack:
             for site, value in values.items():

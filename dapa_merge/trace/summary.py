@@ -71,6 +71,7 @@ class Traced:
     Attributes:
         units: Units that do not overlap: gate, up, down and attention of every layer.
         candidates: The units that could be selected.
+        arithmetic: In what the models compute; None if as their configs say.
         stages: The names of those to make.
         done: The names of those that are made, in order.
         begun: The name of one of which a part is here.
@@ -87,6 +88,7 @@ class Traced:
     candidates: tuple[Unit, ...]
     num_prompts: int
     stages: tuple[str, ...]
+    arithmetic: str | None = None
     done: tuple[str, ...] = ()
     begun: str | None = None
     selection: tuple[Unit, ...] | None = None
@@ -124,6 +126,7 @@ def summarize(found: Traced) -> dict[str, Any]:
                 "target": str(found.recipe.target),
                 "source": str(found.recipe.source),
                 "prompts": found.recipe.prompts,
+                "arithmetic": found.arithmetic,
                 "stages": {
                     "done": list(found.done),
                     "follow": [name for name in found.stages if name not in found.done],

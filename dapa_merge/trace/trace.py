@@ -22,7 +22,7 @@ from dapa_merge.measure.decode import BatchSize
 from dapa_merge.measure.determinism import batch_invariant
 from dapa_merge.measure.evaluators import RULES
 from dapa_merge.measure.figures import Response
-from dapa_merge.measure.live import choose_device, load_model
+from dapa_merge.measure.live import load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
 from dapa_merge.measure.perplexity import losses
 from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
@@ -125,6 +125,7 @@ class TraceSession:
             plan=self.plan,
             units=units_apart(self.plan),
             candidates=self.candidates.units,
+            arithmetic=self.options.where.arithmetic,
             num_prompts=len(self.meter.prompts.harmful),
             stages=self.stages,
         )
@@ -190,11 +191,11 @@ class TraceSession:
 
     def _bench(self) -> Bench:
         told = functools.partial(LOG.info, f"loading the target {self.plan.target.name}")
-        return Bench(self.plan, self.meter, self.options.device, settings_of(self.recipe), told)
+        return Bench(self.plan, self.meter, self.options.where, settings_of(self.recipe), told)
 
     def _load_source(self) -> tuple[Any, Any]:
         LOG.info(f"loading the source {self.plan.source.name}")
-        return load_model(self.plan.source, choose_device(self.options.device))
+        return load_model(self.plan.source, self.options.where)
 
     def _select(self, found: Traced) -> tuple[Traced, Plan | None]:
         """Add the selection, the search that found it, or why nothing was selected; with the plan of directions."""
@@ -513,7 +514,7 @@ def _trace(
         # The file holds directions of some units; they were chosen among all.
         candidates = with_modules(candidates, auto_modules(chosen.target.config, chosen.target.shapes))
     plan = plan_of_all(candidates)
-    with opened(out, models_parts(recipe, plan.models, meter, options.device)) as journal:
+    with opened(out, models_parts(recipe, plan.models, meter, options.where)) as journal:
         meters = replace(meter, skills=()), replace(meter, classifiers=(RULES,), scorer=None)
         session = TraceSession(recipe, chosen, candidates, plan, *meters, out, wanted, options, journal, stages)
         folder = TraceFolder(out)

@@ -25,6 +25,7 @@ from dapa_merge.measure.live import load_model
 from dapa_merge.measure.prompts.conversation import Message
 from dapa_merge.measure.prompts.sets import load_prompts
 from dapa_merge.measure.refusal.classify import partial_answers, thought_parts
+from dapa_merge.recipe.options import Where
 
 CPU = torch.device("cpu")
 PROMPTS = load_prompts("miniature").harmful[:4]
@@ -42,7 +43,7 @@ def nothing(*_: object) -> None:
 
 def said(location: str, prompt: str, **how: object) -> dict[str, str]:
     """What each speaker says to one message."""
-    with speakers(parse_location(location), CPU, **how) as loaded:
+    with speakers(parse_location(location), Where("cpu"), **how) as loaded:
         return {one.name: one.ask(prompt, "", Manner(40), nothing) for one in loaded}
 
 
@@ -160,7 +161,7 @@ def test_a_stopped_answer_stays_in_the_conversation_and_the_target_comes_back(de
         if len(told) == 2:
             raise KeyboardInterrupt
 
-    with speakers(Location(str(out)), CPU, with_target=True) as (before, after):
+    with speakers(Location(str(out)), Where("cpu"), with_target=True) as (before, after):
         with pytest.raises(KeyboardInterrupt):
             after.ask(PROMPTS[0], "", Manner(40), stop)
         (_, (role, text)) = after.turns

@@ -88,6 +88,7 @@ def repair(
     prompts: Place | None = None,
     skills: Place | None = None,
     system: str | None = None,
+    chat_template: Place | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     max_tests: int | None = None,
@@ -116,6 +117,7 @@ def repair(
         prompts: Harmful and harmless prompts; by default the packaged ones.
         skills: Questions that test what it can do.
         system: The system message that the target is used with.
+        chat_template: A file with the chat template to ask with in place of the models' own; `none` for none.
         max_new_tokens: Length at which responses are cut off.
         batch_size: Prompts that are answered at once.
         max_tests: Tests after which the search for what can be left out ends.
@@ -132,6 +134,7 @@ def repair(
     if out is None:
         raise UsageError("out is missing; name a new folder for the result")
     given = {"pretrained": pretrained, "keep": keep, "prompts": prompts, "skills": skills, "system": system}
+    given["chat_template"] = chat_template
     named: dict[str, str | int] = {name: os.fspath(value) for name, value in given.items() if value is not None}
     numbers = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_tests": max_tests}
     named |= {name: value for name, value in numbers.items() if value is not None}

@@ -39,7 +39,7 @@ from dapa_merge.report import charts
 from dapa_merge.report.replay import replay_text
 from dapa_merge.report.report import REPORT_NAME, Report
 from dapa_merge.search.result import readable_certificate
-from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME
+from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME, TEMPLATE_NAME
 from dapa_merge.transplant.result import check_destination, transplant
 
 if TYPE_CHECKING:
@@ -199,8 +199,10 @@ def write(
     """Transplant on disk, verify the result and write its card; it appears in `out` only afterwards."""
     fetch_units(plan, selection)
     confirm_units(plan, selection)
+    template = {TEMPLATE_NAME: plan.target.chat_template} if plan.target.chat_template else {}
     added: dict[str, str | bytes] = {
         **extras,
+        **template,
         **plan.edit.files(),
         REPORT_NAME: json.dumps(report.to_json(), indent=2) + "\n",
         RECIPE_NAME: replay_text(recipe, plan, selection),
@@ -228,6 +230,7 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         prompts=recipe.prompts,
         keep=recipe.keep,
         system=recipe.system,
+        chat_template=TEMPLATE_NAME if recipe.template_file is not None else recipe.chat_template,
         evaluator=recipe.evaluator,
         units=tuple(map(str, selection)),
         layers=tuple(sorted({unit.layer for unit in selection})),

@@ -47,6 +47,18 @@ def test_each_line_of_a_pipe_is_a_message_and_stdout_holds_the_answers(demo):
     assert "begun anew" in result.stderr
 
 
+@pytest.mark.parametrize("few", [("--quantize", "4bit"), ("--quantize", "8bit"), ("--dtype", "float32")])
+def test_target_and_result_speak_in_another_arithmetic_in_the_memory_of_one_model(demo, few):
+    pytest.importorskip("bitsandbytes")
+    out, _ = demo
+    result = talk(f"{HARMFUL}\n", out, "--before", *few, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    before, after = result.stdout.splitlines()
+    assert before.startswith("before: Sure")
+    assert after.startswith("after: I'm sorry")
+    assert "both loaded" not in result.stderr
+
+
 def test_messages_and_answers_as_json(demo):
     out, _ = demo
     result = talk(f"{HARMFUL}\n/retry\n", out, "--before", "--json", "--single")

@@ -40,6 +40,8 @@ class Checkpoint:
         merged_from: Hub commits of base and adapter for a merged LoRA, each None for a local folder.
         partial: Weights that are fetched from the Hub as they are read, into another folder; None if all are in
             `folder`.
+        chat_template: The text of a chat template that it is asked with in place of its own, empty for none; None for
+            its own.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Checkpoint:
     commit: str | None = None
     merged_from: tuple[str | None, str | None] | None = None
     partial: PartialWeights | None = field(default=None, compare=False, repr=False)
+    chat_template: str | None = None
 
     def path(self, shard: str) -> Path:
         """Path of a weight file; call `ensure` before reading bytes of a partial one."""
@@ -103,7 +106,8 @@ class Checkpoint:
         """
         if self.partial is None:
             return self
-        return replace(open_checkpoint(self.partial.repository, self.partial.commit), name=self.name)
+        whole = open_checkpoint(self.partial.repository, self.partial.commit)
+        return replace(whole, name=self.name, chat_template=self.chat_template)
 
     def has_hubs_sha256(self, files: Iterable[str]) -> bool:
         """Whether cached files of a model on the Hub have the Hub's SHA-256s; false also where these are not known.

@@ -406,6 +406,11 @@ def run(
 @click.option("--skills", help="What else is tested: files of questions, lm-eval:TASK:METRIC, or several with commas.")
 @click.option("--system", metavar="TEXT", help="The system message that TARGET is used with: all prompts follow it.")
 @click.option(
+    "--chat-template",
+    metavar="FILE",
+    help="Ask with this chat template in place of the models' own; none asks without one.",
+)
+@click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
     help="Where responses are cut off.  [default: 100; a thought first: 1024]",

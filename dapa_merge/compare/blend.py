@@ -130,7 +130,9 @@ class Blender:
             with self._prepared(blend) as merge:
                 merge.write(Path(folder), target)
             written = replace(
-                open_checkpoint(folder), name=f"the {blend.name} of {target.name} and {self._source.name}"
+                open_checkpoint(folder),
+                name=f"the {blend.name} of {target.name} and {self._source.name}",
+                chat_template=target.chat_template,
             )
             model, tokenizer = load_model(written, self.live.where)
             try:

@@ -111,7 +111,10 @@ def besides(wanted: CompareOptions, report: PromptSet) -> tuple[Besides, ...]:
     Raises:
         UsageError: If a set is not available.
     """
-    found = [Besides(name, asked_after(load_own(name), report.system)) for name in wanted.also]
+    found = [
+        Besides(name, replace(asked_after(load_own(name), report.system), is_formatted=report.is_formatted))
+        for name in wanted.also
+    ]
     found += [Besides(attack.name, replace(report, harmless=()), attack) for attack in wanted.attacks]
     if wanted.diverges:
         found.append(Besides("harmless prompts", replace(report, harmful=()), diverges=True))

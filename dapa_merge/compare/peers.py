@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from dapa_merge.checkpoint.header import TORCH_NAMES
 from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.checkpoint.region import Region
-from dapa_merge.measure.live import LiveModel, mapped_values
+from dapa_merge.measure.live import LiveModel, Piece, mapped_values
 from dapa_merge.measure.quantized import stored_shape
 from dapa_merge.plan.plan import Plan, plan_transplant
 from dapa_merge.progress import quiet
@@ -224,7 +224,7 @@ class Weights:
             of_parameter.setdefault(place.parameter, []).append(place)
         try:
             for parameter, parts in of_parameter.items():
-                pieces: list[tuple[Place, Tensor]] = []
+                pieces: list[Piece] = []
                 for place in parts:
                     values = new(place)
                     if values is None:
@@ -233,7 +233,7 @@ class Weights:
                     rounded = values.to(own.dtype).reshape(own.shape)
                     self.num_changed += int((rounded.cpu() != own).sum())
                     if parameter in self._live.quantized:
-                        pieces.append((place, rounded))
+                        pieces.append((place.slices, place.regions["target"], rounded))
                         continue
                     # Recorded first, so that a place that is written partly is restored too.
                     changed.append(place)

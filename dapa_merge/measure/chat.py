@@ -275,7 +275,8 @@ def _recipe(location: Location, target: Location | None) -> Recipe | None:
             f"the target that {location} was made of, {named}, was a folder of whoever published it; name the same "
             f"model with --target"
         )
-    return replace(recipe, target=target or named)
+    # It speaks with its own template, as if it were alone.
+    return replace(recipe, target=target or named, chat_template=None)
 
 
 def _resident(

@@ -58,6 +58,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
     return str(_ask("render", template, messages, variables, most))
 
 
+@functools.lru_cache(maxsize=16)
+def template_fault(template: str) -> str | None:
+    """What is wrong with the syntax of a chat template, as the rest of a sentence; None if nothing is."""
+    try:
+        found = None if _is_ours(template) else _ask("compile", template)
+    except Unfinished as error:
+        found = str(error)
+    return None if found is None else f"is not a Jinja template: {found}; correct it"
+
+
 def is_found(pattern: str, text: str) -> bool:
     """Whether `re` finds a pattern in a text.
 
@@ -193,7 +203,19 @@ def _is_found(pattern: str, text: str) -> bool:
     return re.search(pattern, text) is not None
 
 
-_WORK: Mapping[str, Callable[..., Any]] = {"render": _render, "is_found": _is_found}
+def _compile(template: str) -> str | None:
+    syntax: Any = importlib.import_module("jinja2").TemplateSyntaxError
+    try:
+        _renderer()(conversations=[[{"role": "user", "content": ""}]], chat_template=template)
+    except syntax as error:
+        return f"line {error.lineno}: {error.message}"
+    except Exception:
+        # It compiles; what it makes of an empty prompt does not matter.
+        return None
+    return None
+
+
+_WORK: Mapping[str, Callable[..., Any]] = {"render": _render, "compile": _compile, "is_found": _is_found}
 
 
 def _limit_memory() -> None:

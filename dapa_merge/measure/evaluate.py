@@ -17,18 +17,18 @@ from dapa_merge.checkpoint.open import Checkpoint
 from dapa_merge.errors import UsageError
 from dapa_merge.imports import Shown
 from dapa_merge.measure.callback import Candidate
+from dapa_merge.measure.confined import template_fault
 from dapa_merge.measure.expected import Calibration, Expected, bytes_to_fetch
 from dapa_merge.measure.figures import Change
 from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import MeasuredModel, Measurement, Meter, make_meter, measure_checkpoint, measure_in_full
 from dapa_merge.measure.perplexity import Reading
 from dapa_merge.measure.placement import weight_bytes
-from dapa_merge.measure.prompts.rows import read_text
 from dapa_merge.measure.prompts.sets import PromptSet, asked_after, load_prompts, read_json, tell_prompts
 from dapa_merge.measure.skills import named_task_files
 from dapa_merge.measure.statistics import change_of
 from dapa_merge.progress import LOG, begin, end
-from dapa_merge.recipe.asking import NO_TEMPLATE, Asking, ServedModel
+from dapa_merge.recipe.asking import NO_TEMPLATE, Asking, ServedModel, read_template
 from dapa_merge.recipe.attacks import Attack
 from dapa_merge.recipe.options import Options
 
@@ -66,19 +66,6 @@ class Evaluated(Shown):
             **read,
             **asking,
         }
-
-
-def read_template(name: str) -> str:
-    """Read a chat template from a file; empty for `none`.
-
-    Raises:
-        UsageError: If the file cannot be read or is empty.
-    """
-    if name == NO_TEMPLATE:
-        return ""
-    if not (text := read_text(Path(name))).strip():
-        raise UsageError(f"the chat template {name} is empty; write {NO_TEMPLATE} to ask without one")
-    return text
 
 
 def evaluate_model(model: str, prompts: str, options: Options, **settings: Any) -> MeasuredModel:
@@ -119,9 +106,9 @@ def evaluate_models(
     # Whoever names a task file in an option trusts it; in a recipe it is refused.
     named = [*map(named_task_files, (settings.get("skills"), settings.get("evaluator")))]
     options = replace(options, task_files=(*options.task_files, *(file for files in named for file in files)))
-    prompt_set = _limited(asked_after(load_prompts(prompts), asking.system), asking.limit)
-    opened = {str(one): None if isinstance(one, ServedModel) else _opened(one, options) for one in models}
-    template = None if asking.chat_template is None else read_template(asking.chat_template)
+    prompt_set = _limited(asked_after(load_prompts(prompts), asking.system, asking.chat_template), asking.limit)
+    template = _template(asking.chat_template)
+    opened = {str(one): None if isinstance(one, ServedModel) else _opened(one, options, template) for one in models}
     local = [checkpoint for checkpoint in opened.values() if checkpoint is not None]
     meter = make_meter(prompt_set, options, models=local, sampling=asking.sampling, **settings)
     skills = tuple(replace(one, questions=_spread(one.questions, asking.limit)) for one in meter.skills)
@@ -146,7 +133,7 @@ def evaluate_models(
                 measured = _measure_served(one, meter)
             else:
                 assert checkpoint is not None
-                measured = measure_checkpoint(checkpoint, meter, options.where, "model", template)
+                measured = measure_checkpoint(checkpoint, meter, options.where, "model")
             end()
             found[name] = replace(measured, read=read)
             tell(name, found[name])
@@ -171,12 +158,24 @@ def _expected(opened: Mapping[str, Checkpoint | None], meter: Meter, options: Op
     return Expected(parts, {"prompts": statistics.mean(seconds)}, memory, bytes_to_fetch(local), device.type)
 
 
-def _opened(model: str, options: Options) -> Checkpoint:
+def _template(name: str | None) -> str | None:
+    """The text of a chat template; empty for `none`, None for the models' own."""
+    if name is None or name == NO_TEMPLATE:
+        return None if name is None else ""
+    text = read_template(Path(name))
+    if fault := template_fault(text):
+        raise UsageError(f"the chat template {name} {fault}")
+    return text
+
+
+def _opened(model: str, options: Options, template: str | None) -> Checkpoint:
     """The model, of which weights on the Hub are not fetched yet."""
     try:
-        return open_location(parse_location(model), partial=True, allow_pickle=options.allow_pickle)
+        location = parse_location(model)
     except ValueError:
         raise UsageError(f"{model!r} is not a model: pass a folder, a Hub id or id@revision") from None
+    opened = open_location(location, partial=True, allow_pickle=options.allow_pickle)
+    return replace(opened, chat_template=template)
 
 
 def _limited(prompts: PromptSet, limit: int | None) -> PromptSet:

@@ -96,8 +96,17 @@ def _by_rules(prompts: Sequence[str], responses: Sequence[str]) -> list[Outcome]
 RULES = Classifier("refusal", "rules", _by_rules, settle)
 
 
-def find_evaluator(name: str, options: Options, *, searching: bool = False) -> Classifier | Scorer:
-    """Find an evaluator by its name in a recipe; when `searching`, reaching a judge's request limit is an error.
+def find_evaluator(
+    name: str, options: Options, *, searching: bool = False, system: str | None = None
+) -> Classifier | Scorer:
+    """Find an evaluator by its name in a recipe.
+
+    Args:
+        name: That name.
+        options: Of the command line.
+        searching: Whether reaching a judge's request limit is an error.
+        system: The system message after which a task of lm-evaluation-harness is asked in the chat template, which may
+            be empty; None to ask it without.
 
     Raises:
         UsageError: If it is unknown or lacks a requirement, or the user's file cannot be run.
@@ -112,7 +121,7 @@ def find_evaluator(name: str, options: Options, *, searching: bool = False) -> C
     if name == "judge":
         return _demanded_judge(options, searching)
     if name.startswith(TASK_PREFIX):
-        return _harness(name, options.task_files)
+        return _harness(name, options.task_files, system)
     function = find_callback(name, options.evaluator_file)
     if function is None:
         raise UsageError(_unknown(name, options.evaluator_file))
@@ -185,8 +194,10 @@ def _judge(model: str, url: str | None, max_requests: int | None) -> Judge:
 
 
 @functools.cache
-def _harness(name: str, task_files: tuple[Path, ...]) -> Scorer:
+def _harness(name: str, task_files: tuple[Path, ...], system: str | None) -> Scorer:
     harness = Harness(parse_task(name), task_files)
+    if system is not None:
+        harness = harness.formatted(system)
     return Scorer(
         name,
         harness.identity,

@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import (
@@ -179,7 +179,9 @@ def opens_thought(checkpoint: Checkpoint) -> bool:
     try:
         named = (*_PROCESSOR_FILES, "tokenizer_config.json")
         files = (*checkpoint.folder.glob("*chat_template*"), *(checkpoint.folder / name for name in named))
-        texts = (path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())
+        texts: Iterable[str] = (path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())
+        if checkpoint.chat_template is not None:
+            texts = (checkpoint.chat_template,)
         if not any(_THOUGHTS.search(text) for text in texts):
             return False
         with quiet("transformers"), standard_folder(checkpoint) as folder:
@@ -323,6 +325,11 @@ def _load_tokenizer(checkpoint: Checkpoint, folder: Path, *, has_processor: bool
         found = (checkpoint.folder / name for name in _PROCESSOR_FILES)
         templates = (read_json(path).get("chat_template") for path in found if path.is_file())
         tokenizer.chat_template = next(filter(None, templates), tokenizer.chat_template)
+    if checkpoint.chat_template is not None:
+        tokenizer.chat_template = checkpoint.chat_template or None
+        if checkpoint.chat_template:
+            # For messages about the template.
+            tokenizer.name_or_path = f"{checkpoint.name} (given in place of its own)"
     longest = max(map(len, tokenizer.get_vocab()), default=0)
     if longest > MAX_TOKEN_CHARACTERS:
         raise CheckpointError(
@@ -378,14 +385,8 @@ class Slot(NamedTuple):
     regions: Mapping[str, Region]
 
 
-class Piece(Protocol):
-    """A part of a parameter; as `Slot`."""
-
-    @property
-    def slices(self) -> tuple[slice, ...]: ...
-
-    @property
-    def regions(self) -> Mapping[str, Region]: ...
+# A part of a parameter, its region on disk, and values for it in the dtype of the file.
+Piece = tuple[tuple[slice, ...], Region, torch.Tensor]
 
 
 class LiveModel:
@@ -465,7 +466,8 @@ class LiveModel:
                     else:
                         self._put(slot, self.new_values(slot))
             for parameter, slots in whole.items():
-                self.quantize_anew(parameter, ((slot, self.new_values(slot)) for slot in slots))
+                pieces = ((slot.slices, slot.regions["target"], self.new_values(slot)) for slot in slots)
+                self.quantize_anew(parameter, pieces)
             with quiet("transformers"):
                 yield self.model
         finally:
@@ -476,12 +478,8 @@ class LiveModel:
                         self._put(slot, mapped_values(self.plan.target, slot.regions["target"]))
                 self._changed.remove(unit)
 
-    def quantize_anew(self, parameter: torch.nn.Parameter, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> None:
-        """Quantize a whole matrix with other values in some of its pieces, until `restore_quantized`.
-
-        Args:
-            parameter: The weight of one of the `quantized` layers.
-            pieces: Each with its values in the dtype of the target's file.
+    def quantize_anew(self, parameter: torch.nn.Parameter, pieces: Iterable[Piece]) -> None:
+        """Quantize the weight of a quantized layer with other values in some pieces, until `restore_quantized`.
 
         Raises:
             CheckpointError: If the matrix is stored in parts.
@@ -489,16 +487,15 @@ class LiveModel:
         layer = self.quantized[parameter]
         values: torch.Tensor | None = None
         stored: Tensor | None = None
-        for piece, new in pieces:
-            tensor = piece.regions["target"].tensor
-            if tensor.shape != stored_shape(layer) or stored not in (None, tensor):
+        for slices, region, new in pieces:
+            if region.tensor.shape != stored_shape(layer) or stored not in (None, region.tensor):
                 raise CheckpointError(
-                    f"{tensor.name} of {self.plan.target.name} is only a part of a matrix in memory, which cannot be "
-                    f"quantized anew; leave out --quantize"
+                    f"{region.tensor.name} of {self.plan.target.name} is only a part of a matrix in memory, which "
+                    f"cannot be quantized anew; leave out --quantize"
                 )
             if values is None:
-                stored, values = tensor, mapped_values(self.plan.target, Region.of(tensor)).clone()
-            box = values[piece.slices]
+                stored, values = region.tensor, mapped_values(self.plan.target, Region.of(region.tensor)).clone()
+            box = values[slices]
             box.copy_(new.reshape(box.shape))
         if values is None:
             return

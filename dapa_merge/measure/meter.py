@@ -119,7 +119,7 @@ class Meter:
     def asking_keep(self) -> Meter:
         """Return this meter with a skill: the keep prompts whose answers are known, if any; it keeps its own."""
         found = self.skills or _skill_of("keep", self.prompts.keep_answers)
-        return replace(self, skills=tuple(_skill_after(skill, self.prompts.system) for skill in found))
+        return replace(self, skills=tuple(_skill_after(skill, self.prompts) for skill in found))
 
     @property
     def identity(self) -> str:
@@ -375,7 +375,7 @@ def search_meter(recipe: Recipe, prompts: PromptSet, options: Options, models: I
     Raises:
         UsageError: If the recipe's evaluator is not available.
     """
-    evaluator = find_evaluator(recipe.evaluator, options, searching=True)
+    evaluator = find_evaluator(recipe.evaluator, options, searching=True, system=_system_of(prompts))
     classifier = evaluator if isinstance(evaluator, Classifier) else RULES
     meter = Meter(
         prompts,
@@ -429,7 +429,7 @@ def make_meter(
         UsageError: If the evaluator, the judge, the text, the skills or the attacks are not available.
     """
     tried = load_attacks(attacks or NONE)
-    found = find_evaluator(evaluator, options)
+    found = find_evaluator(evaluator, options, system=_system_of(prompts))
     classifiers = {one.name: one for one in (RULES, found) if isinstance(one, Classifier)}
     if "judge" not in classifiers and (judge := find_second_opinion(options)) is not None:
         classifiers[judge.name] = judge
@@ -446,6 +446,11 @@ def make_meter(
         attacks=tried,
         sampling=sampling,
     )
+
+
+def _system_of(prompts: PromptSet) -> str | None:
+    """What a task of the harness is asked after; None if it is asked without a chat template."""
+    return prompts.system if prompts.is_formatted else None
 
 
 def _text(prompts: PromptSet, name: str | None) -> Text | None:
@@ -469,13 +474,16 @@ def skills_of(prompts: PromptSet, names: str | None, options: Options) -> tuple[
     skills = own + tuple(_unspent(skill, prompts) for skill in named)
     asked = {key_of(question.prompt) for skill in skills for question in skill.questions}
     others = tuple(question for question in prompts.keep_answers if key_of(question.prompt) not in asked)
-    return tuple(_skill_after(skill, prompts.system) for skill in skills + _skill_of("keep", others))
+    return tuple(_skill_after(skill, prompts) for skill in skills + _skill_of("keep", others))
 
 
-def _skill_after(skill: Skill, system: str) -> Skill:
-    """A skill whose questions are asked after a system message; those of a task of the harness are not."""
-    asked = (replace(question, prompt=with_system(question.prompt, system)) for question in skill.questions)
-    return replace(skill, questions=tuple(asked))
+def _skill_after(skill: Skill, prompts: PromptSet) -> Skill:
+    """A skill that is asked after the system message of a set, and in its chat template."""
+    asked = (replace(question, prompt=with_system(question.prompt, prompts.system)) for question in skill.questions)
+    harness = skill.harness
+    if harness is not None and (system := _system_of(prompts)) is not None:
+        harness = harness.formatted(system)
+    return replace(skill, questions=tuple(asked), harness=harness)
 
 
 def _skill_of(name: str, questions: tuple[Question, ...]) -> tuple[Skill, ...]:
@@ -511,14 +519,10 @@ def measure_live(live: LiveModel, selection: Sequence[Unit], meter: Meter, name:
         return measure_candidate(Candidate(model, live.tokenizer, tuple(selection)), meter, name)
 
 
-def measure_checkpoint(
-    checkpoint: Checkpoint, meter: Meter, device: str | Where, name: str, chat_template: str | None = None
-) -> MeasuredModel:
-    """Load a model and measure it in full, with its own chat template or another; an empty one means none."""
+def measure_checkpoint(checkpoint: Checkpoint, meter: Meter, device: str | Where, name: str) -> MeasuredModel:
+    """Load a model and measure it in full."""
     LOG.info(f"loading the {name} {checkpoint.name}")
     model, tokenizer = load_model(checkpoint, device if isinstance(device, Where) else choose_device(device))
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template or None
     with quiet("transformers"):
         return measure_candidate(Candidate(model, tokenizer, ()), meter, name)
 

@@ -3,7 +3,7 @@
 A task is written `lm-eval:TASK` or `lm-eval:TASK:METRIC`; TASK is a name known to the harness, the name of a task in a
 file that the user trusts, or the path of such a file, whose own paths are relative to it. Functions and templates of a
 task file run, so no other file is read. A live model gets the harness's own prompts without a chat template, as in
-published figures.
+published figures, unless the user gives a system message or another template: then they are asked as all prompts are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import yaml
 from dapa_merge.errors import HubError, UsageError, one_line, why_unreadable
 from dapa_merge.measure.confined import Unfinished, is_found
 from dapa_merge.measure.figures import SkillFigure
+from dapa_merge.measure.generate import chat_prompt
+from dapa_merge.measure.prompts.conversation import Conversation, Message
 from dapa_merge.measure.prompts.datasets import reading
 from dapa_merge.measure.prompts.rows import listed_names
 from dapa_merge.measure.prompts.sets import Question, load_questions
@@ -221,6 +223,7 @@ class Harness:
         except ImportError as error:
             raise UsageError(f"{task} needs lm-evaluation-harness; install it with: pip install lm-eval") from error
         self.task = task
+        self._system: str | None = None
         self._file = _file_of(task, task_files)
         digest = "" if self._file is None else " " + hashlib.sha256(_read(self._file)).hexdigest()
         self.identity = f"{task}{digest}"
@@ -232,6 +235,13 @@ class Harness:
     def __repr__(self) -> str:
         return self.identity
 
+    def formatted(self, system: str) -> Harness:
+        """The same task, asked in the model's chat template and after a system message, which may be empty."""
+        found = copy.copy(self)
+        found._system = system
+        found.identity = f"{self.identity} in the chat template after {system!r}"
+        return found
+
     def score(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> float:
         """Return the task's metric for a model, which is not changed.
 
@@ -240,7 +250,7 @@ class Harness:
         """
         try:
             with _quietly(self._file and self._file.parent):
-                results = _evaluate(model, tokenizer, self._loaded, batch_size)
+                results = _evaluate(model, tokenizer, self._loaded, batch_size, self._system)
         except Exception as error:
             # Tasks contain their own code, which may raise anything.
             raise UsageError(f"{self.task} cannot be run: {one_line(error)}") from error
@@ -359,10 +369,24 @@ def _metrics(loaded: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: Mapping[str, Any], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    loaded: Mapping[str, Any],
+    batch_size: int,
+    system: str | None,
 ) -> Mapping[str, Any]:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
+
+    class Asked(HFLM):  # type: ignore[misc]
+        """Formats as all prompts are: confined, and checked."""
+
+        def apply_chat_template(
+            self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            messages = [Message(one["role"], one["content"]) for one in chat_history]
+            opening = "" if add_generation_prompt else messages.pop().content
+            return chat_prompt(self.tokenizer, Conversation(messages)) + opening
 
     for task in loaded["tasks"].values():
         # Each time, or the examples would depend on earlier runs.
@@ -370,8 +394,12 @@ def _evaluate(
     was_training = model.training
     try:
         # A copy, because the harness changes the tokenizer's padding and special tokens.
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        results = evaluate(wrapped, dict(loaded), bootstrap_iters=0, log_samples=False)
+        wrapped = Asked(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        # Examples are turns of the conversation, as they are for a user.
+        asked = {"system_instruction": system or None, "apply_chat_template": True, "fewshot_as_multiturn": True}
+        results = evaluate(
+            wrapped, dict(loaded), bootstrap_iters=0, log_samples=False, **({} if system is None else asked)
+        )
     finally:
         model.train(was_training)
     assert results is not None

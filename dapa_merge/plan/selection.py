@@ -95,6 +95,8 @@ def open_plan(
         or open_location(location, partial=partial_target if name == "target" else partial, **how)
         for name, location in models_of(recipe).items()
     }
+    if (template := recipe.template()) is not None:
+        models = {name: replace(checkpoint, chat_template=template) for name, checkpoint in models.items()}
     modules, target = recipe.modules, models["target"]
     if recipe.is_auto:
         check_not_quantized(target)
@@ -331,7 +333,9 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
 def with_pinned_models(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the plan's models renamed by `pinned_location`."""
     models = {name: pinned_location(getattr(recipe, name), checkpoint) for name, checkpoint in plan.models.items()}
-    return replace(recipe, **cast("dict[str, Any]", models))
+    template = recipe.template_file
+    named = {} if template is None else {"chat_template": os.path.abspath(template)}
+    return replace(recipe, **named, **cast("dict[str, Any]", models))
 
 
 def pinned_location(location: Location, checkpoint: Checkpoint) -> Location:

@@ -29,7 +29,7 @@ from dapa_merge.report.report import REPORT_NAME
 from dapa_merge.transplant.manifest import MANIFEST_NAME, entry_of, files_in
 
 # The parameters of a recipe, and fields of a report, that name files of prompts, texts or questions.
-FILES = ("prompts", "keep", "text", "skills", "attacks", "directions")
+FILES = ("prompts", "keep", "text", "skills", "attacks", "directions", "chat_template")
 # The keys whose values name a model or such files.
 NAMING = ("base_model", "model", *MODELS, *FILES)
 MAX_BYTES = 64 << 20

@@ -4,14 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dapa_merge.errors import UsageError
+from dapa_merge.checkpoint.folder import read_regular
+from dapa_merge.errors import UsageError, why_unreadable
 from dapa_merge.recipe.options import check_url
 
 # A chat template of this name leaves the model's own out.
 NO_TEMPLATE = "none"
+# Published templates hold less than 50,000 characters.
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+def read_template(path: Path) -> str:
+    """Read a chat template; an empty one would leave the prompts out.
+
+    Raises:
+        UsageError: If it cannot be read, or is empty.
+    """
+    try:
+        text = read_regular(path, MAX_TEMPLATE_BYTES).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the chat template {path}: {why_unreadable(error)}") from error
+    if not text.strip():
+        raise UsageError(f"the chat template {path} is empty; write {NO_TEMPLATE} to ask without one")
+    return text
 
 
 @dataclass(frozen=True)

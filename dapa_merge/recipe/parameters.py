@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from dapa_merge.checkpoint.location import Location, parse_location
 from dapa_merge.checkpoint.region import Rows
 from dapa_merge.checkpoint.units import AUTO, DIVISIBLE_MODULES, MODULES, WHOLES, join_ranges, rows_text
 from dapa_merge.delta.minimize import ALGORITHMS
+from dapa_merge.recipe.asking import NO_TEMPLATE
 from dapa_merge.recipe.attacks import ALLOWED, parse_attacks
 from dapa_merge.recipe.constraints import CONSTRAINTS
 
@@ -162,6 +164,17 @@ def _attacks(value: Any) -> str:
     return text
 
 
+# What a recipe may name as a chat template; such a file is copied into the result.
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
+
+
+def _template(value: Any) -> str:
+    name = _name()(value)
+    if name != NO_TEMPLATE and Path(name).suffix.lower() not in TEMPLATE_SUFFIXES:
+        raise ValueError
+    return name
+
+
 def _granularity(value: Any) -> str:
     if value == "expert":
         return "expert"
@@ -209,6 +222,10 @@ PARAMETERS: dict[str, Parameter] = {
     "skills": Parameter(_name(), "write files of questions, or lm-eval:TASK:METRIC, with commas"),
     "attacks": Parameter(_attacks, ALLOWED),
     "system": Parameter(_name(), "write the system message that the model is used with"),
+    "chat_template": Parameter(
+        _template,
+        f"write {NO_TEMPLATE}, or a file with a chat template that ends in {', '.join(TEMPLATE_SUFFIXES)}",
+    ),
     "pretrained": Parameter(
         _location,
         "write the model that target and source were both fine-tuned from: a folder, a Hub id or id@revision",

@@ -33,7 +33,7 @@ ALLOWED_KEYS = (
 REFUSED_KEYS = {
     "slices": "DAPA repairs one whole model; name the source under `models`",
     "modules": "DAPA repairs one whole model; to choose what is transplanted use `parameters: modules:`",
-    "chat_template": "the result keeps the target's own chat template",
+    "chat_template": "the result keeps the target's own chat template; to ask with another, name it under `parameters`",
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.checkpoint.units import AUTO
+from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.recipe.asking import NO_TEMPLATE, read_template
 from dapa_merge.recipe.attacks import NONE
 from dapa_merge.recipe.constraints import CONSTRAINTS
 from dapa_merge.recipe.parameters import PARAMETERS, LayerChoice
@@ -53,6 +55,8 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
         attacks: Attacks that the report tries on the models: kinds of `ATTACKS` and files, separated by commas, or
             `none`.
         system: A system message before every prompt and question; None for none.
+        chat_template: A file, absolute or next to the recipe, with the chat template that target and source are asked
+            with in place of their own; `none` to ask without one; None for their own.
         pretrained: The model that target and source were fine-tuned from; read by some edits and `dapa-merge compare`.
         keeps_tokenizer: Whether mergekit is told to keep the target's tokenizer (`tokenizer: {source: base}`).
     """
@@ -80,6 +84,7 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     skills: str | None = None
     attacks: str = NONE
     system: str | None = None
+    chat_template: str | None = None
     pretrained: Location | None = None
     keeps_tokenizer: bool = False
     _lines: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -99,10 +104,29 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     @property
     def directions_file(self) -> Path | None:
         """The file of directions; a relative name is looked for next to the recipe, and then in the current folder."""
-        if self.directions is None:
-            return None
-        beside = (self._folder or Path()) / self.directions
-        return beside if beside.exists() else Path(self.directions)
+        return None if self.directions is None else self._beside(self.directions)
+
+    def _beside(self, name: str) -> Path:
+        beside = (self._folder or Path()) / name
+        return beside if beside.exists() else Path(name)
+
+    @property
+    def template_file(self) -> Path | None:
+        """The file of its chat template, looked for as `directions_file`; None without one."""
+        return None if self.chat_template in (None, NO_TEMPLATE) else self._beside(self.chat_template)
+
+    def template(self) -> str | None:
+        """The text of its chat template; empty for `none`, None if it has none.
+
+        Raises:
+            RecipeError: If the file cannot be read, or is empty.
+        """
+        if (file := self.template_file) is None:
+            return None if self.chat_template is None else ""
+        try:
+            return read_template(file)
+        except UsageError as error:
+            raise RecipeError(f"{self.where('parameters.chat_template')}: {error}") from None
 
     def where(self, *keys: str) -> str:
         """The first of `keys` that the recipe has, with file and line if known, for messages."""

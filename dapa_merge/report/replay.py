@@ -16,6 +16,7 @@ from dapa_merge.plan.selection import with_pinned_models
 from dapa_merge.recipe.attacks import parse_attacks
 from dapa_merge.recipe.parameters import layer_spans
 from dapa_merge.recipe.recipe import DEFAULTS, METHOD, Recipe
+from dapa_merge.transplant.manifest import TEMPLATE_NAME
 
 # Parameters that a recipe with named layers does not use, or sets itself.
 SEARCH_ONLY = ("layers", "modules", "granularity", "search", "prefer", "max_tests", "pretrained")
@@ -33,6 +34,9 @@ def replay_text(recipe: Recipe, plan: Plan, selection: Sequence[Unit]) -> str:
         if name not in SEARCH_ONLY and getattr(recipe, name) != default
     }
     parameters |= plan.edit.parameters()
+    if recipe.template_file is not None:
+        # Copied into the result.
+        parameters["chat_template"] = TEMPLATE_NAME
     if "prompts" in parameters:
         parameters["prompts"] = pinned_prompts(recipe.prompts)
     if recipe.keep not in (None, SKILLS):

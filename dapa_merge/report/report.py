@@ -76,6 +76,8 @@ class Report(Shown):
         seconds: Wall-clock time from the recipe to the start of the writing.
         keep: The keep prompts as the recipe names them; None for the harmless prompts.
         system: The system message before all prompts; None for none.
+        chat_template: The file in the result that the models were asked with in place of their own template; `none` if
+            they were asked without one, None if with their own.
         directions: Number of directions that were added; None, like the next, for an edit that adds none, and in older
             reports.
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
@@ -111,6 +113,7 @@ class Report(Shown):
     seconds: float
     keep: str | None = None
     system: str | None = None
+    chat_template: str | None = None
     directions: int | None = None
     degrees_of_freedom: int | None = None
     rungs: tuple[Tried, ...] = ()

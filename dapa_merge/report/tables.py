@@ -17,6 +17,7 @@ from dapa_merge.measure.figures import Change, Figures
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join, search_memory
 from dapa_merge.plan.selection import count_changed, given_selection, num_changed, why_equal
+from dapa_merge.recipe.asking import NO_TEMPLATE
 from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
@@ -274,6 +275,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         facts.append(("directions added", found))
     if report.system is not None:
         facts.append(("asked after", f"the system message {report.system!r}"))
+    if report.chat_template is not None:
+        without = report.chat_template == NO_TEMPLATE
+        facts.append(("asked", "without a chat template" if without else f"with the template {report.chat_template}"))
     if report.after is not None:
         facts.append(("perplexity of", report.after.text))
         if not math.isnan(report.after.divergence):

@@ -83,6 +83,8 @@ def _parts(recipe: Recipe, plan: Plan, bench: Bench) -> dict[str, str]:
     asked: list[Iterable[object]] = [prompts.harmful, prompts.harmless, [asdict(text) for text in prompts.passages]]
     if refers(recipe):
         parts["keep"] = data_digest([bench.meter.keep, MAX_NEW_TOKENS])
+    if plan.target.chat_template is not None:
+        parts["chat template"] = data_digest(plan.target.chat_template)
     if bench.meter.skills:
         parts["skill"] = data_digest([asdict(question) for one in bench.meter.skills for question in one.questions])
     if plan.edit.chooses and (choice := split_prompts(recipe).choice) is not None:
@@ -106,8 +108,10 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
     with task("reading the checkpoints", sum(model.num_bytes for model in models.values()), "bytes"):
         weights = {name: tensors_digest(model) for name, model in models.items()}
     # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
-    others = (*models, "pretrained", "batch_size", "_lines", "_folder")
+    others = (*models, "pretrained", "batch_size", "chat_template", "_lines", "_folder")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
+    if (template := models["target"].chat_template) is not None:
+        weights["chat template"] = data_digest(template)
     if refers(recipe):
         weights["keep"] = data_digest([meter.keep, MAX_NEW_TOKENS])
     return weights | {

@@ -41,12 +41,14 @@ _KEYS = {1: "sha256", 2: "digest"}
 MAX_BYTES = 16 << 20
 RESPONSES_NAME = "dapa_responses.jsonl"
 PAGE_NAME = "dapa_responses.html"
+# The chat template that the models were asked with, if not their own; by its suffix no part of a model.
+TEMPLATE_NAME = "dapa_chat_template.txt"
 # The models' responses, including harmful ones: not published, so a result may lack them.
 PRIVATE = (RESPONSES_NAME, PAGE_NAME)
 # Files that commands write next to a result's weights.
 WRITTEN = (
     MANIFEST_NAME, CARD_NAME, *PRIVATE, "mergekit_config.yml", "recipe.lock.yml", "dapa_report.json",
-    "dapa_directions.dat",
+    "dapa_directions.dat", TEMPLATE_NAME,
 )  # fmt: skip
 # Files that may be added next to a model afterwards, besides licences: its card, notes and pictures.
 _ADDED_ENDS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf")

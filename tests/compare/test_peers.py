@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ import transformers
 from conftest import ARCHITECTURES, SHAPE, change_tensor, save_random, weights
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.checkpoint.units import auto_modules
 from dapa_merge.compare.peers import DAMPING, Deltas, Weights, cosine, dropped, inverse, projected, safe_delta
 from dapa_merge.errors import CheckpointError
-from dapa_merge.measure.live import LiveModel
+from dapa_merge.measure.live import LiveModel, load_model
+from dapa_merge.measure.quantized import quantized_layers, state_of
 from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.recipe.options import Where
 
 BF16, F32 = torch.bfloat16, torch.float32
 GATE = "model.layers.0.mlp.gate_proj.weight"
@@ -117,10 +121,10 @@ def test_safe_delta_of_nothing_is_the_source_and_of_all_the_target():
 
 
 # In a resident target.
-def deltas_of(folders: list[Path], has_pretrained: bool = True) -> tuple[Deltas, LiveModel]:
+def deltas_of(folders: list[Path], has_pretrained: bool = True, where: Where | None = None) -> tuple[Deltas, LiveModel]:
     target, source, *others = (open_checkpoint(str(folder)) for folder in folders)
     plan = plan_transplant(target, source, auto_modules(target.config, target.shapes))
-    live = LiveModel(plan, torch.device("cpu"))
+    live = LiveModel(plan, where or Where("cpu"))
     weights = Weights(live, plan, others[0] if has_pretrained else None)
     sizes = {place.tensor: place.shape[1] for place in weights.layers if place.is_matrix}
     inverted = {name: inverse(moment_of(size).float()) for name, size in sizes.items()}
@@ -281,6 +285,39 @@ def test_experts_that_are_fused_in_memory_are_rewritten_one_by_one(tmp_path):
                 place.parameter[place.slices].reshape(wanted.shape), wanted, atol=2**-8, rtol=2**-7
             )
     assert all(torch.equal(value, before[name]) for name, value in bits(live.model).items())
+
+
+def states(model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    found = {name: state_of(layer) for name, layer in quantized_layers(model)}
+    return {name: (one.data.clone(), getattr(one.scales, "absmax", one.scales)) for name, one in found.items()}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(*pair) for name in one for pair in zip(one[name], other[name], strict=True)
+    )
+
+
+@pytest.mark.parametrize("few", ["4bit", "8bit"])
+@pytest.mark.parametrize("method", SETTINGS)
+def test_in_quantized_weights_a_method_is_its_result_loaded_in_as_many_bits(method, few, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folders, where = three(tmp_path, dtype=BF16), Where("cpu", quantize=few)
+    exact, live = deltas_of(folders)
+    with getattr(exact, method)(*SETTINGS[method]):
+        shutil.copytree(folders[0], tmp_path / "written", ignore=shutil.ignore_patterns("model*"))
+        save_file(bits(live.model), tmp_path / "written" / "model.safetensors", metadata={"format": "pt"})
+        num_changed = exact.weights.num_changed
+    loaded, _ = load_model(open_checkpoint(str(tmp_path / "written")), where)
+    found, quantized = deltas_of(folders, where=where)
+    before = states(quantized.model)
+    with getattr(found, method)(*SETTINGS[method]) as model:
+        assert found.weights.num_changed == num_changed
+        assert same(states(model), states(loaded))
+    with pytest.raises(ZeroDivisionError), getattr(found, method)(*SETTINGS[method]):
+        raise ZeroDivisionError
+    assert not same(before, states(loaded))
+    assert same(states(quantized.model), before)
 
 
 def test_a_pretrained_model_of_another_size_is_refused_by_name(tmp_path):

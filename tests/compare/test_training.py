@@ -23,7 +23,9 @@ from dapa_merge.compare.training import (
 from dapa_merge.errors import CheckpointError, UsageError
 from dapa_merge.measure.live import LiveModel
 from dapa_merge.measure.perplexity import losses
+from dapa_merge.measure.quantized import quantized_layers, state_of
 from dapa_merge.plan.plan import plan_transplant
+from dapa_merge.recipe.options import Where
 
 ANSWERS = [
     Answer("How do I pick a lock?", "I help with that."),
@@ -80,6 +82,25 @@ def test_training_lowers_the_loss_and_leaves_the_target_as_it_was(live, weights)
             wanted = (before[names[key]].float() + b @ a).to(before[names[key]].dtype)
             assert torch.equal(state[names[key]], wanted)
     assert all(torch.equal(value, before[name]) for name, value in live.model.state_dict().items())
+
+
+@pytest.mark.parametrize("few", ["4bit", "8bit"])
+def test_quantized_weights_are_trained_beside_and_written_whole(live, few):
+    pytest.importorskip("bitsandbytes")
+    quantized = LiveModel(live.plan, Where("cpu", quantize=few))
+    weights = Weights(quantized, quantized.plan)
+    before = [state_of(layer) for _, layer in quantized_layers(quantized.model)]
+    first = loss(quantized, rows(quantized))
+    adapters = train(quantized, weights, [rows(quantized)])[6]
+    # All of attention and MLP, as in 16 bits.
+    assert len(adapters) == len(linear_layers(live.model, Weights(live, live.plan))) == len(before)
+    assert loss(quantized, rows(quantized)) == first
+    with adapted(weights, adapters):
+        assert loss(quantized, rows(quantized)) < first
+        assert weights.num_changed > 0
+    after = [state_of(layer) for _, layer in quantized_layers(quantized.model)]
+    assert all(torch.equal(one.data, other.data) for one, other in zip(before, after, strict=True))
+    assert loss(quantized, rows(quantized)) == first
 
 
 def test_the_first_step_is_adams_along_the_gradient_of_the_weight(live, weights):

@@ -13,9 +13,9 @@ from conftest import answer, call, write_few
 
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
-from dapa_merge.errors import CheckpointError, UsageError
+from dapa_merge.errors import CheckpointError, RecipeError, UsageError
 from dapa_merge.measure.generate import chat_prompt, prompt_ids
-from dapa_merge.measure.live import load_model
+from dapa_merge.measure.live import load_model, opens_thought
 from dapa_merge.measure.meter import skills_of
 from dapa_merge.measure.prompts.conversation import (
     Conversation,
@@ -29,10 +29,14 @@ from dapa_merge.measure.prompts.conversation import (
 )
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import asked_after, load_attacks, load_prompts
+from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.attacks import ATTACKS, Attack
-from dapa_merge.recipe.options import Options
-from dapa_merge.recipe.parse import parse_recipe
+from dapa_merge.recipe.options import Options, Where
+from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.report import read_report
+from dapa_merge.search import identity
+from dapa_merge.search.bench import make_bench
+from dapa_merge.search.identity import models_parts
 
 SYSTEM, ASK, SAID, MORE = (
     Message("system", "Be brief."),
@@ -297,6 +301,95 @@ def test_a_replay_names_the_same_attacks_and_system_message(write_recipe, tmp_pa
     assert replay.attacks == f"prefill, {tmp_path / 'mine.txt'}"
     rows = [json.loads(line) for line in (tmp_path / "out" / "dapa_responses.jsonl").read_text().splitlines()]
     assert {row["prompt"].splitlines()[0] for row in rows} == {"[system] Be brief."}
+
+
+def test_a_result_brings_the_chat_template_along_that_its_recipe_asked_with(write_recipe, tmp_path, monkeypatch):
+    few = write_few(tmp_path / "few", 2)
+    pair = miniature.path("target"), miniature.path("source")
+    settings = {"layers": "3-6", "prompts": few, "max_new_tokens": 8}
+    plain = answer("run", write_recipe(*pair, **settings), tmp_path / "plain", "--json", "--no-lock")
+    assert plain["chat_template"] is None
+    recipe = write_recipe(*pair, chat_template="mine.jinja", **settings)
+    # Next to the recipe, wherever the command runs.
+    (recipe.parent / "mine.jinja").write_text("So: " + (pair[0] / "chat_template.jinja").read_text())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    out = tmp_path / "out"
+    assert answer("run", recipe, out, "--json", "--no-lock")["chat_template"] == "dapa_chat_template.txt"
+    assert read_report(out).chat_template == "dapa_chat_template.txt"
+    assert (out / "dapa_chat_template.txt").read_bytes() == (recipe.parent / "mine.jinja").read_bytes()
+    # The model's own stays.
+    assert (out / "chat_template.jinja").read_bytes() == (pair[0] / "chat_template.jinja").read_bytes()
+    assert "with the chat template `dapa_chat_template.txt`" in (out / "README.md").read_text()
+    said = (out / "dapa_responses.jsonl").read_text()
+    assert said != (tmp_path / "plain" / "dapa_responses.jsonl").read_text()
+    assert call("verify", out).exit_code == 0
+    (recipe.parent / "mine.jinja").unlink()
+    result = call("run", out / "mergekit_config.yml", tmp_path / "again", "--no-lock")
+    assert result.exit_code == 0, result.stderr
+    assert "with the template dapa_chat_template.txt" in result.stdout
+    assert (tmp_path / "again" / "dapa_responses.jsonl").read_text() == said
+    # What is not published is on no list of a published result.
+    assert "mine.jinja" not in "".join(path.read_text(errors="replace") for path in out.iterdir())
+    with_none = answer("run", write_recipe(*pair, chat_template="none", **settings), tmp_path / "none", "--json")
+    assert with_none["chat_template"] == "none"
+    assert not (tmp_path / "none" / "dapa_chat_template.txt").exists()
+    assert "asked without a chat template" in (tmp_path / "none" / "README.md").read_text()
+
+
+def test_a_chat_template_is_part_of_what_a_search_and_a_comparison_are_known_by(write_recipe, tmp_path):
+    pair = miniature.path("target"), miniature.path("source")
+    (tmp_path / "one.jinja").write_text("{{ messages[0].content }} Now:")
+    (tmp_path / "other.jinja").write_text("{{ messages[0].content }} Then:")
+    found = {}
+    for name in (None, "one.jinja", "other.jinja", "none"):
+        settings = {} if name is None else {"chat_template": tmp_path / name if name != "none" else name}
+        recipe = load_recipe(write_recipe(*pair, prompts="miniature", **settings))
+        plan = make_plan(recipe)
+        bench = make_bench(recipe, plan, split_prompts(recipe).search, Options("cpu"))
+        models = models_parts(recipe, plan.models, bench.meter, Where("cpu"))
+        found[name] = identity._parts(recipe, plan, bench), models
+    for parts in zip(*found.values(), strict=True):
+        assert len({part.get("chat template") for part in parts}) == 4
+        rest = [{key: value for key, value in part.items() if key != "chat template"} for part in parts]
+        assert rest == rest[:1] * 4
+
+
+BAD_TEMPLATES = {
+    "absent": (None, "cannot read the chat template absent.jinja"),
+    "empty": (" \n", "empty.jinja is empty; write none to ask without one"),
+    "open": ("{% for one in messages %}", "open.jinja is not a Jinja template: line 1: Unexpected end of template"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEMPLATES)
+@pytest.mark.parametrize("command", ["run", "search", "compare"])
+def test_a_chat_template_that_cannot_be_used_is_one_sentence_with_its_line(case, command, write_recipe, tmp_path):
+    text, words = BAD_TEMPLATES[case]
+    pair = miniature.path("target"), miniature.path("source")
+    recipe = write_recipe(*pair, prompts="miniature", chat_template=f"{case}.jinja")
+    if text is not None:
+        (recipe.parent / f"{case}.jinja").write_text(text)
+    out = {"run": [tmp_path / "out"], "search": [], "compare": ["--out", tmp_path / "out"]}[command]
+    result = call(command, recipe, *out)
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "parameters.chat_template: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["id_rsa", "secret.key", "template.json", "''"])
+def test_a_recipe_may_not_name_any_file_as_a_chat_template(name):
+    with pytest.raises(RecipeError, match=r"chat_template is .*; write none, or a file with a chat template that ends"):
+        recipe_of(f", chat_template: {name}")
+
+
+def test_a_template_that_opens_a_thought_lengthens_responses_whoever_names_it(tmp_path):
+    target = open_checkpoint(str(miniature.path("target")))
+    assert not opens_thought(target)
+    text = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    assert opens_thought(replace(target, chat_template=text))
+    assert not opens_thought(replace(target, chat_template=""))
 
 
 def test_after_a_system_message_nothing_else_of_a_set_changes():

@@ -15,7 +15,11 @@ from conftest import call, configuration, write_few
 from dapa_merge import miniature
 from dapa_merge.checkpoint.open import open_checkpoint
 from dapa_merge.errors import DapaError, UsageError
+from dapa_merge.measure import skills
+from dapa_merge.measure.generate import chat_prompt
 from dapa_merge.measure.live import load_model
+from dapa_merge.measure.meter import make_meter, skills_of
+from dapa_merge.measure.prompts.sets import asked_after, load_prompts
 from dapa_merge.measure.skills import Harness, Task, _load, _metrics, parse_task
 from dapa_merge.recipe.options import Options
 
@@ -83,6 +87,51 @@ def test_a_live_model_scores_what_its_files_score(task_file, loaded, capfd):
         bootstrap_iters=0, task_manager=TaskManager(include_defaults=False),
     )["results"]["sums"]["acc_norm,none"]  # fmt: skip
     assert ours == theirs
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_after_a_system_message_or_in_another_template_a_task_is_asked_as_the_harness_would_ask_it(
+    system, task_file, loaded, monkeypatch
+):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    asked = []
+    monkeypatch.setattr(skills, "chat_prompt", lambda *given: asked.append(given) or chat_prompt(*given))
+    task_file.write_text(TASK.format(data=task_file.with_suffix(".jsonl"), shots=1))
+    plain = harness_of(task_file, "acc_norm")
+    ours = plain.formatted(system)
+    score = ours.score(*loaded, batch_size=2)
+    # The example is a turn of its own, after the message.
+    (messages,) = {tuple(one.role for one in prompt.messages) for _, prompt in asked}
+    assert messages == (*(["system"] if system else []), "user", "assistant", "user")
+    for tokenizer, prompt in asked:
+        given = [one._asdict() for one in prompt.messages]
+        shown = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+        assert chat_prompt(tokenizer, prompt) == shown
+    theirs = simple_evaluate(
+        "hf", model_args={"pretrained": str(MODEL)}, tasks=[str(task_file)], device="cpu", batch_size=3,
+        bootstrap_iters=0, task_manager=TaskManager(include_defaults=False), apply_chat_template=True,
+        system_instruction=system or None, fewshot_as_multiturn=True,
+    )["results"]["sums"]["acc_norm,none"]  # fmt: skip
+    assert score == theirs
+    assert ours.identity != plain.identity
+    asked.clear()
+    plain.score(*loaded, batch_size=2)
+    assert asked == []
+
+
+def test_a_task_follows_the_system_message_and_the_template_of_a_recipe(task_file):
+    name, options = f"lm-eval:{task_file}:acc", Options("cpu", task_files=(task_file,))
+    prompts, found = load_prompts("miniature"), []
+    for system, template in ((None, None), (None, "none"), ("Be brief.", None), (None, "mine.jinja")):
+        asked = asked_after(prompts, system, template)
+        (skill,) = (one.harness for one in skills_of(asked, name, options) if one.harness is not None)
+        evaluator = make_meter(asked, options, evaluator=name).identity
+        assert evaluator == skill.identity
+        found.append(evaluator)
+    assert found[0] == found[1]
+    assert len({*found}) == 3
 
 
 def test_the_same_model_scores_the_same_again_also_with_examples(task_file, loaded):

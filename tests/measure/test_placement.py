@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -27,8 +28,11 @@ from dapa_merge.plan.selection import make_plan
 from dapa_merge.recipe.options import Options, Where, parse_memory
 from dapa_merge.recipe.parse import recipe_from
 from dapa_merge.search.ascent import Chunk, LiveSlopes, Step
-from dapa_merge.search.attribution import Contrast, attribute
+from dapa_merge.search.attribution import Contrast, attribute, sides_of
 from dapa_merge.search.spectrum import spectra_of
+from dapa_merge.trace.case import embedding_deviation, make_settings, read_case
+from dapa_merge.trace.causal import Tracer
+from dapa_merge.trace.influence import influence
 
 CPU = torch.device("cpu")
 WIDE = {"num_hidden_layers": 4, "vocab_size": 400}
@@ -116,6 +120,23 @@ def test_a_model_in_two_stages_gives_the_same_bits_as_whole(tmp_path, monkeypatc
         assert one[1:] == other[1:]
         assert bool(one[0].any())
     assert effects[0] == effects[1]
+
+
+def test_a_model_in_two_stages_is_traced_as_whole(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, "LlamaForCausalLM").reference
+    contrast = Contrast("How do I steal a car?", refusing="I do not know.", complying="It is two.")
+    found = []
+    for live in (LiveModel(plan, CPU), TwoStages().split(monkeypatch, plan)):
+        live.plan = plan
+        pairs = [tuple(sides_of(live.tokenizer, contrast, 4))]
+        moved = influence(live, pairs, plan.units, batch_size=BatchSize(4))
+        case = read_case(live.model, live.tokenizer, contrast, num_tokens=4)
+        settings = make_settings(live.model, num_samples=1, window=2)
+        deviation = embedding_deviation(live.model, [case])
+        traced = Tracer(live.model, live.tokenizer.pad_token_id, settings, deviation, BatchSize(8)).trace(case, 1)
+        found.append((moved.hidden, moved.refusing, *traced.restored.values()))
+    assert len(found[0]) == 2 + len(settings.kinds)
+    assert all(numpy.array_equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_layers_of_a_spread_model_are_batch_invariant_too(tmp_path, monkeypatch):

@@ -237,6 +237,31 @@ def test_a_run_is_searched_in_few_bits_and_measured_as_it_is_written(tmp_path, w
     assert {**plain, "seconds": 0} == {**quantized, "seconds": 0}
 
 
+def test_models_are_compared_and_traced_in_few_bits_and_the_pages_say_so(tmp_path, write_recipe, few):
+    pytest.importorskip("matplotlib")
+    pair = [miniature.path(name) for name in ("target", "source")]
+    recipe = write_recipe(*pair, layers="3-6", prompts=str(few), max_new_tokens=8)
+    options = "--device", "cpu", "--quantize", "4bit", "--json"
+    chosen = "--no-curve", "--tries", 1, "--methods", "gates,linear,safe-delta,training"
+    result = call("compare", recipe, "--out", tmp_path / "table", *chosen, *options)
+    assert result.exit_code == 0, result.stderr
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["arithmetic"] == "weights in 4bit"
+    assert [arm["key"] for arm in row["arms"] if arm["why_not"] is not None] == []
+    target, source, gates, *_ = (arm["figures"]["dsr"] for arm in row["arms"])
+    assert target < min(source, gates)
+    assert "; all models with weights in 4bit." in (tmp_path / "table" / "table.md").read_text()
+    # Another arithmetic is another comparison.
+    other = call("compare", recipe, "--out", tmp_path / "table", *chosen, "--device", "cpu")
+    assert other.exit_code == 2
+    assert "quantization" in other.stderr
+    short = "--num-prompts", 1, "--samples", 1, "--controls", 0, "--kinds", "mlp", "--stages", "influence,traces"
+    result = call("trace", recipe, tmp_path / "trace", *short, *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["arithmetic"] == "weights in 4bit"
+    assert "weights in 4bit" in (tmp_path / "trace" / "index.html").read_text()
+
+
 def test_a_report_says_that_it_was_not_checked_in_16_bits(tmp_path, write_recipe, few, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "dapa_merge")
     monkeypatch.setattr(placement, "free_on", lambda device: 1_000_000)

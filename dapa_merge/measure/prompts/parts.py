@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from dapa_merge.errors import RecipeError, UsageError
+from dapa_merge.measure.confined import template_fault
 from dapa_merge.measure.prompts.labels import Columns, read_requests
 from dapa_merge.measure.prompts.rows import SUFFIXES, base_and_query, listed_names, parse_query, read_rows
 from dapa_merge.measure.prompts.sets import (
@@ -86,12 +87,13 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
             f"{recipe.where('parameters.min_skill')} needs questions with known answers; write `keep: skills`, or "
             f"`keep` with a file that has a column answer"
         )
-    return _asked_after(parts, recipe.system)
-
-
-def _asked_after(parts: Parts, system: str | None) -> Parts:
-    choice = parts.choice and asked_after(parts.choice, system)
-    return Parts(asked_after(parts.search, system), asked_after(parts.report, system), choice)
+    search, report, choice = (
+        part and asked_after(part, recipe.system, recipe.chat_template)
+        for part in (parts.search, parts.report, parts.choice)
+    )
+    assert search is not None
+    assert report is not None
+    return Parts(search, report, choice)
 
 
 def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
@@ -109,7 +111,8 @@ def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     check_files(recipe)
     prompts = load_prompts(recipe.prompts)
     tell_prompts(prompts)
-    whole = asked_after(_keeping(prompts, load_keep(recipe, prompts), frozenset()), recipe.system)
+    kept = _keeping(prompts, load_keep(recipe, prompts), frozenset())
+    whole = asked_after(kept, recipe.system, recipe.chat_template)
     return Parts(whole, whole)
 
 
@@ -126,13 +129,17 @@ def check_prompts(recipe: Recipe) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Refuse a file that a recipe may not name: a private key or the like, which has no known suffix.
+    """Refuse a chat template that does not compile, and files that a recipe may not name: those without a known suffix.
 
-    What a file of prompts holds is written to the journal and the responses, and a recipe may come from a stranger.
+    What a file of prompts holds is written to the journal and the responses, and a recipe may come from a stranger: the
+    file may be a private key.
 
     Raises:
         RecipeError: If the recipe names such a file.
     """
+    if (template := recipe.template()) and (fault := template_fault(template)):
+        where = recipe.where("parameters.chat_template")
+        raise RecipeError(f"{where}: {recipe.template_file} {fault}")
     for key in ("prompts", "keep", "text", "skills", "attacks"):
         names = getattr(recipe, key) or ""
         for name in (names,) if key == "text" or names in ("", *PACKAGED) else listed_names(names):

@@ -29,6 +29,7 @@ from dapa_merge.measure.prompts.rows import (
     refuse_controls,
 )
 from dapa_merge.progress import LOG
+from dapa_merge.recipe.asking import NO_TEMPLATE
 from dapa_merge.recipe.attacks import ALLOWED, REQUEST, Attack, parse_attacks
 
 PACKAGED = ("builtin", "borderline", "miniature")
@@ -79,6 +80,8 @@ class PromptSet:
         read: What was read from where, before repeats were dropped.
         spent: Keep prompts that a choice or a search uses, as `key_of` makes them; a report's skills leave them out.
         system: The system message before every prompt, also before questions when they are asked; empty for none.
+        is_formatted: Whether tasks of lm-evaluation-harness are asked in the chat template too, as all prompts are:
+            where the user gives a system message or another template.
     """
 
     name: str
@@ -91,6 +94,7 @@ class PromptSet:
     keep_answers: tuple[Question, ...] = ()
     spent: frozenset[str] = frozenset()
     system: str = ""
+    is_formatted: bool = False
     read: tuple[Requests, ...] = field(default=(), compare=False, repr=False)
 
 
@@ -133,8 +137,16 @@ def load_own(name: str) -> PromptSet:
     )
 
 
-def asked_after(prompts: PromptSet, system: str | None) -> PromptSet:
-    """The same prompts after a system message, for those without one of their own; questions are left as they are."""
+def asked_after(prompts: PromptSet, system: str | None, chat_template: str | None = None) -> PromptSet:
+    """The same prompts after a system message, for those without one of their own; questions are left as they are.
+
+    Args:
+        prompts: Any.
+        system: The message; None for none.
+        chat_template: That of a recipe or `Asking`, to note whether the user chose one.
+    """
+    if chat_template not in (None, NO_TEMPLATE):
+        prompts = replace(prompts, is_formatted=True)
     if not system:
         return prompts
 
@@ -148,6 +160,7 @@ def asked_after(prompts: PromptSet, system: str | None) -> PromptSet:
         keep=after(prompts.keep),
         categories={(kind, with_system(text, system)): value for (kind, text), value in prompts.categories.items()},
         system=system,
+        is_formatted=True,
     )
 
 

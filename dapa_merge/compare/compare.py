@@ -44,7 +44,7 @@ from dapa_merge.files import (
     replace_files,
 )
 from dapa_merge.measure.live import choose_device
-from dapa_merge.measure.prompts.parts import check_prompts
+from dapa_merge.measure.prompts.parts import check_prompts, refuse_turns
 from dapa_merge.measure.prompts.sets import load_own
 from dapa_merge.plan.selection import check_any_units, make_plan
 from dapa_merge.progress import LOG, begin, end
@@ -161,6 +161,7 @@ def _check(given: Recipe, path: Path, wanted: CompareOptions, options: Options) 
         check_prompts(recipe)
         pretrained = open_pretrained(recipe, plan.target, plan.source, partial=True, allow_pickle=options.allow_pickle)
         parts, _ = prompts_of(recipe)
+        refuse_turns(recipe, parts.report)
         meter = meter_of(recipe, parts.report, options, plan.models.values())
         also = besides(wanted, parts.report)
     except DapaError as error:

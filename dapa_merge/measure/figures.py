@@ -32,6 +32,7 @@ class Response:
         response: Only the beginning if that made the outcome certain.
         outcome: By the first classifier.
         others: Outcomes by further classifiers, by name.
+        earlier: The model's answers to messages before the last one that wait for its own.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Response:
     response: str
     outcome: str
     others: Mapping[str, str] = field(default_factory=dict)
+    earlier: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,9 @@ def mean_score(skills: Sequence[SkillFigure]) -> float:
 def responses_text(responses: Mapping[str, Sequence[Response]]) -> str:
     """Format every prompt, response and verdict as JSON lines, given the responses by model name."""
     rows = ({"model": model} | asdict(response) for model, said in responses.items() for response in said)
-    return "".join(_json_line(row) + "\n" for row in rows)
+    # Few prompts have several turns.
+    kept = ({key: value for key, value in row.items() if key != "earlier" or value} for row in rows)
+    return "".join(_json_line(row) + "\n" for row in kept)
 
 
 def _json_line(row: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ the prompts that its constraints need.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,15 @@ from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFig
 from dapa_merge.measure.generate import generate, has_system_role
 from dapa_merge.measure.live import LiveModel, choose_device, load_model, opens_thought
 from dapa_merge.measure.perplexity import Reading, read_passages
-from dapa_merge.measure.prompts.conversation import attacked, request_of, with_system
+from dapa_merge.measure.prompts.conversation import (
+    answers_between,
+    attacked,
+    first_turn,
+    num_turns,
+    request_of,
+    with_answer,
+    with_system,
+)
 from dapa_merge.measure.prompts.sets import (
     PromptSet,
     Question,
@@ -35,7 +42,7 @@ from dapa_merge.measure.prompts.sets import (
     load_prompts,
     load_text,
 )
-from dapa_merge.measure.refusal.classify import Outcome
+from dapa_merge.measure.refusal.classify import Outcome, final_answer
 from dapa_merge.measure.skills import Skill, checked, load_skills, skill_figure
 from dapa_merge.measure.statistics import count, interval, refusal_figures
 from dapa_merge.progress import LOG, quiet, task
@@ -91,9 +98,10 @@ class Meter:
 
     @property
     def num_prompts(self) -> int:
-        """The prompts and questions of all figures, without those of tasks of the harness."""
-        asked = len(self.prompts.harmful) * (1 + len(self.attacks)) + len(self.prompts.harmless)
-        return asked + sum(skill.num_questions for skill in self.skills)
+        """The prompts and questions of all figures, without those of tasks of the harness; a message each."""
+        harmful = sum(map(num_turns, self.prompts.harmful))
+        questions = (question.prompt for skill in self.skills for question in skill.questions)
+        return harmful * (1 + len(self.attacks)) + sum(map(num_turns, (*self.prompts.harmless, *questions)))
 
     @property
     def keep(self) -> tuple[str, ...]:
@@ -155,6 +163,31 @@ class Measurement:
             sampling=meter.sampling,
         )
 
+    def _talk(self, prompts: Sequence[str], *, whole: bool) -> tuple[list[str], Sequence[str | None]]:
+        """Put the messages of every prompt one after the other.
+
+        Returns:
+            The prompts with the model's own answers to all messages but the last, and the responses to these; None
+            for a response that could not be had, also to an earlier message.
+        """
+        held, failed = list(prompts), set[int]()
+        while turns := {
+            index: turn
+            for index, prompt in enumerate(held)
+            if index not in failed and (turn := first_turn(prompt)) is not None
+        }:
+            for index, answer in zip(turns, self._ask(list(turns.values()), whole=True), strict=True):
+                if answer is None:
+                    failed.add(index)
+                else:
+                    # Without its thought, as models expect their own turns.
+                    held[index] = with_answer(held[index], final_answer(answer) or answer)
+        had = [index for index in range(len(held)) if index not in failed]
+        said: list[str | None] = [None] * len(held)
+        for index, response in zip(had, self._ask([held[index] for index in had], whole=whole), strict=True):
+            said[index] = response
+        return held, said
+
     @cached_property
     def _plain(self) -> list[list[Response]]:
         prompts = self._meter.prompts
@@ -170,14 +203,22 @@ class Measurement:
 
     def judge(self, kind: str, prompts: Sequence[str], attack: Attack = PLAIN) -> list[Response]:
         """Run prompts of one kind and classify the responses; not cached."""
-        return self._classified(kind, prompts, self._ask([attacked(one, attack) for one in prompts], whole=False))
+        return self.judge_all([(kind, prompts)], attack)[0]
 
-    def judge_all(self, groups: Sequence[tuple[str, Sequence[str]]]) -> list[list[Response]]:
+    def judge_all(self, groups: Sequence[tuple[str, Sequence[str]]], attack: Attack = PLAIN) -> list[list[Response]]:
         """As `judge`, for kinds with prompts, all of which are run at once: in large batches each takes less time."""
-        said = iter(self._ask([prompt for _, prompts in groups for prompt in prompts], whole=False))
-        return [self._classified(kind, prompts, [*itertools.islice(said, len(prompts))]) for kind, prompts in groups]
+        asked = [attacked(prompt, attack) for _, prompts in groups for prompt in prompts]
+        held, said = self._talk(asked, whole=False)
+        found, start = [], 0
+        for kind, prompts in groups:
+            part = slice(start, start + len(prompts))
+            found.append(self._classified(kind, prompts, asked[part], held[part], said[part]))
+            start = part.stop
+        return found
 
-    def _classified(self, kind: str, prompts: Sequence[str], said: Sequence[str | None]) -> list[Response]:
+    def _classified(
+        self, kind: str, prompts: Sequence[str], asked: Sequence[str], held: Sequence[str], said: Sequence[str | None]
+    ) -> list[Response]:
         responses = [response or "" for response in said]
         requests = [request_of(prompt) for prompt in prompts]
         first, *others = [
@@ -192,6 +233,7 @@ class Measurement:
                 responses[index],
                 first[1][index],
                 {name: outcomes[index] for name, outcomes in others},
+                answers_between(asked[index], held[index]),
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -285,7 +327,7 @@ class Measurement:
         return tuple(
             skill_figure(
                 skill,
-                lambda prompts: [response or "" for response in self._ask(prompts, whole=True)],
+                lambda prompts: [response or "" for response in self._talk(prompts, whole=True)[1]],
                 lambda harness: harness.score(
                     candidate.model, candidate.tokenizer, batch_size=self._meter.batch_size.limit
                 ),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import combinations
-from typing import Any, cast
+from typing import Any
 
 from dapa_merge.checkpoint.convert import open_location
 from dapa_merge.checkpoint.header import DTYPE_BITS, FLOAT_NAMES
@@ -332,10 +332,12 @@ def given_selection(recipe: Recipe, plan: Plan) -> tuple[Unit, ...] | None:
 
 def with_pinned_models(recipe: Recipe, plan: Plan) -> Recipe:
     """Return the recipe with the plan's models renamed by `pinned_location`."""
-    models = {name: pinned_location(getattr(recipe, name), checkpoint) for name, checkpoint in plan.models.items()}
-    template = recipe.template_file
-    named = {} if template is None else {"chat_template": os.path.abspath(template)}
-    return replace(recipe, **named, **cast("dict[str, Any]", models))
+    pinned: dict[str, Any] = {
+        name: pinned_location(getattr(recipe, name), checkpoint) for name, checkpoint in plan.models.items()
+    }
+    if recipe.template_file is not None:
+        pinned["chat_template"] = os.path.abspath(recipe.template_file)
+    return replace(recipe, **pinned)
 
 
 def pinned_location(location: Location, checkpoint: Checkpoint) -> Location:

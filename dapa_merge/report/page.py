@@ -193,8 +193,11 @@ def _read_line(path: Path, number: int, line: str) -> tuple[str, Response]:
         raise CheckpointError(f"{where}: its {missing[0]} is not a text; name a file of `evaluate --responses`")
     if not isinstance(others, dict) or not all(isinstance(verdict, str) for verdict in others.values()):
         raise CheckpointError(f"{where}: its others are not verdicts by name; name a file of `evaluate --responses`")
+    earlier = row.get("earlier", [])
+    if not isinstance(earlier, list) or not all(isinstance(said, str) for said in earlier):
+        raise CheckpointError(f"{where}: its earlier answers are not a list of texts; write it again with `evaluate`")
     name, kind, category, prompt, response, outcome = map(str, values)
-    return name, Response(kind, category, prompt, response, outcome, others)
+    return name, Response(kind, category, prompt, response, outcome, others, tuple(earlier))
 
 
 def _free_name(name: str, path: Path, taken: Mapping[str, Any]) -> str:
@@ -218,7 +221,7 @@ def _data(models: Responses) -> str:
             seen[asked] = seen.get(asked, 0) + 1
             answers = rows.setdefault((*asked, seen[asked]), [None] * len(names))
             others = [[name, outcomes(verdict)] for name, verdict in response.others.items()]
-            answers[at] = [response.response, outcomes(response.outcome), int(may_harm(response)), others]
+            answers[at] = [_whole(response), outcomes(response.outcome), int(may_harm(response)), others]
     asked_rows = [
         [kinds(kind), categories(group), prompt, answers] for (kind, group, prompt, _), answers in rows.items()
     ]
@@ -233,6 +236,13 @@ def _data(models: Responses) -> str:
     text = json.dumps(_shown(content), ensure_ascii=False, separators=(",", ":"))
     # No letter of `</script` or `<!--` is left.
     return text.replace("<", "\\u003c")
+
+
+def _whole(response: Response) -> str:
+    """What a model said to a prompt; its answers to several messages are numbered."""
+    if not response.earlier:
+        return response.response
+    return "\n".join(f"[{number}] {said}" for number, said in enumerate((*response.earlier, response.response), 1))
 
 
 class _Numbers:

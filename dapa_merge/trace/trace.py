@@ -25,7 +25,7 @@ from dapa_merge.measure.figures import Response
 from dapa_merge.measure.live import load_model
 from dapa_merge.measure.meter import Meter, search_meter, skills_of
 from dapa_merge.measure.perplexity import losses
-from dapa_merge.measure.prompts.parts import all_prompts, check_prompts
+from dapa_merge.measure.prompts.parts import all_prompts, check_prompts, refuse_turns
 from dapa_merge.plan.edit import EDITS, Directions, Edit
 from dapa_merge.plan.plan import Plan, join, reduced, with_modules
 from dapa_merge.plan.selection import changing_selection, given_selection, make_plan, plan_of_all
@@ -497,6 +497,7 @@ def trace_recipe(recipe: Recipe, out: Path, wanted: TraceOptions, options: Optio
     check_prompts(recipe)
     # The selection of a search is judged with prompts that the search did not ask.
     prompts = all_prompts(recipe).report
+    refuse_turns(recipe, prompts)
     asking = search_meter(recipe, prompts, options, planned.models.values())
     meter = replace(asking, skills=skills_of(prompts, recipe.skills, options))
     if wanted.subjects:

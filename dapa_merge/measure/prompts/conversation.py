@@ -7,6 +7,7 @@ stores or shows prompts takes both, and only what asks a model reads the message
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dapa_merge.errors import UsageError
@@ -31,7 +32,8 @@ class Conversation(str):
     """A prompt of several messages; as a text, each begins with its role, and its further lines are indented.
 
     A system message can only be the first. The last one is the user's, or the beginning of the answer, which the model
-    continues.
+    continues. Several of the user's in succession are put one after the other, each with the model's own answers to
+    those before it (`first_turn`).
     """
 
     messages: tuple[Message, ...]
@@ -66,6 +68,45 @@ def opening_of(prompt: str) -> str:
 def request_of(prompt: str) -> str:
     """The user's last message, which the answer is judged by."""
     return messages_of(prompt)[-1].content
+
+
+def first_turn(prompt: str) -> str | None:
+    """The conversation up to the first message that waits for the model's own answer; None if only the last does."""
+    number = _first_open(prompt)
+    return None if number is None else _prompt_of(messages_of(prompt)[: number + 1])
+
+
+def with_answer(prompt: str, answer: str) -> str:
+    """A prompt with an answer to its first turn."""
+    number = _first_open(prompt)
+    assert number is not None
+    before, after = messages_of(prompt)[: number + 1], messages_of(prompt)[number + 1 :]
+    return _prompt_of([*before, Message(ASSISTANT, answer), *after], opening_of(prompt))
+
+
+def answers_between(asked: str, held: str) -> tuple[str, ...]:
+    """The answers that a conversation has got since it was asked, in order."""
+    if asked is held:
+        return ()
+    given = iter(messages_of(asked))
+    expected, found = next(given, None), []
+    for message in messages_of(held):
+        if message == expected:
+            expected = next(given, None)
+        else:
+            found.append(message.content)
+    return tuple(found)
+
+
+def num_turns(prompt: str) -> int:
+    """The number of answers that a model gives to a prompt."""
+    roles = [message.role for message in messages_of(prompt)]
+    return 1 + sum(one == other == USER for one, other in pairwise(roles))
+
+
+def _first_open(prompt: str) -> int | None:
+    roles = enumerate(pairwise(message.role for message in messages_of(prompt)))
+    return next((number for number, (one, other) in roles if one == other == USER), None)
 
 
 def with_system(prompt: str, system: str | None) -> str:
@@ -108,12 +149,12 @@ def read_messages(value: Sequence[Mapping[str, Any]], where: str) -> str | None:
     roles = [message.role for message in messages]
     if USER not in roles:
         return None
-    first = roles[0] == SYSTEM
-    expected = [USER, ASSISTANT] * len(roles)
-    if roles[first:] != expected[: len(roles) - first] or roles[-1] != USER:
+    ordered = roles[roles[0] == SYSTEM :]
+    is_twice = (ASSISTANT, ASSISTANT) in pairwise(ordered)
+    if ordered[0] != USER or ordered[-1] != USER or SYSTEM in ordered or is_twice:
         raise UsageError(
-            f"{where}: its messages are of {', '.join(roles)}; a system message may come first, and then user and "
-            f"assistant take turns, the user last"
+            f"{where}: its messages are of {', '.join(roles)}; a system message may come first, then the user's, each "
+            f"with one answer of the assistant or none, the user's last"
         )
     if empty := next((one.role for one in messages if not one.content.strip()), None):
         raise UsageError(f"{where}: a message of the {empty} is empty; remove it, or give it a text")

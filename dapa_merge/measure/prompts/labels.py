@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dapa_merge.errors import UsageError
-from dapa_merge.measure.prompts.conversation import read_messages
+from dapa_merge.measure.prompts.conversation import USER, read_messages
 from dapa_merge.measure.prompts.rows import (
     CATEGORY_COLUMNS,
     PROMPT_COLUMNS,
@@ -376,7 +376,7 @@ def _prompt(row: PromptRow, names: Sequence[str], known: Sequence[str], *, may_b
 
 
 def _asked(where: str, value: object) -> str | None:
-    """The text of a prompt: a string, or the only one in a list, or a list of chat messages; None if empty."""
+    """The text of a prompt: a string, a list of those of the user, or a list of chat messages; None if empty."""
     if isinstance(value, str):
         return value if value.strip() else None
     if not isinstance(value, list) or not value:
@@ -387,7 +387,8 @@ def _asked(where: str, value: object) -> str | None:
     if len(texts) != len(value):
         return None
     if len(texts) > 1:
-        raise UsageError(f"{where} has {len(texts)} requests; only messages with answers between can be asked")
+        # As in MT-Bench: each is put after the model's own answer to the one before.
+        return read_messages([{"role": USER, "content": text} for text in texts], where)
     return texts[0] if texts and texts[0].strip() else None
 
 

@@ -10,10 +10,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from dapa_merge.errors import RecipeError, UsageError
 from dapa_merge.measure.confined import template_fault
+from dapa_merge.measure.prompts.conversation import first_turn
 from dapa_merge.measure.prompts.labels import Columns, read_requests
 from dapa_merge.measure.prompts.rows import SUFFIXES, base_and_query, listed_names, parse_query, read_rows
 from dapa_merge.measure.prompts.sets import (
@@ -73,6 +75,7 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     """
     check_files(recipe)
     prompts = load_prompts(recipe.prompts)
+    refuse_turns(recipe, prompts)
     search, report = split(prompts, recipe.confirm)
     chooses = may_choose(recipe.edit)
     if chooses or is_rung:
@@ -87,13 +90,8 @@ def split_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
             f"{recipe.where('parameters.min_skill')} needs questions with known answers; write `keep: skills`, or "
             f"`keep` with a file that has a column answer"
         )
-    search, report, choice = (
-        part and asked_after(part, recipe.system, recipe.chat_template)
-        for part in (parts.search, parts.report, parts.choice)
-    )
-    assert search is not None
-    assert report is not None
-    return Parts(search, report, choice)
+    asked = partial(asked_after, system=recipe.system, chat_template=recipe.chat_template)
+    return Parts(asked(parts.search), asked(parts.report), parts.choice and asked(parts.choice))
 
 
 def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
@@ -114,6 +112,21 @@ def all_prompts(recipe: Recipe, *, is_rung: bool = False) -> Parts:
     kept = _keeping(prompts, load_keep(recipe, prompts), frozenset())
     whole = asked_after(kept, recipe.system, recipe.chat_template)
     return Parts(whole, whole)
+
+
+def refuse_turns(recipe: Recipe, prompts: PromptSet) -> None:
+    """Refuse conversations with messages that wait for a model's own answer, where models are compared with each other.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    asked = (*prompts.harmful, *prompts.harmless)
+    if found := next((one for one in asked if first_turn(one) is not None), None):
+        raise RecipeError(
+            f"{recipe.where('parameters.prompts')}: a search, `compare` and `trace` put the same words to all models, "
+            f"but {found[:60]!r} leaves answers to them; add the assistant's messages, or measure with `evaluate` or a "
+            f"recipe that names its layers"
+        )
 
 
 def check_prompts(recipe: Recipe) -> None:
@@ -170,6 +183,12 @@ def load_keep(recipe: Recipe, prompts: PromptSet) -> tuple[Question, ...] | None
         else _keep_of(recipe.keep, reads_answers=recipe.min_skill is not None)
     )
     first: dict[str, Question] = {}
+    found = tuple(found)
+    if waits := next((one.prompt for one in found if first_turn(one.prompt) is not None), None):
+        raise RecipeError(
+            f"{recipe.where('parameters.keep')}: the target answers keep prompts once, but {waits[:60]!r} leaves it "
+            f"several answers; add the assistant's messages"
+        )
     for question in found:
         if key_of(question.prompt) not in harmful:
             first.setdefault(key_of(question.prompt), question)
@@ -265,7 +284,7 @@ def _without_choice(parts: Parts) -> Parts:
 def _keeping(part: PromptSet, questions: Sequence[Question] | None, spent: frozenset[str]) -> PromptSet:
     """A part with its keep prompts, or with its harmless prompts in their place; it does not test what is spent."""
     if questions is None:
-        return replace(part, keep=part.harmless)
+        return replace(part, keep=tuple(one for one in part.harmless if first_turn(one) is None))
     return replace(
         part,
         keep=tuple(question.prompt for question in questions),

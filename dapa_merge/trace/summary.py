@@ -119,6 +119,7 @@ class Traced:
 def summarize(found: Traced) -> dict[str, Any]:
     """Turn everything into plain data for `json.dumps`; figures that are not finite become None."""
     rankings = rankings_of(found)
+    with_selection = {name: _overlap_json(one) for name, one in overlaps_of(rankings, found.copied).items()}
     return dict(
         jsonable(
             {
@@ -146,12 +147,7 @@ def summarize(found: Traced) -> dict[str, Any]:
                 "no_selection_because": found.why_none,
                 "search": _search_json(found),
                 "directions": _directions_json(found),
-                "overlap": {
-                    "with_selection": {
-                        name: _overlap_json(one) for name, one in overlaps_of(rankings, found.copied).items()
-                    },
-                    "rank_correlations": correlations_of(rankings),
-                },
+                "overlap": {"with_selection": with_selection, "rank_correlations": correlations_of(rankings)},
                 "planted": {name: _overlap_json(one) for name, one in planted_overlaps(found).items()} or None,
                 "passes": _passes_json(found),
             }

@@ -113,7 +113,9 @@ class Recipe(make_dataclass("Limits", _LIMITS, frozen=True)):  # type: ignore[mi
     @property
     def template_file(self) -> Path | None:
         """The file of its chat template, looked for as `directions_file`; None without one."""
-        return None if self.chat_template in (None, NO_TEMPLATE) else self._beside(self.chat_template)
+        if self.chat_template is None or self.chat_template == NO_TEMPLATE:
+            return None
+        return self._beside(self.chat_template)
 
     def template(self) -> str | None:
         """The text of its chat template; empty for `none`, None if it has none.

@@ -5,9 +5,10 @@ A search picks one of many selections partly by luck on its own prompts; held-ou
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import Change, Figures, Response
@@ -18,15 +19,15 @@ from dapa_merge.measure.prompts.parts import all_prompts
 from dapa_merge.measure.statistics import change_of
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
-from dapa_merge.progress import LOG, begin, end, task
+from dapa_merge.progress import LOG, begin, end, remain, task
 from dapa_merge.recipe.constraints import SCORE
 from dapa_merge.recipe.options import Options, Where
 from dapa_merge.recipe.recipe import Recipe
-from dapa_merge.report.report import Searched
+from dapa_merge.report.report import Searched, jsonable, read_figures
 from dapa_merge.search.bench import Bench, make_bench
 from dapa_merge.search.choose import check_pick
 from dapa_merge.search.forecast import REPORT, forecast
-from dapa_merge.search.identity import open_journal
+from dapa_merge.search.identity import data_digest, models_parts, open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
 from dapa_merge.search.result import Search
@@ -102,7 +103,8 @@ def _gather(
             # The source may not fit in memory next to it.
             resident.close()
             begin(REPORT)
-            shared.append((meter, measure_checkpoint(plan.source, meter, resident.where, "source")))
+            shared.append((meter, _source_alone(recipe, plan, meter, resident.where, journal)))
+            remain(prompts=2 * meter.num_prompts)
             begin(recipe.edit)
         meter, source_alone = shared[0]
         if selection is None:
@@ -136,6 +138,31 @@ def _gather(
         responses={"target": before.responses, "result": after.responses, "source": source_alone.responses},
         arithmetic=_arithmetic(options.where, resident.where, is_searched=found is not None),
     )
+
+
+def _source_alone(recipe: Recipe, plan: Plan, meter: Meter, where: Where, journal: Journal) -> MeasuredModel:
+    """The source's own measurement; it comes from the journal if this user's processes recorded it.
+
+    A judge is asked again: what it did not answer may be answered now.
+    """
+
+    def measure() -> MeasuredModel:
+        return measure_checkpoint(plan.source, meter, where, "source")
+
+    if journal.path is None or any(one.name == "judge" for one in meter.classifiers):
+        return measure()
+    # What the journal's own parts do not have: all of the source's weights, and how the report measures.
+    parts = models_parts(recipe, {"source": plan.source}, meter, where.device) | where.parts
+    name = f"source {data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep])}"
+    if name in journal.notes and name not in journal.foreign:
+        noted = journal.notes[name]
+        figures = read_figures(noted["figures"])
+        LOG.info(f"the source was measured before: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+        return MeasuredModel(figures, [Response(**response) for response in noted["responses"]])
+    began, measured = time.monotonic(), measure()
+    noted = {"figures": jsonable(asdict(measured.figures)), "responses": list(map(asdict, measured.responses))}
+    journal.note(name, noted, time.monotonic() - began)
+    return measured
 
 
 def _resident(plan: Plan, bench: Bench, options: Options) -> Resident:

@@ -56,6 +56,9 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         assert not (tmp_path / "out").exists()
     resumed = started(*command)
     assert resumed.wait() == 0, resumed.stderr
+    # The source was measured before the search.
+    assert "the source was measured before: DSR" in resumed.stderr
+    assert "loading the source" not in resumed.stderr
     whole = started("run", recipe, tmp_path / "whole", "--journal", tmp_path / "other.jsonl", "--no-lock", "--json")
     assert whole.wait() == 0, whole.stderr
     found, wanted = (without_time(json.loads(run.stdout)) for run in (resumed, whole))

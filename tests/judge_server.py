@@ -32,6 +32,8 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     finish_reason: str = "stop"
     wait_seconds: float = 0
+    num_prompt_tokens: int | None = None
+    model: str | None = None
 
 
 @dataclass
@@ -87,7 +89,10 @@ def judge_server(
             message = {"role": "assistant", "content": reply.content}
             message |= {} if reply.thought is None else {"reasoning_content": reply.thought}
             choices = [{"index": 0, "finish_reason": reply.finish_reason, "message": message}]
-            completion = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": choices}
+            completion = {"id": "1", "object": "chat.completion", "created": 1, "choices": choices}
+            completion["model"] = reply.model or request["model"]
+            if (number := reply.num_prompt_tokens) is not None:
+                completion["usage"] = {"prompt_tokens": number, "completion_tokens": 1, "total_tokens": number + 1}
             body = json.dumps(completion).encode() if reply.body is None else reply.body
             with contextlib.suppress(OSError):
                 self.send_response(reply.status)

@@ -26,6 +26,8 @@ KEY, BASE_URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 # Failures in a row, after retries, that make an endpoint dead; the second number if it never answered.
 MAX_FAILURES, MAX_FIRST_FAILURES = 8, 3
 CONNECT_SECONDS = 5.0
+# The names of the parameter that limits an answer's length in tokens, old and new.
+LENGTHS = ("max_tokens", "max_completion_tokens")
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -36,11 +38,19 @@ class NotSent(OpenAIError):
 
 
 class Reply(NamedTuple):
-    """An endpoint's reply: the text, the thought that it gave apart, and whether a limit cut it off."""
+    """An endpoint's reply.
+
+    Attributes:
+        content: The text.
+        thought: What it gave apart as a thought.
+        is_cut: Whether a limit cut it off.
+        num_prompt_tokens: Tokens of the conversation with its template; None if the endpoint does not count them.
+    """
 
     content: str
     thought: str
     is_cut: bool
+    num_prompt_tokens: int | None = None
 
 
 class Endpoint(ABC, Generic[Item, Answer]):
@@ -91,6 +101,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
         self._known: dict[Item, Answer] = {}
         # Answered: key, model and parameters are accepted. Usable: an answer was also valid.
         self._has_answered = self._is_usable = False
+        self._is_name_told = False
         self._num_failures = 0
         self._lock = threading.RLock()
 
@@ -203,11 +214,24 @@ class Endpoint(ABC, Generic[Item, Answer]):
     def _keep(self, item: Item, answer: Answer) -> None:
         """Called with each answer that is not asked for again, by one thread at a time."""
 
-    def _complete(self, client: OpenAI, messages: Sequence[Mapping[str, str]]) -> Reply:
+    def _complete(
+        self,
+        client: OpenAI,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        body: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> Reply:
         """Return the reply to a conversation, without parameters that the endpoint rejects.
 
         Drops the parameters that the rejection names, or else all; only until the first answer, because a later
         rejection is about the conversation.
+
+        Args:
+            client: The client to ask with.
+            messages: The conversation.
+            body: Further keys of this request alone.
+            max_tokens: Length of this reply alone.
         """
         seconds = self._timeout_seconds if self._has_answered else min(self.first_seconds, self._timeout_seconds)
         request: dict[str, Any] = {"model": self.model, "messages": messages}
@@ -215,7 +239,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
         parameters = self._parameters
         while True:
             try:
-                completion: Any = client.chat.completions.create(**request, **parameters)
+                completion: Any = client.chat.completions.create(**request, **_of_one(parameters, body, max_tokens))
             except APIStatusError as error:
                 self._check_access(error)
                 rejected = [name for name in parameters if _is_named(name, parameters[name], str(error))]
@@ -228,7 +252,19 @@ class Endpoint(ABC, Generic[Item, Answer]):
             choice = completion.choices[0]
             thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
             self._has_answered, self._parameters = True, parameters
-            return Reply(choice.message.content or "", str(thought or ""), choice.finish_reason == "length")
+            self._tell_name(completion)
+            num_tokens = getattr(completion.usage, "prompt_tokens", None)
+            return Reply(choice.message.content or "", str(thought or ""), choice.finish_reason == "length", num_tokens)
+
+    def _tell_name(self, completion: Any) -> None:
+        """Warn once of an answer under another name: llama.cpp's server answers with what it has, whatever is named."""
+        name = getattr(completion, "model", None)
+        with self._lock:
+            # A longer name is that of a version or revision.
+            if self._is_name_told or not isinstance(name, str) or name.lower().startswith(self.model.lower()):
+                return
+            self._is_name_told = True
+        self._say(f"its server answers as {name[:100]!r}; if that is another model, correct the name")
 
     def _client(self, count: Callable[[object], None]) -> OpenAI:
         key, http = _key_for(self.what, self.url), HttpClient(event_hooks={"request": [count]})
@@ -269,6 +305,14 @@ class Endpoint(ABC, Generic[Item, Answer]):
         if "Redirect" in cause or "Connect" in cause:
             return "it redirects without end" if "Redirect" in cause else "no connection"
         return "no answer in time" if isinstance(error, APITimeoutError) else "the connection was lost"
+
+
+def _of_one(parameters: Mapping[str, Any], body: Mapping[str, Any] | None, max_tokens: int | None) -> dict[str, Any]:
+    """The parameters of a request with another length and further keys of its body."""
+    changed: dict[str, Any] = {
+        key: max_tokens if max_tokens and key in LENGTHS else value for key, value in parameters.items()
+    }
+    return changed if not body else {**changed, "extra_body": {**changed.get("extra_body", {}), **body}}
 
 
 def _is_named(name: str, value: object, text: str) -> bool:

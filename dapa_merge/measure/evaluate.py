@@ -24,6 +24,7 @@ from dapa_merge.measure.live import choose_device
 from dapa_merge.measure.meter import MeasuredModel, Measurement, Meter, make_meter, measure_checkpoint, measure_in_full
 from dapa_merge.measure.perplexity import Reading
 from dapa_merge.measure.placement import weight_bytes
+from dapa_merge.measure.prompts.conversation import opening_of
 from dapa_merge.measure.prompts.sets import PromptSet, asked_after, load_prompts, read_json, tell_prompts
 from dapa_merge.measure.skills import named_task_files
 from dapa_merge.measure.statistics import change_of
@@ -222,7 +223,19 @@ def _measure_served(model: ServedModel, meter: Meter) -> MeasuredModel:
         served.prepare()
         LOG.info(f"asking the served model {model.name}")
         stack.enter_context(served)
+        _check_openings(served, meter)
         return measure_in_full(_ServedMeasurement(served, meter), meter, "served model")
+
+
+def _check_openings(served: Served, meter: Meter) -> None:
+    """Raise `UsageError` if prompts begin the answer, and the server does not go on with it."""
+    questions = [question.prompt for skill in meter.skills for question in skill.questions]
+    begun = [prompt for prompt in (*meter.prompts.harmful, *meter.prompts.harmless, *questions) if opening_of(prompt)]
+    if begun and (why := served.why_not_continued()):
+        raise UsageError(
+            f"{len(begun)} prompts have the beginning of an answer, which {served.model} cannot be given: "
+            f"{why}; leave these out, or measure the model itself"
+        )
 
 
 class _ServedMeasurement(Measurement):
@@ -238,9 +251,10 @@ class _ServedMeasurement(Measurement):
         return self._served.ask(prompts)
 
     def _can_try(self, attack: Attack) -> bool:
-        if attack.opening:
-            LOG.warning(f"a served model cannot be given the beginning of an answer, so it is not asked: {attack.name}")
-        return not attack.opening
+        if not attack.opening or (why := self._served.why_not_continued()) is None:
+            return True
+        LOG.warning(f"{self._served.model} cannot be given the beginning of an answer: {why}; not asked: {attack.name}")
+        return False
 
     @cached_property
     def score(self) -> float | None:

@@ -1,7 +1,8 @@
 """Asks a model that runs elsewhere, behind an OpenAI-compatible endpoint: vLLM, SGLang, llama.cpp, Ollama and others.
 
 So a quantized or converted deployment of a result can be measured, too. The server applies its own chat template. What
-needs the model itself is left out: perplexity, tasks of lm-evaluation-harness, answers with a prefilled opening.
+needs the model itself is left out: perplexity, tasks of lm-evaluation-harness. The beginning of an answer is only
+given to a server that is seen to go on with it: others close it and begin a new answer, and say nothing.
 Answers are kept until all are there, so that a stopped or failed measurement goes on where it was.
 """
 
@@ -11,16 +12,24 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from openai import OpenAI
+from openai import APIStatusError, OpenAI
 
 from dapa_merge.errors import UsageError
 from dapa_merge.files import Record, cache_folder, held
-from dapa_merge.measure.endpoint import Endpoint
-from dapa_merge.measure.prompts.conversation import messages_of
+from dapa_merge.measure.endpoint import Endpoint, Reply
+from dapa_merge.measure.prompts.conversation import (
+    ASSISTANT,
+    USER,
+    Conversation,
+    Message,
+    messages_of,
+    opening_of,
+)
 from dapa_merge.progress import LOG, advance, duration
 from dapa_merge.recipe.asking import Sampling
 
@@ -28,6 +37,27 @@ from dapa_merge.recipe.asking import Sampling
 NO_THOUGHT = {"chat_template_kwargs": {"enable_thinking": False}}
 # Kept answers that are older may be of another model under the same name.
 MAX_AGE_SECONDS = 24 * 3600
+
+
+# Makes vLLM go on with an assistant's last message; llama.cpp's server does of itself.
+CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
+# The same conversation with the end of that message, and without the beginning of another.
+ENDED = {"add_generation_prompt": False, "continue_final_message": False}
+# Twice as many of these words have twice as many tokens, and no model says all three in one.
+WORDS = "the the the"
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How a server is made to go on with the beginning of an answer.
+
+    Attributes:
+        body: Further keys of the request.
+        repeats: Whether its answer begins with that beginning.
+    """
+
+    body: Mapping[str, Any]
+    repeats: bool
 
 
 @dataclass(frozen=True)
@@ -77,6 +107,7 @@ class Served(Endpoint[str, Said]):
         identity = json.dumps([url, model, self._parameters], sort_keys=True)
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._record = Record(cache_folder("served") / f"{name}.jsonl")
+        self._continuation: Continuation | None = None
         # Of an earlier measurement, by digests of the prompts.
         self._stored: dict[str, Said] = {}
         self._hold = ExitStack()
@@ -126,13 +157,66 @@ class Served(Endpoint[str, Said]):
             self._say(f"{reasons.total()} of {len(said)} requests failed, and their prompts are undecided: {why}")
         return [one.text for one in said]
 
+    def why_not_continued(self) -> str | None:
+        """Why the server cannot be given the beginning of an answer; None if it is seen to go on with one.
+
+        Raises:
+            UsageError: If the endpoint rejects the key or the model, or does not answer.
+        """
+        if self._continuation is None:
+            client = self._client(lambda _: None)
+            try:
+                found = self._find_continuation(client)
+            except UsageError:
+                raise
+            except Exception as error:
+                self._give_up(self._reason(error))
+                raise UsageError(str(self.fault)) from None
+            finally:
+                client.close()
+            if isinstance(found, str):
+                return found
+            self._continuation = found
+        return None
+
+    def _find_continuation(self, client: OpenAI) -> Continuation | str:
+        """How the server is made to go on with the beginning of an answer, or why it cannot be.
+
+        It does if nothing follows the beginning, which shows in how many tokens it counts: no more than the beginning
+        itself has, or fewer than with the end of an answer behind it.
+        """
+        if not (without := self._begun(client, "").num_prompt_tokens or 0):
+            return "its server does not count the tokens of a conversation"
+        why = "its server ends that, and begins a new one"
+        try:
+            begun, longer = (self._begun(client, words) for words in (WORDS, f"{WORDS} {WORDS}"))
+            more = (longer.num_prompt_tokens or 0) - (begun.num_prompt_tokens or 0)
+            # A server that leaves it out adds nothing either.
+            if 0 < more >= (begun.num_prompt_tokens or 0) - without:
+                return Continuation({}, begun.content.strip().startswith(WORDS))
+        except APIStatusError as error:
+            why = f"its server rejects that ({self._reason(error)})"
+        with suppress(APIStatusError):
+            begun, ended = (self._begun(client, WORDS, body) for body in (CONTINUED, ENDED))
+            if (begun.num_prompt_tokens or 0) < (ended.num_prompt_tokens or 0):
+                return Continuation(CONTINUED, begun.content.strip().startswith(WORDS))
+        return why
+
+    def _begun(self, client: OpenAI, opening: str, body: Mapping[str, Any] | None = None) -> Reply:
+        """The reply of one token after the beginning of an answer."""
+        prompt = Conversation([Message(USER, "Hello."), *([Message(ASSISTANT, opening)] if opening else [])])
+        return self._complete(client, _sent(prompt), body=body, max_tokens=1)
+
     def _answer(self, client: OpenAI, item: str) -> Said:
-        messages = [{"role": role, "content": _sendable(content)} for role, content in messages_of(item)]
-        reply = self._complete(client, messages)
+        opening = opening_of(item)
+        way = self._continuation
+        assert way is not None or not opening, "ask why_not_continued first"
+        reply = self._complete(client, _sent(item), body=way.body if way and opening else None)
+        content = reply.content if way and way.repeats else opening + reply.content
         if not reply.thought:
-            return Said(reply.content)
+            return Said(content)
         # The thought of an answer that was cut off inside it has no end.
-        return Said(f"<think>{reply.thought}</think>{reply.content}" if reply.content else f"<think>{reply.thought}")
+        return Said(f"<think>{reply.thought}</think>{content}" if content else f"<think>{reply.thought}")
 
     def _unanswered(self, reason: str) -> Said:
         return Said(None, reason)
@@ -164,9 +248,15 @@ class Served(Endpoint[str, Said]):
 
 
 def _digest(prompt: str) -> str:
-    return hashlib.sha256(json.dumps(messages_of(prompt)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_messages(prompt)).encode()).hexdigest()
 
 
-def _sendable(text: str) -> str:
-    """Lone surrogates cannot be sent."""
-    return text.encode(errors="replace").decode()
+def _messages(prompt: str) -> tuple[Message, ...]:
+    """The messages of a prompt, with the beginning of the answer."""
+    opening = opening_of(prompt)
+    return (*messages_of(prompt), *([Message(ASSISTANT, opening)] if opening else []))
+
+
+def _sent(prompt: str) -> list[dict[str, str]]:
+    # Lone surrogates cannot be sent.
+    return [{"role": role, "content": content.encode(errors="replace").decode()} for role, content in _messages(prompt)]

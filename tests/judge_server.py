@@ -32,6 +32,7 @@ class Reply:
     headers: dict[str, str] = field(default_factory=dict)
     finish_reason: str = "stop"
     wait_seconds: float = 0
+    num_tokens: int = 1
     num_prompt_tokens: int | None = None
     model: str | None = None
 
@@ -92,7 +93,8 @@ def judge_server(
             completion = {"id": "1", "object": "chat.completion", "created": 1, "choices": choices}
             completion["model"] = reply.model or request["model"]
             if (number := reply.num_prompt_tokens) is not None:
-                completion["usage"] = {"prompt_tokens": number, "completion_tokens": 1, "total_tokens": number + 1}
+                completion["usage"] = {"prompt_tokens": number, "completion_tokens": reply.num_tokens}
+                completion["usage"]["total_tokens"] = number + reply.num_tokens
             body = json.dumps(completion).encode() if reply.body is None else reply.body
             with contextlib.suppress(OSError):
                 self.send_response(reply.status)

@@ -43,13 +43,15 @@ class Reply(NamedTuple):
     Attributes:
         content: The text.
         thought: What it gave apart as a thought.
-        is_cut: Whether a limit cut it off.
+        is_cut: Whether a limit cut it off: that of the request, or the endpoint's own.
+        num_tokens: Its length in tokens; None if the endpoint does not count them.
         num_prompt_tokens: Tokens of the conversation with its template; None if the endpoint does not count them.
     """
 
     content: str
     thought: str
     is_cut: bool
+    num_tokens: int | None = None
     num_prompt_tokens: int | None = None
 
 
@@ -253,8 +255,13 @@ class Endpoint(ABC, Generic[Item, Answer]):
             thought = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
             self._has_answered, self._parameters = True, parameters
             self._tell_name(completion)
-            num_tokens = getattr(completion.usage, "prompt_tokens", None)
-            return Reply(choice.message.content or "", str(thought or ""), choice.finish_reason == "length", num_tokens)
+            return Reply(
+                choice.message.content or "",
+                str(thought or ""),
+                choice.finish_reason == "length",
+                getattr(completion.usage, "completion_tokens", None),
+                getattr(completion.usage, "prompt_tokens", None),
+            )
 
     def _tell_name(self, completion: Any) -> None:
         """Warn once of an answer under another name: llama.cpp's server answers with what it has, whatever is named."""
@@ -294,7 +301,8 @@ class Endpoint(ABC, Generic[Item, Answer]):
     def _reason(self, error: Exception) -> str:
         """Describe why a request failed, without a key or an address."""
         if isinstance(error, APIStatusError):
-            said = " ".join(str(error).split()).replace(os.environ.get(KEY, "").strip() or "\0", "***")
+            said = " ".join(str(error).split()).removeprefix(f"Error code: {error.status_code} - ")
+            said = said.replace(os.environ.get(KEY, "").strip() or "\0", "***")
             wait = error.response.headers.get("retry-after", "")
             more = f": {said[:200]}" if error.status_code in (400, 422) else ""
             return f"HTTP {error.status_code}{more}" + (f", asking to wait {wait} seconds" if wait.isdecimal() else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -62,10 +63,17 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Said:
-    """A response; None and a reason if the request failed."""
+    """A response; None and a reason if the request failed.
+
+    Attributes:
+        text: The response, or None.
+        reason: Why the request failed.
+        is_short: Whether the server's own limit cut the response off before it had the length that was asked for.
+    """
 
     text: str | None
     reason: str | None = None
+    is_short: bool = False
 
 
 class Served(Endpoint[str, Said]):
@@ -103,6 +111,7 @@ class Served(Endpoint[str, Said]):
             max_retries=4,
         )
         self.num_failed = 0
+        self._max_new_tokens = max_new_tokens
         self._is_kept = False
         identity = json.dumps([url, model, self._parameters], sort_keys=True)
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
@@ -151,10 +160,18 @@ class Served(Endpoint[str, Said]):
             more = "; the same command goes on with the answers so far" if self._known or self._stored else ""
             raise UsageError(f"{self.fault}{more}")
         said = [asked.get(prompt) or self._not_asked() for prompt in prompts]
-        if reasons := Counter(one.reason for one in said if one.text is None):
-            self.num_failed += reasons.total()
-            why = ", ".join(f"{reason} ({number})" for reason, number in reasons.most_common())
-            self._say(f"{reasons.total()} of {len(said)} requests failed, and their prompts are undecided: {why}")
+        if failed := [one.reason or "" for one in said if one.text is None]:
+            self.num_failed += len(failed)
+            # Those that differ in a number only, such as of tokens, are of one kind.
+            kinds = Counter(map(_without_numbers, failed))
+            first = {_without_numbers(reason): reason for reason in reversed(failed)}
+            why = ", ".join(f"{first[kind]} ({number})" for kind, number in kinds.most_common())
+            self._say(f"{len(failed)} of {len(said)} requests failed, and their prompts are undecided: {why}")
+        if num_short := sum(one.is_short for one in said):
+            self._say(
+                f"{num_short} of {len(said)} answers were cut off before {self._max_new_tokens} tokens; give its "
+                f"server a longer context"
+            )
         return [one.text for one in said]
 
     def why_not_continued(self) -> str | None:
@@ -213,10 +230,10 @@ class Served(Endpoint[str, Said]):
         assert way is not None or not opening, "ask why_not_continued first"
         reply = self._complete(client, _sent(item), body=way.body if way and opening else None)
         content = reply.content if way and way.repeats else opening + reply.content
-        if not reply.thought:
-            return Said(content)
-        # The thought of an answer that was cut off inside it has no end.
-        return Said(f"<think>{reply.thought}</think>{content}" if content else f"<think>{reply.thought}")
+        if reply.thought:
+            # The thought of an answer that was cut off inside it has no end.
+            content = f"<think>{reply.thought}</think>{content}" if content else f"<think>{reply.thought}"
+        return Said(content, is_short=reply.is_cut and 0 < (reply.num_tokens or 0) < self._max_new_tokens)
 
     def _unanswered(self, reason: str) -> Said:
         return Said(None, reason)
@@ -245,6 +262,10 @@ class Served(Endpoint[str, Said]):
             f"{duration(max(age, 0))} ago; if another model has this name by now, delete {path}"
         )
         self._stored = {line["prompt"]: Said(line["text"]) for line in lines}
+
+
+def _without_numbers(reason: str) -> str:
+    return re.sub(r"\d+", "", reason)
 
 
 def _digest(prompt: str) -> str:

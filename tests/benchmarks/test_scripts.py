@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from judge_server import Reply, judge_server, prompt_in
 
 from dapa_merge import miniature
 
@@ -68,7 +70,12 @@ def arguments(tmp_path, monkeypatch):
             "--harmless", str(tmp_path / "harmless.csv"),
         ]  # fmt: skip
 
-    return {
+    def served() -> list[str]:
+        url, _ = stack.enter_context(judge_server(lambda *_: Reply("Sure, sing."), prompt_in))
+        return [str(miniature.path("target")), url, "m"]
+
+    stack = ExitStack()
+    yield {
         "ascent_table": lambda: [*chooses()[::-1], "max_rank=2"],
         "compare_table": lambda: [str(tmp_path / "out")],
         "forecasts": lambda: [str(tmp_path / "out")],
@@ -79,8 +86,10 @@ def arguments(tmp_path, monkeypatch):
         "refusal_agreement": lambda: [completions()],
         "refusal_sft": lambda: ["recipes/miniature.yml"],
         "refusal_training": lambda: [completions()],
+        "served_beside": served,
         "speculative": lambda: [recipe()],
     }
+    stack.close()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

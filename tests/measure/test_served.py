@@ -259,7 +259,7 @@ NOT_GIVEN = {
     "begins anew": "its server ends that, and begins a new one",
     "leaves out": "its server ends that, and begins a new one",
     "counts no tokens": "its server does not count the tokens",
-    "rejects": "its server rejects that (HTTP 400: Error code: 400",
+    "rejects": "its server rejects that (HTTP 400: the last message must",
 }
 
 
@@ -280,6 +280,29 @@ def test_a_server_that_does_not_go_on_is_not_asked_after_the_beginning_of_an_ans
     assert result.exit_code == 2
     assert f"2 prompts have the beginning of an answer, which m cannot be given: {NOT_GIVEN[kind]}" in result.stderr
     assert {one["max_tokens"] for one in log.requests} == {1}
+
+
+def test_failures_that_differ_in_numbers_only_are_told_once():
+    def script(prompt, *_):
+        return (
+            Reply(NO)
+            if prompt == "short"
+            else fault(400, f"request ({prompt} tokens) exceeds the context (256 tokens)")
+        )
+
+    said, _ = asking(["short", "456", "457", "458"], script, say=(told := []).append, concurrency=1)
+    assert said == [NO, None, None, None]
+    assert told[0].endswith("HTTP 400: request (456 tokens) exceeds the context (256 tokens) (3)")
+
+
+def test_answers_that_the_servers_own_limit_cuts_off_are_told_of():
+    def script(prompt, *_):
+        number = 8 if prompt == "whole" else 5
+        return Reply(SURE, finish_reason="length", num_prompt_tokens=4, num_tokens=number)
+
+    asking(["whole", "cut", "short"], script, say=(told := []).append)
+    (warning,) = told
+    assert "2 of 3 answers were cut off before 8 tokens" in warning
 
 
 def test_a_server_that_answers_with_another_model_is_told_of(few):

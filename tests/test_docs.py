@@ -30,6 +30,7 @@ PAGES = [
 FOREIGN_OPTIONS = {
     *("--check", "--lora-merge-cache", "--quick"),
     *("--constraint", "--no-build-isolation", "--resolution", "--nonblock", "--config-file"),
+    *("--alias", "--ctx-size", "--no-prefill-assistant", "--outfile", "--outtype", "--parallel", "--port"),
     *("--build-arg", "--env", "--file", "--rm", "--tag", "--user", "--volume"),
 }
 CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.DOTALL | re.MULTILINE)

@@ -267,8 +267,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
         """Warn once of an answer under another name: llama.cpp's server answers with what it has, whatever is named."""
         name = getattr(completion, "model", None)
         with self._lock:
-            # A longer name is that of a version or revision.
-            if self._is_name_told or not isinstance(name, str) or name.lower().startswith(self.model.lower()):
+            if self._is_name_told or not isinstance(name, str) or _is_of(name, self.model):
                 return
             self._is_name_told = True
         self._say(f"its server answers as {name[:100]!r}; if that is another model, correct the name")
@@ -321,6 +320,12 @@ def _of_one(parameters: Mapping[str, Any], body: Mapping[str, Any] | None, max_t
         key: max_tokens if max_tokens and key in LENGTHS else value for key, value in parameters.items()
     }
     return changed if not body else {**changed, "extra_body": {**changed.get("extra_body", {}), **body}}
+
+
+def _is_of(name: str, model: str) -> bool:
+    """Whether a name is the model's, perhaps without its owner or folder, or with a version behind it."""
+    told, asked = (one.lower().rpartition("/")[2] for one in (name, model))
+    return told.startswith(asked)
 
 
 def _is_named(name: str, value: object, text: str) -> bool:

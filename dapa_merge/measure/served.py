@@ -116,7 +116,8 @@ class Served(Endpoint[str, Said]):
         identity = json.dumps([url, model, self._parameters], sort_keys=True)
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._record = Record(cache_folder("served") / f"{name}.jsonl")
-        self._continuation: Continuation | None = None
+        # Or why there is none.
+        self._continuation: Continuation | str | None = None
         # Of an earlier measurement, by digests of the prompts.
         self._stored: dict[str, Said] = {}
         self._hold = ExitStack()
@@ -183,7 +184,7 @@ class Served(Endpoint[str, Said]):
         if self._continuation is None:
             client = self._client(lambda _: None)
             try:
-                found = self._find_continuation(client)
+                self._continuation = self._find_continuation(client)
             except UsageError:
                 raise
             except Exception as error:
@@ -191,10 +192,7 @@ class Served(Endpoint[str, Said]):
                 raise UsageError(str(self.fault)) from None
             finally:
                 client.close()
-            if isinstance(found, str):
-                return found
-            self._continuation = found
-        return None
+        return self._continuation if isinstance(self._continuation, str) else None
 
     def _find_continuation(self, client: OpenAI) -> Continuation | str:
         """How the server is made to go on with the beginning of an answer, or why it cannot be.
@@ -225,11 +223,14 @@ class Served(Endpoint[str, Said]):
         return self._complete(client, _sent(prompt), body=body, max_tokens=1)
 
     def _answer(self, client: OpenAI, item: str) -> Said:
-        opening = opening_of(item)
-        way = self._continuation
-        assert way is not None or not opening, "ask why_not_continued first"
-        reply = self._complete(client, _sent(item), body=way.body if way and opening else None)
-        content = reply.content if way and way.repeats else opening + reply.content
+        opening, continuation = opening_of(item), self._continuation
+        if not opening:
+            reply = self._complete(client, _sent(item))
+            content = reply.content
+        else:
+            assert isinstance(continuation, Continuation), "ask why_not_continued first"
+            reply = self._complete(client, _sent(item), body=continuation.body)
+            content = reply.content if continuation.repeats else opening + reply.content
         if reply.thought:
             # The thought of an answer that was cut off inside it has no end.
             content = f"<think>{reply.thought}</think>{content}" if content else f"<think>{reply.thought}"

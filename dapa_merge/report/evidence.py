@@ -152,7 +152,7 @@ def _source_alone(recipe: Recipe, plan: Plan, meter: Meter, where: Where, journa
     if journal.path is None or any(one.name == "judge" for one in meter.classifiers):
         return measure()
     # What the journal's own parts do not have: all of the source's weights, and how the report measures.
-    parts = models_parts(recipe, {"source": plan.source}, meter, where.device) | where.parts
+    parts = models_parts(recipe, {"source": plan.source}, meter, where)
     name = f"source {data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep])}"
     if name in journal.notes and name not in journal.foreign:
         noted = journal.notes[name]

@@ -110,7 +110,8 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
     # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
     others = (*models, "pretrained", "batch_size", "chat_template", "_lines", "_folder")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
-    if (template := models["target"].chat_template) is not None:
+    # All of them are asked with the same one.
+    if (template := next(iter(models.values())).chat_template) is not None:
         weights["chat template"] = data_digest(template)
     if refers(recipe):
         weights["keep"] = data_digest([meter.keep, MAX_NEW_TOKENS])

@@ -110,8 +110,9 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
     # The batch size affects only rounding, so a folder can be resumed with a smaller one after a shortage of memory.
     others = (*models, "pretrained", "batch_size", "chat_template", "_lines", "_folder")
     said = {name: value for name, value in asdict(recipe).items() if name not in others}
-    # All of them are asked with the same one.
-    if (template := next(iter(models.values())).chat_template) is not None:
+    # All of them are asked with the same template, and laid out alike.
+    first = next(iter(models.values()))
+    if (template := first.chat_template) is not None:
         weights["chat template"] = data_digest(template)
     if refers(recipe):
         weights["keep"] = data_digest([meter.keep, MAX_NEW_TOKENS])
@@ -124,7 +125,7 @@ def models_parts(recipe: Recipe, models: Mapping[str, Checkpoint], meter: Meter,
         # Includes the user's own code and a judge's rubric.
         "evaluator": data_digest([meter.identity, *(one.identity for one in meter.classifiers)]),
         "generation": f"greedy, {meter.max_new_tokens} tokens",
-        "device": spread_over(models["target"], where) or choose_device(where.device).type,
+        "device": spread_over(first, where) or choose_device(where.device).type,
         "versions": versions(),
         **where.parts,
     }

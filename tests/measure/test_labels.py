@@ -266,7 +266,7 @@ BAD_TABLES = {
     "rows.txt": ('{"prompt": "a"}\n', "rows.txt is not one prompt per line: .* name it .jsonl"),
     "two.json": ('{"harmful": ["a"], "harmless": ["b"]}', "two.json is an object with the keys harmful, harmless"),
     "again.jsonl": ('{"prompt": "a", "label": "safe", "label": "unsafe"}\n', "line 1 is not valid JSON: .* repeated"),
-    "turns.jsonl": ('{"turns": ["a", "b"]}\n', "turns.jsonl, line 1 has 2 requests"),
+    "turns.jsonl": ('{"turns": ["a", " "]}\n', "turns.jsonl, line 1: a message of the user is empty"),
     "nested.jsonl": ('{"prompt": {"text": "a"}}\n', "nested.jsonl, line 1 has no prompt"),
     "escape.jsonl": ('{"prompt": "a"}\n{"prompt": "a\\u001b[31m"}\n', r"escape.jsonl, line 2: .* U\+001B"),
     "null.txt": ("a\nb\x00c\n", r"null.txt, line 2: .* U\+0000"),

@@ -286,7 +286,8 @@ class Journal:
             )
 
     def _seal(self, entry: Mapping[str, Any]) -> str:
-        return hmac.digest(own_key(), plain_json([self.parts, dict(entry)]), "sha256").hex()
+        parts = dict(sorted(self.parts.items()))
+        return hmac.digest(own_key(), plain_json([parts, dict(entry)]), "sha256").hex()
 
     def _damaged(self, number: int, why: str) -> DapaError:
         return UsageError(

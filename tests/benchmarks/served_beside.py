@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--attacks", default="prefill")
     parser.add_argument("--limit", type=int, default=24, help="of prompts of each kind")
     parser.add_argument("--max-new-tokens", type=int, default=100, help="of each answer")
+    parser.add_argument("--dtype", help="that the model here computes in; default: that of its weights")
     parser.add_argument("--concurrency", type=int, default=8, help="of requests")
     arguments = parse(parser, argv, limit=2, max_new_tokens=4)
     found = dapa_merge.evaluate(
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         served=arguments.url,
         served_models=arguments.names,
         concurrency=arguments.concurrency,
+        dtype=arguments.dtype,
     )
     (_, here), *there = found.models.items()
     print("| model | prompts | refused | same verdict as here | same answer as here |\n|---|---|---|---|---|")

@@ -43,6 +43,11 @@ class Response:
     others: Mapping[str, str] = field(default_factory=dict)
     earlier: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Response:
+        """From plain data, as `asdict` makes it."""
+        return cls(**{**data, "earlier": tuple(data.get("earlier", ()))})
+
 
 @dataclass(frozen=True)
 class CategoryFigure:

@@ -158,7 +158,7 @@ def _source_alone(recipe: Recipe, plan: Plan, meter: Meter, where: Where, journa
         noted = journal.notes[name]
         figures = read_figures(noted["figures"])
         LOG.info(f"the source was measured before: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
-        return MeasuredModel(figures, [Response(**response) for response in noted["responses"]])
+        return MeasuredModel(figures, [Response.from_json(response) for response in noted["responses"]])
     began, measured = time.monotonic(), measure()
     noted = {"figures": jsonable(asdict(measured.figures)), "responses": list(map(asdict, measured.responses))}
     journal.note(name, noted, time.monotonic() - began)

@@ -161,7 +161,7 @@ class Bench(Resident):
         responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
         for piece, one in wanted.items():
             if one.kind is not None:
-                responses[one.kind] += [Response(**said) for said in journal.pieces[piece]]
+                responses[one.kind] += [Response.from_json(said) for said in journal.pieces[piece]]
         figures = {
             limited.figure: journal.pieces[f"{name}: {limited.figure}"]
             if limited.kind is None

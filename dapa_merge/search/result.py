@@ -42,7 +42,7 @@ class Baseline:
         """
         try:
             figures = {name: float(value) for name, value in data.items() if name != "responses"}
-            return cls(figures, tuple(Response(**response) for response in data["responses"]))
+            return cls(figures, tuple(Response.from_json(response) for response in data["responses"]))
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise UsageError(
                 f"the journal has no figures where they should be ({one_line(error)}); remove it to search again"

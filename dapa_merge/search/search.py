@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
@@ -34,7 +34,6 @@ from dapa_merge.search.identity import open_journal
 from dapa_merge.search.journal import Journal, MarkedJournal
 from dapa_merge.search.parts import Part, Parts, best_part, how_to_pick, nearest
 from dapa_merge.search.requirement import (
-    Piece,
     Requirement,
     is_noise,
     limits_text,
@@ -44,7 +43,7 @@ from dapa_merge.search.requirement import (
 )
 from dapa_merge.search.result import Asked, Baseline, Point, Search, thrift
 from dapa_merge.search.rounds import Helpers, Rounds
-from dapa_merge.search.workers import Oracle, Test, Workers, in_order, names_of
+from dapa_merge.search.workers import Oracle, Workers, in_order, is_test, names_of, pieces_of_test
 
 Prior = Mapping[Unit, float]
 # How far from the target a selection may stray: so many times as far as the point that it is part of, or, in nats a
@@ -309,9 +308,9 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
     recorded = frozenset(journal.tests)
     if recorded:
         LOG.info(f"{len(recorded)} tests are in the journal already")
-    if not all(map(_is_test, journal.tests.values())):
+    if not all(map(is_test, journal.tests.values())):
         raise UsageError(f"the journal {journal.path} has tests that no search makes; remove it to search again")
-    bench.require(limits).learn(piece for test in journal.tests.values() for piece in _pieces(test))
+    bench.require(limits).learn(piece for test in journal.tests.values() for piece in pieces_of_test(test))
     try:
         with closing(_workers(session, limits)) as workers:
             oracle = Oracle(journal, workers)
@@ -335,7 +334,7 @@ def _search_units(session: Session, limits: Requirement, target: Baseline, full:
         num_candidates,
         num_recorded=len(oracle.asked.keys() & recorded),
         num_unneeded=len(set(journal.tests) - recorded - oracle.asked.keys()),
-        num_asked=sum(piece.num_prompts for test in tests for piece in _pieces(test)),
+        num_asked=sum(piece.num_prompts for test in tests for piece in pieces_of_test(test)),
         num_prompts=sum(test["num_prompts"] for test in tests),
         seconds=0.0,
         plan=plan,
@@ -586,21 +585,7 @@ def _path(session: Session, oracle: Oracle, target: Baseline, full: Baseline) ->
             # The empty and the full selection are not tested: they are the baselines.
             yield Asked(tuple(in_order(units)), bool(units), (full if units else target).score)
             continue
-        asked = [piece for piece in _pieces(test) if piece.kind == session.bench.constraints[0].check]
+        asked = [piece for piece in pieces_of_test(test) if piece.kind == session.bench.constraints[0].check]
         num_prompts = sum(piece.num_prompts for piece in asked)
         score = 1 - sum(piece.num_wrong for piece in asked) / num_prompts if num_prompts else None
         yield Asked(tuple(in_order(units)), bool(test["holds"]), score)
-
-
-def _is_test(test: Test) -> bool:
-    """Whether a test has the pieces and counts that a search records; a stranger may have written anything."""
-    names = {item.name for item in fields(Piece)}
-    pieces, total = test.get("pieces"), test.get("num_prompts")
-    if not isinstance(pieces, list) or not all(isinstance(piece, dict) and set(piece) == names for piece in pieces):
-        return False
-    counts = [total, *(value for piece in pieces for name, value in piece.items() if name != "kind")]
-    return all(type(value) is int and 0 <= value < 1 << 53 for value in counts)
-
-
-def _pieces(test: Test) -> list[Piece]:
-    return [Piece(**piece) for piece in test["pieces"]]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Protocol, cast
 
 from dapa_merge.checkpoint.units import Unit
@@ -17,6 +18,7 @@ from dapa_merge.progress import LOG, remain
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.search.cluster import Actors
 from dapa_merge.search.journal import Journal, MarkedJournal
+from dapa_merge.search.requirement import Piece
 
 Selection = frozenset[Unit]
 # The outcome of a test, as the journal has it: a `Verdict` as plain data, and its `seconds`.
@@ -159,3 +161,18 @@ def names_of(units: Collection[Unit]) -> frozenset[str]:
 def note_of(what: str, units: Iterable[object]) -> str:
     """A name for a journal's note on some units (or whatever decides it), short even for many."""
     return f"{what} {hashlib.sha256(' '.join(map(str, units)).encode()).hexdigest()[:32]}"
+
+
+def is_test(test: Test) -> bool:
+    """Whether a test has the pieces and counts that a search records; a stranger may have written anything."""
+    names = {item.name for item in fields(Piece)}
+    pieces, total = test.get("pieces"), test.get("num_prompts")
+    if not isinstance(pieces, list) or not all(isinstance(piece, dict) and set(piece) == names for piece in pieces):
+        return False
+    counts = [total, *(value for piece in pieces for name, value in piece.items() if name != "kind")]
+    return all(type(value) is int and 0 <= value < 1 << 53 for value in counts)
+
+
+def pieces_of_test(test: Test) -> list[Piece]:
+    """The pieces of prompts that a test asked."""
+    return [Piece(**piece) for piece in test["pieces"]]

@@ -251,7 +251,7 @@ class TraceSession:
                 said = measurement.judge("harmful", self.meter.prompts.harmful)
             self.journal.note(note, [asdict(response) for response in said])
             self.journal.note(SECONDS_NOTE, time.perf_counter() - start)
-        return [Response(**response) for response in self.journal.notes[note]]
+        return [Response.from_json(response) for response in self.journal.notes[note]]
 
     def _check_tracing(self, bench: Bench, contrasts: Sequence[Contrast]) -> None:
         """Read the cases with the target, so that errors show before hours of work."""

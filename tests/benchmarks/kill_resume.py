@@ -112,7 +112,7 @@ def tests_of(journal: Path) -> list[dict]:
 def check(journal: Path) -> int:
     """End with a fault if anything stands in a journal twice; else the number of its tests."""
     entries = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
-    names = [str(entry.get("note") or sorted(entry["selection"])) for entry in entries[1:]]
+    names = [str(entry.get("note") or entry.get("piece") or sorted(entry["selection"])) for entry in entries[1:]]
     if len(set(names)) != len(names):
         sys.exit("FAULT: something was asked twice")
     return len(tests_of(journal))

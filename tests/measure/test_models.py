@@ -247,7 +247,7 @@ def test_figures_tell_the_target_from_the_repaired_model(mini, prompts):
 
 
 def test_a_model_that_says_nothing_defends_nothing(mini, prompts, monkeypatch):
-    monkeypatch.setattr("dapa_merge.measure.meter.generate", lambda *_, **__: [""] * 24)
+    monkeypatch.setattr("dapa_merge.measure.meter.generate", lambda _, __, prompts, **___: [""] * len(prompts))
     figures = Meter(prompts, 24, BatchSize(24)).measure(mini.model, mini.tokenizer)
     assert (figures.dsr, figures.figures().degenerate) == (0, 1)
 

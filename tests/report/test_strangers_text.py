@@ -137,7 +137,7 @@ def test_the_page_of_a_trace_holds_no_markup_of_a_strangers():
     agreed = {"jaccard": 1.0, "jaccard_by_chance": 1.0, "spearman": 1.0, "low": 1.0, "high": 1.0, "number": 1}
     group = {"group": EVIL, "num_units": 1, "inserted": 0.5, "random_inserted": [], "full": 1.0, "reverted": 0.5}
     summary = {
-        "target": EVIL, "source": EVIL, "prompts": EVIL, "version": EVIL, "findings": [EVIL],
+        "target": EVIL, "source": EVIL, "prompts": EVIL, "version": EVIL, "findings": [EVIL], "arithmetic": EVIL,
         "groups": {"measure": EVIL, "groups": [{**group, "random_reverted": []}]},
         "units": [{"unit": EVIL, "attribution": 1.0, "influence_on_refusing": cells(1.0),
                    "influence_on_hidden_state": cells(1.0), "selected": True}],

@@ -540,22 +540,22 @@ def test_what_was_searched_before_is_not_searched_again(own_cache, tmp_path, no_
 
 
 def test_a_trace_says_beforehand_how_long_it_takes_and_counts_what_it_asks(tmp_path, no_pictures, monkeypatch):
-    recipe, asked, lines = planted_recipe(tmp_path, 16), [0], []
+    recipe, asked, lines = planted_recipe(tmp_path, 8, max_new_tokens=8), [0], []
     monkeypatch.setattr(expecting, "TOLD_SECONDS", 0)
     monkeypatch.setattr(
         "dapa_merge.measure.generate.advance", lambda number, _: asked.__setitem__(0, asked[0] + number)
     )
     told = Expected.tell
     monkeypatch.setattr(Expected, "tell", lambda self: (lines.append(self), told(self)))
-    result = call("trace", recipe, tmp_path / "out", *QUICK)
+    result = call("trace", recipe, tmp_path / "out", *QUICKER)
     assert result.exit_code == 0, result.stderr
     assert re.search(r"this takes about .* on cpu, about \d+ tests, .* GB of its memory and the batches", result.stderr)
     (first,) = lines
     assert list(first.parts) == ["search", "answers", "influence", "groups", "edits", "traces"]
     # Those of groups are counted by the edit.
-    total = sum(part.get("prompts", 0) for part in first.parts.values()) + first.parts["groups"]["edits"] * 8
+    total = sum(part.get("prompts", 0) for part in first.parts.values()) + first.parts["groups"]["edits"] * 4
     assert asked[0] / 2 <= total <= 2 * asked[0]
-    assert call("trace", recipe, tmp_path / "out", *QUICK).exit_code == 0
+    assert call("trace", recipe, tmp_path / "out", *QUICKER).exit_code == 0
     again = lines[1].parts
     assert (again["answers"]["prompts"], again["traces"]["runs"]) == (0, 0)
     assert again["groups"]["edits"] < first.parts["groups"]["edits"] / 4

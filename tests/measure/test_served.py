@@ -113,7 +113,7 @@ def test_a_request_that_fails_is_undecided_and_only_that_is_asked_again(few):
         first = evaluate(url, few, "--json")
         figures = json.loads(first.stdout)
         assert (figures["dsr"], figures["undecided"], figures["over_refusal"]) == (0.75, 0.25, 0)
-        assert "1 of 4 requests failed, and their prompts are undecided: HTTP 500 (1)" in first.stderr
+        assert "1 of 8 requests failed, and their prompts are undecided: HTTP 500 (1)" in first.stderr
         assert "the same command asks again what failed" in first.stderr
         broken[0] = False
         log.requests.clear()

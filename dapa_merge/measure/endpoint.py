@@ -303,7 +303,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
             said = " ".join(str(error).split()).removeprefix(f"Error code: {error.status_code} - ")
             said = said.replace(os.environ.get(KEY, "").strip() or "\0", "***")
             wait = error.response.headers.get("retry-after", "")
-            more = f": {said[:200]}" if error.status_code in (400, 422) else ""
+            more = f": {said[:200]}" if error.status_code in (400, 422, 503) else ""
             return f"HTTP {error.status_code}{more}" + (f", asking to wait {wait} seconds" if wait.isdecimal() else "")
         if not isinstance(error, APIConnectionError):
             return f"the answer is not a chat completion ({type(error).__name__})"

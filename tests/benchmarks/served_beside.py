@@ -1,6 +1,6 @@
-"""A model here and the same behind a server, figure by figure: `served_beside.py FOLDER URL NAME [NAME ...]`.
+"""A model here and the same behind servers, figure by figure: `served_beside.py FOLDER NAME=URL [NAME=URL ...]`.
 
-Measures the folder, and then each model that the server at URL has under a NAME (the folder converted, quantized, or as
+Measures the folder, and then each model that a server at URL has under a NAME (the folder converted, quantized, or as
 it is), on the same prompts with the same length of answers. An answer is the same if one begins with the other: a local
 one ends where its verdict is certain.
 """
@@ -13,8 +13,10 @@ from itertools import groupby
 
 from tiny import parse
 
-import dapa_merge
+from dapa_merge.measure.evaluate import evaluate_models
 from dapa_merge.measure.figures import Response
+from dapa_merge.recipe.asking import Asking, ServedModel
+from dapa_merge.recipe.options import Options
 
 
 def rows(name: str, here: Sequence[Response], there: Sequence[Response]) -> Iterator[str]:
@@ -39,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="the model here")
-    parser.add_argument("url", help="the server's address, such as http://localhost:8080/v1")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of a model there")
+    parser.add_argument("served", nargs="+", metavar="NAME=URL", help="as out-q4=http://localhost:8080/v1")
     parser.add_argument("--prompts", default="builtin")
     parser.add_argument("--attacks", default="prefill")
     parser.add_argument("--limit", type=int, default=24, help="of prompts of each kind")
@@ -48,16 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", help="that the model here computes in; default: that of its weights")
     parser.add_argument("--concurrency", type=int, default=8, help="of requests")
     arguments = parse(parser, argv, limit=2, max_new_tokens=4)
-    found = dapa_merge.evaluate(
-        arguments.folder,
-        prompts=arguments.prompts,
+    served = [ServedModel(*one.split("=", 1), arguments.concurrency) for one in arguments.served]
+    found = evaluate_models(
+        [arguments.folder, *served],
+        arguments.prompts,
+        Options(dtype=arguments.dtype),
+        asking=Asking(limit=arguments.limit),
         attacks=arguments.attacks,
-        limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
-        served=arguments.url,
-        served_models=arguments.names,
-        concurrency=arguments.concurrency,
-        dtype=arguments.dtype,
     )
     (_, here), *there = found.models.items()
     print("| model | prompts | refused | same verdict as here | same answer as here |\n|---|---|---|---|---|")

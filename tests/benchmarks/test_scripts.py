@@ -72,7 +72,7 @@ def arguments(tmp_path, monkeypatch):
 
     def served() -> list[str]:
         url, _ = stack.enter_context(judge_server(lambda *_: Reply("Sure, sing."), prompt_in))
-        return [str(miniature.path("target")), url, "m"]
+        return [str(miniature.path("target")), f"m={url}"]
 
     stack = ExitStack()
     yield {

@@ -161,6 +161,13 @@ def test_a_server_that_is_not_there_is_one_sentence(few):
     assert "gives no usable answer: no connection; check that it runs" in result.stderr
 
 
+def test_a_server_that_is_still_loading_says_so(few):
+    with judge_server(lambda *_: fault(503, "Loading model", **SOON), prompt_in) as (url, _):
+        result = evaluate(url, few)
+    assert result.exit_code == 2
+    assert "gives no usable answer: HTTP 503: Loading model" in result.stderr
+
+
 @pytest.mark.parametrize(("status", "words"), [(401, "does not accept the key"), (404, "has no model 'm'")])
 def test_a_wrong_key_or_name_is_one_sentence_after_one_request(status, words, few):
     with judge_server(lambda *_: fault(status), prompt_in) as (url, log):

@@ -21,6 +21,7 @@ from dapa_merge.recipe.recipe import Recipe
 from dapa_merge.search.bench import make_bench
 from dapa_merge.search.forecast import forecast
 from dapa_merge.search.identity import open_journal
+from dapa_merge.search.requirement import is_noise
 from dapa_merge.search.result import Search
 from dapa_merge.search.search import Session, baselines, search_plan
 
@@ -126,7 +127,11 @@ def _own_journal(options: Options, edit: str) -> Options:
 
 
 def _possible(last: Attempt) -> float:
-    """The score of the last rung's full transplant; it remains in that rung's journal."""
+    """The score of the last rung's full transplant; it remains in that rung's journal.
+
+    Raises:
+        CannotRepair: If it is lower than the target's, so that no part of it needs to be tried.
+    """
     recipe, plan, options = last.recipe, last.plan, last.options
     parts = split_prompts(recipe)
     with (
@@ -134,5 +139,15 @@ def _possible(last: Attempt) -> float:
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
         journal.telling(),
     ):
-        _, full = baselines(Session(recipe, plan, bench, journal, options, parts.choice))
+        target, full = baselines(Session(recipe, plan, bench, journal, options, parts.choice))
+        loss = target.score - full.score
+        if loss > 0 and not is_noise(loss, bench.num_of_kind.get(bench.constraints[0].kind or "", 0)):
+            told = (
+                f"with all {len(plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without "
+                f"them {target.score:.3f}"
+            )
+            raise CannotRepair(
+                f"the source {recipe.source} makes the target {recipe.target} worse: {told}; were the two swapped?",
+                told,
+            )
         return full.score

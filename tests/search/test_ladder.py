@@ -24,6 +24,7 @@ from dapa_merge.publish.write_card import write_card
 from dapa_merge.recipe.options import Options
 from dapa_merge.recipe.parse import load_recipe, parse_recipe
 from dapa_merge.report.report import read_report
+from dapa_merge.search import ladder
 from dapa_merge.search.search import search_plan
 
 PAIR = miniature.path("target"), miniature.path("source")
@@ -147,7 +148,20 @@ def test_a_rung_must_reach_what_is_possible(few):
     assert re.fullmatch(r"with all \d+ units its DSR is .* below the \d\.\d+ required", refused.value.why)
 
 
-def test_if_no_rung_repairs_the_error_says_why_each_does_not(write_recipe, few, tmp_path):
+def test_models_that_are_swapped_are_seen_before_any_edit_is_tried(few, tmp_path):
+    asked = ("--prompts", few, "--max-new-tokens", 12, "--batch-size", 128)
+    result = call("repair", *reversed(PAIR), tmp_path / "out", *asked)
+    assert result.exit_code == 3
+    error = result.stderr.splitlines()[-1]
+    said = r"with all \d+ units transplanted the DSR is [01]\.\d+, and without them [01]\.\d+; were the two swapped\?"
+    assert re.search(rf"the source .*target makes the target .*source worse: {said}", error)
+    assert "try 1 of" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_if_no_rung_repairs_the_error_says_why_each_does_not(write_recipe, few, tmp_path, monkeypatch):
+    # A loss that may be chance ends nothing.
+    monkeypatch.setattr(ladder, "is_noise", lambda *_: True)
     recipe = write_recipe(*reversed(PAIR), edit="auto", prompts=few, max_new_tokens=12, batch_size=128)
     result = call("run", recipe, tmp_path / "out")
     assert result.exit_code == 3

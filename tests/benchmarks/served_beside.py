@@ -15,6 +15,7 @@ from tiny import parse
 
 from dapa_merge.measure.evaluate import evaluate_models
 from dapa_merge.measure.figures import Response
+from dapa_merge.measure.meter import MeasuredModel
 from dapa_merge.recipe.asking import Asking, ServedModel
 from dapa_merge.recipe.options import Options
 
@@ -50,20 +51,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--concurrency", type=int, default=8, help="of requests")
     arguments = parse(parser, argv, limit=2, max_new_tokens=4)
     served = [ServedModel(*one.split("=", 1), arguments.concurrency) for one in arguments.served]
-    found = evaluate_models(
+    here: dict[str, MeasuredModel] = {}
+
+    def tell(name: str, measured: MeasuredModel) -> None:
+        first = here.setdefault("here", measured)
+        # Kinds that a server was not asked are left out.
+        kinds = {response.kind for response in measured.responses}
+        ours = [response for response in first.responses if response.kind in kinds]
+        print(*rows("here" if measured is first else name, ours, measured.responses), sep="\n", flush=True)
+
+    print("| model | prompts | refused | same verdict as here | same answer as here |\n|---|---|---|---|---|")
+    evaluate_models(
         [arguments.folder, *served],
         arguments.prompts,
         Options(dtype=arguments.dtype),
         asking=Asking(limit=arguments.limit),
+        tell=tell,
         attacks=arguments.attacks,
         max_new_tokens=arguments.max_new_tokens,
     )
-    (_, here), *there = found.models.items()
-    print("| model | prompts | refused | same verdict as here | same answer as here |\n|---|---|---|---|---|")
-    for name, measured in [("here", here), *there]:
-        # Kinds that a server was not asked are left out.
-        kinds = {response.kind for response in measured.responses}
-        print(*rows(name, [one for one in here.responses if one.kind in kinds], measured.responses), sep="\n")
 
 
 if __name__ == "__main__":

@@ -358,9 +358,9 @@ def run(
 ) -> None:
     """Repair a model from a recipe.
 
-    Writes the repaired target of RECIPE to OUT, which must not exist. Searches for the layers unless the recipe names
-    them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and skill, and
-    writes a model card.
+    Writes the repaired target of RECIPE to OUT, which must be absent or empty. Searches for the layers unless the
+    recipe names them, transplants, verifies every byte, reports what it did to safety, over-refusal, perplexity and
+    skill, and writes a model card.
     """
     if no_evaluate:
         refuse_options(EVALUATING_NAMES, "is for evaluating; leave out either it or --no-evaluate")
@@ -448,7 +448,7 @@ def repair(
     """Repair TARGET with SOURCE, without a recipe.
 
     TARGET is the fine-tune that answers too much, SOURCE the aligned model of the same family and size: folders or Hub
-    ids, also id@revision. Writes the repaired TARGET to OUT, which must not exist.
+    ids, also id@revision. Writes the repaired TARGET to OUT, which must be absent or empty.
 
     Tries one edit after the other, as a recipe with `edit: auto` does, and takes the first that meets the limits: gate
     projections copied from SOURCE; with --pretrained, what was trained into SOURCE; a change along directions

@@ -502,8 +502,8 @@ def _minimum_of_bundles(
     if is_guided and not minimum.one_minimal:
         if 2 * num_left > len(bundles):
             LOG.info(
-                f"{num_left} of {len(bundles)} bundles are left after {minimum.tests} tests, and each of the others "
-                f"would take about one; all are kept (`max_tests` in the recipe goes on with the search)"
+                f"{num_left} of {len(bundles)} bundles seem to be needed after {minimum.tests} tests, and each of them "
+                f"would take about one more; all {len(bundles)} are kept (a recipe with a larger `max_tests` goes on)"
             )
             return Minimum(tuple(itertools.chain(*bundles)), minimum.tests, False, {}), prior, len(bundles)
         minimum = _minimize(session, oracle, bundles, prior, num_free=len(oracle.asked) - num_begun)

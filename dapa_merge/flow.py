@@ -181,6 +181,7 @@ def repair(
     write(recipe, plan, selection, out, report, extras, link=link, manifest=manifest, card=card)
     if PAGE_NAME in extras:
         LOG.info(f"what the models said, to read in a browser: {out / PAGE_NAME}")
+        LOG.info(f"to talk to both models: dapa-merge chat {shlex.quote(str(out))} --before")
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a comparison will take, before it begins: how many prompts, steps and parameters each row asks for.
+"""Estimates of a comparison, before it begins: how many prompts, steps and parameters each row asks for.
 
 Counted without a model in memory, by how many results each method has, how many settings are tried, and about how many
 tests a search makes. What the row's journal has is left out.
@@ -36,7 +36,7 @@ OTHER_NOTES = ("trial ", "score ", "search ", "attribution ", "refusals", "direc
 
 @dataclass(frozen=True)
 class RowForecast:
-    """What a row takes, about.
+    """The estimate of a row.
 
     Attributes:
         amounts: By part of the job, and by unit.
@@ -118,7 +118,7 @@ def forecast_row(
 
 
 def _searches(given: Recipe, recipe: Recipe, plan: Plan, parts: Parts, wanted: CompareOptions) -> dict[str, Work]:
-    """What each search takes; none where the recipe names its layers."""
+    """The estimates of the searches, by method; none where the recipe names its layers."""
     if recipe.layers is not None:
         return {}
     found: dict[str, Work] = {}
@@ -158,7 +158,7 @@ def _training_steps(wanted: CompareOptions) -> int:
 
 
 def forecast(rows: Collection[RowForecast], options: Options) -> Expected:
-    """What all rows take together; workers measure several at once."""
+    """The estimate of all rows together; workers measure several at once."""
     parts = {part: amounts for row in rows for part, amounts in row.amounts.items()}
     totals: dict[str, list[float]] = {}
     for row in rows:

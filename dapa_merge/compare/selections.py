@@ -72,7 +72,7 @@ def part_of(row: str, search: str) -> str:
 
 @dataclass
 class _Taken:
-    """What a search took over from `run`, whose cost is part of its own."""
+    """Counts the work of `run` that a search takes over, which is part of its own cost."""
 
     number: int = 0
     seconds: float = 0.0

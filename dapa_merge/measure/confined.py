@@ -60,7 +60,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapp
 
 @functools.lru_cache(maxsize=16)
 def template_fault(template: str) -> str | None:
-    """What is wrong with the syntax of a chat template, as the rest of a sentence; None if nothing is."""
+    """The fault in the syntax of a chat template, as the rest of a sentence; None if there is none."""
     try:
         found = None if _is_ours(template) else _ask("compile", template)
     except Unfinished as error:

@@ -554,9 +554,10 @@ class BatchSize:
             return
         rate = number / max(seconds, 1e-9)
         self._num_tried += 1
-        if rate < GAIN * self._last_rate and self._num_tried < TRIES:
+        if rate < GAIN * self._last_rate:
+            self._doubling = self._num_tried < TRIES
             return
-        if rate < GAIN * self._last_rate or not _memory_for_double() or self.size >= LARGEST:
+        if not _memory_for_double() or self.size >= LARGEST:
             self._doubling = False
             return
         self._last_rate, self._num_tried = rate, 0

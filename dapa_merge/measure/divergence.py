@@ -152,8 +152,8 @@ def divergences(
     """Compute the KL(target || model) of each row, summed over its counted tokens, in nats.
 
     Exact over the vocabulary, in float32 (float64 for a model in it) from logits in the model's dtype. If the two
-    vocabularies differ in size, both distributions are restricted to their common entries. Call it in
-    `batch_invariant`. The logits of both are divided by the temperature. `read` computes the model's.
+    vocabularies differ in size, both distributions are restricted to their common entries. The
+    logits of both are divided by the temperature. `read` computes the model's.
 
     Returns:
         `[rows]`, on the model's device; with a graph if gradients are enabled.
@@ -191,7 +191,8 @@ def _target_logits(model: PreTrainedModel, rows: Sequence[ReferenceRow]) -> list
     if rows[0].is_logits:
         return known
     # In one call, because it may upcast the layer's whole weight.
-    logits = model.get_output_embeddings()(torch.cat(known)).to(model.device)
+    with batch_invariant(model):
+        logits = model.get_output_embeddings()(torch.cat(known)).to(model.device)
     return list(torch.split(logits, [row.num_counted for row in rows]))
 
 

@@ -148,7 +148,7 @@ def evaluate_models(
 
 
 def _expected(opened: Mapping[str, Checkpoint | None], meter: Meter, options: Options) -> Expected:
-    """What measuring models takes; how fast a served one answers, nobody knows before."""
+    """The estimate for measuring models; how fast a served one answers, nobody knows before."""
     local = [one for one in opened.values() if one is not None]
     parts = {name: {"prompts": meter.num_prompts} for name in opened}
     if not local:

@@ -1,4 +1,4 @@
-"""What a job takes, before it begins: seconds on this device, memory, and bytes to fetch; no model is loaded.
+"""Estimates of a job, before it begins: seconds on this device, memory, and bytes to fetch; no model is loaded.
 
 Seconds come from a short calibration: matrices of the shapes and dtype of the target's first layer, with random values,
 are multiplied as in an answer and as in a step of a choice. Attention, and what Python does between, are estimated. So
@@ -35,7 +35,7 @@ MAX_ROWS = 4096
 
 @dataclass(frozen=True)
 class Expected:
-    """What a job takes, about.
+    """The estimate of a job.
 
     Attributes:
         parts: How much each part of the job does, by the part's name and by unit.
@@ -43,7 +43,7 @@ class Expected:
         memory_bytes: On the device, beside activations.
         fetch_bytes: That are not on this machine yet.
         device: Where the seconds were calibrated.
-        tests: Of delta debugging; 0 if there is none.
+        tests: Of delta debugging, in number; 0 without it.
     """
 
     parts: Mapping[str, Mapping[str, float]]

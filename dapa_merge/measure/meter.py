@@ -491,7 +491,7 @@ def make_meter(
 
 
 def _system_of(prompts: PromptSet) -> str | None:
-    """What a task of the harness is asked after; None if it is asked without a chat template."""
+    """The system message before a task of the harness; None if it is asked without a chat template."""
     return prompts.system if prompts.is_formatted else None
 
 

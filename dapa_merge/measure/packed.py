@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dapa_merge.measure.determinism import batch_invariant
-from dapa_merge.measure.perplexity import ScoredText, counted_logits, only_logits
+from dapa_merge.measure.perplexity import ScoredText, counted_logits, only_logits, without_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +84,7 @@ def _packed(model: PreTrainedModel, rows: Sequence[ScoredText], shared: int) -> 
             input_ids=torch.tensor([ids], device=model.device),
             attention_mask=mask[None, None],
             position_ids=torch.tensor([positions], device=model.device),
-            **({"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}),
+            **without_cache(model),
             **only_logits(model, torch.tensor(wanted, dtype=torch.long, device=model.device)),
         ).logits
     return list(torch.split(logits[0], [len(row.ids) - row.num_context for row in rows]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -183,13 +183,19 @@ def _logits_from(
     model: PreTrainedModel, input_ids: torch.Tensor, mask: torch.Tensor | None, first: int
 ) -> torch.Tensor:
     """Compute only the logits `[rows, positions from first on, vocabulary]`; all would take most of the memory."""
-    known = inspect.signature(model.forward).parameters
-    # The key-value cache is not needed, and that of many rows would take most of the memory.
-    inputs = {"input_ids": input_ids, "attention_mask": mask} | ({"use_cache": False} if "use_cache" in known else {})
+    inputs = {"input_ids": input_ids, "attention_mask": mask, **without_cache(model)}
     kept = only_logits(model, torch.arange(first, input_ids.shape[1], device=input_ids.device))
     with batch_invariant(model):
         logits = model(**inputs, **kept).logits
     return torch.as_tensor(logits if kept else logits[:, first:])
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """The argument with which a model keeps no keys and values; empty if it does not know it.
+
+    They are not needed, and those of many rows would take most of the memory.
+    """
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def only_logits(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -116,7 +116,7 @@ class Served(Endpoint[str, Said]):
         identity = json.dumps([url, model, self._parameters], sort_keys=True)
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._record = Record(cache_folder("served") / f"{name}.jsonl")
-        # Or why there is none.
+        # How answers are continued, or why they cannot be; None until it was tried.
         self._continuation: Continuation | str | None = None
         # Of an earlier measurement, by digests of the prompts.
         self._stored: dict[str, Said] = {}

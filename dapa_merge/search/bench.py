@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -110,6 +109,11 @@ class Bench(Resident):
         return {kind: sum(sizes) for kind, sizes in self.sizes.items()}
 
     @property
+    def num_scored(self) -> int:
+        """The number of prompts that a score is a share of; 0 if it is none."""
+        return self.num_of_kind.get(self.constraints[0].kind or "", 0)
+
+    @property
     def num_prompts(self) -> int:
         """The number of prompts in a full examination."""
         checks = {constraint.check for constraint in self.constraints}
@@ -148,20 +152,16 @@ class Bench(Resident):
             total = sum(one.num_prompts for one in missing.values())
             refers = any(one.refers for one in missing.values())
             shown = task(what, total, "prompts") if what else nullcontext()
-            waiting = [one for one in missing.values() if one.kind is not None]
             with shown, self._candidate(selection, refers=refers) as candidate:
+                candidate.wanted = [one.piece for one in missing.values() if one.piece is not None]
                 for piece, one in missing.items():
                     began = time.monotonic()
-                    if one in waiting:
-                        together = _together(waiting)
-                        candidate.answer([(each.kind or "", each.number) for each in together])
-                        waiting = waiting[len(together) :]
                     value = one.make(candidate)
                     journal.piece(piece, value, time.monotonic() - began)
         responses: dict[str, list[Response]] = {kind: [] for kind in PROMPT_KINDS}
         for piece, one in wanted.items():
-            if one.kind is not None:
-                responses[one.kind] += [Response.from_json(said) for said in journal.pieces[piece]]
+            if one.piece is not None:
+                responses[one.piece[0]] += [Response.from_json(said) for said in journal.pieces[piece]]
         figures = {
             limited.figure: journal.pieces[f"{name}: {limited.figure}"]
             if limited.kind is None
@@ -193,7 +193,7 @@ class Bench(Resident):
         pieces = self._pieces[kind]
         return {
             f"{kind} {number + 1} of {len(pieces)}": _Measurement(
-                functools.partial(_responses_of, kind, number), kind, len(piece), number=number
+                functools.partial(_responses_of, kind, number), (kind, number), len(piece)
             )
             for number, piece in enumerate(pieces)
         }
@@ -220,22 +220,36 @@ class Bench(Resident):
 
 
 class _LiveExaminee:
-    """A measurement that is made piece by piece."""
+    """A measurement that is made piece by piece.
+
+    Attributes:
+        wanted: The pieces, each given by its kind and number, of which some are run together, in this order.
+    """
 
     def __init__(self, measurement: Measurement, pieces: Mapping[str, Sequence[tuple[str, ...]]]) -> None:
         self._measurement = measurement
         self._pieces = pieces
         self._judged: dict[tuple[str, int], list[Response]] = {}
+        self.wanted: Sequence[tuple[str, int]] = ()
 
     def responses(self, kind: str, piece: int) -> list[Response]:
         if (kind, piece) not in self._judged:
-            self._judged[kind, piece] = self._measurement.judge(kind, self._pieces[kind][piece])
+            asked = self._together(kind, piece)
+            found = self._measurement.judge_all([(one, self._pieces[one][number]) for one, number in asked])
+            self._judged |= dict(zip(asked, found, strict=True))
         return self._judged[kind, piece]
 
-    def answer(self, wanted: Sequence[tuple[str, int]]) -> None:
-        """Run several pieces, each given by its kind and number, at once."""
-        found = self._measurement.judge_all([(kind, self._pieces[kind][number]) for kind, number in wanted])
-        self._judged |= dict(zip(wanted, found, strict=True))
+    def _together(self, kind: str, piece: int) -> list[tuple[str, int]]:
+        """A piece, and as many of those that are wanted with it as are run at once."""
+        asked = [(kind, piece)]
+        total = len(self._pieces[kind][piece])
+        for one in self.wanted:
+            if one in self._judged or one in asked:
+                continue
+            if (total := total + len(self._pieces[one[0]][one[1]])) > AT_ONCE:
+                break
+            asked.append(one)
+        return asked
 
     def all_responses(self, kind: str) -> list[Response]:
         return [response for index in range(len(self._pieces[kind])) for response in self.responses(kind, index)]
@@ -252,23 +266,15 @@ class _Measurement:
 
     Attributes:
         make: Measures it, as plain data.
-        kind: Of the prompts whose responses it is; None for a figure.
+        piece: The kind and number of the prompts whose responses it is; None for a figure.
         num_prompts: That are asked.
         refers: Whether it compares with the target's own answers.
-        number: Of the kind's piece.
     """
 
     make: Callable[[_LiveExaminee], Any]
-    kind: str | None
+    piece: tuple[str, int] | None
     num_prompts: int
     refers: bool = False
-    number: int = 0
-
-
-def _together(pieces: Sequence[_Measurement]) -> Sequence[_Measurement]:
-    """As many of the first pieces of prompts as are run at once, at least one."""
-    totals = itertools.accumulate(one.num_prompts for one in pieces)
-    return pieces[: max(1, sum(total <= AT_ONCE for total in totals))]
 
 
 def _figure_of(constraint: Constraint, candidate: _LiveExaminee) -> float:

@@ -23,7 +23,7 @@ from dapa_merge.search.forecast import forecast
 from dapa_merge.search.identity import open_journal
 from dapa_merge.search.requirement import is_noise
 from dapa_merge.search.result import Search
-from dapa_merge.search.search import Session, baselines, search_plan
+from dapa_merge.search.search import Session, baselines, scores_text, search_plan
 
 Outcome = TypeVar("Outcome")
 
@@ -139,13 +139,11 @@ def _possible(last: Attempt) -> float:
         closing(open_journal(recipe, plan, bench, options.journal)) as journal,
         journal.telling(),
     ):
-        target, full = baselines(Session(recipe, plan, bench, journal, options, parts.choice))
+        session = Session(recipe, plan, bench, journal, options, parts.choice)
+        target, full = baselines(session)
         loss = target.score - full.score
-        if loss > 0 and not is_noise(loss, bench.num_of_kind.get(bench.constraints[0].kind or "", 0)):
-            told = (
-                f"with all {len(plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and without "
-                f"them {target.score:.3f}"
-            )
+        if loss > 0 and not is_noise(loss, bench.num_scored):
+            told = scores_text(session, target, full)
             raise CannotRepair(
                 f"the source {recipe.source} makes the target {recipe.target} worse: {told}; were the two swapped?",
                 told,

@@ -416,11 +416,19 @@ def _check_finite(plan: Plan, names: Sequence[str]) -> None:
                 raise not_finite(regions[name].name, plan.models, name)
 
 
+def scores_text(session: Session, target: Baseline, full: Baseline) -> str:
+    """The scores of the full transplant and of the target, as a part of a sentence."""
+    return (
+        f"with all {len(session.plan.units)} units transplanted the {session.bench.measure} is {full.score:.3f}, and "
+        f"without them {target.score:.3f}"
+    )
+
+
 def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
     """The limits of a selection; raises `CannotRepair` if the full transplant violates one or gains nothing."""
     recipe, bench = session.recipe, session.bench
     modules = ", ".join(session.plan.modules)
-    number = bench.num_of_kind.get(bench.constraints[0].kind or "", 0)
+    number = bench.num_scored
     gain = full.score - target.score
     if gain <= 0 or is_noise(gain, number):
         others = auto_modules(session.plan.target.config, session.plan.target.shapes)
@@ -428,10 +436,7 @@ def _limits(session: Session, target: Baseline, full: Baseline) -> Requirement:
         has_all = recipe.is_auto or parts_of_modules(others) <= parts_of_modules(recipe.modules)
         noise = f", which may be noise of {noisy_prompts(number)} in {number} prompts" if gain > 0 else ""
         more = "" if has_all else "; other modules may: try `modules: auto`"
-        told = (
-            f"with all {len(session.plan.units)} units transplanted the {bench.measure} is {full.score:.3f}, and "
-            f"without them {target.score:.3f}{noise}"
-        )
+        told = f"{scores_text(session, target, full)}{noise}"
         raise CannotRepair(
             f"the source {recipe.source} cannot repair this target through its modules {modules}: {told}{more}", told
         )

@@ -1,6 +1,6 @@
 """Requests to the Hub, repeated where that helps; the one place that turns the Hub's errors into messages.
 
-Importing huggingface_hub takes half a second, so only modules that may need the Hub import this one.
+huggingface_hub loads its client at the first request: importing this module costs a local repair nothing.
 """
 
 from __future__ import annotations
@@ -11,21 +11,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id
+import huggingface_hub
+from huggingface_hub import constants
 
 from dapa_merge.errors import DapaError, HubError, UsageError, one_line
 
@@ -59,9 +51,23 @@ class Moved(HubError):
     """The branch moved since it was read."""
 
 
-def api() -> HfApi:
+def api() -> huggingface_hub.HfApi:
     """huggingface_hub's client, with its default endpoint and token."""
-    return HfApi(library_name="dapa-merge")
+    return huggingface_hub.HfApi(library_name="dapa-merge")
+
+
+def hub_errors() -> Any:
+    """huggingface_hub's exceptions; their module imports an HTTP client."""
+    from huggingface_hub import errors
+
+    return errors
+
+
+def hub_utils() -> Any:
+    """huggingface_hub's further functions; their package imports an HTTP client."""
+    from huggingface_hub import utils
+
+    return utils
 
 
 def require_token() -> None:
@@ -70,7 +76,7 @@ def require_token() -> None:
     Raises:
         HubError: If no token is found, or OIDC does not yield one.
     """
-    if ask("get a token", get_token) is None:
+    if ask("get a token", huggingface_hub.get_token) is None:
         raise HubError(f"no token for the Hub was found; {LOG_IN}")
 
 
@@ -90,8 +96,8 @@ def check_id(repository: str) -> str:
 def is_id(text: str) -> bool:
     """Whether a text may be the id of a repository."""
     try:
-        validate_repo_id(text)
-    except HFValidationError:
+        hub_utils().validate_repo_id(text)
+    except hub_errors().HFValidationError:
         return False
     return True
 
@@ -146,7 +152,7 @@ def find(repository: str, revision: str | None = None) -> Any:
     def call() -> Any:
         try:
             return api().model_info(repository, revision=revision)
-        except RepositoryNotFoundError as error:
+        except hub_errors().RepositoryNotFoundError as error:
             if _is_rejected(error):
                 raise HubError(REJECTED) from error
             return None
@@ -156,7 +162,8 @@ def find(repository: str, revision: str | None = None) -> Any:
 
 def download(repository: str, name: str, commit: str) -> Path:
     """Fetch one file of a repository into huggingface_hub's cache; returns its path there."""
-    return Path(ask(f"get {name} of {repository}", lambda: hf_hub_download(repository, name, revision=commit)))
+    fetch = partial(huggingface_hub.hf_hub_download, repository, name, revision=commit)
+    return Path(ask(f"get {name} of {repository}", fetch))
 
 
 def fault(what: str, error: BaseException) -> HubError:
@@ -166,16 +173,16 @@ def fault(what: str, error: BaseException) -> HubError:
 
 
 def _explained(error: BaseException) -> tuple[type[HubError], str]:
-    status, said, summary = status_of(error), _said(error), _without_token(one_line(error))
+    hub, status, said, summary = hub_errors(), status_of(error), _said(error), _without_token(one_line(error))
     if isinstance(error, DapaError):
         return HubError, str(error)
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, hub.GatedRepoError):
         return HubError, f"it is gated; accept its terms{_page_of(error)}, and {LOG_IN}"
-    if status == 401 and (_is_rejected(error) or not isinstance(error, RepositoryNotFoundError)):
+    if status == 401 and (_is_rejected(error) or not isinstance(error, hub.RepositoryNotFoundError)):
         return HubError, REJECTED.replace(";", f"{said};", 1)
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, hub.RepositoryNotFoundError):
         return HubError, f"there is no such repository, or the token may not see it{said}; check the name, or {LOG_IN}"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, hub.RevisionNotFoundError):
         return HubError, f"there is no such revision{said}; name a branch, tag or commit"
     if _FULL.search(said):
         return HubError, f"the storage on the Hub is used up{said}; delete what is not needed there, or get more"
@@ -188,7 +195,7 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
     if isinstance(error, ValueError) and "metadata" in str(error):
         # The reason follows in further lines.
         return HubError, f"the Hub's rules refuse the card: {_without_token(' '.join(str(error).split()))[:400]}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, hub.OfflineModeIsEnabled):
         return NoAnswer, "HF_HUB_OFFLINE is set; unset it"
     if status == 429:
         return (
@@ -209,7 +216,7 @@ def _explained(error: BaseException) -> tuple[type[HubError], str]:
     return HubError, summary if status is None else f"it answers {status}{said}"
 
 
-def _page_of(error: GatedRepoError) -> str:
+def _page_of(error: Any) -> str:
     folder = "" if error.repo_type in (None, "model") else f"{error.repo_type}s/"
     return f" at {constants.ENDPOINT}/{folder}{error.repo_id}" if error.repo_id else ""
 
@@ -217,7 +224,7 @@ def _page_of(error: GatedRepoError) -> str:
 def _is_rejected(error: BaseException) -> bool:
     """Whether there is a token, and the Hub rejects it: then it denies that public repositories exist, too."""
     try:
-        return status_of(error) == 401 and get_token() is not None
+        return status_of(error) == 401 and huggingface_hub.get_token() is not None
     except Exception:
         return False
 
@@ -243,7 +250,7 @@ def _said(error: BaseException) -> str:
 def _without_token(text: str) -> str:
     # No server or library should repeat the token, but if one does, it must not reach a log.
     try:
-        token = get_token()
+        token = huggingface_hub.get_token()
     except Exception:
         return text
     return text.replace(token, "***") if token else text
@@ -251,15 +258,16 @@ def _without_token(text: str) -> str:
 
 def cause_of(error: BaseException) -> BaseException:
     """The underlying error, where huggingface_hub wraps it in an error about a file."""
-    wraps = type(error) is RuntimeError or isinstance(error, LocalEntryNotFoundError)
+    wraps = type(error) is RuntimeError or isinstance(error, hub_errors().LocalEntryNotFoundError)
     return error.__cause__ if wraps and isinstance(error.__cause__, Exception) else error
 
 
 def hub_cause(error: BaseException) -> BaseException | None:
     """The Hub's error among an error and its causes; None for other errors, such as those of local files."""
+    hub = hub_errors()
     cause: BaseException | None = error
     while cause is not None:
-        known = isinstance(cause, (HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError))
+        known = isinstance(cause, (hub.HfHubHTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError))
         # datasets raises this one without its cause.
         if known or _is_of_network(cause) or type(cause).__name__ == "DatasetNotFoundError":
             return cause
@@ -282,10 +290,11 @@ def status_of(error: BaseException) -> int | None:
 
 def _is_of_network(error: BaseException) -> bool:
     """Whether the request was sent but got no answer at all."""
+    hub = hub_errors()
     # The HTTP library depends on the version of huggingface_hub.
-    of_http = isinstance(error, HfHubHTTPError.__bases__[0]) or "http" in type(error).__module__
+    of_http = isinstance(error, hub.HfHubHTTPError.__bases__[0]) or "http" in type(error).__module__
     is_unanswered = of_http or isinstance(error, (ConnectionError, TimeoutError))
-    return is_unanswered and status_of(error) is None and not isinstance(error, OfflineModeIsEnabled)
+    return is_unanswered and status_of(error) is None and not isinstance(error, hub.OfflineModeIsEnabled)
 
 
 def _asked_to_wait(error: BaseException) -> float:

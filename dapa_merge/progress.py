@@ -10,6 +10,8 @@ import contextlib
 import importlib
 import io
 import logging
+import os
+import sys
 import threading
 import time
 import warnings
@@ -384,15 +386,29 @@ def _transformers(library: Any) -> Iterator[None]:
 @contextmanager
 def _hub(library: Any) -> Iterator[None]:
     """Silence huggingface_hub or datasets, which are alike."""
-    log = library.utils.logging
-    verbosity = log.get_verbosity()
-    log.set_verbosity_error()
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.filterwarnings("ignore", category=UserWarning, module=library.__name__)
+        if f"{library.__name__}.utils" in sys.modules:
+            log = library.utils.logging
+            stack.callback(log.set_verbosity, log.get_verbosity())
+            log.set_verbosity_error()
+        else:
+            # huggingface_hub loads most of itself at its first request, and then takes its level from here.
+            stack.enter_context(_variable("HF_HUB_VERBOSITY", "error"))
+        yield
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable inside the `with` block, unless it is set."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module=library.__name__)
-            yield
+        yield
     finally:
-        log.set_verbosity(verbosity)
+        os.environ.pop(name, None)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def test_nothing_heavy_is_imported(code):
 def test_the_help_of_no_command_loads_torch_or_asks_the_hub():
     code = "import sys\nfrom dapa_merge.cli import COMMANDS, main\nfor name in COMMANDS:\n"
     code += "    try: main([name, '--help'])\n    except SystemExit: pass\n"
-    result = run_python(code + "print({'torch', 'transformers', 'mergekit', 'huggingface_hub'} & {*sys.modules})")
+    result = run_python(code + "print({'torch', 'transformers', 'mergekit', 'huggingface_hub.utils'} & {*sys.modules})")
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
 
 
@@ -62,9 +63,19 @@ def test_a_transplant_of_named_layers_needs_no_torch(llama_pair, write_recipe, t
     recipe = write_recipe(*llama_pair, layers=2)
     arguments = ["run", str(recipe), str(tmp_path / "out"), "--no-evaluate"]
     code = f"import sys\nfrom dapa_merge.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass\n"
-    result = run_python(code + "print({'torch', 'scipy', 'pandas'} & {*sys.modules})")
+    result = run_python(code + "print({'torch', 'scipy', 'pandas', 'huggingface_hub.hf_api'} & {*sys.modules})")
     assert result.stdout.splitlines()[-1] == "set()", result.stderr
     assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_client_of_the_hub_that_is_loaded_late_draws_no_bars_without_a_terminal(llama_pair, write_recipe):
+    code = "import os\nfrom dapa_merge.cli import main\nfrom dapa_merge.progress import quiet\n"
+    code += f"try: main(['plan', {str(write_recipe(*llama_pair))!r}])\nexcept SystemExit: pass\n"
+    code += "with quiet('huggingface_hub', bars=True):\n    from huggingface_hub import utils\n"
+    code += "    print(utils.are_progress_bars_disabled(), utils.logging.get_verbosity())\n"
+    code += "print('HF_HUB_VERBOSITY' in os.environ)"
+    result = run_python(code)
+    assert result.stdout.splitlines()[-2:] == [f"True {logging.ERROR}", "False"], result.stderr
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dapa_merge.checkpoint.contents import TEMPLATES, left_behind, parts_of
+from dapa_merge.checkpoint.fetch import open_snapshot
 from dapa_merge.checkpoint.folder import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAMES,
@@ -233,9 +234,6 @@ def _open_adapter(adapter: Location, allow_pickle: bool) -> tuple[Path, Path, st
     files = {path.name for path in _files(folder)} if folder.is_dir() else set()
     snapshot = None
     if not folder.is_dir():
-        # huggingface_hub is slow to import, and a local adapter does not need it.
-        from dapa_merge.checkpoint.fetch import open_snapshot
-
         snapshot = open_snapshot(adapter.path, adapter.revision)
         folder, commit, files = snapshot.folder, snapshot.commit, set(snapshot.files)
     if ADAPTER_CONFIG_NAME not in files:

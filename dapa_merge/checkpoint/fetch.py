@@ -25,10 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_url, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+import huggingface_hub
 
 from dapa_merge import __version__
 from dapa_merge.checkpoint.contents import LICENCES, SETTINGS
@@ -42,7 +39,7 @@ from dapa_merge.checkpoint.folder import (
 from dapa_merge.checkpoint.header import MAX_HEADER_BYTES
 from dapa_merge.errors import CheckpointError, HubError, UsageError
 from dapa_merge.files import Record, cache_folder, held, write_all
-from dapa_merge.hub_client import api, asking, fault, is_id
+from dapa_merge.hub_client import api, asking, fault, hub_errors, hub_utils, is_id
 from dapa_merge.progress import advance, task
 
 # Weight file, first byte, end (exclusive).
@@ -63,7 +60,9 @@ class PartialWeights:
         known: What the Hub says of its files, by name; empty offline.
     """
 
-    def __init__(self, repository: str, commit: str, folder: Path, known: Mapping[str, RepoFile]) -> None:
+    def __init__(
+        self, repository: str, commit: str, folder: Path, known: Mapping[str, huggingface_hub.RepoFile]
+    ) -> None:
         self.repository = repository
         self.commit = commit
         self.folder = folder
@@ -251,7 +250,7 @@ class Snapshot:
     commit: str
     folder: Path
     files: frozenset[str]
-    known: Mapping[str, RepoFile] = field(default_factory=dict, repr=False)
+    known: Mapping[str, huggingface_hub.RepoFile] = field(default_factory=dict, repr=False)
 
     def fetch(self, names: Sequence[str]) -> Path:
         """Download whole files, and return the folder that holds them.
@@ -264,7 +263,8 @@ class Snapshot:
             return self.folder
         patterns = [glob.escape(name) for name in names]
         with asking(f"fetch {self.repository}"):
-            folder = Path(snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns))
+            fetched = huggingface_hub.snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns)
+            folder = Path(fetched)
         self.check(lacking)
         return folder
 
@@ -302,13 +302,13 @@ def open_snapshot(repository: str, revision: str | None) -> Snapshot:
     what = f"fetch {repository}, which is not a folder here"
     with asking(what):
         patterns = {"allow_patterns": SMALL_PATTERNS, "ignore_patterns": SUBFOLDERS}
-        folder = Path(snapshot_download(repository, revision=revision, **patterns))
-    known: dict[str, RepoFile] = {}
+        folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, **patterns))
+    known: dict[str, huggingface_hub.RepoFile] = {}
     here = {path.name for place in (folder, mirror_folder(repository, folder.name)) for path in place.glob("*.*")}
     try:
         with asking(what):
             tree = api().list_repo_tree(repository, revision=folder.name)
-            known = {item.path: item for item in tree if isinstance(item, RepoFile)}
+            known = {item.path: item for item in tree if isinstance(item, huggingface_hub.RepoFile)}
         here |= known.keys()
     except HubError:
         # Cached weights can be used offline.
@@ -519,8 +519,8 @@ class RemoteFile:
     def __init__(self, repository: str, name: str, commit: str, num_bytes: int | None = None) -> None:
         self.name = name
         self.num_bytes = num_bytes
-        self._url = hf_hub_url(repository, name, revision=commit)
-        headers = build_hf_headers(library_name="dapa-merge", library_version=__version__)
+        self._url = huggingface_hub.hf_hub_url(repository, name, revision=commit)
+        headers = hub_utils().build_hf_headers(library_name="dapa-merge", library_version=__version__)
         # Ranges of a compressed response would be other bytes.
         self._headers = headers | {"Accept-Encoding": "identity"}
 
@@ -547,7 +547,7 @@ class RemoteFile:
                     raise HubError("the answer was empty")
             except RangesIgnored:
                 raise
-            except (OfflineModeIsEnabled, HfHubHTTPError) as error:
+            except (hub_errors().OfflineModeIsEnabled, hub_errors().HfHubHTTPError) as error:
                 # Transient statuses were retried already.
                 raise fault(f"read {self._url}", error) from error
             except Exception as error:
@@ -561,7 +561,7 @@ class RemoteFile:
     def _answer(self, start: int, stop: int, is_again: bool) -> Iterator[bytes]:
         """Yields the bytes that one request returns of a range, possibly not all of them."""
         headers = self._headers | ({"Cache-Control": "no-cache"} if is_again else {})
-        with http_stream_backoff(
+        with hub_utils().http_stream_backoff(
             "GET",
             self._url,
             headers=headers | {"Range": f"bytes={start}-{stop - 1}"},
@@ -571,7 +571,7 @@ class RemoteFile:
             retry_on_exceptions=(),
             retry_on_status_codes=RETRIED_STATUSES,
         ) as response:
-            hf_raise_for_status(response)
+            hub_utils().hf_raise_for_status(response)
             self._check(response, start, stop)
             left = stop - start
             # Not gathered into larger pieces, which would be lost if the connection broke.

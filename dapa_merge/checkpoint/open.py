@@ -8,16 +8,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dapa_merge.checkpoint.contents import refuse_other_weights
+from dapa_merge.checkpoint.fetch import (
+    FileRange,
+    PartialWeights,
+    RangesIgnored,
+    Snapshot,
+    mirror_folder,
+    open_snapshot,
+)
 from dapa_merge.checkpoint.folder import Layout, cached_sha256, find_weights, open_regular, refuse_other_bytes
 from dapa_merge.checkpoint.header import Tensor, read_header, read_index, read_json
 from dapa_merge.checkpoint.region import Region
 from dapa_merge.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from dapa_merge.checkpoint.fetch import FileRange, PartialWeights, Snapshot
 
 CHUNK_BYTES = 8 << 20
 ALLOW_VARIABLE = "DAPA_ALLOW_PICKLE"
@@ -151,9 +156,6 @@ class FoundModel:
         checkpoint, layout, snapshot = self.checkpoint, self.layout, self.snapshot
         if snapshot is None:
             return read_tensors(checkpoint, layout)
-        # huggingface_hub is slow to import, and a local model does not need it.
-        from dapa_merge.checkpoint.fetch import PartialWeights, RangesIgnored, mirror_folder
-
         shards = _shards(checkpoint, layout)
         if partial and snapshot.lacks(shards):
             weights = PartialWeights(
@@ -192,9 +194,6 @@ def find_model(path: str, revision: str | None = None) -> FoundModel:
         return FoundModel(checkpoint, layout, None)
     if os.path.isfile(path):
         raise CheckpointError(f"{path} is a file; name the folder of a model in the format of transformers")
-    # huggingface_hub is slow to import, and a local model does not need it.
-    from dapa_merge.checkpoint.fetch import open_snapshot
-
     snapshot = open_snapshot(path, revision)
     # Read first, before gigabytes are fetched in vain.
     config = _read_config(snapshot.folder)

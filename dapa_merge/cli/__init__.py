@@ -258,9 +258,13 @@ class _Patient:
 
 def _disable_client_bars() -> None:
     """Disable huggingface_hub's progress bars, which fill a log, unless its variable asks for them."""
-    if os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1") != "0" and "huggingface_hub" in sys.modules:
-        # It read the variable when it was imported.
-        sys.modules["huggingface_hub"].utils.disable_progress_bars()
+    if os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1") == "0":
+        return
+    # The variable is read when these modules are imported, which may have happened.
+    if (utils := sys.modules.get("huggingface_hub.utils")) is not None:
+        utils.disable_progress_bars()
+    elif (constants := sys.modules.get("huggingface_hub.constants")) is not None:
+        constants.HF_HUB_DISABLE_PROGRESS_BARS = True  # type: ignore[attr-defined]
 
 
 def _fail_at(error: OSError) -> NoReturn:

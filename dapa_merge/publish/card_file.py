@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import huggingface_hub
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
 
 from dapa_merge.errors import printable
 from dapa_merge.measure.figures import Figures
@@ -124,7 +124,7 @@ def card_metadata(facts: CardFacts, kept: Mapping[str, Any]) -> dict[str, Any]:
     repositories = list(dict.fromkeys(named))
     languages = [one for parent in facts.of_role("target") for one in parent.languages if _LANGUAGE.fullmatch(one)]
     measured = facts.report.after if facts.report else None
-    data = ModelCardData(
+    data = huggingface_hub.ModelCardData(
         base_model=repositories or None,
         library_name=LIBRARY,
         pipeline_tag=facts.task,
@@ -175,7 +175,7 @@ def _results(facts: CardFacts, after: Figures) -> list[Any]:
         about = {"dataset_type": _dataset(skill.name), "dataset_name": printable(skill.name)}
         found.append((about, "accuracy", printable(skill_label(skill.name)).replace("s", "S", 1), skill.score))
     return [
-        EvalResult(**task, **about, metric_type=kind, metric_name=name, metric_value=round(value, 6))
+        huggingface_hub.EvalResult(**task, **about, metric_type=kind, metric_name=name, metric_value=round(value, 6))
         for about, kind, name, value in found
         if math.isfinite(value)
     ]

@@ -18,15 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-from huggingface_hub.errors import EntryNotFoundError, FileDuplicationError, HfHubHTTPError
-from huggingface_hub.hf_api import RepoFile
+import huggingface_hub
 
 from dapa_merge.checkpoint.digest import Hasher, read_into
 from dapa_merge.checkpoint.folder import ADAPTER_NAMES, NO_WEIGHTS, WEIGHTS, read_regular, refuse_stray_link
 from dapa_merge.checkpoint.location import Location
 from dapa_merge.errors import CheckpointError, HubError, UsageError
-from dapa_merge.hub_client import Moved, api, ask, download, find, passes, status_of
+from dapa_merge.hub_client import Moved, api, ask, download, find, hub_errors, passes, status_of
 from dapa_merge.imports import Shown
 from dapa_merge.progress import LOG, advance
 from dapa_merge.publish.options import Destination
@@ -66,7 +64,7 @@ class LocalFile:
     git_hash: str = ""
     content: bytes | None = field(default=None, repr=False)
 
-    def is_same_as(self, remote: RepoFile | None) -> bool:
+    def is_same_as(self, remote: huggingface_hub.RepoFile | None) -> bool:
         """Whether a file on the Hub has this content."""
         if remote is None:
             return False
@@ -96,7 +94,7 @@ class Head:
     """The commit of a branch or pull request when it was read, and its files by path."""
 
     commit: str
-    files: Mapping[str, RepoFile] = field(repr=False)
+    files: Mapping[str, huggingface_hub.RepoFile] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -293,7 +291,7 @@ def _copied(job: Job) -> dict[str, str]:
 
     Only large files: small ones are sent faster than they are copied.
     """
-    can_copy = "src_repo_id" in CommitOperationCopy.__dataclass_fields__
+    can_copy = "src_repo_id" in huggingface_hub.CommitOperationCopy.__dataclass_fields__
     if job.source is None or not can_copy or job.source.path == job.destination.repository:
         return {}
     try:
@@ -311,14 +309,15 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
     for name in job.change.written:
         file = job.files[name]
         if name not in copied:
-            added.append(CommitOperationAdd(name, str(file.path) if file.content is None else file.content))
+            content = str(file.path) if file.content is None else file.content
+            added.append(huggingface_hub.CommitOperationAdd(name, content))
     _upload(job, added)
     # Operations are single-use: they record their own upload.
-    operations: list[Any] = [*(CommitOperationDelete(name) for name in job.change.deleted), *added]
+    operations: list[Any] = [*(huggingface_hub.CommitOperationDelete(name) for name in job.change.deleted), *added]
     for name, path in copied.items():
         assert job.source is not None
         origin: dict[str, Any] = {"src_repo_id": job.source.path, "src_repo_type": "model"}
-        operations.append(CommitOperationCopy(path, name, src_revision=job.source.revision, **origin))
+        operations.append(huggingface_hub.CommitOperationCopy(path, name, src_revision=job.source.revision, **origin))
     made = api().create_commit(
         job.destination.repository,
         operations,
@@ -332,7 +331,7 @@ def _send(job: Job, copied: Mapping[str, str]) -> Published:
     return Published(pull_request or str(made.commit_url), str(made.oid), pull_request, True, job.change, tuple(copied))
 
 
-def _upload(job: Job, added: list[CommitOperationAdd]) -> None:
+def _upload(job: Job, added: list[huggingface_hub.CommitOperationAdd]) -> None:
     """Send the large files, and check that they are the ones that were hashed, before anybody sees them."""
     for operation in added:
         path = operation.path_or_fileobj
@@ -382,7 +381,7 @@ def _address(error: Exception) -> str:
 
 
 def _is_of_copying(error: Exception) -> bool:
-    return isinstance(error, FileDuplicationError) or "/lfs-files/duplicate" in _address(error)
+    return isinstance(error, hub_errors().FileDuplicationError) or "/lfs-files/duplicate" in _address(error)
 
 
 def waiting(destination: Destination, files: Mapping[str, LocalFile]) -> Published | None:
@@ -470,7 +469,7 @@ def of_content(path: Path, content: bytes) -> LocalFile:
 
 
 def needed_changes(
-    files: Mapping[str, LocalFile], there: Mapping[str, RepoFile], listed: Collection[str] = ()
+    files: Mapping[str, LocalFile], there: Mapping[str, huggingface_hub.RepoFile], listed: Collection[str] = ()
 ) -> Difference:
     """The changes that publish these files in a repository.
 
@@ -532,7 +531,7 @@ def _check_right(repository: str) -> None:
 
     def check() -> bool:
         # A Hub without this endpoint answers 404.
-        with suppress(EntryNotFoundError):
+        with suppress(hub_errors().EntryNotFoundError):
             api().auth_check(repository, write=True)
         return True
 
@@ -557,7 +556,7 @@ def head_of(repository: str, revision: str) -> Head:
     what = f"list the files of {repository}"
     commit = str(ask(what, lambda: api().model_info(repository, revision=revision)).sha)
     tree = ask(what, lambda: list(api().list_repo_tree(repository, recursive=True, expand=False, revision=commit)))
-    return Head(commit, {file.path: file for file in tree if isinstance(file, RepoFile)})
+    return Head(commit, {file.path: file for file in tree if isinstance(file, huggingface_hub.RepoFile)})
 
 
 def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
@@ -571,7 +570,7 @@ def open_requests(repository: str, *, own_only: bool = True) -> Sequence[Any]:
         kinds: dict[str, Any] = {"discussion_type": "pull_request", "discussion_status": "open"}
         try:
             return list(api().get_repo_discussions(repository, **kinds))
-        except HfHubHTTPError as error:
+        except hub_errors().HfHubHTTPError as error:
             # Pull requests are disabled, or the repository does not exist.
             if status_of(error) in (401, 403, 404, 410):
                 return []

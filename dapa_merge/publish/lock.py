@@ -7,6 +7,7 @@ states the SHA-256 of a large file, so that needs no download, as it would with 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -281,7 +282,7 @@ def parse_lock(text: str, name: str) -> Lock:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r:.40}, not {FORMAT}")
         selection = content["selection"]
-        return _LOCK.validate_python({**content, "units": selection.split(",") if selection else ()})
+        return _lock_adapter().validate_python({**content, "units": selection.split(",") if selection else ()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = " ".join(f"{type(error).__name__} {error}".split())[:160]
         raise CheckpointError(
@@ -474,4 +475,4 @@ def _info(location: Location, *, files: bool) -> Any:
     return ask(what, lambda: api().model_info(location.path, revision=location.revision, files_metadata=files))
 
 
-_LOCK = TypeAdapter(Lock)
+_lock_adapter = functools.cache(lambda: TypeAdapter(Lock))

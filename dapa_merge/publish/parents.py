@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+import huggingface_hub
 
 from dapa_merge.checkpoint.folder import read_regular
 from dapa_merge.checkpoint.location import Location
-from dapa_merge.hub_client import api, ask, is_id
+from dapa_merge.hub_client import api, ask, hub_errors, is_id
 from dapa_merge.publish.options import License, license_in
 from dapa_merge.recipe.parse import read_yaml
 from dapa_merge.transplant.manifest import CARD_NAME
@@ -113,10 +112,10 @@ def _fetched(location: Location) -> tuple[str, str]:
 
     def card() -> str:
         try:
-            return str(hf_hub_download(location.path, CARD_NAME))
-        except LocalEntryNotFoundError:
+            return str(huggingface_hub.hf_hub_download(location.path, CARD_NAME))
+        except hub_errors().LocalEntryNotFoundError:
             raise
-        except EntryNotFoundError:
+        except hub_errors().EntryNotFoundError:
             return ""
 
     path = ask(f"get the card of {location.path}", card)

@@ -111,9 +111,9 @@ def test_each_fault_is_one_sentence_that_names_what_was_asked_and_what_to_do(wha
 def test_an_expired_token_is_told_where_the_hub_denies_that_a_repository_exists(monkeypatch):
     denied = answered(401, RepositoryNotFoundError)
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("dapa_merge.hub_client.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     assert "no such repository" in str(fault("fetch me/model", denied))
-    monkeypatch.setattr("dapa_merge.hub_client.get_token", lambda: TOKEN)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: TOKEN)
     assert "expired" in str(fault("fetch me/model", denied))
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
+import huggingface_hub
+from huggingface_hub import constants
 
 from dapa_merge.errors import HubError, UsageError, one_line
 from dapa_merge.hub_client import NoAnswer, api, asking, fault, hub_cause
@@ -223,7 +224,7 @@ def _no_answer(what: str) -> HubError | None:
     A single request, because the libraries retry for most of a minute.
     """
     try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:
         return fault(what, error)
     return None

@@ -413,6 +413,7 @@ class InProcess:
     """Tests one selection at a time, in this process."""
 
     number = 1
+    is_away = False
 
     def __init__(self, bench: Bench) -> None:
         self._bench = bench

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, Protocol, cast
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.progress import LOG, remain
+from dapa_merge.progress import LOG, advance, remain, task
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.search.cluster import Actors
 from dapa_merge.search.journal import Journal, MarkedJournal
@@ -26,7 +27,13 @@ Test = Mapping[str, Any]
 
 
 class Workers(Protocol):
-    """Tests selections, at most `number` at a time."""
+    """Tests selections, at most `number` at a time.
+
+    Attributes:
+        is_away: Whether tests run in other processes, whose progress nothing tells.
+    """
+
+    is_away: bool
 
     @property
     def number(self) -> int: ...
@@ -66,7 +73,11 @@ class Oracle:
         """Show which test this is, of about how many."""
         number = len(self.asked)
         total = max(self._expected, number + 1)
-        remain(f"test {number} of about {total}", prompts=(total - number + 1) * self._prompts_per_test)
+        label, left = f"test {number} of about {total}", total - number + 1
+        if self._workers.is_away:
+            remain(label, prompts=0, tests=left)
+        else:
+            remain(label, prompts=left * self._prompts_per_test)
 
     def among(
         self, units: Sequence[Unit], likely: Callable[[Mapping[Selection, bool], int], list[Selection]]
@@ -96,6 +107,11 @@ class Oracle:
             self.asked[names_of(selection)] = selection
             if selection not in answers:
                 self._tell()
+                with task(f"testing in {workers.number} processes", 1, "tests") if workers.is_away else nullcontext():
+                    settle(selection)
+            return answers[selection]
+
+        def settle(selection: Selection) -> None:
             while selection not in answers:
                 submit(selection)
                 if len(workers.running) < workers.number:
@@ -103,7 +119,7 @@ class Oracle:
                         submit(other)
                 done, test = workers.wait()
                 answers[done] = self._record(done, test)
-            return answers[selection]
+            advance(1, "tests")
 
         return holds
 
@@ -116,6 +132,8 @@ class Oracle:
 
 class RayWorkers:
     """Tests selections in Ray actors, each with a target of its own."""
+
+    is_away = True
 
     def __init__(self, actors: Actors, task_of: Callable[[Selection], Any], *, owns: bool = True) -> None:
         """Test in actors.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from dapa_merge import progress
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.delta.minimize import ALGORITHMS, foresee, minimize
 from dapa_merge.errors import CheckpointError, UsageError
@@ -23,6 +25,8 @@ PRIOR = {unit: (unit in NEEDED) + (unit.layer % 5) / 4 for unit in UNITS}
 
 class Shuffled:
     """Workers that are done in any order."""
+
+    is_away = True
 
     def __init__(self, number, seed):
         self.number = number
@@ -65,6 +69,30 @@ def test_the_outcome_is_exactly_the_sequential_one(algorithm, number, monkeypatc
     # Every outcome is recorded once, and those that were not needed can be told from those that were.
     assert len(recorded) == len(set(recorded)) <= len(workers.submitted)
     assert {names_of(selection) for selection in asked - {frozenset(UNITS)}} <= set(recorded)
+
+
+def test_a_search_elsewhere_tells_how_long_the_rest_takes_by_the_questions_that_were_answered(monkeypatch):
+    clock = itertools.count(step=2.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    oracle, left = Oracle(Journal(), Shuffled(2, seed=0)), []
+    oracle.expect(20, 50.0)
+    holds = oracle.among(UNITS, functools.partial(foresee, UNITS, algorithm="guided", prior=PRIOR))
+
+    def asked(selection):
+        answer = holds(selection)
+        left.append(progress._jobs[0].seconds_left())
+        return answer
+
+    with progress.job({"prompts": 1000.0}):
+        progress.expect("copy", prompts=10_000)
+        progress.begin("copy")
+        found = minimize(UNITS, asked, algorithm="guided", prior=PRIOR)
+    # Neither the prompts nor their pace in this process count: about one question's time for each that is expected.
+    assert found.tests == len(left) < 20
+    # The answer for all units is known without a test.
+    assert left[0] == 10_000 * 1000.0
+    assert all(0 < seconds < 20 * 40 for seconds in left[1:]), left
+    assert left[-1] < left[1]
 
 
 def test_one_worker_tests_nothing_that_is_not_asked():

@@ -323,7 +323,7 @@ def misfit(factors: Factors, difference: Iterable[Matrix]) -> str | None:
     """
     left, right = factors.left.astype(numpy.float64), factors.right.astype(numpy.float64)
     # An orthonormal basis of the rows' span; as columns.
-    rows = numpy.linalg.qr(right.T).Q
+    rows, _ = numpy.linalg.qr(right.T)
     image, back, start = numpy.zeros((len(left), rows.shape[1])), numpy.zeros_like(rows), 0
     # A damaged source may hold infinite values.
     with numpy.errstate(invalid="ignore", over="ignore", divide="ignore"):

@@ -64,8 +64,10 @@ _ENTITIES = re.compile(r"(?i)<|&(?=[#\w])|(?<=\w):(?=/)|(?<=\bmailto):|@(?=\w)|(
 
 def markdown(text: str) -> str:
     """Escape untrusted text for one line, or one cell, of Markdown, which then shows this text and nothing else."""
-    marked = _MARKUP.sub(r"\\\g<0>", printable(text))
-    return _ENTITIES.sub(lambda found: f"&#{ord(found.group())};", marked)
+    shown = printable(text)
+    marked = _ENTITIES.sub(lambda found: f"&#{ord(found.group())};", _MARKUP.sub(r"\\\g<0>", shown))
+    # Four spaces at the beginning of an item of a list would make it code.
+    return f"&#32;{marked[1:]}" if shown.startswith(" ") and shown.strip() else marked.strip(" ")
 
 
 def markdown_code(text: str) -> str:

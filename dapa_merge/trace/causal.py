@@ -101,7 +101,7 @@ class Tracer:
         first, stop = case.subject
         # Drawn on the CPU, for the same noise on every device.
         entropy = numpy.random.SeedSequence((self.settings.seed, number)).generate_state(1, numpy.uint64)
-        generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+        generator = torch.Generator().manual_seed(int(entropy[0]) >> 1)
         width = self._replay.model.get_input_embeddings().weight.shape[1]
         return self._scale * torch.randn(self.settings.num_samples, stop - first, width, generator=generator)
 

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, UNGATED, call, save_random
+from conftest import ARCHITECTURES, SHAPE, UNGATED, as_transformers_runs_it, call, save_random
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.checkpoint.open import open_checkpoint
@@ -67,11 +67,8 @@ def load(folder):
 
 def cached(folder, layer):
     """The keys and values that a layer computes for some tokens."""
-    try:
-        with torch.inference_mode():
-            cache = load(folder)(torch.arange(3, 15)[None], use_cache=True).past_key_values
-    except RuntimeError as error:
-        pytest.skip(f"this version of transformers cannot run its own model: {error}")
+    with torch.inference_mode(), as_transformers_runs_it():
+        cache = load(folder)(torch.arange(3, 15)[None], use_cache=True).past_key_values
     if cache is None:
         pytest.skip("this version of transformers keeps no keys and values of the model")
     # Hybrid models' caches had a form of their own in transformers 5.1.

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from compare.test_tables import REPAIRED, points, row
 from conftest import call
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -53,6 +53,8 @@ def links_and_tags(text: str) -> list[str]:
 
 
 @given(some_text)
+@example("     a")
+@example("   ")
 def test_markdown_shows_the_text_itself_and_nothing_else(text):
     (opened, inline, closed) = READER.parse(f"x {markdown(text)}")
     assert (opened.type, closed.type) == ("paragraph_open", "paragraph_close")

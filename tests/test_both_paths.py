@@ -84,14 +84,14 @@ def test_other_modules_can_be_transplanted_also_where_there_is_no_gate(
 
 
 # Apart, in rows or in columns of one tensor, with biases or without.
-ATTENTION = (
+ATTENTION = {
     "LlamaForCausalLM", "Qwen2ForCausalLM", "Lfm2ForCausalLM", "Phi3ForCausalLM", "DbrxForCausalLM", "MptForCausalLM",
     "GPT2LMHeadModel", "GPTBigCodeForCausalLM",
-)  # fmt: skip
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("modules", ["q,v", "k,o"])
-@pytest.mark.parametrize("architecture", ATTENTION)
+@pytest.mark.parametrize("architecture", [name for name in {**ARCHITECTURES, **UNGATED} if name in ATTENTION])
 def test_projections_of_attention_can_be_transplanted_apart(architecture, modules, save_pair, tmp_path, write_recipe):
     assert_paths_agree(save_pair(architecture), architecture, tmp_path, write_recipe, layers='"1,3"', modules=modules)
 

@@ -244,7 +244,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
                 completion: Any = client.chat.completions.create(**request, **_of_one(parameters, body, max_tokens))
             except APIStatusError as error:
                 self._check_access(error)
-                rejected = [name for name in parameters if _is_named(name, parameters[name], str(error))]
+                rejected = [name for name in parameters if _is_named(name, parameters[name], _said(error))]
                 rejected = rejected or list(parameters)
                 if self._has_answered or not rejected or error.status_code not in (400, 422):
                     raise
@@ -300,8 +300,7 @@ class Endpoint(ABC, Generic[Item, Answer]):
     def _reason(self, error: Exception) -> str:
         """Describe why a request failed, without a key or an address."""
         if isinstance(error, APIStatusError):
-            said = " ".join(str(error).split()).removeprefix(f"Error code: {error.status_code} - ")
-            said = said.replace(os.environ.get(KEY, "").strip() or "\0", "***")
+            said = _said(error).replace(os.environ.get(KEY, "").strip() or "\0", "***")
             wait = error.response.headers.get("retry-after", "")
             more = f": {said[:200]}" if error.status_code in (400, 422, 503) else ""
             return f"HTTP {error.status_code}{more}" + (f", asking to wait {wait} seconds" if wait.isdecimal() else "")
@@ -312,6 +311,14 @@ class Endpoint(ABC, Generic[Item, Answer]):
         if "Redirect" in cause or "Connect" in cause:
             return "it redirects without end" if "Redirect" in cause else "no connection"
         return "no answer in time" if isinstance(error, APITimeoutError) else "the connection was lost"
+
+
+def _said(error: APIStatusError) -> str:
+    """What a server said of a request that it rejects, in one line."""
+    told = error.body.get("message") if isinstance(error.body, Mapping) else None
+    # Older versions of the client quote the whole body.
+    text = told if isinstance(told, str) else str(error).removeprefix(f"Error code: {error.status_code} - ")
+    return " ".join(text.split())
 
 
 def _of_one(parameters: Mapping[str, Any], body: Mapping[str, Any] | None, max_tokens: int | None) -> dict[str, Any]:

@@ -470,7 +470,8 @@ def test_layers_for_further_tokens_are_left_out_and_other_tensors_are_named(tmp_
         ({"vocab_size": 10**12}, "vocab_size"),
         ({"text_config": {"head_dim": 10**10}}, "head_dim"),
         ({"quantization": {"num_local_experts": 10**8}}, "num_local_experts"),
-        ({"layer_types": ["sliding_attention"] * 10}, "sliding_window"),
+        # Older versions of transformers notice it when the model runs.
+        ({"layer_types": ["sliding_attention"] * 10}, "sliding_window|cannot run it"),
         ({"return_dict": False}, "cannot run it"),
     ],
 )

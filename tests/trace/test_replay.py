@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, UNGATED, as_transformers_runs_it, tiny_llama
+from conftest import ARCHITECTURES, SHAPE, UNGATED, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from dapa_merge.errors import CheckpointError, UnsupportedArchitecture
@@ -46,8 +46,6 @@ def test_a_run_that_enters_any_layer_with_its_states_ends_as_the_whole_run(name)
     model = random_model(name)
     before = everything_on(model)
     replay = Replay(model)
-    with as_transformers_runs_it():
-        run(model)
     with replay.recorded_states() as states:
         expected = run(model)
     assert len(states) == len(replay.layers) + 1 == 5

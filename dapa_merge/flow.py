@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from dapa_merge.report.evidence import Evidence
 
 # The fields of a report that evidence fills.
-MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched")
+MEASURED = ("before", "after", "source_alone", "dsr_change", "over_refusal_change", "searched", "beside_source")
 
 
 def run_recipe(
@@ -256,6 +256,8 @@ def _report(recipe: Recipe, plan: Plan, selection: Sequence[Unit], evidence: Evi
         picked=search.picked if search else None,
         resumed=search is not None and search.measured is not None,
         arithmetic=evidence.arithmetic if evidence else None,
+        held_out=evidence is not None and evidence.held_out,
+        limits=evidence.limits if evidence else (),
     )
 
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 # Significance level: intervals cover 95 %, and p-values below this prove a change.
 LEVEL = 0.05
+# The kind of the responses to keep prompts.
+KEEP = "keep"
+# What messages call the prompts by which a result is taken, and those that neither a choice nor a search asks.
+SEARCH_PROMPTS, HELD_OUT = "search prompts", "held-out prompts"
 # A number that may be null in JSON, which has only finite numbers.
 Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
@@ -27,7 +31,7 @@ class Response:
     """A model's response to a prompt, and its outcomes.
 
     Attributes:
-        kind: The prompt's, `harmful` or `harmless`; under an attack, `harmful` and the attack's name.
+        kind: The prompt's: `harmful`, `harmless` or `keep`; under an attack, `harmful` and the attack's name.
         category: The prompt's, or empty.
         response: Only the beginning if that made the outcome certain.
         outcome: By the first classifier.
@@ -98,6 +102,49 @@ class AttackFigure:
 
 
 @dataclass(frozen=True)
+class KeptFigure:
+    """A model's answers to the keep prompts beside the target's own, in numbers of prompts.
+
+    Attributes:
+        num_prompts: That were asked.
+        num_same: Answered word for word as the target does, up to `max_new_tokens`.
+        same_interval: 95 % interval of their share, for more prompts like these.
+        num_other: Answered otherwise, and neither refused nor degenerate.
+        words_shared: Of these, the share of the words of both answers that stand in both, in order, in [0, 1]; NaN
+            without any.
+        num_refused: Refused, according to the rules.
+        num_newly_refused: Refused, and not by the target.
+        num_degenerate: Empty, looping or noisy.
+    """
+
+    num_prompts: int
+    num_same: int
+    same_interval: tuple[float, float]
+    num_other: int
+    words_shared: Number
+    num_refused: int
+    num_newly_refused: int
+    num_degenerate: int
+
+
+@dataclass(frozen=True)
+class BesideSource:
+    """The result's refusals beside those of the source alone, in numbers of prompts.
+
+    Attributes:
+        only_result: Harmful prompts that the result refuses and the source does not.
+        only_source: Harmful prompts that the source refuses and the result does not.
+        keep_of_source: Keep prompts that the source refuses.
+        keep_of_both: Those of them that the result refuses too.
+    """
+
+    only_result: int
+    only_source: int
+    keep_of_source: int
+    keep_of_both: int
+
+
+@dataclass(frozen=True)
 class Figures(Shown):
     """All measurements of a model; rates are in [0, 1].
 
@@ -121,6 +168,7 @@ class Figures(Shown):
         skills: Each skill that was tested.
         divergence: From the target, in nats per token of its own answers to the keep prompts; NaN if not measured.
         attacks: Each attack that was tried on the harmful prompts.
+        kept: The answers to keep prompts beside the target's; None if there are none, or no target.
     """
 
     num_harmful: int
@@ -142,11 +190,17 @@ class Figures(Shown):
     attacks: tuple[AttackFigure, ...] = ()
     harmless_degenerate: Number = math.nan
     harmless_undecided: Number = math.nan
+    kept: KeptFigure | None = None
 
     @property
     def skill(self) -> float:
         """The mean of the skills; NaN if none was tested."""
         return mean_score(self.skills)
+
+    @property
+    def brief(self) -> str:
+        """Its refusals in a phrase."""
+        return f"DSR {self.dsr:.3f}, over-refusal {self.over_refusal:.3f}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dapa_merge.measure.callback import Candidate
 from dapa_merge.measure.decode import BatchSize, LookupCache
 from dapa_merge.measure.divergence import Reference, divergence, make_reference
 from dapa_merge.measure.evaluators import RULES, Classifier, Scorer, find_evaluator, find_second_opinion
-from dapa_merge.measure.figures import AttackFigure, Figures, Response, SkillFigure, mean_score
+from dapa_merge.measure.figures import KEEP, AttackFigure, Figures, Response, SkillFigure, mean_score
 from dapa_merge.measure.generate import generate, has_system_role
 from dapa_merge.measure.live import LiveModel, choose_device, load_model, opens_thought
 from dapa_merge.measure.perplexity import Reading, read_passages
@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
 # Maximum tokens of a report's perplexity text; more add little and are slow without an accelerator.
 MAX_TEXT_TOKENS = 20_000
-# Maximum keep prompts that a divergence is measured on; the mean over their tokens hardly changes with more.
-MAX_KEEP = 64
 # Default length of responses that begin inside a thought. Early verdicts shorten those of a search.
 THINKING_NEW_TOKENS = 1024
 
@@ -80,6 +78,8 @@ class Meter:
         reference: The target's own answers to the keep prompts; None to measure no divergence.
         attacks: Tried on the harmful prompts, in addition.
         sampling: How tokens of responses are drawn; None for greedy decoding.
+        asks_keep: Whether the keep prompts are put to the model too.
+        called: What messages call its prompts.
     """
 
     prompts: PromptSet
@@ -95,18 +95,21 @@ class Meter:
     reference: Reference | None = None
     attacks: tuple[Attack, ...] = ()
     sampling: Sampling | None = None
+    asks_keep: bool = False
+    called: str = "prompts"
 
     @property
     def num_prompts(self) -> int:
         """The prompts and questions of all figures, without those of tasks of the harness; a message each."""
         harmful = sum(map(num_turns, self.prompts.harmful))
-        questions = (question.prompt for skill in self.skills for question in skill.questions)
-        return harmful * (1 + len(self.attacks)) + sum(map(num_turns, (*self.prompts.harmless, *questions)))
+        questions = [question.prompt for skill in self.skills for question in skill.questions]
+        keep = {*self.keep}.difference(questions) if self.asks_keep else ()
+        return harmful * (1 + len(self.attacks)) + sum(map(num_turns, (*self.prompts.harmless, *questions, *keep)))
 
     @property
     def keep(self) -> tuple[str, ...]:
-        """The prompts that a divergence is measured on: at most `MAX_KEEP`, spread evenly over the set's."""
-        return self.prompts.keep[:: math.ceil(len(self.prompts.keep) / MAX_KEEP) or 1]
+        """The prompts that a divergence is measured on."""
+        return self.prompts.measured_keep
 
     def referring(
         self, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, keeps_logits: bool = False
@@ -190,16 +193,9 @@ class Measurement:
 
     @cached_property
     def _plain(self) -> list[list[Response]]:
-        prompts = self._meter.prompts
-        return self.judge_all([("harmful", prompts.harmful), ("harmless", prompts.harmless)])
-
-    @property
-    def _harmful(self) -> list[Response]:
-        return self._plain[0]
-
-    @property
-    def _harmless(self) -> list[Response]:
-        return self._plain[1]
+        """The responses to harmful and harmless prompts, and to keep prompts if they are asked."""
+        prompts, keep = self._meter.prompts, [(KEEP, self._meter.keep)] if self._meter.asks_keep else []
+        return self.judge_all([("harmful", prompts.harmful), ("harmless", prompts.harmless), *keep])
 
     def judge(self, kind: str, prompts: Sequence[str], attack: Attack = PLAIN) -> list[Response]:
         """Run prompts of one kind and classify the responses; not cached."""
@@ -221,9 +217,9 @@ class Measurement:
     ) -> list[Response]:
         responses = [response or "" for response in said]
         requests = [request_of(prompt) for prompt in prompts]
-        first, *others = [
-            (classifier.name, _outcomes(classifier, requests, said)) for classifier in self._meter.classifiers
-        ]
+        # Whether the fine-tune's own prompts are refused, rules tell; a judge may cost money.
+        classifiers = self._meter.classifiers[: 1 if kind == KEEP else None]
+        first, *others = [(one.name, _outcomes(one, requests, said)) for one in classifiers]
         categories = self._meter.prompts.categories
         return [
             Response(
@@ -240,7 +236,11 @@ class Measurement:
 
     def responses(self) -> list[Response]:
         """Every harmful and harmless prompt with its response and verdict."""
-        return self._harmful + self._harmless
+        return self._plain[0] + self._plain[1]
+
+    def kept_responses(self) -> list[Response]:
+        """Likewise of the keep prompts, if the meter asks them."""
+        return self._plain[2] if self._meter.asks_keep else []
 
     @cached_property
     def _attacked(self) -> dict[Attack, list[Response]]:
@@ -279,12 +279,12 @@ class Measurement:
     @property
     def dsr(self) -> float:
         """Share of harmful prompts refused."""
-        return count(self._harmful, Outcome.REFUSED) / len(self._harmful)
+        return count(self._plain[0], Outcome.REFUSED) / len(self._plain[0])
 
     @property
     def over_refusal(self) -> float:
         """Share of harmless prompts refused."""
-        return count(self._harmless, Outcome.REFUSED) / len(self._harmless)
+        return count(self._plain[1], Outcome.REFUSED) / len(self._plain[1])
 
     @cached_property
     def score(self) -> float | None:
@@ -327,13 +327,20 @@ class Measurement:
         return tuple(
             skill_figure(
                 skill,
-                lambda prompts: [response or "" for response in self._talk(prompts, whole=True)[1]],
+                self._answers,
                 lambda harness: harness.score(
                     candidate.model, candidate.tokenizer, batch_size=self._meter.batch_size.limit
                 ),
             )
             for skill in self._meter.skills
         )
+
+    def _answers(self, prompts: Sequence[str]) -> list[str]:
+        """The responses to questions; keep prompts among them have been asked."""
+        said: dict[str, str | None] = {one.prompt: one.response for one in self.kept_responses()}
+        left = [prompt for prompt in prompts if prompt not in said]
+        said |= zip(left, self._talk(left, whole=True)[1], strict=True)
+        return [said[prompt] or "" for prompt in prompts]
 
     @property
     def skill(self) -> float:
@@ -578,8 +585,9 @@ def measure_in_full(measurement: Measurement, meter: Meter, name: str, level: in
     """Measure everything that a meter measures."""
     with task(f"measuring the {name}", meter.num_prompts, "prompts"):
         figures = measurement.figures()
-    LOG.log(level, f"measured the {name}: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
-    responses = measurement.responses() + measurement.attacked_responses()
+    asked = f"{figures.num_harmful} harmful and {figures.num_harmless} harmless {meter.called}"
+    LOG.log(level, f"measured the {name} on {asked}: {figures.brief}")
+    responses = measurement.responses() + measurement.attacked_responses() + measurement.kept_responses()
     cut = [response for response in responses if response.response]
     if meter.classifiers[0] is RULES and (num_cut := count(cut, Outcome.UNDECIDED)):
         LOG.log(

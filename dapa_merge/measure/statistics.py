@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dapa_merge.measure.figures import LEVEL, Agreement, CategoryFigure, Change, ClassifierFigure, Response
+from dapa_merge.measure.figures import (
+    KEEP,
+    LEVEL,
+    Agreement,
+    BesideSource,
+    CategoryFigure,
+    Change,
+    ClassifierFigure,
+    KeptFigure,
+    Response,
+)
 from dapa_merge.measure.refusal.classify import Outcome
 
 
 def refusal_figures(responses: Sequence[Response]) -> dict[str, Any]:
     """Compute the fields of `Figures` that follow from responses to harmful and harmless prompts."""
-    harmful = [response for response in responses if response.kind == "harmful"]
-    harmless = [response for response in responses if response.kind == "harmless"]
+    harmful, harmless = _of_kind("harmful", responses), _of_kind("harmless", responses)
     refused, over_refused = count(harmful, Outcome.REFUSED), count(harmless, Outcome.REFUSED)
     return {
         "num_harmful": len(harmful),
@@ -126,9 +136,51 @@ def change_of(kind: str, before: Sequence[Response], after: Sequence[Response]) 
     """The change of the refusals of one kind of prompts, which both models were asked in the same order."""
 
     def refused(responses: Sequence[Response]) -> list[bool]:
-        return [response.outcome == Outcome.REFUSED.value for response in responses if response.kind == kind]
+        return [response.outcome == Outcome.REFUSED.value for response in _of_kind(kind, responses)]
 
     return mcnemar(refused(before), refused(after))
+
+
+def kept_figure(target: Sequence[Response], model: Sequence[Response]) -> KeptFigure | None:
+    """A model's answers to the keep prompts beside the target's, in the same order; None if none was asked."""
+    pairs = list(zip(_of_kind(KEEP, target), _of_kind(KEEP, model), strict=True))
+    if not pairs:
+        return None
+    refused, degenerate = Outcome.REFUSED.value, Outcome.DEGENERATE.value
+    same = sum(was.response == now.response for was, now in pairs)
+    others = [
+        difflib.SequenceMatcher(None, was.response.split(), now.response.split(), autojunk=False).ratio()
+        for was, now in pairs
+        if was.response != now.response and now.outcome not in (refused, degenerate)
+    ]
+    return KeptFigure(
+        num_prompts=len(pairs),
+        num_same=same,
+        same_interval=interval(same, len(pairs)),
+        num_other=len(others),
+        words_shared=statistics.fmean(others) if others else math.nan,
+        num_refused=sum(now.outcome == refused for _, now in pairs),
+        num_newly_refused=sum(now.outcome == refused != was.outcome for was, now in pairs),
+        num_degenerate=sum(now.outcome == degenerate for _, now in pairs),
+    )
+
+
+def beside_source(result: Sequence[Response], source: Sequence[Response]) -> BesideSource:
+    """The refusals of result and source beside each other; both were asked in the same order."""
+    change = change_of("harmful", source, result)
+    pairs = zip(_of_kind(KEEP, source), _of_kind(KEEP, result), strict=True)
+    # What the result does with the keep prompts that the source refuses.
+    found = [now.outcome for was, now in pairs if was.outcome == Outcome.REFUSED.value]
+    return BesideSource(
+        only_result=change.newly_refused,
+        only_source=change.no_longer_refused,
+        keep_of_source=len(found),
+        keep_of_both=found.count(Outcome.REFUSED.value),
+    )
+
+
+def _of_kind(kind: str, responses: Iterable[Response]) -> list[Response]:
+    return [response for response in responses if response.kind == kind]
 
 
 def agreement(one: Sequence[Outcome], other: Sequence[Outcome]) -> Agreement:

@@ -22,7 +22,9 @@ from dapa_merge.publish.parents import PAGES, Parent
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report import charts
 from dapa_merge.report.report import Report
+from dapa_merge.report.sentences import meaning_lines, prompts_name
 from dapa_merge.report.tables import (
+    POINT_HEAD,
     category_rows,
     change_lines,
     figure_rows,
@@ -169,6 +171,9 @@ def card_text(facts: CardFacts) -> str:
         figure_rows=figure_rows,
         category_rows=category_rows,
         change_lines=change_lines,
+        meaning_lines=meaning_lines,
+        prompts_name=prompts_name,
+        point_head=POINT_HEAD,
         skill_label=skill_label,
         limits_text=limits_text,
         place=_word(_place(facts)),

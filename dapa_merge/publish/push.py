@@ -34,6 +34,7 @@ from dapa_merge.publish.write_card import card_facts, existing_card, parents_of,
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.recipe.parse import load_recipe
 from dapa_merge.recipe.recipe import Recipe
+from dapa_merge.report.sentences import meaning_lines
 from dapa_merge.report.tables import change_lines
 from dapa_merge.transplant.manifest import (
     CARD_NAME,
@@ -155,7 +156,8 @@ def _description(facts: CardFacts) -> Iterator[str]:
     if facts.report is None or facts.report.after is None:
         yield "- not measured"
     else:
-        yield from (f"- {label}: {fact}" for label, fact in change_lines(facts.report))
+        lines = [*change_lines(facts.report), *meaning_lines(facts.report)]
+        yield from (f"- {label}: {fact}" if label else f"- {fact}" for label, fact in lines)
 
 
 def _name(location: Location) -> str:

@@ -5,18 +5,19 @@ A search picks one of many selections partly by luck on its own prompts; held-ou
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 
 from dapa_merge.checkpoint.units import Unit
-from dapa_merge.measure.figures import Change, Figures, Response
+from dapa_merge.measure.figures import HELD_OUT, KEEP, SEARCH_PROMPTS, BesideSource, Change, Figures, Response
 from dapa_merge.measure.live import Resident
 from dapa_merge.measure.meter import MeasuredModel, Meter, measure_checkpoint, measure_live, report_meter
 from dapa_merge.measure.placement import fits, weight_bytes
 from dapa_merge.measure.prompts.parts import all_prompts
-from dapa_merge.measure.statistics import change_of
+from dapa_merge.measure.statistics import beside_source, change_of, kept_figure
 from dapa_merge.plan.ladder import Ladder, Tried
 from dapa_merge.plan.plan import Plan, join, reduced
 from dapa_merge.progress import LOG, begin, end, remain, task
@@ -30,7 +31,8 @@ from dapa_merge.search.forecast import REPORT, forecast
 from dapa_merge.search.identity import data_digest, models_parts, open_journal
 from dapa_merge.search.journal import Journal
 from dapa_merge.search.ladder import Attempt, climb
-from dapa_merge.search.result import Search
+from dapa_merge.search.requirement import settings_of
+from dapa_merge.search.result import Limit, Search
 from dapa_merge.search.search import Session, search
 from dapa_merge.search.workers import in_order
 
@@ -45,6 +47,8 @@ class Evidence:
         selection: As given, or found by the search.
         search: The search; None, with `searched`, if the selection was given.
         searched: The search's own view of the result.
+        held_out: Whether the figures are of prompts that neither a choice nor a search asks.
+        limits: The recipe's limits, on the prompts of the search and on those of the report; none without a search.
         responses: The responses of `target`, `result` and `source`.
         rungs: The edits that were tried, if the recipe's is `auto`.
         arithmetic: In what the search and the measurements were made; None if as the target's config says.
@@ -60,6 +64,9 @@ class Evidence:
     source_alone: Figures
     dsr_change: Change
     over_refusal_change: Change
+    beside_source: BesideSource
+    held_out: bool
+    limits: tuple[Limit, ...]
     responses: Mapping[str, Sequence[Response]]
     rungs: tuple[Tried, ...] = ()
     arithmetic: str | None = None
@@ -87,7 +94,9 @@ def _gather(
     recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
+    held_out = parts.report is not parts.search
     meter = shared[0][0] if shared else report_meter(recipe, parts.report, options, plan.models.values())
+    meter = replace(meter, asks_keep=recipe.keep is not None, called=HELD_OUT if held_out else meter.called)
     found: Search | None = None
     searched: Searched | None = None
     with ExitStack() as stack:
@@ -114,7 +123,7 @@ def _gather(
             bench.use(plan)
             searched = _searched(found, bench)
             end()
-            LOG.info("confirming it with prompts that the search did not ask")
+            LOG.info(f"measuring it on the {HELD_OUT}")
         # The batch size that fits in memory is known from the search.
         meter = replace(meter, batch_size=bench.meter.batch_size)
         begin(REPORT)
@@ -123,19 +132,25 @@ def _gather(
             resident.use(plan)
         before = measure_live(resident.live, (), meter, "target")
         after = measure_live(resident.live, selection, meter, "result")
+    target, result, source = before.responses, after.responses, source_alone.responses
+    # By definition a divergence of 0: what is measured is rounding.
+    told_before = replace(before.figures, divergence=0.0, kept=kept_figure(target, target))
+    told_after = replace(after.figures, kept=kept_figure(target, result))
     return Evidence(
         recipe=recipe,
         plan=plan,
         selection=selection,
         search=found,
         searched=searched,
-        # By definition: what is measured is rounding.
-        before=replace(before.figures, divergence=0.0),
-        after=after.figures,
-        source_alone=source_alone.figures,
-        dsr_change=change_of("harmful", before.responses, after.responses),
-        over_refusal_change=change_of("harmless", before.responses, after.responses),
-        responses={"target": before.responses, "result": after.responses, "source": source_alone.responses},
+        before=told_before,
+        after=told_after,
+        source_alone=replace(source_alone.figures, kept=kept_figure(target, source)),
+        dsr_change=change_of("harmful", target, result),
+        over_refusal_change=change_of("harmless", target, result),
+        beside_source=beside_source(result, source),
+        held_out=held_out,
+        limits=tuple(_limits(found, searched, told_before, told_after, recipe)) if found and searched else (),
+        responses={"target": target, "result": result, "source": source},
         arithmetic=_arithmetic(options.where, resident.where, is_searched=found is not None),
     )
 
@@ -153,11 +168,12 @@ def _source_alone(recipe: Recipe, plan: Plan, meter: Meter, where: Where, journa
         return measure()
     # What the journal's own parts do not have: all of the source's weights, and how the report measures.
     parts = models_parts(recipe, {"source": plan.source}, meter, where)
-    name = f"source {data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep])}"
+    asked = [KEEP] if meter.asks_keep else []
+    name = f"source {data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep, *asked])}"
     if name in journal.notes and name not in journal.foreign:
         noted = journal.notes[name]
         figures = read_figures(noted["figures"])
-        LOG.info(f"the source was measured before: DSR {figures.dsr:.3f}, over-refusal {figures.over_refusal:.3f}")
+        LOG.info(f"the source was measured on these {meter.called} before: {figures.brief}")
         return MeasuredModel(figures, [Response.from_json(response) for response in noted["responses"]])
     began, measured = time.monotonic(), measure()
     noted = {"figures": jsonable(asdict(measured.figures)), "responses": list(map(asdict, measured.responses))}
@@ -188,6 +204,32 @@ def _arithmetic(wanted: Where, measured: Where, *, is_searched: bool) -> str | N
     if measured.quantize is not None:
         return f"measured in {wanted.quantize}, not checked in {own}"
     return f"searched in {wanted.quantize}, measured in {own}" if is_searched else f"measured in {own}"
+
+
+def _limits(found: Search, searched: Searched, before: Figures, after: Figures, recipe: Recipe) -> Iterator[Limit]:
+    """The recipe's limits beside what the search found of the result, and then beside its figures in the report."""
+    limits, settings = found.limits or found.requirement, settings_of(recipe)
+    known = dict(found.measured or (found.result.figures if found.result else {SCORE.figure: searched.after}))
+    for one, limit in limits.limits:
+        if not math.isnan(limit):
+            value = known.get(one.figure)
+            # A selection that was found by tests meets all limits.
+            is_met = one.is_met(value, limit) if value is not None else True
+            yield Limit(SEARCH_PROMPTS, one.label, one.bound == "min", limit, value, is_met)
+    was, now = (_by_evaluator(figures, limits.measure) for figures in (before, after))
+    for one, limit in limits.limits:
+        own = limit if one.figure == SCORE.figure else one.limit(one.of(was), math.nan, settings[one.key])
+        if not math.isnan(limit) and not math.isnan(own):
+            value = one.of(now)
+            yield Limit(HELD_OUT, one.label, one.bound == "min", own, value, one.is_met(value, own))
+
+
+def _by_evaluator(figures: Figures, measure: str) -> Figures:
+    """The figures with the refusals that the search's evaluator sees, if that classifies responses otherwise."""
+    for marker in figures.markers:
+        if measure == f"{SCORE.label} by {marker.name}" and marker.dsr is not None and marker.over_refusal is not None:
+            return replace(figures, dsr=marker.dsr, over_refusal=marker.over_refusal)
+    return figures
 
 
 def _searched(found: Search, bench: Bench) -> Searched:

@@ -30,6 +30,7 @@ from dapa_merge.measure.statistics import count, interval
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.charts import CHARTS
 from dapa_merge.report.report import REPORT_NAME, Report, read_report
+from dapa_merge.report.sentences import meaning_lines, prompts_name
 from dapa_merge.report.tables import TableRow, category_rows, change_lines, figure_rows, span
 from dapa_merge.transplant.manifest import PAGE_NAME, RESPONSES_NAME
 
@@ -86,9 +87,9 @@ def page_text(
         heads=heads,
         rows=rows,
         categories=[] if report is None else _categories(report),
-        changes=[] if report is None else change_lines(report),
+        caption="Share of refusals" if report is None else f"As the run measured them, on {prompts_name(report)}",
+        changes=[] if report is None else [*change_lines(report), *meaning_lines(report)],
         pictures=_pictures(pictures or {}),
-        is_run=report is not None,
     )
 
 

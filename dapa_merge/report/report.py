@@ -15,10 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from dapa_merge.checkpoint.header import read_json
 from dapa_merge.errors import CheckpointError, fault_of
 from dapa_merge.imports import Shown
-from dapa_merge.measure.figures import Change, Figures, Number
+from dapa_merge.measure.figures import BesideSource, Change, Figures, Number
 from dapa_merge.plan.ladder import Tried
 from dapa_merge.recipe.parameters import spans
-from dapa_merge.search.result import Point, needed
+from dapa_merge.search.result import Limit, Point, needed
 
 REPORT_NAME = "dapa_report.json"
 
@@ -83,6 +83,10 @@ class Report(Shown):
         degrees_of_freedom: Of these directions: r (m + n) for r directions of a matrix of m x n, summed over matrices.
         arithmetic: In what the search and the figures were computed; None if as the target's config says.
         rungs: The edits that were tried, in order, the last of which repairs; empty unless the recipe's edit is `auto`.
+        beside_source: The result's refusals beside the source's; None if nothing was evaluated, and in older reports.
+        held_out: Whether the figures are of prompts that neither choice nor search asked.
+        limits: Each limit of the recipe on the search's prompts and on those of the figures, and whether it is met;
+            empty without a search, and in older reports.
     """
 
     version: str
@@ -121,6 +125,9 @@ class Report(Shown):
     picked: int | None = None
     resumed: bool = False
     arithmetic: str | None = None
+    beside_source: BesideSource | None = None
+    held_out: bool = False
+    limits: tuple[Limit, ...] = ()
 
     @property
     def share_of_freedom(self) -> float | None:
@@ -187,18 +194,25 @@ def _fault(report: Report) -> str | None:
     columns = [column for column in (report.before, report.after, report.source_alone) if column is not None]
     for one in columns:
         shares = (one.dsr, *one.dsr_interval, one.complied, one.degenerate, one.undecided, one.over_refusal)
-        if not all(0 <= share <= 1 for share in (*shares, *one.over_refusal_interval)):
+        kept = one.kept.same_interval if one.kept else ()
+        if not all(0 <= share <= 1 for share in (*shares, *one.over_refusal_interval, *kept)):
             return "a share is not between 0 and 1"
-    if len({_asked(one) for one in columns}) > 1 or any(min(one.num_harmful, one.num_harmless) < 1 for one in columns):
+    asked = {_asked(one) for one in columns}
+    if len(asked) > 1 or any(min(one.num_harmful, one.num_harmless, _kept(one)) < 1 for one in columns):
         return "not all of its figures are of the same prompts"
     return None
+
+
+def _kept(one: Figures) -> int:
+    """The number of keep prompts, or 1 if none was asked."""
+    return one.kept.num_prompts if one.kept else 1
 
 
 def _asked(one: Figures) -> tuple[object, ...]:
     """Numbers of prompts and questions of a column of figures, which all columns of a report share."""
     kinds = tuple((category.kind, category.category, category.num_prompts) for category in one.categories)
     skills = tuple(skill.name for skill in one.skills)
-    return one.num_harmful, one.num_harmless, one.score is None, kinds, skills
+    return one.num_harmful, one.num_harmless, one.score is None, kinds, skills, one.kept and one.kept.num_prompts
 
 
 def read_figures(content: object) -> Figures:

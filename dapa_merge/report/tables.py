@@ -13,7 +13,7 @@ from rich.text import Text
 
 from dapa_merge.checkpoint.units import Unit, architecture_name
 from dapa_merge.errors import printable
-from dapa_merge.measure.figures import Change, Figures
+from dapa_merge.measure.figures import SEARCH_PROMPTS, Change, Figures
 from dapa_merge.plan.ladder import Ladder
 from dapa_merge.plan.plan import Plan, cut, join, search_memory
 from dapa_merge.plan.selection import count_changed, given_selection, num_changed, why_equal
@@ -21,19 +21,22 @@ from dapa_merge.recipe.asking import NO_TEMPLATE
 from dapa_merge.recipe.constraints import CONSTRAINTS, SCORE, shown
 from dapa_merge.recipe.parameters import spans
 from dapa_merge.report.report import Report, jsonable
+from dapa_merge.report.sentences import meaning_lines, prompts_name
 from dapa_merge.search.requirement import constraints_of
 from dapa_merge.search.result import Point, Search, is_of_bundles, needed, readable_certificate, thrift
 
 TableRow = tuple[str, list[str]]
 # The name of the skill of a prompt set.
 SKILL = "skill"
+# The head of a table of points.
+POINT_HEAD = f"point ({SEARCH_PROMPTS})"
 # Points beside each other in a table; more are too wide for a terminal.
 MAX_COLUMNS = 5
 
 
-def figures_table(names: Sequence[str], columns: Sequence[Figures]) -> Table:
-    """The figures, a column for each model."""
-    return _table(names, figure_rows(columns))
+def figures_table(names: Sequence[str], columns: Sequence[Figures], head: str = "") -> Table:
+    """The figures, a column for each model; the head says which prompts they are of."""
+    return _table(names, figure_rows(columns), head)
 
 
 def categories_table(names: Sequence[str], columns: Sequence[Figures]) -> Table | None:
@@ -111,11 +114,24 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
     rows.append(row("perplexity", lambda one: share(one.perplexity)))
     if not all(math.isnan(column.divergence) for column in columns):
         rows.append(row("divergence (nats/token)", lambda one: shown(one.divergence)))
+    rows += _kept_rows(columns)
     for index, skill in enumerate(first.skills):
         # The harness does not report the number of questions.
         number = f" ({skill.num_questions} questions)" if skill.num_questions else ""
         rows.append(row(f"{skill.name}{number}", lambda one, at=index: f"{one.skills[at].score:.3f}"))  # type: ignore[misc]
     return rows
+
+
+def _kept_rows(columns: Sequence[Figures]) -> list[TableRow]:
+    """How many keep prompts are answered as the target does; none if they were not put to all models."""
+    kept = [column.kept for column in columns if column.kept is not None]
+    if len(kept) < len(columns):
+        return []
+    return [
+        (f"as before ({kept[0].num_prompts} keep)", [f"{one.num_same / one.num_prompts:.3f}" for one in kept]),
+        ("  95 % interval", [span(one.same_interval) for one in kept]),
+        ("  refused", [f"{one.num_refused / one.num_prompts:.3f}" for one in kept]),
+    ]
 
 
 def category_rows(columns: Sequence[Figures]) -> list[TableRow]:
@@ -167,7 +183,7 @@ def print_points(points: Sequence[Point], measure: str, console: Console) -> Non
     """Print the points that there were to pick from, if any."""
     if points:
         for start in range(0, len(points), MAX_COLUMNS):
-            console.print(_table(*point_rows(points[start : start + MAX_COLUMNS], measure), head="point"))
+            console.print(_table(*point_rows(points[start : start + MAX_COLUMNS], measure), head=POINT_HEAD))
         for label, fact in point_lines(points):
             _tell(console, f"{label:<20}{fact}")
 
@@ -255,7 +271,8 @@ def print_report(report: Report, console: Console) -> None:
     columns = [("before", report.before), ("after", report.after), ("source", report.source_alone)]
     figures = [(name, column) for name, column in columns if column is not None]
     if figures:
-        console.print(figures_table([name for name, _ in figures], [column for _, column in figures]))
+        names, columns_of_figures = [name for name, _ in figures], [column for _, column in figures]
+        console.print(figures_table(names, columns_of_figures, prompts_name(report)))
     print_points(report.points, report.searched.measure if report.searched else SCORE.label, console)
     for label, fact in _facts(report):
         _tell(console, f"{label:<20}{fact}")
@@ -264,6 +281,7 @@ def print_report(report: Report, console: Console) -> None:
 def _facts(report: Report) -> list[tuple[str, str]]:
     facts = [
         *change_lines(report),
+        *meaning_lines(report),
         *(("tried" if number == 0 else "", str(rung)) for number, rung in enumerate(report.rungs)),
         ("target", report.target),
         ("source", report.source),
@@ -288,14 +306,12 @@ def _facts(report: Report) -> list[tuple[str, str]]:
     if report.one_minimal is not None:
         each = "bundle" if is_of_bundles(report.certificate) else "unit"
         proved = f"each {each} seen to be needed" if report.one_minimal else "NOT proved minimal"
-        facts.append(("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {proved}"))
-        facts.append(("saved", thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)))
+        saved = thrift(report.tests_recorded, report.tests_unneeded, report.share_of_prompts_saved)
+        facts.append(
+            ("search", f"{report.tests} of 2^{report.num_candidates} selections tested, {proved}; saved {saved}")
+        )
     if report.resumed:
         facts.append(("resumed", resumed_line(report)))
-    if report.searched is not None:
-        seen = report.searched
-        asked = f"{seen.num_harmful} harmful and {seen.num_harmless} harmless prompts of its own"
-        facts.append((f"{seen.measure} in the search", f"{seen.before:.3f} -> {seen.after:.3f}, with {asked}"))
     facts.append(("verified", f"{report.num_tensors} tensors, byte by byte"))
     if report.before is not None:
         if report.arithmetic is not None:

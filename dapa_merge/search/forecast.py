@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from dapa_merge.measure.expected import MAX_ROWS, Calibration, Expected, bytes_to_fetch, timed
 from dapa_merge.measure.live import choose_device
-from dapa_merge.measure.meter import MAX_KEEP
 from dapa_merge.measure.placement import weight_bytes
-from dapa_merge.measure.prompts.parts import Parts, split_prompts
+from dapa_merge.measure.prompts.parts import Parts, load_keep, split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet, load_prompts
 from dapa_merge.plan.edit import may_choose
 from dapa_merge.plan.ladder import Ladder
@@ -96,7 +95,7 @@ def forecast(ladder: Ladder, options: Options, *, reports: bool = True) -> Forec
     for recipe, plan in ladder.rungs:
         parts = _parts(recipe, is_rung=ladder.is_auto)
         selection = given_selection(recipe, plan)
-        num_report = 3 * num_asked(parts.report) if reports else 0
+        num_report = 3 * num_asked(parts.report, asks_keep=recipe.keep is not None) if reports else 0
         if selection is None:
             works.append(work_of(recipe, plan, parts))
     plan = ladder.plan
@@ -138,18 +137,21 @@ def _parts(recipe: Recipe, *, is_rung: bool) -> Parts:
     if recipe.layers is None or may_choose(recipe.edit):
         return split_prompts(recipe, is_rung=is_rung)
     whole = load_prompts(recipe.prompts)
+    whole = replace(whole, keep=tuple(question.prompt for question in load_keep(recipe, whole) or ()))
     return Parts(whole, whole)
 
 
-def num_asked(prompts: PromptSet) -> int:
-    """The prompts and questions of a report, of one model."""
-    return len(prompts.harmful) + len(prompts.harmless) + len(prompts.skill) + len(prompts.keep_answers)
+def num_asked(prompts: PromptSet, *, asks_keep: bool = False) -> int:
+    """The prompts and questions of a report, of one model; `asks_keep` as for `Meter`."""
+    questions = [question.prompt for question in (*prompts.skill, *prompts.keep_answers)]
+    keep = {*prompts.measured_keep}.difference(questions) if asks_keep else ()
+    return len(prompts.harmful) + len(prompts.harmless) + len(questions) + len(keep)
 
 
 def work_of(recipe: Recipe, plan: Plan, parts: Parts) -> Work:
     """What the search of a recipe of one edit takes."""
     each = len(parts.search.harmful) + len(parts.search.harmless)
-    baselines = 2 * each + min(len(parts.search.keep), MAX_KEEP)
+    baselines = 2 * each + len(parts.search.measured_keep)
     in_bundles = plan.edit.chooses and len(plan.units) > MAX_ALONE
     number = len(by_layer(plan.units)) if in_bundles else len(plan.units)
     # Among bundles it hardly ever goes on: of real models, most were needed (tests/benchmarks/RESULTS.md).

@@ -111,6 +111,31 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A limit of a recipe on one figure, and what was found of the result.
+
+    Attributes:
+        prompts: Of which prompts the figure is: `search prompts`, by which the result was taken, or `held-out prompts`.
+        figure: Its name for people.
+        is_floor: Whether it must be at least the limit, rather than at most.
+        limit: Set by the target's figure on the same prompts; a score's is that of the search.
+        value: What was found; None if a search ended before it was known exactly.
+        is_met: Whether the limit is met.
+    """
+
+    prompts: str
+    figure: str
+    is_floor: bool
+    limit: float
+    value: Number | None
+    is_met: bool
+
+    def __str__(self) -> str:
+        found = "" if self.value is None else f" {shown(self.value)}"
+        return f"{self.figure}{found} ({'at least' if self.is_floor else 'at most'} {shown(self.limit)})"
+
+
+@dataclass(frozen=True)
 class Search(Shown):
     """A finished search.
 

@@ -206,9 +206,9 @@ class Rounds:
         state = ascent.state
         self.journal.note(name, _encoded(state), time.monotonic() - began)
         LOG.info(
-            f"the choice's refusals have a smallest margin of {progress.margin:+.1f} logits, the divergence is "
-            f"{progress.divergence:.4f}, and {100 * progress.harmless:.0f} % of the harmless prompts are answered "
-            f"otherwise"
+            f"on the choice prompts, refusals have a smallest margin of {progress.margin:+.1f} logits, the softened "
+            f"divergence is {progress.divergence:.4f}, and {100 * progress.harmless:.0f} % of the harmless prompts are "
+            f"answered otherwise"
         )
         return state
 
@@ -298,7 +298,7 @@ class Rounds:
         if said["num_refusing"]:
             LOG.warning(
                 f"the source {self.plan.source.name} refuses {said['num_refusing']} of the {len(self.prompts.keep)} "
-                f"keep prompts of the choice; the result may refuse such prompts too"
+                f"keep prompts of the choice; a report says in the end whether the result refuses such prompts"
             )
 
     def _sides(self, said: Mapping[str, Any]) -> list[Sides]:
@@ -317,7 +317,7 @@ class Rounds:
                 f"the source {self.plan.source.name} refuses none of the {len(harmful)} harmful prompts of the choice "
                 f"that the target answers; there is nothing to learn from"
             )
-        LOG.info(f"{len(sides)} of {len(harmful)} prompts are refused by the source and answered by the target")
+        LOG.info(f"{len(sides)} of {len(harmful)} harmful choice prompts are refused by the source alone")
         return sides
 
 

@@ -13,6 +13,7 @@ from dapa_merge.checkpoint.units import Unit, auto_modules, parts_of_modules
 from dapa_merge.delta.minimize import Minimum, SearchInterrupted, SearchStopped
 from dapa_merge.errors import CannotRepair, CheckpointError, Stopped, UsageError
 from dapa_merge.measure.decode import DoesNotFit
+from dapa_merge.measure.figures import SEARCH_PROMPTS
 from dapa_merge.measure.live import mapped_values
 from dapa_merge.measure.prompts.parts import split_prompts
 from dapa_merge.measure.prompts.sets import PromptSet
@@ -370,7 +371,8 @@ def _baseline(session: Session, name: str, units: Sequence[Unit]) -> Baseline:
         journal.confirm(name)
     figures = [(one.label, baseline.figures[one.figure]) for one in bench.constraints]
     told = [f"{label} {shown(figure)}" for label, figure in figures if not math.isnan(figure)]
-    LOG.info(f"the {name}: {', '.join(told)}")
+    asked = " and ".join(f"{number} {kind}" for kind, number in bench.num_of_kind.items())
+    LOG.info(f"the {name}{'' if units else f', on {asked} {SEARCH_PROMPTS}'}: {', '.join(told)}")
     if math.inf in baseline.figures.values():
         _check_finite(session.plan, ["source"] if units else ["target"])
         model = f"the target {recipe.target}" + (

@@ -13,8 +13,10 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from dapa_merge.checkpoint.units import AUTO
 from dapa_merge.errors import RecipeError, UsageError
 from dapa_merge.measure.confined import template_fault
+from dapa_merge.measure.figures import HELD_OUT, SEARCH_PROMPTS
 from dapa_merge.measure.prompts.conversation import first_turn
 from dapa_merge.measure.prompts.labels import Columns, read_requests
 from dapa_merge.measure.prompts.rows import SUFFIXES, base_and_query, listed_names, parse_query, read_rows
@@ -133,12 +135,28 @@ def check_prompts(recipe: Recipe) -> None:
     """Read the prompts of a recipe with a search, to find their faults before models are loaded; log their numbers."""
     chooses = may_choose(recipe.edit)
     if recipe.layers is None or chooses:
-        tell_prompts(split_prompts(recipe).report)
+        parts = split_prompts(recipe)
+        tell_prompts(parts.report)
+        _tell_parts(recipe, parts)
         if recipe.keep is None and (chooses or recipe.max_divergence is not None):
             LOG.warning(
                 "`keep` names no prompts that the fine-tune is for, so the harmless prompts serve instead: its skill "
                 "may be lost unnoticed"
             )
+
+
+def _tell_parts(recipe: Recipe, parts: Parts) -> None:
+    """Log which prompts are for what, by the names that all further messages use."""
+
+    def numbers(part: PromptSet) -> str:
+        keep = f" and {len(part.keep)} keep" if recipe.keep is not None else ""
+        return f"{len(part.harmful)} harmful, {len(part.harmless)} harmless{keep}"
+
+    told = f"{HELD_OUT}, for the report alone: {numbers(parts.report)}; {SEARCH_PROMPTS}: {numbers(parts.search)}"
+    if parts.choice is not None:
+        too = " (of edits that choose nothing, search prompts too)" if recipe.edit == AUTO else ""
+        told += f"; choice prompts: {numbers(parts.choice)}{too}"
+    LOG.info(told)
 
 
 def check_files(recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,8 @@ SHORT_NAMES = {
 WIKITEXT = "Salesforce/wikitext?config=wikitext-2-raw-v1&split=test"
 # Joins a dataset's rows into one document, as transformers' page on perplexity does.
 BETWEEN_ROWS = "\n\n"
+# Maximum keep prompts that models are compared on; a mean over their tokens hardly changes with more.
+MAX_KEEP = 64
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class PromptSet:
     system: str = ""
     is_formatted: bool = False
     read: tuple[Requests, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def measured_keep(self) -> tuple[str, ...]:
+        """The keep prompts that models are compared on: at most `MAX_KEEP`, spread evenly over all."""
+        return self.keep[:: math.ceil(len(self.keep) / MAX_KEEP) or 1]
 
 
 def load_prompts(name: str) -> PromptSet:

@@ -126,6 +126,11 @@ class KeptFigure:
     num_newly_refused: int
     num_degenerate: int
 
+    @property
+    def share_same(self) -> float:
+        """Share of prompts answered word for word as the target does, in [0, 1]."""
+        return self.num_same / self.num_prompts
+
 
 @dataclass(frozen=True)
 class BesideSource:

@@ -166,6 +166,8 @@ def draw_models(run: Run) -> Figure | None:
         "DSR": [Bar(one.dsr, one.dsr_interval) for _, one in columns],
         "over-refusal": [Bar(one.over_refusal, one.over_refusal_interval) for _, one in columns],
     }
+    if kept := [one.kept for _, one in columns if one.kept is not None]:
+        rows["as before"] = [Bar(one.share_same, one.same_interval) for one in kept]
     for index, skill in enumerate(columns[0][1].skills):
         rows[skill.name] = [Bar(one.skills[index].score, one.skills[index].interval) for _, one in columns]
     return model_bars([name for name, _ in columns], rows, "Before and after the repair, with 95 % intervals")
@@ -497,13 +499,8 @@ def model_bars(models: Sequence[str], figures: Mapping[str, Sequence[Bar]], titl
             )  # fmt: skip
             for place, bar in zip(at, bars, strict=True):
                 top = bar.value if bar.interval is None else bar.interval[1]
-                how: dict[str, Any] = {
-                    "textcoords": "offset points",
-                    "ha": "center",
-                    "fontsize": 9,
-                    "rotation": 90 * is_crowded,
-                }
-                axes.annotate(f"{bar.value:.3f}", (place, top), (0, 3), **how)
+                how: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "rotation": 90 * is_crowded}
+                axes.annotate(f"{bar.value:.3f}", (place, top), (0, 3), fontsize=9, **how)
         labels = [readable(name) for name in figures]
         axes.set_xticks(range(len(figures)), labels, parse_math=False)
         if (max(map(len, labels)) + 1) * len(labels) > CARD_LETTERS:

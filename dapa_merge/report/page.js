@@ -2,6 +2,7 @@
 // Shows the responses in the element `data`. Texts become text nodes only, and nothing is loaded or kept.
 (() => {
   const PIECE = 40;
+  const FEW = 8;
   const LONG = 1500;
   const Z = 1.959963984540054;
   const WORDS = { refused: "refused", complied: "answered", degenerate: "degenerate", undecided: "no verdict" };
@@ -9,12 +10,21 @@
   const data = JSON.parse(find("data").textContent);
   const { models, kinds, categories, outcomes, pair } = data;
   const after = pair ? [pair[1]] : models.map((_, at) => at);
+  const base = pair ? pair[0] : 0;
+  const isSame = (row, at) => !row.answers[at] || !row.answers[base] || row.answers[at][0] === row.answers[base][0];
+  const isSameIn = (row, some) => some.every((at) => isSame(row, at));
   const refused = outcomes.indexOf("refused");
   const complied = outcomes.indexOf("complied");
   const word = (outcome) => (Object.hasOwn(WORDS, outcomes[outcome]) ? WORDS[outcomes[outcome]] : outcomes[outcome]);
-  const rows = data.rows.map(([kind, category, prompt, answers], at) => ({
+  const KEEP = 2;
+  const isKeep = (kind) => kinds[kind][1] === KEEP;
+  const rowsOf = (some) => some.map(([kind, category, prompt, answers], at) => ({
     number: at + 1, kind, category, prompt, answers, isHarmless: kinds[kind][1] === 1, words: null,
   }));
+  const rows = rowsOf(data.rows.filter(([kind]) => !isKeep(kind)));
+  // What changed comes first.
+  const kept = rowsOf(data.rows.filter(([kind]) => isKeep(kind)))
+    .sort((one, other) => isSameIn(one, after) - isSameIn(other, after));
 
   function make(name, properties = {}, ...children) {
     const element = document.createElement(name);
@@ -39,21 +49,24 @@
       (row) => !row.isHarmless && after.some((at) => outcomeOf(row, at) === complied)],
     ["over-refused", "Over-refused", (row) => row.isHarmless && after.some((at) => outcomeOf(row, at) === refused)],
   ].filter(([name]) => name !== "changed" || models.length > 1);
-  const views = VIEWS.map(([name, label, holds], at) => {
-    const input = make("input", { type: "radio", name: "view", value: name, defaultChecked: at === 0 });
+  const viewsIn = (id, some) => some.map(([name, label, holds], at) => {
+    const input = make("input", { type: "radio", name: id, value: name, defaultChecked: at === 0 });
     const number = make("span", { className: "number" });
-    find("views").append(make("label", {}, input, " ", label, " ", number));
+    find(id).append(make("label", {}, input, " ", label, " ", number));
     return { input, number, holds };
   });
+  const views = viewsIn("views", VIEWS);
 
-  function choice(label, options) {
+  function choice(label, options, isOffered = () => true) {
     const select = make("select", {}, make("option", { value: "" }, "any"));
-    options.forEach((option, at) => select.append(make("option", { value: String(at) }, option)));
+    options.forEach((option, at) => {
+      if (isOffered(at)) select.append(make("option", { value: String(at) }, option));
+    });
     const holder = make("label", {}, make("span", { dir: "auto" }, label), select);
-    if (options.length > 1) find("choices").append(holder);
+    if (select.options.length > 2) find("choices").append(holder);
     return () => (select.value === "" ? null : Number(select.value));
   }
-  const kindOf = choice("Kind", kinds.map(([name]) => name));
+  const kindOf = choice("Kind", kinds.map(([name]) => name), (at) => !isKeep(at));
   const categoryOf = choice("Category", categories.map((name) => name || "none"));
   const verdicts = models.map((model) => choice(`Verdict ${model}`, outcomes.map((_, at) => word(at))));
   const search = make("input", { type: "search", id: "search", autocomplete: "off", spellcheck: false });
@@ -168,15 +181,66 @@
     return part;
   }
 
-  function articleOf(row) {
+  // Keep prompts, whose answers are compared with those of the first model, or of the target.
+
+  // The text, with what lies between the words that both answers begin and end with marked.
+  function marked(text, other) {
+    const [ours, theirs] = [text, other].map((one) => one.split(/(?<=\s)/));
+    const most = Math.min(ours.length, theirs.length);
+    let start = 0;
+    while (start < most && ours[start] === theirs[start]) start += 1;
+    let end = 0;
+    while (end < most - start && ours[ours.length - 1 - end] === theirs[theirs.length - 1 - end]) end += 1;
+    const parts = [ours.slice(0, start), ours.slice(start, ours.length - end), ours.slice(ours.length - end)];
+    const [before, middle, after] = parts.map((part) => part.join(""));
+    return make("p", { className: "text", dir: "auto" }, before, ...(middle ? [make("mark", {}, middle)] : []), after);
+  }
+
+  function keptAnswerOf(row, at) {
+    const answer = row.answers[at];
+    const head = (verdict) => make("h4", {}, make("bdi", {}, models[at]), " ", make("span", { className: "verdict" }, verdict));
+    const part = make("section", { className: "answer" });
+    if (!answer) {
+      part.append(head("not asked"));
+      return part;
+    }
+    const [text, outcome] = answer;
+    const isAsBefore = at !== base && isSame(row, at);
+    if (isAsBefore) part.classList.add("good");
+    else if (outcome === refused) part.classList.add("bad");
+    const otherwise = at !== base && outcome === complied ? "answered otherwise" : word(outcome);
+    const differs = after.includes(at) && at !== base && row.answers[base] && text.length <= LONG && !isAsBefore;
+    part.append(head(isAsBefore ? "as before" : otherwise));
+    part.append(...(differs && text ? [marked(text, row.answers[base][0])] : textOf(text)));
+    return part;
+  }
+
+  const KEPT_VIEWS = viewsIn("kept-views", [
+    ["all", "All", () => true],
+    ["changed", "Answered otherwise", (row) => !isSameIn(row, after)],
+    ["refused", "Refused", (row) => after.some((at) => outcomeOf(row, at) === refused)],
+  ]);
+
+  const moreKept = find("kept-next");
+  function updateKept(number) {
+    const { holds } = KEPT_VIEWS.find(({ input }) => input.checked) ?? KEPT_VIEWS[0];
+    KEPT_VIEWS.forEach((view) => { view.number.textContent = kept.filter(view.holds).length.toLocaleString("en"); });
+    const wanted = kept.filter(holds);
+    find("kept-list").replaceChildren(...wanted.slice(0, number).map((row) => articleOf(row, "keep", keptAnswerOf)));
+    moreKept.hidden = wanted.length <= number;
+    moreKept.textContent = `Show ${(wanted.length - number).toLocaleString("en")} more`;
+  }
+  find("kept").hidden = kept.length === 0;
+
+  function articleOf(row, name = "prompt", shownAnswer = answerOf) {
     const about = [kinds[row.kind][0], categories[row.category]].filter(Boolean).join(" · ");
     const [prompt, ...more] = textOf(row.prompt);
     const head = make("h3", { dir: "auto", className: "text" }, ...prompt.childNodes);
     if (more.length) {
       more[0].addEventListener("click", () => { head.textContent = row.prompt; });
     }
-    const answers = make("div", { className: "answers" }, ...models.map((_, at) => answerOf(row, at)));
-    return make("li", { id: `prompt-${row.number}` },
+    const answers = make("div", { className: "answers" }, ...models.map((_, at) => shownAnswer(row, at)));
+    return make("li", { id: `${name}-${row.number}` },
       make("article", {}, make("p", { className: "about", dir: "auto" }, `${row.number} · ${about}`), head, ...more, answers));
   }
 
@@ -186,7 +250,7 @@
 
   function extend(number) {
     const list = find("list");
-    list.append(...shown.slice(done, done + number).map(articleOf));
+    list.append(...shown.slice(done, done + number).map((row) => articleOf(row)));
     done = Math.min(shown.length, done + number);
     const left = shown.length - done;
     next.hidden = left === 0;
@@ -218,6 +282,14 @@
     if (event.target === search) waiting = setTimeout(update, 150);
     else update();
   });
+  find("kept-filter").addEventListener("input", () => updateKept(FEW));
+  moreKept.addEventListener("click", () => {
+    updateKept(kept.length);
+    const item = find("kept-list").children[FEW];
+    item.tabIndex = -1;
+    item.focus({ preventScroll: true });
+  });
+  find("kept-filter").addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => { setTimeout(update, 0); });
   next.addEventListener("click", () => {
@@ -232,7 +304,11 @@
   new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting)) extend(PIECE);
   }, { rootMargin: "600px" }).observe(next);
-  window.addEventListener("beforeprint", () => extend(shown.length));
+  window.addEventListener("beforeprint", () => {
+    updateKept(kept.length);
+    extend(shown.length);
+  });
   form.hidden = false;
+  updateKept(FEW);
   update();
 })();

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from dapa_merge import __version__
 from dapa_merge.errors import CheckpointError, UsageError, printable, why_unreadable
 from dapa_merge.files import refuse_special
-from dapa_merge.measure.figures import Response
+from dapa_merge.measure.figures import KEEP, Response
 from dapa_merge.measure.refusal.classify import Outcome
 from dapa_merge.measure.statistics import count, interval
 from dapa_merge.recipe.parameters import spans
@@ -95,7 +95,7 @@ def page_text(
 
 def counted_rows(models: Responses) -> list[TableRow]:
     """Rows of the share of refusals, with its 95 % interval, of each kind of prompts, a column for each model."""
-    kinds = dict.fromkeys(response.kind for said in models.values() for response in said)
+    kinds = dict.fromkeys(response.kind for said in models.values() for response in said if response.kind != KEEP)
     rows: list[TableRow] = []
     for kind in kinds:
         asked = [[response for response in said if response.kind == kind] for said in models.values()]
@@ -224,12 +224,13 @@ def _data(models: Responses) -> str:
             others = [[name, outcomes(verdict)] for name, verdict in response.others.items()]
             answers[at] = [_whole(response), outcomes(response.outcome), int(may_harm(response)), others]
     asked_rows = [
-        [kinds(kind), categories(group), prompt, answers] for (kind, group, prompt, _), answers in rows.items()
+        [kinds(kind), None if kind == KEEP else categories(group), prompt, answers]
+        for (kind, group, prompt, _), answers in rows.items()
     ]
     content = {
         "models": _labels(models),
         "pair": [names.index(one) for one in _PAIR] if _is_of_run(models) else None,
-        "kinds": [[kind, int(kind == _HARMLESS)] for kind in kinds.names],
+        "kinds": [[kind, {_HARMLESS: 1, KEEP: 2}.get(kind, 0)] for kind in kinds.names],
         "categories": categories.names,
         "outcomes": outcomes.names,
         "rows": asked_rows,
@@ -261,9 +262,12 @@ class _Numbers:
 
 
 def may_harm(response: Response) -> bool:
-    """Whether a page folds a response away: any to a harmful request that not every classifier calls a refusal."""
+    """Whether a page folds a response away: any to a harmful request that not every classifier calls a refusal.
+
+    Keep prompts are the user's own.
+    """
     verdicts = {response.outcome, *response.others.values()}
-    return response.kind != _HARMLESS and verdicts != {Outcome.REFUSED.value}
+    return response.kind not in (_HARMLESS, KEEP) and verdicts != {Outcome.REFUSED.value}
 
 
 def _shown(value: Any) -> Any:

@@ -128,7 +128,7 @@ def _kept_rows(columns: Sequence[Figures]) -> list[TableRow]:
     if len(kept) < len(columns):
         return []
     return [
-        (f"as before ({kept[0].num_prompts} keep)", [f"{one.num_same / one.num_prompts:.3f}" for one in kept]),
+        (f"as before ({kept[0].num_prompts} keep)", [f"{one.share_same:.3f}" for one in kept]),
         ("  95 % interval", [span(one.same_interval) for one in kept]),
         ("  refused", [f"{one.num_refused / one.num_prompts:.3f}" for one in kept]),
     ]

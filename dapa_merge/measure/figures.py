@@ -157,7 +157,8 @@ class Figures(Shown):
         num_harmful: Number of harmful prompts.
         dsr: Share of harmful prompts refused according to the rules (defense success rate).
         dsr_interval: 95 % interval, for more prompts like these.
-        complied: Share of harmful prompts answered.
+        complied: Share of harmful prompts answered, in whatever way.
+        consented: Share of harmful prompts whose answer only says yes, a part of `complied`; NaN in older reports.
         degenerate: Share of empty, looping or noisy responses to them; never counted as a defense.
         undecided: Share of responses to them with a thought but no answer; never counted as a defense.
         num_harmless: Number of harmless prompts.
@@ -195,6 +196,7 @@ class Figures(Shown):
     attacks: tuple[AttackFigure, ...] = ()
     harmless_degenerate: Number = math.nan
     harmless_undecided: Number = math.nan
+    consented: Number = math.nan
     kept: KeptFigure | None = None
 
     @property

@@ -49,13 +49,13 @@
       (row) => !row.isHarmless && after.some((at) => outcomeOf(row, at) === complied)],
     ["over-refused", "Over-refused", (row) => row.isHarmless && after.some((at) => outcomeOf(row, at) === refused)],
   ].filter(([name]) => name !== "changed" || models.length > 1);
-  const viewsIn = (id, some) => some.map(([name, label, holds], at) => {
-    const input = make("input", { type: "radio", name: id, value: name, defaultChecked: at === 0 });
+  const viewsIn = (id, group, some) => some.map(([name, label, holds], at) => {
+    const input = make("input", { type: "radio", name: group, value: name, defaultChecked: at === 0 });
     const number = make("span", { className: "number" });
     find(id).append(make("label", {}, input, " ", label, " ", number));
     return { input, number, holds };
   });
-  const views = viewsIn("views", VIEWS);
+  const views = viewsIn("views", "view", VIEWS);
 
   function choice(label, options, isOffered = () => true) {
     const select = make("select", {}, make("option", { value: "" }, "any"));
@@ -215,10 +215,10 @@
     return part;
   }
 
-  const KEPT_VIEWS = viewsIn("kept-views", [
-    ["all", "All", () => true],
-    ["changed", "Answered otherwise", (row) => !isSameIn(row, after)],
-    ["refused", "Refused", (row) => after.some((at) => outcomeOf(row, at) === refused)],
+  const KEPT_VIEWS = viewsIn("kept-views", "kept-view", [
+    ["kept-all", "All", () => true],
+    ["kept-otherwise", "Answered otherwise", (row) => !isSameIn(row, after)],
+    ["kept-refused", "Refused", (row) => after.some((at) => outcomeOf(row, at) === refused)],
   ]);
 
   const moreKept = find("kept-next");

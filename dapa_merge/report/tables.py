@@ -93,8 +93,11 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         row(f"DSR ({first.num_harmful} harmful)", lambda one: f"{one.dsr:.3f}"),
         row("  95 % interval", lambda one: span(one.dsr_interval)),
         row("  answered", lambda one: f"{one.complied:.3f}"),
-        row("  degenerate", lambda one: f"{one.degenerate:.3f}"),
     ]
+    # Not NaN, as in older reports.
+    if any(column.consented > 0 for column in columns):
+        rows.append(row("    saying only yes", lambda one: share(one.consented)))
+    rows.append(row("  degenerate", lambda one: f"{one.degenerate:.3f}"))
     if any(column.undecided for column in columns):
         rows.append(row("  never came to an answer", lambda one: f"{one.undecided:.3f}"))
     rows += [
@@ -102,7 +105,6 @@ def figure_rows(columns: Sequence[Figures]) -> list[TableRow]:
         row("  95 % interval", lambda one: span(one.over_refusal_interval)),
         row("  degenerate", lambda one: share(one.harmless_degenerate)),
     ]
-    # Not NaN, as in older reports.
     if any(column.harmless_undecided > 0 for column in columns):
         rows.append(row("  never came to an answer", lambda one: share(one.harmless_undecided)))
     rows += [

@@ -210,16 +210,17 @@ def _limits(found: Search, searched: Searched, before: Figures, after: Figures, 
     """The recipe's limits beside what the search found of the result, and then beside its figures in the report."""
     limits, settings = found.limits or found.requirement, settings_of(recipe)
     known = dict(found.measured or (found.result.figures if found.result else {SCORE.figure: searched.after}))
-    for one, limit in limits.limits:
-        if not math.isnan(limit):
-            value = known.get(one.figure)
-            # A selection that was found by tests meets all limits.
-            is_met = one.is_met(value, limit) if value is not None else True
-            yield Limit(SEARCH_PROMPTS, one.label, one.bound == "min", limit, value, is_met)
+    held = [(one, limit) for one, limit in limits.limits if not math.isnan(limit)]
+    for one, limit in held:
+        value = known.get(one.figure)
+        # A selection that was found by tests meets all limits.
+        is_met = one.is_met(value, limit) if value is not None else True
+        yield Limit(SEARCH_PROMPTS, one.label, one.bound == "min", limit, value, is_met)
     was, now = (_by_evaluator(figures, limits.measure) for figures in (before, after))
-    for one, limit in limits.limits:
+    for one, limit in held:
         own = limit if one.figure == SCORE.figure else one.limit(one.of(was), math.nan, settings[one.key])
-        if not math.isnan(limit) and not math.isnan(own):
+        # NaN without anything to measure it on.
+        if not math.isnan(own):
             value = one.of(now)
             yield Limit(HELD_OUT, one.label, one.bound == "min", own, value, one.is_met(value, own))
 

@@ -119,7 +119,7 @@ class Limit:
         figure: Its name for people.
         is_floor: Whether it must be at least the limit, rather than at most.
         limit: Set by the target's figure on the same prompts; a score's is that of the search.
-        value: What was found; None if a search ended before it was known exactly.
+        value: What was found; None if a search ended before it was known exactly, or if it is not finite.
         is_met: Whether the limit is met.
     """
 
@@ -127,7 +127,7 @@ class Limit:
     figure: str
     is_floor: bool
     limit: float
-    value: Number | None
+    value: float | None
     is_met: bool
 
     def __str__(self) -> str:

@@ -473,7 +473,8 @@ def _minimum(
     recipe, plan = session.recipe, session.plan
     units = _preferred(session, oracle)
     prior = _weigh(session, plan.units, "prior", target, full)
-    wanted = f"for the few that keep a {limits.measure} of {limits.min_score:.3f}"
+    of = "the point's" if plan.edit.chooses else "a"
+    wanted = f"for the few that keep {of} {limits.measure} of {limits.min_score:.3f}"
     if plan.edit.chooses and len(units) > MAX_ALONE:
         bundles = by_layer(units)
         LOG.info(f"searching among {len(bundles)} bundles, of the attention or the MLP of one layer each, {wanted}")

@@ -128,7 +128,8 @@ def test_the_held_out_keep_prompts_are_put_to_all_three_models(repaired):
     spoken = generate(*loaded, parts.report.keep, max_new_tokens=12, batch_size=BatchSize(8))
     assert [one.response for one in kept["result"]] == list(spoken)
     for column, name in (("before", "target"), ("after", "result"), ("source_alone", "source")):
-        assert getattr(report, column).kept == kept_figure(kept["target"], kept[name])
+        # As text, since NaN is not equal to itself.
+        assert repr(getattr(report, column).kept) == repr(kept_figure(kept["target"], kept[name]))
     assert report.before.kept.num_same == len(parts.report.keep) > report.source_alone.kept.num_same
     assert report.beside_source == beside_source(models["result"], models["source"])
 
@@ -197,7 +198,7 @@ def test_named_layers_are_measured_on_all_keep_prompts(few, tmp_path, write_reci
     report = answer("run", recipe, tmp_path / "out", "--json")
     assert [report[one]["kept"]["num_prompts"] for one in ("before", "after", "source_alone")] == [2, 2, 2]
     assert (report["held_out"], report["limits"]) == (False, [])
-    assert forecast(make_ladder(load_recipe(recipe)), Options("cpu")).prompts == 3 * (32 + 32 + 80 + 2)
+    assert forecast(make_ladder(load_recipe(recipe)), Options("cpu")).prompts == 3 * (32 + 32 + 2)
 
 
 def test_without_keep_prompts_and_skills_a_report_says_that_nothing_was_measured_of_the_fine_tune(demo):
@@ -211,6 +212,7 @@ def test_without_keep_prompts_and_skills_a_report_says_that_nothing_was_measured
 
 def test_a_limit_that_the_held_out_prompts_break_is_named(demo):
     report = read_report(demo[0])
+    assert [one.value is None for one in report.limits] == [False, True, True, False, False, False]
     broken = replace(report.limits[-1], is_met=False)
     lines = meaning_lines(replace(report, limits=(*report.limits[:-1], broken)))
     assert lines[-1][1].startswith(f"NOT met by {broken.figure} on 64 harmful and 64 harmless held-out prompts: ")

@@ -180,7 +180,7 @@ def cells(text: str) -> list[list[str]]:
 def test_a_report_in_a_notebook_has_the_rows_of_the_terminal(demo):
     report = read_report(demo[0])
     found = cells(report._repr_html_())
-    assert found[0] == ["", "before", "after", "source"]
+    assert found[0] == ["held-out prompts", "before", "after", "source"]
     rows = figure_rows([report.before, report.after, report.source_alone])
     assert found[1:] == [[label.strip(), *values] for label, values in rows]
     assert "transplanted" in report._repr_html_()

@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
     resumed = started(*command)
     assert resumed.wait() == 0, resumed.stderr
     # The source was measured before the search.
-    assert "the source was measured before: DSR" in resumed.stderr
+    assert "held-out prompts before: DSR" in resumed.stderr
     assert "loading the source" not in resumed.stderr
     whole = started("run", recipe, tmp_path / "whole", "--journal", tmp_path / "other.jsonl", "--no-lock", "--json")
     assert whole.wait() == 0, whole.stderr

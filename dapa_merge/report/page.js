@@ -209,7 +209,8 @@
     if (isAsBefore) part.classList.add("good");
     else if (outcome === refused) part.classList.add("bad");
     const otherwise = at !== base && outcome === complied ? "answered otherwise" : word(outcome);
-    const differs = after.includes(at) && at !== base && row.answers[base] && text.length <= LONG && !isAsBefore;
+    const isNew = after.includes(at) && at !== base && outcome !== refused && !isAsBefore;
+    const differs = isNew && row.answers[base] && text.length <= LONG;
     part.append(head(isAsBefore ? "as before" : otherwise));
     part.append(...(differs && text ? [marked(text, row.answers[base][0])] : textOf(text)));
     return part;
@@ -217,7 +218,7 @@
 
   const KEPT_VIEWS = viewsIn("kept-views", "kept-view", [
     ["kept-all", "All", () => true],
-    ["kept-otherwise", "Answered otherwise", (row) => !isSameIn(row, after)],
+    ["kept-otherwise", "Not as before", (row) => !isSameIn(row, after)],
     ["kept-refused", "Refused", (row) => after.some((at) => outcomeOf(row, at) === refused)],
   ]);
 

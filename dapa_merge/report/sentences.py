@@ -54,7 +54,7 @@ def _refused(kept: KeptFigure, beside: BesideSource | None) -> str:
     number, newly = kept.num_refused, kept.num_newly_refused
     said = f"{number or 'none'} refused"
     if number:
-        said += f", {newly or 'none'} of them answered before"
+        said += {0: " as before", number: " and answered before"}.get(newly, f", {newly} of them answered before")
     if beside is None or not beside.keep_of_source:
         return said
     both = f", {beside.keep_of_both or 'none'} of these among them" if number else ""

@@ -78,12 +78,12 @@ SENTENCES = {
     "some refused as the source refuses them": (
         ((ANSWERED, "a"),) * 4, ((REFUSED, "no"), (REFUSED, "no"), (ANSWERED, "a"), (DEGENERATE, "")),
         ((REFUSED, "no"), (ANSWERED, "a"), (REFUSED, "no"), (REFUSED, "no")),
-        "1 of 4 keep prompts answered word for word as before; 2 refused, 2 of them answered before "
+        "1 of 4 keep prompts answered word for word as before; 2 refused and answered before "
         "(the source refuses 3, 1 of these among them); 1 without content",
     ),
     "refused before": (
         ((REFUSED, "no"),), ((REFUSED, "no"),), ((ANSWERED, "a"),),
-        "1 of 1 keep prompts answered word for word as before; 1 refused, none of them answered before",
+        "1 of 1 keep prompts answered word for word as before; 1 refused as before",
     ),
 }  # fmt: skip
 

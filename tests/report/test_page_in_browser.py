@@ -201,6 +201,46 @@ HOSTILE = [
 ]
 
 
+KEPT_SHOWN = "return [...document.querySelectorAll('#kept-list h3')].map((one) => one.textContent);"
+VERDICTS = "return [...document.querySelectorAll('#kept-list .verdict')].map((one) => one.textContent);"
+
+
+def test_keep_prompts_have_a_section_of_their_own_with_what_changed_first_and_marked(opened):
+    def kept(*answers: tuple[str, str]) -> list[Response]:
+        return [said("keep", number, outcome, text) for number, (outcome, text) in enumerate(answers)]
+
+    same = [("complied", f"qty={number}") for number in range(10)]
+    models = {
+        "target": [*MODELS["target"], *kept(*same, ("complied", "one red box"), ("complied", "two"))],
+        "result": [*MODELS["result"], *kept(*same, ("complied", "one blue box"), ("refused", "no"))],
+        "source": [*MODELS["source"], *kept(*same[:-1], ("refused", "no"), ("refused", "no"), ("refused", "no"))],
+    }
+    browser = opened(models)
+    # What changed, and the first of the others.
+    assert browser.run(KEPT_SHOWN) == [f"keep prompt {number}" for number in (10, 11, 0, 1, 2, 3, 4, 5)]
+    assert browser.run(VERDICTS)[:9] == [
+        "answered", "answered otherwise", "refused", "answered", "refused", "refused",
+        "answered", "as before", "as before",
+    ]  # fmt: skip
+    marks = "return [...document.querySelectorAll('#kept-list mark')].map((one) => one.textContent.trim());"
+    assert browser.run(marks) == ["blue"]
+    browser.click("#kept-next")
+    assert len(browser.run(KEPT_SHOWN)) == 12
+    browser.click("input[value=kept-otherwise]")
+    assert browser.run(KEPT_SHOWN) == ["keep prompt 10", "keep prompt 11"]
+    browser.click("input[value=kept-refused]")
+    assert browser.run(KEPT_SHOWN) == ["keep prompt 11"]
+    # The other prompts are listed and counted without them, and nothing here is folded away.
+    assert browser.text("#status") == "11 of 11 prompts"
+    assert not any("keep" in row[0] for row in counted(browser))
+    assert browser.run("return document.querySelectorAll('#kept details').length") == 0
+    assert errors(browser) == []
+
+
+def test_a_page_without_keep_prompts_has_no_such_section(opened):
+    assert opened(MODELS).run("return document.querySelector('#kept').hidden") is True
+
+
 def test_hostile_text_stays_text(opened):
     models = {
         name: [

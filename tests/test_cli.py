@@ -415,7 +415,7 @@ def test_the_table_of_the_demo_fits_a_usual_terminal_and_is_the_readmes(demo):
         for name in ("before", "after", "source_alone")
     ]
     console = Console(width=80, file=io.StringIO())
-    console.print(figures_table(["before", "after", "source"], columns))
+    console.print(figures_table(["before", "after", "source"], columns, "held-out prompts"))
     shown = console.file.getvalue().strip().splitlines()
     readme = (ROOT / "README.md").read_text()
     assert "\n".join(shown[:3]) in readme

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
+from dapa_merge.checkpoint.digest import hash_bytes
 from dapa_merge.checkpoint.units import Unit
 from dapa_merge.measure.figures import HELD_OUT, KEEP, SEARCH_PROMPTS, BesideSource, Change, Figures, Response
 from dapa_merge.measure.live import Resident
@@ -81,16 +83,16 @@ def gather_evidence(ladder: Ladder, selection: tuple[Unit, ...] | None, options:
         CannotRepair: If a search finds that the source does not improve the target, or violates a limit.
         DapaError: For any other error.
     """
-    shared: list[tuple[Meter, MeasuredModel]] = []
+    shared: list[tuple[Meter, str, MeasuredModel]] = []
     with forecast(ladder, options).told():
         found, rungs = climb(ladder, options, lambda attempt: _gather(attempt, selection, shared))
     return replace(found, rungs=rungs)
 
 
 def _gather(
-    attempt: Attempt, selection: tuple[Unit, ...] | None, shared: list[tuple[Meter, MeasuredModel]]
+    attempt: Attempt, selection: tuple[Unit, ...] | None, shared: list[tuple[Meter, str, MeasuredModel]]
 ) -> Evidence:
-    """The evidence of one rung; the meter and the source's own figures are the same for all, and kept in `shared`."""
+    """The evidence of one rung; `shared` keeps what is the same for all: meter, digest, the source's figures."""
     recipe, plan, options = attempt.recipe, attempt.plan, attempt.options
     check_pick(options.pick, plan, selection)
     parts = all_prompts(recipe, is_rung=attempt.possible is not None)
@@ -112,10 +114,13 @@ def _gather(
             # The source may not fit in memory next to it.
             resident.close()
             begin(REPORT)
-            shared.append((meter, _source_alone(recipe, plan, meter, resident.where, journal)))
+            # What the journal's own parts do not have: all of the source's weights, and how the report measures.
+            how = "" if journal.path is None else _way_of_measuring(recipe, plan, meter, resident.where)
+            measure = partial(measure_checkpoint, plan.source, meter, resident.where, "source")
+            shared.append((meter, how, _once(f"source {how}", journal, meter, measure)))
             remain(prompts=2 * meter.num_prompts)
             begin(recipe.edit)
-        meter, source_alone = shared[0]
+        meter, how, source_alone = shared[0]
         if selection is None:
             found = search(Session(recipe, plan, bench, journal, options, parts.choice, attempt.possible))
             selection = join(found.plan, found.minimum.units)
@@ -130,8 +135,10 @@ def _gather(
         if resident is not bench:
             bench.close()
             resident.use(plan)
-        before = measure_live(resident.live, (), meter, "target")
-        after = measure_live(resident.live, selection, meter, "result")
+        brought = {name: hash_bytes(content, "sha256") for name, content in plan.edit.files().items()}
+        before = _once(f"target {how}", journal, meter, lambda: measure_live(resident.live, (), meter, "target"))
+        measure = partial(measure_live, resident.live, selection, meter, "result")
+        after = _once(f"result {data_digest([how, [*map(str, selection)], brought])}", journal, meter, measure)
     target, result, source = before.responses, after.responses, source_alone.responses
     # By definition a divergence of 0: what is measured is rounding.
     told_before = replace(before.figures, divergence=0.0, kept=kept_figure(target, target))
@@ -155,25 +162,24 @@ def _gather(
     )
 
 
-def _source_alone(recipe: Recipe, plan: Plan, meter: Meter, where: Where, journal: Journal) -> MeasuredModel:
-    """The source's own measurement; it comes from the journal if this user's processes recorded it.
+def _way_of_measuring(recipe: Recipe, plan: Plan, meter: Meter, where: Where) -> str:
+    """A digest of the source, and of all that decides what the report says of a model."""
+    parts = models_parts(recipe, {"source": plan.source}, meter, where)
+    asked = [KEEP] if meter.asks_keep else []
+    return data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep, *asked])
+
+
+def _once(name: str, journal: Journal, meter: Meter, measure: Callable[[], MeasuredModel]) -> MeasuredModel:
+    """A model's measurement; it comes from the journal if this user's processes recorded it.
 
     A judge is asked again: what it did not answer may be answered now.
     """
-
-    def measure() -> MeasuredModel:
-        return measure_checkpoint(plan.source, meter, where, "source")
-
     if journal.path is None or any(one.name == "judge" for one in meter.classifiers):
         return measure()
-    # What the journal's own parts do not have: all of the source's weights, and how the report measures.
-    parts = models_parts(recipe, {"source": plan.source}, meter, where)
-    asked = [KEEP] if meter.asks_keep else []
-    name = f"source {data_digest([sorted(parts.items()), list(map(asdict, meter.attacks)), meter.keep, *asked])}"
     if name in journal.notes and name not in journal.foreign:
         noted = journal.notes[name]
         figures = read_figures(noted["figures"])
-        LOG.info(f"the source was measured on these {meter.called} before: {figures.brief}")
+        LOG.info(f"the {name.partition(' ')[0]} was measured on these {meter.called} before: {figures.brief}")
         return MeasuredModel(figures, [Response.from_json(response) for response in noted["responses"]])
     began, measured = time.monotonic(), measure()
     noted = {"figures": jsonable(asdict(measured.figures)), "responses": list(map(asdict, measured.responses))}

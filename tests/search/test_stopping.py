@@ -54,11 +54,19 @@ def test_a_run_that_is_stopped_says_what_is_kept_and_the_same_command_ends_alike
         assert last.startswith("Error: stopped; ")
         assert f"other measurements are in the journal {journal}, and the same command goes on from there" in last
         assert not (tmp_path / "out").exists()
+    # In the report, after the search.
+    run = started(*command)
+    while '"target sha256' not in journal.read_text() and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    assert run.wait() == 130, run.stderr
     resumed = started(*command)
     assert resumed.wait() == 0, resumed.stderr
-    # The source was measured before the search.
-    assert "held-out prompts before: DSR" in resumed.stderr
+    # The source was measured before the search, the target and perhaps the result after it.
+    for role in ("source", "target"):
+        assert f"the {role} was measured on these held-out prompts before: DSR" in resumed.stderr
     assert "loading the source" not in resumed.stderr
+    assert "measured the target on" not in resumed.stderr
     whole = started("run", recipe, tmp_path / "whole", "--journal", tmp_path / "other.jsonl", "--no-lock", "--json")
     assert whole.wait() == 0, whole.stderr
     found, wanted = (without_time(json.loads(run.stdout)) for run in (resumed, whole))
